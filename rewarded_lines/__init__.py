@@ -1,0 +1,27 @@
+"""Merge policies aligned with several rewards: Rewarded Soups and LiNeS, measured honestly.
+
+The verbs of the command line are here with the same names and defaults. They load on first use, so that
+`import rewarded_lines` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_VERBS = {
+    "merge": "rewarded_lines.merging.merge",
+    "sweep": "rewarded_lines.evaluation.sweep",
+    "report": "rewarded_lines.report.report",
+}
+
+__all__ = ["__version__", "merge", "report", "sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module behind a verb when it is first asked for (PEP 562)."""
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_VERBS[name]), name)

@@ -1,0 +1,247 @@
+"""The strict YAML of a project: base, policies, rewards, prompts, generation, sweep.
+
+Unknown keys are refused at every depth with the nearest known key. Paths in a project file are relative to the
+file's own folder, so a project can be moved as a whole. Nothing here opens a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from rewarded_lines.errors import Problem, UserError, fail, nearest
+
+PROJECT_FILE = "rewarded-lines.yaml"
+
+
+class Strict(BaseModel):
+    """Base of every config section: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RewardSpec(Strict):
+    """One reward, declared once for recipes and evaluator: a model with a format, or a Python function.
+
+    `format` says which logits make the score, as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of
+    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads.
+    """
+
+    model: str | None = None
+    format: str = "0"
+    template: str = "{prompt}{response}"
+    function: str | None = None
+    unit: str = ""
+    description: str = ""
+    batch_size: int = Field(64, ge=1)
+    max_tokens: int = Field(512, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSpec:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("declare either `model:` (a classifier) or `function:` (module:name or file.py:name)")
+        return self
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value: str) -> str:
+        parse_format(value)
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        if "{response}" not in value:
+            raise ValueError("the template must contain {response} (and usually {prompt})")
+        return value
+
+
+class PromptSpec(Strict):
+    """Where the prompts of the evaluation come from: a JSONL file with a `prompt` field, and how many of them."""
+
+    file: str
+    limit: int | None = Field(None, ge=1)
+
+
+class GenerationSpec(Strict):
+    """How every point of a sweep answers; `seed` plus the prompt's index is the seed of that prompt's response."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class MethodSpec(Strict):
+    """One curve of a sweep: the residual's LiNeS schedule. beta = 0 with alpha = 1 is Rewarded Soups."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+class SweepSpec(Strict):
+    """What a sweep compares, at how many λ, and the bootstrap that makes its intervals."""
+
+    points: int = Field(11, ge=2)
+    methods: dict[str, MethodSpec] = {"soup": MethodSpec(beta=0.0), "lines": MethodSpec()}
+    resamples: int = Field(1000, ge=100)
+
+    @field_validator("methods")
+    @classmethod
+    def _names(cls, value: dict[str, MethodSpec]) -> dict[str, MethodSpec]:
+        if not value or "sft" in value:
+            raise ValueError("name at least one method; `sft` is taken by the base model itself")
+        return value
+
+
+class ProjectConfig(Strict):
+    """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies."""
+
+    version: int = 1
+    title: str = ""
+    base: str | None = None
+    policies: dict[str, str] = {}
+    rewards: dict[str, RewardSpec] = {}
+    prompts: PromptSpec | None = None
+    generation: GenerationSpec = GenerationSpec()
+    sweep: SweepSpec = SweepSpec()
+
+
+class Project:
+    """A parsed project file and the folder its paths are relative to."""
+
+    def __init__(self, path: Path, config: ProjectConfig) -> None:
+        """Bind `config` to the file it came from.
+
+        Args:
+            path: the YAML file; its parent is the project's root.
+            config: what the file says.
+        """
+        self.path = path
+        self.root = path.parent
+        self.config = config
+
+    def resolve(self, reference: str) -> str:
+        """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is."""
+        return str(self.root / reference) if looks_local(reference, self.root) else reference
+
+    def require(self, *keys: str) -> None:
+        """Refuse a project that lacks one of the top-level `keys`.
+
+        Raises:
+            UserError: naming every missing key at once.
+        """
+        missing = [key for key in keys if not getattr(self.config, key)]
+        if missing:
+            raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
+
+
+def looks_local(reference: str, root: Path = Path()) -> bool:
+    """Say whether `reference` means a place on disk, below `root`, rather than a Hub id `organisation/name`."""
+    if not re.fullmatch(r"\w[\w.\-]*/[\w.\-]+", reference):
+        return True
+    return (root / reference.split("/")[0]).is_dir()
+
+
+def parse_format(text: str) -> tuple[tuple[int, float], ...]:
+    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
+
+    Raises:
+        ValueError: when `text` is not a signed sum of CLASS or CLASSxWEIGHT.
+    """
+    term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
+    if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
+        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
+    found = re.findall(rf"([+-]?){term}", text)
+    return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds something other than a mapping.
+    """
+    if not path.is_file():
+        raise fail(
+            "no such file",
+            where=str(path),
+            expected="a YAML file",
+            remedy=f"name it with --config, or work in a folder that has a {PROJECT_FILE}",
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error
+    if not isinstance(content, dict):
+        raise fail("not a mapping", where=str(path), expected="key: value lines", got=type(content).__name__)
+    return content
+
+
+def load_project(path: Path | str = PROJECT_FILE) -> Project:
+    """Read and check a project file.
+
+    Args:
+        path: a `rewarded-lines.yaml` or a suite.
+
+    Raises:
+        UserError: with every fault of the file at once.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    try:
+        return Project(path, ProjectConfig.model_validate(content))
+    except ValidationError as error:
+        raise UserError(_problem(path, detail) for detail in error.errors()) from error
+
+
+def save_project(path: Path, config: ProjectConfig) -> None:
+    """Write `config` as YAML, leaving out what has its default value."""
+    content = config.model_dump(mode="json", exclude_defaults=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def unknown_key(key: str, known: list[str], where: str) -> Problem:
+    """Return the problem of a key that a config file does not have, naming the nearest one that it has."""
+    alike = nearest(key, known)
+    return Problem(
+        f"unknown key `{key}`",
+        where=where,
+        expected="one of " + ", ".join(known),
+        remedy=f"did you mean `{alike}`?" if alike else "remove it",
+    )
+
+
+def _problem(path: Path, detail: ErrorDetails) -> Problem:
+    location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        section = _section(location[:-1])
+        known = list(section.model_fields) if section else []
+        return unknown_key(location[-1], known, ": ".join([str(path), ".".join(location[:-1]) or "top level"]))
+    got = repr(detail["input"])
+    return Problem(
+        detail["msg"].removeprefix("Value error, "),
+        where=f"{path}: {'.'.join(location)}",
+        got=got if len(got) <= 80 else got[:77] + "...",
+    )
+
+
+def _section(location: list[str]) -> type[Strict] | None:
+    """Return the model whose keys live at `location`, e.g. ["rewards", "positive"] → RewardSpec."""
+    sections: Mapping[str, type[Strict]] = {
+        "rewards": RewardSpec,
+        "prompts": PromptSpec,
+        "generation": GenerationSpec,
+        "sweep": SweepSpec,
+    }
+    if not location:
+        return ProjectConfig
+    return MethodSpec if location[:2] == ["sweep", "methods"] else sections.get(location[0])

@@ -1,0 +1,51 @@
+"""What a user may be told: one exception, made of problems that each say what, where, expected, got and remedy.
+
+Nothing here knows about files, tensors or terminals; the command line prints a `UserError` and exits with 1,
+Python callers catch it. `assert` stays for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault in what the user gave us, with the way out of it."""
+
+    what: str
+    where: str = ""
+    expected: str = ""
+    got: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """Return the problem as text: a headline, then one indented line for each part that is known."""
+        headline = f"{self.where}: {self.what}" if self.where else self.what
+        parts = (("expected", self.expected), ("got", self.got), ("remedy", self.remedy))
+        return "\n".join([headline, *(f"  {name}: {text}" for name, text in parts if text)])
+
+
+class UserError(Exception):
+    """A mistake the user can mend; carries every problem found, not only the first."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        """Keep `problems` in the order in which they were found.
+
+        Args:
+            problems: one problem, or all that were found together.
+        """
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def fail(what: str, **parts: str) -> UserError:
+    """Return a `UserError` with a single `Problem`; `parts` are its where, expected, got and remedy."""
+    return UserError(Problem(what, **parts))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return the known word most like `word`, or "" when none is alike."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), "")

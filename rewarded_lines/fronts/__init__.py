@@ -1,0 +1,1 @@
+"""Pareto fronts: pure numbers in, numbers out."""

@@ -1,0 +1,1 @@
+"""What the recipes share: arguments, corpora, and any reward as a module for TRL."""
