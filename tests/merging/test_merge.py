@@ -1,0 +1,201 @@
+"""`merge` on real checkpoints: values, endpoints, types, shards, provenance, atomic output."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_model, perturb, save_model, snapshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewarded_lines import merge
+from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.errors import UserError
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_merge_equals_the_formula(tiny):
+    merge("sft", ["first", "second"], 0.3, alpha=0.5, beta=1.0, out="out")
+    base, first, second, out = (weights(tiny / name) for name in ("sft", "first", "second", "out"))
+    for name, value in base.items():
+        block = int(name.split(".")[2]) if ".layers." in name else None
+        scale = 0.5 if block is None else 0.5 + block / 3
+        mixed = 0.3 * (first[name].double() - value.double()) + 0.7 * (second[name].double() - value.double())
+        assert torch.equal(out[name], (value.double() + scale * mixed).float()), name
+
+
+@pytest.mark.parametrize(("lam", "name"), [(1, "first"), (0, "second")])
+def test_endpoints_bit_for_bit(tiny, lam, name):
+    merge("sft", ["first", "second"], lam, beta=0, out="out")
+    assert (tiny / "out/model.safetensors").stat().st_size == (tiny / name / "model.safetensors").stat().st_size
+    merged, policy = weights(tiny / "out"), weights(tiny / name)
+    assert all(torch.equal(merged[key].view(torch.int32), policy[key].view(torch.int32)) for key in policy)
+
+
+def test_scale_zero_gives_the_base(tiny):
+    merge("sft", ["first", "second"], 0.4, alpha=0, beta=0, out="out")
+    base, merged = weights(tiny / "sft"), weights(tiny / "out")
+    assert all(torch.equal(merged[key], base[key]) for key in base)
+
+
+def test_merged_folder_loads_and_tells_its_origin(tiny):
+    before = snapshot(tiny)
+    merge("sft", {"one": "first", "two": "second"}, 0.5, out="out")
+    assert {name: before[name] for name in before} == {
+        name: content for name, content in snapshot(tiny).items() if not name.startswith("out")
+    }
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+    assert AutoTokenizer.from_pretrained("out")("the quick")["input_ids"]
+    record = json.loads((tiny / "out/merge.json").read_text())
+    assert record["weights"] == {"one": 0.5, "two": 0.5}
+    assert record["scales"] == [1.0, pytest.approx(4 / 3), pytest.approx(5 / 3), 2.0]
+    assert len(record["policies"]["two"]["files"]["model.safetensors"]) == 64
+    assert "θ" in (tiny / "out/README.md").read_text()
+
+
+def test_several_lambdas_read_once_and_equal_single_merges(tiny):
+    results = merge("sft", ["first", "second"], [0.25, "0.75"], out="many")
+    assert [result.out.name for result in results] == ["lam=0.25", "lam=0.75"]
+    merge("sft", ["first", "second"], 0.75, out="single")
+    assert (tiny / "many/lam=0.75/model.safetensors").read_bytes() == (
+        tiny / "single/model.safetensors"
+    ).read_bytes()
+
+
+def test_shards_in_and_out_do_not_change_a_bit(tiny):
+    for name in ("sft", "first"):
+        model = AutoModelForCausalLM.from_pretrained(name)
+        save_model(model, tiny / f"{name}-sharded", max_shard_size="100KB" if name == "sft" else "200KB")
+    merge("sft", ["first", "second"], 0.4, out="whole")
+    policies = {"first": "first-sharded", "second": "second"}
+    merge("sft-sharded", policies, 0.4, out="cut", max_shard_size="150KB")
+    assert len(list((tiny / "cut").glob("model-*.safetensors"))) > 3
+    whole, cut = Checkpoint(tiny / "whole"), Checkpoint(tiny / "cut")
+    assert set(whole.tensors) == set(cut.tensors)
+    assert all(torch.equal(whole.read(name), cut.read(name)) for name in whole.tensors)
+    AutoModelForCausalLM.from_pretrained("cut")
+
+
+def test_threads_do_not_change_a_bit(tiny):
+    merge("sft", ["first", "second"], 0.37, out="two")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        merge("sft", ["first", "second"], 0.37, out="one")
+    finally:
+        torch.set_num_threads(threads)
+    assert (tiny / "one/model.safetensors").read_bytes() == (tiny / "two/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_inputs_and_outputs(tiny, dtype):
+    kind = getattr(torch, dtype)
+    for seed, name in enumerate(("sft16", "first16", "second16")):
+        save_model(perturb(make_model(0), seed).to(kind), tiny / name)
+    merge("sft16", ["first16", "second16"], 0.5, out="out")
+    base, first, second, out = (weights(tiny / n) for n in ("sft16", "first16", "second16", "out"))
+    assert all(tensor.dtype == kind for tensor in out.values())
+    name = "model.layers.3.mlp.up_proj.weight"
+    wide = [tensor[name].float() for tensor in (base, first, second)]
+    expected = wide[0] + 2 * (0.5 * (wide[1] - wide[0]) + 0.5 * (wide[2] - wide[0]))
+    assert torch.equal(out[name], expected.to(kind))
+    merge("sft", ["first", "second"], 0.5, out="cast", dtype=dtype)
+    assert json.loads((tiny / "cast/config.json").read_text())["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained("cast").dtype == kind
+
+
+def test_mixed_types_keep_the_widest(tiny):
+    save_model(AutoModelForCausalLM.from_pretrained("sft").bfloat16(), tiny / "sft16")
+    merge("sft16", ["first", "second"], 1.0, beta=0, out="out")
+    policy, out = weights(tiny / "first"), weights(tiny / "out")
+    assert all(torch.equal(out[name], policy[name]) for name in policy)
+
+
+def test_one_policy_is_single_task_lines(tiny):
+    merge("sft", ["first"], 1, alpha=0.25, beta=0.75, out="out")
+    base, first, out = (weights(tiny / name) for name in ("sft", "first", "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    difference = first[name].double() - base[name].double()
+    assert torch.equal(out[name], (base[name].double() + 0.25 * difference).float())
+
+
+def test_dry_run_writes_nothing(tiny):
+    before = snapshot(tiny)
+    (result,) = merge("sft", ["first", "second"], 0.5, out="out", dry_run=True)
+    assert result.out is None and result.scales[-1] == 2.0
+    assert snapshot(tiny) == before
+
+
+def test_overwrite_replaces_and_never_takes_an_input(tiny):
+    merge("sft", ["first", "second"], 0.5, out="out")
+    with pytest.raises(UserError, match="exists"):
+        merge("sft", ["first", "second"], 0.6, out="out")
+    merge("sft", ["first", "second"], 0.6, out="out", overwrite=True)
+    assert json.loads((tiny / "out/merge.json").read_text())["weights"]["first"] == 0.6
+    for target in ("sft", "first", "."):
+        with pytest.raises(UserError, match="in, on or around an input"):
+            merge("sft", ["first", "second"], 0.6, out=target, overwrite=True)
+
+
+def test_failure_leaves_nothing_behind(tiny):
+    def explode(name, size, total):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        merge("sft", ["first", "second"], 0.5, out="out", progress=explode)
+    assert sorted(path.name for path in tiny.iterdir() if "out" in path.name) == []
+
+
+def test_killed_merge_leaves_no_output_and_the_next_one_cleans_up(tiny):
+    script = (
+        "import time; from rewarded_lines import merge; "
+        "merge('sft', ['first', 'second'], 0.5, out='out', progress=lambda *a: (print('go', flush=True), time.sleep(60)))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"go\n"
+    child.kill()
+    child.wait()
+    assert not (tiny / "out").exists()
+    assert list(tiny.glob(".out.partial-*"))
+    merge("sft", ["first", "second"], 0.5, out="out")
+    assert (tiny / "out/merge.json").is_file()
+    assert not list(tiny.glob(".out.partial-*"))
+
+
+def test_two_at_once_make_one_whole_output(tiny):
+    script = "from rewarded_lines import merge; merge('sft', ['first', 'second'], 0.5, out='out')"
+    children = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(2)]
+    deadline = time.monotonic() + 120
+    codes = [child.wait(timeout=deadline - time.monotonic()) for child in children]
+    assert 0 in codes
+    assert set(weights(tiny / "out")) == set(weights(tiny / "sft"))
+    assert not list(tiny.glob(".out.*"))
+
+
+def test_policies_of_another_base_are_refused_by_record_and_by_value(tiny):
+    save_model(make_model(7), tiny / "stranger")
+    with pytest.raises(UserError, match="nothing to do with the base"):
+        merge("sft", ["first", "stranger"], 0.5, out="out")
+    shutil.copytree("first", "recorded")
+    (tiny / "recorded/training.json").write_text(json.dumps({"base_hash": "0" * 64}))
+    with pytest.raises(UserError, match="trained from another base"):
+        merge("sft", ["recorded", "second"], 0.5, out="out")
+
+
+def test_unequal_keys_shapes_and_tokenizer_are_told_at_once(tiny):
+    save_model(make_model(0, hidden=32), tiny / "narrow")
+    save_model(make_model(0, blocks=3), tiny / "short")
+    with pytest.raises(UserError) as caught:
+        merge("sft", ["narrow", "short"], 0.5, out="out")
+    text = str(caught.value)
+    assert "model.embed_tokens.weight: shape (300, 64) in base, (300, 32) in narrow" in text
+    assert "tensors of the base are missing" in text and "model.layers.3." in text
+    assert not (tiny / "out").exists()
