@@ -1,0 +1,47 @@
+# Everything runs in .venv, which any target makes first if it is not there (.ci/setup_env.py).
+
+PYTHON ?= python3
+VLLM ?= auto
+TORCH_INDEX ?=
+SEED ?= 0
+ALGO ?= ppo
+OUT ?=
+
+VENV := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  demo takes SEED=0, ALGO=ppo and OUT=folder. For the set-up:'
+	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
+	@echo '  VLLM=auto|cpu|gpu|none    which vLLM (auto: gpu if nvidia-smi lists a GPU; an existing .venv is kept)'
+	@echo '  TORCH_INDEX=URL           an extra package index for PyTorch, for instance the CPU builds at'
+	@echo '                            https://download.pytorch.org/whl/cpu (on Linux, PyPI has the CUDA ones)'
+
+# The quotes keep an empty value an argument. The origin tells a PYTHON the user named from the default.
+setup: ## install everything into .venv (once; again only when its inputs change)
+	@$(PYTHON) .ci/setup_env.py --vllm '$(VLLM)' --torch-index '$(TORCH_INDEX)' $(if $(filter file,$(origin PYTHON)),,--python-chosen)
+
+# One plain command, so that make runs it directly and no shell stands between them; the variable asks the
+# demo to end when make does.
+demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
+demo: setup ## train, merge, measure and report on a small example: the whole job
+	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(OUT),--out '$(OUT)')
+
+test: setup ## run the tests
+	$(VENV)/python -m pytest
+
+lint: setup ## check style, formatting and types
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+format: setup ## fix style and formatting
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+clean: ## remove .venv
+	@$(PYTHON) .ci/setup_env.py --clean
