@@ -1,0 +1,103 @@
+"""The bootstrap against plain resampling, known limits and its own seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewarded_lines.fronts.intervals import estimate, interval, mean_difference, resample_means
+
+
+def scores(points: int = 3, prompts: int = 40, rewards: int = 2, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(points, prompts, rewards))
+
+
+def test_resample_means_is_the_mean_of_the_drawn_prompts() -> None:
+    # With one-hot scores the means are the counts themselves, over the number of prompts.
+    prompts = 5
+    counts = resample_means(np.eye(prompts)[None], 50, seed=3)[:, 0] * prompts
+    assert np.allclose(counts, counts.round())
+    assert np.allclose(counts.sum(axis=1), prompts)
+    values = scores(2, prompts, 3)
+    expected = np.array([[row @ point / prompts for point in values] for row in counts])
+    assert np.allclose(resample_means(values, 50, seed=3), expected)
+
+
+def test_every_point_sees_the_same_resamples() -> None:
+    values = scores(1)
+    shifted = np.concatenate([values, values + 2.5])
+    means = resample_means(shifted, 100, seed=0)
+    assert np.allclose(means[:, 1] - means[:, 0], 2.5)
+
+
+def test_the_same_seed_gives_the_same_resamples_and_another_does_not() -> None:
+    values = scores()
+    assert (resample_means(values, 20, seed=4) == resample_means(values, 20, seed=4)).all()
+    assert (resample_means(values, 20, seed=4) != resample_means(values, 20, seed=5)).any()
+
+
+def test_the_spread_is_the_standard_error() -> None:
+    values = scores(1, 400, 1)
+    means = resample_means(values, 4000, seed=0)[:, 0, 0]
+    assert means.mean() == pytest.approx(values.mean(), abs=0.005)
+    assert means.std() == pytest.approx(values.std() / 20, rel=0.05)
+
+
+def test_interval_by_hand() -> None:
+    assert interval(np.arange(101.0), level=0.9).tolist() == [5.0, 95.0]
+    assert interval(np.arange(101.0)[:, None] * [1.0, 2.0], level=0.5).tolist() == [
+        [25.0, 50.0],
+        [75.0, 150.0],
+    ]
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    trials = np.random.default_rng(0).normal(size=(2000, 100, 1))
+    low, high = interval(resample_means(trials, 1000, seed=0))
+    # A percentile interval of 100 normal values covers a little less than it says.
+    assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.96
+
+
+def test_mean_difference_is_paired() -> None:
+    rng = np.random.default_rng(2)
+    level, change = 100 * rng.normal(size=300), 0.2 + 0.1 * rng.normal(size=300)
+    difference = mean_difference(level + change, level, resamples=500, seed=0)
+    assert difference.value == pytest.approx(change.mean())
+    assert 0.15 < difference.low < difference.value < difference.high < 0.25
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_mean_difference_changes_sign_with_its_sides(seed: int) -> None:
+    first, second = scores(2, 30, 1, seed=seed)[:, :, 0]
+    forth, back = mean_difference(first, second, 100, seed), mean_difference(second, first, 100, seed)
+    assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
+
+
+def test_equal_scores_differ_by_nothing() -> None:
+    same = scores()[0, :, 0]
+    assert mean_difference(same, same, 100, seed=0) == estimate(0.0, np.zeros(100))
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    values = scores()
+    before = values.copy()
+    resample_means(values, 10, seed=0)
+    assert (values == before).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0, 2)])
+def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"points, prompts, rewards"):
+        resample_means(np.zeros(shape), 10, seed=0)
+
+
+def test_other_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="resamples"):
+        resample_means(scores(), 0, seed=0)
+    with pytest.raises(ValueError, match="level"):
+        interval(np.zeros(3), level=1.0)
+    with pytest.raises(ValueError, match="one length"):
+        mean_difference(np.zeros(3), np.zeros(4), 10, seed=0)
