@@ -1,0 +1,41 @@
+"""`rewarded-lines report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Show a sweep: every point with its interval, hypervolumes, and the figure of the fronts.
+
+    Hypervolume is taken above two reference points: SFT's own scores, and the worst score of any point on
+    each axis. Intervals are by bootstrap over prompts. RUN/report gets summary.json, table.md, points.csv,
+    front.png and front.svg. An unfinished sweep is shown as far as it is.
+
+    \b
+    rewarded-lines report runs/demo/sweep
+    rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
+    """
+    from rewarded_lines.report.report import FILES
+    from rewarded_lines.report.report import report as make_report
+    from rewarded_lines.report.tables import rich_table, scope_note, sheets
+
+    summary = make_report(run)
+    if as_json:
+        typer.echo(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for sheet in sheets(summary):
+        console.print(rich_table(sheet))
+    console.print(Text(scope_note(summary)))
+    for name in FILES:
+        typer.echo(run / "report" / name)

@@ -1,0 +1,232 @@
+"""The tables of a summary: cells made once, shown on a terminal with rich, as Markdown, or as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.report.summary import PointSummary, Summary
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is drawn: the first column is text, numbers follow; `note` says what they are."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def sheets(summary: Summary) -> list[Sheet]:
+    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT."""
+    made = [
+        points_sheet(summary),
+        hypervolume_sheet(summary),
+        difference_sheet(summary),
+        policy_sheet(summary),
+    ]
+    return [sheet for sheet in made if sheet.rows]
+
+
+def points_sheet(summary: Summary) -> Sheet:
+    """Return every point's mean scores, KL and length, each ± half the width of its interval."""
+    points = summary.points
+    columns = [_plus_minus([point.rewards[name] for point in points]) for name in summary.rewards]
+    columns += [_plus_minus([point.kl for point in points]), _plus_minus([point.words for point in points])]
+    headings = [with_unit(name, unit) for name, unit in summary.rewards.items()]
+    return Sheet(
+        "Points",
+        ("method", "λ", *headings, "KL [nats]", "words", "ended"),
+        [
+            (point.method, weights_text(point), *cells, f"{point.ended:.0%}")
+            for point, *cells in zip(points, *columns, strict=True)
+        ],
+        _points_note(summary),
+    )
+
+
+def hypervolume_sheet(summary: Summary) -> Sheet:
+    """Return each method's hypervolume above each reference, the reference's coordinates beside it."""
+    cells = _bracketed([row.hypervolume for row in summary.hypervolumes])
+    return Sheet(
+        f"Hypervolume [{volume_unit(summary)}]",
+        ("method", "reference", "at", "hypervolume"),
+        [
+            (row.method, row.reference, reference_text(summary, row.reference), cell)
+            for row, cell in zip(summary.hypervolumes, cells, strict=True)
+        ],
+        f"Higher is better. at: the reference's coordinates ({', '.join(summary.rewards)}). sft: the SFT "
+        "model's mean scores, so that only what beats SFT on every reward counts. worst: the worst mean "
+        "score of any point on each axis. Both come from the points' own prompts, anew in each resample.",
+    )
+
+
+def difference_sheet(summary: Summary) -> Sheet:
+    """Return the difference between the hypervolumes of each pair of methods."""
+    cells = _bracketed([row.difference for row in summary.differences])
+    return Sheet(
+        f"Difference in hypervolume [{volume_unit(summary)}]",
+        ("methods", "reference", "difference", "relative", "above 0 in"),
+        [
+            (
+                f"{row.method} − {row.other}",
+                row.reference,
+                cell,
+                "–" if row.relative is None else f"{row.relative:+.0%}",
+                f"{row.share_positive:.1%}",
+            )
+            for row, cell in zip(summary.differences, cells, strict=True)
+        ],
+        "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one.",
+    )
+
+
+def policy_sheet(summary: Summary) -> Sheet:
+    """Return what each policy, unmerged, gains over the SFT model on every reward."""
+    columns = [_bracketed([row.rewards[name] for row in summary.policy_gains]) for name in summary.rewards]
+    return Sheet(
+        "Policies against SFT",
+        ("policy", *(with_unit(f"Δ {name}", unit) for name, unit in summary.rewards.items())),
+        [(row.policy, *cells) for row, *cells in zip(summary.policy_gains, *columns, strict=True)],
+        "Mean score of the policy itself minus that of SFT, paired by prompt.",
+    )
+
+
+def rich_table(sheet: Sheet) -> Group:
+    """Return a sheet for the terminal, its title above and its note below; two rewards fit 80 columns."""
+    # Text, not str: "[logit]" is a unit here, and would be taken for rich's markup.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(sheet.headings):
+        table.add_column(Text(heading), justify="left" if index == 0 else "right", overflow="fold")
+    grouped = len({row[0] for row in sheet.rows}) < len(sheet.rows)
+    for _, group in groupby(sheet.rows, key=lambda row: row[0]):
+        rows = list(group)
+        for row in rows:
+            table.add_row(*map(Text, row), end_section=grouped and row is rows[-1])
+    return Group(Text(sheet.title, style="bold"), table, Text(sheet.note + "\n", style="dim"))
+
+
+def markdown(summary: Summary) -> str:
+    """Return all tables as one Markdown text."""
+    parts = [f"# {_escape(summary.title) or 'Front'}", scope_note(summary)]
+    for sheet in sheets(summary):
+        lines = [f"## {sheet.title}", "", _line(sheet.headings)]
+        lines.append(_line([":--", *["--:"] * (len(sheet.headings) - 1)]))
+        lines += [_line(row) for row in sheet.rows]
+        parts.append("\n".join([*lines, "", sheet.note]))
+    return "\n\n".join(parts) + "\n"
+
+
+def points_csv(summary: Summary) -> str:
+    """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
+    measures = [*summary.rewards, "kl", "words"]
+    heading = ["method", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
+    heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")] + ["ended"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heading)
+    for point in summary.points:
+        weights = point.weights or ("",) * len(summary.policies)
+        estimates = [*point.rewards.values(), point.kl, point.words]
+        numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
+        writer.writerow([point.method, point.alpha, point.beta, *weights, *numbers, point.ended])
+    return text.getvalue()
+
+
+def scope_note(summary: Summary) -> str:
+    """Return what the intervals cover, and whether points are still missing."""
+    note = (
+        f"{summary.level:.0%} intervals: percentile bootstrap over {summary.prompts} prompts, "
+        f"{summary.resamples} resamples, seed {summary.seed}. They do not cover another training run."
+    )
+    if summary.missing_points:
+        total = len(summary.points) + summary.missing_points
+        note += f" {summary.missing_points} of {total} points are not evaluated yet."
+    return note
+
+
+def with_unit(name: str, unit: str) -> str:
+    """Return a measure's name with its unit, if it has one."""
+    return f"{name} [{unit}]" if unit else name
+
+
+def weights_text(point: PointSummary) -> str:
+    """Return λ of two policies, the weights of more, or nothing for the SFT model."""
+    return (
+        f"{point.weights[0]:.2f}" if len(point.weights) == 2 else ",".join(f"{w:.2f}" for w in point.weights)
+    )
+
+
+def volume_unit(summary: Summary) -> str:
+    """Return the product of the rewards' units; a reward's own name stands for a unit not declared."""
+    return " × ".join(unit or name for name, unit in summary.rewards.items())
+
+
+def reference_text(summary: Summary, reference: str) -> str:
+    """Return the coordinates of a reference point, in the order of the rewards."""
+    return "(" + ", ".join(f"{value:.3g}" for value in summary.references[reference].values()) + ")"
+
+
+def interval_text(estimate: Estimate) -> str:
+    """Return `value [low, high]` with as many decimals as the interval deserves."""
+    return _bracketed([estimate])[0]
+
+
+def _bracketed(estimates: Sequence[Estimate]) -> list[str]:
+    places = _decimals(estimates)
+    return [
+        f"{_fixed(e.value, places)} [{_fixed(e.low, places)}, {_fixed(e.high, places)}]" for e in estimates
+    ]
+
+
+def _plus_minus(estimates: Sequence[Estimate]) -> list[str]:
+    places = _decimals(estimates)
+    return [f"{_fixed(e.value, places)} ±{(e.high - e.low) / 2:.{places}f}" for e in estimates]
+
+
+def _fixed(value: float, places: int) -> str:
+    """Return a number that never reads −0.00."""
+    return f"{round(value, places) + 0.0:.{places}f}"
+
+
+def _decimals(estimates: Iterable[Estimate]) -> int:
+    """Return the decimals at which the middle half-width of a column's intervals shows two digits."""
+    widths = sorted((e.high - e.low) / 2 for e in estimates if e.high > e.low)
+    if not widths:
+        return 2
+    return min(6, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))
+
+
+def _points_note(summary: Summary) -> str:
+    note = (
+        "± is half the interval's width; all points share their prompts, so differences are surer than that."
+    )
+    if len(summary.policies) == 2:
+        note = f"λ: weight of {summary.policies[0]}, 1 − λ that of {summary.policies[1]}. " + note
+    elif len(summary.policies) > 2:
+        note = f"λ: weights of {', '.join(summary.policies)}. " + note
+    note += " KL: mean of log π(y|x) − log π_SFT(y|x)"
+    settings = {name: summary.generation.get(name, 1.0) for name in ("temperature", "top_p")}
+    if any(value != 1.0 for value in settings.values()):
+        sampled = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        note += f" of responses sampled at {sampled}, where it is not an unbiased estimate of KL(π‖π_SFT)"
+    return note + "."
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
