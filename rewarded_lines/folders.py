@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rewarded_lines.errors import Problem, fail
 
+_LOCK = ".lock"
+
 
 def existing_output(out: Path, overwrite: bool) -> list[Problem]:
     """Return the problem of an output that is already there, if it is one."""
@@ -50,6 +52,25 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_foreign(folder: Path, mark: str) -> None:
+    """Refuse a folder that holds something other than a run of ours, which is known by the file `mark`.
+
+    Raises:
+        UserError: there are entries, but neither `mark` nor the lock that a run takes first.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and not folder.is_dir():
+        raise fail("a file stands where the run folder should be", where=str(folder), remedy="pass another --out")
+    if names and not names & {mark, _LOCK}:
+        raise fail(
+            "the folder holds something else",
+            where=str(folder),
+            expected=f"an empty folder, or one with {mark}",
+            got=", ".join(sorted(names)[:5]),
+            remedy="pass another --out",
+        )
+
+
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the lock goes with the process, however it ends.
@@ -57,7 +78,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

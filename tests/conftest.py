@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_models import make_model, perturb, save_model
+from tiny_models import PROMPTS, make_model, perturb, save_model
 
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
 
-PROMPTS = ["the quick", "a film", "of great beauty and", "dog", "jumps over the lazy dog"]
+
 PROJECT = """\
 title: tiny
 base: sft

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a film of great beauty and of little else"]
+PROMPTS = ["the quick", "a film", "of great beauty and", "dog", "jumps over the lazy dog"]
 
 
 def make_tokenizer():

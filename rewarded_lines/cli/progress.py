@@ -39,3 +39,11 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "steps") -> Ite
             bars.update(task, advance=done, total=total)
 
         yield advance
+
+
+def quiet_libraries() -> None:
+    """Turn off the bars and notices of the libraries below, so that ours is the only voice on the terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rewarded_lines.report.summary import Summary
 
 
 def report(
@@ -25,17 +28,32 @@ def report(
     rewarded-lines report runs/demo/sweep
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
     """
-    from rewarded_lines.report.report import FILES
     from rewarded_lines.report.report import report as make_report
-    from rewarded_lines.report.tables import rich_table, scope_note, sheets
 
     summary = make_report(run)
     if as_json:
         typer.echo(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
-        return
-    console = Console()
+    else:
+        show(run, Console(), summary)
+
+
+def show(run: Path, console: Console, summary: Summary | None = None) -> None:
+    """Print the tables of a run that has its report, and the paths of the report's files.
+
+    Args:
+        run: the run folder.
+        console: where to print.
+        summary: what `report` returned; computed again from the run's records when not given.
+    """
+    from rewarded_lines.evaluation.records import load_run
+    from rewarded_lines.report.report import FILES
+    from rewarded_lines.report.summary import summarise
+    from rewarded_lines.report.tables import rich_table, scope_note, sheets
+
+    summary = summary or summarise(load_run(run))
     for sheet in sheets(summary):
         console.print(rich_table(sheet))
-    console.print(Text(scope_note(summary)))
+    console.print(Text(scope_note(summary) + "\n"))
     for name in FILES:
-        typer.echo(run / "report" / name)
+        # Never folded: a path is for copying.
+        console.print(Text(str(run / "report" / name)), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rewarded_lines.cli.progress import progress_bar
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries
 
 
 def sweep(
@@ -37,6 +37,7 @@ def sweep(
     """
     from rewarded_lines.evaluation.sweep import sweep as run
 
+    quiet_libraries()
     with progress_bar("Sweep", quiet=as_json) as bar:
         done = run(
             config,

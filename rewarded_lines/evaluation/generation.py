@@ -108,6 +108,7 @@ class VllmGenerator:
     def use(self, weights: Weights) -> None:
         """See `Generator.use`. Cached prefixes belong to the old weights, so they are dropped."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
 
     def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
@@ -299,6 +300,17 @@ def _prepare_vllm() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Bring a tied head up to date on a CPU.
+
+    vLLM packs the head's weight into a layout of its own there. A reload packs what it has loaded, and a tied head
+    is not loaded: it would go on with the packed copy of the old embeddings.
+    """
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[str]) -> tuple[Any, int]:

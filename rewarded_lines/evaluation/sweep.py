@@ -32,7 +32,7 @@ from rewarded_lines.evaluation.records import (
     write_point,
 )
 from rewarded_lines.evaluation.rewards import Reward, load_rewards
-from rewarded_lines.folders import folder_lock
+from rewarded_lines.folders import folder_lock, refuse_foreign
 from rewarded_lines.merging.plan import MergePlan, MergeSpec, plan_merge
 from rewarded_lines.merging.preferences import simplex_grid
 
@@ -87,8 +87,7 @@ def sweep(
     project.require("base", "policies", "rewards", "prompts")
     _check_engine(engine)
     folder = Path(out) if out is not None else project.root / "sweep"
-    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).is_file():
-        raise fail("the folder holds something else", where=str(folder), remedy="pass another --out")
+    refuse_foreign(folder, RUN_FILE)
     prompts = load_prompts(project)
     rewards = load_rewards(project, device=device)
     plan = _plan(project, layers)

@@ -1,0 +1,109 @@
+"""Recipes as child processes: started together, watched through their progress files, never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarded_lines.errors import fail
+from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+
+_POLL_SECONDS = 0.2
+_LINES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, the file its output goes to, and the file in which it tells how far it is."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+    progress: Path
+
+
+Tell = Callable[[str, int, int], None]
+
+
+def run_jobs(jobs: Sequence[Job], tell: Tell) -> None:
+    """Run `jobs` at the same time, the cores shared out among them, and wait for all.
+
+    Args:
+        jobs: what to run.
+        tell: called with a job's name, its steps done and all its steps, whenever that changes.
+
+    Raises:
+        UserError: a job failed; the others are stopped, and the message ends with the last lines of its log.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // len(jobs))
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    try:
+        for job in jobs:
+            running[job] = _start(job, threads)
+        while running:
+            time.sleep(_POLL_SECONDS)
+            for job, process in list(running.items()):
+                tell(job.name, *_steps(job.progress))
+                code = process.poll()
+                if code is not None:
+                    del running[job]
+                    _check(job, code)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.progress.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "REWARDED_LINES_PROGRESS": str(job.progress),
+        # The launcher is told by `preexec_fn`; the recipe below it reads the variable.
+        DIE_WITH_PARENT: "1",
+    }
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=_follow_parent,
+        )
+
+
+def _follow_parent() -> None:
+    os.environ[DIE_WITH_PARENT] = "1"
+    die_with_parent()
+
+
+def _steps(progress: Path) -> tuple[int, int]:
+    """Return steps done and steps in all, as the last whole line of a progress file says."""
+    try:
+        lines = progress.read_text(encoding="utf-8").splitlines()
+        last = json.loads(lines[-1])
+        return int(last["step"]), int(last["max_steps"])
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0, 0
+
+
+def _check(job: Job, code: int) -> None:
+    if code == 0:
+        return
+    lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    raise fail(
+        f"the stage failed with exit code {code}",
+        where=job.name,
+        got="\n    ".join(["the last lines of its log:", *lines[-_LINES_SHOWN:]]),
+        remedy=f"the whole log is {job.log}; start the demo again to go on from here",
+    )

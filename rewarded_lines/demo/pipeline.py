@@ -1,0 +1,301 @@
+"""The whole job: data, SFT, reward model, one policy per reward, sweep, report, merge; resumable stage by stage.
+
+Training stages are the recipes themselves, started with `accelerate launch` as a user would. A stage is done when its
+outputs are there and were made from what it would be made from now; `demo.json` keeps that account.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import blake3
+
+from rewarded_lines.config import PROJECT_FILE, load_project, read_yaml, save_project
+from rewarded_lines.demo import reviews
+from rewarded_lines.demo.jobs import Job, Tell, run_jobs
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluation.records import write_json
+from rewarded_lines.folders import folder_lock, refuse_foreign
+
+ALGORITHMS = ("ppo", "dpo")
+STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
+STATE_FILE = "demo.json"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# The folder that the recipes' demo configs name; another one takes its place on the command line.
+_CONFIGURED = "runs/demo"
+
+
+class Observer(Protocol):
+    """Whoever watches the pipeline."""
+
+    def started(self, stage: str) -> None:
+        """A stage begins."""
+
+    def progress(self, part: str, done: int, total: int) -> None:
+        """A part of the stage has done so many of its steps."""
+
+    def finished(self, stage: str, seconds: float, reused: bool) -> None:
+        """A stage ended after so many seconds, or was found finished by an earlier run."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What can be chosen: the algorithm, the training seed, the run folder, and where the recipes' configs lie."""
+
+    out: Path
+    algo: str = "ppo"
+    seed: int = 0
+    engine: str = "vllm"
+    configs: Path = _CHECKOUT / "recipes" / "configs" / "demo"
+    suite: Path = _CHECKOUT / "eval" / "suites" / "movie_reviews.yaml"
+    corpus: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a stage that is finished or not: what it makes, from what, and how.
+
+    `goes_on` says that it knows by itself what is left to do in an output that is there.
+    """
+
+    name: str
+    output: Path
+    made_from: str
+    job: Job | None = None
+    run: Callable[[Tell], None] | None = None
+    goes_on: bool = False
+
+
+def default_out(algo: str, seed: int) -> Path:
+    """Return the run folder for an algorithm and a seed: runs/demo, runs/demo-dpo, runs/demo-seed1 ..."""
+    return Path(_CONFIGURED + ("" if algo == "ppo" else f"-{algo}") + (f"-seed{seed}" if seed else ""))
+
+
+def run_demo(settings: DemoSettings, observer: Observer, until: str = STAGES[-1]) -> dict[str, float]:
+    """Run every stage that is not finished yet, up to `until`.
+
+    Args:
+        settings: what to run, and where.
+        observer: is told of every stage.
+        until: the last stage to run, one of `STAGES`.
+
+    Returns:
+        Seconds of each stage, those of earlier runs included.
+
+    Raises:
+        UserError: the settings do not fit, the folder is not the demo's, or a stage failed.
+    """
+    _check_settings(settings, until)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(settings.out):
+        account = _Account(settings.out / STATE_FILE)
+        seconds: dict[str, float] = {}
+        made_from = ""
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            parts = _parts(stage, settings, made_from)
+            made_from = _digest([part.made_from for part in parts])
+            seconds[stage] = _run_stage(stage, parts, account, observer)
+        return seconds
+
+
+class _Account:
+    """What `demo.json` says: for every finished part what it was made from, and how long it took."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._finished: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._finished = {}
+
+    def seconds(self, part: _Part) -> float | None:
+        """Return how long the part took when it is finished, else None."""
+        entry = self._finished.get(part.name, {})
+        if entry.get("made_from") != part.made_from or not part.output.exists():
+            return None
+        return float(entry["seconds"])
+
+    def finish(self, part: _Part, seconds: float) -> None:
+        self._finished[part.name] = {"made_from": part.made_from, "seconds": round(seconds, 1)}
+        write_json(self._path, self._finished)
+
+
+def _check_settings(settings: DemoSettings, until: str) -> None:
+    for option, value, known in (("--algo", settings.algo, ALGORITHMS), ("--until", until, STAGES)):
+        if value not in known:
+            raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known))
+    if not settings.configs.is_dir():
+        raise fail(
+            "the recipes are not there",
+            where=str(settings.configs),
+            remedy="run the demo from a clone of the repository, as `make demo` does",
+        )
+    refuse_foreign(settings.out, STATE_FILE)
+
+
+def _run_stage(stage: str, parts: list[_Part], account: _Account, observer: Observer) -> float:
+    missing = [part for part in parts if account.seconds(part) is None]
+    observer.started(stage)
+    started = time.perf_counter()
+    for part in missing:
+        # A part that was made from something else, or that a kill left without its entry.
+        if not part.goes_on:
+            _remove(part.output)
+    jobs = {part.job.name: part for part in missing if part.job}
+    if jobs:
+        run_jobs([part.job for part in jobs.values() if part.job], observer.progress)
+    for part in missing:
+        if part.run:
+            part.run(observer.progress)
+        account.finish(part, time.perf_counter() - started)
+    # Parts of one stage run at the same time, so the stage took as long as its longest part.
+    seconds = max(account.seconds(part) or 0.0 for part in parts)
+    observer.finished(stage, seconds, reused=not missing)
+    return seconds
+
+
+def _parts(stage: str, settings: DemoSettings, made_from: str) -> list[_Part]:
+    """Return the parts of a stage, each bound to what it is made from: its own inputs, and the stage before it."""
+    makers: Mapping[str, Callable[[DemoSettings, str], list[_Part]]] = {
+        "data": _data,
+        "sft": lambda s, before: [_recipe("sft", "sft", s.out / "sft", s, before)],
+        "reward": lambda s, before: [_recipe("reward", "reward", s.out / "rewards/positive", s, before)],
+        "policies": _policies,
+        "sweep": _sweep,
+        "report": _report,
+        "merge": _merge,
+    }
+    return makers[stage](settings, made_from)
+
+
+def _data(settings: DemoSettings, before: str) -> list[_Part]:
+    out = settings.out
+
+    def run(tell: Tell) -> None:
+        if settings.corpus is None:
+            reviews.prepare_reviews(out / "data")
+        else:
+            shutil.copytree(settings.corpus, out / "data")
+        _write_project(settings)
+
+    source = settings.corpus or Path(reviews.__file__)
+    inputs = [_text(path) for path in (settings.suite, *settings.suite.parent.glob("*.py"))]
+    listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
+    return [_Part("data", out / "data", _digest([before, settings.algo, inputs, listed]), run=run)]
+
+
+def _write_project(settings: DemoSettings) -> None:
+    """Make the run folder a project of its own: the suite, with base and policies, and its reward functions."""
+    suite = load_project(settings.suite)
+    policies = {name: f"policies/{name}" for name in suite.config.rewards}
+    for spec in suite.config.rewards.values():
+        source = (spec.function or "").rpartition(":")[0]
+        if source.endswith(".py"):
+            shutil.copyfile(settings.suite.parent / source, settings.out / source)
+    config = suite.config.model_copy(update={"base": "sft", "policies": policies})
+    save_project(settings.out / PROJECT_FILE, config)
+
+
+def _policies(settings: DemoSettings, before: str) -> list[_Part]:
+    names = list(load_project(settings.suite).config.rewards)
+    return [
+        _recipe(
+            settings.algo,
+            f"{settings.algo} {name}",
+            settings.out / "policies" / name,
+            settings,
+            before,
+            reward=name,
+        )
+        for name in names
+    ]
+
+
+def _recipe(
+    recipe: str, name: str, output: Path, settings: DemoSettings, before: str, **options: str
+) -> _Part:
+    """Return the part that one recipe makes: `accelerate launch recipes/X.py --config … --output_dir …`."""
+    script = _CHECKOUT / "recipes" / f"{recipe}.py"
+    config = settings.configs / f"{recipe}.yaml"
+    overrides = {**_moved_paths(config, settings.out), "seed": str(settings.seed), "output_dir": str(output)}
+    arguments = [word for key, value in (overrides | options).items() for word in (f"--{key}", value)]
+    # One process: the demo's model is small, and two policies train side by side.
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    plain = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    job = Job(
+        name=name,
+        command=(*launch, *plain, str(script), "--config", str(config), *arguments),
+        log=settings.out / "logs" / f"{name.replace(' ', '-')}.log",
+        progress=settings.out / "logs" / f"{name.replace(' ', '-')}.jsonl",
+    )
+    return _Part(name, output, _digest([before, arguments, _text(script), _text(config)]), job=job)
+
+
+def _moved_paths(config: Path, out: Path) -> dict[str, str]:
+    """Return the paths in a demo config, with the run folder in the place of `runs/demo`."""
+    return {
+        key: str(out) + value.removeprefix(_CONFIGURED)
+        for key, value in read_yaml(config).items()
+        if isinstance(value, str) and (value + "/").startswith(_CONFIGURED + "/")
+    }
+
+
+def _sweep(settings: DemoSettings, before: str) -> list[_Part]:
+    def run(tell: Tell) -> None:
+        from rewarded_lines.evaluation.sweep import sweep
+
+        done = 0
+
+        def count(name: str, more: int, total: int) -> None:
+            nonlocal done
+            done += more
+            tell("points", done, total)
+
+        sweep(settings.out / PROJECT_FILE, out=settings.out / "sweep", engine=settings.engine, progress=count)
+
+    made_from = _digest([before, settings.engine])
+    return [_Part("sweep", settings.out / "sweep" / "points", made_from, run=run, goes_on=True)]
+
+
+def _report(settings: DemoSettings, before: str) -> list[_Part]:
+    def run(tell: Tell) -> None:
+        from rewarded_lines.reporting.report import report
+
+        report(settings.out / "sweep")
+
+    return [_Part("report", settings.out / "sweep" / "report", before, run=run)]
+
+
+def _merge(settings: DemoSettings, before: str) -> list[_Part]:
+    target = settings.out / "merged" / "lam=0.50"
+
+    def run(tell: Tell) -> None:
+        from rewarded_lines.merging.merge import merge
+
+        project = load_project(settings.out / PROJECT_FILE)
+        policies = {name: project.resolve(path) for name, path in project.config.policies.items()}
+        merge(project.resolve("sft"), policies, 0.5, out=target)
+
+    return [_Part("merge", target, before, run=run)]
+
+
+def _digest(content: Any) -> str:
+    return blake3.blake3(json.dumps(content).encode()).hexdigest(length=16)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
