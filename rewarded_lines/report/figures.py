@@ -243,7 +243,7 @@ def _labels(axes: Axes, summary: Summary, plane: tuple[str, str]) -> Iterator[La
             if all(np.hypot(*(anchor - other)) > 10 * _UNIT for other in alike):
                 clearance = (7 if any(point is other for other, _ in named) else 4) * _UNIT
                 yield Label(
-                    f"λ = {point.lam:g}", anchor, clearance, size=7, colour=_mix(colour, "black", 0.35)
+                    f"λ = {point.lam:g}", anchor, clearance, size=7, colour=_mix(colour, "black", 0.45)
                 )
                 alike.append(anchor)
 

@@ -46,11 +46,9 @@ def test_the_spread_is_the_standard_error() -> None:
 
 
 def test_interval_by_hand() -> None:
-    assert interval(np.arange(101.0), level=0.9).tolist() == [5.0, 95.0]
-    assert interval(np.arange(101.0)[:, None] * [1.0, 2.0], level=0.5).tolist() == [
-        [25.0, 50.0],
-        [75.0, 150.0],
-    ]
+    assert interval(np.arange(101.0), level=0.9) == pytest.approx([5.0, 95.0])
+    both = interval(np.arange(101.0)[:, None] * [1.0, 2.0], level=0.5)
+    assert both == pytest.approx(np.array([[25.0, 50.0], [75.0, 150.0]]))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:

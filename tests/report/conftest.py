@@ -1,0 +1,107 @@
+"""Run folders with invented but realistic scores, written as a sweep writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rewarded_lines.evaluation.records import Point, PointSpec, point_path, write_header, write_point
+from rewarded_lines.merging.preferences import simplex_grid
+
+METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
+POLICIES = ("cheerful", "detailed", "kind")
+UNITS = {"positive": "logit", "detailed": "words", "polite": ""}
+
+
+def _mean(spec: PointSpec, bulge: float, gain: float) -> np.ndarray:
+    """Return mean scores that rise with each policy's weight, and bulge in between as real fronts do."""
+    weights = np.array(spec.weights)
+    scale = gain * (1 + 0.25 * spec.beta) * spec.alpha
+    return scale * (weights + bulge * weights * (1 - weights)) - 0.1 * scale * (1 - weights)
+
+
+def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[str, float]) -> Point:
+    """Return a point whose scores are its means plus the prompts' own levels and noise of the sampling."""
+    prompts = len(levels)
+    rng = np.random.default_rng([int(1000 * weight) for weight in spec.weights] + [int(10 * spec.beta)])
+    shape = (prompts, len(names))
+    mean = _mean(spec, options["bulge"], options["gain"]) if spec.weights else np.zeros(2)
+    mean = np.resize(mean, len(names))
+    units = np.array([0.4, 8.0, 1.0])[: len(names)]
+    base = np.array([0.1, 14.0, 0.0])[: len(names)]
+    levels = base + units * options["spread"] * levels[:, : len(names)]
+    scores = levels + units * (2.0 * mean + 0.3 * options["spread"] * rng.normal(size=shape))
+    words = np.clip(12 + 6 * mean[-1] + 3 * rng.normal(size=prompts), 1, 40).astype(int)
+    return Point(
+        spec=spec,
+        prompts=[f"prompt {index}" for index in range(prompts)],
+        responses=[" ".join(["word"] * count) for count in words],
+        seeds=np.arange(prompts),
+        tokens=words + 1,
+        ended=rng.random(prompts) < 0.9,
+        kl=(rng.normal(4.0, 2.0, size=prompts) if spec.weights else np.zeros(prompts)),
+        scores={name: scores[:, index] for index, name in enumerate(names)},
+    )
+
+
+def synthetic_run(
+    folder: Path,
+    *,
+    rewards: int = 2,
+    prompts: int = 256,
+    points: int = 11,
+    policies: int = 2,
+    resamples: int | None = None,
+    methods: dict[str, tuple[float, float]] | None = None,
+    drop: int = 0,
+    **options: float,
+) -> Path:
+    """Write a run and return its folder.
+
+    Args:
+        folder: where.
+        rewards: 1 to 3.
+        prompts: how many.
+        points: λ on each edge of the simplex, for each method.
+        policies: 1 to 3.
+        resamples: declared in `run.json`; not declared when None.
+        methods: name → (alpha, beta).
+        drop: this many last points are declared but not there.
+        options: `spread` of the scores, `bulge` of the fronts, `gain` of the policies over SFT.
+    """
+    methods = METHODS if methods is None else methods
+    options = {"spread": 1.0, "bulge": 0.6, "gain": 1.0} | options
+    names = list(UNITS)[:rewards]
+    specs = [PointSpec("sft", 0.0, 0.0)] + [
+        PointSpec(name, alpha, beta, weights)
+        for name, (alpha, beta) in methods.items()
+        for weights in simplex_grid(policies, points)
+    ]
+    header: dict[str, Any] = {
+        "title": "synthetic",
+        "policies": {name: {"path": name} for name in POLICIES[:policies]},
+        "rewards": {name: {"unit": UNITS[name]} for name in names},
+        "generation": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 48, "seed": 0},
+        "sweep": {} if resamples is None else {"resamples": resamples},
+        "points": [f"{index:016x}" for index in range(len(specs))],
+        "complete": drop == 0,
+    }
+    write_header(folder, header)
+    levels = np.random.default_rng(7).normal(size=(prompts, 3))
+    for index, spec in enumerate(specs[: len(specs) - drop]):
+        write_point(point_path(folder, header["points"][index]), _point(spec, levels, names, options))
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Return `synthetic_run` bound to a new folder."""
+
+    def make(**options: Any) -> Path:
+        return synthetic_run(tmp_path / "run", **options)
+
+    return make

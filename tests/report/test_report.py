@@ -1,0 +1,94 @@
+"""The verb and its command, through a run folder on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rewarded_lines.cli.report import report as command
+from rewarded_lines.errors import UserError
+from rewarded_lines.report.report import FILES, report
+
+pytest.importorskip("matplotlib")
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    made = typer.Typer()
+    made.command()(command)
+    return made
+
+
+def test_every_file_is_written_and_nothing_else(make_run: MakeRun) -> None:
+    run = make_run(points=3, resamples=100)
+    summary = report(run)
+    written = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    assert sorted(written) == sorted(FILES)
+    assert json.loads(written["summary.json"]) == json.loads(json.dumps(summary.as_dict()))
+    assert written["front.png"].startswith(b"\x89PNG")
+    assert written["front.svg"].startswith(b"<?xml")
+    assert written["table.md"].startswith(b"# synthetic")
+    assert written["points.csv"].count(b"\n") == 8
+
+
+def test_a_second_report_writes_the_same_bytes(make_run: MakeRun) -> None:
+    run = make_run(points=3, resamples=100)
+    folder = run / "report"
+    report(str(run))
+    first = {name: (folder / name).read_bytes() for name in FILES}
+    report(str(run))
+    assert {name: (folder / name).read_bytes() for name in FILES} == first
+
+
+def test_without_matplotlib_the_numbers_are_kept(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(points=3, resamples=100)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib"):
+        report(run)
+    assert sorted(path.name for path in (run / "report").iterdir()) == [
+        "points.csv",
+        "summary.json",
+        "table.md",
+    ]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_command_prints_tables_and_paths(make_run: MakeRun, app: typer.Typer) -> None:
+    run = make_run(points=3, resamples=100)
+    result = CliRunner().invoke(app, [str(run)])
+    assert result.exit_code == 0, result.output
+    for expected in ("Points", "Hypervolume [logit × words]", "Policies against SFT", "100 resamples"):
+        assert expected in result.output
+    assert all(str(run / "report" / name) in result.output for name in FILES)
+
+
+def test_json_is_all_that_stands_on_stdout(make_run: MakeRun, app: typer.Typer) -> None:
+    run = make_run(points=3, resamples=100)
+    result = CliRunner().invoke(app, [str(run), "--json"])
+    assert json.loads(result.stdout) == json.loads(
+        (run / "report" / "summary.json").read_text(encoding="utf-8")
+    )
+
+
+def test_help_has_examples(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert "rewarded-lines report runs/demo/sweep" in result.output
+
+
+def test_the_command_loads_nothing_heavy_until_called() -> None:
+    code = "import sys, rewarded_lines.cli.report; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "numpy", "pyarrow", "moocore"} & set(done.stdout.split())

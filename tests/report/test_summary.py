@@ -1,0 +1,175 @@
+"""A run's numbers against values by hand and against what made the scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation.records import Point, PointSpec, Run, load_run
+from rewarded_lines.report.summary import RESAMPLES, Summary, summarise
+
+MakeRun = Callable[..., Path]
+
+
+def point(spec: PointSpec, scores: dict[str, list[float]]) -> Point:
+    count = len(next(iter(scores.values())))
+    return Point(
+        spec=spec,
+        prompts=[f"prompt {index}" for index in range(count)],
+        responses=["one two three"] * count,
+        seeds=np.arange(count),
+        tokens=np.full(count, 4),
+        ended=np.array([True] * (count - 1) + [False]),
+        kl=np.full(count, 0.5 if spec.weights else 0.0),
+        scores={name: np.array(values) for name, values in scores.items()},
+    )
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Run:
+    """Two prompts that differ in level only, so that every resample has the same differences."""
+    levels = np.array([0.0, 1.0])
+
+    def scores(a: float, b: float) -> dict[str, list[float]]:
+        return {"a": list(levels + a), "b": list(levels + b)}
+
+    points = [
+        point(PointSpec("sft", 0.0, 0.0), scores(0, 0)),
+        point(PointSpec("soup", 1.0, 0.0, (0.0, 1.0)), scores(-1, 3)),
+        point(PointSpec("soup", 1.0, 0.0, (0.5, 0.5)), scores(1, 2)),
+        point(PointSpec("soup", 1.0, 0.0, (1.0, 0.0)), scores(2, 1)),
+        point(PointSpec("lines", 1.0, 1.0, (0.5, 0.5)), scores(2, 2)),
+    ]
+    header = {
+        "title": "small",
+        "rewards": {"a": {"unit": "x"}, "b": {}},
+        "policies": {"first": "p", "second": "q"},
+        "points": list("vwxyz"),
+        "sweep": {"resamples": 100},
+    }
+    return Run(tmp_path, header, points)
+
+
+def volumes(summary: Summary) -> dict[tuple[str, str], float]:
+    return {(row.method, row.reference): row.hypervolume.value for row in summary.hypervolumes}
+
+
+def test_hypervolumes_by_hand(small_run: Run) -> None:
+    summary = summarise(small_run)
+    # Over SFT, soup's (1, 2) and (2, 1) make 3 and (−1, 3) adds nothing; over the worst of each axis,
+    # (−1, 0), they make 5 and (−1, 3) again nothing.
+    expected = {("soup", "sft"): 3, ("soup", "worst"): 5, ("lines", "sft"): 4, ("lines", "worst"): 6}
+    assert volumes(summary) == pytest.approx(expected)
+    assert summary.references == {
+        "sft": pytest.approx({"a": 0.5, "b": 0.5}),
+        "worst": pytest.approx({"a": -0.5, "b": 0.5}),
+    }
+
+
+def test_the_reference_is_resampled_with_the_points(small_run: Run) -> None:
+    # The prompts move all means together, SFT's too: with a fixed reference these intervals would be wide.
+    for row in summarise(small_run).hypervolumes:
+        assert (row.hypervolume.low, row.hypervolume.high) == pytest.approx([row.hypervolume.value] * 2)
+
+
+def test_differences_between_methods(small_run: Run) -> None:
+    by_reference = {row.reference: row for row in summarise(small_run).differences}
+    assert list(by_reference) == ["sft", "worst"]
+    row = by_reference["sft"]
+    assert (row.method, row.other, row.share_positive) == ("lines", "soup", 1.0)
+    assert row.difference.value == pytest.approx(1.0)
+    assert row.relative == pytest.approx(1 / 3)
+
+
+def test_policies_are_compared_with_sft_in_pairs(small_run: Run) -> None:
+    gains = {row.policy: row.rewards for row in summarise(small_run).policy_gains}
+    assert list(gains) == ["first", "second"]
+    for policy, expected in {"first": (2, 1), "second": (-1, 3)}.items():
+        for estimate, value in zip(gains[policy].values(), expected, strict=True):
+            assert (estimate.value, estimate.low, estimate.high) == pytest.approx([value] * 3)
+
+
+def test_points_have_means_with_intervals(small_run: Run) -> None:
+    sft, *merged = summarise(small_run).points
+    assert (sft.method, sft.lam, sft.kl.value) == ("sft", None, 0.0)
+    assert sft.rewards["a"].value == pytest.approx(0.5)
+    assert (sft.rewards["a"].low, sft.rewards["a"].high) == pytest.approx((0.0, 1.0))
+    assert [point.lam for point in merged] == [0.0, 0.5, 1.0, 0.5]
+    assert (merged[0].words.value, merged[0].ended, merged[0].kl.value) == pytest.approx((3.0, 0.5, 0.5))
+
+
+def test_no_relative_difference_to_nothing(small_run: Run) -> None:
+    points = [*small_run.points[:2], small_run.points[4]]
+    rows = summarise(replace(small_run, points=points)).differences
+    assert [row.relative for row in rows] == [None, None]
+
+
+def test_synthetic_fronts_come_out_in_order(make_run: MakeRun) -> None:
+    summary = summarise(load_run(make_run(resamples=200)))
+    found = volumes(summary)
+    assert found["lines", "sft"] > found["soup", "sft"] > 0
+    assert all(found[method, "worst"] > found[method, "sft"] for method in ("soup", "lines"))
+    for row in summary.hypervolumes:
+        assert row.hypervolume.low < row.hypervolume.value < row.hypervolume.high
+    assert all(row.difference.low > 0 and row.share_positive > 0.95 for row in summary.differences)
+    gains = {row.policy: row.rewards for row in summary.policy_gains}
+    assert gains["cheerful"]["positive"].low > 0
+    assert gains["detailed"]["detailed"].low > 0
+
+
+@pytest.mark.parametrize("rewards", [1, 3])
+def test_any_number_of_rewards(make_run: MakeRun, rewards: int) -> None:
+    summary = summarise(load_run(make_run(rewards=rewards, points=3, resamples=100)))
+    assert all(row.hypervolume.value > 0 for row in summary.hypervolumes)
+
+
+def test_the_numbers_can_be_json_and_come_out_the_same(make_run: MakeRun) -> None:
+    run = load_run(make_run(points=3, resamples=100))
+    text = json.dumps(summarise(run).as_dict(), allow_nan=False)
+    assert text == json.dumps(summarise(run).as_dict(), allow_nan=False)
+    assert json.loads(text)["seed"] == 0
+    assert json.loads(text)["resamples"] == 100
+    assert summarise(run, seed=1).points != summarise(run).points
+
+
+def test_resamples_have_a_default(make_run: MakeRun) -> None:
+    assert summarise(load_run(make_run(points=2, prompts=8))).resamples == RESAMPLES
+
+
+def test_an_unfinished_run_says_so(make_run: MakeRun) -> None:
+    summary = summarise(load_run(make_run(points=3, resamples=100, drop=2)))
+    assert summary.missing_points == 2
+    assert len(summary.points) == 5
+
+
+def test_without_a_plain_soup_no_point_is_a_policy(make_run: MakeRun) -> None:
+    run = load_run(make_run(points=3, resamples=100, methods={"lines": (1.0, 1.0)}))
+    summary = summarise(run)
+    assert summary.policy_gains == []
+    assert summary.differences == []
+
+
+def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
+    sft, first, second, third, lines = small_run.points
+    broken = [
+        sft,
+        replace(first, prompts=["other", "prompts"]),
+        replace(second, scores={"a": second.scores["a"]}),
+        replace(third, scores=third.scores | {"b": np.array([np.nan, 1.0])}),
+        replace(lines, kl=np.array([np.inf, np.inf])),
+    ]
+    with pytest.raises(UserError) as caught:
+        summarise(replace(small_run, points=broken))
+    assert [problem.what for problem in caught.value.problems] == [
+        "was not asked the same prompts as the SFT model",
+        "has no score for b",
+        "b is not finite for 1 of 2 responses",
+        "KL is not finite for 2 of 2 responses",
+    ]
+    assert all(problem.remedy for problem in caught.value.problems)
