@@ -122,12 +122,13 @@ def summarise(run: Run, seed: int = SEED, level: float = LEVEL) -> Summary:
         UserError: points that were not asked the same prompts, or scores that are not finite.
     """
     points = [run.sft, *(point for method in run.methods().values() for point in method)]
-    _check(points, list(run.rewards))
+    names = list(run.rewards)
+    _check(points, names)
     resamples = int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
-    measures = np.stack([_measures(point, list(run.rewards)) for point in points])
+    measures = np.stack([_measures(point, names) for point in points])
     # Row 0 is the run itself, the rows after it are the resamples.
     means = np.concatenate([measures.mean(axis=1)[None], resample_means(measures, resamples, seed)])
-    scores = means[:, :, : len(run.rewards)]
+    scores = means[:, :, : len(names)]
     references = _references(scores)
     volumes = _volumes(points, scores, references)
     return Summary(
@@ -140,14 +141,8 @@ def summarise(run: Run, seed: int = SEED, level: float = LEVEL) -> Summary:
         seed=seed,
         level=level,
         generation=dict(run.header.get("generation", {})),
-        references={
-            name: dict(zip(run.rewards, reference[0].tolist(), strict=True))
-            for name, reference in references.items()
-        },
-        points=[
-            _point_summary(point, list(run.rewards), means[:, index], level)
-            for index, point in enumerate(points)
-        ],
+        references={k: dict(zip(names, at[0].tolist(), strict=True)) for k, at in references.items()},
+        points=[_point_summary(point, names, means[:, k], level) for k, point in enumerate(points)],
         hypervolumes=_method_hypervolumes(volumes, level),
         differences=_differences(volumes, level),
         policy_gains=_policy_gains(run, resamples, seed, level),
