@@ -18,11 +18,12 @@ def report(
     run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Show a sweep: every point with its interval, hypervolumes, and the figure of the fronts.
+    """Show a sweep: every point with its interval, hypervolumes, a figure.
 
-    Hypervolume is taken above two reference points: SFT's own scores, and the worst score of any point on
-    each axis. Intervals are by bootstrap over prompts. RUN/report gets summary.json, table.md, points.csv,
-    front.png and front.svg. An unfinished sweep is shown as far as it is.
+    Hypervolume is taken above two reference points: SFT's own scores, and
+    the worst score of any point on each axis. Intervals are by bootstrap
+    over prompts. Writes summary.json, table.md, points.csv, front.png and
+    front.svg to RUN/report. An unfinished sweep is shown as far as it is.
 
     \b
     rewarded-lines report runs/demo/sweep
