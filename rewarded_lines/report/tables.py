@@ -68,8 +68,8 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
         ],
         f"Higher is better. at: the reference's coordinates ({', '.join(summary.rewards)}). sft: the SFT "
         "model's mean scores, so that only what beats SFT on every reward counts. worst: the worst mean "
-        "score of any point on each axis. Both come from the points' own prompts, anew in each resample. Noise in "
-        "the means raises hypervolumes, in resamples more, so compare methods by their difference.",
+        "score of any point on each axis. Both come from the points' own prompts, anew in each resample. "
+        "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
     )
 
 
