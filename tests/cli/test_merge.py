@@ -1,0 +1,32 @@
+"""`rewarded-lines merge` through its own door."""
+
+import json
+
+
+def test_a_project_needs_only_lambda(cli, tiny):
+    answer = cli("merge", "--lam", "0.5")
+    assert answer.code == 0 and "merged/lam=0.50" in answer.out
+    assert json.loads((tiny / "merged/lam=0.50/merge.json").read_text())["weights"] == {"first": 0.5, "second": 0.5}
+
+
+def test_json_is_clean_on_stdout(cli, tiny):
+    answer = cli("merge", "--lam", "0.25", "--lam", "0.75", "--beta", "0", "--out", "soups", "--json")
+    assert [row["out"] for row in json.loads(answer.out)] == ["soups/lam=0.25", "soups/lam=0.75"]
+
+
+def test_dry_run(cli, tiny):
+    answer = cli("merge", "--dry-run")
+    assert answer.code == 0 and "nothing written" in answer.out and not (tiny / "merged").exists()
+
+
+def test_named_policies_and_extrapolation(cli, tiny):
+    args = ("--base", "sft", "--policy", "a=first", "--policy", "b=second", "--lam", "1.5,-0.5", "--extrapolate")
+    assert cli("merge", *args, "--out", "out").code == 0
+    assert json.loads((tiny / "out/merge.json").read_text())["weights"] == {"a": 1.5, "b": -0.5}
+
+
+def test_version_and_help(cli):
+    assert cli("--version").out.startswith("rewarded-lines 0.")
+    for command in ("merge", "sweep", "report", "demo"):
+        answer = cli(command, "--help")
+        assert answer.code == 0 and f"rewarded-lines {command}" in answer.out

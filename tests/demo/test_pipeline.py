@@ -1,0 +1,143 @@
+"""The whole pipeline in miniature, through the command line: a corpus of one's own, every recipe, sweep, report, merge."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rewarded_lines.demo.pipeline import default_out
+from rewarded_lines.evaluation.records import load_run
+
+ROOT = Path(__file__).parents[2]
+# What makes each demo config small; everything else in it stays as it is.
+SMALLER = {
+    "sft": {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "max_steps": 3},
+    "reward": {"max_steps": 2},
+    "ppo": {"total_episodes": 16, "per_device_train_batch_size": 8, "response_length": 8, "validation_prompts": 8},
+    "dpo": {"max_steps": 2, "train_prompts": 12, "validation_prompts": 8},
+}
+COMMAND = [sys.executable, "-c", "from rewarded_lines.cli import main; main()", "demo"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """A corpus of nonsense reviews, the demo's configs made small, and the suite with short responses."""
+    folder = tmp_path_factory.mktemp("miniature")
+    words = "good bad film plot long short dull bright actor scene music end start fine".split()
+    draw = random.Random(0)
+    reviews = [" ".join(draw.choices(words, k=draw.randint(6, 14))) for _ in range(48)]
+    rows = [{"prompt": " ".join(r.split()[:3]), "completion": " " + " ".join(r.split()[3:])} for r in reviews]
+    pairs = [{"prompt": "", "chosen": a, "rejected": b} for a, b in zip(reviews[::2], reviews[1::2], strict=True)]
+    (folder / "corpus").mkdir()
+    for split in ("train", "validation", "test"):
+        write_rows(folder / f"corpus/{split}.jsonl", rows)
+        write_rows(folder / f"corpus/pairs-{split}.jsonl", pairs)
+    shutil.copytree(ROOT / "recipes/configs/demo", folder / "configs")
+    for recipe, smaller in SMALLER.items():
+        path = folder / f"configs/{recipe}.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **smaller}))
+    suite = yaml.safe_load((ROOT / "eval/suites/movie_reviews.yaml").read_text())
+    suite["generation"]["max_tokens"] = 8
+    suite["prompts"]["limit"] = 8
+    suite["sweep"]["points"] = 3
+    (folder / "suite").mkdir()
+    (folder / "suite/suite.yaml").write_text(yaml.safe_dump(suite))
+    shutil.copy(ROOT / "eval/suites/movie_rewards.py", folder / "suite")
+    return folder
+
+
+def arguments(miniature, out, *more):
+    own = ("--configs", miniature / "configs", "--corpus", miniature / "corpus")
+    return [*COMMAND, *map(str, own), "--suite", str(miniature / "suite/suite.yaml"), "--out", str(out), *more]
+
+
+def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    out = tmp_path / "run"
+    child = subprocess.Popen(arguments(miniature, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (out / "logs/reward.jsonl").is_file(), child)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert set(json.loads((out / "demo.json").read_text())) == {"data", "sft"}
+    assert not (out / "rewards/positive").exists()
+    kept = (out / "sft/model.safetensors").stat().st_mtime_ns
+    # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
+    wait_for(lambda: not running(str(out)), None)
+
+    done = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done by an earlier run" in done.stdout and "pipeline" in done.stdout
+    assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
+    run = load_run(out / "sweep")
+    assert len(run.points) == 7 and run.header["complete"] and run.header["engine"] == "vllm"
+    assert list(run.rewards) == ["positive", "detailed"]
+    assert (out / "sweep/report/front.png").stat().st_size > 10_000
+    assert json.loads((out / "merged/lam=0.50/merge.json").read_text())["weights"] == {
+        "positive": 0.5,
+        "detailed": 0.5,
+    }
+    for name in ("positive", "detailed"):
+        training = json.loads((out / f"policies/{name}/training.json").read_text())
+        assert training["reward"] == name and len(training["base_hash"]) == 64
+
+    started = time.monotonic()
+    again = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("done by an earlier run") == 7
+    assert time.monotonic() - started < 60
+
+
+def test_a_failing_stage_shows_its_log_and_leaves_nothing(miniature, tmp_path):
+    configs = tmp_path / "configs"
+    shutil.copytree(miniature / "configs", configs)
+    text = (configs / "sft.yaml").read_text().replace("vocab_size", "vocab_sise")
+    (configs / "sft.yaml").write_text(text)
+    out = tmp_path / "run"
+    command = [*arguments(miniature, out), "--configs", str(configs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "did you mean `vocab_size`?" in done.stderr and "sft.log" in done.stderr
+    assert not (out / "sft").exists()
+
+
+def test_two_at_once_are_kept_apart(miniature, tmp_path, cli):
+    from rewarded_lines.folders import folder_lock
+
+    out = tmp_path / "run"
+    out.mkdir()
+    with folder_lock(out):
+        answer = cli(*arguments(miniature, out)[3:])
+    assert answer.code == 1 and "another process is at work" in answer.err
+
+
+def test_run_folders_by_algorithm_and_seed():
+    assert [str(default_out(*key)) for key in (("ppo", 0), ("ppo", 2), ("dpo", 0), ("dpo", 1))] == [
+        "runs/demo",
+        "runs/demo-seed2",
+        "runs/demo-dpo",
+        "runs/demo-dpo-seed1",
+    ]
+
+
+def running(text):
+    """Return the processes whose command line names `text`."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return [line for line in lines if text.encode() in line]
+
+
+def wait_for(condition, child, seconds=150):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert child is None or child.poll() is None, child.stdout.read()
+        time.sleep(0.05)
