@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
     "sweep": "rewarded_lines.evaluation.sweep",
-    "report": "rewarded_lines.report.report",
+    "report": "rewarded_lines.reporting.report",
 }
 
 __all__ = ["__version__", "merge", "report", "sweep"]

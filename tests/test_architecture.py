@@ -52,3 +52,13 @@ def test_heavy_libraries_wait_until_they_are_needed(tiny):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+def test_the_verbs_are_functions_even_once_their_wings_are_loaded():
+    script = (
+        "import rewarded_lines.reporting.report, rewarded_lines.merging.merge, rewarded_lines.evaluation.sweep\n"
+        "from rewarded_lines import merge, report, sweep\n"
+        "print([callable(verb) for verb in (merge, report, sweep)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[True, True, True]"

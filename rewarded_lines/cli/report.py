@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rewarded_lines.report.summary import Summary
+    from rewarded_lines.reporting.summary import Summary
 
 
 def report(
@@ -29,7 +29,7 @@ def report(
     rewarded-lines report runs/demo/sweep
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
     """
-    from rewarded_lines.report.report import report as make_report
+    from rewarded_lines.reporting.report import report as make_report
 
     summary = make_report(run)
     if as_json:
@@ -47,9 +47,9 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
         summary: what `report` returned; computed again from the run's records when not given.
     """
     from rewarded_lines.evaluation.records import load_run
-    from rewarded_lines.report.report import FILES
-    from rewarded_lines.report.summary import summarise
-    from rewarded_lines.report.tables import rich_table, scope_note, sheets
+    from rewarded_lines.reporting.report import FILES
+    from rewarded_lines.reporting.summary import summarise
+    from rewarded_lines.reporting.tables import rich_table, scope_note, sheets
 
     summary = summary or summarise(load_run(run))
     for sheet in sheets(summary):

@@ -12,7 +12,7 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.records import Point, PointSpec, Run, load_run
-from rewarded_lines.report.summary import RESAMPLES, Summary, summarise
+from rewarded_lines.reporting.summary import RESAMPLES, Summary, summarise
 
 MakeRun = Callable[..., Path]
 

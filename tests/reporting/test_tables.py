@@ -13,8 +13,8 @@ from rich.console import Console
 
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.report.summary import Summary, summarise
-from rewarded_lines.report.tables import interval_text, markdown, points_csv, rich_table, scope_note, sheets
+from rewarded_lines.reporting.summary import Summary, summarise
+from rewarded_lines.reporting.tables import interval_text, markdown, points_csv, rich_table, scope_note, sheets
 
 MakeRun = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rewarded_lines.cli.report import report as command
 from rewarded_lines.errors import UserError
-from rewarded_lines.report.report import FILES, report
+from rewarded_lines.reporting.report import FILES, report
 
 pytest.importorskip("matplotlib")
 MakeRun = Callable[..., Path]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.report.summary import PointSummary, Summary
+from rewarded_lines.reporting.summary import PointSummary, Summary
 
 
 @dataclass(frozen=True)
