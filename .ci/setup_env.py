@@ -28,7 +28,7 @@ EXTRAS = {
     "none": "train,report,dev",
 }
 NEED_GB = {"cpu": 6, "gpu": 15, "none": 8}  # without vLLM, PyPI's torch on Linux is still the CUDA one
-ABOUT = {"cpu": "3 minutes", "gpu": "10 minutes", "none": "5 minutes"}
+ABOUT = {"cpu": "4 minutes", "gpu": "10 minutes", "none": "5 minutes"}
 INPUTS = ("pyproject.toml", "constraints.txt", os.path.join(".ci", "setup_env.py"))
 STAMP, LOG = "rewarded-lines-setup.json", "setup.log"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -203,13 +203,25 @@ def locked(root):
     """Hold the set-up's lock and yield its descriptor; wait for another set-up, saying so."""
     import fcntl
 
-    with open(os.path.join(root, ".venv.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("Another set-up is running here; waiting for it to finish ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    path = os.path.join(root, ".venv.lock")
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                say("Another set-up is running here; waiting for it to finish ...")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if same_file(path, file):  # ``clean`` may have removed the file while it was waited for
+                yield file.fileno()
+                return
+
+
+def same_file(path, file):
+    """Tell whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 # ---- running pip ---------------------------------------------------------------------------------
@@ -377,6 +389,8 @@ def install_packages(runner, root, stamp):
     wanted = ["-c", os.path.join(root, "constraints.txt"), "-e", target]
     extra = ["--extra-index-url", index] if index else []
     title = "Installing packages, %s build (about %s; log: .venv/%s) ..." % (build, ABOUT[build], LOG)
+    if os.path.exists(os.path.join(runner.venv, "bin", "rewarded-lines")):
+        title = "Bringing the packages up to date (log: .venv/%s) ..." % LOG
     code, output = runner.pip(extra + wanted, title)
     if code and build == "cpu" and not index and lacks_cpu_torch(output):
         index = TORCH_CPU_INDEX
@@ -485,7 +499,7 @@ def clean(root):
             raise SetupError("%s was not made by make setup; it is left alone." % venv)
         if os.path.isdir(venv):
             remove_venv(venv)
-    os.remove(os.path.join(root, ".venv.lock"))
+        os.remove(os.path.join(root, ".venv.lock"))
 
 
 def current(root, args):
