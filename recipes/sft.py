@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import COMPLETIONS, read_corpus
+from rewarded_lines.training.optimizer import MuonAdamW
 from rewarded_lines.training.output import check_output, training_output
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
@@ -49,10 +50,12 @@ def main(argv: Sequence[str]) -> None:
     if recipe.model:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype="auto")
+        optimizer = None
     else:
         texts = [prompt + completion for prompt, completion in zip(corpus["prompt"], corpus["completion"])]
         tokenizer = train_tokenizer(texts, scratch)
         model = make_llama(tokenizer, scratch)
+        optimizer = MuonAdamW(model, training.learning_rate, training.weight_decay)
     print(f"SFT of {recipe.model or 'a Llama from scratch'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
     with training_output(training, "sft", recipe.overwrite) as output:
@@ -62,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
             train_dataset=corpus,
             eval_dataset=validation,
             processing_class=tokenizer,
+            optimizers=(optimizer, None),
             callbacks=[MetricsCallback(output.folder)],
         )
         metrics = trainer.train().metrics

@@ -47,7 +47,12 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
         raise UserError(problems)
     parser.set_defaults(**{key: None for key, value in content.items() if value is None})
     arguments = [word for key, value in content.items() for word in _as_words(key, value)]
-    return tuple(parser.parse_args_into_dataclasses(arguments + overrides, look_for_args_file=False))
+    *instances, rest = parser.parse_args_into_dataclasses(
+        arguments + overrides, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise fail("values that belong to no key", where="arguments of the recipe", got=" ".join(rest))
+    return tuple(instances)
 
 
 def run_recipe(main: Callable[[Sequence[str]], None]) -> None:

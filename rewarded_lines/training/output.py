@@ -24,14 +24,16 @@ _PACKAGES = ("rewarded-lines", "torch", "transformers", "trl", "accelerate", "da
 class TrainingOutput:
     """A run of a recipe while it lasts: where it may write, and what it will record."""
 
-    def __init__(self, folder: Path, recipe: str) -> None:
+    def __init__(self, folder: Path, final: Path, recipe: str) -> None:
         """Start the clock.
 
         Args:
-            folder: where to write for now; it takes its final name when the run ends well.
+            folder: where to write for now.
+            final: the name that the folder takes when the run ends well.
             recipe: the recipe's name.
         """
         self.folder = folder
+        self._final = final
         self._recipe = recipe
         self._started = time.monotonic()
 
@@ -50,6 +52,8 @@ class TrainingOutput:
             base: the model that training started from, if any; its weights are hashed when it is a folder.
             **facts: anything else that tells how the model came about, such as the reward's name.
         """
+        # The trainer's own record is a pickle, which nobody should have to trust; this one is text.
+        (self.folder / "training_args.bin").unlink(missing_ok=True)
         local = base is not None and Path(base).is_dir()
         content = {
             "recipe": self._recipe,
@@ -59,9 +63,15 @@ class TrainingOutput:
             "metrics": dict(metrics),
             "seconds": round(time.monotonic() - self._started, 1),
             "versions": {name: _version(name) for name in _PACKAGES},
-            "config": {name: _as_dict(config) for name, config in configs.items()},
+            "config": {name: self._as_dict(config) for name, config in configs.items()},
         }
         write_json(self.folder / TRAINING_FILE, content)
+
+    def _as_dict(self, config: Any) -> dict[str, Any]:
+        content = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+        if "output_dir" in content:
+            content["output_dir"] = str(self._final)
+        return {key: value for key, value in content.items() if not key.startswith("_")}
 
 
 @contextmanager
@@ -82,7 +92,7 @@ def training_output(training: Any, recipe: str, overwrite: bool) -> Iterator[Tra
     with _folder(final, overwrite) as folder:
         training.output_dir = str(folder)
         try:
-            yield TrainingOutput(folder, recipe)
+            yield TrainingOutput(folder, final, recipe)
         finally:
             training.output_dir = str(final)
 
@@ -112,11 +122,6 @@ def _folder(final: Path, overwrite: bool) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    content = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
-    return {key: value for key, value in content.items() if not key.startswith("_")}
 
 
 def _version(package: str) -> str | None:
