@@ -39,7 +39,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 class PPORecipe:
     """What this recipe adds to TRL's `PPOConfig`."""
 
-    project: str = field(metadata={"help": "the project file that names the base and declares the reward"})
+    project_file: str = field(metadata={"help": "the project file that names the base and declares the reward"})
     reward: str = field(metadata={"help": "name of the reward to train for"})
     train_file: str = field(metadata={"help": "JSONL with the prompts to train on"})
     validation_file: str = field(metadata={"help": "JSONL with the prompts to measure on, before and after"})
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     config_class, trainer_class = import_ppo()
     recipe, training = parse_recipe((PPORecipe, config_class), argv)
     check_output(training.output_dir, recipe.overwrite)
-    project = load_project(recipe.project)
+    project = load_project(recipe.project_file)
     project.require("base", "rewards")
     base = project.resolve(project.config.base)
     reward = load_rewards(project, [recipe.reward])[recipe.reward]
