@@ -4,19 +4,17 @@
     accelerate launch recipes/ppo.py --config recipes/configs/demo/ppo.yaml --reward detailed \\
         --output_dir runs/demo/policies/detailed
 
-The reward is one that the project file declares, a classifier or a function, the same that the sweep will score by.
-It is standardized on the SFT model's responses, so one set of hyperparameters serves rewards of any unit. TRL 1.12 is
-the last release with PPO; `recipes/dpo.py` trains a policy without it.
+The reward is one that the project file declares, a classifier or a function, the same that the sweep will
+score by. It is standardized on the SFT model's responses, so one set of hyperparameters serves rewards of any
+unit. TRL 1.12 is the last release with PPO; `recipes/dpo.py` trains a policy without it.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -24,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rewarded_lines.config import load_project
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.rewards import Reward, load_rewards
+from rewarded_lines.evaluation.rewards import load_rewards
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import read_corpus
 from rewarded_lines.training.output import check_output, training_output
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.reward_module import RewardModule, StandardizedReward, pad_prompts
-from rewarded_lines.training.sampling import sample_responses
+from rewarded_lines.training.sampling import paired_gain, sample_responses, summary
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -39,7 +37,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 class PPORecipe:
     """What this recipe adds to TRL's `PPOConfig`."""
 
-    project_file: str = field(metadata={"help": "the project file that names the base and declares the reward"})
+    project_file: str = field(
+        metadata={"help": "the project file that names the base and declares the reward"}
+    )
     reward: str = field(metadata={"help": "name of the reward to train for"})
     train_file: str = field(metadata={"help": "JSONL with the prompts to train on"})
     validation_file: str = field(metadata={"help": "JSONL with the prompts to measure on, before and after"})
@@ -102,10 +102,13 @@ def main(argv: Sequence[str]) -> None:
             trainer.accelerator.unwrap_model(trainer.model).policy.save_pretrained(output.folder)
             tokenizer.save_pretrained(output.folder)
             after = measure()
-            print(f"`{recipe.reward}` on {len(validation)} validation prompts: {summary(before)} -> {summary(after)}")
+            print(
+                f"`{recipe.reward}` on {len(validation)} validation prompts:",
+                f"{summary(before)} -> {summary(after)}",
+            )
             output.record(
                 {"recipe": recipe, "training": training},
-                {"before": statistics.fmean(before), "after": statistics.fmean(after), **gain(before, after)},
+                paired_gain(before, after),
                 base=base,
                 reward=recipe.reward,
                 standardized={"mean": standardized.mean, "deviation": standardized.deviation},
@@ -139,19 +142,6 @@ def check_padding(tokenizer: Any, base: str) -> None:
             got=f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}",
             remedy="give the SFT model's tokenizer one, an unused entry of the vocabulary for example",
         )
-
-
-def summary(scores: Sequence[float]) -> str:
-    """Return mean and standard error as text."""
-    return f"{statistics.fmean(scores):.2f} (s.e. {statistics.stdev(scores) / len(scores) ** 0.5:.2f})"
-
-
-def gain(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Return the mean gain over the same prompts and its 95% interval (normal approximation)."""
-    differences = [new - old for old, new in zip(before, after)]
-    mean = statistics.fmean(differences)
-    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
-    return {"gain": mean, "gain_interval": [mean - half, mean + half]}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml --learning_rate 1e-4
 
-A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher logit
-than the rejected one (Bradley-Terry). Its accuracy is measured on pairs it was not trained on.
+A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
+logit than the rejected one (Bradley-Terry). Its accuracy is measured on pairs it was not trained on.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def main(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             metrics |= accuracy(output.folder, held_out)
             low, high = metrics["accuracy_interval"]
-            print(f"accuracy on {len(held_out)} held-out pairs: {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}]")
-            output.record({"recipe": recipe, "training": training}, metrics, base=recipe.model, seed=training.seed)
+            print(
+                f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} held-out pairs ranked right"
+            )
+            configs = {"recipe": recipe, "training": training}
+            output.record(configs, metrics, base=recipe.model, seed=training.seed)
 
 
 def tokenize(pairs: Dataset, tokenizer: AutoTokenizer) -> Dataset:
@@ -74,23 +77,22 @@ def tokenize(pairs: Dataset, tokenizer: AutoTokenizer) -> Dataset:
 
     TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
     """
-    return Dataset.from_dict(
-        {
-            f"{side}_ids": tokenizer([prompt + text for prompt, text in zip(pairs["prompt"], pairs[side])])["input_ids"]
-            for side in ("chosen", "rejected")
-        }
-    )
+    columns = {}
+    for side in ("chosen", "rejected"):
+        texts = [prompt + text for prompt, text in zip(pairs["prompt"], pairs[side], strict=True)]
+        columns[f"{side}_ids"] = tokenizer(texts)["input_ids"]
+    return Dataset.from_dict(columns)
 
 
 def accuracy(folder: Path, pairs: Dataset) -> dict[str, object]:
-    """Return the share of pairs ranked rightly by the saved model, with its 95% Wilson interval, and the spread.
+    """Return the share of pairs that the saved model ranks rightly, its 95% Wilson interval, and both means.
 
     The model is loaded and used as recipes and evaluator will use it.
     """
     reward = load_reward("reward", RewardSpec(model=str(folder.resolve())))
     chosen = reward.score(pairs["prompt"], pairs["chosen"])
     rejected = reward.score(pairs["prompt"], pairs["rejected"])
-    right = sum(good > bad for good, bad in zip(chosen, rejected))
+    right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True))
     return {
         "accuracy": right / len(pairs),
         "accuracy_interval": wilson(right, len(pairs)),

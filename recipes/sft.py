@@ -3,8 +3,8 @@
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml --seed 1 --output_dir runs/sft-1
 
-With `model` (a folder or a Hub id) that model is fine-tuned on prompts and completions; without it a tokenizer and
-a small Llama are made from nothing on the corpus.
+With `model` (a folder or a Hub id) that model is fine-tuned on prompts and completions; without it a
+tokenizer and a small Llama are made from nothing on the corpus.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def main(argv: Sequence[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype="auto")
         optimizer = None
     else:
-        texts = [prompt + completion for prompt, completion in zip(corpus["prompt"], corpus["completion"])]
+        texts = [row["prompt"] + row["completion"] for row in corpus]
         tokenizer = train_tokenizer(texts, scratch)
         model = make_llama(tokenizer, scratch)
         optimizer = MuonAdamW(model, training.learning_rate, training.weight_decay)
-    print(f"SFT of {recipe.model or 'a Llama from scratch'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
+    print(
+        f"SFT of {recipe.model or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts"
+    )
 
     with training_output(training, "sft", recipe.overwrite) as output:
         trainer = SFTTrainer(
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         if validation is not None:
             metrics |= trainer.evaluate()
             metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
-            print(f"validation loss {metrics['eval_loss']:.3f}, perplexity {metrics['validation_perplexity']:.1f}")
+            print(f"validation perplexity {metrics['validation_perplexity']:.1f}")
         trainer.save_model()
         if trainer.is_world_process_zero():
             configs = {"recipe": recipe, "scratch": scratch, "training": training}

@@ -72,7 +72,11 @@ def test_the_corpus(tmp_path):
     assert json.loads((folder / "corpus.json").read_text()) == summary
     assert {name: file_hash(folder / name) for name in summary["blake3"]} == summary["blake3"]
     rows = {split: read(folder / f"{split}.jsonl") for split in reviews.SPLITS}
-    assert {split: len(found) for split, found in rows.items()} == {"train": 9392, "validation": 1388, "test": 1152}
+    assert {split: len(found) for split, found in rows.items()} == {
+        "train": 9392,
+        "validation": 1388,
+        "test": 1152,
+    }
     movies = {split: {row["movie"] for row in found} for split, found in rows.items()}
     assert not movies["train"] & movies["test"] and not movies["train"] & movies["validation"]
     assert not movies["validation"] & movies["test"]

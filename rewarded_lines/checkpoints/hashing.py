@@ -17,8 +17,8 @@ def file_hash(path: Path) -> str:
 def weights_hash(folder: Path) -> str:
     """Return one BLAKE3 hash for the weights of a model folder, whatever else lies beside them.
 
-    Each `*.safetensors` file, sorted by name, adds the line `name:hash` to it. Policies keep the hash of the model
-    they were trained from, so a merge can refuse those that do not share one SFT model.
+    Each `*.safetensors` file, sorted by name, adds the line `name:hash` to it. Policies keep the hash of the
+    model they were trained from, so a merge can refuse those that do not share one SFT model.
 
     Raises:
         UserError: the folder holds no safetensors file.

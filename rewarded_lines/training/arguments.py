@@ -1,7 +1,7 @@
 """How a recipe is told what to do: `--config FILE.yaml`, then overrides on the command line, both strict.
 
-The keys are the fields of the recipe's dataclasses: its own and the trainer's configuration. A key that none of
-them has is refused with the nearest one that exists, wherever it was written.
+The keys are the fields of the recipe's dataclasses: its own and the trainer's configuration. A key that none
+of them has is refused with the nearest one that exists, wherever it was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
     """Return one instance of each dataclass, filled from `--config` and then from the command line.
 
     Args:
-        dataclass_types: the recipe's own dataclasses and the trainer's configuration; their fields must differ.
+        dataclass_types: the recipe's own dataclasses and the trainer's configuration; their fields must
+            differ.
         argv: the arguments, without the program's name.
 
     Raises:

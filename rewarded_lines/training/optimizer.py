@@ -12,8 +12,8 @@ from torch import nn
 class MuonAdamW(torch.optim.Optimizer):
     """PyTorch's Muon and AdamW as one optimizer, which is what a Trainer takes.
 
-    Muon (Jordan et al., 2024) orthogonalizes the update of a matrix. A small Llama learns from scratch with about
-    half the tokens that AdamW needs; fine-tuning an existing model has no use for it.
+    Muon (Jordan et al., 2024) orthogonalizes the update of a matrix. A small Llama learns from scratch with
+    about half the tokens that AdamW needs; fine-tuning an existing model has no use for it.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:

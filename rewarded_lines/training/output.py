@@ -78,7 +78,8 @@ class TrainingOutput:
 def training_output(training: Any, recipe: str, overwrite: bool) -> Iterator[TrainingOutput]:
     """Train into a temporary folder that takes the name `training.output_dir` when the block ends well.
 
-    Meanwhile `training.output_dir` is that temporary folder. With several processes the first one owns the output.
+    Meanwhile `training.output_dir` is that temporary folder. With several processes the first one owns the
+    output.
 
     Args:
         training: the trainer's configuration (a `TrainingArguments`).

@@ -17,8 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsCallback(TrainerCallback):
     """Appends `{"step", "max_steps", "seconds", **logs}` to the output folder's metrics.jsonl.
 
-    The output folder has its final name only at the end, so whoever watches names a second file in the environment
-    variable REWARDED_LINES_PROGRESS; it gets the same lines.
+    The output folder has its final name only at the end, so whoever watches names a second file in the
+    environment variable REWARDED_LINES_PROGRESS; it gets the same lines.
     """
 
     def __init__(self, folder: Path) -> None:

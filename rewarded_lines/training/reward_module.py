@@ -1,8 +1,8 @@
 """Any `Reward` as the `nn.Module` that TRL's PPOTrainer wants for a reward model.
 
 TRL calls `getattr(model, model.base_model_prefix)(input_ids=..., attention_mask=...)` and then
-`model.score(hidden states)`. Here the backbone decodes the ids, asks the reward, and hands each row's score back as
-its hidden state at every position; `score` passes it on.
+`model.score(hidden states)`. Here the backbone decodes the ids, asks the reward, and hands each row's score
+back as its hidden state at every position; `score` passes it on.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rewarded_lines.evaluation.rewards import Reward
 class RewardModule(nn.Module):
     """A reward, seen by PPOTrainer as a classifier of token ids.
 
-    Every row is a prompt padded on the left to `context_length` tokens, then the response, padded on the right. TRL
-    takes the width of its batch for the length of the context, so where the response starts is known here only if
-    that width is the same in every batch: see `pad_prompts`, which makes it so.
+    Every row is a prompt padded on the left to `context_length` tokens, then the response, padded on the
+    right. TRL takes the width of its batch for the length of the context, so where the response starts is
+    known here only if that width is the same in every batch: see `pad_prompts`, which makes it so.
     """
 
     base_model_prefix = "backbone"
@@ -65,8 +65,9 @@ class _Backbone(nn.Module):
 def split_text(ids: list[int], prompt_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return the texts of prompt and response, special tokens left out by the tokenizer.
 
-    The response is what the whole text has after the prompt: decoded by itself it would lose the space it starts
-    with under a SentencePiece tokenizer. Where a character straddles the border, it is decoded by itself after all.
+    The response is what the whole text has after the prompt: decoded by itself it would lose the space it
+    starts with under a SentencePiece tokenizer. Where a character straddles the border, it is decoded by
+    itself after all.
     """
     prompt = decode(ids[:prompt_tokens], tokenizer)
     whole = decode(ids, tokenizer)
@@ -95,8 +96,9 @@ def pad_prompts(
 class StandardizedReward:
     """A reward in units of its own spread on the SFT model: (score − mean) / standard deviation.
 
-    PPO's step size, KL coefficient and value loss then mean the same for every reward, whatever its unit (Ziegler
-    et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.1.1). Records keep the reward's own unit.
+    PPO's step size, KL coefficient and value loss then mean the same for every reward, whatever its unit
+    (Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.1.1). Records keep
+    the reward's own unit.
     """
 
     def __init__(self, reward: Reward, scores: Sequence[float]) -> None:

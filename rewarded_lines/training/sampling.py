@@ -1,7 +1,8 @@
-"""Responses sampled with Hugging Face's generate: to measure a policy in training, and to make preference pairs."""
+"""Responses sampled with Hugging Face's generate: for preference pairs, and to measure a policy."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ def sample_responses(
         prompts: repeat a prompt to get several responses to it.
         max_tokens: longest response.
         temperature: above 0.
-        seed: the same seed, prompts and batch size give the same responses; the global generator is left alone.
+        seed: the same seed, prompts and batch size give the same responses; the global generator is left
+            alone.
         batch_size: prompts at a time.
     """
     config = GenerationConfig(
@@ -47,7 +49,10 @@ def sample_responses(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = tokenizer(
-                list(prompts[start : start + batch_size]), padding=True, padding_side="left", return_tensors="pt"
+                list(prompts[start : start + batch_size]),
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
             ).to(model.device)
             ids = model.generate(**batch, generation_config=config)
             padding = (1 - batch["attention_mask"]).sum(1).tolist()
@@ -58,3 +63,21 @@ def sample_responses(
             ]
     model.train(training)
     return responses
+
+
+def summary(scores: Sequence[float]) -> str:
+    """Return mean and standard error as text."""
+    return f"{statistics.fmean(scores):.2f} (s.e. {statistics.stdev(scores) / len(scores) ** 0.5:.2f})"
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float | list[float]]:
+    """Return both means, the mean gain over the same prompts, and its 95% interval (normal approximation)."""
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    mean = statistics.fmean(differences)
+    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
+    return {
+        "before": statistics.fmean(before),
+        "after": statistics.fmean(after),
+        "gain": mean,
+        "gain_interval": [mean - half, mean + half],
+    }

@@ -23,7 +23,10 @@ def test_declared_columns_are_kept(tmp_path):
         ("", "the corpus is empty"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{oops\n', "line 2: not JSON"),
         ("[1]\n", "line 1: not a JSON object"),
-        ('{"prompt": "a", "completion": "b"}\n', "no text in column `chosen`(.|\n)*columns prompt, completion"),
+        (
+            '{"prompt": "a", "completion": "b"}\n',
+            "no text in column `chosen`(.|\n)*columns prompt, completion",
+        ),
         ('{"prompt": "a", "chosen": 1, "rejected": "c"}\n', "no text in column `chosen`"),
     ],
 )

@@ -45,7 +45,10 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "old").write_text("")
     training = Training(str(tmp_path / "policy"))
-    with pytest.raises(UserError, match="--overwrite true"), training_output(training, "sft", overwrite=False):
+    with (
+        pytest.raises(UserError, match="--overwrite true"),
+        training_output(training, "sft", overwrite=False),
+    ):
         pass
     with training_output(training, "sft", overwrite=True) as output:
         (output.folder / "new").write_text("")
@@ -53,7 +56,10 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
 
 
 def test_an_output_must_be_named():
-    with pytest.raises(UserError, match="--output_dir"), training_output(Training(None), "sft", overwrite=False):
+    with (
+        pytest.raises(UserError, match="--output_dir"),
+        training_output(Training(None), "sft", overwrite=False),
+    ):
         pass
 
 
