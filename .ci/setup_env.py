@@ -95,8 +95,7 @@ def python_to_use(version):
     if other is None:
         raise SetupError(
             "This is Python %s; Python %s is needed and none is on PATH.\n"
-            "Install one, or name one you have: make demo PYTHON=/path/to/python3.11"
-            % (version_text(version), wanted)
+            "Install one, or name one you have: make demo PYTHON=/path/to/python3.11" % (version_text(version), wanted)
         )
     say("Python %s is not supported (needed: %s); using %s instead." % (version_text(version), wanted, other))
     return other
@@ -246,9 +245,7 @@ class Runner:
             before = log.tell()
             # The child holds the lock too: if this process is killed outright, a second set-up still waits
             # for pip to end instead of pulling the folder from under it.
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(self.lock,)
-            )
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(self.lock,))
             try:
                 self._wait(child, bool(title) and sys.stdout.isatty())
             finally:
@@ -356,9 +353,7 @@ def create_venv(runner, stamp):
     """Make an empty environment, replacing what a set-up that did not finish left behind."""
     venv = runner.venv
     if os.path.isdir(venv) and os.listdir(venv) and not read_stamp(venv):
-        raise SetupError(
-            "%s exists and was not made by make setup.\nMove it away or remove it, then run again." % venv
-        )
+        raise SetupError("%s exists and was not made by make setup.\nMove it away or remove it, then run again." % venv)
     if os.path.isdir(venv):
         say("Removing the old or half-finished .venv ...")
         remove_venv(venv)
@@ -366,9 +361,7 @@ def create_venv(runner, stamp):
     write_stamp(venv, stamp)
     code, output = runner.run([sys.executable, "-m", "venv", venv], "Creating .venv ...")
     if code:
-        raise SetupError(
-            "Creating .venv failed: %s\nThe full log: %s" % (output.strip()[-300:] or code, runner.log)
-        )
+        raise SetupError("Creating .venv failed: %s\nThe full log: %s" % (output.strip()[-300:] or code, runner.log))
 
 
 def remove_venv(venv):

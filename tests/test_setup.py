@@ -116,9 +116,7 @@ def test_a_supported_python_on_path_is_used_and_said(
     assert "Python 3.9 is not supported" in capsys.readouterr().out
 
 
-def test_a_stub_on_path_that_only_fails_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stub_on_path_that_only_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "python3.11", "echo 'command not found' >&2; exit 127")
     fake_tool(tmp_path, "python3.12", "echo 3 9")
     fake_tool(tmp_path, "python3.13", "echo 3 13")
@@ -167,9 +165,7 @@ def test_a_python_without_ensurepip_names_the_package(monkeypatch: pytest.Monkey
         ("echo 'NVIDIA-SMI has failed' ; exit 9", "cpu"),
     ],
 )
-def test_the_build_follows_nvidia_smi(
-    body: str, build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_build_follows_nvidia_smi(body: str, build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "nvidia-smi", body)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup_env.choose_build("auto") == build
@@ -215,15 +211,11 @@ def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, st
     [choices(vllm="none"), choices(torch_index="https://example.org/whl")],
     ids=["build", "index"],
 )
-def test_another_choice_calls_for_an_install(
-    clone: Path, finished: dict[str, str], args: argparse.Namespace
-) -> None:
+def test_another_choice_calls_for_an_install(clone: Path, finished: dict[str, str], args: argparse.Namespace) -> None:
     assert not setup_env.current(str(clone), args)
 
 
-def test_another_python_calls_for_an_install_only_if_the_user_named_it(
-    clone: Path, finished: dict[str, str]
-) -> None:
+def test_another_python_calls_for_an_install_only_if_the_user_named_it(clone: Path, finished: dict[str, str]) -> None:
     setup_env.write_stamp(str(clone / ".venv"), {**finished, "python": "3.99"})
     assert setup_env.current(str(clone), choices())
     assert not setup_env.current(str(clone), choices(python_chosen=True))

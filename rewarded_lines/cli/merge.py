@@ -37,9 +37,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow λ outside the simplex.")] = False,
-    layers: Annotated[
-        str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
     config: Annotated[Path, typer.Option(help="Names base and policies.")] = Path("rewarded-lines.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

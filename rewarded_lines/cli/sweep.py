@@ -13,17 +13,11 @@ from rewarded_lines.cli.progress import progress_bar, quiet_libraries
 
 def sweep(
     config: Annotated[Path, typer.Option(help="The project file.")] = Path("rewarded-lines.yaml"),
-    points: Annotated[
-        int | None, typer.Option(min=2, help="λ values from 0 to 1; the project's by default.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; `sweep` beside the project file by default.")
-    ] = None,
+    points: Annotated[int | None, typer.Option(min=2, help="λ values from 0 to 1; the project's by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `sweep` beside the project file by default.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or hf (transformers; slower, no engine).")] = "vllm",
     device: Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda.")] = "auto",
-    layers: Annotated[
-        str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's description as JSON.")] = False,
 ) -> None:
     """Merge, generate and score along λ, for every method and the SFT model, in one engine.

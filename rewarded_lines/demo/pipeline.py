@@ -218,9 +218,7 @@ def _policies(settings: DemoSettings, before: str) -> list[_Part]:
     ]
 
 
-def _recipe(
-    recipe: str, name: str, output: Path, settings: DemoSettings, before: str, **options: str
-) -> _Part:
+def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before: str, **options: str) -> _Part:
     """Return the part that one recipe makes: `accelerate launch recipes/X.py --config … --output_dir …`."""
     script = _CHECKOUT / "recipes" / f"{recipe}.py"
     config = settings.configs / f"{recipe}.yaml"

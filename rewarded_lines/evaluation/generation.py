@@ -143,8 +143,7 @@ class VllmGenerator:
         from vllm import SamplingParams
 
         rows = [
-            [*ids, *response.tokens]
-            for ids, response in zip(encode(self._tokenizer, prompts), responses, strict=True)
+            [*ids, *response.tokens] for ids, response in zip(encode(self._tokenizer, prompts), responses, strict=True)
         ]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = self._llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
@@ -317,7 +316,7 @@ def _repack_tied_head(model: Any) -> None:
     vLLM packs the head's weight into a layout of its own there. A reload packs what it has loaded, and a tied head
     is not loaded: it would go on with the packed copy of the old embeddings.
     """
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):
         head.quant_method.process_weights_after_loading(head)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from rewarded_lines.config import Project
 from rewarded_lines.errors import fail

@@ -179,9 +179,7 @@ class ModelReward:
         return sum(weight * logits[:, index] for index, weight in self._terms).tolist()
 
 
-def check_scores(
-    where: str, scores: Sequence[Any], prompts: Sequence[str], responses: Sequence[str]
-) -> list[float]:
+def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Return `scores` as floats.
 
     Raises:

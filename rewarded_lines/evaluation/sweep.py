@@ -179,10 +179,7 @@ def _keys(
         "generation": project.config.generation.model_dump(mode="json"),
         "rewards": {name: _fingerprint(spec, project) for name, spec in project.config.rewards.items()},
     }
-    return {
-        spec: point_key({**shared, "point": [spec.method, spec.alpha, spec.beta, spec.weights]})
-        for spec in specs
-    }
+    return {spec: point_key({**shared, "point": [spec.method, spec.alpha, spec.beta, spec.weights]}) for spec in specs}
 
 
 def _fingerprint(spec: RewardSpec, project: Project) -> dict[str, Any]:
@@ -196,9 +193,7 @@ def _fingerprint(spec: RewardSpec, project: Project) -> dict[str, Any]:
     return declared
 
 
-def _header(
-    project: Project, plan: MergePlan, prompts: Sequence[str], engine: str, keys: list[str]
-) -> dict[str, Any]:
+def _header(project: Project, plan: MergePlan, prompts: Sequence[str], engine: str, keys: list[str]) -> dict[str, Any]:
     config = project.config
     return {
         "title": config.title,

@@ -76,9 +76,7 @@ def estimate(value: float, samples: ArrayLike, level: float = LEVEL) -> Estimate
     return Estimate(float(value), float(low), float(high))
 
 
-def mean_difference(
-    first: ArrayLike, second: ArrayLike, resamples: int, seed: int, level: float = LEVEL
-) -> Estimate:
+def mean_difference(first: ArrayLike, second: ArrayLike, resamples: int, seed: int, level: float = LEVEL) -> Estimate:
     """Return the mean of first − second, paired by prompt, with its bootstrap interval.
 
     Args:

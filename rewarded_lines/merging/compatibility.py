@@ -47,9 +47,7 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str) -> list[Problem]:
 
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     return [
-        Problem(
-            f"`{key}` differs from the base's", where, str(base.get(key)), str(policy.get(key)), remedy=_REMEDY
-        )
+        Problem(f"`{key}` differs from the base's", where, str(base.get(key)), str(policy.get(key)), remedy=_REMEDY)
         for key in ("model_type", "architectures", "vocab_size", "num_hidden_layers")
         if base.get(key) != policy.get(key)
     ]
@@ -59,9 +57,7 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pro
     missing = [name for name in base.tensors if name not in policy.tensors]
     added = [name for name in policy.tensors if name not in base.tensors]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    return [
-        Problem(f"{len(names)} {what}", where, got=_some(names), remedy=_REMEDY) for what, names in rows if names
-    ]
+    return [Problem(f"{len(names)} {what}", where, got=_some(names), remedy=_REMEDY) for what, names in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str) -> list[Problem]:

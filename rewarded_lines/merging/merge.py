@@ -96,9 +96,7 @@ def merge(
         UserError: every fault of the inputs, before anything is written.
     """
     named = name_policies(policies)
-    specs = [
-        MergeSpec(weights, alpha, beta, method) for weights in _each_weights(lam, list(named), extrapolate)
-    ]
+    specs = [MergeSpec(weights, alpha, beta, method) for weights in _each_weights(lam, list(named), extrapolate)]
     check_method(method)
     shard_size = parse_size(max_shard_size)
     targets = _targets(out, specs)
@@ -132,9 +130,7 @@ def name_policies(policies: Policies) -> dict[str, str]:
     return named
 
 
-def _each_weights(
-    lam: Weights | Sequence[Weights], names: Sequence[str], extrapolate: bool
-) -> list[tuple[float, ...]]:
+def _each_weights(lam: Weights | Sequence[Weights], names: Sequence[str], extrapolate: bool) -> list[tuple[float, ...]]:
     if isinstance(lam, float | int | str):
         return [parse_weights(str(lam), names, extrapolate)]
     if all(isinstance(value, float | int) for value in lam):
@@ -159,8 +155,7 @@ def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bo
         place = target.resolve()
         touched = [path for path in read if path == place or place in path.parents or path in place.parents]
         problems += [
-            Problem("the output lies in, on or around an input", where=str(target), got=str(path))
-            for path in touched
+            Problem("the output lies in, on or around an input", where=str(target), got=str(path)) for path in touched
         ]
     if problems:
         raise UserError(problems)

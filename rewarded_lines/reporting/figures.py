@@ -43,9 +43,7 @@ _STYLE = {
     "svg.hashsalt": "rewarded-lines",
 }
 KL = "KL to SFT"
-_FRONT: dict[str, Any] = dict(
-    linewidth=1.5, markersize=5.5, markeredgecolor="white", markeredgewidth=0.5, zorder=4
-)
+_FRONT: dict[str, Any] = dict(linewidth=1.5, markersize=5.5, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
 _MARK: dict[str, Any] = dict(color="black", linestyle="none", zorder=6)
 _SFT_STAR = _MARK | dict(marker="*", markersize=11)
 _POLICY_RING = _MARK | dict(marker="o", markersize=10, markerfacecolor="none", markeredgewidth=0.9)
@@ -157,9 +155,7 @@ def _shade(axes: Axes, summary: Summary, plane: tuple[str, str]) -> None:
         axes.fill(*corners.T, color=_mix(colours[method], "white", 0.84), linewidth=0, zorder=0.4)
 
 
-def _draw_method(
-    axes: Axes, points: list[PointSummary], plane: tuple[str, str], index: int, summary: Summary
-) -> None:
+def _draw_method(axes: Axes, points: list[PointSummary], plane: tuple[str, str], index: int, summary: Summary) -> None:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     volume = interval_text(_hypervolumes(summary)[points[0].method])
     _draw_crosses(axes, spread(points), plane, colour)
@@ -213,9 +209,7 @@ def _obstacles(axes: Axes, summary: Summary, plane: tuple[str, str]) -> tuple[np
     """Return boxes, in pixels: of what labels must not cover, and of the crosses, which they should not."""
     pixels = axes.transData.transform
     boxes = [boxes_around(pixels(_coordinates([summary.sft], plane)), 6 * _UNIT)]
-    boxes += [
-        boxes_around(pixels(_coordinates([point], plane)), 6 * _UNIT) for point, _ in policy_points(summary)
-    ]
+    boxes += [boxes_around(pixels(_coordinates([point], plane)), 6 * _UNIT) for point, _ in policy_points(summary)]
     crosses = []
     for points in summary.methods().values():
         line = pixels(_coordinates(points, plane))
@@ -242,9 +236,7 @@ def _labels(axes: Axes, summary: Summary, plane: tuple[str, str]) -> Iterator[La
             # Where fronts lie on each other, one λ stands for the points of both.
             if all(np.hypot(*(anchor - other)) > 10 * _UNIT for other in alike):
                 clearance = (7 if any(point is other for other, _ in named) else 4) * _UNIT
-                yield Label(
-                    f"λ = {point.lam:g}", anchor, clearance, size=7, colour=_mix(colour, "black", 0.45)
-                )
+                yield Label(f"λ = {point.lam:g}", anchor, clearance, size=7, colour=_mix(colour, "black", 0.45))
                 alike.append(anchor)
 
 
@@ -273,9 +265,7 @@ def _mix(colour: str, other: str, share: float) -> tuple[float, ...]:
     """Return `colour` with a share of another in it, as red, green and blue from 0 to 1."""
     from matplotlib.colors import to_rgb
 
-    return tuple(
-        (1 - share) * one + share * two for one, two in zip(to_rgb(colour), to_rgb(other), strict=True)
-    )
+    return tuple((1 - share) * one + share * two for one, two in zip(to_rgb(colour), to_rgb(other), strict=True))
 
 
 def _measure(point: PointSummary, name: str) -> Estimate:

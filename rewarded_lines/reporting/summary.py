@@ -191,9 +191,7 @@ def _differences(volumes: _Volumes, level: float) -> list[HypervolumeDifference]
     ]
 
 
-def _difference(
-    method: str, other: str, reference: str, volumes: _Volumes, level: float
-) -> HypervolumeDifference:
+def _difference(method: str, other: str, reference: str, volumes: _Volumes, level: float) -> HypervolumeDifference:
     before = volumes[other][reference]
     change = volumes[method][reference] - before
     return HypervolumeDifference(

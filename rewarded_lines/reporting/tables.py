@@ -164,9 +164,7 @@ def with_unit(name: str, unit: str) -> str:
 
 def weights_text(point: PointSummary) -> str:
     """Return λ of two policies, the weights of more, or nothing for the SFT model."""
-    return (
-        f"{point.weights[0]:.2f}" if len(point.weights) == 2 else ",".join(f"{w:.2f}" for w in point.weights)
-    )
+    return f"{point.weights[0]:.2f}" if len(point.weights) == 2 else ",".join(f"{w:.2f}" for w in point.weights)
 
 
 def volume_unit(summary: Summary) -> str:
@@ -186,9 +184,7 @@ def interval_text(estimate: Estimate) -> str:
 
 def _bracketed(estimates: Sequence[Estimate]) -> list[str]:
     places = _decimals(estimates)
-    return [
-        f"{_fixed(e.value, places)} [{_fixed(e.low, places)}, {_fixed(e.high, places)}]" for e in estimates
-    ]
+    return [f"{_fixed(e.value, places)} [{_fixed(e.low, places)}, {_fixed(e.high, places)}]" for e in estimates]
 
 
 def _plus_minus(estimates: Sequence[Estimate]) -> list[str]:
@@ -210,9 +206,7 @@ def _decimals(estimates: Iterable[Estimate]) -> int:
 
 
 def _points_note(summary: Summary) -> str:
-    note = (
-        "± is half the interval's width; all points share their prompts, so differences are surer than that."
-    )
+    note = "± is half the interval's width; all points share their prompts, so differences are surer than that."
     if len(summary.policies) == 2:
         note = f"λ: weight of {summary.policies[0]}, 1 − λ that of {summary.policies[1]}. " + note
     elif len(summary.policies) > 2:

@@ -1,4 +1,4 @@
-"""The whole pipeline in miniature, through the command line: a corpus of one's own, every recipe, sweep, report, merge."""
+"""The whole pipeline in miniature, through the command line: a corpus of one's own, recipes, sweep, report, merge."""
 
 import json
 import random

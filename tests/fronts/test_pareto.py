@@ -16,9 +16,7 @@ from rewarded_lines.fronts.pareto import hypervolume, hypervolumes, nondominated
 def clouds(rewards: int, largest: int = 7) -> st.SearchStrategy[np.ndarray]:
     """Points on a coarse grid, so that ties and copies come up often; some lie below the reference 0."""
     numbers = st.integers(-2, 8).map(float)
-    return st.integers(1, largest).flatmap(
-        lambda count: arrays(np.float64, (count, rewards), elements=numbers)
-    )
+    return st.integers(1, largest).flatmap(lambda count: arrays(np.float64, (count, rewards), elements=numbers))
 
 
 def oracle(points: np.ndarray, reference: np.ndarray) -> float:

@@ -65,9 +65,7 @@ def test_several_lambdas_read_once_and_equal_single_merges(tiny):
     results = merge("sft", ["first", "second"], [0.25, "0.75"], out="many")
     assert [result.out.name for result in results] == ["lam=0.25", "lam=0.75"]
     merge("sft", ["first", "second"], 0.75, out="single")
-    assert (tiny / "many/lam=0.75/model.safetensors").read_bytes() == (
-        tiny / "single/model.safetensors"
-    ).read_bytes()
+    assert (tiny / "many/lam=0.75/model.safetensors").read_bytes() == (tiny / "single/model.safetensors").read_bytes()
 
 
 def test_shards_in_and_out_do_not_change_a_bit(tiny):
@@ -156,8 +154,8 @@ def test_failure_leaves_nothing_behind(tiny):
 
 def test_killed_merge_leaves_no_output_and_the_next_one_cleans_up(tiny):
     script = (
-        "import time; from rewarded_lines import merge; "
-        "merge('sft', ['first', 'second'], 0.5, out='out', progress=lambda *a: (print('go', flush=True), time.sleep(60)))"
+        "import time; from rewarded_lines import merge; stop = lambda *a: (print('go', flush=True), time.sleep(60)); "
+        "merge('sft', ['first', 'second'], 0.5, out='out', progress=stop)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"go\n"

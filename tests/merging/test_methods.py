@@ -51,7 +51,13 @@ def test_compute_one_precision_up():
 
 @pytest.mark.parametrize(
     ("weights", "scale", "index"),
-    [((1.0, 0.0), 1.0, 0), ((0.0, 1.0), 1.0, 1), ((0.5, 0.0), 2.0, 0), ((0.5, 0.5), 2.0, None), ((1.0, 0.0), 1.5, None)],
+    [
+        ((1.0, 0.0), 1.0, 0),
+        ((0.0, 1.0), 1.0, 1),
+        ((0.5, 0.0), 2.0, 0),
+        ((0.5, 0.5), 2.0, None),
+        ((1.0, 0.0), 1.5, None),
+    ],
 )
 def test_where_a_policy_is_copied(weights, scale, index):
     assert copied_policy(weights, scale) == index

@@ -167,9 +167,7 @@ def test_spread_keeps_the_ends(make_summary: MakeSummary) -> None:
     assert spread(points[:1]) == points[:1]
 
 
-def test_without_matplotlib_the_extra_is_named(
-    make_summary: MakeSummary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_the_extra_is_named(make_summary: MakeSummary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'rewarded-lines\[report\]'"):
         front_figure(make_summary(points=2))

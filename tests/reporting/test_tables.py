@@ -37,9 +37,7 @@ def test_terminal_tables_fit_80_columns_with_units_and_every_row(summary: Summar
     # rich would take "[logit]" for its markup and drop it.
     assert "[logit]" in text
     assert "[nats]" in text
-    assert (
-        sum(line.strip().startswith(("sft ", "soup ", "lines ")) for line in text.splitlines()) == 23 + 4 + 2
-    )
+    assert sum(line.strip().startswith(("sft ", "soup ", "lines ")) for line in text.splitlines()) == 23 + 4 + 2
 
 
 def test_hypervolumes_stand_beside_their_references(summary: Summary) -> None:
