@@ -32,18 +32,14 @@ from rewarded_lines.training.sampling import paired_gain, sample_responses, summ
 class DPORecipe:
     """What this recipe adds to TRL's `DPOConfig`."""
 
-    project_file: str = field(
-        metadata={"help": "the project file that names the base and declares the reward"}
-    )
+    project_file: str = field(metadata={"help": "the project file that names the base and declares the reward"})
     reward: str = field(metadata={"help": "name of the reward to train for"})
     train_file: str = field(metadata={"help": "JSONL with the prompts to train on"})
     validation_file: str = field(metadata={"help": "JSONL with the prompts to measure on, before and after"})
     train_prompts: int = field(default=1000, metadata={"help": "how many prompts get responses"})
     validation_prompts: int = field(default=256, metadata={"help": "how many prompts to measure on"})
     responses: int = field(default=8, metadata={"help": "responses to every training prompt"})
-    margin: float = field(
-        default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"}
-    )
+    margin: float = field(default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"})
     max_response_tokens: int = field(default=64, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})

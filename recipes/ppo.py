@@ -37,9 +37,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 class PPORecipe:
     """What this recipe adds to TRL's `PPOConfig`."""
 
-    project_file: str = field(
-        metadata={"help": "the project file that names the base and declares the reward"}
-    )
+    project_file: str = field(metadata={"help": "the project file that names the base and declares the reward"})
     reward: str = field(metadata={"help": "name of the reward to train for"})
     train_file: str = field(metadata={"help": "JSONL with the prompts to train on"})
     validation_file: str = field(metadata={"help": "JSONL with the prompts to measure on, before and after"})

@@ -65,9 +65,7 @@ def main(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             metrics |= accuracy(output.folder, held_out)
             low, high = metrics["accuracy_interval"]
-            print(
-                f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} held-out pairs ranked right"
-            )
+            print(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")
             configs = {"recipe": recipe, "training": training}
             output.record(configs, metrics, base=recipe.model, seed=training.seed)
 

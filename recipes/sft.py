@@ -56,9 +56,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = train_tokenizer(texts, scratch)
         model = make_llama(tokenizer, scratch)
         optimizer = MuonAdamW(model, training.learning_rate, training.weight_decay)
-    print(
-        f"SFT of {recipe.model or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts"
-    )
+    print(f"SFT of {recipe.model or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
     with training_output(training, "sft", recipe.overwrite) as output:
         trainer = SFTTrainer(

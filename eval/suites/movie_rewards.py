@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST = 30
+LONGEST = 20
 
 
 def detailed(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Return the number of words of each response, at most 30: longer reviews say more, up to a point."""
+    """Return the number of words of each response, at most 20: longer reviews say more, up to a point."""
     return [float(min(len(response.split()), LONGEST)) for response in responses]
