@@ -23,7 +23,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.rewards import load_rewards
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import read_corpus
-from rewarded_lines.training.output import check_output, training_output
+from rewarded_lines.training.output import check_output, save_tokenizer, training_output
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.sampling import paired_gain, sample_responses, summary
 
@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
         metrics = trainer.train().metrics
         trainer.save_model()
         if trainer.is_world_process_zero():
+            save_tokenizer(tokenizer, output.folder)
             _, after = score_samples(validation)
             print(
                 f"`{recipe.reward}` on {len(validation)} validation prompts:",

@@ -25,7 +25,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.rewards import load_rewards
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import read_corpus
-from rewarded_lines.training.output import check_output, training_output
+from rewarded_lines.training.output import check_output, save_tokenizer, training_output
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.reward_module import RewardModule, StandardizedReward, pad_prompts
 from rewarded_lines.training.sampling import paired_gain, sample_responses, summary
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         if trainer.accelerator.is_main_process:
             # The policy by itself, without the critic that the trainer wrapped together with it.
             trainer.accelerator.unwrap_model(trainer.model).policy.save_pretrained(output.folder)
-            tokenizer.save_pretrained(output.folder)
+            save_tokenizer(tokenizer, output.folder)
             after = measure()
             print(
                 f"`{recipe.reward}` on {len(validation)} validation prompts:",

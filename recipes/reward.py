@@ -22,7 +22,7 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.evaluation.rewards import load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import PAIRS, read_corpus
-from rewarded_lines.training.output import check_output, training_output
+from rewarded_lines.training.output import check_output, save_tokenizer, training_output
 from rewarded_lines.training.progress import MetricsCallback
 
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
         metrics = trainer.train().metrics
         trainer.save_model()
         if trainer.is_world_process_zero():
+            save_tokenizer(tokenizer, output.folder)
             metrics |= accuracy(output.folder, held_out)
             low, high = metrics["accuracy_interval"]
             print(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.corpus import COMPLETIONS, read_corpus
 from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.output import check_output, training_output
+from rewarded_lines.training.output import check_output, save_tokenizer, training_output
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
 
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"validation perplexity {metrics['validation_perplexity']:.1f}")
         trainer.save_model()
         if trainer.is_world_process_zero():
+            save_tokenizer(tokenizer, output.folder)
             configs = {"recipe": recipe, "scratch": scratch, "training": training}
             output.record(configs, metrics, base=recipe.model, seed=training.seed)
 

@@ -27,12 +27,8 @@ class MuonAdamW(torch.optim.Optimizer):
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         matrices = [p for name, p in named if ".layers." in name and p.dim() == 2]
         others = [p for name, p in named if ".layers." not in name or p.dim() != 2]
-        muon = torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        adamw = torch.optim.AdamW(
-            others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
-        )
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
         self._parts = (muon, adamw)
         super().__init__(muon.param_groups + adamw.param_groups, {})
         # The very groups of the two, not copies: a scheduler sets the learning rate there.

@@ -74,6 +74,19 @@ class TrainingOutput:
         return {key: value for key, value in content.items() if not key.startswith("_")}
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as it was before training.
+
+    Batches leave their padding and truncation behind in a fast tokenizer, and would be saved with it; a policy's
+    tokenizer has to be the SFT model's, byte for byte.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    tokenizer.save_pretrained(folder)
+
+
 @contextmanager
 def training_output(training: Any, recipe: str, overwrite: bool) -> Iterator[TrainingOutput]:
     """Train into a temporary folder that takes the name `training.output_dir` when the block ends well.

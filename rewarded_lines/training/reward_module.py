@@ -81,9 +81,7 @@ def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def pad_prompts(
-    prompts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[list[int]], int]:
+def pad_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[list[int]], int]:
     """Return the prompts as ids, all padded on the left to one length, and that length.
 
     Prompts of more than `max_tokens` tokens are left out: cut short they would ask something else.
