@@ -23,9 +23,7 @@ class Recorder:
 
     def score(self, prompts, responses):
         self.seen += zip(prompts, responses, strict=True)
-        return [
-            100.0 * len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        return [100.0 * len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 @pytest.fixture(scope="module")

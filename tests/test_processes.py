@@ -1,0 +1,51 @@
+"""A child that was told to die with its parent does; another does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+print(child.stdout.readline(), child.pid, flush=True)
+child.wait()
+"""
+CHILD = """
+import time
+from rewarded_lines.processes import die_with_parent
+die_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_child_goes_with_its_parent_when_asked(asked):
+    environment = {**os.environ, "REWARDED_LINES_DIE_WITH_PARENT": "1" if asked else ""}
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline().strip() == "ready"
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+    try:
+        deadline = time.monotonic() + 5
+        while asked and alive(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert alive(child) != asked
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
