@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
@@ -38,7 +38,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[
     Raises:
         UserError: unknown keys (all of them at once), values of the wrong kind, or required ones missing.
     """
-    parser = _Parser(list(dataclass_types), allow_abbrev=False)
+    parser = _Parser(cast(Any, list(dataclass_types)), allow_abbrev=False)
     known = [field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init]
     config, overrides = _split_config(list(argv))
     content = read_yaml(config) if config else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,8 @@ class _Backbone(nn.Module):
         ]
         scores = self._reward.score([prompt for prompt, _ in pairs], [response for _, response in pairs])
         column = torch.tensor(scores, dtype=torch.float32, device=input_ids.device)
-        return BaseModelOutput(hidden_states=(column[:, None, None].expand(*input_ids.shape, 1),))
+        states = column[:, None, None].expand(*input_ids.shape, 1)
+        return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))
 
 
 def split_text(ids: list[int], prompt_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -78,7 +79,7 @@ def split_text(ids: list[int], prompt_tokens: int, tokenizer: PreTrainedTokenize
 
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of `ids` without special tokens, its spaces as they are."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def pad_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[list[int]], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ def sample_responses(
                 padding_side="left",
                 return_tensors="pt",
             ).to(model.device)
-            ids = model.generate(**batch, generation_config=config)
+            ids = cast(Any, model).generate(**batch, generation_config=config)
             padding = (1 - batch["attention_mask"]).sum(1).tolist()
             width = batch["input_ids"].shape[1]
             responses += [
