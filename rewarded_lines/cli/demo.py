@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,8 @@ def demo(
     """
     from rewarded_lines.demo.pipeline import DemoSettings, default_out, run_demo
 
+    # Read when torch is loaded, which is later: see `jobs.py` for why.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = out or default_out(algo, seed)
     quiet_libraries()
     console = Console()
@@ -53,7 +56,7 @@ def demo(
         show(folder / "sweep", console)
     console.print(_times(seconds))
     if "merge" in seconds:
-        console.print(f"a merged policy:  {folder / 'merged' / 'lam=0.50'}")
+        console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)
 
 
 class _Display:
@@ -75,7 +78,7 @@ class _Display:
 
     def started(self, stage: str) -> None:
         if self._heading:
-            self._console.print(self._heading)
+            self._console.print(self._heading, soft_wrap=True)
             self._heading = ""
         self._clear()
         self._tasks[stage] = self._bars.add_task(stage, total=None)

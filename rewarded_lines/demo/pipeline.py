@@ -226,7 +226,8 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
     arguments = [word for key, value in (overrides | options).items() for word in (f"--{key}", value)]
     # One process: the demo's model is small, and two policies train side by side.
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
-    plain = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    # --quiet: a recipe that refuses its input says why; the launcher's own traceback would only hide that.
+    plain = ("--mixed_precision", "no", "--dynamo_backend", "no", "--quiet")
     job = Job(
         name=name,
         command=(*launch, *plain, str(script), "--config", str(config), *arguments),

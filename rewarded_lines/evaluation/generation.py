@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import fail
+from rewarded_lines.evaluation.prompts import encode, split_text
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ class VllmGenerator:
         ]
         ids = encode(self._tokenizer, prompts)
         outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
-        return [self._response(output.outputs[0]) for output in outputs]
+        return [self._response(row, output.outputs[0]) for row, output in zip(ids, outputs, strict=True)]
 
     def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
         """See `Generator.logprobs`: one prefill of prompt and response together, nothing is generated beyond it."""
@@ -158,10 +159,10 @@ class VllmGenerator:
         del self._llm
         gc.collect()
 
-    def _response(self, completion: Any) -> Response:
+    def _response(self, prompt: list[int], completion: Any) -> Response:
         tokens = tuple(completion.token_ids)
         return Response(
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            text=split_text([*prompt, *tokens], len(prompt), self._tokenizer)[1],
             tokens=tokens,
             ended=completion.finish_reason == "stop",
             logprob=_total(completion.logprobs, tokens),
@@ -200,7 +201,9 @@ class HfGenerator:
         for start in range(0, len(prompts), self._BATCH):
             batch = prompts[start : start + self._BATCH]
             seeds = [prompt_seed(spec, index) for index in range(start, start + len(batch))]
-            drafts = [self._draft(row) for row in self._sample(batch, seeds, spec)]
+            ids = encode(self._tokenizer, batch)
+            rows = self._sample(ids, seeds, spec)
+            drafts = [self._draft(prompt, row) for prompt, row in zip(ids, rows, strict=True)]
             for draft, logprob in zip(drafts, self.logprobs(batch, drafts), strict=True):
                 responses.append(Response(draft.text, draft.tokens, draft.ended, logprob))
         return responses
@@ -218,12 +221,11 @@ class HfGenerator:
         del self._model
         gc.collect()
 
-    def _sample(self, prompts: Sequence[str], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
+    def _sample(self, ids: list[list[int]], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
         import torch
 
-        rows = self._tokenizer.pad(
-            {"input_ids": encode(self._tokenizer, prompts)}, padding_side="left", return_tensors="pt"
-        ).to(self._model.device)
+        padded = self._tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+        rows = padded.to(self._model.device)
         sampler = [SeededSampling(seeds, spec)] if spec.temperature > 0 else []
         with torch.inference_mode():
             output = self._model.generate(
@@ -236,10 +238,11 @@ class HfGenerator:
         tokens: list[list[int]] = output[:, rows["input_ids"].shape[1] :].tolist()
         return tokens
 
-    def _draft(self, row: Sequence[int]) -> Response:
+    def _draft(self, prompt: list[int], row: list[int]) -> Response:
         end = next((position for position, token in enumerate(row) if token in self._ends), None)
         tokens = tuple(row if end is None else row[: end + 1])
-        return Response(self._tokenizer.decode(tokens, skip_special_tokens=True), tokens, end is not None, 0.0)
+        text = split_text([*prompt, *tokens], len(prompt), self._tokenizer)[1]
+        return Response(text, tokens, end is not None, 0.0)
 
     def _batch_logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
         import torch
@@ -287,12 +290,6 @@ class SeededSampling:
             scaled = self._top_p(input_ids, scaled)
         noise = torch.stack([torch.rand(scaled.shape[-1], generator=g) for g in self._generators])
         return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
-
-
-def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each prompt, with the special tokens that the tokenizer itself adds."""
-    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-    return ids
 
 
 def _prepare_vllm() -> None:

@@ -1,8 +1,10 @@
-"""Prompts of an evaluation: a JSONL file, read strictly, in the order given."""
+"""Prompts of an evaluation: a JSONL file, read strictly, and the way from text to tokens and back."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from rewarded_lines.config import Project
 from rewarded_lines.errors import fail
@@ -30,6 +32,29 @@ def load_prompts(project: Project) -> list[str]:
     if not prompts:
         raise fail("no prompts in the file", where=str(path), expected='lines such as {"prompt": "..."}')
     return prompts
+
+
+def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each prompt, with the special tokens that the tokenizer itself adds."""
+    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+    return ids
+
+
+def split_text(ids: Sequence[int], prompt_tokens: int, tokenizer: Any) -> tuple[str, str]:
+    """Return the texts of prompt and response, special tokens left out by the tokenizer.
+
+    The response is what the whole text has after the prompt: decoded by itself it would lose the space it starts with
+    under a SentencePiece tokenizer. Where a character straddles the border, it is decoded by itself after all.
+    """
+    prompt = _decode(ids[:prompt_tokens], tokenizer)
+    whole = _decode(ids, tokenizer)
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    return prompt, _decode(ids[prompt_tokens:], tokenizer)
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _prompt(line: str, where: str) -> str:

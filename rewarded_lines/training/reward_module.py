@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from rewarded_lines.errors import fail
+from rewarded_lines.evaluation.prompts import split_text
 from rewarded_lines.evaluation.rewards import Reward
 
 
@@ -61,25 +62,6 @@ class _Backbone(nn.Module):
         column = torch.tensor(scores, dtype=torch.float32, device=input_ids.device)
         states = column[:, None, None].expand(*input_ids.shape, 1)
         return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))
-
-
-def split_text(ids: list[int], prompt_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return the texts of prompt and response, special tokens left out by the tokenizer.
-
-    The response is what the whole text has after the prompt: decoded by itself it would lose the space it
-    starts with under a SentencePiece tokenizer. Where a character straddles the border, it is decoded by
-    itself after all.
-    """
-    prompt = decode(ids[:prompt_tokens], tokenizer)
-    whole = decode(ids, tokenizer)
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    return prompt, decode(ids[prompt_tokens:], tokenizer)
-
-
-def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of `ids` without special tokens, its spaces as they are."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def pad_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[list[int]], int]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rewarded_lines.training.reward_module import split_text
+from rewarded_lines.evaluation.prompts import split_text
 
 
 @torch.inference_mode()

@@ -46,13 +46,13 @@ def miniature(tmp_path_factory):
     shutil.copytree(ROOT / "recipes/configs/demo", folder / "configs")
     for recipe, smaller in SMALLER.items():
         path = folder / f"configs/{recipe}.yaml"
-        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **smaller}))
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **smaller}, sort_keys=False))
     suite = yaml.safe_load((ROOT / "eval/suites/movie_reviews.yaml").read_text())
     suite["generation"]["max_tokens"] = 8
     suite["prompts"]["limit"] = 8
     suite["sweep"]["points"] = 3
     (folder / "suite").mkdir()
-    (folder / "suite/suite.yaml").write_text(yaml.safe_dump(suite))
+    (folder / "suite/suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     shutil.copy(ROOT / "eval/suites/movie_rewards.py", folder / "suite")
     return folder
 

@@ -92,7 +92,7 @@ def work(tmp_path_factory):
     (folder / "rewarded-lines.yaml").write_text(yaml.safe_dump(PROJECT))
     shutil.copy(ROOT / "eval" / "suites" / "movie_rewards.py", folder)
     (folder / "constant.py").write_text("def constant(prompts, responses):\n    return [1.0] * len(prompts)\n")
-    run("sft", folder, **SMALL, num_train_epochs=12)
+    run("sft", folder, **SMALL, num_train_epochs=12, per_device_train_batch_size=32)
     run("reward", folder, num_train_epochs=6)
     return folder
 

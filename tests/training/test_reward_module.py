@@ -5,7 +5,8 @@ import torch
 from trl.experimental.utils import get_reward
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.reward_module import RewardModule, StandardizedReward, pad_prompts, split_text
+from rewarded_lines.evaluation.prompts import split_text
+from rewarded_lines.training.reward_module import RewardModule, StandardizedReward, pad_prompts
 from rewarded_lines.training.scratch import ScratchModel, train_tokenizer
 
 PROMPTS = ["a film", "the quiet end of it all, says", "it"]
