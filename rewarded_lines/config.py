@@ -130,8 +130,12 @@ class Project:
         self.config = config
 
     def resolve(self, reference: str) -> str:
-        """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is."""
-        return str(self.root / reference) if looks_local(reference, self.root) else reference
+        """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is.
+
+        A name that only the working directory has is not the project's: it is looked for, and missed, in the project.
+        """
+        local = looks_local(reference, self.root) or Path(reference).exists()
+        return str(self.root / Path(reference).expanduser()) if local else reference
 
     def require(self, *keys: str) -> None:
         """Refuse a project that lacks one of the top-level `keys`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rewarded_lines.errors import Problem, fail
+from rewarded_lines.errors import Problem, UserError, fail
 
 _LOCK = ".lock"
 
@@ -39,16 +40,21 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         UserError: `out` exists, or another process made it meanwhile; nothing is changed then.
     """
     if problems := existing_output(out, overwrite):
-        raise fail(problems[0].what, where=problems[0].where, remedy=problems[0].remedy)
+        raise UserError(problems)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    with _locked(out.parent, wait=True):
+        _clean_up(out)
+        partial.mkdir()
+        # Held as long as this process lives: a partial folder that can be locked was left by a process that died.
+        holder = _lock(partial, wait=False)
     try:
         yield partial
         sync_folder(partial)
-        _put_in_place(partial, out, overwrite)
+        with _locked(out.parent, wait=True):
+            _put_in_place(partial, out, overwrite)
     finally:
+        os.close(holder)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -58,9 +64,9 @@ def refuse_foreign(folder: Path, mark: str) -> None:
     Raises:
         UserError: there are entries, but neither `mark` nor the lock that a run takes first.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.exists() and not folder.is_dir():
         raise fail("a file stands where the run folder should be", where=str(folder), remedy="pass another --out")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {mark, _LOCK}:
         raise fail(
             "the folder holds something else",
@@ -102,33 +108,62 @@ def sync_folder(folder: Path) -> None:
 
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    """Rename `partial` to `out`; a folder that is replaced goes only after the new one stands."""
+    replaced = out.with_name(f".{out.name}.replaced")
     if overwrite and out.exists():
         os.rename(out, replaced)
     try:
         os.rename(partial, out)
     except OSError as error:
+        if replaced.exists():
+            os.rename(replaced, out)
         raise fail(
             "another process made the output folder meanwhile", where=str(out), remedy="pass another --out"
         ) from error
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-    else:
-        replaced.unlink(missing_ok=True)
+    _remove(replaced)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed runs left half-written for this same output."""
+def _clean_up(out: Path) -> None:
+    """Mend what killed processes left of this same output: half-written folders, and a replacement cut short."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.exists() and not out.exists():
+        os.rename(replaced, out)
+    _remove(replaced)
     for leftover in out.parent.glob(f".{out.name}.partial-*"):
-        if not _alive(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            holder = _lock(leftover, wait=False)
+        except BlockingIOError:
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+        os.close(holder)
 
 
-def _alive(pid: str) -> bool:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    descriptor = _lock(folder, wait)
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, wait: bool) -> int:
+    """Return a descriptor that holds a lock on the folder itself until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and this one was not to wait.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -12,17 +12,26 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, if the parent asks so in the environment.
+    """Ask the kernel to kill this process when its parent dies; an ancestor asks for it through the environment.
 
-    Does nothing unless `REWARDED_LINES_DIE_WITH_PARENT=1`, and nothing outside Linux. The variable is taken
-    out of the environment, since it is meant for this process only and not for processes that this one
-    starts.
+    `REWARDED_LINES_DIE_WITH_PARENT` holds "1", or the pid of the ancestor that must still be alive: a parent that died
+    before this call sends no signal any more. Does nothing without the variable, and nothing outside Linux. The
+    variable is taken out of the environment, since it is meant for this process and not for those that it starts.
     """
-    if os.environ.pop(DIE_WITH_PARENT, "") != "1" or not sys.platform.startswith("linux"):
+    asked = os.environ.pop(DIE_WITH_PARENT, "")
+    if not asked.isdecimal() or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A parent that died before the call above sends no signal any more. (Its pid may well be 1, in a
-    # container.)
-    if os.getppid() != parent:
+    if os.getppid() != parent or (int(asked) > 1 and not _alive(int(asked))):
         sys.exit(1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -31,6 +31,14 @@ def alive(pid):
         return False
 
 
+def test_a_child_whose_ancestor_died_before_it_could_ask_goes_at_once():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environment = {**os.environ, "REWARDED_LINES_DIE_WITH_PARENT": str(gone.pid)}
+    child = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=30)
+    assert child.returncode == (1 if sys.platform.startswith("linux") else 0) and child.stdout == ""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_child_goes_with_its_parent_when_asked(asked):

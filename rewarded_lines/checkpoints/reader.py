@@ -185,7 +185,8 @@ def _indexed(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(index, f"{type(error).__name__}: {error}") from error
-    assert isinstance(weight_map, dict)
+    if not isinstance(weight_map, dict):
+        raise _damaged(index, f"its weight_map is a {type(weight_map).__name__}")
     return weight_map
 
 

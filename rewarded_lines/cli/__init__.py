@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,10 +55,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), style="red", markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; finished work is kept")
-        # 128 + SIGINT, without the interpreter's own shutdown waiting for an engine's threads.
-        sys.stderr.flush()
-        os._exit(130)
+        _complain(str(error))
+    except OSError as error:
+        # A full disk, a folder that cannot be written: the system's own words name the place.
+        _complain(str(error))
+
+
+def _complain(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red", markup=False)
+    sys.exit(1)

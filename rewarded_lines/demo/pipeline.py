@@ -20,14 +20,17 @@ import blake3
 from rewarded_lines.config import PROJECT_FILE, load_project, read_yaml, save_project
 from rewarded_lines.demo import reviews
 from rewarded_lines.demo.jobs import Job, Tell, run_jobs
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.evaluation.generation import check_engine
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign
 
 ALGORITHMS = ("ppo", "dpo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 STATE_FILE = "demo.json"
-_CHECKOUT = Path(__file__).resolve().parents[2]
+CORPUS_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "pairs-train.jsonl", "pairs-test.jsonl")
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CHECKOUT = _PACKAGE.parent
 # The folder that the recipes' demo configs name; another one takes its place on the command line.
 _CONFIGURED = "runs/demo"
 
@@ -131,6 +134,9 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
     for option, value, known in (("--algo", settings.algo, ALGORITHMS), ("--until", until, STAGES)):
         if value not in known:
             raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known))
+    if STAGES.index(until) >= STAGES.index("sweep"):
+        check_engine(settings.engine)
+    _check_inputs(settings)
     if not settings.configs.is_dir():
         raise fail(
             "the recipes are not there",
@@ -138,6 +144,27 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
             remedy="run the demo from a clone of the repository, as `make demo` does",
         )
     refuse_foreign(settings.out, STATE_FILE)
+
+
+def _check_inputs(settings: DemoSettings) -> None:
+    """Refuse a suite or a corpus that is not whole, or that the run folder, which the demo clears, would swallow."""
+    suite = load_project(settings.suite)
+    suite.require("rewards", "prompts")
+    sources = [(spec.function or "").rpartition(":")[0] for spec in suite.config.rewards.values()]
+    needed = [(settings.suite, settings.suite.parent / name) for name in sources if name.endswith(".py")]
+    if settings.corpus is not None:
+        needed += [(settings.corpus, settings.corpus / name) for name in CORPUS_FILES]
+    problems = [Problem("no such file", where=str(of), got=str(path)) for of, path in needed if not path.is_file()]
+    own = [path for path in (settings.suite, settings.corpus) if path is not None]
+    problems += [
+        Problem(
+            "the demo's input lies in its output", where=str(path), remedy="copy it elsewhere, or pass another --out"
+        )
+        for path in own
+        if settings.out.resolve() in path.resolve().parents
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _run_stage(stage: str, parts: list[_Part], account: _Account, observer: Observer) -> float:
@@ -186,7 +213,7 @@ def _data(settings: DemoSettings, before: str) -> list[_Part]:
         _write_project(settings)
 
     source = settings.corpus or Path(reviews.__file__)
-    inputs = [_text(path) for path in (settings.suite, *settings.suite.parent.glob("*.py"))]
+    inputs = [_text(path) for path in (settings.suite, *sorted(settings.suite.parent.glob("*.py")))]
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
     return [_Part("data", out / "data", _digest([before, settings.algo, inputs, listed]), run=run)]
 
@@ -234,7 +261,10 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
         log=settings.out / "logs" / f"{name.replace(' ', '-')}.log",
         progress=settings.out / "logs" / f"{name.replace(' ', '-')}.jsonl",
     )
-    return _Part(name, output, _digest([before, arguments, _text(script), _text(config)]), job=job)
+    # What the model is made from, wherever the run folder stands and however it is spelt.
+    wanted = [word.replace(str(settings.out), "") for word in arguments]
+    shared = [_text(path) for path in sorted((_PACKAGE / "training").glob("*.py"))]
+    return _Part(name, output, _digest([before, wanted, _text(script), _text(config), shared]), job=job)
 
 
 def _moved_paths(config: Path, out: Path) -> dict[str, str]:

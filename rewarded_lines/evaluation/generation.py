@@ -113,6 +113,7 @@ class VllmGenerator:
             seed=0,
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **_share_of_gpu(),
         )
 
     def use(self, weights: Weights) -> None:
@@ -177,7 +178,7 @@ class HfGenerator:
     def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> None:
         """Load the model; see `load_generator`."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self._tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,15 +186,32 @@ class HfGenerator:
         self._model.eval().to(device)
         ends = self._model.generation_config.eos_token_id
         self._ends = {ends} if isinstance(ends, int) else set(ends or [])
+        if self._tokenizer.eos_token_id is not None:
+            self._ends.add(self._tokenizer.eos_token_id)
+        # As vLLM stops and samples: the tokenizer's end counts too, a model's own penalties and defaults do not.
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self._ends), pad_token_id=self._tokenizer.pad_token_id
+        )
 
     def use(self, weights: Weights) -> None:
-        """See `Generator.use`."""
+        """See `Generator.use`.
+
+        Raises:
+            UserError: the names are not those of the model's parameters.
+        """
         import torch
 
-        slots = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        slots = {**dict(self._model.named_parameters(remove_duplicate=False)), **dict(self._model.named_buffers())}
+        left = {id(parameter): name for name, parameter in self._model.named_parameters()}
         with torch.no_grad():
             for name, tensor in weights:
+                if name not in slots:
+                    raise fail(f"transformers has no parameter {name}", where="--engine hf", remedy="use --engine vllm")
                 slots[name].copy_(tensor)
+                left.pop(id(slots[name]), None)
+        if left:
+            names = ", ".join(list(left.values())[:3])
+            raise fail("parameters without weights", where="--engine hf", got=names, remedy="use --engine vllm")
 
     def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
         """See `Generator.generate`."""
@@ -233,7 +251,6 @@ class HfGenerator:
                 do_sample=False,
                 max_new_tokens=spec.max_tokens,
                 logits_processor=sampler,
-                pad_token_id=self._tokenizer.pad_token_id,
             )
         tokens: list[list[int]] = output[:, rows["input_ids"].shape[1] :].tolist()
         return tokens
@@ -307,6 +324,16 @@ def _prepare_vllm() -> None:
         os.environ.setdefault(name, value)
 
 
+def _share_of_gpu() -> dict[str, Any]:
+    """Return vLLM's share of a GPU: most of what is free, since reward models may be there already."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
+
+
 def _repack_tied_head(model: Any) -> None:
     """Bring a tied head up to date on a CPU.
 
@@ -325,8 +352,17 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[st
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    lengths = [len(ids) for ids in encode(tokenizer, prompts)]
+    if 0 in lengths:
+        index = lengths.index(0)
+        raise fail(
+            "a prompt has no tokens",
+            where=f"prompt {index}",
+            got=repr(prompts[index]),
+            remedy="begin it with at least one token, such as the tokenizer's BOS",
+        )
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
-    longest = max(len(ids) for ids in encode(tokenizer, prompts)) + spec.max_tokens + 1
+    longest = max(lengths) + spec.max_tokens + 1
     room = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", longest)
     if longest > room:
         raise fail(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from rewarded_lines.checkpoints.hashing import file_hash, model_hash
 from rewarded_lines.config import Project, RewardSpec, looks_local, parse_format
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 
@@ -26,6 +28,8 @@ class Reward(Protocol):
 
     name: str
     unit: str
+    fingerprint: str
+    """A hash of the weights or the source file behind the scores: other scores, other fingerprint."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return one finite float per pair.
@@ -83,6 +87,8 @@ class FunctionReward:
         """Wrap `function`, whose every answer will be checked."""
         self.name = name
         self.unit = unit
+        source = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
+        self.fingerprint = file_hash(Path(source)) if source else ""
         self._function = function
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -140,6 +146,9 @@ class ModelReward:
         self._spec = spec
         self._terms = parse_format(spec.format)
         self._tokenizer, self._model = _load_classifier(name, spec, reference, device)
+        # A model of the Hub is known by its commit.
+        local = Path(reference).is_dir()
+        self.fingerprint = model_hash(Path(reference)) if local else str(self._model.config._commit_hash)
         classes = self._model.config.num_labels
         if max(index for index, _ in self._terms) >= classes:
             raise fail(
@@ -159,7 +168,8 @@ class ModelReward:
             self._spec.template.replace("{prompt}", prompt).replace("{response}", response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        ids = self._tokenizer(texts, truncation=True, max_length=self._spec.max_tokens)["input_ids"]
+        ids = self._tokenizer(texts)["input_ids"]
+        self._check_lengths(ids, prompts, responses)
         order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
         scores = [math.nan] * len(texts)
         for start in range(0, len(order), self._spec.batch_size):
@@ -167,6 +177,18 @@ class ModelReward:
             for index, score in zip(batch, self._score_ids([ids[i] for i in batch]), strict=True):
                 scores[index] = score
         return check_scores(f"reward `{self.name}`", scores, prompts, responses)
+
+    def _check_lengths(self, ids: list[list[int]], prompts: Sequence[str], responses: Sequence[str]) -> None:
+        """Refuse what the classifier would only read in part: cut on the right, it would miss the response."""
+        longest = max(range(len(ids)), key=lambda index: len(ids[index]), default=None)
+        if longest is not None and len(ids[longest]) > self._spec.max_tokens:
+            raise fail(
+                "a text is too long for the classifier",
+                where=f"reward `{self.name}`",
+                expected=f"at most {self._spec.max_tokens} tokens (`max_tokens` of the reward)",
+                got=f"{len(ids[longest])} tokens for {_pair(longest, prompts, responses)}",
+                remedy="raise `max_tokens` if the model can read more, or shorten prompts or responses",
+            )
 
     def _score_ids(self, batch: list[list[int]]) -> list[float]:
         import torch
@@ -255,6 +277,7 @@ def _import_failed(source: str, where: str, error: Exception) -> UserError:
 
 def _load_classifier(name: str, spec: RewardSpec, reference: str, device: str) -> tuple[Any, Any]:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if looks_local(reference) and not Path(reference, "config.json").is_file():
@@ -269,10 +292,31 @@ def _load_classifier(name: str, spec: RewardSpec, reference: str, device: str) -
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference)
-        model = AutoModelForSequenceClassification.from_pretrained(reference, dtype=getattr(torch, spec.dtype))
-    except (OSError, ValueError) as error:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            reference, dtype=getattr(torch, spec.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise fail("the model cannot be loaded", where=f"reward `{name}`", got=f"{reference}: {error}") from error
+    if loading["missing_keys"]:
+        # transformers would make the missing head up, and its scores would be noise.
+        raise fail(
+            "not a classifier: weights of the head are missing",
+            where=f"reward `{name}`",
+            expected="a sequence classification checkpoint",
+            got=f"{reference} without {', '.join(sorted(loading['missing_keys']))}",
+            remedy="train one with recipes/reward.py",
+        )
+    _agree_on_padding(name, tokenizer, model)
     return tokenizer, model.eval().to(device)
+
+
+def _agree_on_padding(name: str, tokenizer: Any, model: Any) -> None:
+    """Let tokenizer and classifier pad with one token: the classifier reads the last position before it."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise fail("the tokenizer has no padding token and no end token", where=f"reward `{name}`")
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _unknown_reward(name: str, known: list[str], project: Project) -> Problem:

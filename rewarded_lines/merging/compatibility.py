@@ -111,7 +111,7 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
                 where,
                 f"base weights {actual[:12]}… ({base.folder})",
                 f"{recorded[:12]}… (training.json)",
-                _REMEDY,
+                _REMEDY + "; a base saved anew, in other shards for example, needs its policies' first files",
             )
         ]
     cosine = sampled_cosine(base, policy)

@@ -96,12 +96,14 @@ def merge(
         UserError: every fault of the inputs, before anything is written.
     """
     named = name_policies(policies)
+    base = _expand(base)
+    out = None if out is None else _expand(out)
     specs = [MergeSpec(weights, alpha, beta, method) for weights in _each_weights(lam, list(named), extrapolate)]
     check_method(method)
     shard_size = parse_size(max_shard_size)
     targets = _targets(out, specs)
-    _check_targets(targets, [str(base), *named.values()], overwrite)
-    plan = plan_merge(str(base), named, dtype=dtype, device=device, layers=layers)
+    _check_targets(targets, [base, *named.values()], overwrite)
+    plan = plan_merge(base, named, dtype=dtype, device=device, layers=layers)
     if not dry_run:
         _write(plan, specs, targets, shard_size, overwrite, progress or (lambda name, size, total: None))
     outputs = plan.outputs()
@@ -118,16 +120,21 @@ def name_policies(policies: Policies) -> dict[str, str]:
         UserError: none was given, or two share a name.
     """
     if isinstance(policies, Mapping):
-        named = {name: str(path) for name, path in policies.items()}
+        named = {name: _expand(path) for name, path in policies.items()}
     else:
         pairs = [item if isinstance(item, tuple) else (Path(item).name, item) for item in policies]
-        named = {name: str(path) for name, path in pairs}
+        named = {name: _expand(path) for name, path in pairs}
     if not named:
         raise fail("no policy given", where="--policy", expected="at least one, as NAME=FOLDER or FOLDER")
     if len(named) < len(policies):
         names = ", ".join(named)
         raise fail("two policies share a name", where="--policy", got=names, remedy="name them: NAME=FOLDER")
     return named
+
+
+def _expand(reference: str | Path) -> str:
+    """Return a path as text, `~` replaced: the shell leaves it alone after `--base=` and `NAME=`."""
+    return str(Path(reference).expanduser()) if str(reference).startswith("~") else str(reference)
 
 
 def _each_weights(lam: Weights | Sequence[Weights], names: Sequence[str], extrapolate: bool) -> list[tuple[float, ...]]:
@@ -204,7 +211,7 @@ def _write_companions(plan: MergePlan, folder: Path) -> None:
     for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, folder / path.name)
     config: dict[str, Any] = dict(plan.base.config)
-    for key in ("dtype", "torch_dtype"):
-        if key in config and plan.dtype_name:
-            config[key] = plan.dtype_name
+    # Whoever loads with the type that the config names must get every bit that was written.
+    config.pop("torch_dtype", None)
+    config["dtype"] = plan.widest_dtype()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -52,7 +53,6 @@ class MergePlan:
         self.base = base
         self.policies = policies
         self.depths = depths
-        self.dtype_name = dtype if OUTPUT_DTYPES[dtype] else ""
         self._dtype = OUTPUT_DTYPES[dtype]
         self._device = torch.device(device)
 
@@ -62,6 +62,11 @@ class MergePlan:
             TensorInfo(info.name, self._output_dtype(info.name), info.shape, info.file)
             for info in self.base.tensors.values()
         ]
+
+    def widest_dtype(self) -> str:
+        """Return the name of the widest floating-point type among the merged tensors, as configs write it."""
+        kinds = [info.dtype for info in self.outputs() if info.dtype.is_floating_point]
+        return str(reduce(torch.promote_types, kinds, kinds[0])).removeprefix("torch.")
 
     def scale(self, name: str, spec: MergeSpec) -> float:
         """Return the LiNeS factor of one tensor."""

@@ -58,7 +58,7 @@ def describe(plan: MergePlan, spec: MergeSpec, inputs: dict[str, Any], command: 
         "beta": spec.beta,
         "blocks": plan.depths.blocks,
         "scales": plan.scales(spec),
-        "dtype": plan.dtype_name or "auto",
+        "dtype": plan.widest_dtype(),
         **inputs,
         "versions": {
             "rewarded-lines": __version__,

@@ -173,10 +173,49 @@ def test_options_out_of_range(refused, args, said):
     assert said in refused(*merge_args(*args))
 
 
+def test_an_input_spelt_with_a_tilde_is_still_an_input(refused, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny))
+    args = ("merge", "--base=~/sft", "--policy", "a=~/first", "--policy", "second", "--overwrite")
+    assert "in, on or around an input" in refused(*args, "--out", tiny / "sft")
+    assert "in, on or around an input" in refused(*args, "--out=~/first")
+
+
+def test_an_output_below_a_file_is_the_systems_complaint_in_one_line(refused, tiny):
+    said = refused(*merge_args()[:-1], "test.jsonl/out")
+    assert "test.jsonl" in said and said.count("\n") == 1
+
+
+def test_a_policy_that_only_the_working_directory_has_is_not_the_projects(cli, tiny):
+    (tiny / "policies").mkdir()
+    (tiny / "first").rename(tiny / "policies/first")
+    (tiny / "elsewhere").mkdir()
+    text = (tiny / "rewarded-lines.yaml").read_text().replace("first: first", "first: policies/first")
+    (tiny / "elsewhere/rewarded-lines.yaml").write_text(text)
+    answer = cli("merge", "--config", "elsewhere/rewarded-lines.yaml")
+    assert answer.code == 1 and "elsewhere/policies/first: no such folder" in answer.err
+
+
+def test_a_prompt_without_tokens(cli, tiny):
+    (tiny / "test.jsonl").write_text('{"prompt": "a film"}\n{"prompt": ""}\n')
+    answer = cli("sweep", "--engine", "hf")
+    assert answer.code == 1 and "prompt 1: a prompt has no tokens" in answer.err
+
+
 def test_report_of_something_else(refused):
     assert "sft: not a run folder" in refused("report", "sft")
 
 
-@pytest.mark.parametrize("args", [("--algo", "grpo"), ("--until", "never"), ("--out", "sft")])
-def test_demo_settings(refused, args):
-    assert refused("demo", *args)
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--algo", "grpo"), "unknown value `grpo`"),
+        (("--until", "never"), "unknown value `never`"),
+        (("--out", "sft"), "holds something else"),
+        (("--engine", "vlm"), "unknown engine"),
+        (("--suite", "nowhere.yaml"), "no such file"),
+        (("--corpus", "sft"), "sft/pairs-train.jsonl"),
+        (("--suite", "rewarded-lines.yaml", "--out", "."), "input lies in its output"),
+    ],
+)
+def test_demo_settings(refused, tiny, args, said):
+    assert said in refused("demo", *args)

@@ -110,6 +110,20 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, hf):
         assert swapped[lam] == own == fresh("vllm", tiny / f"ends/lam={lam:.2f}", SAMPLED)
 
 
+def test_weights_of_another_layout_are_refused(hf):
+    with pytest.raises(UserError, match="no parameter other.weight"):
+        hf.use([("other.weight", torch.zeros(1))])
+    with pytest.raises(UserError, match="parameters without weights"):
+        hf.use([])
+
+
+def test_a_models_own_penalties_do_not_count(tiny, hf):
+    plain = answers(hf, GREEDY)
+    config = tiny / "sft/generation_config.json"
+    config.write_text(config.read_text().replace("{", '{"repetition_penalty": 5.0,', 1))
+    assert fresh("hf", tiny / "sft", GREEDY) == plain
+
+
 def test_prompts_that_do_not_fit_are_refused(tiny):
     with pytest.raises(UserError, match="do not fit the model"):
         load_generator("hf", "sft", GenerationSpec(max_tokens=500), PROMPTS)

@@ -136,6 +136,27 @@ def test_classifier_scores_the_empty_text(classifier):
     assert len(load_reward("r", spec, device="cpu").score([""], [""])) == 1
 
 
+def test_a_model_that_is_no_classifier_is_refused(tiny):
+    with pytest.raises(UserError, match=r"(?s)not a classifier.*score\.weight"):
+        load_reward("r", RewardSpec(model="sft"), tiny)
+
+
+def test_a_text_that_the_classifier_cannot_read_whole_is_refused(classifier):
+    spec = RewardSpec(model=str(classifier), max_tokens=8)
+    with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
+        load_reward("r", spec, device="cpu").score(["a", "b"], [" film", " jumps over the lazy dog" * 4])
+
+
+def test_a_damaged_classifier_is_refused(classifier, tmp_path):
+    import shutil
+
+    shutil.copytree(classifier, tmp_path / "cut")
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_reward("r", RewardSpec(model="cut"), tmp_path)
+
+
 def test_classifiers_that_cannot_be_loaded(classifier, tmp_path):
     with pytest.raises(UserError, match="no model there"):
         load_reward("r", RewardSpec(model="absent"), tmp_path)

@@ -59,7 +59,7 @@ def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(ti
     after = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
     assert all(after[name] == time for name, time in before.items()) and len(after) == 7
     assert told[0] == ("points already there", 5) and len(told) == 3
-    assert sweep(engine="hf", points=3).header["evaluated"] == 0
+    assert sweep(engine="hf", points=3).header["evaluated_last"] == 0
 
 
 def test_a_changed_reward_makes_every_point_anew(tiny):
@@ -67,8 +67,23 @@ def test_a_changed_reward_makes_every_point_anew(tiny):
     source = (tiny / "rewards.py").read_text().replace("len(response.split())", "2 * len(response.split())")
     (tiny / "rewards.py").write_text(source)
     run = sweep(engine="hf", points=2)
-    assert run.header["evaluated"] == 5
+    assert run.header["evaluated_last"] == 5
     assert run.sft.scores["words"][0] == 2 * len(run.sft.responses[0].split())
+
+
+def test_other_stop_tokens_or_other_depths_make_every_point_anew(tiny):
+    sweep(engine="hf", points=2)
+    config = tiny / "sft/generation_config.json"
+    config.write_text(config.read_text().replace('"eos_token_id": 2', '"eos_token_id": 3'))
+    assert sweep(engine="hf", points=2).header["evaluated_last"] == 5
+    layers = r"model\.layers\.([0-9]+)\.mlp\."
+    assert sweep(engine="hf", points=2, layers=layers).header["evaluated_last"] == 5
+
+
+def test_too_few_points_are_refused(tiny):
+    for points in (0, 1):
+        with pytest.raises(UserError, match="2 or more"):
+            sweep(engine="hf", points=points)
 
 
 def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
@@ -85,7 +100,7 @@ def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
     assert json.loads((tiny / "sweep/run.json").read_text())["complete"] is False
     assert len(load_run(tiny / "sweep").points) == 2
     monkeypatch.setattr(sweep_module, "_evaluate", evaluate)
-    assert sweep(engine="hf", points=2).header["evaluated"] == 3
+    assert sweep(engine="hf", points=2).header["evaluated_last"] == 3
 
 
 def test_two_at_once_are_kept_apart(tiny):

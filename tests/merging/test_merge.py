@@ -115,6 +115,9 @@ def test_mixed_types_keep_the_widest(tiny):
     merge("sft16", ["first", "second"], 1.0, beta=0, out="out")
     policy, out = weights(tiny / "first"), weights(tiny / "out")
     assert all(torch.equal(out[name], policy[name]) for name in policy)
+    # Loaded as the config says, every bit is still there.
+    loaded = AutoModelForCausalLM.from_pretrained("out", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], policy[name]) for name in policy)
 
 
 def test_one_policy_is_single_task_lines(tiny):

@@ -1,0 +1,65 @@
+"""Output folders after every kind of accident."""
+
+import fcntl
+import os
+
+import pytest
+
+from rewarded_lines.errors import UserError
+from rewarded_lines.folders import atomic_folder, refuse_foreign
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_whole_or_absent(tmp_path):
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("new")
+        assert not (tmp_path / "out").exists()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["file"]
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "other"):
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    dead, live = tmp_path / ".out.partial-1", tmp_path / ".out.partial-2"
+    dead.mkdir()
+    live.mkdir()
+    holder = os.open(live, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with atomic_folder(tmp_path / "out"):
+        pass
+    os.close(holder)
+    assert names(tmp_path) == [".out.partial-2", "out"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_replacement_cut_short_is_mended(tmp_path, finished):
+    """Killed between the two renames the old folder comes back; killed after them it goes."""
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced/old").write_text("old")
+    if finished:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ([] if finished else ["old"])
+
+
+def test_an_output_made_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="meanwhile"), atomic_folder(tmp_path / "out") as folder:
+        (folder / "mine").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+
+def test_foreign_folders(tmp_path):
+    refuse_foreign(tmp_path / "absent", "run.json")
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError):
+            refuse_foreign(place, "run.json")
+    (tmp_path / "run.json").touch()
+    refuse_foreign(tmp_path, "run.json")

@@ -1,0 +1,59 @@
+"""What the README says can be done: its commands parse, its links lead somewhere, and none of them is overlooked."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from rewarded_lines.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line.split("#")[0].strip() for block in CODE for line in block.splitlines() if line.strip()]
+INLINE = re.findall(r"`((?:make|rewarded-lines|accelerate launch|python) [^`]+)`", " ".join(README.split()))
+COMMANDS = [command for command in [*LINES, *INLINE] if command]
+
+
+def starting(word):
+    return [command for command in COMMANDS if shlex.split(command)[0] == word]
+
+
+def test_every_command_is_of_a_kind_that_is_checked_here():
+    kinds = {shlex.split(command)[0] for command in COMMANDS}
+    assert kinds <= {"make", "rewarded-lines", "accelerate", "python", "cd"}, kinds
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("command", starting("make"))
+def test_make_targets_exist(command):
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", starting("rewarded-lines"))
+def test_commands_parse(command):
+    arguments = shlex.split(command)[1:]
+    group = typer.main.get_command(app)
+    with group.make_context("rewarded-lines", arguments[:1] + ["--help"], resilient_parsing=True) as context:
+        name, subcommand, _ = group.resolve_command(context, arguments)
+        subcommand.make_context(name, arguments[1:], parent=context)
+
+
+@pytest.mark.parametrize("command", [*starting("accelerate"), *starting("python")])
+def test_scripts_and_configs_exist(command):
+    files = [word for word in shlex.split(command) if word.endswith((".py", ".yaml")) and not word.startswith("runs/")]
+    assert files and all((ROOT / file).is_file() for file in files)
+
+
+def test_links_and_pictures_exist():
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert len(targets) >= 2
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_first_command_comes_early():
+    assert README[: README.index("make demo")].count("\n") < 25
