@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,6 +44,8 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "steps") -> Ite
 
 def quiet_libraries() -> None:
     """Turn off the bars and notices of the libraries below, so that ours is the only voice on the terminal."""
+    # Read when torch is loaded, which the next line does.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
