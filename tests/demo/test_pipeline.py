@@ -62,18 +62,29 @@ def arguments(miniature, out, *more):
     return [*COMMAND, *map(str, own), "--suite", str(miniature / "suite/suite.yaml"), "--out", str(out), *more]
 
 
-def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path):
+# A file that says that a stage is at work, and the parts that are finished then.
+SIGNS = {
+    "sft": ("logs/sft.jsonl", {"data"}),
+    "reward": ("logs/reward.jsonl", {"data", "sft"}),
+    "policies": ("logs/ppo-positive.jsonl", {"data", "sft", "reward"}),
+    "sweep": ("sweep/points/*", {"data", "sft", "reward", "ppo positive", "ppo detailed"}),
+}
+
+
+@pytest.mark.parametrize("stages", [["reward"], pytest.param(list(SIGNS), marks=pytest.mark.slow)], ids=len)
+def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path, stages):
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     out = tmp_path / "run"
-    child = subprocess.Popen(arguments(miniature, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for(lambda: (out / "logs/reward.jsonl").is_file(), child)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert set(json.loads((out / "demo.json").read_text())) == {"data", "sft"}
-    assert not (out / "rewards/positive").exists()
+    for stage in stages:
+        sign, finished = SIGNS[stage]
+        child = subprocess.Popen(arguments(miniature, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wait_for(lambda sign=sign: any(out.glob(sign)), child)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert set(json.loads((out / "demo.json").read_text())) == finished
+        # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
+        wait_for(lambda: not running(str(out)), None)
     kept = (out / "sft/model.safetensors").stat().st_mtime_ns
-    # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
-    wait_for(lambda: not running(str(out)), None)
 
     done = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
