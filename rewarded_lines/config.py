@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 
 PROJECT_FILE = "rewarded-lines.yaml"
+_MOST_KEYS_SHOWN = 20
 
 
 class Strict(BaseModel):
@@ -219,8 +220,9 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
     return Problem(
         f"unknown key `{key}`",
         where=where,
-        expected="one of " + ", ".join(known),
-        remedy=f"did you mean `{alike}`?" if alike else "remove it",
+        # A trainer's configuration has almost two hundred keys; the nearest says more than all of them.
+        expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
+        remedy=f"did you mean `{alike}`?" if alike else "remove it, or see --help for the keys there are",
     )
 
 
