@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from rewarded_lines.checkpoints.layers import Place
+from rewarded_lines.errors import fail
+
+Outside = Literal["alpha", "depth"]
+
 
 def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> float:
     """Return the factor that LiNeS gives the residual of one tensor.
@@ -20,3 +27,37 @@ def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> fl
     if block is None or blocks == 1:
         return alpha
     return alpha + beta * block / (blocks - 1)
+
+
+def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "alpha", name: str = "") -> float:
+    """Return the factor that LiNeS gives the residual of one tensor, by its place in the model.
+
+    Inside the blocks λ^(ℓ) = α + β·(ℓ−1)/(L−1), L being the length of the tensor's own block list: an encoder and a
+    decoder each run from α to α + β. Outside the blocks the paper is silent: "alpha" gives α, as the authors' code
+    does; "depth" lets a tensor go with the block next to it, so that embeddings get the first block's α and final norm
+    and head the last block's α + β (α where L = 1).
+
+    Args:
+        place: where the tensor lies.
+        alpha: scale of the first block.
+        beta: what the last block gets on top of α.
+        outside: the rule for tensors outside the blocks.
+        name: the tensor's name, for the message.
+
+    Raises:
+        UserError: the rule is "depth" and the side on which the tensor lies is not known.
+
+    Source: LiNeS, arXiv 2410.17146, equation 3 and section 4.
+    """
+    if place.block is not None:
+        return lines_scale(place.block, place.blocks, alpha, beta)
+    if outside == "alpha" or place.side == "before":
+        return alpha
+    if place.side == "after":
+        return lines_scale(place.blocks - 1, place.blocks, alpha, beta)
+    raise fail(
+        "whether this tensor stands before or after the blocks is not known",
+        where=name or place.stack,
+        expected="embeddings, a final norm or a head by a name that is known",
+        remedy="pass --outside alpha, which needs no side: the tensors outside the blocks get alpha",
+    )
