@@ -41,6 +41,16 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     if problems := existing_output(out, overwrite):
         raise UserError(problems)
+    with scratch_folder(out) as partial:
+        yield partial
+        sync_folder(partial)
+        with _locked(out.parent, wait=True):
+            _put_in_place(partial, out, overwrite)
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that vanishes with the block, or with the next one after a kill."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     with _locked(out.parent, wait=True):
@@ -50,9 +60,6 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         holder = _lock(partial, wait=False)
     try:
         yield partial
-        sync_folder(partial)
-        with _locked(out.parent, wait=True):
-            _put_in_place(partial, out, overwrite)
     finally:
         os.close(holder)
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from os.path import commonprefix
 from typing import Any, Literal
 
@@ -178,16 +177,6 @@ class Depths:
 
     place: Mapping[str, Place]
     stacks: Mapping[str, int]
-
-    @cached_property
-    def block(self) -> Mapping[str, int | None]:
-        """The block index of every tensor, 0-based, None outside the blocks."""
-        return {name: place.block for name, place in self.place.items()}
-
-    @property
-    def blocks(self) -> int:
-        """The number of blocks of the first list."""
-        return next(iter(self.stacks.values()))
 
 
 def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | None = None) -> Depths:

@@ -1,16 +1,16 @@
-"""Checkpoints as they lie on disk: names, shapes, dtypes and lazily mapped tensors. Read only, nothing is unpickled."""
+"""Checkpoints as they lie on disk: names, shapes, types and values of tensors. Read only, nothing is unpickled."""
 
 from __future__ import annotations
 
-import json
+import os
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, read_exactly, read_header
 from rewarded_lines.config import looks_local
 from rewarded_lines.errors import Problem, UserError, fail
 
@@ -21,32 +21,59 @@ _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 )
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_LARGEST_JSON = 64_000_000
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What the header of a safetensors file says of one tensor."""
+class TensorFiles:
+    """Safetensors files opened for reading, with the headers of all of them read and checked."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Read every header.
+
+        Raises:
+            UserError: with everything that is wrong with the files, all at once.
+        """
+        self.files = list(files)
+        self.tensors: dict[str, TensorInfo] = {}
+        problems: list[Problem] = []
+        for file in self.files:
+            try:
+                self._add(read_header(file))
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+        weakref.finalize(self, _close, list(self._descriptors.values()))
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
+        """Return `count` values of a tensor from the `start`-th on, flat, in their storage type; all by default."""
+        info = self.tensors[name]
+        values = np.empty(info.elements - start if count is None else count, info.dtype.storage)
+        self.read_into(name, start, values)
+        return values
+
+    def read_into(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Fill `values`, a flat array of the tensor's storage type, from its `start`-th value on."""
+        info = self.tensors[name]
+        assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
+        if not values.size:
+            return
+        view = values.view(np.uint8).data
+        try:
+            read_exactly(self._descriptors[info.file], view, info.start + start * info.dtype.itemsize)
+        except EOFError as error:
+            raise damaged(info.file, f"{error}: it changed while it was read") from error
+
+    def _add(self, entries: list[TensorInfo]) -> None:
+        for info in entries:
+            if info.name in self.tensors:
+                raise damaged(info.file, f"tensor {info.name[:80]!r} is also in {self.tensors[info.name].file.name}")
+            self.tensors[info.name] = info
 
 
-class Checkpoint:
-    """A model folder opened for reading; tensors are mapped when asked for and stay in the page cache's care."""
+class Checkpoint(TensorFiles):
+    """A model folder opened for reading."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
         """Open every weight file of `folder` and read its headers.
@@ -60,52 +87,29 @@ class Checkpoint:
         """
         self.folder = folder
         self.name = name or str(folder)
-        self.files = _weight_files(folder)
-        self.config = _read_config(folder)
-        self._handles: dict[Path, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        problems: list[Problem] = []
-        for file in self.files:
-            try:
-                self._open(file)
-            except UserError as error:
-                problems += error.problems
-        if problems:
-            raise UserError(problems)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, mapped from its file."""
-        tensor: torch.Tensor = self._handles[self.tensors[name].file].get_tensor(name)
-        return tensor
-
-    def _open(self, file: Path) -> None:
-        try:
-            handle: Any = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, str(error)) from error
-        self._handles[file] = handle
-        for name in handle.offset_keys():
-            piece = handle.get_slice(name)
-            kind = piece.get_dtype()
-            if kind not in DTYPES:
-                raise fail(
-                    f"tensor {name} is of type {kind}",
-                    where=str(file),
-                    expected="float32, bfloat16 or float16 weights",
-                    remedy="merge the unquantized checkpoints and quantize the result",
-                )
-            self.tensors[name] = TensorInfo(name, DTYPES[kind], tuple(piece.get_shape()), file)
+        index = folder / INDEX_FILE
+        weight_map = _indexed(index) if index.is_file() else None
+        files = _weight_files(folder, weight_map)
+        self.config = read_config(folder)
+        super().__init__(files)
+        if weight_map is not None:
+            _check_index(index, weight_map, self.tensors)
 
 
-def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
-    """Open a folder, or fetch a Hub id `organisation/name` into the Hub's cache and open that.
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def resolve_folder(reference: str) -> Path:
+    """Return the folder of a model: a local one, or a Hub id `organisation/name` fetched into the Hub's cache.
 
     Raises:
-        UserError: neither of the two exists, or the checkpoint is not whole.
+        UserError: neither of the two exists.
     """
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return Checkpoint(folder, name)
+        return folder
     if looks_local(reference):
         what = "is a file" if folder.exists() else "no such folder"
         raise fail(
@@ -114,25 +118,60 @@ def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
             expected=f"a model folder with config.json and {SINGLE_FILE}",
             remedy="give the folder of a checkpoint, or a Hub id organisation/name",
         )
-    return Checkpoint(_from_hub(reference), name or reference)
+    return _from_hub(reference)
 
 
-def open_all(references: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """Open several checkpoints by name.
+def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
+    """Open a folder, or fetch a Hub id `organisation/name` into the Hub's cache and open that.
 
     Raises:
-        UserError: with the problems of all of them together.
+        UserError: neither of the two exists, or the checkpoint is not whole.
     """
-    opened: dict[str, Checkpoint] = {}
-    problems: list[Problem] = []
-    for name, reference in references.items():
-        try:
-            opened[name] = open_checkpoint(reference, name)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return opened
+    return Checkpoint(resolve_folder(reference), name or reference)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a model folder's config.json.
+
+    Raises:
+        UserError: it is not there, or is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise fail("no config.json there", where=str(folder), expected="a Hugging Face model folder")
+    config = read_json_object(path)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
+        raise fail(
+            f"the model is quantized{f' ({str(method)[:40]})' if method else ''}",
+            where=str(path),
+            expected="float64, float32, bfloat16 or float16 weights",
+            remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
+        )
+    return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        UserError: the file is no such thing, or is too large to be one of ours.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise damaged(path, "more JSON than any model's")
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise damaged(path, str(error)[:200]) from error
+    if not isinstance(content, dict):
+        raise damaged(path, "not a JSON object")
+    return content
+
+
+def total_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Return how many bytes the tensors take on disk."""
+    return sum(info.bytes for info in tensors)
 
 
 def _from_hub(reference: str) -> Path:
@@ -151,67 +190,73 @@ def _from_hub(reference: str) -> Path:
         ) from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        files = [folder / name for name in dict.fromkeys(_indexed(index).values())]
+def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    if weight_map is not None:
+        files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise fail(
                 "shards are missing",
                 where=str(folder),
                 expected=f"every file of {INDEX_FILE}",
-                got="no " + ", ".join(missing),
+                got="no " + ", ".join(missing[:5]),
                 remedy="copy or download the checkpoint again",
             )
-        return sorted(files)
+        return files
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
+    refuse_pickles(folder, SINGLE_FILE)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+    raise fail("no weights there", where=str(folder), expected=SINGLE_FILE, got=found or "an empty folder")
+
+
+def refuse_pickles(folder: Path, expected: str) -> None:
+    """Refuse a folder whose weights are pickled.
+
+    Raises:
+        UserError: naming the files, and the command that converts them.
+    """
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
         raise fail(
             "pickled weights are never opened: loading a pickle runs code from it",
             where=str(folder),
-            expected=SINGLE_FILE,
+            expected=expected,
             got=", ".join(pickled[:3]),
             remedy="if you trust the file, convert it: " + _CONVERT.format(folder=folder),
         )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-    raise fail("no weights there", where=str(folder), expected=SINGLE_FILE, got=found or "an empty folder")
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(index, f"{type(error).__name__}: {error}") from error
-    if not isinstance(weight_map, dict):
-        raise _damaged(index, f"its weight_map is a {type(weight_map).__name__}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged(index, "it has no weight_map")
+    for name in set(map(str, weight_map.values())):
+        _check_entry(index, name)
     return weight_map
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise fail("no config.json there", where=str(folder), expected="a Hugging Face model folder")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "not a JSON object")
-    return content
-
-
-def _damaged(file: Path, reason: str) -> UserError:
-    return fail(
-        "the file is damaged or cut short",
-        where=str(file),
-        got=f"{reason} ({file.stat().st_size} bytes)",
-        remedy="copy or download it again",
+def _check_entry(index: Path, name: str) -> None:
+    """Refuse an index that sends us to files outside the checkpoint's own folder."""
+    folder = index.parent
+    plain = Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and len(name) < 256
+    if plain and name.endswith(".safetensors"):
+        real = (folder / name).resolve()
+        # The Hub's cache keeps the files of a snapshot as links into its own `blobs`.
+        allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+        if real.parent in (allowed if folder.resolve().parent.name == "snapshots" else allowed[:1]):
+            return
+    raise fail(
+        "the index names a file that is not in the checkpoint's folder",
+        where=str(index),
+        expected="names of *.safetensors files beside the index",
+        got=repr(name[:120]),
+        remedy="copy the files into the folder; if you did not make this checkpoint, do not trust it",
     )
 
 
-def total_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Return how many bytes the tensors take on disk."""
-    return sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in tensors)
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    wrong = [name for name, info in tensors.items() if weight_map.get(name) != info.file.name]
+    wrong += [name for name in weight_map if name not in tensors]
+    if wrong:
+        raise damaged(index, f"it does not fit its files: {', '.join(name[:80] for name in wrong[:3])}")

@@ -1,80 +1,102 @@
-"""Safetensors written as a stream: the header first, since every shape is known, then tensor after tensor.
+"""Safetensors written as a stream: headers first, since every shape is known, then blocks of tensors in any order.
 
-Memory stays at one tensor however large the shards are, which is what the libraries' own `save_file`, taking all
-tensors of a file at once, does not give.
+Memory stays at one block however large the shards are, which is what the libraries' own `save_file`, taking all
+tensors of a file at once, does not give. Blocks may come from several threads.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import Any
 
-import torch
+import numpy as np
 
-from rewarded_lines.checkpoints.reader import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo, total_bytes
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, total_bytes
 from rewarded_lines.errors import fail
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Bytes after which the disk is told to begin: the sync at the end then has little left to wait for.
+_FLUSH = 32 << 20
 
 
-class CheckpointWriter:
-    """Writes tensors, in the order announced, into one or several safetensors files of a folder."""
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
+    """Writes the tensors announced to it into one or several safetensors files of a folder."""
 
-    def __init__(self, folder: Path, tensors: Sequence[TensorInfo], max_shard_size: int) -> None:
-        """Plan the shards.
+    def __init__(
+        self, folder: Path, tensors: Sequence[TensorInfo], max_shard_size: int, single_file: str = SINGLE_FILE
+    ) -> None:
+        """Create the files, with their headers and at their full length.
 
         Args:
             folder: where the files go; must exist.
-            tensors: name, dtype and shape of every tensor; `order` is the order in which to write them.
+            tensors: name, type and shape of every tensor.
             max_shard_size: bytes; a tensor larger than that gets a file of its own.
+            single_file: the name when there is only one.
         """
         self._folder = folder
-        self._shards = plan_shards(tensors, max_shard_size)
-        self.order = [info.name for shard in self._shards for info in shard]
-        self._next = 0
-        self._shard = -1
-        self._left = 0
-        self._file: BinaryIO | None = None
+        shards = plan_shards(tensors, max_shard_size)
+        names = [shard_name(index, len(shards), single_file) for index in range(len(shards))]
+        self._infos: dict[str, TensorInfo] = {}
+        self._descriptors: dict[Path, int] = {}
+        for name, shard in zip(names, shards, strict=True):
+            self._create(folder / name, shard)
+        if len(shards) > 1:
+            weight_map = {info.name: info.file.name for info in self._infos.values()}
+            content = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
+            (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self._unflushed = 0
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor of `order`."""
-        assert name == self.order[self._next], f"expected {self.order[self._next]}, got {name}"
-        if self._left == 0:
-            self._open_next()
-        info = self._shards[self._shard][len(self._shards[self._shard]) - self._left]
-        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), name
-        assert self._file is not None
-        self._file.write(_as_bytes(tensor))
-        self._next += 1
-        self._left -= 1
+    @property
+    def order(self) -> list[str]:
+        """Return the tensors as they lie in the files: the order in which writing is fastest."""
+        return list(self._infos)
 
-    def close(self) -> None:
-        """Finish the last file and write the index when there are several."""
-        assert self._next == len(self.order), "not every tensor was written"
-        if self._file is not None:
-            self._file.close()
-        if len(self._shards) > 1:
-            weight_map = {info.name: self._name(i) for i, shard in enumerate(self._shards) for info in shard}
-            size = sum(total_bytes(shard) for shard in self._shards)
-            content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (self._folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def write(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Write a run of a tensor's values, of its storage type, from its `start`-th on."""
+        info = self._infos[name]
+        assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
+        if not values.size:
+            return
+        descriptor = self._descriptors[info.file]
+        view = values.view(np.uint8).data
+        place = info.start + start * info.dtype.itemsize
+        while len(view):
+            written = os.pwrite(descriptor, view, place)
+            view, place = view[written:], place + written
+        self._begin_flush(descriptor, values.nbytes)
 
-    def _open_next(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._shard += 1
-        self._left = len(self._shards[self._shard])
-        self._file = (self._folder / self._name(self._shard)).open("wb")
-        self._file.write(header(self._shards[self._shard]))
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
-    def _name(self, shard: int) -> str:
-        count = len(self._shards)
-        return SINGLE_FILE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+    def _create(self, path: Path, shard: Sequence[TensorInfo]) -> None:
+        head = header(shard)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors[path] = descriptor
+        os.pwrite(descriptor, head, 0)
+        os.ftruncate(descriptor, len(head) + total_bytes(shard))
+        place = len(head)
+        for info in shard:
+            self._infos[info.name] = TensorInfo(info.name, info.dtype, info.shape, path, place)
+            place += info.bytes
+
+    def _begin_flush(self, descriptor: int, more: int) -> None:
+        """Have the kernel start writing now and then; this call asks for it and does not wait."""
+        self._unflushed += more
+        if self._unflushed >= _FLUSH:
+            self._unflushed = 0
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
@@ -85,13 +107,18 @@ def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[list
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in tensors:
-        more = total_bytes([info])
-        if shards[-1] and size + more > max_shard_size:
+        if shards[-1] and size + info.bytes > max_shard_size:
             shards.append([])
             size = 0
         shards[-1].append(info)
-        size += more
+        size += info.bytes
     return [sorted(shard, key=lambda info: -info.dtype.itemsize) for shard in shards]
+
+
+def shard_name(index: int, count: int, single_file: str = SINGLE_FILE) -> str:
+    """Return the name of one of `count` weight files."""
+    stem, suffix = single_file.rsplit(".", 1)
+    return single_file if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.{suffix}"
 
 
 def header(tensors: Sequence[TensorInfo]) -> bytes:
@@ -99,9 +126,9 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
     content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for info in tensors:
-        end = offset + total_bytes([info])
+        end = offset + info.bytes
         content[info.name] = {
-            "dtype": _NAMES[info.dtype],
+            "dtype": info.dtype.name,
             "shape": list(info.shape),
             "data_offsets": [offset, end],
         }
@@ -122,8 +149,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise fail("not a size", where="--max-shard-size", expected="for example 5GB or 500MB", got=repr(text))
     return size
-
-
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -12,9 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rewarded_lines.cli.progress import progress_bar
+from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.merge import MergeResult
+
+_METHOD = "Options of the methods"
+_SAFETY = "Output and safety"
 
 
 def merge(
@@ -27,9 +31,49 @@ def merge(
         list[str] | None,
         typer.Option(help="λ of the first of two policies, or weights 0.2,0.3,0.5; repeat for several outputs."),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="LiNeS α: scale of the first block.")] = 1.0,
+    alpha: Annotated[str, typer.Option(help="LiNeS α: scale of the first block; auto for the authors' choice.")] = "1",
     beta: Annotated[float, typer.Option(help="LiNeS β: added by the last block; 0 is Rewarded Soups.")] = 1.0,
-    method: Annotated[str, typer.Option(help="How residuals are joined: soup.")] = "soup",
+    outside: Annotated[
+        str, typer.Option(help="What embeddings, norm and head get: alpha, or depth (as the block beside them).")
+    ] = "alpha",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How residuals are joined: soup, wise-ft, task-arithmetic, uniform, greedy, slerp, ties, dare, "
+            "dare-ties or consensus."
+        ),
+    ] = "soup",
+    density: Annotated[
+        float | None,
+        typer.Option(help="ties (0.2), dare, dare-ties (0.1): share of values kept.", rich_help_panel=_METHOD),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="ties: trim over the whole model, or each tensor.", rich_help_panel=_METHOD),
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(help="ties, dare-ties: mean or sum of the values that agree.", rich_help_panel=_METHOD),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="dare, dare-ties: of the random masks (0).", rich_help_panel=_METHOD)
+    ] = None,
+    tall: Annotated[
+        float | None,
+        typer.Option(
+            help="consensus (0.4): how large a policy's part must be beside the others'.", rich_help_panel=_METHOD
+        ),
+    ] = None,
+    agree: Annotated[
+        int | None,
+        typer.Option(help="consensus (2): how many policies must need a value.", rich_help_panel=_METHOD),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="greedy: a command that prints a number for {model}, or file.py:function.", rich_help_panel=_METHOD
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default merged/lam=…")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
@@ -37,14 +81,17 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow λ outside the simplex.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinite values pass.")
+    ] = False,
     layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
     config: Annotated[Path, typer.Option(help="Names base and policies.")] = Path("rewarded-lines.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge policies over their SFT base, layer by layer.
 
-    θ = θ_base + λ(ℓ)·Σ λᵢ·(θᵢ − θ_base) with λ(ℓ) = α + β·(ℓ−1)/(L−1). Tensors stream from disk to disk; inputs are
-    only read.
+    θ = θ_base + λ(ℓ)·m(τ₁ … τ_N; λ) with τᵢ = θᵢ − θ_base, λ(ℓ) = α + β·(ℓ−1)/(L−1) and the method m, by default
+    Σ λᵢτᵢ. Tensors stream from disk to disk; inputs are only read.
 
     \b
     rewarded-lines merge --lam 0.5
@@ -52,18 +99,27 @@ def merge(
     rewarded-lines merge --base sft --policy helpful=ppo-a --policy brief=ppo-b --lam 0.3 --out merged
     rewarded-lines merge --lam 0.25 --lam 0.5 --lam 0.75 --beta 0 --out soups
         three Rewarded Soups in soups/lam=0.25 …, each input read once
+    rewarded-lines merge --base sft --policy tuned --alpha 0.3 --beta 0.7 --out edited
+        single-task LiNeS, against forgetting; --method wise-ft --lam 0.5 is WiSE-FT
+    rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
+        TIES with LiNeS, α by the authors' heuristic, printed
+    rewarded-lines merge --method greedy --score "python score.py {model}" --beta 0
     """
     from rewarded_lines.merging.merge import merge as run
 
     base, policies = _inputs(base, policy or [], config)
+    options = {"density": density, "scope": scope, "join": join, "seed": seed, "tall": tall, "agree": agree}
     with progress_bar("Merging", quiet=as_json, unit="bytes") as bar:
         results = run(
             base,
             policies,
-            lam or ["0.5"],
-            alpha=alpha,
+            lam,
+            alpha=_alpha(alpha),
             beta=beta,
             method=method,
+            options={name: value for name, value in options.items() if value is not None},
+            outside=outside,  # type: ignore[arg-type] # checked there
+            score=score,
             out=out,
             dtype=dtype,
             device=device,
@@ -72,12 +128,21 @@ def merge(
             dry_run=dry_run,
             layers=layers,
             extrapolate=extrapolate,
+            allow_nonfinite=allow_nonfinite,
             progress=lambda name, size, total: bar(size, total),
         )
     if as_json:
         typer.echo(json.dumps([_as_dict(result, list(policies)) for result in results], indent=2))
     else:
-        Console().print(_table(results, list(policies)))
+        Console().print(_table(results, list(policies), automatic=alpha == "auto"))
+
+
+def _alpha(text: str) -> Any:
+    """Return the number, or "auto"."""
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError as error:
+        raise fail("not a number", where="--alpha", expected="a number, or auto", got=text) from error
 
 
 def _inputs(base: str | None, policy: list[str], config: Path) -> tuple[str, Mapping[str, str]]:
@@ -104,23 +169,29 @@ def _as_dict(result: MergeResult, names: list[str]) -> dict[str, Any]:
         "out": str(result.out) if result.out else None,
         "weights": dict(zip(names, result.spec.weights, strict=True)),
         "method": result.spec.method,
+        "options": dict(result.spec.options),
         "alpha": result.spec.alpha,
         "beta": result.spec.beta,
+        "outside": result.spec.outside,
         "tensors": result.tensors,
         "bytes": result.bytes,
-        "scales": list(result.scales),
+        "scales": {stack: list(scales) for stack, scales in result.scales.items()},
+        "notes": list(result.notes),
     }
 
 
-def _table(results: list[MergeResult], names: list[str]) -> Table:
+def _table(results: list[MergeResult], names: list[str], automatic: bool) -> Table:
     table = Table(title="dry run: nothing written" if results[0].out is None else "merged")
-    for heading in (*(f"λ {name}" for name in names), "scale, first to last block", "size", "folder"):
+    chosen = ["α (auto)"] if automatic else []
+    for heading in (*(f"λ {name}" for name in names), *chosen, "scale, first to last block", "size", "folder"):
         table.add_column(heading, overflow="fold")
     for result in results:
         table.add_row(
             *(f"{weight:g}" for weight in result.spec.weights),
-            f"{result.scales[0]:g} to {result.scales[-1]:g}",
+            *([f"{result.spec.alpha:.6g}"] if automatic else []),
+            "; ".join(f"{scales[0]:g} to {scales[-1]:g}" for scales in result.scales.values()),
             f"{result.bytes / 1e6:,.1f} MB",
             str(result.out or "—"),
         )
+    table.caption = "\n".join(results[0].notes)
     return table

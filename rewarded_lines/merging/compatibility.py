@@ -4,72 +4,145 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
-from rewarded_lines.checkpoints.reader import Checkpoint, TensorInfo
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import Problem, UserError
 
 _REMEDY = "merge policies that were all trained from this base"
+_RESIZE = (
+    "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
+    "or cut the added rows off the policy"
+)
 _SHOWN = 3
 # Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
 # different initialisations are orthogonal.
 _LEAST_COSINE = 0.5
 _SAMPLED_TENSORS = 8
 _SAMPLED_VALUES = 65_536
+# What trainers leave beside a policy: the critic's head of PPO.
+_VALUE_HEAD = re.compile(r"(v_head|value_head)\.")
+# Constants that some versions of transformers write and others do not: masks, positions, rotary frequencies.
+_CONSTANT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
+_CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
 
 
-def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> None:
-    """Refuse checkpoints that do not come from one SFT base.
+@dataclass(frozen=True)
+class Fitting:
+    """The tensors to merge, in the base's order, and what the user should know of those that are left out."""
+
+    names: list[str]
+    notes: list[str]
+
+
+def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
+    """Refuse checkpoints that do not come from one SFT base; return the tensors that all of them share.
+
+    Left out, with a note, are value heads, constants that some inputs lack, and second copies of tied embeddings.
 
     Raises:
         UserError: every difference in architecture, tensor names, shapes, types, vocabulary, tokenizer and origin.
     """
-    problems = [problem for name, policy in policies.items() for problem in _compare(base, policy, name)]
+    extra = _left_out(base, policies)
+    problems = [problem for name, policy in policies.items() for problem in _compare(base, policy, name, set(extra))]
     if problems:
         raise UserError(problems)
+    notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:_SHOWN]]
+    if len(extra) > _SHOWN:
+        notes.append(f"left out: {len(extra) - _SHOWN} more tensors likewise")
+    return Fitting([name for name in base.tensors if name not in extra], notes)
 
 
-def _compare(base: Checkpoint, policy: Checkpoint, name: str) -> list[Problem]:
+def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Return the tensors that are not merged, with the reason."""
+    inputs = [base, *policies.values()]
+    names = dict.fromkeys(name for source in inputs for name in source.tensors)
+    partial = [name for name in names if not all(name in source.tensors for source in inputs)]
+    reasons = {}
+    for name in partial:
+        holder = next(source for source in inputs if name in source.tensors)
+        if _VALUE_HEAD.match(name) and name not in base.tensors:
+            reasons[name] = f"the value head of {holder.name}"
+        elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
+            reasons[name] = "a constant that not all inputs hold"
+    ties = base.config.get("tie_word_embeddings") is True
+    for name in names if ties else partial:
+        if name not in reasons and (original := _tied_to(name, inputs)):
+            reasons[name] = f"tied to {original}"
+    return reasons
+
+
+def _tied_to(name: str, inputs: list[Checkpoint]) -> str:
+    """Return the tensor that `name` repeats, byte for byte, in every input that has it; "" if there is none."""
+    holders = [source for source in inputs if name in source.tensors]
+    info = holders[0].tensors[name]
+    vocabulary = holders[0].config.get("vocab_size")
+    if len(info.shape) != 2 or info.shape[0] != vocabulary:
+        return ""
+    for other in holders[0].tensors.values():
+        if other.name == name:
+            # The first of two copies is the one that stays.
+            if len(holders) == len(inputs):
+                return ""
+            continue
+        alike = other.shape == info.shape and all(other.name in source.tensors for source in inputs)
+        if alike and all(_equal_bytes(source, name, other.name) for source in holders):
+            return other.name
+    return ""
+
+
+def _equal_bytes(source: Checkpoint, first: str, second: str) -> bool:
+    return source.tensors[first].dtype == source.tensors[second].dtype and np.array_equal(
+        source.read(first).view(np.uint8), source.read(second).view(np.uint8)
+    )
+
+
+def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     where = f"policy `{name}` ({policy.folder})"
     structure = [
         *_compare_configs(base.config, policy.config, where),
-        *_compare_names(base, policy, where),
-        *_compare_tensors(base, policy, name),
+        *_compare_names(base, policy, where, extra),
+        *_compare_tensors(base, policy, name, extra),
         *_compare_tokenizers(base.folder, policy.folder, where),
     ]
     return structure or _compare_origin(base, policy, where)
 
 
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
+    remedies = {"model_type": _REMEDY, "architectures": _REMEDY, "num_hidden_layers": _REMEDY, "vocab_size": _RESIZE}
     return [
-        Problem(f"`{key}` differs from the base's", where, str(base.get(key)), str(policy.get(key)), remedy=_REMEDY)
-        for key in ("model_type", "architectures", "vocab_size", "num_hidden_layers")
+        Problem(f"`{key}` differs from the base's", where, str(base.get(key)), str(policy.get(key)), remedy)
+        for key, remedy in remedies.items()
         if base.get(key) != policy.get(key)
     ]
 
 
-def _compare_names(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
-    missing = [name for name in base.tensors if name not in policy.tensors]
-    added = [name for name in policy.tensors if name not in base.tensors]
+def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[str]) -> list[Problem]:
+    missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
+    added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
     return [Problem(f"{len(names)} {what}", where, got=_some(names), remedy=_REMEDY) for what, names in rows if names]
 
 
-def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str) -> list[Problem]:
+def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     problems = []
     for tensor, info in base.tensors.items():
         other = policy.tensors.get(tensor)
-        if other is None:
+        if other is None or tensor in extra:
             continue
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
             problems.append(Problem(what, where=tensor, remedy=_REMEDY))
-        elif not info.dtype.is_floating_point or not other.dtype.is_floating_point:
+        elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
     rest = len(problems) - _SHOWN
     if rest > 0:
@@ -81,9 +154,9 @@ def _compare_buffers(
     base: Checkpoint, policy: Checkpoint, info: TensorInfo, other: TensorInfo, name: str
 ) -> list[Problem]:
     """Integers and booleans (position ids, masks) are copied, so they must be the same everywhere."""
-    if info.dtype == other.dtype and torch.equal(base.read(info.name), policy.read(info.name)):
+    if info.dtype == other.dtype and np.array_equal(base.read(info.name), policy.read(info.name)):
         return []
-    what = f"a buffer of type {info.dtype} that is not the same in base and {name}"
+    what = f"a buffer of type {info.dtype.torch} that is not the same in base and {name}"
     return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=_REMEDY)]
 
 
@@ -123,16 +196,21 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
 
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
-    matrices = [i.name for i in first.tensors.values() if len(i.shape) > 1 and i.dtype.is_floating_point]
+    matrices = [info for info in first.tensors.values() if len(info.shape) > 1 and info.dtype.floating]
     dot = square_first = square_second = 0.0
-    for name in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
-        one = first.read(name).reshape(-1)[:_SAMPLED_VALUES].double()
-        two = second.read(name).reshape(-1)[:_SAMPLED_VALUES].double()
+    for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
+        one, two = (_leading(source, info.name) for source in (first, second))
         dot += float(one @ two)
         square_first += float(one @ one)
         square_second += float(two @ two)
     norm = math.sqrt(square_first * square_second)
-    return dot / norm if norm > 0 else 1.0
+    # Values that are not finite are for the merge itself to count and to name.
+    return dot / norm if 0 < norm < math.inf else 1.0
+
+
+def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    info = source.tensors[name]
+    return as_float64(source.read(name, count=min(info.elements, _SAMPLED_VALUES)), info.dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from rewarded_lines.checkpoints.reader import total_bytes
-from rewarded_lines.checkpoints.writer import CheckpointWriter, parse_size
+from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import atomic_folder, existing_output
-from rewarded_lines.merging.plan import MergePlan, MergeSpec, check_method, plan_merge
+from rewarded_lines.folders import existing_output
+from rewarded_lines.merging.greedy import greedy_weights
+from rewarded_lines.merging.lines import Outside
+from rewarded_lines.merging.methods import METHODS, OptionValue
+from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
+from rewarded_lines.merging.plan import OUTSIDE, MergePlan, MergeSpec, choose, complete, plan_merge
 from rewarded_lines.merging.preferences import check_weights, folder_name, parse_weights
-from rewarded_lines.merging.provenance import describe, hash_inputs, model_card
-
-# What a checkpoint needs beside its weights; everything else in the base's folder stays there.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
+from rewarded_lines.merging.provenance import describe, hash_inputs
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
-# Called with a tensor's name, its bytes and the bytes of all tensors together.
-Progress = Callable[[str, int, int], None]
+Score = str | Callable[[Path], float]
 
 
 @dataclass(frozen=True)
@@ -46,17 +32,21 @@ class MergeResult:
     spec: MergeSpec
     tensors: int
     bytes: int
-    scales: Sequence[float]
+    scales: Mapping[str, Sequence[float]]
+    notes: Sequence[str] = ()
 
 
 def merge(
     base: str | Path,
     policies: Policies,
-    lam: Weights | Sequence[Weights] = 0.5,
+    lam: Weights | Sequence[Weights] | None = None,
     *,
-    alpha: float = 1.0,
+    alpha: float | Literal["auto"] = 1.0,
     beta: float = 1.0,
     method: str = "soup",
+    options: Mapping[str, OptionValue] | None = None,
+    outside: Outside = "alpha",
+    score: Score | None = None,
     out: str | Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -65,19 +55,26 @@ def merge(
     dry_run: bool = False,
     layers: str | None = None,
     extrapolate: bool = False,
-    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
 ) -> list[MergeResult]:
-    """Merge policies over their SFT base: θ_base + λ^(ℓ)·Σ λ_i·τ_i, streamed tensor by tensor.
+    """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
 
-    τ_i = θ_i − θ_base is the residual of policy i and λ^(ℓ) = α + β·(ℓ−1)/(L−1) the LiNeS scale of block ℓ.
+    τ_i = θ_i − θ_base is the residual of policy i, λ^(ℓ) = α + β·(ℓ−1)/(L−1) the LiNeS scale of block ℓ, and m the
+    method, by default Σ λ_i·τ_i.
 
     Args:
         base: folder or Hub id of the SFT model.
         policies: folders or Hub ids, by name or as a list (named after their folders).
-        lam: λ of the first of two policies, or a weight for each; a list of such for several outputs.
-        alpha: α, the scale of the first block and of tensors outside the blocks.
+        lam: λ of the first of two policies, or a weight for each; a list of such for several outputs. The default is
+            0.5, for a single policy 1.
+        alpha: α, the scale of the first block; "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
         beta: β; 0 with α = 1 is plain Rewarded Soups.
-        method: how residuals are joined; "soup" is the weighted sum.
+        method: a key of `rewarded_lines.merging.methods.METHODS`.
+        options: of the method, e.g. {"density": 0.2}.
+        outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
+        score: for the method "greedy", a function from a model's folder to a number, `file.py:function`, or a
+            command that prints one; higher is better.
         out: the output folder; with several λ each gets a folder `lam=…` in it. The default is
             `merged/lam=…` in the working directory.
         dtype: "auto" (the widest each tensor has in the inputs), "float32", "bfloat16" or "float16".
@@ -87,7 +84,8 @@ def merge(
         dry_run: do the pre-flight and say what would be written, no more.
         layers: the pattern of the block list, for layouts that are not known.
         extrapolate: allow weights that are negative or do not sum to 1.
-        progress: called after each tensor with its name, its bytes and the bytes of all.
+        allow_nonfinite: let NaN and infinite values pass.
+        progress: called as blocks are written, with a tensor's name, bytes and the bytes of all.
 
     Returns:
         One result per λ, in order.
@@ -97,20 +95,32 @@ def merge(
     """
     named = name_policies(policies)
     base = _expand(base)
-    out = None if out is None else _expand(out)
-    specs = [MergeSpec(weights, alpha, beta, method) for weights in _each_weights(lam, list(named), extrapolate)]
-    check_method(method)
+    choose("--outside", outside, OUTSIDE)
+    first = complete(MergeSpec((), 0.0 if alpha == "auto" else alpha, beta, method, options or {}, outside), len(named))
+    specs = [replace(first, weights=weights) for weights in _weights(lam, method, list(named), extrapolate)]
     shard_size = parse_size(max_shard_size)
-    targets = _targets(out, specs)
+    targets = _targets(None if out is None else Path(_expand(out)), specs)
     _check_targets(targets, [base, *named.values()], overwrite)
     plan = plan_merge(base, named, dtype=dtype, device=device, layers=layers)
+    if method == "greedy":
+        specs = [replace(specs[0], weights=greedy_weights(plan, specs[0], score, targets[0]))]
+    if alpha == "auto":
+        specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if not dry_run:
-        _write(plan, specs, targets, shard_size, overwrite, progress or (lambda name, size, total: None))
-    outputs = plan.outputs()
-    return [
-        MergeResult(None if dry_run else target, spec, len(outputs), total_bytes(outputs), plan.scales(spec))
-        for target, spec in zip(targets, specs, strict=True)
-    ]
+        plan.prepare(specs)
+        settings = {"dtype": dtype, "max_shard_size": max_shard_size, "layers": layers, "command": command_line()}
+        inputs = hash_inputs(plan)
+        write_folders(
+            plan,
+            specs,
+            targets,
+            [describe(plan, spec, inputs, settings) for spec in specs],
+            max_shard_size=shard_size,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    return [_result(plan, spec, None if dry_run else target) for spec, target in zip(specs, targets, strict=True)]
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
@@ -132,26 +142,51 @@ def name_policies(policies: Policies) -> dict[str, str]:
     return named
 
 
+def _result(plan: MergePlan, spec: MergeSpec, out: Path | None) -> MergeResult:
+    outputs = plan.outputs()
+    return MergeResult(out, spec, len(outputs), total_bytes(outputs), plan.scales(spec), tuple(plan.notes))
+
+
 def _expand(reference: str | Path) -> str:
     """Return a path as text, `~` replaced: the shell leaves it alone after `--base=` and `NAME=`."""
     return str(Path(reference).expanduser()) if str(reference).startswith("~") else str(reference)
 
 
-def _each_weights(lam: Weights | Sequence[Weights], names: Sequence[str], extrapolate: bool) -> list[tuple[float, ...]]:
+def _weights(
+    lam: Weights | Sequence[Weights] | None, method: str, names: Sequence[str], extrapolate: bool
+) -> list[tuple[float, ...]]:
+    """Return the weights of every output, as the method takes them."""
+    kind = METHODS[method].weights
+    if kind == "none":
+        if lam is not None:
+            raise fail(
+                f"the method {method} sets the weights itself", where="--lam", got=str(lam), remedy="leave it out"
+            )
+        return [(1 / len(names),) * len(names)]
+    default: Weights = 1.0 if len(names) == 1 else 0.5
+    free = extrapolate or kind == "free"
+    return _each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
+
+
+def _each_weights(
+    lam: Weights | Sequence[Weights], names: Sequence[str], free: bool, total: bool
+) -> list[tuple[float, ...]]:
     if isinstance(lam, float | int | str):
-        return [parse_weights(str(lam), names, extrapolate)]
+        return [parse_weights(str(lam), names, free, total)]
     if all(isinstance(value, float | int) for value in lam):
-        return [check_weights([float(value) for value in lam], names, extrapolate)]  # type: ignore[arg-type]
-    found = [_each_weights(value, names, extrapolate)[0] for value in lam]
+        return [check_weights([float(value) for value in lam], names, free, total=total)]  # type: ignore[arg-type]
+    found = [_each_weights(value, names, free, total)[0] for value in lam]
     if len(set(found)) < len(found):
         raise fail("the same λ twice", where="--lam", got=", ".join(map(str, found)))
     return found
 
 
-def _targets(out: str | Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
-    parent = Path("merged") if out is None else Path(out)
+def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
+    parent = Path("merged") if out is None else out
     if out is not None and len(specs) == 1:
         return [parent]
+    if METHODS[specs[0].method].weights == "none":
+        return [parent / specs[0].method]
     return [parent / folder_name(spec.weights) for spec in specs]
 
 
@@ -166,52 +201,3 @@ def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bo
         ]
     if problems:
         raise UserError(problems)
-
-
-def _write(
-    plan: MergePlan,
-    specs: Sequence[MergeSpec],
-    targets: Sequence[Path],
-    shard_size: int,
-    overwrite: bool,
-    progress: Progress,
-) -> None:
-    inputs = hash_inputs(plan)
-    outputs = plan.outputs()
-    with ExitStack() as stack:
-        folders = [stack.enter_context(atomic_folder(target, overwrite)) for target in targets]
-        _check_space(folders[0], total_bytes(outputs) * len(folders))
-        writers = [CheckpointWriter(folder, outputs, shard_size) for folder in folders]
-        for name in writers[0].order:
-            for writer, tensor in zip(writers, plan.merged(name, specs), strict=True):
-                writer.write(name, tensor)
-            progress(name, total_bytes([plan.base.tensors[name]]), total_bytes(plan.base.tensors.values()))
-        for writer, folder, spec in zip(writers, folders, specs, strict=True):
-            writer.close()
-            _write_companions(plan, folder)
-            record = describe(plan, spec, inputs, sys.argv)
-            (folder / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(model_card(plan, spec), encoding="utf-8")
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise fail(
-            "not enough disk space",
-            where=str(folder.parent),
-            expected=f"{needed / 1e9:.1f} GB free",
-            got=f"{free / 1e9:.1f} GB",
-            remedy="choose another --out, fewer λ, or --dtype bfloat16",
-        )
-
-
-def _write_companions(plan: MergePlan, folder: Path) -> None:
-    source = plan.base.folder
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, folder / path.name)
-    config: dict[str, Any] = dict(plan.base.config)
-    # Whoever loads with the type that the config names must get every bit that was written.
-    config.pop("torch_dtype", None)
-    config["dtype"] = plan.widest_dtype()
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

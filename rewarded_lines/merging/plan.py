@@ -1,129 +1,276 @@
-"""A merge ready to run: checkpoints that fit together, and the stream of merged tensors for any λ, α and β."""
+"""A merge ready to run: checkpoints that fit together, and what every output wants of every tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
+from rewarded_lines.checkpoints.dtypes import FLOATS, DType, as_torch, widest
+from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
-from rewarded_lines.checkpoints.reader import Checkpoint, TensorInfo, open_all
-from rewarded_lines.errors import fail, nearest
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint
+from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.merging.compatibility import check
-from rewarded_lines.merging.lines import lines_scale
-from rewarded_lines.merging.methods import METHODS, Method, copied_policy, merge_block
+from rewarded_lines.merging.facts import Facts
+from rewarded_lines.merging.lines import Outside, lines_scale, tensor_scale
+from rewarded_lines.merging.masks import random_mask
+from rewarded_lines.merging.methods import METHODS, OptionValue, check_method, consensus, soup
+from rewarded_lines.streaming.blocks import Masks, TensorMerge, Workspace, blocks_of
+from rewarded_lines.streaming.pool import share_out
 
-# About a million elements at a time keep the wide intermediates in cache and memory flat.
-BLOCK = 1 << 20
-OUTPUT_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
 
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """The numbers of one merge: λ_i for each policy, the LiNeS schedule α, β, and the rule that joins residuals."""
+    """The numbers of one merge: λ_i for each policy, the LiNeS schedule, and the method that joins residuals."""
 
     weights: tuple[float, ...]
     alpha: float = 1.0
     beta: float = 1.0
     method: str = "soup"
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    outside: Outside = "alpha"
 
 
 class MergePlan:
-    """Checkpoints that have passed the pre-flight; merges them tensor by tensor, reading each input once."""
+    """Inputs that have passed the pre-flight; says what a merge wants of each tensor, and merges single tensors."""
 
     def __init__(
-        self, base: Checkpoint, policies: Mapping[str, Checkpoint], depths: Depths, dtype: str, device: str
+        self,
+        base: Checkpoint,
+        policies: Mapping[str, Checkpoint],
+        names: Sequence[str],
+        depths: Depths,
+        dtype: str = "auto",
+        device: str = "cpu",
     ) -> None:
         """Bind the inputs; use `plan_merge` to get a checked plan.
 
         Args:
             base: the SFT model.
             policies: by name, in the order of the weights.
-            depths: the block of every tensor.
-            dtype: a key of `OUTPUT_DTYPES`; "auto" gives each tensor the widest type it has in the inputs.
+            names: the tensors to write, in order.
+            depths: where every tensor lies.
+            dtype: one of `DTYPES`; "auto" gives each tensor the widest type it has in the inputs.
             device: where the arithmetic runs, "cpu" or "cuda".
         """
         self.base = base
         self.policies = policies
         self.depths = depths
-        self._dtype = OUTPUT_DTYPES[dtype]
-        self._device = torch.device(device)
+        self.names = names
+        self.notes: list[str] = []
+        self._dtype = FLOATS.get(dtype)
+        self._device = device
+        self._sources = list(policies.values())
+        self._floats = [name for name in names if base.tensors[name].dtype.floating]
+        self.facts = Facts(base, self._sources, self._floats)
+
+    def workspace(self) -> Workspace:
+        """Return buffers for one thread."""
+        if self._device == "cpu":
+            return Workspace(self.base, self._sources)
+        from rewarded_lines.streaming.gpu import DeviceWorkspace
+
+        return DeviceWorkspace(self.base, self._sources, self._device)
 
     def outputs(self) -> list[TensorInfo]:
-        """Return name, dtype and shape of every merged tensor, in the order of the base's file."""
-        return [
-            TensorInfo(info.name, self._output_dtype(info.name), info.shape, info.file)
-            for info in self.base.tensors.values()
-        ]
+        """Return name, type and shape of every merged tensor, in order."""
+        return [TensorInfo(name, self._output_dtype(name), self.base.tensors[name].shape) for name in self.names]
 
     def widest_dtype(self) -> str:
         """Return the name of the widest floating-point type among the merged tensors, as configs write it."""
-        kinds = [info.dtype for info in self.outputs() if info.dtype.is_floating_point]
-        return str(reduce(torch.promote_types, kinds, kinds[0])).removeprefix("torch.")
+        kinds = [info.dtype for info in self.outputs() if info.dtype.floating]
+        return widest(kinds).torch if kinds else "float32"
 
-    def scale(self, name: str, spec: MergeSpec) -> float:
-        """Return the LiNeS factor of one tensor."""
-        return lines_scale(self.depths.block[name], self.depths.blocks, spec.alpha, spec.beta)
+    def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
+        """Return the LiNeS factor of every block, first to last, for each list of blocks."""
+        return {
+            stack: [lines_scale(block, blocks, spec.alpha, spec.beta) for block in range(blocks)]
+            for stack, blocks in self.depths.stacks.items()
+        }
 
-    def scales(self, spec: MergeSpec) -> list[float]:
-        """Return the LiNeS factor of every block, first to last."""
-        blocks = self.depths.blocks
-        return [lines_scale(block, blocks, spec.alpha, spec.beta) for block in range(blocks)]
+    def prepare(self, specs: Sequence[MergeSpec]) -> None:
+        """Measure all that the methods of `specs` must know of whole tensors, several tensors at a time."""
+        measures: dict[str, Callable[[str], object]] = {}
+        for spec in specs:
+            needs = METHODS[spec.method].needs
+            if needs == "gram":
+                measures["gram"] = self.facts.gram
+            if needs == "thresholds":
+                density, scope = float(spec.options["density"]), str(spec.options["scope"])
+                if scope == "model" and self._floats:
+                    self.facts.thresholds(self._floats[0], density, scope)
+                measures[f"thresholds {density}"] = partial(self.facts.thresholds, density=density, scope=scope)
+            if needs == "kept" or len(self.policies) > 2:
+                measures["digests"] = self.facts.digests
+        self.facts.prepare(measures.values())
+
+    def step(self, name: str, spec: MergeSpec, copies: bool = True) -> TensorMerge:
+        """Return what one output wants of one tensor.
+
+        Args:
+            name: of the tensor.
+            spec: of the output.
+            copies: copy a tensor that equals an input's exactly; False has every tensor computed.
+        """
+        dtype = self._output_dtype(name)
+        if not self.base.tensors[name].dtype.floating:
+            return TensorMerge(dtype, copy=0)
+        row, scale = (
+            METHODS[spec.method],
+            tensor_scale(self.depths.place[name], spec.alpha, spec.beta, spec.outside, name),
+        )
+        weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
+        if copies:
+            if all(weight * scale == 0 for weight in weights):
+                return TensorMerge(dtype, copy=0)
+            same = row.copies(spec.options, weights)
+            if same is not None and weights[same] * scale == 1:
+                return TensorMerge(dtype, copy=same + 1)
+        rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.rule is consensus]
+        parameters, masks = self._parameters(name, spec, rows)
+        taken = tuple(weights[i] for i in rows)
+        return TensorMerge(dtype, None, tuple(rows), taken, scale, row.rule, row.rule is soup, parameters, masks)
+
+    def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
+        """Return (‖Σ τ_i‖₁/‖τ_merged‖₁)/N for each spec, the heuristic α of LiNeS' authors for merging tasks.
+
+        τ_merged is the method's residual before the schedule, N the number of policies.
+
+        Raises:
+            UserError: a merged residual is zero.
+
+        Source: LiNeS, arXiv 2410.17146, section 4.2.
+        """
+        self.prepare(specs)
+        unweighted = [0.0] * len(self.policies)
+        norms = self.facts.norms(
+            lambda name: [self.step(name, spec, copies=False) for spec in specs],
+            lambda name: self._order(name, unweighted),
+        )
+        if any(joined == 0 for _, joined in norms):
+            raise fail("the merged residual is zero, no α can be chosen", where="--alpha auto", remedy="give a number")
+        return [total / joined / len(self.policies) for total, joined in norms]
 
     def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every merged tensor, in `order` or in the order of the base's file."""
-        for name in order or self.base.tensors:
-            yield name, next(self.merged(name, [spec]))
+        """Yield every merged tensor as torch's, in `order` or in the order of the base's files.
 
-    def merged(self, name: str, specs: Sequence[MergeSpec]) -> Iterator[torch.Tensor]:
-        """Yield one tensor merged by each spec in turn; the inputs are read once for all."""
-        base = self.base.read(name)
-        policies = [policy.read(name) for policy in self.policies.values()]
-        dtype = self._output_dtype(name)
-        for spec in specs:
-            scale = self.scale(name, spec)
-            copied = copied_policy(spec.weights, scale)
-            if not base.dtype.is_floating_point or all(weight * scale == 0 for weight in spec.weights):
-                yield base.to(dtype)
-            elif copied is not None:
-                yield policies[copied].to(dtype)
-            else:
-                yield self._blocks(base, policies, spec, scale, dtype)
+        Raises:
+            UserError: a tensor of the inputs or of the result is not finite.
+        """
+        self.prepare([spec])
+        shapes = {info.name: info for info in self.outputs()}
+        for name in order or self.names:
+            info = shapes[name]
+            values = np.empty(info.elements, info.dtype.storage)
+            nonfinite = NonFinite(self)
+            share_out(blocks_of(info.elements), partial(self._fill, name, spec, values, nonfinite))
+            nonfinite.refuse()
+            yield name, as_torch(values.reshape(info.shape), info.dtype)
 
-    def _blocks(
-        self,
-        base: torch.Tensor,
-        policies: Sequence[torch.Tensor],
-        spec: MergeSpec,
-        scale: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        used = [index for index, weight in enumerate(spec.weights) if weight != 0]
-        weights = [spec.weights[index] for index in used]
-        method: Method = METHODS[spec.method]
-        sources = [base.reshape(-1), *(policies[index].reshape(-1) for index in used)]
-        out = torch.empty(base.numel(), dtype=dtype)
-        for start in range(0, base.numel(), BLOCK):
-            origin, *others = (source[start : start + BLOCK].to(self._device) for source in sources)
-            out[start : start + BLOCK] = merge_block(origin, others, weights, scale, method, dtype)
-        return out.reshape(base.shape)
+    def _fill(self, name: str, spec: MergeSpec, values: Any, nonfinite: NonFinite) -> Callable[[tuple[int, int]], None]:
+        workspace, step = self.workspace(), self.step(name, spec)
 
-    def _output_dtype(self, name: str) -> torch.dtype:
+        def work(block: tuple[int, int]) -> None:
+            start, count = block
+            workspace.load(name, start, count)
+            values[start : start + count], bad = workspace.merge(step)
+            nonfinite.look(workspace, name, [step], [bad])
+
+        return work
+
+    def _order(self, name: str, weights: Sequence[float]) -> list[int]:
+        """Return the order in which policies are summed: theirs, not the user's, so that permuting changes nothing."""
+        rows = range(len(self.policies))
+        if len(self.policies) <= 2:
+            return list(rows)
+        digests = self.facts.digests(name)
+        return sorted(rows, key=lambda i: (digests[i], weights[i]))
+
+    def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], Masks | None]:
+        """Return what a method's rule is called with beside residuals and weights."""
+        row, options = METHODS[spec.method], spec.options
+        taken = {key: value for key, value in options.items() if key not in ("scope", "seed")}
+        if row.needs == "thresholds":
+            density = float(taken.pop("density"))
+            thresholds = self.facts.thresholds(name, density, str(options["scope"]))
+            return {**taken, "thresholds": [thresholds[i] for i in rows]}, None
+        if row.needs != "kept":
+            return taken, None
+        digests, seed, density = self.facts.digests(name), int(options["seed"]), float(options["density"])
+
+        def masks(start: int, count: int) -> list[Any]:
+            return [random_mask(seed, name, digests[i], density, start, count) for i in rows]
+
+        return taken, masks
+
+    def _output_dtype(self, name: str) -> DType:
         dtype = self.base.tensors[name].dtype
-        if not dtype.is_floating_point:
+        if not dtype.floating:
             return dtype
-        if self._dtype is not None:
-            return self._dtype
-        for policy in self.policies.values():
-            dtype = torch.promote_types(dtype, policy.tensors[name].dtype)
-        return dtype
+        return self._dtype or widest([dtype, *(policy.tensors[name].dtype for policy in self._sources)])
+
+
+class NonFinite:
+    """Counts NaN and infinite values as they pass, tensor by tensor."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Count nothing yet.
+
+        Args:
+            plan: knows the inputs' names.
+        """
+        self._inputs = ["base", *(f"policy `{name}`" for name in plan.policies)]
+        self._tensors = plan.base.tensors
+        self._counts: dict[tuple[str, str], int] = {}
+        self._lock = Lock()
+
+    def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
+        """Count what is not finite in a block's inputs and, where those are, in its results."""
+        # A finite weighted sum of all inputs shows that every one of them is finite.
+        whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
+        if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
+            return
+        counts = {source: workspace.count_nonfinite(row) for row, source in enumerate(self._inputs)}
+        if not any(counts.values()):
+            counts = {"the result": max(bad)}
+        with self._lock:
+            for source, count in counts.items():
+                if count:
+                    self._counts[name, source] = self._counts.get((name, source), 0) + count
+
+    def refuse(self) -> None:
+        """Refuse what was counted.
+
+        Raises:
+            UserError: naming tensors, inputs and counts.
+        """
+        shown = sorted(self._counts.items())[:5]
+        problems = [
+            Problem(
+                f"{count} values are not finite in {source}",
+                where=name,
+                expected="no NaN and no infinity",
+                remedy="pass --allow-nonfinite if they are meant"
+                if source != "the result"
+                else "the output's type cannot hold them: pass --dtype float32 or a smaller scale",
+            )
+            for (name, source), count in shown
+        ]
+        if len(self._counts) > len(shown):
+            problems.append(Problem(f"{len(self._counts) - len(shown)} more tensors are not finite"))
+        if problems:
+            raise UserError(problems)
 
 
 def plan_merge(
@@ -139,42 +286,82 @@ def plan_merge(
     Args:
         base: folder or Hub id of the SFT model.
         policies: folder or Hub id of each policy, by name, in the order of the weights.
-        dtype: "auto", "float32", "bfloat16" or "float16".
+        dtype: one of `DTYPES`.
         device: "cpu", "cuda" or "cuda:1".
         layers: the block list's pattern, for layouts that are not known.
 
     Raises:
         UserError: with every fault of the inputs.
     """
-    _choose("--dtype", dtype, list(OUTPUT_DTYPES))
-    _check_device(device)
-    opened = open_all({"base": base, **{f"policy `{name}`": path for name, path in policies.items()}})
+    choose("--dtype", dtype, DTYPES)
+    check_device(device)
+    opened = _open_all({"base": base, **{f"policy `{name}`": path for name, path in policies.items()}})
     origin, *others = opened.values()
     named = dict(zip(policies, others, strict=True))
-    check(origin, named)
-    return MergePlan(origin, named, find_depths(origin.tensors, origin.config, layers), dtype, device)
+    fitting = check(origin, named)
+    depths = find_depths(fitting.names, origin.config, layers)
+    plan = MergePlan(origin, named, fitting.names, depths, dtype, device)
+    plan.notes += [*fitting.notes, *_unplaced(depths)]
+    return plan
 
 
-def check_method(method: str) -> None:
-    """Refuse a merge method that does not exist.
+def _unplaced(depths: Depths) -> list[str]:
+    """Return a note on tensors outside every block list that is known: a second list may be among them."""
+    names = [name for name, place in depths.place.items() if place.side == "unknown"]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [f"outside the known blocks, so scaled by α: {shown}"]
+
+
+def complete(spec: MergeSpec, policies: int) -> MergeSpec:
+    """Return `spec` with its method's options checked and filled in.
 
     Raises:
-        UserError: naming those that do.
+        UserError: the method, an option or the number of policies is wrong.
     """
-    _choose("--method", method, list(METHODS))
+    return replace(spec, options=check_method(spec.method, spec.options, policies))
 
 
-def _choose(option: str, value: str, known: list[str]) -> None:
+def choose(option: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not one of the known ones.
+
+    Raises:
+        UserError: naming them, and the nearest.
+    """
     if value not in known:
-        alike = nearest(value, known)
+        alike = nearest(value, list(known))
         remedy = f"did you mean `{alike}`?" if alike else ""
         raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known), remedy=remedy)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is none, or that torch cannot use.
+
+    Raises:
+        UserError: likewise.
+    """
+    # The processor needs no torch, which takes longer to load than a small merge.
+    if device == "cpu":
+        return
+    import torch
+
     try:
         kind = torch.device(device)
     except RuntimeError as error:
         raise fail("not a device", where="--device", expected="cpu, cuda or cuda:1", got=device) from error
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise fail("no GPU that torch can use", where="--device", got=device, remedy="use --device cpu")
+
+
+def _open_all(references: Mapping[str, str]) -> dict[str, Checkpoint]:
+    opened: dict[str, Checkpoint] = {}
+    problems: list[Problem] = []
+    for name, reference in references.items():
+        try:
+            opened[name] = open_checkpoint(reference, name)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return opened

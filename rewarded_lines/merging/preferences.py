@@ -10,7 +10,9 @@ from rewarded_lines.errors import Problem, UserError
 TOLERANCE = 1e-6
 
 
-def parse_weights(text: str, policies: Sequence[str], extrapolate: bool = False) -> tuple[float, ...]:
+def parse_weights(
+    text: str, policies: Sequence[str], extrapolate: bool = False, total: bool = True
+) -> tuple[float, ...]:
     """Return one weight per policy.
 
     Args:
@@ -18,6 +20,7 @@ def parse_weights(text: str, policies: Sequence[str], extrapolate: bool = False)
             `0.2,0.3,0.5` for any number.
         policies: their names, in order.
         extrapolate: allow weights outside 0 … 1 and sums other than 1.
+        total: whether the sum must be 1.
 
     Raises:
         UserError: not numbers, a wrong number of them, negative ones, or a sum other than 1.
@@ -26,19 +29,27 @@ def parse_weights(text: str, policies: Sequence[str], extrapolate: bool = False)
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = [math.nan]
-    if not all(math.isfinite(value) for value in values):
-        raise UserError(_problem(text, "not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
     if len(values) == 1 and len(policies) == 2:
         # 1 − λ in decimal: 1 − 0.9 is 0.09999999999999998 in binary, which nobody means.
         values = [values[0], round(1 - values[0], 12)]
-    return check_weights(values, policies, extrapolate, text)
+    return check_weights(values, policies, extrapolate, text, total)
 
 
 def check_weights(
-    weights: Sequence[float], policies: Sequence[str], extrapolate: bool = False, text: str = ""
+    weights: Sequence[float], policies: Sequence[str], extrapolate: bool = False, text: str = "", total: bool = True
 ) -> tuple[float, ...]:
-    """Return `weights` as a tuple; see `parse_weights` for what is refused."""
+    """Return `weights` as a tuple; see `parse_weights` for what is refused.
+
+    Args:
+        weights: one for each policy.
+        policies: their names, in order.
+        extrapolate: allow weights outside 0 … 1 and sums other than 1.
+        text: what the user wrote, for the message.
+        total: whether the sum must be 1.
+    """
     text = text or ",".join(str(weight) for weight in weights)
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(_problem(text, "not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
     problems = []
     if len(weights) != len(policies):
         expected = f"{len(policies)} weights, for {', '.join(policies)}"
@@ -47,7 +58,7 @@ def check_weights(
         remedy = "pass --extrapolate if you mean to leave the simplex"
         if any(not 0 <= weight <= 1 for weight in weights):
             problems.append(_problem(text, "a weight lies outside 0 to 1", "0 ≤ λ ≤ 1", remedy))
-        if abs(sum(weights) - 1) > TOLERANCE:
+        if total and abs(sum(weights) - 1) > TOLERANCE:
             problems.append(_problem(text, "the weights do not sum to 1", "a sum of 1", remedy))
     if problems:
         raise UserError(problems)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from rewarded_lines import __version__
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.merging.plan import MergePlan, MergeSpec
+from rewarded_lines.streaming.pool import share_out
+
+Record = dict[str, Any]
 
 _CARD = """---
 library_name: transformers
@@ -21,12 +23,13 @@ tags: [merge, rewarded-soups, lines, rewarded-lines]
 A merge of policies aligned with different rewards, made by
 [rewarded-lines](https://pypi.org/project/rewarded-lines/) {version}:
 
-    θ = θ_base + s(ℓ) · Σ λ_i (θ_i − θ_base),   s(ℓ) = α + β (ℓ − 1)/(L − 1)
+    θ = θ_base + s(ℓ) · m(τ_1 … τ_N; λ),   τ_i = θ_i − θ_base,   s(ℓ) = α + β (ℓ − 1)/(L − 1)
 
 | | |
 |---|---|
 | base | `{base}` |
 {policies}
+| method m | {method} |
 | α, β | {alpha:g}, {beta:g} |
 | blocks L | {blocks} |
 
@@ -37,34 +40,43 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
-`merge.json` has the hash of every input file. Methods: LiNeS (arXiv 2410.17146), Rewarded Soups (arXiv 2306.04488).
+`merge.json` has the hash of every input file; `rewarded-lines merge --from merge.json` makes the same bits again.
+Methods: LiNeS (arXiv 2410.17146), Rewarded Soups (arXiv 2306.04488).
 """
 
 
-def hash_inputs(plan: MergePlan) -> dict[str, Any]:
+def hash_inputs(plan: MergePlan) -> Record:
     """Return folder and BLAKE3 hash of every weight file, for the base and for each policy by name."""
-    return {
-        "base": _hashed(plan.base),
-        "policies": {name: _hashed(policy) for name, policy in plan.policies.items()},
-    }
+    sources = [plan.base, *plan.policies.values()]
+    # What is hashed is remembered, so this fills the shelf and the lines below take from it.
+    share_out([file for source in sources for file in source.files], lambda: _hash)
+    return {"base": _hashed(plan.base), "policies": {name: _hashed(policy) for name, policy in plan.policies.items()}}
 
 
-def describe(plan: MergePlan, spec: MergeSpec, inputs: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
-    """Return the content of `merge.json`: enough to make the same bytes again."""
+def describe(plan: MergePlan, spec: MergeSpec, inputs: Record, settings: Mapping[str, Any]) -> Record:
+    """Return the content of `merge.json`: enough to make the same bytes again.
+
+    Args:
+        plan: the inputs.
+        spec: the numbers.
+        inputs: what `hash_inputs` returned.
+        settings: what else decides the bytes (dtype, shard size, --layers), and the command.
+    """
     return {
         "method": spec.method,
+        "options": dict(spec.options),
         "weights": dict(zip(plan.policies, spec.weights, strict=True)),
         "alpha": spec.alpha,
         "beta": spec.beta,
-        "blocks": plan.depths.blocks,
+        "outside": spec.outside,
         "scales": plan.scales(spec),
-        "dtype": plan.widest_dtype(),
+        **settings,
+        "notes": plan.notes,
         **inputs,
         "versions": {
             "rewarded-lines": __version__,
-            **{package: version(package) for package in ("torch", "safetensors")},
+            **{package: version(package) for package in ("numpy", "numba", "safetensors")},
         },
-        "command": [Path(command[0]).name, *command[1:]],
     }
 
 
@@ -74,20 +86,26 @@ def model_card(plan: MergePlan, spec: MergeSpec) -> str:
         f"| {name}, λ = {weight:g} | `{policy.folder.name}` |"
         for (name, policy), weight in zip(plan.policies.items(), spec.weights, strict=True)
     ]
-    kind = "Rewarded Soups" if spec.beta == 0 else "LiNeS"
+    method = ", ".join([spec.method, *(f"{name} {value}" for name, value in spec.options.items())])
+    kind = {"soup": "Rewarded Soups" if spec.beta == 0 else "LiNeS"}.get(spec.method, spec.method)
     return _CARD.format(
         title=f"{kind} of {', '.join(plan.policies)}",
         version=__version__,
         base=plan.base.folder.name,
         policies="\n".join(rows),
+        method=method,
         alpha=spec.alpha,
         beta=spec.beta,
-        blocks=plan.depths.blocks,
+        blocks=", ".join(f"{blocks} ({stack})" for stack, blocks in plan.depths.stacks.items()),
     )
 
 
-def _hashed(checkpoint: Checkpoint) -> dict[str, Any]:
+def _hash(file: Any) -> None:
+    file_hash(file)
+
+
+def _hashed(checkpoint: Checkpoint) -> Record:
     return {
-        "path": str(checkpoint.folder),
+        "path": str(checkpoint.folder.resolve()),
         "files": {file.name: file_hash(file) for file in checkpoint.files},
     }

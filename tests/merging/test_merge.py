@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,7 +29,9 @@ def test_merge_equals_the_formula(tiny):
         block = int(name.split(".")[2]) if ".layers." in name else None
         scale = 0.5 if block is None else 0.5 + block / 3
         mixed = 0.3 * (first[name].double() - value.double()) + 0.7 * (second[name].double() - value.double())
-        assert torch.equal(out[name], (value.double() + scale * mixed).float()), name
+        # The next float32 at most, where float64 sums in another order fall on the other side of a tie.
+        exact = value.double() + scale * mixed
+        assert ((out[name].double() - exact).abs() <= exact.abs() * 2.0**-24 * (1 + 2.0**-20)).all(), name
 
 
 @pytest.mark.parametrize(("lam", "name"), [(1, "first"), (0, "second")])
@@ -56,7 +59,7 @@ def test_merged_folder_loads_and_tells_its_origin(tiny):
     assert AutoTokenizer.from_pretrained("out")("the quick")["input_ids"]
     record = json.loads((tiny / "out/merge.json").read_text())
     assert record["weights"] == {"one": 0.5, "two": 0.5}
-    assert record["scales"] == [1.0, pytest.approx(4 / 3), pytest.approx(5 / 3), 2.0]
+    assert record["scales"] == {"model.layers": [1.0, pytest.approx(4 / 3), pytest.approx(5 / 3), 2.0]}
     assert len(record["policies"]["two"]["files"]["model.safetensors"]) == 64
     assert "θ" in (tiny / "out/README.md").read_text()
 
@@ -78,7 +81,7 @@ def test_shards_in_and_out_do_not_change_a_bit(tiny):
     assert len(list((tiny / "cut").glob("model-*.safetensors"))) > 3
     whole, cut = Checkpoint(tiny / "whole"), Checkpoint(tiny / "cut")
     assert set(whole.tensors) == set(cut.tensors)
-    assert all(torch.equal(whole.read(name), cut.read(name)) for name in whole.tensors)
+    assert all(np.array_equal(whole.read(name), cut.read(name)) for name in whole.tensors)
     AutoModelForCausalLM.from_pretrained("cut")
 
 
@@ -131,7 +134,7 @@ def test_one_policy_is_single_task_lines(tiny):
 def test_dry_run_writes_nothing(tiny):
     before = snapshot(tiny)
     (result,) = merge("sft", ["first", "second"], 0.5, out="out", dry_run=True)
-    assert result.out is None and result.scales[-1] == 2.0
+    assert result.out is None and result.scales["model.layers"][-1] == 2.0
     assert snapshot(tiny) == before
 
 

@@ -1,0 +1,165 @@
+"""The header of a safetensors file, read strictly: eight bytes of length, JSON, then the tensors without a gap.
+
+The format's own library keeps the offsets to itself and takes a key given twice; a stream that reads and writes at
+offsets needs the former and must refuse the latter. Nothing beyond the header is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.dtypes import DTYPES, DType
+from rewarded_lines.errors import UserError, fail
+
+# The limit of the format's own library.
+_LONGEST = 100_000_000
+_MOST_DIMENSIONS = 64
+_LARGEST = 2**62
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor, and where its bytes start in the file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: Path = Path()
+    start: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Return the number of values."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes they take."""
+        return self.elements * self.dtype.itemsize
+
+
+class _Fault(ValueError):
+    """Why a header cannot be trusted."""
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """Return every tensor of a safetensors file, in the order of their bytes.
+
+    Raises:
+        UserError: the file is cut short, is no safetensors file, contradicts itself, or holds a type that cannot be
+            merged.
+    """
+    try:
+        size = file.stat().st_size
+        content, begin = _content(file, size)
+        entries = [_entry(file, name, value, begin) for name, value in content.items() if name != "__metadata__"]
+        ordered = sorted(entries, key=lambda info: (info.start, info.bytes))
+        _check_layout(ordered, begin, size)
+    except (_Fault, OSError, RecursionError) as error:
+        raise damaged(file, str(error)) from error
+    return ordered
+
+
+def damaged(file: Path, reason: str) -> UserError:
+    """Return the refusal of a file that is not what it should be."""
+    size = file.stat().st_size if file.is_file() else 0
+    return fail(
+        "the file is damaged or cut short",
+        where=str(file),
+        got=f"{reason} ({size} bytes)",
+        remedy="copy or download it again",
+    )
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Return the value of a JSON text in which no key of an object is given twice.
+
+    Raises:
+        ValueError: it is not JSON, or not so.
+    """
+    try:
+        return json.loads(raw, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Fault(f"the key {twice[:80]!r} is given twice")
+    return content
+
+
+def _content(file: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Return the header's JSON object and where the tensors begin."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST):
+            raise _Fault(f"a header of {length} bytes in a file of {size}")
+        raw = stream.read(length)
+    try:
+        content = parse_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise _Fault(f"its header is no JSON: {str(error)[:120]}") from error
+    if not isinstance(content, dict):
+        raise _Fault("its header is no JSON object")
+    metadata = content.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Fault("its metadata is not text by name")
+    return content, 8 + length
+
+
+def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _Fault(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _sizes(shape) or len(shape) > _MOST_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
+        raise _Fault(f"tensor {name[:80]!r} has a shape or offsets that are not sizes")
+    kind = value["dtype"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise fail(
+            f"tensor {name[:80]} is of type {str(kind)[:20]}",
+            where=str(file),
+            expected="float64, float32, bfloat16 or float16 weights",
+            remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
+        )
+    info = TensorInfo(name, DTYPES[kind], tuple(shape), file, begin + offsets[0])
+    if info.elements > _LARGEST or offsets[1] - offsets[0] != info.bytes:
+        raise _Fault(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
+    return info
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST for item in value)
+
+
+def _check_layout(entries: list[TensorInfo], begin: int, size: int) -> None:
+    """Tensors follow one another without gap or overlap, to the end of the file."""
+    place = begin
+    for info in entries:
+        if info.start != place:
+            raise _Fault(f"tensor {info.name[:80]!r} starts at byte {info.start}, the one before it ends at {place}")
+        place += info.bytes
+    if place != size:
+        raise _Fault(f"its tensors end at byte {place}")
+
+
+def read_exactly(descriptor: int, view: memoryview, start: int) -> None:
+    """Fill `view` from a file, starting at byte `start`.
+
+    Raises:
+        EOFError: the file ends before that, though its header promised the bytes.
+    """
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], start + done)
+        if count == 0:
+            raise EOFError(f"no bytes at {start + done}")
+        done += count

@@ -1,0 +1,63 @@
+"""Functions that users name, as `module:name` or `file.py:name`. Loading one runs the user's own code."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from rewarded_lines.errors import UserError, fail, nearest
+
+
+def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
+    """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
+
+    Raises:
+        UserError: no such file, module or function, or it fails on import; the functions that are there are named.
+    """
+    source, separator, name = reference.rpartition(":")
+    if not separator or not source or not name:
+        raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
+    module = _import_file(root / source, where) if source.endswith(".py") else _import_module(source, where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        alike = nearest(name, known)
+        raise fail(
+            f"no function `{name}` in {source}",
+            where=where,
+            expected="one of " + ", ".join(known) if known else "a function defined there",
+            remedy=f"did you mean `{alike}`?" if alike else "",
+        )
+    return cast(Callable[..., Any], function)
+
+
+def _import_file(path: Path, where: str) -> ModuleType:
+    if not path.is_file():
+        raise fail("no such file", where=where, got=str(path), remedy="check the path")
+    name = "rewarded_lines_user_" + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs, as import does, so that pickling and dataclasses inside it work.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; it is reported, not lost
+        raise _import_failed(str(path), where, error) from error
+    return module
+
+
+def _import_module(name: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 - likewise
+        raise _import_failed(name, where, error) from error
+
+
+def _import_failed(source: str, where: str, error: Exception) -> UserError:
+    return fail(f"importing {source} failed", where=where, got=f"{type(error).__name__}: {error}")

@@ -1,0 +1,170 @@
+"""From a plan to folders on disk: the stream of blocks, and what a checkpoint needs beside its weights."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rewarded_lines.checkpoints.reader import total_bytes
+from rewarded_lines.checkpoints.writer import CheckpointWriter
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.folders import atomic_folder
+from rewarded_lines.merging.facts import all_blocks
+from rewarded_lines.merging.plan import MergePlan, MergeSpec, NonFinite
+from rewarded_lines.merging.provenance import Record, model_card
+from rewarded_lines.streaming.pool import share_out
+
+# What a checkpoint needs beside its weights; everything else in the base's folder stays there.
+_COMPANIONS = (
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Called as blocks are written: a tensor's name, bytes of the base that are done, bytes of the base in all.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(name: str, size: int, total: int) -> None:
+    """Show no progress."""
+
+
+def write_folders(
+    plan: MergePlan,
+    specs: Sequence[MergeSpec],
+    targets: Sequence[Path],
+    records: Sequence[Record],
+    *,
+    max_shard_size: int,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write one complete folder for each spec, or none; inputs are read once for all.
+
+    Raises:
+        UserError: an output exists, the disk cannot hold them, or a tensor is not finite.
+    """
+    needed = total_bytes(plan.outputs()) * len(targets)
+    with _explained(needed, targets[0]), ExitStack() as stack:
+        folders = [stack.enter_context(atomic_folder(target, overwrite)) for target in targets]
+        check_space(needed, folders[0])
+        write_weights(
+            plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+        for folder, spec, record in zip(folders, specs, records, strict=True):
+            write_companions(plan, folder)
+            write_json(folder / "merge.json", record)
+            (folder / "README.md").write_text(model_card(plan, spec), encoding="utf-8")
+
+
+def write_weights(
+    plan: MergePlan,
+    specs: Sequence[MergeSpec],
+    folders: Sequence[Path],
+    *,
+    max_shard_size: int,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Stream every block of every tensor through all specs into their folders' weight files.
+
+    Raises:
+        UserError: a tensor of the inputs or of a result is not finite.
+    """
+    nonfinite, talk = NonFinite(plan), Lock()
+    tensors = plan.base.tensors
+    with ExitStack() as stack:
+        writers = [stack.enter_context(CheckpointWriter(folder, plan.outputs(), max_shard_size)) for folder in folders]
+        order = writers[0].order
+        total = total_bytes(tensors[name] for name in order)
+        steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
+
+        def worker() -> Callable[[tuple[str, int, int]], None]:
+            workspace = plan.workspace()
+
+            def work(block: tuple[str, int, int]) -> None:
+                name, start, count = block
+                workspace.load(name, start, count)
+                bad = []
+                for writer, step in zip(writers, steps[name], strict=True):
+                    values, wrong = workspace.merge(step)
+                    writer.write(name, start, values)
+                    bad.append(wrong)
+                nonfinite.look(workspace, name, steps[name], bad)
+                with talk:
+                    progress(name, count * tensors[name].dtype.itemsize, total)
+
+            return work
+
+        share_out(all_blocks(order, tensors), worker)
+    if not allow_nonfinite:
+        nonfinite.refuse()
+
+
+def write_companions(plan: MergePlan, folder: Path) -> None:
+    """Write config, tokenizer and whatever else of the base's folder belongs to a checkpoint."""
+    source = plan.base.folder
+    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, folder / path.name)
+    config: dict[str, Any] = dict(plan.base.config)
+    # Whoever loads with the type that the config names must get every bit that was written.
+    config.pop("torch_dtype", None)
+    config["dtype"] = plan.widest_dtype()
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: naming the bytes needed and free.
+    """
+    if needed > shutil.disk_usage(folder).free:
+        raise _full(needed, folder.parent)
+
+
+@contextmanager
+def _explained(needed: int, target: Path) -> Iterator[None]:
+    """Turn a disk that fills up meanwhile, or a limit on files, into one message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _full(needed, target.parent) from error
+
+
+def _full(needed: int, place: Path) -> UserError:
+    free = shutil.disk_usage(place).free
+    return fail(
+        "not enough disk space, or a limit on the size of files",
+        where=str(place),
+        expected=f"{needed:,} bytes ({needed / 1e9:.2f} GB) free",
+        got=f"{free:,} bytes ({free / 1e9:.2f} GB)",
+        remedy="choose another --out, fewer λ, or --dtype bfloat16",
+    )
+
+
+def command_line() -> list[str]:
+    """Return the command that runs, its own path cut to the name."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

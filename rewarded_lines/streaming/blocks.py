@@ -1,0 +1,165 @@
+"""Blocks of tensors: read from every input, merged by a rule, rounded once. The workspace of one thread.
+
+A block is a fixed run of a tensor's values, counted from the tensor's own start, so what is computed does not depend
+on files, shards or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rewarded_lines.checkpoints.dtypes import DType
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.streaming import kernels
+
+# Values in a block: large enough that Python's part is small, small enough that all of it stays in cache.
+BLOCK = 1 << 18
+
+Array = np.ndarray[Any, Any]
+Rule = Callable[..., Any]
+# From a block's start and length to the masks of the policies that take part.
+Masks = Callable[[int, int], Sequence[Array]]
+
+
+class Residuals(Protocol):
+    """A source that gives residuals to the base, not tensors of its own: an adapter."""
+
+    def residual_into(self, name: str, start: int, base: Array, out: Array) -> None:
+        """Fill the float64 array `out` with τ from the `start`-th value of a tensor on; `base` has θ_base there."""
+
+
+Source = TensorFiles | Residuals
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """What one output wants of one tensor: plain data, decided before the stream begins.
+
+    Attributes:
+        dtype: the output's type.
+        copy: which input the tensor is copied from: 0 the base, i policy i−1; None where it is computed.
+        rows: the policies that take part, in the order of summation.
+        weights: λ_i of each.
+        scale: s, the schedule's factor.
+        rule: the method's rule.
+        linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
+        parameters: the rule's.
+        masks: draws the random masks a rule asks for.
+    """
+
+    dtype: DType
+    copy: int | None
+    rows: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    scale: float = 1.0
+    rule: Rule | None = None
+    linear: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    masks: Masks | None = None
+
+
+def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
+    """Yield start and length of every block of a tensor; a tensor without values has none."""
+    for start in range(0, elements, BLOCK):
+        yield start, min(BLOCK, elements - start)
+
+
+class Workspace:
+    """One thread's buffers, and the block that is in them."""
+
+    def __init__(self, base: TensorFiles, policies: Sequence[Source]) -> None:
+        """Allocate nothing yet: what a block needs depends on the types of its tensors.
+
+        Args:
+            base: the SFT model.
+            policies: in the order of the weights.
+        """
+        self._base = base
+        self._policies = policies
+        self._buffers: dict[tuple[str, Any], Array] = {}
+        self._raw: list[Array | None] = []
+        self._dtypes: list[DType | None] = []
+        self._name, self._start = "", 0
+        self._residuals: Array | None = None
+
+    def load(self, name: str, start: int, count: int) -> None:
+        """Read one block of a tensor from every file that has it."""
+        self._name, self._start, self._residuals = name, start, None
+        self._raw, self._dtypes = [], []
+        for row, source in enumerate([self._base, *self._policies]):
+            raw, dtype = None, None
+            if isinstance(source, TensorFiles):
+                dtype = source.tensors[name].dtype
+                raw = self._buffer("raw", dtype.storage, len(self._policies) + 1)[row, :count]
+                source.read_into(name, start, raw)
+            self._raw.append(raw)
+            self._dtypes.append(dtype)
+
+    def merge(self, step: TensorMerge) -> tuple[Array, int]:
+        """Return the loaded block as one output wants it, and how many of its values are not finite.
+
+        The array belongs to this workspace: use it before the next call.
+        """
+        base = self._stored(0)
+        out = self._buffer("out", step.dtype.storage, 1)[0, : base.size]
+        if step.copy is not None:
+            return self._copied(self._stored(step.copy), step.dtype, out)
+        if step.linear and all(raw is not None and raw.dtype == base.dtype for raw in self._raw):
+            stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
+            weights = np.array(step.weights) * step.scale
+            return out, int(kernels.linear(base, stack, np.array(step.rows), weights, out))
+        return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
+
+    def merged_residual(self, step: TensorMerge) -> Array:
+        """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
+        residuals = self.residuals()
+        taken = [residuals[row] for row in step.rows]
+        assert step.rule is not None, "a copied tensor has no residual"
+        drawn = {"kept": step.masks(self._start, residuals.shape[1])} if step.masks else {}
+        merged: Array = step.rule(taken, step.weights, **step.parameters, **drawn)
+        return merged
+
+    def residuals(self) -> Array:
+        """Return τ of every policy for the loaded block, float64, [N, n]."""
+        if self._residuals is None:
+            base = self._stored(0)
+            out = self._buffer("residual", np.dtype(np.float64), len(self._policies))[:, : base.size]
+            for row, policy in enumerate(self._policies):
+                if isinstance(policy, TensorFiles):
+                    kernels.residual(base, self._stored(row + 1), out[row])
+                else:
+                    wide = self._buffer("wide", np.dtype(np.float64), 1)[0, : base.size]
+                    kernels.cast(base, wide)
+                    policy.residual_into(self._name, self._start, wide, out[row])
+            self._residuals = out
+        return self._residuals
+
+    def raw(self, row: int) -> Array | None:
+        """Return the loaded block as stored in the base (0) or in policy `row` − 1; None for an adapter."""
+        return self._raw[row]
+
+    def count_nonfinite(self, row: int) -> int:
+        """Return how many values of the loaded block are NaN or infinite in the base (0) or in policy `row` − 1."""
+        raw = self._raw[row]
+        return int(kernels.count_nonfinite(self.residuals()[row - 1] if raw is None else raw))
+
+    def _stored(self, row: int) -> Array:
+        raw = self._raw[row]
+        assert raw is not None, "an adapter stores no tensors"
+        return raw
+
+    def _copied(self, source: Array, dtype: DType, out: Array) -> tuple[Array, int]:
+        if source.dtype == dtype.storage:
+            return source, 0
+        return out, int(kernels.cast(source, out))
+
+    def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
+        """Return a [rows, BLOCK] array that is kept from block to block."""
+        key = (name, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = np.empty((rows, BLOCK), dtype)
+        return self._buffers[key]

@@ -1,0 +1,245 @@
+"""The inner loops, compiled: every value is widened to float64, merged, and rounded once, to nearest even.
+
+They are written value by value because that is what keeps memory traffic at the bytes of the files; numba compiles
+them on first use, for each combination of types, and keeps the machine code in its cache. No fast-math: the order of
+operations is the one written here, so the bits do not depend on vector width, threads or blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Kernels run inside our own threads; without this numba looks for a threading layer it does not need.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+import numba  # noqa: E402
+from numba import types  # noqa: E402
+from numba.extending import overload  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+
+# Values widened at a time: two float64 scratch rows of this length stay in the innermost cache.
+_CHUNK = 512
+_EXPONENT = np.uint64(0x7FF0000000000000)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a kernel on first use, with the interpreter's lock released while it runs."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        # No folder can be written for the cache: compile anew in each process.
+        return numba.njit(nogil=True)(function)
+
+
+def _widen(value: Any) -> Any:
+    """Return one stored value as float64, exactly; the storage type says what it is."""
+    raise NotImplementedError(value)
+
+
+@overload(_widen)  # type: ignore[untyped-decorator]
+def _choose_widen(value: Any) -> Any:
+    if value == types.uint16:
+
+        def bfloat16(value: Any) -> Any:
+            return np.float64(np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32))
+
+        return bfloat16
+    if value == types.int16:
+
+        def float16(value: Any) -> Any:
+            bits = np.uint32(np.uint16(value))
+            exponent = bits & np.uint32(0x7C00)
+            # Exponent and mantissa as a float32 that is 2¹¹² too small, which makes subnormal values come out right.
+            small = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+            size = np.float64(small) * 2.0**112
+            special = np.uint32(((bits & np.uint32(0x7FFF)) << np.uint32(13)) | np.uint32(0x7F800000)).view(np.float32)
+            if exponent == np.uint32(0x7C00):
+                size = np.float64(special)
+            return -size if bits & np.uint32(0x8000) else size
+
+        return float16
+
+    def wide(value: Any) -> Any:
+        return np.float64(value)
+
+    return wide
+
+
+def _store(out: Any, index: Any, value: Any) -> Any:
+    """Round a float64 once to the type of `out`, store it, and return whether what is stored is not finite."""
+    raise NotImplementedError(out, index, value)
+
+
+@overload(_store)  # type: ignore[untyped-decorator]
+def _choose_store(out: Any, index: Any, value: Any) -> Any:
+    # Adding and taking away 1.5·2⁵²·ulp rounds a float64 to a multiple of ulp, ties to even, in a single rounding;
+    # `ulp` is that of the target type at this exponent. What is left is exact in the target type.
+    if out.dtype == types.uint16:
+
+        def bfloat16(out: Any, index: Any, value: Any) -> Any:
+            exponent = np.uint64(np.float64(value).view(np.uint64) & _EXPONENT)
+            exponent = max(exponent, np.uint64((1023 - 126) << 52))
+            magic = np.uint64(exponent + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
+            bits = np.float32((value + magic) - magic).view(np.uint32)
+            # Keeps the sign of a zero, which the sum with a positive number loses.
+            bits |= np.uint32(np.float64(value).view(np.uint64) >> np.uint64(32)) & np.uint32(0x80000000)
+            out[index] = np.uint16(bits >> np.uint32(16))
+            return (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+
+        return bfloat16
+    if out.dtype == types.int16:
+
+        def float16(out: Any, index: Any, value: Any) -> Any:
+            sign = np.uint32(np.float64(value).view(np.uint64) >> np.uint64(48)) & np.uint32(0x8000)
+            size = abs(value)
+            exponent = np.uint64(np.float64(size).view(np.uint64) & _EXPONENT)
+            exponent = max(exponent, np.uint64((1023 - 14) << 52))
+            magic = np.uint64(exponent + np.uint64((42 << 52) | (1 << 51))).view(np.float64)
+            rounded = (size + magic) - magic
+            # 2⁻¹¹² of it has, as a float32, the exponent field of a float16; below 2⁻¹⁴ it is subnormal in both.
+            bits = np.float32(rounded * 2.0**-112).view(np.uint32) >> np.uint32(13)
+            bad = not (size < 65520.0)
+            if bad:
+                bits = np.uint32(0x7E00) if size != size else np.uint32(0x7C00)
+            out[index] = np.int16(np.uint16(bits | sign))
+            return bad
+
+        return float16
+    if out.dtype == types.float32:
+
+        def float32(out: Any, index: Any, value: Any) -> Any:
+            narrow = np.float32(value)
+            out[index] = narrow
+            return not (abs(narrow) < np.float32(np.inf))
+
+        return float32
+
+    def float64(out: Any, index: Any, value: Any) -> Any:
+        out[index] = value
+        return not (abs(value) < np.inf)
+
+    return float64
+
+
+@compiled
+def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> int:
+    """Write base + Σ w_j·(policy_{r_j} − base) to `out`; return how many of the results are not finite.
+
+    Args:
+        base: n stored values.
+        policies: [N, ≥ n] stored values of the same type.
+        rows: which policies take part, in the order of the sum.
+        weights: their factors, the schedule's scale included.
+        out: n values of the output's storage type.
+    """
+    count = 0
+    origin, total = np.empty(_CHUNK), np.empty(_CHUNK)
+    for start in range(0, base.size, _CHUNK):
+        # Slices, so that the compiler sees indices that count from 0 and vectorizes the loops.
+        source, target = base[start : start + _CHUNK], out[start : start + _CHUNK]
+        for i in range(source.size):
+            origin[i] = _widen(source[i])
+            total[i] = 0.0
+        for j in range(weights.size):
+            weight, policy = weights[j], policies[rows[j], start : start + _CHUNK]
+            for i in range(source.size):
+                total[i] += (_widen(policy[i]) - origin[i]) * weight
+        for i in range(source.size):
+            count += _store(target, i, origin[i] + total[i])
+    return count
+
+
+@compiled
+def residual(base: Array, policy: Array, out: Array) -> None:
+    """Write policy − base to the float64 array `out`; both may be of any stored type."""
+    for i in range(base.size):
+        out[i] = _widen(policy[i]) - _widen(base[i])
+
+
+@compiled
+def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
+    """Write base + scale·merged to `out`, `merged` a float64 residual; return how many are not finite."""
+    count = 0
+    for i in range(base.size):
+        count += _store(out, i, _widen(base[i]) + scale * merged[i])
+    return count
+
+
+@compiled
+def cast(values: Array, out: Array) -> int:
+    """Write `values` to `out`, rounded to its type; return how many of the results are not finite."""
+    count = 0
+    for i in range(values.size):
+        count += _store(out, i, _widen(values[i]))
+    return count
+
+
+@compiled
+def count_nonfinite(values: Array) -> int:
+    """Return how many stored values are NaN or infinite."""
+    count = 0
+    for i in range(values.size):
+        count += not (abs(_widen(values[i])) < np.inf)
+    return count
+
+
+@compiled
+def product(left: Array, right: Array, scale: float, transposed: bool, start: int, columns: int, out: Array) -> None:
+    """Write part of scale·(left @ right), or of its transpose, flat and row by row, to the float64 array `out`.
+
+    Args:
+        left: [rows, r] float64.
+        right: [r, columns of the product] float64.
+        scale: the factor.
+        transposed: take the transpose of the product.
+        start: the flat index of the first value wanted.
+        columns: of the matrix that is written, after any transposition.
+        out: the values from `start` on.
+    """
+    rank = left.shape[1]
+    place = 0
+    while place < out.size:
+        row, first = (start + place) // columns, (start + place) % columns
+        length = min(columns - first, out.size - place)
+        for i in range(length):
+            out[place + i] = 0.0
+        for k in range(rank):
+            if transposed:
+                factor = right[k, row]
+                for i in range(length):
+                    out[place + i] += left[first + i, k] * factor
+            else:
+                factor = left[row, k]
+                for i in range(length):
+                    out[place + i] += factor * right[k, first + i]
+        for i in range(length):
+            out[place + i] *= scale
+        place += length
+
+
+@compiled
+def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
+    """Count magnitudes by some of their bits: one pass of a radix selection.
+
+    The bit pattern of |v|, a float64, grows with |v|. Patterns whose bits above `shift` + `bits` are `prefix` are
+    counted by the `bits` bits above `shift`.
+
+    Args:
+        values: float64.
+        prefix: the bits already decided.
+        shift: bits below those that are counted.
+        bits: how many bits are counted.
+        counts: int64 of length 2^bits, added to.
+    """
+    mask = np.uint64((1 << bits) - 1)
+    low, high = np.uint64(shift), np.uint64(shift + bits)
+    wanted = np.uint64(prefix)
+    for i in range(values.size):
+        pattern = np.uint64(np.float64(abs(values[i])).view(np.uint64))
+        if pattern >> high == wanted:
+            counts[np.int64((pattern >> low) & mask)] += 1

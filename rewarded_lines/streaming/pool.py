@@ -1,0 +1,65 @@
+"""A few threads that share out a stream of work: the next item goes to whoever is free."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = 0) -> None:
+    """Have every item done once, by one of several threads; return when all are.
+
+    Args:
+        items: taken one at a time, in order, as threads become free.
+        worker: called once in each thread; what it returns does an item, with buffers of its own.
+        threads: 0 for one on each core this process may use.
+
+    Raises:
+        BaseException: the first that an item raised, or an interrupt; no further item is begun then.
+    """
+    line = _Line(iter(items))
+
+    def attend() -> None:
+        try:
+            work = worker()
+            for item in line:
+                work(item)
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            line.stop(error)
+
+    others = [threading.Thread(target=attend, daemon=True) for _ in range((threads or cores()) - 1)]
+    for thread in others:
+        thread.start()
+    attend()
+    for thread in others:
+        thread.join()
+    if line.error:
+        raise line.error
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class _Line(Iterator[T]):
+    """An iterator that threads may share, and that any of them can end."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self.error: BaseException | None = None
+        self._items = items
+        self._lock = threading.Lock()
+
+    def __next__(self) -> T:
+        with self._lock:
+            if self.error:
+                raise StopIteration
+            return next(self._items)
+
+    def stop(self, error: BaseException) -> None:
+        with self._lock:
+            self.error = self.error or error
