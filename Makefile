@@ -6,11 +6,12 @@ TORCH_INDEX ?=
 SEED ?= 0
 ALGO ?= ppo
 OUT ?=
+BENCH ?=
 
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,9 @@ demo: setup ## train, merge, measure and report on a small example: the whole jo
 
 test: setup ## run the tests
 	$(VENV)/python -m pytest
+
+bench: setup ## measure merge against mergekit, cp and itself (35 GB of disk; BENCH='--help')
+	$(VENV)/python tests/benchmarks/merge_speed.py $(BENCH)
 
 lint: setup ## check style, formatting and types
 	$(VENV)/ruff check .
