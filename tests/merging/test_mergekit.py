@@ -275,6 +275,7 @@ def test_formula_mergekit_and_merge_agree(case, family, mergekit, tmp_path):
     for name, tensor in expected.items():
         assert ours[name].dtype == np.float32
         error = np.abs(ours[name].astype(np.float64) - tensor)
-        # Half a unit in the last place is one rounding; a little more where the exact value is nearly a tie.
-        allowed = np.spacing(np.abs(ours[name])).astype(np.float64) * (0.5 + 2**-20)
+        # Half a unit in the last place is one rounding; a little more where the exact value is nearly a tie, and the
+        # formula's own rounding in float64 where base and residual cancel.
+        allowed = np.spacing(np.abs(ours[name])).astype(np.float64) * (0.5 + 2**-20) + 1e-15
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.3g} roundings"
