@@ -148,7 +148,7 @@ def compare_outputs(competitors: Sequence[Competitor]) -> list[Row]:
     values = sum(tensor.size for tensor in ours.values())
     for out in outs.values():
         clear(out)
-    return [Row("values that are not mergekit's, of all", f"{differ:,}", f"{values:,}", differ / values, 1e-3)]
+    return [Row("values that are not mergekit's, of all", f"{differ:,}", f"{values:,}", differ / values, 0.01)]
 
 
 def memory(bench: Bench) -> list[Row]:
