@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import blake3
+import numpy as np
 
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import fail
 
 _PIECE = 1 << 20
+_KNOWN: dict[tuple[Path, int, int, int], str] = {}
 _WEIGHTS = ("*.safetensors",)
 # Beside the weights: architecture and labels, stop tokens, and how text becomes tokens.
 _MODEL = (*_WEIGHTS, "config.json", "generation_config.json", "tokenizer*.json", "*.model", "chat_template*")
 
 
 def file_hash(path: Path) -> str:
-    """Return the BLAKE3 hash of a file as 64 hex digits."""
+    """Return the BLAKE3 hash of a file as 64 hex digits; a file is read once, as long as it stays as it is."""
+    key = _identity(path)
+    if key not in _KNOWN:
+        _KNOWN[key] = _read_and_hash(path)
+    return _KNOWN[key]
+
+
+class RunningHashes:
+    """Hashes files from what is read of them anyway, as long as it comes in the order of the bytes."""
+
+    def __init__(self, sources: Iterable[TensorFiles]) -> None:
+        """Begin with the headers of all files whose hash is not known yet."""
+        self._digests: dict[Path, Any] = {}
+        self._places: dict[Path, int] = {}
+        for source in sources:
+            for file in source.files:
+                if _identity(file) not in _KNOWN:
+                    head = source.header_bytes(file)
+                    self._digests[file], self._places[file] = blake3.blake3(head), len(head)
+
+    def take(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Add a run of a tensor's values, from its `start`-th on; a run out of order is left for `file_hash`."""
+        place = info.start + start * info.dtype.itemsize
+        if self._places.get(info.file) == place:
+            self._digests[info.file].update(values.view(np.uint8).data)
+            self._places[info.file] += values.nbytes
+
+    def remember(self) -> None:
+        """Keep the hash of every file that has passed as a whole, for `file_hash`."""
+        for file, place in self._places.items():
+            if place == file.stat().st_size:
+                _KNOWN[_identity(file)] = self._digests[file].hexdigest()
+
+
+def _identity(path: Path) -> tuple[Path, int, int, int]:
+    """Return what changes when a file does: inode, size and time of change."""
     status = os.stat(path)
-    return _file_hash(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+    return path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=4096)
-def _file_hash(path: Path, *status: int) -> str:
-    """Hash a file once for as long as its inode, size and time of change stay the same.
+def _read_and_hash(path: Path) -> str:
+    """Hash a file in pieces that stay in cache.
 
-    It is read in pieces that stay in cache: a memory map would be a little faster, would count as resident memory,
-    and would kill the process if the file were cut short meanwhile.
+    A memory map would be a little faster, would count as resident memory, and would kill the process if the file were
+    cut short meanwhile.
     """
     digest = blake3.blake3()
     buffer = memoryview(bytearray(_PIECE))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def weights_hash(folder: Path) -> str:

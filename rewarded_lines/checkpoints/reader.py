@@ -65,6 +65,11 @@ class TensorFiles:
         except EOFError as error:
             raise damaged(info.file, f"{error}: it changed while it was read") from error
 
+    def header_bytes(self, file: Path) -> bytes:
+        """Return what stands before the tensors in one of the files."""
+        length = int.from_bytes(os.pread(self._descriptors[file], 8, 0), "little")
+        return os.pread(self._descriptors[file], 8 + length, 0)
+
     def _add(self, entries: list[TensorInfo]) -> None:
         for info in entries:
             if info.name in self.tensors:
@@ -88,7 +93,8 @@ class Checkpoint(TensorFiles):
         self.folder = folder
         self.name = name or str(folder)
         index = folder / INDEX_FILE
-        weight_map = _indexed(index) if index.is_file() else None
+        # Where both are there, transformers loads the single file.
+        weight_map = _indexed(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else None
         files = _weight_files(folder, weight_map)
         self.config = read_config(folder)
         super().__init__(files)
@@ -159,6 +165,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: the file is no such thing, or is too large to be one of ours.
     """
     try:
+        # A pipe would keep us waiting for ever.
+        if not path.is_file():
+            raise damaged(path, "not a file")
         if path.stat().st_size > _LARGEST_JSON:
             raise damaged(path, "more JSON than any model's")
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -239,12 +248,13 @@ def _indexed(index: Path) -> dict[str, str]:
 def _check_entry(index: Path, name: str) -> None:
     """Refuse an index that sends us to files outside the checkpoint's own folder."""
     folder = index.parent
-    plain = Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and len(name) < 256
-    if plain and name.endswith(".safetensors"):
-        real = (folder / name).resolve()
+    plain = Path(name).name == name and name not in ("", ".", "..") and len(name) < 256
+    if plain and name.isprintable() and name.endswith(".safetensors"):
+        # Not Path.resolve, which fails in its own way on links that go round.
+        here = Path(os.path.realpath(folder))
         # The Hub's cache keeps the files of a snapshot as links into its own `blobs`.
-        allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
-        if real.parent in (allowed if folder.resolve().parent.name == "snapshots" else allowed[:1]):
+        allowed = [here, here.parent.parent / "blobs"]
+        if Path(os.path.realpath(folder / name)).parent in (allowed if here.parent.name == "snapshots" else allowed[:1]):
             return
     raise fail(
         "the index names a file that is not in the checkpoint's folder",

@@ -17,7 +17,6 @@ from rewarded_lines.merging.methods import METHODS, OptionValue
 from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
 from rewarded_lines.merging.plan import OUTSIDE, MergePlan, MergeSpec, choose, complete, plan_merge
 from rewarded_lines.merging.preferences import check_weights, folder_name, parse_weights
-from rewarded_lines.merging.provenance import describe, hash_inputs
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
@@ -109,12 +108,11 @@ def merge(
     if not dry_run:
         plan.prepare(specs)
         settings = {"dtype": dtype, "max_shard_size": max_shard_size, "layers": layers, "command": command_line()}
-        inputs = hash_inputs(plan)
         write_folders(
             plan,
             specs,
             targets,
-            [describe(plan, spec, inputs, settings) for spec in specs],
+            settings,
             max_shard_size=shard_size,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,

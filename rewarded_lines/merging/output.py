@@ -6,19 +6,20 @@ import errno
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import atomic_folder
 from rewarded_lines.merging.facts import all_blocks
 from rewarded_lines.merging.plan import MergePlan, MergeSpec, NonFinite
-from rewarded_lines.merging.provenance import Record, model_card
+from rewarded_lines.merging.provenance import describe, hash_inputs, model_card
 from rewarded_lines.streaming.pool import share_out
 
 # What a checkpoint needs beside its weights; everything else in the base's folder stays there.
@@ -47,7 +48,7 @@ def write_folders(
     plan: MergePlan,
     specs: Sequence[MergeSpec],
     targets: Sequence[Path],
-    records: Sequence[Record],
+    settings: Mapping[str, Any],
     *,
     max_shard_size: int,
     overwrite: bool = False,
@@ -55,6 +56,16 @@ def write_folders(
     progress: Progress = silent,
 ) -> None:
     """Write one complete folder for each spec, or none; inputs are read once for all.
+
+    Args:
+        plan: the inputs.
+        specs: the numbers of each output.
+        targets: the folders to make.
+        settings: what else decides the bytes, for `merge.json`.
+        max_shard_size: bytes of the largest weight file.
+        overwrite: replace folders that are there.
+        allow_nonfinite: let NaN and infinite values pass.
+        progress: called as blocks are written.
 
     Raises:
         UserError: an output exists, the disk cannot hold them, or a tensor is not finite.
@@ -66,9 +77,10 @@ def write_folders(
         write_weights(
             plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
         )
-        for folder, spec, record in zip(folders, specs, records, strict=True):
+        inputs = hash_inputs(plan)
+        for folder, spec in zip(folders, specs, strict=True):
             write_companions(plan, folder)
-            write_json(folder / "merge.json", record)
+            write_json(folder / "merge.json", describe(plan, spec, inputs, settings))
             (folder / "README.md").write_text(model_card(plan, spec), encoding="utf-8")
 
 
@@ -83,10 +95,13 @@ def write_weights(
 ) -> None:
     """Stream every block of every tensor through all specs into their folders' weight files.
 
+    Blocks are read in the order of the files, by one thread at a time, so that each file is hashed as it passes.
+
     Raises:
         UserError: a tensor of the inputs or of a result is not finite.
     """
-    nonfinite, talk = NonFinite(plan), Lock()
+    nonfinite, hashes = NonFinite(plan), RunningHashes(plan.stored())
+    gate, talk = Lock(), Lock()
     tensors = plan.base.tensors
     with ExitStack() as stack:
         writers = [stack.enter_context(CheckpointWriter(folder, plan.outputs(), max_shard_size)) for folder in folders]
@@ -94,12 +109,18 @@ def write_weights(
         total = total_bytes(tensors[name] for name in order)
         steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
 
-        def worker() -> Callable[[tuple[str, int, int]], None]:
+        queue = list(all_blocks(order, tensors))
+        line = iter(queue)
+
+        def worker() -> Callable[[object], None]:
             workspace = plan.workspace()
 
-            def work(block: tuple[str, int, int]) -> None:
-                name, start, count = block
-                workspace.load(name, start, count)
+            def work(_: object) -> None:
+                with gate:
+                    name, start, count = next(line)
+                    workspace.load(name, start, count)
+                    for stored in workspace.stored():
+                        hashes.take(*stored)
                 bad = []
                 for writer, step in zip(writers, steps[name], strict=True):
                     values, wrong = workspace.merge(step)
@@ -111,7 +132,9 @@ def write_weights(
 
             return work
 
-        share_out(all_blocks(order, tensors), worker)
+        # Each item lets whoever is free take the next block; taking, reading and hashing are one step.
+        share_out(queue, worker)
+    hashes.remember()
     if not allow_nonfinite:
         nonfinite.refuse()
 

@@ -13,7 +13,7 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import FLOATS, DType, as_torch, widest
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
-from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint
+from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles, open_checkpoint
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.merging.compatibility import check
 from rewarded_lines.merging.facts import Facts
@@ -82,6 +82,10 @@ class MergePlan:
         from rewarded_lines.streaming.gpu import DeviceWorkspace
 
         return DeviceWorkspace(self.base, self._sources, self._device)
+
+    def stored(self) -> list[TensorFiles]:
+        """Return the inputs whose tensors lie in files."""
+        return [source for source in [self.base, *self._sources] if isinstance(source, TensorFiles)]
 
     def outputs(self) -> list[TensorInfo]:
         """Return name, type and shape of every merged tensor, in order."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import DType
+from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.streaming import kernels
 
@@ -137,6 +138,12 @@ class Workspace:
                     policy.residual_into(self._name, self._start, wide, out[row])
             self._residuals = out
         return self._residuals
+
+    def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
+        """Yield what was read from files for the loaded block: the tensor, the block's start and its values."""
+        for source, raw in zip([self._base, *self._policies], self._raw, strict=True):
+            if raw is not None and isinstance(source, TensorFiles):
+                yield source.tensors[self._name], self._start, raw
 
     def raw(self, row: int) -> Array | None:
         """Return the loaded block as stored in the base (0) or in policy `row` − 1; None for an adapter."""

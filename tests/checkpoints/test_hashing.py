@@ -1,0 +1,48 @@
+"""Hashes of files: read for their own sake, or as they pass."""
+
+import blake3
+import numpy as np
+from safetensors.numpy import save_file
+
+from rewarded_lines.checkpoints import hashing
+from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash
+from rewarded_lines.checkpoints.reader import TensorFiles
+
+
+def write(path, seed=0):
+    rng = np.random.default_rng(seed)
+    save_file({name: rng.standard_normal(7).astype(np.float32) for name in "abc"}, path)
+    return path
+
+
+def never(path):
+    raise AssertionError("the file was read again")
+
+
+def pass_by(source, order="abc"):
+    hashes = RunningHashes([source])
+    for name in order:
+        for start, count in ((0, 4), (4, 3)):
+            hashes.take(source.tensors[name], start, source.read(name, start, count))
+    hashes.remember()
+
+
+def test_what_passes_in_order_need_not_be_read_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "one.safetensors")
+    pass_by(TensorFiles([path]))
+    monkeypatch.setattr(hashing, "_read_and_hash", never)
+    assert file_hash(path) == blake3.blake3(path.read_bytes()).hexdigest()
+
+
+def test_what_passes_out_of_order_or_in_part_is_read(tmp_path):
+    for order in ("acb", "ab", "aabc", ""):
+        path = write(tmp_path / f"{order or 'none'}.safetensors")
+        pass_by(TensorFiles([path]), order)
+        assert file_hash(path) == blake3.blake3(path.read_bytes()).hexdigest(), order
+
+
+def test_a_file_that_changed_is_hashed_anew(tmp_path):
+    path = write(tmp_path / "one.safetensors")
+    before = file_hash(path)
+    write(path, seed=1)
+    assert file_hash(path) == blake3.blake3(path.read_bytes()).hexdigest() != before
