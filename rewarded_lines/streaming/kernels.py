@@ -83,7 +83,8 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
         def bfloat16(out: Any, index: Any, value: Any) -> Any:
             exponent = np.uint64(np.float64(value).view(np.uint64) & _EXPONENT)
-            exponent = max(exponent, np.uint64((1023 - 126) << 52))
+            # Bounded above as well: far beyond the type's range the magic number itself would be NaN.
+            exponent = min(max(exponent, np.uint64((1023 - 126) << 52)), np.uint64((1023 + 200) << 52))
             magic = np.uint64(exponent + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
             bits = np.float32((value + magic) - magic).view(np.uint32)
             # Keeps the sign of a zero, which the sum with a positive number loses.
