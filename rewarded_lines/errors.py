@@ -25,7 +25,7 @@ class Problem:
         """Return the problem as text: a headline, then one indented line for each part that is known."""
         headline = f"{self.where}: {self.what}" if self.where else self.what
         parts = (("expected", self.expected), ("got", self.got), ("remedy", self.remedy))
-        return "\n".join([headline, *(f"  {name}: {text}" for name, text in parts if text)])
+        return printable("\n".join([headline, *(f"  {name}: {text}" for name, text in parts if text)]))
 
 
 class UserError(Exception):
@@ -39,6 +39,11 @@ class UserError(Exception):
         """
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def printable(text: str) -> str:
+    """Return `text` with escapes for what would steer a terminal: names and values come from files of others."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def fail(what: str, **parts: str) -> UserError:

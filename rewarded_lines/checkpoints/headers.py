@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,10 +19,14 @@ from typing import Any
 from rewarded_lines.checkpoints.dtypes import DTYPES, DType
 from rewarded_lines.errors import UserError, fail
 
-# The limit of the format's own library.
-_LONGEST = 100_000_000
+# Below the 100 MB of the format's own library: parsed JSON takes many times its bytes, and 32 MB name 200,000 tensors.
+_LONGEST = 32_000_000
+_LONGEST_NAME = 1000
 _MOST_DIMENSIONS = 64
+# As in the parsers that will read what is copied into the output.
+_DEEPEST = 100
 _LARGEST = 2**62
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -76,23 +83,46 @@ def damaged(file: Path, reason: str) -> UserError:
     )
 
 
-def parse_json(raw: bytes | str) -> Any:
-    """Return the value of a JSON text in which no key of an object is given twice.
+def parse_json(raw: bytes | str, number: Callable[[str], int] | None = None) -> Any:
+    """Return the value of a JSON text in which no key of an object is given twice and nothing is nested very deep.
+
+    Args:
+        raw: the text.
+        number: makes whole numbers of their digits, in place of `int`.
 
     Raises:
         ValueError: it is not JSON, or not so.
     """
     try:
-        return json.loads(raw, object_pairs_hook=_unique)
+        content = json.loads(raw, object_pairs_hook=_unique, parse_int=number)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise _Fault("nested too deep") from error
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [item for value in level for item in _inside(value)]
+    if level:
+        raise _Fault("nested too deep")
+    return content
+
+
+def _size(digits: str) -> int:
+    """Return a whole number; "-0" is one for Python, but not for those who will read the file after us."""
+    if digits.startswith("-"):
+        raise _Fault(f"{digits[:20]} is no size")
+    return int(digits)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise _Fault(f"the key {twice[:80]!r} is given twice")
     return content
 
@@ -102,21 +132,29 @@ def _content(file: Path, size: int) -> tuple[dict[str, Any], int]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST):
-            raise _Fault(f"a header of {length} bytes in a file of {size}")
+            raise _Fault(f"a header of {length} bytes in a file of {size}; the most is {_LONGEST}")
         raw = stream.read(length)
     try:
-        content = parse_json(raw.decode("utf-8"))
+        content = parse_json(raw.decode("utf-8"), _size)
     except ValueError as error:
         raise _Fault(f"its header is no JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise _Fault("its header is no JSON object")
     metadata = content.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_text(part) for pair in metadata.items() for part in pair):
         raise _Fault("its metadata is not text by name")
     return content, 8 + length
 
 
+def _text(value: Any) -> bool:
+    """Say whether a value is text that can be written: JSON escapes can make halves of characters."""
+    return isinstance(value, str) and not _HALF.search(value)
+
+
 def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
+    # Names are printed and written; no model has line breaks, control codes or a page of text in them.
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise _Fault(f"{ascii(name[:80])} is no name for a tensor")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _Fault(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
     shape, offsets = value["shape"], value["data_offsets"]
@@ -131,7 +169,8 @@ def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
             remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
         )
     info = TensorInfo(name, DTYPES[kind], tuple(shape), file, begin + offsets[0])
-    if info.elements > _LARGEST or offsets[1] - offsets[0] != info.bytes:
+    # A 0 among them does not excuse sizes whose product nobody can hold.
+    if prod(max(size, 1) for size in shape) > _LARGEST or offsets[1] - offsets[0] != info.bytes:
         raise _Fault(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
     return info
 

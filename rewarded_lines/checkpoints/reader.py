@@ -253,8 +253,8 @@ def _check_entry(index: Path, name: str) -> None:
         # Not Path.resolve, which fails in its own way on links that go round.
         here = Path(os.path.realpath(folder))
         # The Hub's cache keeps the files of a snapshot as links into its own `blobs`.
-        allowed = [here, here.parent.parent / "blobs"]
-        if Path(os.path.realpath(folder / name)).parent in (allowed if here.parent.name == "snapshots" else allowed[:1]):
+        allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
+        if Path(os.path.realpath(folder / name)).parent in allowed:
             return
     raise fail(
         "the index names a file that is not in the checkpoint's folder",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.streaming.blocks import blocks_of
 
 _REMEDY = "merge policies that were all trained from this base"
 _RESIZE = (
@@ -24,6 +26,7 @@ _RESIZE = (
     "or cut the added rows off the policy"
 )
 _SHOWN = 3
+_LONGEST = 100
 # Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
 # different initialisations are orthogonal.
 _LEAST_COSINE = 0.5
@@ -74,36 +77,56 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    ties = base.config.get("tie_word_embeddings") is True
+    ties, copies = base.config.get("tie_word_embeddings") is True, _Copies(inputs)
     for name in names if ties else partial:
-        if name not in reasons and (original := _tied_to(name, inputs)):
+        if name not in reasons and (original := copies.original(name)):
             reasons[name] = f"tied to {original}"
     return reasons
 
 
-def _tied_to(name: str, inputs: list[Checkpoint]) -> str:
-    """Return the tensor that `name` repeats, byte for byte, in every input that has it; "" if there is none."""
-    holders = [source for source in inputs if name in source.tensors]
-    info = holders[0].tensors[name]
-    vocabulary = holders[0].config.get("vocab_size")
-    if len(info.shape) != 2 or info.shape[0] != vocabulary:
-        return ""
-    for other in holders[0].tensors.values():
-        if other.name == name:
-            # The first of two copies is the one that stays.
-            if len(holders) == len(inputs):
-                return ""
-            continue
-        alike = other.shape == info.shape and all(other.name in source.tensors for source in inputs)
-        if alike and all(_equal_bytes(source, name, other.name) for source in holders):
-            return other.name
-    return ""
+class _Copies:
+    """Finds matrices with a row for every token that repeat one another, byte for byte, in every input that has them.
 
+    By digest, so that the time grows with the number of tensors, not with that of pairs.
+    """
 
-def _equal_bytes(source: Checkpoint, first: str, second: str) -> bool:
-    return source.tensors[first].dtype == source.tensors[second].dtype and np.array_equal(
-        source.read(first).view(np.uint8), source.read(second).view(np.uint8)
-    )
+    def __init__(self, inputs: list[Checkpoint]) -> None:
+        self._inputs = inputs
+        self._alike: dict[tuple[object, ...], list[str]] = {}
+        self._firsts: dict[tuple[object, ...], dict[tuple[bytes, ...], str]] = {}
+        self._digests: dict[tuple[int, str], bytes] = {}
+
+    def original(self, name: str) -> str:
+        """Return the first tensor, held by all inputs, that `name` repeats; "" if there is none before it."""
+        holders = tuple(row for row, source in enumerate(self._inputs) if name in source.tensors)
+        first = self._inputs[holders[0]]
+        shape = first.tensors[name].shape
+        if len(shape) != 2 or shape[0] != first.config.get("vocab_size"):
+            return ""
+        group = (holders, shape)
+        if group not in self._alike:
+            everywhere = [info for info in first.tensors.values() if all(info.name in s.tensors for s in self._inputs)]
+            self._alike[group] = [info.name for info in everywhere if info.shape == shape]
+        if self._alike[group] in ([], [name]):
+            return ""
+        if group not in self._firsts:
+            # Backwards, so that the first of several equal ones is what stays.
+            self._firsts[group] = {self._key(holders, other): other for other in reversed(self._alike[group])}
+        found = self._firsts[group].get(self._key(holders, name), "")
+        return "" if found == name else found
+
+    def _key(self, holders: tuple[int, ...], name: str) -> tuple[bytes, ...]:
+        return tuple(self._digest(row, name) for row in holders)
+
+    def _digest(self, row: int, name: str) -> bytes:
+        if (row, name) not in self._digests:
+            source = self._inputs[row]
+            info = source.tensors[name]
+            digest = blake3.blake3(info.dtype.name.encode())
+            for start, count in blocks_of(info.elements):
+                digest.update(source.read(name, start, count).view(np.uint8).data)
+            self._digests[row, name] = digest.digest()
+        return self._digests[row, name]
 
 
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
@@ -120,7 +143,7 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     remedies = {"model_type": _REMEDY, "architectures": _REMEDY, "num_hidden_layers": _REMEDY, "vocab_size": _RESIZE}
     return [
-        Problem(f"`{key}` differs from the base's", where, str(base.get(key)), str(policy.get(key)), remedy)
+        Problem(f"`{key}` differs from the base's", where, _cut(base.get(key)), _cut(policy.get(key)), remedy)
         for key, remedy in remedies.items()
         if base.get(key) != policy.get(key)
     ]
@@ -154,7 +177,9 @@ def _compare_buffers(
     base: Checkpoint, policy: Checkpoint, info: TensorInfo, other: TensorInfo, name: str
 ) -> list[Problem]:
     """Integers and booleans (position ids, masks) are copied, so they must be the same everywhere."""
-    if info.dtype == other.dtype and np.array_equal(base.read(info.name), policy.read(info.name)):
+    # Piece by piece: a file with holes in it may declare more than memory holds.
+    pieces = ((base.read(info.name, *piece), policy.read(info.name, *piece)) for piece in blocks_of(info.elements))
+    if info.dtype == other.dtype and all(np.array_equal(*pair) for pair in pieces):
         return []
     what = f"a buffer of type {info.dtype.torch} that is not the same in base and {name}"
     return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=_REMEDY)]
@@ -162,7 +187,7 @@ def _compare_buffers(
 
 def _compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
     """Compare vocabularies and merges; padding and truncation settings do not change what a token means."""
-    first, second = _read_json(base / "tokenizer.json"), _read_json(policy / "tokenizer.json")
+    first, second = (_read_json(folder / "tokenizer.json") for folder in (base, policy))
     if not first or not second:
         return []
     parts = [part for part in ("model", "added_tokens", "normalizer") if first.get(part) != second.get(part)]
@@ -173,7 +198,7 @@ def _compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
     """Tell policies of another base by what their training recorded or, where it recorded nothing, by their values."""
-    recorded = _read_json(policy.folder / "training.json").get("base_hash")
+    recorded = str(_read_json(policy.folder / "training.json").get("base_hash") or "")
     if recorded:
         actual = weights_hash(base.folder)
         if recorded == actual:
@@ -214,12 +239,13 @@ def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json_object(path) if os.path.lexists(path) else {}
+
+
+def _cut(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(map(_cut, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
