@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.references import looks_local
 
 PROJECT_FILE = "rewarded-lines.yaml"
 _MOST_KEYS_SHOWN = 20
@@ -148,12 +149,6 @@ class Project:
         if missing:
             raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
 
-
-def looks_local(reference: str, root: Path = Path()) -> bool:
-    """Say whether `reference` means a place on disk, below `root`, rather than a Hub id `organisation/name`."""
-    if not re.fullmatch(r"\w[\w.\-]*/[\w.\-]+", reference):
-        return True
-    return (root / reference.split("/")[0]).is_dir()
 
 
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:

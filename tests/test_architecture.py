@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rewarded_lines"
 # Highest first; a wing may import from those that stand later in the list, never from an earlier one.
 WINGS = ["cli", "demo", "training", "reporting", "evaluation", "merging", "streaming", "checkpoints", "fronts"]
-GROUND = ["config", "errors", "folders", "functions", "processes"]
+GROUND = ["config", "errors", "folders", "processes", "references"]
 
 
 def imports():

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash
-from rewarded_lines.config import Project, RewardSpec, looks_local, parse_format
+from rewarded_lines.config import Project, RewardSpec, parse_format
 from rewarded_lines.errors import Problem, UserError, fail, nearest
-from rewarded_lines.functions import find_function
+from rewarded_lines.references import find_function, looks_local
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 

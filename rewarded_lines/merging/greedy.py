@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import scratch_folder
-from rewarded_lines.functions import find_function
+from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.plan import MergePlan, MergeSpec

@@ -1,9 +1,13 @@
-"""Functions that users name, as `module:name` or `file.py:name`. Loading one runs the user's own code."""
+"""What users refer to: a folder or a Hub id, a function as `module:name` or `file.py:name`.
+
+Loading a function runs the code it stands in, so only what the user names is loaded.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +15,13 @@ from types import ModuleType
 from typing import Any, cast
 
 from rewarded_lines.errors import UserError, fail, nearest
+
+
+def looks_local(reference: str, root: Path = Path()) -> bool:
+    """Say whether `reference` means a place on disk, below `root`, rather than a Hub id `organisation/name`."""
+    if not re.fullmatch(r"\w[\w.\-]*/[\w.\-]+", reference):
+        return True
+    return (root / reference.split("/")[0]).is_dir()
 
 
 def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
