@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
 
 _LOCK = ".lock"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+_RENAME_EXCHANGE = 2
 
 
 def existing_output(out: Path, overwrite: bool) -> list[Problem]:
-    """Return the problem of an output that is already there, if it is one."""
-    if overwrite or not out.exists():
+    """Return the problem of an output that is already there or cannot be made, if it is one."""
+    if out.name in ("", ".."):
+        # Neither can be built under another name and renamed.
+        return [Problem("not a name for a new folder", where=str(out), remedy="pass another --out")]
+    if overwrite or not os.path.lexists(out):
         return []
     return [
         Problem(
@@ -51,6 +59,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that vanishes with the block, or with the next one after a kill."""
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     with _locked(out.parent, wait=True):
@@ -63,6 +72,10 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     finally:
         os.close(holder)
         shutil.rmtree(partial, ignore_errors=True)
+        # Parents that were made for this and hold nothing go too.
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def refuse_foreign(folder: Path, mark: str) -> None:
@@ -116,27 +129,38 @@ def sync_folder(folder: Path) -> None:
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
     """Rename `partial` to `out`; a folder that is replaced goes only after the new one stands."""
+    if overwrite and out.is_dir() and not out.is_symlink() and _swap(partial, out):
+        return
     replaced = out.with_name(f".{out.name}.replaced")
-    if overwrite and out.exists():
+    if overwrite and os.path.lexists(out):
         os.rename(out, replaced)
     try:
         os.rename(partial, out)
     except OSError as error:
-        if replaced.exists():
+        if os.path.lexists(replaced):
             os.rename(replaced, out)
+        if error.errno not in _TAKEN:
+            raise
         raise fail(
             "another process made the output folder meanwhile", where=str(out), remedy="pass another --out"
         ) from error
     _remove(replaced)
 
 
+def _swap(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step, so that a kill finds one of them; say whether the system can."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(os.path.abspath(first)), os.fsencode(os.path.abspath(second))
+    return renameat2 is not None and renameat2(-1, names[0], -1, names[1], _RENAME_EXCHANGE) == 0
+
+
 def _clean_up(out: Path) -> None:
     """Mend what killed processes left of this same output: half-written folders, and a replacement cut short."""
     replaced = out.with_name(f".{out.name}.replaced")
-    if replaced.exists() and not out.exists():
+    if os.path.lexists(replaced) and not os.path.lexists(out):
         os.rename(replaced, out)
     _remove(replaced)
-    for leftover in out.parent.glob(f".{out.name}.partial-*"):
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         try:
             holder = _lock(leftover, wait=False)
         except BlockingIOError:
@@ -146,7 +170,7 @@ def _clean_up(out: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

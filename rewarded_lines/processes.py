@@ -1,4 +1,4 @@
-"""Child processes that must not outlive their parent."""
+"""Processes and their ends: children that must not outlive their parent, and a termination that cleans up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
@@ -25,6 +30,23 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or (int(asked) > 1 and not _alive(int(asked))):
         sys.exit(1)
+
+
+@contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """Let SIGTERM end the block as `sys.exit` does, so that what it left half done is cleaned up on the way out."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,8 +14,8 @@ from rewarded_lines.cli.demo import demo
 from rewarded_lines.cli.merge import merge
 from rewarded_lines.cli.report import report
 from rewarded_lines.cli.sweep import sweep
-from rewarded_lines.errors import UserError
-from rewarded_lines.processes import die_with_parent
+from rewarded_lines.errors import UserError, printable
+from rewarded_lines.processes import die_with_parent, termination_as_exit
 
 app = typer.Typer(
     name="rewarded-lines",
@@ -52,13 +53,20 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake prints one message and exits with 1, without a traceback."""
     die_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Greek letters, or the name of a file that is no text, must not end the work.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with termination_as_exit():
+            app()
     except UserError as error:
         _complain(str(error))
     except OSError as error:
         # A full disk, a folder that cannot be written: the system's own words name the place.
-        _complain(str(error))
+        _complain(printable(str(error)))
+    except MemoryError as error:
+        _complain(printable(f"not enough memory: {error}"))
 
 
 def _complain(message: str) -> NoReturn:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rewarded_lines.cli.progress import progress_bar
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import fail, printable
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.merge import MergeResult
@@ -180,18 +181,24 @@ def _as_dict(result: MergeResult, names: list[str]) -> dict[str, Any]:
     }
 
 
+def _plain(text: str) -> Text:
+    """Return text in which brackets are brackets: names come from users and from files of others."""
+    return Text(printable(text))
+
+
 def _table(results: list[MergeResult], names: list[str], automatic: bool) -> Table:
     table = Table(title="dry run: nothing written" if results[0].out is None else "merged")
     chosen = ["α (auto)"] if automatic else []
     for heading in (*(f"λ {name}" for name in names), *chosen, "scale, first to last block", "size", "folder"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(_plain(heading), overflow="fold")
     for result in results:
-        table.add_row(
+        cells = (
             *(f"{weight:g}" for weight in result.spec.weights),
             *([f"{result.spec.alpha:.6g}"] if automatic else []),
             "; ".join(f"{scales[0]:g} to {scales[-1]:g}" for scales in result.scales.values()),
             f"{result.bytes / 1e6:,.1f} MB",
             str(result.out or "—"),
         )
-    table.caption = "\n".join(results[0].notes)
+        table.add_row(*map(_plain, cells))
+    table.caption = _plain("\n".join(results[0].notes))
     return table

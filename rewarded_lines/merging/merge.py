@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,7 +193,8 @@ def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bo
     problems = [problem for target in targets for problem in existing_output(target, overwrite)]
     read = [Path(reference).resolve() for reference in inputs if Path(reference).exists()]
     for target in targets:
-        place = target.resolve()
+        # Not Path.resolve, which fails in its own way on links that go round.
+        place = Path(os.path.realpath(target))
         touched = [path for path in read if path == place or place in path.parents or path in place.parents]
         problems += [
             Problem("the output lies in, on or around an input", where=str(target), got=str(path)) for path in touched

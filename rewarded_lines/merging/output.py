@@ -15,7 +15,7 @@ from typing import Any
 from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import UserError, fail, printable
 from rewarded_lines.folders import atomic_folder
 from rewarded_lines.merging.facts import all_blocks
 from rewarded_lines.merging.plan import MergePlan, MergeSpec, NonFinite
@@ -81,7 +81,7 @@ def write_folders(
         for folder, spec in zip(folders, specs, strict=True):
             write_companions(plan, folder)
             write_json(folder / "merge.json", describe(plan, spec, inputs, settings))
-            (folder / "README.md").write_text(model_card(plan, spec), encoding="utf-8")
+            (folder / "README.md").write_text(printable(model_card(plan, spec)), encoding="utf-8")
 
 
 def write_weights(
@@ -153,7 +153,9 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Half characters, from a file's name for example, become the escapes that JSON has for them.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_space(needed: int, folder: Path) -> None:

@@ -32,13 +32,23 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
             line.stop(error)
 
     others = [threading.Thread(target=attend, daemon=True) for _ in range((threads or cores()) - 1)]
-    for thread in others:
-        thread.start()
-    attend()
-    for thread in others:
-        thread.join()
+    try:
+        for thread in others:
+            thread.start()
+        attend()
+        _join(others)
+    except BaseException as error:  # noqa: BLE001 - raised again below
+        # An interrupt that came while we waited: nobody may still write when the caller cleans up.
+        line.stop(error)
+        _join(others)
     if line.error:
         raise line.error
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
 
 
 def cores() -> int:
