@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, read_exactly, read_header
-from rewarded_lines.config import looks_local
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.references import looks_local
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -22,7 +22,12 @@ _METHOD = "Options of the methods"
 _SAFETY = "Output and safety"
 
 
+# What may stand beside --from: where things are now, and how to write.
+_WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json"}
+
+
 def merge(
+    ctx: typer.Context,
     base: Annotated[str | None, typer.Option(help="SFT model: folder or Hub id.")] = None,
     policy: Annotated[
         list[str] | None,
@@ -87,6 +92,10 @@ def merge(
     ] = False,
     layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
     config: Annotated[Path, typer.Option(help="Names base and policies.")] = Path("rewarded-lines.yaml"),
+    record: Annotated[
+        Path | None,
+        typer.Option("--from", help="A merge.json: make that merge again, the same bits, from the same inputs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Merge policies over their SFT base, layer by layer.
@@ -105,7 +114,11 @@ def merge(
     rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
         TIES with LiNeS, α by the authors' heuristic, printed
     rewarded-lines merge --method greedy --score "python score.py {model}" --beta 0
+    rewarded-lines merge --from merged/merge.json --out again
     """
+    if record is not None:
+        _refuse_beside_record(ctx)
+        return _replay(record, base, policy or [], out, device, overwrite, allow_nonfinite, as_json)
     from rewarded_lines.merging.merge import merge as run
 
     base, policies = _inputs(base, policy or [], config)
@@ -132,10 +145,53 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             progress=lambda name, size, total: bar(size, total),
         )
+    _show(results, list(policies), as_json, automatic=alpha == "auto")
+
+
+def _refuse_beside_record(ctx: typer.Context) -> None:
+    """A record says all about a merge: what would say otherwise is refused, not ignored."""
+    given = [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in _WITH_RECORD]
+    if wrong:
+        raise fail(
+            "--from makes a merge again as it was",
+            where=", ".join(wrong),
+            expected="beside it only --base, --policy, --out, --device, --overwrite, --allow-nonfinite and --json",
+            remedy="leave these out, or merge without --from",
+        )
+
+
+def _replay(
+    record: Path,
+    base: str | None,
+    policy: list[str],
+    out: Path | None,
+    device: str,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
+) -> None:
+    from rewarded_lines.merging.replay import replay
+
+    with progress_bar("Merging", quiet=as_json, unit="bytes") as bar:
+        result = replay(
+            record,
+            base=base,
+            policies=dict(_name(text) for text in policy),
+            out=out,
+            device=device,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=lambda name, size, total: bar(size, total),
+        )
+    _show([result], list(result.names), as_json, automatic=False)
+
+
+def _show(results: list[MergeResult], names: list[str], as_json: bool, automatic: bool) -> None:
     if as_json:
-        typer.echo(json.dumps([_as_dict(result, list(policies)) for result in results], indent=2))
+        typer.echo(json.dumps([_as_dict(result, names) for result in results], indent=2))
     else:
-        Console().print(_table(results, list(policies), automatic=alpha == "auto"))
+        Console().print(_table(results, names, automatic))
 
 
 def _alpha(text: str) -> Any:

@@ -30,6 +30,7 @@ class MergeResult:
 
     out: Path | None
     spec: MergeSpec
+    names: Sequence[str]
     tensors: int
     bytes: int
     scales: Mapping[str, Sequence[float]]
@@ -100,7 +101,7 @@ def merge(
     specs = [replace(first, weights=weights) for weights in _weights(lam, method, list(named), extrapolate)]
     shard_size = parse_size(max_shard_size)
     targets = _targets(None if out is None else Path(_expand(out)), specs)
-    _check_targets(targets, [base, *named.values()], overwrite)
+    check_targets(targets, [base, *named.values()], overwrite)
     plan = plan_merge(base, named, dtype=dtype, device=device, layers=layers)
     if method == "greedy":
         specs = [replace(specs[0], weights=greedy_weights(plan, specs[0], score, targets[0]))]
@@ -119,7 +120,7 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-    return [_result(plan, spec, None if dry_run else target) for spec, target in zip(specs, targets, strict=True)]
+    return [result_of(plan, spec, None if dry_run else target) for spec, target in zip(specs, targets, strict=True)]
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
@@ -141,9 +142,12 @@ def name_policies(policies: Policies) -> dict[str, str]:
     return named
 
 
-def _result(plan: MergePlan, spec: MergeSpec, out: Path | None) -> MergeResult:
+def result_of(plan: MergePlan, spec: MergeSpec, out: Path | None) -> MergeResult:
+    """Return what there is to say of one output."""
     outputs = plan.outputs()
-    return MergeResult(out, spec, len(outputs), total_bytes(outputs), plan.scales(spec), tuple(plan.notes))
+    return MergeResult(
+        out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), tuple(plan.notes)
+    )
 
 
 def _expand(reference: str | Path) -> str:
@@ -189,7 +193,12 @@ def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
     return [parent / folder_name(spec.weights) for spec in specs]
 
 
-def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
+def check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
+    """Refuse outputs that exist, or that lie in, on or around an input.
+
+    Raises:
+        UserError: with all of them.
+    """
     problems = [problem for target in targets for problem in existing_output(target, overwrite)]
     read = [Path(reference).resolve() for reference in inputs if Path(reference).exists()]
     for target in targets:

@@ -1,0 +1,127 @@
+"""A merge made again from its `merge.json`: the same inputs, by their hashes, and so the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rewarded_lines.checkpoints.hashing import file_hash
+from rewarded_lines.checkpoints.reader import TensorFiles, read_json_object
+from rewarded_lines.checkpoints.writer import parse_size
+from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.merging.lines import Outside
+from rewarded_lines.merging.merge import MergeResult, check_targets, result_of
+from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
+from rewarded_lines.merging.plan import MergeSpec, complete, plan_merge
+
+RECORD_FILE = "merge.json"
+
+
+class _Input(BaseModel):
+    path: str
+    files: dict[str, str]
+
+
+class _Record(BaseModel):
+    """What of a `merge.json` decides the bits; what else it tells is for people."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    base: _Input
+    policies: dict[str, _Input] = Field(min_length=1)
+    weights: dict[str, float]
+    alpha: float
+    beta: float
+    outside: Outside
+    method: str
+    options: dict[str, float | int | str]
+    dtype: str
+    max_shard_size: str
+    layers: str | None
+
+
+def replay(
+    record: str | Path,
+    *,
+    base: str | None = None,
+    policies: Mapping[str, str] | None = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
+) -> MergeResult:
+    """Make the merge again that a `merge.json` tells of.
+
+    Args:
+        record: the file, or the merged folder it lies in.
+        base: where the base is now, if it has moved.
+        policies: where policies are now, by name, if they have moved.
+        out: the output folder; by default `merged/again` in the working directory.
+        device: where the arithmetic runs; only the processor promises the same bits.
+        overwrite: replace an output that is there.
+        allow_nonfinite: let NaN and infinite values pass.
+        progress: called as blocks are written.
+
+    Raises:
+        UserError: the record is none, an input is not what it was, or any fault that `merge` refuses.
+    """
+    path = Path(record).expanduser()
+    path = path / RECORD_FILE if path.is_dir() else path
+    told = _read(path)
+    named = {name: source.path for name, source in told.policies.items()} | dict(policies or {})
+    target = Path("merged/again" if out is None else out).expanduser()
+    origin = base or told.base.path
+    check_targets([target], [origin, *named.values()], overwrite)
+    size = parse_size(told.max_shard_size)
+    plan = plan_merge(origin, named, dtype=told.dtype, device=device, layers=told.layers)
+    _check_hashes(path, told, {"base": plan.base, **{f"policy `{name}`": plan.policies[name] for name in named}})
+    weights = tuple(told.weights[name] for name in named)
+    spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
+    spec = complete(spec, len(named))
+    plan.prepare([spec])
+    settings = {"dtype": told.dtype, "max_shard_size": told.max_shard_size, "layers": told.layers}
+    write_folders(
+        plan,
+        [spec],
+        [target],
+        {**settings, "command": command_line()},
+        max_shard_size=size,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+    )
+    return result_of(plan, spec, target)
+
+
+def _read(path: Path) -> _Record:
+    if not path.is_file():
+        raise UserError(Problem("no such file", str(path), expected=f"a {RECORD_FILE}, or the folder it lies in"))
+    try:
+        told = _Record.model_validate(read_json_object(path))
+    except ValidationError as error:
+        raise UserError(
+            Problem(
+                f"not what a {RECORD_FILE} has there: {detail['msg']}", f"{path}: {'.'.join(map(str, detail['loc']))}"
+            )
+            for detail in error.errors()[:5]
+        ) from error
+    if set(told.weights) != set(told.policies):
+        raise UserError(Problem("weights and policies have different names", str(path)))
+    return told
+
+
+def _check_hashes(path: Path, told: _Record, opened: Mapping[str, TensorFiles]) -> None:
+    """Refuse inputs whose files are not, byte for byte, those of the record."""
+    problems = []
+    for (name, source), recorded in zip(opened.items(), [told.base, *told.policies.values()], strict=True):
+        now = {file.name: file_hash(file) for file in source.files}
+        wrong = sorted(file for file in now.keys() | recorded.files.keys() if now.get(file) != recorded.files.get(file))
+        if wrong:
+            remedy = f"find the files of that time, and name them: --{'base' if name == 'base' else 'policy NAME='}…"
+            what = f"{name} is not what it was: {', '.join(wrong[:3])}"
+            problems.append(Problem(what, str(source.files[0].parent), f"the hashes in {path}", remedy=remedy))
+    if problems:
+        raise UserError(problems)
