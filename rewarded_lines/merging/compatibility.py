@@ -225,9 +225,9 @@ def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     dot = square_first = square_second = 0.0
     for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
         one, two = (_leading(source, info.name) for source in (first, second))
-        dot += float(one @ two)
-        square_first += float(one @ one)
-        square_second += float(two @ two)
+        dot += float((one * two).sum())
+        square_first += float((one * one).sum())
+        square_second += float((two * two).sum())
     norm = math.sqrt(square_first * square_second)
     # Values that are not finite are for the merge itself to count and to name.
     return dot / norm if 0 < norm < math.inf else 1.0
