@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
+    "inspect": "rewarded_lines.merging.inspect",
     "sweep": "rewarded_lines.evaluation.sweep",
     "report": "rewarded_lines.reporting.report",
 }
 
-__all__ = ["__version__", "merge", "report", "sweep"]
+__all__ = ["__version__", "inspect", "merge", "report", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,346 @@
+"""The verb `inspect`: what a checkpoint is made of, depth by depth, and how far each depth lies from its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, total_bytes
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.merging.compatibility import check
+from rewarded_lines.merging.facts import all_blocks
+from rewarded_lines.merging.lines import Outside, tensor_scale
+from rewarded_lines.merging.output import Progress, silent
+from rewarded_lines.merging.plan import OUTSIDE, choose
+from rewarded_lines.streaming import kernels
+from rewarded_lines.streaming.blocks import BLOCK, Array, Source, Workspace
+from rewarded_lines.streaming.pool import share_out
+
+_SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far values lie from the base's, over one tensor or many; norms are L2, in float64.
+
+    Attributes:
+        norm: ‖τ‖ with τ = θ − θ_base.
+        base_norm: ‖θ_base‖ of the same values.
+        scaled_norm: ‖s·τ‖, s each tensor's LiNeS scale.
+        values: how many there are.
+        changed: how many of them differ from the base's.
+        nonfinite: how many are NaN or infinite, in the base or in the checkpoint.
+    """
+
+    norm: float
+    base_norm: float
+    scaled_norm: float
+    values: int
+    changed: int
+    nonfinite: int = 0
+
+    @property
+    def relative(self) -> float:
+        """Return ‖τ‖/‖θ_base‖; infinite where only the base is zero."""
+        if self.base_norm == 0:
+            return math.inf if self.norm else 0.0
+        return self.norm / self.base_norm
+
+    @property
+    def share_changed(self) -> float:
+        """Return which share of the values differ from the base's."""
+        return self.changed / self.values if self.values else 0.0
+
+
+@dataclass(frozen=True)
+class InspectedTensor:
+    """One tensor: its place in the model (see `Place`), its LiNeS scale and, against a base, its residual."""
+
+    name: str
+    stack: str
+    block: int | None
+    side: Side
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    scale: float
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several tensors together; integers and booleans count, but have no residual."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Level(Sum):
+    """The tensors at one depth: a block, or what stands before or after the blocks of a list."""
+
+    stack: str
+    block: int | None
+    side: Side
+    scale: float
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What merge.json says of how the checkpoint was made."""
+
+    method: str
+    weights: Mapping[str, float]
+    alpha: float
+    beta: float
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by depth: its lists of blocks with their lengths, its levels in the order of depth, its tensors."""
+
+    checkpoint: str
+    base: str | None
+    alpha: float
+    beta: float
+    outside: Outside
+    stacks: Mapping[str, int]
+    levels: Sequence[Level]
+    total: Sum
+    tensors: Sequence[InspectedTensor]
+    origin: Origin | None
+    notes: Sequence[str]
+
+
+def inspect(
+    checkpoint: str | Path,
+    base: str | Path | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    outside: Outside = "alpha",
+    layers: str | None = None,
+    progress: Progress = silent,
+) -> Inspection:
+    """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
+
+    Without a base only headers are read. With one both checkpoints pass in blocks; sums of blocks are added exactly,
+    so the numbers are the same for any number of threads and any sharding.
+
+    Args:
+        checkpoint: folder or Hub id.
+        base: folder or Hub id of the SFT model it was trained from.
+        alpha: α, the scale of the first block.
+        beta: β, what the last block gets on top.
+        outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
+        layers: the pattern of the block list, for layouts that are not known.
+        progress: called as blocks are read, with a tensor's name, bytes and the bytes of all.
+
+    Raises:
+        UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
+    """
+    _check_options(alpha, beta, outside)
+    inputs = _open([checkpoint] if base is None else [checkpoint, base])
+    subject, origin = inputs[0], inputs[-1]
+    fitting = check(origin, {} if base is None else {subject.folder.name: subject})
+    depths = find_depths(fitting.names, subject.config, layers)
+    infos = {name: subject.tensors[name] for name in fitting.names}
+    measured = {} if base is None else _measure(origin, subject, infos, progress)
+    tensors = _by_depth(
+        [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()], depths
+    )
+    return Inspection(
+        str(checkpoint),
+        None if base is None else str(base),
+        alpha,
+        beta,
+        outside,
+        depths.stacks,
+        _levels(tensors, infos),
+        _sum(tensors, infos),
+        tensors,
+        _made_by(subject.folder),
+        [*fitting.notes, *_nonfinite(tensors)],
+    )
+
+
+def _check_options(alpha: float, beta: float, outside: str) -> None:
+    problems = [
+        Problem("not a finite number", where=option, got=str(value))
+        for option, value in (("--alpha", alpha), ("--beta", beta))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ]
+    if problems:
+        raise UserError(problems)
+    choose("--outside", outside, OUTSIDE)
+
+
+def _open(references: Sequence[str | Path]) -> list[Checkpoint]:
+    opened: list[Checkpoint] = []
+    problems: list[Problem] = []
+    for reference in references:
+        try:
+            if (Path(reference).expanduser() / "adapter_config.json").is_file():
+                raise fail(
+                    "an adapter, not a whole model", where=str(reference), remedy="inspect what it is merged into"
+                )
+            opened.append(open_checkpoint(str(reference)))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return opened
+
+
+class _Measured(NamedTuple):
+    """Of a block or a tensor: Σ τ², Σ θ_base², values that differ, values that are not finite."""
+
+    residual: float
+    base: float
+    changed: int
+    nonfinite: int
+
+
+def _measure(
+    base: Checkpoint, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
+) -> dict[str, _Measured]:
+    """Measure the residual of every floating-point tensor, several blocks at a time."""
+    names = [name for name, info in infos.items() if info.dtype.floating]
+    parts: dict[str, list[_Measured]] = {name: [] for name in names}
+    total, lock = total_bytes(infos[name] for name in names), Lock()
+
+    def worker() -> Callable[[tuple[str, int, int]], None]:
+        workspace, wide = Workspace(base, [source]), np.empty(BLOCK)
+
+        def work(block: tuple[str, int, int]) -> None:
+            workspace.load(*block)
+            name, _, count = block
+            part = _measure_block(workspace, wide[:count])
+            with lock:
+                parts[name].append(part)
+                progress(name, count * infos[name].dtype.itemsize, total)
+
+        return work
+
+    share_out(all_blocks(names, infos), worker)
+    return {name: _joined(blocks) for name, blocks in parts.items()}
+
+
+def _measure_block(workspace: Workspace, wide: Array) -> _Measured:
+    residual = workspace.residuals()[0]
+    # Values that are not finite are counted, and said in the notes.
+    with np.errstate(all="ignore"):
+        changed = int(np.count_nonzero(residual))
+        square = float(np.multiply(residual, residual, out=wide).sum())
+        kernels.cast(workspace.raw(0), wide)
+        square_base = float(np.multiply(wide, wide, out=wide).sum())
+    finite = math.isfinite(square) and math.isfinite(square_base)
+    nonfinite = 0 if finite else workspace.count_nonfinite(0) + workspace.count_nonfinite(1)
+    return _Measured(square, square_base, changed, nonfinite)
+
+
+def _joined(parts: Sequence[_Measured]) -> _Measured:
+    return _Measured(
+        _exact(part.residual for part in parts),
+        _exact(part.base for part in parts),
+        sum(part.changed for part in parts),
+        sum(part.nonfinite for part in parts),
+    )
+
+
+def _exact(squares: Iterable[float]) -> float:
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf
+
+
+def _tensor(
+    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: _Measured | None
+) -> InspectedTensor:
+    place = depths.place[info.name]
+    scale = tensor_scale(place, alpha, beta, outside, info.name)
+    residual = None
+    if measured:
+        norm = math.sqrt(measured.residual)
+        base_norm = math.sqrt(measured.base)
+        residual = Residual(norm, base_norm, abs(scale) * norm, info.elements, measured.changed, measured.nonfinite)
+    return InspectedTensor(
+        info.name, place.stack, place.block, place.side, info.shape, info.dtype.torch, info.elements, scale, residual
+    )
+
+
+def _by_depth(tensors: Iterable[InspectedTensor], depths: Depths) -> list[InspectedTensor]:
+    stacks = list(depths.stacks)
+    return sorted(tensors, key=lambda one: (stacks.index(one.stack), _SIDES[one.side], one.block or 0))
+
+
+def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) -> list[Level]:
+    groups: dict[tuple[str, int | None, Side], list[InspectedTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.stack, tensor.block, tensor.side), []).append(tensor)
+    levels = []
+    for (stack, block, side), group in groups.items():
+        modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
+        whole = _sum(group, infos)
+        levels.append(
+            Level(**vars(whole), stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules))
+        )
+    return levels
+
+
+def _sum(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) -> Sum:
+    residuals = [tensor.residual for tensor in tensors if tensor.residual]
+    return Sum(
+        len(tensors),
+        sum(tensor.parameters for tensor in tensors),
+        total_bytes(infos[tensor.name] for tensor in tensors),
+        tuple(sorted({tensor.dtype for tensor in tensors})),
+        _together(residuals) if residuals else None,
+    )
+
+
+def _together(residuals: Sequence[Residual]) -> Residual:
+    return Residual(
+        math.hypot(*(one.norm for one in residuals)),
+        math.hypot(*(one.base_norm for one in residuals)),
+        math.hypot(*(one.scaled_norm for one in residuals)),
+        sum(one.values for one in residuals),
+        sum(one.changed for one in residuals),
+        sum(one.nonfinite for one in residuals),
+    )
+
+
+def _made_by(folder: Path) -> Origin | None:
+    """Return what merge.json says, or None where there is none that says it."""
+    path = folder / "merge.json"
+    if not path.is_file():
+        return None
+    try:
+        record = read_json_object(path)
+        weights = {str(name): float(weight) for name, weight in record["weights"].items()}
+        options = {str(name): str(value) for name, value in record.get("options", {}).items()}
+        return Origin(str(record["method"]), weights, float(record["alpha"]), float(record["beta"]), options)
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _nonfinite(tensors: Iterable[InspectedTensor]) -> list[str]:
+    found = [(one.name, one.residual.nonfinite) for one in tensors if one.residual and one.residual.nonfinite]
+    notes = [f"not finite: {count} values of {name}, here or in the base" for name, count in found[:_SHOWN]]
+    rest = len(found) - _SHOWN
+    return notes + ([f"not finite: values of {rest} more tensors"] if rest > 0 else [])
