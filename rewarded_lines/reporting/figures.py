@@ -40,6 +40,7 @@ _STYLE = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "svg.hashsalt": "rewarded-lines",
 }
 KL = "KL to SFT"
@@ -61,7 +62,7 @@ def front_figure(summary: Summary) -> Figure:
     Raises:
         UserError: matplotlib is not installed.
     """
-    with _matplotlib():
+    with house_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -83,10 +84,14 @@ def front_figure(summary: Summary) -> Figure:
 
 
 def figure_bytes(figure: Figure, format: str) -> bytes:
-    """Return the figure as a "png" or "svg" file, the same bytes every time."""
-    metadata = {"svg": {"Date": None, "Creator": "rewarded-lines"}, "png": {"Software": "rewarded-lines"}}
+    """Return the figure as a "png", "svg" or "pdf" file, the same bytes every time."""
+    metadata = {
+        "png": {"Software": "rewarded-lines"},
+        "svg": {"Date": None, "Creator": "rewarded-lines"},
+        "pdf": {"CreationDate": None, "Creator": "rewarded-lines"},
+    }
     file = io.BytesIO()
-    with _matplotlib():
+    with house_style():
         figure.savefig(file, format=format, dpi=DPI, metadata=metadata[format])
     return file.getvalue()
 
@@ -99,8 +104,12 @@ def method_label(alpha: float, beta: float) -> str:
 
 
 @contextmanager
-def _matplotlib() -> Iterator[None]:
-    """Hold our style while drawing, whatever the user's own settings are."""
+def house_style() -> Iterator[None]:
+    """Hold our style while drawing, whatever the user's own settings are.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         from matplotlib import style
     except ImportError as error:
