@@ -57,8 +57,9 @@ def test_heavy_libraries_wait_until_they_are_needed(tiny):
 def test_the_verbs_are_functions_even_once_their_wings_are_loaded():
     script = (
         "import rewarded_lines.reporting.report, rewarded_lines.merging.merge, rewarded_lines.evaluation.sweep\n"
-        "from rewarded_lines import merge, report, sweep\n"
-        "print([callable(verb) for verb in (merge, report, sweep)])\n"
+        "import rewarded_lines.merging.inspect, rewarded_lines.cli\n"
+        "from rewarded_lines import inspect, merge, report, sweep\n"
+        "print([callable(verb) for verb in (inspect, merge, report, sweep)])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[True, True, True]"
+    assert done.stdout.strip() == "[True, True, True, True]"

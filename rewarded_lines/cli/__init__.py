@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rewarded_lines import __version__
 from rewarded_lines.cli.demo import demo
+from rewarded_lines.cli.inspect import inspect
 from rewarded_lines.cli.merge import merge
 from rewarded_lines.cli.report import report
 from rewarded_lines.cli.sweep import sweep
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, sweep, report, demo):
+for command in (merge, sweep, report, inspect, demo):
     app.command()(command)
 
 
@@ -47,6 +48,7 @@ def _root(
     rewarded-lines merge --lam 0.5              merge the policies of rewarded-lines.yaml
     rewarded-lines sweep                        generate and score along λ
     rewarded-lines report runs/demo/sweep       table and figure of a sweep
+    rewarded-lines inspect ppo-helpful          its blocks by depth; --base sft: how far they moved
     """
 
 

@@ -27,6 +27,6 @@ def test_named_policies_and_extrapolation(cli, tiny):
 
 def test_version_and_help(cli):
     assert cli("--version").out.startswith("rewarded-lines 0.")
-    for command in ("merge", "sweep", "report", "demo"):
+    for command in ("merge", "sweep", "report", "inspect", "demo"):
         answer = cli(command, "--help")
         assert answer.code == 0 and f"rewarded-lines {command}" in answer.out

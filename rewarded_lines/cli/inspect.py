@@ -1,0 +1,69 @@
+"""`rewarded-lines inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rewarded_lines.cli.progress import progress_bar
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="SFT model it was trained from: folder or Hub id.")] = None,
+    alpha: Annotated[float, typer.Option(help="LiNeS α: scale of the first block.")] = 1.0,
+    beta: Annotated[float, typer.Option(help="LiNeS β: added by the last block.")] = 1.0,
+    outside: Annotated[
+        str, typer.Option(help="What embeddings, norm and head get: alpha, or depth (as the block beside them).")
+    ] = "alpha",
+    layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw scale and norm over depth into a .png, .svg or .pdf file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show a checkpoint by depth: its blocks, their LiNeS scale, and how far they lie from the base.
+
+    τ = θ − θ_base is the residual, s = α + β·(ℓ−1)/(L−1) what LiNeS scales it by in block ℓ of L, and ‖·‖ the L2
+    norm. Without --base only headers are read. Inputs are never changed.
+
+    \b
+    rewarded-lines inspect ppo-helpful
+    rewarded-lines inspect ppo-helpful --base sft --plot depth.pdf
+    rewarded-lines inspect ppo-helpful --base sft --alpha 0.5 --tensors
+    rewarded-lines inspect merged --json | jq '.total.parameters'
+    """
+    from rewarded_lines.merging.inspect import inspect as run
+    from rewarded_lines.reporting.inspection import as_dict, on_terminal
+
+    if plot:
+        from rewarded_lines.reporting.depth import check_figure_file, write_depth_figure
+
+        check_figure_file(plot)
+    with progress_bar("Reading", quiet=as_json, unit="bytes", after=2.0) as bar:
+        found = run(
+            checkpoint,
+            base,
+            alpha=alpha,
+            beta=beta,
+            outside=outside,  # type: ignore[arg-type] # checked there
+            layers=layers,
+            progress=lambda name, size, total: bar(size, total),
+        )
+    if plot:
+        write_depth_figure(found, plot)
+    console = Console(highlight=False)
+    if as_json:
+        typer.echo(json.dumps(as_dict(found, tensors), indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for part in on_terminal(found, tensors, console.width):
+        console.print(part)
+    if plot:
+        # Never folded: a path is for copying.
+        console.print(Text(f"figure: {plot}"), soft_wrap=True)
