@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import NamedTuple
-
-import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, total_bytes
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merging.compatibility import check
-from rewarded_lines.merging.facts import all_blocks
+from rewarded_lines.merging.distances import Distance, distances
 from rewarded_lines.merging.lines import Outside, tensor_scale
 from rewarded_lines.merging.output import Progress, silent
 from rewarded_lines.merging.plan import OUTSIDE, choose
-from rewarded_lines.streaming import kernels
-from rewarded_lines.streaming.blocks import BLOCK, Array, Source, Workspace
-from rewarded_lines.streaming.pool import share_out
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3
@@ -159,7 +152,7 @@ def inspect(
     fitting = check(origin, {} if base is None else {subject.folder.name: subject})
     depths = find_depths(fitting.names, subject.config, layers)
     infos = {name: subject.tensors[name] for name in fitting.names}
-    measured = {} if base is None else _measure(origin, subject, infos, progress)
+    measured = {} if base is None else distances(origin, subject, infos, progress)
     tensors = _by_depth(
         [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()], depths
     )
@@ -206,71 +199,8 @@ def _open(references: Sequence[str | Path]) -> list[Checkpoint]:
     return opened
 
 
-class _Measured(NamedTuple):
-    """Of a block or a tensor: Σ τ², Σ θ_base², values that differ, values that are not finite."""
-
-    residual: float
-    base: float
-    changed: int
-    nonfinite: int
-
-
-def _measure(
-    base: Checkpoint, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
-) -> dict[str, _Measured]:
-    """Measure the residual of every floating-point tensor, several blocks at a time."""
-    names = [name for name, info in infos.items() if info.dtype.floating]
-    parts: dict[str, list[_Measured]] = {name: [] for name in names}
-    total, lock = total_bytes(infos[name] for name in names), Lock()
-
-    def worker() -> Callable[[tuple[str, int, int]], None]:
-        workspace, wide = Workspace(base, [source]), np.empty(BLOCK)
-
-        def work(block: tuple[str, int, int]) -> None:
-            workspace.load(*block)
-            name, _, count = block
-            part = _measure_block(workspace, wide[:count])
-            with lock:
-                parts[name].append(part)
-                progress(name, count * infos[name].dtype.itemsize, total)
-
-        return work
-
-    share_out(all_blocks(names, infos), worker)
-    return {name: _joined(blocks) for name, blocks in parts.items()}
-
-
-def _measure_block(workspace: Workspace, wide: Array) -> _Measured:
-    residual = workspace.residuals()[0]
-    # Values that are not finite are counted, and said in the notes.
-    with np.errstate(all="ignore"):
-        changed = int(np.count_nonzero(residual))
-        square = float(np.multiply(residual, residual, out=wide).sum())
-        kernels.cast(workspace.raw(0), wide)
-        square_base = float(np.multiply(wide, wide, out=wide).sum())
-    finite = math.isfinite(square) and math.isfinite(square_base)
-    nonfinite = 0 if finite else workspace.count_nonfinite(0) + workspace.count_nonfinite(1)
-    return _Measured(square, square_base, changed, nonfinite)
-
-
-def _joined(parts: Sequence[_Measured]) -> _Measured:
-    return _Measured(
-        _exact(part.residual for part in parts),
-        _exact(part.base for part in parts),
-        sum(part.changed for part in parts),
-        sum(part.nonfinite for part in parts),
-    )
-
-
-def _exact(squares: Iterable[float]) -> float:
-    try:
-        return math.fsum(squares)
-    except OverflowError:
-        return math.inf
-
-
 def _tensor(
-    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: _Measured | None
+    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: Distance | None
 ) -> InspectedTensor:
     place = depths.place[info.name]
     scale = tensor_scale(place, alpha, beta, outside, info.name)
