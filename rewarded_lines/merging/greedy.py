@@ -41,7 +41,13 @@ def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> li
 
 
 def greedy_weights(
-    plan: MergePlan, spec: MergeSpec, score: str | Callable[[Path], float] | None, out: Path
+    plan: MergePlan,
+    spec: MergeSpec,
+    score: str | Callable[[Path], float] | None,
+    out: Path,
+    *,
+    automatic: bool = False,
+    allow_nonfinite: bool = False,
 ) -> tuple[float, ...]:
     """Return 1/n for each of the n members of the greedy soup and 0 for the others.
 
@@ -53,6 +59,8 @@ def greedy_weights(
         spec: the schedule; its weights do not matter.
         score: a function from a model's folder to a number, `file.py:function`, or a command.
         out: the folder that the result will have.
+        automatic: α is chosen anew for every candidate, as it will be for the output.
+        allow_nonfinite: let NaN and infinite values pass.
 
     Raises:
         UserError: no score is named, it fails, or it gives no finite number.
@@ -72,8 +80,10 @@ def greedy_weights(
     def score_soup(members: tuple[int, ...]) -> float:
         with scratch_folder(out) as folder:
             soup = replace(spec, weights=_uniform(members, len(names)))
+            if automatic:
+                soup = replace(soup, alpha=plan.auto_alpha([soup])[0])
             plan.prepare([soup])
-            write_weights(plan, [soup], [folder], max_shard_size=5 * 10**9)
+            write_weights(plan, [soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
             write_companions(plan, folder)
             value = judge(folder)
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")

@@ -26,7 +26,8 @@ def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> fl
     """
     if block is None or blocks == 1:
         return alpha
-    return alpha + beta * block / (blocks - 1)
+    # The share of the way first: in the last block it is 1, so that β = 1 − α gives exactly 1 there.
+    return alpha + beta * (block / (blocks - 1))
 
 
 def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "alpha", name: str = "") -> float:

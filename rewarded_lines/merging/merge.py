@@ -104,7 +104,10 @@ def merge(
     check_targets(targets, [base, *named.values()], overwrite)
     plan = plan_merge(base, named, dtype=dtype, device=device, layers=layers)
     if method == "greedy":
-        specs = [replace(specs[0], weights=greedy_weights(plan, specs[0], score, targets[0]))]
+        weights = greedy_weights(
+            plan, specs[0], score, targets[0], automatic=alpha == "auto", allow_nonfinite=allow_nonfinite
+        )
+        specs = [replace(specs[0], weights=weights)]
     if alpha == "auto":
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if not dry_run:
