@@ -122,8 +122,7 @@ def write_weights(
                     for stored in workspace.stored():
                         hashes.take(*stored)
                 bad = []
-                for writer, step in zip(writers, steps[name], strict=True):
-                    values, wrong = workspace.merge(step)
+                for writer, (values, wrong) in zip(writers, workspace.merge(steps[name]), strict=True):
                     writer.write(name, start, values)
                     bad.append(wrong)
                 nonfinite.look(workspace, name, steps[name], bad)

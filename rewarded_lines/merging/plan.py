@@ -188,7 +188,7 @@ class MergePlan:
         def work(block: tuple[int, int]) -> None:
             start, count = block
             workspace.load(name, start, count)
-            values[start : start + count], bad = workspace.merge(step)
+            ((values[start : start + count], bad),) = workspace.merge([step])
             nonfinite.look(workspace, name, [step], [bad])
 
         return work

@@ -27,7 +27,17 @@ Masks = Callable[[int, int], Sequence[Array]]
 
 
 class Residuals(Protocol):
-    """A source that gives residuals to the base, not tensors of its own: an adapter."""
+    """A source that gives residuals to the base for all tensors but those it stores whole: an adapter."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return the tensors it stores whole."""
+
+    def read_into(self, name: str, start: int, values: Array) -> None:
+        """Fill `values` from a tensor that it stores whole."""
+
+    def touches(self, name: str) -> bool:
+        """Say whether τ of a tensor may be other than zero."""
 
     def residual_into(self, name: str, start: int, base: Array, out: Array) -> None:
         """Fill the float64 array `out` with τ from the `start`-th value of a tensor on; `base` has θ_base there."""
@@ -93,27 +103,51 @@ class Workspace:
         self._raw, self._dtypes = [], []
         for row, source in enumerate([self._base, *self._policies]):
             raw, dtype = None, None
-            if isinstance(source, TensorFiles):
+            if name in source.tensors:
                 dtype = source.tensors[name].dtype
                 raw = self._buffer("raw", dtype.storage, len(self._policies) + 1)[row, :count]
                 source.read_into(name, start, raw)
             self._raw.append(raw)
             self._dtypes.append(dtype)
 
-    def merge(self, step: TensorMerge) -> tuple[Array, int]:
-        """Return the loaded block as one output wants it, and how many of its values are not finite.
+    def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
+        """Return the loaded block as each output wants it, and how many of its values are not finite.
 
-        The array belongs to this workspace: use it before the next call.
+        The arrays belong to this workspace: use them before the next call.
         """
+        results: dict[int, tuple[Array, int]] = {}
+        together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
+        for index, step in enumerate(steps):
+            if step.copy is None and step.linear and self._alike():
+                together.setdefault((step.dtype, step.rows), []).append(index)
+            else:
+                results[index] = self._merge_one(step, index)
+        for indices in together.values():
+            results |= self._merge_linear(steps, indices)
+        return [results[index] for index in range(len(steps))]
+
+    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
         base = self._stored(0)
-        out = self._buffer("out", step.dtype.storage, 1)[0, : base.size]
+        out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.size]
         if step.copy is not None:
             return self._copied(self._stored(step.copy), step.dtype, out)
-        if step.linear and all(raw is not None and raw.dtype == base.dtype for raw in self._raw):
-            stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
-            weights = np.array(step.weights) * step.scale
-            return out, int(kernels.linear(base, stack, np.array(step.rows), weights, out))
         return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
+
+    def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
+        """Merge by Σ λ_i·τ_i for several outputs in one pass: residuals are taken once."""
+        first, base = steps[indices[0]], self._stored(0)
+        stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
+        out = self._buffer(f"out of {len(indices)}", first.dtype.storage, len(indices))
+        weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
+        counts = np.zeros(len(indices), np.int64)
+        kernels.linear(base, stack, np.array(first.rows), weights, out, counts)
+        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _alike(self) -> bool:
+        """Say whether the loaded block lies in files for all inputs, and in one type."""
+        return all(
+            raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
+        )
 
     def merged_residual(self, step: TensorMerge) -> Array:
         """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
@@ -130,7 +164,7 @@ class Workspace:
             base = self._stored(0)
             out = self._buffer("residual", np.dtype(np.float64), len(self._policies))[:, : base.size]
             for row, policy in enumerate(self._policies):
-                if isinstance(policy, TensorFiles):
+                if isinstance(policy, TensorFiles) or self._raw[row + 1] is not None:
                     kernels.residual(base, self._stored(row + 1), out[row])
                 else:
                     wide = self._buffer("wide", np.dtype(np.float64), 1)[0, : base.size]

@@ -34,10 +34,13 @@ class DeviceWorkspace(Workspace):
         self._pinned = self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._pinned else None  # type: ignore[no-untyped-call]
 
-    def merge(self, step: TensorMerge) -> tuple[Array, int]:
-        """Return the loaded block as one output wants it, and how many of its values are not finite."""
+    def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
+        """Return the loaded block as each output wants it, and how many of its values are not finite."""
+        return [self._merge_one(step, index) for index, step in enumerate(steps)]
+
+    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
         if step.copy is not None:
-            return super().merge(step)
+            return super()._merge_one(step, index)
         with torch.cuda.stream(self._stream):
             base = self._wide(0)
             residuals = [self._residual(row, base) for row in step.rows]
@@ -47,7 +50,7 @@ class DeviceWorkspace(Workspace):
             merged = base + step.scale * step.rule(residuals, step.weights, **step.parameters, **drawn)
             values = merged.to(getattr(torch, step.dtype.torch))
             bad = (~torch.isfinite(values)).sum()
-            out = self._buffer("out", step.dtype.storage, 1)[0, :count]
+            out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, :count]
             as_torch(out, step.dtype).copy_(values, non_blocking=True)
         if self._stream:
             self._stream.synchronize()

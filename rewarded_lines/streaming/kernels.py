@@ -128,31 +128,39 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
 
 @compiled
-def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> int:
-    """Write base + Σ w_j·(policy_{r_j} − base) to `out`; return how many of the results are not finite.
+def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
+    """Write base + Σ_j w_kj·(policy_{r_j} − base) to `out` for every output k, and count what is not finite.
 
     Args:
         base: n stored values.
         policies: [N, ≥ n] stored values of the same type.
-        rows: which policies take part, in the order of the sum.
-        weights: their factors, the schedule's scale included.
-        out: n values of the output's storage type.
+        rows: which policies take part, in the order of the sum; at least one.
+        weights: [outputs, rows] their factors, the schedule's scale included.
+        out: [outputs, ≥ n] values of the outputs' storage type.
+        counts: [outputs] how many results are not finite, added to.
     """
-    count = 0
-    origin, total = np.empty(_CHUNK), np.empty(_CHUNK)
+    origin, total, residuals = np.empty(_CHUNK), np.empty(_CHUNK), np.empty((rows.size, _CHUNK))
     for start in range(0, base.size, _CHUNK):
         # Slices, so that the compiler sees indices that count from 0 and vectorizes the loops.
-        source, target = base[start : start + _CHUNK], out[start : start + _CHUNK]
+        source = base[start : start + _CHUNK]
         for i in range(source.size):
             origin[i] = _widen(source[i])
-            total[i] = 0.0
-        for j in range(weights.size):
-            weight, policy = weights[j], policies[rows[j], start : start + _CHUNK]
+        for j in range(rows.size):
+            policy, residual = policies[rows[j], start : start + _CHUNK], residuals[j]
             for i in range(source.size):
-                total[i] += (_widen(policy[i]) - origin[i]) * weight
-        for i in range(source.size):
-            count += _store(target, i, origin[i] + total[i])
-    return count
+                residual[i] = _widen(policy[i]) - origin[i]
+        for k in range(weights.shape[0]):
+            residual, weight = residuals[0], weights[k, 0]
+            for i in range(source.size):
+                total[i] = residual[i] * weight
+            for j in range(1, rows.size):
+                residual, weight = residuals[j], weights[k, j]
+                for i in range(source.size):
+                    total[i] += residual[i] * weight
+            target, count = out[k, start : start + _CHUNK], 0
+            for i in range(source.size):
+                count += _store(target, i, origin[i] + total[i])
+            counts[k] += count
 
 
 @compiled

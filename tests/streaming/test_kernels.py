@@ -204,19 +204,21 @@ def test_linear(format_, target):
             total = np.zeros(length)
             for row, factor in zip(rows, factors, strict=True):
                 total += (others[row, :length] - wide) * factor
-            out = np.full(length + 1, 77, storage(target))
-            bad = kernels.linear(base, policies, np.array(rows), factors, out[:length])
-            assert np.array_equal(out[:length].view(target.unsigned), encode(wide + total, target))
-            assert out[length] == 77 and bad == 0
+            # A second output, whose factors are twice those of the first, must not disturb it.
+            out, bad = np.full((2, length + 1), 77, storage(target)), np.zeros(2, np.int64)
+            kernels.linear(base, policies, np.array(rows), np.array([factors, 2 * factors]), out, bad)
+            for k in range(2):
+                assert np.array_equal(out[k, :length].view(target.unsigned), encode(wide + (k + 1) * total, target))
+            assert (out[:, length] == 77).all() and not bad.any()
 
 
 def test_linear_counts_what_is_not_finite():
     for length in LENGTHS:
         base, policies = np.ones(length, np.float32), np.ones((1, length), np.float32)
         policies[0, ::5], base[3::11] = np.nan, np.inf
-        out = np.empty(length, np.float32)
-        bad = kernels.linear(base, policies, np.array([0]), np.array([0.5]), out)
-        assert bad == (~np.isfinite(out)).sum() == np.isnan(out).sum()
+        out, bad = np.empty((2, length), np.float32), np.array([0, 5])
+        kernels.linear(base, policies, np.array([0]), np.array([[0.5], [0.25]]), out, bad)
+        assert bad[0] == bad[1] - 5 == (~np.isfinite(out[0])).sum() == np.isnan(out[0]).sum()
 
 
 @FORMATS
