@@ -9,6 +9,7 @@ import pytest
 import typer.main
 
 from rewarded_lines.cli import app
+from rewarded_lines.merging.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,3 +60,10 @@ def test_links_and_pictures_exist():
 
 def test_the_first_command_comes_early():
     assert README[: README.index("make demo")].count("\n") < 25
+
+
+def test_every_method_is_in_the_table_with_its_options_and_defaults():
+    rows = dict(re.findall(r"^\| `([a-z][a-z-]*)` \|.*\| ([^|]*)\|$", README, re.MULTILINE))
+    written = {name: set(re.findall(r"`(--[^`]+)`", options)) for name, options in rows.items()}
+    expected = {name: {f"--{key} {one.default}" for key, one in row.options.items()} for name, row in METHODS.items()}
+    assert written == expected | {"greedy": {"--score"}}
