@@ -24,7 +24,6 @@ _LEFT = ("block", "tensor")
 _SIDES = {"before": "before", "after": "after", "unknown": "other"}
 _WHERE = {"before": "before the blocks", "after": "after the blocks", "unknown": "other, place not known"}
 _NAMED = 3
-_NARROWEST = 16
 
 
 def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
@@ -59,10 +58,10 @@ def _tables(headings: Row, parts: Mapping[str, Sequence[Row]], width: int) -> It
     """Yield the parts under one row of headings, all with the same columns; a rule before a part without a title."""
     everything = [headings, *(row for rows in parts.values() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
-    if "tensor" in headings:
-        name = headings.index("tensor")
-        left = width - sum(widths) + widths[name] - len(widths) + 1
-        widths[name] = max(_NARROWEST, min(widths[name], left))
+    # One column gives way where the terminal is narrow: long names and several types are folded.
+    folded, least = (headings.index("tensor"), 16) if "tensor" in headings else (headings.index("type"), 4)
+    left = width - sum(widths) + widths[folded] - len(widths) + 1
+    widths[folded] = max(least, min(widths[folded], left))
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
     for index, (title, rows) in enumerate(parts.items()):
         table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_header=index == 0)
