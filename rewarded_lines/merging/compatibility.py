@@ -219,6 +219,8 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
     return [Problem(what, where, f"cosine ≥ {_LEAST_COSINE}", f"{cosine:.3f} over a sample", _REMEDY)]
 
 
+# Values that are not finite are for the merge itself to count and to name; numpy has nothing to say here.
+@np.errstate(all="ignore")
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
     matrices = [info for info in first.tensors.values() if len(info.shape) > 1 and info.dtype.floating]
@@ -229,7 +231,6 @@ def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
         square_first += float((one * one).sum())
         square_second += float((two * two).sum())
     norm = math.sqrt(square_first * square_second)
-    # Values that are not finite are for the merge itself to count and to name.
     return dot / norm if 0 < norm < math.inf else 1.0
 
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -25,9 +27,11 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
 
     def attend() -> None:
         try:
-            work = worker()
-            for item in line:
-                work(item)
+            # Values that are not finite are counted and told at the end, not warned of by numpy.
+            with np.errstate(all="ignore"):
+                work = worker()
+                for item in line:
+                    work(item)
         except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
             line.stop(error)
 
