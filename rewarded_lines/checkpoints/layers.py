@@ -154,6 +154,7 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
 _COUNTS_OF_A_PATTERN = ("num_hidden_layers", "n_layer", "num_layers")
 # Bounded and ASCII: `\d` takes the digits of every script, `int` any length.
 _INDEX = re.compile("[0-9]{1,6}")
+_MOST_BLOCKS = 10**6
 _LISTED = re.compile(rf"({'|'.join(re.escape(blocks.path) for blocks in BLOCK_LISTS)})\.([^.]*)")
 
 
@@ -209,6 +210,20 @@ def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | 
     places = {name: Place(path, index, stacks[path], "in") for name, (path, index) in inside.items()}
     tied = not any(name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS for name in names)
     return Depths({name: places.get(name) or _outside(name, found, tied) for name in names}, stacks)
+
+
+def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """Return the names of some of a model's tensors, with stand-ins for what the config says is there as well.
+
+    Adapters may leave out blocks and embeddings; a depth is a place among all blocks.
+    """
+    found = list(names)
+    inside = {path for path, _ in _listed(found).values()}
+    for blocks in BLOCK_LISTS:
+        _, declared = _declared(blocks.counts, config) if blocks.path in inside else ("", None)
+        if isinstance(declared, int) and 0 < declared < _MOST_BLOCKS:
+            found += [f"{blocks.path}.{index}.declared" for index in range(declared)]
+    return [*found, f"{TOKEN_EMBEDDINGS[0]}.declared.{TOKEN_EMBEDDINGS[0]}"]
 
 
 def _listed(names: Sequence[str]) -> dict[str, tuple[str, int]]:

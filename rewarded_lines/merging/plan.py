@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import FLOATS, DType, as_torch, widest
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
-from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles, open_checkpoint
+from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
 from rewarded_lines.errors import Problem, UserError, fail, nearest
-from rewarded_lines.merging.compatibility import check
 from rewarded_lines.merging.facts import Facts
+from rewarded_lines.merging.folding import FoldedAdapter
+from rewarded_lines.merging.inputs import check_fit, open_inputs
 from rewarded_lines.merging.lines import Outside, lines_scale, tensor_scale
 from rewarded_lines.merging.masks import random_mask
 from rewarded_lines.merging.methods import METHODS, OptionValue, check_method, consensus, soup
-from rewarded_lines.streaming.blocks import Masks, TensorMerge, Workspace, blocks_of
+from rewarded_lines.streaming.blocks import Masks, Source, TensorMerge, Workspace, blocks_of
 from rewarded_lines.streaming.pool import share_out
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ class MergePlan:
 
     def __init__(
         self,
-        base: Checkpoint,
-        policies: Mapping[str, Checkpoint],
+        base: Checkpoint | BareBase,
+        policies: Mapping[str, Checkpoint | Adapter],
         names: Sequence[str],
         depths: Depths,
         dtype: str = "auto",
@@ -61,7 +63,8 @@ class MergePlan:
             policies: by name, in the order of the weights.
             names: the tensors to write, in order.
             depths: where every tensor lies.
-            dtype: one of `DTYPES`; "auto" gives each tensor the widest type it has in the inputs.
+            dtype: one of `DTYPES`; "auto" gives each tensor the widest type it has in the inputs. What an adapter adds
+                to a tensor is no type of that tensor.
             device: where the arithmetic runs, "cpu" or "cuda".
         """
         self.base = base
@@ -71,7 +74,10 @@ class MergePlan:
         self.notes: list[str] = []
         self._dtype = FLOATS.get(dtype)
         self._device = device
-        self._sources = list(policies.values())
+        self._sources: list[Source] = [
+            FoldedAdapter(policy, base.config) if isinstance(policy, Adapter) else policy
+            for policy in policies.values()
+        ]
         self._floats = [name for name in names if base.tensors[name].dtype.floating]
         self.facts = Facts(base, self._sources, self._floats)
 
@@ -136,10 +142,10 @@ class MergePlan:
         )
         weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
         if copies:
-            if all(weight * scale == 0 for weight in weights):
+            if all(weight * scale == 0 for weight in weights) or not self._touched(name, weights):
                 return TensorMerge(dtype, copy=0)
             same = row.copies(spec.options, weights)
-            if same is not None and weights[same] * scale == 1:
+            if same is not None and weights[same] * scale == 1 and name in self._sources[same].tensors:
                 return TensorMerge(dtype, copy=same + 1)
         rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.rule is consensus]
         parameters, masks = self._parameters(name, spec, rows)
@@ -193,6 +199,11 @@ class MergePlan:
 
         return work
 
+    def _touched(self, name: str, weights: Sequence[float]) -> bool:
+        """Say whether a policy with a weight may differ from the base: adapters leave most tensors alone."""
+        taken = (source for source, weight in zip(self._sources, weights, strict=True) if weight)
+        return any(isinstance(source, TensorFiles) or source.touches(name) for source in taken)
+
     def _order(self, name: str, weights: Sequence[float]) -> list[int]:
         """Return the order in which policies are summed: theirs, not the user's, so that permuting changes nothing."""
         rows = range(len(self.policies))
@@ -222,7 +233,8 @@ class MergePlan:
         dtype = self.base.tensors[name].dtype
         if not dtype.floating:
             return dtype
-        return self._dtype or widest([dtype, *(policy.tensors[name].dtype for policy in self._sources)])
+        stored = [source.tensors[name].dtype for source in self._sources if name in source.tensors]
+        return self._dtype or widest([dtype, *stored])
 
 
 class NonFinite:
@@ -299,10 +311,8 @@ def plan_merge(
     """
     choose("--dtype", dtype, DTYPES)
     check_device(device)
-    opened = _open_all({"base": base, **{f"policy `{name}`": path for name, path in policies.items()}})
-    origin, *others = opened.values()
-    named = dict(zip(policies, others, strict=True))
-    fitting = check(origin, named)
+    origin, named = open_inputs(base, policies)
+    fitting = check_fit(origin, base, named)
     depths = find_depths(fitting.names, origin.config, layers)
     plan = MergePlan(origin, named, fitting.names, depths, dtype, device)
     plan.notes += [*fitting.notes, *_unplaced(depths)]
@@ -356,16 +366,3 @@ def check_device(device: str) -> None:
         raise fail("not a device", where="--device", expected="cpu, cuda or cuda:1", got=device) from error
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise fail("no GPU that torch can use", where="--device", got=device, remedy="use --device cpu")
-
-
-def _open_all(references: Mapping[str, str]) -> dict[str, Checkpoint]:
-    opened: dict[str, Checkpoint] = {}
-    problems: list[Problem] = []
-    for name, reference in references.items():
-        try:
-            opened[name] = open_checkpoint(reference, name)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return opened

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from rewarded_lines import __version__
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.merging.plan import MergePlan, MergeSpec
@@ -104,7 +105,7 @@ def _hash(file: Any) -> None:
     file_hash(file)
 
 
-def _hashed(checkpoint: Checkpoint) -> Record:
+def _hashed(checkpoint: Checkpoint | BareBase | Adapter) -> Record:
     return {
         "path": str(checkpoint.folder.resolve()),
         "files": {file.name: file_hash(file) for file in checkpoint.files},

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.checkpoints.reader import TensorFiles, read_json_object
+from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.lines import Outside
@@ -113,7 +114,7 @@ def _read(path: Path) -> _Record:
     return told
 
 
-def _check_hashes(path: Path, told: _Record, opened: Mapping[str, TensorFiles]) -> None:
+def _check_hashes(path: Path, told: _Record, opened: Mapping[str, Checkpoint | BareBase | Adapter]) -> None:
     """Refuse inputs whose files are not, byte for byte, those of the record."""
     problems = []
     for (name, source), recorded in zip(opened.items(), [told.base, *told.policies.values()], strict=True):

@@ -1,0 +1,273 @@
+"""LoRA adapters as PEFT saves them: pairs of factors, and tensors that they replace as a whole. Read only.
+
+Every tensor of a file is accounted for, or the file is refused: what is passed over in silence would be merged wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, match_patterns, read_adapter_config
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged
+from rewarded_lines.checkpoints.layers import TIED_HEADS, TOKEN_EMBEDDINGS
+from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, TensorFiles, read_config, read_json_object
+from rewarded_lines.errors import Problem, UserError, fail
+
+ADAPTER_FILE = "adapter_model.safetensors"
+# PEFT puts it before the name that a module has in the model.
+PREFIX = "base_model.model."
+_PICKLED = ("adapter_model.bin", "adapter_model.pt")
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one matrix: scaling·B·A, for embeddings scaling·(B·A)ᵀ.
+
+    Attributes:
+        module: its name in the model, e.g. `model.layers.0.self_attn.q_proj`.
+        a: A in the file, [r, in]; for embeddings [r, tokens].
+        b: B in the file, [out, r]; for embeddings [width, r].
+        scaling: α/r, or α/√r.
+        embedding: the module looks rows up instead of multiplying.
+    """
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    scaling: float
+    embedding: bool
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.a.shape[0]
+
+    @property
+    def tensor(self) -> str:
+        """Return the name of the matrix in a checkpoint."""
+        return f"{self.module}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of what is added: [out, in], for embeddings [tokens, width]."""
+        out, columns = self.b.shape[0], self.a.shape[1]
+        return (columns, out) if self.embedding else (out, columns)
+
+
+class Adapter:
+    """A PEFT folder opened for reading.
+
+    Attributes:
+        modules: what is added, by module.
+        saved: tensors that stand in the place of the base's, by the base's name (`modules_to_save`, trained biases).
+        copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
+    """
+
+    def __init__(self, folder: Path, name: str = "") -> None:
+        """Read the settings and every tensor's header.
+
+        Args:
+            folder: holds adapter_config.json and adapter_model.safetensors.
+            name: how messages call this adapter; the folder by default.
+
+        Raises:
+            UserError: with everything that is wrong with the folder, all at once.
+        """
+        self.folder = folder
+        self.name = name or str(folder)
+        self.config = read_adapter_config(folder)
+        path = folder / ADAPTER_FILE
+        _check_there(folder)
+        self._tensors = TensorFiles([path])
+        # The settings are input as much as the tensors are.
+        self.files = [path, folder / ADAPTER_CONFIG]
+        self.saved: dict[str, TensorInfo] = {}
+        self.copies: dict[str, TensorInfo] = {}
+        pairs = self._sort_out(path)
+        self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
+        if not self.modules and not self.saved:
+            raise damaged(path, "no LoRA tensors in it")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return the tensors of the file, under the names they have there."""
+        return self._tensors.tensors
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
+        """Return values of a tensor of the file; see `TensorFiles.read`."""
+        return self._tensors.read(name, start, count)
+
+    def read_into(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Fill `values` from a tensor of the file; see `TensorFiles.read_into`."""
+        self._tensors.read_into(name, start, values)
+
+    def _sort_out(self, path: Path) -> dict[str, dict[str, TensorInfo]]:
+        """Return the factors by module; put the other tensors where they belong.
+
+        Raises:
+            UserError: DoRA, biases of B, or tensors that are not known.
+        """
+        pairs: dict[str, dict[str, TensorInfo]] = {}
+        strange = []
+        for name, info in self.tensors.items():
+            inner = name.removeprefix(PREFIX)
+            match = _FACTOR.fullmatch(inner)
+            if inner == name:
+                strange.append(name)
+            elif match:
+                embedding = "E" if match[3] else ""
+                pairs.setdefault(match[1], {})[(match[2] or match[3]) + embedding] = info
+            elif not self._put_whole(inner, info):
+                strange.append(name)
+        if strange:
+            raise _refuse_strange(strange, path)
+        return pairs
+
+    def _put_whole(self, inner: str, info: TensorInfo) -> bool:
+        """Put a tensor that is no factor where it belongs; say whether it belongs anywhere."""
+        original = inner.replace(".base_layer.", ".")
+        module, _, kind = original.rpartition(".")
+        if original == inner and self._is_saved(module):
+            self.saved[original] = info
+        elif kind == "bias" and self.config.bias != "none":
+            self.saved[original] = info
+        elif kind == "weight" and (module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS):
+            self.copies[original] = info
+        else:
+            return False
+        return True
+
+    def _is_saved(self, module: str) -> bool:
+        """Say whether a module, or one around it, is among `modules_to_save`: PEFT compares the ends of the names."""
+        parts = module.split(".")
+        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(name.endswith(end) for name in around for end in self.config.modules_to_save)
+
+    def _pair_up(self, pairs: Mapping[str, Mapping[str, TensorInfo]], path: Path) -> dict[str, LowRank]:
+        config = self.config
+        settings = path.parent / ADAPTER_CONFIG
+        ranks = match_patterns(config.rank_pattern, pairs, config.rank, settings)
+        alphas = match_patterns(config.alpha_pattern, pairs, config.alpha, settings)
+        modules, problems = {}, []
+        for module, factors in pairs.items():
+            if what := _refuse_pair(factors, int(ranks[module])):
+                problems.append(Problem(what, f"{path}: {module}", remedy="copy or download the adapter again"))
+                continue
+            a, b = (factors[name] for name in sorted(factors))
+            modules[module] = LowRank(module, a, b, config.scaling(a.shape[0], alphas[module]), "AE" in factors)
+        if problems:
+            raise UserError(_few(problems))
+        return modules
+
+
+class BareBase(TensorFiles):
+    """A model folder of which only the config is used: adapters over it are merged without its weights."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Open no weight file.
+
+        Args:
+            folder: of the model.
+            config: what its config.json says.
+        """
+        super().__init__([])
+        self.folder = folder
+        self.config = config
+        self.files = [folder / "config.json"]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter rather than a whole model.
+
+    Raises:
+        UserError: it holds both.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    whole = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
+    if whole:
+        raise fail(
+            "the folder holds both an adapter and a whole model",
+            where=str(folder),
+            expected=f"{ADAPTER_CONFIG} or {whole[0]}",
+            remedy="give the one you mean a folder of its own",
+        )
+    return True
+
+
+def bare_base(folder: Path) -> BareBase | None:
+    """Return a base without weights that can be read: there are none, or they are quantized; None if there are.
+
+    Raises:
+        UserError: the folder has no config.json either.
+    """
+    weights = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    path = folder / "config.json"
+    if path.is_file():
+        config = read_json_object(path)
+        # QLoRA: the adapters' residuals are exact whatever the base is held in.
+        return BareBase(folder, config) if config.get("quantization_config") or not weights else None
+    return None if weights else BareBase(folder, read_config(folder))
+
+
+def _check_there(folder: Path) -> None:
+    if (folder / ADAPTER_FILE).is_file():
+        return
+    pickled = [name for name in _PICKLED if (folder / name).is_file()]
+    if not pickled:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise fail("no adapter weights there", where=str(folder), expected=ADAPTER_FILE, got=found)
+    raise fail(
+        "pickled weights are never opened: loading a pickle runs code from it",
+        where=str(folder),
+        expected=ADAPTER_FILE,
+        got=", ".join(pickled),
+        remedy="if you trust the file, convert it: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+    )
+
+
+def _refuse_strange(names: list[str], path: Path) -> UserError:
+    shown = ", ".join(name[:120] for name in names[:_SHOWN])
+    if any("lora_magnitude_vector" in name for name in names):
+        what = "a DoRA adapter: its learned magnitudes scale whole columns, and a sum of such adapters is none"
+    elif any(name.endswith(".lora_B.bias") for name in names):
+        what = "B has a bias (lora_bias), which no matrix of the base can take"
+    else:
+        what = f"{len(names)} tensors that are not known here: dropping them would change the adapter"
+    return fail(
+        what,
+        where=str(path),
+        expected=f"{PREFIX}….lora_A.weight and .lora_B.weight, and what adapter_config.json names",
+        got=shown,
+        remedy="merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints",
+    )
+
+
+def _refuse_pair(factors: Mapping[str, TensorInfo], rank: int) -> str:
+    """Return what is wrong with the factors of one module, or ""."""
+    if set(factors) not in ({"A", "B"}, {"AE", "BE"}):
+        return "A or B is missing, or there are two of them"
+    a, b = (factors[name] for name in sorted(factors))
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        return f"A has shape {a.shape}, B {b.shape}: only matrices are merged, no convolutions"
+    if not a.dtype.floating or not b.dtype.floating:
+        return f"A is of type {a.dtype.torch}, B of {b.dtype.torch}: weights are floating-point numbers"
+    if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        return f"A has shape {a.shape}, B {b.shape}: B·A does not exist"
+    return "" if a.shape[0] == rank else f"A has rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}"
+
+
+def _few(problems: Iterable[Problem]) -> list[Problem]:
+    found = list(problems)
+    rest = len(found) - _SHOWN
+    return found[:_SHOWN] + ([Problem(f"{rest} more modules likewise")] if rest > 0 else [])
