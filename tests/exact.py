@@ -7,6 +7,7 @@ used, so that nothing of it can hide here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -77,6 +78,23 @@ def encode(values, format_: Format):
     code = np.where(whole > 0, (rank << (format_.precision - 1)) + whole, 0)
     code = np.where(finite, np.minimum(code, format_.infinity), np.where(values == 0, 0, format_.infinity))
     return (code | (np.signbit(values).astype(np.int64) << (format_.bits - 1))).astype(format_.unsigned)
+
+
+def encode_fraction(value: Fraction, format_: Format) -> int:
+    """Return the bit pattern of a fraction, by exact comparison with its neighbours; the slow way."""
+    low, high = 0, format_.infinity  # the code of infinity stands for the number that would come next
+
+    def number(code: int) -> Fraction:
+        field, mantissa = code >> (format_.precision - 1), code & ((1 << (format_.precision - 1)) - 1)
+        whole = mantissa + (1 << (format_.precision - 1)) if field else mantissa
+        return whole * Fraction(2) ** (format_.lowest - format_.precision + max(field, 1))
+
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if number(middle) <= abs(value) else (low, middle)
+    below, above = abs(value) - number(low), number(high) - abs(value)
+    code = high if above < below or (above == below and high % 2 == 0) else low
+    return code | ((value < 0) << (format_.bits - 1))
 
 
 def ulp(values, format_: Format):

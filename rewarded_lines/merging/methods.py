@@ -199,7 +199,8 @@ class Method:
         if len(active) != 1:
             return None
         kept_whole = options.get("density", 1) == 1 and (options.get("join") != "mean" or weights[active[0]] == 1)
-        unpruned = options.get("agree", 0) == 0
+        # A policy alone needs all its values.
+        unpruned = options.get("agree", 0) <= (1 if len(weights) == 1 else 0)  # type: ignore[operator]
         return active[0] if kept_whole and unpruned else None
 
 
