@@ -14,7 +14,7 @@ from rewarded_lines.cli.progress import progress_bar
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)],
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a model or LoRA adapter.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="SFT model it was trained from: folder or Hub id.")] = None,
     alpha: Annotated[float, typer.Option(help="LiNeS α: scale of the first block.")] = 1.0,
     beta: Annotated[float, typer.Option(help="LiNeS β: added by the last block.")] = 1.0,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
-from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, total_bytes
-from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.merging.compatibility import check
+from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.distances import Distance, distances
 from rewarded_lines.merging.lines import Outside, tensor_scale
 from rewarded_lines.merging.output import Progress, silent
 from rewarded_lines.merging.plan import OUTSIDE, choose
+from rewarded_lines.merging.subject import open_subject
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3
@@ -135,7 +135,7 @@ def inspect(
     so the numbers are the same for any number of threads and any sharding.
 
     Args:
-        checkpoint: folder or Hub id.
+        checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
         base: folder or Hub id of the SFT model it was trained from.
         alpha: α, the scale of the first block.
         beta: β, what the last block gets on top.
@@ -147,12 +147,10 @@ def inspect(
         UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
     """
     _check_options(alpha, beta, outside)
-    inputs = _open([checkpoint] if base is None else [checkpoint, base])
-    subject, origin = inputs[0], inputs[-1]
-    fitting = check(origin, {} if base is None else {subject.folder.name: subject})
-    depths = find_depths(fitting.names, subject.config, layers)
-    infos = {name: subject.tensors[name] for name in fitting.names}
-    measured = {} if base is None else distances(origin, subject, infos, progress)
+    subject = open_subject(str(checkpoint), None if base is None else str(base))
+    infos = subject.tensors
+    depths = find_depths(infos, subject.config, layers)
+    measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
     tensors = _by_depth(
         [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()], depths
     )
@@ -167,7 +165,7 @@ def inspect(
         _sum(tensors, infos),
         tensors,
         _made_by(subject.folder),
-        [*fitting.notes, *_nonfinite(tensors)],
+        [*subject.notes, *_nonfinite(tensors)],
     )
 
 
@@ -180,23 +178,6 @@ def _check_options(alpha: float, beta: float, outside: str) -> None:
     if problems:
         raise UserError(problems)
     choose("--outside", outside, OUTSIDE)
-
-
-def _open(references: Sequence[str | Path]) -> list[Checkpoint]:
-    opened: list[Checkpoint] = []
-    problems: list[Problem] = []
-    for reference in references:
-        try:
-            if (Path(reference).expanduser() / "adapter_config.json").is_file():
-                raise fail(
-                    "an adapter, not a whole model", where=str(reference), remedy="inspect what it is merged into"
-                )
-            opened.append(open_checkpoint(str(reference)))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return opened
 
 
 def _tensor(

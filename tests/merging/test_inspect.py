@@ -254,7 +254,49 @@ def test_a_pattern_names_the_blocks_of_an_unknown_layout(tmp_path):
     assert found.levels[-1].side == "unknown" and found.levels[-1].modules == ("top",)
 
 
-def test_an_adapter_is_told_from_a_model(pair):
-    (pair[1] / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="an adapter, not a whole model"):
-        inspect(pair[1], pair[0])
+@pytest.fixture
+def adapter(pair):
+    """A LoRA adapter of rank 2 on the base: low rank in blocks 0 and 1, a norm saved whole."""
+    folder = pair[0].parent / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["up_proj"], "modules_to_save": ["norm"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(pair[0])}))
+    rng = np.random.default_rng(5)
+    tensors = {"base_model.model.model.layers.1.norm.weight": pair[2]["model.layers.1.norm.weight"] + 0.5}
+    for block, (rows, columns) in enumerate([(700, 800), (16, 8)]):
+        module = f"base_model.model.model.layers.{block}.mlp.up_proj"
+        tensors[f"{module}.lora_A.weight"] = torch.from_numpy(rng.normal(0, 0.1, (2, columns))).float()
+        tensors[f"{module}.lora_B.weight"] = torch.from_numpy(rng.normal(0, 0.1, (rows, 2))).float()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder, tensors
+
+
+def test_an_adapter_over_its_base(pair, adapter):
+    folder, tensors = adapter
+    found = inspect(folder, pair[0], alpha=0.5)
+    residuals = {one.name: one.residual for one in found.tensors}
+    assert sorted(residuals) == sorted(SHAPES)
+    for block in (0, 1):
+        module = f"base_model.model.model.layers.{block}.mlp.up_proj"
+        a, b = (tensors[f"{module}.lora_{factor}.weight"].double() for factor in "AB")
+        residual = residuals[f"model.layers.{block}.mlp.up_proj.weight"]
+        assert residual.norm == pytest.approx(norm(3.0 * (b @ a)), rel=1e-12)
+        assert residual.scaled_norm == pytest.approx((0.5, 1.0)[block] * residual.norm)
+    assert residuals["model.layers.1.norm.weight"].norm == pytest.approx(0.5 * math.sqrt(8), rel=1e-6)
+    assert residuals["lm_head.weight"].norm == residuals["lm_head.weight"].changed == 0
+    assert residuals["lm_head.weight"].base_norm == pytest.approx(norm(pair[2]["lm_head.weight"]))
+    assert "an adapter: 2 matrices of low rank, 1 tensors whole; the rest is the base's" in found.notes
+
+
+def test_an_adapter_without_its_base_is_refused_with_its_name(pair, adapter):
+    with pytest.raises(UserError, match=f"pass --base {pair[0]}"):
+        inspect(adapter[0])
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(pair, adapter, tmp_path):
+    tensors = dict(adapter[1])
+    tensors["base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"] = torch.ones(2, 8)
+    tensors["base_model.model.model.layers.7.mlp.up_proj.lora_B.weight"] = torch.ones(16, 2)
+    save_file(tensors, adapter[0] / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="model.layers.7.mlp.up_proj is not in the base"):
+        inspect(adapter[0], pair[0])
