@@ -30,8 +30,9 @@ def inspect(
 ) -> None:
     """Show a checkpoint by depth: its blocks, their LiNeS scale, and how far they lie from the base.
 
-    τ = θ − θ_base is the residual, s = α + β·(ℓ−1)/(L−1) what LiNeS scales it by in block ℓ of L, and ‖·‖ the L2
-    norm. Without --base only headers are read. Inputs are never changed.
+    τ = θ − θ_base is the residual, s = α + β·(ℓ−1)/(L−1) its LiNeS scale
+    in block ℓ of L, ‖·‖ the L2 norm. Without --base only headers are read.
+    Inputs are never changed.
 
     \b
     rewarded-lines inspect ppo-helpful
