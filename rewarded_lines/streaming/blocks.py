@@ -6,7 +6,7 @@ on files, shards or threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from rewarded_lines.streaming import kernels
 
 # Values in a block: large enough that Python's part is small, small enough that all of it stays in cache.
 BLOCK = 1 << 18
+# Values that a rule sees at a time: its intermediate arrays stay in the innermost caches.
+PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
 Rule = Callable[..., Any]
@@ -79,6 +81,19 @@ def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(BLOCK, elements - start)
 
 
+def all_blocks(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, start and length of every block of some tensors, in order."""
+    for name in names:
+        for start, count in blocks_of(tensors[name].elements):
+            yield name, start, count
+
+
+def pieces(values: Array) -> Iterator[Array]:
+    """Yield a block's values in pieces that stay in cache, cut along the last axis."""
+    for start in range(0, values.shape[-1], PIECE):
+        yield values[..., start : start + PIECE]
+
+
 class Workspace:
     """One thread's buffers, and the block that is in them."""
 
@@ -137,7 +152,8 @@ class Workspace:
         """Merge by Σ λ_i·τ_i for several outputs in one pass: residuals are taken once."""
         first, base = steps[indices[0]], self._stored(0)
         stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
-        out = self._buffer(f"out of {len(indices)}", first.dtype.storage, len(indices))
+        # Each group has buffers of its own: all results stand until the next block.
+        out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
         weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
         counts = np.zeros(len(indices), np.int64)
         kernels.linear(base, stack, np.array(first.rows), weights, out, counts)
@@ -151,11 +167,16 @@ class Workspace:
 
     def merged_residual(self, step: TensorMerge) -> Array:
         """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
-        residuals = self.residuals()
-        taken = [residuals[row] for row in step.rows]
         assert step.rule is not None, "a copied tensor has no residual"
-        drawn = {"kept": step.masks(self._start, residuals.shape[1])} if step.masks else {}
-        merged: Array = step.rule(taken, step.weights, **step.parameters, **drawn)
+        residuals = self.residuals()
+        count = residuals.shape[1]
+        merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
+        masks = step.masks(self._start, count) if step.masks else None
+        for start in range(0, count, PIECE):
+            piece = slice(start, start + PIECE)
+            drawn = {} if masks is None else {"kept": [mask[piece] for mask in masks]}
+            taken = [residuals[row, piece] for row in step.rows]
+            merged[piece] = step.rule(taken, step.weights, **step.parameters, **drawn)
         return merged
 
     def residuals(self) -> Array:
