@@ -110,7 +110,7 @@ def merge(
     rewarded-lines merge --lam 0.25 --lam 0.5 --lam 0.75 --beta 0 --out soups
         three Rewarded Soups in soups/lam=0.25 …, each input read once
     rewarded-lines merge --base sft --policy tuned --alpha 0.3 --beta 0.7 --out edited
-        single-task LiNeS, against forgetting; --method wise-ft --lam 0.5 is WiSE-FT
+        single-task LiNeS, against forgetting; --method wise-ft --lam 0.5 --beta 0 is WiSE-FT
     rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
         TIES with LiNeS, α by the authors' heuristic, printed
     rewarded-lines merge --method greedy --score "python score.py {model}" --beta 0

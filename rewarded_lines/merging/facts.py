@@ -7,22 +7,17 @@ the same for any number of threads and any sharding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from threading import Lock
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import blake3
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.streaming import kernels
-from rewarded_lines.streaming.blocks import Source, TensorMerge, Workspace, blocks_of
+from rewarded_lines.merging.ranking import kth_largest
+from rewarded_lines.streaming.blocks import Source, TensorMerge, Workspace, blocks_of, pieces
 from rewarded_lines.streaming.pool import share_out
 
 Gram = tuple[tuple[float, ...], ...]
-# The 63 bits of a magnitude, from the top: exponent and five bits, then three times the rest.
-_PASSES = ((47, 16), (31, 16), (15, 16), (0, 15))
 
 
 class Facts:
@@ -63,7 +58,7 @@ class Facts:
                 residuals = workspace.residuals()
                 for i in range(count):
                     for j in range(count):
-                        parts[i][j].append(float(np.sum(residuals[i] * residuals[j])))
+                        parts[i][j].append(float(np.einsum("n,n->", residuals[i], residuals[j])))
             self._grams[name] = tuple(tuple(math.fsum(part) for part in row) for row in parts)
         return self._grams[name]
 
@@ -78,8 +73,17 @@ class Facts:
         key = ("" if scope == "model" else name, density)
         if key not in self._thresholds:
             names = self._names if scope == "model" else [name]
-            threads = 0 if scope == "model" else 1
-            self._thresholds[key] = self._select(names, density, threads)
+            total = sum(self._base.tensors[each].elements for each in names)
+            nothing = total == 0 or density == 1
+            # Tensors are measured side by side, so each by one thread.
+            found = (
+                (0.0,) * len(self._policies)
+                if nothing
+                else kth_largest(
+                    self._base, self._policies, names, max(1, int(density * total)), threads=int(scope == "tensor")
+                )
+            )
+            self._thresholds[key] = found
         return self._thresholds[key]
 
     def prepare(self, measures: Iterable[Callable[[str], object]]) -> None:
@@ -108,7 +112,9 @@ class Facts:
     def _norms(self, name: str, steps: Sequence[TensorMerge], order: list[int]) -> list[tuple[float, float]]:
         parts: list[list[tuple[float, float]]] = [[] for _ in steps]
         for workspace in self._passing(name):
-            together = float(np.abs(workspace.residuals()[order].sum(axis=0)).sum())
+            together = math.fsum(
+                float(np.abs(residuals[order].sum(axis=0)).sum()) for residuals in pieces(workspace.residuals())
+            )
             for step, sums in zip(steps, parts, strict=True):
                 sums.append((together, _norm(workspace, step)))
         return [(math.fsum(a for a, _ in sums), math.fsum(b for _, b in sums)) for sums in parts]
@@ -119,51 +125,8 @@ class Facts:
             workspace.load(name, start, count)
             yield workspace
 
-    def _select(self, names: Sequence[str], density: float, threads: int) -> tuple[float, ...]:
-        """Find each policy's k-th largest magnitude by its bits, sixteen at a time from the top."""
-        total = sum(self._base.tensors[name].elements for name in names)
-        if total == 0 or density == 1:
-            return (0.0,) * len(self._policies)
-        ranks = [max(1, int(density * total))] * len(self._policies)
-        prefixes = [0] * len(self._policies)
-        for shift, bits in _PASSES:
-            counts = self._count(names, prefixes, shift, bits, threads)
-            for row, histogram in enumerate(counts):
-                above = np.cumsum(histogram[::-1])
-                place = int(np.searchsorted(above, ranks[row]))
-                ranks[row] -= int(above[place - 1]) if place else 0
-                prefixes[row] = (prefixes[row] << bits) | (len(histogram) - 1 - place)
-        return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
-
-    def _count(self, names: Sequence[str], prefixes: Sequence[int], shift: int, bits: int, threads: int) -> Any:
-        """Return for each policy how many magnitudes that begin with its prefix have each value of the next bits."""
-        counts = np.zeros((len(prefixes), 1 << bits), np.int64)
-        lock = Lock()
-
-        def worker() -> Callable[[tuple[str, int, int]], None]:
-            workspace = Workspace(self._base, self._policies)
-            mine = np.zeros_like(counts)
-
-            def work(block: tuple[str, int, int]) -> None:
-                workspace.load(*block)
-                for row, residual in enumerate(workspace.residuals()):
-                    mine[row] = 0
-                    kernels.count_magnitudes(residual, prefixes[row], shift, bits, mine[row])
-                with lock:
-                    counts[...] += mine
-
-            return work
-
-        share_out(all_blocks(names, self._base.tensors), worker, threads)
-        return counts
-
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    return float(np.abs(workspace.merged_residual(step)).sum()) if step.rows else 0.0
-
-
-def all_blocks(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterable[tuple[str, int, int]]:
-    """Yield name, start and length of every block of the tensors, in order."""
-    for name in names:
-        for start, count in blocks_of(tensors[name].elements):
-            yield name, start, count
+    if not step.rows:
+        return 0.0
+    return math.fsum(float(np.abs(merged).sum()) for merged in pieces(workspace.merged_residual(step)))

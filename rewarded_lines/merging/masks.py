@@ -7,7 +7,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from rewarded_lines.streaming.blocks import BLOCK
+from rewarded_lines.streaming.blocks import BLOCK, pieces
 
 
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
@@ -28,4 +28,7 @@ def random_mask(seed: int, name: str, digest: bytes, density: float, start: int,
     key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()
     words = np.frombuffer(key[:16], dtype="<u8")
     generator = np.random.Generator(np.random.Philox(key=words, counter=[0, 0, start // BLOCK, 0]))
-    return generator.random(count) < density
+    mask = np.empty(count, np.bool_)
+    for piece in pieces(mask):
+        np.less(generator.random(piece.size, np.float32), np.float32(density), out=piece)
+    return mask

@@ -12,14 +12,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail, printable
 from rewarded_lines.folders import atomic_folder
-from rewarded_lines.merging.facts import all_blocks
+from rewarded_lines.merging.adapters import AdapterPlan
 from rewarded_lines.merging.plan import MergePlan, MergeSpec, NonFinite
-from rewarded_lines.merging.provenance import describe, hash_inputs, model_card
+from rewarded_lines.merging.provenance import Plan, describe, hash_inputs, model_card
+from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
+from rewarded_lines.streaming.blocks import all_blocks
 from rewarded_lines.streaming.pool import share_out
 
 # What a checkpoint needs beside its weights; everything else in the base's folder stays there.
@@ -45,7 +48,7 @@ def silent(name: str, size: int, total: int) -> None:
 
 
 def write_folders(
-    plan: MergePlan,
+    plan: Plan,
     specs: Sequence[MergeSpec],
     targets: Sequence[Path],
     settings: Mapping[str, Any],
@@ -70,18 +73,47 @@ def write_folders(
     Raises:
         UserError: an output exists, the disk cannot hold them, or a tensor is not finite.
     """
-    needed = total_bytes(plan.outputs()) * len(targets)
+    needed = sum(total_bytes(plan.outputs(spec)) for spec in specs)
     with _explained(needed, targets[0]), ExitStack() as stack:
         folders = [stack.enter_context(atomic_folder(target, overwrite)) for target in targets]
         check_space(needed, folders[0])
-        write_weights(
+        fill_folders(
             plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
         )
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):
-            write_companions(plan, folder)
             write_json(folder / "merge.json", describe(plan, spec, inputs, settings))
             (folder / "README.md").write_text(printable(model_card(plan, spec)), encoding="utf-8")
+
+
+def fill_folders(
+    plan: Plan,
+    specs: Sequence[MergeSpec],
+    folders: Sequence[Path],
+    *,
+    max_shard_size: int,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write all that is loaded from each output: weights, settings, tokenizer.
+
+    Raises:
+        UserError: a tensor of the inputs or of a result is not finite.
+    """
+    if isinstance(plan, AdapterPlan):
+        writer = AdapterWriter(plan, specs, progress)
+        writer.write(folders)
+        if not allow_nonfinite:
+            writer.nonfinite.refuse()
+    else:
+        write_weights(
+            plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+    for folder, spec in zip(folders, specs, strict=True):
+        if isinstance(plan, AdapterPlan):
+            write_adapter_companions(plan, spec, folder)
+        else:
+            write_companions(plan, folder)
 
 
 def write_weights(
@@ -138,16 +170,27 @@ def write_weights(
         nonfinite.refuse()
 
 
+def write_adapter_companions(plan: AdapterPlan, spec: MergeSpec, folder: Path) -> None:
+    """Write the settings of an adapter, and the tokenizer where a policy has one beside it."""
+    sources = [adapter.folder for adapter in plan.adapters if any(adapter.folder.glob("tokenizer*"))]
+    for source in sources[:1]:
+        _copy_companions(source, folder)
+    write_json(folder / ADAPTER_CONFIG, adapter_config(plan, spec))
+
+
 def write_companions(plan: MergePlan, folder: Path) -> None:
     """Write config, tokenizer and whatever else of the base's folder belongs to a checkpoint."""
-    source = plan.base.folder
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, folder / path.name)
+    _copy_companions(plan.base.folder, folder)
     config: dict[str, Any] = dict(plan.base.config)
     # Whoever loads with the type that the config names must get every bit that was written.
     config.pop("torch_dtype", None)
     config["dtype"] = plan.widest_dtype()
     write_json(folder / "config.json", config)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -252,3 +252,15 @@ def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: 
         pattern = np.uint64(np.float64(abs(values[i])).view(np.uint64))
         if pattern >> high == wanted:
             counts[np.int64((pattern >> low) & mask)] += 1
+
+
+@compiled
+def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> int:
+    """Copy the magnitudes whose bits above `shift` are `prefix` to the front of `out`; return how many there are."""
+    place, low, wanted = 0, np.uint64(shift), np.uint64(prefix)
+    for i in range(values.size):
+        magnitude = np.float64(abs(values[i]))
+        if magnitude.view(np.uint64) >> low == wanted:
+            out[place] = magnitude
+            place += 1
+    return place
