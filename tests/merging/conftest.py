@@ -7,20 +7,20 @@ import sys
 import pytest
 from hostile import Family, make_family
 
-# Tensors of a few hundred values are to have several blocks.
-SHORT_BLOCK = 256
+# Tensors of a few hundred values are to have several blocks, and blocks several pieces.
+SHORT = {"BLOCK": 256, "PIECE": 96}
 
 
 @pytest.fixture
-def short_blocks(monkeypatch) -> int:
-    """Shorten the blocks of every module that knows their length; return it."""
+def short_blocks(monkeypatch) -> None:
+    """Shorten blocks, and the pieces in which rules see them, in every module that knows their length."""
     import rewarded_lines.merging.merge
     import rewarded_lines.streaming.gpu  # noqa: F401
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("rewarded_lines.") and hasattr(module, "BLOCK"):
-            monkeypatch.setattr(module, "BLOCK", SHORT_BLOCK)
-    return SHORT_BLOCK
+        for length in SHORT:
+            if name.startswith("rewarded_lines.") and hasattr(module, length):
+                monkeypatch.setattr(module, length, SHORT[length])
 
 
 @pytest.fixture(scope="session")
