@@ -107,8 +107,12 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def resolve_folder(reference: str) -> Path:
+def resolve_folder(reference: str, weights: bool = True) -> Path:
     """Return the folder of a model: a local one, or a Hub id `organisation/name` fetched into the Hub's cache.
+
+    Args:
+        reference: the folder or the id.
+        weights: fetch the weights too; otherwise what lies beside them.
 
     Raises:
         UserError: neither of the two exists.
@@ -124,7 +128,7 @@ def resolve_folder(reference: str) -> Path:
             expected=f"a model folder with config.json and {SINGLE_FILE}",
             remedy="give the folder of a checkpoint, or a Hub id organisation/name",
         )
-    return _from_hub(reference)
+    return _from_hub(reference, weights)
 
 
 def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
@@ -183,11 +187,11 @@ def total_bytes(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.bytes for info in tensors)
 
 
-def _from_hub(reference: str) -> Path:
+def _from_hub(reference: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

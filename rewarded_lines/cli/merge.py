@@ -80,6 +80,9 @@ def merge(
             help="greedy: a command that prints a number for {model}, or file.py:function.", rich_help_panel=_METHOD
         ),
     ] = None,
+    as_: Annotated[
+        str, typer.Option("--as", help="full models, LoRA adapter, or auto: an adapter if all policies are adapters.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Output folder; default merged/lam=…")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
@@ -114,6 +117,8 @@ def merge(
     rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
         TIES with LiNeS, α by the authors' heuristic, printed
     rewarded-lines merge --method greedy --score "python score.py {model}" --beta 0
+    rewarded-lines merge --base sft --policy lora-a --policy lora-b --lam 0.5 --out lora
+        LoRA adapters (PEFT) give an adapter, exactly their weighted sum; --as full folds it into the base
     rewarded-lines merge --from merged/merge.json --out again
     """
     if record is not None:
@@ -143,6 +148,7 @@ def merge(
             layers=layers,
             extrapolate=extrapolate,
             allow_nonfinite=allow_nonfinite,
+            as_=as_,
             progress=lambda name, size, total: bar(size, total),
         )
     _show(results, list(policies), as_json, automatic=alpha == "auto")
@@ -151,7 +157,7 @@ def merge(
 def _refuse_beside_record(ctx: typer.Context) -> None:
     """A record says all about a merge: what would say otherwise is refused, not ignored."""
     given = [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in _WITH_RECORD]
+    wrong = [f"--{name.rstrip('_').replace('_', '-')}" for name in given if name not in _WITH_RECORD]
     if wrong:
         raise fail(
             "--from makes a merge again as it was",

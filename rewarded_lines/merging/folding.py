@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.adapters import Adapter, LowRank
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase, LowRank
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.streaming import kernels
 
 Array = np.ndarray[Any, Any]
@@ -97,16 +97,18 @@ class FoldedAdapter:
         return wide.reshape(info.shape)
 
 
-class ZeroBase(TensorFiles):
+class ZeroBase(BareBase):
     """Zeros in the place of a base's tensors, for measures of residuals, which do not depend on the base."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         """Open no file.
 
         Args:
+            folder: of the model.
+            config: what its config.json says.
             tensors: name, type and shape of each.
         """
-        super().__init__([])
+        super().__init__(folder, config)
         self.tensors = dict(tensors)
 
     def read_into(self, name: str, start: int, values: Array) -> None:

@@ -15,7 +15,8 @@ from rewarded_lines.folders import scratch_folder
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
-    from rewarded_lines.merging.plan import MergePlan, MergeSpec
+    from rewarded_lines.merging.plan import MergeSpec
+    from rewarded_lines.merging.provenance import Plan
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:
@@ -41,7 +42,7 @@ def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> li
 
 
 def greedy_weights(
-    plan: MergePlan,
+    plan: Plan,
     spec: MergeSpec,
     score: str | Callable[[Path], float] | None,
     out: Path,
@@ -65,7 +66,7 @@ def greedy_weights(
     Raises:
         UserError: no score is named, it fails, or it gives no finite number.
     """
-    from rewarded_lines.merging.output import write_companions, write_weights
+    from rewarded_lines.merging.output import fill_folders
 
     if score is None:
         raise fail(
@@ -83,8 +84,7 @@ def greedy_weights(
             if automatic:
                 soup = replace(soup, alpha=plan.auto_alpha([soup])[0])
             plan.prepare([soup])
-            write_weights(plan, [soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
-            write_companions(plan, folder)
+            fill_folders(plan, [soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
             value = judge(folder)
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.adapter_compatibility import check_adapters, notes_on
@@ -38,6 +38,22 @@ def open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[
         except UserError as error:
             problems += error.problems
     return opened
+
+
+def open_base(reference: str, weights: bool, problems: list[Problem]) -> Checkpoint | BareBase | None:
+    """Open the base of adapters; add what is wrong with it to `problems`.
+
+    Args:
+        reference: folder or Hub id.
+        weights: fetch its weights too, if it is a Hub id; a folder's are used where they are.
+        problems: where faults go.
+    """
+    try:
+        folder = resolve_folder(reference, weights)
+        return bare_base(folder) or Checkpoint(folder, "base")
+    except UserError as error:
+        problems += error.problems
+        return None
 
 
 def check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoint | Adapter]) -> Fitting:

@@ -13,11 +13,13 @@ from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
 from rewarded_lines.merging.greedy import greedy_weights
+from rewarded_lines.merging.kinds import kind_of, plan_as
 from rewarded_lines.merging.lines import Outside
 from rewarded_lines.merging.methods import METHODS, OptionValue
 from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
-from rewarded_lines.merging.plan import OUTSIDE, MergePlan, MergeSpec, choose, complete, plan_merge
+from rewarded_lines.merging.plan import OUTSIDE, MergeSpec, choose, complete
 from rewarded_lines.merging.preferences import check_weights, folder_name, parse_weights
+from rewarded_lines.merging.provenance import Plan
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
@@ -57,6 +59,7 @@ def merge(
     layers: str | None = None,
     extrapolate: bool = False,
     allow_nonfinite: bool = False,
+    as_: str = "auto",
     progress: Progress = silent,
 ) -> list[MergeResult]:
     """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
@@ -86,6 +89,7 @@ def merge(
         layers: the pattern of the block list, for layouts that are not known.
         extrapolate: allow weights that are negative or do not sum to 1.
         allow_nonfinite: let NaN and infinite values pass.
+        as_: what to write: "full" models, LoRA adapters ("adapter"), or "auto": adapters if all policies are adapters.
         progress: called as blocks are written, with a tensor's name, bytes and the bytes of all.
 
     Returns:
@@ -102,7 +106,7 @@ def merge(
     shard_size = parse_size(max_shard_size)
     targets = _targets(None if out is None else Path(_expand(out)), specs)
     check_targets(targets, [base, *named.values()], overwrite)
-    plan = plan_merge(base, named, dtype=dtype, device=device, layers=layers)
+    plan = plan_as(as_, base, named, method, dtype=dtype, device=device, layers=layers)
     if method == "greedy":
         weights = greedy_weights(
             plan, specs[0], score, targets[0], automatic=alpha == "auto", allow_nonfinite=allow_nonfinite
@@ -112,7 +116,13 @@ def merge(
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if not dry_run:
         plan.prepare(specs)
-        settings = {"dtype": dtype, "max_shard_size": max_shard_size, "layers": layers, "command": command_line()}
+        settings = {
+            "as": kind_of(plan),
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "layers": layers,
+            "command": command_line(),
+        }
         write_folders(
             plan,
             specs,
@@ -145,9 +155,9 @@ def name_policies(policies: Policies) -> dict[str, str]:
     return named
 
 
-def result_of(plan: MergePlan, spec: MergeSpec, out: Path | None) -> MergeResult:
+def result_of(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
     """Return what there is to say of one output."""
-    outputs = plan.outputs()
+    outputs = plan.outputs(spec)
     return MergeResult(
         out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), tuple(plan.notes)
     )

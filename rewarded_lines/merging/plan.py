@@ -93,8 +93,8 @@ class MergePlan:
         """Return the inputs whose tensors lie in files."""
         return [source for source in [self.base, *self._sources] if isinstance(source, TensorFiles)]
 
-    def outputs(self) -> list[TensorInfo]:
-        """Return name, type and shape of every merged tensor, in order."""
+    def outputs(self, _: MergeSpec | None = None) -> list[TensorInfo]:
+        """Return name, type and shape of every merged tensor, in order; they are the same for every output."""
         return [TensorInfo(name, self._output_dtype(name), self.base.tensors[name].shape) for name in self.names]
 
     def widest_dtype(self) -> str:
@@ -260,10 +260,18 @@ class NonFinite:
         counts = {source: workspace.count_nonfinite(row) for row, source in enumerate(self._inputs)}
         if not any(counts.values()):
             counts = {"the result": max(bad)}
-        with self._lock:
-            for source, count in counts.items():
-                if count:
-                    self._counts[name, source] = self._counts.get((name, source), 0) + count
+        for source, count in counts.items():
+            self.add(name, source, count)
+
+    def add(self, name: str, source: str, count: int) -> None:
+        """Count values of a tensor that are not finite in an input, or in "the result"."""
+        if count:
+            with self._lock:
+                self._counts[name, source] = self._counts.get((name, source), 0) + count
+
+    def counted(self, name: str, source: str) -> bool:
+        """Say whether something of a tensor has been counted there."""
+        return (name, source) in self._counts
 
     def refuse(self) -> None:
         """Refuse what was counted.

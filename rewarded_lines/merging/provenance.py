@@ -10,14 +10,16 @@ from rewarded_lines import __version__
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.merging.adapters import AdapterPlan
 from rewarded_lines.merging.plan import MergePlan, MergeSpec
 from rewarded_lines.streaming.pool import share_out
 
 Record = dict[str, Any]
+Plan = MergePlan | AdapterPlan
 
 _CARD = """---
-library_name: transformers
-tags: [merge, rewarded-soups, lines, rewarded-lines]
+library_name: {library}
+tags: [{tags}]
 ---
 # {title}
 
@@ -34,19 +36,32 @@ A merge of policies aligned with different rewards, made by
 | α, β | {alpha:g}, {beta:g} |
 | blocks L | {blocks} |
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
+{use}
 
 `merge.json` has the hash of every input file; `rewarded-lines merge --from merge.json` makes the same bits again.
 Methods: LiNeS (arXiv 2410.17146), Rewarded Soups (arXiv 2306.04488).
 """
+_USE_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```"""
+_USE_ADAPTER = """A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "this folder")
+```
+
+In vLLM: `LLM("{base}", enable_lora=True, max_lora_rank=N)`, N one of its ranks and at least {rank}, with a
+`LoRARequest` for this folder."""
 
 
-def hash_inputs(plan: MergePlan) -> Record:
+def hash_inputs(plan: Plan) -> Record:
     """Return folder and BLAKE3 hash of every weight file, for the base and for each policy by name."""
     sources = [plan.base, *plan.policies.values()]
     # What is hashed is remembered, so this fills the shelf and the lines below take from it.
@@ -54,7 +69,7 @@ def hash_inputs(plan: MergePlan) -> Record:
     return {"base": _hashed(plan.base), "policies": {name: _hashed(policy) for name, policy in plan.policies.items()}}
 
 
-def describe(plan: MergePlan, spec: MergeSpec, inputs: Record, settings: Mapping[str, Any]) -> Record:
+def describe(plan: Plan, spec: MergeSpec, inputs: Record, settings: Mapping[str, Any]) -> Record:
     """Return the content of `merge.json`: enough to make the same bytes again.
 
     Args:
@@ -81,7 +96,7 @@ def describe(plan: MergePlan, spec: MergeSpec, inputs: Record, settings: Mapping
     }
 
 
-def model_card(plan: MergePlan, spec: MergeSpec) -> str:
+def model_card(plan: Plan, spec: MergeSpec) -> str:
     """Return the README.md of a merged folder."""
     rows = [
         f"| {name}, λ = {weight:g} | `{policy.folder.name}` |"
@@ -89,7 +104,11 @@ def model_card(plan: MergePlan, spec: MergeSpec) -> str:
     ]
     method = ", ".join([spec.method, *(f"{name} {value}" for name, value in spec.options.items())])
     kind = {"soup": "Rewarded Soups" if spec.beta == 0 else "LiNeS"}.get(spec.method, spec.method)
+    adapter = isinstance(plan, AdapterPlan)
     return _CARD.format(
+        library="peft" if adapter else "transformers",
+        tags="merge, rewarded-soups, lines, rewarded-lines" + (", lora" if adapter else ""),
+        use=_use_adapter(plan, spec) if isinstance(plan, AdapterPlan) else _USE_MODEL,
         title=f"{kind} of {', '.join(plan.policies)}",
         version=__version__,
         base=plan.base.folder.name,
@@ -99,6 +118,11 @@ def model_card(plan: MergePlan, spec: MergeSpec) -> str:
         beta=spec.beta,
         blocks=", ".join(f"{blocks} ({stack})" for stack, blocks in plan.depths.stacks.items()),
     )
+
+
+def _use_adapter(plan: AdapterPlan, spec: MergeSpec) -> str:
+    ranks = [stack.rank for stack in plan.output(spec).stacks.values()]
+    return _USE_ADAPTER.format(rank=max(ranks, default=0), base=plan.base.folder.name)
 
 
 def _hash(file: Any) -> None:

@@ -12,10 +12,11 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.merging.kinds import plan_as
 from rewarded_lines.merging.lines import Outside
 from rewarded_lines.merging.merge import MergeResult, check_targets, result_of
 from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
-from rewarded_lines.merging.plan import MergeSpec, complete, plan_merge
+from rewarded_lines.merging.plan import MergeSpec, complete
 
 RECORD_FILE = "merge.json"
 
@@ -41,6 +42,8 @@ class _Record(BaseModel):
     dtype: str
     max_shard_size: str
     layers: str | None
+    # Records of the time before adapters say nothing of it.
+    kind: str = Field("full", alias="as")
 
 
 def replay(
@@ -77,13 +80,13 @@ def replay(
     origin = base or told.base.path
     check_targets([target], [origin, *named.values()], overwrite)
     size = parse_size(told.max_shard_size)
-    plan = plan_merge(origin, named, dtype=told.dtype, device=device, layers=told.layers)
-    _check_hashes(path, told, {"base": plan.base, **{f"policy `{name}`": plan.policies[name] for name in named}})
     weights = tuple(told.weights[name] for name in named)
     spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
     spec = complete(spec, len(named))
+    plan = plan_as(told.kind, origin, named, told.method, dtype=told.dtype, device=device, layers=told.layers)
+    _check_hashes(path, told, {"base": plan.base, **{f"policy `{name}`": plan.policies[name] for name in named}})
     plan.prepare([spec])
-    settings = {"dtype": told.dtype, "max_shard_size": told.max_shard_size, "layers": told.layers}
+    settings = {"as": told.kind, "dtype": told.dtype, "max_shard_size": told.max_shard_size, "layers": told.layers}
     write_folders(
         plan,
         [spec],
