@@ -20,8 +20,8 @@ from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.streaming.blocks import blocks_of
 
-_REMEDY = "merge policies that were all trained from this base"
-_RESIZE = (
+REMEDY = "merge policies that were all trained from this base"
+RESIZE = (
     "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
     "or cut the added rows off the policy"
 )
@@ -135,13 +135,13 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
         *_compare_configs(base.config, policy.config, where),
         *_compare_names(base, policy, where, extra),
         *_compare_tensors(base, policy, name, extra),
-        *_compare_tokenizers(base.folder, policy.folder, where),
+        *compare_tokenizers(base.folder, policy.folder, where),
     ]
     return structure or _compare_origin(base, policy, where)
 
 
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
-    remedies = {"model_type": _REMEDY, "architectures": _REMEDY, "num_hidden_layers": _REMEDY, "vocab_size": _RESIZE}
+    remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
     return [
         Problem(f"`{key}` differs from the base's", where, _cut(base.get(key)), _cut(policy.get(key)), remedy)
         for key, remedy in remedies.items()
@@ -153,7 +153,7 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[
     missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
     added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    return [Problem(f"{len(names)} {what}", where, got=_some(names), remedy=_REMEDY) for what, names in rows if names]
+    return [Problem(f"{len(names)} {what}", where, got=_some(names), remedy=REMEDY) for what, names in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
@@ -164,7 +164,7 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
             continue
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
-            problems.append(Problem(what, where=tensor, remedy=_REMEDY))
+            problems.append(Problem(what, where=tensor, remedy=REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
     rest = len(problems) - _SHOWN
@@ -182,23 +182,23 @@ def _compare_buffers(
     if info.dtype == other.dtype and all(np.array_equal(*pair) for pair in pieces):
         return []
     what = f"a buffer of type {info.dtype.torch} that is not the same in base and {name}"
-    return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=_REMEDY)]
+    return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=REMEDY)]
 
 
-def _compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
+def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
     """Compare vocabularies and merges; padding and truncation settings do not change what a token means."""
-    first, second = (_read_json(folder / "tokenizer.json") for folder in (base, policy))
+    first, second = (read_if_there(folder / "tokenizer.json") for folder in (base, policy))
     if not first or not second:
         return []
     parts = [part for part in ("model", "added_tokens", "normalizer") if first.get(part) != second.get(part)]
     if not parts:
         return []
-    return [Problem(f"the tokenizer differs from the base's in {', '.join(parts)}", where, remedy=_REMEDY)]
+    return [Problem(f"the tokenizer differs from the base's in {', '.join(parts)}", where, remedy=REMEDY)]
 
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
     """Tell policies of another base by what their training recorded or, where it recorded nothing, by their values."""
-    recorded = str(_read_json(policy.folder / "training.json").get("base_hash") or "")
+    recorded = str(read_if_there(policy.folder / "training.json").get("base_hash") or "")
     if recorded:
         actual = weights_hash(base.folder)
         if recorded == actual:
@@ -209,14 +209,14 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
                 where,
                 f"base weights {actual[:12]}… ({base.folder})",
                 f"{recorded[:12]}… (training.json)",
-                _REMEDY + "; a base saved anew, in other shards for example, needs its policies' first files",
+                REMEDY + "; a base saved anew, in other shards for example, needs its policies' first files",
             )
         ]
     cosine = sampled_cosine(base, policy)
     if cosine >= _LEAST_COSINE:
         return []
     what = "the weights have nothing to do with the base's"
-    return [Problem(what, where, f"cosine ≥ {_LEAST_COSINE}", f"{cosine:.3f} over a sample", _REMEDY)]
+    return [Problem(what, where, f"cosine ≥ {_LEAST_COSINE}", f"{cosine:.3f} over a sample", REMEDY)]
 
 
 # Values that are not finite are for the merge itself to count and to name; numpy has nothing to say here.
@@ -239,7 +239,12 @@ def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float
     return as_float64(source.read(name, count=min(info.elements, _SAMPLED_VALUES)), info.dtype)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, an empty one where there is no such file.
+
+    Raises:
+        UserError: the file holds no JSON object.
+    """
     return read_json_object(path) if os.path.lexists(path) else {}
 
 
