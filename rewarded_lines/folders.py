@@ -59,23 +59,18 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that vanishes with the block, or with the next one after a kill."""
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    with _locked(out.parent, wait=True):
-        _clean_up(out)
-        partial.mkdir()
-        # Held as long as this process lives: a partial folder that can be locked was left by a process that died.
-        holder = _lock(partial, wait=False)
-    try:
-        yield partial
-    finally:
-        os.close(holder)
-        shutil.rmtree(partial, ignore_errors=True)
-        # Parents that were made for this and hold nothing go too.
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
+    with _parents(out):
+        with _locked(out.parent, wait=True):
+            _clean_up(out)
+            partial.mkdir()
+            # Held as long as this process lives: a partial folder that can be locked was left by one that died.
+            holder = _lock(partial, wait=False)
+        try:
+            yield partial
+        finally:
+            os.close(holder)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_foreign(folder: Path, mark: str) -> None:
@@ -125,6 +120,19 @@ def sync_folder(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the folders above `out`; those that were made and hold nothing at the end go again."""
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:

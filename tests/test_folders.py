@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import threading
 
 import pytest
 
@@ -63,3 +64,34 @@ def test_foreign_folders(tmp_path):
             refuse_foreign(place, "run.json")
     (tmp_path / "run.json").touch()
     refuse_foreign(tmp_path, "run.json")
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_folder_that_is_replaced_is_never_absent(tmp_path, monkeypatch, swaps):
+    """Where the system cannot swap two folders there is a moment without either, which the next run mends."""
+    if not swaps:
+        monkeypatch.setattr("rewarded_lines.folders._swap", lambda first, second: False)
+    out, over, absent = tmp_path / "out", threading.Event(), []
+
+    def watch():
+        while not over.is_set():
+            absent.append(not os.path.exists(out))
+
+    out.mkdir()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for number in range(300):
+        with atomic_folder(out, overwrite=True) as folder:
+            (folder / str(number)).touch()
+        assert names(tmp_path) == ["out"] and names(out) == [str(number)]
+    over.set()
+    watcher.join()
+    assert not (swaps and any(absent))
+
+
+def test_parents_that_were_made_go_with_what_was_to_be_in_them(tmp_path):
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "there/new/deep/out", tmp_path / "there/new" / ("n" * 250)):
+        with pytest.raises((RuntimeError, OSError)), atomic_folder(out):
+            raise RuntimeError
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
