@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -189,16 +190,18 @@ def total_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 def _from_hub(reference: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(reference, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
         raise fail(
             "neither a folder here nor a model that the Hub gives us",
             where=reference,
-            got=str(error).splitlines()[0],
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
             remedy="check the spelling, log in with `hf auth login`, or download it and give the folder",
         ) from error
 
