@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 ATTENTION = ["q_proj", "v_proj"]
 
 
-def save_adapter(base: Path, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **settings) -> Path:
+def save_adapter(
+    base: Path, folder: Path, seed: int, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, **settings
+) -> Path:
     """Train nothing: draw A, B, and what else PEFT would train, and save them as PEFT does."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings), autocast_adapter_dtype=False
-        )
+        model = get_peft_model(kind.from_pretrained(base), LoraConfig(**settings), autocast_adapter_dtype=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():

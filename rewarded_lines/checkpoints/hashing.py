@@ -18,7 +18,15 @@ _PIECE = 1 << 20
 _KNOWN: dict[tuple[Path, int, int, int], str] = {}
 _WEIGHTS = ("*.safetensors",)
 # Beside the weights: architecture and labels, stop tokens, and how text becomes tokens.
-_MODEL = (*_WEIGHTS, "config.json", "generation_config.json", "tokenizer*.json", "*.model", "chat_template*")
+_MODEL = (
+    *_WEIGHTS,
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.model",
+    "chat_template*",
+)
 
 
 def file_hash(path: Path) -> str:

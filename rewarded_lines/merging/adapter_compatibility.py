@@ -23,6 +23,10 @@ from rewarded_lines.streaming.blocks import blocks_of
 Base = Checkpoint | BareBase
 _SHOWN = 3
 _LONGEST = 200
+_OTHER_NAMES = (
+    f"{REMEDY}; where transformers names layers otherwise than the checkpoint does (LLaVA, Gemma 3, Qwen2-VL), name as "
+    "base a folder with its config.json alone"
+)
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
@@ -67,6 +71,10 @@ def _fit(base: Base, adapter: Adapter, where: str) -> list[Problem]:
         remedy = "give a base with its weights, not quantized"
         return [Problem(what, where, got=_some(adapter.saved), remedy=remedy)]
     problems = []
+    missing = [name for name, module in adapter.modules.items() if _stored_name(base, module.tensor) is None]
+    if missing and len(missing) == len(adapter.modules):
+        what = f"none of the adapter's {len(missing)} modules is in the base"
+        return [Problem(what, where, got=_some(missing), remedy=_OTHER_NAMES)]
     for module in adapter.modules.values():
         problems += _fit_module(base, adapter, module, where)
     for name, info in {**adapter.saved, **adapter.copies}.items():
@@ -138,12 +146,13 @@ def is_tied(base: Checkpoint) -> bool:
 
 def _fold(base: Base, adapter: Adapter, where: str) -> list[Problem]:
     """Refuse what PEFT adds to one of two tied layers: the one tensor of both cannot take it."""
-    if isinstance(base, BareBase) or not is_tied(base):
+    if isinstance(base, BareBase):
         return []
     changed = [module.tensor for module in adapter.modules.values()] + list(adapter.saved)
-    ends = tuple(f".{end}.weight" for end in TOKEN_EMBEDDINGS)
-    tied = [name for name in changed if name in TIED_HEADS or f".{name}".endswith(ends)]
-    what = "the adapter changes one of head and embeddings, which are one tensor in the base"
+    # T5 and BART: one tensor, several layers, of which PEFT changes the one it is told to.
+    ends = tuple(f".{end}.weight" for end in (TOKEN_EMBEDDINGS if is_tied(base) else ("shared",)))
+    tied = [name for name in changed if f".{name}".endswith(ends) or (is_tied(base) and name in TIED_HEADS)]
+    what = "the adapter changes one of the layers (head, embeddings) that are one tensor in the base"
     remedy = "pass --as adapter, which keeps them apart as PEFT does; or untie them in the base"
     return [Problem(what, where, got=_some(tied), remedy=remedy)] if tied else []
 

@@ -131,7 +131,7 @@ def test_another_tokenizer(refused, adapted):
 def test_tied_embeddings_cannot_be_changed_alone(refused, adapted, target):
     save_adapter(adapted / "sft", adapted / "one", 1, target_modules=["q_proj", target])
     said = refused("--as", "full")
-    assert "one of head and embeddings, which are one tensor in the base" in said and "--as adapter" in said
+    assert "one of the layers (head, embeddings) that are one tensor in the base" in said and "--as adapter" in said
 
 
 def test_a_saved_head_that_is_tied(refused, adapted):

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from architectures import CAUSAL
+from architectures import ARCHITECTURES, CAUSAL
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_adapters import changes, edit_settings, factors, load_adapter, save_adapter, settings_of
 from tiny_models import make_model, make_tokenizer, perturb, save_model, snapshot
@@ -152,6 +153,29 @@ def test_conv1d_of_gpt2(tiny):
     check_full(tiny, ["one", "two"], (0.3, 0.7), "full", base="gpt2", blocks=3)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gpt-neox", "opt", "falcon", "gpt2-reward", "t5", "bert", "clip"])
+def test_families_against_peft(tiny, name):
+    """Every linear layer of a model: PEFT's own weighted sum of two adapters, its merge into the base, and ours."""
+    model = ARCHITECTURES[name]()
+    model.save_pretrained(tiny / name)
+    kind = type(model)
+    for seed in (1, 2):
+        save_adapter(*(tiny / name, tiny / f"{seed}", seed), kind, r=seed, target_modules="all-linear", task_type=None)
+    merge(name, ["1", "2"], 0.3, beta=0, out="out")
+    merge(name, ["1", "2"], 0.3, beta=0, as_="full", out="full")
+    theirs = PeftModel.from_pretrained(kind.from_pretrained(name), "1", adapter_name="1")
+    theirs.load_adapter("2", "2")
+    theirs.add_weighted_adapter(["1", "2"], [0.3, 0.7], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    expected = theirs.merge_and_unload().state_dict()
+    ours = PeftModel.from_pretrained(kind.from_pretrained(name), "out").merge_and_unload().state_dict()
+    folded = kind.from_pretrained("full").state_dict()
+    for key, value in expected.items():
+        for found in (ours[key], folded[key]):
+            assert torch.allclose(found, value, rtol=1e-5, atol=2e-7), key
+    assert sum(not torch.equal(value, model.state_dict()[key]) for key, value in expected.items()) >= 12
+
+
 def check_full(tiny, policies, weights, out, base="sft", blocks=4, alpha=1.0, beta=1.0):
     """The folded model is base + Σ s·λᵢ·scalingᵢ·Bᵢ·Aᵢ in float64, rounded once."""
     start, merged = (AutoModelForCausalLM.from_pretrained(tiny / name) for name in (base, out))
@@ -207,6 +231,14 @@ def untied(tiny):
     model = CAUSAL["llama"]()
     save_model(model, tiny / "untied")
     return tiny
+
+
+def test_embeddings_and_head_that_are_not_tied_are_folded(tiny):
+    untied(tiny)
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(tiny / "untied", tiny / name, seed, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    merge("untied", ["one", "two"], 0.3, as_="full", out="out")
+    check_full(tiny, ["one", "two"], (0.3, 0.7), "out", base="untied", blocks=3)
 
 
 def test_modules_to_save_are_merged_like_tensors(tiny):
