@@ -16,6 +16,7 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.layers import HEADS
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.streaming.blocks import blocks_of
@@ -77,11 +78,27 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    ties, copies = base.config.get("tie_word_embeddings") is True, _Copies(inputs)
-    for name in names if ties else partial:
+    copies, tied = _Copies(inputs), _tied(base.config)
+    # An untied model needs the head that one of its inputs lacks, whatever the other inputs have there.
+    for name in names if tied else [name for name in partial if not _is_head(name)]:
         if name not in reasons and (original := copies.original(name)):
             reasons[name] = f"tied to {original}"
     return reasons
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    """Say whether the head is the embeddings' matrix: transformers takes it so where the config says nothing."""
+    return _of_text(config, "tie_word_embeddings") is not False
+
+
+def _of_text(config: Mapping[str, Any], key: str) -> Any:
+    """Return a setting of the language model, which a model that also sees keeps in a config of its own."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
+
+
+def _is_head(name: str) -> bool:
+    return any(name.startswith(f"{head}.") for head in HEADS)
 
 
 class _Copies:
@@ -97,16 +114,19 @@ class _Copies:
         self._digests: dict[tuple[int, str], bytes] = {}
 
     def original(self, name: str) -> str:
-        """Return the first tensor, held by all inputs, that `name` repeats; "" if there is none before it."""
+        """Return the tensor, held by all inputs, that `name` repeats and that stays; "" if `name` itself does.
+
+        Of several copies the first stays that is no head: engines drop the head of a tied model unread.
+        """
         holders = tuple(row for row, source in enumerate(self._inputs) if name in source.tensors)
         first = self._inputs[holders[0]]
         shape = first.tensors[name].shape
-        if len(shape) != 2 or shape[0] != first.config.get("vocab_size"):
+        if len(shape) != 2 or shape[0] != _of_text(first.config, "vocab_size"):
             return ""
         group = (holders, shape)
         if group not in self._alike:
             everywhere = [info for info in first.tensors.values() if all(info.name in s.tensors for s in self._inputs)]
-            self._alike[group] = [info.name for info in everywhere if info.shape == shape]
+            self._alike[group] = sorted((info.name for info in everywhere if info.shape == shape), key=_is_head)
         if self._alike[group] in ([], [name]):
             return ""
         if group not in self._firsts:
@@ -143,9 +163,11 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
     return [
-        Problem(f"`{key}` differs from the base's", where, _cut(base.get(key)), _cut(policy.get(key)), remedy)
+        Problem(
+            f"`{key}` differs from the base's", where, _cut(_of_text(base, key)), _cut(_of_text(policy, key)), remedy
+        )
         for key, remedy in remedies.items()
-        if base.get(key) != policy.get(key)
+        if _of_text(base, key) != _of_text(policy, key)
     ]
 
 
@@ -164,7 +186,9 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
             continue
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
-            problems.append(Problem(what, where=tensor, remedy=REMEDY))
+            rows = _of_text(base.config, "vocab_size")
+            resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
+            problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
     rest = len(problems) - _SHOWN
@@ -223,7 +247,8 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
 @np.errstate(all="ignore")
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
-    matrices = [info for info in first.tensors.values() if len(info.shape) > 1 and info.dtype.floating]
+    shared = [info for info in first.tensors.values() if info.name in second.tensors]
+    matrices = [info for info in shared if len(info.shape) > 1 and info.dtype.floating]
     dot = square_first = square_second = 0.0
     for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
         one, two = (_leading(source, info.name) for source in (first, second))
