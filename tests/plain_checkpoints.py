@@ -70,10 +70,10 @@ def save_family(
     return folder
 
 
-def read_plain(folder: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """Return type and values of every tensor as the format's own library reads them; 16-bit floats are widened."""
-    files = [SINGLE]
-    if not (folder / SINGLE).is_file():
+def read_plain(folder: Path, file: str = SINGLE) -> dict[str, tuple[str, np.ndarray]]:
+    """Return type and values of every tensor as the format's own library reads them; bfloat16 is widened."""
+    files = [file]
+    if not (folder / file).is_file():
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     found = {}
     for file in files:

@@ -175,7 +175,8 @@ class _Fields:
             return {}
         for pattern, number in value.items():
             if not _is_number(number, whole):
-                self._wrong(f"{name}: {pattern[:80]}", _kind(whole), number, None)
+                what = f"not a value of `{name}: {pattern[:80]}`"
+                self.problems.append(Problem(what, str(self._path), _kind(whole), _shown(number)))
             elif reason := _refuse_pattern(pattern):
                 what = f"a pattern of `{name}` that {reason}"
                 self.problems.append(Problem(what, str(self._path), got=_shown(pattern)))

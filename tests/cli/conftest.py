@@ -1,0 +1,15 @@
+"""Fixtures of the command line's tests."""
+
+import pytest
+import typer
+
+
+@pytest.fixture
+def quick(cli, monkeypatch):
+    """The command line, with its parser built once: that is half the time of a small merge."""
+    from rewarded_lines import cli as module
+
+    monkeypatch.setattr(module, "app", typer.main.get_command(module.app))
+    # Nobody pulls the plug here, and waiting for the disk is most of what is left.
+    monkeypatch.setattr("rewarded_lines.folders.sync_folder", lambda folder: None)
+    return cli
