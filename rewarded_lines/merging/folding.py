@@ -77,15 +77,15 @@ class FoldedAdapter:
             out[:] = 0.0
             return
         left, right = self._widened(module)
-        transposed = self._transposed[name]
-        columns = left.shape[0] if transposed else right.shape[1]
-        kernels.product(left, right, module.scaling, transposed, start, columns, out)
+        kernels.product(left, right, module.scaling, start, out)
 
     def _widened(self, module: LowRank) -> tuple[Array, Array]:
-        """Return B and A as float64; those of the last few modules are kept."""
+        """Return B and A as float64, or Aᵀ and Bᵀ where the matrix is stored so; the last few modules' are kept."""
         with self._lock:
             if module.module not in self._factors:
-                self._factors[module.module] = (self._wide(module.b), self._wide(module.a))
+                a, b = self._wide(module.a), self._wide(module.b)
+                left, right = (a.T, b.T) if self._transposed[module.tensor] else (b, a)
+                self._factors[module.module] = np.ascontiguousarray(left), np.ascontiguousarray(right)
             self._factors.move_to_end(module.module)
             while len(self._factors) > _KEPT:
                 self._factors.popitem(last=False)

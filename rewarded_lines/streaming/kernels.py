@@ -198,36 +198,30 @@ def count_nonfinite(values: Array) -> int:
 
 
 @compiled
-def product(left: Array, right: Array, scale: float, transposed: bool, start: int, columns: int, out: Array) -> None:
-    """Write part of scale·(left @ right), or of its transpose, flat and row by row, to the float64 array `out`.
+def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
+    """Write part of scale·(left @ right), flat and row by row, to the float64 array `out`.
 
     Args:
         left: [rows, r] float64.
-        right: [r, columns of the product] float64.
+        right: [r, columns] float64.
         scale: the factor.
-        transposed: take the transpose of the product.
         start: the flat index of the first value wanted.
-        columns: of the matrix that is written, after any transposition.
         out: the values from `start` on.
     """
-    rank = left.shape[1]
+    rank, columns = right.shape
     place = 0
     while place < out.size:
         row, first = (start + place) // columns, (start + place) % columns
-        length = min(columns - first, out.size - place)
-        for i in range(length):
-            out[place + i] = 0.0
+        length = min(columns - first, out.size - place, _CHUNK)
+        # Slices for the compiler, as above; a chunk stays in cache while the terms are added.
+        target = out[place : place + length]
+        target[:] = 0.0
         for k in range(rank):
-            if transposed:
-                factor = right[k, row]
-                for i in range(length):
-                    out[place + i] += left[first + i, k] * factor
-            else:
-                factor = left[row, k]
-                for i in range(length):
-                    out[place + i] += factor * right[k, first + i]
+            factor, along = left[row, k], right[k, first : first + length]
+            for i in range(length):
+                target[i] += factor * along[i]
         for i in range(length):
-            out[place + i] *= scale
+            target[i] *= scale
         place += length
 
 
