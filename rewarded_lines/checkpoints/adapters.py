@@ -203,13 +203,17 @@ def is_adapter(folder: Path) -> bool:
     return True
 
 
-def bare_base(folder: Path) -> BareBase | None:
+def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
     """Return a base without weights that can be read: there are none, or they are quantized; None if there are.
+
+    Args:
+        folder: of the model.
+        fetched: its weights have been asked for, if they are on the Hub.
 
     Raises:
         UserError: the folder has no config.json either.
     """
-    weights = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    weights = fetched and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     path = folder / "config.json"
     if path.is_file():
         config = read_json_object(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
@@ -50,7 +51,9 @@ def open_base(reference: str, weights: bool, problems: list[Problem]) -> Checkpo
     """
     try:
         folder = resolve_folder(reference, weights)
-        return bare_base(folder) or Checkpoint(folder, "base")
+        # Of a model on the Hub an index of shards may have come along, without the shards.
+        fetched = weights or Path(reference).is_dir()
+        return bare_base(folder, fetched) or Checkpoint(folder, "base")
     except UserError as error:
         problems += error.problems
         return None
