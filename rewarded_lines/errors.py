@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_LONGEST = 1000
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,7 +27,7 @@ class Problem:
         """Return the problem as text: a headline, then one indented line for each part that is known."""
         headline = f"{self.where}: {self.what}" if self.where else self.what
         parts = (("expected", self.expected), ("got", self.got), ("remedy", self.remedy))
-        return printable("\n".join([headline, *(f"  {name}: {text}" for name, text in parts if text)]))
+        return printable("\n".join([_brief(headline), *(f"  {name}: {_brief(text)}" for name, text in parts if text)]))
 
 
 class UserError(Exception):
@@ -44,6 +46,10 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """Return `text` with escapes for what would steer a terminal: names and values come from files of others."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def fail(what: str, **parts: str) -> UserError:

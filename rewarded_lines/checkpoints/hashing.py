@@ -107,7 +107,8 @@ def model_hash(folder: Path) -> str:
 
 
 def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    # A pipe would keep us waiting for ever.
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not files:
         raise fail("no weights there", where=str(folder), expected="a folder with *.safetensors files")
     digest = blake3.blake3()

@@ -15,7 +15,7 @@ from rewarded_lines.cli.inspect import inspect
 from rewarded_lines.cli.merge import merge
 from rewarded_lines.cli.report import report
 from rewarded_lines.cli.sweep import sweep
-from rewarded_lines.errors import UserError, printable
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
 app = typer.Typer(
@@ -66,9 +66,9 @@ def main() -> None:
         _complain(str(error))
     except OSError as error:
         # A full disk, a folder that cannot be written: the system's own words name the place.
-        _complain(printable(str(error)))
+        _complain(str(Problem(str(error))))
     except MemoryError as error:
-        _complain(printable(f"not enough memory: {error}"))
+        _complain(str(Problem(f"not enough memory: {error}")))
 
 
 def _complain(message: str) -> NoReturn:

@@ -75,6 +75,12 @@ def replay(
     path = Path(record).expanduser()
     path = path / RECORD_FILE if path.is_dir() else path
     told = _read(path)
+    if strange := [name for name in policies or {} if name not in told.policies]:
+        raise UserError(
+            Problem(
+                f"the record has no policy `{strange[0]}`", "--policy", ", ".join(told.policies), ", ".join(strange)
+            )
+        )
     named = {name: source.path for name, source in told.policies.items()} | dict(policies or {})
     target = Path("merged/again" if out is None else out).expanduser()
     origin = base or told.base.path

@@ -16,6 +16,8 @@ from mutations import pack, unpack
 from plain_checkpoints import INDEX, SINGLE, check_formula, read_plain, save_family, save_plain
 from tiny_models import snapshot
 
+from rewarded_lines.checkpoints.hashing import weights_hash
+
 ARGS = ("merge", "--base", "sft", "--policy", "first", "--policy", "second", "--out", "out")
 NAMES = ("sft", "first", "second")
 
@@ -120,6 +122,12 @@ def test_a_value_of_the_config_may_fill_a_line_but_not_the_screen(refused, place
 def test_a_pipe_keeps_nobody_waiting(refused, place, file):
     os.mkfifo(place / "first" / file)
     assert "not a file" in refused()
+
+
+def test_a_pipe_among_the_weights_keeps_nobody_waiting(cli, place):
+    (place / "first/training.json").write_text(json.dumps({"base_hash": weights_hash(place / "sft")}))
+    os.mkfifo(place / "sft/pipe.safetensors")
+    assert cli(*ARGS).code == 0
 
 
 def test_half_a_character_in_the_config_is_copied_as_it_stands(cli, place):
@@ -333,3 +341,17 @@ def test_nothing_is_unpickled_and_no_code_of_a_checkpoint_runs(cli, place, tmp_p
     with open(place / "first/pytorch_model.bin", "rb") as file:
         pickle.load(file).close()
     assert harmed.exists()
+
+
+def test_a_record_may_not_fill_the_screen(cli, refused, place):
+    assert cli(*ARGS[:-1], "again").code == 0
+    for key in ("method", "dtype", "max_shard_size", "layers"):
+        record = json.loads((place / "again/merge.json").read_text())
+        (place / "long.json").write_text(json.dumps(record | {key: "y" * 100_000}))
+        refused("merge", "--from", "long.json", "--out", "out")
+
+
+def test_a_policy_that_a_record_does_not_know(cli, refused, place):
+    assert cli(*ARGS[:-1], "again").code == 0
+    said = refused("merge", "--from", "again", "--policy", "third=first", "--out", "out")
+    assert "the record has no policy `third`" in said and "expected: first, second" in said

@@ -5,6 +5,7 @@ every tensor is the formula's on what the `safetensors` library itself reads of 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import blake3
@@ -15,6 +16,7 @@ from plain_checkpoints import INDEX, SINGLE, check_formula, read_plain, save_fam
 SHARD = "model-00001-of-00002.safetensors"
 # Mutated inputs by kind: the file that is changed, and how many times by default.
 TRIED = {SINGLE: 1100, SHARD: 200, INDEX: 250, "config.json": 400, "tokenizer.json": 100, "training.json": 100}
+RECORDS = 150
 MORE = 24
 # What numpy has to say of values that are not finite would stand on the terminal beside our own message.
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -86,3 +88,20 @@ def test_refused_or_right(quick, family, file):
 def test_refused_or_right_many_times(quick, family, file):
     place = family(shards=2 if file in (SHARD, INDEX) else 1)
     try_all(quick, ARGS, check_merged, attempts(place, NAMES, file, TRIED[file] * MORE, "slow"))
+
+
+def check_replayed(place: Path, printed: str, dry: bool) -> None:
+    """Hold a merge made from a record against the formula with the numbers that were printed."""
+    (told,) = json.loads(printed)
+    policies = [place / name for name in told["weights"]]
+    check_formula(place / "out", place / "sft", policies, list(told["weights"].values()), told["alpha"], told["beta"])
+
+
+@pytest.mark.parametrize("count", [RECORDS, pytest.param(RECORDS * MORE, marks=pytest.mark.slow)])
+def test_records_that_are_merged_again(quick, family, count):
+    place = family()
+    assert quick(*(("again" if arg == "out" else arg) for arg in ARGS)).code == 0
+    args = ("merge", "--from", "again/merge.json", "--out", "out", "--json")
+    inputs = (replace(attempt, dry=False) for attempt in attempts(place, ("again",), "merge.json", count, "records"))
+    tried, merged = try_all(quick, args, check_replayed, inputs)
+    assert tried == count and tried / 50 < merged < tried * 0.9
