@@ -13,7 +13,7 @@ from exact import FLOAT16, FLOAT32, Format, decode, encode
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-BLOCKS = 3
+BLOCKS = 4
 SHAPES = {
     "model.embed_tokens.weight": (40, 24),
     **{f"model.layers.{block}.input_layernorm.weight": (37,) for block in range(BLOCKS)},

@@ -13,10 +13,14 @@ SHORT = {"BLOCK": 256, "PIECE": 96}
 
 @pytest.fixture
 def short_blocks(monkeypatch) -> None:
-    """Shorten blocks, and the pieces in which rules see them, in every module that knows their length."""
+    """Shorten blocks, and the pieces in which rules see them, in every module that knows their length.
+
+    And wait for no disk: hundreds of merges are about values, not about what a power cut leaves of them.
+    """
     import rewarded_lines.merging.merge
     import rewarded_lines.streaming.gpu  # noqa: F401
 
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     for name, module in list(sys.modules.items()):
         for length in SHORT:
             if name.startswith("rewarded_lines.") and hasattr(module, length):

@@ -108,7 +108,7 @@ def test_the_last_block_of_single_task_lines_is_the_policys(alpha, families, tmp
     family = families((FLOAT32,) * 2)
     (result,) = merge(family.base, family.policies, 1.0, alpha=alpha, beta=1 - alpha, out=tmp_path / "out")
     found, _ = load_codes(result.out)
-    name = "model.layers.2.mlp.up_proj.weight"
+    name = "model.layers.3.mlp.up_proj.weight"
     assert np.array_equal(found[name], family.codes[1][name])
     if alpha == 0:
         assert np.array_equal(found["lm_head.weight"], family.codes[0]["lm_head.weight"])
