@@ -75,7 +75,8 @@ def changes(folder: Path) -> dict[str, np.ndarray]:
         elif ".lora_embedding_A" in name:
             raise AssertionError("the base has no embeddings that were adapted")
         elif ".lora_A." in name:
-            alpha = config.get("lora_alpha") or 8
+            # A null is PEFT's default, a 0 is none.
+            alpha = 8 if config.get("lora_alpha") is None else config["lora_alpha"]
             for pattern, value in (config.get("alpha_pattern") or {}).items():
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     alpha = value
