@@ -150,7 +150,6 @@ class Project:
             raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
 
 
-
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:
     """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
 

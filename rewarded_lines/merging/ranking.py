@@ -19,7 +19,7 @@ Block = tuple[str, int, int]
 # counts stays in cache.
 _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
 # So few values are held in memory and ranked there.
-_HELD = 1 << 22
+_HELD = 1 << 23
 
 
 def kth_largest(
