@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
-    "inspect": "rewarded_lines.merging.inspect",
+    "inspect": "rewarded_lines.inspecting.inspect",
     "sweep": "rewarded_lines.evaluation.sweep",
     "report": "rewarded_lines.reporting.report",
 }

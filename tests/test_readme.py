@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from rewarded_lines.cli import app
-from rewarded_lines.merging.methods import METHODS
+from rewarded_lines.rules.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, match_patterns, read_adapter_config
+from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
-from rewarded_lines.checkpoints.layers import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, TensorFiles, read_config, read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 

@@ -50,12 +50,13 @@ class RunningHashes:
                     head = source.header_bytes(file)
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
-    def take(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
-        """Add a run of a tensor's values, from its `start`-th on; a run out of order is left for `file_hash`."""
-        place = info.start + start * info.dtype.itemsize
-        if self._places.get(info.file) == place:
-            self._digests[info.file].update(values.view(np.uint8).data)
-            self._places[info.file] += values.nbytes
+    def take(self, runs: Iterable[tuple[TensorInfo, int, np.ndarray[Any, Any]]]) -> None:
+        """Add runs of tensors' values, each from the `start`-th on; one out of order is left for `file_hash`."""
+        for info, start, values in runs:
+            place = info.start + start * info.dtype.itemsize
+            if self._places.get(info.file) == place:
+                self._digests[info.file].update(values.view(np.uint8).data)
+                self._places[info.file] += values.nbytes
 
     def remember(self) -> None:
         """Keep the hash of every file that has passed as a whole, for `file_hash`."""

@@ -40,7 +40,7 @@ def inspect(
     rewarded-lines inspect ppo-helpful --base sft --alpha 0.5 --tensors
     rewarded-lines inspect merged --json | jq '.total.parameters'
     """
-    from rewarded_lines.merging.inspect import inspect as run
+    from rewarded_lines.inspecting.inspect import inspect as run
     from rewarded_lines.reporting.inspection import as_dict, on_terminal
 
     if plot:

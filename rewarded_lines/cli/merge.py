@@ -124,6 +124,9 @@ def merge(
     if record is not None:
         _refuse_beside_record(ctx)
         return _replay(record, base, policy or [], out, device, overwrite, allow_nonfinite, as_json)
+    from rewarded_lines.streaming.vectors import use_wide_vectors
+
+    use_wide_vectors()
     from rewarded_lines.merging.merge import merge as run
 
     base, policies = _inputs(base, policy or [], config)
@@ -177,6 +180,9 @@ def _replay(
     allow_nonfinite: bool,
     as_json: bool,
 ) -> None:
+    from rewarded_lines.streaming.vectors import use_wide_vectors
+
+    use_wide_vectors()
     from rewarded_lines.merging.replay import replay
 
     with progress_bar("Merging", quiet=as_json, unit="bytes") as bar:

@@ -33,8 +33,8 @@ from rewarded_lines.evaluation.records import (
 )
 from rewarded_lines.evaluation.rewards import Reward, load_rewards
 from rewarded_lines.folders import folder_lock, refuse_foreign
-from rewarded_lines.merging.plan import MergePlan, MergeSpec, plan_merge
-from rewarded_lines.merging.preferences import simplex_grid
+from rewarded_lines.planning.plan import MergePlan, MergeSpec, plan_merge
+from rewarded_lines.rules.preferences import simplex_grid
 
 # Changes when the meaning of a record changes, so that old points are not taken for new ones.
 _FORMAT = 1

@@ -1,1 +1,1 @@
-"""The merge itself: rules on tensors, the schedule over depth, and the stream that applies them."""
+"""The verb `merge` and what belongs to it: outputs written, their record, the record replayed, greedy soups."""

@@ -15,8 +15,8 @@ from rewarded_lines.folders import scratch_folder
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
-    from rewarded_lines.merging.plan import MergeSpec
     from rewarded_lines.merging.provenance import Plan
+    from rewarded_lines.planning.plan import MergeSpec
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.merging.adapters import AdapterPlan, plan_adapters
-from rewarded_lines.merging.methods import METHODS, soup
-from rewarded_lines.merging.plan import MergePlan, check_device, choose, plan_merge
+from rewarded_lines.planning.adapters import AdapterPlan, plan_adapters
+from rewarded_lines.planning.plan import MergePlan, check_device, choose, plan_merge
+from rewarded_lines.rules.methods import METHODS, soup
 
 KINDS = ("auto", "full", "adapter")
 

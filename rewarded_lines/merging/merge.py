@@ -14,12 +14,12 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
 from rewarded_lines.merging.greedy import greedy_weights
 from rewarded_lines.merging.kinds import kind_of, plan_as
-from rewarded_lines.merging.lines import Outside
-from rewarded_lines.merging.methods import METHODS, OptionValue
 from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
-from rewarded_lines.merging.plan import OUTSIDE, MergeSpec, choose, complete
-from rewarded_lines.merging.preferences import check_weights, folder_name, parse_weights
 from rewarded_lines.merging.provenance import Plan
+from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, choose, complete
+from rewarded_lines.rules.lines import Outside
+from rewarded_lines.rules.methods import METHODS, OptionValue
+from rewarded_lines.rules.preferences import check_weights, folder_name, parse_weights
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
@@ -74,7 +74,7 @@ def merge(
             0.5, for a single policy 1.
         alpha: α, the scale of the first block; "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
         beta: β; 0 with α = 1 is plain Rewarded Soups.
-        method: a key of `rewarded_lines.merging.methods.METHODS`.
+        method: a key of `rewarded_lines.rules.methods.METHODS`.
         options: of the method, e.g. {"density": 0.2}.
         outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
         score: for the method "greedy", a function from a model's folder to a number, `file.py:function`, or a

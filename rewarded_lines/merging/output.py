@@ -18,12 +18,12 @@ from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail, printable
 from rewarded_lines.folders import atomic_folder
-from rewarded_lines.merging.adapters import AdapterPlan
-from rewarded_lines.merging.plan import MergePlan, MergeSpec, NonFinite
 from rewarded_lines.merging.provenance import Plan, describe, hash_inputs, model_card
 from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
+from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import MergePlan, MergeSpec
 from rewarded_lines.streaming.blocks import all_blocks
-from rewarded_lines.streaming.pool import share_out
+from rewarded_lines.streaming.pool import Relay, share_out
 
 # What a checkpoint needs beside its weights; everything else in the base's folder stays there.
 _COMPANIONS = (
@@ -127,13 +127,13 @@ def write_weights(
 ) -> None:
     """Stream every block of every tensor through all specs into their folders' weight files.
 
-    Blocks are read in the order of the files, by one thread at a time, so that each file is hashed as it passes.
+    Blocks are read and hashed in the order of the files, by threads that take turns, and merged side by side.
 
     Raises:
         UserError: a tensor of the inputs or of a result is not finite.
     """
-    nonfinite, hashes = NonFinite(plan), RunningHashes(plan.stored())
-    gate, talk = Lock(), Lock()
+    nonfinite, hashes = plan.nonfinite(), RunningHashes(plan.stored())
+    talk = Lock()
     tensors = plan.base.tensors
     with ExitStack() as stack:
         writers = [stack.enter_context(CheckpointWriter(folder, plan.outputs(), max_shard_size)) for folder in folders]
@@ -142,17 +142,15 @@ def write_weights(
         steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
 
         queue = list(all_blocks(order, tensors))
-        line = iter(queue)
+        relay = Relay(queue)
 
         def worker() -> Callable[[object], None]:
             workspace = plan.workspace()
 
             def work(_: object) -> None:
-                with gate:
-                    name, start, count = next(line)
-                    workspace.load(name, start, count)
-                    for stored in workspace.stored():
-                        hashes.take(*stored)
+                name, start, count = relay.take(
+                    lambda block: workspace.load(*block), lambda: hashes.take(workspace.stored())
+                )
                 bad = []
                 for writer, (values, wrong) in zip(writers, workspace.merge(steps[name]), strict=True):
                     writer.write(name, start, values)
@@ -163,7 +161,7 @@ def write_weights(
 
             return work
 
-        # Each item lets whoever is free take the next block; taking, reading and hashing are one step.
+        # Each item lets whoever is free take the next block.
         share_out(queue, worker)
     hashes.remember()
     if not allow_nonfinite:

@@ -10,8 +10,8 @@ from rewarded_lines import __version__
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.merging.adapters import AdapterPlan
-from rewarded_lines.merging.plan import MergePlan, MergeSpec
+from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import MergePlan, MergeSpec
 from rewarded_lines.streaming.pool import share_out
 
 Record = dict[str, Any]

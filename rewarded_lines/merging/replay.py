@@ -13,10 +13,10 @@ from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.kinds import plan_as
-from rewarded_lines.merging.lines import Outside
 from rewarded_lines.merging.merge import MergeResult, check_targets, result_of
 from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
-from rewarded_lines.merging.plan import MergeSpec, complete
+from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.rules.lines import Outside
 
 RECORD_FILE = "merge.json"
 

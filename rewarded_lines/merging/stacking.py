@@ -16,8 +16,8 @@ from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, LowRank
 from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
-from rewarded_lines.merging.adapters import AdapterOutput, AdapterPlan, Stack, whole_key
-from rewarded_lines.merging.plan import MergeSpec, NonFinite
+from rewarded_lines.planning.adapters import AdapterOutput, AdapterPlan, Stack, whole_key
+from rewarded_lines.planning.plan import MergeSpec
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Workspace, blocks_of
 from rewarded_lines.streaming.columns import place_columns
@@ -42,7 +42,7 @@ class AdapterWriter:
             specs: of the outputs.
             progress: called as tensors are written, with name, bytes and bytes in all.
         """
-        self.nonfinite = NonFinite(plan.whole)
+        self.nonfinite = plan.whole.nonfinite()
         self._plan = plan
         self._specs = specs
         self._outputs = [plan.output(spec) for spec in specs]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import fail, nearest
-from rewarded_lines.merging.inspect import Inspection, Level
+from rewarded_lines.inspecting.inspect import Inspection, Level
 from rewarded_lines.reporting.figures import COLOURS, DPI, MARKERS, figure_bytes, house_style
 
 if TYPE_CHECKING:

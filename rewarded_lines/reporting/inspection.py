@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.errors import printable
-from rewarded_lines.merging.inspect import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.inspecting.inspect import InspectedTensor, Inspection, Level, Residual, Sum
 
 Row = tuple[str, ...]
 

@@ -7,18 +7,13 @@ operations is the one written here, so the bits do not depend on vector width, t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
-
-# Kernels run inside our own threads; without this numba looks for a threading layer it does not need.
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-
-import numba  # noqa: E402
-from numba import types  # noqa: E402
-from numba.extending import overload  # noqa: E402
+from numba import types
+from numba.extending import overload
 
 Array = np.ndarray[Any, Any]
 

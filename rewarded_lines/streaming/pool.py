@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,37 @@ def _join(threads: Iterable[threading.Thread]) -> None:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+class Relay(Generic[T]):
+    """Two steps that items pass in their order, whichever threads take them: one is in each step at a time."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        """Begin with the first item.
+
+        Args:
+            items: taken one at a time, in order.
+        """
+        self._items = iter(items)
+        self._first, self._second = threading.Lock(), threading.Lock()
+
+    def take(self, first: Callable[[T], object], second: Callable[[], object]) -> T:
+        """Return the next item once it has passed both steps in the calling thread.
+
+        Args:
+            first: done with the item.
+            second: done after it, while another thread may begin the first step of the next item.
+        """
+        with self._first:
+            item = next(self._items)
+            first(item)
+            # Taken before the first is let go, so that nobody overtakes.
+            self._second.acquire()
+        try:
+            second()
+        finally:
+            self._second.release()
+        return item
 
 
 class _Line(Iterator[T]):

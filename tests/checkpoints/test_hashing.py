@@ -23,7 +23,7 @@ def pass_by(source, order="abc"):
     hashes = RunningHashes([source])
     for name in order:
         for start, count in ((0, 4), (4, 3)):
-            hashes.take(source.tensors[name], start, source.read(name, start, count))
+            hashes.take([(source.tensors[name], start, source.read(name, start, count))])
     hashes.remember()
 
 

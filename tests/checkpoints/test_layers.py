@@ -9,7 +9,8 @@ from architectures import ARCHITECTURES, BASES, CAUSAL, ENCODERS, REWARDS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewarded_lines.checkpoints.layers import BLOCK_LISTS, Depths, Place, find_depths
+from rewarded_lines.checkpoints.families import BLOCK_LISTS
+from rewarded_lines.checkpoints.layers import Depths, Place, find_depths
 from rewarded_lines.errors import UserError
 
 STACKS = {

@@ -10,7 +10,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.engines import SeededSampling
 from rewarded_lines.evaluation.generation import load_generator, prompt_seed
-from rewarded_lines.merging.plan import MergeSpec, plan_merge
+from rewarded_lines.planning.plan import MergeSpec, plan_merge
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3)

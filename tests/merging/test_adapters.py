@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
-from rewarded_lines.merging.lines import lines_scale
+from rewarded_lines.rules.lines import lines_scale
 
 PROMPT = torch.tensor([[1, 5, 9, 33, 120]])
 MLP = ["up_proj", "down_proj"]

@@ -11,7 +11,7 @@ from hostile import SHAPES, load_codes, widest
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
-from rewarded_lines.merging.plan import MergePlan
+from rewarded_lines.planning.plan import MergePlan
 
 METHODS = {
     "soup": {},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rewarded_lines.evaluation.records import Point, PointSpec, point_path, write_header, write_point
-from rewarded_lines.merging.preferences import simplex_grid
+from rewarded_lines.rules.preferences import simplex_grid
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
 POLICIES = ("cheerful", "detailed", "kind")

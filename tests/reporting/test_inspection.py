@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rewarded_lines.merging.inspect import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.inspecting.inspect import InspectedTensor, Inspection, Level, Residual, Sum
 from rewarded_lines.reporting.inspection import as_dict, on_terminal
 
 LARGE = 70_553_706_496

@@ -8,8 +8,8 @@ from pathlib import Path
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merging.adapter_compatibility import check_adapters, notes_on
-from rewarded_lines.merging.compatibility import Fitting, check
+from rewarded_lines.planning.adapter_compatibility import check_adapters, notes_on
+from rewarded_lines.planning.compatibility import Fitting, check
 
 
 def open_inputs(base: str, policies: Mapping[str, str]) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter]]:

@@ -4,7 +4,7 @@ import pytest
 
 from rewarded_lines.checkpoints.layers import Place
 from rewarded_lines.errors import UserError
-from rewarded_lines.merging.lines import lines_scale, tensor_scale
+from rewarded_lines.rules.lines import lines_scale, tensor_scale
 
 
 @pytest.mark.parametrize(("block", "scale"), [(0, 1.0), (1, 1.25), (2, 1.5), (4, 2.0), (None, 1.0)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +14,15 @@ from rewarded_lines.checkpoints.dtypes import FLOATS, DType, as_torch, widest
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
-from rewarded_lines.errors import Problem, UserError, fail, nearest
-from rewarded_lines.merging.facts import Facts
-from rewarded_lines.merging.folding import FoldedAdapter
-from rewarded_lines.merging.inputs import check_fit, open_inputs
-from rewarded_lines.merging.lines import Outside, lines_scale, tensor_scale
-from rewarded_lines.merging.masks import random_mask
-from rewarded_lines.merging.methods import METHODS, OptionValue, check_method, consensus, soup
+from rewarded_lines.errors import fail, nearest
+from rewarded_lines.measuring.facts import Facts
+from rewarded_lines.measuring.nonfinite import NonFinite
+from rewarded_lines.planning.folding import FoldedAdapter
+from rewarded_lines.planning.inputs import check_fit, open_inputs
+from rewarded_lines.rules.lines import Outside, lines_scale, tensor_scale
+from rewarded_lines.rules.methods import METHODS, OptionValue, check_method, consensus, soup
 from rewarded_lines.streaming.blocks import Masks, Source, TensorMerge, Workspace, blocks_of
+from rewarded_lines.streaming.masks import random_mask
 from rewarded_lines.streaming.pool import share_out
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class MergePlan:
         from rewarded_lines.streaming.gpu import DeviceWorkspace
 
         return DeviceWorkspace(self.base, self._sources, self._device)
+
+    def nonfinite(self) -> NonFinite:
+        """Return a count, at zero, of the values that are not finite."""
+        return NonFinite(list(self.policies), self.base.tensors)
 
     def stored(self) -> list[TensorFiles]:
         """Return the inputs whose tensors lie in files."""
@@ -183,7 +187,7 @@ class MergePlan:
         for name in order or self.names:
             info = shapes[name]
             values = np.empty(info.elements, info.dtype.storage)
-            nonfinite = NonFinite(self)
+            nonfinite = self.nonfinite()
             share_out(blocks_of(info.elements), partial(self._fill, name, spec, values, nonfinite))
             nonfinite.refuse()
             yield name, as_torch(values.reshape(info.shape), info.dtype)
@@ -235,66 +239,6 @@ class MergePlan:
             return dtype
         stored = [source.tensors[name].dtype for source in self._sources if name in source.tensors]
         return self._dtype or widest([dtype, *stored])
-
-
-class NonFinite:
-    """Counts NaN and infinite values as they pass, tensor by tensor."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        """Count nothing yet.
-
-        Args:
-            plan: knows the inputs' names.
-        """
-        self._inputs = ["base", *(f"policy `{name}`" for name in plan.policies)]
-        self._tensors = plan.base.tensors
-        self._counts: dict[tuple[str, str], int] = {}
-        self._lock = Lock()
-
-    def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
-        """Count what is not finite in a block's inputs and, where those are, in its results."""
-        # A finite weighted sum of all inputs shows that every one of them is finite.
-        whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
-        if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
-            return
-        counts = {source: workspace.count_nonfinite(row) for row, source in enumerate(self._inputs)}
-        if not any(counts.values()):
-            counts = {"the result": max(bad)}
-        for source, count in counts.items():
-            self.add(name, source, count)
-
-    def add(self, name: str, source: str, count: int) -> None:
-        """Count values of a tensor that are not finite in an input, or in "the result"."""
-        if count:
-            with self._lock:
-                self._counts[name, source] = self._counts.get((name, source), 0) + count
-
-    def counted(self, name: str, source: str) -> bool:
-        """Say whether something of a tensor has been counted there."""
-        return (name, source) in self._counts
-
-    def refuse(self) -> None:
-        """Refuse what was counted.
-
-        Raises:
-            UserError: naming tensors, inputs and counts.
-        """
-        shown = sorted(self._counts.items())[:5]
-        problems = [
-            Problem(
-                f"{count} values are not finite in {source}",
-                where=name,
-                expected="no NaN and no infinity",
-                remedy="pass --allow-nonfinite if they are meant"
-                if source != "the result"
-                else "the output's type cannot hold them: pass --dtype float32 or a smaller scale",
-            )
-            for (name, source), count in shown
-        ]
-        if len(self._counts) > len(shown):
-            problems.append(Problem(f"{len(self._counts) - len(shown)} more tensors are not finite"))
-        if problems:
-            raise UserError(problems)
 
 
 def plan_merge(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.merging.preferences import folder_name, parse_weights, simplex_grid
+from rewarded_lines.rules.preferences import folder_name, parse_weights, simplex_grid
 
 
 def test_one_number_means_the_first_of_two():

@@ -11,9 +11,9 @@ from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
 from rewarded_lines.errors import Problem, UserError, fail, printable
-from rewarded_lines.merging.adapter_compatibility import check_adapters, notes_on
-from rewarded_lines.merging.compatibility import check
-from rewarded_lines.merging.folding import FoldedAdapter
+from rewarded_lines.planning.adapter_compatibility import check_adapters, notes_on
+from rewarded_lines.planning.compatibility import check
+from rewarded_lines.planning.folding import FoldedAdapter
 from rewarded_lines.streaming.blocks import Source
 
 _LONGEST = 200

@@ -13,7 +13,7 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.merging.ranking import kth_largest
+from rewarded_lines.measuring.ranking import kth_largest
 from rewarded_lines.streaming.blocks import Source, TensorMerge, Workspace, blocks_of, pieces
 from rewarded_lines.streaming.pool import share_out
 

@@ -18,11 +18,11 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths, with_declared_blocks
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merging.adapter_compatibility import check_adapters, notes_on
-from rewarded_lines.merging.folding import ZeroBase, stored_shape
-from rewarded_lines.merging.inputs import open_base, open_policies
-from rewarded_lines.merging.lines import tensor_scale
-from rewarded_lines.merging.plan import DTYPES, MergePlan, MergeSpec, choose
+from rewarded_lines.planning.adapter_compatibility import check_adapters, notes_on
+from rewarded_lines.planning.folding import ZeroBase, stored_shape
+from rewarded_lines.planning.inputs import open_base, open_policies
+from rewarded_lines.planning.plan import DTYPES, MergePlan, MergeSpec, choose
+from rewarded_lines.rules.lines import tensor_scale
 from rewarded_lines.streaming.blocks import TensorMerge
 
 # bfloat16 has the range of float32: such a power of two moves only the exponent of any weight there is.

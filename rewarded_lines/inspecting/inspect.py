@@ -11,11 +11,11 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
 from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merging.distances import Distance, distances
-from rewarded_lines.merging.lines import Outside, tensor_scale
+from rewarded_lines.inspecting.subject import open_subject
+from rewarded_lines.measuring.distances import Distance, distances
 from rewarded_lines.merging.output import Progress, silent
-from rewarded_lines.merging.plan import OUTSIDE, choose
-from rewarded_lines.merging.subject import open_subject
+from rewarded_lines.planning.plan import OUTSIDE, choose
+from rewarded_lines.rules.lines import Outside, tensor_scale
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3

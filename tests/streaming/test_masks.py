@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rewarded_lines.merging.masks import BLOCK, random_mask
+from rewarded_lines.streaming.masks import BLOCK, random_mask
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
 

@@ -5,8 +5,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.merging import ranking
-from rewarded_lines.merging.ranking import kth_largest
+from rewarded_lines.measuring import ranking
+from rewarded_lines.measuring.ranking import kth_largest
 
 
 @pytest.fixture(params=["normal", "many-equal", "wide"])

@@ -11,13 +11,13 @@ import numpy as np
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, LowRank
 from rewarded_lines.checkpoints.dtypes import as_float64
+from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.layers import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import Problem
-from rewarded_lines.merging.compatibility import REMEDY, RESIZE, compare_tokenizers, read_if_there
-from rewarded_lines.merging.folding import is_transposed, stored_shape
+from rewarded_lines.planning.compatibility import REMEDY, RESIZE, compare_tokenizers, read_if_there
+from rewarded_lines.planning.folding import is_transposed, stored_shape
 from rewarded_lines.streaming.blocks import blocks_of
 
 Base = Checkpoint | BareBase

@@ -14,9 +14,9 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import as_float64
+from rewarded_lines.checkpoints.families import HEADS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.layers import HEADS
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.streaming.blocks import blocks_of

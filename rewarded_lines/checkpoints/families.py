@@ -1,0 +1,145 @@
+"""Families of models and how they name their lists of blocks: a declared table, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of blocks as a family of models names it.
+
+    Names are whole modules from the start of the tensor's name: `model.norm` stands for itself and `model.norm.weight`,
+    not for `model.normal`; `experts.0` inside `model.layers.3` is block 3.
+    """
+
+    path: str
+    """The list, e.g. `model.layers` for `model.layers.0.` to `model.layers.{L-1}.`."""
+    counts: tuple[str, ...]
+    """Where the config declares L, with dots into nested configs; the first key that it has counts."""
+    before: tuple[str, ...] = ()
+    """Modules that feed the first block."""
+    after: tuple[str, ...] = ()
+    """Modules that the last block feeds."""
+
+
+# What a task puts on top, whatever the family below.
+HEADS: tuple[str, ...] = (
+    *("lm_head", "language_model.lm_head", "embed_out", "final_logits_bias", "cls"),
+    *("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "pooler"),
+    *("logit_scale", "logit_bias"),
+)
+# In a file without token embeddings a head's matrix is the tied embedding, saved under its other name.
+TIED_HEADS: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
+TOKEN_EMBEDDINGS: tuple[str, ...] = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared")
+
+
+def _family(path: str, counts: str, before: str, after: str, roots: Sequence[str] = ("",)) -> tuple[BlockList, ...]:
+    """Return a list, any head on top, below each root that a wrapping class may put before the names."""
+    return tuple(
+        BlockList(
+            root + path,
+            tuple(counts.split()),
+            tuple(root + name for name in before.split()),
+            (*(root + name for name in after.split()), *HEADS),
+        )
+        for root in roots
+    )
+
+
+# In the order in which a model runs them: what sees the images stands before the text, encoders before decoders.
+BLOCK_LISTS: tuple[BlockList, ...] = (
+    # CLIP and SigLIP; "pre_layrnorm" is how CLIP spells it.
+    *_family(
+        "text_model.encoder.layers",
+        counts="text_config.num_hidden_layers num_hidden_layers",
+        before="text_model.embeddings",
+        after="text_model.final_layer_norm text_model.head text_projection",
+    ),
+    *_family(
+        "vision_model.encoder.layers",
+        counts="vision_config.num_hidden_layers num_hidden_layers",
+        before="vision_model.embeddings vision_model.pre_layrnorm",
+        after="vision_model.post_layernorm vision_model.head visual_projection",
+    ),
+    # The eyes of LLaVA and Gemma 3, as they are written now and as they were, and of Qwen-VL.
+    *_family(
+        "vision_tower.encoder.layers",
+        counts="vision_config.num_hidden_layers",
+        before="vision_tower.embeddings vision_tower.pre_layrnorm",
+        after="vision_tower.post_layernorm vision_tower.head multi_modal_projector",
+        roots=("", "model."),
+    ),
+    *_family(
+        "vision_tower.vision_model.encoder.layers",
+        counts="vision_config.num_hidden_layers",
+        before="vision_tower.vision_model.embeddings vision_tower.vision_model.pre_layrnorm",
+        after="vision_tower.vision_model.post_layernorm vision_tower.vision_model.head multi_modal_projector",
+        roots=("", "model."),
+    ),
+    *_family(
+        "visual.blocks",
+        counts="vision_config.depth",
+        before="visual.patch_embed visual.pos_embed",
+        after="visual.merger visual.deepstack_merger_list",
+        roots=("", "model."),
+    ),
+    # T5 and mT5.
+    *_family(
+        "encoder.block",
+        counts="num_layers",
+        before="shared encoder.embed_tokens",
+        after="encoder.final_layer_norm",
+        roots=("", "transformer."),
+    ),
+    *_family(
+        "decoder.block",
+        counts="num_decoder_layers num_layers",
+        before="shared decoder.embed_tokens",
+        after="decoder.final_layer_norm",
+        roots=("", "transformer."),
+    ),
+    # BART's encoder; without a root also one of CLIP's two encoders, saved alone.
+    *_family(
+        "encoder.layers",
+        counts="encoder_layers num_hidden_layers",
+        before="shared encoder.embed_tokens encoder.embed_positions encoder.layernorm_embedding "
+        "embeddings pre_layrnorm",
+        after="encoder.layer_norm final_layer_norm post_layernorm head",
+        roots=("", "model."),
+    ),
+    # BART's decoder, and OPT.
+    *_family(
+        "decoder.layers",
+        counts="decoder_layers num_hidden_layers",
+        before="shared decoder.embed_tokens decoder.embed_positions decoder.layernorm_embedding decoder.project_in",
+        after="decoder.layer_norm decoder.final_layer_norm decoder.project_out",
+        roots=("", "model."),
+    ),
+    # BERT, RoBERTa, ELECTRA and ViT; DistilBERT.
+    *_family(
+        "encoder.layer",
+        counts="num_hidden_layers",
+        before="embeddings embeddings_project",
+        after="layernorm pooler",
+        roots=("", "bert.", "roberta.", "electra.", "vit.", "deit."),
+    ),
+    *_family("transformer.layer", counts="n_layers", before="embeddings", after="", roots=("", "distilbert.")),
+    # Llama, Mistral, Mixtral, Qwen, Gemma, Phi and GPT-NeoX (Pythia); the text of LLaVA, Gemma 3 and Qwen-VL.
+    *_family(
+        "layers",
+        counts="text_config.num_hidden_layers num_hidden_layers",
+        before="embed_tokens embed_in",
+        after="norm final_layernorm final_layer_norm",
+        roots=("", "model.", "gpt_neox.", "transformer.", "model.language_model.", "language_model.model."),
+    ),
+    # GPT-2, Falcon, GPT-J and BLOOM.
+    *_family(
+        "h",
+        counts="n_layer num_hidden_layers",
+        before="wte wpe word_embeddings word_embeddings_layernorm",
+        after="ln_f",
+        roots=("", "transformer."),
+    ),
+)

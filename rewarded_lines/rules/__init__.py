@@ -1,0 +1,1 @@
+"""Merge rules on tensors, the LiNeS schedule over depth, preferences: numbers in, numbers out."""
