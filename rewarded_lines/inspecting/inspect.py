@@ -13,9 +13,9 @@ from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.inspecting.subject import open_subject
 from rewarded_lines.measuring.distances import Distance, distances
-from rewarded_lines.merging.output import Progress, silent
 from rewarded_lines.planning.plan import OUTSIDE, choose
 from rewarded_lines.rules.lines import Outside, tensor_scale
+from rewarded_lines.streaming.pool import Progress, silent
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3

@@ -14,10 +14,9 @@ import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
-from rewarded_lines.merging.output import Progress
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Array, Source, Workspace, all_blocks
-from rewarded_lines.streaming.pool import share_out
+from rewarded_lines.streaming.pool import Progress, share_out
 
 
 class Distance(NamedTuple):

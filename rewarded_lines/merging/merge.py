@@ -14,12 +14,13 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
 from rewarded_lines.merging.greedy import greedy_weights
 from rewarded_lines.merging.kinds import kind_of, plan_as
-from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
+from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.merging.provenance import Plan
 from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, choose, complete
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.rules.methods import METHODS, OptionValue
 from rewarded_lines.rules.preferences import check_weights, folder_name, parse_weights
+from rewarded_lines.streaming.pool import Progress, silent
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]

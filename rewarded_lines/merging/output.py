@@ -23,7 +23,7 @@ from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
 from rewarded_lines.streaming.blocks import all_blocks
-from rewarded_lines.streaming.pool import Relay, share_out
+from rewarded_lines.streaming.pool import Progress, Relay, share_out, silent
 
 # What a checkpoint needs beside its weights; everything else in the base's folder stays there.
 _COMPANIONS = (
@@ -38,13 +38,6 @@ _COMPANIONS = (
     "*.model",
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# Called as blocks are written: a tensor's name, bytes of the base that are done, bytes of the base in all.
-Progress = Callable[[str, int, int], None]
-
-
-def silent(name: str, size: int, total: int) -> None:
-    """Show no progress."""
 
 
 def write_folders(

@@ -14,9 +14,10 @@ from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.kinds import plan_as
 from rewarded_lines.merging.merge import MergeResult, check_targets, result_of
-from rewarded_lines.merging.output import Progress, command_line, silent, write_folders
+from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.planning.plan import MergeSpec, complete
 from rewarded_lines.rules.lines import Outside
+from rewarded_lines.streaming.pool import Progress, silent
 
 RECORD_FILE = "merge.json"
 
