@@ -20,13 +20,26 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
 
 
-def existing_output(out: Path, overwrite: bool) -> list[Problem]:
-    """Return the problem of an output that is already there or cannot be made, if it is one."""
+def existing_output(out: Path, overwrite: bool, mark: str = "") -> list[Problem]:
+    """Return the problem of an output that is already there or cannot be made, if it is one.
+
+    Args:
+        out: the folder to make.
+        overwrite: it may be replaced.
+        mark: the file by which an output of ours is known; other folders with content are not replaced then. A link is:
+            what it shows stays.
+    """
     if out.name in ("", ".."):
         # Neither can be built under another name and renamed.
         return [Problem("not a name for a new folder", where=str(out), remedy="pass another --out")]
-    if overwrite or not os.path.lexists(out):
+    if not os.path.lexists(out):
         return []
+    if overwrite:
+        ours = not mark or out.is_symlink() or (out.is_dir() and ((out / mark).is_file() or not any(out.iterdir())))
+        remedy = "remove it yourself if you mean to, or pass another --out"
+        expected = f"an output of this command, with its {mark}, or an empty folder"
+        what = "--overwrite does not replace what is something else"
+        return [] if ours else [Problem(what, str(out), expected, remedy=remedy)]
     return [
         Problem(
             "the output folder exists",
@@ -54,6 +67,8 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(partial)
         with _locked(out.parent, wait=True):
             _put_in_place(partial, out, overwrite)
+            # What was replaced goes with `partial`, so the new name must be on the disk first.
+            _sync(out.parent)
 
 
 @contextmanager
@@ -115,11 +130,15 @@ def sync_folder(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for directory, _, files in os.walk(folder):
         for path in [*(Path(directory, name) for name in files), Path(directory)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -171,7 +190,8 @@ def _clean_up(out: Path) -> None:
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         try:
             holder = _lock(leftover, wait=False)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
+            # At work still, or gone meanwhile.
             continue
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(holder)

@@ -10,7 +10,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import fail
 
@@ -44,9 +44,11 @@ class RunningHashes:
         """Begin with the headers of all files whose hash is not known yet."""
         self._digests: dict[Path, Any] = {}
         self._places: dict[Path, int] = {}
+        self._identities: dict[Path, object] = {}
         for source in sources:
             for file in source.files:
-                if _identity(file) not in _KNOWN:
+                self._identities[file] = _identity(file)
+                if self._identities[file] not in _KNOWN:
                     head = source.header_bytes(file)
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
@@ -59,7 +61,14 @@ class RunningHashes:
                 self._places[info.file] += values.nbytes
 
     def remember(self) -> None:
-        """Keep the hash of every file that has passed as a whole, for `file_hash`."""
+        """Keep the hash of every file that has passed as a whole, for `file_hash`.
+
+        Raises:
+            UserError: a file is not the one that it was at the beginning.
+        """
+        for file, identity in self._identities.items():
+            if _identity(file) != identity:
+                raise damaged(file, "it changed while it was read")
         for file, place in self._places.items():
             if place == file.stat().st_size:
                 _KNOWN[_identity(file)] = self._digests[file].hexdigest()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rewarded_lines import __version__
 from rewarded_lines.cli.demo import demo
 from rewarded_lines.cli.inspect import inspect
-from rewarded_lines.cli.merge import merge
+from rewarded_lines.cli.merge import METHODS_HELP, merge
 from rewarded_lines.cli.report import report
 from rewarded_lines.cli.sweep import sweep
 from rewarded_lines.errors import Problem, UserError
@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (merge, sweep, report, inspect, demo):
-    app.command()(command)
+    app.command(epilog=METHODS_HELP if command is merge else None)(command)
 
 
 def _version(asked: bool) -> None:

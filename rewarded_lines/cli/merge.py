@@ -14,16 +14,26 @@ from rich.text import Text
 
 from rewarded_lines.cli.progress import progress_bar
 from rewarded_lines.errors import fail, printable
+from rewarded_lines.rules.methods import METHODS
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.merge import MergeResult
 
 _METHOD = "Options of the methods"
-_SAFETY = "Output and safety"
+METHODS_HELP = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
 
 
 # What may stand beside --from: where things are now, and how to write.
 _WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json"}
+
+
+def _option(name: str) -> Any:
+    """Return an option of methods, with the help and the defaults that their table gives."""
+    takers = {method: row.options[name] for method, row in METHODS.items() if name in row.options}
+    defaults = ", ".join(f"{method} ({option.default})" for method, option in takers.items())
+    option = next(iter(takers.values()))
+    choices = f": {' or '.join(option.choices)}" if option.choices else ""
+    return typer.Option(help=f"{defaults}: {option.help}{choices}.", rich_help_panel=_METHOD, show_default=False)
 
 
 def merge(
@@ -42,38 +52,13 @@ def merge(
     outside: Annotated[
         str, typer.Option(help="What embeddings, norm and head get: alpha, or depth (as the block beside them).")
     ] = "alpha",
-    method: Annotated[
-        str,
-        typer.Option(
-            help="How residuals are joined: soup, wise-ft, task-arithmetic, uniform, greedy, slerp, ties, dare, "
-            "dare-ties or consensus."
-        ),
-    ] = "soup",
-    density: Annotated[
-        float | None,
-        typer.Option(help="ties (0.2), dare, dare-ties (0.1): share of values kept.", rich_help_panel=_METHOD),
-    ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(help="ties: trim over the whole model, or each tensor.", rich_help_panel=_METHOD),
-    ] = None,
-    join: Annotated[
-        str | None,
-        typer.Option(help="ties, dare-ties: mean or sum of the values that agree.", rich_help_panel=_METHOD),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="dare, dare-ties: of the random masks (0).", rich_help_panel=_METHOD)
-    ] = None,
-    tall: Annotated[
-        float | None,
-        typer.Option(
-            help="consensus (0.4): how large a policy's part must be beside the others'.", rich_help_panel=_METHOD
-        ),
-    ] = None,
-    agree: Annotated[
-        int | None,
-        typer.Option(help="consensus (2): how many policies must need a value.", rich_help_panel=_METHOD),
-    ] = None,
+    method: Annotated[str, typer.Option(help=f"How residuals are joined: {', '.join(METHODS)}; see below.")] = "soup",
+    density: Annotated[float | None, _option("density")] = None,
+    scope: Annotated[str | None, _option("scope")] = None,
+    join: Annotated[str | None, _option("join")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    tall: Annotated[float | None, _option("tall")] = None,
+    agree: Annotated[int | None, _option("agree")] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -183,13 +168,14 @@ def _replay(
     from rewarded_lines.streaming.vectors import use_wide_vectors
 
     use_wide_vectors()
+    from rewarded_lines.merging.merge import name_policies
     from rewarded_lines.merging.replay import replay
 
     with progress_bar("Merging", quiet=as_json, unit="bytes") as bar:
         result = replay(
             record,
             base=base,
-            policies=dict(_name(text) for text in policy),
+            policies=name_policies([_name(text) for text in policy]) if policy else {},
             out=out,
             device=device,
             overwrite=overwrite,

@@ -6,7 +6,7 @@ The sums of blocks are added exactly (`math.fsum`): they are the same for any nu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
+from rewarded_lines.measuring.sums import exact_sum
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Array, Source, Workspace, all_blocks
 from rewarded_lines.streaming.pool import Progress, share_out
@@ -75,15 +76,8 @@ def _measure_block(workspace: Workspace, wide: Array) -> Distance:
 
 def _joined(parts: Sequence[Distance]) -> Distance:
     return Distance(
-        _exact(part.residual for part in parts),
-        _exact(part.base for part in parts),
+        exact_sum(part.residual for part in parts),
+        exact_sum(part.base for part in parts),
         sum(part.changed for part in parts),
         sum(part.nonfinite for part in parts),
     )
-
-
-def _exact(squares: Iterable[float]) -> float:
-    try:
-        return math.fsum(squares)
-    except OverflowError:
-        return math.inf

@@ -1,12 +1,11 @@
 """What a rule must know of whole tensors before their blocks can pass: angles, thresholds, a canonical order, norms.
 
-Nothing here depends on λ, so several outputs share it. Sums are exact (`math.fsum`) or of integers: the numbers are
+Nothing here depends on λ, so several outputs share it. Sums are exact or of integers: the numbers are
 the same for any number of threads and any sharding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import blake3
@@ -14,6 +13,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.measuring.ranking import kth_largest
+from rewarded_lines.measuring.sums import exact_sum
 from rewarded_lines.streaming.blocks import Source, TensorMerge, Workspace, blocks_of, pieces
 from rewarded_lines.streaming.pool import share_out
 
@@ -59,7 +59,7 @@ class Facts:
                 for i in range(count):
                     for j in range(count):
                         parts[i][j].append(float(np.einsum("n,n->", residuals[i], residuals[j])))
-            self._grams[name] = tuple(tuple(math.fsum(part) for part in row) for row in parts)
+            self._grams[name] = tuple(tuple(exact_sum(part) for part in row) for row in parts)
         return self._grams[name]
 
     def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
@@ -107,17 +107,17 @@ class Facts:
 
         share_out(self._names, lambda: work)
         outputs = zip(*(parts[name] for name in self._names), strict=True)
-        return [(math.fsum(total for total, _ in pairs), math.fsum(joined for _, joined in pairs)) for pairs in outputs]
+        return [(exact_sum(total for total, _ in pairs), exact_sum(joined for _, joined in pairs)) for pairs in outputs]
 
     def _norms(self, name: str, steps: Sequence[TensorMerge], order: list[int]) -> list[tuple[float, float]]:
         parts: list[list[tuple[float, float]]] = [[] for _ in steps]
         for workspace in self._passing(name):
-            together = math.fsum(
+            together = exact_sum(
                 float(np.abs(residuals[order].sum(axis=0)).sum()) for residuals in pieces(workspace.residuals())
             )
             for step, sums in zip(steps, parts, strict=True):
                 sums.append((together, _norm(workspace, step)))
-        return [(math.fsum(a for a, _ in sums), math.fsum(b for _, b in sums)) for sums in parts]
+        return [(exact_sum(a for a, _ in sums), exact_sum(b for _, b in sums)) for sums in parts]
 
     def _passing(self, name: str) -> Iterable[Workspace]:
         workspace = Workspace(self._base, self._policies)
@@ -129,4 +129,4 @@ class Facts:
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
     if not step.rows:
         return 0.0
-    return math.fsum(float(np.abs(merged).sum()) for merged in pieces(workspace.merged_residual(step)))
+    return exact_sum(float(np.abs(merged).sum()) for merged in pieces(workspace.merged_residual(step)))

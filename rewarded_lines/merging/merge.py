@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from rewarded_lines.folders import existing_output
 from rewarded_lines.merging.greedy import greedy_weights
 from rewarded_lines.merging.kinds import kind_of, plan_as
 from rewarded_lines.merging.output import command_line, write_folders
-from rewarded_lines.merging.provenance import Plan
+from rewarded_lines.merging.provenance import RECORD_FILE, Plan
 from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, choose, complete
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.rules.methods import METHODS, OptionValue
@@ -100,15 +101,18 @@ def merge(
         UserError: every fault of the inputs, before anything is written.
     """
     named = name_policies(policies)
-    base = _expand(base)
+    base = expand(base)
     choose("--outside", outside, OUTSIDE)
+    check_schedule(alpha, beta)
     first = complete(MergeSpec((), 0.0 if alpha == "auto" else alpha, beta, method, options or {}, outside), len(named))
     specs = [replace(first, weights=weights) for weights in _weights(lam, method, list(named), extrapolate)]
     shard_size = parse_size(max_shard_size)
-    targets = _targets(None if out is None else Path(_expand(out)), specs)
+    targets = _targets(None if out is None else Path(expand(out)), specs)
     check_targets(targets, [base, *named.values()], overwrite)
     plan = plan_as(as_, base, named, method, dtype=dtype, device=device, layers=layers)
-    if method == "greedy":
+    if method == "greedy" and dry_run:
+        plan.notes.append("dry run: no candidate is scored, so who joins is not known")
+    elif method == "greedy":
         weights = greedy_weights(
             plan, specs[0], score, targets[0], automatic=alpha == "auto", allow_nonfinite=allow_nonfinite
         )
@@ -144,16 +148,32 @@ def name_policies(policies: Policies) -> dict[str, str]:
         UserError: none was given, or two share a name.
     """
     if isinstance(policies, Mapping):
-        named = {name: _expand(path) for name, path in policies.items()}
+        named = {name: expand(path) for name, path in policies.items()}
     else:
         pairs = [item if isinstance(item, tuple) else (Path(item).name, item) for item in policies]
-        named = {name: _expand(path) for name, path in pairs}
+        named = {name: expand(path) for name, path in pairs}
     if not named:
         raise fail("no policy given", where="--policy", expected="at least one, as NAME=FOLDER or FOLDER")
     if len(named) < len(policies):
         names = ", ".join(named)
         raise fail("two policies share a name", where="--policy", got=names, remedy="name them: NAME=FOLDER")
     return named
+
+
+def check_schedule(alpha: float | Literal["auto"], beta: float) -> None:
+    """Refuse a schedule of numbers that are none.
+
+    Raises:
+        UserError: naming the option.
+    """
+    given = {"--beta": beta} if alpha == "auto" else {"--alpha": alpha, "--beta": beta}
+    problems = [
+        Problem("not a finite number", where=option, got=str(value))
+        for option, value in given.items()
+        if not math.isfinite(value)
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def result_of(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
@@ -164,7 +184,7 @@ def result_of(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
     )
 
 
-def _expand(reference: str | Path) -> str:
+def expand(reference: str | Path) -> str:
     """Return a path as text, `~` replaced: the shell leaves it alone after `--base=` and `NAME=`."""
     return str(Path(reference).expanduser()) if str(reference).startswith("~") else str(reference)
 
@@ -213,7 +233,11 @@ def check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: boo
     Raises:
         UserError: with all of them.
     """
-    problems = [problem for target in targets for problem in existing_output(target, overwrite)]
+    problems = [problem for target in targets for problem in existing_output(target, overwrite, RECORD_FILE)]
+    problems += [
+        Problem("two outputs would have the same name", str(target), remedy="name λ that differ in six digits")
+        for target in dict.fromkeys(target for target in targets if targets.count(target) > 1)
+    ]
     read = [Path(reference).resolve() for reference in inputs if Path(reference).exists()]
     for target in targets:
         # Not Path.resolve, which fails in its own way on links that go round.

@@ -18,25 +18,13 @@ from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail, printable
 from rewarded_lines.folders import atomic_folder
-from rewarded_lines.merging.provenance import Plan, describe, hash_inputs, model_card
+from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, describe, hash_inputs, model_card
 from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
 from rewarded_lines.streaming.blocks import all_blocks
 from rewarded_lines.streaming.pool import Progress, Relay, share_out, silent
 
-# What a checkpoint needs beside its weights; everything else in the base's folder stays there.
-_COMPANIONS = (
-    "generation_config.json",
-    "*processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,7 +63,7 @@ def write_folders(
         )
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):
-            write_json(folder / "merge.json", describe(plan, spec, inputs, settings))
+            write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
             (folder / "README.md").write_text(printable(model_card(plan, spec)), encoding="utf-8")
 
 
@@ -180,7 +168,7 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}):
+    for path in companions(source):
         shutil.copyfile(path, folder / path.name)
 
 

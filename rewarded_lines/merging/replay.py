@@ -7,19 +7,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
+from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.kinds import plan_as
-from rewarded_lines.merging.merge import MergeResult, check_targets, result_of
+from rewarded_lines.merging.merge import MergeResult, check_schedule, check_targets, expand, result_of
 from rewarded_lines.merging.output import command_line, write_folders
+from rewarded_lines.merging.provenance import RECORD_FILE, Plan, input_files
 from rewarded_lines.planning.plan import MergeSpec, complete
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.streaming.pool import Progress, silent
-
-RECORD_FILE = "merge.json"
 
 
 class _Input(BaseModel):
@@ -64,7 +62,7 @@ def replay(
         record: the file, or the merged folder it lies in.
         base: where the base is now, if it has moved.
         policies: where policies are now, by name, if they have moved.
-        out: the output folder; by default `merged/again` in the working directory.
+        out: the output folder; by default the name of the record's folder and `-again`, beside it.
         device: where the arithmetic runs; only the processor promises the same bits.
         overwrite: replace an output that is there.
         allow_nonfinite: let NaN and infinite values pass.
@@ -82,16 +80,19 @@ def replay(
                 f"the record has no policy `{strange[0]}`", "--policy", ", ".join(told.policies), ", ".join(strange)
             )
         )
-    named = {name: source.path for name, source in told.policies.items()} | dict(policies or {})
-    target = Path("merged/again" if out is None else out).expanduser()
-    origin = base or told.base.path
+    check_schedule(told.alpha, told.beta)
+    moved = {name: expand(reference) for name, reference in (policies or {}).items()}
+    named = {name: source.path for name, source in told.policies.items()} | moved
+    folder = path.resolve().parent
+    target = folder.with_name(f"{folder.name}-again") if out is None else Path(expand(out))
+    origin = expand(base or told.base.path)
     check_targets([target], [origin, *named.values()], overwrite)
     size = parse_size(told.max_shard_size)
     weights = tuple(told.weights[name] for name in named)
     spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
     spec = complete(spec, len(named))
     plan = plan_as(told.kind, origin, named, told.method, dtype=told.dtype, device=device, layers=told.layers)
-    _check_hashes(path, told, {"base": plan.base, **{f"policy `{name}`": plan.policies[name] for name in named}})
+    _check_hashes(path, told, plan)
     plan.prepare([spec])
     settings = {"as": told.kind, "dtype": told.dtype, "max_shard_size": told.max_shard_size, "layers": told.layers}
     write_folders(
@@ -124,15 +125,18 @@ def _read(path: Path) -> _Record:
     return told
 
 
-def _check_hashes(path: Path, told: _Record, opened: Mapping[str, Checkpoint | BareBase | Adapter]) -> None:
+def _check_hashes(path: Path, told: _Record, plan: Plan) -> None:
     """Refuse inputs whose files are not, byte for byte, those of the record."""
     problems = []
-    for (name, source), recorded in zip(opened.items(), [told.base, *told.policies.values()], strict=True):
-        now = {file.name: file_hash(file) for file in source.files}
+    base, policies = input_files(plan)
+    rows = [("base", "--base …", base, told.base)]
+    rows += [(f"policy `{name}`", f"--policy {name}=…", policies[name], told.policies[name]) for name in policies]
+    for title, option, files, recorded in rows:
+        now = {file.name: file_hash(file) for file in files}
         wrong = sorted(file for file in now.keys() | recorded.files.keys() if now.get(file) != recorded.files.get(file))
         if wrong:
-            remedy = f"find the files of that time, and name them: --{'base' if name == 'base' else 'policy NAME='}…"
-            what = f"{name} is not what it was: {', '.join(wrong[:3])}"
-            problems.append(Problem(what, str(source.files[0].parent), f"the hashes in {path}", remedy=remedy))
+            what = f"{title} is not what it was: {', '.join(wrong[:3])}"
+            remedy = f"find the files of that time, and name them: {option}"
+            problems.append(Problem(what, str(files[0].parent), f"the hashes in {path}", remedy=remedy))
     if problems:
         raise UserError(problems)

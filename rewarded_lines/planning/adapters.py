@@ -115,6 +115,8 @@ class AdapterPlan:
         self.policies = policies
         self.depths = depths
         self.notes: list[str] = []
+        # How the user named base and policies: folders, or Hub ids.
+        self.reference, self.references = "", dict[str, str]()
         self.adapters = list(policies.values())
         self.modules: dict[str, dict[int, LowRank]] = {}
         for index, adapter in enumerate(self.adapters):
@@ -169,15 +171,10 @@ class AdapterPlan:
 
         B·A is computed for that, so it takes about as long as folding the adapters into their base.
         """
-        tensors = dict(self.base.tensors)
-        for modules in self.modules.values():
-            module = next(iter(modules.values()))
-            shape = stored_shape(module, self.base.config)
-            tensors.setdefault(module.tensor, TensorInfo(module.tensor, F32, shape))
-        names = [next(iter(modules.values())).tensor for modules in self.modules.values()]
-        zero = ZeroBase(self.base.folder, self.base.config, {name: tensors[name] for name in names})
-        base = zero if isinstance(self.base, BareBase) or not self.whole.names else self.base
-        names += [name for name in self.whole.names if name not in names]
+        modules = [next(iter(alike.values())) for alike in self.modules.values()]
+        infos = {one.tensor: TensorInfo(one.tensor, F32, stored_shape(one, self.base.config)) for one in modules}
+        base = ZeroBase(self.base, infos)
+        names = list(dict.fromkeys([*infos, *self.whole.names]))
         return MergePlan(base, self.policies, names, self.depths).auto_alpha(specs)
 
     @cached_property
@@ -262,6 +259,7 @@ def plan_adapters(
     known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
     plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers), dtype)
     plan.notes += notes_on(origin, adapters)
+    plan.reference, plan.references = base, dict(policies)
     return plan
 
 

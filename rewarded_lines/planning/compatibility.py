@@ -26,6 +26,12 @@ RESIZE = (
     "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
     "or cut the added rows off the policy"
 )
+# Settings that give weights of the same shapes another meaning.
+_MEANING = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation"),
+    *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct"),
+    *("partial_rotary_factor", "num_experts_per_tok"),
+)
 _SHOWN = 3
 _LONGEST = 100
 # Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
@@ -162,11 +168,13 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
 
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
+    # Other versions of transformers may write fewer of these, so only what both say can differ.
+    said = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
     return [
         Problem(
             f"`{key}` differs from the base's", where, _cut(_of_text(base, key)), _cut(_of_text(policy, key)), remedy
         )
-        for key, remedy in remedies.items()
+        for key, remedy in [*remedies.items(), *((key, REMEDY) for key in said)]
         if _of_text(base, key) != _of_text(policy, key)
     ]
 
@@ -214,7 +222,8 @@ def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
     first, second = (read_if_there(folder / "tokenizer.json") for folder in (base, policy))
     if not first or not second:
         return []
-    parts = [part for part in ("model", "added_tokens", "normalizer") if first.get(part) != second.get(part)]
+    meaning = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    parts = [part for part in meaning if first.get(part) != second.get(part)]
     if not parts:
         return []
     return [Problem(f"the tokenizer differs from the base's in {', '.join(parts)}", where, remedy=REMEDY)]

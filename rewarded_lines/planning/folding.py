@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, LowRank
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.streaming import kernels
 
 Array = np.ndarray[Any, Any]
@@ -70,7 +70,7 @@ class FoldedAdapter:
         """Say whether the adapter changes a tensor at all."""
         return name in self._modules or name in self._adapter.saved
 
-    def residual_into(self, name: str, start: int, base: Array, out: Array) -> None:
+    def residual_into(self, name: str, start: int, out: Array) -> None:
         """Fill `out` with scaling·B·A from the `start`-th value on, or with zeros for a tensor that is not targeted."""
         module = self._modules.get(name)
         if module is None:
@@ -98,19 +98,22 @@ class FoldedAdapter:
 
 
 class ZeroBase(BareBase):
-    """Zeros in the place of a base's tensors, for measures of residuals, which do not depend on the base."""
+    """Zeros in the place of tensors that a base lacks, for measures of residuals that do not depend on them."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, base: Checkpoint | BareBase, tensors: Mapping[str, TensorInfo]) -> None:
         """Open no file.
 
         Args:
-            folder: of the model.
-            config: what its config.json says.
-            tensors: name, type and shape of each.
+            base: its own tensors stay what they are.
+            tensors: name, type and shape of those to be had beside.
         """
-        super().__init__(folder, config)
-        self.tensors = dict(tensors)
+        super().__init__(base.folder, base.config)
+        self._base = base
+        self.tensors = {**tensors, **base.tensors}
 
     def read_into(self, name: str, start: int, values: Array) -> None:
-        """Fill `values` with zeros."""
-        values[:] = 0
+        """Fill `values` from the base, or with zeros."""
+        if name in self._base.tensors:
+            self._base.read_into(name, start, values)
+        else:
+            values[:] = 0

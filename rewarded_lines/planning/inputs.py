@@ -80,4 +80,19 @@ def check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoin
     problems += check_adapters(base, reference, adapters, folded=True)
     if problems:
         raise UserError(problems)
+    # A second copy of tied embeddings is not merged, so what an adapter adds to it would be lost.
+    merged = set(fitting.names)
+    for name, adapter in adapters.items():
+        changed = [module.tensor for module in adapter.modules.values()] + list(adapter.saved)
+        problems += [
+            Problem(
+                "the adapter changes a tensor that is not merged by itself",
+                where=f"policy `{name}`: {tensor}",
+                remedy="pass --as adapter, which keeps tied layers apart as PEFT does; or untie them in the base",
+            )
+            for tensor in changed
+            if tensor in base.tensors and tensor not in merged
+        ]
+    if problems:
+        raise UserError(problems)
     return Fitting(fitting.names, [*fitting.notes, *notes_on(base, adapters)])

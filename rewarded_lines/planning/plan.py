@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,6 +73,8 @@ class MergePlan:
         self.depths = depths
         self.names = names
         self.notes: list[str] = []
+        # How the user named base and policies: folders, or Hub ids.
+        self.reference, self.references = "", dict[str, str]()
         self._dtype = FLOATS.get(dtype)
         self._device = device
         self._sources: list[Source] = [
@@ -172,8 +175,9 @@ class MergePlan:
             lambda name: [self.step(name, spec, copies=False) for spec in specs],
             lambda name: self._order(name, unweighted),
         )
-        if any(joined == 0 for _, joined in norms):
-            raise fail("the merged residual is zero, no α can be chosen", where="--alpha auto", remedy="give a number")
+        if not all(0 < joined < math.inf and total < math.inf for total, joined in norms):
+            what = "the merged residual is zero or not finite, no α can be chosen"
+            raise fail(what, where="--alpha auto", remedy="give a number")
         return [total / joined / len(self.policies) for total, joined in norms]
 
     def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -268,6 +272,7 @@ def plan_merge(
     depths = find_depths(fitting.names, origin.config, layers)
     plan = MergePlan(origin, named, fitting.names, depths, dtype, device)
     plan.notes += [*fitting.notes, *_unplaced(depths)]
+    plan.reference, plan.references = base, dict(policies)
     return plan
 
 
@@ -316,5 +321,7 @@ def check_device(device: str) -> None:
         kind = torch.device(device)
     except RuntimeError as error:
         raise fail("not a device", where="--device", expected="cpu, cuda or cuda:1", got=device) from error
-    if kind.type == "cuda" and not torch.cuda.is_available():
+    if kind.type not in ("cpu", "cuda"):
+        raise fail("not a device for merges", where="--device", expected="cpu, cuda or cuda:1", got=device)
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise fail("no GPU that torch can use", where="--device", got=device, remedy="use --device cpu")

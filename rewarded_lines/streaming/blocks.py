@@ -41,8 +41,8 @@ class Residuals(Protocol):
     def touches(self, name: str) -> bool:
         """Say whether τ of a tensor may be other than zero."""
 
-    def residual_into(self, name: str, start: int, base: Array, out: Array) -> None:
-        """Fill the float64 array `out` with τ from the `start`-th value of a tensor on; `base` has θ_base there."""
+    def residual_into(self, name: str, start: int, out: Array) -> None:
+        """Fill the float64 array `out` with τ from the `start`-th value of a tensor on."""
 
 
 Source = TensorFiles | Residuals
@@ -188,9 +188,7 @@ class Workspace:
                 if isinstance(policy, TensorFiles) or self._raw[row + 1] is not None:
                     kernels.residual(base, self._stored(row + 1), out[row])
                 else:
-                    wide = self._buffer("wide", np.dtype(np.float64), 1)[0, : base.size]
-                    kernels.cast(base, wide)
-                    policy.residual_into(self._name, self._start, wide, out[row])
+                    policy.residual_into(self._name, self._start, out[row])
             self._residuals = out
         return self._residuals
 

@@ -85,15 +85,17 @@ class Relay(Generic[T]):
             first: done with the item.
             second: done after it, while another thread may begin the first step of the next item.
         """
-        with self._first:
-            item = next(self._items)
-            first(item)
-            # Taken before the first is let go, so that nobody overtakes.
-            self._second.acquire()
+        held = False
         try:
+            with self._first:
+                item = next(self._items)
+                first(item)
+                # Taken before the first is let go, so that nobody overtakes.
+                held = self._second.acquire()
             second()
         finally:
-            self._second.release()
+            if held:
+                self._second.release()
         return item
 
 

@@ -389,3 +389,37 @@ def test_a_policy_trained_on_another_base_by_record(two):
     save_adapter(two / "moved", two / "plain", 1)
     with pytest.raises(UserError, match="trained from another base"):
         merge("sft", ["plain", "mixed"], 0.5, out="out")
+
+
+def test_an_adapter_that_stays_one_is_recorded_with_the_bases_config_alone(two, cli):
+    merge("sft", ["plain", "mixed"], 0.3, out="out")
+    record = json.loads((two / "out/merge.json").read_text())
+    assert list(record["base"]["files"]) == ["config.json"]
+    assert set(record["policies"]["plain"]["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    # So the weights need not be there when the merge is made again.
+    (two / "sft/model.safetensors").unlink()
+    assert cli("merge", "--from", "out", "--out", "again").code == 0
+    assert factors_bytes(two / "again") == factors_bytes(two / "out")
+
+
+def test_what_an_adapter_adds_to_a_second_copy_of_the_embeddings_is_not_lost(tiny):
+    untied(tiny)
+    folder = tiny / "untied"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(folder, tiny / "head", 1, target_modules=["lm_head", "q_proj"])
+    config = json.loads((folder / "config.json").read_text())
+    # transformers takes a config that says nothing for a tied one.
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lm_head.weight: the adapter changes a tensor that is not merged by itself"):
+        merge("untied", ["head"], as_="full", out="out")
+    assert not (tiny / "out").exists()
+
+
+def test_alpha_auto_with_a_tied_head_and_tensors_saved_whole(tiny):
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(tiny / "sft", tiny / name, seed, target_modules=["lm_head", "q_proj"], modules_to_save=["norm"])
+    (result,) = merge("sft", ["one", "two"], 0.5, alpha="auto", out="out")
+    assert result.spec.alpha == pytest.approx(1)

@@ -149,6 +149,40 @@ def test_overwrite_replaces_and_never_takes_an_input(tiny):
             merge("sft", ["first", "second"], 0.6, out=target, overwrite=True)
 
 
+def test_overwrite_replaces_outputs_of_merges_and_nothing_else(tiny):
+    merge("sft", ["first", "second"], ["0.25", "0.5"], out="soups")
+    (tiny / "mine").mkdir()
+    (tiny / "mine/thesis.txt").write_text("years of work")
+    before = snapshot(tiny)
+    for target in ("soups", "mine", "test.jsonl"):
+        with pytest.raises(UserError, match="does not replace what is something else"):
+            merge("sft", ["first", "second"], 0.5, out=target, overwrite=True)
+    assert snapshot(tiny) == before
+    (tiny / "empty").mkdir()
+    merge("sft", ["first", "second"], 0.5, out="empty", overwrite=True)
+    assert (tiny / "empty/merge.json").is_file()
+
+
+def test_two_outputs_of_one_name_are_refused(tiny):
+    with pytest.raises(UserError, match="two outputs would have the same name"):
+        merge("sft", ["first", "second"], ["0.3,0.7", "0.3,0.7000001"], out="many")
+    assert not (tiny / "many").exists()
+
+
+@pytest.mark.parametrize("schedule", [{"alpha": float("nan")}, {"beta": float("inf")}])
+def test_a_schedule_that_is_no_number_is_refused(tiny, schedule):
+    with pytest.raises(UserError, match="not a finite number"):
+        merge("sft", ["first", "second"], 0.5, out="out", **schedule)
+
+
+def test_a_dry_run_scores_no_candidate(tiny):
+    def score(folder):
+        raise AssertionError("asked")
+
+    (result,) = merge("sft", ["first", "second"], method="greedy", score=score, out="out", dry_run=True)
+    assert "no candidate is scored" in result.notes[-1]
+
+
 def test_failure_leaves_nothing_behind(tiny):
     def explode(name, size, total):
         raise RuntimeError("stop")

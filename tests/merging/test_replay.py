@@ -43,6 +43,27 @@ def test_inputs_that_changed_are_refused(cli, merged):
     assert not (merged / "again").exists()
 
 
+def test_a_config_or_tokenizer_that_changed_is_refused(cli, merged):
+    for name in ("config.json", "tokenizer.json"):
+        path = merged / "sft" / name
+        text = path.read_text()
+        path.write_text(text + " ")
+        assert f"base is not what it was: {name}" in again(cli).err
+        path.write_text(text)
+    assert again(cli).code == 0
+
+
+def test_without_a_name_it_stands_beside_the_record(cli, merged):
+    assert cli("merge", "--from", "out").code == 0
+    assert weights(merged / "out-again") == weights(merged / "out")
+
+
+def test_a_tilde_does_not_hide_an_input(cli, merged, monkeypatch):
+    monkeypatch.setenv("HOME", str(merged))
+    answer = cli("merge", "--from", "out", "--policy", "first=~/first", "--out", "~/first", "--overwrite")
+    assert answer.code == 1 and "in, on or around an input" in answer.err
+
+
 def test_inputs_that_moved_are_named(cli, merged):
     shutil.move(merged / "first", merged / "elsewhere")
     assert "first: no such folder" in again(cli).err
