@@ -89,7 +89,10 @@ def greedy_weights(
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
         return value
 
-    return _uniform(choose_greedily(len(names), score_soup), len(names))
+    # By name, so that of equal scores the same policy is first, whatever the user's order.
+    order = sorted(range(len(names)), key=names.__getitem__)
+    members = choose_greedily(len(names), lambda chosen: score_soup(tuple(sorted(order[index] for index in chosen))))
+    return _uniform([order[index] for index in members], len(names))
 
 
 def load_score(score: str | Callable[[Path], float]) -> Callable[[Path], float]:

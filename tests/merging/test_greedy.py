@@ -173,3 +173,11 @@ def test_weights_are_not_the_users(family, tmp_path):
         merge(
             family.base, family.policies, (0.2, 0.3, 0.5), method="greedy", score=lambda folder: 1, out=tmp_path / "out"
         )
+
+
+def test_equal_scores_do_not_depend_on_the_order_of_policies(family, tmp_path):
+    equal = {("p1",): 1.0, ("p2",): 1.0, ("p3",): 1.0, ("p1", "p2"): 0.5, ("p1", "p3"): 0.5}
+    for turn in (list(family.policies.items()), list(family.policies.items())[::-1]):
+        out = tmp_path / turn[0][0]
+        result = merge(family.base, dict(turn), method="greedy", score=scores(family, equal), out=out, beta=0)[0]
+        assert dict(zip(result.names, result.spec.weights, strict=True)) == {"p1": 1.0, "p2": 0.0, "p3": 0.0}
