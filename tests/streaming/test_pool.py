@@ -27,7 +27,7 @@ def test_a_fault_ends_it_and_is_raised(threads):
     with pytest.raises(ValueError, match="three"):
         share_out(range(10_000), lambda: work, threads)
     assert len(begun) < 10_000
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_a_relay_keeps_the_order_of_both_steps():
