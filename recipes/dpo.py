@@ -1,139 +1,135 @@
-"""A policy for one reward without a critic: DPO on the SFT model's own best and worst responses.
+"""A policy for one reward from preference pairs: DPO, on the SFT model's own best and worst responses or given pairs.
 
     accelerate launch recipes/dpo.py --config recipes/configs/demo/dpo.yaml --reward positive
     accelerate launch recipes/dpo.py --config recipes/configs/demo/dpo.yaml --reward detailed \\
         --output_dir runs/demo/policies-dpo/detailed
+    accelerate launch recipes/dpo.py --pairs given --train_file pairs.jsonl --validation_file prompts.jsonl \\
+        --reward helpful --output_dir policies/helpful
 
-Several responses are sampled to every training prompt and scored by a reward of the project file; the best
-and the worst make a pair where they differ enough. The pairs are kept as `pairs.parquet` beside the policy.
+With `pairs: sampled` several responses are sampled to every training prompt (by vLLM where it is installed) and scored
+by rewards of the project; the best and the worst make a pair where they differ enough. The pairs are kept as Parquet in
+`pairs_file` and used again by later runs. With `pairs: given` the data hold prompt, chosen and rejected. The policy
+joins the project.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import DPOConfig, DPOTrainer
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, ModelConfig
+from trl.data_utils import maybe_extract_prompt
 
-from rewarded_lines.config import load_project
-from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.rewards import load_rewards
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.rows import Row
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
-from rewarded_lines.training.corpus import read_corpus
-from rewarded_lines.training.output import check_output, save_tokenizer, training_output
+from rewarded_lines.training.models import generation_dtype, load_policy, lora_config
+from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions, SamplingOptions
+from rewarded_lines.training.pairs import best_and_worst, kept_pairs
+from rewarded_lines.training.policy import PolicyTask, load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.sampling import paired_gain, sample_responses, summary
+from rewarded_lines.training.reward_module import make_queries
+from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.sampling import choose_engine, sample
+
+LAYOUTS = {"sampled": [("prompt",)], "given": [("prompt", "chosen", "rejected"), ("chosen", "rejected")]}
 
 
 @dataclass
 class DPORecipe:
     """What this recipe adds to TRL's `DPOConfig`."""
 
-    project_file: str = field(metadata={"help": "the project file that names the base and declares the reward"})
-    reward: str = field(metadata={"help": "name of the reward to train for"})
-    train_file: str = field(metadata={"help": "JSONL with the prompts to train on"})
-    validation_file: str = field(metadata={"help": "JSONL with the prompts to measure on, before and after"})
-    train_prompts: int = field(default=1000, metadata={"help": "how many prompts get responses"})
-    validation_prompts: int = field(default=256, metadata={"help": "how many prompts to measure on"})
+    pairs: str = field(default="sampled", metadata={"help": "sampled or given", "choices": ["sampled", "given"]})
+    pairs_file: str | None = field(
+        default=None, metadata={"help": "where sampled pairs are kept; OUTPUT_DIR.pairs.parquet by default"}
+    )
     responses: int = field(default=8, metadata={"help": "responses to every training prompt"})
     margin: float = field(default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"})
     max_response_tokens: int = field(default=64, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make the pairs, train the policy, measure what it gained.
+    """Make or read the pairs, train the policy, measure what it gained.
 
     Args:
         argv: `--config FILE` and overrides.
     """
-    recipe, training = parse_recipe((DPORecipe, DPOConfig), argv)
-    check_output(training.output_dir, recipe.overwrite)
-    project = load_project(recipe.project_file)
-    project.require("base", "rewards")
-    base = project.resolve(project.config.base)
-    reward = load_rewards(project, [recipe.reward])[recipe.reward]
-    set_seed(training.seed)
+    parts = (DPORecipe, RunOptions, DataOptions, RewardOptions, SamplingOptions, ModelConfig, DPOConfig)
+    arguments = parse_recipe(parts, argv, __doc__ or "")
+    recipe, options, data, rewards, sampling, model_options, training = arguments
+    with training_run("dpo", arguments) as run:
+        set_seed(training.seed)
+        engine = choose_engine(sampling.sampling_engine)
+        task = load_task(options, data, rewards, model_options, training, LAYOUTS[recipe.pairs])
+        if not run.begin(**task.inputs):
+            return
 
-    prompts = list(read_corpus(recipe.train_file, ["prompt"], recipe.train_prompts)["prompt"])
-    validation = list(read_corpus(recipe.validation_file, ["prompt"], recipe.validation_prompts)["prompt"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    policy = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-
-    def score_samples(wanted: list[str]) -> tuple[list[str], list[float]]:
-        responses = sample_responses(
-            policy, tokenizer, wanted, recipe.max_response_tokens, recipe.temperature, training.seed
+        policy = load_policy(task.base, model_options)
+        spec = GenerationSpec(
+            temperature=recipe.temperature,
+            max_tokens=recipe.max_response_tokens,
+            seed=training.seed,
+            dtype=generation_dtype(model_options, policy),
         )
-        return responses, reward.score(wanted, responses)
+        sampler = task.sampler(spec)
+        task.measure_base(sampler, policy)
+        if recipe.pairs == "sampled":
+            path = Path(recipe.pairs_file or f"{run.output}.pairs.parquet")
+            pairs = from_main(lambda: sampled_pairs(path, task, recipe, sampling, spec, engine, policy))
+        else:
+            pairs = [maybe_extract_prompt(row) for row in task.rows]
+        say(task.heading("DPO", f"{len(pairs)} pairs"))
 
-    _, before = score_samples(validation)
-    repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
-    pairs = best_and_worst(repeated, *score_samples(repeated), recipe.responses, recipe.margin)
-    print(
-        f"DPO of {base} for `{recipe.reward}`, {len(pairs)} pairs from {len(prompts)} prompts,",
-        f"SFT scores {summary(before)}",
-    )
-
-    with training_output(training, "dpo", recipe.overwrite) as output:
-        pairs.to_parquet(output.folder / "pairs.parquet")
+        lora = lora_config(model_options, policy)
         trainer = DPOTrainer(
             model=policy,
+            ref_model=None if lora or training.precompute_ref_log_probs else load_policy(task.base, model_options),
             args=training,
-            train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
-            processing_class=tokenizer,
-            callbacks=[MetricsCallback(output.folder)],
+            train_dataset=Dataset.from_list(
+                [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
+            ),
+            processing_class=task.tokenizer,
+            peft_config=lora,
+            callbacks=[MetricsCallback(run.folder)],
         )
-        metrics = trainer.train().metrics
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            save_tokenizer(tokenizer, output.folder)
-            _, after = score_samples(validation)
-            print(
-                f"`{recipe.reward}` on {len(validation)} validation prompts:",
-                f"{summary(before)} -> {summary(after)}",
-            )
-            metrics |= paired_gain(before, after) | {"pairs": len(pairs)}
-            configs = {"recipe": recipe, "training": training}
-            output.record(configs, metrics, base=base, reward=recipe.reward, seed=training.seed)
+        metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+        trainer.save_model(str(run.folder))
+        from_main(lambda: save_tokenizer(task.tokenizer, run.folder))
+        metrics |= task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)
+        run.finish(metrics | {"pairs": len(pairs)}, **task.facts(training))
+        task.add_to_project(run)
 
 
-def best_and_worst(
-    prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float], count: int, margin: float
-) -> Dataset:
-    """Return the best against the worst response of each prompt, with their scores.
+def sampled_pairs(
+    path: Path,
+    task: PolicyTask,
+    recipe: DPORecipe,
+    sampling: SamplingOptions,
+    spec: GenerationSpec,
+    engine: str,
+    policy: object,
+) -> list[Row]:
+    """Return the pairs in `path`, or sample, score and keep them."""
+    prompts = make_queries(prompts_of(task.rows), task.tokenizer, sampling.max_prompt_tokens).prompts
+    repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
 
-    Args:
-        prompts: each `count` times in a row.
-        responses: one for each entry of `prompts`.
-        scores: of the responses.
-        count: responses of a prompt.
-        margin: least gap, in standard deviations of all scores; prompts with less make no pair.
+    def make() -> list[Row]:
+        responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
+        scores = task.reward.score(repeated, responses)
+        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin)
 
-    Raises:
-        UserError: no prompt makes a pair.
-    """
-    least = margin * statistics.pstdev(scores)
-    rows = []
-    for start in range(0, len(prompts), count):
-        of_prompt = range(start, start + count)
-        best, worst = max(of_prompt, key=scores.__getitem__), min(of_prompt, key=scores.__getitem__)
-        if scores[best] - scores[worst] > least:
-            rows.append(
-                {
-                    "prompt": prompts[start],
-                    "chosen": responses[best],
-                    "rejected": responses[worst],
-                    "chosen_score": scores[best],
-                    "rejected_score": scores[worst],
-                }
-            )
-    if not rows:
-        raise fail("no two responses to a prompt differ enough in reward", remedy="lower `margin`")
-    return Dataset.from_list(rows)
+    made_from = {
+        **{name: value for name, value in task.inputs.items() if name != "validation"},
+        **{"scales": task.reward.scales, "spec": spec.model_dump(), "engine": engine},
+        **{"responses": recipe.responses, "margin": recipe.margin, "longest": sampling.max_prompt_tokens},
+    }
+    pairs, found = kept_pairs(path, made_from, make)
+    say(f"{len(pairs)} pairs {'found' if found else 'kept'} in {path}")
+    return pairs
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml --learning_rate 1e-4
+    accelerate launch recipes/reward.py --model_name_or_path sft --train_file pairs.jsonl --use_peft \\
+        --output_dir rewards/helpful
 
 A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
-logit than the rejected one (Bradley-Terry). Its accuracy is measured on pairs it was not trained on.
+logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected, or chats that begin alike. Its
+accuracy is measured on pairs it was not trained on. It becomes a reward of the project, under `reward_name`.
 """
 
 from __future__ import annotations
@@ -15,25 +18,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from trl import RewardConfig, RewardTrainer
+from transformers import set_seed
+from trl import ModelConfig, RewardConfig, RewardTrainer
+from trl.data_utils import extract_prompt
 
 from rewarded_lines.config import RewardSpec
-from rewarded_lines.evaluation.rewards import load_reward
+from rewarded_lines.data.prompts import prompt_text
+from rewarded_lines.data.rows import Row, read_rows, rows_hash
+from rewarded_lines.evaluation.rewards import fill_template, load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
-from rewarded_lines.training.corpus import PAIRS, read_corpus
-from rewarded_lines.training.output import check_output, save_tokenizer, training_output
+from rewarded_lines.training.models import (
+    absolute,
+    fold_classifier,
+    load_classifier,
+    load_tokenizer,
+    lora_config,
+    reference_hash,
+)
+from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
+from rewarded_lines.training.project import register
+from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+
+LAYOUTS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
 
 
 @dataclass
 class RewardRecipe:
     """What this recipe adds to TRL's `RewardConfig`."""
 
-    model: str = field(metadata={"help": "folder or Hub id to start from, usually the SFT model"})
-    train_file: str = field(metadata={"help": "JSONL with prompt, chosen and rejected"})
-    test_file: str = field(metadata={"help": "JSONL of held-out pairs, for the accuracy"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
+    template: str = field(default="{prompt}{response}", metadata={"help": "the text that the reward model reads"})
+    reward_name: str | None = field(default=None, metadata={"help": "its name in the project; the folder's by default"})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,55 +57,73 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: `--config FILE` and overrides.
     """
-    recipe, training = parse_recipe((RewardRecipe, RewardConfig), argv)
-    check_output(training.output_dir, recipe.overwrite)
-    set_seed(training.seed)
+    arguments = parse_recipe((RewardRecipe, RunOptions, DataOptions, ModelConfig, RewardConfig), argv, __doc__ or "")
+    recipe, options, data, model_options, training = arguments
+    with training_run("reward", arguments) as run:
+        set_seed(training.seed)
+        base = absolute(model_options.model_name_or_path)
+        pairs = as_texts(read_rows(data.train(), LAYOUTS))
+        held_out = as_texts(read_rows(data.validation() or data.train(), LAYOUTS))
+        inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}
+        if not run.begin(**inputs):
+            return
 
-    pairs = read_corpus(recipe.train_file, PAIRS)
-    held_out = read_corpus(recipe.test_file, PAIRS)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    model = AutoModelForSequenceClassification.from_pretrained(recipe.model, num_labels=1, dtype="float32")
-    print(f"Reward model from {recipe.model}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
+        tokenizer = load_tokenizer(base, model_options.model_revision)
+        model = load_classifier(base, model_options)
+        lora = lora_config(model_options, model, task="SEQ_CLS")
+        if lora:
+            lora.modules_to_save = ["score"]
+        say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
 
-    with training_output(training, "reward", recipe.overwrite) as output:
         trainer = RewardTrainer(
             model=model,
             args=training,
-            train_dataset=tokenize(pairs, tokenizer),
+            train_dataset=tokenize(pairs, tokenizer, recipe.template),
             processing_class=tokenizer,
-            callbacks=[MetricsCallback(output.folder)],
+            peft_config=lora,
+            callbacks=[MetricsCallback(run.folder)],
         )
-        metrics = trainer.train().metrics
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            save_tokenizer(tokenizer, output.folder)
-            metrics |= accuracy(output.folder, held_out)
-            low, high = metrics["accuracy_interval"]
-            print(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")
-            configs = {"recipe": recipe, "training": training}
-            output.record(configs, metrics, base=recipe.model, seed=training.seed)
+        metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+        trainer.save_model(str(run.folder))
+        from_main(lambda: save_tokenizer(tokenizer, run.folder))
+        if lora:
+            from_main(lambda: fold_classifier(run.folder, base))
+        spec = RewardSpec(model=str(run.folder.resolve()), template=recipe.template, unit="logit")
+        metrics |= from_main(lambda: accuracy(spec, held_out))
+        low, high = metrics["accuracy_interval"]
+        say(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")
+        run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
+        place = ("rewards", recipe.reward_name or run.output.name)
+        entries = {(*place, "model"): run.output, (*place, "template"): recipe.template}
+        from_main(lambda: say(*register(options.project_file, entries)))
 
 
-def tokenize(pairs: Dataset, tokenizer: AutoTokenizer) -> Dataset:
+def as_texts(rows: list[Row]) -> list[Row]:
+    """Return pairs with their prompt and both answers as texts; chats without a prompt share their beginning."""
+    explicit = [row if "prompt" in row else extract_prompt(row) for row in rows]
+    return [{role: prompt_text(row[role]) for role in ("prompt", "chosen", "rejected")} for row in explicit]
+
+
+def tokenize(pairs: list[Row], tokenizer: object, template: str) -> Dataset:
     """Return the pairs as token ids, exactly as `ModelReward` will tokenize a response to be scored.
 
     TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
     """
     columns = {}
     for side in ("chosen", "rejected"):
-        texts = [prompt + text for prompt, text in zip(pairs["prompt"], pairs[side], strict=True)]
+        texts = [fill_template(template, row["prompt"], row[side]) for row in pairs]
         columns[f"{side}_ids"] = tokenizer(texts)["input_ids"]
     return Dataset.from_dict(columns)
 
 
-def accuracy(folder: Path, pairs: Dataset) -> dict[str, object]:
+def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
     """Return the share of pairs that the saved model ranks rightly, its 95% Wilson interval, and both means.
 
     The model is loaded and used as recipes and evaluator will use it.
     """
-    reward = load_reward("reward", RewardSpec(model=str(folder.resolve())))
-    chosen = reward.score(pairs["prompt"], pairs["chosen"])
-    rejected = reward.score(pairs["prompt"], pairs["rejected"])
+    reward = load_reward("reward", spec, Path())
+    prompts = [row["prompt"] for row in pairs]
+    chosen, rejected = (reward.score(prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
     right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True))
     return {
         "accuracy": right / len(pairs),

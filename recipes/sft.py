@@ -2,36 +2,40 @@
 
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml --seed 1 --output_dir runs/sft-1
+    accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --train_file train.jsonl --use_peft \\
+        --output_dir sft
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py \\
+        --config recipes/configs/summary/sft.yaml
 
-With `model` (a folder or a Hub id) that model is fine-tuned on prompts and completions; without it a
-tokenizer and a small Llama are made from nothing on the corpus.
+The data hold prompt and completion (the loss is on the completion), messages (`assistant_only_loss` as in TRL), or
+text. Without `model_name_or_path` a tokenizer and a small Llama are made from nothing on the corpus. What LoRA or QLoRA
+has learned is folded into the base at the end. The model becomes the project's `base`.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
+from datasets import Dataset
+from transformers import set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from rewarded_lines import merge
+from rewarded_lines.data.prompts import with_turns
+from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
-from rewarded_lines.training.corpus import COMPLETIONS, read_corpus
+from rewarded_lines.training.models import absolute, load_policy, load_tokenizer, lora_config, reference_hash
 from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.output import check_output, save_tokenizer, training_output
+from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
+from rewarded_lines.training.project import register
+from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
 from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
 
-
-@dataclass
-class SFTRecipe:
-    """What this recipe adds to TRL's `SFTConfig`; `completion_only_loss` there chooses what is learned."""
-
-    train_file: str = field(metadata={"help": "JSONL with prompt and completion"})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL to report the loss on"})
-    model: str | None = field(default=None, metadata={"help": "folder or Hub id; without it, from scratch"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
+LAYOUTS = [("messages",), ("prompt", "completion"), ("text",)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,44 +44,59 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: `--config FILE` and overrides.
     """
-    recipe, scratch, training = parse_recipe((SFTRecipe, ScratchModel, SFTConfig), argv)
-    check_output(training.output_dir, recipe.overwrite)
-    set_seed(training.seed)
+    arguments = parse_recipe((RunOptions, DataOptions, ScratchModel, ModelConfig, SFTConfig), argv, __doc__ or "")
+    options, data, scratch, model_options, training = arguments
+    with training_run("sft", arguments) as run:
+        set_seed(training.seed)
+        base = absolute(model_options.model_name_or_path) if model_options.model_name_or_path else None
+        corpus = with_turns(read_rows(data.train(), LAYOUTS), data.train())
+        held_out = data.validation()
+        validation = with_turns(read_rows(held_out, LAYOUTS), held_out) if held_out else None
+        inputs = {"train": rows_hash(corpus), "validation": rows_hash(validation or []), "base": reference_hash(base)}
+        if not run.begin(**inputs):
+            return
 
-    corpus = read_corpus(recipe.train_file, COMPLETIONS)
-    validation = read_corpus(recipe.validation_file, COMPLETIONS) if recipe.validation_file else None
+        if base:
+            tokenizer = load_tokenizer(base, model_options.model_revision)
+            model = load_policy(base, model_options)
+            lora, optimizer = lora_config(model_options, model), None
+        else:
+            tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
+            model = make_llama(tokenizer, scratch)
+            lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
+        say(f"SFT of {base or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
-    if recipe.model:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype="auto")
-        optimizer = None
-    else:
-        texts = [row["prompt"] + row["completion"] for row in corpus]
-        tokenizer = train_tokenizer(texts, scratch)
-        model = make_llama(tokenizer, scratch)
-        optimizer = MuonAdamW(model, training.learning_rate, training.weight_decay)
-    print(f"SFT of {recipe.model or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
-
-    with training_output(training, "sft", recipe.overwrite) as output:
         trainer = SFTTrainer(
             model=model,
             args=training,
-            train_dataset=corpus,
-            eval_dataset=validation,
+            train_dataset=Dataset.from_list(corpus),
+            eval_dataset=Dataset.from_list(validation) if validation else None,
             processing_class=tokenizer,
+            peft_config=lora,
             optimizers=(optimizer, None),
-            callbacks=[MetricsCallback(output.folder)],
+            callbacks=[MetricsCallback(run.folder)],
         )
-        metrics = trainer.train().metrics
-        if validation is not None:
+        metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+        if validation:
             metrics |= trainer.evaluate()
             metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
-            print(f"validation perplexity {metrics['validation_perplexity']:.1f}")
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            save_tokenizer(tokenizer, output.folder)
-            configs = {"recipe": recipe, "scratch": scratch, "training": training}
-            output.record(configs, metrics, base=recipe.model, seed=training.seed)
+            say(f"validation perplexity {metrics['validation_perplexity']:.1f}")
+        trainer.save_model(str(run.folder / "adapter" if lora else run.folder))
+        from_main(lambda: save_tokenizer(tokenizer, run.folder / "adapter" if lora else run.folder))
+        if lora:
+            from_main(lambda: fold(str(base), run.folder))
+        run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
+        from_main(lambda: say(*register(options.project_file, {("base",): run.output})))
+
+
+def fold(base: str, folder: Path) -> None:
+    """Fold the adapter in `folder/adapter` into the base, and put the whole model into `folder`."""
+    say("folding the adapter into the base")
+    merge(base, {"sft": folder / "adapter"}, 1.0, alpha=1.0, beta=0.0, as_="full", out=folder / "folded")
+    for path in sorted((folder / "folded").iterdir()):
+        path.replace(folder / path.name)
+    (folder / "folded").rmdir()
+    shutil.rmtree(folder / "adapter")
 
 
 if __name__ == "__main__":

@@ -65,11 +65,38 @@ class RewardSpec(Strict):
         return value
 
 
-class PromptSpec(Strict):
-    """Where the prompts of the evaluation come from: a JSONL file with a `prompt` field, and how many of them."""
+class DataSpec(Strict):
+    """Rows of data: a local file (JSONL, Parquet or CSV), or a split of a data set of the Hub.
 
-    file: str
+    `columns` says where a role (prompt, completion, chosen, rejected, messages, text) is found under another name, dots
+    leading into nested columns; `rows` names a Python function that makes a row (or several, or None) with the roles of
+    each row of the data. With `chat`, texts are turns of a chat and `system` is the first turn of each.
+    """
+
+    file: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = {}
+    rows: str | None = None
     limit: int | None = Field(None, ge=1)
+    chat: bool = False
+    system: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("name either `file:` or `dataset:`")
+        if self.system is not None and not self.chat:
+            raise ValueError("`system:` is a turn of a chat; set `chat: true` too")
+        return self
+
+
+class PromptSpec(DataSpec):
+    """Where the prompts of the evaluation come from, and how many of them."""
+
+    split: str = "test"
 
 
 class GenerationSpec(Strict):
@@ -111,6 +138,7 @@ class ProjectConfig(Strict):
     title: str = ""
     base: str | None = None
     policies: dict[str, str] = {}
+    baselines: dict[str, str] = {}
     rewards: dict[str, RewardSpec] = {}
     prompts: PromptSpec | None = None
     generation: GenerationSpec = GenerationSpec()

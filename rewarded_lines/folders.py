@@ -64,11 +64,62 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(problems)
     with scratch_folder(out) as partial:
         yield partial
-        sync_folder(partial)
-        with _locked(out.parent, wait=True):
-            _put_in_place(partial, out, overwrite)
-            # What was replaced goes with `partial`, so the new name must be on the disk first.
-            _sync(out.parent)
+        _publish(partial, out, overwrite)
+
+
+def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:
+    """Give a finished folder the name `out`, beside it.
+
+    Args:
+        folder: synced to the disk first.
+        out: the name.
+        overwrite: replace a folder that has the name.
+    """
+    _publish(folder, out, overwrite)
+    # What was replaced has changed places with it.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+    sync_folder(partial)
+    with _locked(out.parent, wait=True):
+        _put_in_place(partial, out, overwrite)
+        # What was replaced goes with `partial`, so the new name must be on the disk first.
+        _sync(out.parent)
+
+
+@contextmanager
+def hold_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Hold a name for a folder, there or not, for this process; the hold goes with the process, however it ends.
+
+    Args:
+        folder: its parents are made.
+        enabled: do nothing otherwise.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if not enabled:
+        yield
+        return
+    held = folder.with_name(f".{folder.name}.lock")
+    with _parents(folder):
+        with held.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it may have taken the name away between the two calls.
+                if not os.path.samestat(os.fstat(file.fileno()), held.stat()):
+                    raise BlockingIOError
+            except OSError as error:
+                raise fail(
+                    "another process is at work on this output",
+                    where=str(folder),
+                    remedy="wait for it to finish, or name another output",
+                ) from error
+            try:
+                yield
+            finally:
+                held.unlink(missing_ok=True)
 
 
 @contextmanager

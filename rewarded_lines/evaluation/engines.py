@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewarded_lines.checkpoints.adapter_config import read_adapter_config
+from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt, encode, split_text
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.generation import Response, Weights, prompt_seed
-from rewarded_lines.evaluation.prompts import encode, split_text
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 class VllmGenerator:
     """vLLM in this process: the engine is built once, weights stream into it layer by layer."""
 
-    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> None:
+    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> None:
         """Build the engine; see `load_generator`."""
         _prepare_vllm()
         from vllm import LLM
@@ -42,7 +45,7 @@ class VllmGenerator:
         self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
 
-    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], spec: GenerationSpec) -> list[Response]:
         """See `Generator.generate`."""
         from vllm import SamplingParams
 
@@ -60,7 +63,7 @@ class VllmGenerator:
         outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
         return [self._response(row, output.outputs[0]) for row, output in zip(ids, outputs, strict=True)]
 
-    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """See `Generator.logprobs`: one prefill of prompt and response together, nothing is generated beyond it."""
         from vllm import SamplingParams
 
@@ -95,15 +98,28 @@ class HfGenerator:
 
     _BATCH = 64
 
-    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> None:
-        """Load the model; see `load_generator`."""
+    def __init__(
+        self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], loaded: tuple[Any, Any] | None = None
+    ) -> None:
+        """Load the model, a whole one or an adapter over its base; see `load_generator`.
+
+        Args:
+            model: its folder, or a Hub id.
+            spec: dtype and response length.
+            prompts: see `load_generator`.
+            loaded: model and tokenizer that are there already; they are given back as they were by `close`.
+        """
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self._tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
-        self._model.eval().to(device)
+        if loaded is None:
+            tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
+            loaded = whole.to(device), tokenizer
+        self._model, self._tokenizer = loaded
+        self._before = self._model.training, self._model.generation_config
+        self._model.eval()
         ends = self._model.generation_config.eos_token_id
         self._ends = {ends} if isinstance(ends, int) else set(ends or [])
         if self._tokenizer.eos_token_id is not None:
@@ -133,7 +149,7 @@ class HfGenerator:
             names = ", ".join(list(left.values())[:3])
             raise fail("parameters without weights", where="--engine hf", got=names, remedy="use --engine vllm")
 
-    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], spec: GenerationSpec) -> list[Response]:
         """See `Generator.generate`."""
         responses: list[Response] = []
         for start in range(0, len(prompts), self._BATCH):
@@ -146,7 +162,7 @@ class HfGenerator:
                 responses.append(Response(draft.text, draft.tokens, draft.ended, logprob))
         return responses
 
-    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """See `Generator.logprobs`."""
         totals: list[float] = []
         for start in range(0, len(prompts), self._BATCH):
@@ -156,6 +172,8 @@ class HfGenerator:
 
     def close(self) -> None:
         """See `Generator.close`."""
+        training, self._model.generation_config = self._before
+        self._model.train(training)
         del self._model
         gc.collect()
 
@@ -181,7 +199,7 @@ class HfGenerator:
         text = split_text([*prompt, *tokens], len(prompt), self._tokenizer)[1]
         return Response(text, tokens, end is not None, 0.0)
 
-    def _batch_logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def _batch_logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         import torch
 
         heads = encode(self._tokenizer, prompts)
@@ -265,7 +283,7 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[str]) -> tuple[Any, int]:
+def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> tuple[Any, int]:
     """Return the tokenizer and the longest sequence needed, which the model must be able to hold."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -283,7 +301,7 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[st
         )
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
     longest = max(lengths) + spec.max_tokens + 1
-    room = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", longest)
+    room = getattr(AutoConfig.from_pretrained(_base_of(model)), "max_position_embeddings", longest)
     if longest > room:
         raise fail(
             "a prompt and its response do not fit the model",
@@ -293,6 +311,12 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[st
             remedy="shorten prompts or generation.max_tokens",
         )
     return tokenizer, longest
+
+
+def _base_of(model: str) -> str:
+    """Return the model under an adapter's folder; any other model is its own."""
+    folder = Path(model)
+    return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 
 
 def _total(logprobs: Sequence[Any], tokens: Sequence[int]) -> float:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Generator(Protocol):
         """Replace every weight by the tensors given, under the checkpoint's names."""
         ...
 
-    def generate(self, prompts: Sequence[str], spec: GenerationSpec) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], spec: GenerationSpec) -> list[Response]:
         """Return one response for each prompt; prompt i is answered with `prompt_seed(spec, i)`."""
         ...
 
-    def logprobs(self, prompts: Sequence[str], responses: Sequence[Response]) -> list[float]:
+    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """Return log π(response | prompt) under the present weights, in nats at temperature 1."""
         ...
 
@@ -77,7 +78,7 @@ def check_engine(engine: str) -> None:
         )
 
 
-def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[str]) -> Generator:
+def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> Generator:
     """Build an engine on a model's folder.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,10 +162,8 @@ class ModelReward:
         Batches are made of texts of similar length, so little is spent on padding; the order returned is the
         order given.
         """
-        texts = [
-            self._spec.template.replace("{prompt}", prompt).replace("{response}", response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        pairs = zip(prompts, responses, strict=True)
+        texts = [fill_template(self._spec.template, prompt, response) for prompt, response in pairs]
         ids = self._tokenizer(texts)["input_ids"]
         self._check_lengths(ids, prompts, responses)
         order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
@@ -196,6 +195,12 @@ class ModelReward:
         with torch.inference_mode():
             logits = self._model(**padded.to(self._model.device)).logits.double()
         return sum(weight * logits[:, index] for index, weight in self._terms).tolist()
+
+
+def fill_template(template: str, prompt: str, response: str) -> str:
+    """Return the text that a classifier reads; what looks like a placeholder in prompt or response is left alone."""
+    parts = {"{prompt}": prompt, "{response}": response}
+    return re.sub(r"\{prompt\}|\{response\}", lambda found: parts[found[0]], template)
 
 
 def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -10,15 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import blake3
 import numpy as np
 
 from rewarded_lines import __version__
 from rewarded_lines.checkpoints.hashing import model_hash, weights_hash
 from rewarded_lines.config import GenerationSpec, Project, RewardSpec, load_project
+from rewarded_lines.data.prompts import Prompt, load_prompts, prompt_text
+from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.generation import Generator, check_engine, load_generator, prompt_seed
-from rewarded_lines.evaluation.prompts import load_prompts
 from rewarded_lines.evaluation.records import (
     RUN_FILE,
     SFT,
@@ -48,7 +48,7 @@ class _Bench:
     plan: MergePlan
     generator: Generator
     rewards: Mapping[str, Reward]
-    prompts: list[str]
+    prompts: list[Prompt]
     generation: GenerationSpec
 
 
@@ -136,7 +136,7 @@ def _plan(project: Project, layers: str | None) -> MergePlan:
 
 @contextmanager
 def _bench(
-    project: Project, plan: MergePlan, rewards: Mapping[str, Reward], prompts: list[str], engine: str
+    project: Project, plan: MergePlan, rewards: Mapping[str, Reward], prompts: list[Prompt], engine: str
 ) -> Iterator[_Bench]:
     generation = project.config.generation
     generator = load_generator(engine, str(plan.base.folder), generation, prompts)
@@ -159,15 +159,16 @@ def _evaluate(bench: _Bench, spec: PointSpec) -> Point:
     else:
         under_sft = [response.logprob for response in responses]
     texts = [response.text for response in responses]
+    prompts = [prompt_text(prompt) for prompt in bench.prompts]
     return Point(
         spec=spec,
-        prompts=list(bench.prompts),
+        prompts=prompts,
         responses=texts,
         seeds=np.array([prompt_seed(bench.generation, index) for index in range(len(texts))], dtype=np.int64),
         tokens=np.array([len(response.tokens) for response in responses], dtype=np.int64),
         ended=np.array([response.ended for response in responses]),
         kl=np.array([response.logprob for response in responses]) - np.array(under_sft),
-        scores={name: np.array(reward.score(bench.prompts, texts)) for name, reward in bench.rewards.items()},
+        scores={name: np.array(reward.score(prompts, texts)) for name, reward in bench.rewards.items()},
     )
 
 
@@ -175,7 +176,7 @@ def _keys(
     project: Project,
     plan: MergePlan,
     rewards: Mapping[str, Reward],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     specs: Sequence[PointSpec],
     engine: str,
 ) -> dict[PointSpec, str]:
@@ -186,7 +187,7 @@ def _keys(
         "base": model_hash(plan.base.folder),
         "blocks": [sorted((n, p.stack, p.block, p.blocks) for n, p in plan.depths.place.items())],
         "policies": [weights_hash(policy.folder) for policy in plan.policies.values()],
-        "prompts": _hash_text("\0".join(prompts)),
+        "prompts": rows_hash({"prompt": prompt} for prompt in prompts),
         "generation": project.config.generation.model_dump(mode="json"),
         "rewards": {name: [_declaration(project.config.rewards[name]), r.fingerprint] for name, r in rewards.items()},
     }
@@ -198,7 +199,9 @@ def _declaration(spec: RewardSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude={"batch_size", "description", "unit"})
 
 
-def _header(project: Project, plan: MergePlan, prompts: Sequence[str], engine: str, keys: list[str]) -> dict[str, Any]:
+def _header(
+    project: Project, plan: MergePlan, prompts: Sequence[Prompt], engine: str, keys: list[str]
+) -> dict[str, Any]:
     config = project.config
     return {
         "title": config.title,
@@ -210,9 +213,9 @@ def _header(project: Project, plan: MergePlan, prompts: Sequence[str], engine: s
         },
         "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
         "prompts": {
-            "file": config.prompts.file if config.prompts else "",
+            "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
             "count": len(prompts),
-            "hash": _hash_text("\0".join(prompts)),
+            "hash": rows_hash({"prompt": prompt} for prompt in prompts),
         },
         "generation": config.generation.model_dump(mode="json"),
         "sweep": config.sweep.model_dump(mode="json"),
@@ -231,7 +234,3 @@ def _versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _hash_text(text: str) -> str:
-    return blake3.blake3(text.encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""What the recipes share: arguments, corpora, and any reward as a module for TRL."""
+"""What the recipes share: arguments, the run and its folder, models, and any reward in the forms that TRL takes."""

@@ -18,7 +18,8 @@ class MetricsCallback(TrainerCallback):
     """Appends `{"step", "max_steps", "seconds", **logs}` to the output folder's metrics.jsonl.
 
     The output folder has its final name only at the end, so whoever watches names a second file in the
-    environment variable REWARDED_LINES_PROGRESS; it gets the same lines.
+    environment variable REWARDED_LINES_PROGRESS; it gets the same lines. A run that is resumed goes on after the lines
+    up to its checkpoint; those that came later are made again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +31,11 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say how many steps there will be."""
+        """Say how many steps there will be, and take back the lines of steps that are made again."""
+        if state.is_world_process_zero and self._files[0].is_file():
+            lines = self._files[0].read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self._files[0].write_text("".join(kept), encoding="utf-8")
         self._write(state, {})
 
     def on_log(

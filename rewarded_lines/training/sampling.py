@@ -1,81 +1,114 @@
-"""Responses sampled with Hugging Face's generate: for preference pairs, and to measure a policy."""
+"""Responses outside of the trainer: what a policy gained over the SFT model, and samples for preference pairs.
+
+The evaluator's own generators are used, with a seed for every prompt, so that before and after are compared in pairs.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import DistributedType, PartialState
 
-from rewarded_lines.evaluation.prompts import split_text
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.evaluation.engines import HfGenerator
+from rewarded_lines.evaluation.generation import check_engine
+from rewarded_lines.evaluation.isolated import generate_isolated
+from rewarded_lines.training.rewards import WeightedReward
+
+Parts = dict[str, list[float]]
 
 
-@torch.inference_mode()
-def sample_responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 128,
-) -> list[str]:
-    """Return one response for each prompt, sampled from the whole distribution (no top-k, no top-p).
+@dataclass(frozen=True)
+class Sampler:
+    """Answers prompts and scores the answers.
 
-    Args:
-        model: a causal language model; put into evaluation mode for the time being.
-        tokenizer: its tokenizer, with a token for padding.
-        prompts: repeat a prompt to get several responses to it.
-        max_tokens: longest response.
-        temperature: above 0.
-        seed: the same seed, prompts and batch size give the same responses; the global generator is left
-            alone.
-        batch_size: prompts at a time.
+    Attributes:
+        reward: what scores them.
+        tokenizer: of the models.
+        spec: temperature, length, seed and type.
     """
-    config = GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    training = model.training
-    model.eval()
-    responses: list[str] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = tokenizer(
-                list(prompts[start : start + batch_size]),
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            ).to(model.device)
-            ids = cast(Any, model).generate(**batch, generation_config=config)
-            padding = (1 - batch["attention_mask"]).sum(1).tolist()
-            width = batch["input_ids"].shape[1]
-            responses += [
-                split_text(row[left:], width - left, tokenizer)[1]
-                for row, left in zip(ids.tolist(), padding, strict=True)
-            ]
-    model.train(training)
-    return responses
+
+    reward: WeightedReward
+    tokenizer: Any
+    spec: GenerationSpec
+
+    def responses(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> list[str]:
+        """Return one response for each prompt.
+
+        Args:
+            model: a loaded model, out of its wrappers.
+            folder: the same model on disk, for a process of its own where the loaded one is spread over several.
+            prompts: texts or chats; repeat a prompt to get several responses to it.
+        """
+        return sample("hf", model, folder, self.tokenizer, self.spec, prompts)
+
+    def measure(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> Parts:
+        """Return every reward's scores of one response to each prompt."""
+        return self.reward.parts(prompts, self.responses(model, folder, prompts))
+
+
+def sample(
+    engine: str, model: Any, folder: str, tokenizer: Any, spec: GenerationSpec, prompts: Sequence[Prompt]
+) -> list[str]:
+    """Return one response for each prompt; see `Sampler.responses`.
+
+    vLLM gets a process of its own, and so does a model that is spread over several.
+    """
+    if engine == "vllm" or is_sharded():
+        return generate_isolated(engine, folder, spec, prompts)
+    generator = HfGenerator(folder, spec, prompts, loaded=(model, tokenizer))
+    try:
+        return [response.text for response in generator.generate(prompts, spec)]
+    finally:
+        generator.close()
+
+
+def is_sharded() -> bool:
+    """Say whether models are spread over processes, so that none of them can answer alone."""
+    return PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def choose_engine(wanted: str) -> str:
+    """Return the engine that "auto" means here: vLLM when it is installed.
+
+    Raises:
+        UserError: an engine that is named and not installed.
+    """
+    engine = ("vllm" if find_spec("vllm") else "hf") if wanted == "auto" else wanted
+    check_engine(engine)
+    return engine
 
 
 def summary(scores: Sequence[float]) -> str:
     """Return mean and standard error as text."""
-    return f"{statistics.fmean(scores):.2f} (s.e. {statistics.stdev(scores) / len(scores) ** 0.5:.2f})"
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    return f"{statistics.fmean(scores):.2f} (s.e. {error:.2f})"
+
+
+def gains(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Return for each reward what `paired_gain` says."""
+    return {name: paired_gain(before[name], after[name]) for name in before}
+
+
+def describe(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return gains as text, a reward a line."""
+    return "\n".join(
+        f"`{name}` on validation prompts: {one['before']:.3g} -> {one['after']:.3g}, "
+        f"gain {one['gain']:+.3g} [{one['gain_interval'][0]:.3g}, {one['gain_interval'][1]:.3g}]"
+        for name, one in found.items()
+    )
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float | list[float]]:
     """Return both means, the mean gain over the same prompts, and its 95% interval (normal approximation)."""
     differences = [new - old for old, new in zip(before, after, strict=True)]
     mean = statistics.fmean(differences)
-    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
+    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
     return {
         "before": statistics.fmean(before),
         "after": statistics.fmean(after),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from rewarded_lines.evaluation.prompts import split_text
 from trl.experimental.utils import get_reward
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.prompts import split_text
 from rewarded_lines.training.reward_module import RewardModule, StandardizedReward, pad_prompts
 from rewarded_lines.training.scratch import ScratchModel, train_tokenizer
 

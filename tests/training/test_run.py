@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from rewarded_lines.training.output import training_output
 from safetensors.torch import save_file
 
 from rewarded_lines.checkpoints.hashing import file_hash, weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.output import training_output
 
 
 @dataclass

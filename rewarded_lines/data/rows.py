@@ -1,0 +1,227 @@
+"""Rows with declared roles, from JSONL, Parquet or CSV files or a data set of the Hub; checked before anything is done.
+
+Nothing is repaired or dropped: a row that lacks a role ends the reading with its place and the columns that are there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from rewarded_lines.config import DataSpec
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.references import find_function
+
+Row = dict[str, Any]
+# Alternatives of what a row may hold, in order of preference.
+Layouts = Sequence[tuple[str, ...]]
+_SHOWN = 12
+_SAID = 600
+
+
+def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path()) -> list[Row]:
+    """Return the rows of a source, each with the roles of the first of `layouts` that its columns allow.
+
+    A role is a text, or a list of messages `{"role": ..., "content": ...}` (conversational data).
+
+    Args:
+        spec: the source.
+        layouts: e.g. `[("messages",), ("prompt", "completion")]`.
+        root: the folder that paths in `spec` start from.
+
+    Raises:
+        UserError: no such file or data set, something that is not JSON, a role without a column, or no rows.
+    """
+    source = str(root / spec.file) if spec.file is not None else str(spec.dataset)
+    raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
+    rows = list(islice(_shape(raw, spec, layouts, root, source), spec.limit))
+    if not rows:
+        raise fail("there are no rows", where=source, expected="at least one")
+    return rows
+
+
+def rows_hash(rows: Iterable[Row]) -> str:
+    """Return the BLAKE3 hash of rows: other data, other hash."""
+    hasher = blake3.blake3()
+    for row in rows:
+        hasher.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return hasher.hexdigest()
+
+
+def _shape(raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, root: Path, source: str) -> Iterator[Row]:
+    """Turn rows of the data into rows with roles."""
+    function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
+    layout: tuple[str, ...] | None = None
+    for where, row in raw:
+        made = row if function is None else _call(function, row, where)
+        for one in made if isinstance(made, list) else [made] if made is not None else []:
+            named = _rename(one, spec.columns, where)
+            layout = layout or _choose(named, layouts, where)
+            yield {role: _check(named, role, where, layouts) for role in layout}
+
+
+def _call(function: Any, row: Row, where: str) -> Any:
+    try:
+        made = function(row)
+    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is reported, not lost
+        raise fail(
+            f"the row function raised {type(error).__name__}: {error}",
+            where=where,
+            got=json.dumps(row, ensure_ascii=False, default=str)[:_SAID],
+        ) from error
+    several = made if isinstance(made, list) else [made]
+    if not all(one is None or isinstance(one, Mapping) for one in several):
+        raise fail("the row function returned no row", where=where, expected="a dict, a list of dicts or None")
+    return made
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
+    """Return the row with every role under its own name; columns of the data keep theirs otherwise."""
+    renamed = {name: value for name, value in row.items() if name not in columns}
+    for role, column in columns.items():
+        value: Any = row
+        for part in column.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise fail(f"no column `{column}` (declared for {role})", where=where, got=_names(row))
+            value = value[part]
+        renamed[role] = value
+    return renamed
+
+
+def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
+    for layout in layouts:
+        if all(role in row for role in layout):
+            return layout
+    raise fail(
+        "the columns do not make a training row",
+        where=where,
+        expected=_expected(layouts),
+        got=_names(row),
+        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with `row_function: file.py:function`",
+    )
+
+
+def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
+    value = row.get(role)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(_is_message(one) for one in value):
+        return [{"role": one["role"], "content": one["content"]} for one in value]
+    kind = "nothing" if value is None else repr(value)[:80]
+    raise fail(
+        f"no text in column `{role}`",
+        where=where,
+        expected=f"text, or messages such as {{'role': 'user', 'content': '...'}}; {_expected(layouts)}",
+        got=f"{kind}; {_names(row)}",
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _expected(layouts: Layouts) -> str:
+    return "columns " + ", or ".join(" + ".join(layout) for layout in layouts)
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    names = list(row)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return "columns " + (", ".join(names[:_SHOWN]) + more if names else "none")
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
+    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
+    if not path.is_file():
+        remedy = "`rewarded-lines demo --until data` makes the demo's corpus"
+        raise fail("no such file", where=str(path), expected="a JSONL, Parquet or CSV file", remedy=remedy)
+    if path.suffix not in readers:
+        raise fail("not a kind of file that is read", where=str(path), expected=", ".join(readers))
+    try:
+        yield from readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise fail("not UTF-8 text", where=str(path), got=str(error)) from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _object(line, where)
+
+
+def _object(line: str, where: str) -> Row:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise fail("not JSON", where=where, expected="one JSON object a line", got=str(error)) from error
+    if not isinstance(row, dict):
+        raise fail("not a JSON object", where=where, got=type(row).__name__)
+    return row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise fail("another number of fields than the header has", where=where, got=str(row)[:_SAID])
+                yield where, dict(row)
+        except csv.Error as error:
+            raise fail("not readable as CSV", where=f"{path}, line {reader.line_num}", got=str(error)) from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise fail("not readable as Parquet", where=str(path), got=str(error)) from error
+
+
+def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise fail(
+            "data sets of the Hub need the package `datasets`",
+            where=f"data set {spec.dataset}",
+            remedy="pip install 'rewarded-lines[train]', or name a local file",
+        ) from error
+    try:
+        found = datasets.load_dataset(str(spec.dataset), spec.subset, split=spec.split, revision=spec.revision)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds, from requests' to Arrow's
+        raise _hub_fault(spec, error) from error
+    for number, row in enumerate(found):
+        yield f"data set {spec.dataset}, split {spec.split}, row {number}", dict(row)
+
+
+def _hub_fault(spec: DataSpec, error: Exception) -> UserError:
+    """Return what to say of a data set that could not be had."""
+    said = " ".join(str(error).split())[:_SAID]
+    network = any(word in f"{type(error).__name__} {said}".lower() for word in ("connect", "offline", "timed out"))
+    return fail(
+        "the data set cannot be reached" if network else "the data set cannot be loaded",
+        where=f"data set {spec.dataset}" + (f", subset {spec.subset}" if spec.subset else "") + f", split {spec.split}",
+        got=f"{type(error).__name__}: {said}",
+        remedy="check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local file"
+        if network
+        else "check the id, `dataset_config`, `dataset_revision` and the split's name",
+    )

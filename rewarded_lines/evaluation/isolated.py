@@ -1,0 +1,85 @@
+"""Generation in a process of its own: whatever engine it uses, nothing of it stays behind in this one.
+
+A trainer needs that twice: vLLM sets up torch.distributed, which the trainer wants to set up itself, and a model
+that is spread over several processes cannot answer in one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluation.generation import load_generator
+from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+
+# What launchers tell their processes; the child is none of them.
+_LAUNCHER = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PARALLELISM_CONFIG_")
+_LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"}
+_LINES_SHOWN = 12
+
+
+def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> list[str]:
+    """Return the text of one response for each prompt.
+
+    Args:
+        engine: "vllm" or "hf".
+        model: folder or Hub id.
+        spec: how to sample; prompt i is answered with `prompt_seed(spec, i)`.
+        prompts: texts or chats.
+
+    Raises:
+        UserError: the child failed; the message ends with the last lines of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer, log = (Path(folder, name) for name in ("task.json", "answer.json", "log"))
+        content = {"engine": engine, "model": model, "spec": spec.model_dump(), "prompts": list(prompts)}
+        task.write_text(json.dumps(content), encoding="utf-8")
+        command = (sys.executable, "-m", "rewarded_lines.evaluation.isolated", str(task), str(answer))
+        environment = _plain_environment() | {DIE_WITH_PARENT: str(os.getpid())}
+        with log.open("wb") as output:
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            ).returncode
+        if code != 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES_SHOWN:]
+            raise fail(
+                f"sampling responses failed with exit code {code}",
+                where=f"{model}, engine {engine}",
+                got="\n    ".join(["the last lines it printed:", *lines]),
+                remedy="pass --sampling_engine hf" if engine == "vllm" else "",
+            )
+        responses: list[str] = json.loads(answer.read_text(encoding="utf-8"))
+        return responses
+
+
+def _plain_environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_LAUNCHER) and name not in _LAUNCHER_NAMES
+    }
+
+
+def _answer(task: Path, answer: Path) -> None:
+    """Be the child."""
+    die_with_parent()
+    content = json.loads(task.read_text(encoding="utf-8"))
+    spec = GenerationSpec(**content["spec"])
+    generator = load_generator(content["engine"], content["model"], spec, content["prompts"])
+    try:
+        texts = [response.text for response in generator.generate(content["prompts"], spec)]
+    finally:
+        generator.close()
+    answer.write_text(json.dumps(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _answer(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,90 @@
+"""A run's place in the project: it reads base and rewards there, and adds its own model to it.
+
+The file is the user's: comments and order stay, and only the entry of this run changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from rewarded_lines.config import load_project
+from rewarded_lines.errors import fail
+
+
+def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[str]:
+    """Add entries to a project file, which is made if there is none; return what was changed, as text.
+
+    Args:
+        project_file: the file.
+        entries: value by place, such as `{("base",): "organisation/model", ("policies", "brief"): Path("brief")}`; a
+            `Path` is written relative to the file's folder where it lies below it.
+
+    Raises:
+        UserError: the file is not a project file.
+    """
+    path = Path(project_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path):
+        if path.exists():
+            load_project(path)
+        yaml = YAML()
+        yaml.preserve_quotes = True
+        yaml.width = 4096
+        content = yaml.load(path.read_text(encoding="utf-8")) if path.exists() else None
+        content = {} if content is None else content
+        changes = [_put(content, place, _value(value, path.parent)) for place, value in entries.items()]
+        said = [change for change in changes if change]
+        if said:
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            with partial.open("w", encoding="utf-8") as file:
+                yaml.dump(content, file)
+            try:
+                load_project(partial)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+        return [f"{project_file}: {change}" for change in said]
+
+
+def _put(content: Any, place: tuple[str, ...], value: Any) -> str:
+    """Set an entry; return what changed, or ""."""
+    section = content
+    for key in place[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+    before = section.get(place[-1])
+    if before == value:
+        return ""
+    section[place[-1]] = value
+    name = ".".join(place)
+    return f"{name}: {value}" if before is None else f"{name}: {value} (was {before})"
+
+
+def _value(value: Any, root: Path) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _value(one, root) for key, one in value.items()}
+    if not isinstance(value, Path):
+        return value
+    full, below = value.resolve(), root.resolve()
+    return str(full.relative_to(below)) if full.is_relative_to(below) else str(full)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep other recipes from changing the file at the same time: policies are often trained side by side."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        raise fail("the project file cannot be written", where=str(path), got=str(error)) from error
+    finally:
+        os.close(descriptor)

