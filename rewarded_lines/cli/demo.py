@@ -16,7 +16,7 @@ from rewarded_lines.cli.report import show
 
 
 def demo(
-    algo: Annotated[str, typer.Option(help="How policies are trained: ppo or dpo.")] = "ppo",
+    algo: Annotated[str, typer.Option(help="How policies are trained: ppo, dpo or rloo.")] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; runs/demo, runs/demo-dpo, runs/demo-seed1 … by default.")

@@ -25,7 +25,7 @@ from rewarded_lines.evaluation.generation import check_engine
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign
 
-ALGORITHMS = ("ppo", "dpo")
+ALGORITHMS = ("ppo", "dpo", "rloo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 STATE_FILE = "demo.json"
 CORPUS_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "pairs-train.jsonl", "pairs-test.jsonl")
@@ -250,6 +250,8 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
     script = _CHECKOUT / "recipes" / f"{recipe}.py"
     config = settings.configs / f"{recipe}.yaml"
     overrides = {**_moved_paths(config, settings.out), "seed": str(settings.seed), "output_dir": str(output)}
+    # What a kill has left of the same run is gone on with; what is left of another one is the demo's to replace.
+    overrides["overwrite"] = "true"
     arguments = [word for key, value in (overrides | options).items() for word in (f"--{key}", value)]
     # One process: the demo's model is small, and two policies train side by side.
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from rewarded_lines.config import PROJECT_FILE, load_project, save_project
 from rewarded_lines.evaluation.rewards import load_rewards
@@ -14,11 +15,15 @@ from rewarded_lines.training.arguments import parse_recipe
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
 def test_all_of_them_are_found():
-    assert [path.stem for path in CONFIGS if path.parent.name == "demo"] == ["dpo", "ppo", "reward", "sft"]
+    assert [path.stem for path in RECIPES] == ["dpo", "ppo", "reward", "rloo", "sft"]
+    assert [path.stem for path in CONFIGS if path.parent.name == "demo"] == [path.stem for path in RECIPES]
     assert {path.stem for path in CONFIGS} <= {path.stem for path in RECIPES}
+    assert {path.parent.name for path in CONFIGS} == {"assistant", "demo", "smollm2", "summary"}
+    assert [path.stem for path in LAUNCHES] == ["cpu", "ddp", "fsdp2", "gpu", "two_nodes", "zero2", "zero3"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -29,11 +34,38 @@ def test_a_config_opens_with_its_command_and_parses(path):
     assert first.startswith(f"# accelerate launch {recipe} --config {shown}")
     seen = []
     module = load(ROOT / recipe)
-    module.parse_recipe = lambda classes, argv: seen.append(parse_recipe(classes, argv)) or stop()
+    module.parse_recipe = lambda *parts: seen.append(parse_recipe(*parts)) or stop()
     with pytest.raises(Stop):
         module.main(["--config", str(path)])
     parsed = {key: value for part in seen[0] for key, value in vars(part).items()}
-    assert parsed["output_dir"] == yaml.safe_load(path.read_text())["output_dir"]
+    content = yaml.safe_load(path.read_text())
+    assert parsed["output_dir"] == content["output_dir"] and seen[0].given == content.keys()
+    files = [value for key, value in content.items() if key == "row_function"]
+    assert all((ROOT / file.rpartition(":")[0]).is_file() for file in files)
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs_as_they_are_meant(path, monkeypatch):
+    assert path.read_text().startswith("# ") and f"--config_file recipes/accelerate/{path.name}" in path.read_text()
+    parser = launch_command_parser()
+    given = parser.parse_args(["--config_file", str(path), "recipes/ppo.py"])
+    arguments, config, _ = _validate_launch_command(given)
+    kind, processes = {
+        "cpu": ("MULTI_GPU", 2),
+        "gpu": ("NO", 1),
+        "ddp": ("MULTI_GPU", 8),
+        "fsdp2": ("FSDP", 8),
+        "zero2": ("DEEPSPEED", 8),
+        "zero3": ("DEEPSPEED", 8),
+        "two_nodes": ("MULTI_GPU", 16),
+    }[path.stem]
+    assert config.distributed_type == kind and arguments.num_processes == processes
+    assert arguments.use_cpu == (path.stem == "cpu")
+    # Every key is one that accelerate knows: a typo would be carried along in silence.
+    known = set(vars(parser.parse_args(["x"])))
+    for section, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", "")):
+        for key in getattr(config, section) or {}:
+            assert key in known or prefix + key in known, key
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,194 +1,206 @@
-"""Every recipe, from its demo config to a model on disk, on a toy corpus with a model of two blocks."""
+"""Every recipe, from its demo config to a model on disk that the project knows and the merger takes."""
 
-import importlib.util
 import json
-import shutil
+import os
+import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
+import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
+from small_recipes import POLICIES, ROOT, load_recipe, record, run, words_for
+from transformers import AutoModelForCausalLM
 
+from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "recipes" / "configs" / "demo"
-GOOD = ["a warm and funny film about a small town", "one of the best films of the year so far"]
-BAD = ["a dull and lifeless film about very little", "one of the worst films of the year by far"]
-PROJECT = {
-    "base": "sft",
-    "rewards": {
-        "positive": {"model": "rewards/positive"},
-        "detailed": {"function": "movie_rewards.py:detailed"},
-        "constant": {"function": "constant.py:constant"},
-    },
-}
-SMALL = {
-    "vocab_size": 320,
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-}
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(name, folder, **overrides):
-    """Run a recipe on its demo config with `overrides` and everything else in `folder`."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    moved = {
-        key: value.replace("runs/demo", str(folder))
-        for key, value in config.items()
-        if isinstance(value, str) and value.startswith("runs/demo")
-    }
-    options = moved | {"disable_tqdm": True} | overrides
-    words = [f"--{key}={str(value).lower() if value is True else value}" for key, value in options.items()]
-    load_recipe(name).main(["--config", str(CONFIGS / f"{name}.yaml"), *words])
-
-
-def write_rows(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tensors(folder):
     """Names, shapes and types of the weights in a model folder."""
-    found = {}
     with safe_open(folder / "model.safetensors", "pt") as file:
-        for name in file.keys():
-            tensor = file.get_slice(name)
-            found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
-    return found
+        return {
+            name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()) for name in file.keys()
+        }
 
 
-def record(folder):
-    return json.loads((folder / "training.json").read_text())
+def project(work):
+    return load_project(work / "rewarded-lines.yaml").config
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A project with an SFT model and a reward model, both made by their recipes."""
-    folder = tmp_path_factory.mktemp("work")
-    rows = [
-        {"prompt": " ".join(text.split()[:3]), "completion": text[len(" ".join(text.split()[:3])) :]}
-        for text in (GOOD + BAD) * 16
-    ]
-    pairs = [{"prompt": "", "chosen": good, "rejected": bad} for good in GOOD for bad in BAD] * 16
-    for split in ("train", "validation"):
-        write_rows(folder / "data" / f"{split}.jsonl", rows)
-    for split in ("train", "test"):
-        write_rows(folder / "data" / f"pairs-{split}.jsonl", pairs)
-    (folder / "rewarded-lines.yaml").write_text(yaml.safe_dump(PROJECT))
-    shutil.copy(ROOT / "eval" / "suites" / "movie_rewards.py", folder)
-    (folder / "constant.py").write_text("def constant(prompts, responses):\n    return [1.0] * len(prompts)\n")
-    run("sft", folder, **SMALL, num_train_epochs=12, per_device_train_batch_size=32)
-    run("reward", folder, num_train_epochs=6)
-    return folder
+def test_sft_from_nothing_leaves_a_model_its_record_and_the_projects_base(work):
+    shape = {"vocab_size": 320, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
+    (work / "rewarded-lines.yaml").unlink()
+    start = {"model_name_or_path": "null", "output_dir": work / "new", "max_steps": 12, "report_to": "tensorboard"}
+    words = [word for word in words_for("sft", work, **shape, **start) if word != "--model_name_or_path=null"]
+    load_recipe("sft").main(words)
+    names = {path.name for path in (work / "new").iterdir()}
+    assert {"config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "training.json", "runs"} <= names
+    assert not names & {"training_args.bin", "adapter"} and not (work / "new.unfinished").exists()
+    assert any((work / "new" / "runs").rglob("events.out.tfevents*"))
+    made = record(work / "new")
+    assert made["complete"] and made["metrics"]["validation_perplexity"] < 320 and made["seed"] == 0
+    assert {"torch", "transformers", "trl"} <= made["versions"].keys()
+    assert made["config"]["SFTConfig"]["learning_rate"] == 5e-3 and made["config"]["ScratchModel"]["vocab_size"] == 320
+    lines = [json.loads(line) for line in (work / "new" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and lines[-1]["step"] == lines[-1]["max_steps"] == 12
+    assert project(work).base == "new"
 
 
-def test_sft_leaves_a_model_and_its_record(work):
-    assert {"config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "training.json"} <= {
-        path.name for path in (work / "sft").iterdir()
-    }
-    assert not (work / "sft" / "training_args.bin").exists()
-    metrics = record(work / "sft")["metrics"]
-    assert metrics["validation_perplexity"] < 100
-    lines = [json.loads(line) for line in (work / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["step"] == 0 and lines[-1]["step"] == lines[-1]["max_steps"] == 24
+def test_sft_fine_tunes_on_completions_only_with_a_chat_template(work):
+    (work / "sft" / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    seen = []
+    recipe = load_recipe("sft")
+    build = recipe.SFTTrainer
+    recipe.SFTTrainer = lambda **parts: seen.append(build(**parts)) or seen[-1]
+    recipe.main(
+        words_for("sft", work, chat=True, system_prompt="be brief", completion_only_loss=True, output_dir=work / "chat")
+    )
+    (trainer,) = seen
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    learned = batch["input_ids"][batch["labels"] != -100]
+    text = trainer.processing_class.decode(batch["input_ids"][0], skip_special_tokens=False)
+    assert text.startswith("[system]be brief</s>[user]a warm and</s>[assistant]")
+    answer = trainer.processing_class.decode(learned, skip_special_tokens=False)
+    assert answer.endswith("funny film about a small town</s>") and "warm" not in answer
+    assert record(work / "chat")["base_hash"] == weights_hash(work / "sft")
+    assert tensors(work / "chat") == tensors(work / "sft")
 
 
-def test_sft_fine_tunes_an_existing_model(work):
-    run("sft", work, model=work / "sft", output_dir=work / "sft-again", max_steps=1)
-    assert record(work / "sft-again")["base_hash"] == weights_hash(work / "sft")
-    assert tensors(work / "sft-again") == tensors(work / "sft")
+def test_lora_sft_is_folded_into_a_whole_model(work):
+    run("sft", work, use_peft=True, lora_r=4, learning_rate=1e-2, output_dir=work / "folded")
+    assert tensors(work / "folded") == tensors(work / "sft")
+    assert weights_hash(work / "folded") != weights_hash(work / "sft")
+    assert not (work / "folded" / "adapter").exists()
+    assert (work / "folded" / "tokenizer.json").read_bytes() == (work / "sft" / "tokenizer.json").read_bytes()
 
 
-def test_the_reward_model_tells_good_from_bad(work):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_reward_model_learns_and_joins_the_project(work, lora):
+    more = {"use_peft": True, "learning_rate": 5e-3} if lora else {}
+    run("reward", work, max_steps=24, template="Review: {prompt}{response}", **more)
     metrics = record(work / "rewards" / "positive")["metrics"]
     low, high = metrics["accuracy_interval"]
     assert low <= metrics["accuracy"] <= high and metrics["accuracy"] > 0.9
     assert metrics["mean_chosen"] > metrics["mean_rejected"]
+    spec = project(work).rewards["positive"]
+    assert (spec.model, spec.template) == ("rewards/positive", "Review: {prompt}{response}")
 
 
-@pytest.mark.parametrize("reward", ["positive", "detailed"])
-def test_ppo_leaves_a_policy_with_the_base_models_tensors(work, reward):
-    policy = work / "policies" / reward
-    run(
-        "ppo",
-        work,
-        reward=reward,
-        output_dir=policy,
-        total_episodes=32,
-        validation_prompts=16,
-        per_device_train_batch_size=16,
-        local_rollout_forward_batch_size=16,
-        response_length=8,
-    )
-    assert tensors(policy) == tensors(work / "sft")
-    assert weights_hash(policy) != weights_hash(work / "sft")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_joins_the_project_and_merges(work, name, lora, monkeypatch):
+    policy = work / "policies" / "vowels"
+    more = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2} if lora else {}
+    run(name, work, output_dir=policy, **more)
     made = record(policy)
-    assert made["base_hash"] == weights_hash(work / "sft") and made["reward"] == reward
+    assert made["base_hash"] == weights_hash(work / "sft") and made["reward"] == "vowels"
     assert made["metrics"]["gain"] == pytest.approx(made["metrics"]["after"] - made["metrics"]["before"])
+    assert made["standardized"]["vowels"]["deviation"] > 0
     assert (policy / "tokenizer.json").read_text() == (work / "sft" / "tokenizer.json").read_text()
-    assert not list((work / "policies").glob(".*"))
+    assert {path.name for path in policy.parent.iterdir()} <= {"vowels", "vowels.pairs.parquet"}
+    assert project(work).policies == {"vowels": "policies/vowels"}
+    assert (work / "rewarded-lines.yaml").read_text().startswith("# What the user wrote stays.")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    if lora:
+        assert json.loads((policy / "adapter_config.json").read_text())["base_model_name_or_path"] == str(work / "sft")
+        tuned = AutoPeftModelForCausalLM.from_pretrained(policy)
+    else:
+        assert tensors(policy) == tensors(work / "sft")
+        tuned = AutoModelForCausalLM.from_pretrained(policy)
+    base = AutoModelForCausalLM.from_pretrained(work / "sft")
+    with torch.no_grad():
+        assert not torch.allclose(tuned(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-4)
+    merge(work / "sft", {"vowels": policy}, 1.0, beta=0.0, out=work / "merged")
+    with torch.no_grad():
+        kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+        merged = kind.from_pretrained(work / "merged")(input_ids=ids).logits
+        assert torch.allclose(merged, tuned(input_ids=ids).logits, atol=1e-5)
 
 
-def test_ppo_refuses_a_reward_that_teaches_nothing(work):
-    with pytest.raises(UserError, match="`constant`: every response(.|\n)*same score"):
-        run("ppo", work, reward="constant", output_dir=work / "policies" / "constant")
-    with pytest.raises(UserError, match="did you mean `positive`"):
-        run("ppo", work, reward="positve", output_dir=work / "policies" / "typo")
-    assert not (work / "policies" / "constant").exists()
+def test_a_weighted_sum_is_a_baseline(work):
+    words = [word for word in words_for("rloo", work) if not word.startswith("--reward=")]
+    config = work / "rloo.yaml"
+    text = (ROOT / "recipes/configs/demo/rloo.yaml").read_text().replace("reward: positive\n", "")
+    config.write_text(text + "rewards: {vowels: 0.5, detailed: 0.5}\n")
+    load_recipe("rloo").main(["--config", str(config), *words[2:], f"--output_dir={work / 'morl'}"])
+    assert project(work).baselines == {"0.5-vowels+0.5-detailed": "morl"} and project(work).policies == {}
+    made = record(work / "morl")
+    assert made["weights"] == {"vowels": 0.5, "detailed": 0.5} and set(made["metrics"]["rewards"]) == {
+        "vowels",
+        "detailed",
+    }
 
 
-def test_dpo_keeps_its_pairs_and_leaves_a_policy(work):
-    policy = work / "policies-dpo" / "detailed"
-    run(
-        "dpo",
-        work,
-        reward="detailed",
-        output_dir=policy,
-        train_prompts=16,
-        responses=4,
-        margin=0.1,
-        validation_prompts=16,
-        max_response_tokens=8,
-        max_steps=2,
-    )
-    pairs = pq.read_table(policy / "pairs.parquet").to_pylist()
+def test_dpo_keeps_its_pairs_and_uses_them_again(work, capsys):
+    kept = work / "pairs.parquet"
+    plain = {"reward": "detailed", "pairs_file": kept, "normalize_rewards": "false"}
+    run("dpo", work, output_dir=work / "first", **plain)
+    pairs = pq.read_table(kept).to_pylist()
     assert pairs and all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
     assert all(len(pair["chosen"].split()) == pair["chosen_score"] for pair in pairs)
-    assert tensors(policy) == tensors(work / "sft")
-    assert record(policy)["base_hash"] == weights_hash(work / "sft")
+    made = kept.stat().st_mtime_ns
+    run("dpo", work, output_dir=work / "second", beta=0.5, **plain)
+    assert kept.stat().st_mtime_ns == made and "pairs found in" in capsys.readouterr().out
+    run("dpo", work, output_dir=work / "third", **plain | {"reward": "vowels"})
+    assert kept.stat().st_mtime_ns != made
 
 
-def test_dpo_says_when_no_responses_differ(work):
+def test_dpo_trains_on_given_pairs(work):
+    files = {"train_file": work / "data" / "pairs-train.jsonl", "output_dir": work / "given"}
+    run("dpo", work, pairs="given", reward="detailed", **files)
+    assert record(work / "given")["metrics"]["pairs"] == 16
+
+
+def test_what_does_not_fit_is_told_before_anything_is_trained(work):
+    for overrides, message in [
+        ({"reward": "constant"}, "`constant`(.|\n)*same score"),
+        ({"reward": "vowls"}, "did you mean `vowels`"),
+        ({"learning_rat": 1}, "did you mean `learning_rate`"),
+        ({"project_file": "nowhere.yaml"}, "no project file there"),
+        ({"columns": "prompt=question"}, "no column `question`(.|\n)*prompt, completion"),
+        ({"max_prompt_tokens": 1}, "no prompt is short enough"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run("ppo", work, output_dir=work / "none", **overrides)
     with pytest.raises(UserError, match="lower `margin`"):
-        run("dpo", work, reward="detailed", output_dir=work / "none", train_prompts=4, responses=2, margin=99)
+        run("dpo", work, output_dir=work / "none", responses=2, margin=99)
+    (work / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="there are no rows"):
+        run("sft", work, output_dir=work / "none", train_file=work / "empty.jsonl")
+    assert not list(work.glob("none*")) and not list(work.glob(".none*"))
 
 
-def test_an_existing_output_is_refused_before_anything_is_loaded(work):
-    for name in ("sft", "reward", "ppo", "dpo"):
-        with pytest.raises(UserError, match="--overwrite true"):
-            run(
-                name,
-                work,
-                output_dir=work / "data",
-                **{"project_file": "nowhere"} if name[1:] == "po" else {},
-            )
+def test_an_existing_folder_is_refused_before_anything_is_loaded(work):
+    for name in ("sft", "reward", "ppo", "dpo", "rloo"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="no recipe made"):
+                run(name, work, output_dir=work / "data", overwrite=overwrite, train_file="nowhere")
 
 
-def test_a_typo_in_a_config_is_refused_with_the_nearest_key(work):
-    with pytest.raises(UserError, match="did you mean `learning_rate`"):
-        run("ppo", work, learning_rat=1)
+def test_without_ppo_in_trl_the_recipe_names_what_has_it_and_rloo(work):
+    code = (
+        "import sys; sys.modules['trl.experimental.ppo'] = None; sys.argv[1:] = sys.argv[2:]\n"
+        "import runpy; runpy.run_path('recipes/ppo.py', run_name='__main__')"
+    )
+    words = words_for("ppo", work, output_dir=work / "none")
+    done = subprocess.run([sys.executable, "-c", code, "", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no PPO" in done.stderr and "trl 1.12.0" in done.stderr and "recipes/rloo.py" in done.stderr
+
+
+def test_a_reward_that_fails_stops_the_run_and_the_last_checkpoint_is_whole(work):
+    words = words_for("ppo", work, reward="failing", output_dir=work / "stopped", save_strategy="steps", save_steps=1)
+    command = [sys.executable, str(ROOT / "recipes/ppo.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "reward `failing`: the function raised RuntimeError: no more" in done.stderr
+    assert not (work / "stopped").exists()
+    checkpoints = sorted(path.name for path in (work / "stopped.unfinished").glob("checkpoint-*"))
+    assert checkpoints and (work / "stopped.unfinished" / checkpoints[-1] / "trainer_state.json").is_file()

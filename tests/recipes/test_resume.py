@@ -1,0 +1,59 @@
+"""A recipe that is ended in the middle and started again has the weights and metrics of one that was not."""
+
+import json
+
+import pytest
+from small_recipes import record, run
+
+from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.errors import UserError
+from rewarded_lines.training.progress import MetricsCallback
+
+OUTPUT = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+# Times, and TRL's count of tokens, which begins anew when a run is resumed.
+ELSE = ("num_tokens", "seconds", "eps", "step_time")
+
+
+class Ended(BaseException):
+    """What a signal would do."""
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if "loss" in line or "objective/kl" in line]
+    return [{key: value for key, value in line.items() if key not in ELSE} for line in kept]
+
+
+def end_at(step, monkeypatch):
+    log = MetricsCallback.on_log
+
+    def on_log(self, args, state, control, logs=None, **more):
+        if state.global_step == step:
+            raise Ended
+        log(self, args, state, control, logs=logs, **more)
+
+    monkeypatch.setattr(MetricsCallback, "on_log", on_log)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "rloo", "ppo"])
+def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
+    more = OUTPUT | ({"use_peft": True, "lora_dropout": 0.1} if lora else {})
+    run(name, work, output_dir=work / "whole", **more)
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        end_at(3, patch)
+        run(name, work, output_dir=work / "ended", **more)
+    assert not (work / "ended").exists() and (work / "ended.unfinished" / "checkpoint-2").is_dir()
+
+    with pytest.raises(UserError, match="another run is there(.|\n)*learning_rate(.|\n)*--overwrite true"):
+        run(name, work, output_dir=work / "ended", **more, learning_rate=0.5)
+    capsys.readouterr()
+    run(name, work, output_dir=work / "ended", **more)
+    assert "going on from" in capsys.readouterr().out
+    assert weights_hash(work / "ended") == weights_hash(work / "whole")
+    assert metrics(work / "ended") == metrics(work / "whole")
+    first, second = (record(work / folder)["metrics"] for folder in ("whole", "ended"))
+    assert first.get("gain") == second.get("gain") and first.get("accuracy") == second.get("accuracy")
+
+    run(name, work, output_dir=work / "ended", **more)
+    assert "finished already" in capsys.readouterr().out

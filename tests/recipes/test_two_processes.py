@@ -1,0 +1,69 @@
+"""Two processes over gloo: each recipe trains, evaluates and saves a checkpoint that loads, with LoRA and without."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+from small_recipes import ROOT, make_project, record, run
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+RECIPES = ("sft", "reward", "ppo", "dpo", "rloo")
+NAMES = [f"{recipe}-{kind}" for recipe in RECIPES for kind in ("full", "lora")]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The project after both processes have run every recipe."""
+    folder = make_project(tmp_path_factory.mktemp("two"))
+    launch(folder, *NAMES)
+    return folder
+
+
+def launch(folder, *names):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*LAUNCH, str(Path(__file__).with_name("two_processes.py")), str(folder), *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_measures_and_saves(two, name):
+    folder = two / name
+    recipe, _, kind = name.partition("-")
+    assert record(folder)["complete"] and not folder.with_name(f"{name}.unfinished").exists()
+    reward, policy_lora = recipe == "reward", kind == "lora" and recipe in ("ppo", "dpo", "rloo")
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    for place in (folder, folder / "checkpoint-4"):
+        adapter = (place / "adapter_config.json").is_file()
+        assert adapter == (policy_lora or (kind == "lora" and place != folder))
+        if not adapter:
+            _, loading = auto.from_pretrained(place, output_loading_info=True)
+            assert not loading["missing_keys"] and not loading["unexpected_keys"]
+        elif not reward:
+            AutoPeftModelForCausalLM.from_pretrained(place)
+    metrics = record(folder)["metrics"]
+    assert {"sft": "validation_perplexity", "reward": "accuracy"}.get(recipe, "gain") in metrics
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == lines[-1]["max_steps"] == 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_effective_batch_is_the_one_declared(two, recipe):
+    config = next(part for name, part in record(two / f"{recipe}-full")["config"].items() if "output_dir" in part)
+    assert config["per_device_train_batch_size"] == 4 and config["gradient_accumulation_steps"] == 1
+    if recipe == "ppo":
+        episodes = [json.loads(line).get("episode") for line in (two / "ppo-full/metrics.jsonl").open()]
+        assert [count for count in episodes if count][:4] == [8, 16, 24, 32]
+
+
+def test_two_processes_learn_what_one_does(two, work):
+    same = {"effective_batch_size": 8, "per_device_train_batch_size": 8, "train_sampling_strategy": "sequential"}
+    run("sft", work, output_dir=work / "one", **same)
+    one, both = (record(folder)["metrics"] for folder in (work / "one", two / "sft-full"))
+    for name in ("train_loss", "validation_perplexity"):
+        assert both[name] == pytest.approx(one[name], rel=0.01)

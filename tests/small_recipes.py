@@ -1,0 +1,132 @@
+"""The recipes in miniature: run in this process on their demo configs, in a project with a tiny SFT model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from tiny_models import make_model, save_model
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "configs" / "demo"
+GOOD = ["a warm and funny film about a small town", "one of the best films of the year so far"]
+BAD = ["a dull and lifeless film about very little", "one of the worst films of the year by far"]
+PROJECT = """\
+# What the user wrote stays.
+base: sft
+rewards:
+  detailed: {function: rewards.py:detailed, unit: words}  # a function
+  vowels: {function: rewards.py:vowels}
+  constant: {function: rewards.py:constant}
+  failing: {function: rewards.py:failing}
+"""
+REWARDS = """\
+CALLS = []
+
+
+def detailed(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def vowels(prompts, responses):
+    return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
+
+
+def constant(prompts, responses):
+    return [1.0] * len(prompts)
+
+
+def failing(prompts, responses):
+    CALLS.append(1)
+    if len(CALLS) > 5:
+        raise RuntimeError("no more")
+    return vowels(prompts, responses)
+"""
+# What makes a run on the demo configs small.
+SMALL = {
+    "sft": {"per_device_train_batch_size": 8, "max_steps": 4},
+    "reward": {"per_device_train_batch_size": 8, "max_steps": 4},
+    "ppo": {
+        "total_episodes": 32,
+        "per_device_train_batch_size": 8,
+        "local_rollout_forward_batch_size": 8,
+        "response_length": 6,
+        "validation_limit": 8,
+        "reward": "vowels",
+    },
+    "rloo": {
+        "max_steps": 4,
+        "effective_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "validation_limit": 8,
+        "reward": "vowels",
+    },
+    "dpo": {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "train_limit": 16,
+        "responses": 4,
+        "margin": 0.1,
+        "max_response_tokens": 6,
+        "validation_limit": 8,
+        "reward": "vowels",
+        "sampling_engine": "hf",
+    },
+}
+POLICIES = ("ppo", "rloo", "dpo")
+
+
+def load_recipe(name: str):
+    """Import a recipe as the script it is."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def words_for(name: str, folder: Path, **overrides: object) -> list[str]:
+    """Return the command line that runs a recipe small, with every path of its demo config in `folder`."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    moved = {
+        key: value.replace("runs/demo", str(folder))
+        for key, value in config.items()
+        if isinstance(value, str) and value.startswith("runs/demo")
+    }
+    start = {"model_name_or_path": folder / "sft"} if name in ("sft", "reward") else {}
+    options = moved | start | {"disable_tqdm": True} | SMALL[name] | overrides
+    words = [f"--{key}={str(value).lower() if value is True else value}" for key, value in options.items()]
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *words]
+
+
+def run(name: str, folder: Path, **overrides: object) -> None:
+    """Run a recipe in this process."""
+    load_recipe(name).main(words_for(name, folder, **overrides))
+
+
+def record(folder: Path) -> dict:
+    """Return what a run recorded."""
+    return json.loads((folder / "training.json").read_text())
+
+
+def make_project(folder: Path) -> Path:
+    """Write the project: an SFT model, data, rewards and the file that names them."""
+    save_model(make_model(0, blocks=2), folder / "sft")
+    rows = [
+        {"prompt": " ".join(text.split()[:3]), "completion": text[len(" ".join(text.split()[:3])) :]}
+        for text in (GOOD + BAD) * 16
+    ]
+    pairs = [{"prompt": "", "chosen": good, "rejected": bad} for good in GOOD for bad in BAD] * 16
+    contents = {"train": rows, "validation": rows, "pairs-train": pairs, "pairs-test": pairs}
+    (folder / "data").mkdir()
+    for name, content in contents.items():
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "rewarded-lines.yaml").write_text(PROJECT)
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
