@@ -25,7 +25,7 @@ from trl.data_utils import maybe_extract_prompt
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.rows import Row
-from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.models import generation_dtype, load_policy, lora_config
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions, SamplingOptions
 from rewarded_lines.training.pairs import best_and_worst, kept_pairs
@@ -85,17 +85,18 @@ def main(argv: Sequence[str]) -> None:
         say(task.heading("DPO", f"{len(pairs)} pairs"))
 
         lora = lora_config(model_options, policy)
-        trainer = DPOTrainer(
-            model=policy,
-            ref_model=None if lora or training.precompute_ref_log_probs else load_policy(task.base, model_options),
-            args=training,
-            train_dataset=Dataset.from_list(
-                [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
-            ),
-            processing_class=task.tokenizer,
-            peft_config=lora,
-            callbacks=[MetricsCallback(run.folder)],
-        )
+        with trainer_settings():
+            trainer = DPOTrainer(
+                model=policy,
+                ref_model=None if lora or training.precompute_ref_log_probs else load_policy(task.base, model_options),
+                args=training,
+                train_dataset=Dataset.from_list(
+                    [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
+                ),
+                processing_class=task.tokenizer,
+                peft_config=lora,
+                callbacks=[MetricsCallback(run.folder)],
+            )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
         trainer.save_model(str(run.folder))
         from_main(lambda: save_tokenizer(task.tokenizer, run.folder))

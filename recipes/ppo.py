@@ -24,7 +24,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.models import (
     generation_dtype,
     load_critic,
@@ -84,17 +84,18 @@ def main(argv: Sequence[str]) -> None:
         lora = lora_config(model_options, policy)
         dataset = Dataset.from_dict({"input_ids": queries.padded(tokenizer.pad_token_id)})
         adaptive = [AdaptiveKL(recipe.target_kl, recipe.kl_horizon)] if recipe.target_kl else []
-        trainer = ResumablePPOTrainer(
-            args=training,
-            processing_class=tokenizer,
-            model=with_lora(policy, lora) if lora else policy,
-            ref_model=None if lora else load_policy(task.base, model_options),
-            reward_model=RewardModule(task.reward, tokenizer, queries),
-            value_model=critic,
-            train_dataset=dataset,
-            eval_dataset=dataset.select(range(1)),
-            callbacks=[*adaptive, MetricsCallback(run.folder)],
-        )
+        with trainer_settings():
+            trainer = ResumablePPOTrainer(
+                args=training,
+                processing_class=tokenizer,
+                model=with_lora(policy, lora) if lora else policy,
+                ref_model=None if lora else load_policy(task.base, model_options),
+                reward_model=RewardModule(task.reward, tokenizer, queries),
+                value_model=critic,
+                train_dataset=dataset,
+                eval_dataset=dataset.select(range(1)),
+                callbacks=[*adaptive, MetricsCallback(run.folder)],
+            )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model(str(run.folder))
         metrics = task.measure_gain(sampler, trainer.policy_model, run.folder)

@@ -26,7 +26,7 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.prompts import prompt_text
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.evaluation.rewards import fill_template, load_reward
-from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.models import (
     absolute,
     fold_classifier,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     recipe, options, data, model_options, training = arguments
     with training_run("reward", arguments) as run:
         set_seed(training.seed)
-        base = absolute(model_options.model_name_or_path)
+        base = absolute(model_options.model_name_or_path, model_options.model_revision)
         pairs = as_texts(read_rows(data.train(), LAYOUTS))
         held_out = as_texts(read_rows(data.validation() or data.train(), LAYOUTS))
         inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}
@@ -75,14 +75,15 @@ def main(argv: Sequence[str]) -> None:
             lora.modules_to_save = ["score"]
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
 
-        trainer = RewardTrainer(
-            model=model,
-            args=training,
-            train_dataset=tokenize(pairs, tokenizer, recipe.template),
-            processing_class=tokenizer,
-            peft_config=lora,
-            callbacks=[MetricsCallback(run.folder)],
-        )
+        with trainer_settings():
+            trainer = RewardTrainer(
+                model=model,
+                args=training,
+                train_dataset=tokenize(pairs, tokenizer, recipe.template),
+                processing_class=tokenizer,
+                peft_config=lora,
+                callbacks=[MetricsCallback(run.folder)],
+            )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
         trainer.save_model(str(run.folder))
         from_main(lambda: save_tokenizer(tokenizer, run.folder))

@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.models import generation_dtype, load_policy, lora_config, reference_loading
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.policy import load_task, prompts_of
@@ -68,15 +68,16 @@ def main(argv: Sequence[str]) -> None:
 
         # TRL loads the reference model by itself, and has to be told how.
         training.model_init_kwargs = reference_loading(model_options)
-        trainer = RLOOTrainer(
-            model=policy,
-            args=training,
-            reward_funcs=RewardFunction(task.reward, task.tokenizer, recipe.missing_eos_penalty),
-            train_dataset=Dataset.from_dict({"prompt": queries.prompts}),
-            processing_class=task.tokenizer,
-            peft_config=lora_config(model_options, policy),
-            callbacks=[MetricsCallback(run.folder)],
-        )
+        with trainer_settings():
+            trainer = RLOOTrainer(
+                model=policy,
+                args=training,
+                reward_funcs=RewardFunction(task.reward, task.tokenizer, recipe.missing_eos_penalty),
+                train_dataset=Dataset.from_dict({"prompt": queries.prompts}),
+                processing_class=task.tokenizer,
+                peft_config=lora_config(model_options, policy),
+                callbacks=[MetricsCallback(run.folder)],
+            )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model(str(run.folder))
         metrics = task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)

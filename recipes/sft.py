@@ -26,7 +26,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rewarded_lines import merge
 from rewarded_lines.data.prompts import with_turns
 from rewarded_lines.data.rows import read_rows, rows_hash
-from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.models import absolute, load_policy, load_tokenizer, lora_config, reference_hash
 from rewarded_lines.training.optimizer import MuonAdamW
 from rewarded_lines.training.options import DataOptions, RunOptions
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     options, data, scratch, model_options, training = arguments
     with training_run("sft", arguments) as run:
         set_seed(training.seed)
-        base = absolute(model_options.model_name_or_path) if model_options.model_name_or_path else None
+        start, revision = model_options.model_name_or_path, model_options.model_revision
+        base = absolute(start, revision) if start else None
         corpus = with_turns(read_rows(data.train(), LAYOUTS), data.train())
         held_out = data.validation()
         validation = with_turns(read_rows(held_out, LAYOUTS), held_out) if held_out else None
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
             return
 
         if base:
-            tokenizer = load_tokenizer(base, model_options.model_revision)
+            tokenizer = load_tokenizer(base, revision)
             model = load_policy(base, model_options)
             lora, optimizer = lora_config(model_options, model), None
         else:
@@ -66,16 +67,17 @@ def main(argv: Sequence[str]) -> None:
             lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
         say(f"SFT of {base or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
-        trainer = SFTTrainer(
-            model=model,
-            args=training,
-            train_dataset=Dataset.from_list(corpus),
-            eval_dataset=Dataset.from_list(validation) if validation else None,
-            processing_class=tokenizer,
-            peft_config=lora,
-            optimizers=(optimizer, None),
-            callbacks=[MetricsCallback(run.folder)],
-        )
+        with trainer_settings():
+            trainer = SFTTrainer(
+                model=model,
+                args=training,
+                train_dataset=Dataset.from_list(corpus),
+                eval_dataset=Dataset.from_list(validation) if validation else None,
+                processing_class=tokenizer,
+                peft_config=lora,
+                optimizers=(optimizer, None),
+                callbacks=[MetricsCallback(run.folder)],
+            )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
         if validation:
             metrics |= trainer.evaluate()

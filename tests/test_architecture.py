@@ -21,6 +21,7 @@ WINGS = [
     "streaming",
     "checkpoints",
     "fronts",
+    "data",
 ]
 GROUND = ["config", "errors", "folders", "processes", "references"]
 

@@ -14,7 +14,10 @@ from rewarded_lines.rules.methods import METHODS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.split("#")[0].strip() for block in CODE for line in block.splitlines() if line.strip()]
+# A backslash at the end of a line goes on in the next one.
+LINES = [
+    line.split("#")[0].strip() for block in CODE for line in block.replace("\\\n", " ").splitlines() if line.strip()
+]
 INLINE = re.findall(r"`((?:make|rewarded-lines|accelerate launch|python) [^`]+)`", " ".join(README.split()))
 COMMANDS = [command for command in [*LINES, *INLINE] if command]
 

@@ -108,12 +108,13 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def resolve_folder(reference: str, weights: bool = True) -> Path:
+def resolve_folder(reference: str, weights: bool = True, revision: str | None = None) -> Path:
     """Return the folder of a model: a local one, or a Hub id `organisation/name` fetched into the Hub's cache.
 
     Args:
         reference: the folder or the id.
         weights: fetch the weights too; otherwise what lies beside them.
+        revision: branch, tag or commit of a Hub id; its main branch by default.
 
     Raises:
         UserError: neither of the two exists.
@@ -129,7 +130,7 @@ def resolve_folder(reference: str, weights: bool = True) -> Path:
             expected=f"a model folder with config.json and {SINGLE_FILE}",
             remedy="give the folder of a checkpoint, or a Hub id organisation/name",
         )
-    return _from_hub(reference, weights)
+    return _from_hub(reference, weights, revision)
 
 
 def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
@@ -188,7 +189,7 @@ def total_bytes(tensors: Iterable[TensorInfo]) -> int:
     return sum(info.bytes for info in tensors)
 
 
-def _from_hub(reference: str, weights: bool) -> Path:
+def _from_hub(reference: str, weights: bool, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -196,7 +197,7 @@ def _from_hub(reference: str, weights: bool) -> Path:
         disable_progress_bars()
     patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(reference, allow_patterns=patterns))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
         raise fail(
             "neither a folder here nor a model that the Hub gives us",

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -91,7 +92,22 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
         raise fail("values that belong to no key", where="arguments of the recipe", got=" ".join(rest))
     arguments = Arguments(one for one in instances if not isinstance(one, argparse.Namespace))
     arguments.given = given
+    _check_reports(arguments)
     return arguments
+
+
+@contextmanager
+def trainer_settings() -> Iterator[None]:
+    """Turn what a trainer says of its settings when it is built into a user's message.
+
+    Raises:
+        UserError: the trainer does not take them.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        what = "the trainer does not take these settings"
+        raise fail(what, where="arguments of the recipe", got=" ".join(str(error).split())) from error
 
 
 def run_recipe(main: Callable[[Sequence[str]], None]) -> None:
@@ -150,6 +166,28 @@ def _follow_machine(given: Collection[str], known: Collection[str]) -> list[str]
     if find_spec("tensorboard") is not None:
         words["report_to"] = "tensorboard"
     return [f"--{key}={value}" for key, value in words.items() if key in known and key not in given]
+
+
+def _check_reports(arguments: Arguments) -> None:
+    """Refuse trackers that do not exist or are not installed, which the trainer would only miss when it is built.
+
+    Raises:
+        UserError: naming them.
+    """
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    wanted = [name for part in arguments for name in getattr(part, "report_to", None) or []]
+    present = get_available_reporting_integrations()
+    problems = []
+    for name in wanted:
+        if name not in ("all", "none") and name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])
+            problems.append(Problem(f"unknown tracker `{name}`", where="report_to", expected=f"one of {known}"))
+        elif name not in ("all", "none") and name not in present:
+            remedy = f"pip install {name}, or set `report_to: none`"
+            problems.append(Problem(f"`{name}` is not installed", where="report_to", remedy=remedy))
+    if problems:
+        raise UserError(problems)
 
 
 def _accumulation(words: Sequence[str], given: Collection[str]) -> list[str]:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 
@@ -228,14 +229,18 @@ def reference_hash(reference: str | None) -> str:
     return weights_hash(Path(reference)) if Path(reference).is_dir() else reference
 
 
-def absolute(reference: str | None) -> str:
+def absolute(reference: str | None, revision: str = "main") -> str:
     """Return a local folder by its absolute path, since adapters record their base by it; a Hub id as it is.
 
+    Of another revision than main the folder in the Hub's cache is returned: an id does not say which one is meant.
+
     Raises:
-        UserError: there is no reference.
+        UserError: there is no reference, or that revision cannot be had.
     """
     if not reference:
         raise fail("`model_name_or_path` is missing", remedy="name the model to start from, a folder or a Hub id")
+    if revision != "main" and not Path(reference).is_dir():
+        return str(resolve_folder(reference, revision=revision))
     return str(Path(reference).resolve()) if Path(reference).is_dir() else reference
 
 

@@ -117,6 +117,9 @@ def load_task(
     weights = rewards.weights()
     project = _project(options, model_options)
     project.require("base", "rewards")
+    if model_options.model_revision != "main":
+        what = "a project's base has no revision, so the merger would take another model than this one"
+        raise fail(what, where="model_revision", remedy="download that revision and name its folder as `base`")
     base = absolute(project.resolve(str(project.config.base)))
     check_start(base, model_options, options.project_file)
     validation = data.validation()
@@ -131,7 +134,7 @@ def load_task(
         "base": reference_hash(base),
         "reward": reward.fingerprint,
     }
-    tokenizer = load_tokenizer(base, model_options.model_revision)
+    tokenizer = load_tokenizer(base)
     return PolicyTask(base, tokenizer, reward, rows, prompts, inputs, options, rewards)
 
 

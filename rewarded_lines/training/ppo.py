@@ -213,7 +213,8 @@ class _Resume(TrainerCallback):
         saved: Any = type(state).load_from_json(str(folder / "trainer_state.json"))
         _load_policy(trainer.policy_model, folder)
         trainer.value_model.load_state_dict(load_file(folder / CRITIC_FILE), strict=False)
-        for part, file in ((trainer.optimizer, "optimizer.pt"), (trainer.lr_scheduler, "scheduler.pt")):
+        states: dict[str, Any] = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
+        for file, part in states.items():
             part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
         trainer.dataloader.skip(saved.global_step)
         counters: Any = state

@@ -1,6 +1,9 @@
 """Every YAML of recipes and suites says what its reader understands, and opens with the command that runs it."""
 
+import contextlib
 import importlib.util
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +18,16 @@ from rewarded_lines.training.arguments import parse_recipe
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+DOCSTRINGS = [path.read_text(encoding="utf-8").split('"""')[1].replace("\\\\\n", " ") for path in RECIPES]
+# What README and the recipes' docstrings show; inside a sentence a command ends where its code does.
+SHOWN = [
+    " ".join(line.split())
+    for text in [README, *DOCSTRINGS]
+    for line in re.findall(r"^ *(accelerate launch [^`\n]+)|`(accelerate launch [^`]+)`", text, re.MULTILINE)
+    for line in line
+    if line
+]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
@@ -23,6 +36,7 @@ def test_all_of_them_are_found():
     assert [path.stem for path in CONFIGS if path.parent.name == "demo"] == [path.stem for path in RECIPES]
     assert {path.stem for path in CONFIGS} <= {path.stem for path in RECIPES}
     assert {path.parent.name for path in CONFIGS} == {"assistant", "demo", "smollm2", "summary"}
+    assert len(SHOWN) >= 20
     assert [path.stem for path in LAUNCHES] == ["cpu", "ddp", "fsdp2", "gpu", "two_nodes", "zero2", "zero3"]
 
 
@@ -42,6 +56,17 @@ def test_a_config_opens_with_its_command_and_parses(path):
     assert parsed["output_dir"] == content["output_dir"] and seen[0].given == content.keys()
     files = [value for key, value in content.items() if key == "row_function"]
     assert all((ROOT / file.rpartition(":")[0]).is_file() for file in files)
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=lambda command: command[:60])
+def test_a_command_that_is_shown_parses(command):
+    words = shlex.split(command)
+    script = next(index for index, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py"))
+    launch_command_parser().parse_args(words[2:])
+    module = load(ROOT / words[script])
+    module.parse_recipe = lambda *parts: parse_recipe(*parts) and stop()
+    with pytest.raises(Stop), contextlib.chdir(ROOT):
+        module.main(words[script + 1 :])
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)

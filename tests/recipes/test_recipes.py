@@ -11,7 +11,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from small_recipes import POLICIES, ROOT, load_recipe, record, run, words_for
-from transformers import AutoModelForCausalLM
+from tiny_models import make_model, save_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
@@ -159,6 +160,7 @@ def test_dpo_trains_on_given_pairs(work):
 
 
 def test_what_does_not_fit_is_told_before_anything_is_trained(work):
+    save_model(LlamaForCausalLM(LlamaConfig(**make_model(0, 2).config.to_dict() | {"vocab_size": 512})), work / "other")
     for overrides, message in [
         ({"reward": "constant"}, "`constant`(.|\n)*same score"),
         ({"reward": "vowls"}, "did you mean `vowels`"),
@@ -166,11 +168,26 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         ({"project_file": "nowhere.yaml"}, "no project file there"),
         ({"columns": "prompt=question"}, "no column `question`(.|\n)*prompt, completion"),
         ({"max_prompt_tokens": 1}, "no prompt is short enough"),
+        ({"report_to": "wandb"}, "`wandb` is not installed"),
+        ({"report_to": "wandbb"}, "unknown tracker `wandbb`"),
+        ({"model_name_or_path": work / "other"}, "the policy and the SFT model have different vocabularies"),
+        ({"use_peft": True, "use_dora": True}, "DoRA"),
+        ({"load_in_4bit": True}, "use_peft: true"),
+        ({"effective_batch_size": 12}, "cannot be made of whole batches"),
+        ({"num_mini_batches": 3}, "num_mini_batches"),
     ]:
         with pytest.raises(UserError, match=message):
             run("ppo", work, output_dir=work / "none", **overrides)
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
+    with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):
+        run("sft", work, output_dir=work / "none", model_name_or_path="nobody/nothing")
+    data = {"train_file": "null", "dataset_name": "nobody/nothing"}
+    words = [word for word in words_for("sft", work, output_dir=work / "none", **data) if "=null" not in word]
+    config = work / "sft.yaml"
+    config.write_text((ROOT / "recipes/configs/demo/sft.yaml").read_text().replace("train_file:", "# "))
+    with pytest.raises(UserError, match="data set nobody/nothing, split train: the data set cannot be reached"):
+        load_recipe("sft").main(["--config", str(config), *words[2:]])
     (work / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="there are no rows"):
         run("sft", work, output_dir=work / "none", train_file=work / "empty.jsonl")

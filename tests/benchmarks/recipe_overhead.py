@@ -1,0 +1,249 @@
+"""Time of a training step in our recipes against the bare TRL trainer with the same settings, on the demo's models.
+
+    python tests/benchmarks/recipe_overhead.py                    # needs what `make demo` has made
+    python tests/benchmarks/recipe_overhead.py --only ppo --rounds 5
+
+Both take the same settings, models, data and rewards; ours goes through the recipe, the bare one hands TRL what it
+wants by the shortest way. Processes alternate; the step time of a process is the median over its steps after the first
+two. The table has the median over the processes of each side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "runs" / "demo"
+RECIPES = ("sft", "reward", "dpo", "rloo", "ppo")
+STEPS = 12
+WARMUP = 2
+LIMIT = 1.05
+PAIRS = "pairs.parquet"
+SHORT: dict[str, dict[str, Any]] = {
+    "sft": {"max_steps": STEPS},
+    "reward": {"max_steps": STEPS},
+    "dpo": {"max_steps": STEPS, "train_limit": 200},
+    "rloo": {"max_steps": STEPS},
+    "ppo": {"total_episodes": 64 * STEPS},
+}
+
+
+def main() -> None:
+    """Measure what is asked for and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RECIPES, action="append", help="this recipe (repeat)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        bare(*options.bare)
+        return
+    if not (DEMO / "rewards" / "positive").is_dir():
+        sys.exit(f"no trained models in {DEMO}: run `make demo` first")
+    sys.stdout.write(
+        "| recipe | ours, ms a step | bare TRL, ms a step | ratio | limit | ok |\n|:--|--:|--:|--:|--:|:--|\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only or RECIPES:
+            sys.stdout.write(row(name, options.rounds, Path(folder)) + "\n")
+            sys.stdout.flush()
+
+
+def row(name: str, rounds: int, folder: Path) -> str:
+    """Return a recipe's line of the table."""
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for number in range(rounds):
+        for side in ("ours", "bare") if number % 2 == 0 else ("bare", "ours"):
+            times[side].append(step_time(name, side, folder / f"{name}-{side}-{number}"))
+    ours, other = median(times["ours"]), median(times["bare"])
+    held = "yes" if ours <= LIMIT * other else "NO"
+    return f"| {name} | {1e3 * ours:.0f} | {1e3 * other:.0f} | {ours / other:.3f} | ≤ {LIMIT} | {held} |"
+
+
+def step_time(name: str, side: str, folder: Path) -> float:
+    """Run one process; return the median time of its steps."""
+    watched = folder.with_suffix(".jsonl")
+    settings = SHORT[name] | {"logging_steps": 1, "output_dir": folder, "project_file": project(folder)}
+    if name == "dpo":
+        settings["pairs_file"] = watched.with_name(PAIRS)
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    recipe = [ROOT / "recipes" / f"{name}.py", "--config", ROOT / "recipes/configs/demo" / f"{name}.yaml", *words]
+    command = recipe if side == "ours" else [Path(__file__), "--bare", name, watched]
+    environment = os.environ | {"REWARDED_LINES_PROGRESS": str(watched), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{name}, {side}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    lines = [json.loads(line) for line in watched.read_text().splitlines()]
+    stamps = {line["step"]: line["seconds"] for line in reversed(lines) if line["step"]}
+    steps = [stamps[step] - stamps[step - 1] for step in sorted(stamps) if step > WARMUP and step - 1 in stamps]
+    return median(steps)
+
+
+def project(folder: Path) -> Path:
+    """Write a project of the run's own, over the demo's models."""
+    path = folder.with_suffix(".yaml")
+    content = yaml.safe_load((DEMO / "rewarded-lines.yaml").read_text())
+    content["base"] = str(DEMO / "sft")
+    content["rewards"]["positive"]["model"] = str(DEMO / "rewards" / "positive")
+    del content["rewards"]["detailed"]
+    path.write_text(yaml.safe_dump({key: content[key] for key in ("base", "rewards", "generation")}))
+    return path
+
+
+# ---- the bare side -------------------------------------------------------------------------------
+
+
+def bare(name: str, file: str) -> None:
+    """Be the bare trainer; write a line with step and time for each log to `file`."""
+    from transformers import TrainerCallback, set_seed
+
+    began = time.monotonic()
+
+    class Stamps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": state.global_step, "seconds": time.monotonic() - began}) + "\n")
+
+    content = yaml.safe_load((ROOT / "recipes/configs/demo" / f"{name}.yaml").read_text()) | SHORT[name]
+    content["pairs_file"] = Path(file).with_name(PAIRS)
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        BARE[name](content, folder, Stamps())
+
+
+def config_of(kind: type, content: dict[str, Any], folder: str) -> Any:
+    """Return TRL's configuration from the demo's keys that it knows."""
+    from dataclasses import fields
+
+    known = {field.name for field in fields(kind) if field.init}
+    kept = {key: value for key, value in content.items() if key in known}
+    machine = {"bf16": False, "use_cpu": True, "dataloader_pin_memory": False, "logging_steps": 1}
+    return kind(**kept | machine | {"output_dir": folder})
+
+
+def rows_of(content: dict[str, Any], *names: str) -> Any:
+    """Return the demo's training rows."""
+    from datasets import Dataset
+
+    lines = (ROOT / content["train_file"]).read_text().splitlines()[: content.get("train_limit")]
+    return Dataset.from_list([{name: json.loads(line)[name] for name in names} for line in lines])
+
+
+def sft(content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """SFTTrainer on a new Llama."""
+    from trl import SFTConfig, SFTTrainer
+
+    from rewarded_lines.training.optimizer import MuonAdamW
+    from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
+
+    corpus = rows_of(content, "prompt", "completion")
+    tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), ScratchModel())
+    model = make_llama(tokenizer, ScratchModel())
+    config = config_of(SFTConfig, content, folder)
+    SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=corpus,
+        processing_class=tokenizer,
+        optimizers=(MuonAdamW(model, config.learning_rate, config.weight_decay), None),
+        callbacks=[stamps],
+    ).train()
+
+
+def reward(content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """RewardTrainer on tokenized pairs."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "sft")
+    rows = rows_of(content, "prompt", "chosen", "rejected")
+    sides = ("chosen", "rejected")
+    columns = {f"{side}_ids": tokenizer([row["prompt"] + row[side] for row in rows])["input_ids"] for side in sides}
+    RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(DEMO / "sft", num_labels=1, dtype="float32"),
+        args=config_of(RewardConfig, content, folder),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[stamps],
+    ).train()
+
+
+def dpo(content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """DPOTrainer on the pairs that the recipe, whose turn comes first, has sampled."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    kept = sorted(Path(folder).parent.rglob("dpo-ours-*.pairs.parquet"))
+    found = kept or sorted(Path(tempfile.gettempdir()).rglob("dpo-ours-*.pairs.parquet"))
+    rows = pq.read_table(found[0], columns=["prompt", "chosen", "rejected"]).to_pylist()
+    DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
+        ref_model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
+        args=config_of(DPOConfig, content, folder),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(DEMO / "sft"),
+        callbacks=[stamps],
+    ).train()
+
+
+def rloo(content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """RLOOTrainer with the classifier as TRL calls it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RLOOConfig, RLOOTrainer
+
+    content["gradient_accumulation_steps"] = 1
+    RLOOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
+        args=config_of(RLOOConfig, content, folder),
+        reward_funcs=AutoModelForSequenceClassification.from_pretrained(DEMO / "rewards/positive", dtype="float32"),
+        train_dataset=rows_of(content, "prompt"),
+        processing_class=AutoTokenizer.from_pretrained(DEMO / "sft"),
+        callbacks=[stamps],
+    ).train()
+
+
+def ppo(content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """PPOTrainer with the classifier as its reward model, which shares the policy's tokenizer here."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "sft")
+    ids = tokenizer(rows_of(content, "prompt")["prompt"][:])["input_ids"]
+    width = max(map(len, ids))
+    queries = Dataset.from_dict({"input_ids": [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]})
+    classifier = AutoModelForSequenceClassification
+    PPOTrainer(
+        args=config_of(PPOConfig, content, folder),
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
+        ref_model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
+        reward_model=classifier.from_pretrained(DEMO / "rewards/positive", dtype="float32"),
+        value_model=classifier.from_pretrained(DEMO / "sft", num_labels=1, dtype="float32"),
+        train_dataset=queries,
+        eval_dataset=queries.select(range(1)),
+        callbacks=[stamps],
+    ).train()
+
+
+BARE = {"sft": sft, "reward": reward, "dpo": dpo, "rloo": rloo, "ppo": ppo}
+
+if __name__ == "__main__":
+    main()
