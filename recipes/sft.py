@@ -84,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
             metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
             say(f"validation perplexity {metrics['validation_perplexity']:.1f}")
         trainer.save_model(str(run.folder / "adapter" if lora else run.folder))
-        from_main(lambda: save_tokenizer(tokenizer, run.folder / "adapter" if lora else run.folder))
         if lora:
             from_main(lambda: fold(str(base), run.folder))
+        from_main(lambda: save_tokenizer(tokenizer, run.folder))
         run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
         from_main(lambda: say(*register(options.project_file, {("base",): run.output})))
 

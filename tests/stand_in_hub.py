@@ -1,4 +1,4 @@
-"""A Hub of our own on the loopback interface: as much of its HTTP interface as a snapshot's download asks for."""
+"""A Hub of our own on the loopback interface: what downloads of models and data sets ask of the real one over HTTP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ COMMIT = hashlib.sha1(b"the only one").hexdigest()
 
 
 class StandInHub(ThreadingHTTPServer):
-    """Serves every folder `organisation/name` below a root as a model; counts what it is asked.
+    """Serves every folder `organisation/name` below a root as a model, and `datasets/organisation/name` as a data set;
+    counts what it is asked. Whatever revision is asked for, there is the one that the folder holds.
 
     Attributes:
         asked: method and path of every request.
@@ -55,19 +56,24 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        """Answer `/api/KIND/ID/ACTION/REVISION/...` and `/ID/resolve/REVISION/FILE`, where a data set's ID begins with
+        `datasets/`."""
+        url = urlsplit(self.path)
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.server.asked.append((self.command, self.path))
         if self.server.fault == "broken":
             return self._send(500, b"out of order")
-        model = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        folder = self.server.root / model
+        api = parts[0] == "api"
+        if api:
+            parts = parts[1:] if parts[1] == "datasets" else parts[2:]
+        start = 3 if parts[0] == "datasets" else 2
+        folder = self.server.root.joinpath(*parts[:start])
         if not folder.is_dir():
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        if parts[0] == "api":
-            content = self._tree(folder) if "tree" in parts else {"id": model, "sha": COMMIT, "siblings": []}
-            garbled = self.server.fault == "garbled"
-            return self._send(200, b"<html>" if garbled else json.dumps(content).encode())
-        file = folder.joinpath(*parts[4:])
+        action, path = parts[start : start + 1], parts[start + 2 :]
+        if api:
+            return self._describe(folder, folder.joinpath(*path) if action == ["tree"] else None, url.query)
+        file = folder.joinpath(*path)
         if not file.is_file():
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         raw = file.read_bytes()
@@ -75,12 +81,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _tree(self, folder: Path) -> list[dict[str, object]]:
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        listed = [(str(path.relative_to(folder)), path.read_bytes()) for path in files]
-        if self.server.fault == "outside":
-            listed.append(("../../../../outside.json", b"{}"))
-        return [{"type": "file", "path": name, "size": len(raw), "oid": _digest(raw)} for name, raw in listed]
+    def _describe(self, folder: Path, below: Path | None, query: str) -> None:
+        """Send what `folder` is, or what there is `below` a folder in it."""
+        content: object = {"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "siblings": []}
+        if below is not None:
+            if not below.is_dir():
+                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            found = below.glob("*") if "recursive=false" in query.lower() else below.rglob("*")
+            content = [_entry(path, str(path.relative_to(folder))) for path in sorted(found)]
+            if self.server.fault == "outside":
+                content.append({"type": "file", "path": "../../../../outside.json", "size": 2, "oid": _digest(b"{}")})
+        self._send(200, b"<html>" if self.server.fault == "garbled" else json.dumps(content).encode())
 
     def _send(self, code: int, body: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(code)
@@ -88,12 +99,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = cut
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
+
+
+def _entry(path: Path, name: str) -> dict[str, object]:
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": _digest(name.encode())}
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path.read_bytes())}
 
 
 def _digest(raw: bytes) -> str:

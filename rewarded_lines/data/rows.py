@@ -21,6 +21,7 @@ from rewarded_lines.references import find_function
 Row = dict[str, Any]
 # Alternatives of what a row may hold, in order of preference.
 Layouts = Sequence[tuple[str, ...]]
+_CONVERTED = "refs/convert/parquet"
 _SHOWN = 12
 _SAID = 600
 
@@ -204,7 +205,9 @@ def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
             remedy="pip install 'rewarded-lines[train]', or name a local file",
         ) from error
     try:
-        found = datasets.load_dataset(str(spec.dataset), spec.subset, split=spec.split, revision=spec.revision)
+        # The Hub's own conversions have no card that names the subsets; there, each has a folder.
+        subset = {"data_dir" if spec.revision == _CONVERTED else "name": spec.subset}
+        found = datasets.load_dataset(str(spec.dataset), split=spec.split, revision=spec.revision, **subset)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds, from requests' to Arrow's

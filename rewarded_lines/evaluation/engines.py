@@ -118,7 +118,9 @@ class HfGenerator:
             whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
             loaded = whole.to(device), tokenizer
         self._model, self._tokenizer = loaded
-        self._before = self._model.training, self._model.generation_config
+        self._before = self._model.training, self._model.generation_config, self._tokenizer.pad_token
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval()
         ends = self._model.generation_config.eos_token_id
         self._ends = {ends} if isinstance(ends, int) else set(ends or [])
@@ -172,7 +174,7 @@ class HfGenerator:
 
     def close(self) -> None:
         """See `Generator.close`."""
-        training, self._model.generation_config = self._before
+        training, self._model.generation_config, self._tokenizer.pad_token = self._before
         self._model.train(training)
         del self._model
         gc.collect()

@@ -146,7 +146,7 @@ class ModelReward:
         self._tokenizer, self._model = _load_classifier(name, spec, reference, device)
         # A model of the Hub is known by its commit.
         local = Path(reference).is_dir()
-        self.fingerprint = model_hash(Path(reference)) if local else str(self._model.config._commit_hash)
+        self.fingerprint = model_hash(Path(reference)) if local else _commit(reference)
         classes = self._model.config.num_labels
         if max(index for index, _ in self._terms) >= classes:
             raise fail(
@@ -260,6 +260,13 @@ def _load_classifier(name: str, spec: RewardSpec, reference: str, device: str) -
         )
     _agree_on_padding(name, tokenizer, model)
     return tokenizer, model.eval().to(device)
+
+
+def _commit(reference: str) -> str:
+    """Return the commit of a model of the Hub, by which its place in the cache is named."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(reference, "config.json"))).parent.name
 
 
 def _agree_on_padding(name: str, tokenizer: Any, model: Any) -> None:

@@ -173,6 +173,8 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
     run = TrainingRun(recipe, arguments, final, folder, options.overwrite)
     run.check()
     training.output_dir = str(folder)
+    # The trainer's configuration decides on the device, and so must be asked before anything else asks accelerate.
+    _ = training.device
     first = PartialState().is_main_process
     with hold_folder(folder, enabled=first):
         try:

@@ -1,0 +1,59 @@
+"""Descriptions and synopses of Debian's packages, as data: `python recipes/configs/smollm2/packages.py FILE FOLDER`.
+
+FILE is a Translation-en index of a Debian or Ubuntu archive, unpacked; apt keeps such files in /var/lib/apt/lists.
+FOLDER gets train.jsonl, validation.jsonl and test.jsonl. The texts are their authors', under the packages' licences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+# Of a hundred packages; the rest are for training.
+PARTS = {"validation": 5, "test": 5}
+SHORTEST, LONGEST = 100, 800
+
+
+def packages(index: str) -> Iterator[dict[str, str]]:
+    """Yield package, synopsis and description of every stanza whose description has 100 to 800 letters.
+
+    A stanza's field `Description-en` has the synopsis in its first line; the lines after it begin with a space, and a
+    line of a single dot is an empty one. Bullets and other text set apart by more spaces are joined as they are.
+    """
+    for stanza in index.split("\n\n"):
+        head, _, body = stanza.partition("\nDescription-en: ")
+        synopsis, _, lines = body.partition("\n")
+        indented = [line.strip() for line in lines.splitlines() if line.startswith(" ")]
+        description = " ".join(line for line in indented if line != ".")
+        name = head.partition("Package: ")[2].partition("\n")[0]
+        if name and synopsis and SHORTEST <= len(description) <= LONGEST:
+            yield {"package": name, "synopsis": synopsis.strip(), "description": description}
+
+
+def part(description: str) -> str:
+    """Return the split of a description: the same text always lands in the same one."""
+    number = zlib.crc32(description.encode()) % 100
+    for name, share in PARTS.items():
+        if number < share:
+            return name
+        number -= share
+    return "train"
+
+
+def write(index: Path, folder: Path) -> dict[str, int]:
+    """Write the three files, every description once, and return how many rows each has."""
+    rows: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    once = {row["description"]: row for row in packages(index.read_text(encoding="utf-8"))}
+    for description, row in once.items():
+        rows[part(description)].append(json.dumps(row, ensure_ascii=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {name: len(lines) for name, lines in rows.items()}
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1]), Path(sys.argv[2])))

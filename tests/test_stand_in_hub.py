@@ -1,0 +1,106 @@
+"""The Hub of our own gives the Hub's libraries data sets, as subsets and splits, and models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stand_in_hub import COMMIT, stand_in_hub
+
+PARQUET_BRANCH = "refs/convert/parquet"
+CARD = """\
+---
+configs:
+- config_name: first
+  data_files: [{split: train, path: "first/train/*"}, {split: test, path: "first/test/*"}]
+- config_name: second
+  data_files: [{split: train, path: "second/train/*"}]
+---
+"""
+# Each call is a list of keyword arguments; the rows come back, or the kind of the error.
+PROGRAM = """\
+import json, sys
+import datasets
+
+found = []
+for call in json.loads(sys.argv[1]):
+    try:
+        found.append(list(datasets.load_dataset(**call)["text"]))
+    except Exception as error:
+        found.append(type(error).__name__)
+print(json.dumps(found))
+"""
+
+
+def write_rows(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": list(texts)}), path)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A hub with data sets of three layouts and a model; the environment of a process that knows no other hub."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("with-card", "folders"):
+        for subset, split in (("first", "train"), ("first", "test"), ("second", "train")):
+            write_rows(root / "datasets/org" / name / subset / split / "0000.parquet", f"{subset} {split}", "more")
+    (root / "datasets/org/with-card/README.md").write_text(CARD)
+    write_rows(root / "datasets/org/plain/train.parquet", *map(str, range(100)))
+    (root / "org/model/folder").mkdir(parents=True)
+    (root / "org/model/folder/config.json").write_text("{}")
+    with stand_in_hub(root) as hub:
+        yield (
+            hub,
+            {
+                **os.environ,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path_factory.mktemp("home")),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "NO_PROXY": "*",
+            },
+        )
+
+
+def python(environment, program, *arguments):
+    """Run a program where the Hub's libraries, which read their environment when imported, find our hub."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_data_sets(places):
+    hub, environment = places
+    calls = {
+        "subset": {"path": "org/with-card", "name": "first", "split": "test"},
+        "revision": {"path": "org/with-card", "name": "second", "split": "train", "revision": PARQUET_BRANCH},
+        "slices": {"path": "org/plain", "split": "train[:1%]+train[50%:52%]"},
+        "folder": {"path": "org/folders", "data_dir": "first", "split": "test", "revision": PARQUET_BRANCH},
+        # Without a card the branch of Parquet files has no subsets but one, all folders together; so it is at the Hub.
+        "no card": {"path": "org/folders", "name": "first", "split": "test", "revision": PARQUET_BRANCH},
+        "no split": {"path": "org/plain", "split": "test"},
+        "nothing": {"path": "org/none", "split": "train"},
+    }
+    found = dict(zip(calls, json.loads(python(environment, PROGRAM, json.dumps([*calls.values()]))), strict=True))
+    assert found == {
+        "subset": ["first test", "more"],
+        "revision": ["second train", "more"],
+        "slices": ["0", "50", "51"],
+        "folder": ["first test", "more"],
+        "no card": "ValueError",
+        "no split": "ValueError",
+        "nothing": "DatasetNotFoundError",
+    }
+    assert any("/datasets/org/plain/resolve/" in path for _, path in hub.asked)
+
+
+def test_models(places):
+    _, environment = places
+    program = "import huggingface_hub; print(huggingface_hub.snapshot_download('org/model'))"
+    folder = python(environment, program).strip()
+    assert folder.endswith(COMMIT) and os.listdir(folder) == ["folder"]
+    assert os.listdir(f"{folder}/folder") == ["config.json"]
