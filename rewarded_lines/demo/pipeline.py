@@ -215,7 +215,7 @@ def _data(settings: DemoSettings, before: str) -> list[_Part]:
     source = settings.corpus or Path(reviews.__file__)
     inputs = [_text(path) for path in (settings.suite, *sorted(settings.suite.parent.glob("*.py")))]
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
-    return [_Part("data", out / "data", _digest([before, settings.algo, inputs, listed]), run=run)]
+    return [_Part("data", out / "data", _digest([before, inputs, listed]), run=run)]
 
 
 def _write_project(settings: DemoSettings) -> None:

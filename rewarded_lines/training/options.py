@@ -16,7 +16,7 @@ from rewarded_lines.config import PROJECT_FILE, DataSpec
 from rewarded_lines.errors import fail
 
 
-class Pairs(dict[str, Any]):
+class KeyValues(dict[str, Any]):
     """`key=value,key=value` or a JSON object on the command line; a mapping in YAML."""
 
     def __init__(self, content: str | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
@@ -28,15 +28,15 @@ class Pairs(dict[str, Any]):
         super().__init__(_parse_pairs(content) if isinstance(content, str) else content)
 
 
-class Columns(Pairs):
+class Columns(KeyValues):
     """Column of the data for each role, where the names differ: `prompt=post,completion=summary`."""
 
 
-class Weights(Pairs):
+class Weights(KeyValues):
     """Weight of each reward: `helpful=0.5,brief=0.5`."""
 
     def __init__(self, content: str | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
-        """Read the weights as numbers; see `Pairs`."""
+        """Read the weights as numbers; see `KeyValues`."""
         super().__init__(content)
         try:
             self.update({name: float(value) for name, value in self.items()})

@@ -6,11 +6,13 @@ The evaluator's own generators are used, with a seed for every prompt, so that b
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate import DistributedType, PartialState
 
 from rewarded_lines.config import GenerationSpec
@@ -60,12 +62,35 @@ def sample(
     vLLM gets a process of its own, and so does a model that is spread over several.
     """
     if engine == "vllm" or is_sharded():
-        return generate_isolated(engine, folder, spec, prompts)
+        with _off_the_gpu(model):
+            return generate_isolated(engine, folder, spec, prompts)
+    if not _is_quantized(model):
+        # Where the trainer will want it, too; quantized weights are there already.
+        model.to(PartialState().device)
     generator = HfGenerator(folder, spec, prompts, loaded=(model, tokenizer))
     try:
         return [response.text for response in generator.generate(prompts, spec)]
     finally:
         generator.close()
+
+
+@contextmanager
+def _off_the_gpu(model: Any) -> Iterator[None]:
+    """Leave a GPU to another process meanwhile, as far as the model can be moved."""
+    device = None if is_sharded() or _is_quantized(model) else model.device
+    if device is None or device.type == "cpu":
+        yield
+        return
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        model.to(device)
+
+
+def _is_quantized(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def is_sharded() -> bool:

@@ -1,9 +1,14 @@
 """A recipe that is ended in the middle and started again has the weights and metrics of one that was not."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from small_recipes import record, run
+from small_recipes import ROOT, record, run, words_for
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
@@ -57,3 +62,26 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
 
     run(name, work, output_dir=work / "ended", **more)
     assert "finished already" in capsys.readouterr().out
+
+
+def test_killed_and_started_again(work):
+    more = OUTPUT | {"total_episodes": 64}
+    run("ppo", work, output_dir=work / "whole", **more)
+    words = words_for("ppo", work, output_dir=work / "ended", **more)
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes/ppo.py"), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    sign, deadline = work / "ended.unfinished" / "checkpoint-3" / "trainer_state.json", time.monotonic() + 120
+    while not sign.is_file():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (work / "ended").exists()
+    run("ppo", work, output_dir=work / "ended", **more)
+    assert weights_hash(work / "ended") == weights_hash(work / "whole")
+    assert metrics(work / "ended") == metrics(work / "whole")
+    assert not list(work.glob(".*")) and not (work / "ended.unfinished").exists()
