@@ -223,11 +223,28 @@ def load_project(path: Path | str = PROJECT_FILE) -> Project:
         UserError: with every fault of the file at once.
     """
     path = Path(path)
-    content = read_yaml(path)
+    return Project(path, check_project(read_yaml(path), str(path)))
+
+
+def check_project(content: Mapping[str, Any], where: str) -> ProjectConfig:
+    """Return what the content of a project file says.
+
+    Args:
+        content: the parsed YAML.
+        where: the file's name, for messages.
+
+    Raises:
+        UserError: with every fault of the content at once.
+    """
     try:
-        return Project(path, ProjectConfig.model_validate(content))
+        return ProjectConfig.model_validate(content)
     except ValidationError as error:
-        raise UserError(_problem(path, detail) for detail in error.errors()) from error
+        raise UserError(problems_of(error, where)) from error
+
+
+def problems_of(error: ValidationError, where: str) -> list[Problem]:
+    """Return what a section says of values it does not take, as problems of the place `where`."""
+    return [_problem(where, detail) for detail in error.errors()]
 
 
 def save_project(path: Path, config: ProjectConfig) -> None:
@@ -248,16 +265,16 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
     )
 
 
-def _problem(path: Path, detail: ErrorDetails) -> Problem:
+def _problem(place: str, detail: ErrorDetails) -> Problem:
     location = [str(part) for part in detail["loc"]]
     if detail["type"] == "extra_forbidden":
         section = _section(location[:-1])
         known = list(section.model_fields) if section else []
-        return unknown_key(location[-1], known, ": ".join([str(path), ".".join(location[:-1]) or "top level"]))
+        return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
     got = repr(detail["input"])
     return Problem(
         detail["msg"].removeprefix("Value error, "),
-        where=f"{path}: {'.'.join(location)}",
+        where=f"{place}: {'.'.join(location)}" if location else place,
         got=got if len(got) <= 80 else got[:77] + "...",
     )
 

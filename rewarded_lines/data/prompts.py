@@ -67,6 +67,8 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     if all(isinstance(prompt, str) for prompt in prompts):
         ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
         return ids
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise fail(
             "the tokenizer has no chat template",
@@ -75,7 +77,15 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
             remedy="set `chat: false`, or give the SFT model's tokenizer a template",
         )
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    made = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        made = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except TemplateError as error:
+        raise fail(
+            "the tokenizer's chat template fails on the chats",
+            where=str(tokenizer.name_or_path),
+            got=f"{type(error).__name__}: {error}",
+            remedy="mend the template, or leave out what it does not know (a system turn?)",
+        ) from error
     return [list(row) for row in made["input_ids"]]
 
 

@@ -87,7 +87,7 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> R
     renamed = {name: value for name, value in row.items() if name not in columns}
     for role, column in columns.items():
         value: Any = row
-        for part in column.split("."):
+        for part in [column] if column in row else column.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 raise fail(f"no column `{column}` (declared for {role})", where=where, got=_names(row))
             value = value[part]
@@ -161,7 +161,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 def _object(line: str, where: str) -> Row:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise fail("not JSON", where=where, expected="one JSON object a line", got=str(error)) from error
     if not isinstance(row, dict):
         raise fail("not a JSON object", where=where, got=type(row).__name__)
@@ -172,13 +172,14 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _refuse_doubles(reader.fieldnames or [], str(path))
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise fail("another number of fields than the header has", where=where, got=str(row)[:_SAID])
                 yield where, dict(row)
         except csv.Error as error:
-            raise fail("not readable as CSV", where=f"{path}, line {reader.line_num}", got=str(error)) from error
+            raise fail("not readable as CSV", where=f"{path}, line {reader.line_num + 1}", got=str(error)) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -187,12 +188,21 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        _refuse_doubles(file.schema_arrow.names, str(path))
+        for batch in file.iter_batches():
             for row in batch.to_pylist():
                 yield f"{path}, row {number}", row
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise fail("not readable as Parquet", where=str(path), got=str(error)) from error
+
+
+def _refuse_doubles(names: Sequence[str], where: str) -> None:
+    """Refuse columns of one name, of which a row could keep but one."""
+    doubles = sorted({name for name in names if list(names).count(name) > 1})
+    if doubles:
+        raise fail("several columns have one name", where=where, got=", ".join(doubles))
 
 
 def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:

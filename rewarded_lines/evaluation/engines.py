@@ -112,13 +112,18 @@ class HfGenerator:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        if loaded is None:
+        if loaded is not None:
+            _check_lengths(loaded[1], loaded[0].config, model, spec, prompts)
+        else:
             tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
             loaded = whole.to(device), tokenizer
         self._model, self._tokenizer = loaded
-        self._before = self._model.training, self._model.generation_config, self._tokenizer.pad_token
+        # An adapter's wrapper hands its own configuration down to the model inside.
+        inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        self._configs = [(one, one.generation_config) for one in (inner, self._model)]
+        self._before = self._model.training, self._tokenizer.pad_token
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval()
@@ -174,9 +179,11 @@ class HfGenerator:
 
     def close(self) -> None:
         """See `Generator.close`."""
-        training, self._model.generation_config, self._tokenizer.pad_token = self._before
+        training, self._tokenizer.pad_token = self._before
         self._model.train(training)
-        del self._model
+        for holder, config in self._configs:
+            holder.generation_config = config
+        del self._model, self._configs
         gc.collect()
 
     def _sample(self, ids: list[list[int]], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
@@ -292,6 +299,15 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[Pr
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, _check_lengths(tokenizer, AutoConfig.from_pretrained(_base_of(model)), model, spec, prompts)
+
+
+def _check_lengths(tokenizer: Any, config: Any, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> int:
+    """Return the longest sequence needed.
+
+    Raises:
+        UserError: a prompt without tokens, or one that does not fit the model with its response.
+    """
     lengths = [len(ids) for ids in encode(tokenizer, prompts)]
     if 0 in lengths:
         index = lengths.index(0)
@@ -302,8 +318,8 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[Pr
             remedy="begin it with at least one token, such as the tokenizer's BOS",
         )
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
-    longest = max(lengths) + spec.max_tokens + 1
-    room = getattr(AutoConfig.from_pretrained(_base_of(model)), "max_position_embeddings", longest)
+    longest = max(lengths, default=0) + spec.max_tokens + 1
+    room = getattr(config, "max_position_embeddings", longest)
     if longest > room:
         raise fail(
             "a prompt and its response do not fit the model",
@@ -312,7 +328,7 @@ def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[Pr
             got=f"{longest} (the longest prompt, generation.max_tokens = {spec.max_tokens}, and one)",
             remedy="shorten prompts or generation.max_tokens",
         )
-    return tokenizer, longest
+    return longest
 
 
 def _base_of(model: str) -> str:

@@ -75,12 +75,13 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     problems += _unknown_options(overrides, known)
     if problems:
         raise UserError(problems)
+    overrides, unset = _take_nulls(overrides, known)
+    content |= dict.fromkeys(unset)
     given = frozenset(map(str, content)) | {_key_of(word, known) for word in overrides if word.startswith("--")}
     parser.set_defaults(**{key: None for key, value in content.items() if value is None})
     words = [word for key, value in content.items() for word in _as_words(key, value)]
     words += _follow_machine(given, known) + overrides
-    if "effective_batch_size" in given:
-        words += _accumulation(words, given)
+    words += _accumulation(words, given)
     try:
         *instances, rest = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
@@ -197,9 +198,15 @@ def _accumulation(words: Sequence[str], given: Collection[str]) -> list[str]:
         UserError: the batch cannot be made of whole batches of every process, or two numbers contradict each other.
     """
     values = dict(word[2:].partition("=")[::2] for word in _joined(words))
+    if "effective_batch_size" not in values:
+        return []
     effective, each = values["effective_batch_size"], values.get("per_device_train_batch_size", "8")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if not (effective.isdigit() and each.isdigit() and int(each) * int(effective) > 0):
+    try:
+        if int(each) < 1 or int(effective) < 1:
+            raise fail("not a batch", where="effective_batch_size", expected="1 or more examples", got=effective)
+    except ValueError:
+        # The parser says of both what is wrong with them.
         return []
     steps, rest = divmod(int(effective), int(each) * processes)
     stated = values.get("gradient_accumulation_steps", str(steps))
@@ -216,6 +223,20 @@ def _accumulation(words: Sequence[str], given: Collection[str]) -> list[str]:
             remedy="change `per_device_train_batch_size`, or leave `gradient_accumulation_steps` out",
         )
     return [f"--gradient_accumulation_steps={steps}"]
+
+
+def _take_nulls(argv: Sequence[str], known: list[str]) -> tuple[list[str], list[str]]:
+    """Take `--KEY null` out of the command line, which unsets a key of the file; return the rest, and those keys."""
+    rest: list[str] = []
+    unset = []
+    for word in argv:
+        if word == "null" and rest and rest[-1].startswith("--") and "=" not in rest[-1]:
+            unset.append(_key_of(rest.pop(), known))
+        elif word.startswith("--") and word.endswith("=null"):
+            unset.append(_key_of(word, known))
+        else:
+            rest.append(word)
+    return rest, unset
 
 
 def _joined(words: Sequence[str]) -> list[str]:

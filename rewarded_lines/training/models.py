@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +37,7 @@ _PADDING = (
     "<|reserved_special_token_0|>",
 )
 # What transformers' classifiers call their head.
-_HEADS = ("score", "classifier", "classification_head", "pooler")
+_HEADS = {"score", "classifier", "pre_classifier", "classification_head", "pooler"}
 _SAID = 600
 
 
@@ -69,7 +70,7 @@ def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
         )
     finally:
         logging.set_verbosity(verbosity)
-    missing = [name for name in found["missing_keys"] if name.split(".")[0] not in _HEADS]
+    missing = [name for name in found["missing_keys"] if not _HEADS.intersection(name.split("."))]
     if missing:
         raise fail("weights are missing from the model", where=reference, got=", ".join(sorted(missing)[:3]))
     return cast(PreTrainedModel, model)
@@ -111,6 +112,9 @@ def lora_config(options: ModelConfig, model: PreTrainedModel, task: str = "CAUSA
     if config is None:
         return None
     config.task_type = task
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        # TRL makes a list of one name that name alone, which PEFT takes for a pattern of whole names.
+        config.target_modules = [config.target_modules]
     if config.target_modules is None:
         config.target_modules = "all-linear" if task == "CAUSAL_LM" else _linear_layers(model)
     return config
@@ -273,7 +277,7 @@ def _load(kind: Any, reference: str, what: str, **arguments: Any) -> Any:
         )
     try:
         return kind.from_pretrained(reference, **arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         said = " ".join(str(error).split())
         network = not Path(reference).is_dir() and any(
             word in said.lower() for word in ("connect", "offline", "couldn't reach", "cached files", "timed out")

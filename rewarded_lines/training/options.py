@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewarded_lines.config import PROJECT_FILE, DataSpec
-from rewarded_lines.errors import fail
+from pydantic import ValidationError
+
+from rewarded_lines.config import PROJECT_FILE, DataSpec, problems_of
+from rewarded_lines.errors import UserError, fail
 
 
 class KeyValues(dict[str, Any]):
@@ -40,6 +43,8 @@ class Weights(KeyValues):
         super().__init__(content)
         try:
             self.update({name: float(value) for name, value in self.items()})
+            if not all(map(math.isfinite, self.values())):
+                raise ValueError("not finite")
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"weights are numbers, as in helpful=0.5,brief=0.5 ({error})") from error
 
@@ -103,18 +108,21 @@ class DataOptions:
         return self._spec(self.validation_file, self.dataset_test_split, self.validation_limit)
 
     def _spec(self, file: str | None, split: str, limit: int | None) -> DataSpec:
-        return DataSpec(
-            file=file,
-            dataset=None if file else self.dataset_name,
-            subset=self.dataset_config,
-            revision=self.dataset_revision,
-            split=split,
-            columns=dict(self.columns),
-            rows=self.row_function,
-            limit=limit,
-            chat=self.chat,
-            system=self.system_prompt,
-        )
+        try:
+            return DataSpec(
+                file=file,
+                dataset=None if file else self.dataset_name,
+                subset=self.dataset_config,
+                revision=self.dataset_revision,
+                split=split,
+                columns=dict(self.columns or {}),
+                rows=self.row_function,
+                limit=limit,
+                chat=self.chat,
+                system=self.system_prompt,
+            )
+        except ValidationError as error:
+            raise UserError(problems_of(error, "arguments of the recipe")) from error
 
 
 @dataclass
@@ -145,7 +153,7 @@ class RewardOptions:
                 where="arguments of the recipe",
                 expected="`reward: NAME`, or `rewards: {NAME: WEIGHT, ...}`",
             )
-        weights = {self.reward: 1.0} if self.reward is not None else dict(self.rewards)
+        weights = {self.reward: 1.0} if self.reward is not None else dict(self.rewards or {})
         if not any(weights.values()):
             raise fail("every reward has weight 0", where="`rewards`")
         return weights

@@ -9,12 +9,16 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from yaml import YAMLError as PlainYAMLError
+from yaml import safe_load
 
-from rewarded_lines.config import load_project
+from rewarded_lines.config import check_project, load_project
 from rewarded_lines.errors import fail
 
 
@@ -30,7 +34,6 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
         UserError: the file is not a project file.
     """
     path = Path(project_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _held(path):
         if path.exists():
             load_project(path)
@@ -42,14 +45,12 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
         changes = [_put(content, place, _value(value, path.parent)) for place, value in entries.items()]
         said = [change for change in changes if change]
         if said:
+            text = StringIO()
+            yaml.dump(content, text)
+            check_project(safe_load(text.getvalue()), str(path))
             partial = path.with_name(f".{path.name}.{os.getpid()}")
-            with partial.open("w", encoding="utf-8") as file:
-                yaml.dump(content, file)
-            try:
-                load_project(partial)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            partial.write_text(text.getvalue(), encoding="utf-8")
+            os.replace(partial, path)
         return [f"{project_file}: {change}" for change in said]
 
 
@@ -63,9 +64,18 @@ def _put(content: Any, place: tuple[str, ...], value: Any) -> str:
     before = section.get(place[-1])
     if before == value:
         return ""
-    section[place[-1]] = value
+    section[_quoted(place[-1])] = _quoted(value)
     name = ".".join(place)
     return f"{name}: {value}" if before is None else f"{name}: {value} (was {before})"
+
+
+def _quoted(value: Any) -> Any:
+    """Return a text so that every reader of YAML takes it for one: `on` is a switch to those of version 1.1."""
+    try:
+        plain = not isinstance(value, str) or safe_load(value) == value
+    except PlainYAMLError:
+        plain = False
+    return value if plain else DoubleQuotedScalarString(value)
 
 
 def _value(value: Any, root: Path) -> Any:
@@ -80,11 +90,15 @@ def _value(value: Any, root: Path) -> Any:
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Keep other recipes from changing the file at the same time: policies are often trained side by side."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise fail("the project file cannot be written", where=str(path), got=str(error)) from error
-    finally:
-        os.close(descriptor)
+    except YAMLError as error:
+        raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error

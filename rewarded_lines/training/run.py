@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import hold_folder, publish_folder
 from rewarded_lines.training.arguments import Arguments
@@ -104,16 +104,18 @@ class TrainingRun:
 
     def _prepare(self) -> tuple[bool, str | None]:
         """Return whether the output is complete, and the checkpoint of an unfinished run."""
-        if self.output.exists() and not self._overwrite:
-            self._compare(self.output, "the output was made by another run")
-            return True, None
-        if self.folder.exists():
-            try:
-                self._compare(self.folder, "an unfinished run of another kind is in the way")
-            except UserError:
-                if not self._overwrite:
-                    raise
-                shutil.rmtree(self.folder)
+        if not self._overwrite:
+            for folder in (self.output, self.folder):
+                if _holds_something(folder):
+                    self._compare(folder, "another run is there")
+            if _holds_something(self.output):
+                return True, None
+            if (read_record(self.folder) or {}).get("complete"):
+                # An earlier start got as far as that, and could not give the folder its name.
+                publish_folder(self.folder, self.output, overwrite=False)
+                return True, None
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / TRAINING_FILE, self._record)
         return False, last_checkpoint(self.folder)
@@ -125,7 +127,7 @@ class TrainingRun:
             UserError: a folder that no recipe made, or one that a run with another config made.
         """
         for folder in (self.output, self.folder):
-            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            if not _holds_something(folder):
                 continue
             if read_record(folder) is None:
                 raise fail(
@@ -169,6 +171,8 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
     if not training.output_dir or "output_dir" not in arguments.given:
         raise fail("`output_dir` is missing", remedy="set it in the config, or pass --output_dir FOLDER")
     final = Path(training.output_dir)
+    if final.name in ("", ".."):
+        raise fail("not a name for a new folder", where=str(final), remedy="pass another --output_dir")
     folder = final.with_name(final.name + _UNFINISHED)
     run = TrainingRun(recipe, arguments, final, folder, options.overwrite)
     run.check()
@@ -181,7 +185,8 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
             yield run
         finally:
             training.output_dir = str(final)
-            if first and run.begun and last_checkpoint(folder) is None:
+            done = (read_record(folder) or {}).get("complete")
+            if first and run.begun and not done and last_checkpoint(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -232,6 +237,10 @@ def say(*lines: str) -> None:
     """Print lines, once, whatever the number of processes."""
     for line in lines if PartialState().is_main_process else ():
         print(line, flush=True)  # noqa: T201 - recipes are scripts, and this is how they talk
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _number(path: Path) -> re.Match[str] | None:

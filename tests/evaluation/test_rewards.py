@@ -8,7 +8,7 @@ from tiny_models import make_tokenizer
 
 from rewarded_lines.config import RewardSpec, parse_format
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.rewards import load_reward
+from rewarded_lines.evaluation.rewards import fill_template, load_reward
 
 FILE = """\
 import math
@@ -176,3 +176,29 @@ def test_formats(text, terms):
 def test_formats_refused(text):
     with pytest.raises(ValueError, match="not a reward format"):
         parse_format(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "response", "text"),
+    [
+        ("{prompt}{response}", "a", "b", "ab"),
+        ("Q: {prompt}\nA: {response}", " a ", "", "Q:  a \nA: "),
+        ("{response} to {prompt}, {response}", "a", "b", "b to a, b"),
+        ("{response}", "a", "b", "b"),
+        ("{prompt}|{response}", "{response}", "{prompt}", "{response}|{prompt}"),
+        ("{prompt}|{response}", "{prompt}{response}", "{", "{prompt}{response}|{"),
+        ("{prompt}|{response}", "\\1 \\g<0> %s", "{0} {} $x", "\\1 \\g<0> %s|{0} {} $x"),
+        ("{{prompt}} {other} {prompt!r} {response}", "a", "b", "{a} {other} {prompt!r} b"),
+        ('{"q": "{prompt}", "a": "{response}"}', "a", "b", '{"q": "a", "a": "b"}'),
+    ],
+)
+def test_only_the_templates_own_placeholders_are_filled(template, prompt, response, text):
+    assert fill_template(template, prompt, response) == text
+
+
+def test_a_classifier_reads_what_looks_like_a_placeholder_as_text(classifier):
+    spec = RewardSpec(model=str(classifier), template="{prompt}:{response}")
+    joined = RewardSpec(model=str(classifier), template="{response}")
+    (score,) = load_reward("r", spec, device="cpu").score(["{response}"], ["{prompt}"])
+    (same,) = load_reward("r", joined, device="cpu").score([""], ["{response}:{prompt}"])
+    assert score == pytest.approx(same, abs=1e-6)

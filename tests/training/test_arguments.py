@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.training import arguments
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 
 
@@ -21,6 +22,34 @@ class Mine:
 class Trainer:
     output_dir: str | None = None
     packing: bool = True
+
+
+@dataclass
+class Batches:
+    effective_batch_size: int | None = None
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+
+
+@dataclass
+class Machine:
+    bf16: bool = True
+    fp16: bool = False
+    use_cpu: bool = False
+    dataloader_pin_memory: bool = True
+    report_to: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Strict:
+    rate: float = 1.0
+    steps: int = 1
+
+    def __post_init__(self):
+        if self.rate < 0:
+            raise ValueError("the rate is negative")
+        if self.steps > 9:
+            raise TypeError("too many steps")
 
 
 def parse(tmp_path, text, *argv):
@@ -55,6 +84,163 @@ def test_every_unknown_key_is_named_with_the_nearest_known_one(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "given"),
+    [
+        ("rate: 1\n", ["--train_file", "a"], {"train_file", "rate"}),
+        ("train_file: a\nmodel: null\nnames: [x, y]\n", [], {"train_file", "model", "names"}),
+        ("train_file: a\n", ["--train_file=b", "--rate", "-1", "--names", "x", "y"], {"train_file", "rate", "names"}),
+        (
+            "train_file: a\n",
+            ["--output-dir=b", "--no_packing", "--overwrite"],
+            {"train_file", "output_dir", "packing", "overwrite"},
+        ),
+    ],
+)
+def test_keys_of_the_file_and_of_the_command_line_are_those_given(tmp_path, text, words, given):
+    made = parse(tmp_path, text, *words)
+    assert made.given == given and len(made) == 2
+
+
+@pytest.mark.parametrize("words", [["--config=recipe.yaml"], ["--train_file", "b", "--config", "recipe.yaml"]])
+def test_the_config_may_stand_anywhere(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("train_file: a\nrate: 3\n")
+    (mine,) = parse_recipe((Mine,), words)
+    assert (mine.train_file, mine.rate) == ("b" if len(words) > 1 else "a", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("processes", "words", "steps"),
+    [
+        ("1", ["--effective_batch_size", "32"], 4),
+        ("2", ["--effective_batch_size", "32"], 2),
+        ("2", ["--effective-batch-size=32", "--per_device_train_batch_size=2"], 8),
+        ("2", ["--effective_batch_size=16", "--gradient_accumulation_steps", "1"], 1),
+        (None, ["--effective_batch_size", "8"], 1),
+        ("2", ["--gradient_accumulation_steps", "3"], 3),
+        ("2", [], 1),
+    ],
+)
+def test_gradient_accumulation_follows_from_the_effective_batch(monkeypatch, processes, words, steps):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    (batches,) = made = parse_recipe((Batches,), words)
+    assert batches.gradient_accumulation_steps == steps
+    assert ("gradient_accumulation_steps" in made.given) == any("accumulation" in word for word in words)
+    if batches.effective_batch_size:
+        assert batches.effective_batch_size == steps * batches.per_device_train_batch_size * int(processes or 1)
+
+
+def test_the_last_word_on_the_effective_batch_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "recipe.yaml").write_text("effective_batch_size: 99\nper_device_train_batch_size: 4\n")
+    (batches,) = parse_recipe((Batches,), ["--config", str(tmp_path / "recipe.yaml"), "--effective_batch_size", "24"])
+    assert (batches.effective_batch_size, batches.gradient_accumulation_steps) == (24, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--effective_batch_size=24"], "whole batches\n  expected: a multiple of 8 examples × 2 processes\n  got: 24"),
+        (["--effective_batch_size=8"], "whole batches\n  expected: a multiple of 8 examples × 2 processes\n  got: 8"),
+        (
+            ["--effective_batch_size=32", "--gradient_accumulation_steps=4"],
+            "contradict each other\n  expected: 8 × 4 × 2 = 64\n  got: 32",
+        ),
+        (["--effective_batch_size=0"], "effective_batch_size"),
+        (["--effective_batch_size=-16"], "effective_batch_size"),
+        (["--effective_batch_size=many"], "invalid int value: 'many'"),
+    ],
+)
+def test_an_effective_batch_that_cannot_be_is_refused(monkeypatch, words, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        parse_recipe((Batches,), words)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "supported", "words", "expected"),
+    [
+        (False, False, [], Machine(bf16=False, use_cpu=True, dataloader_pin_memory=False)),
+        (True, False, [], Machine(bf16=False)),
+        (True, True, [], Machine()),
+        (False, False, ["--bf16", "true", "--use_cpu=false"], Machine(dataloader_pin_memory=False)),
+        (True, False, ["--fp16"], Machine(fp16=True)),
+    ],
+    ids=["no GPU", "an old GPU", "a GPU", "told otherwise", "told fp16"],
+)
+def test_what_nobody_says_follows_the_machine(monkeypatch, gpu, supported, words, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: supported)
+    made = parse_recipe((Machine,), [*words, "--report_to", "none"])
+    expected.report_to = ["none"]
+    assert made == (expected,) and not made.given & {"dataloader_pin_memory"}
+
+
+def test_what_the_file_says_does_not_follow_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "recipe.yaml").write_text("bf16: true\nuse_cpu: false\nreport_to: none\n")
+    (machine,) = parse_recipe((Machine,), ["--config", str(tmp_path / "recipe.yaml")])
+    assert machine == Machine(dataloader_pin_memory=False, report_to=["none"])
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_metrics_go_to_tensorboard_where_it_is_installed(monkeypatch, installed):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    (machine,) = parse_recipe((Machine,), [])
+    assert machine.report_to == (["tensorboard"] if installed else [])
+
+
+def test_trackers_that_are_not_there_are_named_all_at_once(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    for words in (["tensorboard"], ["none"], ["all"]):
+        assert parse_recipe((Machine,), ["--report_to", *words])[0].report_to == words
+    with pytest.raises(UserError) as caught:
+        parse_recipe((Machine,), ["--report_to", "wandb", "tensorboard", "wnadb"])
+    first, second = caught.value.problems
+    assert (first.where, first.what) == (
+        "report_to",
+        "`wandb` is not installed",
+    ) and "pip install wandb" in first.remedy
+    assert second.what == "unknown tracker `wnadb`" and "wandb" in second.expected
+
+
+def test_trls_own_configuration_is_made_without_a_gpu(tmp_path, monkeypatch):
+    from trl import SFTConfig
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (config,) = parse_recipe((SFTConfig,), ["--output_dir", str(tmp_path)])
+    assert SFTConfig.__dataclass_fields__["bf16"].default is not False and config.bf16 is False
+    with pytest.raises(UserError, match=r"arguments of the recipe: .*fp16"):
+        parse_recipe((SFTConfig,), ["--output_dir", str(tmp_path), "--bf16=true", "--fp16=true"])
+
+
+def test_help_says_how_to_start_and_what_the_recipe_does(monkeypatch, capsys):
+    from trl import ModelConfig, SFTConfig
+
+    monkeypatch.setattr("sys.argv", ["/recipes/sft.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        parse_recipe((Mine, ModelConfig, SFTConfig), ["--help"], "It does this.\n\n    and that\n")
+    said = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert said.startswith(
+        "usage: accelerate launch recipes/sft.py --config FILE.yaml [--KEY VALUE ...]\n\nIt does this."
+    )
+    assert "\n\n    and that\n" in said and "--learning_rate" in said and "--config FILE.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--rate", "-1"], "the rate is negative"), (["--steps", "10"], "too many steps")]
+)
+def test_what_a_configuration_refuses_is_a_user_error(words, said):
+    with pytest.raises(UserError, match=f"arguments of the recipe: {said}"):
+        parse_recipe((Strict,), words)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("rate: 1\n", "train_file"),
@@ -72,9 +258,54 @@ def test_a_missing_config_is_a_user_error(tmp_path):
         parse_recipe((Mine, Trainer), ["--config", str(tmp_path / "none.yaml")])
 
 
+def test_a_config_without_a_name_is_a_user_error():
+    with pytest.raises(UserError, match="--config names no file"):
+        parse_recipe((Mine, Trainer), ["--config"])
+
+
 def test_a_user_error_ends_the_program_with_its_text(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recipe.py", "--nope"])
     with pytest.raises(SystemExit) as caught:
         run_recipe(lambda argv: parse_recipe((Mine, Trainer), argv))
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("command line: unknown key `nope`")
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "waited", "said"),
+    [
+        ("0", "1", [], "here: it went wrong\n"),
+        ("0", "2", [], "here: it went wrong\n"),
+        ("1", "2", [5.0], "process 1: here: it went wrong\n"),
+    ],
+)
+def test_the_first_process_speaks_for_all_and_the_others_only_if_it_does_not(
+    monkeypatch, capsys, rank, processes, waited, said
+):
+    sleeps, exits = [], []
+
+    def leave(code):
+        exits.append(code)
+        raise SystemExit(code)
+
+    def main(argv):
+        raise fail("it went wrong", where="here")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(arguments.time, "sleep", sleeps.append)
+    monkeypatch.setattr(arguments.os, "_exit", leave)
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(main)
+    # At once with several processes: an ordinary exit would wait for the others.
+    assert (caught.value.code, exits) == (1, [1] if processes == "2" else [])
+    assert (sleeps, capsys.readouterr().err) == (waited, said)
+
+
+def test_what_is_not_the_users_mistake_is_not_caught(monkeypatch):
+    def main(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(main)
