@@ -14,6 +14,7 @@ joins the project.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
-from trl.data_utils import maybe_extract_prompt
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.rows import Row
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         if not run.begin(**task.inputs):
             return
 
-        policy = load_policy(task.base, model_options)
+        own, policy = copy.deepcopy(task.tokenizer), load_policy(task.base, model_options)
         spec = GenerationSpec(
             temperature=recipe.temperature,
             max_tokens=recipe.max_response_tokens,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             path = Path(recipe.pairs_file or f"{run.output}.pairs.parquet")
             pairs = from_main(lambda: sampled_pairs(path, task, recipe, sampling, spec, engine, policy))
         else:
-            pairs = [maybe_extract_prompt(row) for row in task.rows]
+            pairs = task.rows
         say(task.heading("DPO", f"{len(pairs)} pairs"))
 
         lora = lora_config(model_options, policy)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
         trainer.save_model(str(run.folder))
-        from_main(lambda: save_tokenizer(task.tokenizer, run.folder))
+        from_main(lambda: save_tokenizer(own, run.folder))
         metrics |= task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)
         run.finish(metrics | {"pairs": len(pairs)}, **task.facts(training))
         task.add_to_project(run)

@@ -16,6 +16,7 @@ the last release with PPO; `recipes/rloo.py` trains a policy without a critic.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
         )
         sampler = task.sampler(spec)
         task.measure_base(sampler, policy)
-        from_main(lambda: save_tokenizer(tokenizer, run.folder))
+        # The policy keeps the SFT model's tokenizer, whatever PPO pads with.
+        own = copy.deepcopy(tokenizer)
         usable_padding(tokenizer, task.base)
         queries = make_queries(prompts_of(task.rows), tokenizer, recipe.max_prompt_tokens)
         say(task.heading("PPO", f"{len(queries.ids)} prompts"))
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model(str(run.folder))
+        from_main(lambda: save_tokenizer(own, run.folder))
         metrics = task.measure_gain(sampler, trainer.policy_model, run.folder)
         run.finish(metrics, **task.facts(training))
         task.add_to_project(run)

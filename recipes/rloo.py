@@ -12,6 +12,7 @@ Less memory than PPO: no critic, and with LoRA no reference model either. The KL
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         )
         sampler = task.sampler(spec)
         task.measure_base(sampler, policy)
-        from_main(lambda: save_tokenizer(task.tokenizer, run.folder))
+        own = copy.deepcopy(task.tokenizer)
         queries = make_queries(prompts_of(task.rows), task.tokenizer, recipe.max_prompt_tokens)
         say(task.heading("RLOO", f"{len(queries.prompts)} prompts, {training.num_generations} responses each"))
 
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model(str(run.folder))
+        from_main(lambda: save_tokenizer(own, run.folder))
         metrics = task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)
         run.finish(metrics, **task.facts(training))
         task.add_to_project(run)

@@ -123,7 +123,8 @@ def make_project(folder: Path) -> Path:
         for text in (GOOD + BAD) * 16
     ]
     pairs = [{"prompt": "", "chosen": good, "rejected": bad} for good in GOOD for bad in BAD] * 16
-    contents = {"train": rows, "validation": rows, "pairs-train": pairs, "pairs-test": pairs}
+    whole = [{"chosen": "this is " + row["chosen"], "rejected": "this is " + row["rejected"]} for row in pairs]
+    contents = {"train": rows, "validation": rows, "pairs-train": pairs, "pairs-test": pairs, "pairs-whole": whole}
     (folder / "data").mkdir()
     for name, content in contents.items():
         (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))

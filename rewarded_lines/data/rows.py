@@ -23,6 +23,7 @@ Row = dict[str, Any]
 Layouts = Sequence[tuple[str, ...]]
 _CONVERTED = "refs/convert/parquet"
 _SHOWN = 12
+_LONGEST_FIELD = 1 << 27
 _SAID = 600
 
 
@@ -111,9 +112,9 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
     if isinstance(value, str):
-        return value
+        return _encodable(value, role, where)
     if isinstance(value, (list, tuple)) and value and all(_is_message(one) for one in value):
-        return [{"role": one["role"], "content": one["content"]} for one in value]
+        return [{"role": one["role"], "content": _encodable(one["content"], role, where)} for one in value]
     kind = "nothing" if value is None else repr(value)[:80]
     raise fail(
         f"no text in column `{role}`",
@@ -121,6 +122,15 @@ def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
         expected=f"text, or messages such as {{'role': 'user', 'content': '...'}}; {_expected(layouts)}",
         got=f"{kind}; {_names(row)}",
     )
+
+
+def _encodable(text: str, role: str, where: str) -> str:
+    """Refuse halves of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise fail(f"column `{role}` holds what is no text", where=where, got=str(error)) from error
+    return text
 
 
 def _is_message(value: Any) -> bool:
@@ -151,7 +161,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -169,7 +179,8 @@ def _object(line: str, where: str) -> Row:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.DictReader(file, strict=True)
         try:
             _refuse_doubles(reader.fieldnames or [], str(path))

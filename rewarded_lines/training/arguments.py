@@ -232,7 +232,7 @@ def _take_nulls(argv: Sequence[str], known: list[str]) -> tuple[list[str], list[
     for word in argv:
         if word == "null" and rest and rest[-1].startswith("--") and "=" not in rest[-1]:
             unset.append(_key_of(rest.pop(), known))
-        elif word.startswith("--") and word.endswith("=null"):
+        elif word.startswith("--") and word.partition("=")[2] == "null":
             unset.append(_key_of(word, known))
         else:
             rest.append(word)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 from trl import ModelConfig
+from trl.data_utils import maybe_extract_prompt
 
 from rewarded_lines.config import PROJECT_FILE, GenerationSpec, Project, load_project
 from rewarded_lines.data.prompts import Prompt, with_turns
@@ -125,7 +126,7 @@ def load_task(
     validation = data.validation()
     if validation is None:
         raise fail("no validation data", where="validation_file", expected="prompts to measure the policy on")
-    rows = with_turns(read_rows(data.train(), layouts), data.train())
+    rows = with_turns([_with_prompt(row) for row in read_rows(data.train(), layouts)], data.train())
     prompts = [row["prompt"] for row in with_turns(read_rows(validation, [("prompt",)]), validation)]
     reward = load_training_reward(project, weights, str(training.device))
     inputs = {
@@ -155,6 +156,19 @@ def _project(options: RunOptions, model_options: ModelConfig) -> Project:
         from_main(lambda: say(*register(path, {("base",): value})))
         project = load_project(path)
     return project
+
+
+def _with_prompt(row: Row) -> Row:
+    """Return a row with its prompt; of a pair without one that is what both sides begin with."""
+    made: Row = maybe_extract_prompt(row)
+    if "chosen" in made and not made["prompt"]:
+        raise fail(
+            "the two sides of a pair begin differently",
+            where="train_file",
+            expected="a prompt of its own, or one that both sides begin with",
+            got=repr(made["chosen"])[:80],
+        )
+    return made
 
 
 def prompts_of(rows: Sequence[Row]) -> list[Prompt]:

@@ -48,9 +48,11 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
             text = StringIO()
             yaml.dump(content, text)
             check_project(safe_load(text.getvalue()), str(path))
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            # The file itself where the name is a link to it.
+            target = path.resolve()
+            partial = target.with_name(f".{target.name}.{os.getpid()}")
             partial.write_text(text.getvalue(), encoding="utf-8")
-            os.replace(partial, path)
+            os.replace(partial, target)
         return [f"{project_file}: {change}" for change in said]
 
 

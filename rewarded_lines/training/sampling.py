@@ -105,7 +105,7 @@ def choose_engine(wanted: str) -> str:
         UserError: an engine that is named and not installed.
     """
     engine = ("vllm" if find_spec("vllm") else "hf") if wanted == "auto" else wanted
-    check_engine(engine)
+    check_engine(engine, "--sampling_engine")
     return engine
 
 

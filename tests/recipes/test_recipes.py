@@ -19,6 +19,11 @@ from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
 
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
 
 def tensors(folder):
     """Names, shapes and types of the weights in a model folder."""
@@ -52,10 +57,7 @@ def test_sft_from_nothing_leaves_a_model_its_record_and_the_projects_base(work):
 
 
 def test_sft_fine_tunes_on_completions_only_with_a_chat_template(work):
-    (work / "sft" / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    (work / "sft" / "chat_template.jinja").write_text(TEMPLATE)
     seen = []
     recipe = load_recipe("sft")
     build = recipe.SFTTrainer
@@ -153,10 +155,29 @@ def test_dpo_keeps_its_pairs_and_uses_them_again(work, capsys):
     assert kept.stat().st_mtime_ns != made
 
 
-def test_dpo_trains_on_given_pairs(work):
-    files = {"train_file": work / "data" / "pairs-train.jsonl", "output_dir": work / "given"}
-    run("dpo", work, pairs="given", reward="detailed", **files)
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_dpo_trains_on_given_pairs(work, chat):
+    (work / "sft" / "chat_template.jinja").write_text(TEMPLATE)
+    seen = []
+    recipe = load_recipe("dpo")
+    build = recipe.DPOTrainer
+    recipe.DPOTrainer = lambda **parts: seen.append(parts["train_dataset"][0]) or build(**parts)
+    files = {"train_file": work / "data" / "pairs-whole.jsonl", "output_dir": work / "given"}
+    more = {"chat": True, "system_prompt": "be kind"} if chat else {}
+    recipe.main(words_for("dpo", work, pairs="given", reward="detailed", **files, **more))
     assert record(work / "given")["metrics"]["pairs"] == 16
+    (row,) = seen
+    if chat:
+        assert [turn["content"] for turn in row["prompt"]] == ["be kind", "this is a"]
+        assert row["chosen"] == [{"role": "assistant", "content": " warm and funny film about a small town"}]
+    else:
+        assert (row["prompt"], row["rejected"]) == ("this is a", " dull and lifeless film about very little")
+
+
+def test_pairs_that_begin_differently_are_refused(work):
+    files = {"train_file": work / "data" / "pairs-train.jsonl", "output_dir": work / "given"}
+    with pytest.raises(UserError, match="begin differently"):
+        run("dpo", work, pairs="given", reward="detailed", **files)
 
 
 def test_what_does_not_fit_is_told_before_anything_is_trained(work):
