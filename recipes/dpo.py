@@ -25,15 +25,15 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.rows import Row
+from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config
+from rewarded_lines.rewarding.pairs import best_and_worst, kept_pairs
+from rewarded_lines.rewarding.reward_module import make_queries
+from rewarded_lines.rewarding.sampling import choose_engine, sample
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.models import generation_dtype, load_policy, lora_config
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions, SamplingOptions
-from rewarded_lines.training.pairs import best_and_worst, kept_pairs
 from rewarded_lines.training.policy import PolicyTask, load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.reward_module import make_queries
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
-from rewarded_lines.training.sampling import choose_engine, sample
 
 LAYOUTS = {"sampled": [("prompt",)], "given": [("prompt", "chosen", "rejected"), ("chosen", "rejected")]}
 

@@ -25,8 +25,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.models import (
+from rewarded_lines.learning.models import (
     generation_dtype,
     load_critic,
     load_policy,
@@ -34,10 +33,11 @@ from rewarded_lines.training.models import (
     usable_padding,
     with_lora,
 )
+from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.policy import load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.reward_module import RewardModule, make_queries
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: `--config FILE` and overrides.
     """
-    from rewarded_lines.training.ppo import AdaptiveKL, PPOConfig, ResumablePPOTrainer
+    from rewarded_lines.learning.ppo import AdaptiveKL, PPOConfig, ResumablePPOTrainer
 
     parts = (PPORecipe, RunOptions, DataOptions, RewardOptions, ModelConfig, PPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")

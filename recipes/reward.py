@@ -26,8 +26,7 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.prompts import prompt_text
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.evaluation.rewards import fill_template, load_reward
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.models import (
+from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,
     load_classifier,
@@ -35,6 +34,7 @@ from rewarded_lines.training.models import (
     lora_config,
     reference_hash,
 )
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.project import register

@@ -21,13 +21,13 @@ from transformers import set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config, reference_loading
+from rewarded_lines.rewarding.reward_module import make_queries
+from rewarded_lines.rewarding.rewards import RewardFunction
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.models import generation_dtype, load_policy, lora_config, reference_loading
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.policy import load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.reward_module import make_queries
-from rewarded_lines.training.rewards import RewardFunction
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
 
 

@@ -26,14 +26,14 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rewarded_lines import merge
 from rewarded_lines.data.prompts import with_turns
 from rewarded_lines.data.rows import read_rows, rows_hash
+from rewarded_lines.learning.models import absolute, load_policy, load_tokenizer, lora_config, reference_hash
+from rewarded_lines.learning.optimizer import MuonAdamW
+from rewarded_lines.learning.scratch import ScratchModel, make_llama, train_tokenizer
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.models import absolute, load_policy, load_tokenizer, lora_config, reference_hash
-from rewarded_lines.training.optimizer import MuonAdamW
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.project import register
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
-from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
 
 LAYOUTS = [("messages",), ("prompt", "completion"), ("text",)]
 

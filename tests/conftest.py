@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
+# Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 PROJECT = """\

@@ -11,6 +11,8 @@ WINGS = [
     "cli",
     "demo",
     "training",
+    "rewarding",
+    "learning",
     "reporting",
     "evaluation",
     "inspecting",

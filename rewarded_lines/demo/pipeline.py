@@ -265,7 +265,8 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
     )
     # What the model is made from, wherever the run folder stands and however it is spelt.
     wanted = [word.replace(str(settings.out), "") for word in arguments]
-    shared = [_text(path) for path in sorted((_PACKAGE / "training").glob("*.py"))]
+    wings = ("training", "rewarding", "learning", "data")
+    shared = [_text(path) for wing in wings for path in sorted((_PACKAGE / wing).glob("*.py"))]
     return _Part(name, output, _digest([before, wanted, _text(script), _text(config), shared]), job=job)
 
 

@@ -1,1 +1,1 @@
-"""What the recipes share: arguments, the run and its folder, models, and any reward in the forms that TRL takes."""
+"""What makes a script of training a recipe: arguments, the run and its folder, its place in the project."""

@@ -15,12 +15,12 @@ from rewarded_lines.config import PROJECT_FILE, GenerationSpec, Project, load_pr
 from rewarded_lines.data.prompts import Prompt, with_turns
 from rewarded_lines.data.rows import Layouts, Row, read_rows, rows_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.training.models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.learning.models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.rewarding.rewards import WeightedReward, load_training_reward
+from rewarded_lines.rewarding.sampling import Parts, Sampler, describe, gains, summary
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.project import register
-from rewarded_lines.training.rewards import WeightedReward, load_training_reward
 from rewarded_lines.training.run import TrainingRun, from_main, say
-from rewarded_lines.training.sampling import Parts, Sampler, describe, gains, summary
 
 
 @dataclass

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from rewarded_lines.config import DataSpec, load_project
 from rewarded_lines.data.prompts import encode, load_prompts, prompt_text, split_text, with_turns
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.scratch import ScratchModel, train_tokenizer
+from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
 
 TEMPLATE = """\
 {% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}\

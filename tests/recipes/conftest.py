@@ -6,17 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from small_recipes import make_project
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these are done before a second thread has begun."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

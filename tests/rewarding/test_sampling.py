@@ -14,9 +14,9 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation import generation
 from rewarded_lines.evaluation.isolated import generate_isolated
-from rewarded_lines.training import sampling
-from rewarded_lines.training.rewards import WeightedReward
-from rewarded_lines.training.sampling import Sampler, choose_engine, describe, gains, paired_gain, sample, summary
+from rewarded_lines.rewarding import sampling
+from rewarded_lines.rewarding.rewards import WeightedReward
+from rewarded_lines.rewarding.sampling import Sampler, choose_engine, describe, gains, paired_gain, sample, summary
 
 SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]

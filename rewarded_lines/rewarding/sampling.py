@@ -20,7 +20,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.evaluation.engines import HfGenerator
 from rewarded_lines.evaluation.generation import check_engine
 from rewarded_lines.evaluation.isolated import generate_isolated
-from rewarded_lines.training.rewards import WeightedReward
+from rewarded_lines.rewarding.rewards import WeightedReward
 
 Parts = dict[str, list[float]]
 

@@ -8,8 +8,8 @@ from tiny_models import make_tokenizer
 
 from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.rewards import RewardFunction, WeightedReward, load_training_reward
-from rewarded_lines.training.scratch import ScratchModel, train_tokenizer
+from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
+from rewarded_lines.rewarding.rewards import RewardFunction, WeightedReward, load_training_reward
 
 PROMPTS = ["A Film", "the quiet End of it all, says", "IT"]
 RESPONSES = [" that moves.", " he, and goes on and on", ""]

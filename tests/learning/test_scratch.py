@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
-from rewarded_lines.training.optimizer import MuonAdamW
+from rewarded_lines.learning.optimizer import MuonAdamW
+from rewarded_lines.learning.scratch import ScratchModel, make_llama, train_tokenizer
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.scratch import ScratchModel, make_llama, train_tokenizer
 
 TEXTS = ["A film of Great beauty", "and of little else – naïve, too"]
 SMALL = ScratchModel(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=1)

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.pairs import best_and_worst, kept_pairs
+from rewarded_lines.rewarding.pairs import best_and_worst, kept_pairs
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 PROMPTS = ["a", "a", "a", "b", "b", "b", "c", "c", "c"]

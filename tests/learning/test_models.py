@@ -33,7 +33,7 @@ from trl.experimental.utils import get_reward
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.models import (
+from rewarded_lines.learning.models import (
     absolute,
     check_quantization,
     check_start,

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerControl, TrainerState, set_seed
 
-from rewarded_lines.training.models import with_lora
-from rewarded_lines.training.ppo import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
+from rewarded_lines.learning.models import with_lora
+from rewarded_lines.learning.ppo import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
+from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.reward_module import RewardModule, make_queries
 from rewarded_lines.training.run import last_checkpoint
 
 
