@@ -33,7 +33,7 @@ demo: setup ## train, merge, measure and report on a small example: the whole jo
 	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(OUT),--out '$(OUT)')
 
 test: setup ## run the tests
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2 --dist loadfile
 
 bench: setup ## measure merge against mergekit, cp and itself (35 GB of disk; BENCH='--help')
 	$(VENV)/python tests/benchmarks/merge_speed.py $(BENCH)
