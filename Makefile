@@ -11,10 +11,10 @@ BENCH ?=
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench bench-recipes lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo and OUT=folder. For the set-up:'
 	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
@@ -37,6 +37,9 @@ test: setup ## run the tests
 
 bench: setup ## measure merge against mergekit, cp and itself (35 GB of disk; BENCH='--help')
 	$(VENV)/python tests/benchmarks/merge_speed.py $(BENCH)
+
+bench-recipes: setup ## measure a step of each recipe against bare TRL, on what `make demo` made (quarter of an hour)
+	$(VENV)/python tests/benchmarks/recipe_overhead.py $(BENCH)
 
 lint: setup ## check style, formatting and types
 	$(VENV)/ruff check .

@@ -189,9 +189,7 @@ def dpo(content: dict[str, Any], folder: str, stamps: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    kept = sorted(Path(folder).parent.rglob("dpo-ours-*.pairs.parquet"))
-    found = kept or sorted(Path(tempfile.gettempdir()).rglob("dpo-ours-*.pairs.parquet"))
-    rows = pq.read_table(found[0], columns=["prompt", "chosen", "rejected"]).to_pylist()
+    rows = pq.read_table(content["pairs_file"], columns=["prompt", "chosen", "rejected"]).to_pylist()
     DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
         ref_model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
