@@ -212,7 +212,7 @@ class _Resume(TrainerCallback):
         progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
         saved: Any = type(state).load_from_json(str(folder / "trainer_state.json"))
         _load_policy(trainer.policy_model, folder)
-        trainer.value_model.load_state_dict(load_file(folder / CRITIC_FILE), strict=False)
+        _load_critic(trainer.value_model, folder / CRITIC_FILE)
         states: dict[str, Any] = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
         for file, part in states.items():
             part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
@@ -230,6 +230,14 @@ def _load_policy(policy: Any, folder: Path) -> None:
         set_peft_model_state_dict(policy, load_file(folder / ADAPTER_FILE))
     else:
         load_checkpoint_in_model(policy, str(folder))
+
+
+def _load_critic(critic: nn.Module, file: Path) -> None:
+    """Put back the parameters that are trained, all of them; the others are the base's."""
+    saved = load_file(file)
+    if saved.keys() != _trained(critic).keys():
+        raise fail("the checkpoint's critic is another one", where=str(file), remedy="start anew with --overwrite true")
+    critic.load_state_dict(saved, strict=False)
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
