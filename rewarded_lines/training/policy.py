@@ -117,11 +117,18 @@ def load_task(
     """
     weights = rewards.weights()
     project = _project(options, model_options)
-    project.require("base", "rewards")
+    project.require("rewards")
+    if project.config.base is None:
+        raise fail(
+            "`base` is missing",
+            where=options.project_file,
+            expected="the SFT model that policies start from",
+            remedy="train it with recipes/sft.py, or name one with `model_name_or_path`",
+        )
     if model_options.model_revision != "main":
         what = "a project's base has no revision, so the merger would take another model than this one"
         raise fail(what, where="model_revision", remedy="download that revision and name its folder as `base`")
-    base = absolute(project.resolve(str(project.config.base)))
+    base = absolute(project.resolve(project.config.base))
     check_start(base, model_options, options.project_file)
     validation = data.validation()
     if validation is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
-from small_recipes import POLICIES, ROOT, load_recipe, record, run, words_for
+from small_recipes import POLICIES, PROJECT, ROOT, load_recipe, record, run, words_for
 from tiny_models import make_model, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -127,6 +127,12 @@ def test_a_policy_joins_the_project_and_merges(work, name, lora, monkeypatch):
         assert torch.allclose(merged, tuned(input_ids=ids).logits, atol=1e-5)
 
 
+def test_a_model_that_is_named_becomes_the_base_of_a_project_without_one(work):
+    (work / "rewarded-lines.yaml").write_text(PROJECT.replace("base: sft\n", ""))
+    run("rloo", work, model_name_or_path=work / "sft", output_dir=work / "policy")
+    assert project(work).base == "sft" and project(work).policies == {"vowels": "policy"}
+
+
 def test_a_weighted_sum_is_a_baseline(work):
     words = [word for word in words_for("rloo", work) if not word.startswith("--reward=")]
     config = work / "rloo.yaml"
@@ -199,6 +205,9 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
     ]:
         with pytest.raises(UserError, match=message):
             run("ppo", work, output_dir=work / "none", **overrides)
+    (work / "start.yaml").write_text(PROJECT.replace("base: sft\n", ""))
+    with pytest.raises(UserError, match="`base` is missing(.|\n)*model_name_or_path"):
+        run("rloo", work, output_dir=work / "none", project_file=work / "start.yaml")
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
     with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):
