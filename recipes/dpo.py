@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
         engine = choose_engine(sampling.sampling_engine)
         task = load_task(options, data, rewards, model_options, training, LAYOUTS[recipe.pairs])
         if not run.begin(**task.inputs):
+            task.add_to_project(run)
             return
 
         own, policy = copy.deepcopy(task.tokenizer), load_policy(task.base, model_options)

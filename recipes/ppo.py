@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
         if not run.begin(**task.inputs):
+            task.add_to_project(run)
             return
 
         tokenizer = task.tokenizer

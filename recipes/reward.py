@@ -65,7 +65,10 @@ def main(argv: Sequence[str]) -> None:
         pairs = as_texts(read_rows(data.train(), LAYOUTS))
         held_out = as_texts(read_rows(data.validation() or data.train(), LAYOUTS))
         inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}
+        place = ("rewards", recipe.reward_name or run.output.name)
+        entries = {(*place, "model"): run.output, (*place, "template"): recipe.template}
         if not run.begin(**inputs):
+            from_main(lambda: say(*register(options.project_file, entries)))
             return
 
         tokenizer = load_tokenizer(base, model_options.model_revision)
@@ -94,8 +97,6 @@ def main(argv: Sequence[str]) -> None:
         low, high = metrics["accuracy_interval"]
         say(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")
         run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
-        place = ("rewards", recipe.reward_name or run.output.name)
-        entries = {(*place, "model"): run.output, (*place, "template"): recipe.template}
         from_main(lambda: say(*register(options.project_file, entries)))
 
 

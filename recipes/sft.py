@@ -33,7 +33,7 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.project import register
-from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say, training_run
 
 LAYOUTS = [("messages",), ("prompt", "completion"), ("text",)]
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         validation = with_turns(read_rows(held_out, LAYOUTS), held_out) if held_out else None
         inputs = {"train": rows_hash(corpus), "validation": rows_hash(validation or []), "base": reference_hash(base)}
         if not run.begin(**inputs):
+            add_to_project(options, run)
             return
 
         if base:
@@ -88,7 +89,12 @@ def main(argv: Sequence[str]) -> None:
             from_main(lambda: fold(str(base), run.folder))
         from_main(lambda: save_tokenizer(tokenizer, run.folder))
         run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
-        from_main(lambda: say(*register(options.project_file, {("base",): run.output})))
+        add_to_project(options, run)
+
+
+def add_to_project(options: RunOptions, run: TrainingRun) -> None:
+    """Make the model the project's base."""
+    from_main(lambda: say(*register(options.project_file, {("base",): run.output})))
 
 
 def fold(base: str, folder: Path) -> None:

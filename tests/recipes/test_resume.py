@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from small_recipes import ROOT, record, run, words_for
+from small_recipes import PROJECT, ROOT, record, run, words_for
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
@@ -60,8 +60,11 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     first, second = (record(work / folder)["metrics"] for folder in ("whole", "ended"))
     assert first.get("gain") == second.get("gain") and first.get("accuracy") == second.get("accuracy")
 
+    # As if it had been killed between its last two steps: the model is there, the project does not know it.
+    (work / "rewarded-lines.yaml").write_text(PROJECT)
     run(name, work, output_dir=work / "ended", **more)
     assert "finished already" in capsys.readouterr().out
+    assert ": ended\n" in (work / "rewarded-lines.yaml").read_text()
 
 
 def test_killed_and_started_again(work):
