@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.generation import ENGINES
+from rewarded_lines.engines.generation import ENGINES
 from rewarded_lines.reporting.report import report
 
 

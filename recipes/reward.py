@@ -25,7 +25,7 @@ from trl.data_utils import extract_prompt
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.prompts import prompt_text
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
-from rewarded_lines.evaluation.rewards import fill_template, load_reward
+from rewarded_lines.scoring.rewards import fill_template, load_reward
 from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,

@@ -32,23 +32,33 @@ class RewardSpec(Strict):
     """One reward, declared once for recipes and evaluator: a model with a format, or a Python function.
 
     `format` says which logits make the score, as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of
-    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads.
+    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads. A reward of
+    the role "audit" is reported and never trained on, chosen by, or part of a hypervolume. `backend` runs a model,
+    `device` is its place (the command line's by default); `workers` are processes that a function is called in.
     """
 
     model: str | None = None
     format: str = "0"
     template: str = "{prompt}{response}"
     function: str | None = None
+    role: Literal["objective", "audit"] = "objective"
     unit: str = ""
     description: str = ""
     batch_size: int = Field(64, ge=1)
     max_tokens: int = Field(512, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+    backend: Literal["hf", "vllm"] = "hf"
+    workers: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSpec:
         if (self.model is None) == (self.function is None):
             raise ValueError("declare either `model:` (a classifier) or `function:` (module:name or file.py:name)")
+        if self.workers and self.function is None:
+            raise ValueError("`workers:` is for functions; a model's batches are its own")
+        if self.backend != "hf" and self.model is None:
+            raise ValueError("`backend:` is for models")
         return self
 
     @field_validator("format")
@@ -100,39 +110,147 @@ class PromptSpec(DataSpec):
 
 
 class GenerationSpec(Strict):
-    """How every point of a sweep answers; `seed` plus the prompt's index is the seed of that prompt's response."""
+    """How every point of a sweep answers: `n` responses to each prompt, each with a seed of its own from `seed`.
+
+    Temperature 0 is greedy. A response ends at the model's end token, before the first of the `stop` texts, or after
+    `max_tokens`. `chat_template` is a Jinja file that takes the place of the tokenizer's own.
+    """
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(64, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1_000_000)
+    n: int = Field(1, ge=1)
+    stop: tuple[str, ...] = ()
+    chat_template: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> GenerationSpec:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n > 1 with temperature 0 gives the same response n times; set a temperature, or n: 1")
+        if not all(self.stop):
+            raise ValueError("a stop text is empty")
+        return self
 
 
 class MethodSpec(Strict):
-    """One curve of a sweep: the residual's LiNeS schedule. beta = 0 with alpha = 1 is Rewarded Soups."""
+    """One curve of a sweep: how residuals become one, and the LiNeS schedule that scales the result by depth.
+
+    beta = 0 with alpha = 1 is the merge method as its paper has it. `match` names another method of the sweep: alpha
+    is then chosen at every λ so that the scaled residual has that method's norm. `checkpoints` makes the curve of
+    models that are there already instead, by their names in `baselines:`.
+    """
 
     alpha: float = 1.0
     beta: float = 1.0
+    merge: str = "soup"
+    options: dict[str, float | int | str] = {}
+    match: str | None = None
+    checkpoints: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> MethodSpec:
+        given = self.model_fields_set
+        if self.checkpoints and given != {"checkpoints"}:
+            raise ValueError("`checkpoints:` are not merged; it takes no other key beside it")
+        if self.match is not None and given & {"alpha", "beta"}:
+            raise ValueError("`match:` sets alpha, and beta to 0; leave both out")
+        return self
 
 
-class SweepSpec(Strict):
-    """What a sweep compares, at how many λ, and the bootstrap that makes its intervals."""
+PRESETS: dict[str, MethodSpec] = {
+    "soup": MethodSpec(beta=0.0),
+    "lines": MethodSpec(),
+    "uniform": MethodSpec(match="lines"),
+    "reversed": MethodSpec(alpha=2.0, beta=-1.0),
+}
+"""Methods that a project may name without saying what they are."""
+SFT, POLICIES, TUNED = "sft", "policies", "tuned"
+_RESERVED = {
+    SFT: "the base model itself, always evaluated",
+    TUNED: "the method that `tune:` adds",
+}
 
-    points: int = Field(11, ge=2)
-    methods: dict[str, MethodSpec] = {"soup": MethodSpec(beta=0.0), "lines": MethodSpec()}
-    resamples: int = Field(1000, ge=100)
 
-    @field_validator("methods")
+class TuneSpec(Strict):
+    """The search for alpha and beta that `tuned` gets: `trials` of them, by hypervolume on validation prompts."""
+
+    trials: int = Field(ge=1)
+    prompts: PromptSpec
+    points: int | None = Field(None, ge=2)
+    alpha: tuple[float, float] = (0.0, 2.0)
+    beta: tuple[float, float] = (-1.0, 2.0)
+    merge: str = "soup"
+    options: dict[str, float | int | str] = {}
+    seed: int = Field(0, ge=0)
+
+    @field_validator("alpha", "beta")
     @classmethod
-    def _names(cls, value: dict[str, MethodSpec]) -> dict[str, MethodSpec]:
-        if not value or "sft" in value:
-            raise ValueError("name at least one method; `sft` is taken by the base model itself")
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] <= value[1]:
+            raise ValueError("the range is [lowest, highest]")
         return value
 
 
+class SweepSpec(Strict):
+    """What a sweep compares, at how many λ, and the bootstrap that makes its intervals.
+
+    `methods` is a list of names (those of `PRESETS`, merge methods, `policies`) or a mapping from names to what they
+    are, null for the names of that list. The grid has λ in steps of 1/(points − 1), or of `step`.
+    """
+
+    points: int = Field(11, ge=2)
+    methods: dict[str, MethodSpec | None] = {"soup": None, "lines": None}
+    tune: TuneSpec | None = None
+    references: dict[str, dict[str, float]] = {}
+    resamples: int = Field(1000, ge=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forms(cls, content: Any) -> Any:
+        """Take a list of methods for a mapping without details, and a step for the number of points that it makes."""
+        if not isinstance(content, Mapping):
+            return content
+        content = dict(content)
+        if isinstance(names := content.get("methods"), list):
+            repeated = next((name for name in names if names.count(name) > 1), None)
+            if repeated is not None:
+                raise ValueError(f"the method {repeated!r} is named twice")
+            content["methods"] = {str(name): None for name in names}
+        if "step" in content:
+            if "points" in content:
+                raise ValueError("give either `points:` or `step:`")
+            content["points"] = _points_of(content.pop("step"))
+        return content
+
+    @field_validator("methods")
+    @classmethod
+    def _names(cls, value: dict[str, MethodSpec | None]) -> dict[str, MethodSpec | None]:
+        if not value:
+            raise ValueError("name at least one method")
+        for name in value:
+            if name in _RESERVED:
+                raise ValueError(f"`{name}` is {_RESERVED[name]}; give the method another name")
+            if value[name] is not None and name == POLICIES:
+                raise ValueError("`policies` stands for the single policies and takes no keys")
+        return value
+
+
+def _points_of(step: Any) -> int:
+    """Return how many λ a step makes on each edge of the simplex."""
+    count = round(1 / step) if isinstance(step, int | float) and 0 < step <= 1 else 0
+    if not count or abs(count * step - 1) > 1e-9:
+        raise ValueError(f"a step of {step!r} does not divide 1; take 0.1, 0.2, 0.25 ...")
+    return count + 1
+
+
 class ProjectConfig(Strict):
-    """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies."""
+    """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies.
+
+    `baselines` are models to compare with, never merged; `control` are texts that have nothing to do with the task:
+    how much worse a policy predicts them is what it has forgotten.
+    """
 
     version: int = 1
     title: str = ""
@@ -141,6 +259,7 @@ class ProjectConfig(Strict):
     baselines: dict[str, str] = {}
     rewards: dict[str, RewardSpec] = {}
     prompts: PromptSpec | None = None
+    control: DataSpec | None = None
     generation: GenerationSpec = GenerationSpec()
     sweep: SweepSpec = SweepSpec()
 
@@ -284,9 +403,13 @@ def _section(location: list[str]) -> type[Strict] | None:
     sections: Mapping[str, type[Strict]] = {
         "rewards": RewardSpec,
         "prompts": PromptSpec,
+        "control": DataSpec,
         "generation": GenerationSpec,
         "sweep": SweepSpec,
     }
     if not location:
         return ProjectConfig
-    return MethodSpec if location[:2] == ["sweep", "methods"] else sections.get(location[0])
+    if location[0] == "sweep" and len(location) > 1:
+        below = {"methods": MethodSpec, "tune": PromptSpec if location[-1] == "prompts" else TuneSpec}
+        return below.get(location[1])
+    return sections.get(location[0])

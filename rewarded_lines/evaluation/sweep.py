@@ -18,7 +18,7 @@ from rewarded_lines.config import GenerationSpec, Project, RewardSpec, load_proj
 from rewarded_lines.data.prompts import Prompt, load_prompts, prompt_text
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.generation import Generator, check_engine, load_generator, prompt_seed
+from rewarded_lines.engines.generation import Generator, check_engine, load_generator, prompt_seed
 from rewarded_lines.evaluation.records import (
     RUN_FILE,
     SFT,
@@ -31,7 +31,7 @@ from rewarded_lines.evaluation.records import (
     write_header,
     write_point,
 )
-from rewarded_lines.evaluation.rewards import Reward, load_rewards
+from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.folders import folder_lock, refuse_foreign
 from rewarded_lines.planning.plan import MergePlan, MergeSpec, plan_merge
 from rewarded_lines.rules.preferences import simplex_grid

@@ -18,7 +18,7 @@ from typing import Any
 from rewarded_lines.config import Project
 from rewarded_lines.data.prompts import Prompt, encode, prompt_text, split_text
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.rewards import Reward, load_rewards
+from rewarded_lines.scoring.rewards import Reward, load_rewards
 
 Scale = tuple[float, float]
 

@@ -17,9 +17,9 @@ from accelerate import DistributedType, PartialState
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.evaluation.engines import HfGenerator
-from rewarded_lines.evaluation.generation import check_engine
-from rewarded_lines.evaluation.isolated import generate_isolated
+from rewarded_lines.engines.huggingface import HfGenerator
+from rewarded_lines.engines.generation import check_engine
+from rewarded_lines.engines.isolated import generate_isolated
 from rewarded_lines.rewarding.rewards import WeightedReward
 
 Parts = dict[str, list[float]]

@@ -9,7 +9,7 @@ import rewarded_lines.evaluation.sweep as sweep_module
 from rewarded_lines import merge, sweep
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.generation import load_generator
+from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.folders import folder_lock
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation import generation
-from rewarded_lines.evaluation.isolated import generate_isolated
+from rewarded_lines.engines.isolated import generate_isolated
 from rewarded_lines.rewarding import sampling
 from rewarded_lines.rewarding.rewards import WeightedReward
 from rewarded_lines.rewarding.sampling import Sampler, choose_engine, describe, gains, paired_gain, sample, summary

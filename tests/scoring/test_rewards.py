@@ -8,7 +8,7 @@ from tiny_models import make_tokenizer
 
 from rewarded_lines.config import RewardSpec, parse_format
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.rewards import fill_template, load_reward
+from rewarded_lines.scoring.rewards import fill_template, load_reward
 
 FILE = """\
 import math

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.engines import SeededSampling
-from rewarded_lines.evaluation.generation import load_generator, prompt_seed
+from rewarded_lines.engines.huggingface import SeededSampling
+from rewarded_lines.engines.generation import load_generator, prompt_seed
 from rewarded_lines.planning.plan import MergeSpec, plan_merge
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)

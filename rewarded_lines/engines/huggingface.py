@@ -13,7 +13,7 @@ from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode, split_text
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.generation import Response, Weights, prompt_seed
+from rewarded_lines.engines.generation import Response, Weights, prompt_seed
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from pathlib import Path
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.generation import load_generator
+from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 
 # What launchers tell their processes; the child is none of them.
@@ -42,7 +42,7 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
         task, answer, log = (Path(folder, name) for name in ("task.json", "answer.json", "log"))
         content = {"engine": engine, "model": model, "spec": spec.model_dump(), "prompts": list(prompts)}
         task.write_text(json.dumps(content), encoding="utf-8")
-        command = (sys.executable, "-m", "rewarded_lines.evaluation.isolated", str(task), str(answer))
+        command = (sys.executable, "-m", "rewarded_lines.engines.isolated", str(task), str(answer))
         environment = _plain_environment() | {DIE_WITH_PARENT: str(os.getpid())}
         with log.open("wb") as output:
             code = subprocess.run(
