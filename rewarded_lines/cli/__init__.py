@@ -10,10 +10,13 @@ import typer
 from rich.console import Console
 
 from rewarded_lines import __version__
+from rewarded_lines.cli.choose import choose
 from rewarded_lines.cli.demo import demo
 from rewarded_lines.cli.inspect import inspect
 from rewarded_lines.cli.merge import METHODS_HELP, merge
 from rewarded_lines.cli.report import report
+from rewarded_lines.cli.score import score
+from rewarded_lines.cli.search import search
 from rewarded_lines.cli.sweep import sweep
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.processes import die_with_parent, termination_as_exit
@@ -25,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, sweep, report, inspect, demo):
+for command in (merge, sweep, score, search, choose, report, inspect, demo):
     app.command(epilog=METHODS_HELP if command is merge else None)(command)
 
 
@@ -48,6 +51,8 @@ def _root(
     rewarded-lines merge --lam 0.5              merge the policies of rewarded-lines.yaml
     rewarded-lines sweep                        generate and score along λ
     rewarded-lines report runs/demo/sweep       table and figure of a sweep
+    rewarded-lines choose runs/demo/sweep --at-least detailed=15
+    rewarded-lines score merged/lam=0.50        one model, beside SFT
     rewarded-lines inspect ppo-helpful          its blocks by depth; --base sft: how far they moved
     """
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Runs with policies of other training seeds, averaged with it.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Show a sweep: every point with its interval, hypervolumes, a figure.
@@ -28,10 +32,12 @@ def report(
     \b
     rewarded-lines report runs/demo/sweep
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
+    rewarded-lines report runs/demo/sweep runs/demo-seed1/sweep runs/demo-seed2/sweep
+        averages over three training seeds, a second level of the bootstrap
     """
     from rewarded_lines.reporting.report import report as make_report
 
-    summary = make_report(run)
+    summary = make_report(run, *(more or ()))
     if as_json:
         typer.echo(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:

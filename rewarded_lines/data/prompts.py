@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import DataSpec, Project
@@ -23,7 +24,16 @@ def load_prompts(project: Project) -> list[Prompt]:
     project.require("prompts")
     spec = project.config.prompts
     assert spec is not None
-    return [row["prompt"] for row in with_turns(read_rows(spec, [("prompt",)], project.root), spec)]
+    return read_prompts(spec, project.root)
+
+
+def read_prompts(spec: DataSpec, root: Path) -> list[Prompt]:
+    """Return the prompts that a declaration of data names; relative paths in it start at `root`.
+
+    Raises:
+        UserError: the data are missing, or a row has no `prompt`.
+    """
+    return [row["prompt"] for row in with_turns(read_rows(spec, [("prompt",)], root), spec)]
 
 
 def with_turns(rows: list[Row], spec: DataSpec) -> list[Row]:

@@ -281,7 +281,7 @@ def _moved_paths(config: Path, out: Path) -> dict[str, str]:
 
 def _sweep(settings: DemoSettings, before: str) -> list[_Part]:
     def run(tell: Tell) -> None:
-        from rewarded_lines.evaluation.sweep import sweep
+        from rewarded_lines.sweeping.sweep import sweep
 
         done = 0
 
@@ -290,7 +290,9 @@ def _sweep(settings: DemoSettings, before: str) -> list[_Part]:
             done += more
             tell("points", done, total)
 
-        sweep(settings.out / PROJECT_FILE, out=settings.out / "sweep", engine=settings.engine, progress=count)
+        out = settings.out / "sweep"
+        # Policies trained anew make another run in the place of the old one.
+        sweep(settings.out / PROJECT_FILE, out=out, engine=settings.engine, overwrite=True, progress=count)
 
     made_from = _digest([before, settings.engine])
     return [_Part("sweep", settings.out / "sweep" / "points", made_from, run=run, goes_on=True)]

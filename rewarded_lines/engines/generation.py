@@ -12,18 +12,19 @@ from typing import Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.engines.tokens import Tokens
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
 
 Plan = MergePlan | AdapterPlan
-Tokens = Sequence[int]
 Model = MergeSpec | None
 """Who answers: a merge of the engine's plan, or None for the SFT model itself."""
 ENGINES = ("vllm", "hf")
 # Seeds of different runs must not meet: run 0's prompt 1 is not run 1's prompt 0, nor its second response.
 _SEED_STRIDE = 1_000_000
-_SAMPLE_STRIDE = 1 << 42
+# Above every run's and prompt's, and different in the low 32 bits too: torch's generator on a CPU reads no others.
+_SAMPLE_STRIDE = (1 << 42) + 2_654_435_761
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Generator(Protocol):
         ...
 
     def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
-        """Return log π(tail | head) for each pair (head, tail) of tokens, in nats at temperature 1; no head is empty."""
+        """Return log π(tail | head) in nats at temperature 1 for each pair (head, tail) of tokens; no head is empty."""
         ...
 
     def close(self) -> None:
@@ -142,9 +143,7 @@ def load_generator(
     if isinstance(plan, AdapterPlan):
         from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
 
-        return VllmAdapterGenerator(
-            model, spec, prompts, plan=plan, longest=longest, tensor_parallel=tensor_parallel
-        )
+        return VllmAdapterGenerator(model, spec, prompts, plan=plan, longest=longest, tensor_parallel=tensor_parallel)
     from rewarded_lines.engines.vllm_engine import VllmGenerator
 
     return VllmGenerator(model, spec, prompts, plan=plan, longest=longest, tensor_parallel=tensor_parallel)

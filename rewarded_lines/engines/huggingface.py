@@ -1,129 +1,131 @@
-"""The engines: vLLM, and Hugging Face's generate as the reference that it is held against."""
+"""transformers as an engine: slower, needs nothing else, and what the tests compare the others with."""
 
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from rewarded_lines.checkpoints.adapter_config import read_adapter_config
-from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, encode, split_text
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.generation import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.sampling import SeededSampling, StopTexts
+from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence, read_template, response_text
 from rewarded_lines.errors import fail
-from rewarded_lines.engines.generation import Response, Weights, prompt_seed
+from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import MergePlan, MergeSpec
 
 if TYPE_CHECKING:
     import torch
 
-
-class VllmGenerator:
-    """vLLM in this process: the engine is built once, weights stream into it layer by layer."""
-
-    def __init__(self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> None:
-        """Build the engine; see `load_generator`."""
-        _prepare_vllm()
-        from vllm import LLM
-
-        self._tokenizer, length = _tokenizer_and_length(model, spec, prompts)
-        self._llm: Any = LLM(
-            model=model,
-            dtype=spec.dtype,
-            max_model_len=length,
-            enforce_eager=True,
-            seed=0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **_share_of_gpu(),
-        )
-
-    def use(self, weights: Weights) -> None:
-        """See `Generator.use`. Cached prefixes belong to the old weights, so they are dropped."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._llm.apply_model(_repack_tied_head)
-        self._llm.reset_prefix_cache()
-
-    def generate(self, prompts: Sequence[Prompt], spec: GenerationSpec) -> list[Response]:
-        """See `Generator.generate`."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=spec.temperature,
-                top_p=spec.top_p,
-                max_tokens=spec.max_tokens,
-                seed=prompt_seed(spec, index),
-                logprobs=0,
-            )
-            for index in range(len(prompts))
-        ]
-        ids = encode(self._tokenizer, prompts)
-        outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
-        return [self._response(row, output.outputs[0]) for row, output in zip(ids, outputs, strict=True)]
-
-    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
-        """See `Generator.logprobs`: one prefill of prompt and response together, nothing is generated beyond it."""
-        from vllm import SamplingParams
-
-        rows = [
-            [*ids, *response.tokens] for ids, response in zip(encode(self._tokenizer, prompts), responses, strict=True)
-        ]
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        outputs = self._llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
-        return [
-            _total(output.prompt_logprobs[-len(response.tokens) :], response.tokens) if response.tokens else 0.0
-            for output, response in zip(outputs, responses, strict=True)
-        ]
-
-    def close(self) -> None:
-        """See `Generator.close`."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
-        gc.collect()
-
-    def _response(self, prompt: list[int], completion: Any) -> Response:
-        tokens = tuple(completion.token_ids)
-        return Response(
-            text=split_text([*prompt, *tokens], len(prompt), self._tokenizer)[1],
-            tokens=tokens,
-            ended=completion.finish_reason == "stop",
-            logprob=_total(completion.logprobs, tokens),
-        )
+_BATCH = 64
+# Probabilities of this many tokens' whole vocabularies are held at once: 512 MB of float32.
+_CELLS = 1 << 27
+_HALF_WRITTEN: Final = "half-written"
 
 
 class HfGenerator:
-    """transformers' own generation: slower, needs no engine, and what the tests compare vLLM with."""
+    """transformers' own generation; merged weights are copied into the model's parameters, one after another."""
 
-    _BATCH = 64
+    at_once = 1
 
     def __init__(
-        self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], loaded: tuple[Any, Any] | None = None
+        self,
+        model: str,
+        spec: GenerationSpec,
+        prompts: Sequence[Prompt],
+        *,
+        plan: Plan | None = None,
+        longest: int = 0,
+        loaded: tuple[Any, Any] | None = None,
     ) -> None:
         """Load the model, a whole one or an adapter over its base; see `load_generator`.
 
         Args:
             model: its folder, or a Hub id.
-            spec: dtype and response length.
+            spec: dtype, chat template and response length.
             prompts: see `load_generator`.
+            plan: of whole models; adapters are folded into their base by `plan_merge`.
+            longest: see `load_generator`.
             loaded: model and tokenizer that are there already; they are given back as they were by `close`.
-        """
-        import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        if loaded is not None:
-            _check_lengths(loaded[1], loaded[0].config, model, spec, prompts)
-        else:
-            tokenizer, _ = _tokenizer_and_length(model, spec, prompts)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
-            loaded = whole.to(device), tokenizer
-        self._model, self._tokenizer = loaded
+        Raises:
+            UserError: prompts do not fit the model, or the chat template cannot be read.
+        """
+        assert not isinstance(plan, AdapterPlan), "adapters are folded into their base for this engine"
+        self.swap_seconds = 0.0
+        self._plan: MergePlan | None = plan
+        self._in_use: Model | str = None
+        self._model, self._tokenizer = loaded or self._from_folder(model, spec, prompts, longest)
+        self._remember()
+        try:
+            if loaded and spec.chat_template is not None:
+                self._tokenizer.chat_template = read_template(spec.chat_template)
+            if loaded:
+                longest_sequence(self._tokenizer, self._model.config, model, spec, prompts, longest)
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """See `Generator.encode`."""
+        return encode(self._tokenizer, prompts)
+
+    def generate(
+        self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
+    ) -> list[list[Response]]:
+        """See `Generator.generate`."""
+        ids = self.encode(prompts)
+        asked = [(row, prompt_seed(spec, index, k)) for index, row in enumerate(ids) for k in range(spec.n)]
+        answers = []
+        for model in models:
+            self._use(model)
+            responses: list[Response] = []
+            for start in range(0, len(asked), _BATCH):
+                responses += self._answer(asked[start : start + _BATCH], spec)
+            answers.append(responses)
+        return answers
+
+    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
+        """See `Generator.logprobs`."""
+        self._use(model)
+        return self._score(pairs)
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        training, self._tokenizer.pad_token, self._tokenizer.chat_template = self._before
+        self._model.train(training)
+        for holder, config in self._configs:
+            holder.generation_config = config
+        del self._model, self._configs
+        gc.collect()
+
+    def _from_folder(
+        self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], longest: int
+    ) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = load_tokenizer(model, spec)
+        # Before the weights, which take a while.
+        longest_sequence(tokenizer, load_config(model), model, spec, prompts, longest)
+        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
+        return whole.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+    def _remember(self) -> None:
+        """Keep what `close` gives back."""
         # An adapter's wrapper hands its own configuration down to the model inside.
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._configs = [(one, one.generation_config) for one in (inner, self._model)]
-        self._before = self._model.training, self._tokenizer.pad_token
+        tokenizer = self._tokenizer
+        self._before = self._model.training, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)
+
+    def _set_up(self) -> None:
+        """Stop and sample as vLLM does: the tokenizer's end counts too, a model's own penalties and defaults do not."""
+        from transformers import GenerationConfig
+
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval()
@@ -131,13 +133,24 @@ class HfGenerator:
         self._ends = {ends} if isinstance(ends, int) else set(ends or [])
         if self._tokenizer.eos_token_id is not None:
             self._ends.add(self._tokenizer.eos_token_id)
-        # As vLLM stops and samples: the tokenizer's end counts too, a model's own penalties and defaults do not.
         self._model.generation_config = GenerationConfig(
             eos_token_id=sorted(self._ends), pad_token_id=self._tokenizer.pad_token_id
         )
 
-    def use(self, weights: Weights) -> None:
-        """See `Generator.use`.
+    def _use(self, model: Model) -> None:
+        """Bring a merge's weights into the model, unless they are there."""
+        if model == self._in_use:
+            return
+        assert self._plan is not None, "without a plan there is only the SFT model"
+        started = time.perf_counter()
+        self._in_use = _HALF_WRITTEN
+        base = MergeSpec((0.0,) * len(self._plan.policies), 0.0, 0.0)
+        self._load(self._plan.tensors(base if model is None else model))
+        self._in_use = model
+        self.swap_seconds += time.perf_counter() - started
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy weights into the parameters.
 
         Raises:
             UserError: the names are not those of the model's parameters.
@@ -156,63 +169,58 @@ class HfGenerator:
             names = ", ".join(list(left.values())[:3])
             raise fail("parameters without weights", where="--engine hf", got=names, remedy="use --engine vllm")
 
-    def generate(self, prompts: Sequence[Prompt], spec: GenerationSpec) -> list[Response]:
-        """See `Generator.generate`."""
-        responses: list[Response] = []
-        for start in range(0, len(prompts), self._BATCH):
-            batch = prompts[start : start + self._BATCH]
-            seeds = [prompt_seed(spec, index) for index in range(start, start + len(batch))]
-            ids = encode(self._tokenizer, batch)
-            rows = self._sample(ids, seeds, spec)
-            drafts = [self._draft(prompt, row) for prompt, row in zip(ids, rows, strict=True)]
-            for draft, logprob in zip(drafts, self.logprobs(batch, drafts), strict=True):
-                responses.append(Response(draft.text, draft.tokens, draft.ended, logprob))
-        return responses
+    def _answer(self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
+        """Return a response for each prompt and seed, all in one batch."""
+        rows, stops = self._sample(asked, spec)
+        tokens = [self._cut(row, stop) for row, stop in zip(rows, stops, strict=True)]
+        heads = [head for head, _ in asked]
+        totals = self._score(list(zip(heads, tokens, strict=True)))
+        return [self._response(head, row, total, spec) for head, row, total in zip(heads, tokens, totals, strict=True)]
 
-    def logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
-        """See `Generator.logprobs`."""
-        totals: list[float] = []
-        for start in range(0, len(prompts), self._BATCH):
-            batch = slice(start, start + self._BATCH)
-            totals += self._batch_logprobs(prompts[batch], responses[batch])
-        return totals
-
-    def close(self) -> None:
-        """See `Generator.close`."""
-        training, self._tokenizer.pad_token = self._before
-        self._model.train(training)
-        for holder, config in self._configs:
-            holder.generation_config = config
-        del self._model, self._configs
-        gc.collect()
-
-    def _sample(self, ids: list[list[int]], seeds: Sequence[int], spec: GenerationSpec) -> list[list[int]]:
+    def _sample(
+        self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """Return the tokens after each prompt, and how many of them complete a stop text."""
         import torch
+        from transformers import StoppingCriteriaList
 
-        padded = self._tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+        heads, seeds = [head for head, _ in asked], [seed for _, seed in asked]
+        padded = self._tokenizer.pad({"input_ids": heads}, padding_side="left", return_tensors="pt")
         rows = padded.to(self._model.device)
-        sampler = [SeededSampling(seeds, spec)] if spec.temperature > 0 else []
+        stops = StopTexts(self._tokenizer, heads, spec.stop)
         with torch.inference_mode():
             output = self._model.generate(
                 **rows,
                 do_sample=False,
                 max_new_tokens=spec.max_tokens,
-                logits_processor=sampler,
+                logits_processor=[SeededSampling(seeds, spec)] if spec.temperature > 0 else [],
+                stopping_criteria=StoppingCriteriaList([stops] if spec.stop else []),
             )
-        tokens: list[list[int]] = output[:, rows["input_ids"].shape[1] :].tolist()
-        return tokens
+        return output[:, rows["input_ids"].shape[1] :].tolist(), stops.lengths
 
-    def _draft(self, prompt: list[int], row: list[int]) -> Response:
-        end = next((position for position, token in enumerate(row) if token in self._ends), None)
-        tokens = tuple(row if end is None else row[: end + 1])
-        text = split_text([*prompt, *tokens], len(prompt), self._tokenizer)[1]
-        return Response(text, tokens, end is not None, 0.0)
+    def _cut(self, row: list[int], stop: int | None) -> tuple[int, ...]:
+        """Return the tokens up to what ended the response, without the padding behind."""
+        end = next((place + 1 for place, token in enumerate(row) if token in self._ends), len(row))
+        return tuple(row[: min(end, end if stop is None else stop)])
 
-    def _batch_logprobs(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+    def _response(self, head: list[int], tokens: tuple[int, ...], total: float, spec: GenerationSpec) -> Response:
+        text, stopped = response_text(self._tokenizer, head, tokens, spec.stop)
+        return Response(text, tokens, stopped or (bool(tokens) and tokens[-1] in self._ends), total)
+
+    def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
+        """Return the probabilities under the weights in use; see `logprobs`."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        totals: list[float] = []
+        while len(totals) < len(pairs):
+            rest = pairs[len(totals) : len(totals) + _BATCH]
+            longest = max(len(head) + len(tail) for head, tail in rest)
+            totals += self._batch_logprobs(rest[: max(1, _CELLS // (longest * vocabulary))])
+        return totals
+
+    def _batch_logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
         import torch
 
-        heads = encode(self._tokenizer, prompts)
-        rows = [[*ids, *response.tokens] for ids, response in zip(heads, responses, strict=True)]
+        rows = [[*head, *tail] for head, tail in pairs]
         padded = self._tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
         with torch.inference_mode():
             logits = self._model(**padded.to(self._model.device)).logits.float()
@@ -220,122 +228,5 @@ class HfGenerator:
             picked = table.gather(-1, padded["input_ids"].to(table.device)[:, 1:, None])[..., 0].double().cpu()
         return [
             float(picked[i, len(head) - 1 : len(row) - 1].sum())
-            for i, (head, row) in enumerate(zip(heads, rows, strict=True))
+            for i, ((head, _), row) in enumerate(zip(pairs, rows, strict=True))
         ]
-
-
-class SeededSampling:
-    """Sampling with a seed for each row, as a logits processor for greedy search: the Gumbel-max trick.
-
-    argmax(logits/T + g), g standard Gumbel noise from the row's own generator, is a draw from softmax(logits/T); a
-    row's noise does not depend on which other rows are in the batch. top_p masks the tail first.
-    """
-
-    def __init__(self, seeds: Sequence[int], spec: GenerationSpec) -> None:
-        """Make a generator for every row.
-
-        Args:
-            seeds: one for each row.
-            spec: temperature > 0 and top_p.
-        """
-        import torch
-        from transformers import TopPLogitsWarper
-
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature = spec.temperature
-        self._top_p = TopPLogitsWarper(spec.top_p) if spec.top_p < 1 else None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return perturbed scores [rows, vocabulary] whose argmax is a sample."""
-        import torch
-
-        scaled = scores.float() / self._temperature
-        if self._top_p is not None:
-            scaled = self._top_p(input_ids, scaled)
-        noise = torch.stack([torch.rand(scaled.shape[-1], generator=g) for g in self._generators])
-        return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
-
-
-def _prepare_vllm() -> None:
-    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
-    defaults = {
-        # In this process: quick to build, and an iterator of tensors can be handed to the worker.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _share_of_gpu() -> dict[str, Any]:
-    """Return vLLM's share of a GPU: most of what is free, since reward models may be there already."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
-
-
-def _repack_tied_head(model: Any) -> None:
-    """Bring a tied head up to date on a CPU.
-
-    vLLM packs the head's weight into a layout of its own there. A reload packs what it has loaded, and a tied head
-    is not loaded: it would go on with the packed copy of the old embeddings.
-    """
-    head: Any = getattr(model, "lm_head", None)
-    if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):
-        head.quant_method.process_weights_after_loading(head)
-
-
-def _tokenizer_and_length(model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> tuple[Any, int]:
-    """Return the tokenizer and the longest sequence needed, which the model must be able to hold."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, _check_lengths(tokenizer, AutoConfig.from_pretrained(_base_of(model)), model, spec, prompts)
-
-
-def _check_lengths(tokenizer: Any, config: Any, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> int:
-    """Return the longest sequence needed.
-
-    Raises:
-        UserError: a prompt without tokens, or one that does not fit the model with its response.
-    """
-    lengths = [len(ids) for ids in encode(tokenizer, prompts)]
-    if 0 in lengths:
-        index = lengths.index(0)
-        raise fail(
-            "a prompt has no tokens",
-            where=f"prompt {index}",
-            got=repr(prompts[index]),
-            remedy="begin it with at least one token, such as the tokenizer's BOS",
-        )
-    # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
-    longest = max(lengths, default=0) + spec.max_tokens + 1
-    room = getattr(config, "max_position_embeddings", longest)
-    if longest > room:
-        raise fail(
-            "a prompt and its response do not fit the model",
-            where=model,
-            expected=f"at most {room} tokens",
-            got=f"{longest} (the longest prompt, generation.max_tokens = {spec.max_tokens}, and one)",
-            remedy="shorten prompts or generation.max_tokens",
-        )
-    return longest
-
-
-def _base_of(model: str) -> str:
-    """Return the model under an adapter's folder; any other model is its own."""
-    folder = Path(model)
-    return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
-
-
-def _total(logprobs: Sequence[Any], tokens: Sequence[int]) -> float:
-    return float(sum(entry[token].logprob for entry, token in zip(logprobs, tokens, strict=True)))

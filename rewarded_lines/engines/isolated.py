@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.errors import fail
 from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 
 # What launchers tell their processes; the child is none of them.
@@ -27,12 +27,12 @@ _LINES_SHOWN = 12
 
 
 def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> list[str]:
-    """Return the text of one response for each prompt.
+    """Return the texts of `spec.n` responses to each prompt, those of one prompt next to each other.
 
     Args:
         engine: "vllm" or "hf".
         model: folder or Hub id.
-        spec: how to sample; prompt i is answered with `prompt_seed(spec, i)`.
+        spec: how to sample; response k to prompt i has the seed `prompt_seed(spec, i, k)`.
         prompts: texts or chats.
 
     Raises:
@@ -75,7 +75,7 @@ def _answer(task: Path, answer: Path) -> None:
     spec = GenerationSpec(**content["spec"])
     generator = load_generator(content["engine"], content["model"], spec, content["prompts"])
     try:
-        texts = [response.text for response in generator.generate(content["prompts"], spec)]
+        texts = [response.text for response in generator.generate(content["prompts"], spec)[0]]
     finally:
         generator.close()
     answer.write_text(json.dumps(texts), encoding="utf-8")

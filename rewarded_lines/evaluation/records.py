@@ -1,16 +1,16 @@
 """A run folder on disk: `run.json` and one Parquet file for each evaluated point, all written atomically.
 
-A row is one prompt: its response, the unrounded score of every reward, and the log-probabilities of the response
-under the point and under the SFT model. The point itself (method, schedule, weights) stands in the file's metadata
-and, for readers without it, in the columns `method` and `weights`.
+A row is one response: its prompt, the unrounded score of every reward, and the log-probability ratio to the SFT model.
+What the point is (schedule, weights, merge method), what it makes of the control texts, and a checksum of all that
+stand in the file's metadata. `run.json` says which method each point belongs to.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rewarded_lines.errors import fail
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluation.points import PointSpec
 
 RUN_FILE = "run.json"
-SFT = "sft"
+FORMAT = 2
+"""Changes when the meaning of a record changes, so that old points are not taken for new ones."""
 _METADATA = b"rewarded_lines"
-
-
-@dataclass(frozen=True)
-class PointSpec:
-    """What a point of the sweep is: a method's schedule and the policies' weights, or the SFT model (no weights)."""
-
-    method: str
-    alpha: float = 1.0
-    beta: float = 0.0
-    weights: tuple[float, ...] = ()
-
-    @property
-    def lam(self) -> float | None:
-        """The first policy's weight, λ; None for the SFT model."""
-        return self.weights[0] if self.weights else None
-
-    def __str__(self) -> str:
-        """Return the point's name in messages, e.g. `lines λ=0.30,0.70`."""
-        return f"{self.method} λ={','.join(f'{w:.2f}' for w in self.weights)}" if self.weights else self.method
+_SCORE = "score."
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluated point: every array has one entry for each prompt, in the order of the prompts.
+    """An evaluated point: every array has one entry for each response, those to one prompt next to each other.
 
     `kl` is the log-probability ratio of the response, log π(y|x) − log π_SFT(y|x) in nats, at temperature 1: the k1
-    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1.
+    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds for
+    each control text its negative log-likelihood in nats and how many tokens were predicted, [texts, 2].
     """
 
     spec: PointSpec
     prompts: list[str]
     responses: list[str]
+    prompt_index: np.ndarray
     seeds: np.ndarray
     tokens: np.ndarray
     ended: np.ndarray
     kl: np.ndarray
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    control: np.ndarray | None = None
 
     @property
     def words(self) -> np.ndarray:
@@ -82,88 +70,118 @@ class Run:
         return {name: spec.get("unit", "") for name, spec in self.header["rewards"].items()}
 
     @property
+    def objectives(self) -> list[str]:
+        """The rewards that policies are judged by: all but those of the role `audit`."""
+        rewards = self.header["rewards"]
+        return [name for name, spec in rewards.items() if spec.get("role", "objective") != "audit"]
+
+    @property
     def sft(self) -> Point:
         """The SFT model's own point."""
         return next(point for point in self.points if point.spec.method == SFT)
 
     def methods(self) -> dict[str, list[Point]]:
-        """Return the merged points by method, ordered by λ of the first policy."""
-        names = dict.fromkeys(point.spec.method for point in self.points if point.spec.weights)
+        """Return the points by method, ordered by λ of the first policy; the SFT model is none of them."""
+        names = dict.fromkeys(point.spec.method for point in self.points if point.spec.method != SFT)
         return {
             name: sorted((p for p in self.points if p.spec.method == name), key=lambda p: p.spec.weights)
             for name in names
         }
 
 
-def point_key(determinants: Mapping[str, Any]) -> str:
-    """Return the name of a point: the BLAKE3 hash, 16 hex digits, of everything that determines its records."""
-    text = json.dumps(determinants, sort_keys=True, ensure_ascii=False)
-    return blake3.blake3(text.encode()).hexdigest(length=8)
-
-
 def write_point(path: Path, point: Point) -> None:
     """Write one point's records; the file appears whole or not at all."""
     rows = len(point.prompts)
     columns: dict[str, Any] = {
-        "method": pa.array([point.spec.method] * rows).dictionary_encode(),
+        "merge": pa.array([point.spec.merge] * rows).dictionary_encode(),
+        "alpha": np.full(rows, point.spec.alpha),
+        "beta": np.full(rows, point.spec.beta),
         "weights": pa.array([list(point.spec.weights)] * rows, type=pa.list_(pa.float64())),
-        "prompt_index": np.arange(rows),
+        "prompt_index": point.prompt_index,
         "seed": point.seeds,
         "prompt": point.prompts,
         "response": point.responses,
         "tokens": point.tokens,
         "ended": point.ended,
         "kl": point.kl,
-        **{f"score.{name}": values for name, values in point.scores.items()},
+        **{f"{_SCORE}{name}": values for name, values in point.scores.items()},
     }
-    table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(asdict(point.spec))})
+    table = pa.table(columns)
+    content = {
+        "point": {**point.spec.as_dict(), "method": ""},
+        "control": None if point.control is None else point.control.tolist(),
+    }
+    metadata = {**content, "checksum": _checksum(table, content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    try:
+        pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(metadata)}), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def read_point(path: Path) -> Point:
+def read_point(path: Path, spec: PointSpec | None = None) -> Point:
     """Return the point in one file of a run.
 
+    Args:
+        path: the file.
+        spec: what the point is in this run; without it, what the file says, which knows no method's name.
+
     Raises:
-        UserError: the file is not a whole Parquet file of ours.
+        UserError: the file is not a whole Parquet file of ours, or its content is not what was written.
     """
     try:
         table = pq.read_table(path)
-        spec = json.loads(table.schema.metadata[_METADATA])
-    except (pa.ArrowException, KeyError, TypeError, OSError) as error:
-        raise fail(
-            "not a point record", where=str(path), got=str(error), remedy="delete it; `sweep` makes it again"
-        ) from error
-    column = {name: table.column(name).to_numpy() for name in ("seed", "tokens", "ended", "kl")}
+        content = json.loads(table.schema.metadata[_METADATA])
+        checksum = content.pop("checksum")
+        whole = checksum == _checksum(table, content)
+        spec = spec or PointSpec.from_dict(content["point"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if not whole:
+        raise _damaged(path, "its checksum does not fit")
+    names = ("prompt_index", "seed", "tokens", "ended", "kl")
+    column = {name: table.column(name).to_numpy() for name in names}
     return Point(
-        spec=PointSpec(spec["method"], spec["alpha"], spec["beta"], tuple(spec["weights"])),
+        spec=spec,
         prompts=table.column("prompt").to_pylist(),
         responses=table.column("response").to_pylist(),
+        prompt_index=column["prompt_index"],
         seeds=column["seed"],
         tokens=column["tokens"],
         ended=column["ended"],
         kl=column["kl"],
         scores={
-            name.removeprefix("score."): table.column(name).to_numpy()
+            name.removeprefix(_SCORE): table.column(name).to_numpy()
             for name in table.column_names
-            if name.startswith("score.")
+            if name.startswith(_SCORE)
         },
+        control=None if content["control"] is None else np.array(content["control"], dtype=np.float64).reshape(-1, 2),
     )
 
 
-def write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    """Write `run.json`, atomically."""
-    write_json(folder / RUN_FILE, header)
+def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
+    """Return the BLAKE3 hash of what a file says, whatever the bytes that say it."""
+    digest = blake3.blake3(json.dumps(content, sort_keys=True).encode())
+    for name in table.column_names:
+        digest.update(json.dumps([name, table.column(name).to_pylist()]).encode())
+    return str(digest.hexdigest())
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return fail("not a whole point record", where=str(path), got=why, remedy="run the sweep again; it is made anew")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that readers see the old file or the new one, never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def point_path(folder: Path, key: str) -> Path:
@@ -171,24 +189,56 @@ def point_path(folder: Path, key: str) -> Path:
     return folder / "points" / f"{key}.parquet"
 
 
+def draft_path(folder: Path, key: str) -> Path:
+    """Return where the responses of a point wait for their scores."""
+    return folder / "drafts" / f"{key}.parquet"
+
+
+def point_entries(specs: Iterable[tuple[PointSpec, str]]) -> list[dict[str, Any]]:
+    """Return the list of points as `run.json` holds it."""
+    return [{**spec.as_dict(), "key": key} for spec, key in specs]
+
+
+def listed_points(header: Mapping[str, Any]) -> list[tuple[PointSpec, str]]:
+    """Return the points that a run lists, each with its key."""
+    return [
+        (PointSpec.from_dict({name: value for name, value in entry.items() if name != "key"}), entry["key"])
+        for entry in header["points"]
+    ]
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Return a run's `run.json`.
+
+    Raises:
+        UserError: there is none, or one of another version of this format.
+    """
+    path = folder / RUN_FILE
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        expected = f"a {RUN_FILE} written by `rewarded-lines sweep`"
+        raise fail("not a run folder", where=str(folder), expected=expected, got=str(error)) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise fail(
+            "a run of another version",
+            where=str(path),
+            expected=f"format {FORMAT}",
+            got=f"format {header.get('format', 1) if isinstance(header, dict) else '?'}",
+            remedy="run the sweep again, into another --out or with --overwrite",
+        )
+    return header
+
+
 def load_run(folder: Path | str) -> Run:
     """Read a finished or unfinished run; `run.json` lists the points that belong to it.
 
     Raises:
-        UserError: the folder is not a run, or none of its points has been evaluated yet.
+        UserError: the folder is not a run, a record is damaged, or none of its points has been evaluated yet.
     """
     folder = Path(folder)
-    try:
-        header = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise fail(
-            "not a run folder",
-            where=str(folder),
-            expected=f"a {RUN_FILE} written by `rewarded-lines sweep`",
-            got=str(error),
-        ) from error
-    paths: Sequence[Path] = [point_path(folder, key) for key in header["points"]]
-    points = [read_point(path) for path in paths if path.is_file()]
+    header = read_header(folder)
+    points = _read_all(folder, listed_points(header))
     if not any(point.spec.method == SFT for point in points) or len(points) < 2:
         raise fail(
             "the run has too few evaluated points",
@@ -198,3 +248,16 @@ def load_run(folder: Path | str) -> Run:
             remedy="run `rewarded-lines sweep` again; it goes on where it stopped",
         )
     return Run(folder, header, points)
+
+
+def _read_all(folder: Path, listed: Sequence[tuple[PointSpec, str]]) -> list[Point]:
+    """Read the points that are there, a file that several of them share once."""
+    read: dict[str, Point] = {}
+    points = []
+    for spec, key in listed:
+        path = point_path(folder, key)
+        if key not in read and path.is_file():
+            read[key] = read_point(path)
+        if key in read:
+            points.append(replace(read[key], spec=spec))
+    return points

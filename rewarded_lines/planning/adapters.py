@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -117,6 +118,7 @@ class AdapterPlan:
         self.notes: list[str] = []
         # How the user named base and policies: folders, or Hub ids.
         self.reference, self.references = "", dict[str, str]()
+        self.repeats = True
         self.adapters = list(policies.values())
         self.modules: dict[str, dict[int, LowRank]] = {}
         for index, adapter in enumerate(self.adapters):
@@ -127,6 +129,21 @@ class AdapterPlan:
         self.whole = MergePlan(base, policies, saved, depths, dtype)
         self._dtype = FLOATS.get(dtype)
         self._outputs: dict[tuple[object, ...], AdapterOutput] = {}
+
+    def without_repeats(self) -> AdapterPlan:
+        """Return the same plan, but with every output of scaling 1, also where it is one policy.
+
+        That is for engines that read α and r but no patterns, which a policy's own settings may have.
+        """
+        plan = copy(self)
+        plan.repeats, plan._outputs = False, {}
+        return plan
+
+    def only(self, layer: str) -> AdapterPlan:
+        """Return the same plan for the modules alone whose names end with `layer`, e.g. q_proj; nothing is repeated."""
+        plan = self.without_repeats()
+        plan.modules = {name: one for name, one in self.modules.items() if name.rpartition(".")[2] == layer}
+        return plan
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
         """Return what one output is made of."""
@@ -171,11 +188,20 @@ class AdapterPlan:
 
         B·A is computed for that, so it takes about as long as folding the adapters into their base.
         """
+        return self._residuals.auto_alpha(specs)
+
+    def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
+        """Return γ for one λ; see `MergePlan.matched_alpha`. B·A is computed once for that."""
+        return self._residuals.matched_alpha(weights, like)
+
+    @cached_property
+    def _residuals(self) -> MergePlan:
+        """Return a plan whose residuals are the adapters' B·A, over a base of zeros."""
         modules = [next(iter(alike.values())) for alike in self.modules.values()]
         infos = {one.tensor: TensorInfo(one.tensor, F32, stored_shape(one, self.base.config)) for one in modules}
         base = ZeroBase(self.base, infos)
         names = list(dict.fromkeys([*infos, *self.whole.names]))
-        return MergePlan(base, self.policies, names, self.depths).auto_alpha(specs)
+        return MergePlan(base, self.policies, names, self.depths)
 
     @cached_property
     def _hashes(self) -> list[str]:
@@ -187,6 +213,8 @@ class AdapterPlan:
     def _stack(self, name: str, scale: float, spec: MergeSpec, copied: int | None) -> Stack:
         factors = []
         for index, module in self.modules[name].items():
+            if index >= len(spec.weights):
+                continue
             factor = scale * spec.weights[index] * (1.0 if index == copied else module.scaling)
             if factor != 0:
                 factors.append((self._hashes[index], factor, index))
@@ -207,7 +235,7 @@ class AdapterPlan:
     def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
         """Return the one policy with a weight, if s·λ is 1 for all that it changes."""
         active = [index for index, weight in enumerate(spec.weights) if weight != 0]
-        if len(active) != 1:
+        if len(active) != 1 or not self.repeats:
             return None
         adapter = self.adapters[active[0]]
         saved = [self._scale(name, spec) for name in adapter.saved]

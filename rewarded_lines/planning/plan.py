@@ -16,7 +16,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
 from rewarded_lines.errors import fail, nearest
-from rewarded_lines.measuring.facts import Facts
+from rewarded_lines.measuring.facts import Facts, Gram
 from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.planning.folding import FoldedAdapter
 from rewarded_lines.planning.inputs import check_fit, open_inputs
@@ -35,7 +35,10 @@ OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """The numbers of one merge: λ_i for each policy, the LiNeS schedule, and the method that joins residuals."""
+    """The numbers of one merge: λ_i for each policy, the LiNeS schedule, and the method that joins residuals.
+
+    Fewer weights than the plan has policies leave the last of those out: the merge is as if they were not there.
+    """
 
     weights: tuple[float, ...]
     alpha: float = 1.0
@@ -75,6 +78,9 @@ class MergePlan:
         self.notes: list[str] = []
         # How the user named base and policies: folders, or Hub ids.
         self.reference, self.references = "", dict[str, str]()
+        # What else another process needs to make the same plan.
+        self.layers: str | None = None
+        self.dtype_name = dtype
         self._dtype = FLOATS.get(dtype)
         self._device = device
         self._sources: list[Source] = [
@@ -128,7 +134,7 @@ class MergePlan:
                 if scope == "model" and self._floats:
                     self.facts.thresholds(self._floats[0], density, scope)
                 measures[f"thresholds {density}"] = partial(self.facts.thresholds, density=density, scope=scope)
-            if needs == "kept" or len(self.policies) > 2:
+            if needs == "kept" or len(spec.weights) > 2:
                 measures["digests"] = self.facts.digests
         self.facts.prepare(measures.values())
 
@@ -147,7 +153,7 @@ class MergePlan:
             METHODS[spec.method],
             tensor_scale(self.depths.place[name], spec.alpha, spec.beta, spec.outside, name),
         )
-        weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
+        weights = row.weigh(spec.weights, self._gram(name, spec)) if row.weigh else spec.weights
         if copies:
             if all(weight * scale == 0 for weight in weights) or not self._touched(name, weights):
                 return TensorMerge(dtype, copy=0)
@@ -180,6 +186,23 @@ class MergePlan:
             raise fail(what, where="--alpha auto", remedy="give a number")
         return [total / joined / len(self.policies) for total, joined in norms]
 
+    def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
+        """Return γ, the one factor that gives Σ λ_i·τ_i the norm that the schedule of `like` gives it.
+
+        γ² = Σ_t s_t²·‖r_t‖² / Σ_t ‖r_t‖² over the tensors t, r_t = Σ λ_i·τ_i,t and s_t the tensor's LiNeS scale; the
+        norms are Euclidean. A residual of zero gets 1.
+        """
+        self.facts.prepare([self.facts.gram])
+        scaled, plain = [], []
+        for name in self._floats:
+            gram = self.facts.gram(name)
+            square = sum(a * b * gram[i][j] for i, a in enumerate(weights) for j, b in enumerate(weights))
+            scale = tensor_scale(self.depths.place[name], like.alpha, like.beta, like.outside, name)
+            plain.append(square)
+            scaled.append(scale * scale * square)
+        total = math.fsum(plain)
+        return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
+
     def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every merged tensor as torch's, in `order` or in the order of the base's files.
 
@@ -207,15 +230,19 @@ class MergePlan:
 
         return work
 
+    def _gram(self, name: str, spec: MergeSpec) -> Gram:
+        count = len(spec.weights)
+        return tuple(row[:count] for row in self.facts.gram(name)[:count])
+
     def _touched(self, name: str, weights: Sequence[float]) -> bool:
         """Say whether a policy with a weight may differ from the base: adapters leave most tensors alone."""
-        taken = (source for source, weight in zip(self._sources, weights, strict=True) if weight)
+        taken = (source for source, weight in zip(self._sources, weights, strict=False) if weight)
         return any(isinstance(source, TensorFiles) or source.touches(name) for source in taken)
 
     def _order(self, name: str, weights: Sequence[float]) -> list[int]:
         """Return the order in which policies are summed: theirs, not the user's, so that permuting changes nothing."""
-        rows = range(len(self.policies))
-        if len(self.policies) <= 2:
+        rows = range(len(weights))
+        if len(weights) <= 2:
             return list(rows)
         digests = self.facts.digests(name)
         return sorted(rows, key=lambda i: (digests[i], weights[i]))
@@ -272,7 +299,7 @@ def plan_merge(
     depths = find_depths(fitting.names, origin.config, layers)
     plan = MergePlan(origin, named, fitting.names, depths, dtype, device)
     plan.notes += [*fitting.notes, *_unplaced(depths)]
-    plan.reference, plan.references = base, dict(policies)
+    plan.reference, plan.references, plan.layers = base, dict(policies), layers
     return plan
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewarded_lines.config import POLICIES
 from rewarded_lines.errors import fail
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.fronts.pareto import nondominated
@@ -66,7 +67,7 @@ def front_figure(summary: Summary) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        planes = list(combinations(summary.rewards, 2)) or [(KL, next(iter(summary.rewards)))]
+        planes = list(combinations(summary.objectives, 2)) or [(KL, next(iter(summary.objectives)))]
         columns = min(len(planes), 3)
         rows = -(-len(planes) // columns)
         figure = Figure(figsize=(4.6 * columns, 3.7 * rows + 0.9), dpi=DPI, layout="constrained")
@@ -96,8 +97,16 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     return file.getvalue()
 
 
-def method_label(alpha: float, beta: float) -> str:
-    """Return what a schedule is called in a legend, e.g. "LiNeS (α = β = 1)"."""
+def method_label(points: list[PointSummary]) -> str:
+    """Return what a method is called in a legend, e.g. "LiNeS (α = β = 1)"."""
+    name, alpha, beta = points[0].method, points[0].alpha, points[0].beta
+    if any(point.checkpoint for point in points):
+        return name
+    if points[0].merge != "soup":
+        return f"{name} ({points[0].merge}, α = {alpha:g}, β = {beta:g})"
+    if any((point.alpha, point.beta) != (alpha, beta) for point in points):
+        low, high = min(point.alpha for point in points), max(point.alpha for point in points)
+        return f"{name} (α = {low:.2f} to {high:.2f}, β = 0)"
     if beta == 0:
         return "Rewarded Soups (β = 0)" if alpha == 1 else f"Rewarded Soups (α = {alpha:g}, β = 0)"
     return f"LiNeS (α = β = {alpha:g})" if alpha == beta else f"LiNeS (α = {alpha:g}, β = {beta:g})"
@@ -140,9 +149,9 @@ def _draw_legend(figure: Figure, summary: Summary) -> None:
 def _draw_plane(axes: Axes, summary: Summary, plane: tuple[str, str]) -> None:
     axes.grid(color="0.88", linewidth=0.5)
     axes.set(xlabel=_axis_label(plane[0], summary), ylabel=_axis_label(plane[1], summary))
-    if len(summary.rewards) == 2:
+    if len(summary.objectives) == 2:
         _shade(axes, summary, plane)
-    for index, points in enumerate(summary.methods().values()):
+    for index, points in enumerate(_lines(summary).values()):
         _draw_method(axes, points, plane, index, summary)
     _draw_crosses(axes, [summary.sft], plane, "0.25")
     axes.plot(*_coordinates([summary.sft], plane).T, **_SFT_STAR)
@@ -156,7 +165,7 @@ def _draw_plane(axes: Axes, summary: Summary, plane: tuple[str, str]) -> None:
 def _shade(axes: Axes, summary: Summary, plane: tuple[str, str]) -> None:
     """Tint what each method dominates above SFT, the smaller area over the larger to show what is added."""
     sft = _coordinates([summary.sft], plane)[0]
-    volumes = _hypervolumes(summary)
+    volumes = {name: volume for name, volume in _hypervolumes(summary).items() if name in _lines(summary)}
     colours = dict(zip(volumes, cycle(COLOURS), strict=False))
     for method in sorted(volumes, key=lambda name: -volumes[name].value):
         corners = staircase(_coordinates(summary.methods()[method], plane), sft)
@@ -172,8 +181,8 @@ def _draw_method(axes: Axes, points: list[PointSummary], plane: tuple[str, str],
         *_coordinates(points, plane).T,
         color=colour,
         marker=marker,
-        linestyle="-" if len(summary.policies) <= 2 else "none",
-        label=f"{method_label(points[0].alpha, points[0].beta)}: {volume}",
+        linestyle="-" if len(summary.policies) <= 2 and all(point.weights for point in points) else "none",
+        label=f"{method_label(points)}: {volume}",
         **_FRONT,
     )
 
@@ -220,7 +229,7 @@ def _obstacles(axes: Axes, summary: Summary, plane: tuple[str, str]) -> tuple[np
     boxes = [boxes_around(pixels(_coordinates([summary.sft], plane)), 6 * _UNIT)]
     boxes += [boxes_around(pixels(_coordinates([point], plane)), 6 * _UNIT) for point, _ in policy_points(summary)]
     crosses = []
-    for points in summary.methods().values():
+    for points in _lines(summary).values():
         line = pixels(_coordinates(points, plane))
         boxes += [boxes_around(line, 3.2 * _UNIT), boxes_along(line)]
         for point in spread(points):
@@ -236,7 +245,7 @@ def _labels(axes: Axes, summary: Summary, plane: tuple[str, str]) -> Iterator[La
     named = [*policy_points(summary), (summary.sft, "SFT")]
     for point, name in named:
         yield Label(name, pixels(_coordinates([point], plane))[0], clearance=7 * _UNIT, must=True)
-    methods = [*zip(summary.methods().values(), cycle(COLOURS), strict=False)]
+    methods = [*zip(_lines(summary).values(), cycle(COLOURS), strict=False)]
     written: dict[float | None, list[np.ndarray]] = {}
     for points, colour in reversed(methods if len(summary.policies) == 2 else []):
         for point in spread(points):
@@ -245,7 +254,13 @@ def _labels(axes: Axes, summary: Summary, plane: tuple[str, str]) -> Iterator[La
             # Where fronts lie on each other, one λ stands for the points of both.
             if all(np.hypot(*(anchor - other)) > 10 * _UNIT for other in alike):
                 clearance = (7 if any(point is other for other, _ in named) else 4) * _UNIT
-                yield Label(f"λ = {point.lam:g}", anchor, clearance, size=7, colour=_mix(colour, "black", 0.45))
+                yield Label(
+                    point.checkpoint or f"λ = {point.lam:g}",
+                    anchor,
+                    clearance,
+                    size=7,
+                    colour=_mix(colour, "black", 0.45),
+                )
                 alike.append(anchor)
 
 
@@ -263,6 +278,11 @@ def policy_points(summary: Summary) -> list[tuple[PointSummary, str]]:
         if point is not None:
             found.append((point, policy))
     return found
+
+
+def _lines(summary: Summary) -> dict[str, list[PointSummary]]:
+    """Return the methods to draw; single policies have marks of their own."""
+    return {name: points for name, points in summary.methods().items() if name != POLICIES}
 
 
 def _hypervolumes(summary: Summary) -> dict[str, Estimate]:

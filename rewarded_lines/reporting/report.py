@@ -13,7 +13,7 @@ from rewarded_lines.reporting.tables import markdown, points_csv
 FILES = ("summary.json", "table.md", "points.csv", "front.png", "front.svg")
 
 
-def report(run: Path | str) -> Summary:
+def report(run: Path | str, *more: Path | str) -> Summary:
     """Summarise a run and write `FILES` into the `report/` folder in it.
 
     An unfinished run is summarised on the points it has. Every file is replaced whole; the numbers are
@@ -21,6 +21,8 @@ def report(run: Path | str) -> Summary:
 
     Args:
         run: the folder that `sweep` wrote.
+        more: runs of the same project with policies of other training seeds; all are averaged, and training is a
+            second level of the bootstrap.
 
     Returns:
         What summary.json holds.
@@ -28,8 +30,8 @@ def report(run: Path | str) -> Summary:
     Raises:
         UserError: the folder is no run or its points cannot be compared; or matplotlib is not installed.
     """
-    read = load_run(run)
-    summary = summarise(read)
+    read, *others = (load_run(folder) for folder in (run, *more))
+    summary = summarise([read, *others])
     folder = read.folder / "report"
     write_json(folder / "summary.json", summary.as_dict())
     _write(folder / "table.md", markdown(summary).encode())

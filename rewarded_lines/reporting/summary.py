@@ -1,71 +1,63 @@
-"""From the records of a run to its numbers: means, hypervolumes and differences, each with an interval.
+"""From the records of runs to their numbers: means, hypervolumes and differences, each with an interval.
 
-Every interval is a percentile bootstrap over prompts, the same resamples for all points: it says how far a
-number would move with other prompts, not with another training run.
+Every interval is a percentile bootstrap over prompts, the same resamples for all points: it says how far a number would
+move with other prompts. Several runs of one project, each with policies of another training seed, are resampled too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.evaluation.records import Point, PointSpec, Run
-from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate, mean_difference, resample_means
-from rewarded_lines.fronts.pareto import hypervolumes
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.evaluation.forgetting import perplexity
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import Point, Run
+from rewarded_lines.fronts.comparison import (
+    MethodVolume,
+    VolumeDifference,
+    compare,
+    method_volumes,
+    sample_volumes,
+)
+from rewarded_lines.fronts.intervals import LEVEL, Estimate, RunSamples, estimate_samples, resample_runs, run_average
+from rewarded_lines.fronts.pareto import contributions
 
 SEED = 0
 RESAMPLES = 1000
-# Method → reference → hypervolume in the run itself, then in each resample.
-_Volumes = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class PointSummary:
-    """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words."""
+    """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
+
+    `ended` is the share of responses that end by themselves, `distinct2` the share of different pairs of words among
+    all pairs of words of the responses, `perplexity` that of the control texts, `contribution` what the hypervolume of
+    its method above SFT would lose without it.
+    """
 
     method: str
     alpha: float
     beta: float
+    merge: str
     weights: tuple[float, ...]
+    checkpoint: str
     rewards: dict[str, Estimate]
     kl: Estimate
     words: Estimate
     ended: float
+    distinct2: float
+    perplexity: Estimate | None
+    contribution: float
 
     @property
     def lam(self) -> float | None:
-        """The first policy's weight, λ; None for the SFT model."""
+        """The first policy's weight, λ; None for a model that is not merged."""
         return self.weights[0] if self.weights else None
-
-
-@dataclass(frozen=True)
-class MethodHypervolume:
-    """The hypervolume of one method's points above one reference, in the product of the rewards' units."""
-
-    method: str
-    reference: str
-    hypervolume: Estimate
-
-
-@dataclass(frozen=True)
-class HypervolumeDifference:
-    """Hypervolume of `method` minus that of `other`, resampled together.
-
-    `share_positive` is the share of resamples in which the difference is above 0; `relative` is the
-    difference over the other's hypervolume, None when that is 0.
-    """
-
-    method: str
-    other: str
-    reference: str
-    difference: Estimate
-    share_positive: float
-    relative: float | None
 
 
 @dataclass(frozen=True)
@@ -78,31 +70,39 @@ class PolicyGain:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a run, as `report/summary.json` holds them."""
+    """The numbers of a run, as `report/summary.json` holds them; `runs` counts those that were averaged."""
 
     title: str
+    runs: int
     prompts: int
     rewards: dict[str, str]
+    audits: list[str]
     policies: list[str]
     missing_points: int
     resamples: int
     seed: int
     level: float
     generation: dict[str, Any]
+    tuned: dict[str, Any] | None
     references: dict[str, dict[str, float]]
     points: list[PointSummary]
-    hypervolumes: list[MethodHypervolume]
-    differences: list[HypervolumeDifference] = field(default_factory=list)
+    hypervolumes: list[MethodVolume]
+    differences: list[VolumeDifference] = field(default_factory=list)
     policy_gains: list[PolicyGain] = field(default_factory=list)
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """The rewards that make the front, with their units: all but those of the role `audit`."""
+        return {name: unit for name, unit in self.rewards.items() if name not in self.audits}
 
     @property
     def sft(self) -> PointSummary:
         """The SFT model's own point."""
-        return next(point for point in self.points if not point.weights)
+        return next(point for point in self.points if point.method == SFT)
 
     def methods(self) -> dict[str, list[PointSummary]]:
-        """Return the merged points by method, in the order of λ."""
-        names = dict.fromkeys(point.method for point in self.points if point.weights)
+        """Return the points by method, in the order of λ; the SFT model is none of them."""
+        names = dict.fromkeys(point.method for point in self.points if point.method != SFT)
         return {name: [point for point in self.points if point.method == name] for name in names}
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,130 +110,193 @@ class Summary:
         return asdict(self)
 
 
-def summarise(run: Run, seed: int = SEED, level: float = LEVEL) -> Summary:
-    """Return the numbers of a run.
+@dataclass(frozen=True)
+class Table:
+    """The records of one or more runs as arrays, and their resamples.
+
+    Attributes:
+        rows: the points that every run has, the SFT model's first; for each the record of every run.
+        rewards: names, in the order of the columns.
+        objectives: the columns that make the front.
+        samples: means of the rewards, then KL and words.
+    """
+
+    rows: list[list[Point]]
+    rewards: list[str]
+    objectives: list[int]
+    samples: RunSamples
+
+    @property
+    def means(self) -> np.ndarray:
+        """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is the data themselves."""
+        return run_average(self.samples.means, self.samples.drawn)
+
+    def methods(self) -> dict[str, list[int]]:
+        """Return the rows of each method."""
+        found: dict[str, list[int]] = {}
+        for index, (point, *_) in enumerate(self.rows):
+            if point.spec.method != SFT:
+                found.setdefault(point.spec.method, []).append(index)
+        return found
+
+
+def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
+    """Return the records of runs as arrays.
 
     Args:
-        run: a finished or unfinished run; methods are compared on the points it has.
+        runs: of one project; more than one differ in the policies' training seed.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: points that cannot be compared, with other prompts or scores that are not finite.
+    """
+    rewards = list(runs[0].rewards)
+    rows = _aligned(runs)
+    _check([point for row in rows for point in row], rewards)
+    measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
+    objectives = [rewards.index(name) for name in runs[0].objectives]
+    return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
+
+
+def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
+    """Return the numbers of a run, or the average of several.
+
+    Args:
+        runs: finished or unfinished; methods are compared on the points that all of them have.
         seed: of the bootstrap.
         level: of every interval.
 
     Raises:
         UserError: points that were not asked the same prompts, or scores that are not finite.
     """
-    points = [run.sft, *(point for method in run.methods().values() for point in method)]
-    names = list(run.rewards)
-    _check(points, names)
-    resamples = int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
-    measures = np.stack([_measures(point, names) for point in points])
-    # Row 0 is the run itself, the rows after it are the resamples.
-    means = np.concatenate([measures.mean(axis=1)[None], resample_means(measures, resamples, seed)])
-    scores = means[:, :, : len(names)]
-    references = _references(scores)
-    volumes = _volumes(points, scores, references)
+    runs = [runs] if isinstance(runs, Run) else list(runs)
+    first = runs[0]
+    table = tabulate(runs, seed)
+    references = _references(table, first.header.get("sweep", {}).get("references", {}))
+    fronts = {name: table.samples.means[:, :, rows][..., table.objectives] for name, rows in table.methods().items()}
+    volumes = sample_volumes(fronts, references, table.samples.drawn)
+    objectives = [table.rewards[index] for index in table.objectives]
     return Summary(
-        title=str(run.header.get("title", "")),
-        prompts=len(run.sft.prompts),
-        rewards=run.rewards,
-        policies=list(run.header.get("policies", {})),
-        missing_points=len(run.header["points"]) - len(points),
-        resamples=resamples,
+        title=str(first.header.get("title", "")),
+        runs=len(runs),
+        prompts=len(np.unique(first.sft.prompt_index)),
+        rewards=first.rewards,
+        audits=[name for name in first.rewards if name not in first.objectives],
+        policies=list(first.header.get("policies", {})),
+        missing_points=len(first.header["points"]) - len(table.rows),
+        resamples=resamples_of(first),
         seed=seed,
         level=level,
-        generation=dict(run.header.get("generation", {})),
-        references={k: dict(zip(names, at[0].tolist(), strict=True)) for k, at in references.items()},
-        points=[_point_summary(point, names, means[:, k], level) for k, point in enumerate(points)],
-        hypervolumes=_method_hypervolumes(volumes, level),
-        differences=_differences(volumes, level),
-        policy_gains=_policy_gains(run, resamples, seed, level),
+        generation=dict(first.header.get("generation", {})),
+        tuned=first.header.get("tuned"),
+        references={
+            name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True)) for name, at in references.items()
+        },
+        points=_points(table, references["sft"], seed, level),
+        hypervolumes=method_volumes(volumes, level),
+        differences=compare(volumes, level),
+        policy_gains=_policy_gains(table, list(first.header.get("policies", {})), level),
     )
 
 
-def _references(means: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each reference point in the run and in every resample, [1 + resamples, rewards].
+def resamples_of(run: Run) -> int:
+    """Return how many resamples a run's project asks for."""
+    return int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
 
-    A reference is a statistic of the same prompts as the points, so each resample has its own: there "sft" is
-    the SFT model's mean scores, "worst" the worst mean score of any point (SFT's too) on each axis.
+
+def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
+    """Return each reference point in every run and resample, [1 + resamples, runs, objectives].
+
+    "sft" and "worst" are statistics of the same prompts as the points, so each resample has its own: the SFT model's
+    mean scores, and the worst mean score of any point (SFT's too) on each axis. Declared ones stay where they are.
     """
-    return {"sft": means[:, 0], "worst": means.min(axis=1)}
-
-
-def _volumes(points: list[Point], means: np.ndarray, references: Mapping[str, np.ndarray]) -> _Volumes:
-    """Return the hypervolume of each method above each reference, in the run and in every resample.
-
-    Noise in the means stretches a front outwards, so hypervolumes lie a little high and those of the
-    resamples a little higher; differences between methods with as many points much less so.
-    """
-    rows: dict[str, list[int]] = {}
-    for index, point in enumerate(points):
-        if point.spec.weights:
-            rows.setdefault(point.spec.method, []).append(index)
-    return {
-        method: {name: hypervolumes(means[:, chosen], reference) for name, reference in references.items()}
-        for method, chosen in rows.items()
+    scores = table.samples.means[..., table.objectives]
+    names = [table.rewards[index] for index in table.objectives]
+    fixed = {
+        label: np.broadcast_to([at[name] for name in names], scores[:, :, 0].shape) for label, at in declared.items()
     }
+    return {"sft": scores[:, :, 0], "worst": scores.min(axis=2), **fixed}
 
 
-def _method_hypervolumes(volumes: _Volumes, level: float) -> list[MethodHypervolume]:
-    return [
-        MethodHypervolume(method, reference, estimate(values[0], values[1:], level))
-        for method, by_reference in volumes.items()
-        for reference, values in by_reference.items()
-    ]
+def _points(table: Table, sft: np.ndarray, seed: int, level: float) -> list[PointSummary]:
+    means = table.means
+    shares = np.zeros(len(table.rows))
+    for rows in table.methods().values():
+        each = [
+            contributions(table.samples.means[0, run][rows][:, table.objectives], sft[0, run])
+            for run in range(sft.shape[1])
+        ]
+        shares[rows] = np.mean(each, axis=0)
+    forgotten = _perplexities(table, seed, means.shape[0] - 1, level)
+    found = []
+    for index, row in enumerate(table.rows):
+        *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
+        spec = row[0].spec
+        found.append(
+            PointSummary(
+                method=spec.method,
+                alpha=float(np.mean([point.spec.alpha for point in row])),
+                beta=float(np.mean([point.spec.beta for point in row])),
+                merge=spec.merge,
+                weights=spec.weights,
+                checkpoint=spec.checkpoint,
+                rewards=dict(zip(table.rewards, scores, strict=True)),
+                kl=kl,
+                words=words,
+                ended=_average(row, lambda point: float(np.mean(point.ended))),
+                distinct2=_average(row, lambda point: distinct2(point.responses)),
+                perplexity=forgotten[index],
+                contribution=float(shares[index]),
+            )
+        )
+    return found
 
 
-def _differences(volumes: _Volumes, level: float) -> list[HypervolumeDifference]:
-    """Return later method minus earlier, for each pair in the order of the sweep and each reference."""
-    return [
-        _difference(method, other, reference, volumes, level)
-        for other, method in combinations(volumes, 2)
-        for reference in volumes[method]
-    ]
+def distinct2(responses: Iterable[str]) -> float:
+    """Return the share of different pairs of neighbouring words among all such pairs; 0 where there are none.
+
+    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
+    """
+    pairs = [pair for text in responses for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def _difference(method: str, other: str, reference: str, volumes: _Volumes, level: float) -> HypervolumeDifference:
-    before = volumes[other][reference]
-    change = volumes[method][reference] - before
-    return HypervolumeDifference(
-        method,
-        other,
-        reference,
-        estimate(change[0], change[1:], level),
-        share_positive=float((change[1:] > 0).mean()),
-        relative=float(change[0] / before[0]) if before[0] > 0 else None,
-    )
+def _perplexities(table: Table, seed: int, resamples: int, level: float) -> list[Estimate | None]:
+    """Return the perplexity of the control texts at each point, its interval by bootstrap over the texts."""
+    if any(point.control is None or not point.control[:, 1].any() for row in table.rows for point in row):
+        return [None] * len(table.rows)
+    count = range(len(table.rows[0]))
+    runs = [np.stack([np.asarray(row[index].control) for row in table.rows]) for index in count]
+    samples = resample_runs(runs, resamples, seed)
+    values = run_average(perplexity(samples.means), samples.drawn)
+    return [estimate_samples(values[:, index], level) for index in range(len(table.rows))]
+
+
+def _average(row: Sequence[Point], measure: Callable[[Point], float]) -> float:
+    return float(np.mean([measure(point) for point in row]))
 
 
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
-    """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words."""
+    """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
+
+    Several responses to a prompt are averaged: prompts are what is resampled.
+    """
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
-    return np.stack(columns, axis=1).astype(np.float64)
+    values = np.stack(columns, axis=1).astype(np.float64)
+    prompts = len(np.unique(point.prompt_index))
+    return values.reshape(prompts, -1, values.shape[1]).mean(axis=1)
 
 
-def _point_summary(point: Point, rewards: list[str], means: np.ndarray, level: float) -> PointSummary:
-    *scores, kl, words = (estimate(column[0], column[1:], level) for column in means.T)
-    return PointSummary(
-        method=point.spec.method,
-        alpha=point.spec.alpha,
-        beta=point.spec.beta,
-        weights=point.spec.weights,
-        rewards=dict(zip(rewards, scores, strict=True)),
-        kl=kl,
-        words=words,
-        ended=float(np.mean(point.ended)),
-    )
-
-
-def _policy_gains(run: Run, resamples: int, seed: int, level: float) -> list[PolicyGain]:
-    """Compare each policy that the sweep evaluated unmerged with SFT."""
+def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:
+    """Compare each policy that was evaluated unmerged with SFT."""
+    means = table.means
     gains = []
-    for index, policy in enumerate(run.header.get("policies", {})):
-        point = next((point for point in run.points if is_policy(point.spec, index)), None)
-        if point is not None:
-            scores = {
-                name: mean_difference(point.scores[name], run.sft.scores[name], resamples, seed, level)
-                for name in run.rewards
-            }
+    for index, policy in enumerate(policies):
+        rows = (place for place, (point, *_) in enumerate(table.rows) if is_policy(point.spec, index))
+        place = next(rows, None)
+        if place is not None:
+            change = means[:, place] - means[:, 0]
+            scores = {name: estimate_samples(change[:, k], level) for k, name in enumerate(table.rewards)}
             gains.append(PolicyGain(policy, scores))
     return gains
 
@@ -241,12 +304,35 @@ def _policy_gains(run: Run, resamples: int, seed: int, level: float) -> list[Pol
 def is_policy(point: PointSpec | PointSummary, index: int) -> bool:
     """Tell whether a point is policy `index` itself: all weight on it, scale 1 at every depth."""
     one_hot = tuple(float(place == index) for place in range(len(point.weights)))
-    return bool(point.weights) and (point.alpha, point.beta, point.weights) == (1.0, 0.0, one_hot)
+    plain = (point.merge, point.alpha, point.beta) == ("soup", 1.0, 0.0)
+    return bool(point.weights) and plain and point.weights == one_hot
 
 
-def _check(points: Iterable[Point], rewards: list[str]) -> None:
+def _aligned(runs: Sequence[Run]) -> list[list[Point]]:
+    """Return the points that every run has, the SFT model's first, then method by method in the order of λ.
+
+    Raises:
+        UserError: the runs are not of one project.
+    """
+    if any(run.rewards != runs[0].rewards or run.objectives != runs[0].objectives for run in runs):
+        names = "; ".join(f"{run.folder}: {', '.join(run.rewards)}" for run in runs)
+        raise fail("the runs have different rewards", where=str(runs[0].folder), got=names)
+    ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
+    by_place = [{_place(point.spec): point for point in points} for points in ordered]
+    return [
+        [points[_place(point.spec)] for points in by_place]
+        for point in ordered[0]
+        if all(_place(point.spec) in points for points in by_place)
+    ]
+
+
+def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
+    """Return what a point is called in every run; a matched or tuned schedule may differ between them."""
+    return spec.method, spec.weights, spec.checkpoint
+
+
+def _check(points: Sequence[Point], rewards: list[str]) -> None:
     """Refuse records that cannot be compared, naming every one of them."""
-    points = list(points)
     problems = []
     for point in points:
         if point.prompts != points[0].prompts:

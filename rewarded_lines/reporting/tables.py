@@ -29,12 +29,13 @@ class Sheet:
 
 
 def sheets(summary: Summary) -> list[Sheet]:
-    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT."""
+    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT, and the rest."""
     made = [
         points_sheet(summary),
         hypervolume_sheet(summary),
         difference_sheet(summary),
         policy_sheet(summary),
+        side_sheet(summary),
     ]
     return [sheet for sheet in made if sheet.rows]
 
@@ -42,9 +43,9 @@ def sheets(summary: Summary) -> list[Sheet]:
 def points_sheet(summary: Summary) -> Sheet:
     """Return every point's mean scores, KL and length, each ± half the width of its interval."""
     points = summary.points
-    columns = [_plus_minus([point.rewards[name] for point in points]) for name in summary.rewards]
+    columns = [_plus_minus([point.rewards[name] for point in points]) for name in summary.objectives]
     columns += [_plus_minus([point.kl for point in points]), _plus_minus([point.words for point in points])]
-    headings = [with_unit(name, unit) for name, unit in summary.rewards.items()]
+    headings = [with_unit(name, unit) for name, unit in summary.objectives.items()]
     return Sheet(
         "Points",
         ("method", "λ", *headings, "KL [nats]", "words", "ended"),
@@ -53,6 +54,33 @@ def points_sheet(summary: Summary) -> Sheet:
             for point, *cells in zip(points, *columns, strict=True)
         ],
         _points_note(summary),
+    )
+
+
+def side_sheet(summary: Summary) -> Sheet:
+    """Return what else is measured at every point: audits, forgetting, diversity, its share of the hypervolume."""
+    points = summary.points
+    headings, columns = [], []
+    for name in summary.audits:
+        headings.append(with_unit(f"audit {name}", summary.rewards[name]))
+        columns.append(_plus_minus([point.rewards[name] for point in points]))
+    if all(point.perplexity for point in points):
+        headings.append("control perplexity")
+        columns.append(_plus_minus([point.perplexity for point in points if point.perplexity]))
+    columns.append([f"{point.distinct2:.2f}" for point in points])
+    columns.append([f"{point.contribution:.3g}" for point in points])
+    return Sheet(
+        "Beside the front",
+        ("method", "λ", *headings, "distinct-2", "adds"),
+        [(point.method, weights_text(point), *cells) for point, *cells in zip(points, *columns, strict=True)],
+        "distinct-2: different pairs of words among all pairs. adds: what its method's hypervolume above SFT would "
+        "lose without the point."
+        + (" audit: rewards that nothing was trained on or chosen by." if summary.audits else "")
+        + (
+            " control perplexity: of texts of no task; what it rises by is forgotten."
+            if headings[-1:] == ["control perplexity"]
+            else ""
+        ),
     )
 
 
@@ -66,10 +94,11 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
             (row.method, row.reference, reference_text(summary, row.reference), cell)
             for row, cell in zip(summary.hypervolumes, cells, strict=True)
         ],
-        f"Higher is better. at: the reference's coordinates ({', '.join(summary.rewards)}). sft: the SFT "
+        f"Higher is better. at: the reference's coordinates ({', '.join(summary.objectives)}). sft: the SFT "
         "model's mean scores, so that only what beats SFT on every reward counts. worst: the worst mean "
-        "score of any point on each axis. Both come from the points' own prompts, anew in each resample. "
-        "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
+        "score of any point on each axis. Both come from the points' own prompts, anew in each resample"
+        + ("; others are as declared. " if len(summary.references) > 2 else ". ")
+        + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
     )
 
 
@@ -131,26 +160,45 @@ def markdown(summary: Summary) -> str:
 
 def points_csv(summary: Summary) -> str:
     """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
-    measures = [*summary.rewards, "kl", "words"]
-    heading = ["method", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
-    heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")] + ["ended"]
+    measures = [*summary.rewards, "kl", "words", "perplexity"]
+    heading = ["method", "checkpoint", "merge", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
+    heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")]
+    heading += ["ended", "distinct2", "contribution"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heading)
     for point in summary.points:
         weights = point.weights or ("",) * len(summary.policies)
-        estimates = [*point.rewards.values(), point.kl, point.words]
-        numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
-        writer.writerow([point.method, point.alpha, point.beta, *weights, *numbers, point.ended])
+        estimates = [*point.rewards.values(), point.kl, point.words, point.perplexity]
+        numbers = [number for one in estimates for number in ((one.value, one.low, one.high) if one else ("", "", ""))]
+        schedule = [point.merge, point.alpha, point.beta]
+        shares = [point.ended, point.distinct2, point.contribution]
+        writer.writerow([point.method, point.checkpoint, *schedule, *weights, *numbers, *shares])
     return text.getvalue()
 
 
 def scope_note(summary: Summary) -> str:
     """Return what the intervals cover, and whether points are still missing."""
-    note = (
-        f"{summary.level:.0%} intervals: percentile bootstrap over {summary.prompts} prompts, "
-        f"{summary.resamples} resamples, seed {summary.seed}. They do not cover another training run."
+    over = (
+        f"{summary.prompts} prompts"
+        if summary.runs == 1
+        else f"{summary.runs} training runs and {summary.prompts} prompts"
     )
+    note = (
+        f"{summary.level:.0%} intervals: percentile bootstrap over {over}, "
+        f"{summary.resamples} resamples, seed {summary.seed}. "
+    )
+    note += (
+        "They do not cover another training run."
+        if summary.runs == 1
+        else "Means and hypervolumes are averages over the runs; so few make intervals rather too narrow."
+    )
+    if summary.tuned:
+        found = summary.tuned
+        note += (
+            f" tuned: α = {found['alpha']:g}, β = {found['beta']:g}, chosen in {len(found['trials'])} trials on "
+            f"{found['prompts']['count']} validation prompts."
+        )
     if summary.missing_points:
         total = len(summary.points) + summary.missing_points
         note += f" {summary.missing_points} of {total} points are not evaluated yet."
@@ -163,13 +211,19 @@ def with_unit(name: str, unit: str) -> str:
 
 
 def weights_text(point: PointSummary) -> str:
-    """Return λ of two policies, the weights of more, or nothing for the SFT model."""
-    return f"{point.weights[0]:.2f}" if len(point.weights) == 2 else ",".join(f"{w:.2f}" for w in point.weights)
+    """Return λ of two policies, the weights of more, the name of a model that stands for itself, or nothing for SFT."""
+    if point.checkpoint:
+        return point.checkpoint
+    return _weight(point.weights[0]) if len(point.weights) == 2 else ",".join(map(_weight, point.weights))
+
+
+def _weight(weight: float) -> str:
+    return f"{weight:.2f}" if round(weight, 2) == round(weight, 4) else f"{weight:.4f}".rstrip("0")
 
 
 def volume_unit(summary: Summary) -> str:
     """Return the product of the rewards' units; a reward's own name stands for a unit not declared."""
-    return " × ".join(unit or name for name, unit in summary.rewards.items())
+    return " × ".join(unit or name for name, unit in summary.objectives.items())
 
 
 def reference_text(summary: Summary, reference: str) -> str:

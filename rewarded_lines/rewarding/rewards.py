@@ -17,14 +17,14 @@ from typing import Any
 
 from rewarded_lines.config import Project
 from rewarded_lines.data.prompts import Prompt, encode, prompt_text, split_text
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 
 Scale = tuple[float, float]
 
 
 class WeightedReward:
-    """Σ wᵢ·(rᵢ − mᵢ)/sᵢ; itself a `Reward`."""
+    """Σ wᵢ·(rᵢ − mᵢ)/sᵢ; it scores as a `Reward` does."""
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
         """Sum `rewards` as they are, until `standardize` is called.
@@ -79,9 +79,23 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
     """Return the weighted sum of rewards that the project declares.
 
     Raises:
-        UserError: an unknown name, or a reward that cannot be loaded; all faults at once.
+        UserError: a reward of the role "audit"; an unknown name, or a reward that cannot be loaded; all faults at once.
     """
+    declared = project.config.rewards
+    audits = [name for name in weights if name in declared and declared[name].role == "audit"]
+    if audits:
+        raise UserError(_held_out(name, project) for name in audits)
     return WeightedReward(load_rewards(project, list(weights), device), weights)
+
+
+def _held_out(name: str, project: Project) -> Problem:
+    return Problem(
+        "an audit reward cannot be trained on",
+        where=f"{project.path}: rewards.{name}",
+        expected="a reward of the role objective",
+        got="role: audit, which holds it out: what a policy was trained on cannot judge it",
+        remedy="train on another reward, or take `role: audit` away",
+    )
 
 
 @dataclass

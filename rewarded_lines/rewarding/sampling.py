@@ -17,8 +17,8 @@ from accelerate import DistributedType, PartialState
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.generation import check_engine
+from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.isolated import generate_isolated
 from rewarded_lines.rewarding.rewards import WeightedReward
 
@@ -69,7 +69,7 @@ def sample(
         model.to(PartialState().device)
     generator = HfGenerator(folder, spec, prompts, loaded=(model, tokenizer))
     try:
-        return [response.text for response in generator.generate(prompts, spec)]
+        return [response.text for response in generator.generate(prompts, spec)[0]]
     finally:
         generator.close()
 

@@ -1,5 +1,8 @@
 """Engines: Hugging Face as the reference, vLLM equal to it, weights swapped in place, seeds of prompts."""
 
+import gc
+
+import psutil
 import pytest
 import torch
 from tiny_models import PROMPTS
@@ -7,17 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.errors import UserError
-from rewarded_lines.engines.huggingface import SeededSampling
 from rewarded_lines.engines.generation import load_generator, prompt_seed
-from rewarded_lines.planning.plan import MergeSpec, plan_merge
+from rewarded_lines.engines.huggingface import HfGenerator
+from rewarded_lines.engines.sampling import SeededSampling
+from rewarded_lines.engines.tokens import response_text
+from rewarded_lines.errors import UserError
+from rewarded_lines.planning.plan import MergePlan, MergeSpec, complete, plan_merge
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3)
 
 
-def answers(generator, spec, prompts=PROMPTS):
-    return [response.tokens for response in generator.generate(prompts, spec)]
+def answers(generator, spec, prompts=PROMPTS, model=None):
+    return [response.tokens for response in generator.generate(prompts, spec, [model])[0]]
 
 
 def fresh(engine, folder, spec):
@@ -28,9 +33,18 @@ def fresh(engine, folder, spec):
         generator.close()
 
 
+def pairs_of(generator, responses, prompts=PROMPTS):
+    return [(ids, response.tokens) for ids, response in zip(generator.encode(prompts), responses, strict=True)]
+
+
 @pytest.fixture
-def hf(tiny):
-    generator = load_generator("hf", "sft", SAMPLED, PROMPTS)
+def plan(tiny):
+    return plan_merge("sft", {"first": "first", "second": "second"})
+
+
+@pytest.fixture
+def hf(plan):
+    generator = load_generator("hf", "sft", SAMPLED, PROMPTS, plan=plan)
     yield generator
     generator.close()
 
@@ -38,7 +52,7 @@ def hf(tiny):
 def test_greedy_is_the_models_own_argmax(tiny, hf):
     model = AutoModelForCausalLM.from_pretrained("sft").eval()
     tokenizer = AutoTokenizer.from_pretrained("sft")
-    for prompt, response in zip(PROMPTS, hf.generate(PROMPTS, GREEDY), strict=True):
+    for prompt, response in zip(PROMPTS, hf.generate(PROMPTS, GREEDY)[0], strict=True):
         ids = tokenizer(prompt)["input_ids"]
         total = 0.0
         for token in response.tokens:
@@ -59,8 +73,21 @@ def test_a_prompts_answer_does_not_depend_on_the_others(hf):
 
 
 def test_seeds_of_two_runs_never_meet():
-    seeds = {prompt_seed(GenerationSpec(seed=seed), index) for seed in range(3) for index in range(1000)}
-    assert len(seeds) == 3000
+    seeds = {
+        prompt_seed(GenerationSpec(seed=seed), index, sample)
+        for seed in (0, 1, 999_999)
+        for index in range(300)
+        for sample in range(3)
+    }
+    assert len(seeds) == 2700 and max(seeds) < 1 << 63
+
+
+def test_samples_differ_in_the_bits_that_a_generator_on_a_cpu_reads():
+    spec = GenerationSpec(seed=7)
+    low = {prompt_seed(spec, index, k) % (1 << 32) for index in range(0, 1_000_000, 997) for k in range(64)}
+    assert len(low) == 1004 * 64
+    noise = {float(torch.rand(1, generator=torch.Generator().manual_seed(prompt_seed(spec, 0, k)))) for k in range(64)}
+    assert len(noise) == 64
 
 
 def test_seeded_sampling_draws_from_the_distribution():
@@ -74,35 +101,159 @@ def test_seeded_sampling_draws_from_the_distribution():
 
 
 def test_swap_in_place_equals_merge_and_load(tiny, hf):
-    plan = plan_merge("sft", {"first": "first", "second": "second"})
     spec = MergeSpec((0.3, 0.7), 1.0, 1.0)
     merge("sft", ["first", "second"], 0.3, out="out")
-    hf.use(plan.tensors(spec))
-    assert answers(hf, SAMPLED) == fresh("hf", tiny / "out", SAMPLED)
+    merged, base = hf.generate(PROMPTS, SAMPLED, [spec, None])
+    assert [response.tokens for response in merged] == fresh("hf", tiny / "out", SAMPLED)
+    assert [response.tokens for response in base] == fresh("hf", tiny / "sft", SAMPLED) != merged
 
 
-def test_vllm_equals_the_reference_and_swaps_in_place(tiny, hf):
+def test_weights_are_swapped_only_where_the_model_changes(hf, monkeypatch):
+    asked, tensors = [], MergePlan.tensors
+    monkeypatch.setattr(MergePlan, "tensors", lambda plan, spec: asked.append(spec) or tensors(plan, spec))
+    spec = MergeSpec((0.5, 0.5))
+    (responses,) = hf.generate(PROMPTS, SAMPLED)
+    assert asked == [] and hf.swap_seconds == 0
+    hf.generate(PROMPTS, SAMPLED, [spec, spec])
+    hf.logprobs(pairs_of(hf, responses), MergeSpec((0.5, 0.5)))
+    assert asked == [spec]
+    seconds = hf.swap_seconds
+    hf.logprobs(pairs_of(hf, responses))
+    assert asked == [spec, MergeSpec((0.0, 0.0), 0.0, 0.0)] and hf.swap_seconds > seconds > 0
+
+
+def test_a_swap_that_fails_is_not_taken_for_done(hf, monkeypatch):
+    spec, tensors = MergeSpec((0.5, 0.5)), MergePlan.tensors
+    expected = answers(hf, SAMPLED, model=spec)
+    answers(hf, SAMPLED)
+    monkeypatch.setattr(MergePlan, "tensors", lambda plan, spec: iter([*tensors(plan, spec)][:5]))
+    for model in (spec, None):
+        with pytest.raises(UserError, match="parameters without weights"):
+            answers(hf, SAMPLED, model=model)
+    monkeypatch.undo()
+    assert answers(hf, SAMPLED, model=spec) == expected
+
+
+def test_without_a_plan_there_is_only_the_sft_model(tiny):
+    generator = load_generator("hf", "sft", GREEDY, PROMPTS)
+    with pytest.raises(AssertionError):
+        generator.generate(PROMPTS, GREEDY, [MergeSpec((1.0, 0.0))])
+    generator.close()
+
+
+def test_every_sample_has_its_own_seed(hf):
+    """Those of a prompt stand together, and the first is what a single one would be."""
+    spec = SAMPLED.model_copy(update={"n": 3, "temperature": 2.0, "top_p": 1.0})
+    several = answers(hf, spec)
+    assert len(several) == 3 * len(PROMPTS)
+    assert several[::3] == answers(hf, spec.model_copy(update={"n": 1}))
+    assert len(set(several)) > 2 * len(PROMPTS) and answers(hf, spec, PROMPTS[:2]) == several[:6]
+
+
+def stops_of(generator):
+    """Return texts from the middle of two greedy responses, and what is left of each response before the first."""
+    texts = [response.text for response in generator.generate(PROMPTS, GREEDY)[0]]
+    stop = (texts[0][2:4], texts[1][3:5])
+    places = [min((text.find(end) for end in stop if end in text), default=None) for text in texts]
+    return stop, [text[:place] for text, place in zip(texts, places, strict=True)], places
+
+
+def check_stops(generator):
+    plain = generator.generate(PROMPTS, GREEDY)[0]
+    stop, expected, places = stops_of(generator)
+    assert None in places and len([place for place in places if place is not None]) > 1
+    stopped = generator.generate(PROMPTS, GREEDY.model_copy(update={"stop": stop}))[0]
+    assert [response.text for response in stopped] == expected
+    for whole, cut, place in zip(plain, stopped, places, strict=True):
+        if place is None:
+            assert (cut.tokens, cut.text, cut.ended) == (whole.tokens, whole.text, whole.ended)
+            continue
+        assert cut.ended and cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) < len(whole.tokens)
+        # One token less, and the stop text was not there yet.
+        ids = generator.encode(PROMPTS[:1])[0]
+        tokenizer = AutoTokenizer.from_pretrained("sft")
+        assert response_text(tokenizer, ids, cut.tokens, stop)[1]
+        assert not response_text(tokenizer, ids, cut.tokens[:-1], stop)[1]
+    own = [response.logprob for response in stopped]
+    assert generator.logprobs(pairs_of(generator, stopped)) == pytest.approx(own, abs=1e-3)
+
+
+def test_a_response_ends_before_a_stop_text_and_its_neighbours_do_not(hf):
+    check_stops(hf)
+
+
+def test_logprobs_take_any_pairs(hf):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("sft").eval(), AutoTokenizer.from_pretrained("sft")
+    ids = tokenizer("the lazy dog jumps over")["input_ids"]
+    with torch.no_grad():
+        table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    whole = float(sum(table[place - 1, ids[place]] for place in range(1, len(ids))))
+    found = hf.logprobs([(ids[:1], ids[1:]), (ids[:3], []), (ids[:2], ids[2:])])
+    assert found[0] == pytest.approx(whole, abs=1e-3) and found[1] == 0
+    assert found[2] == pytest.approx(whole - float(table[0, ids[1]]), abs=1e-3)
+    assert hf.logprobs([]) == []
+
+
+CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+TEMPLATE = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
+
+
+def test_a_chat_template_takes_the_place_of_the_tokenizers(tiny):
+    (tiny / "sft/chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tiny / "mine.jinja").write_text(TEMPLATE)
+    mine = GREEDY.model_copy(update={"chat_template": "mine.jinja"})
+    tokenizer = AutoTokenizer.from_pretrained("sft")
+    own, other = (load_generator("hf", "sft", spec, CHATS) for spec in (GREEDY, mine))
+    assert own.encode(CHATS) == tokenizer(PROMPTS)["input_ids"]
+    assert other.encode(CHATS) == tokenizer([f"<s>{prompt}</s>" for prompt in PROMPTS])["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained("sft")
+    loaded = HfGenerator("sft", mine, CHATS, loaded=(model, tokenizer))
+    assert answers(loaded, mine, CHATS) == answers(other, mine, CHATS) != answers(own, GREEDY, CHATS)
+    loaded.close()
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), (b"\xff\xfe\x00", "is no text")])
+def test_a_chat_template_that_cannot_be_read_is_a_fault(tiny, content, said):
+    if content:
+        (tiny / "mine.jinja").write_bytes(content)
+    spec = GREEDY.model_copy(update={"chat_template": "mine.jinja"})
+    with pytest.raises(UserError, match=said):
+        load_generator("hf", "sft", spec, PROMPTS)
+    tokenizer = AutoTokenizer.from_pretrained("sft")
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(UserError, match=said):
+        HfGenerator("sft", spec, PROMPTS, loaded=(AutoModelForCausalLM.from_pretrained("sft"), tokenizer))
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
     """One test, since the engine is slow to build: greedy equality, endpoints, and the way back to the base."""
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
-    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS)
+    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan)
     try:
         assert answers(vllm, GREEDY) == answers(hf, GREEDY)
         base = answers(vllm, SAMPLED)
         assert answers(vllm, SAMPLED, PROMPTS[:2]) == base[:2]
-        plan = plan_merge("sft", {"first": "first", "second": "second"})
         swapped = {}
         for lam in (0.0, 0.3, 1.0):
             weights = MergeSpec((lam, round(1 - lam, 9)), 1.0, 0.0)
-            vllm.use(plan.tensors(weights))
-            hf.use(plan.tensors(weights))
-            assert answers(vllm, GREEDY) == answers(hf, GREEDY)
-            swapped[lam] = answers(vllm, SAMPLED)
-            responses = vllm.generate(PROMPTS, SAMPLED)
+            assert answers(vllm, GREEDY, model=weights) == answers(hf, GREEDY, model=weights)
+            swapped[lam] = answers(vllm, SAMPLED, model=weights)
+            (responses,) = vllm.generate(PROMPTS, SAMPLED, [weights])
             own = [response.logprob for response in responses]
-            assert vllm.logprobs(PROMPTS, responses) == pytest.approx(own, abs=1e-3)
-            assert hf.logprobs(PROMPTS, responses) == pytest.approx(own, abs=1e-3)
-        vllm.use(plan.tensors(MergeSpec((0.0, 0.0), 0.0, 0.0)))
-        assert answers(vllm, SAMPLED) == base
+            pairs = pairs_of(vllm, responses)
+            assert vllm.logprobs(pairs, weights) == pytest.approx(own, abs=1e-3)
+            assert hf.logprobs(pairs, weights) == pytest.approx(own, abs=1e-3)
+            assert vllm.logprobs(pairs) == pytest.approx(hf.logprobs(pairs), abs=1e-3)
+            assert vllm.logprobs(pairs) != pytest.approx(own, abs=1e-3)
+        assert answers(vllm, SAMPLED, model=MergeSpec((0.0, 0.0), 0.0, 0.0)) == base == answers(vllm, SAMPLED)
+        assert vllm.at_once == 1 and vllm.swap_seconds > 0
+        check_stops(vllm)
+        assert stops_of(vllm) == stops_of(hf)
+        several = answers(vllm, SAMPLED.model_copy(update={"n": 3}))
+        assert several[::3] == base and len(several) == 3 * len(base)
+        check_memory(vllm)
     finally:
         vllm.close()
     merge("sft", ["first", "second"], ["1.0", "0.0"], beta=0, out="ends")
@@ -111,11 +262,63 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, hf):
         assert swapped[lam] == own == fresh("vllm", tiny / f"ends/lam={lam:.2f}", SAMPLED)
 
 
-def test_weights_of_another_layout_are_refused(hf):
+def check_memory(generator):
+    """Show that forty models leave no more behind than the first few."""
+    process, sizes = psutil.Process(), []
+    for index in range(45):
+        generator.generate(PROMPTS[:1], GREEDY, [MergeSpec((index / 45, 1 - index / 45))])
+        gc.collect()
+        sizes.append(process.memory_info().rss)
+    assert sizes[-1] - sizes[5] < 24 << 20
+
+
+def test_a_merge_that_is_not_finite_is_refused_by_vllm_too(tiny, hf):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    model = AutoModelForCausalLM.from_pretrained("first")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained("first")
+    generator = load_generator(
+        "vllm", "sft", GREEDY, PROMPTS, plan=plan_merge("sft", {"first": "first", "second": "second"})
+    )
+    try:
+        with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+            generator.generate(PROMPTS, GREEDY, [MergeSpec((0.5, 0.5))])
+    finally:
+        generator.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["two devices", "an engine process"])
+@pytest.mark.timeout(400)
+def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, hf, monkeypatch):
+    """Also a method that measures whole tensors, and a pattern of blocks, which the workers must be told."""
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(setting != "two devices")))
+    before = set(psutil.Process().children(recursive=True))
+    plan = plan_merge("sft", plan.references, dtype="float32", layers=r"model\.layers\.(\d+)\.")
+    generator = load_generator(
+        "vllm", "sft", SAMPLED, PROMPTS, plan=plan, tensor_parallel=2 if setting == "two devices" else 1
+    )
+    workers = set(psutil.Process().children(recursive=True)) - before
+    assert workers
+    try:
+        ties = complete(MergeSpec((0.3, 0.7), 1.0, 0.0, "ties", {"density": 0.5}), 2)
+        for model in (None, MergeSpec((0.3, 0.7)), ties, None):
+            assert answers(generator, GREEDY, model=model) == answers(hf, GREEDY, model=model)
+    finally:
+        generator.close()
+    gone, alive = psutil.wait_procs(workers, 20)
+    assert not [worker for worker in alive if "vllm" in " ".join(worker.cmdline()).lower()]
+
+
+def test_weights_of_another_layout_are_refused(hf, monkeypatch):
+    monkeypatch.setattr(MergePlan, "tensors", lambda *_: iter([("other.weight", torch.zeros(1))]))
     with pytest.raises(UserError, match="no parameter other.weight"):
-        hf.use([("other.weight", torch.zeros(1))])
+        answers(hf, GREEDY, model=MergeSpec((1.0, 0.0)))
+    monkeypatch.setattr(MergePlan, "tensors", lambda *_: iter([]))
     with pytest.raises(UserError, match="parameters without weights"):
-        hf.use([])
+        answers(hf, GREEDY, model=MergeSpec((1.0, 0.0)))
 
 
 def test_a_models_own_penalties_do_not_count(tiny, hf):
@@ -128,3 +331,6 @@ def test_a_models_own_penalties_do_not_count(tiny, hf):
 def test_prompts_that_do_not_fit_are_refused(tiny):
     with pytest.raises(UserError, match="do not fit the model"):
         load_generator("hf", "sft", GenerationSpec(max_tokens=500), PROMPTS)
+    with pytest.raises(UserError, match="a text to be scored does not fit"):
+        load_generator("hf", "sft", GREEDY, PROMPTS, longest=128)
+    load_generator("hf", "sft", GREEDY, PROMPTS, longest=127).close()

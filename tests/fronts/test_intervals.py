@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.fronts.intervals import estimate, interval, mean_difference, resample_means
+from rewarded_lines.fronts.intervals import (
+    estimate,
+    estimate_samples,
+    interval,
+    mean_difference,
+    resample_means,
+    resample_runs,
+    run_average,
+)
 
 
 def scores(points: int = 3, prompts: int = 40, rewards: int = 2, seed: int = 1) -> np.ndarray:
@@ -72,6 +80,85 @@ def test_mean_difference_changes_sign_with_its_sides(seed: int) -> None:
     first, second = scores(2, 30, 1, seed=seed)[:, :, 0]
     forth, back = mean_difference(first, second, 100, seed), mean_difference(second, first, 100, seed)
     assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
+
+
+def test_one_run_is_the_bootstrap_over_prompts() -> None:
+    values = scores()
+    samples = resample_runs([values], 30, seed=4)
+    assert (samples.means[0, 0] == values.mean(axis=1)).all()
+    assert (samples.means[1:, 0] == resample_means(values, 30, seed=4)).all()
+    assert (samples.drawn == 1).all()
+    assert (run_average(samples.means, samples.drawn) == samples.means[:, 0]).all()
+
+
+def test_runs_share_the_draw_of_prompts() -> None:
+    values = scores()
+    samples = resample_runs([values, values + 1, 2 * values], 30, seed=0)
+    assert np.allclose(samples.means[:, 1], samples.means[:, 0] + 1)
+    assert np.allclose(samples.means[:, 2], 2 * samples.means[:, 0])
+    assert (samples.means[1:, 0] == resample_means(values, 30, seed=0)).all()
+
+
+def test_runs_with_other_prompts_get_a_draw_of_their_own() -> None:
+    first, second = scores(prompts=40), scores(prompts=30, seed=2)
+    samples = resample_runs([first, second, first], 30, seed=0)
+    assert (samples.means[1:, 0] == resample_means(first, 30, seed=0)).all()
+    assert (samples.means[:, 2] == samples.means[:, 0]).all()
+    assert (samples.means[1:, 1] != resample_means(second, 30, seed=0)).any()
+    assert np.allclose(samples.means[0, 1], second.mean(axis=1))
+
+
+def test_runs_are_drawn_with_replacement() -> None:
+    drawn = resample_runs([scores(), scores(seed=2), scores(seed=3)], 4000, seed=0).drawn
+    assert (drawn[0] == 1).all()
+    assert (drawn.sum(axis=1) == 3).all()
+    assert drawn[1:].mean(axis=0) == pytest.approx([1, 1, 1], abs=0.05)
+    # Binomial(3, 1/3): a run is left out of (2/3)³ of the resamples.
+    assert (drawn[1:] == 0).mean() == pytest.approx(8 / 27, abs=0.02)
+
+
+def test_the_draws_of_runs_and_of_prompts_are_not_the_same() -> None:
+    # With as many prompts as runs one stream for both would draw the same counts.
+    prompts = np.eye(3)[None]
+    samples = resample_runs([prompts, prompts, prompts], 200, seed=0)
+    counts = samples.means[1:, 0, 0] * 3
+    assert abs(np.corrcoef(counts[:, 0], samples.drawn[1:, 0])[0, 1]) < 0.2
+
+
+def test_which_runs_are_drawn_depends_on_the_seed_alone() -> None:
+    runs = [scores(), scores(seed=2)]
+    other = [scores(points=1), scores(points=1, seed=5)]
+    assert (resample_runs(runs, 50, seed=1).drawn == resample_runs(other, 50, seed=1).drawn).all()
+    assert (resample_runs(runs, 50, seed=1).drawn != resample_runs(runs, 50, seed=2).drawn).any()
+
+
+def test_the_spread_between_runs_widens_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    offsets = rng.normal(size=8)
+    runs = [offset + rng.normal(size=(1, 400, 1)) for offset in offsets]
+    samples = resample_runs(runs, 4000, seed=0)
+    averages = run_average(samples.means, samples.drawn)[:, 0, 0]
+    assert averages[0] == pytest.approx(np.mean(runs))
+    # The variance of a mean of 8 runs, and that of a mean of 400 prompts: those of 8 runs, averaged.
+    between, within = np.var([run.mean() for run in runs]) / 8, np.mean(runs, axis=0).var() / 400
+    assert averages[1:].var() == pytest.approx(between + within, rel=0.1)
+
+
+def test_run_average_by_hand() -> None:
+    assert run_average([[1.0, 4.0], [1.0, 4.0]], [[1, 1], [0, 2]]).tolist() == [2.5, 4.0]
+    assert run_average(np.ones((2, 3, 4, 5)), np.ones((2, 3))).shape == (2, 4, 5)
+    with pytest.raises(ValueError, match="draws of shape"):
+        run_average(np.ones((2, 3)), np.ones((2, 2)))
+
+
+def test_runs_that_do_not_fit_are_refused() -> None:
+    for runs in ([], [scores(points=2), scores(points=3)], [scores(), scores(rewards=1)], [np.zeros(())]):
+        with pytest.raises(ValueError, match="expected"):
+            resample_runs(runs, 10, seed=0)
+
+
+def test_estimate_samples_takes_the_first_row_for_the_value() -> None:
+    assert estimate_samples([7.0, *range(101)], level=0.9) == estimate(7.0, np.arange(101.0), level=0.9)
 
 
 def test_equal_scores_differ_by_nothing() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rewarded_lines.fronts.pareto import hypervolume, hypervolumes, nondominated
+from rewarded_lines.fronts.pareto import contributions, hypervolume, hypervolumes, nondominated
 
 
 def clouds(rewards: int, largest: int = 7) -> st.SearchStrategy[np.ndarray]:
@@ -121,9 +121,71 @@ def test_hypervolumes_takes_each_front_with_its_own_reference() -> None:
     assert hypervolumes(fronts, [[0.0, 0.0], [1.0, 1.0]]).tolist() == [6.0, 2.0]
 
 
+@pytest.mark.parametrize("rewards", [1, 2, 3])
+def test_hypervolumes_of_many_fronts_are_those_of_each(rewards: int) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 2**32 - 1), st.integers(0, 9))
+    def check(seed: int, points: int) -> None:
+        rng = np.random.default_rng(seed)
+        # Rounded, so that ties and copies come up.
+        fronts, references = rng.normal(size=(4, 3, points, rewards)).round(1), rng.normal(size=(4, 3, rewards)) - 0.5
+        expected = [[hypervolume(fronts[i, j], references[i, j]) for j in range(3)] for i in range(4)]
+        assert hypervolumes(fronts, references) == pytest.approx(np.array(expected))
+
+    check()
+
+
+def test_hypervolumes_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="expected"):
+        hypervolumes(np.zeros((3, 2, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="finite"):
+        hypervolumes(np.full((1, 2, 2), np.nan), np.zeros((1, 2)))
+
+
+def test_contributions_by_hand() -> None:
+    assert contributions([[1, 3], [2, 2], [3, 1]], [0, 0]) == pytest.approx([1.0, 1.0, 1.0])
+    assert contributions([[3.0], [2.0]], [1.0]) == pytest.approx([1.0, 0.0])
+    # [1, 1] is dominated and brings nothing, and takes nothing from [2, 2]'s rivals; copies bring nothing either.
+    assert contributions([[2, 2], [1, 1], [3, 1], [3, 1]], [0, 0]) == pytest.approx([2.0, 0.0, 0.0, 0.0])
+    assert contributions([[2, 2, 2]], [0, 1, 1]) == pytest.approx([2.0])
+    assert contributions([[2, -1], [1, 1]], [0, 0]) == pytest.approx([0.0, 1.0])
+    assert contributions(np.zeros((0, 2)), [0, 0]).shape == (0,)
+
+
+def test_contributions_keep_their_precision_in_a_large_hypervolume() -> None:
+    tiny = [[1e6, 1.0], [1.0, 1e6], [1 + 1e-7, 1 + 1e-7]]
+    assert contributions(tiny, [0, 0])[2] == pytest.approx(1e-14, rel=1e-6)
+
+
+@pytest.mark.parametrize("rewards", [1, 2, 3, 4])
+def test_contributions_equal_leaving_each_point_out(rewards: int) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(clouds(rewards))
+    def check(points: np.ndarray) -> None:
+        origin = np.zeros(rewards)
+        whole = oracle(points, origin)
+        left_out = [whole - oracle(np.delete(points, index, axis=0), origin) for index in range(len(points))]
+        found = contributions(points, origin)
+        assert found == pytest.approx(np.array(left_out))
+        assert (found >= 0).all()
+        assert found.sum() <= whole + 1e-9
+
+    check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(clouds(3), st.permutations(range(7)))
+def test_contributions_follow_their_points(points: np.ndarray, order: list[int]) -> None:
+    order = [index for index in order if index < len(points)]
+    origin = np.zeros(3)
+    assert contributions(points[order], origin) == pytest.approx(contributions(points, origin)[order])
+
+
 def test_inputs_are_left_as_they_were() -> None:
     points, reference = np.array([[1.0, 2.0], [2.0, 1.0]]), np.array([0.5, 0.5])
     hypervolume(points, reference)
+    contributions(points, reference)
+    hypervolumes(points[None], reference[None])
     nondominated(points)
     assert points.tolist() == [[1.0, 2.0], [2.0, 1.0]]
     assert reference.tolist() == [0.5, 0.5]

@@ -113,7 +113,7 @@ def test_vllm_generates_as_transformers_does(name, tmp_path):
     for engine in ("hf", "vllm"):
         generator = load_generator(engine, str(tmp_path / "out"), greedy, PROMPTS)
         try:
-            answers.append([response.tokens for response in generator.generate(PROMPTS, greedy)])
+            answers.append([response.tokens for response in generator.generate(PROMPTS, greedy)[0]])
         finally:
             generator.close()
     assert answers[0] == answers[1] and len(answers[0]) == len(PROMPTS)

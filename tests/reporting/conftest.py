@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewarded_lines.evaluation.records import Point, PointSpec, point_path, write_header, write_point
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import FORMAT, Point, point_entries, point_path, write_json, write_point
 from rewarded_lines.rules.preferences import simplex_grid
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
@@ -40,6 +41,7 @@ def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[
         spec=spec,
         prompts=[f"prompt {index}" for index in range(prompts)],
         responses=[" ".join(["word"] * count) for count in words],
+        prompt_index=np.arange(prompts),
         seeds=np.arange(prompts),
         tokens=words + 1,
         ended=rng.random(prompts) < 0.9,
@@ -76,24 +78,26 @@ def synthetic_run(
     methods = METHODS if methods is None else methods
     options = {"spread": 1.0, "bulge": 0.6, "gain": 1.0} | options
     names = list(UNITS)[:rewards]
-    specs = [PointSpec("sft", 0.0, 0.0)] + [
-        PointSpec(name, alpha, beta, weights)
+    specs = [PointSpec("sft")] + [
+        PointSpec(name, weights, alpha, beta)
         for name, (alpha, beta) in methods.items()
         for weights in simplex_grid(policies, points)
     ]
+    keys = [f"{index:016x}" for index in range(len(specs))]
     header: dict[str, Any] = {
+        "format": FORMAT,
         "title": "synthetic",
         "policies": {name: {"path": name} for name in POLICIES[:policies]},
         "rewards": {name: {"unit": UNITS[name]} for name in names},
         "generation": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 48, "seed": 0},
         "sweep": {} if resamples is None else {"resamples": resamples},
-        "points": [f"{index:016x}" for index in range(len(specs))],
+        "points": point_entries(zip(specs, keys, strict=True)),
         "complete": drop == 0,
     }
-    write_header(folder, header)
+    write_json(folder / "run.json", header)
     levels = np.random.default_rng(7).normal(size=(prompts, 3))
     for index, spec in enumerate(specs[: len(specs) - drop]):
-        write_point(point_path(folder, header["points"][index]), _point(spec, levels, names, options))
+        write_point(point_path(folder, keys[index]), _point(spec, levels, names, options))
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ def test_one_plane_for_each_pair_of_rewards(make_summary: MakeSummary, rewards: 
         (1.0, 0.5, "LiNeS (α = 1, β = 0.5)"),
     ],
 )
-def test_method_labels(alpha: float, beta: float, expected: str) -> None:
-    assert method_label(alpha, beta) == expected
+def test_method_labels(make_summary: MakeSummary, alpha: float, beta: float, expected: str) -> None:
+    points = [replace(point, alpha=alpha, beta=beta) for point in make_summary(points=2).methods()["soup"]]
+    assert method_label(points) == expected
 
 
 def test_the_shaded_area_is_the_hypervolume() -> None:

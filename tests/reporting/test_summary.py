@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.records import Point, PointSpec, Run, load_run
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import Point, Run, load_run
 from rewarded_lines.reporting.summary import RESAMPLES, Summary, summarise
 
 MakeRun = Callable[..., Path]
@@ -23,6 +24,7 @@ def point(spec: PointSpec, scores: dict[str, list[float]]) -> Point:
         spec=spec,
         prompts=[f"prompt {index}" for index in range(count)],
         responses=["one two three"] * count,
+        prompt_index=np.arange(count),
         seeds=np.arange(count),
         tokens=np.full(count, 4),
         ended=np.array([True] * (count - 1) + [False]),
@@ -40,11 +42,11 @@ def small_run(tmp_path: Path) -> Run:
         return {"a": list(levels + a), "b": list(levels + b)}
 
     points = [
-        point(PointSpec("sft", 0.0, 0.0), scores(0, 0)),
-        point(PointSpec("soup", 1.0, 0.0, (0.0, 1.0)), scores(-1, 3)),
-        point(PointSpec("soup", 1.0, 0.0, (0.5, 0.5)), scores(1, 2)),
-        point(PointSpec("soup", 1.0, 0.0, (1.0, 0.0)), scores(2, 1)),
-        point(PointSpec("lines", 1.0, 1.0, (0.5, 0.5)), scores(2, 2)),
+        point(PointSpec("sft"), scores(0, 0)),
+        point(PointSpec("soup", (0.0, 1.0), 1.0, 0.0), scores(-1, 3)),
+        point(PointSpec("soup", (0.5, 0.5), 1.0, 0.0), scores(1, 2)),
+        point(PointSpec("soup", (1.0, 0.0), 1.0, 0.0), scores(2, 1)),
+        point(PointSpec("lines", (0.5, 0.5), 1.0, 1.0), scores(2, 2)),
     ]
     header = {
         "title": "small",

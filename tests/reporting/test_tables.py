@@ -37,7 +37,7 @@ def test_terminal_tables_fit_80_columns_with_units_and_every_row(summary: Summar
     # rich would take "[logit]" for its markup and drop it.
     assert "[logit]" in text
     assert "[nats]" in text
-    assert sum(line.strip().startswith(("sft ", "soup ", "lines ")) for line in text.splitlines()) == 23 + 4 + 2
+    assert sum(line.strip().startswith(("sft ", "soup ", "lines ")) for line in text.splitlines()) == 2 * 23 + 4 + 2
 
 
 def test_hypervolumes_stand_beside_their_references(summary: Summary) -> None:
@@ -56,7 +56,7 @@ def test_hypervolumes_stand_beside_their_references(summary: Summary) -> None:
 def test_tables_without_rows_are_left_out(make_run: MakeRun) -> None:
     run = load_run(make_run(points=2, resamples=100, methods={"lines": (1.0, 1.0)}))
     titles = [sheet.title for sheet in sheets(summarise(run))]
-    assert titles == ["Points", "Hypervolume [logit × words]"]
+    assert titles == ["Points", "Hypervolume [logit × words]", "Beside the front"]
 
 
 def test_markdown_is_made_of_whole_tables(summary: Summary) -> None:

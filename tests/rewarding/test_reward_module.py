@@ -9,10 +9,10 @@ from trl.experimental.utils import get_reward
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
-from rewarded_lines.scoring.rewards import load_reward
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
 from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
 from rewarded_lines.rewarding.rewards import WeightedReward
+from rewarded_lines.scoring.rewards import load_reward
 
 PROMPTS = ["a film", "the quiet end of it all, says", "it"]
 RESPONSES = [" that moves.", " he, and goes on and on", ""]

@@ -104,6 +104,15 @@ def test_the_projects_rewards_are_found_by_name(tiny):
     assert len(caught.value.problems) == 2
 
 
+def test_audit_rewards_are_not_trained_on(tiny):
+    text = (tiny / "rewarded-lines.yaml").read_text()
+    (tiny / "rewarded-lines.yaml").write_text(text.replace("    unit: words\n", "    role: audit\n"))
+    project = load_project()
+    with pytest.raises(UserError, match=r"(?s)rewards\.words: an audit reward cannot be trained on.*cannot judge it"):
+        load_training_reward(project, {"letters": 1.0, "words": 1.0}, "cpu")
+    assert load_training_reward(project, {"letters": 1.0}, "cpu").score(["p"], ["a"]) == [0.5]
+
+
 def completions(tokenizer, ended=(True, False, True)):
     ids = tokenizer(RESPONSES, add_special_tokens=False)["input_ids"]
     return [row + [tokenizer.eos_token_id] * end for row, end in zip(ids, ended, strict=True)]

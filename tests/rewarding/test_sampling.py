@@ -11,9 +11,9 @@ from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation import generation
+from rewarded_lines.engines import generation
 from rewarded_lines.engines.isolated import generate_isolated
+from rewarded_lines.errors import UserError
 from rewarded_lines.rewarding import sampling
 from rewarded_lines.rewarding.rewards import WeightedReward
 from rewarded_lines.rewarding.sampling import Sampler, choose_engine, describe, gains, paired_gain, sample, summary

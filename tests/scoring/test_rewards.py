@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import make_tokenizer
 
-from rewarded_lines.config import RewardSpec, parse_format
+from rewarded_lines.config import RewardSpec, load_project, parse_format
 from rewarded_lines.errors import UserError
-from rewarded_lines.scoring.rewards import fill_template, load_reward
+from rewarded_lines.scoring import rewards as rewards_module
+from rewarded_lines.scoring.devices import available_memory, find_device
+from rewarded_lines.scoring.rewards import fill_template, load_reward, load_rewards
 
 FILE = """\
 import math
@@ -90,25 +91,9 @@ def test_a_failing_function_names_the_prompt(root, name, said):
     assert re.search(said, str(caught.value), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        num_labels=2,
-    )
-    folder = tmp_path_factory.mktemp("classifier") / "reward"
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def classifier(classifiers):
+    return classifiers["llama"]
 
 
 def test_classifier_equals_the_model_itself(classifier):
@@ -202,3 +187,60 @@ def test_a_classifier_reads_what_looks_like_a_placeholder_as_text(classifier):
     (score,) = load_reward("r", spec, device="cpu").score(["{response}"], ["{prompt}"])
     (same,) = load_reward("r", joined, device="cpu").score([""], ["{response}:{prompt}"])
     assert score == pytest.approx(same, abs=1e-6)
+
+
+def test_a_freed_classifier_comes_back_by_itself(classifier):
+    reward = load_reward("r", RewardSpec(model=str(classifier)), device="cpu")
+    assert reward.loaded and reward.device == "cpu"
+    # Token embeddings, two blocks, the last norm, two classes, and the rotary frequencies.
+    assert reward.size == pytest.approx(4 * (300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 64), rel=0.01)
+    scores = reward.score(["a film", "x"], [" of beauty", ""])
+    reward.free()
+    reward.free()
+    assert not reward.loaded
+    assert reward.score(["a film", "x"], [" of beauty", ""]) == scores and reward.loaded
+    half = load_reward("r", RewardSpec(model=str(classifier), dtype="bfloat16"), device="cpu")
+    assert half.size == pytest.approx(reward.size / 2, rel=0.01)
+
+
+def test_a_classifier_that_changes_while_it_is_freed_is_refused(classifier, tmp_path):
+    import shutil
+
+    shutil.copytree(classifier, tmp_path / "model")
+    reward = load_reward("r", RewardSpec(model="model"), tmp_path, "cpu")
+    reward.free()
+    (tmp_path / "model/config.json").write_text((tmp_path / "model/config.json").read_text() + " ")
+    with pytest.raises(UserError, match="changed since it was first loaded"):
+        reward.score(["p"], ["r"])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "not a device"), ("cuda:99", "no such device here"), ("meta", "no scores"), ("cpu:x", "not a device")],
+)
+def test_devices_that_are_not_there(classifier, device, said):
+    with pytest.raises(UserError, match=f"reward `r`: {said}"):
+        load_reward("r", RewardSpec(model=str(classifier), device=device), device="cpu")
+    with pytest.raises(UserError, match=f"reward `r`: {said}"):
+        load_reward("r", RewardSpec(model=str(classifier)), device=device)
+
+
+def test_the_declared_device_comes_before_the_command_lines(classifier):
+    reward = load_reward("r", RewardSpec(model=str(classifier), device="cpu"), device="cuda:99")
+    assert reward.device == "cpu"
+    assert find_device("auto", "here") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert available_memory("cpu") > 1 << 20
+
+
+def test_all_rewards_are_loaded_and_give_room_to_the_next(tiny, classifier, monkeypatch):
+    text = (tiny / "rewarded-lines.yaml").read_text()
+    models = "".join(f"  {name}:\n    model: {classifier}\n    role: audit\n" for name in ("one", "two", "three"))
+    (tiny / "rewarded-lines.yaml").write_text(text.replace("prompts:\n", models + "prompts:\n", 1))
+    rewards = load_rewards(load_project(), device="cpu")
+    assert list(rewards) == ["words", "letters", "one", "two", "three"]
+    assert all(reward.loaded for reward in rewards.values())
+    monkeypatch.setattr(rewards_module, "available_memory", lambda device: 0)
+    rewards = load_rewards(load_project(), device="cpu")
+    assert not any(rewards[name].loaded for name in ("one", "two", "three"))
+    assert rewards["one"].score(["a"], ["b"]) == rewards["three"].score(["a"], ["b"])
+    assert list(load_rewards(load_project(), ["two"], "cpu")) == ["two"]

@@ -1,0 +1,98 @@
+"""`rewarded-lines choose`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rewarded_lines.cli.sweep import AsJson
+from rewarded_lines.errors import fail
+
+if TYPE_CHECKING:
+    from rewarded_lines.sweeping.choose import Chosen
+
+
+def choose(
+    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    at_least: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Least mean of a reward, in its unit (repeat).")
+    ] = None,
+    maximize: Annotated[str | None, typer.Option(metavar="NAME", help="Reward to be as high as can be.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME=W,...", help="Most of the weighted sum, standardized on SFT.")
+    ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The point that gives up least of everything.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help="That may be chosen (repeat); all by default.")] = None,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Consider λ between evaluated points, too (two policies).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which method, α, β and λ of a run meet constraints best, and the merge command that makes the policy.
+
+    With two rewards and a minimum for one, the other is maximized. Rewards
+    of the role `audit` have no say.
+
+    \b
+    rewarded-lines choose runs/demo/sweep --at-least detailed=15
+    rewarded-lines choose RUN --at-least brevity=-12 --maximize faithful
+    rewarded-lines choose RUN --weights faithful=0.7,brevity=0.3
+    rewarded-lines choose RUN --knee --method lines
+    """
+    from rewarded_lines.sweeping.choose import choose as run_choose
+
+    chosen = run_choose(
+        run,
+        at_least=_numbers("--at-least", at_least or ()),
+        maximize=maximize,
+        weights=_numbers("--weights", weights.split(",")) if weights else None,
+        knee=knee,
+        methods=method or (),
+        interpolate=interpolate,
+    )
+    if as_json:
+        typer.echo(json.dumps(chosen.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show(chosen, Console())
+
+
+def _show(chosen: Chosen, console: Console) -> None:
+    from rewarded_lines.sweeping.choose import NOTE
+
+    point = chosen.point
+    schedule = "" if point.checkpoint else f", α = {point.alpha:g}, β = {point.beta:g}"
+    guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
+    console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))
+    for name, score in chosen.scores.items():
+        line = f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]"
+        if name in chosen.meets:
+            line += f", meets its minimum in {chosen.meets[name]:.0%} of resamples"
+        console.print(Text(line))
+    console.print(Text(f"\n{NOTE}\n", style="dim"))
+    # Never folded: it is for copying.
+    console.print(Text(chosen.command), soft_wrap=True)
+
+
+def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
+    """Return NAME=VALUE texts as a mapping.
+
+    Raises:
+        UserError: one that is not of that form, or a name that comes twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name or name in found or not abs(number) < float("inf"):
+            raise fail("not NAME=NUMBER", where=option, expected="each reward once, as in brevity=-12", got=text)
+        found[name] = number
+    return found

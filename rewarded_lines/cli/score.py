@@ -1,0 +1,64 @@
+"""`rewarded-lines score`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries
+from rewarded_lines.cli.sweep import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, TensorParallel
+
+
+def score(
+    model: Annotated[str, typer.Argument(help="Folder of a model or LoRA adapter, or a Hub id.", show_default=False)],
+    config: Config = Path("rewarded-lines.yaml"),
+    out: Annotated[Path | None, typer.Option(help="Run folder that keeps the records; none by default.")] = None,
+    engine: Engine = "vllm",
+    device: Device = "auto",
+    layers: Layers = None,
+    tensor_parallel: TensorParallel = 1,
+    offload: Offload = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score one model with the project's rewards, beside its SFT model on the same prompts.
+
+    \b
+    rewarded-lines score merged/lam=0.30
+        with the rewards, prompts and settings of ./rewarded-lines.yaml
+    rewarded-lines score merged/lam=0.30 --config runs/demo/rewarded-lines.yaml --json
+    """
+    from rewarded_lines.reporting.summary import summarise
+    from rewarded_lines.reporting.tables import points_sheet, policy_sheet, rich_table, side_sheet
+    from rewarded_lines.sweeping.score import score as run
+
+    quiet_libraries()
+    with progress_bar("Score", quiet=as_json) as bar:
+        done = run(
+            model,
+            config,
+            out=out,
+            engine=engine,
+            device=device,
+            layers=layers,
+            tensor_parallel=tensor_parallel,
+            offload=offload,
+            overwrite=overwrite,
+            progress=lambda name, count, total: bar(count, total),
+        )
+    summary = summarise(done)
+    if as_json:
+        sft, policy = summary.points
+        found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for sheet in (points_sheet(summary), side_sheet(summary), policy_sheet(summary)):
+        console.print(rich_table(sheet))
+    if out is not None:
+        typer.echo(f"records in {out}; figure: rewarded-lines report {out}")

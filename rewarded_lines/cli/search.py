@@ -1,0 +1,68 @@
+"""`rewarded-lines search`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries
+from rewarded_lines.cli.sweep import AsJson, Device, Layers, Offload, Ray, TensorParallel, Workers
+
+
+def search(
+    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    config: Annotated[Path | None, typer.Option(help="The project file; the run's own by default.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Whose front (repeat); all merges by default.")] = None,
+    points: Annotated[int, typer.Option(min=2, help="λ that each method has at most in the end.")] = 15,
+    gain: Annotated[float, typer.Option(min=0, help="End where no λ can add more than this share.")] = 0.001,
+    engine: Annotated[str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.")] = None,
+    device: Device = "auto",
+    layers: Layers = None,
+    tensor_parallel: TensorParallel = 1,
+    offload: Offload = "auto",
+    ray: Ray = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add λ points to a run where they raise a method's front most, until a budget or a gain is reached.
+
+    With --config a run that is not there yet begins with three λ of each method.
+
+    \b
+    rewarded-lines search runs/demo/sweep --points 15
+    rewarded-lines search runs/adaptive --config runs/demo/rewarded-lines.yaml --method lines
+    """
+    from rewarded_lines.sweeping.search import search as run_search
+
+    quiet_libraries()
+    with progress_bar("Search", quiet=as_json) as bar:
+        done, found = run_search(
+            run,
+            config=config,
+            methods=method or (),
+            points=points,
+            gain=gain,
+            engine=engine,
+            device=device,
+            layers=layers,
+            tensor_parallel=tensor_parallel,
+            offload=offload,
+            ray=ray,
+            workers=workers,
+            progress=lambda name, count, total: bar(count, total),
+        )
+    if as_json:
+        told = {"folder": str(done.folder), "methods": [asdict(one) for one in found]}
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    for one in found:
+        why = "the budget is spent" if one.reason == "points" else "no λ promises more"
+        typer.echo(
+            f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}; {why}: "
+            f"the next could add {one.potential:.2g} at most"
+        )
+    typer.echo(f"look at them: rewarded-lines report {done.folder}")

@@ -1,0 +1,212 @@
+"""vLLM as it is used here: an engine in this process, requests with a seed each, and what they give."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.generation import Response, Tokens, prompt_seed
+from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence, response_text, tokens_until
+
+_DEFAULTS = {
+    # In this process: quick to build, and plans need not be opened twice.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+# Methods that workers get beside vLLM's own; a worker may be another process, so the class goes by its name.
+_EXTENSION = "rewarded_lines.engines.worker.MergingWorker"
+
+
+class VllmCore:
+    """One engine. Nothing that it answers depends on what it was asked before."""
+
+    def __init__(
+        self,
+        model: str,
+        spec: GenerationSpec,
+        prompts: Sequence[Prompt],
+        longest: int,
+        tensor_parallel: int,
+        **options: Any,
+    ) -> None:
+        """Build the engine; see `load_generator`.
+
+        Args:
+            model: folder or Hub id.
+            spec: dtype, chat template and response length.
+            prompts: see `load_generator`.
+            longest: see `load_generator`.
+            tensor_parallel: see `load_generator`.
+            options: further ones of vLLM's `LLM`.
+
+        Raises:
+            UserError: prompts do not fit the model, or the chat template cannot be read.
+        """
+        prepare_environment()
+        self.tokenizer = load_tokenizer(model, spec)
+        length = longest_sequence(self.tokenizer, load_config(model), model, spec, prompts, longest)
+        from vllm import LLM
+
+        self._llm: Any = LLM(
+            model=model,
+            dtype=spec.dtype,
+            max_model_len=length,
+            tensor_parallel_size=tensor_parallel,
+            enforce_eager=True,
+            seed=0,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            worker_extension_cls=_EXTENSION,
+            **share_of_gpu(),
+            **options,
+        )
+        # Its processes end with this object, or with Python, also where nobody came to close it.
+        self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+
+    @property
+    def engine(self) -> Any:
+        """Return vLLM's own engine, which loads and drops adapters."""
+        return self._llm.llm_engine
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """See `Generator.encode`."""
+        return encode(self.tokenizer, prompts)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Have every worker do one of the things `MergingWorker` can; return what each says."""
+        found: list[Any] = self._llm.collective_rpc(method, args=args)
+        return found
+
+    def generate(
+        self, prompts: Sequence[Prompt], spec: GenerationSpec, adapters: Sequence[Any] = (None,)
+    ) -> list[list[Response]]:
+        """Answer with several adapters, all requests in one batch.
+
+        Args:
+            prompts: for each adapter.
+            spec: how to sample.
+            adapters: a `LoRARequest`, or None for the model itself.
+
+        Returns:
+            For each adapter `spec.n` responses to each prompt.
+        """
+        ids = self.encode(prompts)
+        rows = [row for row in ids for _ in range(spec.n)]
+        params = [_sampling(spec, prompt_seed(spec, index, k)) for index in range(len(ids)) for k in range(spec.n)]
+        outputs = self._run(
+            rows * len(adapters), params * len(adapters), [adapter for adapter in adapters for _ in rows]
+        )
+        made = [
+            self._response(row, output.outputs[0], spec)
+            for row, output in zip(rows * len(adapters), outputs, strict=True)
+        ]
+        return [made[start * len(rows) : (start + 1) * len(rows)] for start in range(len(adapters))]
+
+    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], adapter: Any = None) -> list[float]:
+        """See `Generator.logprobs`: one prefill of head and tail together, nothing that is generated counts."""
+        from vllm import SamplingParams
+
+        rows = [[*head, *tail] for head, tail in pairs]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(rows, [params] * len(rows), [adapter] * len(rows))
+        return [
+            _total(output.prompt_logprobs[len(head) :], tail)
+            for (head, tail), output in zip(pairs, outputs, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Drop cached prefixes: they may be another model's, and what is there changes how a batch is computed."""
+        self._llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Free the engine, its memory and its processes."""
+        self._shut_down()
+        self.__dict__.pop("_llm", None)
+        gc.collect()
+        _empty_gpu_cache()
+
+    def _run(self, rows: Sequence[Tokens], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
+        self.forget()
+        asked = [{"prompt_token_ids": list(row)} for row in rows]
+        found: list[Any] = self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False)
+        return found
+
+    def _response(self, prompt: Tokens, completion: Any, spec: GenerationSpec) -> Response:
+        tokens = tuple(completion.token_ids)
+        logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
+        return make_response(self.tokenizer, prompt, tokens, logprobs, completion.finish_reason, spec)
+
+
+def make_response(
+    tokenizer: Any,
+    prompt: Tokens,
+    tokens: Tokens,
+    logprobs: Sequence[float],
+    finish_reason: str | None,
+    spec: GenerationSpec,
+) -> Response:
+    """Return a response from what vLLM says, here or on a server.
+
+    Args:
+        tokenizer: that makes text of tokens.
+        prompt: its tokens.
+        tokens: of the response.
+        logprobs: of each of them.
+        finish_reason: "stop" after an end token or a stop text.
+        spec: the stop texts.
+    """
+    length = tokens_until(tokenizer, prompt, tokens, spec.stop)
+    tokens, logprobs = tuple(tokens[:length]), logprobs[:length]
+    text = response_text(tokenizer, prompt, tokens, spec.stop)[0]
+    return Response(text, tokens, length is not None or finish_reason == "stop", float(sum(logprobs)))
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def share_of_gpu() -> dict[str, Any]:
+    """Return vLLM's share of a GPU: most of what is free, since reward models may be there already."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
+
+
+def _sampling(spec: GenerationSpec, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        max_tokens=spec.max_tokens,
+        stop=list(spec.stop),
+        seed=seed,
+        logprobs=0,
+        # Only stop texts are looked for in the text; what is kept is decoded from the tokens.
+        detokenize=bool(spec.stop),
+    )
+
+
+def _empty_gpu_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _total(logprobs: Sequence[Any], tokens: Tokens) -> float:
+    return float(sum(entry[token].logprob for entry, token in zip(logprobs, tokens, strict=True)))

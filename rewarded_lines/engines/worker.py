@@ -1,0 +1,85 @@
+"""What vLLM's workers can do beside their own work: take the merges of a plan, and say what an adapter lacks.
+
+A worker is in the process of the engine's owner, or it is one of several processes that hold a piece of the model each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rewarded_lines.errors import UserError
+from rewarded_lines.planning.plan import MergePlan, MergeSpec, plan_merge
+
+# Plans of this process: its own workers take them as they are, with all that has been measured.
+_plans: weakref.WeakValueDictionary[int, MergePlan] = weakref.WeakValueDictionary()
+
+
+def plan_message(plan: MergePlan) -> dict[str, Any]:
+    """Return what a worker needs to find or to open a plan, in plain types."""
+    _plans[id(plan)] = plan
+    return {
+        "process": os.getpid(),
+        "key": id(plan),
+        "base": plan.reference,
+        "policies": dict(plan.references),
+        "dtype": plan.dtype_name,
+        "layers": plan.layers,
+    }
+
+
+def spec_message(spec: MergeSpec) -> dict[str, Any]:
+    """Return the numbers of a merge in plain types."""
+    return {**asdict(spec), "weights": list(spec.weights), "options": dict(spec.options)}
+
+
+class MergingWorker:
+    """An extension of vLLM's worker; its methods are called by name on every worker of an engine."""
+
+    def open_plan(self, message: Mapping[str, Any]) -> None:
+        """Get ready to merge; see `plan_message`."""
+        if message["process"] == os.getpid():
+            self.merge_plan = _plans[message["key"]]
+            return
+        assert message["base"], "a plan that was not made by plan_merge cannot be opened again"
+        self.merge_plan = plan_merge(
+            message["base"], message["policies"], dtype=message["dtype"], layers=message["layers"]
+        )
+
+    def use_merge(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Stream a merge's tensors into the model that runs; see `spec_message`.
+
+        Returns:
+            The seconds it took, and the problems of a `UserError`, which would not pass from process to process.
+        """
+        started = time.perf_counter()
+        spec = MergeSpec(**{**message, "weights": tuple(message["weights"])})
+        problems: list[dict[str, Any]] = []
+        worker: Any = self
+        try:
+            worker.reload_weights(weights_iterator=self.merge_plan.tensors(spec))
+            _repack_tied_head(worker.get_model())
+        except UserError as error:
+            problems = [asdict(problem) for problem in error.problems]
+        return {"seconds": time.perf_counter() - started, "problems": problems}
+
+    def unserved_modules(self, adapter: int) -> list[str]:
+        """Return the modules of a loaded adapter that no layer of the model takes: vLLM leaves them out in silence."""
+        worker: Any = self
+        manager = worker.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(adapter).loras) - set(manager.modules))
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Bring a tied head up to date on a CPU.
+
+    vLLM packs the head's weight into a layout of its own there. A reload packs what it has loaded, and a tied head
+    is not loaded: it would go on with the packed copy of the old embeddings.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,257 @@
+"""The points of a sweep: what each method asks of the merger at each λ, and the hash that a point's records go by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import blake3
+
+from rewarded_lines.config import POLICIES, PRESETS, SFT, MethodSpec, Project, SweepSpec
+from rewarded_lines.engines.generation import Model, Plan
+from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.rules.methods import METHODS, OptionValue, soup
+from rewarded_lines.rules.preferences import simplex_grid
+
+BASELINES = "baselines"
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PointSpec:
+    """What a point of a sweep is.
+
+    Attributes:
+        method: the curve that it belongs to, by its name in the run; `sft` is the SFT model's own.
+        weights: of the policies; empty for a model that is not merged.
+        alpha: α of the LiNeS schedule.
+        beta: β.
+        merge: the rule that joins residuals, a key of `METHODS`.
+        options: of the rule.
+        checkpoint: the name of a policy (which has weights, too) or baseline that stands for itself.
+    """
+
+    method: str
+    weights: Weights = ()
+    alpha: float = 1.0
+    beta: float = 0.0
+    merge: str = "soup"
+    options: tuple[tuple[str, OptionValue], ...] = ()
+    checkpoint: str = ""
+
+    @property
+    def lam(self) -> float | None:
+        """The first policy's weight, λ; None for a model that is not merged."""
+        return self.weights[0] if self.weights else None
+
+    def __str__(self) -> str:
+        """Return the point's name in messages, e.g. `lines λ=0.30,0.70`."""
+        if self.checkpoint:
+            return f"{self.method} {self.checkpoint}"
+        return f"{self.method} λ={','.join(f'{w:g}' for w in self.weights)}" if self.weights else self.method
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the point as JSON can hold it."""
+        return {**asdict(self), "weights": list(self.weights), "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PointSpec:
+        """Return the point that `as_dict` described."""
+        options = tuple(dict(content["options"]).items())
+        return cls(**{**content, "weights": tuple(content["weights"]), "options": options})
+
+    def model(self, checkpoints: Sequence[str]) -> Model:
+        """Return who answers at this point.
+
+        Args:
+            checkpoints: the names of the engine's plan, policies first, then baselines.
+        """
+        if self.method == SFT:
+            return None
+        if self.checkpoint and not self.weights:
+            index = list(checkpoints).index(self.checkpoint)
+            return MergeSpec((0.0,) * index + (1.0,), 1.0, 0.0)
+        return MergeSpec(self.weights, self.alpha, self.beta, self.merge, dict(self.options))
+
+
+class Methods:
+    """The methods of a project, each ready to say what it is at any weights."""
+
+    def __init__(self, project: Project, plan: Plan) -> None:
+        """Read the methods and check them against policies and baselines.
+
+        Args:
+            project: with its `sweep:` section.
+            plan: policies, then baselines.
+
+        Raises:
+            UserError: methods that cannot be; all of them at once.
+        """
+        self._plan = plan
+        self._policies = list(project.config.policies)
+        self._where = str(project.path)
+        self.specs = self._named(project.config.sweep, list(project.config.baselines))
+        problems: list[Problem] = []
+        for name, spec in self.specs.items():
+            try:
+                self._check(name, spec, list(project.config.baselines))
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+
+    def points(self, count: int) -> list[PointSpec]:
+        """Return what a sweep evaluates, in order: the SFT model, then each method over its grid of weights.
+
+        Args:
+            count: λ on each edge of the simplex.
+        """
+        grids = {name: self.grid(name, count) for name in self.specs}
+        return [PointSpec(SFT), *(point for grid in grids.values() for point in grid)]
+
+    def grid(self, name: str, count: int) -> list[PointSpec]:
+        """Return one method's points."""
+        spec = self.specs[name]
+        if spec is None:
+            return [
+                PointSpec(name, one_hot(index, len(self._policies)), checkpoint=policy)
+                for index, policy in enumerate(self._policies)
+            ]
+        if spec.checkpoints:
+            return [PointSpec(name, checkpoint=checkpoint) for checkpoint in spec.checkpoints]
+        return [self.at(name, weights) for weights in self._weights(spec, count)]
+
+    def at(self, name: str, weights: Weights) -> PointSpec:
+        """Return one method's point at some weights; a matched method's α is worked out for them."""
+        spec = self.specs[name]
+        assert spec is not None and not spec.checkpoints
+        if spec.match is None:
+            return self.with_schedule(name, weights, spec.alpha, spec.beta, spec.merge, spec.options)
+        other = self.specs.get(spec.match) or PRESETS[spec.match]
+        alpha = self._plan.matched_alpha(weights, MergeSpec(weights, other.alpha, other.beta))
+        return PointSpec(name, weights, alpha, 0.0)
+
+    def with_schedule(
+        self,
+        name: str,
+        weights: Weights,
+        alpha: float,
+        beta: float,
+        merge: str = "soup",
+        options: Mapping[str, OptionValue] | None = None,
+    ) -> PointSpec:
+        """Return a point of any schedule, the merge method's defaults filled in."""
+        whole = complete(MergeSpec(weights, alpha, beta, merge, options or {}), len(self._policies))
+        return PointSpec(name, weights, float(alpha), float(beta), merge, tuple(whole.options.items()))
+
+    def merged(self, name: str) -> bool:
+        """Say whether a method's points are merges over a grid of weights, so that more of them can be made."""
+        spec = self.specs[name]
+        return spec is not None and not spec.checkpoints and METHODS[spec.merge].weights != "none"
+
+    def _named(self, sweep: SweepSpec, baselines: list[str]) -> dict[str, MethodSpec | None]:
+        """Return the methods with presets filled in; baselines that no method names become one."""
+        found = {name: spec if spec or name == POLICIES else self._preset(name) for name, spec in sweep.methods.items()}
+        taken = {name for spec in found.values() if spec for name in spec.checkpoints}
+        if (left := [name for name in baselines if name not in taken]) and BASELINES not in found:
+            found[BASELINES] = MethodSpec(checkpoints=tuple(left))
+        return found
+
+    def _preset(self, name: str) -> MethodSpec:
+        if name in PRESETS:
+            return PRESETS[name]
+        if name in METHODS:
+            return MethodSpec(merge=name, beta=0.0)
+        known = [*PRESETS, POLICIES, *(method for method in METHODS if method not in PRESETS)]
+        alike = nearest(name, known)
+        raise fail(
+            f"unknown method `{name}`",
+            where=f"{self._where}: sweep.methods",
+            expected=", ".join(known) + ", or a name with alpha, beta, merge ... of its own",
+            remedy=f"did you mean `{alike}`?" if alike else "",
+        )
+
+    def _check(self, name: str, spec: MethodSpec | None, baselines: list[str]) -> None:
+        where = f"{self._where}: sweep.methods.{name}"
+        if spec is None:
+            return
+        if unknown := [one for one in spec.checkpoints if one not in baselines]:
+            expected = "names of `baselines:`" + (f" ({', '.join(baselines)})" if baselines else ", which has none")
+            raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
+        if spec.match is not None:
+            self._check_match(where, spec)
+        if spec.merge == "greedy":
+            raise fail("a greedy soup scores candidates by itself", where=where, remedy="use `merge --method greedy`")
+        if not spec.checkpoints:
+            check_merge(where, spec.merge, spec.options, len(self._policies))
+
+    def _check_match(self, where: str, spec: MethodSpec) -> None:
+        other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
+        if other is None or other.match is not None or other.checkpoints:
+            raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
+        if not all(_linear(one.merge) for one in (spec, other)):
+            raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
+
+    def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
+        kind, policies = METHODS[spec.merge].weights, len(self._policies)
+        if kind == "none":
+            return [(1 / policies,) * policies]
+        if policies == 1 and kind != "simplex":
+            return [(first,) for first, _ in simplex_grid(2, count)]
+        return simplex_grid(policies, count)
+
+
+def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:
+    """Refuse a merge method that does not exist, or does not fit its options or the number of policies.
+
+    Raises:
+        UserError: likewise.
+    """
+    try:
+        complete(MergeSpec((), method=merge, options=options), policies)
+    except UserError as error:
+        raise UserError(
+            replace(problem, where=f"{where}: {problem.where.lstrip('-')}") for problem in error.problems
+        ) from error
+
+
+def needs_whole_models(project: Project) -> bool:
+    """Say whether a method's residual is no sum of the policies', so that adapters must be folded into the base."""
+    specs = [spec or PRESETS.get(name) or MethodSpec(merge=name) for name, spec in project.config.sweep.methods.items()]
+    merges = [spec.merge for spec in specs if not spec.checkpoints]
+    if project.config.sweep.tune:
+        merges.append(project.config.sweep.tune.merge)
+    return any(merge in METHODS and not _linear(merge) for merge in merges)
+
+
+def one_hot(index: int, count: int) -> Weights:
+    """Return the weights of policy `index` alone."""
+    return tuple(float(place == index) for place in range(count))
+
+
+def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:
+    """Return the name of a point's records: the BLAKE3 hash, 16 hex digits, of all that determines them.
+
+    A method's name is no part of it: two methods that come to the same merge share its records.
+
+    Args:
+        shared: what all points of a run have in common.
+        spec: the point.
+        hashes: of the weights of policies and baselines, by name.
+    """
+    if spec.method == SFT:
+        identity: list[Any] = [SFT]
+    elif not spec.weights:
+        identity = ["checkpoint", hashes[spec.checkpoint]]
+    else:
+        identity = ["merge", spec.merge, dict(spec.options), spec.alpha, spec.beta, spec.weights]
+    text = json.dumps({**shared, "point": identity}, sort_keys=True, ensure_ascii=False)
+    return blake3.blake3(text.encode()).hexdigest(length=8)
+
+
+def _linear(merge: str) -> bool:
+    row = METHODS[merge]
+    return row.rule is soup and not row.weigh

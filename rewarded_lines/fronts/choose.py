@@ -1,0 +1,290 @@
+"""One policy chosen among candidates by their mean scores. Pure: numbers in, dataclasses out.
+
+Every rule keeps one order: the smallest of the largest shortfalls first (0 for all that qualify), then the largest
+objective, then the largest scores, reward by reward, then the first candidate. So equals are told apart the same
+way every time, and nothing dominated is chosen unless only its order tells it apart.
+
+The candidate that looks best among many was also lucky: its value lies a little high, and its interval does not
+mend that. Scores on fresh prompts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate
+from rewarded_lines.fronts.pareto import nondominated
+
+Array = NDArray[np.float64]
+# Normalised scores whose sums differ by less are equal: that much is rounding, on a straight front of any size.
+DECIMALS = 12
+
+
+@dataclass(frozen=True)
+class Support:
+    """What resamples of the prompts say of a choice, every interval a percentile interval.
+
+    Attributes:
+        scores: the chosen candidate's mean on every reward.
+        value: its objective.
+        share_qualifying: the share of the resamples in which it meets every minimum.
+        share_chosen: the share of the resamples in which the same rule chooses it.
+    """
+
+    scores: tuple[Estimate, ...]
+    value: Estimate
+    share_qualifying: float
+    share_chosen: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, or the nearest when none qualifies.
+
+    Attributes:
+        index: of the candidate among those given.
+        value: its objective: a mean score, or a weighted sum of standardised ones.
+        qualifies: whether it meets every minimum; if not, no candidate does.
+        shortfalls: by reward with a minimum, how far its mean lies below that, in the reward's unit; 0 if it does not.
+        support: from resampled means, None without them.
+    """
+
+    index: int
+    value: float
+    qualifies: bool
+    shortfalls: dict[int, float]
+    support: Support | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """The objective Σ_i slopes_i · s_i − offset of mean scores s."""
+
+    slopes: Array
+    offset: float
+
+    def of(self, means: Array) -> Array:
+        """Return the objective of means, [..., rewards] → [...]."""
+        # Not `@`: its sums depend on the shape of the whole, and equal candidates must get equal values.
+        return np.asarray((means * self.slopes).sum(axis=-1) - self.offset)
+
+
+@dataclass(frozen=True)
+class Knee:
+    """The point of a front that gives up least of everything.
+
+    Attributes:
+        index: of the point among those given.
+        height: (Σ_i n_i − 1)/√m, how far it lies above the plane through the unit points of the m normalised
+            rewards; 0 or less where the front is straight or bulges inwards and there is no knee to speak of.
+        normalised: n, its scores from 0, the front's worst, to 1, its best.
+    """
+
+    index: int
+    height: float
+    normalised: tuple[float, ...]
+
+
+def best_under(
+    means: ArrayLike,
+    minima: Mapping[int, float],
+    maximise: int,
+    *,
+    scale: ArrayLike | None = None,
+    resampled: ArrayLike | None = None,
+    level: float = LEVEL,
+) -> Choice:
+    """Return the candidate with the highest mean on one reward among those that meet every minimum.
+
+    argmax_p s_p,k subject to s_p,i ≥ b_i for every i in `minima`. When none qualifies, the nearest:
+    argmin_p max_i (b_i − s_p,i)₊ / scale_i.
+
+    Args:
+        means: [candidates, rewards], s, each reward in its own unit.
+        minima: by the reward's index, the bound b in that reward's unit; none for no constraint.
+        maximise: k, the index of the reward to be as high as can be.
+        scale: [rewards], above 0; makes shortfalls in different units comparable, such as the standard deviation
+            of the SFT model's scores. 1 by default.
+        resampled: [resamples, candidates, rewards], for `Choice.support`.
+        level: of its intervals.
+
+    Raises:
+        ValueError: no candidates, an index without a reward, a scale not above 0, or arrays that are not finite or
+            do not fit.
+    """
+    values = _means(means)
+    _check_indices([maximise], values.shape[1])
+    bounds = checked_minima(minima, values.shape[1])
+    objective = Linear(np.eye(values.shape[1])[maximise], 0.0)
+    again = None if resampled is None else _resampled(resampled, values)
+    return _choose(values, again, objective, bounds, checked_scale(scale, values.shape[1]), level)
+
+
+def best_weighted(
+    means: ArrayLike,
+    weights: ArrayLike,
+    *,
+    centre: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    resampled: ArrayLike | None = None,
+    level: float = LEVEL,
+) -> Choice:
+    """Return the candidate with the highest weighted sum of standardised means.
+
+    argmax_p Σ_i w_i (s_p,i − c_i) / d_i, which adds rewards of different units.
+
+    Args:
+        means: [candidates, rewards], s, each reward in its own unit.
+        weights: [rewards], w, none negative and one above 0.
+        centre: [rewards], c in the rewards' units, such as the SFT model's means; 0 by default.
+        scale: [rewards], d in the rewards' units, above 0, such as the standard deviation of the SFT model's scores
+            over prompts; 1 by default.
+        resampled: [resamples, candidates, rewards], for `Choice.support`; centre and scale stay as given.
+        level: of its intervals.
+
+    Raises:
+        ValueError: no candidates, wrong weights, a scale not above 0, or arrays that are not finite or do not fit.
+    """
+    values = _means(means)
+    objective = linear(weights, centre, scale, values.shape[1])
+    again = None if resampled is None else _resampled(resampled, values)
+    return _choose(values, again, objective, {}, checked_scale(scale, values.shape[1]), level)
+
+
+def knee(means: ArrayLike) -> Knee:
+    """Return the nondominated point that lies farthest above the plane through the front's extremes.
+
+    n_p,i = (s_p,i − nadir_i)/(ideal_i − nadir_i) over the nondominated points, 0 where these are equal; the knee is
+    argmax_p Σ_i n_p,i. Of equal sums the most even point, with the largest smallest n, is taken.
+
+    Source: Das, "On characterizing the 'knee' of the Pareto curve based on Normal-Boundary Intersection",
+    Structural Optimization 18, 1999.
+
+    Args:
+        means: [points, rewards], s, each reward in its own unit.
+
+    Raises:
+        ValueError: no points, or an array that is not finite or not of that shape.
+    """
+    values = _means(means)
+    front = np.flatnonzero(nondominated(values))
+    worst, best = values[front].min(axis=0), values[front].max(axis=0)
+    normalised = (values[front] - worst) / np.where(best > worst, best - worst, 1.0)
+    sums, least = normalised.sum(axis=1).round(DECIMALS), normalised.min(axis=1).round(DECIMALS)
+    place = int(np.lexsort([*(-values[front].T[::-1]), -least, -sums])[0])
+    height = (normalised[place].sum() - 1) / np.sqrt(values.shape[1])
+    return Knee(int(front[place]), float(height), tuple(normalised[place].tolist()))
+
+
+def linear(weights: ArrayLike, centre: ArrayLike | None, scale: ArrayLike | None, rewards: int) -> Linear:
+    """Return the objective Σ_i w_i (s_i − c_i) / d_i; see `best_weighted` for its parts, each [rewards].
+
+    Raises:
+        ValueError: an array of another shape or not finite, negative weights or none above 0, a scale not above 0.
+    """
+    shares = np.asarray(weights, dtype=np.float64)
+    if shares.shape != (rewards,) or not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
+        raise ValueError(f"expected {rewards} weights, none negative and one above 0, got {shares.tolist()}")
+    middle = np.zeros(rewards) if centre is None else np.asarray(centre, dtype=np.float64)
+    if middle.shape != (rewards,) or not np.isfinite(middle).all():
+        raise ValueError(f"expected {rewards} finite centres, got {middle.tolist()}")
+    slopes = shares / checked_scale(scale, rewards)
+    return Linear(slopes, float(slopes @ middle))
+
+
+def checked_scale(scale: ArrayLike | None, rewards: int) -> Array:
+    """Return `scale`, [rewards], or ones for None.
+
+    Raises:
+        ValueError: another shape, or an entry that is not finite and above 0.
+    """
+    spread = np.ones(rewards) if scale is None else np.asarray(scale, dtype=np.float64)
+    if spread.shape != (rewards,) or not (np.isfinite(spread) & (spread > 0)).all():
+        raise ValueError(f"expected {rewards} scales above 0, got {spread.tolist()}")
+    return spread
+
+
+def checked_minima(minima: Mapping[int, float], rewards: int) -> dict[int, float]:
+    """Return `minima`, bounds by the reward's index.
+
+    Raises:
+        ValueError: an index without a reward, or a bound that is not finite.
+    """
+    _check_indices(minima, rewards)
+    if not np.isfinite(list(minima.values())).all():
+        raise ValueError(f"expected finite minima, got {dict(minima)}")
+    return dict(minima)
+
+
+def shortfalls(means: Array, minima: Mapping[int, float]) -> Array:
+    """Return how far means lie below their minima, (b_i − s_i)₊: [..., rewards] → [..., len(minima)]."""
+    bounds = np.array(list(minima.values()), dtype=np.float64)
+    return np.maximum(0.0, bounds - means[..., list(minima)])
+
+
+def first_choice(means: Array, values: Array, short: Array) -> NDArray[np.intp]:
+    """Return the index of the candidate that the order at the head of this module puts first.
+
+    Args:
+        means: [..., candidates, rewards].
+        values: [..., candidates], the objective.
+        short: [..., candidates, minima], scaled shortfalls.
+
+    Returns:
+        [...].
+    """
+    worst = short.max(axis=-1, initial=0.0)
+    rewards = [-means[..., index] for index in reversed(range(means.shape[-1]))]
+    # The last key of a lexsort counts first.
+    return np.asarray(np.lexsort([*rewards, -values, worst], axis=-1)[..., 0])
+
+
+def _choose(
+    means: Array, resampled: Array | None, objective: Linear, minima: Mapping[int, float], scale: Array, level: float
+) -> Choice:
+    values, short = objective.of(means), shortfalls(means, minima)
+    spread = scale[list(minima)]
+    index = int(first_choice(means, values, short / spread))
+    found = Choice(
+        index,
+        float(values[index]),
+        not short[index].any(),
+        dict(zip(minima, short[index].tolist(), strict=True)),
+    )
+    if resampled is None:
+        return found
+    again, lacking = objective.of(resampled), shortfalls(resampled, minima)
+    support = Support(
+        _estimates(means[index], resampled[:, index], level),
+        estimate(values[index], again[:, index], level),
+        share_qualifying=float((~lacking[:, index].any(axis=-1)).mean()),
+        share_chosen=float((first_choice(resampled, again, lacking / spread) == index).mean()),
+    )
+    return Choice(found.index, found.value, found.qualifies, found.shortfalls, support)
+
+
+def _estimates(means: Array, resampled: Array, level: float) -> tuple[Estimate, ...]:
+    return tuple(estimate(mean, column, level) for mean, column in zip(means, resampled.T, strict=True))
+
+
+def _means(means: ArrayLike) -> Array:
+    values = np.asarray(means, dtype=np.float64)
+    if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
+        raise ValueError(f"expected finite [candidates, rewards] with one of each, got shape {values.shape}")
+    return values
+
+
+def _resampled(resampled: ArrayLike, means: Array) -> Array:
+    values = np.asarray(resampled, dtype=np.float64)
+    if values.ndim != 3 or len(values) == 0 or values.shape[1:] != means.shape or not np.isfinite(values).all():
+        raise ValueError(f"expected finite [resamples, {', '.join(map(str, means.shape))}], got shape {values.shape}")
+    return values
+
+
+def _check_indices(indices: Mapping[int, float] | list[int], rewards: int) -> None:
+    if wrong := [index for index in indices if not 0 <= index < rewards]:
+        raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")

