@@ -11,7 +11,7 @@ BENCH ?=
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-recipes lint format clean
+.PHONY: help setup demo test bench bench-merge bench-sweep bench-recipes lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,8 +35,13 @@ demo: setup ## train, merge, measure and report on a small example: the whole jo
 test: setup ## run the tests
 	$(VENV)/python -m pytest -n 2 --dist loadfile
 
-bench: setup ## measure merge against mergekit, cp and itself (35 GB of disk; BENCH='--help')
+bench: bench-merge bench-sweep ## measure merge and sweep against their peers
+
+bench-merge: setup ## measure merge against mergekit, cp and itself (35 GB of disk; BENCH='--help')
 	$(VENV)/python tests/benchmarks/merge_speed.py $(BENCH)
+
+bench-sweep: setup ## measure sweep against the loop of the first code for it, on what `make demo` made (half an hour)
+	$(VENV)/python tests/benchmarks/sweep_speed.py $(BENCH)
 
 bench-recipes: setup ## measure a step of each recipe against bare TRL, on what `make demo` made (quarter of an hour)
 	$(VENV)/python tests/benchmarks/recipe_overhead.py $(BENCH)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LONGEST = 20
+
+
+def whole(row: Mapping[str, str]) -> dict[str, str]:
+    """Return a review with its beginning, as one text."""
+    return {"text": row["prompt"] + row["completion"]}
 
 
 def detailed(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

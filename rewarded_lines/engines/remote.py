@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
@@ -211,11 +211,11 @@ class RemoteGenerator:
         self._count += 1
         name, path = f"{self._name}-{self._count}", "/v1/load_lora_adapter"
         response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
-        if response.status_code != httpx.codes.OK:
+        if response.status_code != httpx2.codes.OK:
             raise self._refused_adapter(folder, response)
         return name
 
-    def _refused_adapter(self, folder: Path, response: httpx.Response) -> UserError:
+    def _refused_adapter(self, folder: Path, response: httpx2.Response) -> UserError:
         return fail(
             "the server does not take merged adapters",
             where=f"{self._server.url}/v1/load_lora_adapter",

@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-import httpx
+import httpx2
 
 from rewarded_lines.errors import UserError, fail
 
@@ -15,7 +15,7 @@ _KEYS = ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY")
 _ATTEMPTS = 4
 _BUSY = (429, 502, 503, 504)
 # A request may wait behind many others; a server that is there answers the first bytes of a connection at once.
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_TIMEOUT = httpx2.Timeout(600.0, connect=10.0)
 _SHOWN = 300
 
 
@@ -34,11 +34,11 @@ class Server:
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         key = next((os.environ[name] for name in _KEYS if os.environ.get(name)), "")
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, limits=limits)
-        except (httpx.InvalidURL, ValueError) as error:
+            self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, limits=limits)
+        except (httpx2.InvalidURL, ValueError) as error:
             raise fail("not the URL of a server", where=url, expected="http://HOST:PORT", got=str(error)) from error
         try:
             self.model, self.room = self._served()
@@ -65,14 +65,14 @@ class Server:
             UserError: it refuses, or cannot be reached after several attempts.
         """
         response = self.response(method, path, content)
-        if response.status_code != httpx.codes.OK:
+        if response.status_code != httpx2.codes.OK:
             raise self.refused(path, response)
         try:
             return response.json()
         except json.JSONDecodeError:
             return response.text
 
-    def response(self, method: str, path: str, content: Any = None) -> httpx.Response:
+    def response(self, method: str, path: str, content: Any = None) -> httpx2.Response:
         """Return the server's response whatever it says; connections that fail and servers that are busy get time.
 
         Raises:
@@ -82,7 +82,7 @@ class Server:
             last = attempt == _ATTEMPTS - 1
             try:
                 response = self._client.request(method, path, json=content)
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 if last:
                     raise self._unreachable(error) from error
             else:
@@ -91,7 +91,7 @@ class Server:
             time.sleep(0.25 * 2**attempt)
         raise AssertionError
 
-    def refused(self, path: str, response: httpx.Response, **parts: str) -> UserError:
+    def refused(self, path: str, response: httpx2.Response, **parts: str) -> UserError:
         """Return the fault of a request that the server refuses."""
         said = {401: f"set {_KEYS[0]} to the server's key", 403: f"set {_KEYS[0]} to the server's key"}
         remedy = said.get(response.status_code, "look into the server's log")
@@ -133,7 +133,7 @@ class Server:
         )
 
 
-def describe(response: httpx.Response) -> str:
+def describe(response: httpx2.Response) -> str:
     """Return status and message of a response."""
     try:
         content = response.json()

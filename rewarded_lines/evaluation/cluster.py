@@ -161,7 +161,9 @@ class Cluster:
 
     def _hire(self) -> _Hand:
         setup = self._setup
-        return _Hand(self._kind.remote(setup.project, setup.options, self._also))
+        # Workers have working directories of their own.
+        project = Project(setup.project.path.resolve(), setup.project.config)
+        return _Hand(self._kind.remote(project, setup.options, self._also))
 
     def _replace(self, hand: _Hand, point: str, deaths: int) -> None:
         """Put a new worker in the place of one that died.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
 from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples
 from rewarded_lines.reporting.summary import Table, tabulate
+from rewarded_lines.rules.methods import METHODS
 
 NOTE = (
     "The choice was made by these same scores, so they lie a little high: the best of many is also the luckiest. "
@@ -177,10 +178,11 @@ class _Chooser:
         if best is not None and self._value(best) >= value - 1e-12:
             return None
         lams = [self._spec(row).weights[0] for row in rows]
-        nearest_row = rows[int(np.argmin([abs(other - lam) for other in lams]))]
-        like = self._spec(nearest_row)
-        weights = (lam, 1.0 - lam)
-        spec = PointSpec(name, weights, like.alpha, like.beta, like.merge, like.options)
+        if lam in lams:
+            # It misses a minimum by rounding only.
+            evaluated = rows[lams.index(lam)]
+            return self._chosen(self._spec(evaluated), self._all[:, evaluated], False)
+        spec = replace(self._spec(rows[0]), weights=(lam, 1.0 - lam))
         return self._chosen(spec, interpolate(lams, self._all[:, rows], lam), True)
 
     def _steady(self, specs: Sequence[PointSpec]) -> bool:
@@ -223,12 +225,13 @@ class _Chooser:
         spec = self._spec(rows[choice.index])
         values = self._all[0, rows[choice.index]][self._columns]
         reached = ", ".join(f"{self._names[index]} = {values[index]:.4g}" for index in choice.shortfalls)
+        between = "" if self._wish.interpolate else "look between the points with --interpolate, "
         return fail(
             "no evaluated policy meets every minimum",
             where=str(self._run.folder),
             expected=", ".join(f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()),
             got=f"the nearest is {spec}, with {reached}",
-            remedy="lower a minimum, look between the points with --interpolate, or add points with `search`",
+            remedy=f"lower a minimum, {between}or add points with `search`",
         )
 
 
@@ -245,9 +248,13 @@ def command_for(run: Run, spec: PointSpec) -> str:
         words += ["--method", spec.merge]
         for option, value in spec.options:
             words += [f"--{option}", str(value)]
-    words += ["--lam", ",".join(repr(weight) for weight in spec.weights)]
+    if METHODS[spec.merge].weights != "none":
+        words += ["--lam", ",".join(repr(weight) for weight in spec.weights)]
     if run.header["options"]["layers"]:
         words += ["--layers", run.header["options"]["layers"]]
+    if run.header["identity"]["engine"]["as"] == "whole models":
+        # What was evaluated: adapters folded into their base, in the type that the engine computes in.
+        words += ["--as", "full", "--dtype", run.header["generation"]["dtype"]]
     return shlex.join([*words, "--out", "chosen"])
 
 

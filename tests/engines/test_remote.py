@@ -10,7 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
+import httpx2
 import pytest
 from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
@@ -262,9 +262,9 @@ def real(tiny, plan):
 def wait_for(process, url, log):
     while process.poll() is None:
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx2.get(f"{url}/health").status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.5)
     raise AssertionError(log.read_text()[-3000:])
@@ -290,7 +290,7 @@ def test_a_real_server_equals_the_reference(real, plan):
     several = generator.generate(PROMPTS, SAMPLED, models[:3])
     assert several == [generator.generate(PROMPTS, SAMPLED, [model])[0] for model in models[:3]]
     assert len({response.tokens for response in several[0]}) > len(PROMPTS)
-    served = httpx.get(f"{real}/v1/models").json()["data"]
+    served = httpx2.get(f"{real}/v1/models").json()["data"]
     assert [card["id"] for card in served] == ["sft"]
     generator.close()
     hf.close()

@@ -1,0 +1,88 @@
+"""Points shared out over a local Ray cluster of two workers: the same records, deaths survived, nothing left behind."""
+
+import os
+import signal
+import socket
+
+import pytest
+
+from rewarded_lines import sweep
+from rewarded_lines.config import load_project
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation.cluster import Cluster
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.setup import Options, open_setup
+
+pytest.importorskip("ray", reason="Ray is not installed in this environment")
+
+
+@pytest.fixture
+def greedy(tiny):
+    project = tiny / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("  max_tokens: 12", "  max_tokens: 12\n  temperature: 0"))
+    return tiny
+
+
+def test_two_workers_give_the_scores_of_none_and_a_death_costs_one_point(greedy, monkeypatch):
+    """One test, since a cluster takes seconds to start."""
+    alone = sweep(engine="hf", out="alone")
+    produce, killed = Cluster.produce, []
+
+    def murderous(cluster, setup, keys, missing):
+        made = produce(cluster, setup, keys, missing)
+        yield next(made)
+        killed.append(cluster.processes()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+        yield from made
+
+    monkeypatch.setattr(Cluster, "produce", murderous)
+    shared = sweep(engine="hf", out="shared", ray="local", workers=2)
+    assert killed and shared.header["complete"]
+    assert [point.spec for point in shared.points] == [point.spec for point in alone.points]
+    for one, other in zip(alone.points, shared.points, strict=True):
+        assert one.responses == other.responses and (one.kl == other.kl).all()
+        assert all((one.scores[name] == other.scores[name]).all() for name in one.scores)
+    assert {path.name for path in (greedy / "alone/points").iterdir()} == {
+        path.name for path in (greedy / "shared/points").iterdir()
+    }
+    assert shared.header["seconds_last"]["generate"] > 0
+    import ray
+
+    assert not ray.is_initialized()
+
+
+def spoil(folder, line):
+    """Put a line at the head of the reward's function."""
+    path = folder / "rewards.py"
+    path.write_text("import os\n\n\n" + path.read_text().replace("    return [len(", f"    {line}\n    return [len("))
+
+
+def test_a_fault_of_the_user_comes_back_as_one(greedy):
+    spoil(greedy, "raise ValueError('never')")
+    with pytest.raises(UserError, match="(?s)reward `words`.*never"):
+        sweep(engine="hf", points=2, ray="local", workers=1)
+
+
+@pytest.mark.slow
+def test_a_point_that_ends_every_worker_ends_the_run(greedy):
+    spoil(greedy, "os.kill(os.getpid(), 9)")
+    with pytest.raises(UserError, match="3 workers died over the same point"):
+        sweep(engine="hf", points=2, ray="local", workers=1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "auto", "nowhere"])
+def test_a_dead_cluster_is_one_message(greedy, address, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(greedy))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match=r"(?s)no Ray cluster answers.*--ray|--ray.*no Ray cluster answers"):
+        sweep(engine="hf", points=2, ray=address.format(port=port))
+
+
+def test_without_ray_the_extra_is_named(greedy, monkeypatch):
+    monkeypatch.setattr("rewarded_lines.evaluation.cluster.find_spec", lambda name: None)
+    setup = open_setup(load_project("rewarded-lines.yaml"), Options("hf"))
+    with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"), Cluster(setup, "local") as cluster:
+        list(cluster.produce(setup, {PointSpec("sft"): "key"}, ["key"]))
