@@ -25,7 +25,6 @@ from trl.data_utils import extract_prompt
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.prompts import prompt_text
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
-from rewarded_lines.scoring.rewards import fill_template, load_reward
 from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,
@@ -34,6 +33,7 @@ from rewarded_lines.learning.models import (
     lora_config,
     reference_hash,
 )
+from rewarded_lines.scoring.rewards import fill_template, load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback

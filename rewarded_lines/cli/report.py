@@ -58,7 +58,7 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
     from rewarded_lines.reporting.tables import rich_table, scope_note, sheets
 
     summary = summary or summarise(load_run(run))
-    for sheet in sheets(summary):
+    for sheet in sheets(summary, brief=True):
         console.print(rich_table(sheet))
     console.print(Text(scope_note(summary) + "\n"))
     for name in FILES:

@@ -67,9 +67,8 @@ class RemoteGenerator:
             url: of the server.
             model: the SFT model's folder or Hub id, for its tokenizer.
             spec: chat template and response length.
-            prompts: see `load_generator`.
+            prompts, longest: see `load_generator`.
             plan: of adapters.
-            longest: see `load_generator`.
 
         Raises:
             UserError: there is no such server, it takes no adapters, or its sequences are too short; or the plan is

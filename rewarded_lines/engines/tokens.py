@@ -72,14 +72,7 @@ def longest_sequence(
         UserError: a prompt without tokens, or one that does not fit the model with its response.
     """
     lengths = [len(ids) for ids in encode(tokenizer, prompts)]
-    if 0 in lengths:
-        index = lengths.index(0)
-        raise fail(
-            "a prompt has no tokens",
-            where=f"prompt {index}",
-            got=repr(prompts[index]),
-            remedy="begin it with at least one token, such as the tokenizer's BOS",
-        )
+    _refuse_empty(prompts, lengths)
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
     answered = max(lengths, default=0) + spec.max_tokens + 1
     room = getattr(config, "max_position_embeddings", None)
@@ -118,3 +111,14 @@ def tokens_until(tokenizer: Any, prompt: Tokens, tokens: Tokens, stop: Sequence[
     while count and response_text(tokenizer, prompt, tokens[:count], stop)[1]:
         count -= 1
     return count + 1 if count < len(tokens) else None
+
+
+def _refuse_empty(prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+    if 0 in lengths:
+        index = lengths.index(0)
+        raise fail(
+            "a prompt has no tokens",
+            where=f"prompt {index}",
+            got=repr(prompts[index]),
+            remedy="begin it with at least one token, such as the tokenizer's BOS",
+        )

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
@@ -38,18 +39,9 @@ class VllmCore:
         tensor_parallel: int,
         **options: Any,
     ) -> None:
-        """Build the engine; see `load_generator`.
+        """Build the engine; see `load_generator` for arguments and errors.
 
-        Args:
-            model: folder or Hub id.
-            spec: dtype, chat template and response length.
-            prompts: see `load_generator`.
-            longest: see `load_generator`.
-            tensor_parallel: see `load_generator`.
-            options: further ones of vLLM's `LLM`.
-
-        Raises:
-            UserError: prompts do not fit the model, or the chat template cannot be read.
+        `options` are further ones of vLLM's `LLM`.
         """
         prepare_environment()
         self.tokenizer = load_tokenizer(model, spec)
@@ -70,7 +62,8 @@ class VllmCore:
             **options,
         )
         # Its processes end with this object, or with Python, also where nobody came to close it.
-        self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        shared = self.call("shared_memory_name")[0] if tensor_parallel > 1 else ""
+        self._shut_down = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, shared)
 
     @property
     def engine(self) -> Any:
@@ -199,6 +192,14 @@ def _sampling(spec: GenerationSpec, seed: int) -> Any:
         # Only stop texts are looked for in the text; what is kept is decoded from the tokens.
         detokenize=bool(spec.stop),
     )
+
+
+def _end(engine_core: Any, shared: str) -> None:
+    """End an engine; what its workers on a CPU shared, vLLM leaves in memory."""
+    engine_core.shutdown()
+    if shared:
+        for path in Path("/dev/shm").glob(f"{shared}-*-cpushm_*"):
+            path.unlink(missing_ok=True)
 
 
 def _empty_gpu_cache() -> None:

@@ -67,6 +67,10 @@ class MergingWorker:
             problems = [asdict(problem) for problem in error.problems]
         return {"seconds": time.perf_counter() - started, "problems": problems}
 
+    def shared_memory_name(self) -> str:
+        """Return how the names of what several workers on a CPU share begin in /dev/shm; "" elsewhere."""
+        return os.environ.get("VLLM_DIST_IDENT", "")
+
     def unserved_modules(self, adapter: int) -> list[str]:
         """Return the modules of a loaded adapter that no layer of the model takes: vLLM leaves them out in silence."""
         worker: Any = self

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from rewarded_lines.data.prompts import Prompt, prompt_text
-from rewarded_lines.engines.generation import Generator, Response, prompt_seed
+from rewarded_lines.engines.generation import Generator, Model, Response, prompt_seed
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.forgetting import control_sums
 from rewarded_lines.evaluation.points import PointSpec
@@ -21,9 +21,11 @@ from rewarded_lines.evaluation.records import Point, draft_path, read_point, wri
 from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.scoring.scorer import Scorer
 
-# Where weights are swapped, the SFT model comes back once for so many points, to say how likely their responses are.
-_POINTS_A_TURN = 4
+# Where weights are swapped, the SFT model comes back after so many points or seconds. A kill costs what came since.
+_POINTS_A_SPELL = 16
+_SPELL_SECONDS = 20.0
 Keys = Mapping[PointSpec, str]
+Made = tuple[tuple[str, PointSpec], list[Response], np.ndarray | None]
 Result = TypeVar("Result")
 
 
@@ -87,18 +89,11 @@ class Bench:
         """
         wanted = set(missing)
         specs = list({key: spec for spec, key in keys.items()}.items())
-        size = self._generator.at_once if self._generator.at_once > 1 else _POINTS_A_TURN
-        for start in range(0, len(specs), size):
-            turn = specs[start : start + size]
-            todo = [key for key, _ in turn if key in wanted]
-            if not todo:
-                continue
-            drafts = self._drafts(todo)
-            if any(key not in drafts for key in todo):
-                for key, draft in self._generate(setup, turn, set(todo)):
-                    drafts[key] = draft
-            for key in todo:
-                yield key, self._scored(setup, drafts[key])
+        together = self._generator.at_once
+        turns = self._batches(setup, specs, wanted, together) if together > 1 else self._spells(setup, specs, wanted)
+        for turn in turns:
+            for key, point in self._scored(setup, turn):
+                yield key, point
                 draft_path(self._folder, key).unlink(missing_ok=True)
 
     def seconds(self) -> dict[str, float]:
@@ -116,6 +111,50 @@ class Bench:
     def _generator(self) -> Generator:
         return self._timed("engine", lambda: self._setup.generator(self._also))
 
+    def _batches(
+        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str], size: int
+    ) -> Iterator[dict[str, Point]]:
+        """Yield responses where models share a batch: all of a batch are generated again if one of them is missing."""
+        for start in range(0, len(specs), size):
+            batch = specs[start : start + size]
+            todo = [key for key, _ in batch if key in wanted]
+            drafts = self._drafts(todo)
+            if any(key not in drafts for key in todo):
+                models = [spec.model(setup.checkpoints) for _, spec in batch]
+                answers = self._answers(setup, models)
+                controls = [
+                    self._control(setup, model) if key in todo else None
+                    for (key, _), model in zip(batch, models, strict=True)
+                ]
+                made = zip(batch, answers, controls, strict=True)
+                drafts = dict(self._points(setup, [one for one in made if one[0][0] in todo]))
+            if drafts:
+                yield drafts
+
+    def _spells(
+        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str]
+    ) -> Iterator[dict[str, Point]]:
+        """Yield responses where weights are swapped: alone under its weights, a point does not depend on others.
+
+        The SFT model, which says how likely responses were, takes its turn after some points, not after each.
+        """
+        todo = [(key, spec) for key, spec in specs if key in wanted]
+        while todo:
+            began = time.perf_counter()
+            waiting: list[Made] = []
+            drafts: dict[str, Point] = {}
+            while (
+                todo and len(waiting) + len(drafts) < _POINTS_A_SPELL and time.perf_counter() - began < _SPELL_SECONDS
+            ):
+                key, spec = todo.pop(0)
+                if found := self._drafts([key]):
+                    drafts |= found
+                    continue
+                model = spec.model(setup.checkpoints)
+                (answer,) = self._answers(setup, [model])
+                waiting.append(((key, spec), answer, self._control(setup, model)))
+            yield drafts | dict(self._points(setup, waiting))
+
     def _drafts(self, keys: Iterable[str]) -> dict[str, Point]:
         """Return the responses that an earlier run left unscored."""
         found = {}
@@ -128,32 +167,22 @@ class Bench:
                     path.unlink()
         return found
 
-    def _generate(
-        self, setup: Setup, turn: Sequence[tuple[str, PointSpec]], todo: set[str]
-    ) -> Iterator[tuple[str, Point]]:
-        """Generate under each point's weights, then ask the SFT model how likely the responses are."""
-        swapped = self._generator.at_once == 1
-        # Alone under its weights, a point does not depend on its neighbours, so those that are there need not be again.
-        members = [(key, spec) for key, spec in turn if key in todo or not swapped]
-        models = [spec.model(setup.checkpoints) for _, spec in members]
-        answers: list[list[Response]] = []
-        controls: list[np.ndarray | None] = []
-        for batch in [[model] for model in models] if swapped else [models]:
-            generate = partial(self._generator.generate, setup.prompts, setup.generation, batch)
-            answers += self._timed("generate", generate)
-            controls += [self._control(setup, model) for model in batch]
-        for (key, spec), responses, control in zip(members, answers, controls, strict=True):
-            if key in todo:
-                point = replace(self._point(setup, spec, responses), control=control)
-                write_point(draft_path(self._folder, key), point)
-                yield key, point
+    def _answers(self, setup: Setup, models: Sequence[Model]) -> list[list[Response]]:
+        return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
 
-    def _control(self, setup: Setup, model: object) -> np.ndarray | None:
+    def _points(self, setup: Setup, made: Iterable[Made]) -> Iterator[tuple[str, Point]]:
+        """Yield what is known of points before they are scored, kept in case that this takes long."""
+        for (key, spec), responses, control in made:
+            point = replace(self._point(setup, spec, responses), control=control)
+            write_point(draft_path(self._folder, key), point)
+            yield key, point
+
+    def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
         if not setup.control:
             return None
         windows = setup.control_rows(self._generator)
         pairs = [(head, tail) for _, head, tail in windows]
-        logprobs = self._timed("generate", lambda: self._generator.logprobs(pairs, model))  # type: ignore[arg-type]
+        logprobs = self._timed("generate", lambda: self._generator.logprobs(pairs, model))
         return control_sums(len(setup.control), windows, logprobs)
 
     def _point(self, setup: Setup, spec: PointSpec, responses: Sequence[Response]) -> Point:
@@ -177,9 +206,16 @@ class Bench:
             kl=np.array(own) - np.array(under_sft),
         )
 
-    def _scored(self, setup: Setup, draft: Point) -> Point:
-        scores = self._scorer.score(draft.prompts, draft.responses)
-        return replace(draft, scores={name: np.array(scores[name], dtype=np.float64) for name in setup.rewards})
+    def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
+        """Yield points with their scores, all responses scored in one go: fuller batches."""
+        prompts = [prompt for draft in drafts.values() for prompt in draft.prompts]
+        responses = [response for draft in drafts.values() for response in draft.responses]
+        scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}
+        start = 0
+        for key, draft in drafts.items():
+            own = slice(start, start + len(draft.responses))
+            yield key, replace(draft, scores={name: scores[name][own].astype(np.float64) for name in setup.rewards})
+            start = own.stop
 
     def _timed(self, what: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()

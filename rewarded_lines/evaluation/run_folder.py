@@ -16,6 +16,7 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (
     RUN_FILE,
     Point,
+    draft_path,
     point_entries,
     point_path,
     read_header,
@@ -98,6 +99,8 @@ class RunFolder:
         except UserError:
             path.unlink()
             return False
+        # A kill may have come between the record and the end of its draft.
+        draft_path(self.folder, key).unlink(missing_ok=True)
         return True
 
 

@@ -176,7 +176,7 @@ class Setup:
     def describe(self) -> dict[str, Any]:
         """Return what `run.json` says of the project."""
         config = self.project.config
-        base = self.plan.base.folder
+        base = self.plan.base.folder.resolve()
         return {
             "format": FORMAT,
             "title": config.title,
@@ -200,8 +200,10 @@ class Setup:
         }
 
     def _described(self, name: str) -> dict[str, str]:
-        reference = self.plan.references.get(name, "")
-        return {"path": reference, "hash": self.hashes[name]}
+        reference = self.plan.references[name]
+        # Absolute, so that the merge command that `choose` prints runs from anywhere.
+        path = str(Path(reference).resolve()) if Path(reference).is_dir() else reference
+        return {"path": path, "hash": self.hashes[name]}
 
 
 def open_setup(project: Project, options: Options) -> Setup:

@@ -228,7 +228,8 @@ def _obstacles(axes: Axes, summary: Summary, plane: tuple[str, str]) -> tuple[np
     pixels = axes.transData.transform
     boxes = [boxes_around(pixels(_coordinates([summary.sft], plane)), 6 * _UNIT)]
     boxes += [boxes_around(pixels(_coordinates([point], plane)), 6 * _UNIT) for point, _ in policy_points(summary)]
-    crosses = []
+    # With policies alone there are none.
+    crosses = [np.empty((0, 4))]
     for points in _lines(summary).values():
         line = pixels(_coordinates(points, plane))
         boxes += [boxes_around(line, 3.2 * _UNIT), boxes_along(line)]
@@ -240,28 +241,28 @@ def _obstacles(axes: Axes, summary: Summary, plane: tuple[str, str]) -> tuple[np
 
 
 def _labels(axes: Axes, summary: Summary, plane: tuple[str, str]) -> Iterator[Label]:
-    """Yield the labels, the most important first; λ only where it is one number, the last method's first."""
+    """Yield the labels, the most important first: names, then λ where it is one number, the last method's first."""
     pixels = axes.transData.transform
     named = [*policy_points(summary), (summary.sft, "SFT")]
     for point, name in named:
         yield Label(name, pixels(_coordinates([point], plane))[0], clearance=7 * _UNIT, must=True)
     methods = [*zip(_lines(summary).values(), cycle(COLOURS), strict=False)]
-    written: dict[float | None, list[np.ndarray]] = {}
-    for points, colour in reversed(methods if len(summary.policies) == 2 else []):
-        for point in spread(points):
+    written: dict[str, list[np.ndarray]] = {}
+    for points, colour in reversed(methods):
+        for point, text in _texts(points):
             anchor = pixels(_coordinates([point], plane))[0]
-            alike = written.setdefault(point.lam, [])
+            alike = written.setdefault(text, [])
             # Where fronts lie on each other, one λ stands for the points of both.
             if all(np.hypot(*(anchor - other)) > 10 * _UNIT for other in alike):
                 clearance = (7 if any(point is other for other, _ in named) else 4) * _UNIT
-                yield Label(
-                    point.checkpoint or f"λ = {point.lam:g}",
-                    anchor,
-                    clearance,
-                    size=7,
-                    colour=_mix(colour, "black", 0.45),
-                )
+                yield Label(text, anchor, clearance, size=7, colour=_mix(colour, "black", 0.45))
                 alike.append(anchor)
+
+
+def _texts(points: list[PointSummary]) -> Iterator[tuple[PointSummary, str]]:
+    """Yield the points of a method to be labelled, and how: every model by its name, some λ of two policies."""
+    yield from ((point, point.checkpoint) for point in points if point.checkpoint)
+    yield from ((point, f"λ = {point.lam:g}") for point in spread(points) if len(point.weights) == 2)
 
 
 def spread(points: list[PointSummary]) -> list[PointSummary]:

@@ -266,10 +266,16 @@ def _perplexities(table: Table, seed: int, resamples: int, level: float) -> list
     if any(point.control is None or not point.control[:, 1].any() for row in table.rows for point in row):
         return [None] * len(table.rows)
     count = range(len(table.rows[0]))
-    runs = [np.stack([np.asarray(row[index].control) for row in table.rows]) for index in count]
+    runs = [np.stack([_predicted(row[index]) for row in table.rows]) for index in count]
     samples = resample_runs(runs, resamples, seed)
     values = run_average(perplexity(samples.means), samples.drawn)
     return [estimate_samples(values[:, index], level) for index in range(len(table.rows))]
+
+
+def _predicted(point: Point) -> np.ndarray:
+    """Return the sums of the control texts of which a token is predicted: without one there is no perplexity."""
+    sums = np.asarray(point.control)
+    return sums[sums[:, 1] > 0]
 
 
 def _average(row: Sequence[Point], measure: Callable[[Point], float]) -> float:
@@ -312,18 +318,54 @@ def _aligned(runs: Sequence[Run]) -> list[list[Point]]:
     """Return the points that every run has, the SFT model's first, then method by method in the order of λ.
 
     Raises:
-        UserError: the runs are not of one project.
+        UserError: the runs are not of one project, or have no point in common.
     """
-    if any(run.rewards != runs[0].rewards or run.objectives != runs[0].objectives for run in runs):
-        names = "; ".join(f"{run.folder}: {', '.join(run.rewards)}" for run in runs)
-        raise fail("the runs have different rewards", where=str(runs[0].folder), got=names)
+    _check_runs(runs)
     ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
     by_place = [{_place(point.spec): point for point in points} for points in ordered]
-    return [
+    rows = [
         [points[_place(point.spec)] for points in by_place]
         for point in ordered[0]
         if all(_place(point.spec) in points for points in by_place)
     ]
+    if len(rows) < 2:
+        raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
+    return rows
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Refuse runs whose points mean different things.
+
+    Raises:
+        UserError: the same run twice, or runs with different rewards, policies or prompts.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
+    first, *others = (_facts(run) for run in runs)
+    for run, facts in zip(runs[1:], others, strict=True):
+        for what, expected in first.items():
+            if facts[what] != expected:
+                raise fail(
+                    f"the runs have different {what}",
+                    where=_folders([runs[0], run]),
+                    expected="runs of one project, whose policies are of other training seeds",
+                    got="" if what == "prompts" else "; ".join(map(", ".join, (expected, facts[what]))),
+                )
+
+
+def _facts(run: Run) -> dict[str, list[str]]:
+    """Return what runs that are averaged have in common."""
+    roles = {name: "" if name in run.objectives else " (audit)" for name in run.rewards}
+    return {
+        "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
+        "policies": list(run.header.get("policies", {})),
+        "prompts": run.sft.prompts,
+    }
+
+
+def _folders(runs: Sequence[Run]) -> str:
+    return " and ".join(str(run.folder) for run in runs)
 
 
 def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:

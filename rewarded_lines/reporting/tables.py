@@ -14,8 +14,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rewarded_lines.config import SFT
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.reporting.summary import PointSummary, Summary
+
+# With more methods than this, their pairs fill a screen for every reference.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,17 @@ class Sheet:
     note: str = ""
 
 
-def sheets(summary: Summary) -> list[Sheet]:
-    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT, and the rest."""
+def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
+    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT, and the rest.
+
+    Args:
+        summary: the numbers.
+        brief: of many methods' differences show those above SFT only.
+    """
     made = [
         points_sheet(summary),
         hypervolume_sheet(summary),
-        difference_sheet(summary),
+        difference_sheet(summary, brief and len(summary.methods()) > _FEW),
         policy_sheet(summary),
         side_sheet(summary),
     ]
@@ -102,9 +111,15 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
     )
 
 
-def difference_sheet(summary: Summary) -> Sheet:
-    """Return the difference between the hypervolumes of each pair of methods."""
-    cells = _bracketed([row.difference for row in summary.differences])
+def difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
+    """Return the difference between the hypervolumes of each pair of methods.
+
+    Args:
+        summary: the numbers.
+        brief: above the SFT model's scores only.
+    """
+    differences = [row for row in summary.differences if row.reference == SFT or not brief]
+    cells = _bracketed([row.difference for row in differences])
     return Sheet(
         f"Difference in hypervolume [{volume_unit(summary)}]",
         ("methods", "reference", "difference", "relative", "above 0 in"),
@@ -116,9 +131,10 @@ def difference_sheet(summary: Summary) -> Sheet:
                 "–" if row.relative is None else f"{row.relative:+.0%}",
                 f"{row.share_positive:.1%}",
             )
-            for row, cell in zip(summary.differences, cells, strict=True)
+            for row, cell in zip(differences, cells, strict=True)
         ],
-        "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one.",
+        "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one."
+        + (" Above the other references: report/table.md." if brief else ""),
     )
 
 
@@ -201,7 +217,8 @@ def scope_note(summary: Summary) -> str:
         )
     if summary.missing_points:
         total = len(summary.points) + summary.missing_points
-        note += f" {summary.missing_points} of {total} points are not evaluated yet."
+        where = "evaluated yet" if summary.runs == 1 else "in every run"
+        note += f" {summary.missing_points} of {total} points are not {where}."
     return note
 
 

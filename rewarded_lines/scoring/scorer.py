@@ -19,7 +19,7 @@ from rewarded_lines.scoring.rewards import Reward, free_all
 
 OFFLOADS = ("auto", "always", "never")
 # Chunks of texts of like length fill a classifier's batches; a function may take seconds for each pair.
-_MODEL_CHUNK = 512
+_MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
 # What a score does not depend on.

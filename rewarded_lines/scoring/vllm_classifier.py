@@ -127,6 +127,7 @@ def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int
             enforce_eager=True,
             seed=0,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **_share_of_gpu(size),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -262,11 +262,30 @@ def _checked(run: Run, wish: Wish) -> Wish:
     """Return the wish with its default filled in.
 
     Raises:
-        UserError: unknown names, an audit, or not exactly one aim.
+        UserError: unknown names, an audit, not exactly one aim, or one that makes no sense.
     """
-    objectives, methods = run.objectives, list(run.methods())
-    asked = [*wish.at_least, *(wish.weights or {}), *([wish.maximise] if wish.maximise else [])]
-    problems = [_unknown_reward(run, name) for name in dict.fromkeys(asked) if name not in objectives]
+    _check_names(run, wish)
+    aims = [wish.maximise is not None, bool(wish.weights), wish.knee]
+    left = [name for name in run.objectives if name not in wish.at_least]
+    if not any(aims) and wish.at_least and len(left) == 1:
+        wish = replace(wish, maximise=left[0])
+    elif sum(aims) != 1:
+        raise fail(
+            "say what to look for",
+            where=str(run.folder),
+            expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: "
+            f"{', '.join(run.objectives)})",
+            got="none" if not any(aims) else "more than one",
+        )
+    _check_sense(run, wish)
+    return wish
+
+
+def _check_names(run: Run, wish: Wish) -> None:
+    """Refuse rewards and methods that the run does not have, all of them at once."""
+    asked = [*wish.at_least, *(wish.weights or {}), *([wish.maximise] if wish.maximise is not None else [])]
+    problems = [_unknown_reward(run, name) for name in dict.fromkeys(asked) if name not in run.objectives]
+    methods = list(run.methods())
     for name in wish.methods:
         if name not in methods:
             alike = nearest(name, methods)
@@ -275,24 +294,23 @@ def _checked(run: Run, wish: Wish) -> Wish:
             problems.append(Problem(what, where=str(run.folder), expected=", ".join(methods), remedy=remedy))
     if problems:
         raise UserError(problems)
-    aims = [wish.maximise is not None, bool(wish.weights), wish.knee]
-    left = [name for name in objectives if name not in wish.at_least]
-    if not any(aims) and wish.at_least and len(left) == 1:
-        wish = Wish(wish.at_least, left[0], None, False, wish.methods, wish.interpolate)
-    elif sum(aims) != 1:
-        raise fail(
-            "say what to look for",
-            where=str(run.folder),
-            expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: "
-            f"{', '.join(objectives)})",
-            got="none" if not any(aims) else "more than one",
-        )
-    if wish.knee and wish.interpolate:
-        raise fail("a knee is an evaluated point", where="--interpolate", remedy="leave it out, or use --maximize")
-    if wish.weights and (min(wish.weights.values()) < 0 or not any(wish.weights.values())):
-        got = ", ".join(f"{name}={weight:g}" for name, weight in wish.weights.items())
+
+
+def _check_sense(run: Run, wish: Wish) -> None:
+    """Refuse numbers that are none, and a look between points where there is nothing between."""
+    if wrong := [f"{name}={bound:g}" for name, bound in wish.at_least.items() if not np.isfinite(bound)]:
+        raise fail("not a minimum", where="--at-least", expected="finite numbers", got=", ".join(wrong))
+    weights = wish.weights or {}
+    fair = all(np.isfinite(weight) and weight >= 0 for weight in weights.values())
+    if weights and not (fair and any(weights.values())):
+        got = ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
         raise fail("not weights", where="--weights", expected="numbers ≥ 0, one of them above 0", got=got)
-    return wish
+    if wish.interpolate and wish.knee:
+        raise fail("a knee is an evaluated point", where="--interpolate", remedy="leave it out, or use --maximize")
+    policies = list(run.header["policies"])
+    if wish.interpolate and len(policies) != 2:
+        got = f"{len(policies)} ({', '.join(policies)})"
+        raise fail("λ lies between two policies", where="--interpolate", expected="2 policies", got=got)
 
 
 def _unknown_reward(run: Run, name: str) -> Problem:

@@ -86,7 +86,7 @@ def search(
     folder = Path(run)
     options = Options(engine or "vllm", device, layers, tensor_parallel, offload)
     if not (folder / RUN_FILE).is_file():
-        _begin(folder, config, options, ray, workers, progress)
+        _begin(folder, config, methods, options, ray, workers, progress)
     header = read_header(folder)
     made_with = header["options"]
     options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
@@ -94,21 +94,24 @@ def search(
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held, producer(setup, folder, ray, workers) as make:
         found = [_search_one(held, make, name, points, gain) for name in chosen]
-        finish_run(held, make, _listed(held), held.added(), held.before.get("tuned"))
+        finish_run(held, make, _listed(held), _added(held), held.before.get("tuned"))
     return load_run(folder), found
 
 
 def _begin(
     folder: Path,
     config: Path | str | None,
+    methods: Sequence[str],
     options: Options,
     ray: str | None,
     workers: int | None,
     progress: Progress | None,
 ) -> None:
+    """Sweep three λ of each method, once it is certain that there is something to search."""
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
+    _chosen(open_setup(load_project(config), options), methods, folder)
     sweep(
         config,
         points=_FIRST,
@@ -133,22 +136,27 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
             raise fail(f"no merged method `{name}`", where=str(folder), expected=", ".join(merged), remedy=remedy)
     if len(setup.project.config.policies) < 2:
         raise fail("nothing to search", where=str(folder), expected="two policies or more, so that there is a λ")
-    return list(methods) or merged
+    if not merged:
+        raise fail("nothing to search", where=str(folder), expected="a method that merges along λ, such as lines")
+    return list(dict.fromkeys(methods)) or merged
 
 
 def _search_one(run: RunFolder, make: Producer, name: str, points: int, gain: float) -> Found:
     setup = run.setup
     (sft,) = run.fill(setup, [PointSpec(SFT)], make)
-    start = [spec for spec in _listed(run) if spec.method == name and spec.weights]
-    front = run.fill(setup, start or setup.methods.grid(name, _FIRST), make)
-    added, potential, reason = 0, 0.0, "points"
+    start = [spec for spec in _listed(run) if spec.method == name]
+    first = [] if start else setup.methods.grid(name, _FIRST)
+    front = run.fill(setup, start or first, make)
+    _remember(run, first)
+    added, potential, reason = len(first), 0.0, "points"
     while True:
         room = points - len(front)
-        proposals = _proposals(setup, front, sft, min(make.width, room)) if room > 0 else []
+        # One even when the budget is spent, to say what it might have brought.
+        proposals = _proposals(setup, front, sft, max(1, min(make.width, room)))
         volume = _volume(setup, front, sft)
         worth = [weights for weights, hoped in proposals if hoped > gain * volume]
         potential = max((hoped for _, hoped in proposals), default=0.0)
-        if not worth:
+        if room <= 0 or not worth:
             reason = "points" if room <= 0 else "gain"
             break
         specs = [setup.methods.at(name, weights) for weights in worth]
@@ -175,13 +183,28 @@ def _remember(run: RunFolder, specs: Sequence[PointSpec]) -> None:
     """Write down that the run has these points too."""
     listed = _listed(run)
     new = [spec for spec in specs if spec not in listed]
-    added = [*run.added(), *new]
-    write_run(run, [*listed, *new], added, run.before.get("tuned"))
-    run.before = read_header(run.folder)
+    if new:
+        write_run(run, [*listed, *new], [*_added(run), *new], run.before.get("tuned"))
+        run.before = read_header(run.folder)
 
 
 def _listed(run: RunFolder) -> list[PointSpec]:
-    return [spec for spec, _ in listed_points(run.before)]
+    """Return the run's points without those of a method that the project has changed meanwhile."""
+    return [spec for spec, _ in listed_points(run.before) if _declared(run.setup, spec)]
+
+
+def _added(run: RunFolder) -> list[PointSpec]:
+    return [spec for spec in run.added() if _declared(run.setup, spec)]
+
+
+def _declared(setup: Setup, spec: PointSpec) -> bool:
+    """Say whether a point is what its method now is at its weights; of methods that are gone it is."""
+    name = spec.method
+    if name not in setup.methods.specs:
+        return True
+    if not setup.methods.merged(name):
+        return spec in setup.methods.grid(name, _FIRST)
+    return bool(spec.weights) and not spec.checkpoint and spec == setup.methods.at(name, spec.weights)
 
 
 def _volume(setup: Setup, front: Sequence[Point], sft: Point) -> float:

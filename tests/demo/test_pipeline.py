@@ -91,7 +91,7 @@ def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path, st
     assert "done by an earlier run" in done.stdout and "pipeline" in done.stdout
     assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
     run = load_run(out / "sweep")
-    assert len(run.points) == 7 and run.header["complete"] and run.header["engine"] == "vllm"
+    assert len(run.points) == 13 and run.header["complete"] and run.header["options"]["engine"] == "vllm"
     assert list(run.rewards) == ["positive", "detailed"]
     assert (out / "sweep/report/front.png").stat().st_size > 10_000
     assert json.loads((out / "merged/lam=0.50/merge.json").read_text())["weights"] == {

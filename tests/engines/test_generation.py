@@ -1,6 +1,7 @@
 """Engines: Hugging Face as the reference, vLLM equal to it, weights swapped in place, seeds of prompts."""
 
 import gc
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.generation import load_generator, prompt_seed
-from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.sampling import SeededSampling
 from rewarded_lines.engines.tokens import response_text
 from rewarded_lines.errors import UserError
@@ -134,13 +134,6 @@ def test_a_swap_that_fails_is_not_taken_for_done(hf, monkeypatch):
     assert answers(hf, SAMPLED, model=spec) == expected
 
 
-def test_without_a_plan_there_is_only_the_sft_model(tiny):
-    generator = load_generator("hf", "sft", GREEDY, PROMPTS)
-    with pytest.raises(AssertionError):
-        generator.generate(PROMPTS, GREEDY, [MergeSpec((1.0, 0.0))])
-    generator.close()
-
-
 def test_every_sample_has_its_own_seed(hf):
     """Those of a prompt stand together, and the first is what a single one would be."""
     spec = SAMPLED.model_copy(update={"n": 3, "temperature": 2.0, "top_p": 1.0})
@@ -192,39 +185,6 @@ def test_logprobs_take_any_pairs(hf):
     assert found[0] == pytest.approx(whole, abs=1e-3) and found[1] == 0
     assert found[2] == pytest.approx(whole - float(table[0, ids[1]]), abs=1e-3)
     assert hf.logprobs([]) == []
-
-
-CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-TEMPLATE = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
-
-
-def test_a_chat_template_takes_the_place_of_the_tokenizers(tiny):
-    (tiny / "sft/chat_template.jinja").write_text("{{ messages[0].content }}")
-    (tiny / "mine.jinja").write_text(TEMPLATE)
-    mine = GREEDY.model_copy(update={"chat_template": "mine.jinja"})
-    tokenizer = AutoTokenizer.from_pretrained("sft")
-    own, other = (load_generator("hf", "sft", spec, CHATS) for spec in (GREEDY, mine))
-    assert own.encode(CHATS) == tokenizer(PROMPTS)["input_ids"]
-    assert other.encode(CHATS) == tokenizer([f"<s>{prompt}</s>" for prompt in PROMPTS])["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained("sft")
-    loaded = HfGenerator("sft", mine, CHATS, loaded=(model, tokenizer))
-    assert answers(loaded, mine, CHATS) == answers(other, mine, CHATS) != answers(own, GREEDY, CHATS)
-    loaded.close()
-    assert tokenizer.chat_template == "{{ messages[0].content }}"
-
-
-@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), (b"\xff\xfe\x00", "is no text")])
-def test_a_chat_template_that_cannot_be_read_is_a_fault(tiny, content, said):
-    if content:
-        (tiny / "mine.jinja").write_bytes(content)
-    spec = GREEDY.model_copy(update={"chat_template": "mine.jinja"})
-    with pytest.raises(UserError, match=said):
-        load_generator("hf", "sft", spec, PROMPTS)
-    tokenizer = AutoTokenizer.from_pretrained("sft")
-    tokenizer.chat_template = TEMPLATE
-    with pytest.raises(UserError, match=said):
-        HfGenerator("sft", spec, PROMPTS, loaded=(AutoModelForCausalLM.from_pretrained("sft"), tokenizer))
-    assert tokenizer.chat_template == TEMPLATE
 
 
 def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
@@ -295,7 +255,7 @@ def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, h
     """Also a method that measures whole tensors, and a pattern of blocks, which the workers must be told."""
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(setting != "two devices")))
-    before = set(psutil.Process().children(recursive=True))
+    before, shared = set(psutil.Process().children(recursive=True)), set(Path("/dev/shm").glob("*cpushm*"))
     plan = plan_merge("sft", plan.references, dtype="float32", layers=r"model\.layers\.(\d+)\.")
     generator = load_generator(
         "vllm", "sft", SAMPLED, PROMPTS, plan=plan, tensor_parallel=2 if setting == "two devices" else 1
@@ -308,6 +268,7 @@ def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, h
             assert answers(generator, GREEDY, model=model) == answers(hf, GREEDY, model=model)
     finally:
         generator.close()
+    assert set(Path("/dev/shm").glob("*cpushm*")) <= shared
     gone, alive = psutil.wait_procs(workers, 20)
     assert not [worker for worker in alive if "vllm" in " ".join(worker.cmdline()).lower()]
 

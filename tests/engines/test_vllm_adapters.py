@@ -134,9 +134,10 @@ from rewarded_lines.planning.plan import MergeSpec
 if __name__ == "__main__":
     spec = GenerationSpec(temperature=0, max_tokens=12)
     generator = load_generator("vllm", "sft", spec, ["the quick"], plan=plan_adapters("sft", {"a": "one", "b": "two"}))
-    print(generator._folders.folder, flush=True)
     while True:
         generator.generate(["the quick"] * 50, spec, [MergeSpec((0.5, 0.5)), None])
+        # Once all is compiled: compilers swallow an interrupt now and then.
+        print(generator._folders.folder, flush=True)
 """
 
 
@@ -152,7 +153,7 @@ def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, number):
     assert folder.is_dir()
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    assert process.wait(30) != 0
+    assert process.wait(60) != 0
     process.stdout.close()
     assert psutil.wait_procs(children, 10)[1] == []
     if number == signal.SIGKILL:

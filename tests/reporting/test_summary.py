@@ -175,3 +175,132 @@ def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
         "KL is not finite for 2 of 2 responses",
     ]
     assert all(problem.remedy for problem in caught.value.problems)
+
+
+def with_audit(run: Run) -> Run:
+    """Let every point have an audit besides, of other levels than the rewards."""
+    points = [
+        replace(point, scores={**point.scores, "watch": np.full(2, 10.0 * place)})
+        for place, point in enumerate(run.points)
+    ]
+    rewards = {**run.header["rewards"], "watch": {"unit": "points", "role": "audit"}}
+    return replace(run, header={**run.header, "rewards": rewards}, points=points)
+
+
+def test_audits_are_measured_and_make_no_hypervolume(small_run: Run) -> None:
+    plain, summary = summarise(small_run), summarise(with_audit(small_run))
+    assert summary.audits == ["watch"] and list(summary.objectives) == ["a", "b"]
+    assert volumes(summary) == volumes(plain) and summary.references == plain.references
+    assert [point.rewards["watch"].value for point in summary.points] == [0, 10, 20, 30, 40]
+    assert [point.contribution for point in summary.points] == [point.contribution for point in plain.points]
+    assert list(summary.policy_gains[0].rewards) == ["a", "b", "watch"]
+
+
+def test_declared_references_stay_where_they_are(small_run: Run) -> None:
+    declared = {"floor": {"b": 1.0, "a": 0.0}}
+    run = replace(small_run, header={**small_run.header, "sweep": {"resamples": 100, "references": declared}})
+    summary = summarise(run)
+    assert list(summary.references) == ["sft", "worst", "floor"] and summary.references["floor"] == {"a": 0.0, "b": 1.0}
+    # Means are half a level higher: over (0, 1), soup's (1.5, 2.5) and (2.5, 1.5) make 1.5 · 1.5 + 1 · 0.5.
+    assert volumes(summary)["soup", "floor"] == pytest.approx(2.75)
+    assert volumes(summary)["lines", "floor"] == pytest.approx(2.5 * 1.5)
+    assert volumes(summary)["soup", "sft"] == pytest.approx(3)
+    # The prompts do not move it, so with other prompts the volume is another.
+    (row,) = [row for row in summary.hypervolumes if (row.method, row.reference) == ("lines", "floor")]
+    assert row.hypervolume.low == pytest.approx(2 * 1) and row.hypervolume.high == pytest.approx(3 * 2)
+    assert [row.reference for row in summary.differences] == ["sft", "worst", "floor"]
+
+
+def test_contributions_by_hand(small_run: Run) -> None:
+    sft, *soup, lines = summarise(small_run).points
+    # Over SFT, (1, 2) and (2, 1) share a square of 1 and bring 1 each; (−1, 3) is no better than SFT on a.
+    assert [point.contribution for point in soup] == pytest.approx([0, 1, 1])
+    assert sft.contribution == 0 and lines.contribution == pytest.approx(4)
+
+
+def test_distinct2_by_hand(small_run: Run) -> None:
+    def measured(*texts: str) -> float:
+        sft, *others = small_run.points
+        return summarise(replace(small_run, points=[replace(sft, responses=list(texts)), *others])).sft.distinct2
+
+    # Pairs: the dog, dog ran | the dog, dog sat: 3 of 4 differ.
+    assert measured("the dog ran", "the dog  sat") == pytest.approx(3 / 4)
+    # No pair reaches from one response into the next, and one word has none.
+    assert measured("a b", "b a") == 1.0
+    assert measured("a", "") == 0.0
+    assert measured("a a a a", "a") == pytest.approx(1 / 3)
+
+
+def controlled(run: Run, sums: list[list[list[float]]]) -> Run:
+    points = [replace(point, control=np.array(one)) for point, one in zip(run.points, sums, strict=True)]
+    return replace(run, points=points)
+
+
+def test_control_perplexity_by_hand(small_run: Run) -> None:
+    # e^(nats/token): texts of 1 and of 3 tokens, of 2 and 6 nats at SFT, so that all resamples are alike there.
+    sums = [[[2.0, 1], [6.0, 3]], [[1.0, 1], [9.0, 3]], *[[[2.0, 1], [6.0, 3]]] * 3]
+    sft, first, *_ = summarise(controlled(small_run, sums)).points
+    assert sft.perplexity is not None and first.perplexity is not None
+    assert (sft.perplexity.value, sft.perplexity.low, sft.perplexity.high) == pytest.approx([np.exp(2)] * 3)
+    # Tokens weigh alike, not texts: 10 nats over 4 tokens; one text alone makes e or e³.
+    assert first.perplexity.value == pytest.approx(np.exp(2.5))
+    assert (first.perplexity.low, first.perplexity.high) == pytest.approx((np.exp(1), np.exp(3)))
+
+
+def test_texts_without_a_predicted_token_count_for_nothing(small_run: Run) -> None:
+    sums = [[[2.0, 1], [0.0, 0], [6.0, 3]]] * 5
+    summary = summarise(controlled(small_run, sums))
+    json.dumps(summary.as_dict(), allow_nan=False)
+    for point in summary.points:
+        assert point.perplexity is not None
+        assert (point.perplexity.low, point.perplexity.high) == pytest.approx([np.exp(2)] * 2)
+
+
+def test_without_control_texts_there_is_no_perplexity(small_run: Run) -> None:
+    assert {point.perplexity for point in summarise(small_run).points} == {None}
+    nothing = controlled(small_run, [[[0.0, 0]]] * 5)
+    assert {point.perplexity for point in summarise(nothing).points} == {None}
+
+
+def test_several_responses_to_a_prompt_are_averaged_before_the_bootstrap(small_run: Run) -> None:
+    def several(point: Point) -> Point:
+        """Answer each prompt twice, 5 above and 5 below: noise of the sampling, which prompts do not share."""
+        index = point.prompt_index.repeat(2)
+        swing = np.tile([5.0, -5.0], 2)
+        return replace(
+            point,
+            prompts=[point.prompts[i] for i in index],
+            responses=["one two three"] * 4,
+            prompt_index=index,
+            seeds=np.arange(4),
+            tokens=np.full(4, 4),
+            ended=np.array([True, True, False, False]),
+            kl=point.kl[index],
+            scores={name: values[index] + swing for name, values in point.scores.items()},
+        )
+
+    plain = summarise(small_run)
+    summary = summarise(replace(small_run, points=[several(point) for point in small_run.points]))
+    assert summary.prompts == 2
+    for one, other in zip(summary.points, plain.points, strict=True):
+        assert one.rewards == other.rewards and (one.kl, one.words, one.ended) == (other.kl, other.words, other.ended)
+    assert summary.hypervolumes == plain.hypervolumes
+
+
+def test_checkpoints_are_points_of_their_own(small_run: Run) -> None:
+    sft, first, *_ = small_run.points
+    points = [
+        *small_run.points,
+        replace(first, spec=PointSpec("policies", (0.0, 1.0), checkpoint="second")),
+        replace(first, spec=PointSpec("baselines", checkpoint="morl")),
+        replace(sft, spec=PointSpec("baselines", checkpoint="dpo")),
+    ]
+    summary = summarise(replace(small_run, points=points))
+    assert [(point.method, point.checkpoint) for point in summary.points[-3:]] == [
+        ("policies", "second"),
+        ("baselines", "morl"),
+        ("baselines", "dpo"),
+    ]
+    assert volumes(summary)["baselines", "sft"] == 0.0
+    # Of two points that are the policy itself one is compared with SFT.
+    assert [row.policy for row in summary.policy_gains] == ["first", "second"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.reporting.summary import Summary, summarise
-from rewarded_lines.reporting.tables import interval_text, markdown, points_csv, rich_table, scope_note, sheets
+from rewarded_lines.reporting.summary import PointSummary, Summary, summarise
+from rewarded_lines.reporting.tables import Sheet, interval_text, markdown, points_csv, rich_table, scope_note, sheets
 
 MakeRun = Callable[..., Path]
 
@@ -99,3 +100,104 @@ def test_notes_say_what_the_numbers_are(summary: Summary) -> None:
     assert "not an unbiased estimate" not in sheets(summary)[0].note
     cold = replace(summary, generation={"temperature": 0.7, "top_p": 0.9})
     assert "temperature 0.7, top_p 0.9, where it is not an unbiased estimate" in sheets(cold)[0].note
+
+
+@pytest.fixture
+def full(summary: Summary) -> Summary:
+    """The same with all that a run can have: an audit, perplexities, single policies and baselines."""
+
+    def points() -> Iterator[PointSummary]:
+        for point in summary.points:
+            yield replace(point, rewards={**point.rewards, "watch": Estimate(0.25, 0.2, 0.3)})
+        for method, weights, name in (("policies", (1.0, 0.0), "cheerful"), ("baselines", (), "morl")):
+            like = replace(summary.points[3], method=method, weights=weights, checkpoint=name)
+            yield replace(like, rewards={**like.rewards, "watch": Estimate(0.5, 0.4, 0.6)})
+
+    return replace(
+        summary,
+        rewards={**summary.rewards, "watch": "points"},
+        audits=["watch"],
+        policy_gains=[
+            replace(gain, rewards={**gain.rewards, "watch": Estimate(0.0, -0.1, 0.1)}) for gain in summary.policy_gains
+        ],
+        references={**summary.references, "floor": {"positive": 0.0, "detailed": 1.0}},
+        points=[replace(point, perplexity=Estimate(20.0, 19.0, 21.0)) for point in points()],
+    )
+
+
+def titled(summary: Summary, title: str) -> Sheet:
+    return next(sheet for sheet in sheets(summary) if sheet.title.startswith(title))
+
+
+def test_models_that_stand_for_themselves_are_named(full: Summary) -> None:
+    for title in ("Points", "Beside the front"):
+        rows = titled(full, title).rows
+        assert [row[:2] for row in rows[-2:]] == [("policies", "cheerful"), ("baselines", "morl")]
+        assert rows[0][:2] == ("sft", "")
+    assert "| baselines | morl |" in markdown(full)
+    assert "morl" in shown(full) and max(map(len, shown(full).splitlines())) <= 80
+
+
+def test_audits_stand_beside_the_front(full: Summary) -> None:
+    assert not any("watch" in heading for heading in titled(full, "Points").headings)
+    assert "watch" not in titled(full, "Hypervolume").title
+    sheet = titled(full, "Beside the front")
+    assert sheet.headings[2:] == ("audit watch [points]", "control perplexity", "distinct-2", "adds")
+    assert sheet.rows[-1][2:4] == ("0.500 ±0.100", "20.0 ±1.0")
+    assert "nothing was trained on or chosen by" in sheet.note and "forgotten" in sheet.note
+    assert titled(full, "Policies").headings[-1] == "Δ watch [points]"
+
+
+def test_without_them_they_are_not_spoken_of(summary: Summary) -> None:
+    sheet = titled(summary, "Beside the front")
+    assert sheet.headings == ("method", "λ", "distinct-2", "adds")
+    assert "audit" not in sheet.note and "perplexity" not in sheet.note
+    assert "declared" not in titled(summary, "Hypervolume").note
+
+
+def test_declared_references_are_told(full: Summary) -> None:
+    assert "others are as declared" in titled(full, "Hypervolume").note
+
+
+def test_csv_knows_what_each_point_is(full: Summary) -> None:
+    rows = list(csv.DictReader(io.StringIO(points_csv(full))))
+    policy, baseline = rows[-2:]
+    assert (policy["checkpoint"], policy["weight.cheerful"], policy["weight.detailed"]) == ("cheerful", "1.0", "0.0")
+    assert (baseline["checkpoint"], baseline["weight.cheerful"]) == ("morl", "")
+    assert {row["checkpoint"] for row in rows[:-2]} == {""}
+    assert (baseline["watch"], baseline["perplexity.low"]) == ("0.5", "19.0")
+    assert float(rows[5]["contribution"]) == full.points[5].contribution
+    assert float(rows[5]["distinct2"]) == full.points[5].distinct2
+
+
+def test_csv_leaves_perplexity_empty_where_there_is_none(summary: Summary) -> None:
+    rows = list(csv.DictReader(io.StringIO(points_csv(summary))))
+    assert {row["perplexity"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize("policies", [2, 3])
+def test_the_figure_names_baselines(make_run: MakeRun, policies: int) -> None:
+    pytest.importorskip("matplotlib")
+    from rewarded_lines.reporting.figures import front_figure
+
+    run = load_run(make_run(points=3, policies=policies, resamples=100))
+    like = run.methods()["soup"][1]
+    # Next to each other, and more than the λ that are written of a front.
+    baselines = [replace(like, spec=PointSpec("baselines", checkpoint=f"model {index}")) for index in range(2)]
+    figure = front_figure(summarise(replace(run, points=[*run.points, *baselines])))
+    axes = figure.axes[0]
+    assert {"model 0", "model 1"} <= {text.get_text() for text in axes.texts}
+    assert any(text.get_text().startswith("baselines: ") for text in figure.legends[0].get_texts())
+    (drawn,) = [line for line in axes.lines if str(line.get_label()).startswith("baselines")]
+    assert drawn.get_linestyle() == "None" and len(drawn.get_xdata()) == 2
+
+
+def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
+    pytest.importorskip("matplotlib")
+    from rewarded_lines.reporting.figures import figure_bytes, front_figure
+
+    run = load_run(make_run(points=2, resamples=100))
+    single = replace(run.methods()["soup"][1], spec=PointSpec("policies", (1.0, 0.0), checkpoint="cheerful"))
+    figure = front_figure(summarise(replace(run, points=[run.sft, single])))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
+    assert figure_bytes(figure, "svg")

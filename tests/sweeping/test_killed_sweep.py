@@ -46,24 +46,26 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
     span = time.perf_counter() - began
     expected = contents(tiny / "whole")
     assert contents(tiny / "timed") == expected
-    chance = random.Random(0)
-    killed, states = 0, set()
-    for kill in range(KILLS):
-        out = f"killed-{kill // 4}"
+    chance, kills, states, number = random.Random(0), 0, set(), 0
+    for _ in range(4 * KILLS):
+        out = f"killed-{number}"
         child = fork.Process(target=run_in_child, args=(tiny, out))
         child.start()
         child.join(timeout=chance.uniform(0, span))
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
-            killed += 1
+            kills += 1
+        else:
+            # It was done; the next kills fall on another run.
+            number += 1
         child.join()
-        points, drafts = ((tiny / out / name).glob("*.parquet") for name in ("points", "drafts"))
-        states.add((len(list(points)), len(list(drafts))))
-        for path in (tiny / out / "points").glob("*.parquet"):
-            assert pq.read_table(path).to_pydict() == expected[path.name]
-    assert killed >= KILLS // 2 and len(states) > 2
-    for number in range(KILLS // 4):
-        out = f"killed-{number}"
+        points, drafts = (list((tiny / out / name).glob("*.parquet")) for name in ("points", "drafts"))
+        states.add((len(points), len(drafts)))
+        assert all(pq.read_table(path).to_pydict() == expected[path.name] for path in points)
+        if kills == KILLS:
+            break
+    assert kills == KILLS and len(states) > 2
+    for out in (f"killed-{one}" for one in range(number + 1)):
         run = sweep(engine="hf", points=3, out=out)
         assert run.header["complete"] and contents(tiny / out) == expected
         left = {path.name for path in (tiny / out).iterdir()}

@@ -124,10 +124,11 @@ def test_too_few_points_are_refused(tiny):
 def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
     scored = Bench._scored
 
-    def dying(bench, setup, draft):
-        if draft.spec.lam == 1.0:
-            raise KeyboardInterrupt
-        return scored(bench, setup, draft)
+    def dying(bench, setup, drafts):
+        for key, point in scored(bench, setup, drafts):
+            if point.spec.lam == 1.0:
+                raise KeyboardInterrupt
+            yield key, point
 
     monkeypatch.setattr(Bench, "_scored", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -136,18 +137,17 @@ def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
     assert len(load_run(tiny / "sweep").points) == 2
     assert list((tiny / "sweep/drafts").iterdir())
     monkeypatch.setattr(Bench, "_scored", scored)
-    monkeypatch.setattr(Bench, "_generate", no_generation(Bench._generate, {"soup λ=1,0", "lines λ=0,1"}))
+    monkeypatch.setattr(Bench, "_points", no_generation(Bench._points))
     run = sweep(engine="hf", points=2)
     assert run.header["evaluated_last"] == 3 and not list((tiny / "sweep/drafts").iterdir())
 
 
-def no_generation(generate, names):
-    """Let nothing be generated that waits for its scores already."""
+def no_generation(points):
+    """Let nothing be generated: all responses wait for their scores already."""
 
-    def checked(bench, setup, turn, todo):
-        for key, point in generate(bench, setup, turn, todo):
-            assert str(point.spec) not in names
-            yield key, point
+    def checked(bench, setup, made):
+        assert not list(made)
+        return points(bench, setup, made)
 
     return checked
 
