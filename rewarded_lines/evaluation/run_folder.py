@@ -73,7 +73,7 @@ class RunFolder:
 
     def write(self, keys: Keys, **content: Any) -> None:
         """Write `run.json`: the project, the points that belong to it, and what else there is to say."""
-        header = {**self.setup.describe(), **content, "points": point_entries(keys.items())}
+        header = {**self.setup.describe(self.folder), **content, "points": point_entries(keys.items())}
         write_json(self.folder / RUN_FILE, header)
 
     def added(self) -> list[PointSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -173,17 +174,20 @@ class Setup:
         ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(list(self.control))["input_ids"]
         return [(head, tail) for _, head, tail in control_pairs(ids, self._room)]
 
-    def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of the project."""
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """Return what `run.json` says of the project.
+
+        Args:
+            folder: the run's, which paths are relative to: a project can be moved with its runs.
+        """
         config = self.project.config
-        base = self.plan.base.folder.resolve()
         return {
             "format": FORMAT,
             "title": config.title,
-            "project": str(self.project.path.resolve()),
-            "base": {"path": str(base), "hash": self.identity["base"]},
-            "policies": {name: self._described(name) for name in config.policies},
-            "baselines": {name: self._described(name) for name in config.baselines},
+            "project": relative(str(self.project.path), folder),
+            "base": {"path": relative(self.plan.reference, folder), "hash": self.identity["base"]},
+            "policies": {name: self._described(name, folder) for name in config.policies},
+            "baselines": {name: self._described(name, folder) for name in config.baselines},
             "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
             "prompts": {
                 "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
@@ -199,11 +203,23 @@ class Setup:
             "identity": self.identity,
         }
 
-    def _described(self, name: str) -> dict[str, str]:
-        reference = self.plan.references[name]
-        # Absolute, so that the merge command that `choose` prints runs from anywhere.
-        path = str(Path(reference).resolve()) if Path(reference).is_dir() else reference
-        return {"path": path, "hash": self.hashes[name]}
+    def _described(self, name: str, folder: Path) -> dict[str, str]:
+        return {"path": relative(self.plan.references[name], folder), "hash": self.hashes[name]}
+
+
+def relative(reference: str, folder: Path) -> str:
+    """Return a path relative to a folder; a Hub id stays as it is."""
+    return (
+        os.path.relpath(os.path.realpath(reference), os.path.realpath(folder))
+        if Path(reference).exists()
+        else reference
+    )
+
+
+def located(reference: str, folder: Path) -> str:
+    """Return what `relative` made relative to a folder as an absolute path; a Hub id stays as it is."""
+    path = Path(os.path.realpath(folder), reference)
+    return os.path.realpath(path) if path.exists() else reference
 
 
 def open_setup(project: Project, options: Options) -> Setup:

@@ -13,6 +13,7 @@ from rewarded_lines.config import SFT
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
+from rewarded_lines.evaluation.setup import located
 from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
 from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples
@@ -239,10 +240,10 @@ def command_for(run: Run, spec: PointSpec) -> str:
     """Return the command that makes a point's policy; for a model that is there already, where it lies."""
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
-        return f"# nothing to merge: {known[spec.checkpoint]['path']}"
-    words = ["rewarded-lines", "merge", "--base", run.header["base"]["path"]]
+        return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
+    words = ["rewarded-lines", "merge", "--base", located(run.header["base"]["path"], run.folder)]
     for name, policy in run.header["policies"].items():
-        words += ["--policy", f"{name}={policy['path']}"]
+        words += ["--policy", f"{name}={located(policy['path'], run.folder)}"]
     words += ["--alpha", repr(spec.alpha), "--beta", repr(spec.beta)]
     if spec.merge != "soup":
         words += ["--method", spec.merge]

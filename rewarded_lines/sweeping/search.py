@@ -14,7 +14,7 @@ from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
 from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
-from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
 from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
@@ -90,7 +90,7 @@ def search(
     header = read_header(folder)
     made_with = header["options"]
     options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
-    setup = open_setup(load_project(config or header["project"]), options)
+    setup = open_setup(load_project(config or located(header["project"], folder)), options)
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held, producer(setup, folder, ray, workers) as make:
         found = [_search_one(held, make, name, points, gain) for name in chosen]
