@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from rewarded_lines.cli import app
+from rewarded_lines.config import check_project
 from rewarded_lines.rules.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -70,3 +72,10 @@ def test_every_method_is_in_the_table_with_its_options_and_defaults():
     written = {name: set(re.findall(r"`(--[^`]+)`", options)) for name, options in rows.items()}
     expected = {name: {f"--{key} {one.default}" for key, one in row.options.items()} for name, row in METHODS.items()}
     assert written == expected | {"greedy": {"--score"}}
+
+
+def test_the_projects_shown_are_projects():
+    shown = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert shown
+    for text in shown:
+        assert check_project(yaml.safe_load(text), "README.md").sweep.methods

@@ -30,7 +30,8 @@ def search(
 ) -> None:
     """Add λ points to a run where they raise a method's front most, until a budget or a gain is reached.
 
-    With --config a run that is not there yet begins with three λ of each method.
+    With --config a run that is not there yet begins with three λ of each method. The line through the points of two
+    policies can be had, too: let one or the other of two neighbours answer, by lot.
 
     \b
     rewarded-lines search runs/demo/sweep --points 15
@@ -62,7 +63,8 @@ def search(
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ promises more"
         typer.echo(
-            f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}; {why}: "
-            f"the next could add {one.potential:.2g} at most"
+            f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
+            + (f", of the line through them {one.mixed:.4g}" if one.mixed is not None else "")
+            + f"; {why}: the next could add {one.potential:.2g} at most"
         )
     typer.echo(f"look at them: rewarded-lines report {done.folder}")

@@ -147,6 +147,14 @@ class Methods:
         whole = complete(MergeSpec(weights, alpha, beta, merge, options or {}), len(self._policies))
         return PointSpec(name, weights, float(alpha), float(beta), merge, tuple(whole.options.items()))
 
+    def declares(self, spec: PointSpec) -> bool:
+        """Say whether a point is what its method now is at its weights; of methods that are not here it is."""
+        if spec.method not in self.specs:
+            return True
+        if not self.merged(spec.method):
+            return spec in self.grid(spec.method, 2)
+        return bool(spec.weights) and not spec.checkpoint and spec == self.at(spec.method, spec.weights)
+
     def merged(self, name: str) -> bool:
         """Say whether a method's points are merges over a grid of weights, so that more of them can be made."""
         spec = self.specs[name]

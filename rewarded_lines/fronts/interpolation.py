@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rewarded_lines.fronts.choose import checked_minima, checked_scale, first_choice, linear, shortfalls
+from rewarded_lines.fronts.pareto import hypervolume
 
 Array = NDArray[np.float64]
 # A mean this close to its minimum, relative to the largest, lies on it: the rounding of a crossing.
 TOLERANCE = 1e-10
+DENSE = 2000
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,26 @@ def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> NDArray[np
     share = ((wanted - places[left]) / (places[left + 1] - places[left]))[..., None]
     before, after = np.take(values, left, axis=-2), np.take(values, left + 1, axis=-2)
     return np.asarray((1 - share) * before + share * after)
+
+
+def mixed_hypervolume(lams: ArrayLike, means: ArrayLike, reference: ArrayLike) -> float:
+    """Return the hypervolume of the whole piecewise linear curve, not only of its evaluated points.
+
+    Every point of the curve can be had: of two neighbouring policies the first answers a prompt with probability t, the
+    second with 1 − t, and the mean scores are t·s_k + (1 − t)·s_(k+1) exactly. Nothing is assumed about merges in
+    between. The curve is taken at `DENSE` equal steps of λ beside its corners, from below by as much.
+
+    Args:
+        lams: [points], at least two, all different, in any order.
+        means: [points, rewards], each reward in its own unit.
+        reference: [rewards].
+
+    Raises:
+        ValueError: arrays that are not finite or do not fit, or equal λ.
+    """
+    places, values = _curve(lams, means)
+    tried = np.union1d(places, np.linspace(places[0], places[-1], DENSE + 1))
+    return hypervolume(interpolate(places, values, tried), reference)
 
 
 def best_interpolated(

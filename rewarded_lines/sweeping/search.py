@@ -15,6 +15,7 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
 from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
 from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
+from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
 from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
@@ -32,6 +33,8 @@ class Found:
         points: λ points that it has now.
         added: how many of them this search made.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
+        mixed: the hypervolume of the line through the points, which answers of neighbouring policies in turn have; of
+            two policies only.
         potential: the most that the next point might have added; 0 if nothing can be gained any more.
         reason: why the search ended: "points" or "gain".
     """
@@ -40,6 +43,7 @@ class Found:
     points: int
     added: int
     hypervolume: float
+    mixed: float | None
     potential: float
     reason: str
 
@@ -163,7 +167,7 @@ def _search_one(run: RunFolder, make: Producer, name: str, points: int, gain: fl
         front += run.fill(setup, specs, make)
         added += len(specs)
         _remember(run, specs)
-    return Found(name, len(front), added, _volume(setup, front, sft), potential, reason)
+    return Found(name, len(front), added, _volume(setup, front, sft), _mixed(setup, front, sft), potential, reason)
 
 
 def _proposals(setup: Setup, front: Sequence[Point], sft: Point, count: int) -> list[tuple[tuple[float, ...], float]]:
@@ -190,25 +194,22 @@ def _remember(run: RunFolder, specs: Sequence[PointSpec]) -> None:
 
 def _listed(run: RunFolder) -> list[PointSpec]:
     """Return the run's points without those of a method that the project has changed meanwhile."""
-    return [spec for spec, _ in listed_points(run.before) if _declared(run.setup, spec)]
+    return [spec for spec, _ in listed_points(run.before) if run.setup.methods.declares(spec)]
 
 
 def _added(run: RunFolder) -> list[PointSpec]:
-    return [spec for spec in run.added() if _declared(run.setup, spec)]
-
-
-def _declared(setup: Setup, spec: PointSpec) -> bool:
-    """Say whether a point is what its method now is at its weights; of methods that are gone it is."""
-    name = spec.method
-    if name not in setup.methods.specs:
-        return True
-    if not setup.methods.merged(name):
-        return spec in setup.methods.grid(name, _FIRST)
-    return bool(spec.weights) and not spec.checkpoint and spec == setup.methods.at(name, spec.weights)
+    return [spec for spec in run.added() if run.setup.methods.declares(spec)]
 
 
 def _volume(setup: Setup, front: Sequence[Point], sft: Point) -> float:
     return hypervolume([_means(setup, point) for point in front], _means(setup, sft))
+
+
+def _mixed(setup: Setup, front: Sequence[Point], sft: Point) -> float | None:
+    if len(setup.project.config.policies) != 2 or len(front) < 2:
+        return None
+    lams = [point.spec.weights[0] for point in front]
+    return mixed_hypervolume(lams, [_means(setup, point) for point in front], _means(setup, sft))
 
 
 def _means(setup: Setup, point: Point) -> list[float]:

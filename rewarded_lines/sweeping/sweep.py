@@ -69,7 +69,7 @@ def sweep(
     folder = Path(out) if out is not None else project.root / "sweep"
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
-        added = [point for point in run.added() if point.method in setup.methods.specs]
+        added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
         write_run(run, [*specs, *added], added)
         with producer(setup, folder, ray, workers, validation) as make:
             tuned = tune(run, make, validation, count)

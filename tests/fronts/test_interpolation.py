@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewarded_lines.fronts.choose import best_under, best_weighted
-from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
+from rewarded_lines.fronts.interpolation import best_interpolated, interpolate, mixed_hypervolume
+from rewarded_lines.fronts.pareto import hypervolume
 
 LAMS = [0.0, 0.5, 1.0]
 MEANS = [[0.0, 10.0], [2.0, 8.0], [3.0, 0.0]]
@@ -136,3 +137,17 @@ def test_other_mistakes_of_the_optimum_are_refused() -> None:
         best_interpolated(LAMS, MEANS, [1, 0], {2: 0.0})
     with pytest.raises(ValueError, match="points, rewards"):
         best_interpolated(LAMS, np.zeros((2, 3, 2)), [1, 0])
+
+
+def test_the_hypervolume_of_a_straight_line_is_its_triangle() -> None:
+    found = mixed_hypervolume([1.0, 0.0], [[0.0, 2.0], [3.0, 0.0]], [0.0, 0.0])
+    assert found == pytest.approx(3.0, rel=2e-3) and found <= 3.0
+
+
+def test_a_mixed_front_holds_every_evaluated_point_and_no_more_than_their_corner() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        lams, means = np.linspace(0, 1, 7), rng.random((7, 2))
+        corner = means.max(axis=0)
+        volume = mixed_hypervolume(lams, means, [0.0, 0.0])
+        assert hypervolume(means, [0.0, 0.0]) <= volume <= corner.prod()

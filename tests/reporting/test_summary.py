@@ -13,7 +13,8 @@ import pytest
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run, load_run
-from rewarded_lines.reporting.summary import RESAMPLES, Summary, summarise
+from rewarded_lines.evaluation.tabulate import RESAMPLES
+from rewarded_lines.reporting.summary import Summary, summarise
 
 MakeRun = Callable[..., Path]
 

@@ -210,3 +210,15 @@ def test_another_configuration_is_refused(tiny):
     path.write_text(path.read_text().replace("max_tokens: 12", "max_tokens: 9"))
     with pytest.raises(UserError, match="belongs to another configuration"):
         search("sweep")
+
+
+def test_a_sweep_drops_what_a_search_added_to_a_method_that_has_changed_since(tiny):
+    project = tiny / "rewarded-lines.yaml"
+    text = project.read_text().split("sweep:")[0]
+    project.write_text(text + "sweep:\n  points: 2\n  methods: {mine: {alpha: 1.0, beta: 0.0}}\n")
+    sweep(engine="hf")
+    search("sweep", points=3, gain=0)
+    assert len(sweep(engine="hf").methods()["mine"]) == 3
+    project.write_text(project.read_text().replace("alpha: 1.0", "alpha: 0.5"))
+    points = sweep(engine="hf").methods()["mine"]
+    assert {point.spec.alpha for point in points} == {0.5} and len(points) == 2

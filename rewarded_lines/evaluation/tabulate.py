@@ -1,0 +1,162 @@
+"""The records of one or more runs as arrays: what can be compared, and its resamples. No files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import Point, Run
+from rewarded_lines.fronts.intervals import RunSamples, resample_runs, run_average
+
+SEED = 0
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Table:
+    """The records of one or more runs as arrays, and their resamples.
+
+    Attributes:
+        rows: the points that every run has, the SFT model's first; for each the record of every run.
+        rewards: names, in the order of the columns.
+        objectives: the columns that make the front.
+        samples: means of the rewards, then KL and words.
+    """
+
+    rows: list[list[Point]]
+    rewards: list[str]
+    objectives: list[int]
+    samples: RunSamples
+
+    @property
+    def means(self) -> np.ndarray:
+        """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is the data themselves."""
+        return run_average(self.samples.means, self.samples.drawn)
+
+    def methods(self) -> dict[str, list[int]]:
+        """Return the rows of each method."""
+        found: dict[str, list[int]] = {}
+        for index, (point, *_) in enumerate(self.rows):
+            if point.spec.method != SFT:
+                found.setdefault(point.spec.method, []).append(index)
+        return found
+
+
+def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
+    """Return the records of runs as arrays.
+
+    Args:
+        runs: of one project; more than one differ in the policies' training seed.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: points that cannot be compared, with other prompts or scores that are not finite.
+    """
+    rewards = list(runs[0].rewards)
+    rows = _aligned(runs)
+    _check([point for row in rows for point in row], rewards)
+    measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
+    objectives = [rewards.index(name) for name in runs[0].objectives]
+    return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
+
+
+def resamples_of(run: Run) -> int:
+    """Return how many resamples a run's project asks for."""
+    return int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
+
+
+def _measures(point: Point, rewards: list[str]) -> np.ndarray:
+    """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
+
+    Several responses to a prompt are averaged: prompts are what is resampled.
+    """
+    columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
+    values = np.stack(columns, axis=1).astype(np.float64)
+    prompts = len(np.unique(point.prompt_index))
+    return values.reshape(prompts, -1, values.shape[1]).mean(axis=1)
+
+
+def _aligned(runs: Sequence[Run]) -> list[list[Point]]:
+    """Return the points that every run has, the SFT model's first, then method by method in the order of λ.
+
+    Raises:
+        UserError: the runs are not of one project, or have no point in common.
+    """
+    _check_runs(runs)
+    ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
+    by_place = [{_place(point.spec): point for point in points} for points in ordered]
+    rows = [
+        [points[_place(point.spec)] for points in by_place]
+        for point in ordered[0]
+        if all(_place(point.spec) in points for points in by_place)
+    ]
+    if len(rows) < 2:
+        raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
+    return rows
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Refuse runs whose points mean different things.
+
+    Raises:
+        UserError: the same run twice, or runs with different rewards, policies or prompts.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
+    first, *others = (_facts(run) for run in runs)
+    for run, facts in zip(runs[1:], others, strict=True):
+        for what, expected in first.items():
+            if facts[what] != expected:
+                raise fail(
+                    f"the runs have different {what}",
+                    where=_folders([runs[0], run]),
+                    expected="runs of one project, whose policies are of other training seeds",
+                    got="" if what == "prompts" else "; ".join(map(", ".join, (expected, facts[what]))),
+                )
+
+
+def _facts(run: Run) -> dict[str, list[str]]:
+    """Return what runs that are averaged have in common."""
+    roles = {name: "" if name in run.objectives else " (audit)" for name in run.rewards}
+    return {
+        "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
+        "policies": list(run.header.get("policies", {})),
+        "prompts": run.sft.prompts,
+    }
+
+
+def _folders(runs: Sequence[Run]) -> str:
+    return " and ".join(str(run.folder) for run in runs)
+
+
+def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
+    """Return what a point is called in every run; a matched or tuned schedule may differ between them."""
+    return spec.method, spec.weights, spec.checkpoint
+
+
+def _check(points: Sequence[Point], rewards: list[str]) -> None:
+    """Refuse records that cannot be compared, naming every one of them."""
+    problems = []
+    for point in points:
+        if point.prompts != points[0].prompts:
+            problems.append(_problem(point, "was not asked the same prompts as the SFT model"))
+        missing = [name for name in rewards if name not in point.scores]
+        if missing:
+            problems.append(_problem(point, f"has no score for {', '.join(missing)}"))
+            continue
+        for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:
+            if wrong := int((~np.isfinite(values)).sum()):
+                what = f"{name} is not finite for {wrong} of {len(values)} responses"
+                problems.append(_problem(point, what))
+    if problems:
+        raise UserError(problems)
+
+
+def _problem(point: Point, what: str) -> Problem:
+    return Problem(what, where=str(point.spec), remedy="delete its file in points/ and run the sweep again")
