@@ -137,7 +137,7 @@ LETTERS = "\n\ndef letters(prompts, responses):\n    return [0.0] * len(prompts)
     [
         ("    return [len(r) / (p != 'a film') for p, r in zip(prompts, responses)]", "prompt 1: 'a film'"),
         ("    return [float('nan') if p == 'dog' else 1.0 for p in prompts]", "prompt 3: 'dog'"),
-        ("    return [1.0] * 4", "expected: 15"),
+        ("    return [1.0] * 4", "one for each prompt"),
     ],
 )
 def test_a_reward_function_that_fails_names_the_prompt(cli, tiny, body, said_too):
@@ -149,7 +149,7 @@ def test_a_reward_function_that_fails_names_the_prompt(cli, tiny, body, said_too
 
 
 def test_vllm_not_installed(refused, monkeypatch):
-    from rewarded_lines.evaluation import generation
+    from rewarded_lines.engines import generation
 
     find = generation.find_spec
     monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "vllm" else find(name))
