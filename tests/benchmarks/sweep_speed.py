@@ -110,7 +110,7 @@ def sweep(path: Path, out: Path, points: int) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Return the environment of both sides."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def against_the_loop(work: Path, prompts: int) -> None:
