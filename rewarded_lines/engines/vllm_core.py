@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +12,8 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.generation import Response, Tokens, prompt_seed
 from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence, response_text, tokens_until
+from rewarded_lines.processes import prepare_vllm
 
-_DEFAULTS = {
-    # In this process: quick to build, and plans need not be opened twice.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 # Methods that workers get beside vLLM's own; a worker may be another process, so the class goes by its name.
 _EXTENSION = "rewarded_lines.engines.worker.MergingWorker"
 
@@ -43,7 +34,7 @@ class VllmCore:
 
         `options` are further ones of vLLM's `LLM`.
         """
-        prepare_environment()
+        prepare_vllm()
         self.tokenizer = load_tokenizer(model, spec)
         length = longest_sequence(self.tokenizer, load_config(model), model, spec, prompts, longest)
         from vllm import LLM
@@ -161,12 +152,6 @@ def make_response(
     tokens, logprobs = tuple(tokens[:length]), logprobs[:length]
     text = response_text(tokenizer, prompt, tokens, spec.stop)[0]
     return Response(text, tokens, length is not None or finish_reason == "stop", float(sum(logprobs)))
-
-
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
 
 
 def share_of_gpu() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,25 +11,11 @@ from typing import Any
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import fail
+from rewarded_lines.processes import prepare_vllm
 from rewarded_lines.scoring.backends import cannot_load, no_classifier
 
-_DEFAULTS = {
-    # In this process: quick to build, and nothing to clean up after a kill.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 # Beside the weights: activations and the cache of keys and values, in bytes.
 _WORKING_MEMORY = 2 << 30
-
-
-def prepare_vllm() -> None:
-    """Set what vLLM reads from the environment when it is imported; a user's own settings stand."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
 
 
 class VllmClassifier:
