@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from invented_runs import synthetic_run
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
@@ -99,3 +100,13 @@ def cli(monkeypatch, capsys) -> Callable[..., Answer]:
         return Answer(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Return `synthetic_run` bound to a new folder."""
+
+    def make(**options: object) -> Path:
+        return synthetic_run(tmp_path / "run", **options)
+
+    return make

@@ -14,6 +14,8 @@ WINGS = [
     "rewarding",
     "learning",
     "reporting",
+    "drawing",
+    "summaries",
     "sweeping",
     "evaluation",
     "engines",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from io import TextIOWrapper
 from typing import Annotated, NoReturn
@@ -60,6 +62,10 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake prints one message and exits with 1, without a traceback."""
     die_with_parent()
+    # Libraries make millions of objects that stay: looking through them again and again takes seconds, and so does
+    # looking through them a last time.
+    gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         # A terminal without Greek letters, or the name of a file that is no text, must not end the work.
         if isinstance(stream, TextIOWrapper):

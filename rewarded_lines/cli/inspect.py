@@ -44,7 +44,7 @@ def inspect(
     from rewarded_lines.reporting.inspection import as_dict, on_terminal
 
     if plot:
-        from rewarded_lines.reporting.depth import check_figure_file, write_depth_figure
+        from rewarded_lines.drawing.depth import check_figure_file, write_depth_figure
 
         check_figure_file(plot)
     with progress_bar("Reading", quiet=as_json, unit="bytes", after=2.0) as bar:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rewarded_lines.reporting.summary import Summary
+    from rewarded_lines.summaries.summary import Summary
 
 
 def report(
@@ -54,8 +54,8 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
     """
     from rewarded_lines.evaluation.records import load_run
     from rewarded_lines.reporting.report import FILES
-    from rewarded_lines.reporting.summary import summarise
-    from rewarded_lines.reporting.tables import rich_table, scope_note, sheets
+    from rewarded_lines.summaries.summary import summarise
+    from rewarded_lines.summaries.tables import rich_table, scope_note, sheets
 
     summary = summary or summarise(load_run(run))
     for sheet in sheets(summary, brief=True):

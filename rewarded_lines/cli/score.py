@@ -33,8 +33,8 @@ def score(
         with the rewards, prompts and settings of ./rewarded-lines.yaml
     rewarded-lines score merged/lam=0.30 --config runs/demo/rewarded-lines.yaml --json
     """
-    from rewarded_lines.reporting.summary import summarise
-    from rewarded_lines.reporting.tables import points_sheet, policy_sheet, rich_table, side_sheet
+    from rewarded_lines.summaries.summary import summarise
+    from rewarded_lines.summaries.tables import points_sheet, policy_sheet, rich_table, side_sheet
     from rewarded_lines.sweeping.score import score as run
 
     quiet_libraries()

@@ -76,6 +76,7 @@ class VllmAdapterGenerator:
             # With an adapted head, vLLM fails to score prompts, also for models that leave the head alone.
             lora_target_modules=adapted_layers(plan),
         )
+        self._core.call("group_adapters")
         self._folders = AdapterFolders(plan)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:

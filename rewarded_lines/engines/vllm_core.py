@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ class VllmCore:
     def _run(self, rows: Sequence[Tokens], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
         self.forget()
         asked = [{"prompt_token_ids": list(row)} for row in rows]
-        found: list[Any] = self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False)
+        with _nothing_compiled():
+            found: list[Any] = self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False)
         return found
 
     def _response(self, prompt: Tokens, completion: Any, spec: GenerationSpec) -> Response:
@@ -162,6 +164,16 @@ def share_of_gpu() -> dict[str, Any]:
         return {}
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Have torch compile nothing on a CPU: a count of vLLM's takes seconds to compile, and a C++ compiler."""
+    import torch
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
+        yield
 
 
 def _sampling(spec: GenerationSpec, seed: int) -> Any:

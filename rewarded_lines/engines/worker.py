@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.plan import MergePlan, MergeSpec, plan_merge
 
@@ -44,11 +45,12 @@ class MergingWorker:
         """Get ready to merge; see `plan_message`."""
         if message["process"] == os.getpid():
             self.merge_plan = _plans[message["key"]]
-            return
-        assert message["base"], "a plan that was not made by plan_merge cannot be opened again"
-        self.merge_plan = plan_merge(
-            message["base"], message["policies"], dtype=message["dtype"], layers=message["layers"]
-        )
+        else:
+            assert message["base"], "a plan that was not made by plan_merge cannot be opened again"
+            self.merge_plan = plan_merge(
+                message["base"], message["policies"], dtype=message["dtype"], layers=message["layers"]
+            )
+        self._load_kernels()
 
     def use_merge(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Stream a merge's tensors into the model that runs; see `spec_message`.
@@ -67,9 +69,22 @@ class MergingWorker:
             problems = [asdict(problem) for problem in error.problems]
         return {"seconds": time.perf_counter() - started, "problems": problems}
 
+    def _load_kernels(self) -> None:
+        """Merge the smallest tensor, so that the first swap does not wait for the kernels."""
+        plan = self.merge_plan
+        smallest = min(plan.outputs(), key=lambda info: info.elements).name
+        for _ in plan.tensors(MergeSpec((0.0,) * len(plan.policies), 0.0, 0.0), [smallest]):
+            pass
+
     def shared_memory_name(self) -> str:
         """Return how the names of what several workers on a CPU share begin in /dev/shm; "" elsewhere."""
         return os.environ.get("VLLM_DIST_IDENT", "")
+
+    def group_adapters(self) -> None:
+        """Make adapters fast where vLLM has no kernels for them; see `cpu_adapters`."""
+        worker: Any = self
+        if worker.device.type == "cpu":
+            group_adapters()
 
     def unserved_modules(self, adapter: int) -> list[str]:
         """Return the modules of a loaded adapter that no layer of the model takes: vLLM leaves them out in silence."""

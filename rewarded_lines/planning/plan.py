@@ -215,7 +215,7 @@ class MergePlan:
             info = shapes[name]
             values = np.empty(info.elements, info.dtype.storage)
             nonfinite = self.nonfinite()
-            share_out(blocks_of(info.elements), partial(self._fill, name, spec, values, nonfinite))
+            share_out(list(blocks_of(info.elements)), partial(self._fill, name, spec, values, nonfinite))
             nonfinite.refuse()
             yield name, as_torch(values.reshape(info.shape), info.dtype)
 

@@ -1,1 +1,1 @@
-"""What a person looks at: tables and figures."""
+"""What `report` writes and what `inspect` prints: tables and figures put together."""

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from rewarded_lines.evaluation.records import load_run, write_json
-from rewarded_lines.reporting.figures import figure_bytes, front_figure
-from rewarded_lines.reporting.summary import Summary, summarise
-from rewarded_lines.reporting.tables import markdown, points_csv
+from rewarded_lines.drawing.fronts import figure_bytes, front_figure
+from rewarded_lines.summaries.summary import Summary, summarise
+from rewarded_lines.summaries.tables import markdown, points_csv
 
 FILES = ("summary.json", "table.md", "points.csv", "front.png", "front.svg")
 

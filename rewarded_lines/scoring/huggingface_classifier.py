@@ -52,8 +52,9 @@ class HuggingFaceClassifier:
         import torch
 
         del self._model
-        gc.collect()
         if torch.cuda.is_available():
+            # Memory is scarce there, and code from a Hub may make cycles of references; going through them all is slow.
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _forward(self, texts: Sequence[Sequence[int]], rows: int, width: int) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
     Args:
         items: taken one at a time, in order, as threads become free.
         worker: called once in each thread; what it returns does an item, with buffers of its own.
-        threads: 0 for one on each core this process may use.
+        threads: 0 for one on each core this process may use; never more than there are items, if that is known.
 
     Raises:
         BaseException: the first that an item raised, or an interrupt; no further item is begun then.
@@ -41,7 +41,10 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
         except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
             line.stop(error)
 
-    others = [threading.Thread(target=attend, daemon=True) for _ in range((threads or cores()) - 1)]
+    wanted = threads or cores()
+    if isinstance(items, Sized):
+        wanted = min(wanted, len(items))
+    others = [threading.Thread(target=attend, daemon=True) for _ in range(wanted - 1)]
     try:
         for thread in others:
             thread.start()

@@ -57,3 +57,10 @@ def test_a_relay_lets_go_when_a_step_fails():
         with pytest.raises(ZeroDivisionError):
             relay.take(*step)
     assert relay.take(lambda item: None, lambda: None) == 2
+
+
+def test_few_items_need_few_threads(monkeypatch):
+    begun = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
+    share_out([1], lambda: lambda item: None, threads=8)
+    assert begun == []

@@ -11,8 +11,8 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.inspecting.inspect import Inspection, Level, Residual, Sum
-from rewarded_lines.reporting.depth import check_figure_file, depth_figure, write_depth_figure
-from rewarded_lines.reporting.figures import figure_bytes
+from rewarded_lines.drawing.depth import check_figure_file, depth_figure, write_depth_figure
+from rewarded_lines.drawing.fronts import figure_bytes
 
 pytest.importorskip("matplotlib")
 

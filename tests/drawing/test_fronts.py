@@ -16,8 +16,8 @@ import pytest
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.pareto import hypervolume
-from rewarded_lines.reporting.figures import figure_bytes, front_figure, method_label, spread, staircase
-from rewarded_lines.reporting.summary import Summary, summarise
+from rewarded_lines.drawing.fronts import figure_bytes, front_figure, method_label, spread, staircase
+from rewarded_lines.summaries.summary import Summary, summarise
 
 pytest.importorskip("matplotlib")
 MakeSummary = Callable[..., Summary]

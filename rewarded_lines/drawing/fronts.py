@@ -14,9 +14,9 @@ from rewarded_lines.config import POLICIES
 from rewarded_lines.errors import fail
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.fronts.pareto import nondominated
-from rewarded_lines.reporting.labels import Label, boxes_along, boxes_around, write_labels
-from rewarded_lines.reporting.summary import PointSummary, Summary, is_policy
-from rewarded_lines.reporting.tables import interval_text, volume_unit, with_unit
+from rewarded_lines.drawing.labels import Label, boxes_along, boxes_around, write_labels
+from rewarded_lines.summaries.summary import PointSummary, Summary, is_policy
+from rewarded_lines.summaries.tables import interval_text, volume_unit, with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

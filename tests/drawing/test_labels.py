@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rewarded_lines.reporting.labels import boxes_along, boxes_around, overlaps, place
+from rewarded_lines.drawing.labels import boxes_along, boxes_around, overlaps, place
 
 FRAME = (0.0, 0.0, 100.0, 100.0)
 NOTHING = np.zeros((0, 4))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import fail, nearest
 from rewarded_lines.inspecting.inspect import Inspection, Level
-from rewarded_lines.reporting.figures import COLOURS, DPI, MARKERS, figure_bytes, house_style
+from rewarded_lines.drawing.fronts import COLOURS, DPI, MARKERS, figure_bytes, house_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

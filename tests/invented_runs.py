@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import FORMAT, Point, point_entries, point_path, write_json, write_point
@@ -99,13 +97,3 @@ def synthetic_run(
     for index, spec in enumerate(specs[: len(specs) - drop]):
         write_point(point_path(folder, keys[index]), _point(spec, levels, names, options))
     return folder
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Return `synthetic_run` bound to a new folder."""
-
-    def make(**options: Any) -> Path:
-        return synthetic_run(tmp_path / "run", **options)
-
-    return make

@@ -14,8 +14,8 @@ from rich.console import Console
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.reporting.summary import PointSummary, Summary, summarise
-from rewarded_lines.reporting.tables import Sheet, interval_text, markdown, points_csv, rich_table, scope_note, sheets
+from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
+from rewarded_lines.summaries.tables import Sheet, interval_text, markdown, points_csv, rich_table, scope_note, sheets
 
 MakeRun = Callable[..., Path]
 
@@ -178,7 +178,7 @@ def test_csv_leaves_perplexity_empty_where_there_is_none(summary: Summary) -> No
 @pytest.mark.parametrize("policies", [2, 3])
 def test_the_figure_names_baselines(make_run: MakeRun, policies: int) -> None:
     pytest.importorskip("matplotlib")
-    from rewarded_lines.reporting.figures import front_figure
+    from rewarded_lines.drawing.fronts import front_figure
 
     run = load_run(make_run(points=3, policies=policies, resamples=100))
     like = run.methods()["soup"][1]
@@ -194,7 +194,7 @@ def test_the_figure_names_baselines(make_run: MakeRun, policies: int) -> None:
 
 def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
     pytest.importorskip("matplotlib")
-    from rewarded_lines.reporting.figures import figure_bytes, front_figure
+    from rewarded_lines.drawing.fronts import figure_bytes, front_figure
 
     run = load_run(make_run(points=2, resamples=100))
     single = replace(run.methods()["soup"][1], spec=PointSpec("policies", (1.0, 0.0), checkpoint="cheerful"))

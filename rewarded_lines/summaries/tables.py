@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rewarded_lines.config import SFT
 from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.reporting.summary import PointSummary, Summary
+from rewarded_lines.summaries.summary import PointSummary, Summary
 
 # With more methods than this, their pairs fill a screen for every reference.
 _FEW = 3

@@ -15,8 +15,8 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.records import load_run, read_point, write_point
 from rewarded_lines.fronts.intervals import interval, resample_means
 from rewarded_lines.fronts.pareto import hypervolume
-from rewarded_lines.reporting.summary import Summary, summarise
-from rewarded_lines.reporting.tables import scope_note
+from rewarded_lines.summaries.summary import Summary, summarise
+from rewarded_lines.summaries.tables import scope_note
 
 MakeRun = Callable[..., Path]
 
