@@ -6,7 +6,7 @@ batch. Products are the same; only the order in which rows are worked on is anot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def shrink(
         slots: s of each token; -1 is the last one, as in vLLM.
         scaling: a factor.
     """
-    factors = factors.flatten(0, 1)
+    factors = factors.flatten(0, 1).to(output.dtype)
     inputs = inputs.to(output.dtype)
-    rank = factors.shape[1]
-    for rows, slot in _groups(slots[: len(inputs)]):
-        output[rows, :rank] = (inputs[rows] @ factors[slot].T.to(output.dtype)).mul_(scaling)
+    part = output[:, : factors.shape[1]]
+    for group in _groups(slots[: len(inputs)]):
+        group.put(part, group.product(inputs, factors).mul_(scaling))
 
 
 def expand_slice(
@@ -61,16 +61,13 @@ def expand_slice(
         size: how many columns.
         add_inputs: whether to add to what is there.
     """
-    factors = factors.flatten(0, 1)
+    factors = factors.flatten(0, 1).to(output.dtype)
     # An adapter and its layer may be padded to different widths.
     size = min(size, factors.shape[1], output.shape[1] - offset)
+    factors, part = factors[:, :size], output[:, offset : offset + size]
     inputs = inputs.to(output.dtype)
-    for rows, slot in _groups(slots[: len(output)]):
-        product = inputs[rows] @ factors[slot, :size].T.to(output.dtype)
-        if add_inputs:
-            output[rows, offset : offset + size] += product
-        else:
-            output[rows, offset : offset + size] = product
+    for group in _groups(slots[: len(output)]):
+        group.put(part, group.product(inputs, factors), add_inputs)
 
 
 def expand(
@@ -84,19 +81,70 @@ def expand(
     expand_slice(inputs, factors, output, slots, 0, output.shape[1], add_inputs)
 
 
-def _groups(slots: torch.Tensor) -> Iterator[tuple[Any, int]]:
-    """Yield the rows of each slot: a slice where they are next to each other."""
+@dataclass
+class _Group:
+    """Tokens that are multiplied together: as many of each of some adapters.
+
+    Attributes:
+        slots: of the adapters, [adapters].
+        rows: of their tokens, [adapters, tokens of each]; a slice where they are all next to each other.
+        shape: of the rows.
+    """
+
+    slots: torch.Tensor
+    rows: Any
+    shape: tuple[int, int]
+
+    def product(self, inputs: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [tokens, in] times their adapters' factors [slots, out, in]: [adapters, of each, out]."""
+        import torch
+
+        return torch.bmm(inputs[self.rows].view(*self.shape, -1), factors[self.slots].transpose(1, 2))
+
+    def put(self, output: torch.Tensor, values: torch.Tensor, add: bool = False) -> None:
+        """Write values to the tokens' rows of the output, or add them."""
+        rows = self.rows if isinstance(self.rows, slice) else self.rows.flatten()
+        values = values.flatten(0, 1)
+        output[rows] = output[rows] + values if add else values
+
+
+_last: tuple[torch.Tensor, list[_Group]] | None = None
+
+
+def _groups(slots: torch.Tensor) -> list[_Group]:
+    """Return the tokens of each slot; all layers of a step ask for the same, so the last answer is kept."""
+    global _last
     import torch
 
-    found, counts = torch.unique_consecutive(slots, return_counts=True)
-    if len(found) > len(torch.unique(found)):
-        for slot in torch.unique(found).tolist():
-            yield torch.nonzero(slots == slot)[:, 0], slot
-        return
-    start = 0
-    for slot, count in zip(found.tolist(), counts.tolist(), strict=True):
-        yield slice(start, start + count), slot
-        start += count
+    if _last is None or not torch.equal(_last[0], slots):
+        _last = slots.clone(), _group(slots)
+    return _last[1]
+
+
+def _group(slots: torch.Tensor) -> list[_Group]:
+    """Return one group where slots have about as many tokens each, else a group for each slot."""
+    import torch
+
+    order = slots.argsort(stable=True)
+    found, counts = slots[order].unique_consecutive(return_counts=True)
+    most = int(counts.max())
+    if len(found) * most <= 2 * len(slots):
+        # A slot with fewer tokens than the others repeats its last one.
+        places = torch.arange(most).expand(len(found), most).minimum(counts[:, None] - 1)
+        rows = order[places + (counts.cumsum(0) - counts)[:, None]]
+        return [_Group(found, _as_slice(rows), (len(found), most))]
+    tokens = order.split(counts.tolist())
+    return [
+        _Group(slot, _as_slice(rows[None]), (1, len(rows))) for slot, rows in zip(found.split(1), tokens, strict=True)
+    ]
+
+
+def _as_slice(rows: torch.Tensor) -> torch.Tensor | slice:
+    """Return rows that stand next to each other as a slice, which needs no copy."""
+    import torch
+
+    first, count = int(rows[0, 0]), rows.numel()
+    return slice(first, first + count) if torch.equal(rows.flatten(), torch.arange(first, first + count)) else rows
 
 
 def _by_sequence(function: Any) -> Any:
