@@ -12,8 +12,8 @@ from rewarded_lines.evaluation.records import FORMAT, Point, point_entries, poin
 from rewarded_lines.rules.preferences import simplex_grid
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
-POLICIES = ("cheerful", "detailed", "kind")
-UNITS = {"positive": "logit", "detailed": "words", "polite": ""}
+POLICIES = ("cheerful", "detailed", "kind", "plain")
+UNITS = {"positive": "logit", "detailed": "words", "polite": "", "readable": "grade"}
 
 
 def _mean(spec: PointSpec, bulge: float, gain: float) -> np.ndarray:
@@ -26,12 +26,12 @@ def _mean(spec: PointSpec, bulge: float, gain: float) -> np.ndarray:
 def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[str, float]) -> Point:
     """Return a point whose scores are its means plus the prompts' own levels and noise of the sampling."""
     prompts = len(levels)
-    rng = np.random.default_rng([int(1000 * weight) for weight in spec.weights] + [int(10 * spec.beta)])
+    rng = np.random.default_rng([int(1000 * weight) for weight in spec.weights] + [abs(int(10 * spec.beta))])
     shape = (prompts, len(names))
     mean = _mean(spec, options["bulge"], options["gain"]) if spec.weights else np.zeros(2)
     mean = np.resize(mean, len(names))
-    units = np.array([0.4, 8.0, 1.0])[: len(names)]
-    base = np.array([0.1, 14.0, 0.0])[: len(names)]
+    units = np.array([0.4, 8.0, 1.0, 3.0])[: len(names)]
+    base = np.array([0.1, 14.0, 0.0, 7.0])[: len(names)]
     levels = base + units * options["spread"] * levels[:, : len(names)]
     scores = levels + units * (2.0 * mean + 0.3 * options["spread"] * rng.normal(size=shape))
     words = np.clip(12 + 6 * mean[-1] + 3 * rng.normal(size=prompts), 1, 40).astype(int)
@@ -45,7 +45,15 @@ def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[
         ended=rng.random(prompts) < 0.9,
         kl=(rng.normal(4.0, 2.0, size=prompts) if spec.weights else np.zeros(prompts)),
         scores={name: scores[:, index] for index, name in enumerate(names)},
+        control=_control(spec) if options["control"] else None,
     )
+
+
+def _control(spec: PointSpec) -> np.ndarray:
+    """Return what a point makes of 20 control texts of 10 tokens: the worse, the further it is from SFT."""
+    strength = spec.alpha + spec.beta / 2 if spec.weights else 0.0
+    loss = 3.0 + 0.2 * strength + 0.3 * np.random.default_rng(11).normal(size=20)
+    return np.stack([10 * loss, np.full(20, 10.0)], axis=1)
 
 
 def synthetic_run(
@@ -64,17 +72,18 @@ def synthetic_run(
 
     Args:
         folder: where.
-        rewards: 1 to 3.
+        rewards: 1 to 4.
         prompts: how many.
         points: λ on each edge of the simplex, for each method.
-        policies: 1 to 3.
+        policies: 1 to 4.
         resamples: declared in `run.json`; not declared when None.
         methods: name → (alpha, beta).
         drop: this many last points are declared but not there.
-        options: `spread` of the scores, `bulge` of the fronts, `gain` of the policies over SFT.
+        options: `spread` of the scores, `bulge` of the fronts, `gain` of the policies over SFT; `control`, whether
+            there are control texts.
     """
     methods = METHODS if methods is None else methods
-    options = {"spread": 1.0, "bulge": 0.6, "gain": 1.0} | options
+    options = {"spread": 1.0, "bulge": 0.6, "gain": 1.0, "control": 0.0} | options
     names = list(UNITS)[:rewards]
     specs = [PointSpec("sft")] + [
         PointSpec(name, weights, alpha, beta)
@@ -85,15 +94,20 @@ def synthetic_run(
     header: dict[str, Any] = {
         "format": FORMAT,
         "title": "synthetic",
+        "base": {"path": "sft"},
         "policies": {name: {"path": name} for name in POLICIES[:policies]},
+        "baselines": {},
         "rewards": {name: {"unit": UNITS[name]} for name in names},
         "generation": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 48, "seed": 0},
         "sweep": {} if resamples is None else {"resamples": resamples},
+        "options": {"engine": "vllm", "layers": None},
+        "identity": {"engine": {"as": "adapters"}},
         "points": point_entries(zip(specs, keys, strict=True)),
         "complete": drop == 0,
     }
     write_json(folder / "run.json", header)
     levels = np.random.default_rng(7).normal(size=(prompts, 3))
+    levels = np.concatenate([levels, np.random.default_rng(8).normal(size=(prompts, 1))], axis=1)
     for index, spec in enumerate(specs[: len(specs) - drop]):
         write_point(point_path(folder, keys[index]), _point(spec, levels, names, options))
     return folder

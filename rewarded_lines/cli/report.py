@@ -10,34 +10,66 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from rewarded_lines.cli.completion import run_folders
+from rewarded_lines.cli.options import AsJson, Quiet, Run
+from rewarded_lines.cli.progress import progress_bar
+
 if TYPE_CHECKING:
     from rewarded_lines.summaries.summary import Summary
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    run: Run,
     more: Annotated[
         list[Path] | None,
-        typer.Argument(help="Runs with policies of other training seeds, averaged with it.", show_default=False),
+        typer.Argument(
+            help="Runs with policies of other training seeds, averaged with it.",
+            show_default=False,
+            autocompletion=run_folders,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Of the figures: png, svg, pdf; repeatable; png and svg by default."),
+    ] = None,
+    style: Annotated[
+        str, typer.Option(help="Of the figures: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+    ] = "paper",
+    depth: Annotated[
+        bool, typer.Option("--depth", help="Draw scales and residuals by block; reads all weights once.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Show a sweep: every point with its interval, hypervolumes, a figure.
+    """Show a sweep: every point with its interval, hypervolumes, figures.
 
     Hypervolume is taken above two reference points: SFT's own scores, and
     the worst score of any point on each axis. Intervals are by bootstrap
-    over prompts. Writes summary.json, table.md, points.csv, front.png and
-    front.svg to RUN/report. An unfinished sweep is shown as far as it is.
+    over prompts. An unfinished sweep is shown as far as it is.
+
+    RUN/report gets summary.json, table.md, points.csv and figures: front;
+    kl (each reward over KL to SFT); forgetting (over the perplexity of
+    control texts, if there are any); simplex (three policies); parallel
+    (four rewards or more); training (what the recipes logged, if it is
+    still there); with --depth also depth. report.html holds the front to
+    explore, every response and the merge commands; it needs no network.
 
     \b
     rewarded-lines report runs/demo/sweep
+    rewarded-lines report runs/demo/sweep --format pdf --style slides
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
-    rewarded-lines report runs/demo/sweep runs/demo-seed1/sweep runs/demo-seed2/sweep
+    rewarded-lines report runs/demo/sweep \\
+        runs/demo-seed1/sweep runs/demo-seed2/sweep
         averages over three training seeds, a second level of the bootstrap
     """
-    from rewarded_lines.reporting.report import report as make_report
+    with progress_bar("Report", quiet=quiet or as_json) as bar:
+        from rewarded_lines.pages.page import lacking
+        from rewarded_lines.reporting.report import report as make_report
 
-    summary = make_report(run, *(more or ()))
+        bar("bootstrap, tables and figures", 0, 0)
+        summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), style=style, depth=depth)
+    if note := lacking():
+        typer.echo(note, err=True)
     if as_json:
         typer.echo(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -53,7 +85,7 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
         summary: what `report` returned; computed again from the run's records when not given.
     """
     from rewarded_lines.evaluation.records import load_run
-    from rewarded_lines.reporting.report import FILES
+    from rewarded_lines.reporting.report import report_files
     from rewarded_lines.summaries.summary import summarise
     from rewarded_lines.summaries.tables import rich_table, scope_note, sheets
 
@@ -61,6 +93,6 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
     for sheet in sheets(summary, brief=True):
         console.print(rich_table(sheet))
     console.print(Text(scope_note(summary) + "\n"))
-    for name in FILES:
+    for path in report_files(run):
         # Never folded: a path is for copying.
-        console.print(Text(str(run / "report" / name)), soft_wrap=True)
+        console.print(Text(str(path)), soft_wrap=True)

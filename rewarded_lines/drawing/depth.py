@@ -8,21 +8,22 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewarded_lines.drawing.labels import shorten
+from rewarded_lines.drawing.style import FORMATS, blank_figure, figure_bytes, house_style, looks
 from rewarded_lines.errors import fail, nearest
 from rewarded_lines.inspecting.inspect import Inspection, Level
-from rewarded_lines.drawing.fronts import COLOURS, DPI, MARKERS, figure_bytes, house_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "svg", "pdf")
 # Blue before orange: most models have one list of blocks, and blue is the darker of the two in grey.
 _ORDER = (1, 0, 2, 3, 4, 5)
 _LINE: dict[str, Any] = dict(linewidth=1.5, markersize=5, markeredgewidth=1.0)
 # Before the schedule: hollow and dashed, so that the two differ in grey too.
 _BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", linewidth=1.2)
-_TITLE: dict[str, Any] = dict(loc="left", fontsize=9)
+SCALE_AXIS, NORM_AXIS = "scale s of the residual [×]", "L2 norm [units of the weights]"
+_TITLE: dict[str, Any] = dict(loc="left")
 _MARKED = 16
 _LONGEST = 18
 
@@ -75,41 +76,37 @@ def depth_figure(inspection: Inspection) -> Figure:
         UserError: matplotlib is not installed.
     """
     with house_style():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         panels = 1 if inspection.base is None else 2
-        figure = Figure(figsize=(3.5 * panels, 3.0), dpi=DPI)
+        figure = blank_figure(3.5 * panels, 3.0)
         figure.set_layout_engine("constrained", w_pad=0.08)
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         lists = _lists(inspection)
         _draw_scales(axes[0], inspection, lists)
         if panels == 2:
             _draw_norms(axes[1], inspection, lists)
         for one in axes:
-            _finish(one)
+            finish_depth(one)
         _draw_legends(figure, lists, panels)
     return figure
 
 
 def _draw_scales(axes: Axes, inspection: Inspection, lists: Sequence[List]) -> None:
     for _, levels, look in lists:
-        axes.plot(_blocks(levels), [level.scale for level in levels], **look)
+        axes.plot(blocks_of(levels), [level.scale for level in levels], **look)
     schedule = f"LiNeS, α = {inspection.alpha:g}, β = {inspection.beta:g}"
     axes.set_title(schedule.replace("-", "\N{MINUS SIGN}"), **_TITLE)
-    axes.set_ylabel("scale s of the residual [×]")
+    axes.set_ylabel(SCALE_AXIS)
 
 
 def _draw_norms(axes: Axes, inspection: Inspection, lists: Sequence[List]) -> None:
     for _, levels, look in lists:
-        blocks = _blocks(levels)
+        blocks = blocks_of(levels)
         residuals = [level.residual for level in levels]
         axes.plot(blocks, [one.norm if one else 0.0 for one in residuals], **(look | _BEFORE))
         axes.plot(blocks, [one.scaled_norm if one else 0.0 for one in residuals], **look)
-    names = [_shorten(Path(str(path)).name) for path in (inspection.checkpoint, inspection.base)]
+    names = [shorten(Path(str(path)).name, _LONGEST) for path in (inspection.checkpoint, inspection.base)]
     axes.set_title(f"residual τ of {names[0]} over {names[1]}", **_TITLE)
-    axes.set_ylabel("L2 norm [units of the weights]")
+    axes.set_ylabel(NORM_AXIS)
 
 
 def _draw_legends(figure: Figure, lists: Sequence[List], panels: int) -> None:
@@ -132,27 +129,27 @@ def _draw_legends(figure: Figure, lists: Sequence[List], panels: int) -> None:
 def _lists(inspection: Inspection) -> list[List]:
     """Return every list of blocks with its blocks' levels, and how its line looks."""
     found: list[List] = []
+    palette = looks(len(_ORDER))
     for stack, index in zip(inspection.stacks, cycle(_ORDER), strict=False):
         levels = [level for level in inspection.levels if level.stack == stack and level.block is not None]
-        look = dict(color=COLOURS[index], marker=MARKERS[index], markevery=-(-len(levels) // _MARKED))
+        one = palette[index]
+        look = dict(color=one.colour, marker=one.marker, linestyle=one.line, markevery=-(-len(levels) // _MARKED))
         found.append((stack, levels, _LINE | look))
     return found
 
 
-def _blocks(levels: Sequence[Level]) -> list[int]:
+def blocks_of(levels: Sequence[Level]) -> list[int]:
+    """Return the blocks of levels, counted from 0; what lies outside the blocks has none."""
     return [level.block for level in levels if level.block is not None]
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
-
-
-def _finish(axes: Axes) -> None:
+def finish_depth(axes: Axes) -> None:
+    """Give a panel over depth its grid and its axes: whole blocks below, heights from zero."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.grid(color="0.88", linewidth=0.5)
+    axes.grid(True)
     axes.set_xlabel("block [index from 0]")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     low, high = axes.get_ylim()
     # From zero, so that heights can be compared; a little room above, where a constant would touch the frame.
-    axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, high if high > 0 else 1.0)
+    axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)

@@ -8,25 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewarded_lines.drawing.style import pixels_per_point
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Directions from a point to its label, the best first: up and to the right, where a front is open.
 _ANGLES = np.radians([45, 22, 68, 0, 90, -22, 112, -45, 135, 180, 225, 270, 202, 158, 248, 292])
 
-# Further from its point, in pixels, if a label does not fit right beside it.
-_STEPS = (0, 8, 16, 32)
+# Further from its point, in typographic points, if a label does not fit right beside it.
+_STEPS = (0, 3, 6, 12)
+# Room around a label, in typographic points.
+_ROOM = 1.4
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text for a point, `clearance` pixels or more from its centre; if it `must`, whatever it covers."""
+    """A text for a point, `clearance` pixels or more from its centre; if it `must`, whatever it covers.
+
+    `size` is one of matplotlib's names, so that it goes with the style's.
+    """
 
     text: str
     anchor: np.ndarray
     clearance: float
     must: bool = False
-    size: float = 8
+    size: str = "medium"
     colour: str | tuple[float, ...] = "black"
 
 
@@ -41,6 +48,8 @@ def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: n
     """
     from matplotlib.text import Text
 
+    unit = pixels_per_point(axes.figure)
+    written = taken[:0]
     for label in labels:
         style: dict[str, Any] = {
             "fontsize": label.size,
@@ -50,15 +59,24 @@ def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: n
             "zorder": 7,
         }
         extent = Text(0, 0, label.text, figure=axes.figure, **style).get_window_extent()
-        size = (extent.width + 4, extent.height + 4)
-        tries = [np.concatenate([taken, thin]), taken, *([taken[:0]] if label.must else [])]
-        distances = [label.clearance + step for step in _STEPS]
+        size = (extent.width + _ROOM * unit, extent.height + _ROOM * unit)
+        # Rather over a line than over another label, and rather there than nowhere.
+        tries = [np.concatenate([taken, thin]), taken, *([written, taken[:0]] if label.must else [])]
+        distances = [label.clearance + step * unit for step in _STEPS]
         boxes = (place(label.anchor, size, obstacles, axes.bbox.extents, distances) for obstacles in tries)
         box = next((box for box in boxes if box is not None), None)
         if box is not None:
-            taken = np.concatenate([taken, box[None]])
+            taken, written = (np.concatenate([boxes, box[None]]) for boxes in (taken, written))
             x, y = axes.transData.inverted().transform((box[:2] + box[2:]) / 2)
             axes.text(x, y, label.text, **style)
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return a name of at most `longest` characters: its beginning and its end, where names of one family differ."""
+    if len(text) <= longest:
+        return text
+    end = (longest - 1) // 2
+    return f"{text[: longest - 1 - end]}…{text[len(text) - end :]}"
 
 
 def boxes_along(line: np.ndarray, step: float = 3.0) -> np.ndarray:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,12 +25,13 @@ _FEW = 3
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it is drawn: the first column is text, numbers follow; `note` says what they are."""
+    """A table before it is drawn: the first columns, `labels` of them, name a row; `note` says what the numbers are."""
 
     title: str
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+    labels: int = 1
 
 
 def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
@@ -63,6 +65,7 @@ def points_sheet(summary: Summary) -> Sheet:
             for point, *cells in zip(points, *columns, strict=True)
         ],
         _points_note(summary),
+        labels=2,
     )
 
 
@@ -90,6 +93,7 @@ def side_sheet(summary: Summary) -> Sheet:
             if headings[-1:] == ["control perplexity"]
             else ""
         ),
+        labels=2,
     )
 
 
@@ -108,6 +112,7 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
         "score of any point on each axis. Both come from the points' own prompts, anew in each resample"
         + ("; others are as declared. " if len(summary.references) > 2 else ". ")
         + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
+        labels=2,
     )
 
 
@@ -149,18 +154,79 @@ def policy_sheet(summary: Summary) -> Sheet:
     )
 
 
-def rich_table(sheet: Sheet) -> Group:
-    """Return a sheet for the terminal, its title above and its note below; two rewards fit 80 columns."""
-    # Text, not str: "[logit]" is a unit here, and would be taken for rich's markup.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(sheet.headings):
-        table.add_column(Text(heading), justify="left" if index == 0 else "right", overflow="fold")
-    grouped = len({row[0] for row in sheet.rows}) < len(sheet.rows)
-    for _, group in groupby(sheet.rows, key=lambda row: row[0]):
-        rows = list(group)
-        for row in rows:
-            table.add_row(*map(Text, row), end_section=grouped and row is rows[-1])
-    return Group(Text(sheet.title, style="bold"), table, Text(sheet.note + "\n", style="dim"))
+def rich_table(sheet: Sheet) -> ConsoleRenderable:
+    """Return a sheet for the terminal, its title above and its note below.
+
+    Where it is too wide, methods become headings, and columns that still find no room another table: a number is never
+    cut in two.
+    """
+    return _Fitted(sheet)
+
+
+class _Fitted:
+    """A sheet that takes the width that it is given."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self._sheet = sheet
+        # Headings may be folded between words, cells not.
+        columns = zip(sheet.headings, *sheet.rows, strict=True)
+        self._widths = [max(*map(len, cells), *map(len, head.split() or [""])) for head, *cells in columns]
+        self._grouped = len({row[0] for row in sheet.rows}) < len(sheet.rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self._sheet.title, style="bold")
+        yield from self._tables(options.max_width)
+        yield Text(self._sheet.note + "\n", style="dim")
+
+    def _tables(self, width: int) -> Iterator[RenderableType]:
+        every, rows, count = list(range(len(self._widths))), self._sheet.rows, self._sheet.labels
+        if self._room(every) <= width:
+            yield self._table(every, rows)
+            return
+        headed = self._grouped and count > 1
+        for part in self._parts(every[1 if headed else 0 : count], every[count:], width):
+            yield from self._headed(part) if headed else [self._table(part, rows)]
+
+    def _headed(self, columns: list[int]) -> Iterator[RenderableType]:
+        """Yield a table whose rows stand below the first of their labels."""
+        yield ""
+        yield Padding(self._table(columns, [], alone=False), (0, 1), expand=False)
+        for name, rows in groupby(self._sheet.rows, key=lambda row: row[0]):
+            yield Text(f" {name}", style="bold")
+            yield Padding(self._table(columns, list(rows), alone=False), (0, 1), expand=False)
+        yield ""
+
+    def _parts(self, labels: list[int], columns: list[int], width: int) -> list[list[int]]:
+        """Return which columns stand together, the labels before each."""
+        parts = [list(labels)]
+        for column in columns:
+            if len(parts[-1]) > len(labels) and self._room([*parts[-1], column]) > width:
+                parts.append(list(labels))
+            parts[-1].append(column)
+        return parts
+
+    def _room(self, columns: list[int]) -> int:
+        """Return how wide a table is at least: a space after each cell, and one for each line between."""
+        return sum(self._widths[column] + 2 for column in columns) + 1
+
+    def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True) -> Table:
+        """Return some columns; not `alone` they are exactly as wide as in every other part, and have a head or rows."""
+        # Text, not str: "[logit]" is a unit here, and would be taken for rich's markup.
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=alone or not rows, show_edge=alone)
+        for column in columns:
+            table.add_column(
+                Text(self._sheet.headings[column]),
+                justify="left" if column == 0 else "right",
+                overflow="fold",
+                min_width=self._widths[column],
+                max_width=None if alone else self._widths[column],
+            )
+        for _, group in groupby(rows, key=lambda row: row[0]):
+            together = list(group)
+            for row in together:
+                ends = alone and self._grouped and row is together[-1]
+                table.add_row(*(Text(row[column]) for column in columns), end_section=ends)
+        return table
 
 
 def markdown(summary: Summary) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rewarded_lines.drawing.depth import check_figure_file, depth_figure, write_depth_figure
+from rewarded_lines.drawing.style import figure_bytes
 from rewarded_lines.errors import UserError
 from rewarded_lines.inspecting.inspect import Inspection, Level, Residual, Sum
-from rewarded_lines.drawing.depth import check_figure_file, depth_figure, write_depth_figure
-from rewarded_lines.drawing.fronts import figure_bytes
 
 pytest.importorskip("matplotlib")
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rewarded_lines.drawing.fronts import front_figure
+from rewarded_lines.drawing.style import figure_bytes
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.fronts.pareto import hypervolume
-from rewarded_lines.drawing.fronts import figure_bytes, front_figure, method_label, spread, staircase
-from rewarded_lines.summaries.summary import Summary, summarise
+from rewarded_lines.summaries.summary import Summary
 
 pytest.importorskip("matplotlib")
 MakeSummary = Callable[..., Summary]
@@ -30,12 +27,9 @@ HARD: dict[str, dict[str, Any]] = {
     "three methods": {"points": 5, "methods": {"soup": (1.0, 0.0), "lines": (1.0, 1.0), "half": (0.5, 0.5)}},
     "one reward": {"rewards": 1},
     "three rewards": {"rewards": 3, "points": 5},
+    "four rewards": {"rewards": 4, "policies": 4, "points": 3},
+    "nine methods": {"points": 5, "methods": {f"m{index}": (1.0, index / 8) for index in range(9)}},
 }
-
-
-@pytest.fixture
-def make_summary(make_run: Callable[..., Path]) -> MakeSummary:
-    return lambda **options: summarise(load_run(make_run(resamples=100, **options)))
 
 
 def texts(svg: bytes) -> list[str]:
@@ -48,6 +42,7 @@ def test_the_svg_holds_its_labels_as_text(make_summary: MakeSummary) -> None:
         "positive [logit], higher is better →",
         "detailed [words], higher is better →",
         "Hypervolume above SFT [logit × words] and its 95% interval",
+        "λ: weight of cheerful",
         "policy, not merged",
         "cheerful",
         "detailed",
@@ -126,7 +121,7 @@ def test_the_users_own_style_changes_nothing(make_summary: MakeSummary) -> None:
         assert figure_bytes(front_figure(summary), "svg") == before
 
 
-@pytest.mark.parametrize(("rewards", "planes"), [(1, 1), (2, 1), (3, 3)])
+@pytest.mark.parametrize(("rewards", "planes"), [(1, 1), (2, 1), (3, 3), (4, 6)])
 def test_one_plane_for_each_pair_of_rewards(make_summary: MakeSummary, rewards: int, planes: int) -> None:
     figure = front_figure(make_summary(rewards=rewards, points=3))
     assert len(figure.axes) == planes
@@ -134,39 +129,32 @@ def test_one_plane_for_each_pair_of_rewards(make_summary: MakeSummary, rewards: 
         assert figure.axes[0].get_xlabel() == "KL to SFT [nats], lower is closer"
 
 
-@pytest.mark.parametrize(
-    ("alpha", "beta", "expected"),
-    [
-        (1.0, 0.0, "Rewarded Soups (β = 0)"),
-        (0.5, 0.0, "Rewarded Soups (α = 0.5, β = 0)"),
-        (1.0, 1.0, "LiNeS (α = β = 1)"),
-        (1.0, 0.5, "LiNeS (α = 1, β = 0.5)"),
-    ],
-)
-def test_method_labels(make_summary: MakeSummary, alpha: float, beta: float, expected: str) -> None:
-    points = [replace(point, alpha=alpha, beta=beta) for point in make_summary(points=2).methods()["soup"]]
-    assert method_label(points) == expected
+def test_the_legend_names_the_reference_point(make_summary: MakeSummary) -> None:
+    summary = make_summary()
+    first, second = front_figure(summary).legends[0].get_title().get_text().split("\n")
+    at = ", ".join(f"{value:.3g}" for value in summary.references["sft"].values())
+    assert first.startswith("Hypervolume above SFT")
+    assert second == f"reference point: ({at})".replace("-", "\N{MINUS SIGN}")
 
 
-def test_the_shaded_area_is_the_hypervolume() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        points, reference = rng.normal(size=(8, 2)), rng.normal(size=2) - 0.5
-        x, y = staircase(points, reference).T
-        area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
-        assert area == pytest.approx(hypervolume(points, reference))
+def test_a_matrix_has_names_and_numbers_at_its_outer_axes_only(make_summary: MakeSummary) -> None:
+    summary = make_summary(rewards=4, policies=4, points=3)
+    figure = front_figure(summary)
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    planes = {(at.rowspan.start, at.colspan.start): axes for at, axes in zip(places, figure.axes, strict=True)}
+    assert sorted(planes) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+    for (row, column), axes in planes.items():
+        assert bool(axes.get_xlabel()) == (row == 2) and bool(axes.get_ylabel()) == (column == 0)
+        assert axes.get_xlim() == planes[2, column].get_xlim() and axes.get_ylim() == planes[row, 0].get_ylim()
+    points = summary.methods()["soup"]
+    (drawn,) = (line for line in planes[2, 1].lines if line.get_label() == "Rewarded Soups (β = 0)")
+    expected = [[point.rewards["detailed"].value, point.rewards["readable"].value] for point in points]
+    np.testing.assert_array_equal(drawn.get_xydata(), expected)
 
 
-def test_nothing_is_shaded_where_nothing_beats_the_reference() -> None:
-    corners = staircase(np.array([[1.0, -1.0], [-1.0, 1.0]]), np.zeros(2))
-    assert (corners == 0).all()
-
-
-def test_spread_keeps_the_ends(make_summary: MakeSummary) -> None:
-    points = make_summary(prompts=4).methods()["soup"]
-    assert [point.lam for point in spread(points)] == [0.0, 0.2, 0.5, 0.8, 1.0]
-    assert spread(points[:2]) == points[:2]
-    assert spread(points[:1]) == points[:1]
+@pytest.mark.parametrize("style", ["slides", "grey"])
+def test_styles_keep_labels_apart(make_summary: MakeSummary, style: str, check_layout: Callable) -> None:
+    check_layout(front_figure(make_summary(), style))
 
 
 def test_without_matplotlib_the_extra_is_named(make_summary: MakeSummary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rewarded_lines.drawing.labels import boxes_along, boxes_around, overlaps, place
+from rewarded_lines.drawing.labels import boxes_along, boxes_around, overlaps, place, shorten
 
 FRAME = (0.0, 0.0, 100.0, 100.0)
 NOTHING = np.zeros((0, 4))
@@ -46,3 +46,9 @@ def test_a_label_keeps_off_obstacles_and_inside_the_frame() -> None:
 
 def test_no_place_is_told() -> None:
     assert place(np.array([50.0, 50.0]), (20, 10), np.array([FRAME]), FRAME, [5, 10]) is None
+
+
+def test_long_names_keep_their_beginning_and_their_end() -> None:
+    assert shorten("cheerful", 8) == "cheerful"
+    assert shorten("cheerful-seed-12", 11) == "cheer…ed-12"
+    assert [len(shorten("x" * 99, longest)) for longest in (10, 11)] == [10, 11]

@@ -194,7 +194,8 @@ def test_the_figure_names_baselines(make_run: MakeRun, policies: int) -> None:
 
 def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
     pytest.importorskip("matplotlib")
-    from rewarded_lines.drawing.fronts import figure_bytes, front_figure
+    from rewarded_lines.drawing.fronts import front_figure
+    from rewarded_lines.drawing.style import figure_bytes
 
     run = load_run(make_run(points=2, resamples=100))
     single = replace(run.methods()["soup"][1], spec=PointSpec("policies", (1.0, 0.0), checkpoint="cheerful"))

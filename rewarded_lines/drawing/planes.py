@@ -1,0 +1,285 @@
+"""One plane of two measures: every method's points, their intervals, their labels. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rewarded_lines.drawing.labels import Label, boxes_along, boxes_around, shorten, write_labels
+from rewarded_lines.drawing.style import Look, looks, mix, pixels_per_point
+from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.fronts.pareto import nondominated
+from rewarded_lines.summaries.names import merged_methods, method_labels, policy_points, spread
+from rewarded_lines.summaries.summary import PointSummary, Summary
+from rewarded_lines.summaries.tables import with_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KL, FORGETTING = "KL to SFT", "control perplexity"
+# With more methods than this, only two are shaded and have their λ written: all would be clutter.
+FEW = 4
+_TINT = 0.84
+# Characters of a name: in a figure of one plane, and in a small panel.
+_LONG, _SHORT = 24, 16
+# And of a whole label along an axis of that plane.
+_LINE = 42
+# Horizontal and vertical measure.
+Plane = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How a summary's methods are drawn, the same in every panel of a figure.
+
+    Attributes:
+        summary: the numbers.
+        looks: of every method that makes a front.
+        labels: what they are called.
+        chosen: those that are shaded and have their λ written.
+        scale: of markers and lines; below 1 in small panels.
+    """
+
+    summary: Summary
+    looks: dict[str, Look]
+    labels: dict[str, str]
+    chosen: tuple[str, ...]
+    scale: float = 1.0
+
+    @property
+    def methods(self) -> dict[str, list[PointSummary]]:
+        """The methods that make a front, with their points."""
+        return merged_methods(self.summary)
+
+    def line(self, name: str) -> dict[str, Any]:
+        """Return how the line of a method is drawn: joined where its points have an order."""
+        from matplotlib import rcParams
+
+        look = self.looks[name]
+        joined = len(self.summary.policies) <= 2 and all(point.weights for point in self.methods[name])
+        return dict(
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line if joined else "none",
+            linewidth=self.scale * rcParams["lines.linewidth"],
+            markersize=self.scale * rcParams["lines.markersize"],
+            markeredgecolor="white",
+            markeredgewidth=0.5 * self.scale,
+            zorder=5 if name in self.chosen else 4,
+        )
+
+    def mark(self, kind: str) -> dict[str, Any]:
+        """Return how the mark of the "sft" model, a "policy" or an "interval" is drawn."""
+        from matplotlib import rcParams
+
+        size = self.scale * rcParams["lines.markersize"]
+        marks: dict[str, dict[str, Any]] = {
+            "sft": dict(marker="*", markersize=2.0 * size, color="black", markeredgecolor="white"),
+            "policy": dict(marker="o", markersize=1.8 * size, color="black", markerfacecolor="none"),
+            "interval": dict(marker="+", markersize=1.8 * size, color="0.4"),
+        }
+        edge = 0.5 if kind == "sft" else 0.9
+        return dict(linestyle="none", markeredgewidth=edge * self.scale, zorder=6) | marks[kind]
+
+
+def prepare(summary: Summary, scale: float = 1.0) -> Drawn:
+    """Return how the methods of a summary are drawn in the style that is held.
+
+    Of many methods the first, which the others are compared with, and the one of the largest hypervolume above SFT are
+    chosen to be shaded and labelled.
+    """
+    names = list(merged_methods(summary))
+    chosen = tuple(names)
+    if len(names) > FEW:
+        volumes = sft_volumes(summary)
+        chosen = tuple(dict.fromkeys([names[0], max(names, key=lambda name: volumes[name].value)]))
+    return Drawn(summary, dict(zip(names, looks(len(names)), strict=True)), method_labels(summary), chosen, scale)
+
+
+def draw_plane(axes: Axes, drawn: Drawn, plane: Plane, shade: bool = False) -> None:
+    """Draw the points of every method, the SFT model and the policies; crosses are intervals of some of them."""
+    summary = drawn.summary
+    axes.grid(True)
+    if shade:
+        _shade(axes, drawn, plane)
+    for name, points in drawn.methods.items():
+        _draw_crosses(axes, _crossed(drawn, name), plane, drawn.looks[name].colour, drawn.scale)
+        axes.plot(*coordinates(points, plane).T, label=drawn.labels[name], **drawn.line(name))
+    _draw_crosses(axes, [summary.sft], plane, "0.25", drawn.scale)
+    axes.plot(*coordinates([summary.sft], plane).T, **drawn.mark("sft"))
+    policies = coordinates([point for point, _ in policy_points(summary)], plane)
+    if len(policies):
+        axes.plot(*policies.T, **drawn.mark("policy"))
+    axes.margins(0.09)
+
+
+def label_plane(axes: Axes, drawn: Drawn, plane: Plane) -> None:
+    """Write the names of SFT and policies and some λ into a plane that has its final size."""
+    write_labels(axes, _labels(axes, drawn, plane), *_obstacles(axes, drawn, plane))
+
+
+def freeze(figure: Figure, planes: Sequence[tuple[Axes, Plane]], drawn: Drawn) -> None:
+    """Lay the figure out, label its planes, and let nothing move from here on: labels are placed in pixels."""
+    figure.draw_without_rendering()
+    for axes, plane in planes:
+        label_plane(axes, drawn, plane)
+    figure.set_layout_engine("none")
+
+
+def axis_label(name: str, summary: Summary, lines: int = 1) -> str:
+    """Return the label of a measure's axis: its name, its unit and which way is better.
+
+    Args:
+        name: a reward, `KL` or `FORGETTING`.
+        summary: the numbers, for the unit.
+        lines: 2 for small panels; a label too long for one line takes two in any case.
+    """
+    if name == KL:
+        parts = [f"{KL} [nats]", "lower is closer"]
+    elif name == FORGETTING:
+        parts = [f"{FORGETTING} [per token]", "lower is better"]
+    else:
+        audit = " (audit)" if name in summary.audits else ""
+        short = shorten(name, _LONG if lines == 1 else _SHORT)
+        parts = [with_unit(short, shorten(summary.rewards[name], _SHORT)) + audit, "higher is better →"]
+    whole = ", ".join(parts)
+    return whole if lines == 1 and len(whole) <= _LINE else "\n".join(parts)
+
+
+def measure(point: PointSummary, name: str) -> Estimate:
+    """Return a point's reward, KL or perplexity of the control texts.
+
+    Args:
+        point: one of a summary.
+        name: a reward, `KL` or `FORGETTING`.
+    """
+    if name == FORGETTING:
+        assert point.perplexity is not None, "drawn only for runs with control texts"
+        return point.perplexity
+    return point.kl if name == KL else point.rewards[name]
+
+
+def coordinates(points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
+    """Return the means of points in a plane, [points, 2]."""
+    return np.array([[measure(point, name).value for name in plane] for point in points]).reshape(-1, 2)
+
+
+def staircase(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the outline of what points dominate above a reference, in a plane where both axes are maximised.
+
+    Args:
+        points: [points, 2].
+        reference: [2].
+
+    Returns:
+        The corners in order, [corners, 2]; the reference alone when nothing dominates it.
+    """
+    above = points[(points > reference).all(axis=1)]
+    front = np.unique(above[nondominated(above)], axis=0)
+    corners = [reference]
+    left = reference[0]
+    for x, y in front:
+        corners += [np.array([left, y]), np.array([x, y])]
+        left = x
+    corners.append(np.array([left, reference[1]]))
+    return np.array(corners)
+
+
+def sft_volumes(summary: Summary) -> dict[str, Estimate]:
+    """Return each method's hypervolume above the SFT model's scores."""
+    return {row.method: row.hypervolume for row in summary.hypervolumes if row.reference == "sft"}
+
+
+def tint(look: Look) -> tuple[float, float, float]:
+    """Return the colour of the area that a method dominates."""
+    return mix(look.colour, "white", _TINT)
+
+
+def _shade(axes: Axes, drawn: Drawn, plane: Plane) -> None:
+    """Tint what each method dominates above SFT, the smaller area over the larger to show what is added."""
+    sft = coordinates([drawn.summary.sft], plane)[0]
+    volumes = sft_volumes(drawn.summary)
+    for name in sorted(drawn.chosen, key=lambda name: -volumes[name].value):
+        corners = staircase(coordinates(drawn.methods[name], plane), sft)
+        # Opaque and below the grid: see-through tints would mix to a colour that is no method's.
+        # The edge tells areas apart in grey, where tints are much alike.
+        colour = drawn.looks[name].colour
+        axes.fill(*corners.T, fc=tint(drawn.looks[name]), ec=mix(colour, "white", 0.45), linewidth=0.5, zorder=0.4)
+
+
+def _crossed(drawn: Drawn, name: str) -> list[PointSummary]:
+    """Return the points of a method whose intervals are drawn."""
+    return spread(drawn.methods[name], 5 if name in drawn.chosen else 1)
+
+
+def _draw_crosses(axes: Axes, points: Sequence[PointSummary], plane: Plane, colour: str, scale: float) -> None:
+    thin: dict[str, Any] = dict(color=colour, linewidth=0.9 * scale, alpha=0.7, zorder=2, solid_capstyle="butt")
+    for point in points:
+        x, y = (measure(point, name) for name in plane)
+        axes.plot([x.low, x.high], [y.value, y.value], linestyle="-", marker="", **thin)
+        axes.plot([x.value, x.value], [y.low, y.high], linestyle="-", marker="", **thin)
+
+
+def _obstacles(axes: Axes, drawn: Drawn, plane: Plane) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes, in pixels: of what labels must not cover, and of the crosses, which they should not."""
+    pixels, unit = axes.transData.transform, pixels_per_point(axes.figure) * drawn.scale
+    marked = [drawn.summary.sft, *(point for point, _ in policy_points(drawn.summary))]
+    boxes = [boxes_around(pixels(coordinates(marked, plane)), 6 * unit)]
+    crosses = []
+    for name, points in drawn.methods.items():
+        line = pixels(coordinates(points, plane))
+        boxes.append(boxes_around(line, 3.2 * unit))
+        if drawn.line(name)["linestyle"] != "none":
+            boxes.append(boxes_along(line, 1.1 * unit))
+        crosses += _crossed(drawn, name)
+    return np.concatenate(boxes), _cross_boxes(axes, [drawn.summary.sft, *crosses], plane)
+
+
+def _cross_boxes(axes: Axes, points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
+    boxes = []
+    for point in points:
+        x, y = (measure(point, name) for name in plane)
+        for ends in ([[x.low, y.value], [x.high, y.value]], [[x.value, y.low], [x.value, y.high]]):
+            boxes.append(boxes_along(axes.transData.transform(np.array(ends))))
+    return np.concatenate(boxes)
+
+
+def _labels(axes: Axes, drawn: Drawn, plane: Plane) -> Iterator[Label]:
+    """Yield the labels, the most important first: names, then λ where it is one number, the last method's first."""
+    pixels, unit = axes.transData.transform, pixels_per_point(axes.figure) * drawn.scale
+    named = [*policy_points(drawn.summary), (drawn.summary.sft, "SFT")]
+    for point, name in named:
+        size, longest = ("medium", _LONG) if drawn.scale == 1 else ("small", _SHORT)
+        yield Label(
+            shorten(name, longest), pixels(coordinates([point], plane))[0], clearance=7 * unit, must=True, size=size
+        )
+    written: dict[str, list[np.ndarray]] = {}
+    for method, point, text in _texts(drawn):
+        anchor = pixels(coordinates([point], plane))[0]
+        alike = written.setdefault(text, [])
+        # Where fronts lie on each other, one λ stands for the points of both.
+        if all(np.hypot(*(anchor - other)) > 10 * unit for other in alike):
+            clearance = (7 if any(point is other for other, _ in named) else 4) * unit
+            colour = mix(drawn.looks[method].colour, "black", 0.45)
+            yield Label(text, anchor, clearance, size="small" if drawn.scale == 1 else "x-small", colour=colour)
+            alike.append(anchor)
+
+
+def _texts(drawn: Drawn) -> Iterator[tuple[str, PointSummary, str]]:
+    """Yield a method, a point and its label: every model by its name, then some λ of two policies, ends first."""
+    reverse = list(reversed(drawn.methods.items()))
+    yield from ((name, point, point.checkpoint) for name, points in reverse for point in points if point.checkpoint)
+    for name, points in reverse:
+        if name in drawn.chosen:
+            some = [point for point in spread(points, 5) if len(point.weights) == 2]
+            yield from ((name, point, f"λ = {point.lam:.3g}") for point in [*some[:1], *some[-1:], *some[1:-1]])
+
+
+def columns_of(count: int, most: int) -> tuple[int, int]:
+    """Return rows and columns of a grid for `count` panels, at most `most` beside each other."""
+    columns = min(count, most)
+    return -(-count // columns), columns

@@ -1,0 +1,235 @@
+"""How figures look: named styles, the palette, sizes, and the bytes of a file. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewarded_lines.errors import UserError, fail, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+FORMATS = ("png", "svg", "pdf")
+PAPER = "paper"
+# Orange, blue, green, sky, vermillion and pink are those of Okabe and Ito, "Color Universal Design", 2008; wine,
+# indigo, olive and red go between. The first four differ in lightness, so in grey too; all ten differ in their marker.
+COLOURS = (
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+    "#882255",
+    "#56B4E9",
+    "#D55E00",
+    "#CC79A7",
+    "#332288",
+    "#999933",
+    "#A50026",
+)
+MARKERS = ("s", "o", "^", "v", "P", "X", "D", "<", ">", "p")
+_LINES = ("-", "-", "-", "-", "-", "-", "--", "--", "--", "--")
+_GREYS = ("0.68", "0.22", "0.50", "0.36", "0.78", "0.10", "0.60", "0.44", "0.30", "0.72")
+_GREY_LINES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-", "--")
+# What fits the text of a page; a figure of one plane is narrower, and says so in `figure.figsize`.
+WIDE = 7.0
+PLANE = 4.6
+_SETTINGS: dict[str, Any] = {
+    "figure.figsize": (PLANE, PLANE),
+    "figure.dpi": 300,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.5,
+    "grid.color": "0.88",
+    "grid.linewidth": 0.5,
+    "image.cmap": "cividis",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+# For a screen at the other end of a room: everything larger, text and lines more so than the figure.
+_SLIDES: dict[str, Any] = {
+    "figure.figsize": (6.4, 6.4),
+    "figure.dpi": 200,
+    "font.size": 14,
+    "axes.labelsize": 14,
+    "axes.titlesize": 14,
+    "axes.linewidth": 1.2,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.title_fontsize": 12,
+    "lines.linewidth": 2.6,
+    "lines.markersize": 8.5,
+    "grid.linewidth": 0.8,
+}
+# Last, whatever a style says: the same bytes every time, and texts of λ and α that TeX would not take.
+_FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False}
+STYLES: Mapping[str, dict[str, Any]] = {
+    PAPER: {},
+    "slides": _SLIDES,
+    "grey": {"image.cmap": "gray", "colours": _GREYS, "lines": _GREY_LINES},
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the line of one method or policy is drawn: matplotlib's colour, marker and line style."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def check_style(style: str) -> None:
+    """Refuse a style that is not there, before any work is done for it.
+
+    Args:
+        style: one of `STYLES`, or the path of a matplotlib style file.
+
+    Raises:
+        UserError: it is neither, or the file has a line that matplotlib does not know. Without matplotlib files are
+            not read.
+    """
+    if style in STYLES:
+        return
+    if not Path(style).is_file():
+        alike = nearest(style, list(STYLES))
+        raise fail(
+            "no such style",
+            where=f"--style {style}",
+            expected=f"{', '.join(STYLES)}, or a .mplstyle file",
+            remedy=f"did you mean {alike}?" if alike else "",
+        )
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ImportError:
+        return
+    _read_style(Path(style))
+
+
+@contextmanager
+def house_style(style: str = PAPER) -> Iterator[None]:
+    """Hold a style while drawing, whatever the user's own settings are.
+
+    Args:
+        style: one of `STYLES`, or the path of a matplotlib style file, whose settings go over those of a paper. TeX
+            does not set the texts, and the salt of SVG's names is ours.
+
+    Raises:
+        UserError: matplotlib is not installed, or see `check_style`.
+    """
+    try:
+        from matplotlib import style as styles
+    except ImportError as error:
+        raise fail(
+            "the figure needs matplotlib, which is not installed",
+            remedy="pip install 'rewarded-lines[report]'",
+        ) from error
+    check_style(style)
+    named = dict(STYLES.get(style, {}))
+    palette = _palette(named.pop("colours", COLOURS), named.pop("lines", _LINES))
+    own = [] if style in STYLES else [_read_style(Path(style))]
+    with styles.context(["default", _SETTINGS | palette | named, *own, _FIXED]):
+        yield
+
+
+def looks(count: int) -> list[Look]:
+    """Return how each of `count` lines looks in the style that is held; more than ten repeat."""
+    from matplotlib import rcParams
+
+    given = rcParams["axes.prop_cycle"].by_key()
+    colours, markers = given.get("color", COLOURS), given.get("marker", MARKERS)
+    lines = given.get("linestyle", _LINES)
+    return [Look(*one) for one in islice(zip(cycle(colours), cycle(markers), cycle(lines), strict=False), count)]
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """Return an empty figure in the style that is held.
+
+    Args:
+        width: inches on paper; other styles enlarge it.
+        height: inches on paper.
+    """
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    factor = rcParams["figure.figsize"][0] / PLANE
+    figure = Figure(figsize=(factor * width, factor * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_bytes(figure: Figure, format: str, style: str = PAPER) -> bytes:
+    """Return the figure as a "png", "svg" or "pdf" file, the same bytes every time.
+
+    Args:
+        figure: drawn in `style`.
+        format: one of `FORMATS`.
+        style: see `house_style`.
+    """
+    metadata = {
+        "png": {"Software": "rewarded-lines"},
+        "svg": {"Date": None, "Creator": "rewarded-lines"},
+        "pdf": {"CreationDate": None, "Creator": "rewarded-lines"},
+    }
+    file = io.BytesIO()
+    with house_style(style):
+        figure.savefig(file, format=format, dpi=figure.dpi, metadata=metadata[format])
+    return file.getvalue()
+
+
+def mix(colour: str, other: str, share: float) -> tuple[float, float, float]:
+    """Return `colour` with a share of another in it, as red, green and blue from 0 to 1."""
+    from matplotlib.colors import to_rgb
+
+    (red, green, blue), (to_red, to_green, to_blue) = to_rgb(colour), to_rgb(other)
+    rest = 1 - share
+    return rest * red + share * to_red, rest * green + share * to_green, rest * blue + share * to_blue
+
+
+def pixels_per_point(figure: Figure | SubFigure) -> float:
+    """Return how many pixels a typographic point, 1/72 inch, is in a figure."""
+    return float(figure.dpi) / 72
+
+
+def _palette(colours: tuple[str, ...], lines: tuple[str, ...]) -> dict[str, Any]:
+    from cycler import cycler
+
+    return {"axes.prop_cycle": cycler(color=colours, marker=MARKERS, linestyle=lines)}
+
+
+def _read_style(path: Path) -> dict[str, Any]:
+    """Return the settings of a style file; matplotlib itself would only warn of a key that it does not know."""
+    import matplotlib
+
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key = line.partition("#")[0].partition(":")[0].strip()
+            if key and key not in matplotlib.rcParams:
+                alike = nearest(key, list(matplotlib.rcParams))
+                remedy = f"did you mean {alike}?" if alike else ""
+                raise fail(f"matplotlib has no setting `{key}`", where=str(path), remedy=remedy)
+        found = matplotlib.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        what = "not a matplotlib style file"
+        raise fail(what, where=str(path), expected="lines of KEY: VALUE", got=" ".join(str(error).split())) from error
+    return {key: value for key, value in found.items() if not key.startswith(("backend", "savefig.directory"))}

@@ -1,0 +1,82 @@
+"""What methods and points are called where people read them: in legends, on labels, in headings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rewarded_lines.config import POLICIES, TUNED
+from rewarded_lines.summaries.summary import PointSummary, Summary, is_policy
+
+# Merge methods whose names are written otherwise than in a project file.
+_MERGES = {
+    "ties": "TIES",
+    "dare": "DARE",
+    "dare-ties": "DARE-TIES",
+    "slerp": "SLERP",
+    "wise-ft": "WiSE-FT",
+    "task-arithmetic": "Task Arithmetic",
+    "consensus": "Consensus",
+}
+
+
+def method_label(points: Sequence[PointSummary]) -> str:
+    """Return what a method is called in a legend, e.g. "LiNeS (α = β = 1)".
+
+    Args:
+        points: all of the method, at least one.
+    """
+    name, merge, alpha, beta = points[0].method, points[0].merge, points[0].alpha, points[0].beta
+    if any(point.checkpoint for point in points):
+        return name
+    low, high = min(point.alpha for point in points), max(point.alpha for point in points)
+    if low < high:
+        return f"{name} (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = {_number(beta)})"
+    kind = "Rewarded Soups" if beta == 0 else "LiNeS"
+    if merge != "soup":
+        kind = _MERGES.get(merge, merge) + (" + LiNeS" if beta != 0 else "")
+    if name == TUNED:
+        kind += ", tuned"
+    if beta == 0:
+        return f"{kind} (β = 0)" if alpha == 1 else f"{kind} (α = {_number(alpha)}, β = 0)"
+    schedule = f"α = β = {_number(alpha)}" if alpha == beta else f"α = {_number(alpha)}, β = {_number(beta)}"
+    return f"{kind} ({schedule})"
+
+
+def method_labels(summary: Summary) -> dict[str, str]:
+    """Return what every method is called, those that would be called the same with their own names before it."""
+    labels = {name: method_label(points) for name, points in summary.methods().items()}
+    times = Counter(labels.values())
+    return {name: label if times[label] == 1 else f"{name}: {label}" for name, label in labels.items()}
+
+
+def merged_methods(summary: Summary) -> dict[str, list[PointSummary]]:
+    """Return the methods that make a front, with their points; single policies are no method to be compared."""
+    return {name: points for name, points in summary.methods().items() if name != POLICIES}
+
+
+def policy_points(summary: Summary) -> list[tuple[PointSummary, str]]:
+    """Return the points that are a policy itself, unmerged, with its name."""
+    found = []
+    for index, policy in enumerate(summary.policies):
+        point = next((point for point in summary.points if is_policy(point, index)), None)
+        if point is not None:
+            found.append((point, policy))
+    return found
+
+
+def spread(points: Sequence[PointSummary], count: int = 5) -> list[PointSummary]:
+    """Return the ends of a front and some points between, where all would be clutter.
+
+    Args:
+        points: in the order of λ.
+        count: how many to keep at most; 1 keeps the middle.
+    """
+    last = len(points) - 1
+    shares = [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
+    return [points[index] for index in sorted({round(share * last) for share in shares})]
+
+
+def _number(value: float, form: str = "g") -> str:
+    """Return a number with the minus sign that axes have, not a hyphen."""
+    return format(value, form).replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,67 @@
+"""What methods are called in figures, and which points stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rewarded_lines.evaluation.records import load_run
+from rewarded_lines.summaries.names import merged_methods, method_label, method_labels, policy_points, spread
+from rewarded_lines.summaries.summary import Summary, summarise
+
+
+@pytest.fixture
+def summary(make_run: Callable[..., Path]) -> Summary:
+    return summarise(load_run(make_run(points=11, prompts=4, resamples=20)))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"alpha": 1.0, "beta": 0.0}, "Rewarded Soups (β = 0)"),
+        ({"alpha": 0.5, "beta": 0.0}, "Rewarded Soups (α = 0.5, β = 0)"),
+        ({"alpha": 1.0, "beta": 1.0}, "LiNeS (α = β = 1)"),
+        ({"alpha": 1.0, "beta": 0.5}, "LiNeS (α = 1, β = 0.5)"),
+        ({"alpha": 2.0, "beta": -1.0}, "LiNeS (α = 2, β = −1)"),
+        ({"merge": "ties", "beta": 0.0}, "TIES (β = 0)"),
+        ({"merge": "dare-ties", "alpha": 1.0, "beta": 1.0}, "DARE-TIES + LiNeS (α = β = 1)"),
+        ({"method": "tuned", "alpha": 1.7, "beta": 1.8}, "LiNeS, tuned (α = 1.7, β = 1.8)"),
+        ({"method": "baselines", "checkpoint": "morl"}, "baselines"),
+    ],
+)
+def test_method_labels(summary: Summary, given: dict[str, object], expected: str) -> None:
+    points = [replace(point, **given) for point in summary.methods()["soup"]]
+    assert method_label(points) == expected
+
+
+def test_an_alpha_that_differs_between_points_is_a_range(summary: Summary) -> None:
+    points = summary.methods()["soup"]
+    varied = [replace(point, method="uniform", alpha=1.3 + 0.01 * index) for index, point in enumerate(points)]
+    assert method_label(varied) == "uniform (α = 1.30 to 1.40, β = 0)"
+
+
+def test_methods_of_one_label_have_their_names_before_it(summary: Summary) -> None:
+    again = [replace(point, method="seed 2") for point in summary.methods()["soup"]]
+    labels = method_labels(replace(summary, points=[*summary.points, *again]))
+    assert labels == {
+        "soup": "soup: Rewarded Soups (β = 0)",
+        "lines": "LiNeS (α = β = 1)",
+        "seed 2": "seed 2: Rewarded Soups (β = 0)",
+    }
+
+
+def test_single_policies_are_no_method(summary: Summary) -> None:
+    alone = replace(summary.methods()["soup"][0], method="policies")
+    assert list(merged_methods(replace(summary, points=[*summary.points, alone]))) == ["soup", "lines"]
+    assert [name for _, name in policy_points(summary)] == ["cheerful", "detailed"]
+
+
+def test_spread_keeps_the_ends(summary: Summary) -> None:
+    points = summary.methods()["soup"]
+    assert [point.lam for point in spread(points)] == [0.0, 0.2, 0.5, 0.8, 1.0]
+    assert [point.lam for point in spread(points, 1)] == [0.5]
+    assert spread(points[:2]) == points[:2]
+    assert spread(points[:1]) == points[:1]
