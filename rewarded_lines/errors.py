@@ -7,10 +7,15 @@ Python callers catch it. `assert` stays for our own bugs.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _LONGEST = 1000
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Anything shorter is no token, and may be part of a word.
+_SHORTEST_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """Return `text` with escapes for what would steer a terminal: names and values come from files of others."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def masked(text: str) -> str:
+    """Return `text` without the user's access tokens for the Hub, wherever they come from: it may be kept or shown."""
+    for name in _TOKENS:
+        token = os.environ.get(name, "").strip()
+        text = text.replace(token, f"${name}") if len(token) >= _SHORTEST_TOKEN else text
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_…", text)
 
 
 def _brief(text: str) -> str:

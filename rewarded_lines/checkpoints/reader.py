@@ -195,7 +195,8 @@ def _from_hub(reference: str, weights: bool, revision: str | None) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt"]
+    # The card, because it has the licence.
+    patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours

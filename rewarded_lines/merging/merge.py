@@ -13,6 +13,7 @@ from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
+from rewarded_lines.merging.cards import Additions
 from rewarded_lines.merging.greedy import greedy_weights
 from rewarded_lines.merging.kinds import kind_of, plan_as
 from rewarded_lines.merging.output import command_line, write_folders
@@ -62,6 +63,7 @@ def merge(
     extrapolate: bool = False,
     allow_nonfinite: bool = False,
     as_: str = "auto",
+    additions: Additions | None = None,
     progress: Progress = silent,
 ) -> list[MergeResult]:
     """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
@@ -92,6 +94,7 @@ def merge(
         extrapolate: allow weights that are negative or do not sum to 1.
         allow_nonfinite: let NaN and infinite values pass.
         as_: what to write: "full" models, LoRA adapters ("adapter"), or "auto": adapters if all policies are adapters.
+        additions: what the model cards show beside what the merge knows, see `rewarded_lines.publishing`.
         progress: called as blocks are written, with a tensor's name, bytes and the bytes of all.
 
     Returns:
@@ -109,17 +112,27 @@ def merge(
     shard_size = parse_size(max_shard_size)
     targets = _targets(None if out is None else Path(expand(out)), specs)
     check_targets(targets, [base, *named.values()], overwrite)
+    progress("opening inputs", 0, 0)
     plan = plan_as(as_, base, named, method, dtype=dtype, device=device, layers=layers)
+    addition = additions(plan) if additions else None
     if method == "greedy" and dry_run:
         plan.notes.append("dry run: no candidate is scored, so who joins is not known")
     elif method == "greedy":
         weights = greedy_weights(
-            plan, specs[0], score, targets[0], automatic=alpha == "auto", allow_nonfinite=allow_nonfinite
+            plan,
+            specs[0],
+            score,
+            targets[0],
+            automatic=alpha == "auto",
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
         specs = [replace(specs[0], weights=weights)]
     if alpha == "auto":
+        progress("choosing α", 0, 0)
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if not dry_run:
+        progress("measuring residuals", 0, 0)
         plan.prepare(specs)
         settings = {
             "as": kind_of(plan),
@@ -136,6 +149,7 @@ def merge(
             max_shard_size=shard_size,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            addition=addition,
             progress=progress,
         )
     return [result_of(plan, spec, None if dry_run else target) for spec, target in zip(specs, targets, strict=True)]

@@ -16,9 +16,11 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
-from rewarded_lines.errors import UserError, fail, printable
+from rewarded_lines.errors import UserError, fail, masked
 from rewarded_lines.folders import atomic_folder
-from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, describe, hash_inputs, model_card
+from rewarded_lines.merging.cards import CardAddition, model_card
+from rewarded_lines.merging.input_cards import CARD_FILE
+from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, describe, hash_inputs
 from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
@@ -37,6 +39,7 @@ def write_folders(
     max_shard_size: int,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    addition: Callable[[MergeSpec], CardAddition] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write one complete folder for each spec, or none; inputs are read once for all.
@@ -49,6 +52,7 @@ def write_folders(
         max_shard_size: bytes of the largest weight file.
         overwrite: replace folders that are there.
         allow_nonfinite: let NaN and infinite values pass.
+        addition: called once for each output, when all inputs have been read: what else its card shows.
         progress: called as blocks are written.
 
     Raises:
@@ -61,10 +65,19 @@ def write_folders(
         fill_folders(
             plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
         )
+        progress("hashing inputs", 0, 0)
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):
             write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
-            (folder / "README.md").write_text(printable(model_card(plan, spec)), encoding="utf-8")
+            write_card(folder, plan, spec, settings, addition(spec) if addition else CardAddition())
+        progress("syncing to disk", 0, 0)
+
+
+def write_card(folder: Path, plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition) -> None:
+    """Write the model card, and the files that it shows."""
+    for name, content in addition.files.items():
+        (folder / name).write_bytes(content)
+    (folder / CARD_FILE).write_text(model_card(plan, spec, settings, addition), encoding="utf-8")
 
 
 def fill_folders(
@@ -122,6 +135,7 @@ def write_weights(
         total = total_bytes(tensors[name] for name in order)
         steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
 
+        progress("merging blocks", 0, total)
         queue = list(all_blocks(order, tensors))
         relay = Relay(queue)
 
@@ -212,5 +226,5 @@ def _full(needed: int, place: Path) -> UserError:
 
 
 def command_line() -> list[str]:
-    """Return the command that runs, its own path cut to the name."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """Return the command that runs, its own path cut to the name; a token in it, for `--score` say, is masked."""
+    return [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])]

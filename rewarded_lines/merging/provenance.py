@@ -1,4 +1,4 @@
-"""What a merged folder says of itself: `merge.json` for programs, a model card for people."""
+"""What a merged folder says of itself to programs: `merge.json`, with the hash of every input file."""
 
 from __future__ import annotations
 
@@ -33,49 +33,6 @@ _COMPANIONS = (
 
 Record = dict[str, Any]
 Plan = MergePlan | AdapterPlan
-
-_CARD = """---
-library_name: {library}
-tags: [{tags}]
----
-# {title}
-
-A merge of policies aligned with different rewards, made by
-[rewarded-lines](https://pypi.org/project/rewarded-lines/) {version}:
-
-    θ = θ_base + s(ℓ) · m(τ_1 … τ_N; λ),   τ_i = θ_i − θ_base,   s(ℓ) = α + β (ℓ − 1)/(L − 1)
-
-| | |
-|---|---|
-| base | `{base}` |
-{policies}
-| method m | {method} |
-| α, β | {alpha:g}, {beta:g} |
-| blocks L | {blocks} |
-
-{use}
-
-`merge.json` has the hash of every input file; `rewarded-lines merge --from merge.json` makes the same bits again.
-Methods: LiNeS (arXiv 2410.17146), Rewarded Soups (arXiv 2306.04488).
-"""
-_USE_MODEL = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```"""
-_USE_ADAPTER = """A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "this folder")
-```
-
-In vLLM: `LLM("{base}", enable_lora=True, max_lora_rank=N)`, N one of its ranks and at least {rank}, with a
-`LoRARequest` for this folder."""
 
 
 def input_files(plan: Plan) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -135,34 +92,9 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Record, settings: Mapping[str,
     }
 
 
-def model_card(plan: Plan, spec: MergeSpec) -> str:
-    """Return the README.md of a merged folder."""
-    titles = {name: _title(plan.references.get(name, ""), policy.folder) for name, policy in plan.policies.items()}
-    rows = [
-        f"| {name}, λ = {weight:g} | `{title}` |"
-        for (name, title), weight in zip(titles.items(), spec.weights, strict=True)
-    ]
-    method = ", ".join([spec.method, *(f"{name} {value}" for name, value in spec.options.items())])
-    kind = {"soup": "Rewarded Soups" if (spec.alpha, spec.beta) == (1, 0) else "LiNeS"}.get(spec.method, spec.method)
-    adapter = isinstance(plan, AdapterPlan)
-    return _CARD.format(
-        library="peft" if adapter else "transformers",
-        tags="merge, rewarded-soups, lines, rewarded-lines" + (", lora" if adapter else ""),
-        use=_use_adapter(plan, spec) if isinstance(plan, AdapterPlan) else _USE_MODEL,
-        title=f"{kind} of {', '.join(plan.policies)}",
-        version=__version__,
-        base=_title(plan.reference, plan.base.folder),
-        policies="\n".join(rows),
-        method=method,
-        alpha=spec.alpha,
-        beta=spec.beta,
-        blocks=", ".join(f"{blocks} ({stack})" for stack, blocks in plan.depths.stacks.items()),
-    )
-
-
-def _use_adapter(plan: AdapterPlan, spec: MergeSpec) -> str:
-    ranks = [stack.rank for stack in plan.output(spec).stacks.values()]
-    return _USE_ADAPTER.format(rank=max(ranks, default=0), base=_title(plan.reference, plan.base.folder))
+def title(reference: str, folder: Path) -> str:
+    """Return what people call an input: its Hub id, or the name of its folder."""
+    return folder.resolve().name if not reference or looks_local(reference) else reference
 
 
 def _hash(file: Any) -> None:
@@ -183,8 +115,3 @@ def _hashed(files: Iterable[Path]) -> dict[str, str]:
 def _place(reference: str, folder: Path) -> str:
     """Return where an input is found again: its Hub id, or its folder."""
     return str(folder.resolve()) if not reference or looks_local(reference) else reference
-
-
-def _title(reference: str, folder: Path) -> str:
-    """Return what people call an input: its Hub id, or the name of its folder."""
-    return folder.resolve().name if not reference or looks_local(reference) else reference

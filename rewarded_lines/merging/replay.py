@@ -11,6 +11,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.merging.cards import Additions
 from rewarded_lines.merging.kinds import plan_as
 from rewarded_lines.merging.merge import MergeResult, check_schedule, check_targets, expand, result_of
 from rewarded_lines.merging.output import command_line, write_folders
@@ -54,6 +55,7 @@ def replay(
     device: str = "cpu",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    additions: Additions | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
     """Make the merge again that a `merge.json` tells of.
@@ -66,6 +68,7 @@ def replay(
         device: where the arithmetic runs; only the processor promises the same bits.
         overwrite: replace an output that is there.
         allow_nonfinite: let NaN and infinite values pass.
+        additions: what the model card shows beside what the merge knows.
         progress: called as blocks are written.
 
     Raises:
@@ -91,8 +94,11 @@ def replay(
     weights = tuple(told.weights[name] for name in named)
     spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
     spec = complete(spec, len(named))
+    progress("opening inputs", 0, 0)
     plan = plan_as(told.kind, origin, named, told.method, dtype=told.dtype, device=device, layers=told.layers)
+    progress("hashing inputs", 0, 0)
     _check_hashes(path, told, plan)
+    addition = additions(plan) if additions else None
     plan.prepare([spec])
     settings = {"as": told.kind, "dtype": told.dtype, "max_shard_size": told.max_shard_size, "layers": told.layers}
     write_folders(
@@ -103,6 +109,7 @@ def replay(
         max_shard_size=size,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
+        addition=addition,
         progress=progress,
     )
     return result_of(plan, spec, target)

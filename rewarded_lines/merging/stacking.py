@@ -54,6 +54,7 @@ class AdapterWriter:
 
     def write(self, folders: Sequence[Path]) -> None:
         """Write adapter_model.safetensors of every output."""
+        self._progress("merging tensors", 0, self._total)
         with ExitStack() as stack:
             for folder, spec in zip(folders, self._specs, strict=True):
                 writer = CheckpointWriter(folder, self._plan.outputs(spec), _ONE_FILE, ADAPTER_FILE)

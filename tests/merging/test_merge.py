@@ -185,7 +185,8 @@ def test_a_dry_run_scores_no_candidate(tiny):
 
 def test_failure_leaves_nothing_behind(tiny):
     def explode(name, size, total):
-        raise RuntimeError("stop")
+        if size:
+            raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
         merge("sft", ["first", "second"], 0.5, out="out", progress=explode)
@@ -194,7 +195,8 @@ def test_failure_leaves_nothing_behind(tiny):
 
 def test_killed_merge_leaves_no_output_and_the_next_one_cleans_up(tiny):
     script = (
-        "import time; from rewarded_lines import merge; stop = lambda *a: (print('go', flush=True), time.sleep(60)); "
+        "import time; from rewarded_lines import merge; "
+        "stop = lambda name, size, total: size and (print('go', flush=True), time.sleep(60)); "
         "merge('sft', ['first', 'second'], 0.5, out='out', progress=stop)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

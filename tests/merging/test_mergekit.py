@@ -25,9 +25,14 @@ Where the definitions differ, and what these tests therefore avoid:
 - Where weighted residuals cancel to zero it elects +, and elects from float32 sums unless told `dtype: float64`. Here
   nothing cancels.
 - SLERP is linear there beyond |cos Ω| = 0.9995, for opposite residuals as well; a residual of zeros counts as
-  perpendicular to any other. Here |cos Ω| is well below that, or exactly 1.
+  perpendicular to any other. Here |cos Ω| is well below that, or exactly 1. NuSLERP with a base is linear for parallel
+  residuals only.
 - Its DARE drops by torch's global generator in the order of its task graph and then restores the tensor's L1 norm
-  (`rescale`), where the paper divides by the density: no seed makes the two the same, so DARE is not compared.
+  (`rescale`), where the paper divides by the density: no seed makes the two the same, so of DARE only the shares and
+  sizes of what is kept are compared.
+
+At the end the same YAML goes to both tools (`merge --from-mergekit`), mergekit computing in float64 (`dtype`), both
+writing float32: the files must be the same bits, but for single values where base and residual cancel.
 - `dtype` there is that of the arithmetic, and of the output unless `out_dtype` is given. Without it `task_arithmetic`
   and `ties` compute in the inputs' own type, bfloat16 for instance; ours always computes one precision up.
 """
@@ -46,6 +51,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import make_model, save_model
 
 from rewarded_lines import merge
+from rewarded_lines.translating.mergekit import merge_like_mergekit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -279,3 +285,114 @@ def test_formula_mergekit_and_merge_agree(case, family, mergekit, tmp_path):
         # formula's own rounding in float64 where base and residual cancel.
         allowed = np.spacing(np.abs(ours[name])).astype(np.float64) * (0.5 + 2**-20) + 1e-15
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.3g} roundings"
+
+
+# ---- the same file for both ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A mergekit config of the policies, less its paths and types."""
+
+    merge_method: str
+    models: dict[str, dict[str, Any]]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    base: bool = True
+    sliced: bool = False
+
+    def config(self, family: Path) -> dict[str, Any]:
+        models: list[dict[str, Any]] = [
+            {"model": str(family / name), "parameters": given} for name, given in self.models.items()
+        ]
+        said: dict[str, Any] = {"merge_method": self.merge_method, "parameters": self.parameters}
+        said |= {"dtype": "float64", "out_dtype": "float32"}
+        said |= {"base_model": str(family / "base")} if self.base else {}
+        if not self.sliced:
+            return said | {"models": models}
+        models += [{"model": str(family / "base")}]
+        return said | {"slices": [{"sources": [{**model, "layer_range": [0, BLOCKS]} for model in models]}]}
+
+
+# Weights that make no sum of whole steps vanish: see TWO.
+UNEVEN = {"first": {"weight": 1}, "second": {"weight": 1.69376}}
+FILES = {
+    "linear": File(
+        "linear", {"first": {"weight": 1.0}, "second": {"weight": 0.3}, "third": {"weight": 0.5}}, base=False
+    ),
+    "linear-over-base": File("linear", {"base": {"weight": 0.3}, "first": {"weight": 0.7}}),
+    "linear-gradient": File("linear", {"base": {"weight": [1, 0.4]}, "first": {"weight": [0, 0.6]}}),
+    "linear-one-weight": File("linear", {"first": {}, "second": {}}, {"weight": 1}, base=False),
+    "task-arithmetic": File("task_arithmetic", {"first": {"weight": 0.8}, "second": {"weight": -0.3}}),
+    "task-arithmetic-lines": File(
+        "task_arithmetic", {"first": {"weight": [0.28, 0.64]}, "second": {"weight": [0.42, 0.96]}}
+    ),
+    "task-arithmetic-lambda": File(
+        "task_arithmetic", {"first": {"weight": 0.3}, "second": {"weight": 0.7}}, {"lambda": [0.5, 1.0, 1.5]}
+    ),
+    "task-arithmetic-mean": File(
+        "task_arithmetic", {"first": {"weight": [3, 6]}, "second": {"weight": [7, 14]}}, {"normalize": True}
+    ),
+    "task-arithmetic-filter": File(
+        "task_arithmetic",
+        {"first": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 0.5}]}, "second": {"weight": "5e-1"}},
+    ),
+    "task-arithmetic-slice": File(
+        "task_arithmetic", {"first": {"weight": [0.3, 0.6]}, "second": {"weight": [0.7, 1.4]}}, sliced=True
+    ),
+    "ties": File("ties", UNEVEN, {"density": 0.5}),
+    "ties-sum": File(
+        "ties",
+        {"first": {"weight": [1, 2]}, "second": {"weight": [1.69376, 3.38752]}},
+        {"density": 0.5, "normalize": False, "int8_mask": True},
+    ),
+    "ties-lambda": File("ties", UNEVEN, {"lambda": [0.5, 1.5]}),
+    "dare-linear-whole": File("dare_linear", {"first": {"weight": 0.3}, "second": {"weight": 0.7}}),
+    "dare-ties-whole": File("dare_ties", UNEVEN, {"normalize": True}),
+    "nuslerp": File("nuslerp", {"first": {"weight": 1}, "second": {"weight": 3}}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_for_mergekit_gives_the_same_bits_here(name, family, mergekit, tmp_path):
+    config = FILES[name].config(family)
+    run_mergekit(mergekit, config, tmp_path / "theirs")
+    merge_like_mergekit(tmp_path / "theirs.yaml", out=tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype == np.float32
+        differ = ours[key].view(np.uint32) != tensor.view(np.uint32)
+        # Where base and residual cancel, both have float64's own rounding left, some 1e-18.
+        assert (np.abs(ours[key] - tensor)[differ] < 1e-15).all(), key
+        assert differ.sum() <= 1, key
+
+
+def test_where_values_cancel_mergekit_elects_plus_and_ours_nothing(family, mergekit, tmp_path):
+    file = File("ties", {"first": {"weight": 1}, "second": {"weight": 3}})
+    run_mergekit(mergekit, file.config(family), tmp_path / "theirs")
+    merge_like_mergekit(tmp_path / "theirs.yaml", out=tmp_path / "ours")
+    theirs, ours, base = (load(folder) for folder in (tmp_path / "theirs", tmp_path / "ours", family / "base"))
+    first, second = (load(family / f"{name}-residual") for name in ("first", "second"))
+    found = 0
+    for key in base:
+        differ = theirs[key] != ours[key]
+        assert np.array_equal(differ, (first[key] + 3 * second[key] == 0) & (first[key] != 0))
+        assert np.array_equal(ours[key][differ], base[key][differ])
+        assert (theirs[key] >= base[key])[differ].all()
+        found += int(differ.sum())
+    assert found
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_dare_keeps_as_many_values_and_enlarges_them_as_much(rescale, family, mergekit, tmp_path):
+    file = File("dare_linear", {"first": {"weight": 0.8, "density": 0.25}}, {"rescale": rescale})
+    run_mergekit(mergekit, file.config(family), tmp_path / "theirs")
+    merge_like_mergekit(tmp_path / "theirs.yaml", out=tmp_path / "ours", seed=1)
+    base, residuals = load(family / "base"), load(family / "first-residual")
+    for folder in ("theirs", "ours"):
+        merged = load(tmp_path / folder)
+        moved = np.concatenate([((merged[key] - base[key]) / residuals[key]).ravel() for key in base])
+        kept = np.abs(moved) > 1e-3
+        # Three standard deviations of a share of some 10⁵ values; the L1 norm of a tensor varies with its mask.
+        assert abs(kept.mean() - 0.25) < 0.005, folder
+        assert np.median(moved[kept]) == pytest.approx(3.2 if rescale else 0.8, rel=0.02), folder

@@ -1,0 +1,94 @@
+"""`rewarded-lines push`, and the upload of what `merge` has made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rewarded_lines.cli.options import AsJson, Quiet
+from rewarded_lines.cli.progress import stdout_for_results
+from rewarded_lines.errors import fail
+
+_PANEL = "Publishing"
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Upload into a repository that only its owner sees.", rich_help_panel=_PANEL),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="BRANCH", help="Upload to this branch; main by default.", rich_help_panel=_PANEL),
+]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a merged folder is to be uploaded."""
+
+    repository: str
+    private: bool
+    revision: str | None
+
+    @classmethod
+    def checked(cls, repository: str | None, private: bool, revision: str | None, outputs: int) -> Destination | None:
+        """Return where the outputs of a merge go; None where they stay here.
+
+        Raises:
+            UserError: all that can be known to be wrong before anything is merged.
+        """
+        if repository is None:
+            if private or revision:
+                option = "--private" if private else "--revision"
+                raise fail("nothing is uploaded", where=option, remedy="add --push-to-hub OWNER/NAME")
+            return None
+        if outputs > 1:
+            raise fail(
+                "one repository holds one model",
+                where="--push-to-hub",
+                expected="one --lam",
+                got=f"{outputs}",
+                remedy="merge without it, then upload each folder: rewarded-lines push FOLDER OWNER/NAME",
+            )
+        from rewarded_lines.publishing.hub import check_ready, check_repository
+
+        check_repository(repository)
+        check_ready()
+        return cls(repository, private, revision)
+
+    def push(self, folder: Path, quiet: bool) -> str:
+        """Upload a merged folder; return the address of the commit."""
+        from rewarded_lines.publishing.hub import push as upload
+
+        with stdout_for_results():
+            return upload(folder, self.repository, private=self.private, revision=self.revision, quiet=quiet)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the Hub.", show_default=False)],
+    private: Private = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a merged folder to the Hub: model, card and figure.
+
+    An upload that failed goes on where it stopped: what has arrived is
+    not sent again. The token comes from HF_TOKEN or `hf auth login`.
+    All files go but hidden ones; merge.json names the inputs' folders.
+
+    \b
+    rewarded-lines push merged me/my-merge
+    rewarded-lines push merged me/my-merge --private --revision second-try
+    """
+    address = Destination(repository, private, revision).push(folder, quiet=quiet or as_json)
+    if not as_json:
+        # Never folded: it is for copying.
+        Console().print(Text(address), soft_wrap=True)
+    else:
+        typer.echo(json.dumps({"folder": str(folder), "repository": repository, "commit": address}, indent=2))

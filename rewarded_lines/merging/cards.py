@@ -1,0 +1,311 @@
+"""The model card of a merged folder, its README.md: metadata that the Hub reads, and what people want to know.
+
+Names in it come from users and from files of others: they are shown, never obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewarded_lines import __version__
+from rewarded_lines.errors import printable
+from rewarded_lines.merging.input_cards import InputCard, input_cards
+from rewarded_lines.merging.papers import equation, papers
+from rewarded_lines.merging.provenance import RECORD_FILE, Plan
+from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.methods import METHODS
+
+HERE = "this folder"
+DEFAULT_SHARD = "5GB"
+_OTHER_LICENCE = "other"
+_WIDE = 6
+# The classes that transformers loads a model with, by the end of its architecture's name.
+_LOADERS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM", ""),
+    "BartForConditionalGeneration": ("AutoModelForSeq2SeqLM", ""),
+    "ForConditionalGeneration": ("AutoModelForImageTextToText", "image-text-to-text"),
+}
+
+
+@dataclass(frozen=True)
+class CardAddition:
+    """What a card has beside what the merge itself knows.
+
+    Attributes:
+        sections: Markdown, put before the instructions.
+        files: what it shows, by the name that the file gets in the merged folder.
+        repository: the Hub id that the folder will have; readers load that.
+    """
+
+    sections: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    repository: str = ""
+
+
+Additions = Callable[[Plan], Callable[[MergeSpec], CardAddition]]
+"""Called with the checked inputs before anything is written, what it returns once for each output that is written."""
+
+
+def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition | None = None) -> str:
+    """Return the README.md of a merged folder.
+
+    Args:
+        plan: the inputs.
+        spec: the numbers.
+        settings: what else decides the bytes, as for `merge.json`.
+        addition: what else the card shows.
+    """
+    addition = addition or CardAddition()
+    inputs = input_cards(plan)
+    parts = [
+        f"# {_kind(spec)} of {', '.join(map(escaped, plan.policies))}",
+        _introduction(plan),
+        _fenced("", _formula(plan, spec)),
+        _inputs_table(plan, spec, inputs),
+        _numbers_table(plan, spec),
+        addition.sections,
+        "## Load it",
+        *_usage(plan, spec, inputs, addition.repository or HERE),
+        "## Make it again",
+        *_again(plan, spec, settings, inputs),
+        "## Licences",
+        _licences(inputs),
+        "## Papers",
+        "\n".join(f"- {name}, [arXiv {number}](https://arxiv.org/abs/{number})" for name, number in papers(spec)),
+    ]
+    return _front(_metadata(plan, spec, inputs)) + printable("\n\n".join(part for part in parts if part) + "\n")
+
+
+def escaped(text: str) -> str:
+    """Return text on one line as Markdown shows it unchanged, in a table too."""
+    return re.sub(r"([\\`*_\[\]<>&|~!$#])", r"\\\1", " ".join(text.split()))
+
+
+def literal(text: str) -> str:
+    """Return text as code, in a table too; escaped where it has what ends code."""
+    line = " ".join(text.split())
+    return escaped(line) if "`" in line or not line else "`" + line.replace("|", "\\|") + "`"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return rows of cells that are Markdown already as a table, the first its headings.
+
+    Args:
+        rows: of equal length.
+        right: the columns that are set to the right.
+    """
+    ruler = ["--:" if column in right else ":--" for column in range(len(rows[0]))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ruler, *rows[1:]))
+
+
+def _front(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=False)}---\n"
+
+
+def _metadata(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> dict[str, Any]:
+    """Return what the Hub reads; what is not known is left out."""
+    adapter = isinstance(plan, AdapterPlan)
+    languages, datasets = (_union(inputs, name) for name in ("languages", "datasets"))
+    schedule = ["lines"] if (spec.alpha, spec.beta) != (1, 0) else []
+    method = ["rewarded-soups"] if spec.method == "soup" else [spec.method]
+    found: dict[str, Any] = {
+        **_licence(inputs),
+        "language": languages,
+        "datasets": datasets,
+        "base_model": _union(inputs, "ids"),
+        "base_model_relation": "merge",
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": _loader(plan)[1],
+        "tags": ["merge", *method, *schedule, "rlhf", *(["lora"] if adapter else []), "rewarded-lines"],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _union(inputs: Mapping[str, InputCard], name: str) -> list[str]:
+    return list(dict.fromkeys(value for card in inputs.values() for value in getattr(card, name)))
+
+
+def _licence(inputs: Mapping[str, InputCard]) -> dict[str, str]:
+    """Return the licence that all inputs have; `other` where they differ, nothing where one is not known."""
+    known = {(card.licence, card.licence_name, card.licence_link) for card in inputs.values() if card.licence}
+    if len(known) > 1:
+        return {"license": _OTHER_LICENCE}
+    if not known or not all(card.licence for card in inputs.values()):
+        return {}
+    licence, name, link = known.pop()
+    if "," in licence:
+        return {"license": _OTHER_LICENCE}
+    told = {"license": licence, "license_name": name, "license_link": link}
+    return {key: value for key, value in told.items() if value}
+
+
+def _kind(spec: MergeSpec) -> str:
+    if spec.method == "soup":
+        return "Rewarded Soup" if (spec.alpha, spec.beta) == (1, 0) else "LiNeS"
+    return spec.method if (spec.alpha, spec.beta) == (1, 0) else f"{spec.method} with LiNeS"
+
+
+def _introduction(plan: Plan) -> str:
+    count = len(plan.policies)
+    made = f"merged by [rewarded-lines](https://pypi.org/project/rewarded-lines/) {__version__}"
+    if count == 1:
+        return f"One policy aligned from a base model, its residual scaled; {made}."
+    return f"{count} policies aligned from one base model, each with a reward of its own, {made}."
+
+
+def _formula(plan: Plan, spec: MergeSpec) -> str:
+    lines = ["θ = θ_base + s(ℓ) m,   τᵢ = θᵢ − θ_base", *equation(spec)]
+    outside = "α" if spec.outside == "alpha" else "that of the block beside them"
+    lines.append(f"s(ℓ) = α + β (ℓ − 1)/(L − 1) for block ℓ of L; embeddings, final norm and head: {outside}")
+    return "\n".join(lines)
+
+
+def _inputs_table(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> str:
+    rows = [["", "model", "weight λ", "licence"]]
+    rows.append(["base", _link(inputs[""]), "", _licence_text(inputs[""])])
+    for name, weight in zip(plan.policies, spec.weights, strict=True):
+        card = inputs[name]
+        rows.append([f"policy {escaped(name)}", _link(card), f"{weight:.6g}", _licence_text(card)])
+    return table(rows, right=(2,))
+
+
+def _link(card: InputCard) -> str:
+    """Return a model's name, with a link where it is an id of the Hub."""
+    on_hub = card.ids == (card.title,)
+    return f"[{escaped(card.title)}](https://huggingface.co/{card.title})" if on_hub else literal(card.title)
+
+
+def _licence_text(card: InputCard) -> str:
+    if not card.licence:
+        return "not given"
+    text = escaped(f"{card.licence} ({card.licence_name})" if card.licence_name else card.licence)
+    return f"[{text}]({card.licence_link})" if card.licence_link else text
+
+
+def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
+    options = [f"{name} {value}" for name, value in spec.options.items()]
+    rows = [["", ""], ["method", escaped(", ".join([spec.method, *options]))]]
+    rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
+    for stack, scales in plan.scales(spec).items():
+        rows.append([f"s of {literal(stack)}, {len(scales)} blocks", _span(scales)])
+    if isinstance(plan, AdapterPlan):
+        rows.append(["rank", str(_rank(plan, spec))])
+    return table(rows)
+
+
+def _span(scales: Sequence[float]) -> str:
+    """Return the scales of all blocks, of many the first and the last."""
+    shown = [f"{scale:.4g}" for scale in scales]
+    return ", ".join(shown) if len(shown) <= _WIDE else f"{shown[0]}, {shown[1]} … {shown[-1]}"
+
+
+def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: str) -> list[str]:
+    """Return how to load the output with transformers or PEFT, and with vLLM."""
+    loader, task = _loader(plan)
+    model = json.dumps(place)
+    generates = task == "text-generation"
+    if not isinstance(plan, AdapterPlan):
+        also = ", AutoTokenizer" if generates else ""
+        lines = [f"from transformers import {loader}{also}", "", f"model = {loader}.from_pretrained({model})"]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({model})"] if generates else []
+        served = _fenced("python", f"from vllm import LLM\n\nllm = LLM({model})") if generates else ""
+        return [_fenced("python", "\n".join(lines)), served and "In vLLM:", served]
+    base, rank = json.dumps(inputs[""].title, ensure_ascii=False), _rank(plan, spec)
+    lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
+    lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
+    text = f"A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum."
+    served = "\n".join(
+        [
+            "from vllm import LLM",
+            "from vllm.lora.request import LoRARequest",
+            "",
+            f"# max_lora_rank: the least that vLLM takes and is at least {rank}.",
+            f"llm = LLM({base}, enable_lora=True, max_lora_rank={_vllm_rank(rank)})",
+            f'outputs = llm.generate(["..."], lora_request=LoRARequest("merged", 1, {model}))',
+        ]
+    )
+    return [text, _fenced("python", "\n".join(lines)), "In vLLM:", _fenced("python", served)]
+
+
+def _vllm_rank(rank: int) -> int:
+    return next((one for one in (1, 8, 16, 32, 64, 128, 256, 320, 512) if one >= rank), rank)
+
+
+def _rank(plan: AdapterPlan, spec: MergeSpec) -> int:
+    return max((stack.rank for stack in plan.output(spec).stacks.values()), default=0)
+
+
+def _loader(plan: Plan) -> tuple[str, str]:
+    """Return the class of transformers that loads the model, and the Hub's word for what it does ("" if unsure)."""
+    names = plan.base.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    return next((row for end, row in _LOADERS.items() if name.endswith(end)), ("AutoModel", ""))
+
+
+def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> list[str]:
+    """Return the command that makes the same merge, and the one that makes it from the record."""
+    record = (
+        f"`{RECORD_FILE}` has the BLAKE3 hash of every input file. `rewarded-lines merge --from {RECORD_FILE}` refuses "
+        "inputs that are others, and makes the same bits; `--base` and `--policy NAME=…` say where they are now."
+    )
+    if spec.method == "greedy":
+        return [record]
+    local = [card.title for card in inputs.values() if card.ids != (card.title,)]
+    names = ", ".join(map(literal, dict.fromkeys(local)))
+    note = f"In it {names} {'stand for folders' if len(local) > 1 else 'stands for a folder'}." if local else ""
+    return [_fenced("bash", command(plan, spec, settings, inputs)), note, record]
+
+
+def command(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> str:
+    """Return the `rewarded-lines merge` command that says what this merge is; inputs are called by their titles."""
+    words = ["rewarded-lines", "merge", "--base", inputs[""].title]
+    for name in plan.policies:
+        words += ["--policy", f"{name}={inputs[name].title}"]
+    row = METHODS[spec.method]
+    if spec.method != "soup":
+        words += ["--method", spec.method]
+    for name, value in spec.options.items():
+        words += [f"--{name}", str(value)]
+    if row.weights != "none":
+        words += ["--lam", ",".join(map(repr, spec.weights))]
+        inside = min(spec.weights) >= 0 and abs(sum(spec.weights) - 1) <= 1e-6
+        words += ["--extrapolate"] if row.weights == "simplex" and not inside else []
+    words += ["--alpha", repr(spec.alpha), "--beta", repr(spec.beta)]
+    usual: dict[str, Any] = {"outside": "alpha", "dtype": "auto", "max_shard_size": DEFAULT_SHARD, "layers": None}
+    given: dict[str, Any] = {"outside": spec.outside, **settings}
+    for name, value in usual.items():
+        if given.get(name, value) != value:
+            words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words += ["--as", str(settings.get("as", "auto"))]
+    return shlex.join([*words, "--out", "merged"])
+
+
+def _licences(inputs: Mapping[str, InputCard]) -> str:
+    """Return what the inputs' cards say of their licences, in words."""
+    told = {card.licence for card in inputs.values()}
+    text = "The table above has the licence of every input, as its own card gives it. "
+    if told == {""}:
+        return "No card of an input gives a licence: ask its authors before you share this model."
+    if "" in told:
+        return text + "Where none is given, ask the authors before you share this model."
+    if len(told) > 1:
+        return text + "They differ, and all of them hold for what was merged."
+    return text + "They agree."
+
+
+def _fenced(language: str, text: str) -> str:
+    """Return text as a block of code, its fence longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

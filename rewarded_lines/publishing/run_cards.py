@@ -1,0 +1,274 @@
+"""What a run adds to the card of a merge: the scores of that very merge, or of the nearest, and the run's figure.
+
+Only a run of the same weights, by their hashes, has anything to say of a merge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.hashing import model_hash, weights_hash
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.records import RUN_FILE, listed_points, load_run, read_header
+from rewarded_lines.evaluation.setup import located
+from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.merging.cards import CardAddition, escaped, table
+from rewarded_lines.merging.provenance import Plan
+from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
+from rewarded_lines.summaries.tables import points_sheet, scope_note, weights_text, with_unit
+
+FIGURE = "front.png"
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a merge lies among the points of a run: the point that it is, if it was evaluated, and those near it."""
+
+    exact: PointSummary | None
+    near: list[PointSummary]
+
+
+class RunCard:
+    """One run, ready to say what it knows of merges."""
+
+    def __init__(self, folder: Path, required: bool) -> None:
+        """Read what the run is.
+
+        Args:
+            folder: of the run.
+            required: the user has named it, so that it must belong to the merge; its numbers are computed where its
+                report does not have them. A run that was only found beside the project says what its report says.
+
+        Raises:
+            UserError: the folder is no run.
+        """
+        self._folder, self._required = folder, required
+        self._header = read_header(folder)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has all its points."""
+        return self._header.get("complete") is True
+
+    def additions(self, plan: Plan) -> Callable[[MergeSpec], CardAddition]:
+        """Return what the run adds to the card of each merge of a plan; see `rewarded_lines.merging.cards`.
+
+        Raises:
+            UserError: the run was named by the user, and is one of other models.
+        """
+        if self._required:
+            self._names(plan)
+        return lambda spec: self._addition(plan, spec)
+
+    def _addition(self, plan: Plan, spec: MergeSpec) -> CardAddition:
+        names = self._names(plan)
+        found = self._numbers() if names else None
+        if names is None or found is None:
+            return CardAddition()
+        summary, figure = found
+        weights = dict(zip(plan.policies, spec.weights, strict=True))
+        spec = replace(spec, weights=tuple(weights[names[name]] for name in self._header["policies"]))
+        place = locate(spec, listed_points(self._header), summary)
+        parts = ["## Scores", _opening(place, self._header, summary), _table(place, summary)]
+        if figure:
+            parts += [f"![The fronts of the run]({FIGURE})", _caption(place, summary)]
+        return CardAddition("\n\n".join(part for part in parts if part), {FIGURE: figure} if figure else {})
+
+    def _names(self, plan: Plan) -> dict[str, str] | None:
+        """Return the plan's name of every policy of the run, or None where the run is one of other models."""
+        policies = {name: entry.get("hash") for name, entry in self._header["policies"].items()}
+        left = {name: weights_hash(policy.folder) for name, policy in plan.policies.items()}
+        names: dict[str, str] = {}
+        for name, wanted in policies.items():
+            same = [other for other, found in left.items() if found == wanted]
+            # Of equal policies, the one with the same name first.
+            if chosen := (name if name in same else next(iter(same), "")):
+                names[name] = chosen
+                del left[chosen]
+        strange = [*left, *(["the base"] if not self._same_base(plan) else [])]
+        if not strange and len(names) == len(policies):
+            return names
+        if not self._required:
+            return None
+        raise fail(
+            "the run is one of other models",
+            where=f"--run {self._folder}",
+            expected=f"a run of this base and these policies, by the hashes in its {RUN_FILE}",
+            got=f"not in it: {', '.join(strange)}" if strange else "it has more policies",
+            remedy="name the run that was made of these, or leave --run out",
+        )
+
+    def _same_base(self, plan: Plan) -> bool:
+        told = self._header.get("base", {})
+        bare = isinstance(plan, AdapterPlan) and not plan.whole.names
+        if bare and located(str(told.get("path")), self._folder) in (plan.reference, str(plan.base.folder.resolve())):
+            # The adapters' own hashes say the rest: a base that is not read for the merge is not read for the card.
+            return True
+        if bare and not self._required:
+            return False
+        try:
+            return bool(model_hash(plan.base.folder) == told.get("hash"))
+        except UserError:
+            return False
+
+    def _numbers(self) -> tuple[Summary, bytes] | None:
+        """Return the run's numbers and its figure (empty where there is none): the report's, else computed."""
+        report = self._folder / "report"
+        summary = read_summary(report / "summary.json")
+        if summary and is_current(summary, report / "summary.json", self._folder, self._header):
+            figure = report / FIGURE
+            return summary, figure.read_bytes() if figure.is_file() else b""
+        if not self._required:
+            return None
+        summary = summarise(load_run(self._folder))
+        return summary, _drawn(summary)
+
+
+def run_card(run: Path | None, usual: Path) -> RunCard | None:
+    """Return the run that a merge's card shows: the one that was named, else a finished one in its usual place.
+
+    Args:
+        run: as the user named it.
+        usual: the folder where a project has its run, there or not.
+
+    Raises:
+        UserError: the user named something that is no run.
+    """
+    if run is not None:
+        return RunCard(run, required=True)
+    try:
+        found = RunCard(usual, required=False)
+    except UserError:
+        return None
+    return found if found.complete else None
+
+
+def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Summary) -> Place:
+    """Return where a merge lies among the points of a run.
+
+    Near an evaluated point are its neighbours on its own curve; near one that is not, the two points of its rule with
+    the least Σ|Δλᵢ| + |Δα| + |Δβ|.
+
+    Args:
+        spec: of the merge, its weights in the order of the run's policies.
+        points: that the run lists.
+        summary: of the run.
+    """
+    specs = {_name(point): point for point, _ in points}
+    alike = [point for point in summary.points if _same_rule(spec, specs[_name(point)])]
+    near = sorted(alike, key=lambda point: _distance(spec, point))
+    if not near or _distance(spec, near[0]) > _SAME or spec.outside != "alpha":
+        return Place(None, near[:2])
+    curve = [point for point in summary.methods()[near[0].method] if point.weights]
+    if len(summary.policies) == 2:
+        here = curve.index(near[0])
+        return Place(near[0], [*curve[max(0, here - 1) : here], *curve[here + 1 : here + 2]])
+    others = [point for point in curve if point is not near[0]]
+    return Place(near[0], sorted(others, key=lambda point: _distance(spec, point))[:2])
+
+
+def read_summary(path: Path) -> Summary | None:
+    """Return the points of a report's summary.json; None where it is not there, or of another version."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        points = [_point(entry) for entry in content["points"]]
+        return Summary(**{**content, "points": points, "hypervolumes": [], "differences": [], "policy_gains": []})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, Any]) -> bool:
+    """Say whether a summary is that of a run as it is now: this run alone, all its points, and none newer."""
+    told = sorted((*_name(point), point.alpha, point.beta) for point in summary.points)
+    listed = sorted((*_name(point), point.alpha, point.beta) for point, _ in listed_points(header))
+    written = path.stat().st_mtime_ns
+    older = all(file.stat().st_mtime_ns <= written for file in (folder / "points").glob("*.parquet"))
+    return summary.runs == 1 and told == listed and older
+
+
+def _point(entry: Mapping[str, Any]) -> PointSummary:
+    measures = {name: Estimate(**entry[name]) for name in ("kl", "words")}
+    forgotten = Estimate(**entry["perplexity"]) if entry["perplexity"] else None
+    rewards = {name: Estimate(**one) for name, one in entry["rewards"].items()}
+    told = {**entry, **measures, "perplexity": forgotten, "rewards": rewards, "weights": tuple(entry["weights"])}
+    return PointSummary(**told)
+
+
+def _name(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]:
+    return point.method, tuple(point.weights), point.checkpoint
+
+
+def _same_rule(spec: MergeSpec, point: PointSpec) -> bool:
+    """Say whether a point's residuals are joined as the merge's are; SFT's and baselines' are not joined."""
+    one, other = METHODS[spec.method], METHODS[point.merge]
+    same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.options)
+    return same and len(point.weights) == len(spec.weights)
+
+
+def _distance(spec: MergeSpec, point: PointSummary) -> float:
+    steps = [abs(a - b) for a, b in zip(spec.weights, point.weights, strict=True)]
+    return sum(steps) + abs(spec.alpha - point.alpha) + abs(spec.beta - point.beta)
+
+
+def _opening(place: Place, header: Mapping[str, Any], summary: Summary) -> str:
+    """Say what was measured, and how."""
+    if place.exact:
+        first = "This merge was evaluated"
+    elif place.near:
+        first = "This very merge was not evaluated. These points, the nearest to it, were evaluated"
+    else:
+        first = "This merge was not evaluated, nor any by its rule. The SFT model was evaluated"
+    told = header.get("identity", {}).get("engine", {})
+    versions = [f"{name} {version}" for name, version in told.get("versions", {}).items()]
+    how = [*(versions or [str(told.get("kind", ""))]), str(told.get("as", ""))]
+    how += [f"{header['generation'].get('dtype', '')}", f"temperature {header['generation'].get('temperature', 1.0):g}"]
+    how.append(f"at most {header['generation'].get('max_tokens')} tokens")
+    title = f" of the run “{escaped(summary.title)}”" if summary.title else ""
+    return f"{first} on the {summary.prompts} prompts{title} ({escaped(', '.join(filter(None, how)))})."
+
+
+def _table(place: Place, summary: Summary) -> str:
+    """Return the scores of SFT, of the merge, and of the points near it, with half their intervals, and the notes."""
+    chosen = [*([place.exact] if place.exact else []), *place.near]
+    ordered = [point for point in summary.points if point.method == SFT or any(point is one for one in chosen)]
+    sheet = points_sheet(replace(summary, points=ordered))
+    rows = [[escaped(cell) for cell in row] for row in sheet.rows]
+    if place.exact:
+        row = rows[next(index for index, point in enumerate(ordered) if point is place.exact)]
+        row[:] = [f"**{cell}**" if cell else "" for cell in [f"{row[0]}, this model", *row[1:]]]
+    headings = [escaped(heading) for heading in sheet.headings]
+    notes = f"{escaped(sheet.note)} {escaped(scope_note(summary))}"
+    return table([headings, *rows], right=range(1, len(headings))) + f"\n\n{notes}"
+
+
+def _caption(place: Place, summary: Summary) -> str:
+    """Say where in the figure the merge lies."""
+    if not place.exact:
+        return "*The fronts of the run; this merge is none of its points.*"
+    scores = [
+        f"{escaped(with_unit(name, unit))} {place.exact.rewards[name].value:.4g}"
+        for name, unit in summary.objectives.items()
+    ]
+    point = f"the point λ = {escaped(weights_text(place.exact))} of {escaped(place.exact.method)}"
+    return f"*The fronts of the run; this model is {point}: {', '.join(scores)}.*"
+
+
+def _drawn(summary: Summary) -> bytes:
+    """Return the figure; nothing where matplotlib is not installed: a card can do without."""
+    from rewarded_lines.drawing.fronts import front_figure
+    from rewarded_lines.drawing.style import figure_bytes
+
+    try:
+        return figure_bytes(front_figure(summary), "png")
+    except UserError:
+        return b""

@@ -1,0 +1,1 @@
+"""Configs of other tools, said in this one's terms."""

@@ -1,0 +1,290 @@
+"""The methods of mergekit that are ours too: their weights, gradients and switches as λ, α, β and options.
+
+Read from mergekit 0.1.5. What has no exact counterpart is refused; where two definitions part for special values, a
+note says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.rules.methods import OptionValue
+from rewarded_lines.rules.preferences import TOLERANCE
+from rewarded_lines.translating.gradients import Line, Product, factor, multiply, normalized, total
+from rewarded_lines.translating.mergekit_file import Input, MergekitFile
+from rewarded_lines.translating.translation import Translation, on_simplex
+
+_BORDER = (
+    "values as large as the smallest that is kept are all kept; mergekit keeps some of them, as its sort happens to "
+    "order them"
+)
+_CANCEL = "where weighted values cancel to 0 the merged value is 0; mergekit elects + there"
+_MASKS = "which values are dropped is drawn by --seed; mergekit draws its own"
+_NORM = ", and restores each tensor's L1 norm where the rest is divided by the density here, as in DARE's paper"
+_ANGLE = (
+    "residuals with a cosine above 0.9995, or of zero, are joined linearly; mergekit does so only where they are "
+    "parallel"
+)
+
+
+def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    """Σ wᵢθᵢ / Σ wᵢ is base + Σ λᵢ(θᵢ − base) for any base, as λ sums to 1: the SFT model, or one of the models."""
+    if file.base and file.base not in [one.reference for one in file.inputs]:
+        raise fail(
+            "linear sums models, and mergekit adds `base_model` to them",
+            where=f"{file.path}: base_model",
+            expected="none, or one of the models, with its weight",
+            got=file.base.model,
+            remedy=f"take `base_model` out, and pass --base {file.base.model} to have it as the base of the sum",
+        )
+    weights = [file.line("weight", of=one) for one in file.inputs]
+    shares = normalized(weights) if file.flag("normalize", True) else _summing_to_one(weights)
+    if shares is None:
+        raise _no_schedule(file, weights, "that sum to 1 at every depth")
+    common = {one.reference.model for one in file.inputs if one.reference.lora}
+    origin = base or (file.base.model if file.base else "")
+    origin = origin or (common.pop() if len(common) == 1 else file.inputs[0].reference.model)
+    kept = [index for index, one in enumerate(file.inputs) if one.reference.lora or one.reference.model != origin]
+    if not kept:
+        raise fail("one model: there is nothing to merge", where=file.path, expected="two models or more")
+    product = factor([shares[index] for index in kept])
+    if product is None:
+        raise _no_schedule(file, weights)
+    note = f"mergekit sums the models themselves; over {origin} as the base it is the same number"
+    return _soup(file, origin, [file.inputs[index] for index in kept], product, [note])
+
+
+def _summing_to_one(weights: Sequence[Line]) -> list[Line] | None:
+    whole = total(weights)
+    return list(weights) if max(abs(whole.first - 1), abs(whole.last - 1)) <= TOLERANCE else None
+
+
+def _task_arithmetic(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    policies = _policies(file)
+    product = _scaled(file, _sum_of_residuals(file, policies))
+    return _soup(file, _base(file), policies, product, [])
+
+
+def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
+    """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
+    weights = [file.line("weight", of=one) for one in policies]
+    lines = normalized(weights) if file.flag("normalize", False) else weights
+    product = factor(lines) if lines else None
+    if product is None:
+        raise _no_schedule(file, weights)
+    return product
+
+
+def _ties(file: MergekitFile, base: str | None, seed: int | None, random: bool = False) -> Translation:
+    policies = _policies(file)
+    weights = [file.line("weight", of=one) for one in policies]
+    mean = file.flag("normalize", not random)
+    product = _proportional(weights)
+    if product is None:
+        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
+    schedule = Line(1.0, 1.0) if mean else product.schedule
+    product = _scaled(file, Product(product.weights, schedule))
+    density = _density(file, policies)
+    options: dict[str, OptionValue] = {"density": density, "scope": "tensor", "join": "mean" if mean else "sum"}
+    notes = [*([_BORDER] if density < 1 else []), _CANCEL]
+    method = "ties"
+    if random and density < 1:
+        del options["scope"]
+        method, notes = "dare-ties", [_masks(file), _CANCEL]
+        product = _random(file, product, options, seed)
+    elif file.flag("rescale", random) and density < 1:
+        raise fail("`rescale` has no counterpart here", where=file.path, expected="rescale: false, ties' own default")
+    return _translation(file, _base(file), policies, product, method, options, notes)
+
+
+def _dare_ties(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    return _ties(file, base, seed, random=True)
+
+
+def _dare_linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    policies = _policies(file)
+    density = _density(file, policies)
+    if density == 1:
+        return _task_arithmetic(file, base, seed)
+    product = _scaled(file, _summing(_sum_of_residuals(file, policies)))
+    options: dict[str, OptionValue] = {"density": density}
+    product = _random(file, product, options, seed)
+    return _translation(file, _base(file), policies, product, "dare", options, [_masks(file)])
+
+
+def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    """With a base it turns one residual into the other, as `slerp` does here; without one it turns whole weights."""
+    policies = _policies(file)
+    problems = [
+        Problem(f"`{name}` has no counterpart here", file.path, expected=f"{name}: {str(value).lower()}, the default")
+        for name, value in (("nuslerp_flatten", True), ("nuslerp_row_wise", False))
+        if file.flag(name, value) != value
+    ]
+    if len(policies) != 2:
+        problems.append(Problem("nuslerp takes two models beside its base", file.path, got=str(len(policies))))
+    if problems:
+        raise UserError(problems)
+    weights = [file.line("weight", of=one) for one in policies]
+    product = _proportional(weights)
+    if product is None:
+        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
+    product = Product(product.weights, Line(1.0, 1.0))
+    return _translation(file, _base(file), policies, product, "slerp", {}, [_ANGLE])
+
+
+@dataclass(frozen=True)
+class MergekitMethod:
+    """One method of mergekit: what reads it, and the parameters it takes for each model, for all, and in vain."""
+
+    translate: Callable[[MergekitFile, str | None, int | None], Translation]
+    shared: tuple[str, ...]
+    beside: tuple[str, ...] = ("weight",)
+    idle: tuple[str, ...] = ()
+
+
+_OVER_BASE = ("normalize", "lambda")
+MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
+    "linear": MergekitMethod(_linear, ("normalize",), idle=("density", "int8_mask")),
+    "task_arithmetic": MergekitMethod(_task_arithmetic, _OVER_BASE, idle=("density", "int8_mask", "rescale")),
+    "ties": MergekitMethod(_ties, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
+    "dare_linear": MergekitMethod(_dare_linear, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
+    "dare_ties": MergekitMethod(_dare_ties, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
+    "nuslerp": MergekitMethod(_nuslerp, ("nuslerp_flatten", "nuslerp_row_wise")),
+}
+
+
+def _base(file: MergekitFile) -> str:
+    assert file.base is not None
+    return file.base.model
+
+
+def _policies(file: MergekitFile) -> list[Input]:
+    """Return the models whose residuals are joined: the base among them has none, and mergekit leaves it out."""
+    found = [one for one in file.inputs if one.reference != file.base]
+    if not found:
+        raise fail("no model beside the base", where=file.path, expected="one policy or more")
+    return found
+
+
+def _proportional(weights: Sequence[Line]) -> Product | None:
+    """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0; None for others."""
+    whole = total(weights)
+    if min(min(line.first, line.last) for line in weights) < 0 or not min(whole.first, whole.last) > 0:
+        return None
+    product = factor(weights)
+    return product and _summing(product)
+
+
+def _summing(product: Product) -> Product:
+    """Return the same coefficients with λ that sum to 1, where their sum is not 0."""
+    whole = math.fsum(product.weights)
+    if abs(whole) <= TOLERANCE or abs(whole - 1) <= TOLERANCE:
+        return product
+    return Product(tuple(weight / whole for weight in product.weights), product.schedule.times(whole))
+
+
+def _scaled(file: MergekitFile, product: Product) -> Product:
+    """Return λ with the schedule times mergekit's `lambda`."""
+    schedule = multiply(product.schedule, file.line("lambda", 1.0))
+    if schedule is None:
+        raise fail(
+            "weights and `lambda` both change with depth, so their product is no straight line",
+            where=f"{file.path}: parameters: lambda",
+            expected="a gradient in one of them",
+        )
+    return Product(product.weights, schedule)
+
+
+def _density(file: MergekitFile, policies: Sequence[Input]) -> float:
+    """Return the one density of all policies."""
+    lines = [file.line("density", 1.0, of=one) for one in policies]
+    if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
+        shown = ", ".join(f"{line.first:g}" if line.constant else f"[{line.first:g}, {line.last:g}]" for line in lines)
+        raise fail(
+            "every policy keeps the same share of its values here, at every depth",
+            where=f"{file.path}: density",
+            expected="one number above 0, at most 1",
+            got=shown,
+        )
+    return lines[0].first
+
+
+def _random(file: MergekitFile, product: Product, options: dict[str, OptionValue], seed: int | None) -> Product:
+    """Add the masks' seed to `options`, and take back what DARE enlarges where the file does not want it."""
+    options["seed"] = seed or 0
+    if file.flag("rescale", True):
+        return product
+    return Product(product.weights, product.schedule.times(float(options["density"])))
+
+
+def _masks(file: MergekitFile) -> str:
+    return _MASKS + (_NORM if file.flag("rescale", True) else "")
+
+
+def _soup(file: MergekitFile, base: str, policies: Sequence[Input], product: Product, notes: list[str]) -> Translation:
+    """Return Σ λᵢτᵢ under the name that its weights have here."""
+    if on_simplex(product.weights):
+        method = "soup"
+    else:
+        alone = len(policies) == 1 and 0 <= product.weights[0] <= 1
+        method = "wise-ft" if alone else "task-arithmetic"
+    return _translation(file, base, policies, product, method, {}, notes)
+
+
+def _translation(
+    file: MergekitFile,
+    base: str,
+    policies: Sequence[Input],
+    product: Product,
+    method: str,
+    options: Mapping[str, OptionValue],
+    notes: Sequence[str],
+) -> Translation:
+    if wrong := [one for one in policies if one.reference.lora and one.reference.model != base]:
+        raise fail(
+            "an adapter on another model than the base",
+            where=wrong[0].where,
+            expected=f"{base}+{wrong[0].reference.lora}",
+            got=f"{wrong[0].reference.model}+{wrong[0].reference.lora}",
+            remedy="fold it into its own model first: merge --as full",
+        )
+    places = [one.reference.lora or one.reference.model for one in policies]
+    return Translation(
+        base,
+        _named(places),
+        product.weights,
+        product.schedule.first,
+        product.schedule.beta,
+        method,
+        options,
+        file.dtype,
+        all(one.reference.lora for one in policies),
+        file.blocks,
+        tuple(notes),
+    )
+
+
+def _named(places: Sequence[str]) -> dict[str, str]:
+    """Return policies by the names of their folders, numbered where two are the same."""
+    names = [Path(place).name for place in places]
+    return {
+        name if names.count(name) == 1 else f"{name}-{index}": place
+        for index, (name, place) in enumerate(zip(names, places, strict=True), start=1)
+    }
+
+
+def _no_schedule(
+    file: MergekitFile, weights: Sequence[Line], wanted: str = "in the same ratio at every depth"
+) -> UserError:
+    shown = ", ".join(f"{line.first:g}" if line.constant else f"[{line.first:g}, {line.last:g}]" for line in weights)
+    return fail(
+        "the weights are no λ with a LiNeS schedule",
+        where=f"{file.path}: weight",
+        expected=f"weights {wanted}",
+        got=shown,
+        remedy="give every model the same gradient, such as [0.4, 0.8] and [0.6, 1.2]",
+    )
