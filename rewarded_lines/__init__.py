@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
+    "push": "rewarded_lines.publishing.hub",
     "inspect": "rewarded_lines.inspecting.inspect",
     "sweep": "rewarded_lines.sweeping.sweep",
     "score": "rewarded_lines.sweeping.score",
@@ -21,7 +22,7 @@ _VERBS = {
     "report": "rewarded_lines.reporting.report",
 }
 
-__all__ = ["__version__", "choose", "inspect", "merge", "report", "score", "search", "sweep"]
+__all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "score", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "rewarded_lines"
 WINGS = [
     "cli",
     "demo",
+    "diagnosing",
     "training",
     "rewarding",
     "learning",
+    "publishing",
     "reporting",
+    "pages",
     "drawing",
     "summaries",
     "sweeping",
@@ -21,6 +24,7 @@ WINGS = [
     "engines",
     "scoring",
     "inspecting",
+    "translating",
     "merging",
     "planning",
     "rules",
@@ -81,8 +85,8 @@ def test_the_verbs_are_functions_even_once_their_wings_are_loaded():
         "import rewarded_lines.reporting.report, rewarded_lines.merging.merge, rewarded_lines.sweeping.sweep\n"
         "import rewarded_lines.inspecting.inspect, rewarded_lines.cli\n"
         "import rewarded_lines.sweeping.score, rewarded_lines.sweeping.search, rewarded_lines.sweeping.choose\n"
-        "from rewarded_lines import choose, inspect, merge, report, score, search, sweep\n"
-        "print([callable(verb) for verb in (choose, inspect, merge, report, score, search, sweep)])\n"
+        "from rewarded_lines import choose, inspect, merge, push, report, score, search, sweep\n"
+        "print([callable(verb) for verb in (choose, inspect, merge, push, report, score, search, sweep)])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([True] * 7)
+    assert done.stdout.strip() == str([True] * 8)

@@ -57,3 +57,19 @@ def test_the_child_goes_with_its_parent_when_asked(asked):
     finally:
         if alive(child):
             os.kill(child, signal.SIGKILL)
+
+
+def test_memory_that_was_freed_goes_back():
+    # In a process of its own: what others of this one hold decides what can be given back.
+    script = (
+        "from rewarded_lines.processes import give_back_memory\n"
+        "size = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "pieces = [bytearray(50_000) for _ in range(2000)]\n"
+        "kept = pieces[::50]\n"
+        "del pieces\n"
+        "held = size()\n"
+        "give_back_memory()\n"
+        "print(held - size())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 50_000_000

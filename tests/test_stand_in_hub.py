@@ -1,4 +1,4 @@
-"""The Hub of our own gives the Hub's libraries data sets, as subsets and splits, and models."""
+"""The Hub of our own gives the Hub's libraries data sets, as subsets and splits, and models, and takes models."""
 
 import json
 import os
@@ -104,3 +104,24 @@ def test_models(places):
     folder = python(environment, program).strip()
     assert folder.endswith(COMMIT) and os.listdir(folder) == ["folder"]
     assert os.listdir(f"{folder}/folder") == ["config.json"]
+
+
+@pytest.mark.parametrize("xet", ["1", "0"], ids=["lfs", "xet"])
+def test_uploads(places, tmp_path, xet):
+    """What the Hub's own library uploads is there, and what has been deleted is gone."""
+    hub, environment = places
+    (tmp_path / "config.json").write_text(json.dumps({"xet": xet}))
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 1000)
+    program = (
+        "import sys\n"
+        "from huggingface_hub import HfApi\n"
+        "hub = HfApi()\n"
+        "for _ in range(2): hub.create_repo('org/new', exist_ok=True)\n"
+        "hub.upload_file(path_or_fileobj=b'old', path_in_repo='old.txt', repo_id='org/new')\n"
+        "hub.upload_folder(repo_id='org/new', folder_path=sys.argv[1], delete_patterns='*.txt')\n"
+        "print(sorted(hub.list_repo_files('org/new')))\n"
+    )
+    environment = environment | {"HF_HUB_DISABLE_XET": xet, "HF_TOKEN": "any"}
+    assert python(environment, program, str(tmp_path)).strip() == "['config.json', 'model.safetensors']"
+    assert (hub.root / "org/new/config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    assert (xet == "0") == bool(hub.pieces)

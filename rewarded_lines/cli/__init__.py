@@ -6,7 +6,7 @@ import atexit
 import gc
 import sys
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,23 +14,27 @@ from rich.console import Console
 from rewarded_lines import __version__
 from rewarded_lines.cli.choose import choose
 from rewarded_lines.cli.demo import demo
+from rewarded_lines.cli.doctor import doctor
 from rewarded_lines.cli.inspect import inspect
 from rewarded_lines.cli.merge import METHODS_HELP, merge
+from rewarded_lines.cli.push import push
 from rewarded_lines.cli.report import report
 from rewarded_lines.cli.score import score
 from rewarded_lines.cli.search import search
 from rewarded_lines.cli.sweep import sweep
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import Problem, UserError, nearest
 from rewarded_lines.processes import die_with_parent, termination_as_exit
+
+# As other tools have it: 1 is work that failed, 2 a command line that could not be read.
+_USAGE = 2
 
 app = typer.Typer(
     name="rewarded-lines",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, sweep, score, search, choose, report, inspect, demo):
+for command in (merge, push, sweep, score, search, choose, report, inspect, demo, doctor):
     app.command(epilog=METHODS_HELP if command is merge else None)(command)
 
 
@@ -40,8 +44,9 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -49,18 +54,27 @@ def _root(
     """Merge policies aligned with several rewards (Rewarded Soups, LiNeS) and measure every point of their front.
 
     \b
-    rewarded-lines demo                         the whole job on an embedded default
-    rewarded-lines merge --lam 0.5              merge the policies of rewarded-lines.yaml
-    rewarded-lines sweep                        generate and score along λ
-    rewarded-lines report runs/demo/sweep       table and figure of a sweep
-    rewarded-lines choose runs/demo/sweep --at-least detailed=15
-    rewarded-lines score merged/lam=0.50        one model, beside SFT
-    rewarded-lines inspect ppo-helpful          its blocks by depth; --base sft: how far they moved
+    rewarded-lines demo               the whole job on an embedded default
+    rewarded-lines merge --lam 0.5    merge the policies of rewarded-lines.yaml
+    rewarded-lines sweep              generate and score along λ
+    rewarded-lines report sweep       tables and figures of a sweep
+    rewarded-lines choose sweep --at-least detailed=15
+                                      the policy to ship, and its command
+    rewarded-lines score merged       one model, beside SFT
+    rewarded-lines inspect merged --base sft
+                                      how far its blocks moved
+    rewarded-lines push merged OWNER/NAME
+                                      upload it to the Hub
+    rewarded-lines doctor             what works here, and what to install
     """
+    if ctx.invoked_subcommand is None:
+        # Help for whoever looks around; a script that lost its command must not go on.
+        typer.echo(ctx.get_help())
+        raise typer.Exit(_USAGE)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake prints one message and exits with 1, without a traceback."""
+    """Run the command line; a user's mistake prints one message and exits with 1 or 2, without a traceback."""
     die_with_parent()
     # Libraries make millions of objects that stay: looking through them again and again takes seconds, and so does
     # looking through them a last time.
@@ -72,7 +86,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         with termination_as_exit():
-            app()
+            code = app(standalone_mode=False, prog_name="rewarded-lines")
+    except typer.TyperException as error:
+        _complain(str(_usage_problem(error)), error.exit_code)
     except UserError as error:
         _complain(str(error))
     except OSError as error:
@@ -80,8 +96,51 @@ def main() -> None:
         _complain(str(Problem(str(error))))
     except MemoryError as error:
         _complain(str(Problem(f"not enough memory: {error}")))
+    if code:
+        sys.exit(code)
 
 
-def _complain(message: str) -> NoReturn:
+def _usage_problem(error: Any) -> Problem:
+    """Return what is wrong with a command line that could not be read."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = context.command_path if context else "rewarded-lines"
+    remedy = f"see {command} --help"
+    if hasattr(error, "possibilities"):
+        known = [name for one in error.ctx.command.params for name in one.opts]
+        return Problem(
+            f"no option `{error.option_name}`", where=command, remedy=_meant(error.option_name, known, remedy)
+        )
+    commands = list(getattr(context.command, "commands", ())) if context else []
+    given = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if commands and given and given not in commands:
+        what, expected = f"no command `{given}`", ", ".join(commands)
+        return Problem(what, where=command, expected=expected, remedy=_meant(given, commands, remedy))
+    said = str(error.message if parameter else error.format_message()).rstrip(".")
+    if parameter is None:
+        return Problem(said[:1].lower() + said[1:], where=command, remedy=remedy)
+    option = parameter.opts[0].startswith("-")
+    where = f"{command} {parameter.opts[0] if option else parameter.name.upper()}"
+    if not said:
+        return Problem("missing", where=where, expected=parameter.help or "", remedy=remedy)
+    expected, got = said.removeprefix("Input should be ").partition(",")[0], _typed(parameter.opts)
+    return Problem("not a value that it takes", where=where, expected=expected, got=got, remedy=remedy)
+
+
+def _typed(names: list[str]) -> str:
+    """Return what was given for an option, as far as the command line shows it."""
+    for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        if word in names:
+            return following
+        if word.partition("=")[0] in names:
+            return word.partition("=")[2]
+    return ""
+
+
+def _meant(word: str, known: list[str], otherwise: str) -> str:
+    alike = nearest(word, known)
+    return f"did you mean `{alike}`?" if alike else otherwise
+
+
+def _complain(message: str, code: int = 1) -> NoReturn:
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red", markup=False)
-    sys.exit(1)
+    sys.exit(code)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from rewarded_lines.cli.sweep import AsJson
+from rewarded_lines.cli.completion import run_methods, run_minima, run_rewards
+from rewarded_lines.cli.options import AsJson, Quiet, Run
+from rewarded_lines.cli.progress import progress_bar
 from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
@@ -19,20 +20,28 @@ if TYPE_CHECKING:
 
 
 def choose(
-    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    run: Run,
     at_least: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Least mean of a reward, in its unit (repeat).")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Least mean of a reward, in its unit (repeat).", autocompletion=run_minima
+        ),
     ] = None,
-    maximize: Annotated[str | None, typer.Option(metavar="NAME", help="Reward to be as high as can be.")] = None,
+    maximize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Reward to be as high as can be.", autocompletion=run_rewards)
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="NAME=W,...", help="Most of the weighted sum, standardized on SFT.")
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The point that gives up least of everything.")] = False,
-    method: Annotated[list[str] | None, typer.Option(help="That may be chosen (repeat); all by default.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="That may be chosen (repeat); all by default.", autocompletion=run_methods)
+    ] = None,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Consider λ between evaluated points, too (two policies).")
     ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say which method, α, β and λ of a run meet constraints best, and the merge command that makes the policy.
 
@@ -45,17 +54,21 @@ def choose(
     rewarded-lines choose RUN --weights faithful=0.7,brevity=0.3
     rewarded-lines choose RUN --knee --method lines
     """
-    from rewarded_lines.sweeping.choose import choose as run_choose
+    minima = _numbers("--at-least", at_least or ())
+    weighed = _numbers("--weights", weights.split(",")) if weights else None
+    with progress_bar("Choose", quiet=quiet or as_json) as bar:
+        from rewarded_lines.sweeping.choose import choose as run_choose
 
-    chosen = run_choose(
-        run,
-        at_least=_numbers("--at-least", at_least or ()),
-        maximize=maximize,
-        weights=_numbers("--weights", weights.split(",")) if weights else None,
-        knee=knee,
-        methods=method or (),
-        interpolate=interpolate,
-    )
+        bar("reading the run, bootstrap", 0, 0)
+        chosen = run_choose(
+            run,
+            at_least=minima,
+            maximize=maximize,
+            weights=weighed,
+            knee=knee,
+            methods=method or (),
+            interpolate=interpolate,
+        )
     if as_json:
         typer.echo(json.dumps(chosen.as_dict(), indent=2, ensure_ascii=False))
     else:

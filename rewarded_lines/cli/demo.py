@@ -8,38 +8,59 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
+from rewarded_lines.cli.completion import algorithms, engines, stages
+from rewarded_lines.cli.options import Quiet
 from rewarded_lines.cli.progress import quiet_libraries
 from rewarded_lines.cli.report import show
 
 
 def demo(
-    algo: Annotated[str, typer.Option(help="How policies are trained: ppo, dpo or rloo.")] = "ppo",
+    algo: Annotated[
+        str, typer.Option(help="How policies are trained: ppo, dpo or rloo.", autocompletion=algorithms)
+    ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; runs/demo, runs/demo-dpo, runs/demo-seed1 … by default.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="What generates in the sweep: vllm or hf.")] = "vllm",
+    engine: Annotated[
+        str, typer.Option(help="What generates in the sweep: vllm or hf.", autocompletion=engines)
+    ] = "vllm",
     until: Annotated[
-        str, typer.Option(help="Last stage: data, sft, reward, policies, sweep, report, merge.")
+        str,
+        typer.Option(help="Last stage: data, sft, reward, policies, sweep, report, merge.", autocompletion=stages),
     ] = "merge",
     corpus: Annotated[
         Path | None, typer.Option(help="Your own corpus: a folder with the JSONL files that --until data makes.")
     ] = None,
     suite: Annotated[Path | None, typer.Option(help="Your own rewards, prompts and generation (YAML).")] = None,
     configs: Annotated[Path | None, typer.Option(help="Your own sft.yaml, reward.yaml, ppo.yaml …")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train, merge and measure on movie reviews: about eight minutes on two CPU cores, no network.
 
-    Trains a small language model, a reward model and one policy per reward, then draws the front of their merges.
-    Finished stages are kept: a killed demo goes on where it stopped.
+    Trains a small language model, a reward model and one policy per
+    reward, then draws the front of their merges. Finished stages are kept:
+    a killed demo goes on where it stopped.
 
     \b
     rewarded-lines demo
     rewarded-lines demo --algo dpo --seed 1
-    rewarded-lines demo --until data        only the corpus, for running the recipes by hand
+    rewarded-lines demo --until data
+        only the corpus, for running the recipes by hand
     """
     from rewarded_lines.demo.pipeline import DemoSettings, default_out, run_demo
 
@@ -50,7 +71,8 @@ def demo(
     console = Console()
     own = {"configs": configs, "suite": suite, "corpus": corpus}
     settings = DemoSettings(folder, algo, seed, engine, **{key: path for key, path in own.items() if path})
-    with _Display(console, f"demo: {algo}, seed {seed}, in {folder}") as display:
+    heading = f"demo: {algo}, seed {seed}, in {folder}"
+    with _Display(Console(quiet=True) if quiet else console, heading) as display:
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
         show(folder / "sweep", console)
@@ -59,13 +81,28 @@ def demo(
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)
 
 
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, nothing as long as there is none."""
+        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
+
+
 class _Display:
     """Prints a line for every stage, and below it live bars where there is a terminal to draw them on."""
 
     def __init__(self, console: Console, heading: str) -> None:
         self._console = console
         self._heading = heading
-        columns = (TextColumn("  {task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("  {task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
 

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from rewarded_lines.cli.completion import outsides
+from rewarded_lines.cli.options import AsJson, Layers, Quiet
 from rewarded_lines.cli.progress import progress_bar
 
 
@@ -19,14 +21,19 @@ def inspect(
     alpha: Annotated[float, typer.Option(help="LiNeS α: scale of the first block.")] = 1.0,
     beta: Annotated[float, typer.Option(help="LiNeS β: added by the last block.")] = 1.0,
     outside: Annotated[
-        str, typer.Option(help="What embeddings, norm and head get: alpha, or depth (as the block beside them).")
+        str,
+        typer.Option(
+            help="What embeddings, norm and head get: alpha, or depth (as the block beside them).",
+            autocompletion=outsides,
+        ),
     ] = "alpha",
-    layers: Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")] = None,
+    layers: Layers = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw scale and norm over depth into a .png, .svg or .pdf file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a checkpoint by depth: its blocks, their LiNeS scale, and how far they lie from the base.
 
@@ -47,7 +54,7 @@ def inspect(
         from rewarded_lines.drawing.depth import check_figure_file, write_depth_figure
 
         check_figure_file(plot)
-    with progress_bar("Reading", quiet=as_json, unit="bytes", after=2.0) as bar:
+    with progress_bar("Reading", quiet=quiet or as_json, unit="byte") as bar:
         found = run(
             checkpoint,
             base,
@@ -55,10 +62,11 @@ def inspect(
             beta=beta,
             outside=outside,  # type: ignore[arg-type] # checked there
             layers=layers,
-            progress=lambda name, size, total: bar(size, total),
+            progress=bar,
         )
-    if plot:
-        write_depth_figure(found, plot)
+        if plot:
+            bar("drawing", 0, 0)
+            write_depth_figure(found, plot)
     console = Console(highlight=False)
     if as_json:
         typer.echo(json.dumps(as_dict(found, tensors), indent=2, ensure_ascii=False, allow_nan=False))

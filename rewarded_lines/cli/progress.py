@@ -1,55 +1,166 @@
-"""The one progress bar of the command line: rate and time left, on stderr, silent when nobody watches."""
+"""What the command line shows while it works: on stderr, only to a terminal, and only of work that is not over at once.
+
+The verbs tell it through one function, `progress(name, done, total)`. With `done` above 0 something counted is
+finished; with 0 it is only begun, and a total of 0 says that it prepares what is counted and is not part of it.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import timedelta
 from time import monotonic
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
-Advance = Callable[[int, int], None]
+Advance = Callable[[str, int, int], None]
+# Work that is over sooner shows nothing.
+PATIENCE = 2.0
+_REFRESHES_A_SECOND = 5
 
 
 @contextmanager
-def progress_bar(title: str, *, quiet: bool = False, unit: str = "steps", after: float = 0.0) -> Iterator[Advance]:
-    """Yield `advance(done, total)`, which moves a bar on by `done` out of `total`.
+def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iterator[Advance]:
+    """Yield `advance(name, done, total)`, which shows what is done, what is being done, the rate and the time left.
+
+    Until the block ends stdout leads to stderr: what libraries and users' functions print is no result.
 
     Args:
         title: what is being done.
         quiet: show nothing; a stderr that is no terminal shows nothing either.
-        unit: "bytes" to show sizes, anything else to show counts.
-        after: seconds that must pass before the bar appears, so that short work shows none.
+        unit: what is counted, one of it; "byte" shows sizes.
     """
     console = Console(stderr=True)
-    counter: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeElapsedColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-    task, begun = bars.add_task(title, total=None), monotonic()
-    if not after:
-        bars.start()
+    work = Work(title, unit)
+    live = Live(work, console=console, transient=True, refresh_per_second=_REFRESHES_A_SECOND)
+    # A thread of its own: the first stage may take long and tell nothing meanwhile.
+    timer = threading.Timer(PATIENCE, live.start)
+    timer.daemon = True
+    with stdout_for_results():
+        if not quiet and console.is_terminal:
+            timer.start()
+        try:
+            yield work.advance
+        finally:
+            timer.cancel()
+            if timer.ident is not None:
+                timer.join()
+            live.stop()
 
-    def advance(done: int, total: int) -> None:
-        if not bars.live.is_started and monotonic() - begun > after:
-            bars.start()
-        bars.update(task, advance=done, total=total)
 
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Let all that is printed in the block go to stderr, by Python and by what is not Python, children included."""
+    kept = None
+    with suppress(OSError):
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
     try:
-        yield advance
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
-        if bars.live.is_started:
-            bars.stop()
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+class Work:
+    """How far some work is, and how it looks."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        """Begin now.
+
+        Args:
+            title: what is being done.
+            unit: what is counted, one of it; "byte" shows sizes.
+        """
+        self._title, self._unit = title, unit
+        self._lock = threading.Lock()
+        self._spinner = Spinner("dots")
+        self._stage, self._stage_began = "", monotonic()
+        self._done = self._total = 0
+        # What was finished in how many seconds of work that counts: what was there before has no part in the rate.
+        self._made, self._seconds = 0, 0.0
+        # Seconds of such work since something was finished last, up to the news before this.
+        self._open, self._counting, self._news = 0.0, False, monotonic()
+
+    def advance(self, name: str, done: int, total: int) -> None:
+        """Take note of what is begun or finished; any thread may call this.
+
+        Args:
+            name: of it.
+            done: how much of what is counted it has finished; 0 where it begins.
+            total: how much there is in all; 0 where what begins only prepares.
+        """
+        now = monotonic()
+        with self._lock:
+            if self._counting:
+                self._open += now - self._news
+                if done:
+                    self._made, self._seconds, self._open = self._made + done, self._seconds + self._open, 0.0
+            self._news = now
+            self._done += done
+            self._total = total or self._total
+            if not done:
+                self._counting = total > 0
+                self._stage, self._stage_began = name, now
+
+    def rate(self) -> float | None:
+        """Return how much is finished in a second, preparations apart; None as long as that is not known."""
+        return self._made / self._seconds if self._made and self._seconds > 0 else None
+
+    def left(self) -> float | None:
+        """Return the seconds that are left at this rate."""
+        rate = self.rate()
+        if rate is None:
+            return None
+        since = self._open + (monotonic() - self._news if self._counting else 0.0)
+        return max(0.0, (self._total - self._done) / rate - since)
+
+    def __rich__(self) -> RenderableType:
+        """Return a line with the stage, below a bar where something is counted."""
+        with self._lock:
+            stage = Table.grid(padding=(0, 1), expand=True)
+            stage.add_column(width=1)
+            stage.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+            stage.add_column(justify="right", no_wrap=True)
+            # The bar has the title.
+            named = self._stage or "starting" if self._total else f"{self._title}: {self._stage or 'starting'}"
+            stage.add_row(self._spinner, Text(named), Text(_clock(monotonic() - self._stage_began), style="dim"))
+            return Group(self._bar(), stage) if self._total else stage
+
+    def _bar(self) -> Table:
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        cells = [Text(self._count(), style="bold")]
+        rate, left = self.rate(), self.left()
+        if rate is not None and left is not None:
+            cells += [Text(self._rate_text(rate)), Text(f"{_clock(left)} left", style="cyan")]
+        for _ in cells:
+            bar.add_column(justify="right", no_wrap=True)
+        bar.add_row(Text(self._title), ProgressBar(total=self._total, completed=min(self._done, self._total)), *cells)
+        return bar
+
+    def _count(self) -> str:
+        if self._unit == "byte":
+            return f"{decimal(self._done)}/{decimal(self._total)}"
+        return f"{self._done:,}/{self._total:,} {self._unit}s"
+
+    def _rate_text(self, rate: float) -> str:
+        if self._unit == "byte":
+            return f"{decimal(round(rate))}/s"
+        return f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
 
 def quiet_libraries() -> None:
@@ -60,3 +171,7 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

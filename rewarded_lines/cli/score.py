@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rewarded_lines.cli.options import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, Quiet, TensorParallel
 from rewarded_lines.cli.progress import progress_bar, quiet_libraries
-from rewarded_lines.cli.sweep import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, TensorParallel
 
 
 def score(
@@ -25,20 +25,20 @@ def score(
     offload: Offload = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score one model with the project's rewards, beside its SFT model on the same prompts.
 
     \b
     rewarded-lines score merged/lam=0.30
         with the rewards, prompts and settings of ./rewarded-lines.yaml
-    rewarded-lines score merged/lam=0.30 --config runs/demo/rewarded-lines.yaml --json
+    rewarded-lines score merged --config runs/demo/rewarded-lines.yaml --json
     """
-    from rewarded_lines.summaries.summary import summarise
-    from rewarded_lines.summaries.tables import points_sheet, policy_sheet, rich_table, side_sheet
-    from rewarded_lines.sweeping.score import score as run
+    with progress_bar("Score", quiet=quiet or as_json, unit="point") as bar:
+        from rewarded_lines.summaries.summary import summarise
+        from rewarded_lines.sweeping.score import score as run
 
-    quiet_libraries()
-    with progress_bar("Score", quiet=as_json) as bar:
+        quiet_libraries()
         done = run(
             model,
             config,
@@ -49,14 +49,17 @@ def score(
             tensor_parallel=tensor_parallel,
             offload=offload,
             overwrite=overwrite,
-            progress=lambda name, count, total: bar(count, total),
+            progress=bar,
         )
-    summary = summarise(done)
+        bar("bootstrap", 0, 0)
+        summary = summarise(done)
     if as_json:
         sft, policy = summary.points
         found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
+    from rewarded_lines.summaries.tables import points_sheet, policy_sheet, rich_table, side_sheet
+
     console = Console()
     for sheet in (points_sheet(summary), side_sheet(summary), policy_sheet(summary)):
         console.print(rich_table(sheet))

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
+from rewarded_lines.cli.completion import engines, run_methods
+from rewarded_lines.cli.options import AsJson, Device, Layers, Offload, Quiet, Ray, Run, TensorParallel, Workers
 from rewarded_lines.cli.progress import progress_bar, quiet_libraries
-from rewarded_lines.cli.sweep import AsJson, Device, Layers, Offload, Ray, TensorParallel, Workers
 
 
 def search(
-    run: Annotated[Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False)],
+    run: Run,
     config: Annotated[Path | None, typer.Option(help="The project file; the run's own by default.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Whose front (repeat); all merges by default.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Whose front (repeat); all merges by default.", autocompletion=run_methods),
+    ] = None,
     points: Annotated[int, typer.Option(min=2, help="λ that each method has at most in the end.")] = 15,
     gain: Annotated[float, typer.Option(min=0, help="End where no λ can add more than this share.")] = 0.001,
-    engine: Annotated[str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.", autocompletion=engines)
+    ] = None,
     device: Device = "auto",
     layers: Layers = None,
     tensor_parallel: TensorParallel = 1,
@@ -27,20 +35,23 @@ def search(
     ray: Ray = None,
     workers: Workers = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Add λ points to a run where they raise a method's front most, until a budget or a gain is reached.
 
-    With --config a run that is not there yet begins with three λ of each method. The line through the points of two
-    policies can be had, too: let one or the other of two neighbours answer, by lot.
+    With --config a run that is not there yet begins with three λ of each
+    method. The line through the points of two policies can be had, too: let
+    one or the other of two neighbours answer, by lot.
 
     \b
     rewarded-lines search runs/demo/sweep --points 15
-    rewarded-lines search runs/adaptive --config runs/demo/rewarded-lines.yaml --method lines
+    rewarded-lines search runs/adaptive --method lines \\
+        --config runs/demo/rewarded-lines.yaml
     """
-    from rewarded_lines.sweeping.search import search as run_search
+    with progress_bar("Search", quiet=quiet or as_json, unit="point") as bar:
+        from rewarded_lines.sweeping.search import search as run_search
 
-    quiet_libraries()
-    with progress_bar("Search", quiet=as_json) as bar:
+        quiet_libraries()
         done, found = run_search(
             run,
             config=config,
@@ -54,17 +65,16 @@ def search(
             offload=offload,
             ray=ray,
             workers=workers,
-            progress=lambda name, count, total: bar(count, total),
+            progress=bar,
         )
     if as_json:
-        told = {"folder": str(done.folder), "methods": [asdict(one) for one in found]}
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        content = {"folder": str(done.folder), "methods": [asdict(one) for one in found]}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
+    console = Console(highlight=False)
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ promises more"
-        typer.echo(
-            f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
-            + (f", of the line through them {one.mixed:.4g}" if one.mixed is not None else "")
-            + f"; {why}: the next could add {one.potential:.2g} at most"
-        )
+        told = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
+        told += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
+        console.print(Text(f"{told}; {why}: the next could add {one.potential:.2g} at most"))
     typer.echo(f"look at them: rewarded-lines report {done.folder}")

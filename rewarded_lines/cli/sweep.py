@@ -8,24 +8,20 @@ from typing import Annotated
 
 import typer
 
+from rewarded_lines.cli.options import (
+    AsJson,
+    Config,
+    Device,
+    Engine,
+    Layers,
+    Offload,
+    Overwrite,
+    Quiet,
+    Ray,
+    TensorParallel,
+    Workers,
+)
 from rewarded_lines.cli.progress import progress_bar, quiet_libraries
-
-# Options that every command has which evaluates models.
-Config = Annotated[Path, typer.Option(help="The project file.")]
-Engine = Annotated[
-    str, typer.Option(help="vllm, hf (transformers; slower), or the URL of a server that takes adapters.")
-]
-Device = Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda.")]
-Layers = Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")]
-TensorParallel = Annotated[int, typer.Option(min=1, help="Devices that vLLM spreads the model over.")]
-Offload = Annotated[str, typer.Option(help="Reward models leave memory when idle: auto, always, never.")]
-Ray = Annotated[
-    str | None,
-    typer.Option(help="Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"),
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="With --ray: how many.")]
-Overwrite = Annotated[bool, typer.Option(help="Begin anew where RUN was made by another configuration.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def sweep(
@@ -41,25 +37,28 @@ def sweep(
     workers: Workers = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge, generate and score along λ, for every method and the SFT model, in one engine.
 
-    Points that are there are not made again: a killed sweep goes on where it stopped. `sweep.methods` of the project
-    says what is compared; with `sweep.tune` α and β are searched first, on validation prompts.
+    Points that are there are not made again: a killed sweep goes on where
+    it stopped. `sweep.methods` of the project says what is compared; with
+    `sweep.tune` α and β are searched first, on validation prompts.
 
     \b
     rewarded-lines sweep
         the project in ./rewarded-lines.yaml, into ./sweep
-    rewarded-lines sweep --config runs/demo/rewarded-lines.yaml --points 5 --engine hf --out runs/quick
+    rewarded-lines sweep --config runs/demo/rewarded-lines.yaml \\
+        --points 5 --engine hf --out runs/quick
     rewarded-lines sweep --ray 10.0.0.1:6379
         on a Ray cluster, one engine on each of its GPUs
     rewarded-lines sweep --engine http://10.0.0.1:8000
         LoRA policies on a running vLLM server
     """
-    from rewarded_lines.sweeping.sweep import sweep as run
+    with progress_bar("Sweep", quiet=quiet or as_json, unit="point") as bar:
+        from rewarded_lines.sweeping.sweep import sweep as run
 
-    quiet_libraries()
-    with progress_bar("Sweep", quiet=as_json) as bar:
+        quiet_libraries()
         done = run(
             config,
             points=points,
@@ -72,7 +71,7 @@ def sweep(
             ray=ray,
             workers=workers,
             overwrite=overwrite,
-            progress=lambda name, count, total: bar(count, total),
+            progress=bar,
         )
     if as_json:
         typer.echo(json.dumps({"folder": str(done.folder), **done.header}, indent=2, ensure_ascii=False))

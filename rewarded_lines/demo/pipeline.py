@@ -288,7 +288,9 @@ def _sweep(settings: DemoSettings, before: str) -> list[_Part]:
         def count(name: str, more: int, total: int) -> None:
             nonlocal done
             done += more
-            tell("points", done, total)
+            # What only begins is no news to a bar of points.
+            if more:
+                tell("points", done, total)
 
         out = settings.out / "sweep"
         # Policies trained anew make another run in the place of the old one.

@@ -19,14 +19,21 @@ from rewarded_lines.evaluation.forgetting import control_sums
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, draft_path, read_point, write_point
 from rewarded_lines.evaluation.setup import Setup
+from rewarded_lines.processes import give_back_memory
 from rewarded_lines.scoring.scorer import Scorer
 
 # Where weights are swapped, the SFT model comes back after so many points or seconds. A kill costs what came since.
 _POINTS_A_SPELL = 16
 _SPELL_SECONDS = 20.0
 Keys = Mapping[PointSpec, str]
+# Called with what begins, and whether it makes points rather than prepares for them.
+Tell = Callable[[str, bool], None]
 Made = tuple[tuple[str, PointSpec], list[Response], np.ndarray | None]
 Result = TypeVar("Result")
+
+
+def silent(stage: str, counts: bool) -> None:
+    """Tell nobody."""
 
 
 class Producer(Protocol):
@@ -57,15 +64,17 @@ class Bench:
 
     width = 1
 
-    def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = ()) -> None:
+    def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), tell: Tell = silent) -> None:
         """Remember what is needed; engine and reward models are loaded when the first point is.
 
         Args:
             setup: the project.
             folder: the run's; responses wait there for their scores, and scores are kept.
             also: further prompts that the engine must have room for.
+            tell: called with each stage as it begins.
         """
         self._setup = setup
+        self._tell = tell
         self._folder = folder
         self._also = also
         self._clock = {"engine": 0.0, "generate": 0.0}
@@ -95,6 +104,7 @@ class Bench:
             for key, point in self._scored(setup, turn):
                 yield key, point
                 draft_path(self._folder, key).unlink(missing_ok=True)
+            give_back_memory()
 
     def seconds(self) -> dict[str, float]:
         """Return seconds of building the engine, generating, swapping and scoring."""
@@ -105,10 +115,11 @@ class Bench:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return self._setup.scorer(self._folder / "scores.sqlite")
+        return self._setup.scorer(self._folder / "scores.sqlite", lambda words: self._tell(words, True))
 
     @cached_property
     def _generator(self) -> Generator:
+        self._tell("building the engine", False)
         return self._timed("engine", lambda: self._setup.generator(self._also))
 
     def _batches(
@@ -121,6 +132,7 @@ class Bench:
             drafts = self._drafts(todo)
             if any(key not in drafts for key in todo):
                 models = [spec.model(setup.checkpoints) for _, spec in batch]
+                self._tell(f"generating {len(batch)} points together", True)
                 answers = self._answers(setup, models)
                 controls = [
                     self._control(setup, model) if key in todo else None
@@ -151,6 +163,7 @@ class Bench:
                     drafts |= found
                     continue
                 model = spec.model(setup.checkpoints)
+                self._tell(f"generating {spec}", True)
                 (answer,) = self._answers(setup, [model])
                 waiting.append(((key, spec), answer, self._control(setup, model)))
             yield drafts | dict(self._points(setup, waiting))
@@ -193,6 +206,7 @@ class Bench:
         own = [response.logprob for response in responses]
         pairs = [(heads[i], response.tokens) for i, response in zip(index, responses, strict=True)]
         model = spec.model(setup.checkpoints)
+        self._tell(f"KL of {spec}", True)
         under_sft = own if model is None else self._timed("generate", lambda: self._generator.logprobs(pairs))
         seeds = [prompt_seed(setup.generation, i, k) for i in range(count) for k in range(samples)]
         return Point(

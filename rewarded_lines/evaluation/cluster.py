@@ -18,7 +18,7 @@ from typing import Any
 from rewarded_lines.config import Project
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.evaluation.bench import Bench, Keys
+from rewarded_lines.evaluation.bench import Bench, Keys, Tell, silent
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
@@ -69,7 +69,14 @@ class _Hand:
 class Cluster:
     """Makes points on the workers of a Ray cluster."""
 
-    def __init__(self, setup: Setup, address: str, also: Sequence[Prompt] = (), workers: int | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        address: str,
+        also: Sequence[Prompt] = (),
+        workers: int | None = None,
+        tell: Tell = silent,
+    ) -> None:
         """Remember the cluster; it is joined on entry.
 
         Args:
@@ -77,8 +84,10 @@ class Cluster:
             address: of the cluster, "auto" for the one that this machine belongs to, or "local" to start one here.
             also: further prompts that engines must have room for.
             workers: how many; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
+            tell: called with each stage as it begins.
         """
         self._setup = setup
+        self._tell = tell
         self._address = address
         self._also = list(also)
         self._wanted = workers
@@ -91,6 +100,7 @@ class Cluster:
         Raises:
             UserError: Ray is not installed, or no cluster answers.
         """
+        self._tell("joining the cluster", False)
         _join(self._address)
         import ray
 
@@ -134,6 +144,7 @@ class Cluster:
         shared = ray.put(list(setup.prompts)), ray.put(list(setup.control))
         at_work: dict[Any, tuple[_Hand, str]] = {}
         idle = list(self._hands)
+        self._tell(f"waiting for the first of {len(idle)} workers", False)
         while queue or at_work:
             while queue and idle:
                 hand, key = idle.pop(), queue.popleft()
@@ -152,6 +163,7 @@ class Cluster:
                 raise UserError(problems)
             idle.append(hand)
             yield key, point
+            self._tell(f"{len(self._hands)} workers at work", True)
 
     def seconds(self) -> dict[str, float]:
         """Return the workers' seconds, summed."""

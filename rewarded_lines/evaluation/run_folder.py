@@ -27,6 +27,8 @@ from rewarded_lines.evaluation.records import (
 from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.folders import folder_lock, refuse_foreign
 
+# Called with a point's name, the number done by it, and the total. Also with what begins, 0, and the total; 0 in all
+# where it only prepares.
 Progress = Callable[[str, int, int], None]
 _OURS = ("points", "drafts", "report", RUN_FILE)
 _SHOWN = 12
@@ -45,9 +47,17 @@ class RunFolder:
         self.before: dict[str, Any] = {}
         self._progress = progress or (lambda name, done, total: None)
         self._read: dict[str, Point] = {}
-        self._total = 0
+        self._total = self._expected = 0
         self._started = time.perf_counter()
         self.evaluated = 0
+
+    def tell(self, stage: str, counts: bool) -> None:
+        """Say what begins, and whether it makes points rather than prepares for them."""
+        self._progress(stage, 0, max(self._total, self._expected) if counts else 0)
+
+    def expect(self, count: int) -> None:
+        """Say how many points there will be in all, those of searches included, so that the time left can be told."""
+        self._expected = count
 
     def fill(self, setup: Setup, specs: list[PointSpec], producer: Producer) -> list[Point]:
         """Return the points, those that are missing or damaged made first.
@@ -57,18 +67,21 @@ class RunFolder:
             specs: of the points.
             producer: makes what is missing.
         """
+        self.tell("reading what is there", False)
         keys = {spec: setup.key(spec) for spec in specs}
         missing = [key for key in dict.fromkeys(keys.values()) if not self._there(key)]
         count = len(set(keys.values()))
         self._total += count
-        self._progress("points already there", count - len(missing), self._total)
+        total = max(self._total, self._expected)
+        if count > len(missing):
+            self._progress("points already there", count - len(missing), total)
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
             for key, point in producer.produce(setup, keys, missing):
                 write_point(point_path(self.folder, key), point)
                 self._read[key] = point
                 self.evaluated += 1
-                self._progress(names[key], 1, self._total)
+                self._progress(names[key], 1, total)
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
     def write(self, keys: Keys, **content: Any) -> None:
@@ -114,12 +127,14 @@ def open_run(
         folder: of the run.
         setup: the project; a folder that was filled for another one is refused.
         overwrite: empty such a folder instead.
-        progress: called with each point's name, the number done by it (0 or 1) and the total.
+        progress: see `Progress`.
 
     Raises:
         UserError: the folder holds something else, another configuration's run, or is held by another process.
     """
     refuse_foreign(folder, RUN_FILE)
+    if progress:
+        progress("hashing checkpoints", 0, 0)
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         if (folder / RUN_FILE).exists():

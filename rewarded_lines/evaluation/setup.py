@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -152,9 +152,10 @@ class Setup:
             tensor_parallel=self.options.tensor_parallel,
         )
 
-    def scorer(self, cache: Path | None) -> Scorer:
-        """Return what scores, its cache in a file or in memory."""
-        return Scorer(self.rewards, self.project.config.rewards, ScoreCache(cache), offload=self.options.offload)
+    def scorer(self, cache: Path | None, tell: Callable[[str], None] | None = None) -> Scorer:
+        """Return what scores, its cache in a file or in memory; `tell` hears what it is at."""
+        declared = self.project.config.rewards
+        return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, tell=tell)
 
     def control_rows(self, generator: Generator) -> list[tuple[int, list[int], list[int]]]:
         """Return the control texts in windows of tokens that the model can hold; see `control_pairs`."""
@@ -222,8 +223,13 @@ def located(reference: str, folder: Path) -> str:
     return os.path.realpath(path) if path.exists() else reference
 
 
-def open_setup(project: Project, options: Options) -> Setup:
+def open_setup(project: Project, options: Options, tell: Callable[[str], None] = lambda stage: None) -> Setup:
     """Open a project for evaluation.
+
+    Args:
+        project: what to open.
+        options: how it runs.
+        tell: called with each stage as it begins.
 
     Raises:
         UserError: anything wrong with engine, prompts, control texts, rewards, checkpoints or methods.
@@ -232,9 +238,12 @@ def open_setup(project: Project, options: Options) -> Setup:
     check_engine(options.engine)
     _check_options(options)
     _check_rewards(project)
+    tell("reading prompts")
     prompts = load_prompts(project)
     control = _control(project)
+    tell("loading rewards")
     rewards = load_rewards(project, device=options.device)
+    tell("opening checkpoints")
     plan = _plan(project, options)
     setup = Setup(project, options, plan, rewards, prompts, control)
     _ = setup.methods

@@ -147,6 +147,7 @@ def inspect(
         UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
     """
     _check_options(alpha, beta, outside)
+    progress("opening checkpoints", 0, 0)
     subject = open_subject(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = find_depths(infos, subject.config, layers)

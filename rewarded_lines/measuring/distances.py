@@ -43,6 +43,7 @@ def distances(
     names = [name for name, info in infos.items() if info.dtype.floating]
     parts: dict[str, list[Distance]] = {name: [] for name in names}
     total, lock = total_bytes(infos[name] for name in names), Lock()
+    progress("reading blocks", 0, total)
 
     def worker() -> Callable[[tuple[str, int, int]], None]:
         workspace, wide = Workspace(base, [source]), np.empty(BLOCK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -41,6 +41,7 @@ class Scorer:
         declarations: Mapping[str, RewardSpec],
         cache: ScoreCache,
         offload: str = "auto",
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         """Score with `rewards`, of which this object takes charge; see `close`.
 
@@ -50,6 +51,7 @@ class Scorer:
             cache: what is known, and where scores are put.
             offload: whether a model leaves memory when it has scored a call's pairs: "auto" does so when those that
                 the call needs do not fit into memory together, "always" and "never" say it.
+            tell: called with what is being scored, in words, each time there is news.
 
         Raises:
             UserError: `offload` is none of these.
@@ -60,6 +62,7 @@ class Scorer:
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
         self._cache = cache
         self._offload = offload
+        self._tell = tell or (lambda words: None)
         self.seconds = 0.0
         self.scored = 0
         self.hits = 0
@@ -107,6 +110,7 @@ class Scorer:
         if reward.size:
             wanted = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
         for start in range(0, len(wanted), size):
+            self._tell(f"scoring {name}: {start:,} of {len(wanted):,} responses")
             chunk = wanted[start : start + size]
             try:
                 values = reward.score([prompt for prompt, _ in chunk], [response for _, response in chunk])

@@ -18,7 +18,7 @@ from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
-from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
+from rewarded_lines.sweeping.sweep import finish_run, producer, stages, sweep, write_run
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -82,7 +82,7 @@ def search(
         offload: see `sweep`.
         ray: see `sweep`; as many λ as there are workers are tried at once.
         workers: see `sweep`.
-        progress: called with each point's name, the number done by it and the total.
+        progress: see `sweep`; the total is the most that there can be.
 
     Raises:
         UserError: the folder is no run, belongs to another configuration, or a method is none of its merges.
@@ -94,9 +94,12 @@ def search(
     header = read_header(folder)
     made_with = header["options"]
     options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
-    setup = open_setup(load_project(config or located(header["project"], folder)), options)
+    setup = open_setup(load_project(config or located(header["project"], folder)), options, stages(progress))
     chosen = _chosen(setup, methods, folder)
-    with open_run(folder, setup, progress=progress) as held, producer(setup, folder, ray, workers) as make:
+    with (
+        open_run(folder, setup, progress=progress) as held,
+        producer(setup, folder, ray, workers, tell=held.tell) as make,
+    ):
         found = [_search_one(held, make, name, points, gain) for name in chosen]
         finish_run(held, make, _listed(held), _added(held), held.before.get("tuned"))
     return load_run(folder), found
@@ -115,7 +118,7 @@ def _begin(
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
-    _chosen(open_setup(load_project(config), options), methods, folder)
+    _chosen(open_setup(load_project(config), options, stages(progress)), methods, folder)
     sweep(
         config,
         points=_FIRST,

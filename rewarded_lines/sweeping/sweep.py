@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 from rewarded_lines.config import Project, load_project
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.bench import Bench, Producer
+from rewarded_lines.evaluation.bench import Bench, Producer, Tell, silent
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
-from rewarded_lines.sweeping.tune import tune, validation_prompts
+from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts
 
 
 def sweep(
@@ -51,7 +51,8 @@ def sweep(
         ray: share the points out over Ray workers: the address of a cluster, "auto", or "local" to start one here.
         workers: how many of them; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
         overwrite: begin anew where the folder holds a run of another configuration.
-        progress: called with each point's name, the number done by it (0 or 1) and the total.
+        progress: called with each point's name, the number done by it and the total; and with what begins, 0 and the
+            total, 0 as long as the points are only prepared for.
 
     Returns:
         The complete run.
@@ -64,32 +65,45 @@ def sweep(
     count = project.config.sweep.points if points is None else points
     if count < 2:
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
-    setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload))
+    tell = stages(progress)
+    setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload), tell)
     validation = validation_prompts(setup)
     folder = Path(out) if out is not None else project.root / "sweep"
+    tell("laying out the points")
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
         added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
+        run.expect(len({*specs, *added}) + trial_points(setup, count))
         write_run(run, [*specs, *added], added)
-        with producer(setup, folder, ray, workers, validation) as make:
+        with producer(setup, folder, ray, workers, validation, run.tell) as make:
             tuned = tune(run, make, validation, count)
             found = tuned.as_dict() if tuned else None
             finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
     return load_run(folder)
 
 
+def stages(progress: Progress | None) -> Callable[[str], None]:
+    """Return what is told of stages that come before all points."""
+    return lambda stage: progress(stage, 0, 0) if progress else None
+
+
 @contextmanager
 def producer(
-    setup: Setup, folder: Path, ray: str | None = None, workers: int | None = None, also: Sequence[Prompt] = ()
+    setup: Setup,
+    folder: Path,
+    ray: str | None = None,
+    workers: int | None = None,
+    also: Sequence[Prompt] = (),
+    tell: Tell = silent,
 ) -> Iterator[Producer]:
     """Yield what makes records: a bench here, or workers of a Ray cluster."""
     if ray is None:
-        with Bench(setup, folder, also) as bench:
+        with Bench(setup, folder, also, tell) as bench:
             yield bench
         return
     from rewarded_lines.evaluation.cluster import Cluster
 
-    with Cluster(setup, ray, also, workers) as cluster:
+    with Cluster(setup, ray, also, workers, tell) as cluster:
         yield cluster
 
 
@@ -103,6 +117,7 @@ def finish_run(
     """Evaluate all that is listed, and say in `run.json` what there is."""
     write_run(run, specs, added, tuned)
     run.fill(run.setup, list(specs), make)
+    run.tell("closing the run", False)
     write_run(run, specs, added, tuned, complete=True, **run.account(make))
 
 

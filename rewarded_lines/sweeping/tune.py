@@ -81,6 +81,20 @@ def validation_prompts(setup: Setup) -> list[Prompt]:
     return prompts
 
 
+def trial_points(setup: Setup, count: int) -> int:
+    """Return how many points a search of `tune` makes at most, those of its best trial on the test prompts included.
+
+    Args:
+        setup: the project.
+        count: see `tune`.
+    """
+    spec = setup.project.config.sweep.tune
+    if spec is None:
+        return 0
+    policies = len(setup.project.config.policies)
+    return 1 + spec.trials * len(simplex_grid(policies, spec.points or count)) + len(simplex_grid(policies, count))
+
+
 def tune(run: RunFolder, make: Producer, prompts: list[Prompt], count: int) -> Tuned | None:
     """Search α and β for the largest hypervolume on validation prompts.
 

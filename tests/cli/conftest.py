@@ -13,3 +13,15 @@ def quick(cli, monkeypatch):
     # Nobody pulls the plug here, and waiting for the disk is most of what is left.
     monkeypatch.setattr("rewarded_lines.folders.sync_folder", lambda folder: None)
     return cli
+
+
+@pytest.fixture
+def narrow(cli, monkeypatch):
+    """Run a command on a terminal of 80 columns."""
+
+    def run(*args):
+        setenv = monkeypatch.setenv
+        monkeypatch.setattr(monkeypatch, "setenv", lambda name, value: setenv(name, "80"))
+        return cli(*args)
+
+    return run

@@ -10,18 +10,6 @@ from safetensors.torch import load_file, save_file
 from rewarded_lines import inspect
 
 
-@pytest.fixture
-def narrow(cli, monkeypatch):
-    """Run a command on a terminal of 80 columns."""
-
-    def run(*args):
-        setenv = monkeypatch.setenv
-        monkeypatch.setattr(monkeypatch, "setenv", lambda name, value: setenv(name, "80"))
-        return cli(*args)
-
-    return run
-
-
 def rows(text):
     return [line.split() for line in text.splitlines() if line]
 

@@ -1,46 +1,225 @@
-"""The progress bar: only on a terminal, only when asked for, and not for work that is over at once."""
+"""What the command line shows while it works: only on a terminal, only when wanted, and not of what is over at once."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
 
 import pytest
+from command import COMMAND, ENVIRONMENT
 from rich.console import Console
 
 from rewarded_lines.cli import progress
-from rewarded_lines.cli.progress import progress_bar
+from rewarded_lines.cli.progress import Work, progress_bar
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 @pytest.fixture
-def shown(monkeypatch):
-    """Take stderr for a terminal, and return what a bar has written to it."""
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", clock)
+    return clock
+
+
+def shown(work, width=80):
+    console = Console(width=width, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(work)
+    return [" ".join(line.split()) for line in ESCAPES.sub("", capture.get()).splitlines()]
+
+
+def test_what_is_prepared_has_a_name_and_a_time(clock):
+    work = Work("Sweep", "point")
+    work.advance("building the engine", 0, 0)
+    clock.now = 7
+    (line,) = shown(work)
+    assert line.endswith("Sweep: building the engine 0:00:07")
+
+
+def test_rate_and_time_left_are_those_of_the_points_alone(clock):
+    work = Work("Sweep", "point")
+    work.advance("reading what is there", 0, 0)
+    work.advance("points already there", 4, 12)
+    work.advance("building the engine", 0, 0)
+    assert work.rate() is None and work.left() is None
+    clock.now = 100
+    work.advance("generating lines λ=0.5", 0, 12)
+    clock.now = 108
+    for name in "ab":
+        work.advance(name, 1, 12)
+    clock.now = 110
+    # What is begun is no news of how fast things are finished.
+    work.advance("scoring", 0, 12)
+    work.advance("generating lines λ=0.6", 0, 12)
+    clock.now = 112
+    assert work.rate() == pytest.approx(2 / 8) and work.left() == pytest.approx(6 / (2 / 8) - 4)
+    bar, stage = shown(work)
+    assert bar.startswith("Sweep ━") and "6/12 points 4.0 s each 0:00:20 left" in bar
+    assert stage.endswith("generating lines λ=0.6 0:00:02")
+
+
+def test_a_second_preparation_does_not_slow_the_rate(clock):
+    work = Work("Sweep", "point")
+    work.advance("generating", 0, 4)
+    clock.now = 1
+    work.advance("a", 2, 4)
+    work.advance("reading what is there", 0, 0)
+    clock.now = 50
+    work.advance("generating", 0, 4)
+    clock.now = 51
+    work.advance("b", 1, 4)
+    assert work.rate() == pytest.approx(3 / 2) and "1.5/s" in shown(work)[0]
+
+
+def test_bytes_are_shown_as_sizes(clock):
+    work = Work("Merging", "byte")
+    work.advance("merging blocks", 0, 4_000_000_000)
+    clock.now = 2
+    work.advance("model.norm.weight", 1_000_000_000, 4_000_000_000)
+    assert "1.0 GB/4.0 GB 500.0 MB/s 0:00:06 left" in shown(work)[0]
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_it_fits_the_terminal(clock, width):
+    work = Work("Merging", "byte")
+    work.advance("a stage with quite a long name " * 5, 0, 10**9)
+    clock.now = 2
+    work.advance("x", 10**8, 10**9)
+    console = Console(width=width, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(work)
+    assert max(map(len, ESCAPES.sub("", capture.get()).splitlines())) <= width
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Take stderr for a terminal, and show at once what otherwise comes after two seconds."""
     console = Console(stderr=True, force_terminal=True, width=80)
     monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    return lambda capsys: capsys.readouterr().err
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
 
 
-def test_a_bar_shows_title_and_count(shown, capsys):
-    with progress_bar("Sweep") as advance:
-        advance(3, 4)
-    text = shown(capsys)
-    assert "Sweep" in text and "3/4" in text
+def test_long_work_is_shown_and_wiped_away_at_the_end(terminal, capsys):
+    with progress_bar("Sweep", unit="point") as advance:
+        advance("generating", 0, 4)
+        advance("a", 3, 4)
+        time.sleep(0.5)
+    captured = capsys.readouterr()
+    assert "Sweep" in captured.err and "3/4 points" in captured.err and captured.out == ""
+    # The last thing that a terminal is told is to erase the lines.
+    assert captured.err.rstrip().endswith("\x1b[2K")
 
 
-def test_short_work_shows_none(shown, capsys):
-    with progress_bar("Reading", after=60) as advance:
-        advance(3, 4)
-    assert shown(capsys) == ""
-
-
-def test_long_work_shows_all_that_is_done(shown, capsys, monkeypatch):
-    times = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(progress, "monotonic", lambda: next(times))
-    with progress_bar("Reading", after=2) as advance:
-        advance(1, 4)
-        advance(2, 4)
-    assert "3/4" in shown(capsys)
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_quiet_or_unseen_shows_none(capsys, monkeypatch, terminal):
-    console = Console(stderr=True, force_terminal=terminal)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    with progress_bar("Sweep", quiet=terminal) as advance:
-        advance(1, 1)
+def test_short_work_shows_nothing(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 60.0)
+    with progress_bar("Reading") as advance:
+        advance("x", 3, 4)
     assert capsys.readouterr().err == ""
+
+
+def test_quiet_shows_nothing(terminal, capsys):
+    with progress_bar("Sweep", quiet=True) as advance:
+        advance("a", 1, 1)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stderr_that_is_no_terminal_shows_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    with progress_bar("Sweep") as advance:
+        advance("a", 1, 1)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_printed_meanwhile_is_no_result(capfd):
+    script = "import os; os.write(1, b'from elsewhere\\n')"
+    with progress_bar("Sweep"):
+        print("a library")  # noqa: T201
+        os.write(1, b"not Python\n")
+        subprocess.run([sys.executable, "-c", script], check=True)
+    print("the result")  # noqa: T201
+    captured = capfd.readouterr()
+    assert captured.out == "the result\n"
+    assert all(text in captured.err for text in ("a library", "not Python", "from elsewhere"))
+
+
+def test_an_interrupt_gives_the_terminal_back(terminal, capsys):
+    with pytest.raises(KeyboardInterrupt), progress_bar("Sweep") as advance:
+        advance("generating", 0, 4)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+    # The cursor is there again.
+    assert capsys.readouterr().err.count("\x1b[?25h") == 1
+
+
+NOISY = """\
+import os, time
+print("hello from the reward's file")
+os.write(1, b"and from below Python\\n")
+
+def words(prompts, responses):
+    print("scoring")
+    return [float(len(response)) for response in responses]
+
+letters = words
+"""
+
+
+def on_a_terminal(folder, *args):
+    """Run a command with its stderr on a terminal; return the exit code, stdout, and what the terminal was told."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, *args], env=ENVIRONMENT | {"COLUMNS": "80"}, cwd=folder, stdout=subprocess.PIPE, stderr=theirs
+    ) as child:
+        os.close(theirs)
+        told = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            told += piece
+        out = child.stdout.read()
+    os.close(ours)
+    return child.returncode, out.decode(), told.decode()
+
+
+def test_stages_are_named_on_a_terminal_unless_it_is_to_be_quiet(tiny):
+    (tiny / "score.py").write_text(
+        NOISY + "def best(folder):\n    time.sleep(0.9)\n    words('', '')\n    return 1.0\n"
+    )
+    args = ("merge", "--method", "greedy", "--score", "score.py:best", "--overwrite", "--out", "out")
+    code, out, told = on_a_terminal(tiny, *args)
+    assert code == 0 and out.startswith("merged\n") and "scoring" not in out
+    # The third candidate comes when two seconds are over.
+    assert "Merging: trying first + second" in told and "and from below Python" in told
+    code, out, told = on_a_terminal(tiny, *args, "--quiet")
+    assert code == 0 and out.startswith("merged\n") and "Merging" not in told
+
+
+def test_json_is_one_document_whatever_libraries_print(tiny):
+    (tiny / "rewards.py").write_text(NOISY)
+    args = ("sweep", "--engine", "vllm", "--points", "2", "--json")
+    # vLLM's own voice, which a user may ask for.
+    loud = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
+    done = subprocess.run([*COMMAND, *args], env=loud, cwd=tiny, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["points"]) == 5
+    assert "scoring" in done.stderr

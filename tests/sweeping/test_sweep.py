@@ -62,10 +62,16 @@ def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(ti
     sweep(engine="hf", points=2)
     before = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
     told = []
-    sweep(engine="hf", points=3, progress=lambda name, done, total: told.append((name, done)))
+    sweep(engine="hf", points=3, progress=lambda *news: told.append(news))
     after = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
     assert all(after[name] == time for name, time in before.items()) and len(after) == 7
-    assert told[0] == ("points already there", 5) and len(told) == 3
+    finished = [news for news in told if news[1]]
+    assert finished[0] == ("points already there", 5, 7) and len(finished) == 3
+    begun = {name: total for name, done, total in told if not done}
+    # What only prepares is not part of the count.
+    assert [begun[name] for name in ("loading rewards", "opening checkpoints", "building the engine")] == [0, 0, 0]
+    assert begun["generating soup λ=0.5,0.5"] == begun["KL of lines λ=0.5,0.5"] == 7
+    assert any(name.startswith("scoring letters: 0 of ") for name in begun)
     assert sweep(engine="hf", points=3).header["evaluated_last"] == 0
 
 

