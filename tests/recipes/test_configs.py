@@ -18,12 +18,15 @@ from rewarded_lines.training.arguments import parse_recipe
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+READMES = [
+    path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for path in (ROOT / "README.md", ROOT / "recipes" / "README.md")
+]
 DOCSTRINGS = [path.read_text(encoding="utf-8").split('"""')[1].replace("\\\\\n", " ") for path in RECIPES]
-# What README and the recipes' docstrings show; inside a sentence a command ends where its code does.
+# What the READMEs and the recipes' docstrings show; inside a sentence a command ends where its code does.
 SHOWN = [
     " ".join(line.split())
-    for text in [README, *DOCSTRINGS]
+    for text in [*READMES, *DOCSTRINGS]
     for line in re.findall(r"^ *(accelerate launch [^`\n]+)|`(accelerate launch [^`]+)`", text, re.MULTILINE)
     for line in line
     if line
