@@ -310,19 +310,18 @@ def parse_format(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
     """Return the mapping in a YAML file.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is missing.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds something other than a mapping.
     """
     if not path.is_file():
-        raise fail(
-            "no such file",
-            where=str(path),
-            expected="a YAML file",
-            remedy=f"name it with --config, or work in a folder that has a {PROJECT_FILE}",
-        )
+        raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -342,7 +341,8 @@ def load_project(path: Path | str = PROJECT_FILE) -> Project:
         UserError: with every fault of the file at once.
     """
     path = Path(path)
-    return Project(path, check_project(read_yaml(path), str(path)))
+    remedy = f"name it with --config, or work in a folder that has a {PROJECT_FILE}"
+    return Project(path, check_project(read_yaml(path, remedy), str(path)))
 
 
 def check_project(content: Mapping[str, Any], where: str) -> ProjectConfig:

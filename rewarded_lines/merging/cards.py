@@ -159,7 +159,7 @@ def _kind(spec: MergeSpec) -> str:
 
 def _introduction(plan: Plan) -> str:
     count = len(plan.policies)
-    made = f"merged by [rewarded-lines](https://pypi.org/project/rewarded-lines/) {__version__}"
+    made = f"merged by rewarded-lines {__version__}"
     if count == 1:
         return f"One policy aligned from a base model, its residual scaled; {made}."
     return f"{count} policies aligned from one base model, each with a reward of its own, {made}."

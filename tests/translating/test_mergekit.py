@@ -287,3 +287,9 @@ def test_a_gradient_over_a_single_block_is_refused(tmp_path, monkeypatch, cli):
     assert answer.code == 1
     assert "single block" in answer.err
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_file_that_is_not_there_is_not_looked_for_as_a_project(tmp_path):
+    with pytest.raises(UserError, match="no such file") as caught:
+        read_mergekit(tmp_path / "none.yaml")
+    assert "--config" not in str(caught.value)
