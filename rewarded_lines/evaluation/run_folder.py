@@ -139,10 +139,17 @@ def open_run(
     with folder_lock(folder):
         if (folder / RUN_FILE).exists():
             _check_identity(folder, setup, overwrite)
+        _remove_partials(folder)
         run = RunFolder(folder, setup, progress)
         if (folder / RUN_FILE).exists():
             run.before = read_header(folder)
         yield run
+
+
+def _remove_partials(folder: Path) -> None:
+    """Remove what a kill left half written; whoever holds the folder is the only one that writes there."""
+    for partial in (*folder.glob("points/.*.parquet.*"), *folder.glob("drafts/.*.parquet.*")):
+        partial.unlink(missing_ok=True)
 
 
 def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:

@@ -63,13 +63,23 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
         number += len(points) == len(expected)
         if kills == KILLS:
             break
-    assert kills == KILLS and len(states) > 2
+    assert kills == KILLS and len(states) > 2, (kills, states, number, span)
     for out in (f"killed-{one}" for one in range(number + 1)):
         run = sweep(engine="hf", points=3, out=out)
         assert run.header["complete"] and contents(tiny / out) == expected
         left = {path.name for path in (tiny / out).iterdir()}
         assert left <= {"run.json", "points", "drafts", ".lock", "scores.sqlite"}
         assert not list((tiny / out / "drafts").glob("*.parquet"))
+
+
+def test_what_a_kill_left_half_written_goes(tiny):
+    sweep(engine="hf", points=2, out="run")
+    whole = contents(tiny / "run")
+    for place in ("points", "drafts"):
+        (tiny / "run" / place).mkdir(exist_ok=True)
+        (tiny / "run" / place / ".0123456789abcdef.parquet.4711").write_bytes(b"PAR1 and no more")
+    sweep(engine="hf", points=2, out="run")
+    assert contents(tiny / "run") == whole and not list((tiny / "run/drafts").iterdir())
 
 
 def start(folder, *options):
