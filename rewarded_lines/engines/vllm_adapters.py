@@ -88,7 +88,7 @@ class VllmAdapterGenerator:
     ) -> list[list[Response]]:
         """See `Generator.generate`."""
         answers: list[list[Response]] = []
-        for chunk in chunks(self._plan, models, self.at_once):
+        for chunk in chunks(self._plan, models, min(self.at_once, self._worth_mixing(len(prompts) * spec.n))):
             with self._adapters(chunk) as adapters:
                 answers += self._core.generate(prompts, spec, adapters)
         return answers
@@ -102,6 +102,15 @@ class VllmAdapterGenerator:
         """See `Generator.close`."""
         self._folders.close()
         self._core.close()
+
+    def _worth_mixing(self, requests: int) -> int:
+        """Return how many adapters fill vLLM's batch: beyond that, mixing them costs a CPU more than it saves."""
+        import torch
+
+        if torch.cuda.is_available():
+            return self.at_once
+        most: int = self._core.engine.vllm_config.scheduler_config.max_num_seqs
+        return max(1, most // max(1, requests))
 
     @contextmanager
     def _adapters(self, models: Sequence[Model]) -> Iterator[list[Any]]:

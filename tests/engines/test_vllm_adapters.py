@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -205,3 +206,12 @@ def test_adapters_go_to_the_disk_where_memory_is_short(policies, tiny, monkeypat
     assert not first.exists() and second.exists()
     folders.close()
     assert not folders.folder.exists()
+
+
+@pytest.mark.parametrize(("requests", "adapters"), [(4, 64), (16, 16), (200, 1), (5000, 1)])
+def test_adapters_are_mixed_only_until_the_engines_batch_is_full(monkeypatch, requests, adapters):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=256))
+    generator = object.__new__(VllmAdapterGenerator)
+    generator._core = SimpleNamespace(engine=SimpleNamespace(vllm_config=scheduler))
+    assert generator._worth_mixing(requests) == adapters
