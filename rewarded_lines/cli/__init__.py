@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -76,6 +77,8 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake prints one message and exits with 1 or 2, without a traceback."""
     die_with_parent()
+    # The Hub's library reads this when it is first imported, which comes later.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Libraries make millions of objects that stay: looking through them again and again takes seconds, and so does
     # looking through them a last time.
     gc.set_threshold(100_000, 20, 20)

@@ -1,6 +1,7 @@
 """Help and version: at once, because nothing heavy is loaded; readable in 80 columns; typos are understood."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -104,3 +105,19 @@ def test_a_command_line_that_cannot_be_read(cli, args, said):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_work_can_be_quiet(asked, command):
     assert "--quiet" in asked[f"{command} --help"]["text"]
+
+
+def test_the_hubs_library_reports_nothing_of_what_a_user_does():
+    script = (
+        "import sys\n"
+        "sys.argv = ['rewarded-lines', '--version']\n"
+        "from rewarded_lines.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "from huggingface_hub import constants\n"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY)\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if "TELEMETRY" not in name and "HF_HUB" not in name
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"
