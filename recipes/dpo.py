@@ -7,8 +7,8 @@
         --reward helpful --output_dir policies/helpful
 
 With `pairs: sampled` several responses are sampled to every training prompt (by vLLM where it is installed) and scored
-by rewards of the project; the best and the worst make a pair where they differ enough. The pairs are kept as Parquet in
-`pairs_file` and used again by later runs. With `pairs: given` the data hold prompt, chosen and rejected. The policy
+by rewards of the project; the best and the worst make a pair where they differ enough. Responses are kept as Parquet in
+`samples_file` for the policies of the other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data hold prompt, chosen and rejected. The policy
 joins the project.
 """
 
@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.rows import Row
 from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config
-from rewarded_lines.rewarding.pairs import best_and_worst, kept_pairs
+from rewarded_lines.rewarding.pairs import best_and_worst, kept_rows
 from rewarded_lines.rewarding.reward_module import make_queries
 from rewarded_lines.rewarding.sampling import choose_engine, sample
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
@@ -45,6 +45,9 @@ class DPORecipe:
     pairs: str = field(default="sampled", metadata={"help": "sampled or given", "choices": ["sampled", "given"]})
     pairs_file: str | None = field(
         default=None, metadata={"help": "where sampled pairs are kept; OUTPUT_DIR.pairs.parquet by default"}
+    )
+    samples_file: str | None = field(
+        default=None, metadata={"help": "where sampled responses are kept; samples.parquet beside OUTPUT_DIR by default"}
     )
     responses: int = field(default=8, metadata={"help": "responses to every training prompt"})
     margin: float = field(default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"})
@@ -79,8 +82,10 @@ def main(argv: Sequence[str]) -> None:
         sampler = task.sampler(spec)
         task.measure_base(sampler, policy)
         if recipe.pairs == "sampled":
-            path = Path(recipe.pairs_file or f"{run.output}.pairs.parquet")
-            pairs = from_main(lambda: sampled_pairs(path, task, recipe, sampling, spec, engine, policy))
+            output = Path(run.output)
+            kept = Path(recipe.samples_file or output.with_name("samples.parquet"))
+            path = Path(recipe.pairs_file or f"{output}.pairs.parquet")
+            pairs = from_main(lambda: sampled_pairs(path, kept, task, recipe, sampling, spec, engine, policy))
         else:
             pairs = task.rows
         say(task.heading("DPO", f"{len(pairs)} pairs"))
@@ -108,6 +113,7 @@ def main(argv: Sequence[str]) -> None:
 
 def sampled_pairs(
     path: Path,
+    kept: Path,
     task: PolicyTask,
     recipe: DPORecipe,
     sampling: SamplingOptions,
@@ -115,21 +121,28 @@ def sampled_pairs(
     engine: str,
     policy: object,
 ) -> list[Row]:
-    """Return the pairs in `path`, or sample, score and keep them."""
+    """Return the pairs in `path`, or make them of the responses in `kept`, or sample those first."""
     prompts = make_queries(prompts_of(task.rows), task.tokenizer, sampling.max_prompt_tokens).prompts
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
+    # What decides the responses is the same for all rewards.
+    sampled_from = {
+        **{name: task.inputs[name] for name in ("train", "base")},
+        **{"spec": spec.model_dump(), "engine": engine},
+        **{"responses": recipe.responses, "longest": sampling.max_prompt_tokens},
+    }
+
+    def answer() -> list[Row]:
+        responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
+        return [{"prompt": prompt, "response": text} for prompt, text in zip(repeated, responses, strict=True)]
 
     def make() -> list[Row]:
-        responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
-        scores = task.reward.score(repeated, responses)
-        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin)
+        rows, found = kept_rows(kept, sampled_from, answer)
+        say(f"{len(rows)} responses {'found' if found else 'kept'} in {kept}")
+        responses = [row["response"] for row in rows]
+        return best_and_worst(repeated, responses, task.reward.score(repeated, responses), recipe.responses, recipe.margin)
 
-    made_from = {
-        **{name: value for name, value in task.inputs.items() if name != "validation"},
-        **{"scales": task.reward.scales, "spec": spec.model_dump(), "engine": engine},
-        **{"responses": recipe.responses, "margin": recipe.margin, "longest": sampling.max_prompt_tokens},
-    }
-    pairs, found = kept_pairs(path, made_from, make)
+    made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}
+    pairs, found = kept_rows(path, made_from, make)
     say(f"{len(pairs)} pairs {'found' if found else 'kept'} in {path}")
     return pairs
 

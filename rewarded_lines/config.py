@@ -167,6 +167,8 @@ PRESETS: dict[str, MethodSpec] = {
 }
 """Methods that a project may name without saying what they are."""
 SFT, POLICIES, TUNED = "sft", "policies", "tuned"
+CONTROL = "control"
+"""What control texts are called that have no name of their own."""
 _RESERVED = {
     SFT: "the base model itself, always evaluated",
     TUNED: "the method that `tune:` adds",
@@ -248,8 +250,8 @@ def _points_of(step: Any) -> int:
 class ProjectConfig(Strict):
     """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies.
 
-    `baselines` are models to compare with, never merged; `control` are texts that have nothing to do with the task:
-    how much worse a policy predicts them is what it has forgotten.
+    `baselines` are models to compare with, never merged; `control` are texts that have nothing to do with the task, or
+    several sets of them by name: how much worse a policy predicts them is what it has forgotten.
     """
 
     version: int = 1
@@ -259,9 +261,16 @@ class ProjectConfig(Strict):
     baselines: dict[str, str] = {}
     rewards: dict[str, RewardSpec] = {}
     prompts: PromptSpec | None = None
-    control: DataSpec | None = None
+    control: dict[str, DataSpec] = {}
     generation: GenerationSpec = GenerationSpec()
     sweep: SweepSpec = SweepSpec()
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        """Take the one set that has no name."""
+        unnamed = isinstance(value, Mapping) and not all(isinstance(one, Mapping) for one in value.values())
+        return {CONTROL: value} if unnamed else value or {}
 
 
 class Project:
@@ -403,7 +412,7 @@ def _section(location: list[str]) -> type[Strict] | None:
     sections: Mapping[str, type[Strict]] = {
         "rewards": RewardSpec,
         "prompts": PromptSpec,
-        "control": DataSpec,
+        CONTROL: DataSpec,
         "generation": GenerationSpec,
         "sweep": SweepSpec,
     }

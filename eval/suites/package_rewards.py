@@ -1,11 +1,19 @@
-"""Rewards of the packages suite that are plain functions: what a summary keeps of a text, and how short it is."""
+"""Rewards of the packages suite that are functions: how much a summary says of a text, how short, how plain it is.
+
+`faithful` reads both texts with a sentence encoder, sentence-transformers/all-MiniLM-L6-v2 of the Hub, or the folder
+that the environment's PACKAGES_ENCODER names. The others need no model.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
-# What an answer without a word counts as: it is as short as can be, but no summary.
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# What an answer without a word counts as: it is as short and plain as can be, but no summary.
 NO_WORDS = 40
 # Words that say nothing about a package, and those that every description has.
 COMMON = frozenset(
@@ -16,12 +24,14 @@ COMMON = frozenset(
 
 
 def faithful(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Return 100 R P for each pair: R is the share of the description's content words that the response has (ROUGE-1's
-    recall, each word counted once), P the share of the response's content words that the description has.
+    """Return 100 cos(e(description), e(response)) of each pair, e the mean of MiniLM's last hidden states over tokens.
 
-    Copying more raises R, words of one's own lower P. Without content words on either side the score is 0.
+    A response without words is 0. Source: Reimers and Gurevych, "Sentence-BERT", 2019.
     """
-    return [_overlap(_content(prompt), _content(response)) for prompt, response in zip(prompts, responses, strict=True)]
+    return [
+        100 * float(_embedding(prompt) @ _embedding(response)) if response.split() else 0.0
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def brief(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -29,7 +39,49 @@ def brief(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [-float(len(response.split()) or NO_WORDS) for response in responses]
 
 
-def _overlap(description: set[str], response: set[str]) -> float:
+def readable(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return minus the automated readability index of each response, read as one sentence, and -40 without words.
+
+    ARI = 4.71 letters/words + 0.5 words/sentences − 21.43 (Senter and Smith, 1967), in years of school.
+    """
+    return [_plainness(re.findall(r"\w+", response)) for response in responses]
+
+
+def overlap(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return 100 R P for each pair: R is the share of the description's content words that the response has (ROUGE-1's
+    recall, each word counted once), P the share of the response's content words that the description has.
+
+    Copying more raises R, words of one's own lower P. Without content words on either side the score is 0.
+    """
+    return [_shared(_content(prompt), _content(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+@cache
+def _encoder() -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    place = os.environ.get("PACKAGES_ENCODER", ENCODER)
+    return AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
+
+
+@cache
+def _embedding(text: str) -> Any:
+    """Return a text's unit vector; alone, not in a padded batch, so that it depends on nothing else."""
+    import torch
+
+    tokenizer, model = _encoder()
+    with torch.inference_mode():
+        states = model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state[0]
+        return torch.nn.functional.normalize(states.mean(dim=0), dim=0)
+
+
+def _plainness(words: Sequence[str]) -> float:
+    if not words:
+        return -float(NO_WORDS)
+    return 21.43 - 4.71 * sum(map(len, words)) / len(words) - 0.5 * len(words)
+
+
+def _shared(description: set[str], response: set[str]) -> float:
     both = len(description & response)
     return 100 * both / len(description) * both / len(response) if both else 0.0
 

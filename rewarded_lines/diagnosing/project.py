@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rewarded_lines.config import PROJECT_FILE, DataSpec, Project, load_project
+from rewarded_lines.config import CONTROL, PROJECT_FILE, DataSpec, Project, load_project
 from rewarded_lines.diagnosing.findings import Finding
 from rewarded_lines.errors import UserError
 from rewarded_lines.references import looks_local
@@ -43,7 +43,8 @@ def _paths(project: Project) -> list[tuple[str, Path]]:
         source = (reward.function or "").rpartition(":")[0]
         if source.endswith(".py"):
             found.append((f"rewards.{name}", root / source))
-    rows: dict[str, DataSpec | None] = {"prompts": spec.prompts, "control": spec.control}
+    rows: dict[str, DataSpec | None] = {"prompts": spec.prompts}
+    rows |= {CONTROL if name == CONTROL else f"{CONTROL}.{name}": data for name, data in spec.control.items()}
     if spec.sweep.tune:
         rows["sweep.tune.prompts"] = spec.sweep.tune.prompts
     found += [(key, root / Path(data.file).expanduser()) for key, data in rows.items() if data and data.file]

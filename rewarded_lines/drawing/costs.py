@@ -32,11 +32,12 @@ def kl_figure(summary: Summary, style: str = PAPER) -> Figure:
     Raises:
         UserError: matplotlib is not installed, or there is no such style.
     """
-    return _over(KL, summary, style)
+    return _over([KL], summary, style)
 
 
 def forgetting_figure(summary: Summary, style: str = PAPER) -> Figure | None:
-    """Draw the mean of every reward over the perplexity of control texts; None for a run without such texts.
+    """Draw the mean of every reward over the perplexity of control texts, a row of panels for each set of them; None for
+    a run without such texts.
 
     Args:
         summary: the numbers.
@@ -45,21 +46,25 @@ def forgetting_figure(summary: Summary, style: str = PAPER) -> Figure | None:
     Raises:
         UserError: matplotlib is not installed, or there is no such style.
     """
-    if any(point.perplexity is None for point in summary.points):
-        return None
-    return _over(FORGETTING, summary, style)
+    costs = [f"{name}{FORGETTING}" for name in summary.controls]
+    return _over(costs, summary, style) if costs else None
 
 
-def _over(cost: str, summary: Summary, style: str) -> Figure:
+def _over(costs: Sequence[str], summary: Summary, style: str) -> Figure:
     rewards = list(summary.rewards)
     rows, columns = columns_of(len(rewards), 3 if len(rewards) != 4 else 2)
     with house_style(style):
         drawn = prepare(summary, scale=1.0 if columns == 1 else 0.8)
         width = PLANE if columns == 1 else WIDE
-        figure = blank_figure(width, rows * (0.9 * width / columns) + 1.0)
+        figure = blank_figure(width, len(costs) * rows * (0.9 * width / columns) + 1.0)
         planes = []
-        for index, reward in enumerate(rewards):
-            axes = figure.add_subplot(rows, columns, index + 1)
+        panels = [
+            (place * rows * columns + index, cost, reward)
+            for place, cost in enumerate(costs)
+            for index, reward in enumerate(rewards)
+        ]
+        for index, cost, reward in panels:
+            axes = figure.add_subplot(len(costs) * rows, columns, index + 1)
             draw_plane(axes, drawn, (cost, reward))
             below = _below(cost, summary, _stretch(axes, summary, cost), columns)
             axes.set(xlabel=below, ylabel=axis_label(reward, summary, lines=min(columns, 2)))
@@ -74,7 +79,7 @@ def _below(cost: str, summary: Summary, scale: str, columns: int) -> str:
     name, *rest = [*axis_label(cost, summary, lines=2).split("\n"), *([scale] if scale else [])]
     if columns > 2:
         # Name and unit of the control perplexity alone are longer than such a panel.
-        name = name.replace(" [", "\n[") if cost == FORGETTING else name
+        name = name.replace(" [", "\n[") if cost != KL else name
         return "\n".join([name, *rest])
     return f"{name}\n{', '.join(rest)}"
 

@@ -51,6 +51,7 @@ class VllmCore:
             use_tqdm_on_load=False,
             worker_extension_cls=_EXTENSION,
             **share_of_gpu(),
+            **_on_a_cpu(),
             **options,
         )
         # Its processes end with this object, or with Python, also where nobody came to close it.
@@ -97,16 +98,33 @@ class VllmCore:
         return [made[start * len(rows) : (start + 1) * len(rows)] for start in range(len(adapters))]
 
     def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], adapter: Any = None) -> list[float]:
-        """See `Generator.logprobs`: one prefill of head and tail together, nothing that is generated counts."""
+        """See `Generator.logprobs`: one prefill of head and tail together, nothing that is generated counts.
+
+        Pairs with the same head stand side by side, so that the head is computed once, and equal pairs are one.
+        """
         from vllm import SamplingParams
 
-        rows = [[*head, *tail] for head, tail in pairs]
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(rows, [params] * len(rows), [adapter] * len(rows))
-        return [
-            _total(output.prompt_logprobs[len(head) :], tail)
-            for (head, tail), output in zip(pairs, outputs, strict=True)
-        ]
+        keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
+        asked = sorted(set(keys))
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=False
+        )
+        outputs = self._run([head + tail for head, tail in asked], [params] * len(asked), [adapter] * len(asked))
+        # What a row found in the cache is not in its own output, but in that of the row which computed it.
+        prefixes: dict[tuple[int, int], int] = {}
+        seen: dict[int, float] = {}
+        totals = {}
+        for (head, tail), output in zip(asked, outputs, strict=True):
+            prefix, total = 0, 0.0
+            for place, token in enumerate(head + tail):
+                prefix = prefixes.setdefault((prefix, token), len(prefixes) + 1)
+                if place < len(head):
+                    continue
+                if place > output.num_cached_tokens:
+                    seen[prefix] = output.prompt_logprobs[place][token].logprob
+                total += seen[prefix]
+            totals[head, tail] = total
+        return [totals[key] for key in keys]
 
     def forget(self) -> None:
         """Drop cached prefixes: they may be another model's, and what is there changes how a batch is computed."""
@@ -166,6 +184,17 @@ def share_of_gpu() -> dict[str, Any]:
     return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
 
 
+def _on_a_cpu() -> dict[str, Any]:
+    """Return what vLLM needs to be told on a CPU.
+
+    Prompts share whole blocks of keys and values only, so blocks are short. And no prompt is cut between two batches:
+    vLLM would set back the seeded generator of such a request, which a CPU's cannot.
+    """
+    import torch
+
+    return {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
+
+
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
     """Have torch compile nothing on a CPU: a count of vLLM's takes seconds to compile, and a C++ compiler."""
@@ -204,7 +233,3 @@ def _empty_gpu_cache() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _total(logprobs: Sequence[Any], tokens: Tokens) -> float:
-    return float(sum(entry[token].logprob for entry, token in zip(logprobs, tokens, strict=True)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -138,8 +139,10 @@ class Bench:
                     self._control(setup, model) if key in todo else None
                     for (key, _), model in zip(batch, models, strict=True)
                 ]
-                made = zip(batch, answers, controls, strict=True)
-                drafts = dict(self._points(setup, [one for one in made if one[0][0] in todo]))
+                made = list(zip(batch, answers, controls, strict=True))
+                # The KL of all of them, too: what a pair shares a batch with is in the last bits of its score.
+                points = dict(self._points(setup, made, self._log_ratios(setup, made)))
+                drafts = self._kept({key: points[key] for key in todo})
             if drafts:
                 yield drafts
 
@@ -166,7 +169,8 @@ class Bench:
                 self._tell(f"generating {spec}", True)
                 (answer,) = self._answers(setup, [model])
                 waiting.append(((key, spec), answer, self._control(setup, model)))
-            yield drafts | dict(self._points(setup, waiting))
+            kl = [ratios for one in waiting for ratios in self._log_ratios(setup, [one])]
+            yield drafts | self._kept(dict(self._points(setup, waiting, kl)))
 
     def _drafts(self, keys: Iterable[str]) -> dict[str, Point]:
         """Return the responses that an earlier run left unscored."""
@@ -183,12 +187,11 @@ class Bench:
     def _answers(self, setup: Setup, models: Sequence[Model]) -> list[list[Response]]:
         return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
 
-    def _points(self, setup: Setup, made: Iterable[Made]) -> Iterator[tuple[str, Point]]:
-        """Yield what is known of points before they are scored, kept in case that this takes long."""
-        for (key, spec), responses, control in made:
-            point = replace(self._point(setup, spec, responses), control=control)
+    def _kept(self, drafts: dict[str, Point]) -> dict[str, Point]:
+        """Return what is known of points before they are scored, kept in case that this takes long."""
+        for key, point in drafts.items():
             write_point(draft_path(self._folder, key), point)
-            yield key, point
+        return drafts
 
     def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
         if not setup.control:
@@ -196,29 +199,50 @@ class Bench:
         windows = setup.control_rows(self._generator)
         pairs = [(head, tail) for _, head, tail in windows]
         logprobs = self._timed("generate", lambda: self._generator.logprobs(pairs, model))
-        return control_sums(len(setup.control), windows, logprobs)
+        return control_sums(len(setup.control_texts), windows, logprobs)
 
-    def _point(self, setup: Setup, spec: PointSpec, responses: Sequence[Response]) -> Point:
+    def _log_ratios(self, setup: Setup, made: Sequence[Made]) -> list[np.ndarray]:
+        """Return log π(y|x) − log π_SFT(y|x) of every response of some points, which the SFT model scores together."""
+        heads = [head for head in self._generator.encode(setup.prompts) for _ in range(setup.generation.n)]
+        pairs = [
+            pair
+            for (_, spec), responses, _ in made
+            if spec.model(setup.checkpoints) is not None
+            for pair in zip(heads, (response.tokens for response in responses), strict=True)
+        ]
+        if pairs:
+            self._tell(f"KL of {made[0][0][1] if len(made) == 1 else f'{len(made)} points'}", True)
+        found = iter(self._timed("generate", lambda: self._generator.logprobs(pairs)) if pairs else [])
+        ratios = []
+        for (_, spec), responses, _ in made:
+            own = np.array([response.logprob for response in responses])
+            base = spec.model(setup.checkpoints) is None
+            ratios.append(own - (own if base else np.fromiter(islice(found, len(own)), float, len(own))))
+        return ratios
+
+    def _points(
+        self, setup: Setup, made: Sequence[Made], kl: Sequence[np.ndarray]
+    ) -> Iterator[tuple[str, Point]]:
+        """Yield points that wait for their scores."""
         count, samples = len(setup.prompts), setup.generation.n
         index = np.repeat(np.arange(count), samples)
-        heads = self._generator.encode(setup.prompts)
         texts = [prompt_text(prompt) for prompt in setup.prompts]
-        own = [response.logprob for response in responses]
-        pairs = [(heads[i], response.tokens) for i, response in zip(index, responses, strict=True)]
-        model = spec.model(setup.checkpoints)
-        self._tell(f"KL of {spec}", True)
-        under_sft = own if model is None else self._timed("generate", lambda: self._generator.logprobs(pairs))
         seeds = [prompt_seed(setup.generation, i, k) for i in range(count) for k in range(samples)]
-        return Point(
-            spec=spec,
-            prompts=[texts[i] for i in index],
-            responses=[response.text for response in responses],
-            prompt_index=index.astype(np.int64),
-            seeds=np.array(seeds, dtype=np.int64),
-            tokens=np.array([len(response.tokens) for response in responses], dtype=np.int64),
-            ended=np.array([response.ended for response in responses]),
-            kl=np.array(own) - np.array(under_sft),
-        )
+        for ((key, spec), responses, control), ratios in zip(made, kl, strict=True):
+            yield (
+                key,
+                Point(
+                    spec=spec,
+                    prompts=[texts[i] for i in index],
+                    responses=[response.text for response in responses],
+                    prompt_index=index.astype(np.int64),
+                    seeds=np.array(seeds, dtype=np.int64),
+                    tokens=np.array([len(response.tokens) for response in responses], dtype=np.int64),
+                    ended=np.array([response.ended for response in responses]),
+                    kl=ratios,
+                    control=control,
+                ),
+            )
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
         """Yield points with their scores, all responses scored in one go: fuller batches."""

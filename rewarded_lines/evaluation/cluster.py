@@ -40,7 +40,7 @@ class Worker:
         self._scratch = tempfile.TemporaryDirectory()
 
     def evaluate(
-        self, spec: PointSpec, prompts: list[Prompt], control: list[str]
+        self, spec: PointSpec, prompts: list[Prompt], control: dict[str, Sequence[str]]
     ) -> tuple[Point | None, list[Problem], dict[str, float]]:
         """Return the point's record, or what there is to tell the user, and the seconds spent so far."""
         try:
@@ -141,7 +141,7 @@ class Cluster:
         specs = {key: spec for spec, key in reversed(list(keys.items()))}
         queue = deque(missing)
         deaths = dict.fromkeys(queue, 0)
-        shared = ray.put(list(setup.prompts)), ray.put(list(setup.control))
+        shared = ray.put(list(setup.prompts)), ray.put(dict(setup.control))
         at_work: dict[Any, tuple[_Hand, str]] = {}
         idle = list(self._hands)
         self._tell(f"waiting for the first of {len(idle)} workers", False)

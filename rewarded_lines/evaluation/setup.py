@@ -57,7 +57,7 @@ class Setup:
         plan: the merges of its policies; baselines stand in it after them.
         rewards: by name.
         prompts: that every point answers.
-        control: texts for the perplexity, none if none were named.
+        control: sets of texts for the perplexity, by name.
     """
 
     project: Project
@@ -65,7 +65,7 @@ class Setup:
     plan: Plan
     rewards: Mapping[str, Reward]
     prompts: Sequence[Prompt]
-    control: Sequence[str]
+    control: Mapping[str, Sequence[str]]
 
     @property
     def checkpoints(self) -> list[str]:
@@ -115,7 +115,7 @@ class Setup:
             "blocks": _digest(sorted((n, p.stack, p.block, p.blocks) for n, p in self.plan.depths.place.items())),
             "policies": policies,
             "prompts": rows_hash({"prompt": prompt} for prompt in self.prompts),
-            "control": rows_hash({"text": text} for text in self.control) if self.control else None,
+            "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
             "generation": generation,
             "rewards": {
                 name: {**_declaration(config.rewards[name]), "fingerprint": reward.fingerprint}
@@ -132,9 +132,14 @@ class Setup:
         """Return the name of a point's records."""
         return point_key(self.identity, spec, self.hashes)
 
-    def on(self, prompts: Sequence[Prompt], control: Sequence[str] = ()) -> Setup:
+    @property
+    def control_texts(self) -> list[str]:
+        """The control texts of all sets, set by set."""
+        return [text for texts in self.control.values() for text in texts]
+
+    def on(self, prompts: Sequence[Prompt], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
         """Return the same for other prompts, and other control texts or none."""
-        return replace(self, prompts=prompts, control=control)
+        return replace(self, prompts=prompts, control=control or {})
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
         """Build the engine.
@@ -159,7 +164,7 @@ class Setup:
 
     def control_rows(self, generator: Generator) -> list[tuple[int, list[int], list[int]]]:
         """Return the control texts in windows of tokens that the model can hold; see `control_pairs`."""
-        return control_pairs(generator.encode(list(self.control)), self._room)
+        return control_pairs(generator.encode(self.control_texts), self._room)
 
     @cached_property
     def _room(self) -> int:
@@ -172,7 +177,7 @@ class Setup:
             return []
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(list(self.control))["input_ids"]
+        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(self.control_texts)["input_ids"]
         return [(head, tail) for _, head, tail in control_pairs(ids, self._room)]
 
     def describe(self, folder: Path) -> dict[str, Any]:
@@ -195,7 +200,12 @@ class Setup:
                 "count": len(self.prompts),
                 "hash": self.identity["prompts"],
             },
-            "control": None if not self.control else {"texts": len(self.control), "hash": self.identity["control"]},
+            "control": None
+            if not self.control
+            else {
+                "texts": {name: len(texts) for name, texts in self.control.items()},
+                "hash": self.identity["control"],
+            },
             "generation": config.generation.model_dump(mode="json"),
             "sweep": config.sweep.model_dump(mode="json"),
             "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
@@ -273,11 +283,11 @@ def _check_rewards(project: Project) -> None:
             )
 
 
-def _control(project: Project) -> list[str]:
-    spec = project.config.control
-    if spec is None:
-        return []
-    return [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
+def _control(project: Project) -> dict[str, list[str]]:
+    return {
+        name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
+        for name, spec in project.config.control.items()
+    }
 
 
 def _plan(project: Project, options: Options) -> Plan:

@@ -86,13 +86,10 @@ def _measures(run: Run, summary: Summary) -> list[dict[str, str]]:
     cost = {"role": "cost", "better": "lower"}
     found.append({"name": "KL to SFT", "unit": "nats", "about": "of the sampled responses, k1", **cost})
     found.append({"name": "length", "unit": "words", "role": "cost", "better": "", "about": "of the responses"})
-    if _has_perplexity(summary):
-        found.append({"name": "control perplexity", "unit": "", "about": "of texts of no task", **cost})
+    found += [
+        {"name": f"{name} perplexity", "unit": "", "about": "of texts of no task", **cost} for name in summary.controls
+    ]
     return found
-
-
-def _has_perplexity(summary: Summary) -> bool:
-    return all(point.perplexity is not None for point in summary.points)
 
 
 def _methods(summary: Summary) -> list[dict[str, Any]]:
@@ -128,9 +125,7 @@ def _light_and_dark(colour: str) -> list[str]:
 
 
 def _point(runs: Sequence[Run], summary: Summary, point: PointSummary) -> dict[str, Any]:
-    estimates = [*point.rewards.values(), point.kl, point.words]
-    if _has_perplexity(summary) and point.perplexity:
-        estimates.append(point.perplexity)
+    estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
     weights = weights_text(point)
     place = weights if point.checkpoint or not weights else f"λ = {weights}"
     return {

@@ -198,9 +198,9 @@ def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, 
 
 def _point(entry: Mapping[str, Any]) -> PointSummary:
     measures = {name: Estimate(**entry[name]) for name in ("kl", "words")}
-    forgotten = Estimate(**entry["perplexity"]) if entry["perplexity"] else None
+    forgotten = {name: Estimate(**one) for name, one in entry["perplexities"].items()}
     rewards = {name: Estimate(**one) for name, one in entry["rewards"].items()}
-    told = {**entry, **measures, "perplexity": forgotten, "rewards": rewards, "weights": tuple(entry["weights"])}
+    told = {**entry, **measures, "perplexities": forgotten, "rewards": rewards, "weights": tuple(entry["weights"])}
     return PointSummary(**told)
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs of the SFT model's own responses, best against worst; kept as Parquet and used again."""
+"""The SFT model's own responses and preference pairs of them, best against worst; kept as Parquet and used again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _METADATA = b"rewarded_lines"
 _COLUMNS = ("prompt", "chosen", "rejected")
 
 
-def kept_pairs(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[Row]]) -> tuple[list[Row], bool]:
-    """Return the pairs in a file, or make and keep them there; and whether they were there already.
+def kept_rows(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[Row]]) -> tuple[list[Row], bool]:
+    """Return the responses or pairs in a file, or make and keep them there; and whether they were there already.
 
     Args:
-        path: a Parquet file; pairs that were made from something else are made again.
+        path: a Parquet file; rows that were made from something else are made again.
         made_from: all that decides them.
         make: makes them.
 
@@ -38,10 +38,10 @@ def kept_pairs(path: Path, made_from: Mapping[str, Any], make: Callable[[], list
             metadata = (table.schema.metadata or {})[_METADATA].decode()
         except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             raise fail(
-                "not a file of pairs that this recipe made",
+                "not a file that this recipe made",
                 where=str(path),
                 got=f"{type(error).__name__}: {error}",
-                remedy="remove it, or name another `pairs_file`",
+                remedy="remove it, or name another `pairs_file` or `samples_file`",
             ) from error
         if metadata == told:
             return [_unpacked(row) for row in table.to_pylist()], True

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.config import SFT
+from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.evaluation.forgetting import perplexity
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
@@ -33,8 +33,8 @@ class PointSummary:
     """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
 
     `ended` is the share of responses that end by themselves, `distinct2` the share of different pairs of words among
-    all pairs of words of the responses, `perplexity` that of the control texts, `contribution` what the hypervolume of
-    its method above SFT would lose without it.
+    all pairs of words of the responses, `perplexities` those of the sets of control texts, `contribution` what the
+    hypervolume of its method above SFT would lose without it.
     """
 
     method: str
@@ -48,7 +48,7 @@ class PointSummary:
     words: Estimate
     ended: float
     distinct2: float
-    perplexity: Estimate | None
+    perplexities: dict[str, Estimate]
     contribution: float
 
     @property
@@ -97,6 +97,11 @@ class Summary:
         """The SFT model's own point."""
         return next(point for point in self.points if point.method == SFT)
 
+    @property
+    def controls(self) -> list[str]:
+        """The names of the sets of control texts."""
+        return list(self.points[0].perplexities)
+
     def methods(self) -> dict[str, list[PointSummary]]:
         """Return the points by method, in the order of λ; the SFT model is none of them."""
         names = dict.fromkeys(point.method for point in self.points if point.method != SFT)
@@ -141,7 +146,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         references={
             name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True)) for name, at in references.items()
         },
-        points=_points(table, references["sft"], seed, level),
+        points=_points(table, references["sft"], _control_sets(first), seed, level),
         hypervolumes=method_volumes(volumes, level),
         differences=compare(volumes, level),
         policy_gains=_policy_gains(table, list(first.header.get("policies", {})), level),
@@ -162,7 +167,9 @@ def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> di
     return {"sft": scores[:, :, 0], "worst": scores.min(axis=2), **fixed}
 
 
-def _points(table: Table, sft: np.ndarray, seed: int, level: float) -> list[PointSummary]:
+def _points(
+    table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float
+) -> list[PointSummary]:
     means = table.means
     shares = np.zeros(len(table.rows))
     for rows in table.methods().values():
@@ -171,12 +178,14 @@ def _points(table: Table, sft: np.ndarray, seed: int, level: float) -> list[Poin
             for run in range(sft.shape[1])
         ]
         shares[rows] = np.mean(each, axis=0)
-    forgotten = _perplexities(table, seed, means.shape[0] - 1, level)
-    found = []
+    forgotten = {
+        name: _perplexities(table, texts, seed, means.shape[0] - 1, level) for name, texts in control.items()
+    }
+    points = []
     for index, row in enumerate(table.rows):
         *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
         spec = row[0].spec
-        found.append(
+        points.append(
             PointSummary(
                 method=spec.method,
                 alpha=float(np.mean([point.spec.alpha for point in row])),
@@ -189,11 +198,11 @@ def _points(table: Table, sft: np.ndarray, seed: int, level: float) -> list[Poin
                 words=words,
                 ended=_average(row, lambda point: float(np.mean(point.ended))),
                 distinct2=_average(row, lambda point: distinct2(point.responses)),
-                perplexity=forgotten[index],
+                perplexities={name: found[index] for name, found in forgotten.items() if found},
                 contribution=float(shares[index]),
             )
         )
-    return found
+    return points
 
 
 def distinct2(responses: Iterable[str]) -> float:
@@ -205,20 +214,30 @@ def distinct2(responses: Iterable[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def _perplexities(table: Table, seed: int, resamples: int, level: float) -> list[Estimate | None]:
-    """Return the perplexity of the control texts at each point, its interval by bootstrap over the texts."""
-    if any(point.control is None or not point.control[:, 1].any() for row in table.rows for point in row):
-        return [None] * len(table.rows)
-    count = range(len(table.rows[0]))
-    runs = [np.stack([_predicted(row[index]) for row in table.rows]) for index in count]
+def _control_sets(run: Run) -> dict[str, slice]:
+    """Return where each set of control texts stands among all of a point's."""
+    if run.sft.control is None:
+        return {}
+    counts = (run.header.get("control") or {}).get("texts", {CONTROL: len(run.sft.control)})
+    ends = np.cumsum(list(counts.values())).tolist()
+    return {name: slice(end - count, end) for (name, count), end in zip(counts.items(), ends, strict=True)}
+
+
+def _perplexities(table: Table, texts: slice, seed: int, resamples: int, level: float) -> list[Estimate]:
+    """Return the perplexity of some control texts at each point, its interval by bootstrap over the texts; nothing
+    where no token is predicted."""
+    sums = [[_predicted(point, texts) for point in row] for row in table.rows]
+    if not all(len(one) for row in sums for one in row):
+        return []
+    runs = [np.stack([row[index] for row in sums]) for index in range(len(sums[0]))]
     samples = resample_runs(runs, resamples, seed)
     values = run_average(perplexity(samples.means), samples.drawn)
     return [estimate_samples(values[:, index], level) for index in range(len(table.rows))]
 
 
-def _predicted(point: Point) -> np.ndarray:
+def _predicted(point: Point, texts: slice) -> np.ndarray:
     """Return the sums of the control texts of which a token is predicted: without one there is no perplexity."""
-    sums = np.asarray(point.control)
+    sums = np.zeros((0, 2)) if point.control is None else point.control[texts]
     return sums[sums[:, 1] > 0]
 
 

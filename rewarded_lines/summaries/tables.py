@@ -76,9 +76,9 @@ def side_sheet(summary: Summary) -> Sheet:
     for name in summary.audits:
         headings.append(with_unit(f"audit {name}", summary.rewards[name]))
         columns.append(_plus_minus([point.rewards[name] for point in points]))
-    if all(point.perplexity for point in points):
-        headings.append("control perplexity")
-        columns.append(_plus_minus([point.perplexity for point in points if point.perplexity]))
+    for name in summary.controls:
+        headings.append(f"{name} perplexity")
+        columns.append(_plus_minus([point.perplexities[name] for point in points]))
     columns.append([f"{point.distinct2:.2f}" for point in points])
     columns.append([f"{point.contribution:.3g}" for point in points])
     return Sheet(
@@ -89,8 +89,8 @@ def side_sheet(summary: Summary) -> Sheet:
         "lose without the point."
         + (" audit: rewards that nothing was trained on or chosen by." if summary.audits else "")
         + (
-            " control perplexity: of texts of no task; what it rises by is forgotten."
-            if headings[-1:] == ["control perplexity"]
+            " perplexity: of texts of no task; what it rises by is forgotten."
+            if summary.controls
             else ""
         ),
         labels=2,
@@ -242,7 +242,7 @@ def markdown(summary: Summary) -> str:
 
 def points_csv(summary: Summary) -> str:
     """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
-    measures = [*summary.rewards, "kl", "words", "perplexity"]
+    measures = [*summary.rewards, "kl", "words", *(f"{name} perplexity" for name in summary.controls)]
     heading = ["method", "checkpoint", "merge", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
     heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")]
     heading += ["ended", "distinct2", "contribution"]
@@ -251,8 +251,8 @@ def points_csv(summary: Summary) -> str:
     writer.writerow(heading)
     for point in summary.points:
         weights = point.weights or ("",) * len(summary.policies)
-        estimates = [*point.rewards.values(), point.kl, point.words, point.perplexity]
-        numbers = [number for one in estimates for number in ((one.value, one.low, one.high) if one else ("", "", ""))]
+        estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
+        numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
         schedule = [point.merge, point.alpha, point.beta]
         shares = [point.ended, point.distinct2, point.contribution]
         writer.writerow([point.method, point.checkpoint, *schedule, *weights, *numbers, *shares])

@@ -56,11 +56,21 @@ def test_perplexities_that_lie_close_are_drawn_as_they_are(make_summary: MakeSum
 
 def test_perplexities_far_apart_are_drawn_on_a_log_scale(make_summary: MakeSummary) -> None:
     summary = make_summary(points=5, control=1.0)
-    far = [replace(point, perplexity=Estimate(20.0 * 4**i, 20.0 * 4**i, 21.0 * 4**i)) for i, point in
+    far = [replace(point, perplexities={"control": Estimate(20.0 * 4**i, 20.0 * 4**i, 21.0 * 4**i)}) for i, point in
            enumerate(summary.points)]  # fmt: skip
     axes = forgetting_figure(replace(summary, points=far)).axes[0]
     assert axes.get_xscale() == "log" and axes.get_xlabel().endswith("log scale")
     assert len([text for text in axes.get_xticklabels() if text.get_text()]) >= 3
+
+
+def test_every_set_of_control_texts_has_its_row(make_summary: MakeSummary, check_layout: Callable) -> None:
+    summary = make_summary(points=5, control=1.0)
+    sets = {"reviews": Estimate(20.0, 19.0, 21.0), "chat": Estimate(5.0, 4.0, 6.0)}
+    figure = forgetting_figure(replace(summary, points=[replace(one, perplexities=sets) for one in summary.points]))
+    below = [axes.get_xlabel().split(" [")[0] for axes in figure.axes]
+    assert below == ["reviews perplexity"] * 2 + ["chat perplexity"] * 2
+    assert figure.axes[0].get_ylabel() == figure.axes[2].get_ylabel() != figure.axes[1].get_ylabel()
+    check_layout(figure)
 
 
 @pytest.mark.parametrize("rewards", [1, 2, 3, 4])

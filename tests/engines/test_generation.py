@@ -193,7 +193,7 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
     from torch._dynamo.utils import counters
 
     compiled = counters["frames"]["total"]
-    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan)
+    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan, longest=100)
     try:
         assert answers(vllm, GREEDY) == answers(hf, GREEDY)
         base = answers(vllm, SAMPLED)
@@ -213,6 +213,12 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         assert answers(vllm, SAMPLED, model=MergeSpec((0.0, 0.0), 0.0, 0.0)) == base == answers(vllm, SAMPLED)
         assert vllm.at_once == 1 and vllm.swap_seconds > 0
         check_stops(vllm)
+        check_shared_heads(vllm, hf)
+        # More than one batch of tokens, whose end falls into a prompt.
+        limit = vllm._core.engine.vllm_config.scheduler_config.max_num_batched_tokens
+        many = [" ".join(PROMPTS[:5])] * (limit // 20)
+        assert sum(map(len, vllm.encode(many))) > limit
+        assert len(answers(vllm, SAMPLED.model_copy(update={"max_tokens": 2}), many)) == len(many)
         assert stops_of(vllm) == stops_of(hf)
         several = answers(vllm, SAMPLED.model_copy(update={"n": 3}))
         assert several[::3] == base and len(several) == 3 * len(base)
@@ -225,6 +231,16 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
     for lam, policy in ((1.0, "first"), (0.0, "second")):
         own = fresh("vllm", tiny / policy, SAMPLED)
         assert swapped[lam] == own == fresh("vllm", tiny / f"ends/lam={lam:.2f}", SAMPLED)
+
+
+def check_shared_heads(vllm, hf):
+    """Show that pairs which share heads, tails and blocks of the cache score as each does alone."""
+    length = 45
+    head = (vllm.encode([" ".join(PROMPTS)])[0] * length)[:length]
+    tails = [list(range(10, 50)), [*range(10, 40), *range(60, 65)], list(range(70, 80)), [10], []]
+    pairs = [(head[:cut], tail) for tail in tails for cut in (length, 5)]
+    found = vllm.logprobs([*pairs, *pairs])
+    assert found[: len(pairs)] == found[len(pairs) :] == pytest.approx(hf.logprobs(pairs), abs=1e-3)
 
 
 def check_memory(generator):

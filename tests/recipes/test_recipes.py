@@ -161,6 +161,20 @@ def test_dpo_keeps_its_pairs_and_uses_them_again(work, capsys):
     assert kept.stat().st_mtime_ns != made
 
 
+def test_dpo_samples_once_for_all_rewards(work, capsys):
+    run("dpo", work, reward="detailed", output_dir=work / "policies" / "detailed")
+    sampled = pq.read_table(work / "policies" / "samples.parquet").to_pylist()
+    made = (work / "policies" / "samples.parquet").stat().st_mtime_ns
+    run("dpo", work, reward="vowels", output_dir=work / "policies" / "vowels")
+    assert f"{len(sampled)} responses found in" in capsys.readouterr().out
+    texts = {(row["prompt"], row["response"]) for row in sampled}
+    for name in ("detailed", "vowels"):
+        pairs = pq.read_table(work / "policies" / f"{name}.pairs.parquet").to_pylist()
+        assert pairs and all((pair["prompt"], pair[side]) in texts for pair in pairs for side in ("chosen", "rejected"))
+    run("dpo", work, reward="detailed", output_dir=work / "policies" / "other", seed=1)
+    assert (work / "policies" / "samples.parquet").stat().st_mtime_ns != made
+
+
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_dpo_trains_on_given_pairs(work, chat):
     (work / "sft" / "chat_template.jinja").write_text(TEMPLATE)

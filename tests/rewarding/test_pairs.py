@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.rewarding.pairs import best_and_worst, kept_pairs
+from rewarded_lines.rewarding.pairs import best_and_worst, kept_rows
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 PROMPTS = ["a", "a", "a", "b", "b", "b", "c", "c", "c"]
@@ -67,21 +67,21 @@ class Maker:
 )
 def test_pairs_are_made_once_and_come_back_as_they_were(tmp_path, rows):
     path, maker = tmp_path / "new" / "pairs.parquet", Maker(rows)
-    assert kept_pairs(path, MADE_FROM, maker) == (rows, False)
-    assert kept_pairs(path, {key: MADE_FROM[key] for key in reversed(MADE_FROM)}, maker) == (rows, True)
+    assert kept_rows(path, MADE_FROM, maker) == (rows, False)
+    assert kept_rows(path, {key: MADE_FROM[key] for key in reversed(MADE_FROM)}, maker) == (rows, True)
     assert maker.asked == 1 and [one.name for one in path.parent.iterdir()] == ["pairs.parquet"]
 
 
 @pytest.mark.parametrize("other", [{"base": "2"}, {"margin": 0.25}, {"scales": {"brief": (0.5, 2.1)}}, {"more": 1}])
 def test_pairs_of_something_else_are_made_again(tmp_path, other):
     path = tmp_path / "pairs.parquet"
-    kept_pairs(path, MADE_FROM, Maker([A]))
-    assert kept_pairs(path, MADE_FROM | other, Maker([B])) == ([B], False)
-    assert kept_pairs(path, MADE_FROM | other, Maker([C])) == ([B], True)
+    kept_rows(path, MADE_FROM, Maker([A]))
+    assert kept_rows(path, MADE_FROM | other, Maker([B])) == ([B], False)
+    assert kept_rows(path, MADE_FROM | other, Maker([C])) == ([B], True)
 
 
 def test_anyone_can_read_the_pairs(tmp_path):
-    kept_pairs(tmp_path / "pairs.parquet", MADE_FROM, Maker([A, B]))
+    kept_rows(tmp_path / "pairs.parquet", MADE_FROM, Maker([A, B]))
     assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == [A | {"chat": False}, B | {"chat": False}]
 
 
@@ -90,7 +90,7 @@ def not_parquet(path):
 
 
 def cut(path):
-    kept_pairs(path, MADE_FROM, Maker([A]))
+    kept_rows(path, MADE_FROM, Maker([A]))
     path.write_bytes(path.read_bytes()[:-20])
 
 
@@ -108,9 +108,9 @@ def test_a_file_of_others_is_left_alone(tmp_path, make):
     make(path)
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(UserError) as caught:
-        kept_pairs(path, MADE_FROM, Maker([A]))
+        kept_rows(path, MADE_FROM, Maker([A]))
     (problem,) = caught.value.problems
-    assert (problem.where, problem.what) == (str(path), "not a file of pairs that this recipe made")
+    assert (problem.where, problem.what) == (str(path), "not a file that this recipe made")
     assert "`pairs_file`" in problem.remedy and (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -119,5 +119,5 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        kept_pairs(tmp_path / "pairs.parquet", MADE_FROM, fails)
+        kept_rows(tmp_path / "pairs.parquet", MADE_FROM, fails)
     assert list(tmp_path.iterdir()) == []

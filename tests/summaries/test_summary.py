@@ -241,11 +241,23 @@ def test_control_perplexity_by_hand(small_run: Run) -> None:
     # e^(nats/token): texts of 1 and of 3 tokens, of 2 and 6 nats at SFT, so that all resamples are alike there.
     sums = [[[2.0, 1], [6.0, 3]], [[1.0, 1], [9.0, 3]], *[[[2.0, 1], [6.0, 3]]] * 3]
     sft, first, *_ = summarise(controlled(small_run, sums)).points
-    assert sft.perplexity is not None and first.perplexity is not None
-    assert (sft.perplexity.value, sft.perplexity.low, sft.perplexity.high) == pytest.approx([np.exp(2)] * 3)
+    before, after = sft.perplexities["control"], first.perplexities["control"]
+    assert (before.value, before.low, before.high) == pytest.approx([np.exp(2)] * 3)
     # Tokens weigh alike, not texts: 10 nats over 4 tokens; one text alone makes e or e³.
-    assert first.perplexity.value == pytest.approx(np.exp(2.5))
-    assert (first.perplexity.low, first.perplexity.high) == pytest.approx((np.exp(1), np.exp(3)))
+    assert after.value == pytest.approx(np.exp(2.5))
+    assert (after.low, after.high) == pytest.approx((np.exp(1), np.exp(3)))
+
+
+def test_sets_of_control_texts_are_told_apart(small_run: Run) -> None:
+    # Two texts of one set, one of the other; the set without a predicted token has no perplexity.
+    sums = [[[2.0, 1], [6.0, 3], [9.0, 3], [0.0, 0]]] * 5
+    run = controlled(small_run, sums)
+    run.header["control"] = {"texts": {"reviews": 2, "chat": 1, "empty": 1}, "hash": "0"}
+    summary = summarise(run)
+    assert summary.controls == ["reviews", "chat"]
+    assert {name: one.value for name, one in summary.sft.perplexities.items()} == pytest.approx(
+        {"reviews": np.exp(2), "chat": np.exp(3)}
+    )
 
 
 def test_texts_without_a_predicted_token_count_for_nothing(small_run: Run) -> None:
@@ -253,14 +265,14 @@ def test_texts_without_a_predicted_token_count_for_nothing(small_run: Run) -> No
     summary = summarise(controlled(small_run, sums))
     json.dumps(summary.as_dict(), allow_nan=False)
     for point in summary.points:
-        assert point.perplexity is not None
-        assert (point.perplexity.low, point.perplexity.high) == pytest.approx([np.exp(2)] * 2)
+        found = point.perplexities["control"]
+        assert (found.low, found.high) == pytest.approx([np.exp(2)] * 2)
 
 
 def test_without_control_texts_there_is_no_perplexity(small_run: Run) -> None:
-    assert {point.perplexity for point in summarise(small_run).points} == {None}
+    assert all(point.perplexities == {} for point in summarise(small_run).points)
     nothing = controlled(small_run, [[[0.0, 0]]] * 5)
-    assert {point.perplexity for point in summarise(nothing).points} == {None}
+    assert all(point.perplexities == {} for point in summarise(nothing).points)
 
 
 def test_several_responses_to_a_prompt_are_averaged_before_the_bootstrap(small_run: Run) -> None:

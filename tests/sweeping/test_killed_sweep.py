@@ -1,6 +1,7 @@
 """Sweeps that die: by SIGKILL at any moment, by Ctrl-C, by a full disk. What is left is gone on with."""
 
 import errno
+import io
 import multiprocessing
 import os
 import random
@@ -16,9 +17,12 @@ import pytest
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation import records
 from rewarded_lines.evaluation.records import load_run
 
 KILLS = 20
+PAUSE = 0.03
+WRITE_TABLE = pq.write_table
 SCRIPT = Path(sys.executable).with_name("rewarded-lines")
 
 
@@ -31,7 +35,18 @@ def run_in_child(folder, out):
     os.chdir(folder)
     # What the parent has loaded is there already, so that kills fall on the sweep and not on imports.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    records.pq.write_table = write_slowly
     sweep(engine="hf", points=3, out=out)
+
+
+def write_slowly(table, path):
+    """Write a record so that it is half there for a while: most kills fall on a write, or between two."""
+    WRITE_TABLE(table, buffer := io.BytesIO())
+    content = buffer.getvalue()
+    path.write_bytes(content[: len(content) // 2])
+    time.sleep(PAUSE)
+    path.write_bytes(content)
+    time.sleep(PAUSE)
 
 
 def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny):
@@ -123,8 +138,6 @@ def test_two_sweeps_on_one_folder(tiny):
 
 
 def test_a_full_disk_is_one_message_and_what_was_done_stays(tiny, monkeypatch):
-    from rewarded_lines.evaluation import records
-
     real, room = pq.write_table, iter(range(4))
 
     def full(table, path):

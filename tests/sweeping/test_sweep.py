@@ -151,9 +151,9 @@ def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
 def no_generation(points):
     """Let nothing be generated: all responses wait for their scores already."""
 
-    def checked(bench, setup, made):
+    def checked(bench, setup, made, kl):
         assert not list(made)
-        return points(bench, setup, made)
+        return points(bench, setup, made, kl)
 
     return checked
 
@@ -300,13 +300,15 @@ def test_several_samples_control_texts_and_an_audit(tiny):
     project.write_text(text.replace("function: rewards.py:letters", "function: rewards.py:letters\n    role: audit"))
     (tiny / "control.jsonl").write_text('{"text": "a film of great beauty"}\n{"text": "the lazy dog"}\n')
     with project.open("a") as file:
-        file.write("control:\n  file: control.jsonl\n")
+        file.write("control: {fables: {file: control.jsonl}, films: {file: control.jsonl, limit: 1}}\n")
     run = sweep(engine="hf", points=2)
+    assert run.header["control"]["texts"] == {"fables": 2, "films": 1}
     assert run.objectives == ["words"]
     for point in run.points:
         assert point.prompt_index.tolist() == [index for index in range(15) for _ in range(3)]
         assert len(set(point.seeds.tolist())) == 45
-        assert point.control.shape == (2, 2) and (point.control > 0).all()
+        assert point.control.shape == (3, 2) and (point.control > 0).all()
+        assert point.control[2] == pytest.approx(point.control[0])
     assert len({tuple(run.sft.responses[:3])}) == 1 and len(set(run.sft.responses[:3])) > 1
 
 

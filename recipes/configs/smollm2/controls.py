@@ -1,0 +1,74 @@
+"""Control texts for the packages: `python recipes/configs/smollm2/controls.py SFT FOLDER`, after recipes/sft.py.
+
+FOLDER gets chat.jsonl, small talk in the model's own template with the answers that the SFT model gives it greedily, and
+reviews.jsonl, critics' sentences on films out of the demo's corpus. A policy that finds them less likely than SFT does
+has forgotten something.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.demo.reviews import corpus_path, read_reviews
+from rewarded_lines.engines.huggingface import HfGenerator
+
+REVIEWS = 40
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Name three planets.",
+    "What does a baker do all day?",
+    "Tell me something about elephants.",
+    "What is two plus three?",
+    "Write a sentence about the sea.",
+    "How can I sleep better?",
+    "What is the opposite of cold?",
+    "Who wrote Hamlet?",
+    "Give me a good name for a cat.",
+    "What should I pack for a day in the mountains?",
+    "Explain what a rainbow is.",
+    "How many days has a week?",
+    "What is bread made of?",
+    "Say hello to my grandmother.",
+    "Why do leaves fall in autumn?",
+    "What can I cook with potatoes and cheese?",
+    "How does a bicycle stay upright?",
+)
+
+
+def chats(sft: str) -> list[str]:
+    """Return one conversation for each question, with the answer of a model, as text in its template."""
+    from transformers import AutoTokenizer
+
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    spec = GenerationSpec(temperature=0, max_tokens=64)
+    generator = HfGenerator(sft, spec, turns)
+    try:
+        answers = [response.text for response in generator.generate(turns, spec)[0]]
+    finally:
+        generator.close()
+    tokenizer = AutoTokenizer.from_pretrained(sft)
+    return [
+        tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+        for asked, answer in zip(turns, answers, strict=True)
+    ]
+
+
+def reviews() -> list[str]:
+    """Return the first reviews in the order of the corpus."""
+    return [review.text for review in read_reviews(corpus_path())[:REVIEWS]]
+
+
+def write(path: Path, texts: Sequence[str]) -> None:
+    """Write texts as JSONL."""
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[2]) / "chat.jsonl", chats(sys.argv[1]))
+    write(Path(sys.argv[2]) / "reviews.jsonl", reviews())
