@@ -85,6 +85,10 @@ def make_hub(root: Path) -> None:
         vocab_size=400, dim=64, n_heads=2, n_layers=2, hidden_dim=96, initializer_range=0.2
     )
     _save(tf.DistilBertForSequenceClassification(distilbert), tokens, root / "mohameddhiab/humor-no-humor")
+    encoder = tf.BertConfig(
+        vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
+    )
+    _save(tf.BertModel(encoder), tokens, root / "sentence-transformers/all-MiniLM-L6-v2")
     make_data(root / "datasets")
 
 
@@ -110,11 +114,13 @@ def make_data(root: Path) -> None:
 
 
 def make_packages(folder: Path) -> None:
-    """Write the three files of the packages task."""
+    """Write the files of the packages task."""
     folder.mkdir(parents=True)
     for split in ("train", "validation", "test"):
         rows = [{"description": text(number, 24), "synopsis": text(number, 3 + number % 4)} for number in range(12)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("reviews", "chat"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": text(3, 9)}) + "\n")
 
 
 def text(number: int, count: int) -> str:

@@ -107,7 +107,7 @@ def test_a_policy_joins_the_project_and_merges(work, name, lora, monkeypatch):
     assert made["metrics"]["gain"] == pytest.approx(made["metrics"]["after"] - made["metrics"]["before"])
     assert made["standardized"]["vowels"]["deviation"] > 0
     assert (policy / "tokenizer.json").read_text() == (work / "sft" / "tokenizer.json").read_text()
-    assert {path.name for path in policy.parent.iterdir()} <= {"vowels", "vowels.pairs.parquet"}
+    assert {path.name for path in policy.parent.iterdir()} <= {"vowels", "vowels.pairs.parquet", "samples.parquet"}
     assert project(work).policies == {"vowels": "policies/vowels"}
     assert (work / "rewarded-lines.yaml").read_text().startswith("# What the user wrote stays.")
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import jinja2
 import pytest
+import ready_tasks
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from rewarded_lines.config import load_project
+from rewarded_lines.config import DataSpec, load_project
 from rewarded_lines.data.rows import read_rows
 from rewarded_lines.references import find_function
 from rewarded_lines.scoring.rewards import load_rewards
@@ -157,7 +160,7 @@ def test_packages_are_read_and_split_once_for_all(tmp_path):
     (row,) = packages.packages((tmp_path / "index").read_text())
     assert (row["package"], row["synopsis"]) == ("dog", "barks at strangers")
     assert row["description"].startswith("A dog barks") and row["description"].endswith("but food: * meat")
-    (tmp_path / "index").write_text((INDEX + INDEX).format(long="It sleeps on whatever is warm. " * 9))
+    (tmp_path / "index").write_text((INDEX + INDEX).format(long="It sleeps on whatever is warm. " * 5))
     assert sum(packages.write(tmp_path / "index", tmp_path / "data").values()) == 2
     files = {path.stem: path.read_text() for path in (tmp_path / "data").iterdir()}
     assert set(files) == {"train", "validation", "test"} and "".join(files.values()).count("\n") == 2
@@ -166,8 +169,13 @@ def test_packages_are_read_and_split_once_for_all(tmp_path):
 
 
 @pytest.fixture
-def package_rewards(tmp_path):
-    """The packages suite where a user would have copied it to."""
+def package_rewards(tmp_path, monkeypatch):
+    """The packages suite where a user would have copied it to, with a tiny encoder."""
+    tokenizer = ready_tasks.byte_pairs(("[PAD]", "[CLS]", "[SEP]"), bos=1, eos=2, pad=0, around="[CLS] $A [SEP]")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    for part in (BertModel(BertConfig(vocab_size=400, **sizes)), tokenizer):
+        part.save_pretrained(tmp_path / "encoder")
+    monkeypatch.setenv("PACKAGES_ENCODER", str(tmp_path / "encoder"))
     shutil.copytree(SUITES, tmp_path / "eval" / "suites")
     (tmp_path / "runs" / "smollm2").mkdir(parents=True)
     project = tmp_path / "runs" / "smollm2" / "rewarded-lines.yaml"
@@ -175,20 +183,52 @@ def package_rewards(tmp_path):
     return load_rewards(load_project(project))
 
 
-def test_faithful_and_brief_pull_apart(package_rewards):
-    description = "This package provides a dog that barks loudly at strangers, and at friends."
-    short, longer, copied, invented = "dog", "dog barks at strangers", description, "dog barks at green aliens"
-    faithful, brief = (
-        reward.score([description] * 4, [short, longer, copied, invented]) for reward in package_rewards.values()
+DOG = "This package provides a dog that barks loudly at strangers, and at friends."
+
+
+def test_what_is_kept_and_how_short_and_plain_it_is(package_rewards):
+    short, longer, copied, invented = "dog", "dog barks at strangers", DOG, "dog barks at green aliens"
+    faithful, brief, readable, overlap = (
+        reward.score([DOG] * 4, [short, longer, copied, invented]) for reward in package_rewards.values()
     )
     # The description's content: dog, barks, loudly, strangers, friends.
-    assert faithful == pytest.approx([100 / 5, 100 * 3 / 5, 100, 100 * 2 / 5 * 2 / 4])
+    assert overlap == pytest.approx([100 / 5, 100 * 3 / 5, 100, 100 * 2 / 5 * 2 / 4])
     assert brief == [-1.0, -4.0, -13.0, -5.0]
+    # 3 letters in 1 word, 19 in 4.
+    assert readable[:2] == pytest.approx([21.43 - 4.71 * 3 - 0.5, 21.43 - 4.71 * 19 / 4 - 0.5 * 4])
+    assert faithful[2] == pytest.approx(100) and all(score < 99.9 for score in (*faithful[:2], faithful[3]))
+    assert faithful == package_rewards["faithful"].score([DOG] * 4, [short, longer, copied, invented])
+
+
+def test_faithful_is_the_cosine_of_mean_states(package_rewards, tmp_path):
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "encoder"), BertModel.from_pretrained(tmp_path / "encoder")
+    with torch.no_grad():
+        one, two = (model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1) for text in (DOG, "a dog"))
+    expected = 100 * float(torch.cosine_similarity(one, two))
+    assert package_rewards["faithful"].score([DOG], ["a dog"]) == pytest.approx([expected], abs=1e-3)
 
 
 def test_no_words_are_no_summary(package_rewards):
-    assert package_rewards["faithful"].score(["A dog", "the", "dog"], ["", "dog", "of the"]) == [0.0] * 3
-    assert package_rewards["brief"].score(["A dog"] * 2, ["", " \n"]) == [-40.0, -40.0]
+    assert package_rewards["overlap"].score(["A dog", "the", "dog"], ["", "dog", "of the"]) == [0.0] * 3
+    assert package_rewards["faithful"].score(["A dog"] * 2, ["", " \n"]) == [0.0] * 2
+    for name in ("brief", "readable"):
+        assert package_rewards[name].score(["A dog"] * 2, ["", " \n"]) == [-40.0, -40.0]
+
+
+def test_controls_are_chats_and_reviews(tmp_path, monkeypatch):
+    ready_tasks.make_hub(tmp_path / "hub")
+    controls = load(CONFIGS / "smollm2" / "controls.py")
+    monkeypatch.setattr(controls, "QUESTIONS", controls.QUESTIONS[:3])
+    chats = controls.chats(str(tmp_path / "hub" / "HuggingFaceTB/SmolLM2-135M-Instruct"))
+    assert len(chats) == 3 and all(
+        chat.startswith(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") and chat.endswith("<|im_end|>\n")
+        for chat, question in zip(chats, controls.QUESTIONS, strict=True)
+    )
+    controls.write(tmp_path / "chat.jsonl", chats)
+    rows = read_rows(DataSpec(file=str(tmp_path / "chat.jsonl")), [("text",)])
+    assert [row["text"] for row in rows] == chats
+    reviews = controls.reviews()
+    assert len(set(reviews)) == controls.REVIEWS and all(len(review.split()) >= 5 for review in reviews)
 
 
 @pytest.mark.parametrize("name", ["assistant", "packages", "summary"])
