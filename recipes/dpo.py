@@ -47,7 +47,8 @@ class DPORecipe:
         default=None, metadata={"help": "where sampled pairs are kept; OUTPUT_DIR.pairs.parquet by default"}
     )
     samples_file: str | None = field(
-        default=None, metadata={"help": "where sampled responses are kept; samples.parquet beside OUTPUT_DIR by default"}
+        default=None,
+        metadata={"help": "where sampled responses are kept; samples.parquet beside OUTPUT_DIR by default"},
     )
     responses: int = field(default=8, metadata={"help": "responses to every training prompt"})
     margin: float = field(default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"})
@@ -139,7 +140,9 @@ def sampled_pairs(
         rows, found = kept_rows(kept, sampled_from, answer)
         say(f"{len(rows)} responses {'found' if found else 'kept'} in {kept}")
         responses = [row["response"] for row in rows]
-        return best_and_worst(repeated, responses, task.reward.score(repeated, responses), recipe.responses, recipe.margin)
+        return best_and_worst(
+            repeated, responses, task.reward.score(repeated, responses), recipe.responses, recipe.margin
+        )
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}
     pairs, found = kept_rows(path, made_from, make)

@@ -220,9 +220,7 @@ class Bench:
             ratios.append(own - (own if base else np.fromiter(islice(found, len(own)), float, len(own))))
         return ratios
 
-    def _points(
-        self, setup: Setup, made: Sequence[Made], kl: Sequence[np.ndarray]
-    ) -> Iterator[tuple[str, Point]]:
+    def _points(self, setup: Setup, made: Sequence[Made], kl: Sequence[np.ndarray]) -> Iterator[tuple[str, Point]]:
         """Yield points that wait for their scores."""
         count, samples = len(setup.prompts), setup.generation.n
         index = np.repeat(np.arange(count), samples)

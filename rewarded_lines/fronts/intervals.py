@@ -155,27 +155,6 @@ def estimate_samples(samples: ArrayLike, level: float = LEVEL) -> Estimate:
     return estimate(float(values[0]), values[1:], level)
 
 
-def mean_difference(first: ArrayLike, second: ArrayLike, resamples: int, seed: int, level: float = LEVEL) -> Estimate:
-    """Return the mean of first − second, paired by prompt, with its bootstrap interval.
-
-    Args:
-        first: [prompts], scores of one point.
-        second: [prompts], scores of another on the same prompts in the same order.
-        resamples: how many.
-        seed: of the draws; see `resample_means`.
-        level: of the interval.
-
-    Raises:
-        ValueError: the two do not have the same number of prompts.
-    """
-    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if one.ndim != 1 or one.shape != other.shape:
-        raise ValueError(f"expected two [prompts] of one length, got shapes {one.shape} and {other.shape}")
-    difference = one - other
-    samples = resample_means(difference[None, :, None], resamples, seed)[:, 0, 0]
-    return estimate(float(difference.mean()), samples, level)
-
-
 def _prompt_seed(run: NDArray[np.float64], first: NDArray[np.float64], seed: int) -> int | list[int]:
     same = run.shape[1:2] == first.shape[1:2]
     return seed if same else [seed, *run.shape[1:2]]

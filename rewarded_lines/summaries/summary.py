@@ -167,9 +167,7 @@ def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> di
     return {"sft": scores[:, :, 0], "worst": scores.min(axis=2), **fixed}
 
 
-def _points(
-    table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float
-) -> list[PointSummary]:
+def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float) -> list[PointSummary]:
     means = table.means
     shares = np.zeros(len(table.rows))
     for rows in table.methods().values():
@@ -178,9 +176,7 @@ def _points(
             for run in range(sft.shape[1])
         ]
         shares[rows] = np.mean(each, axis=0)
-    forgotten = {
-        name: _perplexities(table, texts, seed, means.shape[0] - 1, level) for name, texts in control.items()
-    }
+    forgotten = {name: _perplexities(table, texts, seed, means.shape[0] - 1, level) for name, texts in control.items()}
     points = []
     for index, row in enumerate(table.rows):
         *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)

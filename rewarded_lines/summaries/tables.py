@@ -88,11 +88,7 @@ def side_sheet(summary: Summary) -> Sheet:
         "distinct-2: different pairs of words among all pairs. adds: what its method's hypervolume above SFT would "
         "lose without the point."
         + (" audit: rewards that nothing was trained on or chosen by." if summary.audits else "")
-        + (
-            " perplexity: of texts of no task; what it rises by is forgotten."
-            if summary.controls
-            else ""
-        ),
+        + (" perplexity: of texts of no task; what it rises by is forgotten." if summary.controls else ""),
         labels=2,
     )
 

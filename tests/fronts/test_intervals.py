@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rewarded_lines.fronts.intervals import (
     estimate,
     estimate_samples,
     interval,
-    mean_difference,
     resample_means,
     resample_runs,
     run_average,
@@ -64,22 +61,6 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     low, high = interval(resample_means(trials, 1000, seed=0))
     # A percentile interval of 100 normal values covers a little less than it says.
     assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.96
-
-
-def test_mean_difference_is_paired() -> None:
-    rng = np.random.default_rng(2)
-    level, change = 100 * rng.normal(size=300), 0.2 + 0.1 * rng.normal(size=300)
-    difference = mean_difference(level + change, level, resamples=500, seed=0)
-    assert difference.value == pytest.approx(change.mean())
-    assert 0.15 < difference.low < difference.value < difference.high < 0.25
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_mean_difference_changes_sign_with_its_sides(seed: int) -> None:
-    first, second = scores(2, 30, 1, seed=seed)[:, :, 0]
-    forth, back = mean_difference(first, second, 100, seed), mean_difference(second, first, 100, seed)
-    assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
 def test_one_run_is_the_bootstrap_over_prompts() -> None:
@@ -161,11 +142,6 @@ def test_estimate_samples_takes_the_first_row_for_the_value() -> None:
     assert estimate_samples([7.0, *range(101)], level=0.9) == estimate(7.0, np.arange(101.0), level=0.9)
 
 
-def test_equal_scores_differ_by_nothing() -> None:
-    same = scores()[0, :, 0]
-    assert mean_difference(same, same, 100, seed=0) == estimate(0.0, np.zeros(100))
-
-
 def test_inputs_are_left_as_they_were() -> None:
     values = scores()
     before = values.copy()
@@ -184,5 +160,3 @@ def test_other_mistakes_are_refused() -> None:
         resample_means(scores(), 0, seed=0)
     with pytest.raises(ValueError, match="level"):
         interval(np.zeros(3), level=1.0)
-    with pytest.raises(ValueError, match="one length"):
-        mean_difference(np.zeros(3), np.zeros(4), 10, seed=0)

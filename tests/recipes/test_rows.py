@@ -201,7 +201,10 @@ def test_what_is_kept_and_how_short_and_plain_it_is(package_rewards):
 
 
 def test_faithful_is_the_cosine_of_mean_states(package_rewards, tmp_path):
-    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "encoder"), BertModel.from_pretrained(tmp_path / "encoder")
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tmp_path / "encoder"),
+        BertModel.from_pretrained(tmp_path / "encoder"),
+    )
     with torch.no_grad():
         one, two = (model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1) for text in (DOG, "a dog"))
     expected = 100 * float(torch.cosine_similarity(one, two))
@@ -221,7 +224,8 @@ def test_controls_are_chats_and_reviews(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "QUESTIONS", controls.QUESTIONS[:3])
     chats = controls.chats(str(tmp_path / "hub" / "HuggingFaceTB/SmolLM2-135M-Instruct"))
     assert len(chats) == 3 and all(
-        chat.startswith(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") and chat.endswith("<|im_end|>\n")
+        chat.startswith(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+        and chat.endswith("<|im_end|>\n")
         for chat, question in zip(chats, controls.QUESTIONS, strict=True)
     )
     controls.write(tmp_path / "chat.jsonl", chats)
