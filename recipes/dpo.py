@@ -8,8 +8,8 @@
 
 With `pairs: sampled` several responses are sampled to every training prompt (by vLLM where it is installed) and scored
 by rewards of the project; the best and the worst make a pair where they differ enough. Responses are kept as Parquet in
-`samples_file` for the policies of the other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data hold prompt, chosen and rejected. The policy
-joins the project.
+`samples_file` for the policies of the other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
+hold prompt, chosen and rejected. The policy joins the project.
 """
 
 from __future__ import annotations

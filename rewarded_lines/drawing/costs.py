@@ -36,8 +36,8 @@ def kl_figure(summary: Summary, style: str = PAPER) -> Figure:
 
 
 def forgetting_figure(summary: Summary, style: str = PAPER) -> Figure | None:
-    """Draw the mean of every reward over the perplexity of control texts, a row of panels for each set of them; None for
-    a run without such texts.
+    """Draw the mean of every reward over the perplexity of control texts, a row of panels for each set of them; None
+    for a run without such texts.
 
     Args:
         summary: the numbers.

