@@ -133,6 +133,7 @@ def sampled_pairs(
     }
 
     def answer() -> list[Row]:
+        say(f"sampling {len(repeated)} responses to {len(prompts)} prompts with {engine}; this may take minutes")
         responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
         return [{"prompt": prompt, "response": text} for prompt, text in zip(repeated, responses, strict=True)]
 

@@ -138,8 +138,9 @@ class MethodSpec(Strict):
     """One curve of a sweep: how residuals become one, and the LiNeS schedule that scales the result by depth.
 
     beta = 0 with alpha = 1 is the merge method as its paper has it. `match` names another method of the sweep: alpha
-    is then chosen at every λ so that the scaled residual has that method's norm. `checkpoints` makes the curve of
-    models that are there already instead, by their names in `baselines:`.
+    is then chosen at every λ so that the scaled residual has that method's norm. `edit` is for a single policy: alpha
+    goes from 0 to 1 over the grid and beta is 1 − alpha, so that early blocks go back to the base first. `checkpoints`
+    makes the curve of models that are there already instead, by their names in `baselines:`.
     """
 
     alpha: float = 1.0
@@ -147,6 +148,7 @@ class MethodSpec(Strict):
     merge: str = "soup"
     options: dict[str, float | int | str] = {}
     match: str | None = None
+    edit: bool = False
     checkpoints: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -156,6 +158,8 @@ class MethodSpec(Strict):
             raise ValueError("`checkpoints:` are not merged; it takes no other key beside it")
         if self.match is not None and given & {"alpha", "beta"}:
             raise ValueError("`match:` sets alpha, and beta to 0; leave both out")
+        if self.edit and given - {"edit"}:
+            raise ValueError("`edit:` sets alpha and beta; it takes no other key beside it")
         return self
 
 
@@ -164,6 +168,7 @@ PRESETS: dict[str, MethodSpec] = {
     "lines": MethodSpec(),
     "uniform": MethodSpec(match="lines"),
     "reversed": MethodSpec(alpha=2.0, beta=-1.0),
+    "edit": MethodSpec(edit=True),
 }
 """Methods that a project may name without saying what they are."""
 SFT, POLICIES, TUNED = "sft", "policies", "tuned"

@@ -26,12 +26,13 @@ class PointSpec:
 
     Attributes:
         method: the curve that it belongs to, by its name in the run; `sft` is the SFT model's own.
-        weights: of the policies; empty for a model that is not merged.
+        weights: of the policies; empty for a model that is not merged. Where a single policy is edited, α.
         alpha: α of the LiNeS schedule.
         beta: β.
         merge: the rule that joins residuals, a key of `METHODS`.
         options: of the rule.
         checkpoint: the name of a policy (which has weights, too) or baseline that stands for itself.
+        edit: whether a single policy is edited, with all its weight and this α and β.
     """
 
     method: str
@@ -41,6 +42,12 @@ class PointSpec:
     merge: str = "soup"
     options: tuple[tuple[str, OptionValue], ...] = ()
     checkpoint: str = ""
+    edit: bool = False
+
+    @property
+    def merged_weights(self) -> Weights:
+        """The weights that the merge takes."""
+        return (1.0,) if self.edit else self.weights
 
     @property
     def lam(self) -> float | None:
@@ -74,7 +81,7 @@ class PointSpec:
         if self.checkpoint and not self.weights:
             index = list(checkpoints).index(self.checkpoint)
             return MergeSpec((0.0,) * index + (1.0,), 1.0, 0.0)
-        return MergeSpec(self.weights, self.alpha, self.beta, self.merge, dict(self.options))
+        return MergeSpec(self.merged_weights, self.alpha, self.beta, self.merge, dict(self.options))
 
 
 class Methods:
@@ -128,6 +135,8 @@ class Methods:
         """Return one method's point at some weights; a matched method's α is worked out for them."""
         spec = self.specs[name]
         assert spec is not None and not spec.checkpoints
+        if spec.edit:
+            return PointSpec(name, weights, weights[0], round(1 - weights[0], 12), edit=True)
         if spec.match is None:
             return self.with_schedule(name, weights, spec.alpha, spec.beta, spec.merge, spec.options)
         other = self.specs.get(spec.match) or PRESETS[spec.match]
@@ -191,6 +200,9 @@ class Methods:
             raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
         if spec.match is not None:
             self._check_match(where, spec)
+        if spec.edit and len(self._policies) != 1:
+            got = ", ".join(self._policies)
+            raise fail("`edit` is for a single policy", where=where, expected="a project with one policy", got=got)
         if spec.merge == "greedy":
             raise fail("a greedy soup scores candidates by itself", where=where, remedy="use `merge --method greedy`")
         if not spec.checkpoints:
@@ -198,7 +210,7 @@ class Methods:
 
     def _check_match(self, where: str, spec: MethodSpec) -> None:
         other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
-        if other is None or other.match is not None or other.checkpoints:
+        if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
         if not all(_linear(one.merge) for one in (spec, other)):
             raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
@@ -207,7 +219,7 @@ class Methods:
         kind, policies = METHODS[spec.merge].weights, len(self._policies)
         if kind == "none":
             return [(1 / policies,) * policies]
-        if policies == 1 and kind != "simplex":
+        if policies == 1 and (spec.edit or kind != "simplex"):
             return [(first,) for first, _ in simplex_grid(2, count)]
         return simplex_grid(policies, count)
 
@@ -255,7 +267,7 @@ def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, s
     elif not spec.weights:
         identity = ["checkpoint", hashes[spec.checkpoint]]
     else:
-        identity = ["merge", spec.merge, dict(spec.options), spec.alpha, spec.beta, spec.weights]
+        identity = ["merge", spec.merge, dict(spec.options), spec.alpha, spec.beta, spec.merged_weights]
     text = json.dumps({**shared, "point": identity}, sort_keys=True, ensure_ascii=False)
     return blake3.blake3(text.encode()).hexdigest(length=8)
 

@@ -166,15 +166,15 @@ def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Su
     """
     specs = {_name(point): point for point, _ in points}
     alike = [point for point in summary.points if _same_rule(spec, specs[_name(point)])]
-    near = sorted(alike, key=lambda point: _distance(spec, point))
-    if not near or _distance(spec, near[0]) > _SAME or spec.outside != "alpha":
+    near = sorted(alike, key=lambda point: _distance(spec, specs[_name(point)]))
+    if not near or _distance(spec, specs[_name(near[0])]) > _SAME or spec.outside != "alpha":
         return Place(None, near[:2])
     curve = [point for point in summary.methods()[near[0].method] if point.weights]
     if len(summary.policies) == 2:
         here = curve.index(near[0])
         return Place(near[0], [*curve[max(0, here - 1) : here], *curve[here + 1 : here + 2]])
     others = [point for point in curve if point is not near[0]]
-    return Place(near[0], sorted(others, key=lambda point: _distance(spec, point))[:2])
+    return Place(near[0], sorted(others, key=lambda point: _distance(spec, specs[_name(point)]))[:2])
 
 
 def read_summary(path: Path) -> Summary | None:
@@ -212,11 +212,11 @@ def _same_rule(spec: MergeSpec, point: PointSpec) -> bool:
     """Say whether a point's residuals are joined as the merge's are; SFT's and baselines' are not joined."""
     one, other = METHODS[spec.method], METHODS[point.merge]
     same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.options)
-    return same and len(point.weights) == len(spec.weights)
+    return same and len(point.merged_weights) == len(spec.weights)
 
 
-def _distance(spec: MergeSpec, point: PointSummary) -> float:
-    steps = [abs(a - b) for a, b in zip(spec.weights, point.weights, strict=True)]
+def _distance(spec: MergeSpec, point: PointSpec) -> float:
+    steps = [abs(a - b) for a, b in zip(spec.weights, point.merged_weights, strict=True)]
     return sum(steps) + abs(spec.alpha - point.alpha) + abs(spec.beta - point.beta)
 
 

@@ -342,6 +342,8 @@ def _points_note(summary: Summary) -> str:
     note = "± is half the interval's width; all points share their prompts, so differences are surer than that."
     if len(summary.policies) == 2:
         note = f"λ: weight of {summary.policies[0]}, 1 − λ that of {summary.policies[1]}. " + note
+    elif len(summary.policies) == 1:
+        note = f"λ: 1 is {summary.policies[0]}, 0 SFT; where it is edited λ is α, and β = 1 − α. " + note
     elif len(summary.policies) > 2:
         note = f"λ: weights of {', '.join(summary.policies)}. " + note
     note += " KL: mean of log π(y|x) − log π_SFT(y|x)"

@@ -250,7 +250,7 @@ def command_for(run: Run, spec: PointSpec) -> str:
         for option, value in spec.options:
             words += [f"--{option}", str(value)]
     if METHODS[spec.merge].weights != "none":
-        words += ["--lam", ",".join(repr(weight) for weight in spec.weights)]
+        words += ["--lam", ",".join(repr(weight) for weight in spec.merged_weights)]
     if run.header["options"]["layers"]:
         words += ["--layers", run.header["options"]["layers"]]
     if run.header["identity"]["engine"]["as"] == "whole models":

@@ -12,6 +12,9 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.bench import Bench
 from rewarded_lines.evaluation.records import load_run, read_point
 from rewarded_lines.folders import folder_lock
+from rewarded_lines.summaries.summary import summarise
+from rewarded_lines.summaries.tables import markdown
+from rewarded_lines.sweeping.choose import command_for
 
 
 def test_every_point_keeps_every_response_and_unrounded_score(tiny):
@@ -274,9 +277,31 @@ def test_uniform_has_the_norm_of_lines(tiny):
         assert spec.beta == 0.0
 
 
+def test_a_single_policy_is_edited_beside_wise_ft(tiny):
+    project = tiny / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("  second: second\n", ""))
+    methods(tiny, "[edit, wise-ft]")
+    run = sweep(engine="hf")
+    edits, halfway = (run.methods()[name] for name in ("edit", "wise-ft"))
+    assert [(one.spec.lam, one.spec.alpha, one.spec.beta) for one in edits] == [(0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0)]
+    assert [one.spec.lam for one in halfway] == [0, 0.5, 1]
+    # The ends are the policy and the base, as far as there are ends.
+    assert halfway[0].responses == run.sft.responses
+    assert edits[2].responses == halfway[2].responses != run.sft.responses
+    spec = GenerationSpec(max_tokens=12)
+    merge("sft", ["first"], 1.0, alpha=0.5, beta=0.5, out="edited")
+    generator = load_generator("hf", "edited", spec, run.sft.prompts)
+    assert edits[1].responses == [response.text for response in generator.generate(run.sft.prompts, spec)[0]]
+    command = command_for(run, edits[1].spec)
+    assert "--alpha 0.5 --beta 0.5 --lam 1.0" in command and "--policy first=" in command
+    assert "λ is α, and β = 1 − α" in markdown(summarise(run))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("[edit]", "(?s)`edit` is for a single policy.*got: first, second"),
+        ("{mine: {edit: true, alpha: 0.5}}", "takes no other key"),
         ("[soups]", "(?s)unknown method `soups`.*did you mean `soup`"),
         ("[greedy]", "greedy soup scores candidates by itself"),
         ("{mine: {match: other}}", "names no method with a schedule"),
