@@ -27,6 +27,7 @@ from rewarded_lines.planning.adapters import AdapterPlan
 # What vLLM's max_lora_rank can be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MOST_AT_ONCE = 16
+_FEW_AT_ONCE = 4
 # Slots for adapters may take this part of the memory that is free.
 _SHARE = 0.1
 _REMEDY = "use --engine hf, which folds adapters into their base"
@@ -76,6 +77,8 @@ class VllmAdapterGenerator:
             # With an adapted head, vLLM fails to score prompts, also for models that leave the head alone.
             lora_target_modules=adapted_layers(plan),
         )
+        # What a kill costs is kept small where models do not share a batch anyway.
+        self.at_once = min(self.at_once, max(_FEW_AT_ONCE, self._worth_mixing(len(prompts) * spec.n)))
         self._core.call("group_adapters")
         self._folders = AdapterFolders(plan)
 

@@ -102,29 +102,46 @@ class VllmCore:
 
         Pairs with the same head stand side by side, so that the head is computed once, and equal pairs are one.
         """
-        from vllm import SamplingParams
-
         keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
         asked = sorted(set(keys))
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=False
-        )
-        outputs = self._run([head + tail for head, tail in asked], [params] * len(asked), [adapter] * len(asked))
-        # What a row found in the cache is not in its own output, but in that of the row which computed it.
+        # What a row found in the cache is not in its own output, but in that of a row which computed it.
         prefixes: dict[tuple[int, int], int] = {}
         seen: dict[int, float] = {}
-        totals = {}
-        for (head, tail), output in zip(asked, outputs, strict=True):
-            prefix, total = 0, 0.0
+        paths: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for (head, tail), (cached, logprobs) in zip(asked, self._score(asked, adapter, shared=True), strict=True):
+            prefix, path = 0, []
             for place, token in enumerate(head + tail):
                 prefix = prefixes.setdefault((prefix, token), len(prefixes) + 1)
-                if place < len(head):
-                    continue
-                if place > output.num_cached_tokens:
-                    seen[prefix] = output.prompt_logprobs[place][token].logprob
-                total += seen[prefix]
-            totals[head, tail] = total
+                path.append(prefix)
+                if place > cached:
+                    seen[prefix] = logprobs[place]
+            paths[head, tail] = path[len(head) :]
+        # Where tails part at the end of a block, nobody computed how likely the next token is: these rows once more.
+        left = [row for row in asked if any(prefix not in seen for prefix in paths[row])]
+        for (head, tail), (_, logprobs) in zip(left, self._score(left, adapter, shared=False), strict=True):
+            seen |= dict(zip(paths[head, tail], logprobs[len(head) :], strict=True))
+        totals = {row: sum(seen[prefix] for prefix in path) for row, path in paths.items()}
         return [totals[key] for key in keys]
+
+    def _score(
+        self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], adapter: Any, shared: bool
+    ) -> list[tuple[int, list[float]]]:
+        """Return for each row how many tokens were in the cache, and the log-probability of every other one but the
+        first of them."""
+        if not rows:
+            return []
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
+        )
+        outputs = self._run([head + tail for head, tail in rows], [params] * len(rows), [adapter] * len(rows))
+        found = []
+        for (head, tail), output in zip(rows, outputs, strict=True):
+            cached = output.num_cached_tokens
+            tokens = enumerate(head + tail)
+            found.append((cached, [output.prompt_logprobs[i][t].logprob if i > cached else 0.0 for i, t in tokens]))
+        return found
 
     def forget(self) -> None:
         """Drop cached prefixes: they may be another model's, and what is there changes how a batch is computed."""
