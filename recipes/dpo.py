@@ -84,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
         task.measure_base(sampler, policy)
         if recipe.pairs == "sampled":
             output = Path(run.output)
-            kept = Path(recipe.samples_file or output.with_name("samples.parquet"))
+            samples = Path(recipe.samples_file or output.with_name("samples.parquet"))
             path = Path(recipe.pairs_file or f"{output}.pairs.parquet")
-            pairs = from_main(lambda: sampled_pairs(path, kept, task, recipe, sampling, spec, engine, policy))
+            pairs = from_main(lambda: sampled_pairs(path, samples, task, recipe, sampling, spec, engine, policy))
         else:
             pairs = task.rows
         say(task.heading("DPO", f"{len(pairs)} pairs"))
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
 
 def sampled_pairs(
     path: Path,
-    kept: Path,
+    samples: Path,
     task: PolicyTask,
     recipe: DPORecipe,
     sampling: SamplingOptions,
@@ -122,7 +122,7 @@ def sampled_pairs(
     engine: str,
     policy: object,
 ) -> list[Row]:
-    """Return the pairs in `path`, or make them of the responses in `kept`, or sample those first."""
+    """Return the pairs in `path`, or make them of the responses in `samples`, or sample those first."""
     prompts = make_queries(prompts_of(task.rows), task.tokenizer, sampling.max_prompt_tokens).prompts
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
     # What decides the responses is the same for all rewards.
@@ -138,8 +138,8 @@ def sampled_pairs(
         return [{"prompt": prompt, "response": text} for prompt, text in zip(repeated, responses, strict=True)]
 
     def make() -> list[Row]:
-        rows, found = kept_rows(kept, sampled_from, answer)
-        say(f"{len(rows)} responses {'found' if found else 'kept'} in {kept}")
+        rows, found = kept_rows(samples, sampled_from, answer)
+        say(f"{len(rows)} responses {'found' if found else 'kept'} in {samples}")
         responses = [row["response"] for row in rows]
         return best_and_worst(
             repeated, responses, task.reward.score(repeated, responses), recipe.responses, recipe.margin

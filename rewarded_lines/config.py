@@ -273,9 +273,12 @@ class ProjectConfig(Strict):
     @field_validator("control", mode="before")
     @classmethod
     def _one_set(cls, value: Any) -> Any:
-        """Take the one set that has no name."""
-        unnamed = isinstance(value, Mapping) and not all(isinstance(one, Mapping) for one in value.values())
-        return {CONTROL: value} if unnamed else value or {}
+        """Take the one set that has no name: what says a file or columns, or nothing that is a mapping."""
+        if not isinstance(value, Mapping):
+            return value or {}
+        plain = [key for key, one in value.items() if key == "columns" or not isinstance(one, Mapping)]
+        unnamed = any(key in DataSpec.model_fields for key in plain) or len(plain) == len(value)
+        return {CONTROL: value} if value and unnamed else value
 
 
 class Project:
@@ -400,6 +403,9 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
 
 def _problem(place: str, detail: ErrorDetails) -> Problem:
     location = [str(part) for part in detail["loc"]]
+    if location[:2] == [CONTROL, CONTROL]:
+        # The set that the user gave no name.
+        del location[1]
     if detail["type"] == "extra_forbidden":
         section = _section(location[:-1])
         known = list(section.model_fields) if section else []

@@ -26,7 +26,7 @@ RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for
 RUNNABLE = [page for page in RUNNABLE if page.name != "recipes/configs/README.md"]
 # Generated with transformers, which needs no start-up, and with few λ.
 GENERATING = {"sweep": 3, "search": 4, "score": 0}
-KINDS = {"make", "rewarded-lines", "accelerate", "python", "cd", "source", "mkdir", "cp", "curl"}
+KINDS = {"make", "rewarded-lines", "accelerate", "python", "pip", "cd", "source", "mkdir", "cp", "curl"}
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here():

@@ -1,17 +1,16 @@
 """Rewards of the packages suite that are functions: how much a summary says of a text, how short, how plain it is.
 
-`faithful` reads both texts with a sentence encoder, sentence-transformers/all-MiniLM-L6-v2 of the Hub, or the folder
-that the environment's PACKAGES_ENCODER names. The others need no model.
+`faithful` reads both texts with the sentence encoder ENCODER, of the Hub or a folder. The others need no model.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
+# Part of this file, since other scores need another file: kept ones go by its hash.
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # What an answer without a word counts as: it is as short and plain as can be, but no summary.
 NO_WORDS = 40
@@ -60,11 +59,10 @@ def overlap(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def _encoder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    place = os.environ.get("PACKAGES_ENCODER", ENCODER)
-    return AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
+    return AutoTokenizer.from_pretrained(ENCODER), AutoModel.from_pretrained(ENCODER).eval()
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def _embedding(text: str) -> Any:
     """Return a text's unit vector; alone, not in a padded batch, so that it depends on nothing else."""
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rewarded_lines.drawing.legends import draw_legend
-from rewarded_lines.drawing.planes import FORGETTING, KL, axis_label, columns_of, draw_plane, freeze, measure, prepare
+from rewarded_lines.drawing.planes import KL, PERPLEXITY, axis_label, columns_of, draw_plane, freeze, measure, prepare
 from rewarded_lines.drawing.style import PAPER, PLANE, WIDE, blank_figure, house_style
 from rewarded_lines.summaries.summary import Summary
 
@@ -46,7 +46,7 @@ def forgetting_figure(summary: Summary, style: str = PAPER) -> Figure | None:
     Raises:
         UserError: matplotlib is not installed, or there is no such style.
     """
-    costs = [f"{name}{FORGETTING}" for name in summary.controls]
+    costs = [f"{name}{PERPLEXITY}" for name in summary.controls]
     return _over(costs, summary, style) if costs else None
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KL, FORGETTING = "KL to SFT", " perplexity"
+KL, PERPLEXITY = "KL to SFT", " perplexity"
 # With more methods than this, only two are shaded and have their λ written: all would be clutter.
 FEW = 4
 _TINT = 0.84
@@ -134,14 +134,14 @@ def axis_label(name: str, summary: Summary, lines: int = 1) -> str:
     """Return the label of a measure's axis: its name, its unit and which way is better.
 
     Args:
-        name: a reward, `KL`, or a set of control texts and `FORGETTING`.
+        name: a reward, `KL`, or a set of control texts and `PERPLEXITY`.
         summary: the numbers, for the unit.
         lines: 2 for small panels; a label too long for one line takes two in any case.
     """
     if name == KL:
         parts = [f"{KL} [nats]", "lower is closer"]
     elif name not in summary.rewards:
-        parts = [f"{shorten(name.removesuffix(FORGETTING), _SHORT)}{FORGETTING} [per token]", "lower is better"]
+        parts = [f"{shorten(name.removesuffix(PERPLEXITY), _SHORT)}{PERPLEXITY} [per token]", "lower is better"]
     else:
         audit = " (audit)" if name in summary.audits else ""
         short = shorten(name, _LONG if lines == 1 else _SHORT)
@@ -155,11 +155,13 @@ def measure(point: PointSummary, name: str) -> Estimate:
 
     Args:
         point: one of a summary.
-        name: a reward, `KL`, or a set of control texts and `FORGETTING`.
+        name: a reward, `KL`, or a set of control texts and `PERPLEXITY`.
     """
-    if name in point.rewards:
-        return point.rewards[name]
-    return point.kl if name == KL else point.perplexities[name.removesuffix(FORGETTING)]
+    if name == KL:
+        return point.kl
+    if (texts := name.removesuffix(PERPLEXITY)) != name and texts in point.perplexities:
+        return point.perplexities[texts]
+    return point.rewards[name]
 
 
 def coordinates(points: Sequence[PointSummary], plane: Plane) -> np.ndarray:

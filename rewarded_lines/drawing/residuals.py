@@ -21,7 +21,7 @@ _MARKED = 16
 # Policies have looks of their own: the first ones are the methods'.
 _SKIPPED = 4
 # α from, α to, β.
-Schedule = tuple[float, float, float]
+Schedule = tuple[float, float, float, bool]
 
 
 def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection], style: str = PAPER) -> Figure:
@@ -64,16 +64,17 @@ def schedules(summary: Summary) -> dict[Schedule, list[str]]:
 
 def _schedule(points: Sequence[PointSummary]) -> Schedule:
     alphas = [point.alpha for point in points]
-    return min(alphas), max(alphas), points[0].beta
+    return min(alphas), max(alphas), points[0].beta, any(point.edit for point in points)
 
 
 def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:
     depth = range(blocks)
     found = schedules(summary)
-    for ((low, high, beta), names), look in zip(found.items(), looks(len(found)), strict=True):
-        least, most = ([lines_scale(block, blocks, alpha, beta) for block in depth] for alpha in (low, high))
+    for ((low, high, beta, edit), names), look in zip(found.items(), looks(len(found)), strict=True):
+        ends = [(alpha, 1 - alpha if edit else beta) for alpha in (low, high)]
+        least, most = ([lines_scale(block, blocks, *end) for block in depth] for end in ends)
         alpha = f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"
-        schedule = f"α = {alpha}, β = {beta:g}".replace("-", "\N{MINUS SIGN}")
+        schedule = f"α = {alpha}, β = {'1 - α' if edit else f'{beta:g}'}".replace("-", "\N{MINUS SIGN}")
         middle = [(one + other) / 2 for one, other in zip(least, most, strict=True)]
         axes.fill_between(depth, least, most, color=look.colour, alpha=0.25, linewidth=0)
         axes.plot(depth, middle, label=f"{shorten(', '.join(names), 36)}: {schedule}", **_line(look, blocks))

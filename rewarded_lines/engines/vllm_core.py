@@ -103,6 +103,7 @@ class VllmCore:
         Pairs with the same head stand side by side, so that the head is computed once, and equal pairs are one.
         """
         keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
+        assert all(head for head, _ in keys), "nothing says how likely a first token is"
         asked = sorted(set(keys))
         # What a row found in the cache is not in its own output, but in that of a row which computed it.
         prefixes: dict[tuple[int, int], int] = {}
@@ -138,9 +139,10 @@ class VllmCore:
         outputs = self._run([head + tail for head, tail in rows], [params] * len(rows), [adapter] * len(rows))
         found = []
         for (head, tail), output in zip(rows, outputs, strict=True):
-            cached = output.num_cached_tokens
-            tokens = enumerate(head + tail)
-            found.append((cached, [output.prompt_logprobs[i][t].logprob if i > cached else 0.0 for i, t in tokens]))
+            row, cached = head + tail, output.num_cached_tokens
+            # Counted from the end: not every runner of vLLM has entries for what was in the cache.
+            entries = {place: output.prompt_logprobs[place - len(row)] for place in range(cached + 1, len(row))}
+            found.append((cached, [entries[i][t].logprob if i in entries else 0.0 for i, t in enumerate(row)]))
         return found
 
     def forget(self) -> None:

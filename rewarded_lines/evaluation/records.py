@@ -96,7 +96,7 @@ def write_point(path: Path, point: Point) -> None:
         "merge": pa.array([point.spec.merge] * rows).dictionary_encode(),
         "alpha": np.full(rows, point.spec.alpha),
         "beta": np.full(rows, point.spec.beta),
-        "weights": pa.array([list(point.spec.weights)] * rows, type=pa.list_(pa.float64())),
+        "weights": pa.array([list(point.spec.merged_weights)] * rows, type=pa.list_(pa.float64())),
         "prompt_index": point.prompt_index,
         "seed": point.seeds,
         "prompt": point.prompts,

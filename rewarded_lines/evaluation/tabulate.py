@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rewarded_lines.config import SFT
+from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
@@ -70,6 +70,12 @@ def resamples_of(run: Run) -> int:
     return int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
 
 
+def control_sets(run: Run) -> dict[str, int]:
+    """Return how many control texts a run has of each set; older runs have one without a name."""
+    told = (run.header.get("control") or {}).get("texts", 0 if run.sft.control is None else len(run.sft.control))
+    return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
+
+
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
     """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
 
@@ -128,6 +134,7 @@ def _facts(run: Run) -> dict[str, list[str]]:
         "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
         "policies": list(run.header.get("policies", {})),
         "prompts": run.sft.prompts,
+        "control texts": [f"{count} {name}" for name, count in control_sets(run).items()],
     }
 
 

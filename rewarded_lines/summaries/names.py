@@ -30,6 +30,8 @@ def method_label(points: Sequence[PointSummary]) -> str:
     if any(point.checkpoint for point in points):
         return name
     low, high = min(point.alpha for point in points), max(point.alpha for point in points)
+    if any(point.edit for point in points):
+        return f"LiNeS, edited (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = 1 − α)"
     if low < high:
         return f"{name} (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = {_number(beta)})"
     kind = "Rewarded Soups" if beta == 0 else "LiNeS"

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.config import CONTROL, SFT
+from rewarded_lines.config import SFT
 from rewarded_lines.evaluation.forgetting import perplexity
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
-from rewarded_lines.evaluation.tabulate import SEED, Table, resamples_of, tabulate
+from rewarded_lines.evaluation.tabulate import SEED, Table, control_sets, resamples_of, tabulate
 from rewarded_lines.fronts.comparison import (
     MethodVolume,
     VolumeDifference,
@@ -50,11 +50,17 @@ class PointSummary:
     distinct2: float
     perplexities: dict[str, Estimate]
     contribution: float
+    edit: bool = False
 
     @property
     def lam(self) -> float | None:
         """The first policy's weight, λ; None for a model that is not merged."""
         return self.weights[0] if self.weights else None
+
+    @property
+    def merged_weights(self) -> tuple[float, ...]:
+        """The weights that the merge takes; see `PointSpec`."""
+        return (1.0,) if self.edit else self.weights
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,7 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 distinct2=_average(row, lambda point: distinct2(point.responses)),
                 perplexities={name: found[index] for name, found in forgotten.items() if found},
                 contribution=float(shares[index]),
+                edit=spec.edit,
             )
         )
     return points
@@ -214,7 +221,7 @@ def _control_sets(run: Run) -> dict[str, slice]:
     """Return where each set of control texts stands among all of a point's."""
     if run.sft.control is None:
         return {}
-    counts = (run.header.get("control") or {}).get("texts", {CONTROL: len(run.sft.control)})
+    counts = control_sets(run)
     ends = np.cumsum(list(counts.values())).tolist()
     return {name: slice(end - count, end) for (name, count), end in zip(counts.items(), ends, strict=True)}
 

@@ -246,7 +246,7 @@ def points_csv(summary: Summary) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heading)
     for point in summary.points:
-        weights = point.weights or ("",) * len(summary.policies)
+        weights = point.merged_weights or ("",) * len(summary.policies)
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
         schedule = [point.merge, point.alpha, point.beta]
@@ -343,7 +343,8 @@ def _points_note(summary: Summary) -> str:
     if len(summary.policies) == 2:
         note = f"λ: weight of {summary.policies[0]}, 1 − λ that of {summary.policies[1]}. " + note
     elif len(summary.policies) == 1:
-        note = f"λ: 1 is {summary.policies[0]}, 0 SFT; where it is edited λ is α, and β = 1 − α. " + note
+        edited = any(point.edit for point in summary.points)
+        note = (f"λ: weight of {summary.policies[0]}" + ("; of `edit` α, and β = 1 − α. " if edited else ". ")) + note
     elif len(summary.policies) > 2:
         note = f"λ: weights of {', '.join(summary.policies)}. " + note
     note += " KL: mean of log π(y|x) − log π_SFT(y|x)"

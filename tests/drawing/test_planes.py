@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.planes import FORGETTING, KL, axis_label, columns_of, prepare, staircase
+from rewarded_lines.drawing.planes import KL, PERPLEXITY, axis_label, columns_of, prepare, staircase
 from rewarded_lines.drawing.style import house_style
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.summaries.summary import Summary
@@ -49,7 +49,7 @@ def test_of_many_methods_the_first_and_the_best_are_chosen(make_summary: MakeSum
         ("positive", "positive [logit], higher is better →", "positive [logit]\nhigher is better →"),
         ("polite", "polite (audit), higher is better →", "polite (audit)\nhigher is better →"),
         (KL, "KL to SFT [nats], lower is closer", "KL to SFT [nats]\nlower is closer"),
-        (f"control{FORGETTING}", _LONG, _LONG),
+        (f"control{PERPLEXITY}", _LONG, _LONG),
     ],
 )
 def test_axes_say_name_unit_and_direction(make_summary: MakeSummary, name: str, one: str, two: str) -> None:

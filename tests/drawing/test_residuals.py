@@ -27,7 +27,11 @@ def inspection(stacks: dict[str, int], step: float) -> Inspection:
 
 def test_methods_of_one_schedule_share_a_line(make_summary: MakeSummary) -> None:
     summary = make_summary(points=3, methods=METHODS)
-    assert schedules(summary) == {(1, 1, 0): ["soup"], (1, 1, 1): ["lines", "also"], (2, 2, -1): ["reversed"]}
+    assert schedules(summary) == {
+        (1, 1, 0, False): ["soup"],
+        (1, 1, 1, False): ["lines", "also"],
+        (2, 2, -1, False): ["reversed"],
+    }
 
 
 def test_scales_and_norms_are_drawn_as_they_are(make_summary: MakeSummary, check_layout: Callable) -> None:

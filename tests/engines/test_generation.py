@@ -241,7 +241,15 @@ def check_shared_heads(vllm, hf):
     # These part from the first where a block of 32 ends: how likely the next token is was not computed for them.
     tails += [[*range(10, 29), 90, 91], [*range(10, 29), 92]]
     pairs = [(head[:cut], tail) for tail in tails for cut in (length, 5)]
+    core, calls = vllm._core, []
+    score = core._score
+    core._score = lambda rows, *rest, **named: calls.append(score(rows, *rest, **named)) or calls[-1]
     found = vllm.logprobs([*pairs, *pairs])
+    del core._score
+    first, again = calls
+    # Equal pairs are one; most of the long heads, and some of the tails, were in the cache.
+    assert len(first) == len(pairs) and sorted(cached for cached, _ in first)[-6:] == [32, 32, 32, 64, 64, 64]
+    assert 1 <= len(again) <= 3 and all(cached == 0 for cached, _ in again)
     assert found[: len(pairs)] == found[len(pairs) :] == pytest.approx(hf.logprobs(pairs), abs=1e-3)
 
 

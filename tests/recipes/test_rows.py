@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -169,14 +170,15 @@ def test_packages_are_read_and_split_once_for_all(tmp_path):
 
 
 @pytest.fixture
-def package_rewards(tmp_path, monkeypatch):
+def package_rewards(tmp_path):
     """The packages suite where a user would have copied it to, with a tiny encoder."""
     tokenizer = ready_tasks.byte_pairs(("[PAD]", "[CLS]", "[SEP]"), bos=1, eos=2, pad=0, around="[CLS] $A [SEP]")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
     for part in (BertModel(BertConfig(vocab_size=400, **sizes)), tokenizer):
         part.save_pretrained(tmp_path / "encoder")
-    monkeypatch.setenv("PACKAGES_ENCODER", str(tmp_path / "encoder"))
     shutil.copytree(SUITES, tmp_path / "eval" / "suites")
+    source = tmp_path / "eval" / "suites" / "package_rewards.py"
+    source.write_text(re.sub(r"(?m)^ENCODER = .*$", f"ENCODER = {str(tmp_path / 'encoder')!r}", source.read_text()))
     (tmp_path / "runs" / "smollm2").mkdir(parents=True)
     project = tmp_path / "runs" / "smollm2" / "rewarded-lines.yaml"
     shutil.copy(SUITES / "packages.yaml", project)

@@ -248,6 +248,22 @@ def test_control_perplexity_by_hand(small_run: Run) -> None:
     assert (after.low, after.high) == pytest.approx((np.exp(1), np.exp(3)))
 
 
+def test_older_runs_have_one_set_without_a_name(small_run: Run) -> None:
+    run = controlled(small_run, [[[2.0, 1], [6.0, 3]]] * 5)
+    run.header["control"] = {"texts": 2, "hash": "0"}
+    assert summarise(run).controls == ["control"]
+
+
+def test_runs_with_other_control_texts_are_not_averaged(small_run: Run, tmp_path: Path) -> None:
+    run = controlled(small_run, [[[2.0, 1], [6.0, 3]]] * 5)
+    run.header["control"] = {"texts": {"reviews": 2}, "hash": "0"}
+    other = replace(
+        run, folder=tmp_path / "other", header={**run.header, "control": {"texts": {"chat": 2}, "hash": "1"}}
+    )
+    with pytest.raises(UserError, match="different control texts"):
+        summarise([run, other])
+
+
 def test_sets_of_control_texts_are_told_apart(small_run: Run) -> None:
     # Two texts of one set, one of the other; the set without a predicted token has no perplexity.
     sums = [[[2.0, 1], [6.0, 3], [9.0, 3], [0.0, 0]]] * 5

@@ -1,5 +1,7 @@
 """The sweep with the reference engine: records, pairing, resuming, refusing."""
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -7,13 +9,15 @@ import pytest
 
 from rewarded_lines import merge, sweep
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.drawing.residuals import schedules
 from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.bench import Bench
 from rewarded_lines.evaluation.records import load_run, read_point
 from rewarded_lines.folders import folder_lock
+from rewarded_lines.summaries.names import method_labels
 from rewarded_lines.summaries.summary import summarise
-from rewarded_lines.summaries.tables import markdown
+from rewarded_lines.summaries.tables import markdown, points_csv
 from rewarded_lines.sweeping.choose import command_for
 
 
@@ -294,7 +298,13 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
     assert edits[1].responses == [response.text for response in generator.generate(run.sft.prompts, spec)[0]]
     command = command_for(run, edits[1].spec)
     assert "--alpha 0.5 --beta 0.5 --lam 1.0" in command and "--policy first=" in command
-    assert "λ is α, and β = 1 − α" in markdown(summarise(run))
+    summary = summarise(run)
+    assert "of `edit` α, and β = 1 − α" in markdown(summary)
+    assert method_labels(summary)["edit"] == "LiNeS, edited (α = 0.00 to 1.00, β = 1 − α)"
+    assert list(schedules(summary))[0] == (0.0, 1.0, 1.0, True)
+    # What is written is the merge that was evaluated.
+    rows = [row for row in csv.DictReader(io.StringIO(points_csv(summary))) if row["method"] == "edit"]
+    assert [(row["weight.first"], row["alpha"], row["beta"]) for row in rows][1] == ("1.0", "0.5", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +327,24 @@ def test_methods_that_cannot_be(tiny, text, said):
     with pytest.raises(UserError, match=said):
         sweep(engine="hf")
     assert not (tiny / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "said"),
+    [
+        ("{fil: a.jsonl}", "control", "did you mean `file`"),
+        ("{file: a.jsonl, colums: {text: x}}", "control", "did you mean `columns`"),
+        ("{reviews: , chat: {file: a.jsonl}}", "control.reviews", "valid dictionary"),
+        ("{chat: {fil: a.jsonl}}", "control.chat", "did you mean `file`"),
+        ("{columns: {text: x}}", "control", "name either `file:` or `dataset:`"),
+    ],
+)
+def test_control_texts_that_cannot_be(tiny, text, where, said):
+    with (tiny / "rewarded-lines.yaml").open("a") as file:
+        file.write(f"control: {text}\n")
+    with pytest.raises(UserError, match=said) as caught:
+        sweep(engine="hf")
+    assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == [where]
 
 
 def test_several_samples_control_texts_and_an_audit(tiny):

