@@ -198,9 +198,11 @@ def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, 
 
 def _point(entry: Mapping[str, Any]) -> PointSummary:
     measures = {name: Estimate(**entry[name]) for name in ("kl", "words")}
-    forgotten = {name: Estimate(**one) for name, one in entry["perplexities"].items()}
-    rewards = {name: Estimate(**one) for name, one in entry["rewards"].items()}
-    told = {**entry, **measures, "perplexities": forgotten, "rewards": rewards, "weights": tuple(entry["weights"])}
+    sets = {
+        name: {key: Estimate(**one) for key, one in entry[name].items()}
+        for name in ("rewards", "perplexities", "forgetting")
+    }
+    told = {**entry, **measures, **sets, "weights": tuple(entry["weights"])}
     return PointSummary(**told)
 
 

@@ -33,8 +33,9 @@ class PointSummary:
     """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
 
     `ended` is the share of responses that end by themselves, `distinct2` the share of different pairs of words among
-    all pairs of words of the responses, `perplexities` those of the sets of control texts, `contribution` what the
-    hypervolume of its method above SFT would lose without it.
+    all pairs of words of the responses, `perplexities` those of the sets of control texts, `forgetting` those
+    over the SFT model's, paired by text, `contribution` what the hypervolume of its method above SFT would lose without
+    it.
     """
 
     method: str
@@ -49,6 +50,7 @@ class PointSummary:
     ended: float
     distinct2: float
     perplexities: dict[str, Estimate]
+    forgetting: dict[str, Estimate]
     contribution: float
     edit: bool = False
 
@@ -182,7 +184,8 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
             for run in range(sft.shape[1])
         ]
         shares[rows] = np.mean(each, axis=0)
-    forgotten = {name: _perplexities(table, texts, seed, means.shape[0] - 1, level) for name, texts in control.items()}
+    found = {name: _perplexities(table, texts, seed, means.shape[0] - 1) for name, texts in control.items()}
+    controls = {name: values for name, values in found.items() if values is not None}
     points = []
     for index, row in enumerate(table.rows):
         *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
@@ -200,7 +203,8 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 words=words,
                 ended=_average(row, lambda point: float(np.mean(point.ended))),
                 distinct2=_average(row, lambda point: distinct2(point.responses)),
-                perplexities={name: found[index] for name, found in forgotten.items() if found},
+                perplexities={name: estimate_samples(at[:, index], level) for name, at in controls.items()},
+                forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
                 contribution=float(shares[index]),
                 edit=spec.edit,
             )
@@ -226,16 +230,15 @@ def _control_sets(run: Run) -> dict[str, slice]:
     return {name: slice(end - count, end) for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 
-def _perplexities(table: Table, texts: slice, seed: int, resamples: int, level: float) -> list[Estimate]:
-    """Return the perplexity of some control texts at each point, its interval by bootstrap over the texts; nothing
-    where no token is predicted."""
+def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
+    """Return the perplexity of some control texts at each point, [1 + resamples of the texts, points]; None where no
+    token is predicted."""
     sums = [[_predicted(point, texts) for point in row] for row in table.rows]
     if not all(len(one) for row in sums for one in row):
-        return []
+        return None
     runs = [np.stack([row[index] for row in sums]) for index in range(len(sums[0]))]
     samples = resample_runs(runs, resamples, seed)
-    values = run_average(perplexity(samples.means), samples.drawn)
-    return [estimate_samples(values[:, index], level) for index in range(len(table.rows))]
+    return np.asarray(run_average(perplexity(samples.means), samples.drawn))
 
 
 def _predicted(point: Point, texts: slice) -> np.ndarray:

@@ -239,6 +239,7 @@ def markdown(summary: Summary) -> str:
 def points_csv(summary: Summary) -> str:
     """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
     measures = [*summary.rewards, "kl", "words", *(f"{name} perplexity" for name in summary.controls)]
+    measures += [f"{name} perplexity over SFT" for name in summary.controls]
     heading = ["method", "checkpoint", "merge", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
     heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")]
     heading += ["ended", "distinct2", "contribution"]
@@ -248,6 +249,7 @@ def points_csv(summary: Summary) -> str:
     for point in summary.points:
         weights = point.merged_weights or ("",) * len(summary.policies)
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
+        estimates += point.forgetting.values()
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
         schedule = [point.merge, point.alpha, point.beta]
         shares = [point.ended, point.distinct2, point.contribution]

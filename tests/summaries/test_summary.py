@@ -14,6 +14,7 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run, load_run
 from rewarded_lines.evaluation.tabulate import RESAMPLES
+from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.summaries.summary import Summary, summarise
 
 MakeRun = Callable[..., Path]
@@ -246,6 +247,10 @@ def test_control_perplexity_by_hand(small_run: Run) -> None:
     # Tokens weigh alike, not texts: 10 nats over 4 tokens; one text alone makes e or e³.
     assert after.value == pytest.approx(np.exp(2.5))
     assert (after.low, after.high) == pytest.approx((np.exp(1), np.exp(3)))
+    # Paired by text: SFT has 2 nats a token in either.
+    over = first.forgetting["control"]
+    assert (over.value, over.low, over.high) == pytest.approx((np.exp(0.5), np.exp(-1), np.exp(1)))
+    assert sft.forgetting["control"] == Estimate(1.0, 1.0, 1.0)
 
 
 def test_older_runs_have_one_set_without_a_name(small_run: Run) -> None:

@@ -121,7 +121,14 @@ def full(summary: Summary) -> Summary:
             replace(gain, rewards={**gain.rewards, "watch": Estimate(0.0, -0.1, 0.1)}) for gain in summary.policy_gains
         ],
         references={**summary.references, "floor": {"positive": 0.0, "detailed": 1.0}},
-        points=[replace(point, perplexities={"control": Estimate(20.0, 19.0, 21.0)}) for point in points()],
+        points=[
+            replace(
+                point,
+                perplexities={"control": Estimate(20.0, 19.0, 21.0)},
+                forgetting={"control": Estimate(1.0, 0.9, 1.1)},
+            )
+            for point in points()
+        ],
     )
 
 
@@ -166,6 +173,7 @@ def test_csv_knows_what_each_point_is(full: Summary) -> None:
     assert (baseline["checkpoint"], baseline["weight.cheerful"]) == ("morl", "")
     assert {row["checkpoint"] for row in rows[:-2]} == {""}
     assert (baseline["watch"], baseline["control perplexity.low"]) == ("0.5", "19.0")
+    assert baseline["control perplexity over SFT.high"] == "1.1"
     assert float(rows[5]["contribution"]) == full.points[5].contribution
     assert float(rows[5]["distinct2"]) == full.points[5].distinct2
 
