@@ -22,7 +22,7 @@ def test_a_newcomer_activates_before_the_first_command_of_ours():
 
 
 def test_its_parts_are_in_order():
-    wanted = ["run-it", "what-the-demo-measured", "merge", "where-things-are", "limits"]
+    wanted = ["run-it", "what-we-measured", "merge", "where-things-are", "limits"]
     titles = [re.sub(r"\W", "-", title.lower()) for title in re.findall(r"^## (.*)$", README.text, re.MULTILINE)]
     assert [title for title in titles if title in wanted] == wanted
 
