@@ -68,7 +68,7 @@ def run(task, place, environment):
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
