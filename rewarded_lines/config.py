@@ -1,25 +1,12 @@
-"""The strict YAML of a project: base, policies, rewards, prompts, generation, sweep.
-
-Unknown keys are refused at every depth with the nearest known key. Paths in a project file are relative to the
-file's own folder, so a project can be moved as a whole. Nothing here opens a model.
-"""
+"""What a project says: base, policies, rewards, prompts, generation, sweep. `projects.py` reads it from YAML."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
-
-from rewarded_lines.errors import Problem, UserError, fail, nearest
-from rewarded_lines.references import looks_local
-
-PROJECT_FILE = "rewarded-lines.yaml"
-_MOST_KEYS_SHOWN = 20
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -281,39 +268,6 @@ class ProjectConfig(Strict):
         return {CONTROL: value} if value and unnamed else value
 
 
-class Project:
-    """A parsed project file and the folder its paths are relative to."""
-
-    def __init__(self, path: Path, config: ProjectConfig) -> None:
-        """Bind `config` to the file it came from.
-
-        Args:
-            path: the YAML file; its parent is the project's root.
-            config: what the file says.
-        """
-        self.path = path
-        self.root = path.parent
-        self.config = config
-
-    def resolve(self, reference: str) -> str:
-        """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is.
-
-        A name that only the working directory has is not the project's: it is looked for, and missed, in the project.
-        """
-        local = looks_local(reference, self.root) or Path(reference).exists()
-        return str(self.root / Path(reference).expanduser()) if local else reference
-
-    def require(self, *keys: str) -> None:
-        """Refuse a project that lacks one of the top-level `keys`.
-
-        Raises:
-            UserError: naming every missing key at once.
-        """
-        missing = [key for key in keys if not getattr(self.config, key)]
-        if missing:
-            raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
-
-
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:
     """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
 
@@ -325,111 +279,3 @@ def parse_format(text: str) -> tuple[tuple[int, float], ...]:
         raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
     found = re.findall(rf"([+-]?){term}", text)
     return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
-
-
-def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Args:
-        path: the file.
-        remedy: what to do where it is missing.
-
-    Raises:
-        UserError: the file is missing, is not YAML, or holds something other than a mapping.
-    """
-    if not path.is_file():
-        raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error
-    if not isinstance(content, dict):
-        raise fail("not a mapping", where=str(path), expected="key: value lines", got=type(content).__name__)
-    return content
-
-
-def load_project(path: Path | str = PROJECT_FILE) -> Project:
-    """Read and check a project file.
-
-    Args:
-        path: a `rewarded-lines.yaml` or a suite.
-
-    Raises:
-        UserError: with every fault of the file at once.
-    """
-    path = Path(path)
-    remedy = f"name it with --config, or work in a folder that has a {PROJECT_FILE}"
-    return Project(path, check_project(read_yaml(path, remedy), str(path)))
-
-
-def check_project(content: Mapping[str, Any], where: str) -> ProjectConfig:
-    """Return what the content of a project file says.
-
-    Args:
-        content: the parsed YAML.
-        where: the file's name, for messages.
-
-    Raises:
-        UserError: with every fault of the content at once.
-    """
-    try:
-        return ProjectConfig.model_validate(content)
-    except ValidationError as error:
-        raise UserError(problems_of(error, where)) from error
-
-
-def problems_of(error: ValidationError, where: str) -> list[Problem]:
-    """Return what a section says of values it does not take, as problems of the place `where`."""
-    return [_problem(where, detail) for detail in error.errors()]
-
-
-def save_project(path: Path, config: ProjectConfig) -> None:
-    """Write `config` as YAML, leaving out what has its default value."""
-    content = config.model_dump(mode="json", exclude_defaults=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def unknown_key(key: str, known: list[str], where: str) -> Problem:
-    """Return the problem of a key that a config file does not have, naming the nearest one that it has."""
-    alike = nearest(key, known)
-    return Problem(
-        f"unknown key `{key}`",
-        where=where,
-        # A trainer's configuration has almost two hundred keys; the nearest says more than all of them.
-        expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
-        remedy=f"did you mean `{alike}`?" if alike else "remove it, or see --help for the keys there are",
-    )
-
-
-def _problem(place: str, detail: ErrorDetails) -> Problem:
-    location = [str(part) for part in detail["loc"]]
-    if location[:2] == [CONTROL, CONTROL]:
-        # The set that the user gave no name.
-        del location[1]
-    if detail["type"] == "extra_forbidden":
-        section = _section(location[:-1])
-        known = list(section.model_fields) if section else []
-        return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
-    got = repr(detail["input"])
-    return Problem(
-        detail["msg"].removeprefix("Value error, "),
-        where=f"{place}: {'.'.join(location)}" if location else place,
-        got=got if len(got) <= 80 else got[:77] + "...",
-    )
-
-
-def _section(location: list[str]) -> type[Strict] | None:
-    """Return the model whose keys live at `location`, e.g. ["rewards", "positive"] → RewardSpec."""
-    sections: Mapping[str, type[Strict]] = {
-        "rewards": RewardSpec,
-        "prompts": PromptSpec,
-        CONTROL: DataSpec,
-        "generation": GenerationSpec,
-        "sweep": SweepSpec,
-    }
-    if not location:
-        return ProjectConfig
-    if location[0] == "sweep" and len(location) > 1:
-        below = {"methods": MethodSpec, "tune": PromptSpec if location[-1] == "prompts" else TuneSpec}
-        return below.get(location[1])
-    return sections.get(location[0])

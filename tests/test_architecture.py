@@ -34,7 +34,7 @@ WINGS = [
     "fronts",
     "data",
 ]
-GROUND = ["config", "errors", "folders", "processes", "references"]
+GROUND = ["config", "errors", "folders", "processes", "projects", "references"]
 
 
 def imports():

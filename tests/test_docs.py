@@ -17,7 +17,7 @@ import yaml
 from documents import ROOT, make_stage, pages, starting
 
 from rewarded_lines.cli import app
-from rewarded_lines.config import check_project
+from rewarded_lines.projects import check_project
 from rewarded_lines.translating.mergekit import read_mergekit
 
 PAGES = pages()
@@ -88,7 +88,7 @@ def test_the_projects_shown_are_projects():
     projects = [(name, content) for name, content in shown if "merge_method" not in content]
     assert {name for name, _ in projects} >= {"README.md", "eval/README.md"}
     for name, content in projects:
-        assert check_project(content, name).sweep.methods
+        assert check_project(content, ROOT / name).sweep.methods
 
 
 def test_each_mergekit_config_shown_comes_to_the_command_below_it(tmp_path):

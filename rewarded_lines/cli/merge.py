@@ -296,8 +296,8 @@ def _alpha(text: str) -> Any:
 
 def _inputs(base: str | None, policy: list[str], config: Path) -> tuple[str, Mapping[str, str]]:
     """Take base and policies from the command line, and from the project file what the command line leaves out."""
-    from rewarded_lines.config import load_project
     from rewarded_lines.merging.merge import name_policies
+    from rewarded_lines.projects import load_project
 
     named = name_policies([_name(text) for text in policy]) if policy else {}
     if base and named:

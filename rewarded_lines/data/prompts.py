@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import DataSpec, Project
+from rewarded_lines.config import DataSpec
 from rewarded_lines.data.rows import Row, read_rows
 from rewarded_lines.errors import fail
+from rewarded_lines.projects import Project
 
 Messages = list[dict[str, str]]
 # A text that the model goes on from, or the turns of a chat that it answers.

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 import blake3
 
-from rewarded_lines.config import PROJECT_FILE, load_project, read_yaml, save_project
 from rewarded_lines.demo import reviews
 from rewarded_lines.demo.jobs import Job, Tell, run_jobs
 from rewarded_lines.engines.generation import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.projects import PROJECT_FILE, load_project, read_yaml, save_project
 
 ALGORITHMS = ("ppo", "dpo", "rloo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rewarded_lines.config import CONTROL, PROJECT_FILE, DataSpec, Project, load_project
+from rewarded_lines.config import CONTROL, DataSpec
 from rewarded_lines.diagnosing.findings import Finding
 from rewarded_lines.errors import UserError
+from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.references import looks_local
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rewarded_lines.config import Project
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.bench import Bench, Keys, Tell, silent
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.projects import Project
 
 LOCAL = "local"
 # A point that has ended so many workers would end the next one too.

@@ -9,10 +9,11 @@ from typing import Any
 
 import blake3
 
-from rewarded_lines.config import POLICIES, PRESETS, SFT, MethodSpec, Project, SweepSpec
+from rewarded_lines.config import POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.generation import Model, Plan
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.projects import Project
 from rewarded_lines.rules.methods import METHODS, OptionValue, soup
 from rewarded_lines.rules.preferences import simplex_grid
 

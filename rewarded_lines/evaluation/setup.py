@@ -13,7 +13,7 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, weights_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
-from rewarded_lines.config import GenerationSpec, Project, RewardSpec
+from rewarded_lines.config import GenerationSpec, RewardSpec
 from rewarded_lines.data.prompts import Prompt, load_prompts
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
@@ -23,6 +23,7 @@ from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_mod
 from rewarded_lines.evaluation.records import FORMAT
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import plan_merge
+from rewarded_lines.projects import Project
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.scoring.scorer import Scorer

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewarded_lines.config import Project
 from rewarded_lines.data.prompts import Prompt, encode, prompt_text, split_text
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.projects import Project
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 
 Scale = tuple[float, float]

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rewarded_lines.config import Project, RewardSpec
+from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import Problem, UserError, nearest
+from rewarded_lines.projects import Project
 from rewarded_lines.references import find_function, looks_local
 from rewarded_lines.scoring.classifiers import ModelReward, fill_template
 from rewarded_lines.scoring.devices import available_memory

@@ -6,10 +6,11 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from rewarded_lines.config import POLICIES, Project, load_project
+from rewarded_lines.config import POLICIES
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.records import Run
 from rewarded_lines.evaluation.run_folder import Progress
+from rewarded_lines.projects import Project, load_project
 from rewarded_lines.references import looks_local
 from rewarded_lines.sweeping.sweep import sweep
 

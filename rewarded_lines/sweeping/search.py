@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rewarded_lines.config import SFT, load_project
+from rewarded_lines.config import SFT
 from rewarded_lines.errors import fail, nearest
 from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
@@ -18,6 +18,7 @@ from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
+from rewarded_lines.projects import load_project
 from rewarded_lines.sweeping.sweep import finish_run, producer, stages, sweep, write_run
 
 POINTS, GAIN = 15, 0.001

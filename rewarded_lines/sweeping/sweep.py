@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import Project, load_project
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.bench import Bench, Producer, Tell, silent
@@ -15,6 +14,7 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.projects import Project, load_project
 from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts
 
 

@@ -20,9 +20,9 @@ from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
-from rewarded_lines.config import read_yaml, unknown_key
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
+from rewarded_lines.projects import read_yaml, unknown_key
 
 _GRACE_SECONDS = 5.0
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rewarded_lines.config import PROJECT_FILE, DataSpec, problems_of
+from rewarded_lines.config import DataSpec
 from rewarded_lines.errors import UserError, fail
+from rewarded_lines.projects import PROJECT_FILE, problems_of
 
 
 class KeyValues(dict[str, Any]):

@@ -11,11 +11,12 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 from trl.data_utils import maybe_extract_prompt
 
-from rewarded_lines.config import PROJECT_FILE, GenerationSpec, Project, load_project
+from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, with_turns
 from rewarded_lines.data.rows import Layouts, Row, read_rows, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.learning.models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewarding.rewards import WeightedReward, load_training_reward
 from rewarded_lines.rewarding.sampling import Parts, Sampler, describe, gains, summary
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions

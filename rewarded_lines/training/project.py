@@ -18,8 +18,8 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from yaml import YAMLError as PlainYAMLError
 from yaml import safe_load
 
-from rewarded_lines.config import check_project, load_project
 from rewarded_lines.errors import fail
+from rewarded_lines.projects import check_project, load_project
 
 
 def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[str]:
@@ -47,7 +47,7 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
         if said:
             text = StringIO()
             yaml.dump(content, text)
-            check_project(safe_load(text.getvalue()), str(path))
+            check_project(safe_load(text.getvalue()), path)
             # The file itself where the name is a link to it.
             target = path.resolve()
             partial = target.with_name(f".{target.name}.{os.getpid()}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import read_yaml, unknown_key
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.projects import read_yaml, unknown_key
 from rewarded_lines.translating.gradients import Line, line_of
 
 _TOP = (

@@ -7,10 +7,11 @@ from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rewarded_lines.config import DataSpec, load_project
+from rewarded_lines.config import DataSpec
 from rewarded_lines.data.prompts import encode, load_prompts, prompt_text, split_text, with_turns
 from rewarded_lines.errors import UserError
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
+from rewarded_lines.projects import load_project
 
 TEMPLATE = """\
 {% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}\

@@ -7,11 +7,11 @@ import socket
 import pytest
 
 from rewarded_lines import sweep
-from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.cluster import Cluster
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.setup import Options, open_setup
+from rewarded_lines.projects import load_project
 
 pytest.importorskip("ray", reason="Ray is not installed in this environment")
 

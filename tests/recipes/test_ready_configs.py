@@ -16,7 +16,7 @@ import ready_tasks
 import yaml
 from stand_in_hub import stand_in_hub
 
-from rewarded_lines.config import load_project
+from rewarded_lines.projects import load_project
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
-from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"

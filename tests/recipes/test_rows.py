@@ -12,8 +12,9 @@ import ready_tasks
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from rewarded_lines.config import DataSpec, load_project
+from rewarded_lines.config import DataSpec
 from rewarded_lines.data.rows import read_rows
+from rewarded_lines.projects import load_project
 from rewarded_lines.references import find_function
 from rewarded_lines.scoring.rewards import load_rewards
 

@@ -6,9 +6,9 @@ import statistics
 import pytest
 from tiny_models import make_tokenizer
 
-from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
+from rewarded_lines.projects import load_project
 from rewarded_lines.rewarding.rewards import RewardFunction, WeightedReward, load_training_reward
 
 PROMPTS = ["A Film", "the quiet End of it all, says", "IT"]

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from rewarded_lines.config import RewardSpec, load_project, parse_format
+from rewarded_lines.config import RewardSpec, parse_format
 from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project
 from rewarded_lines.scoring import rewards as rewards_module
 from rewarded_lines.scoring.devices import available_memory, find_device
 from rewarded_lines.scoring.rewards import fill_template, load_reward, load_rewards

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from rewarded_lines import choose, sweep
 from rewarded_lines.cli import app
-from rewarded_lines.config import load_project
 from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.points import PointSpec
@@ -29,6 +28,7 @@ from rewarded_lines.evaluation.records import (
     write_json,
     write_point,
 )
+from rewarded_lines.projects import load_project
 
 # The SFT model's scores deviate from their mean by 1 in `a` and by 10 in `b`.
 DEVIATIONS = {"a": 1.0, "b": 10.0, "c": 1.0}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rewarded_lines import merge, score, sweep
-from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.records import load_run
+from rewarded_lines.projects import load_project
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rewarded_lines.config import load_project
 from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project
 from rewarded_lines.training.project import register
 
 TEXT = """\

@@ -1,0 +1,110 @@
+"""A project file that extends another is that one with its own keys over it; a fault is told of its own file."""
+
+import pytest
+import yaml
+
+from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project
+from rewarded_lines.training.project import register
+
+SUITE = """\
+rewards:
+  brief: {function: "rewards.py:brief", unit: words, role: audit}
+  kind: {function: "rewards.py:kind"}
+prompts: {file: data/test.jsonl, limit: 64}
+sweep:
+  points: 11
+  methods:
+    soup: {beta: 0.0}
+    lines:
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write files of a folder, `suite.yaml` among them."""
+
+    def write(**files):
+        for name, text in {"suite": SUITE, **files}.items():
+            path = tmp_path / f"{name}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return write
+
+
+def refused(path):
+    with pytest.raises(UserError) as caught:
+        load_project(path)
+    return str(caught.value)
+
+
+def test_without_a_word_of_its_own_it_is_the_other_file(write):
+    folder = write(own="extends: suite.yaml\n")
+    assert load_project(folder / "own.yaml").config == load_project(folder / "suite.yaml").config
+
+
+def test_mappings_are_merged_and_anything_else_is_replaced(write):
+    own = "base: sft\nrewards: {brief: {role: objective}}\nsweep: {methods: [edit], resamples: 200}\n"
+    folder = write(own=own + "extends: suite.yaml\n")
+    expected = yaml.safe_load(SUITE) | {"base": "sft"}
+    expected["rewards"]["brief"]["role"] = "objective"
+    expected["sweep"] |= {"methods": ["edit"], "resamples": 200}
+    (folder / "whole.yaml").write_text(yaml.safe_dump(expected))
+    assert load_project(folder / "own.yaml").config == load_project(folder / "whole.yaml").config
+
+
+def test_a_mapping_of_methods_gets_more(write):
+    folder = write(own="extends: suite.yaml\nsweep: {methods: {soup: {beta: 0.5}, ties: }}\n")
+    methods = load_project(folder / "own.yaml").config.sweep.methods
+    assert list(methods) == ["soup", "lines", "ties"] and methods["soup"].beta == 0.5
+
+
+def test_a_file_may_extend_one_that_extends_another(write):
+    folder = write(middle="extends: suite.yaml\nbase: one\ntitle: Middle\n", own="extends: middle.yaml\nbase: two\n")
+    config = load_project(folder / "own.yaml").config
+    assert (config.base, config.title, list(config.rewards)) == ("two", "Middle", ["brief", "kind"])
+
+
+def test_paths_are_those_of_the_file_that_extends(tmp_path, write):
+    suite = write().joinpath("suite.yaml")
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    path = tmp_path / "run" / "own.yaml"
+    path.write_text(f"extends: ../{suite.name}\n")
+    assert load_project(path).resolve("data/test.jsonl") == str(tmp_path / "run" / "data" / "test.jsonl")
+
+
+def test_a_recipe_adds_to_the_file_itself(write):
+    folder = write(own="extends: suite.yaml # the rest\n")
+    register(str(folder / "own.yaml"), {("policies", "kind"): folder / "kind"})
+    assert (folder / "own.yaml").read_text() == "extends: suite.yaml # the rest\npolicies:\n  kind: kind\n"
+    assert (folder / "suite.yaml").read_text() == SUITE
+    assert load_project(folder / "own.yaml").config.policies == {"kind": "kind"}
+
+
+def test_a_fault_is_told_of_the_file_that_has_it(write):
+    folder = write(suite=SUITE + "swep: 1\n", own="extends: suite.yaml\nbase: sft\n")
+    assert "suite.yaml: top level: unknown key `swep`" in refused(folder / "own.yaml")
+    write(own="extends: suite.yaml\nrewards: {brief: {rol: audit}}\n")
+    message = refused(folder / "own.yaml")
+    assert "own.yaml: rewards.brief: unknown key `rol`" in message and "did you mean `role`" in message
+
+
+def test_a_mistyped_extends_is_known(write):
+    message = refused(write(own="extend: suite.yaml\n") / "own.yaml")
+    assert "unknown key `extend`" in message and "did you mean `extends`" in message
+
+
+def test_what_is_extended_must_be_there_and_be_one_file(write):
+    folder = write(own="extends: nowhere.yaml\n")
+    message = refused(folder / "own.yaml")
+    assert "nowhere.yaml: no such file" in message and f"correct `extends:` in {folder / 'own.yaml'}" in message
+    write(own="extends: [suite.yaml]\n")
+    assert "own.yaml: extends: not the name of a file" in refused(folder / "own.yaml")
+
+
+def test_a_circle_is_told(write):
+    folder = write(one="extends: two.yaml\n", two="extends: one.yaml\n")
+    message = refused(folder / "one.yaml")
+    assert "extends itself" in message and "one.yaml → " in message
