@@ -137,7 +137,11 @@ def _extended(content: Mapping[str, Any], path: Path, below: tuple[Path, ...] = 
     under = _extended(read_yaml(source, f"correct `{EXTENDS}:` in {path}"), source, seen)
     # By itself first, so that its faults are told as its own.
     _validated(under, str(source))
-    return _merged(under, own)
+    merged, sweep = _merged(under, own), own.get("sweep")
+    if isinstance(sweep, Mapping) and "methods" in sweep:
+        # What is compared is a list, whether it is written as one or as a mapping.
+        merged["sweep"]["methods"] = sweep["methods"]
+    return merged
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,10 +55,16 @@ def test_mappings_are_merged_and_anything_else_is_replaced(write):
     assert load_project(folder / "own.yaml").config == load_project(folder / "whole.yaml").config
 
 
-def test_a_mapping_of_methods_gets_more(write):
-    folder = write(own="extends: suite.yaml\nsweep: {methods: {soup: {beta: 0.5}, ties: }}\n")
-    methods = load_project(folder / "own.yaml").config.sweep.methods
-    assert list(methods) == ["soup", "lines", "ties"] and methods["soup"].beta == 0.5
+@pytest.mark.parametrize("methods", ["[ties]", "{ties: }"])
+def test_methods_are_what_this_file_lists(write, methods):
+    folder = write(own=f"extends: suite.yaml\nsweep: {{methods: {methods}}}\n")
+    sweep = load_project(folder / "own.yaml").config.sweep
+    assert list(sweep.methods) == ["ties"] and sweep.points == 11
+
+
+def test_methods_stay_where_this_file_names_none(write):
+    folder = write(own="extends: suite.yaml\nsweep: {points: 3}\n")
+    assert list(load_project(folder / "own.yaml").config.sweep.methods) == ["soup", "lines"]
 
 
 def test_a_file_may_extend_one_that_extends_another(write):

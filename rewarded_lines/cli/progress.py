@@ -1,4 +1,5 @@
-"""What the command line shows while it works: on stderr, only to a terminal, and only of work that is not over at once.
+"""What the command line shows while it works, on stderr: a bar on a terminal, elsewhere (a log, a cluster's output) a
+line each minute. Work that is over at once shows nothing.
 
 The verbs tell it through one function, `progress(name, done, total)`. With `done` above 0 something counted is
 finished; with 0 it is only begun, and a total of 0 says that it prepares what is counted and is not part of it.
@@ -10,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from time import monotonic
 
@@ -25,6 +26,8 @@ from rich.text import Text
 Advance = Callable[[str, int, int], None]
 # Work that is over sooner shows nothing.
 PATIENCE = 2.0
+# Where there is no terminal.
+SECONDS_BETWEEN_LINES = 60.0
 _REFRESHES_A_SECOND = 5
 
 
@@ -36,25 +39,48 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
 
     Args:
         title: what is being done.
-        quiet: show nothing; a stderr that is no terminal shows nothing either.
+        quiet: show nothing.
         unit: what is counted, one of it; "byte" shows sizes.
     """
     console = Console(stderr=True)
     work = Work(title, unit)
+    shown = nullcontext() if quiet else _live(work, console) if console.is_terminal else _logged(work, console)
+    with stdout_for_results(), shown:
+        yield work.advance
+
+
+@contextmanager
+def _live(work: Work, console: Console) -> Iterator[None]:
+    """Show a bar that goes away at the end."""
     live = Live(work, console=console, transient=True, refresh_per_second=_REFRESHES_A_SECOND)
     # A thread of its own: the first stage may take long and tell nothing meanwhile.
     timer = threading.Timer(PATIENCE, live.start)
     timer.daemon = True
-    with stdout_for_results():
-        if not quiet and console.is_terminal:
-            timer.start()
-        try:
-            yield work.advance
-        finally:
-            timer.cancel()
-            if timer.ident is not None:
-                timer.join()
-            live.stop()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        live.stop()
+
+
+@contextmanager
+def _logged(work: Work, console: Console) -> Iterator[None]:
+    """Print a line from time to time."""
+    over = threading.Event()
+
+    def print_lines() -> None:
+        while not over.wait(SECONDS_BETWEEN_LINES):
+            console.print(work.line(), markup=False, highlight=False, soft_wrap=True)
+
+    thread = threading.Thread(target=print_lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -139,14 +165,22 @@ class Work:
             stage.add_row(self._spinner, Text(named), Text(_clock(monotonic() - self._stage_began), style="dim"))
             return Group(self._bar(), stage) if self._total else stage
 
+    def line(self) -> str:
+        """Return the same as plain text."""
+        with self._lock:
+            cells = [self._count(), *self._pace()] if self._total else []
+            stage = f"{self._stage or 'starting'} {_clock(monotonic() - self._stage_began)}"
+            return f"{self._title}: {'; '.join([', '.join(cells), stage] if cells else [stage])}"
+
+    def _pace(self) -> list[str]:
+        rate, left = self.rate(), self.left()
+        return [] if rate is None or left is None else [self._rate_text(rate), f"{_clock(left)} left"]
+
     def _bar(self) -> Table:
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
-        cells = [Text(self._count(), style="bold")]
-        rate, left = self.rate(), self.left()
-        if rate is not None and left is not None:
-            cells += [Text(self._rate_text(rate)), Text(f"{_clock(left)} left", style="cyan")]
+        cells = [Text(self._count(), style="bold"), *map(Text, self._pace())]
         for _ in cells:
             bar.add_column(justify="right", no_wrap=True)
         bar.add_row(Text(self._title), ProgressBar(total=self._total, completed=min(self._done, self._total)), *cells)

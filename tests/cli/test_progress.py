@@ -1,4 +1,4 @@
-"""What the command line shows while it works: only on a terminal, only when wanted, and not of what is over at once."""
+"""What the command line shows while it works: a bar on a terminal, lines in a log, nothing of what is over at once."""
 
 import json
 import os
@@ -138,12 +138,49 @@ def test_quiet_shows_nothing(terminal, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_stderr_that_is_no_terminal_shows_nothing(capsys, monkeypatch):
+def test_a_stderr_that_is_no_terminal_gets_no_bar(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     with progress_bar("Sweep") as advance:
         advance("a", 1, 1)
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_gets_a_line_from_time_to_time(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setenv("COLUMNS", "40")
+    with progress_bar("Sweep", unit="point") as advance:
+        advance("[generating] a point whose name is longer than the line would be", 0, 4)
+        time.sleep(0.35)
+        advance("a", 1, 4)
+        time.sleep(0.15)
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 5
+    name = "[generating] a point whose name is longer than the line would be"
+    assert lines[0] == f"Sweep: 0/4 points; {name} 0:00:00"
+    assert re.fullmatch(rf"Sweep: 1/4 points, [\d.]+/s, 0:00:0. left; {re.escape(name)} 0:00:00", lines[-1])
+
+
+def test_a_log_gets_no_line_of_what_is_quiet_or_soon_over(capsys, monkeypatch):
+    with progress_bar("Sweep"):
+        time.sleep(0.1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    with progress_bar("Sweep", quiet=True):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_only_prepared_has_no_count_in_a_line(clock):
+    work = Work("Sweep", "point")
+    work.advance("building the engine", 0, 0)
+    clock.now = 7
+    assert work.line() == "Sweep: building the engine 0:00:07"
+    work.advance("points already there", 4, 12)
+    work.advance("generating", 0, 12)
+    clock.now = 17
+    work.advance("a", 2, 12)
+    clock.now = 18
+    assert work.line() == "Sweep: 6/12 points, 5.0 s each, 0:00:29 left; generating 0:00:11"
 
 
 def test_what_is_printed_meanwhile_is_no_result(capfd):
