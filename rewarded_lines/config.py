@@ -260,12 +260,16 @@ class ProjectConfig(Strict):
     @field_validator("control", mode="before")
     @classmethod
     def _one_set(cls, value: Any) -> Any:
-        """Take the one set that has no name: what says a file or columns, or nothing that is a mapping."""
+        """Give the one set a name that has none."""
         if not isinstance(value, Mapping):
             return value or {}
-        plain = [key for key, one in value.items() if key == "columns" or not isinstance(one, Mapping)]
-        unnamed = any(key in DataSpec.model_fields for key in plain) or len(plain) == len(value)
-        return {CONTROL: value} if value and unnamed else value
+        return {CONTROL: value} if is_one_set(value) else value
+
+
+def is_one_set(control: Mapping[str, Any]) -> bool:
+    """Say whether `control:` is one set without a name: it says a file or columns, or nothing that is a mapping."""
+    plain = [key for key, one in control.items() if key == "columns" or not isinstance(one, Mapping)]
+    return bool(control) and (any(key in DataSpec.model_fields for key in plain) or len(plain) == len(control))
 
 
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:

@@ -1,7 +1,8 @@
 """Project files: read with what they extend, checked as a whole, written.
 
 Unknown keys are refused at every depth with the nearest known key. Paths in a project file are relative to the
-file's own folder, so a project can be moved as a whole. Nothing here opens a model.
+file's own folder, so a project can be moved as a whole; those of a file that it extends are too, as if they stood in
+it, and only an `extends:` is relative to the file which says it. Nothing here opens a model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rewarded_lines.config import (
     Strict,
     SweepSpec,
     TuneSpec,
+    is_one_set,
 )
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.references import looks_local
@@ -72,19 +74,22 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
 
     Args:
         path: the file.
-        remedy: what to do where it is missing.
+        remedy: what to do where it is missing or no mapping.
 
     Raises:
-        UserError: the file is missing, is not YAML, or holds something other than a mapping.
+        UserError: the file is missing, cannot be read, is not YAML, or holds something other than a mapping.
     """
     if not path.is_file():
         raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail("cannot be read", where=str(path), got=str(error)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error
     if not isinstance(content, dict):
-        raise fail("not a mapping", where=str(path), expected="key: value lines", got=type(content).__name__)
+        got = "an empty file" if content is None else type(content).__name__
+        raise fail("not a mapping", where=str(path), expected="key: value lines", got=got, remedy=remedy)
     return content
 
 
@@ -123,35 +128,63 @@ def _validated(content: Mapping[str, Any], where: str) -> ProjectConfig:
 
 
 def _extended(content: Mapping[str, Any], path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a file's content over that of the file which it `extends:`, as if both stood in this one."""
+    """Return a file's content over that of the file which it `extends:`, if any."""
     own = {key: value for key, value in content.items() if key != EXTENDS}
-    name = content.get(EXTENDS)
-    if name is None:
+    if EXTENDS not in content:
         return own
-    where = f"{path}: {EXTENDS}"
-    if not isinstance(name, str):
-        raise fail("not the name of a file", where=where, expected="one project file or suite", got=repr(name))
-    source, seen = path.parent / name, (*below, path.resolve())
+    source, seen = _source(content[EXTENDS], path), (*below, path.resolve())
     if source.resolve() in seen:
-        raise fail("the file extends itself", where=where, got=" → ".join(map(str, [*seen, source.resolve()])))
-    under = _extended(read_yaml(source, f"correct `{EXTENDS}:` in {path}"), source, seen)
+        got = " → ".join(map(str, [*seen, source.resolve()]))
+        raise fail("the file extends itself", where=f"{path}: {EXTENDS}", got=got)
+    under = _extended(read_yaml(source, f"correct it, or `{EXTENDS}:` in {path}"), source, seen)
     # By itself first, so that its faults are told as its own.
     _validated(under, str(source))
-    merged, sweep = _merged(under, own), own.get("sweep")
-    if isinstance(sweep, Mapping) and "methods" in sweep:
+    return _over(under, own)
+
+
+def _source(name: Any, path: Path) -> Path:
+    where, expected = f"{path}: {EXTENDS}", "one project file or suite, its path from the folder of this file"
+    if not isinstance(name, str) or not name:
+        raise fail("not the name of a file", where=where, expected=expected, got=repr(name))
+    try:
+        source = path.parent / Path(name).expanduser()
+        there = source.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise fail("not the name of a file", where=where, expected=expected, got=str(error)) from error
+    if not there:
+        raise fail("no such file", where=where, expected=expected, got=str(source))
+    return source
+
+
+def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a project's content over another's."""
+    merged = _merged(under, own)
+    both = {key for key in own if isinstance(under.get(key), Mapping) and isinstance(own[key], Mapping)}
+    if CONTROL in both and (is_one_set(under[CONTROL]) or is_one_set(own[CONTROL])):
+        merged[CONTROL] = own[CONTROL]
+    if "sweep" in both:
+        sweep = own["sweep"]
         # What is compared is a list, whether it is written as one or as a mapping.
-        merged["sweep"]["methods"] = sweep["methods"]
+        if "methods" in sweep:
+            merged["sweep"]["methods"] = sweep["methods"]
+        # Two ways to say one thing.
+        for one, other in (("points", "step"), ("step", "points")):
+            if one in sweep and other not in sweep:
+                merged["sweep"].pop(other, None)
     return merged
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `under` with what `over` says: mappings key by key, anything else as a whole."""
+    """Return `under` with what `over` says: mappings key by key, null takes a key out, anything else replaces it."""
     merged = dict(under)
     for key, value in over.items():
         before = under.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            value = _merged(before, value)
-        merged[key] = value
+        if value is None and key in under:
+            del merged[key]
+        elif isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(before, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -1,5 +1,8 @@
 """A project file that extends another is that one with its own keys over it; a fault is told of its own file."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -7,6 +10,8 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.training.project import register
 
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "eval" / "results" / "packages"
 SUITE = """\
 rewards:
   brief: {function: "rewards.py:brief", unit: words, role: audit}
@@ -26,9 +31,7 @@ def write(tmp_path):
 
     def write(**files):
         for name, text in {"suite": SUITE, **files}.items():
-            path = tmp_path / f"{name}.yaml"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+            (tmp_path / f"{name}.yaml").write_text(text)
         return tmp_path
 
     return write
@@ -102,12 +105,78 @@ def test_a_mistyped_extends_is_known(write):
     assert "unknown key `extend`" in message and "did you mean `extends`" in message
 
 
-def test_what_is_extended_must_be_there_and_be_one_file(write):
-    folder = write(own="extends: nowhere.yaml\n")
+@pytest.mark.parametrize(
+    "name", ["[suite.yaml]", "", '""', "3", "nowhere.yaml", ".", '"a\\0b"', "x" * 300, "loop.yaml"]
+)
+def test_what_is_extended_must_be_one_file_that_is_there(write, name):
+    folder = write(own=f"extends: {name}\n")
+    (folder / "loop.yaml").symlink_to("loop.yaml")
     message = refused(folder / "own.yaml")
-    assert "nowhere.yaml: no such file" in message and f"correct `extends:` in {folder / 'own.yaml'}" in message
-    write(own="extends: [suite.yaml]\n")
-    assert "own.yaml: extends: not the name of a file" in refused(folder / "own.yaml")
+    assert message.startswith(f"{folder / 'own.yaml'}: extends: ") and "expected: one project file or suite" in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n"])
+def test_an_extended_file_that_is_no_project_is_told(write, text):
+    folder = write(suite=text, own="extends: suite.yaml\n")
+    assert refused(folder / "own.yaml").startswith(str(folder / "suite.yaml"))
+
+
+def test_a_home_folder_may_be_meant(write, monkeypatch):
+    folder = write(own="extends: ~/suite.yaml\n")
+    monkeypatch.setenv("HOME", str(folder))
+    assert list(load_project(folder / "own.yaml").config.rewards) == ["brief", "kind"]
+
+
+def test_null_takes_out_what_is_inherited(write):
+    own = (
+        "extends: suite.yaml\nrewards: {brief: null}\nprompts: {file: null, dataset: org/set}\nsweep: {points: null}\n"
+    )
+    config = load_project(write(own=own) / "own.yaml").config
+    assert list(config.rewards) == ["kind"] and config.prompts.dataset == "org/set" and config.sweep.points == 11
+
+
+def test_a_step_takes_the_place_of_points_and_back(write):
+    folder = write(step="extends: suite.yaml\nsweep: {step: 0.25}\n", points="extends: step.yaml\nsweep: {points: 3}\n")
+    assert load_project(folder / "step.yaml").config.sweep.points == 5
+    assert load_project(folder / "points.yaml").config.sweep.points == 3
+
+
+ONE, NAMED = "control: {file: a.jsonl}\n", "control: {chat: {file: b.jsonl, limit: 9}, news: {file: c.jsonl}}\n"
+
+
+@pytest.mark.parametrize(
+    ("under", "own", "sets"),
+    [
+        (ONE, "control: {file: d.jsonl}\n", {"control": ("d.jsonl", None)}),
+        (NAMED, ONE, {"control": ("a.jsonl", None)}),
+        (ONE, NAMED, {"chat": ("b.jsonl", 9), "news": ("c.jsonl", None)}),
+        (NAMED, "control: {chat: {limit: 2}, news: null}\n", {"chat": ("b.jsonl", 2)}),
+        (NAMED, "control: null\n", {}),
+    ],
+)
+def test_control_texts_are_merged_where_both_have_names(write, under, own, sets):
+    folder = write(suite=SUITE + under, own="extends: suite.yaml\n" + own)
+    control = load_project(folder / "own.yaml").config.control
+    assert {name: (spec.file, spec.limit) for name, spec in control.items()} == sets
+
+
+def test_a_recipe_leaves_alone_what_the_project_says_already(write):
+    folder = write(suite=SUITE + "base: sft\npolicies: {kind: old}\n", own="extends: suite.yaml\n")
+    path = folder / "own.yaml"
+    assert register(str(path), {("base",): "sft"}) == []
+    assert path.read_text() == "extends: suite.yaml\n"
+    assert register(str(path), {("policies", "kind"): folder / "new"}) == [f"{path}: policies.kind: new (was old)"]
+    assert load_project(path).config.policies == {"kind": "new"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECORDS.glob("*.yaml")))
+def test_the_projects_of_the_records_are_projects_where_they_are_copied(tmp_path, name):
+    shutil.copytree(ROOT / "eval" / "suites", tmp_path / "eval" / "suites")
+    shutil.copytree(RECORDS, tmp_path / "runs" / "smollm2", ignore=shutil.ignore_patterns("*-*"))
+    config = load_project(tmp_path / "runs" / "smollm2" / name).config
+    assert set(config.policies) <= set(config.rewards)
+    named = {one for spec in config.sweep.methods.values() if spec for one in spec.checkpoints}
+    assert named == set(config.baselines)
 
 
 def test_a_circle_is_told(write):

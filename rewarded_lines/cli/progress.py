@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 Advance = Callable[[str, int, int], None]
-# Work that is over sooner shows nothing.
+# The bar of work that is over sooner is not shown.
 PATIENCE = 2.0
 # Where there is no terminal.
 SECONDS_BETWEEN_LINES = 60.0
@@ -72,7 +72,7 @@ def _logged(work: Work, console: Console) -> Iterator[None]:
 
     def print_lines() -> None:
         while not over.wait(SECONDS_BETWEEN_LINES):
-            console.print(work.line(), markup=False, highlight=False, soft_wrap=True)
+            console.print(work.line(), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
@@ -180,7 +180,8 @@ class Work:
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
-        cells = [Text(self._count(), style="bold"), *map(Text, self._pace())]
+        styles = ("bold", "", "cyan")
+        cells = [Text(text, style) for text, style in zip((self._count(), *self._pace()), styles, strict=False)]
         for _ in cells:
             bar.add_column(justify="right", no_wrap=True)
         bar.add_row(Text(self._title), ProgressBar(total=self._total, completed=min(self._done, self._total)), *cells)

@@ -213,7 +213,9 @@ def _data(settings: DemoSettings, before: str) -> list[_Part]:
         _write_project(settings)
 
     source = settings.corpus or Path(reviews.__file__)
-    inputs = [_text(path) for path in (settings.suite, *sorted(settings.suite.parent.glob("*.py")))]
+    # The suite as it was resolved, with what it may extend.
+    suite = load_project(settings.suite).config.model_dump(mode="json")
+    inputs = [suite, *(_text(path) for path in sorted(settings.suite.parent.glob("*.py")))]
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
     return [_Part("data", out / "data", _digest([before, inputs, listed]), run=run)]
 

@@ -23,7 +23,7 @@ def check_project_file(config: Path | None) -> Finding | None:
     try:
         project = load_project(path)
     except UserError as error:
-        return Finding("project", "broken", str(error), f"correct {path}")
+        return Finding("project", "broken", str(error), "correct it there")
     missing = [f"{place}: {what}" for place, what in _paths(project) if not what.exists()]
     if missing:
         found = f"{path} names what is not there\n" + "\n".join(missing)

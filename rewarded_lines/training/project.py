@@ -35,14 +35,13 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
     """
     path = Path(project_file)
     with _held(path):
-        if path.exists():
-            load_project(path)
+        known = load_project(path).config.model_dump(mode="json") if path.exists() else {}
         yaml = YAML()
         yaml.preserve_quotes = True
         yaml.width = 4096
         content = yaml.load(path.read_text(encoding="utf-8")) if path.exists() else None
         content = {} if content is None else content
-        changes = [_put(content, place, _value(value, path.parent)) for place, value in entries.items()]
+        changes = [_put(content, known, place, _value(value, path.parent)) for place, value in entries.items()]
         said = [change for change in changes if change]
         if said:
             text = StringIO()
@@ -56,19 +55,34 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
         return [f"{project_file}: {change}" for change in said]
 
 
-def _put(content: Any, place: tuple[str, ...], value: Any) -> str:
-    """Set an entry; return what changed, or ""."""
+def _put(content: Any, known: Mapping[str, Any], place: tuple[str, ...], value: Any) -> str:
+    """Set an entry; return what changed, or "".
+
+    Args:
+        content: what the file itself says, which is changed.
+        known: what the project says, with what the file extends.
+        place: of the entry.
+        value: of the entry.
+    """
+    before = _at(content, place)
+    if before is None and not isinstance(inherited := _at(known, place), Mapping):
+        before = inherited
+    if before == value:
+        return ""
     section = content
     for key in place[:-1]:
         if section.get(key) is None:
             section[key] = {}
         section = section[key]
-    before = section.get(place[-1])
-    if before == value:
-        return ""
     section[_quoted(place[-1])] = _quoted(value)
     name = ".".join(place)
     return f"{name}: {value}" if before is None else f"{name}: {value} (was {before})"
+
+
+def _at(content: Any, place: tuple[str, ...]) -> Any:
+    for key in place:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
 def _quoted(value: Any) -> Any:

