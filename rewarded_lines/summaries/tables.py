@@ -77,8 +77,9 @@ def side_sheet(summary: Summary) -> Sheet:
         headings.append(with_unit(f"audit {name}", summary.rewards[name]))
         columns.append(_plus_minus([point.rewards[name] for point in points]))
     for name in summary.controls:
-        headings.append(f"{name} perplexity")
-        columns.append(_plus_minus([point.perplexities[name] for point in points]))
+        # Over SFT's, paired by text: texts differ far more than models, and would hide what was forgotten.
+        headings.append(f"{name} perplexity ÷ SFT")
+        columns.append(_plus_minus([point.forgetting[name] for point in points]))
     columns.append([f"{point.distinct2:.2f}" for point in points])
     columns.append([f"{point.contribution:.3g}" for point in points])
     return Sheet(
@@ -88,9 +89,14 @@ def side_sheet(summary: Summary) -> Sheet:
         "distinct-2: different pairs of words among all pairs. adds: what its method's hypervolume above SFT would "
         "lose without the point."
         + (" audit: rewards that nothing was trained on or chosen by." if summary.audits else "")
-        + (" perplexity: of texts of no task; what it rises by is forgotten." if summary.controls else ""),
+        + (_perplexity_note(summary) if summary.controls else ""),
         labels=2,
     )
+
+
+def _perplexity_note(summary: Summary) -> str:
+    of_sft = ", ".join(f"{one.value:.3g} ({name})" for name, one in summary.sft.perplexities.items())
+    return f" perplexity: of texts of no task, SFT's is {of_sft}; above 1 is forgotten, ± paired by text."
 
 
 def hypervolume_sheet(summary: Summary) -> Sheet:

@@ -149,9 +149,12 @@ def test_audits_stand_beside_the_front(full: Summary) -> None:
     assert not any("watch" in heading for heading in titled(full, "Points").headings)
     assert "watch" not in titled(full, "Hypervolume").title
     sheet = titled(full, "Beside the front")
-    assert sheet.headings[2:] == ("audit watch [points]", "control perplexity", "distinct-2", "adds")
-    assert sheet.rows[-1][2:4] == ("0.500 ±0.100", "20.0 ±1.0")
-    assert "nothing was trained on or chosen by" in sheet.note and "forgotten" in sheet.note
+    assert sheet.headings[2:] == ("audit watch [points]", "control perplexity ÷ SFT", "distinct-2", "adds")
+    assert sheet.rows[-1][2:4] == ("0.500 ±0.100", "1.00 ±0.10")
+    assert (
+        "nothing was trained on or chosen by" in sheet.note
+        and "SFT's is 20 (control); above 1 is forgotten" in sheet.note
+    )
     assert titled(full, "Policies").headings[-1] == "Δ watch [points]"
 
 
