@@ -21,6 +21,8 @@ _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
 _GRID: dict[str, Any] = dict(color="white", linewidth=0.5, alpha=0.6, marker="", linestyle="-", zorder=2)
 _LEVELS = 9
 _TICKS = 5
+# Of a method's label, in letters.
+_LONGEST_LINE = 20
 # The largest smallest-to-largest ratio of a triangle that is no sliver along an edge of the grid.
 _FLAT = 0.02
 
@@ -57,7 +59,7 @@ def simplex_figure(summary: Summary, style: str = PAPER) -> Figure | None:
                 mapped = _draw_triangle(axes, points, reward, limits, summary.sft)
                 _write_corners(axes, [shorten(name, 12 if len(rewards) > 2 else 18) for name in summary.policies])
                 if column == 0:
-                    axes.set_ylabel(shorten(labels[name], 36).replace(" (", "\n("))
+                    axes.set_ylabel(_lines(shorten(labels[name], 36)))
             bar = figure.colorbar(mapped, ax=panels[:, column], location="bottom", aspect=25, pad=0.02)
             bar.set_label(axis_label(reward, summary, lines=2))
             ticks = bar.get_ticks().tolist()
@@ -82,6 +84,14 @@ def _limits(methods: dict[str, list[PointSummary]], reward: str) -> tuple[float,
     values = [measure(point, reward).value for points in methods.values() for point in points if point.weights]
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _lines(label: str) -> str:
+    """Return a method's name above its schedule, which is broken where it is longer than a triangle is high."""
+    name, separator, schedule = label.partition(" (")
+    if len(schedule) > _LONGEST_LINE:
+        schedule = schedule.replace(", ", ",\n")
+    return f"{name}\n({schedule}" if separator else label
 
 
 def _draw_triangle(

@@ -39,6 +39,20 @@ def test_every_reward_and_method_has_its_triangle(make_summary: MakeSummary, che
     check_layout(figure)
 
 
+def test_long_names_of_methods_stay_beside_their_row(
+    make_summary: MakeSummary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = make_summary(rewards=4, policies=3, points=4)
+    names = dict.fromkeys(summary.methods(), "uniform (α = 1.52 to 1.55, β = 0)")
+    monkeypatch.setattr("rewarded_lines.drawing.simplex.method_labels", lambda _: names)
+    figure = simplex_figure(summary)
+    figure.canvas.draw()
+    labels = [axes.yaxis.label for axes in figure.axes if axes.get_ylabel()]
+    assert [label.get_text() for label in labels] == ["uniform\n(α = 1.52 to 1.55,\nβ = 0)"] * 2
+    first, second = (label.get_window_extent() for label in labels)
+    assert not first.overlaps(second)
+
+
 def test_dots_are_the_weights_and_the_ring_is_the_best(make_summary: MakeSummary) -> None:
     summary = make_summary(rewards=3, policies=3, points=4)
     points = summary.methods()["lines"]
