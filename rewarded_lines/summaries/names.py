@@ -33,7 +33,8 @@ def method_label(points: Sequence[PointSummary]) -> str:
     if any(point.edit for point in points):
         return f"LiNeS, edited (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = 1 − α)"
     if low < high:
-        return f"{name} (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = {_number(beta)})"
+        ends = dict.fromkeys([_number(low, ".2f"), _number(high, ".2f")])
+        return f"{name} (α = {' to '.join(ends)}, β = {_number(beta)})"
     kind = "Rewarded Soups" if beta == 0 else "LiNeS"
     if merge != "soup":
         kind = _MERGES.get(merge, merge) + (" + LiNeS" if beta != 0 else "")

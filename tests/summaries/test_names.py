@@ -43,6 +43,12 @@ def test_an_alpha_that_differs_between_points_is_a_range(summary: Summary) -> No
     assert method_label(varied) == "uniform (α = 1.30 to 1.40, β = 0)"
 
 
+def test_a_range_that_is_shown_as_one_number_is_one(summary: Summary) -> None:
+    points = summary.methods()["soup"]
+    varied = [replace(point, method="uniform", alpha=1.53 + 1e-4 * index) for index, point in enumerate(points)]
+    assert method_label(varied) == "uniform (α = 1.53, β = 0)"
+
+
 def test_methods_of_one_label_have_their_names_before_it(summary: Summary) -> None:
     again = [replace(point, method="seed 2") for point in summary.methods()["soup"]]
     labels = method_labels(replace(summary, points=[*summary.points, *again]))
