@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rewarded_lines.demo.pipeline import default_out
+from rewarded_lines.demo import pipeline
+from rewarded_lines.demo.pipeline import DemoSettings, default_out
 from rewarded_lines.evaluation.records import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -152,3 +153,17 @@ def wait_for(condition, child, seconds=150):
         assert time.monotonic() < deadline, "waited in vain"
         assert child is None or child.poll() is None, child.stdout.read()
         time.sleep(0.05)
+
+
+def test_a_change_of_what_the_suite_extends_is_a_change_of_the_suite(tmp_path):
+    suite, under = tmp_path / "suite.yaml", tmp_path / "under.yaml"
+    suite.write_text("extends: under.yaml\n")
+
+    def made_from(text):
+        under.write_text(text)
+        (part,) = pipeline._data(DemoSettings(out=tmp_path / "out", suite=suite), "")
+        return part.made_from
+
+    first = made_from("prompts: {file: test.jsonl, limit: 4}\n")
+    assert made_from("# a remark\nprompts: {file: test.jsonl, limit: 4}\n") == first
+    assert made_from("prompts: {file: test.jsonl, limit: 5}\n") != first
