@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -48,6 +49,13 @@ def words(prompts, responses):
 def letters(prompts, responses):
     return [sum(map(str.isalpha, response)) / (1 + len(response)) for response in responses]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """Spare the garbage collector what has been imported: a million objects, which each full collection goes over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ last whole checkpoint. Folders that no recipe made are never touched.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
@@ -177,6 +178,9 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
     run = TrainingRun(recipe, arguments, final, folder, options.overwrite)
     run.check()
     training.output_dir = str(folder)
+    # TRL's PPO collects garbage twice in each update, which would go over all that was imported, half a second long.
+    gc.collect()
+    gc.freeze()
     # The trainer's configuration decides on the device, and so must be asked before anything else asks accelerate.
     _ = training.device
     first = PartialState().is_main_process

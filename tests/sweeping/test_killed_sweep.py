@@ -20,7 +20,6 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation import records
 from rewarded_lines.evaluation.records import load_run
 
-KILLS = 20
 PAUSE = 0.03
 WRITE_TABLE = pq.write_table
 SCRIPT = Path(sys.executable).with_name("rewarded-lines")
@@ -49,7 +48,8 @@ def write_slowly(table, path):
     time.sleep(PAUSE)
 
 
-def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny):
+@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny, wanted):
     # Import everything here, and see how long an uninterrupted sweep takes in a child.
     sweep(engine="hf", points=3, out="whole")
     fork = multiprocessing.get_context("fork")
@@ -62,7 +62,7 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
     expected = contents(tiny / "whole")
     assert contents(tiny / "timed") == expected
     chance, kills, states, number = random.Random(0), 0, set(), 0
-    for _ in range(4 * KILLS):
+    for _ in range(4 * wanted):
         out = f"killed-{number}"
         child = fork.Process(target=run_in_child, args=(tiny, out))
         child.start()
@@ -76,9 +76,9 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
         assert all(pq.read_table(path).to_pydict() == expected[path.name] for path in points)
         # Once all points are there, the next kills fall on another run.
         number += len(points) == len(expected)
-        if kills == KILLS:
+        if kills == wanted:
             break
-    assert kills == KILLS and len(states) > 2, (kills, states, number, span)
+    assert kills == wanted and len(states) > 2, (kills, states, number, span)
     for out in (f"killed-{one}" for one in range(number + 1)):
         run = sweep(engine="hf", points=3, out=out)
         assert run.header["complete"] and contents(tiny / out) == expected
