@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
@@ -84,6 +86,8 @@ class TrainingRun:
             say(f"{self.output} is finished already, made by this config from these inputs (--overwrite true: again)")
         elif self.checkpoint:
             say(f"going on from {self.checkpoint}")
+        if self.begun and (hint := _idle_cores()):
+            say(hint)
         return not done
 
     def finish(self, metrics: Mapping[str, Any], **facts: Any) -> None:
@@ -241,6 +245,15 @@ def say(*lines: str) -> None:
     """Print lines, once, whatever the number of processes."""
     for line in lines if PartialState().is_main_process else ():
         print(line, flush=True)  # noqa: T201 - recipes are scripts, and this is how they talk
+
+
+def _idle_cores() -> str | None:
+    """Return what to do about cores that nothing runs on: without a config file accelerate starts one thread."""
+    threads = torch.get_num_threads()
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if PartialState().device.type != "cpu" or threads >= share:
+        return None
+    return f"{threads} of {share} cores are used: accelerate launch --num_cpu_threads_per_process {share} uses all"
 
 
 def _holds_something(folder: Path) -> bool:
