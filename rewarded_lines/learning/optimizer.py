@@ -38,7 +38,8 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let both take their step."""
-        loss = closure() if closure else None
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for part in self._parts:
             part.step()
         return loss
@@ -55,21 +56,26 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class _Muon(torch.optim.Muon):
-    """PyTorch's Muon, orthogonalizing in the parameters' own type.
+    """PyTorch's Muon with Nesterov's momentum and the scale of AdamW, orthogonalizing in the parameters' own type.
 
-    PyTorch's does it in bfloat16, which takes a CPU without instructions for it twenty times as long as float32.
+    PyTorch's does it in bfloat16: faster where there are instructions for it, and twenty times as long as in float32
+    on a CPU that has none.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every matrix: W ← (1 − ηw)W − 0.2η√max(m, n) · orthogonalized(g + µ(b − g)), b the gradient's mean."""
-        loss = closure() if closure else None
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             rate, inertia = group["lr"], group["momentum"]
             for matrix in group["params"]:
                 if (gradient := matrix.grad) is None:
                     continue
-                mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                mean = state["momentum_buffer"]
                 mean.lerp_(gradient, 1 - inertia)
                 update = _orthogonalized(gradient.lerp(mean, inertia), group)
                 matrix.mul_(1 - rate * group["weight_decay"])

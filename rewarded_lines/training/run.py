@@ -29,6 +29,7 @@ from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import hold_folder, publish_folder
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.options import RunOptions
+from rewarded_lines.training.progress import PROGRESS
 
 TRAINING_FILE = "training.json"
 _UNFINISHED = ".unfinished"
@@ -182,7 +183,7 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
     run = TrainingRun(recipe, arguments, final, folder, options.overwrite)
     run.check()
     training.output_dir = str(folder)
-    # TRL's PPO collects garbage twice in each update, which would go over all that was imported, half a second long.
+    # TRL's PPO collects garbage twice in each update; to go over all that was imported takes half a second each time.
     gc.collect()
     gc.freeze()
     # The trainer's configuration decides on the device, and so must be asked before anything else asks accelerate.
@@ -248,12 +249,14 @@ def say(*lines: str) -> None:
 
 
 def _idle_cores() -> str | None:
-    """Return what to do about cores that nothing runs on: without a config file accelerate starts one thread."""
-    threads = torch.get_num_threads()
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if PartialState().device.type != "cpu" or threads >= share:
+    """Return what to do about idle cores: without a config file `accelerate launch` starts CPU runs on one thread."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Whoever watches the progress, the demo, has shared the cores out itself.
+    if PROGRESS in os.environ or PartialState().device.type != "cpu" or not torch.get_num_threads() == 1 < cores:
         return None
-    return f"{threads} of {share} cores are used: accelerate launch --num_cpu_threads_per_process {share} uses all"
+    return (
+        f"this process has 1 thread and {cores} cores: add --num_cpu_threads_per_process {cores} to accelerate launch"
+    )
 
 
 def _holds_something(folder: Path) -> bool:

@@ -83,16 +83,13 @@ class Types(TorchDispatchMode):
 def test_matrices_move_as_by_pytorchs_muon_but_in_their_own_type(tokenizer):
     torch.manual_seed(0)
     model = make_llama(tokenizer, SMALL)
-    # Its matrices are square, wide and tall.
-    twin = copy.deepcopy(model)
-    matrices = [p for name, p in twin.named_parameters() if ".layers." in name and p.dim() == 2]
+    twin, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    named = {name: p for name, p in twin.named_parameters() if ".layers." in name and p.dim() == 2}
+    matrices = list(named.values())
+    # They are square, wide and tall.
     assert len({tuple(matrix.shape) for matrix in matrices}) == 3
     theirs = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     ours = MuonAdamW(model, learning_rate=1e-2, weight_decay=0.1)
-    before, names = (
-        copy.deepcopy(model.state_dict()),
-        [name for name, p in twin.named_parameters() if p in set(matrices)],
-    )
     for _ in range(3):
         for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
             mine.grad = torch.randn_like(mine)
@@ -102,7 +99,7 @@ def test_matrices_move_as_by_pytorchs_muon_but_in_their_own_type(tokenizer):
         theirs.step()
         # In bfloat16 a CPU without instructions for it takes twenty times as long.
         assert types.seen == {torch.float32}
-    for name in names:
+    for name in named:
         moved, reference = (state.state_dict()[name] - before[name] for state in (model, twin))
         assert torch.linalg.norm(moved - reference) < 0.02 * torch.linalg.norm(reference), name
 

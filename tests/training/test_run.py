@@ -92,17 +92,22 @@ def test_a_run_works_beside_its_output_and_takes_its_name_at_the_end(tmp_path):
     assert record["config"]["Recipe"]["margin"] == 0.5 and record["versions"]["torch"]
 
 
-@pytest.mark.parametrize(("cores", "processes", "share"), [(4, 1, 4), (8, 2, 4), (4, 4, None), (1, 1, None)])
-def test_idle_cores_are_told(tmp_path, monkeypatch, capsys, cores, processes, share):
-    # Tests run on one thread, and so does what `accelerate launch` starts on a machine without a GPU.
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "share"), [(4, 1, 1, 4), (8, 2, 1, 4), (4, 4, 1, 0), (8, 1, 4, 0)]
+)
+def test_idle_cores_are_told(tmp_path, monkeypatch, capsys, cores, processes, threads, share):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert train(tmp_path / "sft") == (True, None)
     said = capsys.readouterr().out
-    assert ("are used" in said) == (share is not None)
-    assert share is None or f"1 of {share} cores are used" in said and f"_per_process {share}" in said
+    assert ("1 thread" in said) == ("_per_process" in said) == bool(share)
+    assert not share or f"{share} cores" in said and f"_per_process {share}" in said
+    # Nor where there is nothing to do, or the demo has shared out the cores.
     assert train(tmp_path / "sft") == (False, None)
-    assert "are used" not in capsys.readouterr().out
+    monkeypatch.setenv("REWARDED_LINES_PROGRESS", str(tmp_path / "progress.jsonl"))
+    assert train(tmp_path / "other") == (True, None)
+    assert "1 thread" not in capsys.readouterr().out
 
 
 def test_collecting_garbage_spares_what_was_imported(tmp_path):
