@@ -48,7 +48,7 @@ def write_slowly(table, path):
     time.sleep(PAUSE)
 
 
-@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [12, pytest.param(40, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny, wanted):
     # Import everything here, and see how long an uninterrupted sweep takes in a child.
     sweep(engine="hf", points=3, out="whole")
