@@ -7,7 +7,8 @@ it, and only an `extends:` is relative to the file which says it. Nothing here o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,26 @@ EXTENDS = "extends"
 _MOST_KEYS_SHOWN = 20
 
 
+@dataclass(frozen=True)
 class Project:
-    """A parsed project file and the folder its paths are relative to."""
+    """A parsed project file, the folder its paths are relative to, and who says what.
 
-    def __init__(self, path: Path, config: ProjectConfig) -> None:
-        """Bind `config` to the file it came from.
+    `files` has the content of every file that was read, this one's first, then what each extends.
+    """
 
-        Args:
-            path: the YAML file; its parent is the project's root.
-            config: what the file says.
-        """
-        self.path = path
-        self.root = path.parent
-        self.config = config
+    path: Path
+    config: ProjectConfig
+    files: tuple[tuple[Path, Mapping[str, Any]], ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """Return the folder that paths in the project are relative to."""
+        return self.path.parent
+
+    def where(self, *keys: str) -> str:
+        """Return the place of an entry, for messages: its file, which one may be that the project extends."""
+        said_in = (path for path, content in self.files if _says(content, keys))
+        return f"{next(said_in, self.path)}: {'.'.join(keys)}"
 
     def resolve(self, reference: str) -> str:
         """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is.
@@ -104,7 +112,8 @@ def load_project(path: Path | str = PROJECT_FILE) -> Project:
     """
     path = Path(path)
     remedy = f"name it with --config, or work in a folder that has a {PROJECT_FILE}"
-    return Project(path, check_project(read_yaml(path, remedy), path))
+    files = _files(read_yaml(path, remedy), path)
+    return Project(path, _combined(files), files)
 
 
 def check_project(content: Mapping[str, Any], path: Path) -> ProjectConfig:
@@ -117,7 +126,42 @@ def check_project(content: Mapping[str, Any], path: Path) -> ProjectConfig:
     Raises:
         UserError: with every fault of the content at once, or of the extended file.
     """
-    return _validated(_extended(content, path), str(path))
+    return _combined(_files(content, path))
+
+
+def _files(content: Mapping[str, Any], path: Path) -> tuple[tuple[Path, Mapping[str, Any]], ...]:
+    """Return a file and its content, then those of the file that it `extends:`, if any, and so on."""
+    files = [(path, content)]
+    while EXTENDS in content:
+        source, seen = _source(content[EXTENDS], path), [one.resolve() for one, _ in files]
+        if source.resolve() in seen:
+            got = " → ".join(map(str, [*seen, source.resolve()]))
+            raise fail("the file extends itself", where=f"{path}: {EXTENDS}", got=got)
+        content = read_yaml(source, f"correct it, or `{EXTENDS}:` in {path}")
+        path = source
+        files.append((path, content))
+    return tuple(files)
+
+
+def _combined(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> ProjectConfig:
+    """Return what the first file says, over what the others do: the last is the lowest."""
+    below: Mapping[str, Any] = {}
+    for path, content in reversed(files):
+        below = _over(below, {key: value for key, value in content.items() if key != EXTENDS})
+        # Each with what is below it by itself first, so that its faults are told as its own.
+        config = _validated(below, str(path))
+    return config
+
+
+def _says(content: Any, keys: Sequence[str]) -> bool:
+    """Say whether a file has an entry; an element of a list counts as one."""
+    for key in keys:
+        if isinstance(content, list):
+            return key in content
+        if not isinstance(content, Mapping) or key not in content:
+            return False
+        content = content[key]
+    return True
 
 
 def _validated(content: Mapping[str, Any], where: str) -> ProjectConfig:
@@ -125,21 +169,6 @@ def _validated(content: Mapping[str, Any], where: str) -> ProjectConfig:
         return ProjectConfig.model_validate(content)
     except ValidationError as error:
         raise UserError(problems_of(error, where)) from error
-
-
-def _extended(content: Mapping[str, Any], path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a file's content over that of the file which it `extends:`, if any."""
-    own = {key: value for key, value in content.items() if key != EXTENDS}
-    if EXTENDS not in content:
-        return own
-    source, seen = _source(content[EXTENDS], path), (*below, path.resolve())
-    if source.resolve() in seen:
-        got = " → ".join(map(str, [*seen, source.resolve()]))
-        raise fail("the file extends itself", where=f"{path}: {EXTENDS}", got=got)
-    under = _extended(read_yaml(source, f"correct it, or `{EXTENDS}:` in {path}"), source, seen)
-    # By itself first, so that its faults are told as its own.
-    _validated(under, str(source))
-    return _over(under, own)
 
 
 def _source(name: Any, path: Path) -> Path:

@@ -100,6 +100,24 @@ def test_a_fault_is_told_of_the_file_that_has_it(write):
     assert "own.yaml: rewards.brief: unknown key `rol`" in message and "did you mean `role`" in message
 
 
+@pytest.mark.parametrize(
+    ("keys", "place"),
+    [
+        (("rewards", "kind"), "suite.yaml: rewards.kind"),
+        (("sweep", "methods", "soup"), "suite.yaml: sweep.methods.soup"),
+        (("rewards", "brief"), "middle.yaml: rewards.brief"),
+        (("sweep", "tune"), "own.yaml: sweep.tune"),
+        (("base",), "own.yaml: base"),
+        (("sweep", "references", "floor"), "own.yaml: sweep.references.floor"),
+    ],
+)
+def test_an_entry_is_where_the_nearest_file_says_it(write, keys, place):
+    tune = "tune: {trials: 1, prompts: {file: a.jsonl}}"
+    middle = "extends: suite.yaml\nrewards: {brief: {role: audit}}\n"
+    folder = write(middle=middle, own=f"extends: middle.yaml\nbase: sft\nsweep: {{{tune}}}\n")
+    assert load_project(folder / "own.yaml").where(*keys) == f"{folder}/{place}"
+
+
 def test_a_mistyped_extends_is_known(write):
     message = refused(write(own="extend: suite.yaml\n") / "own.yaml")
     assert "unknown key `extend`" in message and "did you mean `extends`" in message

@@ -50,7 +50,7 @@ def demo(
     configs: Annotated[Path | None, typer.Option(help="Your own sft.yaml, reward.yaml, ppo.yaml …")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train, merge and measure on movie reviews: about eight minutes on two CPU cores, no network.
+    """Train, merge and measure on movie reviews: about eleven minutes on two CPU cores, no network.
 
     Trains a small language model, a reward model and one policy per
     reward, then draws the front of their merges. Finished stages are kept:

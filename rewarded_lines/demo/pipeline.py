@@ -155,7 +155,7 @@ def _check_inputs(settings: DemoSettings) -> None:
     if settings.corpus is not None:
         needed += [(settings.corpus, settings.corpus / name) for name in CORPUS_FILES]
     problems = [Problem("no such file", where=str(of), got=str(path)) for of, path in needed if not path.is_file()]
-    own = [path for path in (settings.suite, settings.corpus) if path is not None]
+    own = [path for path, _ in suite.files] + ([settings.corpus] if settings.corpus else [])
     problems += [
         Problem(
             "the demo's input lies in its output", where=str(path), remedy="copy it elsewhere, or pass another --out"

@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -174,7 +174,7 @@ class Cluster:
     def _hire(self) -> _Hand:
         setup = self._setup
         # Workers have working directories of their own.
-        project = Project(setup.project.path.resolve(), setup.project.config)
+        project = replace(setup.project, path=setup.project.path.resolve())
         return _Hand(self._kind.remote(project, setup.options, self._also))
 
     def _replace(self, hand: _Hand, point: str, deaths: int) -> None:

@@ -100,7 +100,7 @@ class Methods:
         """
         self._plan = plan
         self._policies = list(project.config.policies)
-        self._where = str(project.path)
+        self._where = project.where
         self.specs = self._named(project.config.sweep, list(project.config.baselines))
         problems: list[Problem] = []
         for name, spec in self.specs.items():
@@ -187,13 +187,13 @@ class Methods:
         alike = nearest(name, known)
         raise fail(
             f"unknown method `{name}`",
-            where=f"{self._where}: sweep.methods",
+            where=self._where("sweep", "methods", name),
             expected=", ".join(known) + ", or a name with alpha, beta, merge ... of its own",
             remedy=f"did you mean `{alike}`?" if alike else "",
         )
 
     def _check(self, name: str, spec: MethodSpec | None, baselines: list[str]) -> None:
-        where = f"{self._where}: sweep.methods.{name}"
+        where = self._where("sweep", "methods", name)
         if spec is None:
             return
         if unknown := [one for one in spec.checkpoints if one not in baselines]:

@@ -273,12 +273,12 @@ def _check_options(options: Options) -> None:
 def _check_rewards(project: Project) -> None:
     objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
     if not objectives:
-        raise fail("every reward is an audit", where=f"{project.path}: rewards", expected="one that makes the front")
+        raise fail("every reward is an audit", where=project.where("rewards"), expected="one that makes the front")
     for label, at in project.config.sweep.references.items():
         if label in ("sft", "worst") or sorted(at) != sorted(objectives):
             raise fail(
                 "not a reference point",
-                where=f"{project.path}: sweep.references.{label}",
+                where=project.where("sweep", "references", label),
                 expected=f"a name other than sft and worst, and a value for each of {', '.join(objectives)}",
                 got=", ".join(f"{name}: {value:g}" for name, value in at.items()),
             )

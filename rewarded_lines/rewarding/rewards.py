@@ -91,7 +91,7 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
 def _held_out(name: str, project: Project) -> Problem:
     return Problem(
         "an audit reward cannot be trained on",
-        where=f"{project.path}: rewards.{name}",
+        where=project.where("rewards", name),
         expected="a reward of the role objective",
         got="role: audit, which holds it out: what a policy was trained on cannot judge it",
         remedy="train on another reward, or take `role: audit` away",

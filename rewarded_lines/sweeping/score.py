@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rewarded_lines.config import POLICIES
@@ -60,7 +61,7 @@ def score(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else Path(out)
         return sweep(
-            Project(project.path, alone),
+            replace(project, config=alone),
             out=folder,
             engine=engine,
             device=device,

@@ -63,7 +63,7 @@ def validation_prompts(setup: Setup) -> list[Prompt]:
     spec = setup.project.config.sweep.tune
     if spec is None:
         return []
-    where = f"{setup.project.path}: sweep.tune"
+    where = setup.project.where("sweep", "tune")
     if find_spec("optuna") is None:
         raise fail("optuna is not installed", where=where, remedy="pip install 'rewarded-lines[tune]'")
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))

@@ -218,7 +218,9 @@ def test_report_of_something_else(refused):
         (("--suite", "nowhere.yaml"), "no such file"),
         (("--corpus", "sft"), "sft/pairs-train.jsonl"),
         (("--suite", "rewarded-lines.yaml", "--out", "."), "input lies in its output"),
+        (("--suite", "../own.yaml", "--out", "."), "rewarded-lines.yaml: the demo's input lies in its output"),
     ],
 )
 def test_demo_settings(refused, tiny, args, said):
+    (tiny.parent / "own.yaml").write_text(f"extends: {tiny.name}/rewarded-lines.yaml\n")
     assert said in refused("demo", *args)

@@ -329,6 +329,14 @@ def test_methods_that_cannot_be(tiny, text, said):
     assert not (tiny / "sweep").exists()
 
 
+def test_a_method_that_cannot_be_is_told_of_the_file_that_names_it(tiny):
+    methods(tiny, "[soups]")
+    (tiny / "own.yaml").write_text("extends: rewarded-lines.yaml\ntitle: mine\n")
+    with pytest.raises(UserError, match="unknown method") as caught:
+        sweep("own.yaml", engine="hf")
+    assert [problem.where for problem in caught.value.problems] == ["rewarded-lines.yaml: sweep.methods.soups"]
+
+
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
