@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Strict(BaseModel):
-    """Base of every config section: frozen, and a key it does not know is an error."""
+    """Base of every config section: frozen, its numbers finite, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RewardSpec(Strict):
@@ -158,12 +158,14 @@ PRESETS: dict[str, MethodSpec] = {
     "edit": MethodSpec(edit=True),
 }
 """Methods that a project may name without saying what they are."""
-SFT, POLICIES, TUNED = "sft", "policies", "tuned"
+SFT, POLICIES, TUNED, BASELINES = "sft", "policies", "tuned", "baselines"
 CONTROL = "control"
 """What control texts are called that have no name of their own."""
+_SMALLEST_STEP = 1e-6
 _RESERVED = {
     SFT: "the base model itself, always evaluated",
     TUNED: "the method that `tune:` adds",
+    BASELINES: "what holds the baselines that no method names",
 }
 
 
@@ -233,7 +235,7 @@ class SweepSpec(Strict):
 
 def _points_of(step: Any) -> int:
     """Return how many λ a step makes on each edge of the simplex."""
-    count = round(1 / step) if isinstance(step, int | float) and 0 < step <= 1 else 0
+    count = round(1 / step) if isinstance(step, int | float) and _SMALLEST_STEP <= step <= 1 else 0
     if not count or abs(count * step - 1) > 1e-9:
         raise ValueError(f"a step of {step!r} does not divide 1; take 0.1, 0.2, 0.25 ...")
     return count + 1

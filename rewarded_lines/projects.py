@@ -30,11 +30,24 @@ from rewarded_lines.config import (
     is_one_set,
 )
 from rewarded_lines.errors import Problem, UserError, fail, nearest
-from rewarded_lines.references import looks_local
+from rewarded_lines.references import local_path, looks_local
 
 PROJECT_FILE = "rewarded-lines.yaml"
 EXTENDS = "extends"
 _MOST_KEYS_SHOWN = 20
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is given twice, of which others silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class Project:
         A name that only the working directory has is not the project's: it is looked for, and missed, in the project.
         """
         local = looks_local(reference, self.root) or Path(reference).exists()
-        return str(self.root / Path(reference).expanduser()) if local else reference
+        return str(local_path(reference, self.root)) if local else reference
 
     def require(self, *keys: str) -> None:
         """Refuse a project that lacks one of the top-level `keys`.
@@ -90,10 +103,11 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - it is a safe one
     except OSError as error:
         raise fail("cannot be read", where=str(path), got=str(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A date that is none, or a number, is a ValueError to PyYAML; so is text in another encoding.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
@@ -194,7 +208,7 @@ def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     if "sweep" in both:
         sweep = own["sweep"]
         # What is compared is a list, whether it is written as one or as a mapping.
-        if "methods" in sweep:
+        if sweep.get("methods") is not None:
             merged["sweep"]["methods"] = sweep["methods"]
         # Two ways to say one thing.
         for one, other in (("points", "step"), ("step", "points")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +25,11 @@ def looks_local(reference: str, root: Path = Path()) -> bool:
     return (root / reference.split("/")[0]).is_dir()
 
 
+def local_path(reference: str, root: Path) -> Path:
+    """Return a place on disk that `reference` names: from `root` on, or in a home folder where it begins with `~`."""
+    return root / os.path.expanduser(reference)
+
+
 def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
 
@@ -33,7 +39,7 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     source, separator, name = reference.rpartition(":")
     if not separator or not source or not name:
         raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
-    module = _import_file(root / source, where) if source.endswith(".py") else _import_module(source, where)
+    module = _import_file(local_path(source, root), where) if source.endswith(".py") else _import_module(source, where)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

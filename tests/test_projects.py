@@ -68,6 +68,8 @@ def test_methods_are_what_this_file_lists(write, methods):
 def test_methods_stay_where_this_file_names_none(write):
     folder = write(own="extends: suite.yaml\nsweep: {points: 3}\n")
     assert list(load_project(folder / "own.yaml").config.sweep.methods) == ["soup", "lines"]
+    write(own="extends: suite.yaml\nsweep: {methods: null, points: 3}\n", suite=SUITE.replace("soup:", "edit:"))
+    assert list(load_project(folder / "own.yaml").config.sweep.methods) == ["soup", "lines"]
 
 
 def test_a_file_may_extend_one_that_extends_another(write):
@@ -116,6 +118,48 @@ def test_an_entry_is_where_the_nearest_file_says_it(write, keys, place):
     middle = "extends: suite.yaml\nrewards: {brief: {role: audit}}\n"
     folder = write(middle=middle, own=f"extends: middle.yaml\nbase: sft\nsweep: {{{tune}}}\n")
     assert load_project(folder / "own.yaml").where(*keys) == f"{folder}/{place}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: one\nbase: two\n", "`base` is given twice"),
+        ("policies: {first: a, first: b}\n", "`first` is given twice"),
+        ("title: 2024-02-30\n", "day is out of range"),
+        ("title: !!int abc\n", "invalid literal"),
+        (f"title: {'[' * 3000}\n", "recursion"),
+    ],
+)
+def test_what_yaml_cannot_say_is_told_of_the_file(tmp_path, text, said):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    message = refused(path)
+    assert message.startswith(f"{path}: not readable as YAML") and said in message
+
+
+def test_what_a_merge_key_brings_is_not_given_twice(tmp_path):
+    path = tmp_path / "own.yaml"
+    shared = "prompts: &shared {file: a.jsonl, limit: 3}\ncontrol: {more: {<<: *shared, limit: 4}}\n"
+    path.write_text(shared)
+    assert load_project(path).config.control["more"].limit == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("sweep: {references: {floor: {brief: .nan}}}", "sweep.references.floor.brief"),
+        ("sweep: {methods: {lines: {alpha: .inf}}}", "sweep.methods.lines.alpha"),
+        ("sweep: {tune: {trials: 1, prompts: {file: a.jsonl}, beta: [0, .inf]}}", "sweep.tune.beta.1"),
+        ("generation: {temperature: .inf}", "generation.temperature"),
+        ("sweep: {step: 1.0e-320}", "sweep"),
+        ("sweep: {step: .nan}", "sweep"),
+    ],
+)
+def test_numbers_are_finite(tmp_path, text, place):
+    path = tmp_path / "own.yaml"
+    path.write_text(text + "\n")
+    message = refused(path)
+    assert message.startswith(f"{path}: {place}: ") and ("finite number" in message or "does not divide 1" in message)
 
 
 def test_a_mistyped_extends_is_known(write):

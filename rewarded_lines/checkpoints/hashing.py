@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import blake3
 import numpy as np
 
+from rewarded_lines.checkpoints.adapter_config import read_adapter_config
+from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import fail
@@ -104,6 +108,23 @@ def weights_hash(folder: Path) -> str:
         UserError: the folder holds no safetensors file.
     """
     return _hash(folder, _WEIGHTS)
+
+
+def policy_hash(folder: Path) -> str:
+    """Return one BLAKE3 hash for what a policy is, over a base that is known: its weights, an adapter's scaling too.
+
+    Of an adapter's settings only those that decide what it computes have a part: one that names its base by another
+    path is the same adapter.
+
+    Raises:
+        UserError: the folder holds no safetensors file, or settings that are none of a LoRA adapter.
+    """
+    weights = weights_hash(folder)
+    if not is_adapter(folder):
+        return weights
+    settings = asdict(read_adapter_config(folder))
+    told = {name: value for name, value in settings.items() if name not in ("content", "base")}
+    return blake3.blake3(json.dumps([weights, told], sort_keys=True).encode()).hexdigest()
 
 
 def model_hash(folder: Path) -> str:

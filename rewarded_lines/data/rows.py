@@ -16,7 +16,7 @@ import blake3
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.references import find_function
+from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
 # Alternatives of what a row may hold, in order of preference.
@@ -40,7 +40,7 @@ def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path()) -> list[Row
     Raises:
         UserError: no such file or data set, something that is not JSON, a role without a column, or no rows.
     """
-    source = str(root / spec.file) if spec.file is not None else str(spec.dataset)
+    source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
     rows = list(islice(_shape(raw, spec, layouts, root, source), spec.limit))
     if not rows:
@@ -105,7 +105,8 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
         where=where,
         expected=_expected(layouts),
         got=_names(row),
-        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with `row_function: file.py:function`",
+        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with a function: `rows: file.py:function` in a "
+        "project file, `row_function` in a recipe",
     )
 
 
@@ -247,5 +248,5 @@ def _hub_fault(spec: DataSpec, error: Exception) -> UserError:
         got=f"{type(error).__name__}: {said}",
         remedy="check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local file"
         if network
-        else "check the id, `dataset_config`, `dataset_revision` and the split's name",
+        else "check the data set's id, and the names of subset, revision and split",
     )

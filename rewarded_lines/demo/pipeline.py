@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import blake3
 
+from rewarded_lines.config import ProjectConfig
 from rewarded_lines.demo import reviews
 from rewarded_lines.demo.jobs import Job, Tell, run_jobs
 from rewarded_lines.engines.generation import check_engine
@@ -24,6 +25,7 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign
 from rewarded_lines.projects import PROJECT_FILE, load_project, read_yaml, save_project
+from rewarded_lines.references import local_path
 
 ALGORITHMS = ("ppo", "dpo", "rloo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
@@ -150,11 +152,16 @@ def _check_inputs(settings: DemoSettings) -> None:
     """Refuse a suite or a corpus that is not whole, or that the run folder, which the demo clears, would swallow."""
     suite = load_project(settings.suite)
     suite.require("rewards", "prompts")
-    sources = [(spec.function or "").rpartition(":")[0] for spec in suite.config.rewards.values()]
-    needed = [(settings.suite, settings.suite.parent / name) for name in sources if name.endswith(".py")]
+    brought = {name: local_path(name, settings.suite.parent) for name in _brought(suite.config)}
+    needed = [(settings.suite, path) for path in brought.values()]
     if settings.corpus is not None:
         needed += [(settings.corpus, settings.corpus / name) for name in CORPUS_FILES]
     problems = [Problem("no such file", where=str(of), got=str(path)) for of, path in needed if not path.is_file()]
+    problems += [
+        Problem("not beside the suite, with which it is copied", where=str(settings.suite), got=name)
+        for name, path in brought.items()
+        if _astray(name, path, settings.out)
+    ]
     own = [path for path, _ in suite.files] + ([settings.corpus] if settings.corpus else [])
     problems += [
         Problem(
@@ -165,6 +172,31 @@ def _check_inputs(settings: DemoSettings) -> None:
     ]
     if problems:
         raise UserError(problems)
+
+
+def _brought(suite: ProjectConfig) -> list[str]:
+    """Return the files that a suite brings with it, relative to its folder: functions, and how a chat is written."""
+    tune = [suite.sweep.tune.prompts] if suite.sweep.tune else []
+    data = [one.rows for one in (suite.prompts, *suite.control.values(), *tune) if one]
+    functions = [*(spec.function for spec in suite.rewards.values()), *data]
+    files = [(function or "").rpartition(":")[0] for function in functions]
+    named = [name for name in files if name.endswith(".py")] + [suite.generation.chat_template or ""]
+    return [name for name in dict.fromkeys(named) if name]
+
+
+def _stays(name: str, source: Path, out: Path) -> bool:
+    """Say whether a file that a suite names is the same one to a project in `out`."""
+    return local_path(name, out).resolve() == source.resolve()
+
+
+def _astray(name: str, source: Path, out: Path) -> bool:
+    """Say whether the copy of a file that a suite names would lie outside `out`."""
+    return not _stays(name, source, out) and out.resolve() not in (out / name).resolve().parents
+
+
+def _objectives(suite: ProjectConfig) -> list[str]:
+    """Return the rewards that a policy is trained for."""
+    return [name for name, spec in suite.rewards.items() if spec.role != "audit"]
 
 
 def _run_stage(stage: str, parts: list[_Part], account: _Account, observer: Observer) -> float:
@@ -214,26 +246,27 @@ def _data(settings: DemoSettings, before: str) -> list[_Part]:
 
     source = settings.corpus or Path(reviews.__file__)
     # The suite as it was resolved, with what it may extend.
-    suite = load_project(settings.suite).config.model_dump(mode="json")
-    inputs = [suite, *(_text(path) for path in sorted(settings.suite.parent.glob("*.py")))]
+    suite, folder = load_project(settings.suite).config, settings.suite.parent
+    files = {*folder.glob("*.py"), *(local_path(name, folder) for name in _brought(suite))}
+    inputs = [suite.model_dump(mode="json"), *map(_text, sorted(files))]
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
     return [_Part("data", out / "data", _digest([before, inputs, listed]), run=run)]
 
 
 def _write_project(settings: DemoSettings) -> None:
-    """Make the run folder a project of its own: the suite, with base and policies, and its reward functions."""
-    suite = load_project(settings.suite)
-    policies = {name: f"policies/{name}" for name in suite.config.rewards}
-    for spec in suite.config.rewards.values():
-        source = (spec.function or "").rpartition(":")[0]
-        if source.endswith(".py"):
-            shutil.copyfile(settings.suite.parent / source, settings.out / source)
-    config = suite.config.model_copy(update={"base": "sft", "policies": policies})
+    """Make the run folder a project of its own: the suite with base and policies, and the files that it brings."""
+    suite = load_project(settings.suite).config
+    policies = {name: f"policies/{name}" for name in _objectives(suite)}
+    for name in _brought(suite):
+        source, target = (local_path(name, folder) for folder in (settings.suite.parent, settings.out))
+        if not _stays(name, source, settings.out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    config = suite.model_copy(update={"base": "sft", "policies": policies})
     save_project(settings.out / PROJECT_FILE, config)
 
 
 def _policies(settings: DemoSettings, before: str) -> list[_Part]:
-    names = list(load_project(settings.suite).config.rewards)
     return [
         _recipe(
             settings.algo,
@@ -243,7 +276,7 @@ def _policies(settings: DemoSettings, before: str) -> list[_Part]:
             before,
             reward=name,
         )
-        for name in names
+        for name in _objectives(load_project(settings.suite).config)
     ]
 
 

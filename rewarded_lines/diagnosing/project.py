@@ -8,7 +8,7 @@ from rewarded_lines.config import CONTROL, DataSpec
 from rewarded_lines.diagnosing.findings import Finding
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
-from rewarded_lines.references import looks_local
+from rewarded_lines.references import local_path, looks_local
 
 
 def check_project_file(config: Path | None) -> Finding | None:
@@ -43,12 +43,12 @@ def _paths(project: Project) -> list[tuple[str, Path]]:
     for name, reward in spec.rewards.items():
         source = (reward.function or "").rpartition(":")[0]
         if source.endswith(".py"):
-            found.append((f"rewards.{name}", root / source))
+            found.append((f"rewards.{name}", local_path(source, root)))
     rows: dict[str, DataSpec | None] = {"prompts": spec.prompts}
     rows |= {CONTROL if name == CONTROL else f"{CONTROL}.{name}": data for name, data in spec.control.items()}
     if spec.sweep.tune:
         rows["sweep.tune.prompts"] = spec.sweep.tune.prompts
-    found += [(key, root / Path(data.file).expanduser()) for key, data in rows.items() if data and data.file]
+    found += [(key, local_path(data.file, root)) for key, data in rows.items() if data and data.file]
     if spec.generation.chat_template:
-        found.append(("generation.chat_template", root / spec.generation.chat_template))
+        found.append(("generation.chat_template", local_path(spec.generation.chat_template, root)))
     return found

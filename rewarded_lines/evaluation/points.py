@@ -9,7 +9,7 @@ from typing import Any
 
 import blake3
 
-from rewarded_lines.config import POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
+from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.generation import Model, Plan
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.planning.plan import MergeSpec, complete
@@ -17,7 +17,6 @@ from rewarded_lines.projects import Project
 from rewarded_lines.rules.methods import METHODS, OptionValue, soup
 from rewarded_lines.rules.preferences import simplex_grid
 
-BASELINES = "baselines"
 Weights = tuple[float, ...]
 
 
@@ -100,6 +99,7 @@ class Methods:
         """
         self._plan = plan
         self._policies = list(project.config.policies)
+        self._checkpoints = {*project.config.policies, *project.config.baselines}
         self._where = project.where
         self.specs = self._named(project.config.sweep, list(project.config.baselines))
         problems: list[Problem] = []
@@ -158,7 +158,12 @@ class Methods:
         return PointSpec(name, weights, float(alpha), float(beta), merge, tuple(whole.options.items()))
 
     def declares(self, spec: PointSpec) -> bool:
-        """Say whether a point is what its method now is at its weights; of methods that are not here it is."""
+        """Say whether a point is what its method now is at its weights; of methods that are not here it is.
+
+        No point is it whose model the project no longer names.
+        """
+        if spec.checkpoint and spec.checkpoint not in self._checkpoints:
+            return False
         if spec.method not in self.specs:
             return True
         if not self.merged(spec.method):
@@ -174,7 +179,7 @@ class Methods:
         """Return the methods with presets filled in; baselines that no method names become one."""
         found = {name: spec if spec or name == POLICIES else self._preset(name) for name, spec in sweep.methods.items()}
         taken = {name for spec in found.values() if spec for name in spec.checkpoints}
-        if (left := [name for name in baselines if name not in taken]) and BASELINES not in found:
+        if left := [name for name in baselines if name not in taken]:
             found[BASELINES] = MethodSpec(checkpoints=tuple(left))
         return found
 
@@ -199,6 +204,8 @@ class Methods:
         if unknown := [one for one in spec.checkpoints if one not in baselines]:
             expected = "names of `baselines:`" + (f" ({', '.join(baselines)})" if baselines else ", which has none")
             raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
+        if not spec.checkpoints:
+            check_merge(where, spec.merge, spec.options, len(self._policies))
         if spec.match is not None:
             self._check_match(where, spec)
         if spec.edit and len(self._policies) != 1:
@@ -206,14 +213,13 @@ class Methods:
             raise fail("`edit` is for a single policy", where=where, expected="a project with one policy", got=got)
         if spec.merge == "greedy":
             raise fail("a greedy soup scores candidates by itself", where=where, remedy="use `merge --method greedy`")
-        if not spec.checkpoints:
-            check_merge(where, spec.merge, spec.options, len(self._policies))
 
     def _check_match(self, where: str, spec: MethodSpec) -> None:
         other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
         if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
-        if not all(_linear(one.merge) for one in (spec, other)):
+        # A merge that does not exist is told of where it stands.
+        if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
             raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
 
     def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:

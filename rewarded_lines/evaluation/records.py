@@ -121,12 +121,8 @@ def write_point(path: Path, point: Point) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_point(path: Path, spec: PointSpec | None = None) -> Point:
-    """Return the point in one file of a run.
-
-    Args:
-        path: the file.
-        spec: what the point is in this run; without it, what the file says, which knows no method's name.
+def read_point(path: Path) -> Point:
+    """Return the point in one file of a run; it knows no method's name, since several may share it.
 
     Raises:
         UserError: the file is not a whole Parquet file of ours, or its content is not what was written.
@@ -136,7 +132,7 @@ def read_point(path: Path, spec: PointSpec | None = None) -> Point:
         content = json.loads(table.schema.metadata[_METADATA])
         checksum = content.pop("checksum")
         whole = checksum == _checksum(table, content)
-        spec = spec or PointSpec.from_dict(content["point"])
+        spec = PointSpec.from_dict(content["point"])
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise _damaged(path, str(error)) from error
     if not whole:

@@ -47,13 +47,14 @@ class RunFolder:
         self.before: dict[str, Any] = {}
         self._progress = progress or (lambda name, done, total: None)
         self._read: dict[str, Point] = {}
-        self._total = self._expected = 0
+        self._counted: set[str] = set()
+        self._expected = 0
         self._started = time.perf_counter()
         self.evaluated = 0
 
     def tell(self, stage: str, counts: bool) -> None:
         """Say what begins, and whether it makes points rather than prepares for them."""
-        self._progress(stage, 0, max(self._total, self._expected) if counts else 0)
+        self._progress(stage, 0, self._total() if counts else 0)
 
     def expect(self, count: int) -> None:
         """Say how many points there will be in all, those of searches included, so that the time left can be told."""
@@ -69,19 +70,18 @@ class RunFolder:
         """
         self.tell("reading what is there", False)
         keys = {spec: setup.key(spec) for spec in specs}
+        new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
         missing = [key for key in dict.fromkeys(keys.values()) if not self._there(key)]
-        count = len(set(keys.values()))
-        self._total += count
-        total = max(self._total, self._expected)
-        if count > len(missing):
-            self._progress("points already there", count - len(missing), total)
+        self._counted.update(new)
+        if there := len(set(new) - set(missing)):
+            self._progress("points already there", there, self._total())
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
             for key, point in producer.produce(setup, keys, missing):
                 write_point(point_path(self.folder, key), point)
                 self._read[key] = point
                 self.evaluated += 1
-                self._progress(names[key], 1, total)
+                self._progress(names[key], 1, self._total())
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
     def write(self, keys: Keys, **content: Any) -> None:
@@ -99,6 +99,9 @@ class RunFolder:
         parts = producer.seconds()
         seconds = {name: round(value, 3) for name, value in {**parts, "total": total}.items()}
         return {"evaluated_last": self.evaluated, "seconds_last": seconds}
+
+    def _total(self) -> int:
+        return max(len(self._counted), self._expected)
 
     def _there(self, key: str) -> bool:
         """Say whether a point's record is there and whole; a damaged one is removed."""
@@ -161,6 +164,10 @@ def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
         _clear(folder)
         return
     differences = list(_differences(before, setup.identity))
+    orders = [", ".join(one["policies"]) for one in (before, setup.identity)]
+    if not differences and orders[0] != orders[1]:
+        # λ of a point belongs to policies by their order.
+        differences = [f"the order of the policies: {orders[0]} → {orders[1]}"]
     if not differences:
         return
     if overwrite:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import is_adapter
-from rewarded_lines.checkpoints.hashing import file_hash, model_hash, weights_hash
+from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec, RewardSpec
 from rewarded_lines.data.prompts import Prompt, load_prompts
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
+from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
@@ -24,6 +25,7 @@ from rewarded_lines.evaluation.records import FORMAT
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import plan_merge
 from rewarded_lines.projects import Project
+from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.scoring.scorer import Scorer
@@ -84,7 +86,7 @@ class Setup:
         spec = self.project.config.generation
         if spec.chat_template is None:
             return spec
-        return spec.model_copy(update={"chat_template": str(self.project.root / Path(spec.chat_template))})
+        return spec.model_copy(update={"chat_template": str(local_path(spec.chat_template, self.project.root))})
 
     @cached_property
     def methods(self) -> Methods:
@@ -93,8 +95,8 @@ class Setup:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """The hash of the weights of every policy and baseline."""
-        return {name: weights_hash(one.folder) for name, one in self.plan.policies.items()}
+        """The hash of every policy and baseline."""
+        return {name: policy_hash(one.folder) for name, one in self.plan.policies.items()}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -169,7 +171,8 @@ class Setup:
 
     @cached_property
     def _room(self) -> int:
-        return int(self.plan.base.config.get("max_position_embeddings") or 2048) - 1
+        # By the library's configuration, since not every family's file calls it so: GPT-2's has `n_positions`.
+        return int(getattr(load_config(str(self.plan.base.folder)), "max_position_embeddings", None) or 2048) - 1
 
     @cached_property
     def _control_rows(self) -> list[tuple[list[int], list[int]]]:
@@ -191,6 +194,7 @@ class Setup:
         return {
             "format": FORMAT,
             "title": config.title,
+            "version": config.version,
             "project": relative(str(self.project.path), folder),
             "base": {"path": relative(self.plan.reference, folder), "hash": self.identity["base"]},
             "policies": {name: self._described(name, folder) for name in config.policies},
@@ -249,6 +253,8 @@ def open_setup(project: Project, options: Options, tell: Callable[[str], None] =
     check_engine(options.engine)
     _check_options(options)
     _check_rewards(project)
+    if project.config.generation.chat_template:
+        read_template(str(local_path(project.config.generation.chat_template, project.root)))
     tell("reading prompts")
     prompts = load_prompts(project)
     control = _control(project)

@@ -16,29 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate
 from rewarded_lines.fronts.pareto import nondominated
 
 Array = NDArray[np.float64]
 # Normalised scores whose sums differ by less are equal: that much is rounding, on a straight front of any size.
 DECIMALS = 12
-
-
-@dataclass(frozen=True)
-class Support:
-    """What resamples of the prompts say of a choice, every interval a percentile interval.
-
-    Attributes:
-        scores: the chosen candidate's mean on every reward.
-        value: its objective.
-        share_qualifying: the share of the resamples in which it meets every minimum.
-        share_chosen: the share of the resamples in which the same rule chooses it.
-    """
-
-    scores: tuple[Estimate, ...]
-    value: Estimate
-    share_qualifying: float
-    share_chosen: float
 
 
 @dataclass(frozen=True)
@@ -50,14 +32,12 @@ class Choice:
         value: its objective: a mean score, or a weighted sum of standardised ones.
         qualifies: whether it meets every minimum; if not, no candidate does.
         shortfalls: by reward with a minimum, how far its mean lies below that, in the reward's unit; 0 if it does not.
-        support: from resampled means, None without them.
     """
 
     index: int
     value: float
     qualifies: bool
     shortfalls: dict[int, float]
-    support: Support | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +75,6 @@ def best_under(
     maximise: int,
     *,
     scale: ArrayLike | None = None,
-    resampled: ArrayLike | None = None,
-    level: float = LEVEL,
 ) -> Choice:
     """Return the candidate with the highest mean on one reward among those that meet every minimum.
 
@@ -109,8 +87,6 @@ def best_under(
         maximise: k, the index of the reward to be as high as can be.
         scale: [rewards], above 0; makes shortfalls in different units comparable, such as the standard deviation
             of the SFT model's scores. 1 by default.
-        resampled: [resamples, candidates, rewards], for `Choice.support`.
-        level: of its intervals.
 
     Raises:
         ValueError: no candidates, an index without a reward, a scale not above 0, or arrays that are not finite or
@@ -120,8 +96,7 @@ def best_under(
     _check_indices([maximise], values.shape[1])
     bounds = checked_minima(minima, values.shape[1])
     objective = Linear(np.eye(values.shape[1])[maximise], 0.0)
-    again = None if resampled is None else _resampled(resampled, values)
-    return _choose(values, again, objective, bounds, checked_scale(scale, values.shape[1]), level)
+    return _choose(values, objective, bounds, checked_scale(scale, values.shape[1]))
 
 
 def best_weighted(
@@ -130,8 +105,6 @@ def best_weighted(
     *,
     centre: ArrayLike | None = None,
     scale: ArrayLike | None = None,
-    resampled: ArrayLike | None = None,
-    level: float = LEVEL,
 ) -> Choice:
     """Return the candidate with the highest weighted sum of standardised means.
 
@@ -143,16 +116,13 @@ def best_weighted(
         centre: [rewards], c in the rewards' units, such as the SFT model's means; 0 by default.
         scale: [rewards], d in the rewards' units, above 0, such as the standard deviation of the SFT model's scores
             over prompts; 1 by default.
-        resampled: [resamples, candidates, rewards], for `Choice.support`; centre and scale stay as given.
-        level: of its intervals.
 
     Raises:
         ValueError: no candidates, wrong weights, a scale not above 0, or arrays that are not finite or do not fit.
     """
     values = _means(means)
     objective = linear(weights, centre, scale, values.shape[1])
-    again = None if resampled is None else _resampled(resampled, values)
-    return _choose(values, again, objective, {}, checked_scale(scale, values.shape[1]), level)
+    return _choose(values, objective, {}, checked_scale(scale, values.shape[1]))
 
 
 def knee(means: ArrayLike) -> Knee:
@@ -243,45 +213,17 @@ def first_choice(means: Array, values: Array, short: Array) -> NDArray[np.intp]:
     return np.asarray(np.lexsort([*rewards, -values, worst], axis=-1)[..., 0])
 
 
-def _choose(
-    means: Array, resampled: Array | None, objective: Linear, minima: Mapping[int, float], scale: Array, level: float
-) -> Choice:
+def _choose(means: Array, objective: Linear, minima: Mapping[int, float], scale: Array) -> Choice:
     values, short = objective.of(means), shortfalls(means, minima)
-    spread = scale[list(minima)]
-    index = int(first_choice(means, values, short / spread))
-    found = Choice(
-        index,
-        float(values[index]),
-        not short[index].any(),
-        dict(zip(minima, short[index].tolist(), strict=True)),
-    )
-    if resampled is None:
-        return found
-    again, lacking = objective.of(resampled), shortfalls(resampled, minima)
-    support = Support(
-        _estimates(means[index], resampled[:, index], level),
-        estimate(values[index], again[:, index], level),
-        share_qualifying=float((~lacking[:, index].any(axis=-1)).mean()),
-        share_chosen=float((first_choice(resampled, again, lacking / spread) == index).mean()),
-    )
-    return Choice(found.index, found.value, found.qualifies, found.shortfalls, support)
-
-
-def _estimates(means: Array, resampled: Array, level: float) -> tuple[Estimate, ...]:
-    return tuple(estimate(mean, column, level) for mean, column in zip(means, resampled.T, strict=True))
+    index = int(first_choice(means, values, short / scale[list(minima)]))
+    met = dict(zip(minima, short[index].tolist(), strict=True))
+    return Choice(index, float(values[index]), not short[index].any(), met)
 
 
 def _means(means: ArrayLike) -> Array:
     values = np.asarray(means, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
         raise ValueError(f"expected finite [candidates, rewards] with one of each, got shape {values.shape}")
-    return values
-
-
-def _resampled(resampled: ArrayLike, means: Array) -> Array:
-    values = np.asarray(resampled, dtype=np.float64)
-    if values.ndim != 3 or len(values) == 0 or values.shape[1:] != means.shape or not np.isfinite(values).all():
-        raise ValueError(f"expected finite [resamples, {', '.join(map(str, means.shape))}], got shape {values.shape}")
     return values
 
 

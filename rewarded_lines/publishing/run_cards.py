@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.checkpoints.hashing import model_hash, weights_hash
+from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
@@ -87,7 +87,7 @@ class RunCard:
     def _names(self, plan: Plan) -> dict[str, str] | None:
         """Return the plan's name of every policy of the run, or None where the run is one of other models."""
         policies = {name: entry.get("hash") for name, entry in self._header["policies"].items()}
-        left = {name: weights_hash(policy.folder) for name, policy in plan.policies.items()}
+        left = {name: policy_hash(policy.folder) for name, policy in plan.policies.items()}
         names: dict[str, str] = {}
         for name, wanted in policies.items():
             same = [other for other, found in left.items() if found == wanted]

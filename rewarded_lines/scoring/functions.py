@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.references import local_path
 from rewarded_lines.scoring.checks import PairError, check_count, check_scores
 from rewarded_lines.scoring.workers import WorkerPool
 
@@ -123,6 +124,6 @@ def _source(function: ScoreFunction, reference: str, root: Path) -> Path | None:
         return Path(found) if found else None
     source = reference.rpartition(":")[0]
     if source.endswith(".py"):
-        return root / source
+        return local_path(source, root)
     found = getattr(sys.modules.get(source), "__file__", None)
     return Path(found) if found else None

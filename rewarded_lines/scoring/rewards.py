@@ -13,7 +13,7 @@ from typing import Protocol
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import Problem, UserError, nearest
 from rewarded_lines.projects import Project
-from rewarded_lines.references import find_function, looks_local
+from rewarded_lines.references import find_function, local_path, looks_local
 from rewarded_lines.scoring.classifiers import ModelReward, fill_template
 from rewarded_lines.scoring.devices import available_memory
 from rewarded_lines.scoring.functions import FunctionReward
@@ -99,7 +99,7 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
         function = find_function(spec.function, root, where=f"reward `{name}`")
         return FunctionReward(name, spec.unit, function, reference=spec.function, root=root, workers=spec.workers)
     assert spec.model is not None
-    reference = str(root / spec.model) if looks_local(spec.model, root) else spec.model
+    reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
     return ModelReward(name, spec, reference, device)
 
 

@@ -244,11 +244,14 @@ def markdown(summary: Summary) -> str:
 
 def points_csv(summary: Summary) -> str:
     """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
-    measures = [*summary.rewards, "kl", "words", *(f"{name} perplexity" for name in summary.controls)]
+    schedule, shares = ["method", "checkpoint", "merge", "alpha", "beta"], ["ended", "distinct2", "contribution"]
+    measures = ["kl", "words", *(f"{name} perplexity" for name in summary.controls)]
     measures += [f"{name} perplexity over SFT" for name in summary.controls]
-    heading = ["method", "checkpoint", "merge", "alpha", "beta", *(f"weight.{policy}" for policy in summary.policies)]
-    heading += [f"{measure}{end}" for measure in measures for end in ("", ".low", ".high")]
-    heading += ["ended", "distinct2", "contribution"]
+    # A reward may have the name of a column that every table has.
+    rewards = [f"reward {name}" if name in (*schedule, *measures, *shares) else name for name in summary.rewards]
+    heading = [*schedule, *(f"weight.{policy}" for policy in summary.policies)]
+    heading += [f"{measure}{end}" for measure in (*rewards, *measures) for end in ("", ".low", ".high")]
+    heading += shares
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heading)
@@ -257,9 +260,8 @@ def points_csv(summary: Summary) -> str:
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
         estimates += point.forgetting.values()
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
-        schedule = [point.merge, point.alpha, point.beta]
-        shares = [point.ended, point.distinct2, point.contribution]
-        writer.writerow([point.method, point.checkpoint, *schedule, *weights, *numbers, *shares])
+        place = [point.method, point.checkpoint, point.merge, point.alpha, point.beta]
+        writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution])
     return text.getvalue()
 
 

@@ -19,7 +19,7 @@ from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
 from rewarded_lines.projects import load_project
-from rewarded_lines.sweeping.sweep import finish_run, producer, stages, sweep, write_run
+from rewarded_lines.sweeping.sweep import check_workers, finish_run, producer, stages, sweep, write_run
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -88,6 +88,7 @@ def search(
     Raises:
         UserError: the folder is no run, belongs to another configuration, or a method is none of its merges.
     """
+    check_workers(ray, workers)
     folder = Path(run)
     options = Options(engine or "vllm", device, layers, tensor_parallel, offload)
     if not (folder / RUN_FILE).is_file():
@@ -101,6 +102,9 @@ def search(
         open_run(folder, setup, progress=progress) as held,
         producer(setup, folder, ray, workers, tell=held.tell) as make,
     ):
+        listed = _listed(held)
+        room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
+        held.expect(len({PointSpec(SFT), *listed}) + sum(room))
         found = [_search_one(held, make, name, points, gain) for name in chosen]
         finish_run(held, make, _listed(held), _added(held), held.before.get("tuned"))
     return load_run(folder), found

@@ -66,6 +66,7 @@ def sweep(
     if count < 2:
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
     tell = stages(progress)
+    check_workers(ray, workers)
     setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload), tell)
     validation = validation_prompts(setup)
     folder = Path(out) if out is not None else project.root / "sweep"
@@ -80,6 +81,16 @@ def sweep(
             found = tuned.as_dict() if tuned else None
             finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
     return load_run(folder)
+
+
+def check_workers(ray: str | None, workers: int | None) -> None:
+    """Refuse a number of workers where there are none.
+
+    Raises:
+        UserError: likewise.
+    """
+    if workers is not None and ray is None:
+        raise fail("there are workers with Ray only", where="--workers", remedy="add --ray local, or leave it out")
 
 
 def stages(progress: Progress | None) -> Callable[[str], None]:
@@ -132,4 +143,6 @@ def write_run(
     """Write `run.json`: what belongs to the run, what a search added, and whether all of it is there."""
     keys = {spec: run.setup.key(spec) for spec in specs}
     told = {"tuned": tuned, "added": [point.as_dict() for point in added]}
-    run.write(keys, **told, **account, complete=complete)
+    # A search of λ goes over what is there; a search of α and β that a kill ended is still to be done.
+    untuned = run.setup.project.config.sweep.tune is not None and tuned is None
+    run.write(keys, **told, **account, complete=complete and not untuned)

@@ -121,12 +121,12 @@ def tune(run: RunFolder, make: Producer, prompts: list[Prompt], count: int) -> T
         if spec.alpha[0] <= alpha <= spec.alpha[1] and spec.beta[0] <= beta <= spec.beta[1]:
             study.enqueue_trial({"alpha": alpha, "beta": beta})
 
-    def objective(trial: Any) -> float:
+    # Not `study.optimize`, which prints a traceback of its own for what is told to the user in one message.
+    for _ in range(spec.trials):
+        trial = study.ask()
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
-        points = run.fill(setup, _points(run.setup, spec, alpha, beta, grid), make)
-        return _hypervolume(run.setup, points, sft)
-
-    study.optimize(objective, n_trials=spec.trials)
+        front = run.fill(setup, _points(run.setup, spec, alpha, beta, grid), make)
+        study.tell(trial, _hypervolume(run.setup, front, sft))
     best = study.best_trial
     alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
     trials = [

@@ -1,11 +1,14 @@
 """Hashes of files: read for their own sake, or as they pass."""
 
+import json
+
 import blake3
 import numpy as np
 from safetensors.numpy import save_file
+from tiny_adapters import save_adapter
 
 from rewarded_lines.checkpoints import hashing
-from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash
+from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash, policy_hash, weights_hash
 from rewarded_lines.checkpoints.reader import TensorFiles
 
 
@@ -46,3 +49,13 @@ def test_a_file_that_changed_is_hashed_anew(tmp_path):
     before = file_hash(path)
     write(path, seed=1)
     assert file_hash(path) == blake3.blake3(path.read_bytes()).hexdigest() != before
+
+
+def test_an_adapter_is_its_scaling_too_and_not_the_path_of_its_base(tmp_path, tiny):
+    folder = save_adapter(tiny / "sft", tmp_path / "adapter", 1)
+    before, path = policy_hash(folder), folder / "adapter_config.json"
+    content = json.loads(path.read_text())
+    for change, same in (({"base_model_name_or_path": "elsewhere"}, True), ({"lora_alpha": 60}, False)):
+        path.write_text(json.dumps(content | change))
+        assert (policy_hash(folder) == before) is same
+    assert policy_hash(tiny / "first") == weights_hash(tiny / "first")

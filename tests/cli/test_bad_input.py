@@ -219,8 +219,12 @@ def test_report_of_something_else(refused):
         (("--corpus", "sft"), "sft/pairs-train.jsonl"),
         (("--suite", "rewarded-lines.yaml", "--out", "."), "input lies in its output"),
         (("--suite", "../own.yaml", "--out", "."), "rewarded-lines.yaml: the demo's input lies in its output"),
+        (("--suite", "../far/own.yaml"), "not beside the suite, with which it is copied"),
     ],
 )
 def test_demo_settings(refused, tiny, args, said):
+    (tiny.parent / "far").mkdir()
+    text = (tiny / "rewarded-lines.yaml").read_text()
+    (tiny.parent / "far/own.yaml").write_text(text.replace("rewards.py:", f"../{tiny.name}/rewards.py:"))
     (tiny.parent / "own.yaml").write_text(f"extends: {tiny.name}/rewarded-lines.yaml\n")
     assert said in refused("demo", *args)

@@ -52,9 +52,15 @@ def miniature(tmp_path_factory):
     suite["generation"]["max_tokens"] = 8
     suite["prompts"]["limit"] = 8
     suite["sweep"]["points"] = 3
+    # Beside the demo's own: a reward that no policy is trained for, and functions in further files.
+    suite["rewards"]["plain"] = {"function": "further/plain.py:plain", "role": "audit"}
+    suite["control"]["rows"] = "further/rows.py:whole"
     (folder / "suite").mkdir()
     (folder / "suite/suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     shutil.copy(ROOT / "eval/suites/movie_rewards.py", folder / "suite")
+    (folder / "suite/further").mkdir()
+    (folder / "suite/further/plain.py").write_text("def plain(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    shutil.copy(ROOT / "eval/suites/movie_rewards.py", folder / "suite/further/rows.py")
     return folder
 
 
@@ -93,7 +99,7 @@ def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path, st
     assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
     run = load_run(out / "sweep")
     assert len(run.points) == 13 and run.header["complete"] and run.header["options"]["engine"] == "vllm"
-    assert list(run.rewards) == ["positive", "detailed"]
+    assert list(run.rewards) == ["positive", "detailed", "plain"] and run.objectives == ["positive", "detailed"]
     assert (out / "sweep/report/front.png").stat().st_size > 10_000
     assert json.loads((out / "merged/lam=0.50/merge.json").read_text())["weights"] == {
         "positive": 0.5,

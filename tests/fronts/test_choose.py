@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
-from rewarded_lines.fronts.intervals import estimate
 from rewarded_lines.fronts.pareto import nondominated
 
 MEANS = [[0.0, 9.0], [1.0, 7.0], [2.0, 4.0], [3.0, 1.0]]
@@ -144,33 +143,6 @@ def test_the_knee_does_not_depend_on_units(means: np.ndarray, factor: int, shift
     assert other.index == knee(means).index
 
 
-def test_support_by_hand() -> None:
-    means = np.array([[1.0, 0.0], [0.0, 1.0]])
-    # In two of four resamples the first candidate falls below the minimum, and in one of these the second is best.
-    resampled = np.array([[[1, 0], [0, 1]], [[2, 0], [0, 1]], [[0, 0], [0, 1]], [[0, 2], [0, 1]]], dtype=float)
-    found = best_under(means, {0: 0.5}, 0, resampled=resampled)
-    assert found.support is not None
-    assert found.support.share_qualifying == 0.5
-    assert found.support.share_chosen == 0.75
-    assert found.support.value == estimate(1.0, [1, 2, 0, 0])
-    assert found.support.scores == (estimate(1.0, [1, 2, 0, 0]), estimate(0.0, [0, 0, 0, 2]))
-
-
-def test_support_of_a_weighted_choice() -> None:
-    rng = np.random.default_rng(0)
-    means = np.array(MEANS)
-    resampled = means + 0.01 * rng.normal(size=(200, 4, 2))
-    found = best_weighted(means, [1, 1], centre=[1, 5], scale=[0.5, 4], resampled=resampled)
-    assert found.support is not None
-    assert found.support.share_chosen == found.support.share_qualifying == 1.0
-    assert found.support.value.low < found.value < found.support.value.high
-    values = ((resampled[:, found.index] - [1, 5]) / [0.5, 4]).sum(axis=1)
-    again = estimate(found.value, values)
-    assert (found.support.value.low, found.support.value.high) == pytest.approx((again.low, again.high))
-    # Resamples change what is known of the choice, not the choice.
-    assert found.index == best_weighted(means, [1, 1], centre=[1, 5], scale=[0.5, 4]).index
-
-
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -180,7 +152,6 @@ def test_support_of_a_weighted_choice() -> None:
         lambda: best_under(MEANS, {0: np.nan}, 0),
         lambda: best_under(MEANS, {}, -1),
         lambda: best_under(MEANS, {}, 0, scale=[1, 0]),
-        lambda: best_under(MEANS, {}, 0, resampled=np.zeros((5, 3, 2))),
         lambda: best_weighted(MEANS, [1]),
         lambda: best_weighted(MEANS, [1, -1]),
         lambda: best_weighted(MEANS, [0, 0]),

@@ -79,6 +79,19 @@ def test_csv_has_unrounded_numbers_for_every_point(summary: Summary) -> None:
     assert float(rows[-1]["weight.cheerful"]) == 1.0
 
 
+def test_csv_tells_a_reward_from_the_column_that_has_its_name(summary: Summary) -> None:
+    name = next(iter(summary.rewards))
+    points = [
+        replace(point, rewards={"kl" if key == name else key: value for key, value in point.rewards.items()})
+        for point in summary.points
+    ]
+    rewards = {"kl" if key == name else key: unit for key, unit in summary.rewards.items()}
+    rows = list(csv.DictReader(io.StringIO(points_csv(replace(summary, rewards=rewards, points=points)))))
+    last = summary.points[-1]
+    assert float(rows[-1]["kl"]) == last.kl.value
+    assert float(rows[-1]["reward kl"]) == last.rewards[name].value
+
+
 @pytest.mark.parametrize(
     ("estimate", "expected"),
     [

@@ -222,3 +222,40 @@ def test_a_sweep_drops_what_a_search_added_to_a_method_that_has_changed_since(ti
     project.write_text(project.read_text().replace("alpha: 1.0", "alpha: 0.5"))
     points = sweep(engine="hf").methods()["mine"]
     assert {point.spec.alpha for point in points} == {0.5} and len(points) == 2
+
+
+def test_a_baseline_that_has_left_the_project_has_left_the_run(tiny):
+    path = project(tiny)
+    text = path.read_text()
+    path.write_text(text + "baselines: {other: second}\n")
+    assert "baselines" in sweep(engine="hf").methods()
+    path.write_text(text)
+    run, _ = search("sweep", points=3, gain=0)
+    assert list(run.methods()) == ["lines"] and run.header["complete"] is True
+
+
+def test_a_sweep_that_was_killed_while_tuning_is_not_complete(tiny, monkeypatch):
+    pytest.importorskip("optuna")
+    (tiny / "validation.jsonl").write_text('{"prompt": "a film 1"}\n')
+    project(tiny, ONE + "  tune: {trials: 1, points: 2, prompts: {file: validation.jsonl}}\n")
+
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Bench, "produce", dying)
+        sweep(engine="hf")
+    run, _ = search("sweep", points=3, gain=0)
+    assert run.header["complete"] is False and run.header["tuned"] is None
+    run = sweep(engine="hf")
+    assert run.header["complete"] is True and run.header["tuned"] and "tuned" in run.methods()
+
+
+def test_progress_counts_each_point_once(tiny):
+    project(tiny)
+    sweep(engine="hf")
+    told = []
+    search("sweep", points=5, gain=0, progress=lambda name, done, total: told.append((done, total)))
+    counted = [(done, total) for done, total in told if done]
+    # SFT's, and five of the method's.
+    assert sum(done for done, _ in counted) == 6 and {total for _, total in counted} == {6}

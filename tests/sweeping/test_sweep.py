@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+from tiny_adapters import save_adapter
+from tiny_models import perturb, save_model
 
 from rewarded_lines import merge, sweep
 from rewarded_lines.config import GenerationSpec
@@ -35,6 +38,7 @@ def test_every_point_keeps_every_response_and_unrounded_score(tiny):
         assert (point.tokens <= 12).all() and np.isfinite(point.kl).all()
     assert (run.sft.kl == 0).all()
     assert run.header["complete"] is True and run.header["options"]["engine"] == "hf"
+    assert run.header["version"] == 1
     assert len(list((tiny / "sweep/points").iterdir())) == 7
 
 
@@ -317,7 +321,10 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
         ("{mine: {match: other}}", "names no method with a schedule"),
         ("{mine: {match: lines, alpha: 2}}", "leave both out"),
         ("{mine: {merge: ties, options: {density: 2}}}", "sweep.methods.mine: density: out of range"),
+        ("{lines: {merge: tie}, uniform: {match: lines}}", "sweep.methods.lines: method"),
+        ("{mine: {match: lines, merge: sooup}}", "sweep.methods.mine: method"),
         ("{mine: {checkpoints: [absent]}}", "no such checkpoint"),
+        ("{baselines: {alpha: 1}}", "`baselines` is what holds the baselines"),
         ("{sft: {alpha: 1}}", "`sft` is the base model itself"),
         ("[soup, soup]", "named twice"),
     ],
@@ -416,3 +423,77 @@ def test_tuning_on_the_test_prompts_is_refused(tiny):
     methods(tiny, "[soup]", "  tune: {trials: 2, prompts: {file: test.jsonl}}\n")
     with pytest.raises(UserError, match="validation prompts are test prompts"):
         sweep(engine="hf")
+
+
+def test_a_reward_that_fails_while_tuning_is_told_once(tiny, cli):
+    (tiny / "validation.jsonl").write_text('{"prompt": "a film 1"}\n')
+    methods(tiny, "[soup]", "  tune: {trials: 2, points: 2, prompts: {file: validation.jsonl}}\n")
+    # SFT's point comes first, and alone.
+    fault = "    if (calls := globals().setdefault('calls', [])) and len(calls) > 1:\n        raise ValueError('no')\n"
+    text = (tiny / "rewards.py").read_text().replace("responses):\n", f"responses):\n{fault}    calls.append(1)\n", 1)
+    (tiny / "rewards.py").write_text(text)
+    answer = cli("sweep", "--engine", "hf", "--quiet")
+    assert answer.code == 1 and "Traceback" not in answer.err and "Trial" not in answer.err
+    assert "the function raised ValueError: no" in answer.err
+
+
+def test_policies_in_another_order_are_another_run(tiny):
+    sweep(engine="hf", points=2)
+    path = tiny / "rewarded-lines.yaml"
+    path.write_text(
+        path.read_text().replace("  first: first\n  second: second\n", "  second: second\n  first: first\n")
+    )
+    with pytest.raises(UserError, match="the order of the policies: first, second → second, first"):
+        sweep(engine="hf", points=2)
+    run = sweep(engine="hf", points=2, overwrite=True)
+    assert run.header["evaluated_last"] == 5 and list(run.header["policies"]) == ["second", "first"]
+
+
+def test_an_adapter_scaled_otherwise_is_another_policy(tiny):
+    for seed, name in enumerate(("first", "second"), start=1):
+        shutil.rmtree(tiny / name)
+        save_adapter(tiny / "sft", tiny / name, seed)
+    sweep(engine="hf", points=2)
+    path = tiny / "first/adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 6', '"lora_alpha": 60'))
+    with pytest.raises(UserError, match="(?s)belongs to another configuration.*policies.first"):
+        sweep(engine="hf", points=2)
+
+
+def test_control_texts_are_cut_to_what_gpt2_holds(tiny):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    for seed, name in enumerate(("sft", "first", "second")):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        shutil.rmtree(tiny / name)
+        save_model(perturb(model, seed) if seed else model, tiny / name)
+    (tiny / "control.jsonl").write_text(json.dumps({"text": "a film of great beauty " * 60}) + "\n")
+    with (tiny / "rewarded-lines.yaml").open("a") as file:
+        file.write("control:\n  file: control.jsonl\n")
+    run = sweep(engine="hf", points=2)
+    assert run.sft.control.shape == (1, 2) and run.sft.control[0, 1] > 64
+
+
+def test_a_home_folder_may_be_meant_wherever_a_file_is_named(tiny, cli, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny))
+    (tiny / "template.jinja").write_text("{{ messages[0].content }}")
+    path = tiny / "rewarded-lines.yaml"
+    text = path.read_text().replace("rewards.py:", "~/rewards.py:").replace("test.jsonl", "~/test.jsonl\n  chat: true")
+    path.write_text(text.replace("  max_tokens: 12", "  max_tokens: 12\n  chat_template: ~/template.jinja"))
+    assert len(sweep(engine="hf", points=2).points) == 5
+
+
+def test_a_chat_template_that_is_not_there_is_told_by_its_key(tiny, cli):
+    path = tiny / "rewarded-lines.yaml"
+    path.write_text(path.read_text().replace("  max_tokens: 12", "  max_tokens: 12\n  chat_template: no.jinja"))
+    answer = cli("sweep", "--engine", "hf")
+    assert answer.code == 1 and "generation.chat_template: no.jinja: the chat template cannot be read" in answer.err
+
+
+@pytest.mark.parametrize("command", ["sweep", "search"])
+def test_workers_are_for_ray(tiny, cli, command):
+    answer = cli(command, *(["sweep"] if command == "search" else []), "--workers", 2)
+    assert answer.code == 1 and "--workers: there are workers with Ray only" in answer.err
