@@ -9,7 +9,7 @@ from plain_checkpoints import save_family
 from tiny_adapters import save_adapter
 
 from rewarded_lines import merge, report
-from rewarded_lines.checkpoints.hashing import model_hash, weights_hash
+from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.evaluation.records import read_header, write_json
 
 NAMES = ("cheerful", "detailed", "kind")
@@ -22,7 +22,7 @@ def make_project(folder, policies=2, **options):
     header = read_header(run)
     header["base"] = {"path": "../sft", "hash": model_hash(folder / "sft")}
     for name in NAMES[:policies]:
-        header["policies"][name] = {"path": f"../{name}", "hash": weights_hash(folder / name)}
+        header["policies"][name] = {"path": f"../{name}", "hash": policy_hash(folder / name)}
     header["identity"] = {"engine": {"kind": "vllm", "as": "whole models", "versions": {"vllm": "0.27.1"}}}
     header["generation"]["dtype"] = "float32"
     write_json(run / "run.json", header)
@@ -184,7 +184,7 @@ def test_adapters_over_a_base_that_is_not_read(tiny, card, monkeypatch):
     run = synthetic_run(tiny / "sweep", prompts=40, points=5, resamples=100)
     header = read_header(run)
     for name in NAMES[:2]:
-        header["policies"][name] = {"path": f"../{name}", "hash": weights_hash(tiny / name)}
+        header["policies"][name] = {"path": f"../{name}", "hash": policy_hash(tiny / name)}
     write_json(run / "run.json", {**header, "base": {"path": "../sft", "hash": "not read"}})
     report(run)
     (tiny / "rewarded-lines.yaml").write_text("base: sft\npolicies: {cheerful: cheerful, detailed: detailed}\n")
