@@ -7,6 +7,7 @@ import io
 import shlex
 import shutil
 import subprocess
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -27,7 +28,7 @@ LONG = {"recipes/configs/README.md", "eval/results/README.md"}
 RUNNABLE = [page for page in RUNNABLE if page.name not in LONG]
 # Generated with transformers, which needs no start-up, and with few λ.
 GENERATING = {"sweep": 3, "search": 4, "score": 0}
-KINDS = {"make", "rewarded-lines", "accelerate", "python", "pip", "cd", "source", "mkdir", "cp", "curl"}
+KINDS = {"make", "rewarded-lines", "accelerate", "python", "pip", "cd", "source", "mkdir", "cp", "curl", "sed"}
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here():
@@ -79,6 +80,19 @@ def test_links_pictures_and_headings_exist(page):
         if not file.exists() or (heading and heading not in headings.get(file.resolve(), ())):
             missing.append(f"{file}#{heading}")
     assert missing == []
+
+
+def test_the_encoder_is_set_as_the_page_sets_it(tmp_path):
+    page = next(page for page in PAGES if page.name == "eval/results/README.md")
+    (command,) = [shlex.split(line) for line in page.lines if line.startswith("sed ")]
+    source = (ROOT / command[-1]).read_text()
+    path = tmp_path / command[-1]
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    subprocess.run(command, cwd=tmp_path, check=True)
+    before, after = source.splitlines(), path.read_text().splitlines()
+    changed = [(one, other) for one, other in zip(before, after, strict=True) if one != other]
+    assert [other for _, other in changed] == ['ENCODER = "runs/smollm2/models/minilm"']
 
 
 def test_the_projects_shown_are_projects():
