@@ -7,7 +7,6 @@ import io
 import shlex
 import shutil
 import subprocess
-import subprocess
 import sys
 import warnings
 from pathlib import Path
