@@ -108,7 +108,9 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
         raise fail("cannot be read", where=str(path), got=str(error)) from error
     # A date that is none, or a number, is a ValueError to PyYAML; so is text in another encoding.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise fail("not readable as YAML", where=str(path), got=" ".join(str(error).split())) from error
+        # Of a text PyYAML says so; the file is told before.
+        said = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+        raise fail("not readable as YAML", where=str(path), got=said) from error
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
         raise fail("not a mapping", where=str(path), expected="key: value lines", got=got, remedy=remedy)

@@ -123,7 +123,7 @@ def test_an_entry_is_where_the_nearest_file_says_it(write, keys, place):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("base: one\nbase: two\n", "`base` is given twice"),
+        ("base: one\nbase: two\n", "`base` is given twice at line 2, column 1"),
         ("policies: {first: a, first: b}\n", "`first` is given twice"),
         ("title: 2024-02-30\n", "day is out of range"),
         ("title: !!int abc\n", "invalid literal"),
