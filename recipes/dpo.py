@@ -9,33 +9,29 @@
 With `pairs: sampled` several responses are sampled to every training prompt (by vLLM where it is installed) and scored
 by rewards of the project; the best and the worst make a pair where they differ enough. Responses are kept as Parquet in
 `samples_file` for the policies of the other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
-hold prompt, chosen and rejected. The policy joins the project.
+hold prompt, chosen and rejected in any published form (recipes/README.md). The policy joins the project.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import set_seed
-from trl import DPOConfig, DPOTrainer, ModelConfig
+from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.rows import Row
+from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.learning.dpo import TokenDPOTrainer, pair_tokens
 from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config
 from rewarded_lines.rewarding.pairs import best_and_worst, kept_rows
-from rewarded_lines.rewarding.reward_module import make_queries
 from rewarded_lines.rewarding.sampling import choose_engine, sample
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions, SamplingOptions
 from rewarded_lines.training.policy import PolicyTask, load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
-
-LAYOUTS = {"sampled": [("prompt",)], "given": [("prompt", "chosen", "rejected"), ("chosen", "rejected")]}
+from rewarded_lines.training.run import from_main, say, training_run
 
 
 @dataclass
@@ -68,13 +64,14 @@ def main(argv: Sequence[str]) -> None:
     with training_run("dpo", arguments) as run:
         set_seed(training.seed)
         engine = choose_engine(sampling.sampling_engine)
-        task = load_task(options, data, rewards, model_options, training, LAYOUTS[recipe.pairs])
+        task = load_task(options, data, rewards, model_options, training, pairs=recipe.pairs == "given")
+        task.fit(sampling.max_prompt_tokens, recipe.max_response_tokens, training.max_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
-        own, policy = copy.deepcopy(task.tokenizer), load_policy(task.base, model_options)
-        spec = GenerationSpec(
+        policy = task.load_policy(model_options)
+        spec = task.spec(
             temperature=recipe.temperature,
             max_tokens=recipe.max_response_tokens,
             seed=training.seed,
@@ -93,23 +90,23 @@ def main(argv: Sequence[str]) -> None:
 
         lora = lora_config(model_options, policy)
         with trainer_settings():
-            trainer = DPOTrainer(
+            trainer = TokenDPOTrainer(
                 model=policy,
                 ref_model=None if lora or training.precompute_ref_log_probs else load_policy(task.base, model_options),
                 args=training,
-                train_dataset=Dataset.from_list(
-                    [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs]
-                ),
+                train_dataset=pair_tokens(task.tokenizer, pairs, task.reader.ends),
                 processing_class=task.tokenizer,
                 peft_config=lora,
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        trainer.save_model(str(run.folder))
-        from_main(lambda: save_tokenizer(own, run.folder))
-        metrics |= task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)
-        run.finish(metrics | {"pairs": len(pairs)}, **task.facts(training))
-        task.add_to_project(run)
+        task.save(trainer.save_model, run)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        run.finish(
+            lambda: {**metrics, **task.measure_gain(sampler, policy, run.folder), "pairs": len(pairs)},
+            lambda: task.add_to_project(run),
+            **task.facts(training),
+        )
 
 
 def sampled_pairs(
@@ -123,13 +120,12 @@ def sampled_pairs(
     policy: object,
 ) -> list[Row]:
     """Return the pairs in `path`, or make them of the responses in `samples`, or sample those first."""
-    prompts = make_queries(prompts_of(task.rows), task.tokenizer, sampling.max_prompt_tokens).prompts
+    prompts = prompts_of(task.rows)
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
     # What decides the responses is the same for all rewards.
     sampled_from = {
-        **{name: task.inputs[name] for name in ("train", "base")},
-        **{"spec": spec.model_dump(), "engine": engine},
-        **{"responses": recipe.responses, "longest": sampling.max_prompt_tokens},
+        **{"prompts": rows_hash(task.rows), "base": task.inputs["base"]},
+        **{"spec": spec.model_dump(mode="json"), "engine": engine, "responses": recipe.responses},
     }
 
     def answer() -> list[Row]:
@@ -141,9 +137,8 @@ def sampled_pairs(
         rows, found = kept_rows(samples, sampled_from, answer)
         say(f"{len(rows)} responses {'found' if found else 'kept'} in {samples}")
         responses = [row["response"] for row in rows]
-        return best_and_worst(
-            repeated, responses, task.reward.score(repeated, responses), recipe.responses, recipe.margin
-        )
+        scores = task.reward.score(repeated, task.reader.visible(repeated, responses))
+        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin)
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}
     pairs, found = kept_rows(path, made_from, make)

@@ -10,21 +10,21 @@
 
 Rewards are those that the project file declares, classifiers with tokenizers of their own or functions, the same that
 the sweep will score by; a weighted sum of several is the multi-objective baseline. Each is standardized on the SFT
-model's responses, so one set of hyperparameters serves rewards of any unit. The policy joins the project. TRL 1.12 is
-the last release with PPO; `recipes/rloo.py` trains a policy without a critic.
+model's responses, so one set of hyperparameters serves rewards of any unit. A response ends at any end token of the
+base's generation config or tokenizer; `stop_token_id` adds one. The policy joins the project. TRL 1.12 is the last
+release with PPO; `recipes/rloo.py` trains a policy without a critic.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig
 
-from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import encode
 from rewarded_lines.learning.models import (
     generation_dtype,
     load_critic,
@@ -38,14 +38,14 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.policy import load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.run import say, training_run
 
 
 @dataclass
 class PPORecipe:
     """What this recipe adds to TRL's `PPOConfig`."""
 
-    max_prompt_tokens: int = field(default=512, metadata={"help": "longer prompts are left out"})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
     target_kl: float | None = field(
         default=None, metadata={"help": "KL to the SFT model, in nats, that `kl_coef` is adapted to"}
     )
@@ -66,22 +66,26 @@ def main(argv: Sequence[str]) -> None:
     with training_run("ppo", arguments) as run:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
+        task.fit(recipe.max_prompt_tokens, training.response_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
-        tokenizer = task.tokenizer
-        policy, critic = load_policy(task.base, model_options), load_critic(task.base, model_options)
+        more, penalty = training.stop_token_id, training.missing_eos_penalty
+        reader = task.reader if more is None else replace(task.reader, ends=task.reader.ends | {more})
+        task.reader = reader
+        # TRL knows one end token; all of them, and what it costs to miss them, are the reader's and the reward's here.
+        training.stop_token = training.stop_token_id = training.missing_eos_penalty = None
+        tokenizer, prompts = task.tokenizer, prompts_of(task.rows)
+        usable_padding(tokenizer, task.base, reader.ends, encode(tokenizer, prompts))
+        policy, critic = task.load_policy(model_options), load_critic(task.base, model_options)
         dtype = generation_dtype(model_options, policy)
-        spec = GenerationSpec(
+        spec = task.spec(
             temperature=training.temperature, max_tokens=training.response_length, seed=training.seed, dtype=dtype
         )
         sampler = task.sampler(spec)
         task.measure_base(sampler, policy)
-        # The policy keeps the SFT model's tokenizer, whatever PPO pads with.
-        own = copy.deepcopy(tokenizer)
-        usable_padding(tokenizer, task.base)
-        queries = make_queries(prompts_of(task.rows), tokenizer, recipe.max_prompt_tokens)
+        queries = make_queries(prompts, tokenizer)
         say(task.heading("PPO", f"{len(queries.ids)} prompts"))
 
         lora = lora_config(model_options, policy)
@@ -90,21 +94,23 @@ def main(argv: Sequence[str]) -> None:
         with trainer_settings():
             trainer = ResumablePPOTrainer(
                 args=training,
+                reader=reader,
                 processing_class=tokenizer,
                 model=with_lora(policy, lora) if lora else policy,
                 ref_model=None if lora else load_policy(task.base, model_options),
-                reward_model=RewardModule(task.reward, tokenizer, queries),
+                reward_model=RewardModule(task.reward, reader, queries, penalty),
                 value_model=critic,
                 train_dataset=dataset,
                 eval_dataset=dataset.select(range(1)),
                 callbacks=[*adaptive, MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
-        trainer.save_model(str(run.folder))
-        from_main(lambda: save_tokenizer(own, run.folder))
-        metrics = task.measure_gain(sampler, trainer.policy_model, run.folder)
-        run.finish(metrics, **task.facts(training))
-        task.add_to_project(run)
+        task.save(trainer.save_model, run)
+        run.finish(
+            lambda: task.measure_gain(sampler, trainer.policy_model, run.folder),
+            lambda: task.add_to_project(run),
+            **task.facts(training),
+        )
 
 
 if __name__ == "__main__":

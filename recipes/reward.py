@@ -6,12 +6,15 @@
         --output_dir rewards/helpful
 
 A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
-logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected, or chats that begin alike. Its
-accuracy is measured on pairs it was not trained on. It becomes a reward of the project, under `reward_name`.
+logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected in any published form
+(recipes/README.md). Chats are read in the tokenizer's chat template, texts as `{prompt}{response}`; `template` says
+otherwise. Its accuracy is measured on pairs it was not trained on. It becomes a reward of the project, under
+`reward_name`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,11 +23,14 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
-from trl.data_utils import extract_prompt
 
-from rewarded_lines.config import RewardSpec
-from rewarded_lines.data.prompts import prompt_text
-from rewarded_lines.data.rows import Row, read_rows, rows_hash
+from rewarded_lines.config import CHAT, RewardSpec
+from rewarded_lines.data.forms import read_pairs
+from rewarded_lines.data.lengths import Limit, fit
+from rewarded_lines.data.messages import Prompt, check_template
+from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.engines.tokens import load_config
+from rewarded_lines.errors import fail
 from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,
@@ -33,21 +39,29 @@ from rewarded_lines.learning.models import (
     lora_config,
     reference_hash,
 )
-from rewarded_lines.scoring.rewards import fill_template, load_reward
+from rewarded_lines.scoring.readings import ClassifierReading
+from rewarded_lines.scoring.rewards import load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RunOptions
+from rewarded_lines.training.policy import shorten_pair
 from rewarded_lines.training.progress import MetricsCallback
 from rewarded_lines.training.project import register
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
 
-LAYOUTS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
+SIDES = ("chosen", "rejected")
 
 
 @dataclass
 class RewardRecipe:
     """What this recipe adds to TRL's `RewardConfig`."""
 
-    template: str = field(default="{prompt}{response}", metadata={"help": "the text that the reward model reads"})
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "what the reward model reads: chat (the whole conversation, by its chat template), or a text with "
+            "{prompt} and {response}; by default chat for chats and {prompt}{response} for texts"
+        },
+    )
     reward_name: str | None = field(default=None, metadata={"help": "its name in the project; the folder's by default"})
 
 
@@ -62,60 +76,100 @@ def main(argv: Sequence[str]) -> None:
     with training_run("reward", arguments) as run:
         set_seed(training.seed)
         base = absolute(model_options.model_name_or_path, model_options.model_revision)
-        pairs = as_texts(read_rows(data.train(), LAYOUTS))
-        held_out = as_texts(read_rows(data.validation() or data.train(), LAYOUTS))
+        tokenizer = load_tokenizer(base, model_options.model_revision)
+        pairs = read_pairs(data.train(), tell=say)
+        held_out = read_pairs(data.validation() or data.train(), tell=say)
+        template = recipe.template or (CHAT if isinstance(pairs[0]["prompt"], list) else "{prompt}{response}")
+        reading = ClassifierReading(tokenizer, template, "the reward model")
+        check(reading, [*pairs, *held_out], data)
         inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}
+        room = getattr(load_config(base), "max_position_embeddings", None)
+        longest = min((most for most in (training.max_length, room) if most), default=1 << 30)
+        limit = Limit("the reward model", longest, "max_length, or its positions", lambda rows: lengths(reading, rows))
+        pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
+        held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
         place = ("rewards", recipe.reward_name or run.output.name)
-        entries = {(*place, "model"): run.output, (*place, "template"): recipe.template}
+        entries = {(*place, "model"): run.output, (*place, "template"): template}
         if not run.begin(**inputs):
             from_main(lambda: say(*register(options.project_file, entries)))
             return
 
-        tokenizer = load_tokenizer(base, model_options.model_revision)
         model = load_classifier(base, model_options)
         lora = lora_config(model_options, model, task="SEQ_CLS")
         if lora:
             lora.modules_to_save = ["score"]
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
 
+        own = copy.deepcopy(tokenizer)
         with trainer_settings():
             trainer = RewardTrainer(
                 model=model,
                 args=training,
-                train_dataset=tokenize(pairs, tokenizer, recipe.template),
+                train_dataset=Dataset.from_dict({f"{side}_ids": tokens(reading, pairs, side) for side in SIDES}),
                 processing_class=tokenizer,
                 peft_config=lora,
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+        run.keep()
         trainer.save_model(str(run.folder))
-        from_main(lambda: save_tokenizer(tokenizer, run.folder))
+        from_main(lambda: save_tokenizer(own, run.folder))
         if lora:
-            from_main(lambda: fold_classifier(run.folder, base))
-        spec = RewardSpec(model=str(run.folder.resolve()), template=recipe.template, unit="logit")
-        metrics |= from_main(lambda: accuracy(spec, held_out))
-        low, high = metrics["accuracy_interval"]
-        say(f"{metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(held_out)} pairs ranked right")
-        run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
-        from_main(lambda: say(*register(options.project_file, entries)))
+            from_main(lambda: fold_classifier(run.folder, base, trainer.model.config.pad_token_id))
+        run.saved()
+        spec = RewardSpec(model=str(run.folder.resolve()), template=template, unit="logit")
+        run.finish(
+            lambda: {**metrics, **from_main(lambda: accuracy(spec, held_out))},
+            lambda: from_main(lambda: say(*register(options.project_file, entries))),
+            base=base,
+            base_hash=inputs["base"],
+            seed=training.seed,
+        )
 
 
-def as_texts(rows: list[Row]) -> list[Row]:
-    """Return pairs with their prompt and both answers as texts; chats without a prompt share their beginning."""
-    explicit = [row if "prompt" in row else extract_prompt(row) for row in rows]
-    return [{role: prompt_text(row[role]) for role in ("prompt", "chosen", "rejected")} for row in explicit]
+def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> None:
+    """Refuse pairs of which the reward model would not read all that is declared or said."""
+    if reading.template == CHAT:
+        whole = [[*row["prompt"], *row[side]] for row in pairs for side in SIDES if isinstance(row["prompt"], list)]
+        check_template(reading.tokenizer, whole, "training and validation pairs")
+    elif data.system_prompt is not None:
+        raise fail(
+            "a text template does not read the system turn",
+            where="template",
+            expected="template chat, which reads the whole conversation",
+            got=f"{reading.template!r} with `system_prompt`",
+            remedy="leave `template` out, or `system_prompt`",
+        )
+    for side in SIDES:
+        if any(set(turn) - {"role", "content"} for row in pairs if isinstance(row[side], list) for turn in row[side]):
+            got = "tool calls, reasoning or other keys"
+            raise fail("an answer holds more than a text, which rewards do not score", where=side, got=got)
+    if note := reading.check([row["prompt"] for row in pairs]):
+        say(note)
 
 
-def tokenize(pairs: list[Row], tokenizer: object, template: str) -> Dataset:
-    """Return the pairs as token ids, exactly as `ModelReward` will tokenize a response to be scored.
+def asked_and_said(pairs: list[Row], side: str) -> tuple[list[Prompt], list[str]]:
+    """Return prompts and responses of one side; of an answer of several turns the last is the response."""
+    prompts, responses = [], []
+    for row in pairs:
+        *before, last = row[side] if isinstance(row[side], list) else [row[side]]
+        prompts.append([*row["prompt"], *before] if before else row["prompt"])
+        responses.append(last if isinstance(last, str) else last["content"])
+    return prompts, responses
+
+
+def tokens(reading: ClassifierReading, pairs: list[Row], side: str) -> list[list[int]]:
+    """Return one side of the pairs as token ids, exactly those of a response to be scored.
 
     TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
     """
-    columns = {}
-    for side in ("chosen", "rejected"):
-        texts = [fill_template(template, row["prompt"], row[side]) for row in pairs]
-        columns[f"{side}_ids"] = tokenizer(texts)["input_ids"]
-    return Dataset.from_dict(columns)
+    return reading.tokens(*asked_and_said(pairs, side))[0]
+
+
+def lengths(reading: ClassifierReading, pairs: list[Row]) -> list[int]:
+    """Return the tokens of the longer side of each pair."""
+    both = (map(len, tokens(reading, pairs, side)) for side in SIDES)
+    return [max(one) for one in zip(*both, strict=True)]
 
 
 def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
@@ -124,12 +178,13 @@ def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
     The model is loaded and used as recipes and evaluator will use it.
     """
     reward = load_reward("reward", spec, Path())
-    prompts = [row["prompt"] for row in pairs]
-    chosen, rejected = (reward.score(prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
+    chosen, rejected = (reward.score(*asked_and_said(pairs, side)) for side in SIDES)
     right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True))
+    interval = low, high = wilson(right, len(pairs))
+    say(f"{right / len(pairs):.3f} [{low:.3f}, {high:.3f}] of {len(pairs)} pairs ranked right")
     return {
         "accuracy": right / len(pairs),
-        "accuracy_interval": wilson(right, len(pairs)),
+        "accuracy_interval": interval,
         "mean_chosen": sum(chosen) / len(chosen),
         "mean_rejected": sum(rejected) / len(rejected),
     }

@@ -12,30 +12,28 @@ Less memory than PPO: no critic, and with LoRA no reference model either. The KL
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import set_seed
-from trl import ModelConfig, RLOOConfig, RLOOTrainer
+from trl import ModelConfig, RLOOConfig
 
-from rewarded_lines.config import GenerationSpec
-from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config, reference_loading
-from rewarded_lines.rewarding.reward_module import make_queries
+from rewarded_lines.learning.models import generation_dtype, lora_config, reference_loading
+from rewarded_lines.learning.rloo import ReadRLOOTrainer, packed
 from rewarded_lines.rewarding.rewards import RewardFunction
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.policy import load_task, prompts_of
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.run import say, training_run
 
 
 @dataclass
 class RLOORecipe:
     """What this recipe adds to TRL's `RLOOConfig`."""
 
-    max_prompt_tokens: int = field(default=512, metadata={"help": "longer prompts are left out"})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "taken off the reward of a response that does not end"}
     )
@@ -53,39 +51,50 @@ def main(argv: Sequence[str]) -> None:
     with training_run("rloo", arguments) as run:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
+        task.fit(recipe.max_prompt_tokens, training.max_completion_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
-        policy = load_policy(task.base, model_options)
-        dtype = generation_dtype(model_options, policy)
-        spec = GenerationSpec(
-            temperature=training.temperature, max_tokens=training.max_completion_length, seed=training.seed, dtype=dtype
+        policy = task.load_policy(model_options)
+        spec = task.spec(
+            temperature=training.temperature,
+            top_p=training.top_p,
+            top_k=training.top_k or 0,
+            min_p=training.min_p or 0.0,
+            repetition_penalty=training.repetition_penalty,
+            max_tokens=training.max_completion_length,
+            seed=training.seed,
+            dtype=generation_dtype(model_options, policy),
         )
         sampler = task.sampler(spec)
         task.measure_base(sampler, policy)
-        own = copy.deepcopy(task.tokenizer)
-        queries = make_queries(prompts_of(task.rows), task.tokenizer, recipe.max_prompt_tokens)
-        say(task.heading("RLOO", f"{len(queries.prompts)} prompts, {training.num_generations} responses each"))
+        say(task.heading("RLOO", f"{len(task.rows)} prompts, {training.num_generations} responses each"))
 
         # TRL loads the reference model by itself, and has to be told how.
         training.model_init_kwargs = reference_loading(model_options)
+        # The tokenizer has the project's variables of the chat template in it.
+        training.chat_template_kwargs = None
         with trainer_settings():
-            trainer = RLOOTrainer(
+            trainer = ReadRLOOTrainer(
                 model=policy,
                 args=training,
-                reward_funcs=RewardFunction(task.reward, task.tokenizer, recipe.missing_eos_penalty),
-                train_dataset=Dataset.from_dict({"prompt": queries.prompts}),
+                reader=task.reader,
+                chats=task.chats,
+                reward_funcs=RewardFunction(task.reward, task.reader, task.chats, recipe.missing_eos_penalty),
+                train_dataset=Dataset.from_dict({"prompt": [packed(prompt) for prompt in prompts_of(task.rows)]}),
                 processing_class=task.tokenizer,
                 peft_config=lora_config(model_options, policy),
                 callbacks=[MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
-        trainer.save_model(str(run.folder))
-        from_main(lambda: save_tokenizer(own, run.folder))
-        metrics = task.measure_gain(sampler, trainer.accelerator.unwrap_model(trainer.model), run.folder)
-        run.finish(metrics, **task.facts(training))
-        task.add_to_project(run)
+        task.save(trainer.save_model, run)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        run.finish(
+            lambda: task.measure_gain(sampler, policy, run.folder),
+            lambda: task.add_to_project(run),
+            **task.facts(training),
+        )
 
 
 if __name__ == "__main__":

@@ -8,34 +8,42 @@
         --config recipes/configs/summary/sft.yaml
 
 The data hold prompt and completion (the loss is on the completion), messages (`assistant_only_loss` as in TRL), or
-text. Without `model_name_or_path` a tokenizer and a small Llama are made from nothing on the corpus. What LoRA or QLoRA
-has learned is folded into the base at the end. The model becomes the project's `base`.
+text. The token that ends a chat's turns becomes an end token in the model's generation config. Without
+`model_name_or_path` a tokenizer and a small Llama are made from nothing on the corpus. What LoRA or QLoRA has learned
+is folded into the base at the end. The model becomes the project's `base`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rewarded_lines import merge
-from rewarded_lines.data.prompts import with_turns
-from rewarded_lines.data.rows import read_rows, rows_hash
-from rewarded_lines.learning.models import absolute, load_policy, load_tokenizer, lora_config, reference_hash
+from rewarded_lines.data.forms import read_demonstrations
+from rewarded_lines.data.rows import rows_hash
+from rewarded_lines.learning.demonstrations import Demonstrations
+from rewarded_lines.learning.models import (
+    absolute,
+    keep_generation_config,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    plain_generation,
+    reference_hash,
+)
 from rewarded_lines.learning.optimizer import MuonAdamW
 from rewarded_lines.learning.scratch import ScratchModel, make_llama, train_tokenizer
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.project import register
+from rewarded_lines.training.project import generation_of, register
 from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say, training_run
-
-LAYOUTS = [("messages",), ("prompt", "completion"), ("text",)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,46 +58,66 @@ def main(argv: Sequence[str]) -> None:
         set_seed(training.seed)
         start, revision = model_options.model_name_or_path, model_options.model_revision
         base = absolute(start, revision) if start else None
-        corpus = with_turns(read_rows(data.train(), LAYOUTS), data.train())
+        corpus = read_demonstrations(data.train(), tell=say)
         held_out = data.validation()
-        validation = with_turns(read_rows(held_out, LAYOUTS), held_out) if held_out else None
-        inputs = {"train": rows_hash(corpus), "validation": rows_hash(validation or []), "base": reference_hash(base)}
+        validation = read_demonstrations(held_out, tell=say) if held_out else []
+        inputs = {"train": rows_hash(corpus), "validation": rows_hash(validation), "base": reference_hash(base)}
+        if base:
+            tokenizer = load_tokenizer(base, revision)
+        else:
+            tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
+        rows = Demonstrations(tokenizer, base, generation_of(options.project_file), training)
+        corpus = rows.fit(corpus, data.too_long, "training rows", say)
+        validation = rows.fit(validation, data.too_long, "validation rows", say) if validation else []
         if not run.begin(**inputs):
             add_to_project(options, run)
             return
 
         if base:
-            tokenizer = load_tokenizer(base, revision)
             model = load_policy(base, model_options)
             lora, optimizer = lora_config(model_options, model), None
         else:
-            tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
             model = make_llama(tokenizer, scratch)
             lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
         say(f"SFT of {base or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
+        own, restore = copy.deepcopy(tokenizer), plain_generation(model, rows.ends, tokenizer.pad_token_id)
         with trainer_settings():
             trainer = SFTTrainer(
                 model=model,
                 args=training,
-                train_dataset=Dataset.from_list(corpus),
-                eval_dataset=Dataset.from_list(validation) if validation else None,
-                processing_class=tokenizer,
+                train_dataset=rows.dataset(corpus),
+                eval_dataset=rows.dataset(validation) if validation else None,
+                processing_class=rows.tokenizer,
                 peft_config=lora,
                 optimizers=(optimizer, None),
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        if validation:
-            metrics |= trainer.evaluate()
-            metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
-            say(f"validation perplexity {metrics['validation_perplexity']:.1f}")
+        run.keep()
+        restore()
         trainer.save_model(str(run.folder / "adapter" if lora else run.folder))
         if lora:
             from_main(lambda: fold(str(base), run.folder))
-        from_main(lambda: save_tokenizer(tokenizer, run.folder))
-        run.finish(metrics, base=base, base_hash=inputs["base"], seed=training.seed)
-        add_to_project(options, run)
+        if base:
+            from_main(lambda: keep_generation_config(base, run.folder, rows.added_ends))
+        from_main(lambda: save_tokenizer(own, run.folder))
+        run.saved()
+        run.finish(
+            lambda: {**metrics, **(perplexity(trainer) if validation else {})},
+            lambda: add_to_project(options, run),
+            base=base,
+            base_hash=inputs["base"],
+            seed=training.seed,
+        )
+
+
+def perplexity(trainer: SFTTrainer) -> dict[str, float]:
+    """Return the loss on the validation rows and the perplexity that it is."""
+    metrics = trainer.evaluate()
+    metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
+    say(f"validation perplexity {metrics['validation_perplexity']:.1f}")
+    return metrics
 
 
 def add_to_project(options: RunOptions, run: TrainingRun) -> None:

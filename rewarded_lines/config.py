@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,24 +15,39 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+CHAT = "chat"
+"""The template of a reward model that reads conversations by its own chat template."""
+TooLong = Literal["refuse", "leave_out", "truncate"]
+# Settings that came later, each with its usual value: records made before are those of this value.
+_LATER: dict[str, Any] = {
+    "messages": False, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [],
+    "chat_template_kwargs": {}, "strip": None,
+}  # fmt: skip
+_FIRST_MAX_TOKENS = 512
+
+
 class RewardSpec(Strict):
     """One reward, declared once for recipes and evaluator: a model with a format, or a Python function.
 
     `format` says which logits make the score, as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of
-    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads. A reward of
-    the role "audit" is reported and never trained on, chosen by, or part of a hypervolume. `backend` runs a model,
-    `device` is its place (the command line's by default); `workers` are processes that a function is called in.
+    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads; a list of two
+    is the pair of texts that a cross-encoder reads; "chat" is the whole conversation in the reward model's own chat
+    template. `messages` gives a function the turns of a chat in place of their text. A reward of the role "audit" is
+    reported and never trained on, chosen by, or part of a hypervolume. `max_tokens` is the longest text, by default all
+    that the model can read. `backend` runs a model, `device` is its place (the command line's by default); `workers`
+    are processes that a function is called in.
     """
 
     model: str | None = None
     format: str = "0"
-    template: str = "{prompt}{response}"
+    template: str | tuple[str, str] = "{prompt}{response}"
     function: str | None = None
+    messages: bool = False
     role: Literal["objective", "audit"] = "objective"
     unit: str = ""
     description: str = ""
     batch_size: int = Field(64, ge=1)
-    max_tokens: int = Field(512, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
@@ -46,6 +61,8 @@ class RewardSpec(Strict):
             raise ValueError("`workers:` is for functions; a model's batches are its own")
         if self.backend != "hf" and self.model is None:
             raise ValueError("`backend:` is for models")
+        if self.messages and self.function is None:
+            raise ValueError("`messages:` is for functions; a model reads a chat with `template: chat`")
         return self
 
     @field_validator("format")
@@ -56,9 +73,9 @@ class RewardSpec(Strict):
 
     @field_validator("template")
     @classmethod
-    def _template(cls, value: str) -> str:
-        if "{response}" not in value:
-            raise ValueError("the template must contain {response} (and usually {prompt})")
+    def _template(cls, value: str | tuple[str, str]) -> str | tuple[str, str]:
+        if value != CHAT and "{response}" not in "".join(value):
+            raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
         return value
 
 
@@ -67,7 +84,8 @@ class DataSpec(Strict):
 
     `columns` says where a role (prompt, completion, chosen, rejected, messages, text) is found under another name, dots
     leading into nested columns; `rows` names a Python function that makes a row (or several, or None) with the roles of
-    each row of the data. With `chat`, texts are turns of a chat and `system` is the first turn of each.
+    each row of the data. With `chat`, texts are turns of a chat and `system` is the first turn of each. `too_long` says
+    what becomes of a row that a model cannot read: it is refused, left out, or its prompt is cut from the beginning.
     """
 
     file: str | None = None
@@ -80,6 +98,7 @@ class DataSpec(Strict):
     limit: int | None = Field(None, ge=1)
     chat: bool = False
     system: str | None = None
+    too_long: TooLong = "refuse"
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -99,17 +118,27 @@ class PromptSpec(DataSpec):
 class GenerationSpec(Strict):
     """How every point of a sweep answers: `n` responses to each prompt, each with a seed of its own from `seed`.
 
-    Temperature 0 is greedy. A response ends at the model's end token, before the first of the `stop` texts, or after
-    `max_tokens`. `chat_template` is a Jinja file that takes the place of the tokenizer's own.
+    Temperature 0 is greedy. A response ends at one of the model's end tokens (those of its generation config, its
+    tokenizer's, and `stop_token_ids`), before the first of the `stop` texts, or after `max_tokens`. Sampling applies
+    `repetition_penalty`, the temperature, `min_p`, `top_k` (0: all tokens) and `top_p`, in this order, whatever the
+    engine. `chat_template` is a Jinja file that takes the place of the tokenizer's own, `chat_template_kwargs` are
+    variables that the template gets (`enable_thinking`, for one). `strip`, two markers with … between them, is what
+    rewards, length and audits do not see of a response: "<think>…</think>".
     """
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
     max_tokens: int = Field(64, ge=1)
     seed: int = Field(0, ge=0, lt=1_000_000)
     n: int = Field(1, ge=1)
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    strip: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
@@ -119,6 +148,13 @@ class GenerationSpec(Strict):
         if not all(self.stop):
             raise ValueError("a stop text is empty")
         return self
+
+    @field_validator("strip")
+    @classmethod
+    def _markers(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_strip(value)
+        return value
 
 
 class MethodSpec(Strict):
@@ -272,6 +308,32 @@ def is_one_set(control: Mapping[str, Any]) -> bool:
     """Say whether `control:` is one set without a name: it says a file or columns, or nothing that is a mapping."""
     plain = [key for key, one in control.items() if key == "columns" or not isinstance(one, Mapping)]
     return bool(control) and (any(key in DataSpec.model_fields for key in plain) or len(plain) == len(control))
+
+
+def parse_strip(text: str) -> tuple[str, str]:
+    """Return the two markers of `strip:`, for instance "<think>" and "</think>".
+
+    Raises:
+        ValueError: when `text` is not two markers with … (or ...) between them.
+    """
+    opening, dots, closing = text.replace("...", "…").partition("…")
+    if not (dots and opening and closing):
+        raise ValueError(f"{text!r} is not two markers with … between them, such as '<think>…</think>'")
+    return opening, closing
+
+
+def decides(spec: Strict, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a section says as the identity of records has it: settings that came later only where they are used.
+
+    Args:
+        spec: a reward's declaration or the generation settings.
+        exclude: keys that decide nothing.
+    """
+    content = spec.model_dump(mode="json", exclude=set(exclude))
+    if isinstance(spec, RewardSpec):
+        # Texts of another length are refused or read whole, so the limit decides no score.
+        content["max_tokens"] = spec.max_tokens or _FIRST_MAX_TOKENS
+    return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}
 
 
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:

@@ -66,6 +66,14 @@ class Project:
         """Return the folder that paths in the project are relative to."""
         return self.path.parent
 
+    @property
+    def generation(self) -> GenerationSpec:
+        """Return the generation settings, the chat template's path made usable from here."""
+        spec = self.config.generation
+        if spec.chat_template is None:
+            return spec
+        return spec.model_copy(update={"chat_template": str(local_path(spec.chat_template, self.root))})
+
     def where(self, *keys: str) -> str:
         """Return the place of an entry, for messages: its file, which one may be that the project extends."""
         said_in = (path for path, content in self.files if _says(content, keys))

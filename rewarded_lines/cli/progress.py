@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from time import monotonic
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -47,6 +48,12 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
     shown = nullcontext() if quiet else _live(work, console) if console.is_terminal else _logged(work, console)
     with stdout_for_results(), shown:
         yield work.advance
+
+
+def tell_rows(header: Mapping[str, Any], quiet: bool) -> None:
+    """Say on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
+    for sentence in () if quiet else header["prompts"].get("told", ()):
+        sys.stderr.write(f"{sentence}\n")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from rewarded_lines.cli.options import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, Quiet, TensorParallel
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def score(
@@ -53,6 +53,7 @@ def score(
         )
         bar("bootstrap", 0, 0)
         summary = summarise(done)
+    tell_rows(done.header, quiet or as_json)
     if as_json:
         sft, policy = summary.points
         found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewarded_lines.cli.completion import engines, run_methods
 from rewarded_lines.cli.options import AsJson, Device, Layers, Offload, Quiet, Ray, Run, TensorParallel, Workers
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def search(
@@ -67,6 +67,7 @@ def search(
             workers=workers,
             progress=bar,
         )
+    tell_rows(done.header, quiet or as_json)
     if as_json:
         content = {"folder": str(done.folder), "methods": [asdict(one) for one in found]}
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))

@@ -21,7 +21,7 @@ from rewarded_lines.cli.options import (
     TensorParallel,
     Workers,
 )
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries
+from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def sweep(
@@ -73,6 +73,7 @@ def sweep(
             overwrite=overwrite,
             progress=bar,
         )
+    tell_rows(done.header, quiet or as_json)
     if as_json:
         typer.echo(json.dumps({"folder": str(done.folder), **done.header}, indent=2, ensure_ascii=False))
     else:

@@ -1,74 +1,37 @@
-"""Prompts, as texts or as turns of a chat, and the way from them to tokens and back."""
+"""Prompts, as texts or as turns of a chat, and the way from them to tokens and back.
+
+Trainers, engines and measurements take tokens from here, so all of them see the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import json
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from rewarded_lines.config import DataSpec
-from rewarded_lines.data.rows import Row, read_rows
+from rewarded_lines.data.messages import Messages, Prompt, render
 from rewarded_lines.errors import fail
-from rewarded_lines.projects import Project
 
-Messages = list[dict[str, str]]
-# A text that the model goes on from, or the turns of a chat that it answers.
-Prompt = str | Messages
-
-
-def load_prompts(project: Project) -> list[Prompt]:
-    """Return the prompts that the project's `prompts:` section names, the first `limit` of them.
-
-    Raises:
-        UserError: the section or its data is missing, or a row has no `prompt`.
-    """
-    project.require("prompts")
-    spec = project.config.prompts
-    assert spec is not None
-    return read_prompts(spec, project.root)
-
-
-def read_prompts(spec: DataSpec, root: Path) -> list[Prompt]:
-    """Return the prompts that a declaration of data names; relative paths in it start at `root`.
-
-    Raises:
-        UserError: the data are missing, or a row has no `prompt`.
-    """
-    return [row["prompt"] for row in with_turns(read_rows(spec, [("prompt",)], root), spec)]
-
-
-def with_turns(rows: list[Row], spec: DataSpec) -> list[Row]:
-    """Return the rows with their texts as turns of a chat where the data's declaration asks for it.
-
-    `prompt` becomes the user's turn, after the system's if there is one; `completion`, `chosen` and `rejected` the
-    assistant's.
-    """
-    if not spec.chat:
-        return rows
-    system: Messages = [{"role": "system", "content": spec.system}] if spec.system is not None else []
-    return [
-        {role: _turns(role, value, system) if role != "text" else value for role, value in row.items()} for row in rows
-    ]
-
-
-def _turns(role: str, value: Prompt, system: Messages) -> Messages:
-    if isinstance(value, str):
-        speaker = "user" if role == "prompt" else "assistant"
-        value = [{"role": speaker, "content": value}]
-    opens = role in ("prompt", "messages") and value[0]["role"] != "system"
-    return [*system, *value] if opens else value
+__all__ = ["Messages", "Prompt", "encode", "encode_answers", "prompt_key", "prompt_text", "split_text"]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return what a reward reads of a prompt: a text as it is; of a chat what was said, without the system's turn."""
+    """Return what a reward that reads text gets of a prompt: a text as it is; of a chat its turns but the system's."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(turn["content"] for turn in prompt if turn["role"] != "system")
+    return "\n\n".join(turn["content"] or "" for turn in prompt if turn["role"] != "system")
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return a text by which a prompt is known: itself, or the JSON of its turns."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return the token ids of each prompt: a text with the special tokens that the tokenizer itself adds, a chat in the
     tokenizer's chat template, up to where the answer starts.
+
+    A text that begins with the tokenizer's BOS already does not get a second one.
 
     Raises:
         UserError: there are chats, and the tokenizer has no chat template.
@@ -76,28 +39,71 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     if not prompts:
         return []
     if all(isinstance(prompt, str) for prompt in prompts):
-        ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-        return ids
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise fail(
-            "the tokenizer has no chat template",
-            where=str(tokenizer.name_or_path),
-            expected="chat_template.jinja beside it, since the prompts are chats",
-            remedy="set `chat: false`, or give the SFT model's tokenizer a template",
-        )
+        return [one_bos(tokenizer, ids) for ids in tokenizer(list(prompts))["input_ids"]]
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    try:
-        made = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except TemplateError as error:
-        raise fail(
-            "the tokenizer's chat template fails on the chats",
-            where=str(tokenizer.name_or_path),
-            got=f"{type(error).__name__}: {error}",
-            remedy="mend the template, or leave out what it does not know (a system turn?)",
-        ) from error
+    made = render(tokenizer, chats, add_generation_prompt=True, tokenize=True, return_dict=True)
     return [list(row) for row in made["input_ids"]]
+
+
+def encode_answers(
+    tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Prompt], ends: Collection[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts as token ids, and those that follow each in training: an answer with its end, nothing behind it.
+
+    A text ends with the tokenizer's end token. A chat ends with the last of `ends` in what the chat template makes of
+    the answer.
+
+    Args:
+        tokenizer: of the model.
+        prompts: see `encode`.
+        answers: to each a text where the prompt is one, else turns.
+        ends: the ids that end a response.
+
+    Raises:
+        UserError: the chat template renders a prompt otherwise when an answer follows.
+    """
+    if not prompts:
+        return [], []
+    heads = encode(tokenizer, prompts)
+    if isinstance(prompts[0], str):
+        end = tokenizer.eos_token or ""
+        texts = [str(answer) if end and str(answer).endswith(end) else f"{answer}{end}" for answer in answers]
+        joined = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
+        wholes = [one_bos(tokenizer, ids) for ids in tokenizer(joined)["input_ids"]]
+        # Where the tokenizer would join the border into one token, the model goes on from the prompt's own tokens.
+        return heads, [
+            whole[len(head) :]
+            if whole[: len(head)] == head
+            else list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for head, whole, text in zip(heads, wholes, texts, strict=True)
+        ]
+    chats = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    made = render(tokenizer, chats, tokenize=True, return_dict=True)["input_ids"]
+    return heads, [_tail(tokenizer, head, list(whole), ends) for head, whole in zip(heads, made, strict=True)]
+
+
+def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[int]) -> list[int]:
+    """Return what a conversation has after its prompt, up to the last end token."""
+    if whole[: len(head)] != head:
+        raise fail(
+            "the chat template renders a prompt otherwise when an answer follows",
+            where=str(tokenizer.name_or_path),
+            expected=f"a conversation that begins with {tokenizer.decode(head)[-120:]!r}",
+            got=repr(tokenizer.decode(whole)[:240]),
+            remedy="set what the template needs, for instance `generation: {chat_template_kwargs: {enable_thinking: "
+            "false}}` in the project, or name a template that does not depend on what follows",
+        )
+    tail = whole[len(head) :]
+    last = max((place + 1 for place, token in enumerate(tail) if token in ends), default=len(tail))
+    return tail[:last]
+
+
+def one_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Return token ids without a second BOS at their beginning."""
+    bos, row = tokenizer.bos_token_id, list(ids)
+    while bos is not None and row[:2] == [bos, bos]:
+        del row[0]
+    return row
 
 
 def split_text(ids: Sequence[int], prompt_tokens: int, tokenizer: Any) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Rows with declared roles, from JSONL, Parquet or CSV files or a data set of the Hub; checked before anything is done.
 
 Nothing is repaired or dropped: a row that lacks a role ends the reading with its place and the columns that are there.
+What a row means, by its form, is read in `rewarded_lines.data.forms`.
 """
 
 from __future__ import annotations
@@ -15,34 +16,37 @@ from typing import Any
 import blake3
 
 from rewarded_lines.config import DataSpec
+from rewarded_lines.data.messages import check_text, is_chat, read_messages
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
 # Alternatives of what a row may hold, in order of preference.
 Layouts = Sequence[tuple[str, ...]]
+_ANSWERS = ("completion", "chosen", "rejected")
 _CONVERTED = "refs/convert/parquet"
 _SHOWN = 12
 _LONGEST_FIELD = 1 << 27
 _SAID = 600
 
 
-def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path()) -> list[Row]:
+def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a source, each with the roles of the first of `layouts` that its columns allow.
 
-    A role is a text, or a list of messages `{"role": ..., "content": ...}` (conversational data).
+    A role is a text, or a list of messages `{"role": ..., "content": ...}` (conversational data), each kept whole.
 
     Args:
         spec: the source.
         layouts: e.g. `[("messages",), ("prompt", "completion")]`.
         root: the folder that paths in `spec` start from.
+        beside: columns that are kept as they are where a row has something in them.
 
     Raises:
         UserError: no such file or data set, something that is not JSON, a role without a column, or no rows.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
-    rows = list(islice(_shape(raw, spec, layouts, root, source), spec.limit))
+    rows = list(islice(_shape(raw, spec, layouts, root, source, beside), spec.limit))
     if not rows:
         raise fail("there are no rows", where=source, expected="at least one")
     return rows
@@ -56,7 +60,14 @@ def rows_hash(rows: Iterable[Row]) -> str:
     return hasher.hexdigest()
 
 
-def _shape(raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, root: Path, source: str) -> Iterator[Row]:
+def _shape(
+    raw: Iterable[tuple[str, Row]],
+    spec: DataSpec,
+    layouts: Layouts,
+    root: Path,
+    source: str,
+    beside: Sequence[str],
+) -> Iterator[Row]:
     """Turn rows of the data into rows with roles."""
     function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
     layout: tuple[str, ...] | None = None
@@ -65,7 +76,8 @@ def _shape(raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, roo
         for one in made if isinstance(made, list) else [made] if made is not None else []:
             named = _rename(one, spec.columns, where)
             layout = layout or _choose(named, layouts, where)
-            yield {role: _check(named, role, where, layouts) for role in layout}
+            kept = {name: named[name] for name in beside if named.get(name)}
+            yield {role: _check(named, role, where, layouts) for role in layout} | kept
 
 
 def _call(function: Any, row: Row, where: str) -> Any:
@@ -112,10 +124,11 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
 
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
-    if isinstance(value, str):
-        return _encodable(value, role, where)
-    if isinstance(value, (list, tuple)) and value and all(_is_message(one) for one in value):
-        return [{"role": one["role"], "content": _encodable(one["content"], role, where)} for one in value]
+    # One message by itself is how some data sets keep an answer.
+    single = isinstance(value, Mapping) and role in _ANSWERS
+    if isinstance(value, str) or (is_chat(value) and (single or not isinstance(value, Mapping))):
+        check_text(value, role, where)
+        return value if isinstance(value, str) else read_messages(value, f"{where}, column `{role}`")
     kind = "nothing" if value is None else repr(value)[:80]
     raise fail(
         f"no text in column `{role}`",
@@ -123,19 +136,6 @@ def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
         expected=f"text, or messages such as {{'role': 'user', 'content': '...'}}; {_expected(layouts)}",
         got=f"{kind}; {_names(row)}",
     )
-
-
-def _encodable(text: str, role: str, where: str) -> str:
-    """Refuse halves of a surrogate pair, which JSON can write and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise fail(f"column `{role}` holds what is no text", where=where, got=str(error)) from error
-    return text
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _expected(layouts: Layouts) -> str:

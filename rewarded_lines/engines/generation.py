@@ -6,12 +6,12 @@ Every response has its own seed, so the answer to a prompt does not depend on th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.engines.responses import Response
 from rewarded_lines.engines.tokens import Tokens
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapters import AdapterPlan
@@ -25,19 +25,6 @@ ENGINES = ("vllm", "hf")
 _SEED_STRIDE = 1_000_000
 # Above every run's and prompt's, and different in the low 32 bits too: torch's generator on a CPU reads no others.
 _SAMPLE_STRIDE = (1 << 42) + 2_654_435_761
-
-
-@dataclass(frozen=True)
-class Response:
-    """One answer: its text without special tokens, its token ids (the end token included), and whether it ended.
-
-    `logprob` is Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    ended: bool
-    logprob: float
 
 
 class Generator(Protocol):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.generation import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling, StopTexts
-from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence, read_template, response_text
+from rewarded_lines.engines.tokens import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
@@ -60,9 +61,8 @@ class HfGenerator:
         self._model, self._tokenizer = loaded or self._from_folder(model, spec, prompts, longest)
         self._remember()
         try:
-            if loaded and spec.chat_template is not None:
-                self._tokenizer.chat_template = read_template(spec.chat_template)
             if loaded:
+                set_template(self._tokenizer, spec)
                 longest_sequence(self._tokenizer, self._model.config, model, spec, prompts, longest)
             self._set_up()
         except BaseException:
@@ -129,10 +129,7 @@ class HfGenerator:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval()
-        ends = self._model.generation_config.eos_token_id
-        self._ends = {ends} if isinstance(ends, int) else set(ends or [])
-        if self._tokenizer.eos_token_id is not None:
-            self._ends.add(self._tokenizer.eos_token_id)
+        self._ends = end_tokens(self._tokenizer, self._model.generation_config)
         self._model.generation_config = GenerationConfig(
             eos_token_id=sorted(self._ends), pad_token_id=self._tokenizer.pad_token_id
         )
@@ -171,41 +168,37 @@ class HfGenerator:
 
     def _answer(self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
         """Return a response for each prompt and seed, all in one batch."""
-        rows, stops = self._sample(asked, spec)
-        tokens = [self._cut(row, stop) for row, stop in zip(rows, stops, strict=True)]
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         heads = [head for head, _ in asked]
-        totals = self._score(list(zip(heads, tokens, strict=True)))
-        return [self._response(head, row, total, spec) for head, row, total in zip(heads, tokens, totals, strict=True)]
+        rows, stops = self._sample(heads, [seed for _, seed in asked], spec, reader)
+        cuts = [reader.cut(head, row[:stop]) for head, row, stop in zip(heads, rows, stops, strict=True)]
+        totals = self._score([(head, tokens) for head, (tokens, _) in zip(heads, cuts, strict=True)])
+        return [
+            reader.response(head, tokens, ended, total)
+            for head, (tokens, ended), total in zip(heads, cuts, totals, strict=True)
+        ]
 
     def _sample(
-        self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec
+        self, heads: Sequence[list[int]], seeds: Sequence[int], spec: GenerationSpec, reader: ResponseReader
     ) -> tuple[list[list[int]], list[int | None]]:
         """Return the tokens after each prompt, and how many of them complete a stop text."""
         import torch
         from transformers import StoppingCriteriaList
 
-        heads, seeds = [head for head, _ in asked], [seed for _, seed in asked]
         padded = self._tokenizer.pad({"input_ids": heads}, padding_side="left", return_tensors="pt")
         rows = padded.to(self._model.device)
-        stops = StopTexts(self._tokenizer, heads, spec.stop)
+        stops = StopTexts(reader, heads)
+        changes = spec.temperature > 0 or spec.repetition_penalty != 1
         with torch.inference_mode():
             output = self._model.generate(
                 **rows,
                 do_sample=False,
                 max_new_tokens=spec.max_tokens,
-                logits_processor=[SeededSampling(seeds, spec)] if spec.temperature > 0 else [],
+                eos_token_id=sorted(reader.ends),
+                logits_processor=[SeededSampling(seeds, spec, heads)] if changes else [],
                 stopping_criteria=StoppingCriteriaList([stops] if spec.stop else []),
             )
         return output[:, rows["input_ids"].shape[1] :].tolist(), stops.lengths
-
-    def _cut(self, row: list[int], stop: int | None) -> tuple[int, ...]:
-        """Return the tokens up to what ended the response, without the padding behind."""
-        end = next((place + 1 for place, token in enumerate(row) if token in self._ends), len(row))
-        return tuple(row[: min(end, end if stop is None else stop)])
-
-    def _response(self, head: list[int], tokens: tuple[int, ...], total: float, spec: GenerationSpec) -> Response:
-        text, stopped = response_text(self._tokenizer, head, tokens, spec.stop)
-        return Response(text, tokens, stopped or (bool(tokens) and tokens[-1] in self._ends), total)
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
         """Return the probabilities under the weights in use; see `logprobs`."""

@@ -18,8 +18,15 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers, changes_nothing
 from rewarded_lines.engines.generation import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server import Server, describe
-from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence
+from rewarded_lines.engines.tokens import (
+    end_tokens,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    longest_sequence,
+)
 from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response
 from rewarded_lines.errors import UserError, fail
@@ -29,13 +36,7 @@ from rewarded_lines.planning.plan import MergePlan, MergeSpec
 FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
 _UNDER_WAY = 64
 # A server's own generation_config.json counts wherever a request leaves something open.
-_PLAIN = {
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+_PLAIN = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class RemoteGenerator:
@@ -77,6 +78,7 @@ class RemoteGenerator:
         _refuse_whole_models(url, plan)
         self.swap_seconds = 0.0
         self._tokenizer = load_tokenizer(model, spec)
+        self._ends = end_tokens(self._tokenizer, load_generation_config(model))
         length = longest_sequence(self._tokenizer, load_config(model), model, spec, prompts, longest)
         self._plan = plan if isinstance(plan, AdapterPlan) else None
         self._server = Server(url, _UNDER_WAY)
@@ -136,13 +138,18 @@ class RemoteGenerator:
         return [found[name] for name in names]
 
     def _answer(self, name: str, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         choice = self._server.complete(
             model=name,
             prompt=list(row),
             max_tokens=spec.max_tokens,
             temperature=spec.temperature,
             top_p=spec.top_p,
+            top_k=spec.top_k or -1,
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty,
             stop=list(spec.stop),
+            stop_token_ids=sorted(reader.ends),
             seed=seed,
             logprobs=0,
             return_token_ids=True,
@@ -151,7 +158,7 @@ class RemoteGenerator:
         tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
             raise self._server.strange("/v1/completions", choice)
-        return make_response(self._tokenizer, row, tokens, logprobs, choice.get("finish_reason"), spec)
+        return make_response(reader, row, tokens, logprobs, choice.get("finish_reason"))
 
     def _score(self, name: str, head: Tokens, tail: Tokens) -> float:
         row = [*head, *tail]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.tokens import Tokens, response_text
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -16,32 +17,56 @@ class SeededSampling:
     """Sampling with a seed for each row, as a logits processor for greedy search: the Gumbel-max trick.
 
     argmax(logits/T + g), g standard Gumbel noise from the row's own generator, is a draw from softmax(logits/T); a
-    row's noise does not depend on which other rows are in the batch. top_p masks the tail first.
+    row's noise does not depend on which other rows are in the batch. Before the noise come the repetition penalty (over
+    prompt and response), the temperature, min_p, top_k and top_p, in vLLM's order.
     """
 
-    def __init__(self, seeds: Sequence[int], spec: GenerationSpec) -> None:
+    def __init__(self, seeds: Sequence[int], spec: GenerationSpec, prompts: Sequence[Tokens]) -> None:
         """Make a generator for every row.
 
         Args:
             seeds: one for each row.
-            spec: temperature > 0 and top_p.
+            spec: the settings; at temperature 0 only the penalty counts.
+            prompts: one for each row, without padding.
         """
         import torch
-        from transformers import TopPLogitsWarper
+        from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature = spec.temperature
-        self._top_p = TopPLogitsWarper(spec.top_p) if spec.top_p < 1 else None
+        self._temperature, self._penalty = spec.temperature, spec.repetition_penalty
+        self._lengths, self._padded = [len(prompt) for prompt in prompts], max(map(len, prompts))
+        self._warpers: list[Any] = []
+        if spec.temperature > 0:
+            self._warpers += [MinPLogitsWarper(spec.min_p)] if spec.min_p > 0 else []
+            self._warpers += [TopKLogitsWarper(spec.top_k)] if spec.top_k > 0 else []
+            self._warpers += [TopPLogitsWarper(spec.top_p)] if spec.top_p < 1 else []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return perturbed scores [rows, vocabulary] whose argmax is a sample."""
         import torch
 
-        scaled = scores.float() / self._temperature
-        if self._top_p is not None:
-            scaled = self._top_p(input_ids, scaled)
+        scaled = self._penalized(input_ids, scores.float())
+        if self._temperature == 0:
+            return scaled
+        scaled = scaled / self._temperature
+        for warper in self._warpers:
+            scaled = warper(input_ids, scaled)
         noise = torch.stack([torch.rand(scaled.shape[-1], generator=g) for g in self._generators])
         return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
+
+    def _penalized(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Make tokens that were there before less likely: logits l > 0 become l/penalty, others l·penalty.
+
+        Padding is no token that was there.
+        """
+        if self._penalty == 1:
+            return scores
+        scores = scores.clone()
+        for row, length in enumerate(self._lengths):
+            seen = input_ids[row, self._padded - length :].unique()
+            held = scores[row, seen]
+            scores[row, seen] = held.where(held < 0, held / self._penalty).where(held >= 0, held * self._penalty)
+        return scores
 
 
 class StopTexts:
@@ -51,16 +76,15 @@ class StopTexts:
         lengths: of each row how many tokens it had then; None for one that has met no such text.
     """
 
-    def __init__(self, tokenizer: Any, prompts: Sequence[Tokens], stop: Sequence[str]) -> None:
+    def __init__(self, reader: ResponseReader, prompts: Sequence[Tokens]) -> None:
         """Begin with the responses empty.
 
         Args:
-            tokenizer: that makes text of tokens.
+            reader: knows the texts.
             prompts: one for each row, without padding.
-            stop: the texts.
         """
         self.lengths: list[int | None] = [None] * len(prompts)
-        self._tokenizer, self._prompts, self._stop = tokenizer, prompts, stop
+        self._reader, self._prompts = reader, prompts
         self._padded = max(map(len, prompts))
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -69,6 +93,6 @@ class StopTexts:
 
         for index, row in enumerate(input_ids[:, self._padded :].tolist()):
             # A text that spans the end of the prompt is none of the response's.
-            if self.lengths[index] is None and response_text(self._tokenizer, self._prompts[index], row, self._stop)[1]:
+            if self.lengths[index] is None and self._reader.text(self._prompts[index], row)[1]:
                 self.lengths[index] = len(row)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

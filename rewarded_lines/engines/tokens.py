@@ -1,15 +1,16 @@
-"""What every engine does with tokens: tokenizer and chat template, the longest sequence, a response's text."""
+"""What every engine does with tokens: tokenizer and chat template, end tokens, the longest sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, encode, split_text
+from rewarded_lines.data.messages import with_settings
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.errors import fail
 
 Tokens = Sequence[int]
@@ -26,9 +27,41 @@ def load_tokenizer(model: str, spec: GenerationSpec) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_template(tokenizer, spec)
+    return tokenizer
+
+
+def set_template(tokenizer: Any, spec: GenerationSpec) -> None:
+    """Give a tokenizer the chat template of `spec`, if it has one, with the variables that `spec` sets in it.
+
+    Raises:
+        UserError: the template cannot be read.
+    """
     if spec.chat_template is not None:
         tokenizer.chat_template = read_template(spec.chat_template)
-    return tokenizer
+    if spec.chat_template_kwargs:
+        tokenizer.chat_template = with_settings(tokenizer.chat_template, spec.chat_template_kwargs)
+
+
+def end_tokens(tokenizer: Any, generation_config: Any, more: Iterable[int] = ()) -> frozenset[int]:
+    """Return the ids that end a response: those of the generation config, the tokenizer's own, and `more`.
+
+    Training, measuring and every engine go by this one set.
+    """
+    ends = generation_config.eos_token_id if generation_config is not None else None
+    several = [ends] if isinstance(ends, int) else list(ends or [])
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*several, *own, *more])
+
+
+def load_generation_config(model: str) -> Any:
+    """Return a model's generation config as transformers has it when it loads the model; an adapter's is its base's."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(_base(model))
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(model))
 
 
 def read_template(path: str) -> str:
@@ -50,9 +83,12 @@ def load_config(model: str) -> Any:
     """Return a model's configuration; an adapter's is that of the model under it."""
     from transformers import AutoConfig
 
+    return AutoConfig.from_pretrained(_base(model))
+
+
+def _base(model: str) -> str:
     folder = Path(model)
-    base = read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
-    return AutoConfig.from_pretrained(base)
+    return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 
 
 def longest_sequence(
@@ -93,24 +129,6 @@ def longest_sequence(
             remedy="shorten it",
         )
     return max(answered, longest + 1)
-
-
-def response_text(tokenizer: Any, prompt: Tokens, tokens: Tokens, stop: Sequence[str] = ()) -> tuple[str, bool]:
-    """Return the text of a response up to the first stop text in it, and whether there was one."""
-    text = split_text([*prompt, *tokens], len(prompt), tokenizer)[1]
-    found = [place for place in (text.find(end) for end in stop) if place >= 0]
-    return (text[: min(found)], True) if found else (text, False)
-
-
-def tokens_until(tokenizer: Any, prompt: Tokens, tokens: Tokens, stop: Sequence[str]) -> int | None:
-    """Return how many tokens complete the first stop text; None if there is none.
-
-    An engine that makes text while it generates may hold a part of a character back, and see the text a little later.
-    """
-    count = len(tokens)
-    while count and response_text(tokenizer, prompt, tokens[:count], stop)[1]:
-        count -= 1
-    return count + 1 if count < len(tokens) else None
 
 
 def _refuse_empty(prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:

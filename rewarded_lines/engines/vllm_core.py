@@ -12,7 +12,14 @@ from typing import Any
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.generation import Response, Tokens, prompt_seed
-from rewarded_lines.engines.tokens import load_config, load_tokenizer, longest_sequence, response_text, tokens_until
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokens import (
+    end_tokens,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    longest_sequence,
+)
 from rewarded_lines.processes import prepare_vllm
 
 # Methods that workers get beside vLLM's own; a worker may be another process, so the class goes by its name.
@@ -37,6 +44,7 @@ class VllmCore:
         """
         prepare_vllm()
         self.tokenizer = load_tokenizer(model, spec)
+        self._ends = end_tokens(self.tokenizer, load_generation_config(model))
         length = longest_sequence(self.tokenizer, load_config(model), model, spec, prompts, longest)
         from vllm import LLM
 
@@ -87,13 +95,14 @@ class VllmCore:
         """
         ids = self.encode(prompts)
         rows = [row for row in ids for _ in range(spec.n)]
-        params = [_sampling(spec, prompt_seed(spec, index, k)) for index in range(len(ids)) for k in range(spec.n)]
+        reader = ResponseReader.of(self.tokenizer, self._ends, spec)
+        seeds = [prompt_seed(spec, index, k) for index in range(len(ids)) for k in range(spec.n)]
+        params = [_sampling(spec, seed, reader) for seed in seeds]
         outputs = self._run(
             rows * len(adapters), params * len(adapters), [adapter for adapter in adapters for _ in rows]
         )
         made = [
-            self._response(row, output.outputs[0], spec)
-            for row, output in zip(rows * len(adapters), outputs, strict=True)
+            _response(row, output.outputs[0], reader) for row, output in zip(rows * len(adapters), outputs, strict=True)
         ]
         return [made[start * len(rows) : (start + 1) * len(rows)] for start in range(len(adapters))]
 
@@ -163,34 +172,27 @@ class VllmCore:
             found: list[Any] = self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False)
         return found
 
-    def _response(self, prompt: Tokens, completion: Any, spec: GenerationSpec) -> Response:
-        tokens = tuple(completion.token_ids)
-        logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-        return make_response(self.tokenizer, prompt, tokens, logprobs, completion.finish_reason, spec)
+
+def _response(prompt: Tokens, completion: Any, reader: ResponseReader) -> Response:
+    tokens = tuple(completion.token_ids)
+    logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
+    return make_response(reader, prompt, tokens, logprobs, completion.finish_reason)
 
 
 def make_response(
-    tokenizer: Any,
-    prompt: Tokens,
-    tokens: Tokens,
-    logprobs: Sequence[float],
-    finish_reason: str | None,
-    spec: GenerationSpec,
+    reader: ResponseReader, prompt: Tokens, tokens: Tokens, logprobs: Sequence[float], finish_reason: str | None
 ) -> Response:
     """Return a response from what vLLM says, here or on a server.
 
     Args:
-        tokenizer: that makes text of tokens.
+        reader: of the model's responses.
         prompt: its tokens.
         tokens: of the response.
         logprobs: of each of them.
         finish_reason: "stop" after an end token or a stop text.
-        spec: the stop texts.
     """
-    length = tokens_until(tokenizer, prompt, tokens, spec.stop)
-    tokens, logprobs = tuple(tokens[:length]), logprobs[:length]
-    text = response_text(tokenizer, prompt, tokens, spec.stop)[0]
-    return Response(text, tokens, length is not None or finish_reason == "stop", float(sum(logprobs)))
+    own, ended = reader.cut(prompt, tokens)
+    return reader.response(prompt, own, ended or finish_reason == "stop", float(sum(logprobs[: len(own)])))
 
 
 def share_of_gpu() -> dict[str, Any]:
@@ -224,14 +226,19 @@ def _nothing_compiled() -> Iterator[None]:
         yield
 
 
-def _sampling(spec: GenerationSpec, seed: int) -> Any:
+def _sampling(spec: GenerationSpec, seed: int, reader: ResponseReader) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=spec.temperature,
         top_p=spec.top_p,
+        top_k=spec.top_k,
+        min_p=spec.min_p,
+        repetition_penalty=spec.repetition_penalty,
         max_tokens=spec.max_tokens,
         stop=list(spec.stop),
+        # The same ends for every engine; vLLM's own are among them.
+        stop_token_ids=sorted(reader.ends),
         seed=seed,
         logprobs=0,
         # Only stop texts are looked for in the text; what is kept is decoded from the tokens.

@@ -233,6 +233,7 @@ class Bench:
                     spec=spec,
                     prompts=[texts[i] for i in index],
                     responses=[response.text for response in responses],
+                    seen=None if setup.generation.strip is None else [response.judged for response in responses],
                     prompt_index=index.astype(np.int64),
                     seeds=np.array(seeds, dtype=np.int64),
                     tokens=np.array([len(response.tokens) for response in responses], dtype=np.int64),
@@ -244,8 +245,8 @@ class Bench:
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
         """Yield points with their scores, all responses scored in one go: fuller batches."""
-        prompts = [prompt for draft in drafts.values() for prompt in draft.prompts]
-        responses = [response for draft in drafts.values() for response in draft.responses]
+        prompts = [setup.prompts[index] for draft in drafts.values() for index in draft.prompt_index]
+        responses = [response for draft in drafts.values() for response in draft.judged]
         scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}
         start = 0
         for key, draft in drafts.items():

@@ -36,7 +36,8 @@ class Point:
 
     `kl` is the log-probability ratio of the response, log π(y|x) − log π_SFT(y|x) in nats, at temperature 1: the k1
     estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds for
-    each control text its negative log-likelihood in nats and how many tokens were predicted, [texts, 2].
+    each control text its negative log-likelihood in nats and how many tokens were predicted, [texts, 2]. `seen` is what
+    rewards saw of each response, where the project strips something of them.
     """
 
     spec: PointSpec
@@ -49,11 +50,17 @@ class Point:
     kl: np.ndarray
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     control: np.ndarray | None = None
+    seen: list[str] | None = None
+
+    @property
+    def judged(self) -> list[str]:
+        """What rewards, length and audits see of each response."""
+        return self.responses if self.seen is None else self.seen
 
     @property
     def words(self) -> np.ndarray:
         """Length of each response in words (separated by white space)."""
-        return np.array([len(response.split()) for response in self.responses], dtype=np.int64)
+        return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ def write_point(path: Path, point: Point) -> None:
         "seed": point.seeds,
         "prompt": point.prompts,
         "response": point.responses,
+        **({} if point.seen is None else {"seen": point.seen}),
         "tokens": point.tokens,
         "ended": point.ended,
         "kl": point.kl,
@@ -153,6 +161,7 @@ def read_point(path: Path) -> Point:
             for name in table.column_names
             if name.startswith(_SCORE)
         },
+        seen=table.column("seen").to_pylist() if "seen" in table.column_names else None,
         control=None if content["control"] is None else np.array(content["control"], dtype=np.float64).reshape(-1, 2),
     )
 

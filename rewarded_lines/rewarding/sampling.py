@@ -20,6 +20,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.generation import check_engine
 from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.isolated import generate_isolated
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.rewarding.rewards import WeightedReward
 
 Parts = dict[str, list[float]]
@@ -31,12 +32,12 @@ class Sampler:
 
     Attributes:
         reward: what scores them.
-        tokenizer: of the models.
+        reader: of the models' responses.
         spec: temperature, length, seed and type.
     """
 
     reward: WeightedReward
-    tokenizer: Any
+    reader: ResponseReader
     spec: GenerationSpec
 
     def responses(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> list[str]:
@@ -47,11 +48,12 @@ class Sampler:
             folder: the same model on disk, for a process of its own where the loaded one is spread over several.
             prompts: texts or chats; repeat a prompt to get several responses to it.
         """
-        return sample("hf", model, folder, self.tokenizer, self.spec, prompts)
+        return sample("hf", model, folder, self.reader.tokenizer, self.spec, prompts)
 
     def measure(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> Parts:
         """Return every reward's scores of one response to each prompt."""
-        return self.reward.parts(prompts, self.responses(model, folder, prompts))
+        responses = self.responses(model, folder, prompts)
+        return self.reward.parts(prompts, self.reader.visible(prompts, responses))
 
 
 def sample(

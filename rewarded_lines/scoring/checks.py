@@ -9,8 +9,8 @@ from typing import Any
 
 from rewarded_lines.errors import Problem, UserError
 
-Pair = tuple[str, str]
-"""A prompt and a response to it."""
+Pair = tuple[Any, Any]
+"""A prompt, a text or turns, and a response to it."""
 _CHECK_RESPONSES = "return a finite float for every response, the empty one included"
 
 
@@ -50,7 +50,7 @@ class PairError(UserError):
         return PairError, (self._problem, self.index, self.pair, self.known)
 
 
-def check_count(where: str, scores: Sequence[Any], prompts: Sequence[str], responses: Sequence[str]) -> None:
+def check_count(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> None:
     """Refuse fewer or more scores than pairs.
 
     Raises:
@@ -69,7 +69,7 @@ def check_count(where: str, scores: Sequence[Any], prompts: Sequence[str], respo
     raise PairError(problem, index, (prompts[index], responses[index]))
 
 
-def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
     """Return `scores` as floats.
 
     Raises:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import model_hash
 from rewarded_lines.config import RewardSpec, parse_format
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, fail
 from rewarded_lines.references import looks_local
-from rewarded_lines.scoring.backends import Backend, cannot_load
+from rewarded_lines.scoring.backends import Backend, cannot_load, positions_of
 from rewarded_lines.scoring.checks import PairError, check_scores
 from rewarded_lines.scoring.devices import find_device
 from rewarded_lines.scoring.huggingface_classifier import HuggingFaceClassifier
+from rewarded_lines.scoring.readings import ClassifierReading
 from rewarded_lines.scoring.vllm_classifier import VllmClassifier
 
 _BACKENDS: Mapping[str, Callable[[str, RewardSpec, str, str, Any], Backend]] = {
@@ -49,7 +50,7 @@ class ModelReward:
         self._backend: Backend | None = None
         self.fingerprint = ""
         backend = self._load()
-        self.size = backend.size
+        self.size, self._longest = backend.size, backend.longest
         self.fingerprint = _fingerprint(reference)
         self._check_classes(backend.classes)
 
@@ -72,26 +73,57 @@ class ModelReward:
         if backend is not None:
             backend.close()
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that it reads: `max_tokens`, else its positions; never more than its backend can."""
+        limits = [self._spec.max_tokens or self._positions, self._longest]
+        return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer by which its lengths count."""
+        return self._tokenizer
+
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+        """Return how many tokens it reads of each prompt and response."""
+        return [len(row) for row in self._reading.tokens(prompts, responses)[0]]
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """Return what it will not read of some prompts; see `Reward.check`."""
+        return self._reading.check(prompts)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Return the declared combination of logits for each pair; see `Reward.score`.
 
         With the backend "hf" a pair's score is the same to the bit, whatever pairs it comes with, in whatever order.
         """
-        pairs = zip(prompts, responses, strict=True)
-        texts = [fill_template(self._spec.template, prompt, response) for prompt, response in pairs]
-        if not texts:
+        if not prompts:
             return []
         backend = self._load()
-        ids = self._tokenizer(texts)["input_ids"]
-        self._check_lengths(ids, backend.longest, prompts, responses)
-        # A text that is empty for the tokenizer still needs one position for the classifier to read.
-        logits = backend.logits([row or [self._tokenizer.eos_token_id] for row in ids])
+        ids, types = self._reading.tokens(prompts, responses)
+        self._check_lengths(ids, prompts, responses)
+        logits = backend.logits([self._read_part(row) for row in ids], types)
         scores = [sum(weight * row[index] for index, weight in self._terms) for row in logits]
         return check_scores(self._where, scores, prompts, responses)
 
+    def _read_part(self, row: list[int]) -> list[int]:
+        """Return a text's tokens up to the one that the classifier reads.
+
+        A decoder passes over the padding token of its config where a text ends with it, as transformers does with a
+        text by itself. Without those tokens, every backend reads the same one.
+        """
+        kept = list(row)
+        while len(kept) > 1 and kept[-1] == self._pad:
+            kept.pop()
+        # A text that is empty for the tokenizer still needs one position for the classifier to read.
+        return kept or [self._tokenizer.eos_token_id]
+
     def _load(self) -> Backend:
         if self._backend is None:
-            self._tokenizer = self._tokenizer or _load_tokenizer(self._where, self._reference)
+            if self._tokenizer is None:
+                self._tokenizer = _load_tokenizer(self._where, self._reference)
+                self._reading = ClassifierReading(self._tokenizer, self._spec.template, self._where)
+                self._pad, self._positions = _facts(self._where, self._reference)
             build = _BACKENDS[self._spec.backend]
             if self.fingerprint and self.fingerprint != _fingerprint(self._reference):
                 raise fail(
@@ -113,13 +145,11 @@ class ModelReward:
                 got=self._reference,
             )
 
-    def _check_lengths(
-        self, ids: list[list[int]], longest: int | None, prompts: Sequence[str], responses: Sequence[str]
-    ) -> None:
+    def _check_lengths(self, ids: list[list[int]], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
         """Refuse what the classifier would only read in part: cut on the right, it would miss the response."""
-        limit = min(self._spec.max_tokens, longest or self._spec.max_tokens)
+        limit = self.limit
         index = max(range(len(ids)), key=lambda index: len(ids[index]))
-        if len(ids[index]) <= limit:
+        if limit is None or len(ids[index]) <= limit:
             return
         problem = Problem(
             "a text is too long for the classifier",
@@ -130,12 +160,6 @@ class ModelReward:
             remedy="raise `max_tokens` if the model can read more, or shorten prompts or responses",
         )
         raise PairError(problem, index, (prompts[index], responses[index]))
-
-
-def fill_template(template: str, prompt: str, response: str) -> str:
-    """Return the text that a classifier reads; what looks like a placeholder in prompt or response is left alone."""
-    parts = {"{prompt}": prompt, "{response}": response}
-    return re.sub(r"\{prompt\}|\{response\}", lambda found: parts[found[0]], template)
 
 
 def _check_folder(where: str, reference: str) -> None:
@@ -150,18 +174,23 @@ def _check_folder(where: str, reference: str) -> None:
 
 
 def _load_tokenizer(where: str, reference: str) -> Any:
-    """Return a tokenizer that can pad."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference)
+        return AutoTokenizer.from_pretrained(reference)
     except (OSError, ValueError, RuntimeError) as error:
         raise cannot_load(where, reference, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise fail("the tokenizer has no padding token and no end token", where=where)
-    return tokenizer
+
+
+def _facts(where: str, reference: str) -> tuple[int | None, int | None]:
+    """Return the padding token of a model's config, and for how many tokens it has positions, if it says so."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(reference).get_text_config()
+    except (OSError, ValueError) as error:
+        raise cannot_load(where, reference, error) from error
+    return config.pad_token_id, positions_of(config)
 
 
 def _fingerprint(reference: str) -> str:

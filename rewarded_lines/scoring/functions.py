@@ -6,14 +6,18 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rewarded_lines.checkpoints.hashing import file_hash
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.checks import PairError, check_count, check_scores
+from rewarded_lines.scoring.readings import as_turns, check_texts, text_of
 from rewarded_lines.scoring.workers import WorkerPool
 
-ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+# Prompts and responses in, scores out; texts, or with `messages: true` lists of turns.
+ScoreFunction = Callable[[Sequence[Any], Sequence[Any]], Sequence[float]]
 
 
 class FunctionReward:
@@ -22,6 +26,7 @@ class FunctionReward:
     size = 0
     device = "cpu"
     loaded = True
+    limit = None
 
     def __init__(
         self,
@@ -32,6 +37,7 @@ class FunctionReward:
         reference: str = "",
         root: Path = Path(),
         workers: int = 0,
+        messages: bool = False,
     ) -> None:
         """Wrap `function`, whose every answer will be checked.
 
@@ -42,12 +48,14 @@ class FunctionReward:
             reference: `module:name` or `file.py:name`, by which worker processes find the function again.
             root: the folder that a file in `reference` is relative to.
             workers: processes to call it in; 0 is this one.
+            messages: call it with the turns of chats, a response as a list of the assistant's one turn.
         """
         self.name = name
         self.unit = unit
         source = _source(function, reference, root)
         self.fingerprint = file_hash(source) if source else ""
         self._function = function
+        self._messages = messages
         self._workers = WorkerPool(reference, root, self._where, workers) if workers else None
 
     @property
@@ -62,18 +70,30 @@ class FunctionReward:
         if self._workers:
             self._workers.close()
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+        """Return zeros: a function has no limit."""
+        return [0] * len(prompts)
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """Return what the function will not get of some prompts; see `Reward.check`."""
+        return "" if self._messages else check_texts(prompts, self._where, "messages: true")
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Return the function's scores; see `Reward.score`.
 
         Raises:
             UserError: moreover, a worker process that died.
         """
+        asked: list[Any] = [as_turns(one) if self._messages else text_of(one, self._where) for one in prompts]
+        said: list[Any] = list(responses)
+        if self._messages:
+            said = [[{"role": "assistant", "content": response}] for response in responses]
         if self._workers:
-            return self._workers.score(prompts, responses)
-        return call_function(self._function, self._where, prompts, responses)
+            return self._workers.score(asked, said)
+        return call_function(self._function, self._where, asked, said)
 
 
-def call_function(function: ScoreFunction, where: str, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
     """Return the checked scores of a function.
 
     Raises:
@@ -91,7 +111,7 @@ def call_function(function: ScoreFunction, where: str, prompts: Sequence[str], r
 
 
 def _blame(
-    function: ScoreFunction, where: str, prompts: Sequence[str], responses: Sequence[str], error: Exception
+    function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], error: Exception
 ) -> UserError:
     """Name the first pair on which the function raises by itself, or the whole batch when none does.
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewarded_lines.config import RewardSpec
-from rewarded_lines.scoring.backends import cannot_load, no_classifier
+from rewarded_lines.scoring.backends import cannot_load, no_classifier, positions_of
 from rewarded_lines.scoring.batches import make_batches
+
+# Tables with an entry for each position: there is nothing beyond their end.
+_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
 class HuggingFaceClassifier:
@@ -22,30 +25,50 @@ class HuggingFaceClassifier:
             spec: its declaration.
             reference: a folder or a Hub id.
             device: of torch.
-            tokenizer: whose padding token it shall take for its own.
+            tokenizer: unused; texts come as tokens.
 
         Raises:
             UserError: it cannot be loaded, or it is no classifier.
         """
         self._batch_size = spec.batch_size
         self._model = _load_model(where, spec, reference).to(device)
-        # The classifier reads the last position before the padding, so both must mean one token by it.
-        self._pad = self._model.config.pad_token_id = tokenizer.pad_token_id
+        self._config = self._model.config.get_text_config()
+        self._pad: int | None = self._config.pad_token_id
+        self._counts_ends = bool(self._model.config.is_encoder_decoder)
         self.classes = int(self._model.config.num_labels)
         held = [*self._model.parameters(), *self._model.buffers()]
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        # Relative positions have no end, rotary ones may be taken beyond it: not refused, only not padded beyond.
-        self.longest: int | None = None
-        self._positions = getattr(self._model.config, "max_position_embeddings", None)
+        self._positions = positions_of(self._config)
+        # Relative positions have no end, and rotary ones may be taken beyond it where `max_tokens` says so.
+        self.longest = next(
+            (
+                min(weight.shape[0], self._positions or weight.shape[0])
+                for name, weight in self._model.named_parameters()
+                if name.split(".")[-2] in _POSITION_TABLES
+            ),
+            None,
+        )
 
-    def logits(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
         """Return the logits of each text; see `rewarded_lines.scoring.batches` for what makes them its own."""
         found: list[list[float]] = [[]] * len(ids)
-        for batch in make_batches([len(row) for row in ids], self._batch_size, self._positions):
-            rows = self._forward([ids[index] for index in batch.members], batch.rows, batch.width)
-            for index, row in zip(batch.members, rows, strict=False):
-                found[index] = row
+        for group in self._groups(ids):
+            lengths = [len(ids[index]) for index in group]
+            for batch in make_batches(lengths, self._batch_size, self._positions):
+                members = [group[place] for place in batch.members]
+                own = [types[index] for index in members] if types is not None else None
+                rows = self._forward([ids[index] for index in members], own, batch.rows, batch.width)
+                for index, row in zip(members, rows, strict=False):
+                    found[index] = row
         return found
+
+    def _groups(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return which texts may share a batch: BART and its kin want as many end tokens in every row."""
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(ids):
+            count = list(row).count(self._config.eos_token_id) if self._counts_ends else 0
+            groups.setdefault(count, []).append(index)
+        return list(groups.values())
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -57,22 +80,41 @@ class HuggingFaceClassifier:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _forward(self, texts: Sequence[Sequence[int]], rows: int, width: int) -> list[list[float]]:
+    def _forward(
+        self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, rows: int, width: int
+    ) -> list[list[float]]:
         import torch
 
+        pad = self._padding(texts)
         # A text that fills its row is cut by one token as a filler, so that something in the batch is masked. It stays
         # a text otherwise: some models count the end tokens of every row, and want them equal.
         filler = texts[0] if len(texts[0]) < width else [texts[0][0], *texts[0][2:]]
-        ids = torch.full((rows, width), self._pad)
-        mask = torch.zeros_like(ids)
+        ids = torch.full((rows, width), pad)
+        mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, text in enumerate([*texts, *[filler] * (rows - len(texts))]):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
+        for row, kind in enumerate(types or ()):
+            kinds[row, : len(kind)] = torch.tensor(kind)
+        inputs = {"input_ids": ids, "attention_mask": mask} | ({} if types is None else {"token_type_ids": kinds})
         with torch.inference_mode():
             device = self._model.device
-            logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            logits = self._model(**{name: value.to(device) for name, value in inputs.items()}).logits
         found: list[list[float]] = logits.double().tolist()
         return found
+
+    def _padding(self, texts: Sequence[Sequence[int]]) -> int:
+        """Return the id to pad with: the model's own, or one that ends no text where the model has none.
+
+        A decoder reads the last token that is not padding by its config. Texts come without the padding that it would
+        pass over in a text by itself, so in any batch it reads what it reads there.
+        """
+        if self._pad is not None:
+            return self._pad
+        last = {text[-1] for text in texts}
+        chosen = next(token for token in range(len(last) + 1) if token not in last)
+        self._config.pad_token_id = self._model.config.pad_token_id = chosen
+        return chosen
 
 
 def _load_model(where: str, spec: RewardSpec, reference: str) -> Any:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Protocol
 
 from rewarded_lines.config import RewardSpec
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, nearest
 from rewarded_lines.projects import Project
 from rewarded_lines.references import find_function, local_path, looks_local
-from rewarded_lines.scoring.classifiers import ModelReward, fill_template
+from rewarded_lines.scoring.classifiers import ModelReward
 from rewarded_lines.scoring.devices import available_memory
 from rewarded_lines.scoring.functions import FunctionReward
+from rewarded_lines.scoring.readings import fill_template
 
 __all__ = ["FunctionReward", "ModelReward", "Reward", "fill_template", "load_reward", "load_rewards"]
 
@@ -34,6 +36,23 @@ class Reward(Protocol):
     """Where the weights are when they are in memory."""
 
     @property
+    def limit(self) -> int | None:
+        """The most tokens of a prompt and response that it reads, if there is an end to it."""
+        ...
+
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+        """Return how many tokens it reads of each prompt and response."""
+        ...
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """Return what it will not read of some prompts, as a sentence, or "".
+
+        Raises:
+            UserError: it cannot read them right.
+        """
+        ...
+
+    @property
     def loaded(self) -> bool:
         """Say whether the weights, if there are any, are in memory."""
         ...
@@ -46,8 +65,8 @@ class Reward(Protocol):
         """Let go of memory and processes; the reward can be used again."""
         ...
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """Return one finite float per pair.
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Return one finite float per pair; a prompt is a text or the turns of a chat.
 
         Raises:
             PairError: the reward failed on a pair, or its score is not finite; a `UserError` that names the pair.
@@ -97,7 +116,9 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
     """
     if spec.function is not None:
         function = find_function(spec.function, root, where=f"reward `{name}`")
-        return FunctionReward(name, spec.unit, function, reference=spec.function, root=root, workers=spec.workers)
+        return FunctionReward(
+            name, spec.unit, function, reference=spec.function, root=root, workers=spec.workers, messages=spec.messages
+        )
     assert spec.model is not None
     reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
     return ModelReward(name, spec, reference, device)

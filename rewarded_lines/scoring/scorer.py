@@ -10,7 +10,8 @@ from typing import Any
 
 import blake3
 
-from rewarded_lines.config import RewardSpec
+from rewarded_lines.config import RewardSpec, decides
+from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.errors import fail
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.checks import Pair, PairError
@@ -23,7 +24,7 @@ _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
 # What a score does not depend on.
-_NOT_IN_KEY = {"batch_size", "description", "device", "role", "unit", "workers"}
+NOT_IN_KEY = {"batch_size", "description", "device", "role", "unit", "workers"}
 
 
 class Scorer:
@@ -67,7 +68,7 @@ class Scorer:
         self.scored = 0
         self.hits = 0
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, list[float]]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
         """Return every reward's scores in the order of the pairs.
 
         Raises:
@@ -75,7 +76,8 @@ class Scorer:
         """
         started = time.perf_counter()
         try:
-            return self._score(list(zip(prompts, responses, strict=True)))
+            pairs = list(zip(map(prompt_key, prompts), responses, strict=True))
+            return self._score(pairs, dict(zip(pairs, prompts, strict=True)))
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -84,7 +86,7 @@ class Scorer:
         free_all(self._rewards.values())
         self._cache.close()
 
-    def _score(self, pairs: list[Pair]) -> dict[str, list[float]]:
+    def _score(self, pairs: list[Pair], prompts: Mapping[Pair, Prompt]) -> dict[str, list[float]]:
         unique = list(dict.fromkeys(pairs))
         known = {name: self._cache.get(key, unique) for name, key in self._keys.items()}
         self.hits += sum(len(scores) for scores in known.values())
@@ -96,14 +98,16 @@ class Scorer:
             if one_by_one:
                 free_all(reward for other, reward in self._rewards.items() if other != name and reward.size)
             try:
-                for scores in self._computed(name, wanted, pairs):
+                for scores in self._computed(name, wanted, pairs, prompts):
                     known[name] |= scores
             finally:
                 if one_by_one:
                     self._rewards[name].free()
         return {name: [scores[pair] for pair in pairs] for name, scores in known.items()}
 
-    def _computed(self, name: str, wanted: list[Pair], pairs: list[Pair]) -> Iterator[dict[Pair, float]]:
+    def _computed(
+        self, name: str, wanted: list[Pair], pairs: list[Pair], prompts: Mapping[Pair, Prompt]
+    ) -> Iterator[dict[Pair, float]]:
         """Yield scores of `wanted`, a chunk at a time, each kept before it is yielded."""
         reward, key = self._rewards[name], self._keys[name]
         size = _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
@@ -113,10 +117,10 @@ class Scorer:
             self._tell(f"scoring {name}: {start:,} of {len(wanted):,} responses")
             chunk = wanted[start : start + size]
             try:
-                values = reward.score([prompt for prompt, _ in chunk], [response for _, response in chunk])
+                values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])
             except PairError as error:
                 self._keep(key, {chunk[index]: score for index, score in error.known.items()})
-                raise error.at(pairs.index(error.pair)) from error
+                raise error.at(pairs.index(chunk[error.index])) from error
             scores = dict(zip(chunk, values, strict=True))
             self._keep(key, scores)
             yield scores
@@ -142,7 +146,7 @@ def reward_key(reward: Reward, spec: RewardSpec) -> str:
     A reward whose content is not known, a function without a source file, gets another key each time.
     """
     content: dict[str, Any] = {
-        "declaration": spec.model_dump(mode="json", exclude=_NOT_IN_KEY),
+        "declaration": decides(spec, NOT_IN_KEY),
         "device": reward.device.partition(":")[0],
         "fingerprint": reward.fingerprint or uuid.uuid4().hex,
     }

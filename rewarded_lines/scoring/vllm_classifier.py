@@ -12,8 +12,10 @@ from typing import Any
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import prepare_vllm
-from rewarded_lines.scoring.backends import cannot_load, no_classifier
+from rewarded_lines.scoring.backends import cannot_load, no_classifier, positions_of
 
+# Room for a batch's keys and values is set aside for the longest text; models that say 131,072 get texts far shorter.
+_LONGEST = 8192
 # Beside the weights: activations and the cache of keys and values, in bytes.
 _WORKING_MEMORY = 2 << 30
 
@@ -40,16 +42,28 @@ class VllmClassifier:
         _check_vllm(where, device)
         config = _read_config(where, reference)
         self.classes = int(config.num_labels)
-        positions = getattr(config, "max_position_embeddings", None)
-        self.longest = min(spec.max_tokens, positions or spec.max_tokens)
+        positions = positions_of(config.get_text_config())
+        self.longest: int | None = min(limit for limit in (spec.max_tokens, positions, _LONGEST) if limit)
         self.size = _weights_size(reference, spec, config)
+        self._where = where
         self._llm = _build(where, spec, reference, self.longest, self.size)
         # The engine ends with this object, or with Python, also where nobody came to close it.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
-    def logits(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return the logits of each text."""
+    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+        """Return the logits of each text.
+
+        Raises:
+            UserError: the texts are pairs with token types, which vLLM takes for zeros.
+        """
         from vllm import PoolingParams
+
+        if types is not None and any(any(row) for row in types):
+            raise fail(
+                "vLLM takes no token types, by which this classifier tells prompt and response apart",
+                where=f"{self._where}, backend: vllm",
+                remedy="use `backend: hf`",
+            )
 
         # vLLM would give a sigmoid or softmax of them by default.
         params = PoolingParams(use_activation=False)

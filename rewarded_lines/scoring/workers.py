@@ -41,7 +41,7 @@ class WorkerPool:
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
         """Return the function's scores in the order of the pairs.
 
         Raises:
@@ -136,7 +136,7 @@ def _function(reference: str, root: Path, where: str) -> Any:
     return find_function(reference, root, where)
 
 
-def _score(reference: str, root: Path, where: str, prompts: list[str], responses: list[str]) -> Answer:
+def _score(reference: str, root: Path, where: str, prompts: list[Any], responses: list[Any]) -> Answer:
     """Return the scores of a slice, or the problems of a failure that is no `PairError`: that one cannot travel."""
     from rewarded_lines.scoring.functions import call_function
 

@@ -202,7 +202,7 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 kl=kl,
                 words=words,
                 ended=_average(row, lambda point: float(np.mean(point.ended))),
-                distinct2=_average(row, lambda point: distinct2(point.responses)),
+                distinct2=_average(row, lambda point: distinct2(point.judged)),
                 perplexities={name: estimate_samples(at[:, index], level) for name, at in controls.items()},
                 forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
                 contribution=float(shares[index]),

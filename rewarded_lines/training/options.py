@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rewarded_lines.config import DataSpec
+from rewarded_lines.config import DataSpec, TooLong
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.projects import PROJECT_FILE, problems_of
 
@@ -87,6 +87,14 @@ class DataOptions:
     validation_limit: int | None = field(default=None, metadata={"help": "use the first rows only"})
     chat: bool = field(default=False, metadata={"help": "texts are turns of a chat; the tokenizer's template is used"})
     system_prompt: str | None = field(default=None, metadata={"help": "first turn of every chat"})
+    too_long: TooLong = field(
+        default="leave_out",
+        metadata={
+            "help": "rows that the model or a reward cannot read: refuse, leave_out, or truncate (the prompt, from its "
+            "beginning; a response is never cut)",
+            "choices": ["refuse", "leave_out", "truncate"],
+        },
+    )
 
     def train(self) -> DataSpec:
         """Return where the training rows are.
@@ -121,6 +129,7 @@ class DataOptions:
                 limit=limit,
                 chat=self.chat,
                 system=self.system_prompt,
+                too_long=self.too_long,
             )
         except ValidationError as error:
             raise UserError(problems_of(error, "arguments of the recipe")) from error
@@ -174,7 +183,7 @@ class SamplingOptions:
     sampling_engine: str = field(
         default="auto", metadata={"help": "auto (vLLM when installed), vllm or hf", "choices": ["auto", "vllm", "hf"]}
     )
-    max_prompt_tokens: int = field(default=512, metadata={"help": "longer prompts are left out"})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
 
 
 def _parse_pairs(text: str) -> dict[str, Any]:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from trl import ModelConfig
-from trl.data_utils import maybe_extract_prompt
 
-from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, with_turns
-from rewarded_lines.data.rows import Layouts, Row, read_rows, rows_hash
+from rewarded_lines.config import DataSpec, GenerationSpec
+from rewarded_lines.data.forms import Tell, read_pairs, read_prompts
+from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
+from rewarded_lines.data.messages import check_template
+from rewarded_lines.data.prompts import Prompt, encode, encode_answers
+from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokens import end_tokens, load_config, load_generation_config, set_template
 from rewarded_lines.errors import fail
-from rewarded_lines.learning.models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.learning.models import (
+    absolute,
+    check_start,
+    keep_generation_config,
+    load_policy,
+    load_tokenizer,
+    plain_generation,
+    reference_hash,
+)
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewarding.rewards import WeightedReward, load_training_reward
 from rewarded_lines.rewarding.sampling import Parts, Sampler, describe, gains, summary
+from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.project import register
-from rewarded_lines.training.run import TrainingRun, from_main, say
+from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say
+
+_SIDES = ("chosen", "rejected")
 
 
 @dataclass
@@ -30,26 +45,106 @@ class PolicyTask:
 
     Attributes:
         base: the SFT model, by its absolute path or Hub id.
-        tokenizer: the base's.
+        tokenizer: the base's, with the project's chat template.
+        reader: of its responses: where they end, what rewards see of them.
+        generation: the project's settings.
         reward: what it is trained for.
-        rows: to train on.
+        rows: to train on, prompts or pairs.
         prompts: to measure on.
         inputs: hashes of all of these.
     """
 
     base: str
     tokenizer: Any
+    reader: ResponseReader
+    generation: GenerationSpec
     reward: WeightedReward
     rows: list[Row]
     prompts: list[Prompt]
     inputs: dict[str, Any]
     options: RunOptions
+    data: DataOptions
     rewards: RewardOptions
     before: Parts = field(default_factory=dict)
+    _restore: Callable[[], None] = lambda: None
+
+    @property
+    def chats(self) -> bool:
+        """Whether the prompts are chats."""
+        return isinstance(self.rows[0]["prompt"], list)
+
+    def fit(self, max_prompt_tokens: int | None, response_tokens: int, max_length: int | None = None) -> None:
+        """Leave out, shorten or refuse rows that the policy or a reward model cannot read, in training and measuring.
+
+        Args:
+            max_prompt_tokens: the longest prompt.
+            response_tokens: the longest response.
+            max_length: the longest pair, prompt and answer; that is longer in training data would be cut.
+
+        Raises:
+            UserError: rows are too long and shall be refused, or none are left.
+        """
+        room = getattr(load_config(self.base), "max_position_embeddings", None)
+        # One position more: to learn how likely the last token is takes one step beyond it.
+        spare = None if room is None else room - response_tokens - 1
+        whole = None if max_length is None else max_length - response_tokens - 1
+        found = {"max_prompt_tokens": max_prompt_tokens, "its positions, less a response": spare}
+        if "chosen" not in self.rows[0]:
+            found["max_length, less a response"] = whole
+        option, most = min(
+            ((name, limit) for name, limit in found.items() if limit is not None), key=lambda one: one[1]
+        )
+        limits = [Limit("the policy", most, option, lambda prompts: [len(ids) for ids in self._encode(prompts)])]
+        prompts = [row["prompt"] for row in self.rows]
+        limits += reward_limits(self.reward.rewards, self.tokenizer, prompts, response_tokens)
+        too_long = self.data.too_long
+        self.prompts = fit(self.prompts, limits, too_long, "validation prompts", shorten_prompt, say)
+        if "chosen" in self.rows[0]:
+            longest = min(limit for limit in (max_length, room, 1 << 30) if limit is not None)
+            limits = [Limit("the policy", longest, "max_length, or its positions", self._pair_lengths)]
+            self.rows = fit(self.rows, limits, too_long, "training pairs", shorten_pair, say)
+            return
+        kept = fit(prompts, limits, too_long, "training prompts", shorten_prompt, say)
+        self.rows = [{"prompt": prompt} for prompt in kept]
+
+    def spec(self, **settings: Any) -> GenerationSpec:
+        """Return how responses are sampled outside of the trainer: the project's template and ends, a recipe's rest.
+
+        Args:
+            **settings: temperature, max_tokens, seed, dtype and what else the recipe decides.
+        """
+        kept = ("stop", "chat_template", "chat_template_kwargs", "strip")
+        project = {name: getattr(self.generation, name) for name in kept}
+        return GenerationSpec(**{**project, "stop_token_ids": tuple(sorted(self.reader.ends)), **settings})
+
+    def load_policy(self, model_options: ModelConfig) -> PreTrainedModel:
+        """Return the SFT model, to be trained; it generates with no settings but those it is told."""
+        model = load_policy(self.base, model_options)
+        pad = self.tokenizer.pad_token_id
+        self._restore = plain_generation(model, self.reader.ends, self.tokenizer.eos_token_id if pad is None else pad)
+        return model
+
+    def save(self, save_model: Callable[[str], Any], run: TrainingRun) -> None:
+        """Save the trained policy with the base's own tokenizer and generation config.
+
+        Args:
+            save_model: the trainer's, called with the folder in every process.
+            run: that it belongs to.
+        """
+        run.keep()
+        self._restore()
+        save_model(str(run.folder))
+
+        def beside() -> None:
+            save_tokenizer(load_tokenizer(self.base), run.folder)
+            keep_generation_config(self.base, run.folder)
+
+        from_main(beside)
+        run.saved()
 
     def sampler(self, spec: GenerationSpec) -> Sampler:
         """Return what answers the validation prompts and scores the answers."""
-        return Sampler(self.reward, self.tokenizer, spec)
+        return Sampler(self.reward, self.reader, spec)
 
     def measure_base(self, sampler: Sampler, model: Any) -> None:
         """Score the SFT model's responses, and standardize the reward on them if it is to be.
@@ -66,11 +161,24 @@ class PolicyTask:
         after = from_main(lambda: sampler.measure(model, str(folder), self.prompts))
         found = gains(self.before, after)
         say(describe(found))
+        for name, count in self.reward.shortened.items():
+            if count:
+                say(f"reward `{name}`: {count} prompts were shortened from the beginning to leave room for a response")
         if len(found) == 1:
             return next(iter(found.values()))
         # The weighted sum is what such a policy was trained for.
         total = gains({"sum": self.reward.total(self.before)}, {"sum": self.reward.total(after)})["sum"]
         return {**total, "rewards": found}
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        return encode(self.tokenizer, prompts)
+
+    def _pair_lengths(self, rows: Sequence[Row]) -> list[int]:
+        prompts, longest = [row["prompt"] for row in rows], [0] * len(rows)
+        for side in _SIDES:
+            heads, tails = encode_answers(self.tokenizer, prompts, [row[side] for row in rows], self.reader.ends)
+            longest = [max(most, len(h) + len(t)) for most, h, t in zip(longest, heads, tails, strict=True)]
+        return longest
 
     def facts(self, training: TrainingArguments) -> dict[str, Any]:
         """Return what the record says of how the policy came about."""
@@ -81,6 +189,8 @@ class PolicyTask:
             "weights": self.reward.weights,
             "standardized": {name: {"mean": m, "deviation": s} for name, (m, s) in self.reward.scales.items()},
             "seed": training.seed,
+            "prompts": "chats" if self.chats else "texts",
+            "end_tokens": sorted(self.reader.ends),
         }
 
     def add_to_project(self, run: TrainingRun) -> None:
@@ -101,7 +211,7 @@ def load_task(
     rewards: RewardOptions,
     model_options: ModelConfig,
     training: TrainingArguments,
-    layouts: Layouts = (("prompt",),),
+    pairs: bool = False,
 ) -> PolicyTask:
     """Read the project, rewards, tokenizer and data of a policy.
 
@@ -111,7 +221,7 @@ def load_task(
         rewards: which rewards, with what weights.
         model_options: must not name another model than the project's base.
         training: says on which device rewards run.
-        layouts: what the training rows may hold.
+        pairs: the training rows are pairs.
 
     Raises:
         UserError: with whatever is missing or does not fit.
@@ -131,11 +241,14 @@ def load_task(
         raise fail(what, where="model_revision", remedy="download that revision and name its folder as `base`")
     base = absolute(project.resolve(project.config.base))
     check_start(base, model_options, options.project_file)
+    check_template_options(training, project)
     validation = data.validation()
     if validation is None:
         raise fail("no validation data", where="validation_file", expected="prompts to measure the policy on")
-    rows = with_turns([_with_prompt(row) for row in read_rows(data.train(), layouts)], data.train())
-    prompts = [row["prompt"] for row in with_turns(read_rows(validation, [("prompt",)]), validation)]
+    read = read_pairs if pairs else _prompt_rows
+    rows = read(data.train(), tell=say)
+    prompts = read_prompts(validation, tell=say)
+    _check_one_kind(rows[0]["prompt"], prompts[0], validation.file or str(validation.dataset))
     reward = load_training_reward(project, weights, str(training.device))
     inputs = {
         "train": rows_hash(rows),
@@ -144,7 +257,68 @@ def load_task(
         "reward": reward.fingerprint,
     }
     tokenizer = load_tokenizer(base)
-    return PolicyTask(base, tokenizer, reward, rows, prompts, inputs, options, rewards)
+    set_template(tokenizer, project.generation)
+    task = PolicyTask(
+        base, tokenizer, _reader(base, tokenizer, project), project.generation, reward, rows, prompts, inputs, options,
+        data, rewards,
+    )  # fmt: skip
+    _check_readable(task)
+    return task
+
+
+def _prompt_rows(spec: DataSpec, tell: Tell) -> list[Row]:
+    return [{"prompt": prompt} for prompt in read_prompts(spec, tell=tell)]
+
+
+def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
+    """Return a pair with the longest end of its prompt that lets it fit; see `shorten_prompt`."""
+    prompt = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
+    return None if prompt is None else {**row, "prompt": prompt}
+
+
+def check_template_options(training: Any, project: Project) -> None:
+    """Refuse template variables that would reach training only.
+
+    Raises:
+        UserError: the recipe has some that the project does not declare.
+    """
+    given = getattr(training, "chat_template_kwargs", None)
+    if given and dict(given) != dict(project.config.generation.chat_template_kwargs):
+        raise fail(
+            "the variables of the chat template would reach training only",
+            where="chat_template_kwargs",
+            expected=f"those of the project: {project.config.generation.chat_template_kwargs or 'none'}",
+            got=str(dict(given)),
+            remedy=f"declare them in {project.path}, for training, measuring and sweeps alike: "
+            f"`generation: {{chat_template_kwargs: {dict(given)}}}`",
+        )
+
+
+def _reader(base: str, tokenizer: Any, project: Project) -> ResponseReader:
+    return ResponseReader.of(tokenizer, end_tokens(tokenizer, load_generation_config(base)), project.generation)
+
+
+def _check_one_kind(trained: Prompt, measured: Prompt, where: str) -> None:
+    if isinstance(trained, list) != isinstance(measured, list):
+        kinds = ["chats" if isinstance(one, list) else "texts" for one in (trained, measured)]
+        raise fail(
+            "training rows and validation prompts have different forms: the policy would be measured on others",
+            where=where,
+            expected=f"{kinds[0]}, as in training",
+            got=kinds[1],
+            remedy="set `chat: true`, which makes turns of texts, or name validation rows of the same form",
+        )
+
+
+def _check_readable(task: PolicyTask) -> None:
+    """Refuse chats that the policy's template or a reward leaves something out of; say what a reward does not read."""
+    asked = [*(row["prompt"] for row in task.rows), *task.prompts]
+    if task.chats:
+        whole = [row["prompt"] + row[side] for row in task.rows for side in ("chosen", "rejected") if side in row]
+        check_template(task.tokenizer, [*whole, *asked], "training and validation rows")
+    for reward in task.reward.rewards.values():
+        if note := reward.check(asked):
+            say(note)
 
 
 def _project(options: RunOptions, model_options: ModelConfig) -> Project:
@@ -164,19 +338,6 @@ def _project(options: RunOptions, model_options: ModelConfig) -> Project:
         from_main(lambda: say(*register(path, {("base",): value})))
         project = load_project(path)
     return project
-
-
-def _with_prompt(row: Row) -> Row:
-    """Return a row with its prompt; of a pair without one that is what both sides begin with."""
-    made: Row = maybe_extract_prompt(row)
-    if "chosen" in made and not made["prompt"]:
-        raise fail(
-            "the two sides of a pair begin differently",
-            where="train_file",
-            expected="a prompt of its own, or one that both sides begin with",
-            got=repr(made["chosen"])[:80],
-        )
-    return made
 
 
 def prompts_of(rows: Sequence[Row]) -> list[Prompt]:

@@ -18,8 +18,18 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from yaml import YAMLError as PlainYAMLError
 from yaml import safe_load
 
+from rewarded_lines.config import GenerationSpec
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import check_project, load_project
+
+
+def generation_of(project_file: str) -> GenerationSpec:
+    """Return the generation settings of a project; the usual ones where there is no project yet.
+
+    Raises:
+        UserError: the file is not a project file.
+    """
+    return load_project(project_file).generation if Path(project_file).is_file() else GenerationSpec()
 
 
 def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[str]:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import hold_folder, publish_folder
 from rewarded_lines.training.arguments import Arguments
@@ -54,6 +54,7 @@ class TrainingRun:
         output: the name that the folder takes at the end.
         checkpoint: the last whole checkpoint of an earlier start, to go on from.
         begun: `folder` is this run's own.
+        trained: the training is done, and `folder` holds what came of it.
     """
 
     def __init__(self, recipe: str, arguments: Arguments, final: Path, folder: Path, overwrite: bool) -> None:
@@ -61,6 +62,7 @@ class TrainingRun:
         self.folder = folder
         self.checkpoint: str | None = None
         self.begun = False
+        self.trained = False
         self.output = final
         self._overwrite = overwrite
         self._record: dict[str, Any] = {
@@ -91,22 +93,52 @@ class TrainingRun:
             say(hint)
         return not done
 
-    def finish(self, metrics: Mapping[str, Any], **facts: Any) -> None:
-        """Complete the record and give the folder its name.
+    def keep(self) -> None:
+        """Keep the folder, whatever comes: the training is done."""
+        self.trained = True
+
+    def saved(self) -> None:
+        """Record that the model is whole: an end before it is measured does not cost it."""
+        self.keep()
+        from_main(lambda: write_json(self.folder / TRAINING_FILE, {**self._record, "trained": True}))
+
+    def finish(self, measure: Callable[[], Mapping[str, Any]], register: Callable[[], None], **facts: Any) -> None:
+        """Measure the saved model, complete the record, give the folder its name, and add it to the project.
+
+        A fault in measuring does not cost the model: all the rest is done all the same, then the fault is told.
 
         Args:
-            metrics: what was measured.
+            measure: returns what is measured; runs in every process, and fails in all of them or none.
+            register: adds the model to the project.
             **facts: anything else that tells how the model came about, such as the reward's name.
+
+        Raises:
+            UserError: measuring failed.
         """
+        fault: Exception | None = None
+        metrics: dict[str, Any] = {}
+        try:
+            metrics = dict(measure())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the training is not lost to it
+            fault = error
+            metrics["fault"] = str(error)
 
         def publish() -> None:
             # The trainer's own record is a pickle, which nobody should have to trust; this one is text.
             (self.folder / "training_args.bin").unlink(missing_ok=True)
-            record = {**self._record, **facts, "metrics": dict(metrics), "complete": True}
+            record = {**self._record, **facts, "metrics": metrics, "complete": True}
             write_json(self.folder / TRAINING_FILE, record)
             publish_folder(self.folder, self.output, self._overwrite)
 
         from_main(publish)
+        register()
+        if fault is not None:
+            raise fail(
+                "the model is trained, saved and in the project, but measuring it failed",
+                where=str(self.output),
+                got=str(fault) if isinstance(fault, UserError) else f"{type(fault).__name__}: {fault}",
+                remedy="mend that and measure it: rewarded-lines score, or a sweep. It need not be trained again",
+            ) from fault
 
     def _prepare(self) -> tuple[bool, str | None]:
         """Return whether the output is complete, and the checkpoint of an unfinished run."""
@@ -116,8 +148,10 @@ class TrainingRun:
                     self._compare(folder, "another run is there")
             if _holds_something(self.output):
                 return True, None
-            if (read_record(self.folder) or {}).get("complete"):
-                # An earlier start got as far as that, and could not give the folder its name.
+            record = read_record(self.folder) or {}
+            if record.get("complete") or record.get("trained"):
+                # An earlier start got as far as that, and could not measure it or give the folder its name.
+                write_json(self.folder / TRAINING_FILE, {**record, "complete": True})
                 publish_folder(self.folder, self.output, overwrite=False)
                 return True, None
         elif self.folder.exists():
@@ -195,7 +229,7 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
         finally:
             training.output_dir = str(final)
             done = (read_record(folder) or {}).get("complete")
-            if first and run.begun and not done and last_checkpoint(folder) is None:
+            if first and run.begun and not done and not run.trained and last_checkpoint(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -234,12 +268,28 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """Return in every process what `compute` returns in the first one; it runs only there."""
+    """Return in every process what `compute` returns in the first one; it runs only there, and fails for all of them.
+
+    Raises:
+        UserError: `compute` raised it, or with several processes anything else.
+    """
     state = PartialState()
-    box = [compute() if state.is_main_process else None]
-    if state.num_processes > 1:
-        broadcast_object_list(box)
-    return box[0]  # type: ignore[return-value]
+    if state.num_processes == 1:
+        return compute()
+    box: list[Any] = [None]
+    fault: Exception | None = None
+    if state.is_main_process:
+        try:
+            box = [(compute(), None)]
+        except Exception as error:  # noqa: BLE001 - the others wait, and must learn of it whatever it is
+            fault = error
+            told = error if isinstance(error, UserError) else fail(f"{type(error).__name__}: {error}")
+            box = [(None, told)]
+    broadcast_object_list(box)
+    value, told = box[0]
+    if told is not None:
+        raise fault or told
+    return cast(T, value)
 
 
 def say(*lines: str) -> None:

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from chat_forms import FORMS, ends, turn_end
+from chat_forms import make_tokenizer as forms_tokenizer
 from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rewarded_lines.config import DataSpec
-from rewarded_lines.data.prompts import encode, load_prompts, prompt_text, split_text, with_turns
+from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.messages import with_settings
+from rewarded_lines.data.prompts import encode, encode_answers, prompt_key, prompt_text, split_text
 from rewarded_lines.errors import UserError
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
 from rewarded_lines.projects import load_project
@@ -23,34 +26,6 @@ def turn(role, content):
 
 
 SYSTEM, ASKED, SAID = turn("system", "Be brief."), turn("user", "Why?"), turn("assistant", "So.")
-CHAT, PLAIN = DataSpec(file="x", chat=True), DataSpec(file="x")
-WITH_SYSTEM = DataSpec(file="x", chat=True, system="Be brief.")
-
-
-@pytest.mark.parametrize(
-    ("row", "made", "with_system"),
-    [
-        ({"prompt": "Why?"}, {"prompt": [ASKED]}, {"prompt": [SYSTEM, ASKED]}),
-        ({"prompt": [ASKED]}, {"prompt": [ASKED]}, {"prompt": [SYSTEM, ASKED]}),
-        ({"prompt": [turn("system", "Shout."), ASKED]}, None, None),
-        (
-            {"prompt": "Why?", "chosen": "So.", "rejected": [turn("assistant", "No.")]},
-            {"prompt": [ASKED], "chosen": [SAID], "rejected": [turn("assistant", "No.")]},
-            {"prompt": [SYSTEM, ASKED], "chosen": [SAID], "rejected": [turn("assistant", "No.")]},
-        ),
-        ({"completion": "So."}, {"completion": [SAID]}, {"completion": [SAID]}),
-        ({"messages": [ASKED, SAID]}, None, {"messages": [SYSTEM, ASKED, SAID]}),
-        ({"messages": [SYSTEM, ASKED]}, None, None),
-        ({"text": "Why? So."}, None, None),
-    ],
-    ids=["text", "turns", "own system", "pair", "answer", "messages", "messages with system", "whole text"],
-)
-def test_texts_become_turns_where_the_data_are_chats(row, made, with_system):
-    before = json.dumps(row)
-    assert with_turns([row], PLAIN) == [row]
-    assert with_turns([row], CHAT) == [row if made is None else made]
-    assert with_turns([row], WITH_SYSTEM) == [row if with_system is None else with_system]
-    assert json.dumps(row) == before
 
 
 @pytest.mark.parametrize(
@@ -104,6 +79,63 @@ def test_a_template_that_fails_is_a_fault(template):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="template"):
         encode(tokenizer, [[SYSTEM, ASKED]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_text_that_begins_with_bos_gets_no_second_one(form):
+    tokenizer = forms_tokenizer(form)
+    rendered = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, tokenize=False)
+    opened = [text for text in (rendered, f"{tokenizer.bos_token}why") if tokenizer.bos_token]
+    for text in opened:
+        (ids,) = encode(tokenizer, [text])
+        assert ids.count(tokenizer.bos_token_id) == 1
+        # As if the tokenizer were told to add nothing to a text that has all of it.
+        own = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token))["input_ids"]
+        assert ids == own
+    if form in ("llama3", "gemma3", "mistral"):
+        assert encode(tokenizer, [rendered]) == encode(tokenizer, [[ASKED]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_in_training_follows_its_prompt_and_ends_with_the_turn(form):
+    tokenizer = forms_tokenizer(form)
+    settings = {"enable_thinking": False} if form == "qwen3" else {}
+    tokenizer.chat_template = with_settings(tokenizer.chat_template, settings)
+    (head,), (tail,) = encode_answers(
+        tokenizer, [[ASKED]], [[SAID]], tokenizer.convert_tokens_to_ids([*ends(form), turn_end(form)])
+    )
+    assert [head] == encode(tokenizer, [[ASKED]])
+    whole = tokenizer.apply_chat_template([ASKED, SAID], tokenize=True, return_dict=True)["input_ids"]
+    assert head + tail == whole[: len(head) + len(tail)] and tail[-1] in tokenizer.convert_tokens_to_ids(ends(form))
+    assert tokenizer.decode(tail, skip_special_tokens=True).strip() == "So."
+    left = set(tokenizer.decode(whole[len(head) + len(tail) :]).strip())
+    assert not left or form == "phi"
+
+
+def test_a_template_that_renders_the_prompt_otherwise_before_an_answer_is_refused():
+    tokenizer = forms_tokenizer("phi")
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"
+    with pytest.raises(UserError, match="renders a prompt otherwise"):
+        encode_answers(tokenizer, [[ASKED]], [[SAID]], ())
+
+
+def test_an_answer_that_is_a_text_follows_the_prompts_own_tokens():
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    for prompt, answer in (("the quick", " brown fox"), ("the quick", " fox</s>"), ("the qui", "ck fox"), ("", "dog")):
+        (head,), (tail,) = encode_answers(tokenizer, [prompt], [answer], ())
+        assert [head] == encode(tokenizer, [prompt]) and tail[-1] == end and tail.count(end) == 1
+        assert tokenizer.decode(head + tail, skip_special_tokens=True) == prompt + answer.removesuffix("</s>")
+
+
+def test_chats_are_known_by_their_turns_and_texts_by_themselves():
+    keys = [prompt_key(prompt) for prompt in ("Why?", [ASKED], [SYSTEM, ASKED], [{**ASKED, "name": "ann"}])]
+    assert keys[0] == "Why?" and len(set(keys)) == 4
+
+
+def load_prompts(project):
+    project.require("prompts")
+    return read_prompts(project.config.prompts, project.root)
 
 
 def sentencepiece_like():

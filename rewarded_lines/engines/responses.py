@@ -1,0 +1,141 @@
+"""Where a response ends, and what is read of it: one answer for training, measuring and every engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewarded_lines.config import GenerationSpec, parse_strip
+from rewarded_lines.data.prompts import Prompt, encode, split_text
+from rewarded_lines.engines.tokens import Tokens
+from rewarded_lines.errors import fail
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer: its text without special tokens, its token ids (the end token included), and whether it ended.
+
+    `logprob` is Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included. `seen` is what rewards,
+    length and audits see of the text, where that is less (`strip:`).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+    logprob: float
+    seen: str | None = None
+
+    @property
+    def judged(self) -> str:
+        """The text that rewards, length and audits see."""
+        return self.text if self.seen is None else self.seen
+
+
+@dataclass(frozen=True)
+class ResponseReader:
+    """Reads the responses of one model.
+
+    Attributes:
+        tokenizer: of the model.
+        ends: ids that end a response; see `end_tokens`.
+        stop: texts before which a response ends.
+        strip: the two markers of what is not seen of a response.
+    """
+
+    tokenizer: Any
+    ends: frozenset[int]
+    stop: tuple[str, ...] = ()
+    strip: tuple[str, str] | None = field(default=None)
+
+    @classmethod
+    def of(cls, tokenizer: Any, ends: Iterable[int], spec: GenerationSpec) -> ResponseReader:
+        """Return the reader for the settings of `spec`, whose `stop_token_ids` end a response, too.
+
+        Raises:
+            UserError: the tokenizer leaves a marker of `strip:` out of texts.
+        """
+        strip = parse_strip(spec.strip) if spec.strip else None
+        for marker in strip or ():
+            ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+            if marker not in tokenizer.decode(ids, skip_special_tokens=True):
+                raise fail(
+                    f"the marker {marker!r} is a special token, which the text of a response does not hold",
+                    where=f"generation.strip: {spec.strip}",
+                    expected="markers that stand in the text",
+                    got=str(tokenizer.name_or_path),
+                    remedy="leave `strip:` out, or name markers that the tokenizer has as plain text",
+                )
+        return cls(tokenizer, frozenset([*ends, *spec.stop_token_ids]), spec.stop, strip)
+
+    def text(self, prompt: Tokens, tokens: Tokens) -> tuple[str, bool]:
+        """Return a response without its end token, up to the first stop text, and whether there was one."""
+        said = list(tokens)
+        while said and said[-1] in self.ends:
+            said.pop()
+        text = split_text([*prompt, *said], len(prompt), self.tokenizer)[1]
+        found = [place for place in (text.find(end) for end in self.stop) if place >= 0]
+        return (text[: min(found)], True) if found else (text, False)
+
+    def until_stop(self, prompt: Tokens, tokens: Tokens) -> int | None:
+        """Return how many tokens complete the first stop text; None if there is none.
+
+        An engine that makes text while it generates may hold a part of a character back, and see the text a little
+        later.
+        """
+        if not self.stop:
+            return None
+        count = len(tokens)
+        while count and self.text(prompt, tokens[:count])[1]:
+            count -= 1
+        return count + 1 if count < len(tokens) else None
+
+    def cut(self, prompt: Tokens, tokens: Tokens) -> tuple[tuple[int, ...], bool]:
+        """Return the tokens that belong to a response, and whether it ended: by an end token, or by a stop text."""
+        end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), None)
+        own = tuple(tokens[:end])
+        stop = self.until_stop(prompt, own)
+        return (own if stop is None else own[:stop]), end is not None or stop is not None
+
+    def read(self, prompt: Tokens, tokens: Tokens) -> Response:
+        """Return the response in some tokens, whatever stands behind its end; how likely it is, nobody asked."""
+        own, ended = self.cut(prompt, tokens)
+        return self.response(prompt, own, ended, math.nan)
+
+    def response(self, prompt: Tokens, tokens: Tokens, ended: bool, logprob: float) -> Response:
+        """Return the response that some tokens are, those behind its end left out before."""
+        text, stopped = self.text(prompt, tokens)
+        done = ended or stopped or (bool(tokens) and tokens[-1] in self.ends)
+        seen = self._visible(text, self._is_open(prompt)) if self.strip else None
+        return Response(text, tuple(tokens), done, logprob, seen)
+
+    def visible(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
+        """Return what rewards see of the responses to some prompts; see `GenerationSpec.strip`."""
+        if self.strip is None:
+            return list(texts)
+        heads = encode(self.tokenizer, prompts)
+        return [self._visible(text, self._is_open(head)) for head, text in zip(heads, texts, strict=True)]
+
+    def _is_open(self, prompt: Tokens) -> bool:
+        """Return whether a prompt ends within the markers, as where a template begins the thinking itself."""
+        assert self.strip is not None
+        opening, closing = self.strip
+        text = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
+        return bool(text.rfind(opening) > text.rfind(closing))
+
+    def _visible(self, text: str, is_open: bool) -> str:
+        assert self.strip is not None
+        opening, closing = self.strip
+        shown = []
+        while text:
+            if not is_open:
+                before, marker, text = text.partition(opening)
+                shown.append(before)
+                is_open = bool(marker)
+            if is_open:
+                # Thinking that never ends is all there is: nothing of it is an answer.
+                _, marker, text = text.partition(closing)
+                is_open = not marker
+                text = text if "".join(shown).strip() else text.lstrip()
+        return "".join(shown)

@@ -1,0 +1,34 @@
+"""TRL's DPOTrainer on pairs that are tokens already, those of measuring and generating."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOTrainer
+
+from rewarded_lines.data.prompts import encode_answers
+from rewarded_lines.data.rows import Row
+
+
+class TokenDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer that takes the columns prompt_ids, chosen_ids and rejected_ids as they are."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
+def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
+    """Return pairs as token ids: the prompt as a model is given it, each answer up to its end.
+
+    Args:
+        tokenizer: of the policy.
+        pairs: rows of prompt, chosen and rejected.
+        ends: the ids that end a response.
+    """
+    prompts, columns = [row["prompt"] for row in pairs], {}
+    for side in ("chosen", "rejected"):
+        answers = [row[side] for row in pairs]
+        columns["prompt_ids"], columns[f"{side}_ids"] = encode_answers(tokenizer, prompts, answers, ends)
+    return Dataset.from_dict(columns)

@@ -1,0 +1,112 @@
+"""Messages are kept whole or refused, and a chat template must show all of them."""
+
+import pytest
+from chat_forms import FORMS, make_tokenizer
+
+from rewarded_lines.data.messages import check_template, is_chat, read_messages, with_settings
+from rewarded_lines.errors import UserError
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "rome"}}}
+ASKED = {"role": "user", "content": "why"}
+
+
+def said(content="so", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        said(tool_calls=[CALL]),
+        said(None, tool_calls=[CALL]),
+        said(reasoning_content="it is so"),
+        {"role": "tool", "content": "sunny", "name": "look", "tool_call_id": "1"},
+        {**ASKED, "name": "ann"},
+        {**ASKED, "weight": 0, "date": "2026-01-01"},
+    ],
+)
+def test_every_key_is_kept(message):
+    assert is_chat([message]) and read_messages([message], "row 0") == [message]
+
+
+def test_gaps_are_no_keys_and_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "why ", "image": None}, {"type": "text", "text": "so"}]
+    filled = {"role": "user", "content": parts, "tool_calls": None, "name": None}
+    assert read_messages([filled], "row 0") == [{"role": "user", "content": "why so"}]
+    shared = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]
+    assert read_messages(shared, "row 0") == [ASKED, said()]
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "`image`"),
+        ({"role": "user", "content": None}, "no text"),
+        ({"role": "user"}, "no text"),
+        ({"role": "user", "content": 5}, "no text"),
+        ({"from": "narrator", "value": "so"}, "unknown speaker `narrator`"),
+    ],
+)
+def test_what_is_no_text_is_refused(message, what):
+    with pytest.raises(UserError, match=what):
+        read_messages([message], "row 0")
+
+
+# What each form's template shows, by its own text.
+SHOWS = {
+    "llama3": {"tool_calls": True, "reasoning_content": False, "name": False, "tool": True},
+    "qwen3": {"tool_calls": True, "reasoning_content": True, "name": False, "tool": True},
+    "gemma3": {"tool_calls": False, "reasoning_content": False, "name": False},
+    "phi": {"tool_calls": False, "reasoning_content": False, "name": False, "tool": True},
+    "mistral": {"tool_calls": False, "reasoning_content": False, "name": False},
+}
+CHATS = {
+    "tool_calls": [ASKED, said("", tool_calls=[CALL])],
+    "reasoning_content": [ASKED, said(reasoning_content="it is so")],
+    "name": [{**ASKED, "name": "ann"}, said()],
+    "tool": [ASKED, said("", tool_calls=[CALL]), {"role": "tool", "content": "sunny"}],
+}
+
+
+@pytest.mark.parametrize(("form", "key"), [(form, key) for form in FORMS for key in SHOWS[form]])
+def test_a_template_that_leaves_something_out_is_found(form, key):
+    tokenizer = make_tokenizer(form)
+    chats = CHATS["tool"][:1] + [said("so"), *CHATS["tool"][2:]] if key == "tool" and form == "phi" else CHATS[key]
+    if SHOWS[form][key]:
+        check_template(tokenizer, [chats], "rows")
+        return
+    with pytest.raises(UserError, match=f"leaves out `{key}`"):
+        check_template(tokenizer, [chats], "rows")
+
+
+def test_reasoning_of_earlier_turns_is_the_templates_to_drop():
+    history = [ASKED, said(reasoning_content="it is so"), ASKED]
+    check_template(make_tokenizer("qwen3"), [history], "rows")
+
+
+def test_a_template_without_system_turns_is_found():
+    tokenizer = make_tokenizer("phi")
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(UserError, match="turns of the role `system`"):
+        check_template(tokenizer, [[{"role": "system", "content": "be brief"}, ASKED]], "rows")
+    check_template(tokenizer, [[ASKED, said()]], "rows")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_settings_in_a_template_are_those_that_it_would_be_given(thinking):
+    tokenizer, plain = make_tokenizer("qwen3"), make_tokenizer("qwen3")
+    tokenizer.chat_template = with_settings(tokenizer.chat_template, {"enable_thinking": thinking})
+    options = {"add_generation_prompt": True, "tokenize": False}
+    assert tokenizer.apply_chat_template([ASKED], **options) == plain.apply_chat_template(
+        [ASKED], enable_thinking=thinking, **options
+    )
+
+
+def test_settings_of_every_kind_reach_a_template():
+    tokenizer = make_tokenizer("phi")
+    settings = {"a": True, "b": None, "c": 'it\'s "so"\n', "d": [1, 2.5, {"e": False}], "f": {"g": "é"}}
+    template = "{{ [a, b, c, d, f] }}"
+    tokenizer.chat_template = template
+    wanted = tokenizer.apply_chat_template([ASKED], tokenize=False, **settings)
+    tokenizer.chat_template = with_settings(template, settings)
+    assert tokenizer.apply_chat_template([ASKED], tokenize=False) == wanted
