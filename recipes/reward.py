@@ -25,9 +25,9 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rewarded_lines.config import CHAT, RewardSpec
-from rewarded_lines.data.forms import read_pairs
+from rewarded_lines.data.forms import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit
-from rewarded_lines.data.messages import Prompt, check_template
+from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.tokens import load_config
 from rewarded_lines.errors import fail
@@ -148,22 +148,12 @@ def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> No
         say(note)
 
 
-def asked_and_said(pairs: list[Row], side: str) -> tuple[list[Prompt], list[str]]:
-    """Return prompts and responses of one side; of an answer of several turns the last is the response."""
-    prompts, responses = [], []
-    for row in pairs:
-        *before, last = row[side] if isinstance(row[side], list) else [row[side]]
-        prompts.append([*row["prompt"], *before] if before else row["prompt"])
-        responses.append(last if isinstance(last, str) else last["content"])
-    return prompts, responses
-
-
 def tokens(reading: ClassifierReading, pairs: list[Row], side: str) -> list[list[int]]:
     """Return one side of the pairs as token ids, exactly those of a response to be scored.
 
     TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
     """
-    return reading.tokens(*asked_and_said(pairs, side))[0]
+    return reading.tokens(*last_answers(pairs, side))[0]
 
 
 def lengths(reading: ClassifierReading, pairs: list[Row]) -> list[int]:
@@ -178,7 +168,7 @@ def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
     The model is loaded and used as recipes and evaluator will use it.
     """
     reward = load_reward("reward", spec, Path())
-    chosen, rejected = (reward.score(*asked_and_said(pairs, side)) for side in SIDES)
+    chosen, rejected = (reward.score(*last_answers(pairs, side)) for side in SIDES)
     right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True))
     interval = low, high = wilson(right, len(pairs))
     say(f"{right / len(pairs):.3f} [{low:.3f}, {high:.3f}] of {len(pairs)} pairs ranked right")

@@ -27,7 +27,7 @@ CHATML = (
 # Overrides of size; a value that a config does not have is not new to its recipe.
 QUIET = {"report_to": "none", "disable_tqdm": "true", "effective_batch_size": 4, "per_device_train_batch_size": 4}
 SMALL: Mapping[str, Mapping[str, object]] = {
-    "sft": QUIET | {"max_steps": 2, "train_limit": 8, "validation_limit": 4},
+    "sft": QUIET | {"max_steps": 2, "max_length": 1024, "train_limit": 8, "validation_limit": 4},
     "reward": QUIET | {"max_steps": 2, "train_limit": 8, "validation_limit": 4},
     "ppo": QUIET
     | {"total_episodes": 8, "num_mini_batches": 2, "local_rollout_forward_batch_size": 4, "response_length": 8}

@@ -24,7 +24,7 @@ rewards:
   failing: {function: rewards.py:failing}
 """
 REWARDS = """\
-CALLS = []
+CALLS, LEFT = [], 3
 
 
 def detailed(prompts, responses):
@@ -41,7 +41,7 @@ def constant(prompts, responses):
 
 def failing(prompts, responses):
     CALLS.append(1)
-    if len(CALLS) > 5:
+    if len(CALLS) > LEFT:
         raise RuntimeError("no more")
     return vowels(prompts, responses)
 """

@@ -71,6 +71,21 @@ def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list
     return pairs
 
 
+def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[str]]:
+    """Return prompts and responses of one side of pairs; of an answer of several turns the last is the response.
+
+    Args:
+        pairs: as `read_pairs` returns them, answers with nothing but texts.
+        side: "chosen" or "rejected".
+    """
+    prompts, responses = [], []
+    for row in pairs:
+        *before, last = row[side] if isinstance(row[side], list) else [row[side]]
+        prompts.append([*row["prompt"], *before] if before else row["prompt"])
+        responses.append(last if isinstance(last, str) else last["content"])
+    return prompts, responses
+
+
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows to be imitated: messages (with `tools`, where a row has them), prompt and completion, or text.
 

@@ -108,7 +108,7 @@ def longest_sequence(
         UserError: a prompt without tokens, or one that does not fit the model with its response.
     """
     lengths = [len(ids) for ids in encode(tokenizer, prompts)]
-    _refuse_empty(prompts, lengths)
+    refuse_empty("prompts", prompts, lengths)
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
     answered = max(lengths, default=0) + spec.max_tokens + 1
     room = getattr(config, "max_position_embeddings", None)
@@ -131,12 +131,22 @@ def longest_sequence(
     return max(answered, longest + 1)
 
 
-def _refuse_empty(prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+def refuse_empty(where: str, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+    """Refuse a prompt without tokens, after which no model can say anything.
+
+    Args:
+        where: whose prompts they are.
+        prompts: texts or chats.
+        lengths: their tokens.
+
+    Raises:
+        UserError: naming the first.
+    """
     if 0 in lengths:
         index = lengths.index(0)
         raise fail(
             "a prompt has no tokens",
-            where=f"prompt {index}",
+            where=f"{where}: prompt {index}",
             got=repr(prompts[index]),
             remedy="begin it with at least one token, such as the tokenizer's BOS",
         )

@@ -45,9 +45,9 @@ def positions_of(config: Any) -> int | None:
     return positions or None
 
 
-def cannot_load(where: str, reference: str, error: Exception) -> UserError:
+def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") -> UserError:
     """Return the error of a model that a library could not load."""
-    return fail("the model cannot be loaded", where=where, got=f"{reference}: {error}")
+    return fail("the model cannot be loaded", where=where, got=f"{reference}: {error}", remedy=remedy)
 
 
 def no_classifier(where: str, got: str) -> UserError:

@@ -130,7 +130,7 @@ def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int
             **_share_of_gpu(size),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise cannot_load(where, reference, error) from error
+        raise cannot_load(where, reference, error, "use `backend: hf`") from error
 
 
 def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:

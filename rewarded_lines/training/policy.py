@@ -17,7 +17,13 @@ from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokens import end_tokens, load_config, load_generation_config, set_template
+from rewarded_lines.engines.tokens import (
+    end_tokens,
+    load_config,
+    load_generation_config,
+    refuse_empty,
+    set_template,
+)
 from rewarded_lines.errors import fail
 from rewarded_lines.learning.models import (
     absolute,
@@ -82,9 +88,11 @@ class PolicyTask:
             max_length: the longest pair, prompt and answer; that is longer in training data would be cut.
 
         Raises:
-            UserError: rows are too long and shall be refused, or none are left.
+            UserError: rows are too long and shall be refused, or none are left; or a prompt has no tokens.
         """
         room = getattr(load_config(self.base), "max_position_embeddings", None)
+        for where, rows in (("training rows", [row["prompt"] for row in self.rows]), ("validation", self.prompts)):
+            refuse_empty(where, rows, [len(ids) for ids in self._encode(rows)])
         # One position more: to learn how likely the last token is takes one step beyond it.
         spare = None if room is None else room - response_tokens - 1
         whole = None if max_length is None else max_length - response_tokens - 1

@@ -102,7 +102,9 @@ class TrainingRun:
         self.keep()
         from_main(lambda: write_json(self.folder / TRAINING_FILE, {**self._record, "trained": True}))
 
-    def finish(self, measure: Callable[[], Mapping[str, Any]], register: Callable[[], None], **facts: Any) -> None:
+    def finish(
+        self, measure: Callable[[], Mapping[str, Any]], register: Callable[[], None] = lambda: None, **facts: Any
+    ) -> None:
         """Measure the saved model, complete the record, give the folder its name, and add it to the project.
 
         A fault in measuring does not cost the model: all the rest is done all the same, then the fault is told.

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.generation import load_generator, prompt_seed
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling
-from rewarded_lines.engines.tokens import response_text
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.plan import MergePlan, MergeSpec, complete, plan_merge
 
@@ -93,11 +93,11 @@ def test_samples_differ_in_the_bits_that_a_generator_on_a_cpu_reads():
 def test_seeded_sampling_draws_from_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     spec = GenerationSpec(temperature=0.7)
-    draws = [int(SeededSampling([seed], spec)(None, logits).argmax()) for seed in range(4000)]
+    draws = [int(SeededSampling([seed], spec, [[0]])(None, logits).argmax()) for seed in range(4000)]
     shares = torch.bincount(torch.tensor(draws), minlength=4) / 4000
     assert torch.allclose(shares, (logits[0] / 0.7).softmax(-1), atol=0.03)
     tail = GenerationSpec(temperature=1.0, top_p=0.5)
-    assert {int(SeededSampling([seed], tail)(None, logits).argmax()) for seed in range(200)} == {0}
+    assert {int(SeededSampling([seed], tail, [[0]])(None, logits).argmax()) for seed in range(200)} == {0}
 
 
 def test_swap_in_place_equals_merge_and_load(tiny, hf):
@@ -165,8 +165,8 @@ def check_stops(generator):
         # One token less, and the stop text was not there yet.
         ids = generator.encode(PROMPTS[:1])[0]
         tokenizer = AutoTokenizer.from_pretrained("sft")
-        assert response_text(tokenizer, ids, cut.tokens, stop)[1]
-        assert not response_text(tokenizer, ids, cut.tokens[:-1], stop)[1]
+        reader = ResponseReader(tokenizer, frozenset(), tuple(stop))
+        assert reader.text(ids, cut.tokens)[1] and not reader.text(ids, cut.tokens[:-1])[1]
     own = [response.logprob for response in stopped]
     assert generator.logprobs(pairs_of(generator, stopped)) == pytest.approx(own, abs=1e-3)
 

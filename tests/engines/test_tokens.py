@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.engines.huggingface import HfGenerator
-from rewarded_lines.engines.tokens import response_text, tokens_until
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.plan import MergeSpec
 
@@ -54,11 +54,14 @@ def test_a_response_ends_with_the_token_that_completes_the_first_stop_text():
         ([" "], ""),
         (["the quick"], None),
     ):
-        count = tokens_until(tokenizer, prompt, tokens, stop)
-        text, stopped = response_text(tokenizer, prompt, tokens[:count], stop)
+        reader = ResponseReader(tokenizer, frozenset(), tuple(stop))
+        count = reader.until_stop(prompt, tokens)
+        text, stopped = reader.text(prompt, tokens[:count])
         assert (text if stopped else None) == left and stopped == (count is not None)
-        assert count is None or not response_text(tokenizer, prompt, tokens[: count - 1], stop)[1]
-    assert tokens_until(tokenizer, prompt, tokens, []) is None and tokens_until(tokenizer, prompt, [], ["a"]) is None
+        assert count is None or not reader.text(prompt, tokens[: count - 1])[1]
+        assert reader.cut(prompt, tokens) == (tuple(tokens[:count]), stopped)
+    assert ResponseReader(tokenizer, frozenset()).until_stop(prompt, tokens) is None
+    assert ResponseReader(tokenizer, frozenset(), ("a",)).until_stop(prompt, []) is None
 
 
 def test_without_a_plan_there_is_only_the_sft_model(tiny):

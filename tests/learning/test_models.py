@@ -314,16 +314,29 @@ def words(*vocabulary, **special):
 )
 def test_ppos_padding_is_an_entry_of_the_vocabulary_that_does_not_end_a_text(tokenizer, padding):
     before = tokenizer.get_vocab()
-    usable_padding(tokenizer, "base")
+    usable_padding(tokenizer, "base", [tokenizer.eos_token_id])
     assert tokenizer.pad_token == padding and tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.get_vocab() == before
 
 
 @pytest.mark.parametrize("pad", [None, "<|endoftext|>"])
-def test_a_vocabulary_without_an_entry_to_pad_with_is_refused(pad):
+def test_a_vocabulary_without_an_entry_to_pad_with_is_refused(pad, tmp_path):
     tokenizer = words("a", "<|endoftext|>", eos_token="<|endoftext|>", **({"pad_token": pad} if pad else {}))
-    problem = problem_of(usable_padding, tokenizer, "base")
-    assert problem.where == "base" and problem.got == f"pad {pad!r}, eos '<|endoftext|>'"
+    GPT2Config(vocab_size=2).save_pretrained(tmp_path)
+    problem = problem_of(usable_padding, tokenizer, str(tmp_path), [tokenizer.eos_token_id])
+    assert problem.where == str(tmp_path) and problem.got == f"pad {pad!r}, end tokens ['<|endoftext|>']"
+    # A model with a row to spare has a token for it.
+    GPT2Config(vocab_size=3).save_pretrained(tmp_path)
+    usable_padding(tokenizer, str(tmp_path), [tokenizer.eos_token_id])
+    assert tokenizer.pad_token_id == 2
+
+
+def test_ppos_padding_ends_no_response_and_is_in_no_prompt():
+    vocabulary = ("<|endoftext|>", "<unk>", "<|vision_pad|>", "<|im_end|>", "a")
+    tokenizer = words(*vocabulary, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_pad|>"]})
+    usable_padding(tokenizer, "base", [0, 3], [[4, 1]])
+    assert tokenizer.pad_token == "<|vision_pad|>"
 
 
 def test_a_policy_may_start_from_the_base_by_whatever_name(sft, tmp_path, monkeypatch):
@@ -383,9 +396,10 @@ def test_a_folded_classifier_gives_the_logits_that_the_adapter_gave(sft, tmp_pat
     save_file({n: w[:1] if "score" in n else w for n, w in weights.items()}, folder / "adapter_model.safetensors")
     kind = AutoModelForSequenceClassification
     tuned = PeftModel.from_pretrained(kind.from_pretrained(base, num_labels=1, dtype=torch.float32), folder).eval()
-    fold_classifier(folder, str(base))
+    fold_classifier(folder, str(base), 1)
     whole, loading = kind.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not list(folder.glob("adapter_*")) and whole.config.num_labels == 1
+    assert whole.config.pad_token_id == 1
     with torch.no_grad():
         expected, plain = tuned(input_ids=IDS).logits, kind.from_pretrained(base, num_labels=1)(input_ids=IDS).logits
         assert torch.allclose(whole.eval()(input_ids=IDS).logits, expected, atol=1e-5)
@@ -473,5 +487,5 @@ def test_responses_are_sampled_in_the_policys_type(wanted, own, expected):
 
 def test_the_tiny_models_tokenizer_needs_no_other_padding():
     tokenizer = make_tokenizer()
-    usable_padding(tokenizer, "base")
+    usable_padding(tokenizer, "base", [tokenizer.eos_token_id])
     assert tokenizer.pad_token == "<pad>"

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerControl, TrainerState, set_seed
 
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.learning.models import with_lora
 from rewarded_lines.learning.ppo import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
 from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
@@ -36,7 +37,6 @@ def trainer(folder, lora=False, target=None, **settings):
         total_episodes=40,
         response_length=6,
         learning_rate=1e-3,
-        stop_token="eos",
         num_sample_generations=0,
         report_to="none",
         disable_tqdm=True,
@@ -47,7 +47,8 @@ def trainer(folder, lora=False, target=None, **settings):
     )
     set_seed(0)
     tokenizer = make_tokenizer()
-    queries = make_queries(PROMPTS * 3, tokenizer, 64)
+    queries = make_queries(PROMPTS * 3, tokenizer)
+    reader = ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
     policy = make_model(0, blocks=2)
     critic = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
     if lora:
@@ -56,10 +57,11 @@ def trainer(folder, lora=False, target=None, **settings):
     adaptive = [AdaptiveKL(target, 100)] if target else []
     return ResumablePPOTrainer(
         args=arguments,
+        reader=reader,
         processing_class=tokenizer,
         model=policy,
         ref_model=None if lora else copy.deepcopy(policy),
-        reward_model=RewardModule(Vowels(), tokenizer, queries),
+        reward_model=RewardModule(Vowels(), reader, queries),
         value_model=critic,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(1)),
@@ -119,6 +121,7 @@ def test_gradient_checkpointing_is_switched_on_and_survives_the_rollouts(tmp_pat
     one.args.gradient_checkpointing = True
     again = ResumablePPOTrainer(
         args=one.args,
+        reader=ResponseReader(one.processing_class, frozenset([one.processing_class.eos_token_id])),
         processing_class=one.processing_class,
         model=one.policy_model,
         reward_model=one.reward_model,

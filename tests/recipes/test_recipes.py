@@ -180,24 +180,28 @@ def test_dpo_trains_on_given_pairs(work, chat):
     (work / "sft" / "chat_template.jinja").write_text(TEMPLATE)
     seen = []
     recipe = load_recipe("dpo")
-    build = recipe.DPOTrainer
-    recipe.DPOTrainer = lambda **parts: seen.append(parts["train_dataset"][0]) or build(**parts)
+    build = recipe.TokenDPOTrainer
+    recipe.TokenDPOTrainer = lambda **parts: seen.append(parts) or build(**parts)
     files = {"train_file": work / "data" / "pairs-whole.jsonl", "output_dir": work / "given"}
     more = {"chat": True, "system_prompt": "be kind"} if chat else {}
     recipe.main(words_for("dpo", work, pairs="given", reward="detailed", **files, **more))
     assert record(work / "given")["metrics"]["pairs"] == 16
-    (row,) = seen
+    ((row, decode),) = [(parts["train_dataset"][0], parts["processing_class"].decode) for parts in seen]
+    prompt, chosen, rejected = (decode(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
     if chat:
-        assert [turn["content"] for turn in row["prompt"]] == ["be kind", "this is a"]
-        assert row["chosen"] == [{"role": "assistant", "content": " warm and funny film about a small town"}]
+        assert prompt == "[system]be kind</s>[user]this is a</s>[assistant]"
+        assert chosen == " warm and funny film about a small town</s>"
     else:
-        assert (row["prompt"], row["rejected"]) == ("this is a", " dull and lifeless film about very little")
+        assert (prompt, rejected) == ("this is a", " dull and lifeless film about very little</s>")
 
 
-def test_pairs_that_begin_differently_are_refused(work):
+def test_pairs_that_begin_differently_or_with_nothing_are_refused(work):
     files = {"train_file": work / "data" / "pairs-train.jsonl", "output_dir": work / "given"}
-    with pytest.raises(UserError, match="begin differently"):
+    with pytest.raises(UserError, match="a prompt has no tokens"):
         run("dpo", work, pairs="given", reward="detailed", **files)
+    (work / "pairs.jsonl").write_text(json.dumps({"chosen": "a film", "rejected": "the film"}) + "\n")
+    with pytest.raises(UserError, match="begin differently"):
+        run("dpo", work, pairs="given", reward="detailed", **files | {"train_file": work / "pairs.jsonl"})
 
 
 def test_what_does_not_fit_is_told_before_anything_is_trained(work):
@@ -208,7 +212,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         ({"learning_rat": 1}, "did you mean `learning_rate`"),
         ({"project_file": "nowhere.yaml"}, "no project file there"),
         ({"columns": "prompt=question"}, "no column `question`(.|\n)*prompt, completion"),
-        ({"max_prompt_tokens": 1}, "no prompt is short enough"),
+        ({"max_prompt_tokens": 1}, "8 of 8 rows are too long for the policy"),
         ({"report_to": "wandb"}, "`wandb` is not installed"),
         ({"report_to": "wandbb"}, "unknown tracker `wandbb`"),
         ({"model_name_or_path": work / "other"}, "the policy and the SFT model have different vocabularies"),
@@ -254,6 +258,14 @@ def test_without_ppo_in_trl_the_recipe_names_what_has_it_and_rloo(work):
     done = subprocess.run([sys.executable, "-c", code, "", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "has no PPO" in done.stderr and "trl 1.12.0" in done.stderr and "recipes/rloo.py" in done.stderr
+
+
+def test_a_reward_that_fails_once_all_is_trained_does_not_cost_the_policy(work):
+    (work / "rewards.py").write_text((work / "rewards.py").read_text().replace("LEFT = [], 3", "LEFT = [], 5"))
+    with pytest.raises(UserError, match="is trained, saved and in the project, but measuring it failed(.|\n)*no more"):
+        run("ppo", work, reward="failing", output_dir=work / "kept")
+    assert tensors(work / "kept") == tensors(work / "sft") and project(work).policies == {"failing": "kept"}
+    assert record(work / "kept")["complete"] and "no more" in record(work / "kept")["metrics"]["fault"]
 
 
 def test_a_reward_that_fails_stops_the_run_and_the_last_checkpoint_is_whole(work):

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from trl.experimental.utils import get_reward
 
 from rewarded_lines.config import RewardSpec
-from rewarded_lines.errors import UserError
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
 from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
 from rewarded_lines.rewarding.rewards import WeightedReward
@@ -21,6 +21,7 @@ RESPONSES = [" that moves.", " he, and goes on and on", ""]
 class Recorder:
     """A reward that keeps what it was given and tells pairs apart."""
 
+    limit = None
     name = "recorder"
     unit = "characters"
 
@@ -30,6 +31,10 @@ class Recorder:
     def score(self, prompts, responses):
         self.seen += zip(prompts, responses, strict=True)
         return [100.0 * len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def reader(tokenizer):
+    return ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,9 @@ def query_responses(tokenizer, queries, ended=True, responses=RESPONSES):
 @pytest.mark.parametrize("ended", [True, False])
 def test_scores_through_trl_are_the_rewards_own(tokenizer, ended):
     reward = Recorder()
-    queries = make_queries(PROMPTS, tokenizer, 64)
+    queries = make_queries(PROMPTS, tokenizer)
     rows = query_responses(tokenizer, queries, ended)
-    module = RewardModule(reward, tokenizer, queries)
+    module = RewardModule(reward, reader(tokenizer), queries)
     logits, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
     assert reward.seen == list(zip(PROMPTS, RESPONSES, strict=True))
     assert scores.tolist() == Recorder().score(PROMPTS, RESPONSES)
@@ -62,9 +67,9 @@ def test_scores_through_trl_are_the_rewards_own(tokenizer, ended):
 
 
 def test_batches_come_in_any_order_and_with_responses_of_any_width(tokenizer):
-    queries = make_queries(PROMPTS, tokenizer, 64)
+    queries = make_queries(PROMPTS, tokenizer)
     rows = query_responses(tokenizer, queries)
-    module = RewardModule(Recorder(), tokenizer, queries)
+    module = RewardModule(Recorder(), reader(tokenizer), queries)
     expected = Recorder().score(PROMPTS, RESPONSES)
     for order in ([2, 0], [1], [1, 1, 2]):
         width = max(int((rows[index] != tokenizer.pad_token_id).nonzero().max()) for index in order) + 1
@@ -74,43 +79,42 @@ def test_batches_come_in_any_order_and_with_responses_of_any_width(tokenizer):
 
 def test_padding_is_no_text(tokenizer):
     reward = Recorder()
-    queries = make_queries(PROMPTS, tokenizer, 64)
+    queries = make_queries(PROMPTS, tokenizer)
     rows = query_responses(tokenizer, queries)
     padding = torch.full((3, 5), tokenizer.pad_token_id)
-    module = RewardModule(reward, tokenizer, queries)
+    module = RewardModule(reward, reader(tokenizer), queries)
     get_reward(module, torch.cat([rows, padding], 1), tokenizer.pad_token_id, queries.length)
     assert reward.seen == list(zip(PROMPTS, RESPONSES, strict=True))
 
 
-def test_prompts_are_padded_left_to_one_length_and_long_ones_left_out(tokenizer):
-    queries = make_queries(PROMPTS, tokenizer, 64)
+def test_prompts_are_padded_left_to_one_length(tokenizer):
+    queries = make_queries(PROMPTS, tokenizer)
     rows = queries.padded(tokenizer.pad_token_id)
     assert {len(row) for row in rows} == {queries.length} and queries.prompts == PROMPTS
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == PROMPTS
     assert rows[0][0] == tokenizer.pad_token_id and rows[0][-1] != tokenizer.pad_token_id
     assert queries.ids == [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    shorter = make_queries(PROMPTS, tokenizer, queries.length - 1)
-    assert shorter.prompts == ["a film", "it"] and shorter.length < queries.length
-    assert make_queries(PROMPTS, tokenizer, queries.length) == queries
 
 
-def test_prompts_without_tokens_are_left_out():
-    assert make_queries(["", "dog"], make_tokenizer(), 8).prompts == ["dog"]
-
-
-@pytest.mark.parametrize("prompts", [PROMPTS, []])
-def test_no_prompt_left_is_a_fault(tokenizer, prompts):
-    with pytest.raises(UserError, match="max_prompt_tokens.*no prompt is short enough\n.*at most 1 tokens"):
-        make_queries(prompts, tokenizer, 1)
+def test_what_follows_an_end_is_not_rewarded_and_a_response_without_one_pays(tokenizer):
+    reward, end = Recorder(), tokenizer("q", add_special_tokens=False)["input_ids"][0]
+    queries = make_queries(PROMPTS, tokenizer)
+    rows = query_responses(tokenizer, queries, False, [" that q it", " he", " q"])
+    ends = ResponseReader(tokenizer, frozenset([end, tokenizer.eos_token_id]))
+    module = RewardModule(reward, ends, queries, missing_eos_penalty=7.5)
+    _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
+    assert [response.strip() for _, response in reward.seen] == ["that", "he", ""]
+    wanted = Recorder().score(PROMPTS, [response for _, response in reward.seen])
+    assert scores.tolist() == [wanted[0], wanted[1] - 7.5, wanted[2]]
 
 
 def test_the_reward_reads_the_prompt_as_the_data_have_it(tokenizer):
     prompts = ["A Film", "THE  quiet\tend </s>", "It"]
     reward = Recorder()
-    queries = make_queries(prompts, tokenizer, 64)
+    queries = make_queries(prompts, tokenizer)
     decoded = tokenizer.batch_decode(queries.ids, skip_special_tokens=True)
     assert decoded == ["a film", "the  quiet\tend ", "it"]
-    module = RewardModule(reward, tokenizer, queries)
+    module = RewardModule(reward, reader(tokenizer), queries)
     get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
     assert reward.seen == list(zip(prompts, RESPONSES, strict=True))
 
@@ -120,14 +124,14 @@ def test_chats_are_handed_to_the_reward_as_chats():
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     reward = Recorder()
-    queries = make_queries(chats, tokenizer, 64)
-    module = RewardModule(reward, tokenizer, queries)
+    queries = make_queries(chats, tokenizer)
+    module = RewardModule(reward, reader(tokenizer), queries)
     get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
     assert reward.seen == list(zip(chats, RESPONSES, strict=True))
 
 
 def test_the_module_has_nothing_to_train(tokenizer):
-    module = RewardModule(Recorder(), tokenizer, make_queries(PROMPTS, tokenizer, 64))
+    module = RewardModule(Recorder(), reader(tokenizer), make_queries(PROMPTS, tokenizer))
     assert list(module.parameters()) == [] and module.base_model_prefix == "backbone"
 
 
@@ -166,7 +170,7 @@ def test_ppo_is_given_what_a_reward_model_of_another_kind_says_of_the_text(tmp_p
     reward = WeightedReward({"bert": load_reward("bert", spec, tmp_path, "cpu")}, {"bert": 1.0})
     prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(4)]
     policy, tokenizer = make_model(0, blocks=2), make_tokenizer()
-    queries = make_queries(prompts, tokenizer, 64)
+    queries = make_queries(prompts, tokenizer)
     ids = torch.tensor(queries.padded(tokenizer.pad_token_id))
     torch.manual_seed(0)
     rows = policy.generate(
@@ -175,7 +179,7 @@ def test_ppo_is_given_what_a_reward_model_of_another_kind_says_of_the_text(tmp_p
     rows[0, queries.length + 3] = tokenizer.eos_token_id
     answers = truncate_response(tokenizer.eos_token_id, tokenizer.pad_token_id, rows[:, queries.length :])
     rows = torch.cat([ids, answers], 1)
-    module = RewardModule(reward, tokenizer, queries)
+    module = RewardModule(reward, reader(tokenizer), queries)
     _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
 
     outside = []
@@ -192,8 +196,8 @@ def test_ppo_is_given_what_a_reward_model_of_another_kind_says_of_the_text(tmp_p
 def test_standardized_scores_reach_ppo(tokenizer):
     reward = WeightedReward({"recorder": Recorded()}, {"recorder": 2.0})
     reward.standardize({"recorder": [0.0, 2000.0]})
-    queries = make_queries(PROMPTS, tokenizer, 64)
-    module = RewardModule(reward, tokenizer, queries)
+    queries = make_queries(PROMPTS, tokenizer)
+    module = RewardModule(reward, reader(tokenizer), queries)
     _, scores, _ = get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
     assert scores.tolist() == pytest.approx(
         [2 * (612 - 1000) / 1000, 2 * (2923 - 1000) / 1000, 2 * (200 - 1000) / 1000]

@@ -6,7 +6,9 @@ import statistics
 import pytest
 from tiny_models import make_tokenizer
 
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
+from rewarded_lines.learning.rloo import packed
 from rewarded_lines.learning.scratch import ScratchModel, train_tokenizer
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewarding.rewards import RewardFunction, WeightedReward, load_training_reward
@@ -18,6 +20,8 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 class Scores:
     """A reward from a function of one pair, which keeps what it was given."""
+
+    limit = None
 
     def __init__(self, name, score, unit="points"):
         self.name, self.unit, self.fingerprint = name, unit, f"<{name}>"
@@ -89,10 +93,27 @@ def test_a_reward_that_never_differs_is_refused_by_name(scores):
     assert caught.value.problems[0].got == str(scores[0])
 
 
-def test_chats_are_scored_by_what_was_said():
+def test_chats_reach_a_reward_whole():
     reward = both({"length": 1.0})
     assert reward.score([CHAT, "Why?"], ["So.", "So."]) == [3.0, 3.0]
-    assert reward.rewards["length"].seen == [("Why?", "So.")] * 2
+    assert reward.rewards["length"].seen == [(CHAT, "So."), ("Why?", "So.")]
+
+
+class Short(Scores):
+    """A reward model that reads ten words."""
+
+    limit = 10
+
+    def lengths(self, prompts, responses):
+        return [len(f"{one} {two}".split()) for one, two in zip(prompts, responses, strict=True)]
+
+
+def test_a_prompt_gives_way_to_a_response_that_is_longer_than_was_reckoned():
+    reward = WeightedReward({"short": Short("short", lambda *pair: len(pair[1]))}, {"short": 1.0})
+    long = "a b c d e f g h i"
+    assert reward.score([long, "a", long], ["x y z", "x y z", "x"]) == [5.0, 5.0, 1.0]
+    assert reward.rewards["short"].seen == [("c d e f g h i", "x y z"), ("a", "x y z"), (long, "x")]
+    assert reward.shortened == {"short": 1}
 
 
 def test_the_projects_rewards_are_found_by_name(tiny):
@@ -113,6 +134,10 @@ def test_audit_rewards_are_not_trained_on(tiny):
     assert load_training_reward(project, {"letters": 1.0}, "cpu").score(["p"], ["a"]) == [0.5]
 
 
+def reader(tokenizer):
+    return ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
+
+
 def completions(tokenizer, ended=(True, False, True)):
     ids = tokenizer(RESPONSES, add_special_tokens=False)["input_ids"]
     return [row + [tokenizer.eos_token_id] * end for row, end in zip(ids, ended, strict=True)]
@@ -122,7 +147,7 @@ def completions(tokenizer, ended=(True, False, True)):
 def test_rloo_scores_what_the_evaluator_scores(lowercase):
     tokenizer = train_tokenizer(PROMPTS + RESPONSES, ScratchModel(vocab_size=300, lowercase=lowercase))
     reward = WeightedReward({"capitals": capitals()}, {"capitals": 1.0})
-    function = RewardFunction(reward, tokenizer)
+    function = RewardFunction(reward, reader(tokenizer))
     scores = function(prompts=PROMPTS, completions=["x"] * 3, completion_ids=completions(tokenizer), trainer_state=None)
     # The prompts as the data have them, though the tokenizer may have lower-cased what the policy sees.
     assert reward.rewards["capitals"].seen == list(zip(PROMPTS, RESPONSES, strict=True))
@@ -133,19 +158,19 @@ def test_rloo_scores_chats_and_their_answers():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     reward = both({"length": 1.0})
-    scores = RewardFunction(reward, tokenizer)([CHAT] * 3, completions(tokenizer))
-    assert reward.rewards["length"].seen == [("Why?", response) for response in RESPONSES]
+    scores = RewardFunction(reward, reader(tokenizer), chats=True)([packed(CHAT)] * 3, completions(tokenizer))
+    assert reward.rewards["length"].seen == [(CHAT, response) for response in RESPONSES]
     assert scores == [12.0, 23.0, 0.0]
 
 
 @pytest.mark.parametrize(("penalty", "taken"), [(None, 0.0), (0.0, 0.0), (1.5, 1.5)])
 def test_a_response_without_an_end_pays_the_penalty(penalty, taken):
     tokenizer = make_tokenizer()
-    function = RewardFunction(both({"length": 1.0}), tokenizer, penalty)
+    function = RewardFunction(both({"length": 1.0}), reader(tokenizer), missing_eos_penalty=penalty)
     assert function(PROMPTS, completions(tokenizer)) == [12.0, 23.0 - taken, 0.0]
     assert function(PROMPTS, completions(tokenizer, (False, True, False))) == [12.0 - taken, 23.0, -taken]
 
 
 def test_trl_can_ask_the_function_for_its_name():
-    function = RewardFunction(both(), make_tokenizer())
+    function = RewardFunction(both(), reader(make_tokenizer()))
     assert function.__name__ == "reward" and not inspect.iscoroutinefunction(function)

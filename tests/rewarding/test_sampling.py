@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import generation
 from rewarded_lines.engines.isolated import generate_isolated
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.rewarding import sampling
 from rewarded_lines.rewarding.rewards import WeightedReward
@@ -170,6 +171,7 @@ def test_an_engine_that_is_not_there_is_a_fault(monkeypatch, wanted, said):
 
 
 class Length:
+    limit = None
     name, unit, fingerprint = "length", "characters", ""
 
     def score(self, prompts, responses):
@@ -178,7 +180,7 @@ class Length:
 
 def test_a_sampler_scores_every_reward_of_its_own_answers(model):
     reward = WeightedReward({"length": Length()}, {"length": 2.0})
-    sampler = Sampler(reward, make_tokenizer(), SPEC)
+    sampler = Sampler(reward, ResponseReader.of(make_tokenizer(), (), SPEC), SPEC)
     responses = sampler.responses(model, "no such folder", PROMPTS)
     assert responses == answers(model)
     assert sampler.measure(model, "no such folder", PROMPTS) == {"length": Length().score(PROMPTS, responses)}

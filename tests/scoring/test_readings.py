@@ -60,6 +60,10 @@ def test_a_conversation_is_read_by_the_classifiers_own_template(form, backend, t
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = [tokenizer.apply_chat_template(whole, **options) for whole in wholes]
     wanted = alone(tmp_path, [{"input_ids": one["input_ids"]} for one in inputs])
+    if (form, backend) == ("gemma3", "vllm"):
+        with pytest.raises(UserError, match="cannot be loaded(.|\n)*backend: hf"):
+            scores(tmp_path, prompts, template="chat", backend=backend)
+        return
     assert scores(tmp_path, prompts, template="chat", backend=backend) == pytest.approx(wanted, abs=1e-5)
     if tokenizer.bos_token and form != "phi":
         assert all(one["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1 for one in inputs)
@@ -67,7 +71,7 @@ def test_a_conversation_is_read_by_the_classifiers_own_template(form, backend, t
 
 @pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pad", ["none", "the end", "another", "the end, as TRL saves it"])
-@pytest.mark.parametrize("form", ["llama3", "gemma3"])
+@pytest.mark.parametrize("form", ["llama3", "phi"])
 def test_a_decoder_is_read_at_the_token_that_transformers_reads(form, pad, backend, tmp_path):
     """The texts end with the token that ends a turn; padding is that token, another one, or not declared."""
     make_classifier(form, tmp_path)
@@ -113,9 +117,17 @@ def bert(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "template", ["{prompt}[SEP]{response}", "{prompt} [SEP] {response}", ["{prompt}", "{response}"]]
-)
+TEMPLATES = ["{prompt}[SEP]{response}", "{prompt} [SEP] {response}", ["{prompt}", "{response}"]]
+
+
+def of_pairs(tokenizer, between=None):
+    """The tokenizer's own inputs of the pairs, or of both texts joined."""
+    both = list(zip(PROMPTS, RESPONSES, strict=True))
+    texts = [pair if between is None else (between.join(pair),) for pair in both]
+    return [tokenizer(*text, return_tensors="pt") for text in texts]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_the_two_texts_of_a_cross_encoder_have_token_types(bert, template):
     tokenizer = AutoTokenizer.from_pretrained(bert)
     pairs = of_pairs(tokenizer)

@@ -16,7 +16,7 @@ def test_logits_equal_those_of_transformers(wide_classifier):
     rng = random.Random(0)
     prompts = [" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(40)]
     responses = [" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(40)]
-    spec = {"model": str(wide_classifier), "format": "1-0x0.5", "template": "Q{prompt}A{response}"}
+    spec = {"model": str(wide_classifier), "format": "1-0x0.5", "template": "Q{prompt}A{response}", "max_tokens": 512}
     expected = load_reward("r", RewardSpec(**spec), device="cpu")
     reward = load_reward("r", RewardSpec(**spec, backend="vllm"), device="cpu")
     scores = reward.score(prompts, responses)

@@ -56,6 +56,7 @@ def test_a_record_of_options_has_plain_values():
 
 def test_training_and_validation_data_are_files_or_splits_of_a_data_set():
     shared = {"columns": {"prompt": "post"}, "rows": "rows.py:made", "chat": True, "system": "Be brief."}
+    shared["too_long"] = "leave_out"
     options = {
         "columns": Columns("prompt=post"),
         "row_function": "rows.py:made",

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import make_tokenizer, snapshot
 from transformers import AutoTokenizer, TrainingArguments
 
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import hold_folder
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.options import Columns, RunOptions
@@ -53,7 +53,7 @@ def train(out, recipe="sft", inputs=INPUTS, **settings):
         begun = run.begin(**inputs)
         if begun:
             (run.folder / "model").write_text(json.dumps(inputs))
-            run.finish({"loss": 1.0}, seed=3)
+            run.finish(lambda: {"loss": 1.0}, seed=3)
     return begun, run.checkpoint
 
 
@@ -80,7 +80,7 @@ def test_a_run_works_beside_its_output_and_takes_its_name_at_the_end(tmp_path):
         for name in ("model", "training_args.bin"):
             (run.folder / name).write_text("")
         checkpoint(run.folder, 5)
-        run.finish({"loss": 1.0}, base="base", seed=3)
+        run.finish(lambda: {"loss": 1.0}, base="base", seed=3)
     assert names(out.parent) == ["sft"] and names(out) == ["checkpoint-5", "model", "training.json"]
     assert made[2].output_dir == str(out)
     record = read_record(out)
@@ -247,7 +247,7 @@ def test_what_appears_while_a_run_lasts_is_not_replaced_and_the_run_is_not_lost(
         run.begin(**INPUTS)
         (run.folder / "model").write_text("hours of work")
         foreign_folder(tmp_path / "sft")
-        run.finish({})
+        run.finish(dict)
     assert names(tmp_path / "sft") == ["thesis.tex"]
     assert (tmp_path / "sft.unfinished" / "model").read_text() == "hours of work"
     shutil.rmtree(tmp_path / "sft")
@@ -270,7 +270,7 @@ def test_overwriting_replaces_another_run_only_once_the_new_one_is_whole(tmp_pat
         assert run.begin(**INPUTS) and run.checkpoint is None
         assert (out / "model").read_text() == '{"train": "old"}'
         (run.folder / "other").write_text("")
-        run.finish({})
+        run.finish(dict)
     assert names(tmp_path) == ["sft"] and names(out) == ["other", "training.json"]
     assert read_record(out)["config"]["Recipe"]["margin"] == 3.0
 
@@ -295,7 +295,7 @@ def test_two_runs_into_one_output_are_refused_and_the_first_goes_on(tmp_path):
             with pytest.raises(UserError, match=r"sft\.unfinished: another process is at work on this output"):
                 train(tmp_path / "sft", overwrite=overwrite)
         assert train(tmp_path / "other") == (True, None)
-        run.finish({})
+        run.finish(dict)
     assert names(tmp_path) == ["other", "sft"] and "checkpoint-5" in names(tmp_path / "sft")
 
 
@@ -408,3 +408,41 @@ def test_the_only_process_is_the_first_one(capsys):
     assert from_main(lambda: [Path("a")]) == [Path("a")]
     say("one", "two")
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_model_is_not_lost_to_a_fault_in_measuring_it(tmp_path):
+    out, registered = tmp_path / "sft", []
+
+    def measure():
+        raise UserError(Problem("a text is too long", where="reward `r`"))
+
+    with pytest.raises(UserError) as caught, training_run("sft", arguments(out)) as run:
+        run.begin(**INPUTS)
+        (run.folder / "model").write_text("trained")
+        run.saved()
+        run.finish(measure, lambda: registered.append(run.output), seed=3)
+    (problem,) = caught.value.problems
+    assert problem.what == "the model is trained, saved and in the project, but measuring it failed"
+    assert (
+        problem.where == str(out) and "a text is too long" in problem.got and "rewarded-lines score" in problem.remedy
+    )
+    assert (out / "model").read_text() == "trained" and registered == [out] and names(tmp_path) == ["sft"]
+    record = read_record(out)
+    assert record["complete"] and record["seed"] == 3 and "a text is too long" in record["metrics"]["fault"]
+    # And the same command does not train again.
+    assert train(out) == (False, None)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_trained_model_outlives_an_end_before_it_is_measured(tmp_path, saved):
+    out = tmp_path / "sft"
+    with pytest.raises(KeyboardInterrupt), training_run("sft", arguments(out)) as run:
+        run.begin(**INPUTS)
+        (run.folder / "model").write_text("trained")
+        run.saved() if saved else run.keep()
+        raise KeyboardInterrupt
+    assert (tmp_path / "sft.unfinished" / "model").read_text() == "trained"
+    # Whole, it takes its name; before, the run begins anew in its folder.
+    assert train(out) == (not saved, None)
+    assert names(tmp_path) == ["sft"]
+    assert (out / "model").read_text() == ("trained" if saved else json.dumps(INPUTS))
