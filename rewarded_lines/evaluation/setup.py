@@ -203,7 +203,7 @@ class Setup:
             "base": {"path": relative(self.plan.reference, folder), "hash": self.identity["base"]},
             "policies": {name: self._described(name, folder) for name in config.policies},
             "baselines": {name: self._described(name, folder) for name in config.baselines},
-            "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
+            "rewards": {name: decides(spec) for name, spec in config.rewards.items()},
             "prompts": {
                 "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
                 "count": len(self.prompts),
@@ -216,7 +216,7 @@ class Setup:
                 "texts": {name: len(texts) for name, texts in self.control.items()},
                 "hash": self.identity["control"],
             },
-            "generation": config.generation.model_dump(mode="json"),
+            "generation": decides(config.generation),
             "sweep": config.sweep.model_dump(mode="json"),
             "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
             "options": {"engine": self.options.engine, "layers": self.options.layers},
