@@ -91,8 +91,6 @@ class PolicyTask:
             UserError: rows are too long and shall be refused, or none are left; or a prompt has no tokens.
         """
         room = getattr(load_config(self.base), "max_position_embeddings", None)
-        for where, rows in (("training rows", [row["prompt"] for row in self.rows]), ("validation", self.prompts)):
-            refuse_empty(where, rows, [len(ids) for ids in self._encode(rows)])
         # One position more: to learn how likely the last token is takes one step beyond it.
         spare = None if room is None else room - response_tokens - 1
         whole = None if max_length is None else max_length - response_tokens - 1
@@ -102,7 +100,7 @@ class PolicyTask:
         option, most = min(
             ((name, limit) for name, limit in found.items() if limit is not None), key=lambda one: one[1]
         )
-        limits = [Limit("the policy", most, option, lambda prompts: [len(ids) for ids in self._encode(prompts)])]
+        limits = [Limit("the policy", most, option, self._prompt_lengths)]
         prompts = [row["prompt"] for row in self.rows]
         limits += reward_limits(self.reward.rewards, self.tokenizer, prompts, response_tokens)
         too_long = self.data.too_long
@@ -178,14 +176,17 @@ class PolicyTask:
         total = gains({"sum": self.reward.total(self.before)}, {"sum": self.reward.total(after)})["sum"]
         return {**total, "rewards": found}
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        return encode(self.tokenizer, prompts)
+    def _prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        lengths = [len(ids) for ids in encode(self.tokenizer, prompts)]
+        refuse_empty("prompts", prompts, lengths)
+        return lengths
 
     def _pair_lengths(self, rows: Sequence[Row]) -> list[int]:
         prompts, longest = [row["prompt"] for row in rows], [0] * len(rows)
         for side in _SIDES:
             heads, tails = encode_answers(self.tokenizer, prompts, [row[side] for row in rows], self.reader.ends)
             longest = [max(most, len(h) + len(t)) for most, h, t in zip(longest, heads, tails, strict=True)]
+            refuse_empty("training pairs", prompts, [len(head) for head in heads])
         return longest
 
     def facts(self, training: TrainingArguments) -> dict[str, Any]:
