@@ -25,12 +25,12 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
+from rewarded_lines.learning.endings import usable_padding
 from rewarded_lines.learning.models import (
     generation_dtype,
     load_critic,
     load_policy,
     lora_config,
-    usable_padding,
     with_lora,
 )
 from rewarded_lines.rewarding.reward_module import RewardModule, make_queries

@@ -15,7 +15,6 @@ is folded into the base at the end. The model becomes the project's `base`.
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 from collections.abc import Sequence
@@ -28,13 +27,12 @@ from rewarded_lines import merge
 from rewarded_lines.data.forms import read_demonstrations
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.learning.demonstrations import Demonstrations
+from rewarded_lines.learning.endings import keep_generation_config, plain_generation
 from rewarded_lines.learning.models import (
     absolute,
-    keep_generation_config,
     load_policy,
     load_tokenizer,
     lora_config,
-    plain_generation,
     reference_hash,
 )
 from rewarded_lines.learning.optimizer import MuonAdamW
@@ -81,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
             lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
         say(f"SFT of {base or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
-        own, restore = copy.deepcopy(tokenizer), plain_generation(model, rows.ends, tokenizer.pad_token_id)
+        restore = plain_generation(model, rows.ends, tokenizer.pad_token_id)
         with trainer_settings():
             trainer = SFTTrainer(
                 model=model,
@@ -101,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
             from_main(lambda: fold(str(base), run.folder))
         if base:
             from_main(lambda: keep_generation_config(base, run.folder, rows.added_ends))
-        from_main(lambda: save_tokenizer(own, run.folder))
+        from_main(lambda: save_tokenizer(rows.own, run.folder))
         run.saved()
         run.finish(
             lambda: {**metrics, **(perplexity(trainer) if validation else {})},

@@ -70,7 +70,7 @@ def read_template(path: str) -> str:
     Raises:
         UserError: there is no such file, or it is no text.
     """
-    where, expected = f"generation.chat_template: {path}", "a Jinja template, in UTF-8"
+    where, expected = f"chat template {path}", "a Jinja template, in UTF-8"
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

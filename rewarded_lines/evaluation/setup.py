@@ -13,25 +13,22 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
-from rewarded_lines.config import DataSpec, GenerationSpec, decides
-from rewarded_lines.data.forms import Tell, read_prompts
-from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
-from rewarded_lines.data.messages import check_template
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.config import GenerationSpec, decides
+from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
-from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokens import load_config, load_tokenizer, read_template
+from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import FORMAT
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import plan_merge
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
-from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.scoring.scorer import NOT_IN_KEY, Scorer
 
@@ -274,46 +271,6 @@ def open_setup(project: Project, options: Options, tell: Callable[[str], None] =
     setup = Setup(project, options, plan, rewards, prompts, control, told)
     _ = setup.methods
     return setup
-
-
-def readable(
-    spec: DataSpec,
-    prompts: Sequence[Prompt],
-    project: Project,
-    plan: Plan,
-    rewards: Mapping[str, Reward],
-    tell: Tell = lambda sentence: None,
-) -> list[Prompt]:
-    """Return the prompts that the model and every reward can read, with the longest response.
-
-    Args:
-        spec: of the prompts; says what becomes of the others.
-        prompts: to be answered.
-        project: with the generation settings.
-        plan: with the SFT model.
-        rewards: by name.
-        tell: called with what was found and done.
-
-    Raises:
-        UserError: prompts are too long and shall be refused, or something of a chat would be lost.
-    """
-    base, generation = str(plan.base.folder), project.generation
-    tokenizer = load_tokenizer(base, generation)
-    ResponseReader.of(tokenizer, (), generation)
-    where = spec.file or str(spec.dataset)
-    if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
-        check_template(tokenizer, chats, where)
-    for reward in rewards.values():
-        if note := reward.check(prompts):
-            tell(note)
-    limits = list(reward_limits(rewards, tokenizer, prompts, generation.max_tokens))
-    # By the library's configuration, since not every family's file calls it so: GPT-2's has `n_positions`.
-    room = getattr(load_config(base), "max_position_embeddings", None)
-    if room is not None:
-        # One position more than generation needs: to learn how likely the last token is takes one step beyond it.
-        most, option = room - generation.max_tokens - 1, f"its {room} positions, less generation.max_tokens and one"
-        limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
-    return fit(prompts, limits, spec.too_long, where, shorten_prompt, tell)
 
 
 def _check_options(options: Options) -> None:

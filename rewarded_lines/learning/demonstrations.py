@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,7 +17,7 @@ from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
 from rewarded_lines.data.messages import Messages, check_template, has_more_than_text, render
 from rewarded_lines.data.prompts import encode_answers, one_bos
 from rewarded_lines.data.rows import Row
-from rewarded_lines.engines.tokens import end_tokens, load_generation_config, set_template
+from rewarded_lines.engines.tokens import end_tokens, load_generation_config, read_template, set_template
 from rewarded_lines.errors import UserError, fail
 
 
@@ -25,6 +26,7 @@ class Demonstrations:
 
     Attributes:
         tokenizer: of the model, with the project's chat template.
+        own: what the trained model is saved with.
         ends: the ids that end a response of the model that is trained.
         added_ends: those among them that neither the generation config nor the tokenizer names: what ends a turn in the
             chat template.
@@ -44,9 +46,16 @@ class Demonstrations:
             UserError: the chat template cannot be read.
         """
         self.tokenizer = copy.deepcopy(tokenizer)
-        set_template(self.tokenizer, generation)
         if training.eos_token is not None:
             self.tokenizer.eos_token = training.eos_token
+        template = training.chat_template_path
+        # A template with tokens of another model: TRL gives both to model and tokenizer when the model is there.
+        cloned = template is not None and not Path(template).is_file()
+        if template is not None and not cloned:
+            self.tokenizer.chat_template = read_template(template)
+        self.own = self.tokenizer if cloned else copy.deepcopy(self.tokenizer)
+        set_template(self.tokenizer, generation)
+        self._by_trl = cloned or training.assistant_only_loss
         named = end_tokens(self.tokenizer, load_generation_config(base) if base else None)
         self.ends, self.added_ends, self._training = named, frozenset[int](), training
 
@@ -61,7 +70,7 @@ class Demonstrations:
             self._find_turn_end(tell)
         self._check_tools(rows, where)
         most = self._training.max_length
-        if most is None or self._training.packing or self._training.assistant_only_loss:
+        if most is None or self._training.packing or self._by_trl:
             return list(rows)
         if "text" in rows[0]:
             over = sum(len(ids) > most for ids in self._ids(rows))
@@ -74,10 +83,10 @@ class Demonstrations:
     def dataset(self, rows: Sequence[Row]) -> Dataset:
         """Return rows as token ids, and which of them are the completion's.
 
-        With `assistant_only_loss` TRL tokenizes, since it knows which tokens are the assistant's.
+        With `assistant_only_loss`, or the chat template of another model, TRL tokenizes.
         """
         training = self._training
-        if training.assistant_only_loss:
+        if self._by_trl:
             return Dataset.from_list([dict(row) for row in rows])
         if "completion" not in rows[0]:
             return Dataset.from_dict({"input_ids": self._ids(rows)})
@@ -111,10 +120,10 @@ class Demonstrations:
     def _check_tools(self, rows: Sequence[Row], where: str) -> None:
         """Refuse tools where they would not reach the model."""
         for at, row in enumerate(rows):
-            if not row.get("tools") and not (self._training.assistant_only_loss and _has_more(row)):
+            if not row.get("tools") and not (self._by_trl and _has_more(row)):
                 continue
             chat = row.get("messages")
-            if chat is None or self._training.assistant_only_loss:
+            if chat is None or self._by_trl:
                 raise fail(
                     "tools and tool calls are for rows of messages, trained on as a whole",
                     where=f"{where}, row {at}",

@@ -16,9 +16,10 @@ from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec, check_merge
+from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.run_folder import RunFolder
-from rewarded_lines.evaluation.setup import Setup, readable
+from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import simplex_grid

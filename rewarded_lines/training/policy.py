@@ -25,13 +25,12 @@ from rewarded_lines.engines.tokens import (
     set_template,
 )
 from rewarded_lines.errors import fail
+from rewarded_lines.learning.endings import keep_generation_config, plain_generation
 from rewarded_lines.learning.models import (
     absolute,
     check_start,
-    keep_generation_config,
     load_policy,
     load_tokenizer,
-    plain_generation,
     reference_hash,
 )
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project

@@ -33,6 +33,7 @@ from trl.experimental.utils import get_reward
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
+from rewarded_lines.learning.endings import usable_padding
 from rewarded_lines.learning.models import (
     absolute,
     check_quantization,
@@ -46,7 +47,6 @@ from rewarded_lines.learning.models import (
     lora_config,
     reference_hash,
     reference_loading,
-    usable_padding,
     with_lora,
 )
 
