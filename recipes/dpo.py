@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import set_seed
 from trl import DPOConfig, ModelConfig
 
-from rewarded_lines.config import GenerationSpec
+from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.learning.dpo import TokenDPOTrainer, pair_tokens
 from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config
@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> None:
         set_seed(training.seed)
         engine = choose_engine(sampling.sampling_engine)
         task = load_task(options, data, rewards, model_options, training, pairs=recipe.pairs == "given")
-        task.fit(sampling.max_prompt_tokens, recipe.max_response_tokens, training.max_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
+        task.fit(sampling.max_prompt_tokens, recipe.max_response_tokens, training.max_length)
         policy = task.load_policy(model_options)
         spec = task.spec(
             temperature=recipe.temperature,
@@ -100,12 +100,11 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        task.save(trainer.save_model, run)
+        task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(
             lambda: {**metrics, **task.measure_gain(sampler, policy, run.folder), "pairs": len(pairs)},
             lambda: task.add_to_project(run),
-            **task.facts(training),
         )
 
 
@@ -124,8 +123,10 @@ def sampled_pairs(
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
     # What decides the responses is the same for all rewards.
     sampled_from = {
-        **{"prompts": rows_hash(task.rows), "base": task.inputs["base"]},
-        **{"spec": spec.model_dump(mode="json"), "engine": engine, "responses": recipe.responses},
+        **{name: task.inputs[name] for name in ("train", "base", "generation") if name in task.inputs},
+        **{"spec": decides(spec, {"stop_token_ids"}), "engine": engine, "responses": recipe.responses},
+        "longest": sampling.max_prompt_tokens,
+        **({} if len(task.rows) == task.counted else {"prompts": rows_hash(task.rows)}),
     }
 
     def answer() -> list[Row]:

@@ -11,20 +11,21 @@
 Rewards are those that the project file declares, classifiers with tokenizers of their own or functions, the same that
 the sweep will score by; a weighted sum of several is the multi-objective baseline. Each is standardized on the SFT
 model's responses, so one set of hyperparameters serves rewards of any unit. A response ends at any end token of the
-base's generation config or tokenizer; `stop_token_id` adds one. The policy joins the project. TRL 1.12 is the last
-release with PPO; `recipes/rloo.py` trains a policy without a critic.
+base's generation config or tokenizer, and at the project's `stop_token_ids`. The policy joins the project. TRL 1.12 is
+the last release with PPO; `recipes/rloo.py` trains a policy without a critic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
+from rewarded_lines.errors import fail
 from rewarded_lines.learning.endings import usable_padding
 from rewarded_lines.learning.models import (
     generation_dtype,
@@ -66,14 +67,19 @@ def main(argv: Sequence[str]) -> None:
     with training_run("ppo", arguments) as run:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
-        task.fit(recipe.max_prompt_tokens, training.response_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
-        more, penalty = training.stop_token_id, training.missing_eos_penalty
-        reader = task.reader if more is None else replace(task.reader, ends=task.reader.ends | {more})
-        task.reader = reader
+        task.fit(recipe.max_prompt_tokens, training.response_length)
+        reader, penalty = task.reader, training.missing_eos_penalty
+        if training.stop_token_id not in {None, *reader.ends}:
+            raise fail(
+                "a token that would end responses in training only",
+                where="stop_token_id",
+                got=str(training.stop_token_id),
+                remedy=f"declare it in the project: `generation: {{stop_token_ids: [{training.stop_token_id}]}}`",
+            )
         # TRL knows one end token; all of them, and what it costs to miss them, are the reader's and the reward's here.
         training.stop_token = training.stop_token_id = training.missing_eos_penalty = None
         tokenizer, prompts = task.tokenizer, prompts_of(task.rows)
@@ -105,11 +111,10 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[*adaptive, MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
-        task.save(trainer.save_model, run)
+        task.save(trainer.save_model, run, training)
         run.finish(
             lambda: task.measure_gain(sampler, trainer.policy_model, run.folder),
             lambda: task.add_to_project(run),
-            **task.facts(training),
         )
 
 

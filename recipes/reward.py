@@ -26,8 +26,8 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rewarded_lines.config import CHAT, RewardSpec
 from rewarded_lines.data.forms import last_answers, read_pairs
-from rewarded_lines.data.lengths import Limit, fit
-from rewarded_lines.data.messages import check_template
+from rewarded_lines.data.lengths import Limit, fit, positions_of
+from rewarded_lines.data.messages import check_template, more_than_text
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.tokens import load_config
 from rewarded_lines.errors import fail
@@ -83,17 +83,17 @@ def main(argv: Sequence[str]) -> None:
         reading = ClassifierReading(tokenizer, template, "the reward model")
         check(reading, [*pairs, *held_out], data)
         inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}
-        room = getattr(load_config(base), "max_position_embeddings", None)
+        room = positions_of(load_config(base))
         longest = min((most for most in (training.max_length, room) if most), default=1 << 30)
         limit = Limit("the reward model", longest, "max_length, or its positions", lambda rows: lengths(reading, rows))
-        pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
-        held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
         place = ("rewards", recipe.reward_name or run.output.name)
         entries = {(*place, "model"): run.output, (*place, "template"): template}
         if not run.begin(**inputs):
             from_main(lambda: say(*register(options.project_file, entries)))
             return
 
+        pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
+        held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
         model = load_classifier(base, model_options)
         lora = lora_config(model_options, model, task="SEQ_CLS")
         if lora:
@@ -116,14 +116,11 @@ def main(argv: Sequence[str]) -> None:
         from_main(lambda: save_tokenizer(own, run.folder))
         if lora:
             from_main(lambda: fold_classifier(run.folder, base, trainer.model.config.pad_token_id))
-        run.saved()
+        run.saved(base=base, base_hash=inputs["base"], seed=training.seed)
         spec = RewardSpec(model=str(run.folder.resolve()), template=template, unit="logit")
         run.finish(
             lambda: {**metrics, **from_main(lambda: accuracy(spec, held_out))},
             lambda: from_main(lambda: say(*register(options.project_file, entries))),
-            base=base,
-            base_hash=inputs["base"],
-            seed=training.seed,
         )
 
 
@@ -140,10 +137,10 @@ def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> No
             got=f"{reading.template!r} with `system_prompt`",
             remedy="leave `template` out, or `system_prompt`",
         )
-    for side in SIDES:
-        if any(set(turn) - {"role", "content"} for row in pairs if isinstance(row[side], list) for turn in row[side]):
-            got = "tool calls, reasoning or other keys"
-            raise fail("an answer holds more than a text, which rewards do not score", where=side, got=got)
+    for row in pairs:
+        if key := next((key for side in SIDES if (key := more_than_text(row[side]))), ""):
+            what = f"an answer holds `{key}`, and rewards score texts"
+            raise fail(what, where="pairs", got=str(row)[:200], remedy="leave such rows out with a row function")
     if note := reading.check([row["prompt"] for row in pairs]):
         say(note)
 
@@ -153,7 +150,11 @@ def tokens(reading: ClassifierReading, pairs: list[Row], side: str) -> list[list
 
     TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
     """
-    return reading.tokens(*last_answers(pairs, side))[0]
+    ids, types = reading.tokens(*last_answers(pairs, side))
+    if types is not None:
+        what = "a pair of texts with token types cannot be trained on here"
+        raise fail(what, where="template", got=str(reading.template), remedy="take a template without the separator")
+    return ids
 
 
 def lengths(reading: ClassifierReading, pairs: list[Row]) -> list[int]:

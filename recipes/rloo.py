@@ -51,11 +51,11 @@ def main(argv: Sequence[str]) -> None:
     with training_run("rloo", arguments) as run:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
-        task.fit(recipe.max_prompt_tokens, training.max_completion_length)
         if not run.begin(**task.inputs):
             task.add_to_project(run)
             return
 
+        task.fit(recipe.max_prompt_tokens, training.max_completion_length)
         policy = task.load_policy(model_options)
         spec = task.spec(
             temperature=training.temperature,
@@ -88,12 +88,11 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
-        task.save(trainer.save_model, run)
+        task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(
             lambda: task.measure_gain(sampler, policy, run.folder),
             lambda: task.add_to_project(run),
-            **task.facts(training),
         )
 
 

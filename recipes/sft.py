@@ -40,7 +40,7 @@ from rewarded_lines.learning.scratch import ScratchModel, make_llama, train_toke
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.project import generation_of, register
+from rewarded_lines.training.project import generation_inputs, generation_of, register
 from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say, training_run
 
 
@@ -59,18 +59,20 @@ def main(argv: Sequence[str]) -> None:
         corpus = read_demonstrations(data.train(), tell=say)
         held_out = data.validation()
         validation = read_demonstrations(held_out, tell=say) if held_out else []
+        generation = generation_of(options.project_file)
         inputs = {"train": rows_hash(corpus), "validation": rows_hash(validation), "base": reference_hash(base)}
+        inputs |= generation_inputs(generation)
         if base:
             tokenizer = load_tokenizer(base, revision)
         else:
             tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
-        rows = Demonstrations(tokenizer, base, generation_of(options.project_file), training)
-        corpus = rows.fit(corpus, data.too_long, "training rows", say)
-        validation = rows.fit(validation, data.too_long, "validation rows", say) if validation else []
+        rows = Demonstrations(tokenizer, base, generation, training)
         if not run.begin(**inputs):
             add_to_project(options, run)
             return
 
+        corpus = rows.fit(corpus, data.too_long, "training rows", say)
+        validation = rows.fit(validation, data.too_long, "validation rows", say) if validation else []
         if base:
             model = load_policy(base, model_options)
             lora, optimizer = lora_config(model_options, model), None
@@ -100,13 +102,10 @@ def main(argv: Sequence[str]) -> None:
         if base:
             from_main(lambda: keep_generation_config(base, run.folder, rows.added_ends))
         from_main(lambda: save_tokenizer(rows.own, run.folder))
-        run.saved()
+        run.saved(base=base, base_hash=inputs["base"], seed=training.seed)
         run.finish(
             lambda: {**metrics, **(perplexity(trainer) if validation else {})},
             lambda: add_to_project(options, run),
-            base=base,
-            base_hash=inputs["base"],
-            seed=training.seed,
         )
 
 

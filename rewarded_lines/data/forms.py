@@ -27,6 +27,7 @@ DEMONSTRATIONS: Layouts = [("messages",), ("prompt", "completion"), ("conversati
 _SYSTEM, _TOOLS, _SETTINGS = "system", "tools", "chat_template_kwargs"
 # Turns in one text, as in Anthropic's hh-rlhf.
 _ASSISTANT = "\n\nAssistant:"
+_REPEATED = "chosen and rejected repeat the prompt"
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -98,10 +99,10 @@ def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent
         UserError: the data are missing, or a row has none of these forms.
     """
     rows = []
-    for row in _read(spec, root, DEMONSTRATIONS, tools=True):
+    for at, row in enumerate(_read(spec, root, DEMONSTRATIONS, tools=True)):
         made = {**row, "messages": row["conversations"]} if "conversations" in row else dict(row)
         made.pop("conversations", None)
-        rows.append(_demonstration(made, spec))
+        rows.append(_demonstration(made, spec, at))
     firsts = [row.get("prompt", row.get("messages", row.get("text"))) for row in rows]
     _same_kind(firsts, spec)
     tell(_sentence(firsts[0], [""], spec))
@@ -138,8 +139,9 @@ def _prompt(row: Row, spec: DataSpec, at: int) -> Prompt:
     """Return the prompt of a row that holds no pair."""
     (key,) = [key for key in ("prompt", "messages", "conversations") if key in row]
     value = row[key]
-    if key != "prompt" and isinstance(value, list) and value[-1]["role"] == "assistant":
-        value = value[:-1]
+    if key != "prompt":
+        value = _turns(value, spec, at)
+        value = value[:-1] if value[-1]["role"] == "assistant" else value
     prompt = _as_chat(value, row, spec)
     _check_answerable(prompt, spec, at)
     return prompt
@@ -161,6 +163,7 @@ def _pair(row: Row, spec: DataSpec, at: int) -> tuple[Row, str]:
         # An answer that follows "Assistant:" may hold further turns.
         spoken = isinstance(prompt, str) and prompt.endswith(_ASSISTANT)
         answers = [_spoken(_ASSISTANT + answer) if spoken else _as_answer(answer) for answer in answers]
+        _check_speakers(answers, spec, at)
     _check_answerable(chat, spec, at)
     return {"prompt": chat, "chosen": answers[0], "rejected": answers[1]}, how
 
@@ -169,8 +172,13 @@ def _chat_pair(given: Any, sides: Sequence[Any], spec: DataSpec, at: int) -> tup
     """Return the parts of a pair of which one at least is a chat."""
     turns = [_as_answer(side) for side in sides]
     if isinstance(given, list):
-        if all(side[: len(given)] == given and len(side) > len(given) for side in turns):
-            return given, [side[len(given) :] for side in turns], "chosen and rejected repeat the prompt"
+        own = [turn for turn in given if turn["role"] != "system"]
+        starts = [_after(side, own) for side in turns]
+        if all(start is not None for start in starts):
+            # Whole chats beside their prompt; a system's turn may stand in one place only.
+            longer = turns[0][: starts[0]]
+            prompt = longer if len(longer) > len(given) else given
+            return prompt, [side[start:] for side, start in zip(turns, starts, strict=True)], _REPEATED
         return given, turns, ""
     if given is not None and all(side[0]["role"] == "assistant" for side in turns):
         return [{"role": "user", "content": given}], turns, ""
@@ -190,6 +198,17 @@ def _chat_pair(given: Any, sides: Sequence[Any], spec: DataSpec, at: int) -> tup
             remedy="leave the column out (`columns` cannot name it, a row function can), if the turns are right",
         )
     return first, [side[shared:] for side in turns], "prompt taken from the first turns of chosen"
+
+
+def _after(side: Messages, turns: Messages) -> int | None:
+    """Return where an answer begins in a chat that repeats some turns, after a system's or not; None in another."""
+    skipped = 1 if side[0]["role"] == "system" else 0
+    own = side[skipped : skipped + len(turns)]
+    same = len(own) == len(turns) < len(side) - skipped and all(
+        one == two or (one["role"] == two["role"] and _alike(one, str(two["content"])))
+        for one, two in zip(own, turns, strict=True)
+    )
+    return skipped + len(turns) if same and turns else None
 
 
 def _text_pair(sides: Sequence[str], spec: DataSpec, at: int) -> tuple[str, list[str], str]:
@@ -218,16 +237,38 @@ def _begin_differently(sides: Sequence[Any], spec: DataSpec, at: int) -> UserErr
         where=f"{_name(spec)}, row {at}",
         expected="a prompt of its own, or one that both sides begin with",
         got=f"{str(sides[0])[:80]!r} and {str(sides[1])[:80]!r}",
+        remedy="leave such rows out with a row function",
     )
 
 
-def _demonstration(row: Row, spec: DataSpec) -> Row:
+def _turns(value: Any, spec: DataSpec, at: int) -> Messages:
+    """Return the turns of a column of messages.
+
+    Raises:
+        UserError: it holds a text.
+    """
+    if isinstance(value, str):
+        what = "a text in a column of messages"
+        raise fail(what, where=f"{_name(spec)}, row {at}", expected="a list of turns", got=repr(value)[:120])
+    turns: Messages = value
+    return turns
+
+
+def _demonstration(row: Row, spec: DataSpec, at: int) -> Row:
     if "prompt" in row:
         prompt = _as_chat(row["prompt"], row, spec, chat=isinstance(row["completion"], list))
         completion = _as_answer(row["completion"]) if isinstance(prompt, list) else row["completion"]
         made: Row = {"prompt": prompt, "completion": completion}
     elif "messages" in row:
-        made = {"messages": _as_chat(row["messages"], row, spec)}
+        made = {"messages": _as_chat(_turns(row["messages"], spec, at), row, spec)}
+    elif spec.chat:
+        raise fail(
+            "whole texts are no turns of a chat",
+            where=f"{_name(spec)}, row {at}",
+            expected="rows of messages, or of prompt and completion",
+            got="a text, and `chat: true`",
+            remedy="set `chat: false`, or make messages with a row function",
+        )
     else:
         made = {"text": row["text"]}
     return {**made, **({_TOOLS: row[_TOOLS]} if row.get(_TOOLS) else {})}
@@ -240,7 +281,7 @@ def _as_chat(prompt: Prompt, row: Row, spec: DataSpec, chat: bool = False) -> Pr
             return prompt
         prompt = _turns_of(prompt)
     system = row.get(_SYSTEM) if isinstance(row.get(_SYSTEM), str) else spec.system
-    if system is None or prompt[0]["role"] == "system":
+    if system is None or (prompt and prompt[0]["role"] == "system"):
         return prompt
     return [{"role": "system", "content": system}, *prompt]
 
@@ -249,7 +290,9 @@ def _turns_of(text: str) -> Messages:
     """Return the turns of a text: those of a human and an assistant where it is written so, or one of the user."""
     if not re.match(r"\s*Human:", text) or _ASSISTANT not in text:
         return [{"role": "user", "content": text}]
-    return _spoken(f"\n\n{text.lstrip()}")
+    turns = _spoken(f"\n\n{text.lstrip()}")
+    # "Assistant:" at the end is where the answer goes.
+    return turns if turns[-1]["content"] else turns[:-1]
 
 
 def _spoken(text: str) -> Messages:
@@ -257,7 +300,7 @@ def _spoken(text: str) -> Messages:
     _, *parts = _TURN.split(text)
     said = [part.strip() for part in parts[1::2]]
     speakers = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
-    return [{"role": who, "content": what} for who, what in zip(speakers, said, strict=True) if what]
+    return [{"role": who, "content": what} for who, what in zip(speakers, said, strict=True)]
 
 
 def _as_answer(value: Any) -> Messages:
@@ -268,6 +311,19 @@ def _as_answer(value: Any) -> Messages:
 
 def _alike(turn: Any, text: str) -> bool:
     return isinstance(turn["content"], str) and turn["content"].strip() == text.strip()
+
+
+def _check_speakers(answers: Sequence[Messages], spec: DataSpec, at: int) -> None:
+    """Refuse an answer that the assistant does not begin and end."""
+    for answer in answers:
+        if not answer or {answer[0]["role"], answer[-1]["role"]} != {"assistant"}:
+            raise fail(
+                "an answer that is not the assistant's",
+                where=f"{_name(spec)}, row {at}",
+                expected="turns that begin and end with the assistant's",
+                got=repr(answer)[:160] if answer else "no turns",
+                remedy="leave such rows out with a row function",
+            )
 
 
 def _check_answerable(prompt: Prompt, spec: DataSpec, at: int) -> None:

@@ -16,6 +16,7 @@ from rewarded_lines.data.messages import Prompt
 from rewarded_lines.errors import Problem, UserError
 
 T = TypeVar("T")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "roberta-prelayernorm")
 _SHOWN = 5
 _BEGINNING = 60
 
@@ -93,6 +94,8 @@ def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | N
         return _end_of(prompt, fits)
     system = [turn for turn in prompt[:1] if turn["role"] == "system"]
     turns = prompt[len(system) :]
+    if not turns:
+        return None
     starts = [at for at, turn in enumerate(turns) if turn["role"] == "user"] or [len(turns) - 1]
     for start in starts:
         if fits([*system, *turns[start:]]):
@@ -102,6 +105,20 @@ def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | N
         return None
     text = _end_of(last["content"], lambda words: fits([*system, {**last, "content": words}]))
     return None if text is None else [*system, {**last, "content": text}]
+
+
+def positions_of(config: Any) -> int | None:
+    """Return for how many tokens a model has positions, if its config says so.
+
+    Args:
+        config: of the model; of one that reads more than texts, its text part counts.
+    """
+    own = config.get_text_config()
+    positions = getattr(own, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding token.
+    if positions and own.model_type in _OFFSET_POSITIONS:
+        positions -= (own.pad_token_id or 0) + 1
+    return positions or None
 
 
 def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:

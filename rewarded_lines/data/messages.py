@@ -61,9 +61,9 @@ def check_text(value: Any, role: str, where: str) -> None:
             raise fail(f"column `{role}` holds what is no text", where=where, got=str(error)) from error
 
 
-def has_more_than_text(messages: Messages) -> str:
+def more_than_text(messages: Prompt) -> str:
     """Return a key of some turn that a reading of the texts alone would lose, or ""."""
-    return next((key for turn in messages for key in _SAID if turn.get(key)), "")
+    return next((key for turn in messages if isinstance(turn, Mapping) for key in _SAID if turn.get(key)), "")
 
 
 def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> None:
@@ -88,7 +88,7 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
                 if what in shown or tried.get(what, 0) >= _TRIED:
                     continue
                 tried[what] = tried.get(what, 0) + 1
-                if _is_shown(tokenizer, list(chat[: place + 1]), what):
+                if _is_shown(tokenizer, chat, place, what):
                     shown.add(what)
     hidden = [what for what in tried if what not in shown]
     if hidden:
@@ -138,10 +138,14 @@ def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:
 def _literal(value: Any) -> str:
     """Return a value as Jinja writes it."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(one)}" for key, one in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)}: {_literal(one)}" for key, one in value.items())
+            + "}"
+        )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _read(message: Mapping[str, Any], where: str) -> Message:
@@ -196,11 +200,13 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(one)
 
 
-def _is_shown(tokenizer: Any, chat: Messages, what: str) -> bool:
-    whole = _rendered(tokenizer, chat)
-    *before, turn = chat
+def _is_shown(tokenizer: Any, chat: Messages, place: int, what: str) -> bool:
+    before, turn = list(chat[:place]), chat[place]
     if what.startswith("role: "):
-        return whole != _rendered(tokenizer, before)
+        # With the turn after it: of a system's turn alone a template may write what it writes before any chat.
+        after = list(chat[place + 1 : place + 2])
+        return _rendered(tokenizer, [*before, turn, *after]) != _rendered(tokenizer, [*before, *after])
+    whole = _rendered(tokenizer, [*before, turn])
     without = {key: value for key, value in turn.items() if key != what}
     if without.get("content") is None:
         without["content"] = ""

@@ -109,9 +109,11 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> R
 
 
 def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
-    for layout in layouts:
-        if all(role in row for role in layout):
-            return layout
+    there = [layout for layout in layouts if all(role in row for role in layout)]
+    # Columns of other data may have a role's name: `chosen`, say, the index of an answer.
+    readable = (layout for layout in there if all(isinstance(row[role], str) or is_chat(row[role]) for role in layout))
+    if there:
+        return next(readable, there[0])
     raise fail(
         "the columns do not make a training row",
         where=where,

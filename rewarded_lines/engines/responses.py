@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,12 +85,10 @@ class ResponseReader:
         An engine that makes text while it generates may hold a part of a character back, and see the text a little
         later.
         """
-        if not self.stop:
+        if not self.stop or not self.text(prompt, tokens)[1]:
             return None
-        count = len(tokens)
-        while count and self.text(prompt, tokens[:count])[1]:
-            count -= 1
-        return count + 1 if count < len(tokens) else None
+        # Once complete, the text stays; the first length that holds it is looked for by halves.
+        return 1 + bisect_left(range(1, len(tokens)), True, key=lambda count: self.text(prompt, tokens[:count])[1])
 
     def cut(self, prompt: Tokens, tokens: Tokens) -> tuple[tuple[int, ...], bool]:
         """Return the tokens that belong to a response, and whether it ended: by an end token, or by a stop text."""

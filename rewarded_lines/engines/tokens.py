@@ -9,6 +9,7 @@ from typing import Any
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.errors import fail
@@ -111,7 +112,7 @@ def longest_sequence(
     refuse_empty("prompts", prompts, lengths)
     # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
     answered = max(lengths, default=0) + spec.max_tokens + 1
-    room = getattr(config, "max_position_embeddings", None)
+    room = positions_of(config)
     if room is not None and answered > room:
         raise fail(
             "a prompt and its response do not fit the model",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.forms import Tell, silent
-from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.generation import Plan
@@ -48,8 +48,7 @@ def readable(
         if note := reward.check(prompts):
             tell(note)
     limits = list(reward_limits(rewards, tokenizer, prompts, generation.max_tokens))
-    # By the library's configuration, since not every family's file calls it so: GPT-2's has `n_positions`.
-    room = getattr(load_config(base), "max_position_embeddings", None)
+    room = positions_of(load_config(base))
     if room is not None:
         # One position more than generation needs: to learn how likely the last token is takes one step beyond it.
         most, option = room - generation.max_tokens - 1, f"its {room} positions, less generation.max_tokens and one"

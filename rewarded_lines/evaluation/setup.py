@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_has
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
@@ -72,7 +73,7 @@ class Setup:
     rewards: Mapping[str, Reward]
     prompts: Sequence[Prompt]
     control: Mapping[str, Sequence[str]]
-    told: Sequence[str] = ()
+    told: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> list[str]:
@@ -172,8 +173,7 @@ class Setup:
 
     @cached_property
     def _room(self) -> int:
-        # By the library's configuration, since not every family's file calls it so: GPT-2's has `n_positions`.
-        return int(getattr(load_config(str(self.plan.base.folder)), "max_position_embeddings", None) or 2048) - 1
+        return (positions_of(load_config(str(self.plan.base.folder))) or 2048) - 1
 
     @cached_property
     def _control_rows(self) -> list[tuple[list[int], list[int]]]:
@@ -200,7 +200,7 @@ class Setup:
             "base": {"path": relative(self.plan.reference, folder), "hash": self.identity["base"]},
             "policies": {name: self._described(name, folder) for name in config.policies},
             "baselines": {name: self._described(name, folder) for name in config.baselines},
-            "rewards": {name: decides(spec) for name, spec in config.rewards.items()},
+            "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
             "prompts": {
                 "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
                 "count": len(self.prompts),

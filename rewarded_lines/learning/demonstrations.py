@@ -13,12 +13,14 @@ from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec, TooLong
 from rewarded_lines.data.forms import Tell
-from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
-from rewarded_lines.data.messages import Messages, check_template, has_more_than_text, render
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.messages import Messages, check_template, more_than_text, render
 from rewarded_lines.data.prompts import encode_answers, one_bos
 from rewarded_lines.data.rows import Row
-from rewarded_lines.engines.tokens import end_tokens, load_generation_config, read_template, set_template
+from rewarded_lines.engines.tokens import end_tokens, load_config, load_generation_config, read_template, set_template
 from rewarded_lines.errors import UserError, fail
+
+_ANSWER = "yes"
 
 
 class Demonstrations:
@@ -28,8 +30,6 @@ class Demonstrations:
         tokenizer: of the model, with the project's chat template.
         own: what the trained model is saved with.
         ends: the ids that end a response of the model that is trained.
-        added_ends: those among them that neither the generation config nor the tokenizer names: what ends a turn in the
-            chat template.
     """
 
     def __init__(self, tokenizer: Any, base: str | None, generation: GenerationSpec, training: SFTConfig) -> None:
@@ -54,10 +54,26 @@ class Demonstrations:
         if template is not None and not cloned:
             self.tokenizer.chat_template = read_template(template)
         self.own = self.tokenizer if cloned else copy.deepcopy(self.tokenizer)
-        set_template(self.tokenizer, generation)
-        self._by_trl = cloned or training.assistant_only_loss
-        named = end_tokens(self.tokenizer, load_generation_config(base) if base else None)
-        self.ends, self.added_ends, self._training = named, frozenset[int](), training
+        if cloned and (generation.chat_template or generation.chat_template_kwargs):
+            raise fail(
+                "the project's chat template is not the one of SFT",
+                where="chat_template_path",
+                expected="no chat template and no variables of one in the project",
+                got=str(template),
+                remedy="name a Jinja file with `chat_template_path`, or take them out of the project",
+            )
+        if not cloned:
+            set_template(self.tokenizer, generation)
+        self._cloned, self._by_trl = cloned, cloned or training.assistant_only_loss
+        config = load_generation_config(base) if base else None
+        self._named = end_tokens(tokenizer, config)
+        self.ends = end_tokens(self.tokenizer, config, generation.stop_token_ids)
+        self._training, self._positions = training, positions_of(load_config(base)) if base else None
+
+    @property
+    def added_ends(self) -> frozenset[int]:
+        """Those of the ends that the base does not name: a new eos token, what ends a turn in the chat template."""
+        return (self.ends | {self.own.eos_token_id}) - self._named - {None}
 
     def fit(self, rows: Sequence[Row], too_long: TooLong, where: str, tell: Tell) -> list[Row]:
         """Return the rows that the model can be trained on; see `rewarded_lines.data.lengths.fit`.
@@ -69,15 +85,19 @@ class Demonstrations:
             check_template(self.tokenizer, chats, where)
             self._find_turn_end(tell)
         self._check_tools(rows, where)
-        most = self._training.max_length
-        if most is None or self._training.packing or self._by_trl:
+        most = min((limit for limit in (self._training.max_length, self._positions) if limit), default=None)
+        wrapped = self._training.packing and self._training.packing_strategy == "wrapped"
+        if most is None or wrapped or self._cloned:
             return list(rows)
         if "text" in rows[0]:
             over = sum(len(ids) > most for ids in self._ids(rows))
             if over:
-                tell(f"{where}: {over} of {len(rows)} texts are longer than max_length ({most}) and are cut there")
+                tell(f"{where}: {over} of {len(rows)} texts are longer than {most} tokens and are cut there")
+            self._training.max_length = most
             return list(rows)
-        limit = Limit("the model", most, "max_length", lambda some: [len(ids) for ids in self._ids(some)])
+        limit = Limit(
+            "the model", most, "max_length, or its positions", lambda some: [len(ids) for ids in self._ids(some)]
+        )
         return fit(rows, [limit], too_long, where, _shorten, tell)
 
     def dataset(self, rows: Sequence[Row]) -> Dataset:
@@ -99,6 +119,9 @@ class Demonstrations:
                 "completion_mask": [[0] * len(head) + [1] * len(tail) for head, tail in parts],
             }
         )
+
+    def _lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [len(ids) for ids in self._ids(rows)]
 
     def _ids(self, rows: Sequence[Row]) -> list[list[int]]:
         if "completion" in rows[0]:
@@ -140,16 +163,17 @@ class Demonstrations:
         """Learn with which special token the chat template ends an assistant's turn."""
         prompt: Messages = [{"role": "user", "content": "a"}]
         try:
-            _, (tail,) = encode_answers(self.tokenizer, [prompt], [[{"role": "assistant", "content": "b"}]], ())
+            _, (tail,) = encode_answers(self.tokenizer, [prompt], [[{"role": "assistant", "content": _ANSWER}]], ())
         except UserError:
             # Rows of messages need no prompt that is the same with and without an answer.
             return
         special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        end = next((token for token in tail if token in special), None)
+        # Behind the answer: some templates begin it with special tokens.
+        said = next((n for n in range(len(tail) + 1) if _ANSWER in self.tokenizer.decode(tail[:n])), len(tail))
+        end = next((token for token in tail[said:] if token in special), None)
         if end is None or end in self.ends:
             return
-        self.added_ends = frozenset([end])
-        self.ends |= self.added_ends
+        self.ends |= {end}
         token = self.tokenizer.convert_ids_to_tokens(end)
         tell(
             f"the chat template ends turns with {token}, which the model's generation config will name as an end token"
@@ -166,7 +190,7 @@ def _whole_chat(row: Row) -> Messages | None:
 
 
 def _has_more(row: Row) -> bool:
-    return bool(has_more_than_text(_whole_chat(row) or []))
+    return bool(more_than_text(_whole_chat(row) or []))
 
 
 def _tools(row: Row) -> Any:

@@ -107,7 +107,8 @@ def keep_generation_config(base: str, folder: Path, ends: Collection[int] = ()) 
         content = config.to_diff_dict()
     else:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
-    if ends:
-        known = content.get("eos_token_id")
-        content["eos_token_id"] = sorted({*ends, *([known] if isinstance(known, int) else known or [])})
+    known = content.get("eos_token_id")
+    named = {known} if isinstance(known, int) else set(known or [])
+    if not named.issuperset(ends):
+        content["eos_token_id"] = sorted(named.union(ends))
     write_json(target, content)

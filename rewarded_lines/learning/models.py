@@ -194,9 +194,10 @@ def fold_classifier(folder: Path, base: str, pad: int | None) -> None:
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
     tuned = PeftModel.from_pretrained(model, folder)
     whole = cast(Any, tuned).merge_and_unload()
+    # The adapter goes when the whole model is there.
+    whole.save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).unlink()
-    whole.save_pretrained(folder)
 
 
 def reference_hash(reference: str | None) -> str:

@@ -11,6 +11,7 @@ normalization they are 0 and 1. Records keep each reward's own unit.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,32 +42,48 @@ class WeightedReward:
         self.scales: dict[str, Scale] = dict.fromkeys(weights, (0.0, 1.0))
         # How many prompts were shortened for each reward model's sake.
         self.shortened = dict.fromkeys(weights, 0)
+        # And how many responses could not be read even so.
+        self.unread = dict.fromkeys(weights, 0)
+        self._lowest: dict[str, float] = {}
         self.name = next(iter(weights)) if list(weights.values()) == [1.0] else "+".join(weights)
         self.unit = next(iter(self.rewards.values())).unit if len(weights) == 1 else ""
         self.fingerprint = "+".join(f"{weights[name]}*{reward.fingerprint}" for name, reward in self.rewards.items())
 
     def parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
         """Return every reward's own scores, in its own unit."""
-        return {
-            name: reward.score(self._readable(name, prompts, responses), responses)
-            for name, reward in self.rewards.items()
-        }
+        return {name: self._scores(name, prompts, responses) for name in self.rewards}
 
-    def _readable(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Prompt]:
+    def _scores(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Return one reward's scores; see `_readable` for what does not fit it."""
+        reward, asked = self.rewards[name], self._readable(name, prompts, responses)
+        read = [(at, prompt) for at, prompt in enumerate(asked) if prompt is not None]
+        scores = reward.score([prompt for _, prompt in read], [responses[at] for at, _ in read])
+        if len(read) < len(asked):
+            lowest = min([*scores, self._lowest.get(name, math.inf)])
+            if lowest == math.inf:
+                raise fail("no response is short enough for the reward model", where=f"reward `{name}`")
+            found = {at: score for (at, _), score in zip(read, scores, strict=True)}
+            scores = [found.get(at, lowest) for at in range(len(asked))]
+        self._lowest[name] = min([*scores, self._lowest.get(name, math.inf)])
+        return scores
+
+    def _readable(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Prompt | None]:
         """Return the prompts, those shortened that leave a reward model no room for the response.
 
         Prompts were checked for the longest response before training; by another tokenizer a response may still be
-        longer than was reckoned. A run is not lost to that: the prompt gives way, and it is counted and told.
+        longer than was reckoned. A run is not lost to that: the prompt gives way, or the response gets the lowest score
+        (None). Both are counted and told.
         """
         limit = self.rewards[name].limit
         if limit is None:
             return prompts
-        own = list(prompts)
+        own: list[Prompt | None] = list(prompts)
         for at, length in enumerate(self.rewards[name].lengths(prompts, responses)):
             if length > limit:
                 shorter = shorten_prompt(prompts[at], lambda prompt: self._fits(name, prompt, responses[at], limit))  # noqa: B023 - called at once
-                own[at] = prompts[at] if shorter is None else shorter
+                own[at] = shorter
                 self.shortened[name] += shorter is not None
+                self.unread[name] += shorter is None
         return own
 
     def _fits(self, name: str, prompt: Prompt, response: str, limit: int) -> bool:

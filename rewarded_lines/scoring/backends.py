@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
-
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "roberta-prelayernorm")
 
 
 class Backend(Protocol):
@@ -30,19 +28,6 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free its memory."""
         ...
-
-
-def positions_of(config: Any) -> int | None:
-    """Return how many tokens a model has positions for, if its config says so.
-
-    Args:
-        config: of the model's text part.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from behind the padding token.
-    if positions and config.model_type in _OFFSET_POSITIONS:
-        positions -= (config.pad_token_id or 0) + 1
-    return positions or None
 
 
 def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") -> UserError:

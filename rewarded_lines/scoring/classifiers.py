@@ -8,16 +8,19 @@ from typing import Any
 
 from rewarded_lines.checkpoints.hashing import model_hash
 from rewarded_lines.config import RewardSpec, parse_format
+from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, fail
 from rewarded_lines.references import looks_local
-from rewarded_lines.scoring.backends import Backend, cannot_load, positions_of
+from rewarded_lines.scoring.backends import Backend, cannot_load
 from rewarded_lines.scoring.checks import PairError, check_scores
 from rewarded_lines.scoring.devices import find_device
 from rewarded_lines.scoring.huggingface_classifier import HuggingFaceClassifier
 from rewarded_lines.scoring.readings import ClassifierReading
 from rewarded_lines.scoring.vllm_classifier import VllmClassifier
 
+# Of a classifier that used to be read at other tokens: scores of before are not taken for today's.
+_READ_ANEW = ":2"
 _BACKENDS: Mapping[str, Callable[[str, RewardSpec, str, str, Any], Backend]] = {
     "hf": HuggingFaceClassifier,
     "vllm": VllmClassifier,
@@ -48,10 +51,11 @@ class ModelReward:
         _check_folder(self._where, reference)
         self._tokenizer: Any = None
         self._backend: Backend | None = None
-        self.fingerprint = ""
+        self.fingerprint = self._content = ""
         backend = self._load()
         self.size, self._longest = backend.size, backend.longest
-        self.fingerprint = _fingerprint(reference)
+        self._content = _fingerprint(reference)
+        self.fingerprint = self._content + (_READ_ANEW if self._reading.is_new(self._pad) else "")
         self._check_classes(backend.classes)
 
     @property
@@ -125,7 +129,7 @@ class ModelReward:
                 self._reading = ClassifierReading(self._tokenizer, self._spec.template, self._where)
                 self._pad, self._positions = _facts(self._where, self._reference)
             build = _BACKENDS[self._spec.backend]
-            if self.fingerprint and self.fingerprint != _fingerprint(self._reference):
+            if self._content and self._content != _fingerprint(self._reference):
                 raise fail(
                     "the model changed since it was first loaded",
                     where=self._where,

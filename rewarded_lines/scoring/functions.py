@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -84,7 +85,8 @@ class FunctionReward:
         Raises:
             UserError: moreover, a worker process that died.
         """
-        asked: list[Any] = [as_turns(one) if self._messages else text_of(one, self._where) for one in prompts]
+        # Turns of its own: a function may append to them.
+        asked: list[Any] = [copy.deepcopy(as_turns(p)) if self._messages else text_of(p, self._where) for p in prompts]
         said: list[Any] = list(responses)
         if self._messages:
             said = [[{"role": "assistant", "content": response}] for response in responses]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewarded_lines.config import RewardSpec
-from rewarded_lines.scoring.backends import cannot_load, no_classifier, positions_of
+from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.scoring.backends import cannot_load, no_classifier
 from rewarded_lines.scoring.batches import make_batches
 
 # Tables with an entry for each position: there is nothing beyond their end.

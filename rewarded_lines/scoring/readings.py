@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewarded_lines.config import CHAT
-from rewarded_lines.data.messages import check_template, has_more_than_text, render
+from rewarded_lines.data.messages import check_template, more_than_text, render
 from rewarded_lines.data.prompts import Prompt, one_bos, prompt_text
 from rewarded_lines.errors import fail
 
 Template = str | tuple[str, str]
 Tokens = list[int]
+_TRIED = 64
 # The token type of the second text of a pair.
 _SECOND = 1
 
@@ -65,9 +66,25 @@ class ClassifierReading:
         """Return what the classifier will not read of some prompts; see `Reward.check`."""
         if self.template == CHAT:
             check_template(self.tokenizer, [as_turns(prompt) for prompt in prompts], self.where)
-            self.tokens(prompts, [""] * len(prompts))
+            some = prompts[:_TRIED]
+            self.tokens(some, [""] * len(some))
             return ""
         return check_texts(prompts, self.where, "template: chat")
+
+    def is_new(self, pad: int | None) -> bool:
+        """Return whether texts may be read at other tokens, or with other token types, than before pairs had types.
+
+        Args:
+            pad: the padding token of the classifier's config.
+        """
+        own = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return pad != own or self._types_by_separator(*self._example()) is not None
+
+    def _example(self) -> tuple[list[Tokens], list[str], list[str]]:
+        """Return a prompt and a response, and their tokens as one text."""
+        if not isinstance(self.template, str) or self.template == CHAT:
+            return [[]], ["a"], ["a"]
+        return [self.tokenizer(fill_template(self.template, "a", "a"))["input_ids"]], ["a"], ["a"]
 
     def _rendered(self, chats: Sequence[Any]) -> list[Tokens]:
         made = render(self.tokenizer, chats, tokenize=True, return_dict=True)["input_ids"]
@@ -88,7 +105,8 @@ class ClassifierReading:
         Raises:
             UserError: the text and the pair have other tokens, so nobody knows which token is whose.
         """
-        assert isinstance(self.template, str)
+        if not isinstance(self.template, str):
+            return None
         separator = self.tokenizer.sep_token
         parts = self.template.split(separator) if separator else []
         if len(parts) != 2 or not all(parts):
@@ -135,7 +153,7 @@ def text_of(prompt: Prompt, where: str) -> str:
     Raises:
         UserError: it is a chat that says more than its texts, tool calls for instance.
     """
-    if isinstance(prompt, list) and (key := has_more_than_text(prompt)):
+    if isinstance(prompt, list) and (key := more_than_text(prompt)):
         raise fail(
             f"a chat holds `{key}`, which a reading of texts would lose",
             where=where,

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import RewardSpec
+from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import prepare_vllm
-from rewarded_lines.scoring.backends import cannot_load, no_classifier, positions_of
+from rewarded_lines.scoring.backends import cannot_load, no_classifier
 
 # Room for a batch's keys and values is set aside for the longest text; models that say 131,072 get texts far shorter.
 _LONGEST = 8192
@@ -42,11 +43,12 @@ class VllmClassifier:
         _check_vllm(where, device)
         config = _read_config(where, reference)
         self.classes = int(config.num_labels)
-        positions = positions_of(config.get_text_config())
+        positions = positions_of(config)
         self.longest: int | None = min(limit for limit in (spec.max_tokens, positions, _LONGEST) if limit)
         self.size = _weights_size(reference, spec, config)
         self._where = where
-        self._llm = _build(where, spec, reference, self.longest, self.size)
+        cache = _cache_size(config, spec, self.longest)
+        self._llm = _build(where, spec, reference, self.longest, self.size + cache if self.size else 0)
         # The engine ends with this object, or with Python, also where nobody came to close it.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
@@ -141,6 +143,16 @@ def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     folder = Path(str(cached_file(reference, "config.json"))).parent
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return stored * getattr(torch, spec.dtype).itemsize // (config.dtype or torch.float32).itemsize
+
+
+def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
+    """Return the bytes of keys and values of the longest text."""
+    import torch
+
+    own = config.get_text_config()
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)
 
 
 def _share_of_gpu(size: int) -> dict[str, Any]:

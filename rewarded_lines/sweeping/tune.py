@@ -72,7 +72,7 @@ def validation_prompts(setup: Setup) -> list[Prompt]:
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
     prompts = read_prompts(spec.prompts, setup.project.root)
-    prompts = readable(spec.prompts, prompts, setup.project, setup.plan, setup.rewards)
+    prompts = readable(spec.prompts, prompts, setup.project, setup.plan, setup.rewards, setup.told.append)
     if all(prompt in setup.prompts for prompt in prompts):
         raise fail(
             "the validation prompts are test prompts",

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from rewarded_lines.config import DataSpec, GenerationSpec
 from rewarded_lines.data.forms import Tell, read_pairs, read_prompts
-from rewarded_lines.data.lengths import Limit, fit, shorten_prompt
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row, rows_hash
@@ -38,7 +38,7 @@ from rewarded_lines.rewarding.rewards import WeightedReward, load_training_rewar
 from rewarded_lines.rewarding.sampling import Parts, Sampler, describe, gains, summary
 from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.project import register
+from rewarded_lines.training.project import generation_inputs, register
 from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say
 
 _SIDES = ("chosen", "rejected")
@@ -57,6 +57,7 @@ class PolicyTask:
         rows: to train on, prompts or pairs.
         prompts: to measure on.
         inputs: hashes of all of these.
+        counted: rows that were read, those that are too long included.
     """
 
     base: str
@@ -70,6 +71,7 @@ class PolicyTask:
     options: RunOptions
     data: DataOptions
     rewards: RewardOptions
+    counted: int = 0
     before: Parts = field(default_factory=dict)
     _restore: Callable[[], None] = lambda: None
 
@@ -89,7 +91,7 @@ class PolicyTask:
         Raises:
             UserError: rows are too long and shall be refused, or none are left; or a prompt has no tokens.
         """
-        room = getattr(load_config(self.base), "max_position_embeddings", None)
+        room = positions_of(load_config(self.base))
         # One position more: to learn how likely the last token is takes one step beyond it.
         spare = None if room is None else room - response_tokens - 1
         whole = None if max_length is None else max_length - response_tokens - 1
@@ -129,12 +131,13 @@ class PolicyTask:
         self._restore = plain_generation(model, self.reader.ends, self.tokenizer.eos_token_id if pad is None else pad)
         return model
 
-    def save(self, save_model: Callable[[str], Any], run: TrainingRun) -> None:
+    def save(self, save_model: Callable[[str], Any], run: TrainingRun, training: TrainingArguments) -> None:
         """Save the trained policy with the base's own tokenizer and generation config.
 
         Args:
             save_model: the trainer's, called with the folder in every process.
             run: that it belongs to.
+            training: the trainer's configuration.
         """
         run.keep()
         self._restore()
@@ -145,7 +148,7 @@ class PolicyTask:
             keep_generation_config(self.base, run.folder)
 
         from_main(beside)
-        run.saved()
+        run.saved(**self.facts(training))
 
     def sampler(self, spec: GenerationSpec) -> Sampler:
         """Return what answers the validation prompts and scores the answers."""
@@ -169,6 +172,9 @@ class PolicyTask:
         for name, count in self.reward.shortened.items():
             if count:
                 say(f"reward `{name}`: {count} prompts were shortened from the beginning to leave room for a response")
+        for name, count in self.reward.unread.items():
+            if count:
+                say(f"reward `{name}`: {count} responses were longer than it reads, and got the lowest score so far")
         if len(found) == 1:
             return next(iter(found.values()))
         # The weighted sum is what such a policy was trained for.
@@ -263,12 +269,13 @@ def load_task(
         "validation": rows_hash({"prompt": prompt} for prompt in prompts),
         "base": reference_hash(base),
         "reward": reward.fingerprint,
+        **generation_inputs(project.generation),
     }
     tokenizer = load_tokenizer(base)
     set_template(tokenizer, project.generation)
     task = PolicyTask(
         base, tokenizer, _reader(base, tokenizer, project), project.generation, reward, rows, prompts, inputs, options,
-        data, rewards,
+        data, rewards, len(rows),
     )  # fmt: skip
     _check_readable(task)
     return task

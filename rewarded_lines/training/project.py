@@ -6,6 +6,7 @@ The file is the user's: comments and order stay, and only the entry of this run 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +14,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import blake3
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from yaml import YAMLError as PlainYAMLError
 from yaml import safe_load
 
-from rewarded_lines.config import GenerationSpec
+from rewarded_lines.config import GenerationSpec, decides
+from rewarded_lines.engines.tokens import read_template
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import check_project, load_project
+
+_TRAINS_BY = ("stop", "stop_token_ids", "chat_template", "chat_template_kwargs", "strip")
 
 
 def generation_of(project_file: str) -> GenerationSpec:
@@ -30,6 +35,18 @@ def generation_of(project_file: str) -> GenerationSpec:
         UserError: the file is not a project file.
     """
     return load_project(project_file).generation if Path(project_file).is_file() else GenerationSpec()
+
+
+def generation_inputs(spec: GenerationSpec) -> dict[str, str]:
+    """Return the hash of what a project's generation settings change in training, as one of a run's inputs.
+
+    Nothing where it sets nothing of that, so that runs of before remain what they were.
+    """
+    content = {name: value for name, value in decides(spec).items() if name in _TRAINS_BY and value}
+    if spec.chat_template is not None:
+        content["chat_template"] = read_template(spec.chat_template)
+    told = json.dumps(content, sort_keys=True)
+    return {"generation": blake3.blake3(told.encode("utf-8", "surrogatepass")).hexdigest()} if content else {}
 
 
 def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[str]:

@@ -97,14 +97,19 @@ class TrainingRun:
         """Keep the folder, whatever comes: the training is done."""
         self.trained = True
 
-    def saved(self) -> None:
-        """Record that the model is whole: an end before it is measured does not cost it."""
+    def saved(self, **facts: Any) -> None:
+        """Record that the model is whole: an end before it is measured does not cost it.
+
+        Args:
+            **facts: that tell how the model came about, such as the reward's name.
+        """
         self.keep()
+        self._record |= {**facts, "metrics": {}}
+        # The trainer's own record is a pickle, which nobody should have to trust; this one is text.
+        from_main(lambda: (self.folder / "training_args.bin").unlink(missing_ok=True))
         from_main(lambda: write_json(self.folder / TRAINING_FILE, {**self._record, "trained": True}))
 
-    def finish(
-        self, measure: Callable[[], Mapping[str, Any]], register: Callable[[], None] = lambda: None, **facts: Any
-    ) -> None:
+    def finish(self, measure: Callable[[], Mapping[str, Any]], register: Callable[[], None] = lambda: None) -> None:
         """Measure the saved model, complete the record, give the folder its name, and add it to the project.
 
         A fault in measuring does not cost the model: all the rest is done all the same, then the fault is told.
@@ -112,7 +117,6 @@ class TrainingRun:
         Args:
             measure: returns what is measured; runs in every process, and fails in all of them or none.
             register: adds the model to the project.
-            **facts: anything else that tells how the model came about, such as the reward's name.
 
         Raises:
             UserError: measuring failed.
@@ -122,13 +126,14 @@ class TrainingRun:
         try:
             metrics = dict(measure())
         except Exception as error:  # noqa: BLE001 - whatever it is, the training is not lost to it
+            # Of several processes one alone cannot go on; a `UserError` comes from the first, and all have it.
+            if PartialState().num_processes > 1 and not isinstance(error, UserError):
+                raise
             fault = error
             metrics["fault"] = str(error)
 
         def publish() -> None:
-            # The trainer's own record is a pickle, which nobody should have to trust; this one is text.
-            (self.folder / "training_args.bin").unlink(missing_ok=True)
-            record = {**self._record, **facts, "metrics": metrics, "complete": True}
+            record = {**self._record, "metrics": metrics, "complete": True}
             write_json(self.folder / TRAINING_FILE, record)
             publish_folder(self.folder, self.output, self._overwrite)
 
@@ -153,6 +158,8 @@ class TrainingRun:
             record = read_record(self.folder) or {}
             if record.get("complete") or record.get("trained"):
                 # An earlier start got as far as that, and could not measure it or give the folder its name.
+                if not record.get("complete"):
+                    say(f"{self.folder} was trained by an earlier start, which did not come to measure it")
                 write_json(self.folder / TRAINING_FILE, {**record, "complete": True})
                 publish_folder(self.folder, self.output, overwrite=False)
                 return True, None
@@ -266,6 +273,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if backend is not None:
         backend.no_padding()
         backend.no_truncation()
+    # A tokenizer without a template writes none, and the trainer has left one there.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -328,7 +337,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
     before, now = theirs.get("inputs"), ours.get("inputs")
     if before is not None and now is not None:
-        found += [f"other {name}" for name in now if before.get(name) != now[name]]
+        found += [f"other {name}" for name in {**before, **now} if before.get(name) != now.get(name)]
     return found
 
 

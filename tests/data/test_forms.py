@@ -50,6 +50,10 @@ FORMS = {
         {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID, *BEFORE]},
         {**PAIR, "rejected": [SAID, *BEFORE]},
     ),
+    "whole chats after a system turn, beside a prompt without it": (
+        {"prompt": [turn("user", "Why is it blue? ")]} | {side: [SYSTEM, ASKED, one] for side, one in SIDES.items()},
+        {**PAIR, "prompt": [SYSTEM, ASKED]},
+    ),
     "texts": ({"prompt": "Why?", "chosen": " So.", "rejected": " No."},) * 2,
     "hh-rlhf": (
         {"chosen": f"{HUMAN} Light.", "rejected": f"{HUMAN} Love."},
@@ -171,6 +175,8 @@ def test_demonstrations_are_messages_prompts_with_completions_or_texts(tmp_path,
         ([{**PAIR, "prompt": [ASKED, SAID]}], "nobody has to answer"),
         ([{**PAIR, "prompt": [SYSTEM]}], "nobody has to answer"),
         ([{**PAIR, "tools": [{"name": "look"}]}], "only SFT"),
+        ([{**PAIR, "chosen": [ASKED]}], "not the assistant's"),
+        ([{**PAIR, "chosen": [SAID, ASKED]}], "not the assistant's"),
         ([{**PAIR, "chat_template_kwargs": {"enable_thinking": False}}], "belong to the project"),
     ],
 )
@@ -179,6 +185,28 @@ def test_what_is_no_pair_is_refused_with_its_row(tmp_path, rows, said):
         read_pairs(save(tmp_path / "a.jsonl", *rows))
     (problem,) = caught.value.problems
     assert problem.where.startswith(f"{tmp_path / 'a.jsonl'}, row {len(rows) - 1}")
+
+
+def test_an_empty_answer_is_an_answer(tmp_path):
+    row = {"chosen": f"{HUMAN} Light.", "rejected": HUMAN}
+    (pair,) = read_pairs(save(tmp_path / "a.jsonl", row).model_copy(update={"chat": True}))
+    assert pair == {"prompt": [ASKED], "chosen": [SAID], "rejected": [turn("assistant", "")]}
+
+
+def test_other_columns_may_have_the_names_of_answers(tmp_path):
+    assert read_prompts(save(tmp_path / "a.jsonl", {"prompt": "Why?", "chosen": 0, "rejected": 1})) == ["Why?"]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"messages": "Why?"}, {}, "a text in a column of messages"),
+        ({"text": "Why? So."}, {"chat": True}, "whole texts are no turns"),
+    ],
+)
+def test_what_is_no_demonstration_is_refused(tmp_path, row, settings, said):
+    with pytest.raises(UserError, match=said):
+        read_demonstrations(save(tmp_path / "a.jsonl", row).model_copy(update=settings))
 
 
 def test_settings_of_a_row_of_texts_are_no_chats(tmp_path):

@@ -92,6 +92,10 @@ def test_a_chat_that_ends_with_a_tools_turn_is_not_cut_within_it():
     assert shorten_prompt(chat, lambda prompt: words([prompt])[0] <= 3) is None
 
 
+def test_a_chat_of_a_system_turn_alone_cannot_be_shortened():
+    assert shorten_prompt([SYSTEM], lambda prompt: False) is None
+
+
 @pytest.mark.parametrize(
     ("text", "most", "kept"), [("a b  c\nd", 2, "c\nd"), ("a b", 0, None), ("", 0, None), ("a", 1, "a")]
 )

@@ -87,8 +87,10 @@ def test_reasoning_of_earlier_turns_is_the_templates_to_drop():
 def test_a_template_without_system_turns_is_found():
     tokenizer = make_tokenizer("phi")
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(UserError, match="turns of the role `system`"):
-        check_template(tokenizer, [[{"role": "system", "content": "be brief"}, ASKED]], "rows")
+    for bos in ("", "{{ bos_token }}"):
+        tokenizer.chat_template = bos + tokenizer.chat_template
+        with pytest.raises(UserError, match="turns of the role `system`"):
+            check_template(tokenizer, [[{"role": "system", "content": "be brief"}, ASKED]], "rows")
     check_template(tokenizer, [[ASKED, said()]], "rows")
 
 

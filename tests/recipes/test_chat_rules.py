@@ -232,6 +232,61 @@ def test_sft_on_chats_names_the_token_that_ends_a_turn(chats, capsys):
         assert kept["temperature"] == 0.5
 
 
+@pytest.mark.parametrize("given", ["eos_token", "a template that opens answers with a special token"])
+def test_sft_keeps_the_end_that_it_trains(chats, given):
+    tokenizer = chats("phi")
+    path = Path("base/generation_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": tokenizer.eos_token_id}))
+    options = {"eos_token": "<|end|>"} if given == "eos_token" else {}
+    if not options:
+        template = Path("base/chat_template.jinja")
+        template.write_text(
+            template.read_text().replace(
+                "'|>\\n' + turn", "'|>\\n' + ('</s>' if turn.role == 'assistant' else '') + turn"
+            )
+        )
+        assert "</s>" in template.read_text()
+    write("train.jsonl", {"messages": [turn("user", "why"), turn("assistant", "so")]})
+    run("sft", model_name_or_path="base", max_steps=1, validation_file=None, **options)
+    kept = json.loads(Path("out/generation_config.json").read_text())["eos_token_id"]
+    assert set(kept) == set(tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"]))
+
+
+def test_a_template_by_path_is_trained_with_and_kept(chats):
+    tokenizer = chats("phi")
+    Path("mine.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}")
+    write("train.jsonl", {"messages": [turn("user", "why"), turn("assistant", "so")]})
+    recipe, trainers = load_recipe("sft"), []
+    build = recipe.SFTTrainer
+    recipe.SFTTrainer = lambda **parts: trainers.append(build(**parts)) or trainers[-1]
+    words = OPTIONS | {"model_name_or_path": "base", "max_steps": 1, "chat_template_path": "mine.jinja"}
+    recipe.main([f"--{key}={value}" for key, value in words.items() if key != "validation_file"])
+    wanted = tokenizer("<|user|>why<|end|><|user|>so<|end|>", add_special_tokens=False)["input_ids"]
+    assert [list(row) for row in trainers[0].train_dataset["input_ids"]] == [wanted]
+    assert Path("out/chat_template.jinja").read_text() == Path("mine.jinja").read_text()
+
+
+def test_a_stop_token_of_training_alone_is_refused(chats):
+    tokenizer = chats("phi")
+    more = tokenizer.convert_tokens_to_ids("</s>")
+    with pytest.raises(UserError, match=f"generation: {{stop_token_ids: .{more}."):
+        run("ppo", **PPO, stop_token_id=more)
+    run("ppo", **PPO, stop_token_id=tokenizer.convert_tokens_to_ids("<|end|>"))
+
+
+def test_other_settings_of_the_project_make_another_run(chats):
+    chats("qwen3")
+    run("rloo", **RLOO)
+    text = Path("p.yaml").read_text()
+    for settings in ("generation: {max_tokens: 9}\n", "generation: {chat_template_kwargs: {enable_thinking: false}}\n"):
+        Path("p.yaml").write_text(text + settings)
+        if "max_tokens" in settings:
+            run("rloo", **RLOO)
+            continue
+        with pytest.raises(UserError, match="another run is there(.|\n)*other generation"):
+            run("rloo", **RLOO)
+
+
 @pytest.mark.parametrize(("too_long", "left"), [("leave_out", 4), ("truncate", 5), ("refuse", None)])
 @pytest.mark.parametrize("name", ["rloo", "sweep"])
 def test_prompts_that_a_reward_model_cannot_read_are_found_at_the_start(chats, cli, capsys, name, too_long, left):

@@ -113,7 +113,16 @@ def test_a_prompt_gives_way_to_a_response_that_is_longer_than_was_reckoned():
     long = "a b c d e f g h i"
     assert reward.score([long, "a", long], ["x y z", "x y z", "x"]) == [5.0, 5.0, 1.0]
     assert reward.rewards["short"].seen == [("c d e f g h i", "x y z"), ("a", "x y z"), (long, "x")]
-    assert reward.shortened == {"short": 1}
+    assert reward.shortened == {"short": 1} and reward.unread == {"short": 0}
+
+
+def test_a_response_that_cannot_be_read_gets_the_lowest_score_so_far():
+    reward = WeightedReward({"short": Short("short", lambda *pair: len(pair[1]))}, {"short": 1.0})
+    endless = " ".join(["x"] * 11)
+    with pytest.raises(UserError, match="no response is short enough"):
+        reward.score(["a"], [endless])
+    assert reward.score(["a", "a", "a"], ["xx", endless, "xxx"]) == [2.0, 2.0, 3.0]
+    assert reward.score(["a", "a"], [endless, "xxx"]) == [2.0, 3.0] and reward.unread == {"short": 3}
 
 
 def test_the_projects_rewards_are_found_by_name(tiny):

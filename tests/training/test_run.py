@@ -53,7 +53,8 @@ def train(out, recipe="sft", inputs=INPUTS, **settings):
         begun = run.begin(**inputs)
         if begun:
             (run.folder / "model").write_text(json.dumps(inputs))
-            run.finish(lambda: {"loss": 1.0}, seed=3)
+            run.saved(seed=3)
+            run.finish(lambda: {"loss": 1.0})
     return begun, run.checkpoint
 
 
@@ -80,7 +81,8 @@ def test_a_run_works_beside_its_output_and_takes_its_name_at_the_end(tmp_path):
         for name in ("model", "training_args.bin"):
             (run.folder / name).write_text("")
         checkpoint(run.folder, 5)
-        run.finish(lambda: {"loss": 1.0}, base="base", seed=3)
+        run.saved(base="base", seed=3)
+        run.finish(lambda: {"loss": 1.0})
     assert names(out.parent) == ["sft"] and names(out) == ["checkpoint-5", "model", "training.json"]
     assert made[2].output_dir == str(out)
     record = read_record(out)
@@ -419,8 +421,8 @@ def test_a_model_is_not_lost_to_a_fault_in_measuring_it(tmp_path):
     with pytest.raises(UserError) as caught, training_run("sft", arguments(out)) as run:
         run.begin(**INPUTS)
         (run.folder / "model").write_text("trained")
-        run.saved()
-        run.finish(measure, lambda: registered.append(run.output), seed=3)
+        run.saved(seed=3)
+        run.finish(measure, lambda: registered.append(run.output))
     (problem,) = caught.value.problems
     assert problem.what == "the model is trained, saved and in the project, but measuring it failed"
     assert (
