@@ -125,21 +125,24 @@ def sampled_pairs(
     sampled_from = {
         **{name: task.inputs[name] for name in ("train", "base", "generation") if name in task.inputs},
         **{"spec": decides(spec, {"stop_token_ids"}), "engine": engine, "responses": recipe.responses},
-        "longest": sampling.max_prompt_tokens,
+        **{"longest": sampling.max_prompt_tokens, "ends": sorted(task.reader.ends)},
         **({} if len(task.rows) == task.counted else {"prompts": rows_hash(task.rows)}),
     }
 
     def answer() -> list[Row]:
         say(f"sampling {len(repeated)} responses to {len(prompts)} prompts with {engine}; this may take minutes")
         responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
-        return [{"prompt": prompt, "response": text} for prompt, text in zip(repeated, responses, strict=True)]
+        return [
+            {"prompt": prompt, "response": one.text, "seen": one.judged, "end": task.reader.end_of(one)}
+            for prompt, one in zip(repeated, responses, strict=True)
+        ]
 
     def make() -> list[Row]:
         rows, found = kept_rows(samples, sampled_from, answer)
         say(f"{len(rows)} responses {'found' if found else 'kept'} in {samples}")
-        responses = [row["response"] for row in rows]
-        scores = task.reward.score(repeated, task.reader.visible(repeated, responses))
-        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin)
+        responses, seen, ends = ([row[name] for row in rows] for name in ("response", "seen", "end"))
+        scores = task.reward.score(repeated, seen)
+        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}
     pairs, found = kept_rows(path, made_from, make)

@@ -15,22 +15,23 @@ otherwise. Its accuracy is measured on pairs it was not trained on. It becomes a
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rewarded_lines.config import CHAT, RewardSpec
+from rewarded_lines.config import CHAT, GenerationSpec, RewardSpec
 from rewarded_lines.data.forms import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import check_template, more_than_text
 from rewarded_lines.data.rows import Row, rows_hash
-from rewarded_lines.engines.tokens import load_config
+from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import fail
+from rewarded_lines.fronts.intervals import wilson
 from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,
@@ -45,7 +46,7 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from rewarded_lines.training.options import DataOptions, RunOptions
 from rewarded_lines.training.policy import shorten_pair
 from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.project import register
+from rewarded_lines.training.project import generation_of, register
 from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
 
 SIDES = ("chosen", "rejected")
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
         set_seed(training.seed)
         base = absolute(model_options.model_name_or_path, model_options.model_revision)
         tokenizer = load_tokenizer(base, model_options.model_revision)
+        set_own_template(tokenizer, training, generation_of(options.project_file))
         pairs = read_pairs(data.train(), tell=say)
         held_out = read_pairs(data.validation() or data.train(), tell=say)
         template = recipe.template or (CHAT if isinstance(pairs[0]["prompt"], list) else "{prompt}{response}")
@@ -122,6 +124,15 @@ def main(argv: Sequence[str]) -> None:
             lambda: {**metrics, **from_main(lambda: accuracy(spec, held_out))},
             lambda: from_main(lambda: say(*register(options.project_file, entries))),
         )
+
+
+def set_own_template(tokenizer: Any, training: RewardConfig, generation: GenerationSpec) -> None:
+    """Give the reward model's tokenizer the template of `chat_template_path`, or the project's; it keeps it."""
+    path = training.chat_template_path or generation.chat_template
+    if training.eos_token is not None:
+        raise fail("`eos_token` has no effect: texts to be scored get no end token", where="eos_token")
+    if path is not None:
+        tokenizer.chat_template = read_template(path)
 
 
 def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> None:
@@ -179,14 +190,6 @@ def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
         "mean_chosen": sum(chosen) / len(chosen),
         "mean_rejected": sum(rejected) / len(rejected),
     }
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, 95% by default."""
-    share, weight = successes / trials, z * z / trials
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
-    return centre - half, centre + half
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -148,6 +149,18 @@ class GenerationSpec(Strict):
         if not all(self.stop):
             raise ValueError("a stop text is empty")
         return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, one in value.items():
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is not the name of a template's variable")
+            try:
+                json.dumps(one, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
+        return value
 
     @field_validator("strip")
     @classmethod

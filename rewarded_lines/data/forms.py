@@ -7,6 +7,7 @@ answers, all of them texts or all of them chats. What was done is told in a sent
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,8 +21,11 @@ from rewarded_lines.data.rows import Layouts, Row, read_rows
 from rewarded_lines.errors import UserError, fail
 
 Tell = Callable[[str], None]
-PAIRS: Layouts = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-PROMPTS: Layouts = [*PAIRS, ("prompt",), ("messages",), ("conversations",)]
+PAIRS: Layouts = [
+    ("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("messages", "chosen", "rejected"),
+    ("chosen", "rejected"),
+]  # fmt: skip
+PROMPTS: Layouts = [*PAIRS, ("prompt", "messages"), ("prompt",), ("messages",), ("conversations",)]
 DEMONSTRATIONS: Layouts = [("messages",), ("prompt", "completion"), ("conversations",), ("text",)]
 # Columns that say something of a chat beside its turns.
 _SYSTEM, _TOOLS, _SETTINGS = "system", "tools", "chat_template_kwargs"
@@ -46,7 +50,7 @@ def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> li
     Raises:
         UserError: the data are missing, or a row has no prompt that can be answered.
     """
-    rows = _read(spec, root, PROMPTS)
+    rows = _read(spec, root, PROMPTS, tell)
     made = [_pair(row, spec, at) if "chosen" in row else (_prompt(row, spec, at), "") for at, row in enumerate(rows)]
     prompts = [row["prompt"] if isinstance(row, dict) else row for row, _ in made]
     _same_kind(prompts, spec)
@@ -65,7 +69,7 @@ def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list
     Raises:
         UserError: the data are missing, or the sides of a pair answer different prompts.
     """
-    made = [_pair(row, spec, at) for at, row in enumerate(_read(spec, root, PAIRS))]
+    made = [_pair(row, spec, at) for at, row in enumerate(_read(spec, root, PAIRS, tell))]
     pairs = [pair for pair, _ in made]
     _same_kind([pair["prompt"] for pair in pairs], spec)
     tell(_sentence(pairs[0]["prompt"], [how for _, how in made], spec))
@@ -99,7 +103,7 @@ def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent
         UserError: the data are missing, or a row has none of these forms.
     """
     rows = []
-    for at, row in enumerate(_read(spec, root, DEMONSTRATIONS, tools=True)):
+    for at, row in enumerate(_read(spec, root, DEMONSTRATIONS, tell, tools=True)):
         made = {**row, "messages": row["conversations"]} if "conversations" in row else dict(row)
         made.pop("conversations", None)
         rows.append(_demonstration(made, spec, at))
@@ -109,10 +113,12 @@ def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent
     return rows
 
 
-def _read(spec: DataSpec, root: Path, layouts: Layouts, tools: bool = False) -> list[Row]:
+def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False) -> list[Row]:
     rows = read_rows(spec, layouts, root, beside=(_SYSTEM, _TOOLS, _SETTINGS))
-    source = _name(spec)
+    source, systems = _name(spec), 0
     for at, row in enumerate(rows):
+        if isinstance(row.get(_TOOLS), str):
+            row[_TOOLS] = _parsed(row[_TOOLS], f"{source}, row {at}")
         chat = spec.chat or any(isinstance(value, list) for key, value in row.items() if key not in (_TOOLS, _SETTINGS))
         if chat and row.get(_SETTINGS):
             raise fail(
@@ -131,13 +137,25 @@ def _read(spec: DataSpec, root: Path, layouts: Layouts, tools: bool = False) -> 
         row.pop(_SETTINGS, None)
         if not chat:
             row.pop(_TOOLS, None)
-            row.pop(_SYSTEM, None)
+            systems += row.pop(_SYSTEM, None) is not None
+    if systems:
+        tell(f"rows of {source}: {systems} have a system turn in a column, which texts do not; `chat: true` reads it")
     return rows
+
+
+def _parsed(tools: str, where: str) -> Any:
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise fail("`tools` is no JSON", where=where, got=tools[:120]) from error
 
 
 def _prompt(row: Row, spec: DataSpec, at: int) -> Prompt:
     """Return the prompt of a row that holds no pair."""
-    (key,) = [key for key in ("prompt", "messages", "conversations") if key in row]
+    key = next(key for key in ("prompt", "messages", "conversations") if key in row)
+    if "messages" in row and isinstance(row.get("prompt"), str) and isinstance(row["messages"], list):
+        # The prompt as a text beside the chat that it opens, as in UltraChat.
+        key = "messages" if any(_alike(turn, row["prompt"]) for turn in row["messages"]) else "prompt"
     value = row[key]
     if key != "prompt":
         value = _turns(value, spec, at)
@@ -150,10 +168,16 @@ def _prompt(row: Row, spec: DataSpec, at: int) -> Prompt:
 def _pair(row: Row, spec: DataSpec, at: int) -> tuple[Row, str]:
     """Return prompt, chosen and rejected of a row, and where its prompt was found."""
     sides: list[Any] = [row["chosen"], row["rejected"]]
-    given: Any = row.get("prompt")
+    given: Any = row.get("prompt", row.get("conversations"))
+    if given is None and not is_chat(row["chosen"][:1]):
+        given = row.get("messages")
     prompt: Prompt
     if any(isinstance(one, list) for one in (*sides, given)):
         prompt, answers, how = _chat_pair(given, sides, spec, at)
+    elif given and all(side.startswith(given) and len(side) > len(given) for side in sides):
+        spoken = all(side.startswith(_ASSISTANT, len(given)) for side in sides)
+        cut = len(given) + (len(_ASSISTANT) if spoken else 0)
+        prompt, answers, how = sides[0][:cut], [side[cut:] for side in sides], _REPEATED
     elif given is not None:
         prompt, answers, how = given, sides, ""
     else:
@@ -182,7 +206,7 @@ def _chat_pair(given: Any, sides: Sequence[Any], spec: DataSpec, at: int) -> tup
         return given, turns, ""
     if given is not None and all(side[0]["role"] == "assistant" for side in turns):
         return [{"role": "user", "content": given}], turns, ""
-    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*turns, strict=False)))
+    shared = sum(1 for _ in takewhile(lambda both: _same(*both), zip(*turns, strict=False)))
     if shared == min(map(len, turns)):
         # One side ends where the other goes on, or both are the same: the last answer is theirs.
         shared = max((at for at, turn in enumerate(turns[0][:shared]) if turn["role"] == "assistant"), default=0)
@@ -204,10 +228,7 @@ def _after(side: Messages, turns: Messages) -> int | None:
     """Return where an answer begins in a chat that repeats some turns, after a system's or not; None in another."""
     skipped = 1 if side[0]["role"] == "system" else 0
     own = side[skipped : skipped + len(turns)]
-    same = len(own) == len(turns) < len(side) - skipped and all(
-        one == two or (one["role"] == two["role"] and _alike(one, str(two["content"])))
-        for one, two in zip(own, turns, strict=True)
-    )
+    same = len(own) == len(turns) < len(side) - skipped and all(map(_same, own, turns))
     return skipped + len(turns) if same and turns else None
 
 
@@ -307,6 +328,13 @@ def _as_answer(value: Any) -> Messages:
     if isinstance(value, list):
         return value
     return [{"role": "assistant", "content": value}]
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Return whether two turns say the same, whatever other facts they hold."""
+    return one == two or (
+        one["role"] == two["role"] and isinstance(two["content"], str) and _alike(one, two["content"])
+    )
 
 
 def _alike(turn: Any, text: str) -> bool:

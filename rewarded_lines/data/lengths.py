@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 from rewarded_lines.config import TooLong
 from rewarded_lines.data.forms import Tell, silent
 from rewarded_lines.data.messages import Prompt
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import Problem, UserError, fail
 
 T = TypeVar("T")
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "roberta-prelayernorm")
+_OFFSET_POSITIONS = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer", "mpnet", "luke",
+    "data2vec-text", "ibert", "esm", "xmod",
+)  # fmt: skip
 _SHOWN = 5
 _BEGINNING = 60
 
@@ -59,6 +62,15 @@ def fit(
     Raises:
         UserError: rows are too long and shall be refused, or none are left.
     """
+    for limit in limits:
+        if limit.most < 1:
+            raise fail(
+                f"no prompt fits beside the longest response for {limit.what}",
+                where=where,
+                expected="room for a prompt",
+                got=f"{limit.most} tokens ({limit.option})",
+                remedy="lower the length of responses, or raise that limit",
+            )
     measured = [list(limit.lengths(rows)) for limit in limits]
     over = [
         [at for at, length in enumerate(lengths) if length > limit.most]
@@ -118,7 +130,8 @@ def positions_of(config: Any) -> int | None:
     # RoBERTa and its kin count positions from behind the padding token.
     if positions and own.model_type in _OFFSET_POSITIONS:
         positions -= (own.pad_token_id or 0) + 1
-    return positions or None
+    # XLNet says −1: there is no end.
+    return positions if positions and positions > 0 else None
 
 
 def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:

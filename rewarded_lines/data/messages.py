@@ -19,7 +19,8 @@ _SPEAKERS = {
     "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 # What a turn says beside its text. Other keys (a date, a language) are facts about it, which no template shows.
-_SAID = ("name", "tool_calls", "reasoning_content", "reasoning", "thinking")
+_SAID = ("name", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "tools", "documents")
+_CALLS = ("tool_calls", "function_call")
 # So many turns with a key are tried before the template is said not to show it.
 _TRIED = 16
 
@@ -69,8 +70,9 @@ def more_than_text(messages: Prompt) -> str:
 def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> None:
     """Refuse chats of which the chat template leaves something out: a role, tool calls, reasoning, a name.
 
-    For each of these, some chats that have it are rendered with and without it, up to the turn in question. A template
-    that gives the same text each time does not know it, and the model would never see it.
+    For each of these, some chats that have it are rendered with and without it; of reasoning and calls, up to the turn
+    in question, since templates drop the reasoning of earlier turns on purpose. A template that gives the same text
+    each time does not know it, and the model would never see it.
 
     Args:
         tokenizer: with a chat template.
@@ -132,7 +134,10 @@ def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:
         return template
     if isinstance(template, Mapping):
         return {name: with_settings(one, settings) for name, one in template.items()}
-    return "".join(f"{{%- set {name} = {_literal(value)} %}}" for name, value in settings.items()) + template
+    # The last tag is no block: Jinja would take the newline behind one away.
+    return (
+        "".join(f"{{%- set {name} = {_literal(value)} %}}" for name, value in settings.items()) + "{{ '' }}" + template
+    )
 
 
 def _literal(value: Any) -> str:
@@ -159,7 +164,7 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
     content = made.get("content")
     if isinstance(content, (list, tuple)):
         made["content"] = content = _joined(content, where)
-    if not isinstance(content, str) and not (content is None and made.get("tool_calls")):
+    if not isinstance(content, str) and not (content is None and any(made.get(key) for key in _CALLS)):
         raise fail(
             "a turn has no text",
             where=where,
@@ -203,9 +208,8 @@ def _texts(value: Any) -> Iterable[str]:
 def _is_shown(tokenizer: Any, chat: Messages, place: int, what: str) -> bool:
     before, turn = list(chat[:place]), chat[place]
     if what.startswith("role: "):
-        # With the turn after it: of a system's turn alone a template may write what it writes before any chat.
-        after = list(chat[place + 1 : place + 2])
-        return _rendered(tokenizer, [*before, turn, *after]) != _rendered(tokenizer, [*before, *after])
+        # In the whole chat: some templates write a system's turn beside the last user's only.
+        return _rendered(tokenizer, chat) != _rendered(tokenizer, [*before, *chat[place + 1 :]])
     whole = _rendered(tokenizer, [*before, turn])
     without = {key: value for key, value in turn.items() if key != what}
     if without.get("content") is None:

@@ -31,7 +31,8 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return the token ids of each prompt: a text with the special tokens that the tokenizer itself adds, a chat in the
     tokenizer's chat template, up to where the answer starts.
 
-    A text that begins with the tokenizer's BOS already does not get a second one.
+    A text that begins with the tokenizer's BOS already does not get a second one, and no end token is put behind a
+    prompt, which the model goes on from.
 
     Raises:
         UserError: there are chats, and the tokenizer has no chat template.
@@ -39,7 +40,8 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     if not prompts:
         return []
     if all(isinstance(prompt, str) for prompt in prompts):
-        return [one_bos(tokenizer, ids) for ids in tokenizer(list(prompts))["input_ids"]]
+        made = tokenizer(list(prompts))["input_ids"]
+        return [_open(tokenizer, str(prompt), ids) for prompt, ids in zip(prompts, made, strict=True)]
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     made = render(tokenizer, chats, add_generation_prompt=True, tokenize=True, return_dict=True)
     return [list(row) for row in made["input_ids"]]
@@ -67,7 +69,8 @@ def encode_answers(
     heads = encode(tokenizer, prompts)
     if isinstance(prompts[0], str):
         end = tokenizer.eos_token or ""
-        texts = [str(answer) if end and str(answer).endswith(end) else f"{answer}{end}" for answer in answers]
+        known = tuple(text for text in {end, *(tokenizer.decode([one]) for one in ends)} if text.strip())
+        texts = [str(answer) if known and str(answer).endswith(known) else f"{answer}{end}" for answer in answers]
         joined = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
         wholes = [one_bos(tokenizer, ids) for ids in tokenizer(joined)["input_ids"]]
         # Where the tokenizer would join the border into one token, the model goes on from the prompt's own tokens.
@@ -96,6 +99,14 @@ def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[in
     tail = whole[len(head) :]
     last = max((place + 1 for place, token in enumerate(tail) if token in ends), default=len(tail))
     return tail[:last]
+
+
+def _open(tokenizer: Any, prompt: str, ids: Sequence[int]) -> list[int]:
+    """Return a prompt's tokens without the end token that some tokenizers put behind every text."""
+    row, end = one_bos(tokenizer, ids), tokenizer.eos_token
+    if end is not None and row[-1:] == [tokenizer.eos_token_id] and not prompt.rstrip().endswith(end):
+        del row[-1]
+    return row
 
 
 def one_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:

@@ -206,10 +206,21 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         _refuse_doubles(file.schema_arrow.names, str(path))
         for batch in file.iter_batches():
             for row in batch.to_pylist():
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", _without_gaps(row)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise fail("not readable as Parquet", where=str(path), got=str(error)) from error
+
+
+def _without_gaps(row: Row) -> Row:
+    """Return a row without the nulls in nested values: Arrow gives all rows of a column the same keys by them."""
+    return {name: _dense(value) for name, value in row.items()}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _dense(one) for key, one in value.items() if one is not None}
+    return [_dense(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse_doubles(names: Sequence[str], where: str) -> None:
@@ -237,7 +248,7 @@ def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds, from requests' to Arrow's
         raise _hub_fault(spec, error) from error
     for number, row in enumerate(found):
-        yield f"data set {spec.dataset}, split {spec.split}, row {number}", dict(row)
+        yield f"data set {spec.dataset}, split {spec.split}, row {number}", _without_gaps(dict(row))
 
 
 def _hub_fault(spec: DataSpec, error: Exception) -> UserError:

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.responses import Response
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 
@@ -26,8 +28,8 @@ _LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS
 _LINES_SHOWN = 12
 
 
-def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> list[str]:
-    """Return the texts of `spec.n` responses to each prompt, those of one prompt next to each other.
+def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> list[Response]:
+    """Return `spec.n` responses to each prompt, those of one prompt next to each other.
 
     Args:
         engine: "vllm" or "hf".
@@ -56,8 +58,8 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
                 got="\n    ".join(["the last lines it printed:", *lines]),
                 remedy="pass --sampling_engine hf" if engine == "vllm" else "",
             )
-        responses: list[str] = json.loads(answer.read_text(encoding="utf-8"))
-        return responses
+        found = json.loads(answer.read_text(encoding="utf-8"))
+        return [Response(**{**one, "tokens": tuple(one["tokens"])}) for one in found]
 
 
 def _plain_environment() -> dict[str, str]:
@@ -75,10 +77,10 @@ def _answer(task: Path, answer: Path) -> None:
     spec = GenerationSpec(**content["spec"])
     generator = load_generator(content["engine"], content["model"], spec, content["prompts"])
     try:
-        texts = [response.text for response in generator.generate(content["prompts"], spec)[0]]
+        responses = [asdict(response) for response in generator.generate(content["prompts"], spec)[0]]
     finally:
         generator.close()
-    answer.write_text(json.dumps(texts), encoding="utf-8")
+    answer.write_text(json.dumps(responses), encoding="utf-8")
 
 
 if __name__ == "__main__":

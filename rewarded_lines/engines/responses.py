@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec, parse_strip
-from rewarded_lines.data.prompts import Prompt, encode, split_text
+from rewarded_lines.data.prompts import split_text
 from rewarded_lines.engines.tokens import Tokens
 from rewarded_lines.errors import fail
 
@@ -109,12 +109,10 @@ class ResponseReader:
         seen = self._visible(text, self._is_open(prompt)) if self.strip else None
         return Response(text, tuple(tokens), done, logprob, seen)
 
-    def visible(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
-        """Return what rewards see of the responses to some prompts; see `GenerationSpec.strip`."""
-        if self.strip is None:
-            return list(texts)
-        heads = encode(self.tokenizer, prompts)
-        return [self._visible(text, self._is_open(head)) for head, text in zip(heads, texts, strict=True)]
+    def end_of(self, response: Response) -> int:
+        """Return the token that ended a response; −1 for one that was cut short, or ended by a stop text."""
+        last = response.tokens[-1] if response.tokens else -1
+        return last if last in self.ends else -1
 
     def _is_open(self, prompt: Tokens) -> bool:
         """Return whether a prompt ends within the markers, as where a template begins the thinking itself."""

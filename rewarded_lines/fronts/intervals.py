@@ -6,6 +6,7 @@ Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -158,3 +159,11 @@ def estimate_samples(samples: ArrayLike, level: float = LEVEL) -> Estimate:
 def _prompt_seed(run: NDArray[np.float64], first: NDArray[np.float64], seed: int) -> int | list[int]:
     same = run.shape[1:2] == first.shape[1:2]
     return seed if same else [seed, *run.shape[1:2]]
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval of a proportion, 95% by default."""
+    share, weight = successes / trials, z * z / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
+    return centre - half, centre + half

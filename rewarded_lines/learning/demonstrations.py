@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,13 @@ class Demonstrations:
         if self._by_trl:
             return Dataset.from_list([dict(row) for row in rows])
         if "completion" not in rows[0]:
+            if training.completion_only_loss:
+                raise fail(
+                    "rows without a completion",
+                    where="completion_only_loss",
+                    expected="rows of prompt and completion",
+                    remedy="set `completion_only_loss: false`, or `assistant_only_loss: true` for messages",
+                )
             return Dataset.from_dict({"input_ids": self._ids(rows)})
         if training.completion_only_loss is None:
             training.completion_only_loss = True
@@ -194,8 +200,7 @@ def _has_more(row: Row) -> bool:
 
 
 def _tools(row: Row) -> Any:
-    tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools
+    return row.get("tools") or None
 
 
 def _shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:

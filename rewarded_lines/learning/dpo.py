@@ -24,11 +24,20 @@ def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> 
 
     Args:
         tokenizer: of the policy.
-        pairs: rows of prompt, chosen and rejected.
+        pairs: rows of prompt, chosen and rejected; of sampled ones `chosen_end` and `rejected_end` name the token that
+            ended the answer, −1 where it was cut short.
         ends: the ids that end a response.
     """
     prompts, columns = [row["prompt"] for row in pairs], {}
     for side in ("chosen", "rejected"):
         answers = [row[side] for row in pairs]
-        columns["prompt_ids"], columns[f"{side}_ids"] = encode_answers(tokenizer, prompts, answers, ends)
+        columns["prompt_ids"], tails = encode_answers(tokenizer, prompts, answers, ends)
+        sampled = zip(tails, (row.get(f"{side}_end") for row in pairs), strict=True)
+        columns[f"{side}_ids"] = [tail if end is None else _ended_by(tail, end, ends) for tail, end in sampled]
     return Dataset.from_dict(columns)
+
+
+def _ended_by(tail: list[int], end: int, ends: Collection[int]) -> list[int]:
+    """Return an answer's tokens with the end that it was sampled with, which may be none."""
+    said = tail[:-1] if tail and tail[-1] in ends else tail
+    return [*said, end] if end >= 0 else said

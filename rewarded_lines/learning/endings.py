@@ -77,15 +77,18 @@ def plain_generation(model: PreTrainedModel, ends: Collection[int], pad: int | N
         pad: what follows the end in a batch.
 
     Returns:
-        What gives the config its own special tokens back, before it is saved.
+        What undoes the trainer's changes, before the model is saved and measured.
     """
     config = model.config.get_text_config()
     ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
+    plain = {"eos_token_id": sorted(ends), "pad_token_id": pad}
+    model.generation_config = GenerationConfig(**plain)
 
     def restore() -> None:
         for name, value in ids.items():
             setattr(config, name, value)
+        # PPO has let padding end a response, too.
+        model.generation_config = GenerationConfig(**plain)
 
     return restore
 

@@ -55,7 +55,12 @@ def kept_rows(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[
 
 
 def best_and_worst(
-    prompts: Sequence[Prompt], responses: Sequence[str], scores: Sequence[float], count: int, margin: float
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    scores: Sequence[float],
+    count: int,
+    margin: float,
+    ends: Sequence[int] = (),
 ) -> list[Row]:
     """Return the best against the worst response of each prompt, with their scores.
 
@@ -65,6 +70,7 @@ def best_and_worst(
         scores: of the responses.
         count: responses of a prompt.
         margin: least gap, in standard deviations of all scores; prompts with less make no pair.
+        ends: the token that ended each response, −1 for one that none ended; kept with the pairs.
 
     Raises:
         UserError: no prompt makes a pair.
@@ -80,6 +86,7 @@ def best_and_worst(
             row: Row = {"prompt": prompt}
             row |= {side: _as_answer(prompt, responses[index]) for side, index in sides.items()}
             row |= {f"{side}_score": scores[index] for side, index in sides.items()}
+            row |= {f"{side}_end": ends[index] for side, index in sides.items()} if ends else {}
             rows.append(row)
     if not rows:
         raise fail("no two responses to a prompt differ enough in reward", remedy="lower `margin`")

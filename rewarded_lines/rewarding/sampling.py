@@ -20,7 +20,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.generation import check_engine
 from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.isolated import generate_isolated
-from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.responses import Response
 from rewarded_lines.rewarding.rewards import WeightedReward
 
 Parts = dict[str, list[float]]
@@ -32,15 +32,15 @@ class Sampler:
 
     Attributes:
         reward: what scores them.
-        reader: of the models' responses.
+        tokenizer: of the models.
         spec: temperature, length, seed and type.
     """
 
     reward: WeightedReward
-    reader: ResponseReader
+    tokenizer: Any
     spec: GenerationSpec
 
-    def responses(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> list[str]:
+    def responses(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> list[Response]:
         """Return one response for each prompt.
 
         Args:
@@ -48,17 +48,17 @@ class Sampler:
             folder: the same model on disk, for a process of its own where the loaded one is spread over several.
             prompts: texts or chats; repeat a prompt to get several responses to it.
         """
-        return sample("hf", model, folder, self.reader.tokenizer, self.spec, prompts)
+        return sample("hf", model, folder, self.tokenizer, self.spec, prompts)
 
     def measure(self, model: Any, folder: str, prompts: Sequence[Prompt]) -> Parts:
         """Return every reward's scores of one response to each prompt."""
         responses = self.responses(model, folder, prompts)
-        return self.reward.parts(prompts, self.reader.visible(prompts, responses))
+        return self.reward.parts(prompts, [response.judged for response in responses])
 
 
 def sample(
     engine: str, model: Any, folder: str, tokenizer: Any, spec: GenerationSpec, prompts: Sequence[Prompt]
-) -> list[str]:
+) -> list[Response]:
     """Return one response for each prompt; see `Sampler.responses`.
 
     vLLM gets a process of its own, and so does a model that is spread over several.
@@ -71,7 +71,7 @@ def sample(
         model.to(PartialState().device)
     generator = HfGenerator(folder, spec, prompts, loaded=(model, tokenizer))
     try:
-        return [response.text for response in generator.generate(prompts, spec)[0]]
+        return generator.generate(prompts, spec)[0]
     finally:
         generator.close()
 

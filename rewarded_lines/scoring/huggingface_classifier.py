@@ -15,6 +15,10 @@ from rewarded_lines.scoring.batches import make_batches
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
+# Tokens that a classifier is tried with: behind the special ones that most vocabularies begin with.
+_FIRST, _TRIED = 5, 8
+
+
 class HuggingFaceClassifier:
     """A classifier that transformers runs; see `Backend`."""
 
@@ -49,9 +53,16 @@ class HuggingFaceClassifier:
             ),
             None,
         )
+        self._kinds = int(getattr(self._config, "type_vocab_size", None) or 0)
+        self._alone = self._padding_leaks()
 
     def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
         """Return the logits of each text; see `rewarded_lines.scoring.batches` for what makes them its own."""
+        if self._kinds < 2:
+            # One kind of text only, or none: transformers itself fails on the second text's.
+            types = None
+        if self._alone:
+            return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
         found: list[list[float]] = [[]] * len(ids)
         for group in self._groups(ids):
             lengths = [len(ids[index]) for index in group]
@@ -62,6 +73,31 @@ class HuggingFaceClassifier:
                 for index, row in zip(members, rows, strict=False):
                     found[index] = row
         return found
+
+    def _single(self, text: Sequence[int], types: Sequence[int] | None) -> list[float]:
+        """Return the logits of one text by itself, without padding."""
+        import torch
+
+        inputs = {"input_ids": torch.tensor([list(text)])}
+        inputs |= {} if types is None else {"token_type_ids": torch.tensor([list(types)])}
+        with torch.inference_mode():
+            logits = self._model(**{name: value.to(self._model.device) for name, value in inputs.items()}).logits
+        found: list[float] = logits[0].double().tolist()
+        return found
+
+    def _padding_leaks(self) -> bool:
+        """Return whether padding changes a text's logits: models that mix tokens by a Fourier transform, say.
+
+        Such a model reads every text by itself.
+        """
+        import torch
+
+        words = min(self._model.get_input_embeddings().weight.shape[0], _TRIED + _FIRST)
+        text = [token for token in range(_FIRST, words) if token != self._pad] or [0]
+        if self._counts_ends:
+            text.append(int(self._config.eos_token_id or 0))
+        (padded, *_), single = self._forward([text], None, 2, len(text) + 4), self._single(text, None)
+        return not torch.allclose(torch.tensor(padded), torch.tensor(single), rtol=1e-4, atol=1e-4)
 
     def _groups(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return which texts may share a batch: BART and its kin want as many end tokens in every row."""

@@ -48,6 +48,14 @@ class ClassifierReading:
         if not prompts:
             return [], None
         if self.template == CHAT:
+            if not self.tokenizer.chat_template:
+                raise fail(
+                    "the reward model's tokenizer has no chat template",
+                    where=self.where,
+                    expected="one, since the reward's template is `chat`",
+                    got=str(self.tokenizer.name_or_path),
+                    remedy="declare a text with {prompt} and {response} as its template",
+                )
             chats = [
                 [*as_turns(prompt), {"role": "assistant", "content": response}]
                 for prompt, response in zip(prompts, responses, strict=True)

@@ -46,26 +46,14 @@ class VllmClassifier:
         positions = positions_of(config)
         self.longest: int | None = min(limit for limit in (spec.max_tokens, positions, _LONGEST) if limit)
         self.size = _weights_size(reference, spec, config)
-        self._where = where
         cache = _cache_size(config, spec, self.longest)
         self._llm = _build(where, spec, reference, self.longest, self.size + cache if self.size else 0)
         # The engine ends with this object, or with Python, also where nobody came to close it.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
     def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
-        """Return the logits of each text.
-
-        Raises:
-            UserError: the texts are pairs with token types, which vLLM takes for zeros.
-        """
+        """Return the logits of each text; a decoder has no token types."""
         from vllm import PoolingParams
-
-        if types is not None and any(any(row) for row in types):
-            raise fail(
-                "vLLM takes no token types, by which this classifier tells prompt and response apart",
-                where=f"{self._where}, backend: vllm",
-                remedy="use `backend: hf`",
-            )
 
         # vLLM would give a sigmoid or softmax of them by default.
         params = PoolingParams(use_activation=False)
@@ -102,6 +90,7 @@ def _check_vllm(where: str, device: str) -> None:
 
 def _read_config(where: str, reference: str) -> Any:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(reference)
@@ -111,6 +100,15 @@ def _read_config(where: str, reference: str) -> Any:
     # vLLM would turn a language model into a classifier by its yes and no tokens, or make a head up.
     if not names[0].endswith("ForSequenceClassification"):
         raise no_classifier(where, f"{reference}, whose architecture is {names[0]}")
+    if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # vLLM leaves out the activation of BERT's pooler where it is asked for logits, for one.
+        raise fail(
+            "vLLM gives encoders other scores than transformers",
+            where=f"{where}, backend: vllm",
+            expected="a decoder",
+            got=f"{reference}, a {config.model_type}",
+            remedy="use `backend: hf`",
+        )
     return config
 
 

@@ -42,6 +42,10 @@ from rewarded_lines.training.project import generation_inputs, register
 from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say
 
 _SIDES = ("chosen", "rejected")
+_OF_THE_PROJECT = {
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "max_tokens", "eos_token_id",
+    "stop_token_ids", "stop", "stop_strings",
+}  # fmt: skip
 
 
 @dataclass
@@ -152,7 +156,7 @@ class PolicyTask:
 
     def sampler(self, spec: GenerationSpec) -> Sampler:
         """Return what answers the validation prompts and scores the answers."""
-        return Sampler(self.reward, self.reader, spec)
+        return Sampler(self.reward, self.tokenizer, spec)
 
     def measure_base(self, sampler: Sampler, model: Any) -> None:
         """Score the SFT model's responses, and standardize the reward on them if it is to be.
@@ -292,11 +296,18 @@ def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
 
 
 def check_template_options(training: Any, project: Project) -> None:
-    """Refuse template variables that would reach training only.
+    """Refuse template variables and ends of responses that would reach training only.
 
     Raises:
         UserError: the recipe has some that the project does not declare.
     """
+    for name in set(getattr(training, "generation_kwargs", None) or {}) & _OF_THE_PROJECT:
+        raise fail(
+            f"`{name}` would reach training only",
+            where="generation_kwargs",
+            expected="settings that the trainer has no key for",
+            remedy="set the trainer's own key of that name, or for what ends a response the project's `generation:`",
+        )
     given = getattr(training, "chat_template_kwargs", None)
     if given and dict(given) != dict(project.config.generation.chat_template_kwargs):
         raise fail(
@@ -310,7 +321,15 @@ def check_template_options(training: Any, project: Project) -> None:
 
 
 def _reader(base: str, tokenizer: Any, project: Project) -> ResponseReader:
-    return ResponseReader.of(tokenizer, end_tokens(tokenizer, load_generation_config(base)), project.generation)
+    reader = ResponseReader.of(tokenizer, end_tokens(tokenizer, load_generation_config(base)), project.generation)
+    if not reader.ends:
+        raise fail(
+            "nothing says where a response ends",
+            where=base,
+            expected="an end token in its generation config or its tokenizer",
+            remedy="declare one in the project: `generation: {stop_token_ids: [ID]}`",
+        )
+    return reader
 
 
 def _check_one_kind(trained: Prompt, measured: Prompt, where: str) -> None:

@@ -54,6 +54,28 @@ FORMS = {
         {"prompt": [turn("user", "Why is it blue? ")]} | {side: [SYSTEM, ASKED, one] for side, one in SIDES.items()},
         {**PAIR, "prompt": [SYSTEM, ASKED]},
     ),
+    "a prompt of turns that differ by facts about them": (
+        {"prompt": [ASKED | {"id": 1}]} | {side: [ASKED | {"id": 2}, one] for side, one in SIDES.items()},
+        {**PAIR, "prompt": [ASKED | {"id": 1}]},
+    ),
+    "chats whose turns differ by facts about them": (
+        {"chosen": [ASKED | {"id": 1}, SAID], "rejected": [ASKED | {"id": 2}, OTHER]},
+        {**PAIR, "prompt": [ASKED | {"id": 1}]},
+    ),
+    "sharegpt: the prompt as a conversation": (
+        {"conversations": [{"from": "human", "value": "Why is it blue?"}]}
+        | {side: {"from": "gpt", "value": one["content"]} for side, one in SIDES.items()},
+        PAIR,
+    ),
+    "nothing in the prompt's column": ({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}, PAIR),
+    "texts that repeat their prompt": (
+        {"prompt": "Why?", "chosen": "Why? So.", "rejected": "Why? No."},
+        {"prompt": "Why?", "chosen": " So.", "rejected": " No."},
+    ),
+    "hh-rlhf beside its prompt": (
+        {"prompt": HUMAN.removesuffix("\n\nAssistant:"), "chosen": f"{HUMAN} Light.", "rejected": f"{HUMAN} Love."},
+        {"prompt": HUMAN, "chosen": " Light.", "rejected": " Love."},
+    ),
     "texts": ({"prompt": "Why?", "chosen": " So.", "rejected": " No."},) * 2,
     "hh-rlhf": (
         {"chosen": f"{HUMAN} Light.", "rejected": f"{HUMAN} Love."},
@@ -137,6 +159,8 @@ def test_a_system_column_is_the_first_turn_of_a_chat(tmp_path):
     [
         ({"messages": [SYSTEM, ASKED, SAID]}, [SYSTEM, ASKED]),
         ({"messages": [ASKED]}, [ASKED]),
+        ({"prompt": "Why is it blue?", "messages": [*BEFORE, ASKED, SAID]}, [*BEFORE, ASKED]),
+        ({"prompt": "Another.", "messages": [ASKED, SAID]}, "Another."),
         ({"prompt": "Why?", "completion": " So."}, "Why?"),
         (
             {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
@@ -185,6 +209,27 @@ def test_what_is_no_pair_is_refused_with_its_row(tmp_path, rows, said):
         read_pairs(save(tmp_path / "a.jsonl", *rows))
     (problem,) = caught.value.problems
     assert problem.where.startswith(f"{tmp_path / 'a.jsonl'}, row {len(rows) - 1}")
+
+
+def test_a_system_column_that_texts_do_not_read_is_told(tmp_path):
+    told = []
+    read_prompts(save(tmp_path / "a.jsonl", {"prompt": "Why?", "system": "Be brief."}), tell=told.append)
+    assert "1 have a system turn in a column, which texts do not" in told[0]
+
+
+def test_arrow_fills_the_arguments_of_calls_with_nulls_that_nobody_wrote(tmp_path):
+    calls = [{"function": {"name": "look", "arguments": given}} for given in ({"place": "rome"}, {"night": True})]
+    rows = [{"messages": [ASKED, turn("assistant", "", tool_calls=[call])], "tools": [call]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_demonstrations(DataSpec(file=str(tmp_path / "a.parquet"))) == rows
+
+
+def test_tools_may_be_json(tmp_path):
+    row = {"messages": [ASKED, SAID]}
+    assert read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [row]
+    assert read_prompts(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [[ASKED]]
+    with pytest.raises(UserError, match="`tools` is no JSON"):
+        read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "look"}))
 
 
 def test_an_empty_answer_is_an_answer(tmp_path):

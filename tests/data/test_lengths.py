@@ -54,8 +54,10 @@ def test_rows_are_left_out_or_shortened_as_declared_and_counted(too_long, rows, 
 
 @pytest.mark.parametrize("too_long", ["leave_out", "truncate"])
 def test_nothing_left_is_a_fault(too_long):
-    with pytest.raises(UserError, match="2 of 2 rows are too long"):
-        fit(["one two", "three four"], [limit(0)], too_long, "prompts", shorten_prompt)
+    with pytest.raises(UserError, match="1 of 1 rows are too long"):
+        fit(["one two"], [Limit("it", 1, "its end", lambda rows: [2] * len(rows))], too_long, "prompts", shorten_prompt)
+    with pytest.raises(UserError, match="no prompt fits beside the longest response"):
+        fit(["one two"], [limit(-1)], too_long, "prompts", shorten_prompt)
 
 
 def turn(role, content):

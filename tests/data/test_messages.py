@@ -3,6 +3,7 @@
 import pytest
 from chat_forms import FORMS, make_tokenizer
 
+from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.messages import check_template, is_chat, read_messages, with_settings
 from rewarded_lines.errors import UserError
 
@@ -104,10 +105,29 @@ def test_settings_in_a_template_are_those_that_it_would_be_given(thinking):
     )
 
 
+def test_a_system_turn_beside_the_last_users_is_shown_in_prompts_and_hidden_in_whole_chats():
+    """As in templates of Mistral's, which write it only where the user has the last word."""
+    tokenizer = make_tokenizer("phi")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}{% endif %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    system = {"role": "system", "content": "be brief"}
+    check_template(tokenizer, [[system, ASKED]], "rows")
+    with pytest.raises(UserError, match="turns of the role `system`"):
+        check_template(tokenizer, [[system, ASKED, said()]], "rows")
+
+
+@pytest.mark.parametrize("value", [{"date": __import__("datetime").date(2024, 7, 26)}, {"enable-thinking": True}])
+def test_settings_that_no_template_takes_are_refused(value):
+    with pytest.raises(ValueError, match="quote it|not the name of a template's variable"):
+        GenerationSpec(chat_template_kwargs=value)
+
+
 def test_settings_of_every_kind_reach_a_template():
     tokenizer = make_tokenizer("phi")
     settings = {"a": True, "b": None, "c": 'it\'s "so"\n', "d": [1, 2.5, {"e": False}], "f": {"g": "é"}}
-    template = "{{ [a, b, c, d, f] }}"
+    template = "\n{{ [a, b, c, d, f] }}"
     tokenizer.chat_template = template
     wanted = tokenizer.apply_chat_template([ASKED], tokenize=False, **settings)
     tokenizer.chat_template = with_settings(template, settings)

@@ -6,7 +6,7 @@ import pytest
 from chat_forms import FORMS, ends, turn_end
 from chat_forms import make_tokenizer as forms_tokenizer
 from tiny_models import make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rewarded_lines.data.forms import read_prompts
@@ -126,6 +126,25 @@ def test_an_answer_that_is_a_text_follows_the_prompts_own_tokens():
         (head,), (tail,) = encode_answers(tokenizer, [prompt], [answer], ())
         assert [head] == encode(tokenizer, [prompt]) and tail[-1] == end and tail.count(end) == 1
         assert tokenizer.decode(head + tail, skip_special_tokens=True) == prompt + answer.removesuffix("</s>")
+
+
+def test_no_end_stands_behind_a_prompt_where_a_tokenizer_puts_one_behind_every_text():
+    tokenizer = make_tokenizer()
+    plain = tokenizer("the quick")["input_ids"]
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
+    assert tokenizer("the quick")["input_ids"][-1] == end[1]
+    assert encode(tokenizer, ["the quick"]) == [plain]
+    assert encode(tokenizer, [f"the quick{end[0]}"])[0][-1] == end[1]
+
+
+def test_an_answer_that_ends_already_gets_no_second_end():
+    tokenizer = forms_tokenizer("gemma3")
+    turn_ends = tokenizer.convert_tokens_to_ids(ends("gemma3"))
+    _, (tail,) = encode_answers(tokenizer, ["why"], [" so<end_of_turn>"], turn_ends)
+    assert tokenizer.decode(tail) == " so<end_of_turn>"
+    _, (tail,) = encode_answers(tokenizer, ["why"], [" so"], turn_ends)
+    assert tokenizer.decode(tail) == " so<eos>"
 
 
 def test_chats_are_known_by_their_turns_and_texts_by_themselves():

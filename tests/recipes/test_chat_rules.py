@@ -156,6 +156,41 @@ def test_settings_of_the_template_belong_to_the_project(chats, name):
     assert Path("out/chat_template.jinja").read_text() == Path("base/chat_template.jinja").read_text()
 
 
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_a_model_that_samples_anything_gains_nothing_by_not_moving(chats, name):
+    """Of random weights padding is sampled too, which ends a response in PPO's training only."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chats("phi")
+    model = AutoModelForCausalLM.from_pretrained("base")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    model.save_pretrained("base")
+    options = PPO | {"response_length": 64} if name == "ppo" else RLOO | {"max_completion_length": 64}
+    run(name, **options)
+    assert record(Path("out"))["metrics"]["gain_interval"] == [0, 0]
+
+
+def test_sampled_answers_are_trained_on_with_the_end_that_they_had(chats):
+    """Cut short, an answer has none; a model that ends by another token than its tokenizer's is not taught that one."""
+    tokenizer = chats("gemma3")
+    for name in ("train", "valid"):
+        questions = (f"<start_of_turn>user\n{one} {name}<end_of_turn>\n<start_of_turn>model\n" for one in QUESTIONS)
+        write(f"{name}.jsonl", *({"prompt": question} for question in questions))
+    Path("p.yaml").write_text(Path("p.yaml").read_text().replace(", messages: true", ""))
+    Path("rewards.py").write_text("def r(prompts, completions): return [float(len(one)) for one in completions]\n")
+    recipe, made = load_recipe("dpo"), []
+    build = recipe.TokenDPOTrainer
+    recipe.TokenDPOTrainer = lambda **parts: made.append(parts["train_dataset"]) or build(**parts)
+    words = OPTIONS | DPO | {"max_response_tokens": 6, "responses": 6}
+    recipe.main([f"--{key}={value}" for key, value in words.items()])
+    answers = [row[f"{side}_ids"] for row in made[0] for side in ("chosen", "rejected")]
+    turns_end, eos = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+    assert not any(eos in ids for ids in answers)
+    assert any(ids[-1] == turns_end for ids in answers) and any(turns_end not in ids for ids in answers)
+
+
 def test_settings_of_the_template_for_training_alone_are_refused(chats):
     chats("qwen3")
     with pytest.raises(UserError, match="would reach training only(.|\n)*generation: {chat_template_kwargs"):

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import generation
 from rewarded_lines.engines.isolated import generate_isolated
-from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.rewarding import sampling
 from rewarded_lines.rewarding.rewards import WeightedReward
@@ -30,7 +29,8 @@ def model():
 
 
 def answers(model, prompts=PROMPTS, spec=SPEC, tokenizer=None):
-    return sample("hf", model, "no such folder", tokenizer or make_tokenizer(), spec, prompts)
+    made = sample("hf", model, "no such folder", tokenizer or make_tokenizer(), spec, prompts)
+    return [response.text for response in made]
 
 
 def test_the_loaded_model_answers_as_a_process_of_its_own_would(tiny):
@@ -40,7 +40,7 @@ def test_the_loaded_model_answers_as_a_process_of_its_own_would(tiny):
     prompts = [*CHATS, *PROMPTS]
     spec = SPEC.model_copy(update={"max_tokens": 4})
     responses = answers(model, prompts, spec, tokenizer)
-    assert responses == generate_isolated("hf", "sft", spec, prompts)
+    assert responses == [one.text for one in generate_isolated("hf", "sft", spec, prompts)]
     assert len(set(responses)) > 3 and responses[:2] != responses[2:4]
 
 
@@ -180,8 +180,8 @@ class Length:
 
 def test_a_sampler_scores_every_reward_of_its_own_answers(model):
     reward = WeightedReward({"length": Length()}, {"length": 2.0})
-    sampler = Sampler(reward, ResponseReader.of(make_tokenizer(), (), SPEC), SPEC)
-    responses = sampler.responses(model, "no such folder", PROMPTS)
+    sampler = Sampler(reward, make_tokenizer(), SPEC)
+    responses = [response.text for response in sampler.responses(model, "no such folder", PROMPTS)]
     assert responses == answers(model)
     assert sampler.measure(model, "no such folder", PROMPTS) == {"length": Length().score(PROMPTS, responses)}
 

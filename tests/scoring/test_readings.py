@@ -11,6 +11,8 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    FNetConfig,
+    FNetForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -162,9 +164,9 @@ def test_a_separator_that_is_not_the_pairs_is_refused(bert):
     assert scores(bert, template=["{prompt}", "{response}"]) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_vllm_refuses_pairs_whose_token_types_it_would_drop(bert):
+def test_vllm_refuses_encoders_whose_pooler_and_token_types_it_drops(bert):
     pytest.importorskip("vllm")
-    with pytest.raises(UserError, match="takes no token types(.|\n)*backend: hf"):
+    with pytest.raises(UserError, match="gives encoders other scores(.|\n)*backend: hf"):
         scores(bert, template=["{prompt}", "{response}"], backend="vllm")
 
 
@@ -210,6 +212,17 @@ def test_a_text_may_fill_all_positions_and_no_more(tmp_path):
     for more in ({}, {"max_tokens": 100}):
         with pytest.raises(UserError, match="at most 12 tokens"):
             scores(tmp_path, ["a "], [text], **more)
+
+
+def test_a_model_whose_padding_leaks_reads_every_text_by_itself(tmp_path):
+    """FNet mixes all positions, padding too, by a Fourier transform."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "initializer_range": 0.5}
+    config = FNetConfig(**sizes, vocab_size=32, max_position_embeddings=32, num_labels=1, pad_token_id=1)
+    tokenizer = marked(tmp_path, FNetForSequenceClassification(config))
+    texts = [one + two for one, two in zip(PROMPTS, RESPONSES, strict=True)]
+    wanted = alone(tmp_path, [{"input_ids": tokenizer(text, return_tensors="pt")["input_ids"]} for text in texts])
+    assert scores(tmp_path) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_chat_is_read_whole_or_refused(tmp_path):
