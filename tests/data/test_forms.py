@@ -100,12 +100,10 @@ def test_every_published_form_is_one_prompt_and_two_answers(tmp_path, name):
     assert read_pairs(save(tmp_path / "a.jsonl", row), tell=told.append) == [made]
     assert read_prompts(save(tmp_path / "a.jsonl", row)) == [made["prompt"]]
     (sentence,) = told
-    assert sentence.startswith(
-        f"rows of {tmp_path / 'a.jsonl'}: {'chats' if isinstance(made['prompt'], list) else 'texts'}"
-    )
-    assert ("prompt taken" in sentence) == (
-        "prompt" not in row or ("whole chats that" in name) or "one of several" in name
-    )
+    kind = "chats" if isinstance(made["prompt"], list) else "texts"
+    assert sentence.startswith(f"rows of {tmp_path / 'a.jsonl'}: {kind}")
+    nothing = row.get("prompt", row.get("conversations")) is None
+    assert ("prompt taken" in sentence) == (nothing or "whole chats that" in name or "one of several" in name)
 
 
 @pytest.mark.parametrize("name", ["implicit, one turn", "implicit, several turns and a system's", "explicit turns"])

@@ -126,7 +126,7 @@ def test_settings_that_no_template_takes_are_refused(value):
 
 def test_settings_of_every_kind_reach_a_template():
     tokenizer = make_tokenizer("phi")
-    settings = {"a": True, "b": None, "c": 'it\'s "so"\n', "d": [1, 2.5, {"e": False}], "f": {"g": "é"}}
+    settings = {"a": True, "b": None, "c": 'it\'s "so" 😀\n', "d": [1, 2.5, {"e": False}], "f": {"g": "é"}}
     template = "\n{{ [a, b, c, d, f] }}"
     tokenizer.chat_template = template
     wanted = tokenizer.apply_chat_template([ASKED], tokenize=False, **settings)

@@ -12,6 +12,7 @@ from rewarded_lines.fronts.intervals import (
     resample_means,
     resample_runs,
     run_average,
+    wilson,
 )
 
 
@@ -160,3 +161,9 @@ def test_other_mistakes_are_refused() -> None:
         resample_means(scores(), 0, seed=0)
     with pytest.raises(ValueError, match="level"):
         interval(np.zeros(3), level=1.0)
+
+
+def test_wilsons_interval_has_the_textbooks_values():
+    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
