@@ -169,8 +169,8 @@ def _pair(row: Row, spec: DataSpec, at: int) -> tuple[Row, str]:
     """Return prompt, chosen and rejected of a row, and where its prompt was found."""
     sides: list[Any] = [row["chosen"], row["rejected"]]
     given: Any = row.get("prompt", row.get("conversations"))
-    if given is None and not is_chat(row["chosen"][:1]):
-        given = row.get("messages")
+    if given is None and "messages" in row and _as_answer(sides[0])[0]["role"] == "assistant":
+        given = row["messages"]
     prompt: Prompt
     if any(isinstance(one, list) for one in (*sides, given)):
         prompt, answers, how = _chat_pair(given, sides, spec, at)
@@ -204,7 +204,7 @@ def _chat_pair(given: Any, sides: Sequence[Any], spec: DataSpec, at: int) -> tup
             prompt = longer if len(longer) > len(given) else given
             return prompt, [side[start:] for side, start in zip(turns, starts, strict=True)], _REPEATED
         return given, turns, ""
-    if given is not None and all(side[0]["role"] == "assistant" for side in turns):
+    if given and all(side[0]["role"] == "assistant" for side in turns):
         return [{"role": "user", "content": given}], turns, ""
     shared = sum(1 for _ in takewhile(lambda both: _same(*both), zip(*turns, strict=False)))
     if shared == min(map(len, turns)):
@@ -213,13 +213,13 @@ def _chat_pair(given: Any, sides: Sequence[Any], spec: DataSpec, at: int) -> tup
     first = turns[0][:shared]
     if not first or any(len(side) <= shared for side in turns):
         raise _begin_differently(sides, spec, at)
-    if given is not None and not any(turn["content"] == given or _alike(turn, given) for turn in first):
+    if given and not any(_alike(turn, given) for turn in first):
         raise fail(
             "the prompt is not among the turns that chosen and rejected begin with",
             where=f"{_name(spec)}, row {at}",
             expected=f"a user's turn with the text of `prompt`: {given[:80]!r}",
             got=repr(first)[:160],
-            remedy="leave the column out (`columns` cannot name it, a row function can), if the turns are right",
+            remedy="leave the column out with a row function, if the turns are right",
         )
     return first, [side[shared:] for side in turns], "prompt taken from the first turns of chosen"
 

@@ -68,6 +68,12 @@ FORMS = {
         PAIR,
     ),
     "nothing in the prompt's column": ({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}, PAIR),
+    "an empty text in the prompt's column": ({"prompt": "", "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}, PAIR),
+    "the prompt as messages": ({"messages": [ASKED], "chosen": [SAID], "rejected": [OTHER]}, PAIR),
+    "whole chats, and the first once more as messages": (
+        {"messages": [ASKED, SAID], "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]},
+        PAIR,
+    ),
     "texts that repeat their prompt": (
         {"prompt": "Why?", "chosen": "Why? So.", "rejected": "Why? No."},
         {"prompt": "Why?", "chosen": " So.", "rejected": " No."},
@@ -102,7 +108,7 @@ def test_every_published_form_is_one_prompt_and_two_answers(tmp_path, name):
     (sentence,) = told
     kind = "chats" if isinstance(made["prompt"], list) else "texts"
     assert sentence.startswith(f"rows of {tmp_path / 'a.jsonl'}: {kind}")
-    nothing = row.get("prompt", row.get("conversations")) is None
+    nothing = not row.get("prompt", row.get("conversations")) and name != "the prompt as messages"
     assert ("prompt taken" in sentence) == (nothing or "whole chats that" in name or "one of several" in name)
 
 
