@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from tiny_models import make_model, save_model
+from transformers import GenerationMixin
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs" / "demo"
@@ -131,3 +133,20 @@ def make_project(folder: Path) -> Path:
     (folder / "rewarded-lines.yaml").write_text(PROJECT)
     (folder / "rewards.py").write_text(REWARDS)
     return folder
+
+
+@contextmanager
+def prompts_of_generation():
+    """Keep the prompts, without padding, of everything that transformers generates."""
+    kept, own = [], GenerationMixin.generate
+
+    def generate(self, *args, **options):
+        ids = options.get("input_ids", args[0] if args else None)
+        kept.extend(row[mask.bool()].tolist() for row, mask in zip(ids, options["attention_mask"], strict=True))
+        return own(self, *args, **options)
+
+    GenerationMixin.generate = generate
+    try:
+        yield kept
+    finally:
+        GenerationMixin.generate = own

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from chat_forms import make_chat, make_classifier
-from small_recipes import load_recipe, record
+from small_recipes import load_recipe, prompts_of_generation, record
 from transformers import AutoTokenizer
 
 from rewarded_lines.errors import UserError
@@ -154,6 +154,57 @@ def test_settings_of_the_template_belong_to_the_project(chats, name):
     assert tokenizer.decode(ids[0]).endswith("</think>\n\n")
     # The policy keeps the base's own template.
     assert Path("out/chat_template.jinja").read_text() == Path("base/chat_template.jinja").read_text()
+
+
+def hh(question, answer=""):
+    return f"\n\nHuman: {question}\n\nAssistant:{answer}"
+
+
+def sides(make):
+    return {"chosen": make("yes"), "rejected": make("no rain")}
+
+
+# One row in each published form, and the conversation or the text that its prompt is.
+ROWS = {
+    "ultrafeedback": lambda q: {"prompt": q, **sides(lambda said: [turn("user", q), turn("assistant", said)])},
+    "implicit": lambda q: sides(lambda said: [turn("system", "so"), turn("user", q), turn("assistant", said)]),
+    "explicit": lambda q: {"prompt": [turn("user", q)], **sides(lambda said: [turn("assistant", said)])},
+    "hh-rlhf": lambda q: sides(lambda said: hh(q, f" {said}")),
+    "hh-rlhf as chats": lambda q: sides(lambda said: hh(q, f" {said}")),
+    "bos": lambda q: {"prompt": f"<s>{q}", **sides(lambda said: f" {said}")},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), [("rloo", RLOO), ("ppo", PPO), ("dpo", DPO | {"pairs": "given"})])
+@pytest.mark.parametrize("form", ROWS)
+def test_training_and_measuring_see_the_same_prompts_token_for_token(chats, name, options, form):
+    tokenizer = chats("phi")
+    for file in ("train", "valid"):
+        write(f"{file}.jsonl", *(ROWS[form](question) for question in QUESTIONS))
+    recipe, trained = load_recipe(name), []
+    if name == "dpo":
+        build = recipe.TokenDPOTrainer
+        recipe.TokenDPOTrainer = lambda **parts: trained.extend(parts["train_dataset"]["prompt_ids"]) or build(**parts)
+    words = OPTIONS | options | {"max_steps": 4} | ({"chat": "true"} if "chats" in form else {})
+    words |= {"total_episodes": 16} if name == "ppo" else {}
+    if name == "ppo":
+        del words["max_steps"]
+    with prompts_of_generation() as generated:
+        recipe.main([f"--{key}={value}" for key, value in words.items()])
+
+    def wanted(question):
+        if form in ("hh-rlhf", "bos"):
+            text = hh(question) if form == "hh-rlhf" else question
+            return tokenizer(text)["input_ids"]
+        system = [turn("system", "so")] if form == "implicit" else []
+        made = tokenizer.apply_chat_template(
+            [*system, turn("user", question)], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return made["input_ids"]
+
+    expected = {tuple(wanted(question)) for question in QUESTIONS}
+    assert {tuple(row) for row in generated} == expected
+    assert name != "dpo" or {tuple(row) for row in trained} == expected
 
 
 @pytest.mark.parametrize("name", ["ppo", "rloo"])

@@ -5,15 +5,14 @@ nothing may be gained.
 """
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_forms import FORMS, ends, make_chat, turn_end
-from small_recipes import load_recipe, record
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationMixin
+from small_recipes import load_recipe, prompts_of_generation, record
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rewarded_lines.projects import load_project
 from rewarded_lines.scoring.rewards import load_reward
@@ -92,23 +91,6 @@ class Stages:
         chats = [json.loads(line)["chosen"][:-1] for line in lines]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **self.settings}
         return {tuple(tokenizer.apply_chat_template(one, **options)["input_ids"]) for one in chats}
-
-
-@contextmanager
-def prompts_of_generation():
-    """Keep the prompts, without padding, of everything that transformers generates."""
-    kept, own = [], GenerationMixin.generate
-
-    def generate(self, *args, **options):
-        ids = options.get("input_ids", args[0] if args else None)
-        kept.extend(row[mask.bool()].tolist() for row, mask in zip(ids, options["attention_mask"], strict=True))
-        return own(self, *args, **options)
-
-    GenerationMixin.generate = generate
-    try:
-        yield kept
-    finally:
-        GenerationMixin.generate = own
 
 
 @pytest.mark.parametrize("form", FORMS)
