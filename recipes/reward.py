@@ -128,11 +128,11 @@ def main(argv: Sequence[str]) -> None:
 
 def set_own_template(tokenizer: Any, training: RewardConfig, generation: GenerationSpec) -> None:
     """Give the reward model's tokenizer the template of `chat_template_path`, or the project's; it keeps it."""
-    path = training.chat_template_path or generation.chat_template
+    own, path = training.chat_template_path, training.chat_template_path or generation.chat_template
     if training.eos_token is not None:
         raise fail("`eos_token` has no effect: texts to be scored get no end token", where="eos_token")
     if path is not None:
-        tokenizer.chat_template = read_template(path)
+        tokenizer.chat_template = read_template(path, "chat_template_path" if own else "generation.chat_template")
 
 
 def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> None:

@@ -65,13 +65,17 @@ def load_generation_config(model: str) -> Any:
         return GenerationConfig.from_model_config(load_config(model))
 
 
-def read_template(path: str) -> str:
+def read_template(path: str, key: str = "generation.chat_template") -> str:
     """Return the chat template in a file.
+
+    Args:
+        path: of the file.
+        key: that names it, for messages.
 
     Raises:
         UserError: there is no such file, or it is no text.
     """
-    where, expected = f"chat template {path}", "a Jinja template, in UTF-8"
+    where, expected = f"{key}: {path}", "a Jinja template, in UTF-8"
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -51,7 +51,7 @@ class Demonstrations:
         # A template with tokens of another model: TRL gives both to model and tokenizer when the model is there.
         cloned = template is not None and not Path(template).is_file()
         if template is not None and not cloned:
-            self.tokenizer.chat_template = read_template(template)
+            self.tokenizer.chat_template = read_template(template, "chat_template_path")
         self.own = self.tokenizer if cloned else copy.deepcopy(self.tokenizer)
         if cloned and (generation.chat_template or generation.chat_template_kwargs):
             raise fail(
