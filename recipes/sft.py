@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
         say(f"SFT of {base or 'a new Llama'}, {model.num_parameters():,} parameters, {len(corpus)} texts")
 
-        restore = plain_generation(model, rows.ends, tokenizer.pad_token_id)
+        restore = plain_generation(model, rows.ends, tokenizer.pad_token_id) if base else None
         with trainer_settings():
             trainer = SFTTrainer(
                 model=model,
@@ -95,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
         run.keep()
-        restore()
+        if restore:
+            restore()
         trainer.save_model(str(run.folder / "adapter" if lora else run.folder))
         if lora:
             from_main(lambda: fold(str(base), run.folder))

@@ -49,6 +49,8 @@ def test_sft_from_nothing_leaves_a_model_its_record_and_the_projects_base(work):
     assert any((work / "new" / "runs").rglob("events.out.tfevents*"))
     made = record(work / "new")
     assert made["complete"] and made["metrics"]["validation_perplexity"] < 320 and made["seed"] == 0
+    ends = json.loads((work / "new" / "generation_config.json").read_text())
+    assert (ends["bos_token_id"], ends["eos_token_id"], ends["pad_token_id"]) == (1, 2, 0)
     assert {"torch", "transformers", "trl"} <= made["versions"].keys()
     assert made["config"]["SFTConfig"]["learning_rate"] == 5e-3 and made["config"]["ScratchModel"]["vocab_size"] == 320
     lines = [json.loads(line) for line in (work / "new" / "metrics.jsonl").read_text().splitlines()]
