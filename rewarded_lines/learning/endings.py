@@ -47,8 +47,9 @@ def usable_padding(
         return
     vocabulary = tokenizer.get_vocab()
     special = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    # One that is made for padding comes first, then whatever special token nobody uses here.
-    for token in (*_PADDING, *sorted(special, key=lambda name: "pad" not in name.lower())):
+    # Those made for padding come first, then entries that no text makes, then whatever special token nobody uses here.
+    made = [name for name in _PADDING if name in special] + [name for name in special if "pad" in name.lower()]
+    for token in (*made, *_PADDING, *special):
         if token in vocabulary and vocabulary[token] not in taken:
             tokenizer.pad_token = token
             return

@@ -335,8 +335,11 @@ def test_ppos_padding_ends_no_response_and_is_in_no_prompt():
     vocabulary = ("<|endoftext|>", "<unk>", "<|vision_pad|>", "<|im_end|>", "a")
     tokenizer = words(*vocabulary, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_pad|>"]})
-    usable_padding(tokenizer, "base", [0, 3], [[4, 1]])
-    assert tokenizer.pad_token == "<|vision_pad|>"
+    for prompts in ([[4, 1]], [[4]]):
+        # Made for padding, it comes before an entry that may be anything.
+        usable_padding(tokenizer, "base", [0, 3], prompts)
+        assert tokenizer.pad_token == "<|vision_pad|>"
+        tokenizer.pad_token = "<|endoftext|>"
 
 
 def test_a_policy_may_start_from_the_base_by_whatever_name(sft, tmp_path, monkeypatch):
