@@ -25,7 +25,6 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.errors import fail
 from rewarded_lines.learning.endings import usable_padding
 from rewarded_lines.learning.models import (
     generation_dtype,
@@ -73,13 +72,6 @@ def main(argv: Sequence[str]) -> None:
 
         task.fit(recipe.max_prompt_tokens, training.response_length)
         reader, penalty = task.reader, training.missing_eos_penalty
-        if training.stop_token_id not in {None, *reader.ends}:
-            raise fail(
-                "a token that would end responses in training only",
-                where="stop_token_id",
-                got=str(training.stop_token_id),
-                remedy=f"declare it in the project: `generation: {{stop_token_ids: [{training.stop_token_id}]}}`",
-            )
         # TRL knows one end token; all of them, and what it costs to miss them, are the reader's and the reward's here.
         training.stop_token = training.stop_token_id = training.missing_eos_penalty = None
         tokenizer, prompts = task.tokenizer, prompts_of(task.rows)

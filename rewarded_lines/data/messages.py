@@ -70,9 +70,9 @@ def more_than_text(messages: Prompt) -> str:
 def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> None:
     """Refuse chats of which the chat template leaves something out: a role, tool calls, reasoning, a name.
 
-    For each of these, some chats that have it are rendered with and without it; of reasoning and calls, up to the turn
-    in question, since templates drop the reasoning of earlier turns on purpose. A template that gives the same text
-    each time does not know it, and the model would never see it.
+    Some chats that have such a thing are rendered with and without it. If the text is the same each time, the template
+    does not know it, and the model would never see it. A turn's reasoning, calls and name are tried with that turn as
+    the last one: templates drop the reasoning of earlier turns on purpose.
 
     Args:
         tokenizer: with a chat template.

@@ -259,7 +259,7 @@ def load_task(
         raise fail(what, where="model_revision", remedy="download that revision and name its folder as `base`")
     base = absolute(project.resolve(project.config.base))
     check_start(base, model_options, options.project_file)
-    check_template_options(training, project)
+    _check_options(training, project)
     validation = data.validation()
     if validation is None:
         raise fail("no validation data", where="validation_file", expected="prompts to measure the policy on")
@@ -277,8 +277,10 @@ def load_task(
     }
     tokenizer = load_tokenizer(base)
     set_template(tokenizer, project.generation)
+    reader = _reader(base, tokenizer, project)
+    _check_stop_token(training, reader)
     task = PolicyTask(
-        base, tokenizer, _reader(base, tokenizer, project), project.generation, reward, rows, prompts, inputs, options,
+        base, tokenizer, reader, project.generation, reward, rows, prompts, inputs, options,
         data, rewards, len(rows),
     )  # fmt: skip
     _check_readable(task)
@@ -295,7 +297,7 @@ def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
     return None if prompt is None else {**row, "prompt": prompt}
 
 
-def check_template_options(training: Any, project: Project) -> None:
+def _check_options(training: Any, project: Project) -> None:
     """Refuse template variables and ends of responses that would reach training only.
 
     Raises:
@@ -317,6 +319,17 @@ def check_template_options(training: Any, project: Project) -> None:
             got=str(dict(given)),
             remedy=f"declare them in {project.path}, for training, measuring and sweeps alike: "
             f"`generation: {{chat_template_kwargs: {dict(given)}}}`",
+        )
+
+
+def _check_stop_token(training: Any, reader: ResponseReader) -> None:
+    more = getattr(training, "stop_token_id", None)
+    if more is not None and more not in reader.ends:
+        raise fail(
+            "a token that would end responses in training only",
+            where="stop_token_id",
+            got=str(more),
+            remedy=f"declare it in the project: `generation: {{stop_token_ids: [{more}]}}`",
         )
 
 
