@@ -20,7 +20,7 @@ import blake3
 from rewarded_lines.config import ProjectConfig
 from rewarded_lines.demo import reviews
 from rewarded_lines.demo.jobs import Job, Tell, run_jobs
-from rewarded_lines.engines.generation import check_engine
+from rewarded_lines.engines.load import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.generation import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Model, Plan, Response, Tokens, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling, StopTexts
 from rewarded_lines.engines.tokens import end_tokens, load_config, load_tokenizer, longest_sequence, set_template

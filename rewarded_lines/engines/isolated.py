@@ -17,8 +17,8 @@ from pathlib import Path
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.generation import load_generator
-from rewarded_lines.engines.responses import Response
+from rewarded_lines.engines.base import Response
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 

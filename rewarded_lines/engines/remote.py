@@ -17,7 +17,7 @@ import httpx2
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers, changes_nothing
-from rewarded_lines.engines.generation import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Model, Plan, Response, Tokens, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server import Server, describe
 from rewarded_lines.engines.tokens import (

@@ -10,28 +10,8 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec, parse_strip
 from rewarded_lines.data.prompts import split_text
-from rewarded_lines.engines.tokens import Tokens
+from rewarded_lines.engines.base import Response, Tokens
 from rewarded_lines.errors import fail
-
-
-@dataclass(frozen=True)
-class Response:
-    """One answer: its text without special tokens, its token ids (the end token included), and whether it ended.
-
-    `logprob` is Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included. `seen` is what rewards,
-    length and audits see of the text, where that is less (`strip:`).
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    ended: bool
-    logprob: float
-    seen: str | None = None
-
-    @property
-    def judged(self) -> str:
-        """The text that rewards, length and audits see."""
-        return self.text if self.seen is None else self.seen
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.base import Tokens
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch

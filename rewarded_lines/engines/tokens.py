@@ -14,8 +14,6 @@ from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.errors import fail
 
-Tokens = Sequence[int]
-
 
 def load_tokenizer(model: str, spec: GenerationSpec) -> Any:
     """Return a model's tokenizer, with the chat template of `spec` if it has one.

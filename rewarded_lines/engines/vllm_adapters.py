@@ -19,7 +19,7 @@ from rewarded_lines.engines.adapter_folders import (
     changes_nothing,
     largest_rank,
 )
-from rewarded_lines.engines.generation import Model, Response, Tokens
+from rewarded_lines.engines.base import Model, Response, Tokens
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapters import AdapterPlan

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.generation import Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Response, Tokens, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokens import (
     end_tokens,

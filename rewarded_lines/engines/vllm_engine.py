@@ -7,7 +7,7 @@ from typing import Final
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.generation import Model, Response, Tokens
+from rewarded_lines.engines.base import Model, Response, Tokens
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.worker import plan_message, spec_message
 from rewarded_lines.errors import Problem, UserError

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from rewarded_lines.data.prompts import Prompt, prompt_text
-from rewarded_lines.engines.generation import Generator, Model, Response, prompt_seed
+from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.forgetting import control_sums
 from rewarded_lines.evaluation.points import PointSpec

@@ -10,7 +10,7 @@ from typing import Any
 import blake3
 
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
-from rewarded_lines.engines.generation import Model, Plan
+from rewarded_lines.engines.base import Model, Plan
 from rewarded_lines.errors import Problem, UserError, fail, nearest
 from rewarded_lines.planning.plan import MergeSpec, complete
 from rewarded_lines.projects import Project

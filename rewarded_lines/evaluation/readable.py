@@ -9,7 +9,7 @@ from rewarded_lines.data.forms import Tell, silent
 from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.generation import Plan
+from rewarded_lines.engines.base import Plan
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokens import load_config, load_tokenizer
 from rewarded_lines.projects import Project

@@ -18,7 +18,8 @@ from rewarded_lines.data.forms import read_prompts
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import read_rows, rows_hash
-from rewarded_lines.engines.generation import Generator, Plan, check_engine, is_url, load_generator
+from rewarded_lines.engines.base import Generator, Plan
+from rewarded_lines.engines.load import check_engine, is_url, load_generator
 from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.forgetting import control_pairs

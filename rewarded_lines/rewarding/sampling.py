@@ -17,10 +17,10 @@ from accelerate import DistributedType, PartialState
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.generation import check_engine
+from rewarded_lines.engines.base import Response
 from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.isolated import generate_isolated
-from rewarded_lines.engines.responses import Response
+from rewarded_lines.engines.load import check_engine
 from rewarded_lines.rewarding.rewards import WeightedReward
 
 Parts = dict[str, list[float]]

@@ -1,16 +1,18 @@
-"""What every reward's answer must be, and the error that names the pair on which it was not. Nothing here scores."""
+"""Every answer of a reward is checked here; a wrong one becomes an error that names the pair."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import Problem, UserError, fail
 
 Pair = tuple[Any, Any]
 """A prompt, a text or turns, and a response to it."""
+ScoreFunction = Callable[[Sequence[Any], Sequence[Any]], Sequence[float]]
+"""Prompts and responses in, scores out: texts, or lists of turns with `messages: true`."""
 _CHECK_RESPONSES = "return a finite float for every response, the empty one included"
 
 
@@ -95,3 +97,47 @@ def _as_float(score: Any) -> float:
         return float(score)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    """Return the checked scores of a function.
+
+    Raises:
+        PairError: the function raised, or an answer of it is no finite number; the pair is named.
+        UserError: it raised, though not on a pair alone.
+    """
+    if not prompts:
+        return []
+    try:
+        scores = list(function(list(prompts), list(responses)))
+    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is reported, not lost
+        raise _blame(function, where, prompts, responses, error) from error
+    check_count(where, scores, prompts, responses)
+    return check_scores(where, scores, prompts, responses)
+
+
+def _blame(
+    function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], error: Exception
+) -> UserError:
+    """Name the first pair on which the function raises by itself, or the whole batch when none does.
+
+    What it says of the pairs before that one is kept.
+    """
+    remedy = "make the function return a float for every response, the empty one included"
+    known: dict[int, float] = {}
+    for index, pair in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            alone = list(function([pair[0]], [pair[1]]))
+        except Exception as again:  # noqa: BLE001 - looking for the pair that makes it raise
+            return PairError(Problem(_raised(again), where=where, remedy=remedy), index, pair, known)
+        try:
+            check_count(where, alone, [pair[0]], [pair[1]])
+            known[index] = check_scores(where, alone, [pair[0]], [pair[1]])[0]
+        except PairError:
+            continue
+    batch = f"a batch of {len(prompts)} prompts, though on none of them alone"
+    return fail(_raised(error), where=where, got=batch, remedy=remedy)
+
+
+def _raised(error: Exception) -> str:
+    return f"the function raised {type(error).__name__}: {error}"

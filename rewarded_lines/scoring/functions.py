@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import local_path
-from rewarded_lines.scoring.checks import PairError, check_count, check_scores
+from rewarded_lines.scoring.checks import ScoreFunction, call_function
 from rewarded_lines.scoring.readings import as_turns, check_texts, text_of
 from rewarded_lines.scoring.workers import WorkerPool
-
-# Prompts and responses in, scores out; texts, or with `messages: true` lists of turns.
-ScoreFunction = Callable[[Sequence[Any], Sequence[Any]], Sequence[float]]
 
 
 class FunctionReward:
@@ -93,50 +89,6 @@ class FunctionReward:
         if self._workers:
             return self._workers.score(asked, said)
         return call_function(self._function, self._where, asked, said)
-
-
-def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return the checked scores of a function.
-
-    Raises:
-        PairError: the function raised, or an answer of it is no finite number; the pair is named.
-        UserError: it raised, though not on a pair alone.
-    """
-    if not prompts:
-        return []
-    try:
-        scores = list(function(list(prompts), list(responses)))
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is reported, not lost
-        raise _blame(function, where, prompts, responses, error) from error
-    check_count(where, scores, prompts, responses)
-    return check_scores(where, scores, prompts, responses)
-
-
-def _blame(
-    function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], error: Exception
-) -> UserError:
-    """Name the first pair on which the function raises by itself, or the whole batch when none does.
-
-    What it says of the pairs before that one is kept.
-    """
-    remedy = "make the function return a float for every response, the empty one included"
-    known: dict[int, float] = {}
-    for index, pair in enumerate(zip(prompts, responses, strict=True)):
-        try:
-            alone = list(function([pair[0]], [pair[1]]))
-        except Exception as again:  # noqa: BLE001 - looking for the pair that makes it raise
-            return PairError(Problem(_raised(again), where=where, remedy=remedy), index, pair, known)
-        try:
-            check_count(where, alone, [pair[0]], [pair[1]])
-            known[index] = check_scores(where, alone, [pair[0]], [pair[1]])[0]
-        except PairError:
-            continue
-    batch = f"a batch of {len(prompts)} prompts, though on none of them alone"
-    return fail(_raised(error), where=where, got=batch, remedy=remedy)
-
-
-def _raised(error: Exception) -> str:
-    return f"the function raised {type(error).__name__}: {error}"
 
 
 def _source(function: ScoreFunction, reference: str, root: Path) -> Path | None:

@@ -17,7 +17,7 @@ from typing import Any
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 from rewarded_lines.references import find_function
-from rewarded_lines.scoring.checks import PairError
+from rewarded_lines.scoring.checks import PairError, call_function
 
 Answer = list[float] | tuple[Problem, ...]
 _SLICES = 4
@@ -138,8 +138,6 @@ def _function(reference: str, root: Path, where: str) -> Any:
 
 def _score(reference: str, root: Path, where: str, prompts: list[Any], responses: list[Any]) -> Answer:
     """Return the scores of a slice, or the problems of a failure that is no `PairError`: that one cannot travel."""
-    from rewarded_lines.scoring.functions import call_function
-
     try:
         return call_function(_function(reference, root, where), where, prompts, responses)
     except PairError:

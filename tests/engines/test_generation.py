@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.generation import load_generator, prompt_seed
+from rewarded_lines.engines.base import prompt_seed
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling
 from rewarded_lines.errors import UserError

@@ -17,7 +17,8 @@ from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import server
-from rewarded_lines.engines.generation import load_generator, prompt_seed
+from rewarded_lines.engines.base import prompt_seed
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import MergeSpec, plan_merge

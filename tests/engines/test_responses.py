@@ -16,7 +16,7 @@ from transformers import (
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling
 from rewarded_lines.engines.tokens import end_tokens, load_generation_config

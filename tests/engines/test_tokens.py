@@ -5,8 +5,8 @@ from tiny_models import PROMPTS, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.generation import load_generator
 from rewarded_lines.engines.huggingface import HfGenerator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.plan import MergeSpec

@@ -16,7 +16,7 @@ from tiny_models import PROMPTS
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import adapter_folders, vllm_adapters
 from rewarded_lines.engines.adapter_folders import AdapterFolders
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, chunks, slot_rank
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.adapters import plan_adapters
@@ -128,7 +128,7 @@ def test_nothing_is_left_after_close(policies, monkeypatch):
 SCRIPT = """
 import sys
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import MergeSpec
 

@@ -13,7 +13,7 @@ from tiny_models import PROMPTS, make_tokenizer, perturb
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.layers import find_depths
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 
 # One of each layout; the others are variants, and slow only because they are many.
 REPRESENTATIVE = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from rewarded_lines import choose, sweep
 from rewarded_lines.cli import app
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (

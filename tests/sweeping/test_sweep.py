@@ -13,7 +13,7 @@ from tiny_models import perturb, save_model
 from rewarded_lines import merge, sweep
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.drawing.residuals import schedules
-from rewarded_lines.engines.generation import load_generator
+from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.bench import Bench
 from rewarded_lines.evaluation.records import load_run, read_point
