@@ -15,6 +15,7 @@ import pytest
 import typer.main
 import yaml
 from documents import ROOT, make_stage, pages, starting
+from safetensors.numpy import load_file
 
 from rewarded_lines.cli import app
 from rewarded_lines.projects import check_project
@@ -37,6 +38,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "README.md": 25,
         "docs/from-other-tools.md": 3,
         "docs/how-it-works.md": 3,
+        "docs/the-merge-in-numpy.md": 3,
         "eval/README.md": 7,
         "eval/results/README.md": 20,
         "eval/results/movie_reviews/README.md": 5,
@@ -195,4 +197,26 @@ def test_snippets_run_and_print_what_the_page_says(page, index, stage):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
+
+
+def ranks(tensors: dict, name: str) -> list[bytes]:
+    """Return the bits of a tensor; of the factors of an adapter those of every rank, whose order is free."""
+    if "lora_" not in name:
+        return [tensors[name].tobytes()]
+    a, b = (tensors[name.replace("lora_B", "lora_A")], tensors[name.replace("lora_A", "lora_B")])
+    return sorted(row.tobytes() + column.tobytes() for row, column in zip(a, b.T, strict=True))
+
+
+def test_the_merge_in_numpy_is_the_real_one_bit_for_bit(stage, cli):
+    page = next(page for page in PAGES if page.name == "docs/the-merge-in-numpy.md")
+    (code,) = [code for kind, code in page.blocks if kind == "python"]
+    found: dict = {}
+    exec(compile(code, page.name, "exec"), found)
+    for command in page.lines:
+        out = Path(command.split()[-1])
+        assert cli(*shlex.split(command)[1:]).code == 0
+        (weights,) = out.glob("*.safetensors")
+        real, shown = load_file(weights), found[out.name]
+        assert real.keys() == shown.keys()
+        assert [name for name in real if ranks(real, name) != ranks(shown, name)] == []
