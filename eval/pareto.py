@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
+from rewarded_lines.progress import Progress
 from rewarded_lines.reporting.report import report
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
 
     how = {"engine": options.engine, "ray": options.ray, "workers": options.workers}
-    how |= {"tensor_parallel": options.tensor_parallel, "progress": _tell}
+    how |= {"tensor_parallel": options.tensor_parallel, "progress": _Names()}
     run = sweep(options.config, points=options.points, out=options.out, **how)
     if options.search:
         search(run.folder, points=options.search, **how)
@@ -50,8 +51,14 @@ def main(argv: Sequence[str]) -> None:
     print(f"table and figure: {Path(run.folder) / 'report'}")
 
 
-def _tell(name: str, done: int, total: int) -> None:
-    print(name, file=sys.stderr)
+class _Names(Progress):
+    """Prints the steps, and the points that are made."""
+
+    def start(self, step: str, counted: bool = False) -> None:
+        print(step, file=sys.stderr)
+
+    def advance(self, count: int, name: str = "") -> None:
+        print(name, file=sys.stderr)
 
 
 if __name__ == "__main__":

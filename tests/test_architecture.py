@@ -34,7 +34,7 @@ WINGS = [
     "fronts",
     "data",
 ]
-GROUND = ["config", "errors", "folders", "processes", "projects", "references"]
+GROUND = ["config", "errors", "folders", "processes", "progress", "projects", "references"]
 
 
 def imports():

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rewarded_lines.cli.completion import run_methods, run_minima, run_rewards
+from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.options import AsJson, Quiet, Run
-from rewarded_lines.cli.progress import progress_bar
 from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def choose(
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.sweeping.choose import choose as run_choose
 
-        bar("reading the run, bootstrap", 0, 0)
+        bar.start("reading the run, bootstrap")
         chosen = run_choose(
             run,
             at_least=minima,

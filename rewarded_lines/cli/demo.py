@@ -7,25 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from rewarded_lines.cli.completion import algorithms, engines, stages
+from rewarded_lines.cli.display import Work, quiet_libraries
 from rewarded_lines.cli.options import Quiet
-from rewarded_lines.cli.progress import quiet_libraries
 from rewarded_lines.cli.report import show
+from rewarded_lines.progress import Progress
 
 
 def demo(
@@ -81,59 +71,39 @@ def demo(
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)
 
 
-class _Rate(ProgressColumn):
-    """Steps a second."""
-
-    def render(self, task: Task) -> Text:
-        """Return the rate, nothing as long as there is none."""
-        return Text(f"{task.speed:,.1f}/s" if task.speed else "")
-
-
 class _Display:
     """Prints a line for every stage, and below it live bars where there is a terminal to draw them on."""
 
     def __init__(self, console: Console, heading: str) -> None:
-        self._console = console
-        self._heading = heading
-        columns = (
-            TextColumn("  {task.description:<14}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
+        self._console, self._heading = console, heading
+        self._stage: list[Work] = []
+        self._parts: list[Work] = []
+        self._live = Live(console=console, transient=True, get_renderable=self._shown)
 
     def __enter__(self) -> _Display:
-        self._bars.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self._bars.stop()
+        self._live.stop()
 
     def started(self, stage: str) -> None:
         if self._heading:
             self._console.print(self._heading, soft_wrap=True)
             self._heading = ""
-        self._clear()
-        self._tasks[stage] = self._bars.add_task(stage, total=None)
+        self._stage, self._parts = [Work(stage, "step")], []
 
-    def progress(self, part: str, done: int, total: int) -> None:
-        if part not in self._tasks:
-            self._tasks[part] = self._bars.add_task(part, total=None)
-        self._bars.update(self._tasks[part], completed=done, total=total or None)
+    def part(self, name: str) -> Progress:
+        self._parts.append(Work(name, "point" if name == "sweep" else "step"))
+        return self._parts[-1]
 
     def finished(self, stage: str, seconds: float, reused: bool) -> None:
-        self._clear()
         when = "done by an earlier run" if reused else "done"
         self._console.print(f"  {stage:<10}{seconds:7.1f} s  {when}")
 
-    def _clear(self) -> None:
-        for task in self._tasks.values():
-            self._bars.remove_task(task)
-        self._tasks.clear()
+    def _shown(self) -> Group:
+        return Group(*(self._parts or self._stage))
 
 
 def _times(seconds: dict[str, float]) -> Table:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.options import AsJson, Quiet
-from rewarded_lines.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from rewarded_lines.diagnosing.findings import Finding

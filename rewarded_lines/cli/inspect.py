@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rewarded_lines.cli.completion import outsides
+from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.options import AsJson, Layers, Quiet
-from rewarded_lines.cli.progress import progress_bar
 
 
 def inspect(
@@ -65,7 +65,7 @@ def inspect(
             progress=bar,
         )
         if plot:
-            bar("drawing", 0, 0)
+            bar.start("drawing")
             write_depth_figure(found, plot)
     console = Console(highlight=False)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from rewarded_lines.cli.progress import progress_bar
+from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import printable
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from rewarded_lines.cli.display import stdout_for_results
 from rewarded_lines.cli.options import AsJson, Quiet
-from rewarded_lines.cli.progress import stdout_for_results
 from rewarded_lines.errors import fail
 
 _PANEL = "Publishing"

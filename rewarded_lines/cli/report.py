@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rewarded_lines.cli.completion import run_folders
+from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.options import AsJson, Quiet, Run
-from rewarded_lines.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from rewarded_lines.summaries.summary import Summary
@@ -66,7 +66,7 @@ def report(
         from rewarded_lines.pages.page import lacking
         from rewarded_lines.reporting.report import report as make_report
 
-        bar("bootstrap, tables and figures", 0, 0)
+        bar.start("bootstrap, tables and figures")
         summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), style=style, depth=depth)
     if note := lacking():
         typer.echo(note, err=True)

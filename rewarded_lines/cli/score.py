@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
 from rewarded_lines.cli.options import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, Quiet, TensorParallel
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def score(
@@ -51,7 +51,7 @@ def score(
             overwrite=overwrite,
             progress=bar,
         )
-        bar("bootstrap", 0, 0)
+        bar.start("bootstrap")
         summary = summarise(done)
     tell_rows(done.header, quiet or as_json)
     if as_json:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rewarded_lines.cli.completion import engines, run_methods
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
 from rewarded_lines.cli.options import AsJson, Device, Layers, Offload, Quiet, Ray, Run, TensorParallel, Workers
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def search(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
 from rewarded_lines.cli.options import (
     AsJson,
     Config,
@@ -21,7 +22,6 @@ from rewarded_lines.cli.options import (
     TensorParallel,
     Workers,
 )
-from rewarded_lines.cli.progress import progress_bar, quiet_libraries, tell_rows
 
 
 def sweep(

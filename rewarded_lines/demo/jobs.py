@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+from rewarded_lines.progress import Progress
 
 _POLL_SECONDS = 0.2
 _LINES_SHOWN = 12
@@ -27,28 +28,30 @@ class Job:
     progress: Path
 
 
-Tell = Callable[[str, int, int], None]
+# Called with the name of a part of a stage that begins; the part's steps are told to what it returns.
+Watch = Callable[[str], Progress]
 
 
-def run_jobs(jobs: Sequence[Job], tell: Tell) -> None:
+def run_jobs(jobs: Sequence[Job], watch: Watch) -> None:
     """Run `jobs` at the same time, the cores shared out among them, and wait for all.
 
     Args:
         jobs: what to run.
-        tell: called with a job's name, its steps done and all its steps, whenever that changes.
+        watch: called with each job's name.
 
     Raises:
         UserError: a job failed; the others are stopped, and the message ends with the last lines of its log.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // len(jobs))
     running: dict[Job, subprocess.Popen[bytes]] = {}
+    watched = {job: _Watched(job.progress, watch(job.name)) for job in jobs}
     try:
         for job in jobs:
             running[job] = _start(job, threads)
         while running:
             time.sleep(_POLL_SECONDS)
             for job, process in list(running.items()):
-                tell(job.name, *_steps(job.progress))
+                watched[job].look()
                 code = process.poll()
                 if code is not None:
                     del running[job]
@@ -90,14 +93,28 @@ def _follow_parent() -> None:
     die_with_parent()
 
 
-def _steps(progress: Path) -> tuple[int, int]:
-    """Return steps done and steps in all, as the last whole line of a progress file says."""
-    try:
-        lines = progress.read_text(encoding="utf-8").splitlines()
-        last = json.loads(lines[-1])
-        return int(last["step"]), int(last["max_steps"])
-    except (OSError, IndexError, ValueError, KeyError):
-        return 0, 0
+class _Watched:
+    """The steps of a running recipe, which its progress file tells."""
+
+    def __init__(self, file: Path, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+        self._done: int | None = None
+        progress.start("starting")
+
+    def look(self) -> None:
+        """Tell the steps that are new."""
+        try:
+            last = json.loads(self._file.read_text(encoding="utf-8").splitlines()[-1])
+            done, total = int(last["step"]), int(last["max_steps"])
+        except (OSError, IndexError, ValueError, KeyError):
+            # No line yet, or half of one.
+            return
+        self._progress.advance(done - (self._done or 0))
+        if self._done is None:
+            # After the steps of a checkpoint, which have no part in the rate.
+            self._progress.expect(total)
+            self._progress.start("training", counted=True)
+        self._done = done
 
 
 def _check(job: Job, code: int) -> None:

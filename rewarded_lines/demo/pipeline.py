@@ -19,11 +19,12 @@ import blake3
 
 from rewarded_lines.config import ProjectConfig
 from rewarded_lines.demo import reviews
-from rewarded_lines.demo.jobs import Job, Tell, run_jobs
+from rewarded_lines.demo.jobs import Job, Watch, run_jobs
 from rewarded_lines.engines.load import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.records import write_json
 from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, load_project, read_yaml, save_project
 from rewarded_lines.references import local_path
 
@@ -43,8 +44,9 @@ class Observer(Protocol):
     def started(self, stage: str) -> None:
         """A stage begins."""
 
-    def progress(self, part: str, done: int, total: int) -> None:
-        """A part of the stage has done so many of its steps."""
+    def part(self, name: str) -> Progress:
+        """A part of the stage begins, and tells of its steps what is returned."""
+        ...
 
     def finished(self, stage: str, seconds: float, reused: bool) -> None:
         """A stage ended after so many seconds, or was found finished by an earlier run."""
@@ -74,7 +76,7 @@ class _Part:
     output: Path
     made_from: str
     job: Job | None = None
-    run: Callable[[Tell], None] | None = None
+    run: Callable[[Watch], None] | None = None
     goes_on: bool = False
 
 
@@ -209,10 +211,10 @@ def _run_stage(stage: str, parts: list[_Part], account: _Account, observer: Obse
             _remove(part.output)
     jobs = {part.job.name: part for part in missing if part.job}
     if jobs:
-        run_jobs([part.job for part in jobs.values() if part.job], observer.progress)
+        run_jobs([part.job for part in jobs.values() if part.job], observer.part)
     for part in missing:
         if part.run:
-            part.run(observer.progress)
+            part.run(observer.part)
         account.finish(part, time.perf_counter() - started)
     # Parts of one stage run at the same time, so the stage took as long as its longest part.
     seconds = max(account.seconds(part) or 0.0 for part in parts)
@@ -237,7 +239,7 @@ def _parts(stage: str, settings: DemoSettings, made_from: str) -> list[_Part]:
 def _data(settings: DemoSettings, before: str) -> list[_Part]:
     out = settings.out
 
-    def run(tell: Tell) -> None:
+    def run(watch: Watch) -> None:
         if settings.corpus is None:
             reviews.prepare_reviews(out / "data")
         else:
@@ -315,28 +317,19 @@ def _moved_paths(config: Path, out: Path) -> dict[str, str]:
 
 
 def _sweep(settings: DemoSettings, before: str) -> list[_Part]:
-    def run(tell: Tell) -> None:
+    def run(watch: Watch) -> None:
         from rewarded_lines.sweeping.sweep import sweep
-
-        done = 0
-
-        def count(name: str, more: int, total: int) -> None:
-            nonlocal done
-            done += more
-            # What only begins is no news to a bar of points.
-            if more:
-                tell("points", done, total)
 
         out = settings.out / "sweep"
         # Policies trained anew make another run in the place of the old one.
-        sweep(settings.out / PROJECT_FILE, out=out, engine=settings.engine, overwrite=True, progress=count)
+        sweep(settings.out / PROJECT_FILE, out=out, engine=settings.engine, overwrite=True, progress=watch("sweep"))
 
     made_from = _digest([before, settings.engine])
     return [_Part("sweep", settings.out / "sweep" / "points", made_from, run=run, goes_on=True)]
 
 
 def _report(settings: DemoSettings, before: str) -> list[_Part]:
-    def run(tell: Tell) -> None:
+    def run(watch: Watch) -> None:
         from rewarded_lines.reporting.report import report
 
         report(settings.out / "sweep")
@@ -347,7 +340,7 @@ def _report(settings: DemoSettings, before: str) -> list[_Part]:
 def _merge(settings: DemoSettings, before: str) -> list[_Part]:
     target = settings.out / "merged" / "lam=0.50"
 
-    def run(tell: Tell) -> None:
+    def run(watch: Watch) -> None:
         from rewarded_lines.merging.merge import merge
 
         project = load_project(settings.out / PROJECT_FILE)

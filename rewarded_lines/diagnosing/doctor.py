@@ -13,32 +13,33 @@ from rewarded_lines.diagnosing.findings import Finding
 from rewarded_lines.diagnosing.imports import check_torch, check_transformers, check_vision, check_vllm
 from rewarded_lines.diagnosing.machine import check_caches, check_disks, check_hub, check_processor, graphics_cards
 from rewarded_lines.diagnosing.packages import check_core, check_extras, check_ppo, check_python
+from rewarded_lines.progress import SILENT, Progress
 
 Found = Finding | list[Finding] | None
-Progress = Callable[[str, int, int], None]
 
 
 def diagnose(
     config: Path | None = None,
     *,
     thorough: bool = False,
-    progress: Progress = lambda name, done, total: None,
+    progress: Progress = SILENT,
 ) -> list[Finding]:
     """Return what every check finds, in the order of `_checks`.
 
     Args:
         config: the project file; by default the one in the current folder, if there is one.
         thorough: have vLLM build an engine on a tiny random model, too.
-        progress: called with each check's name, 1, and their number.
+        progress: is told of each check that is done.
     """
     checks = _checks(config, thorough)
-    progress("looking", 0, len(checks))
+    progress.expect(len(checks))
+    progress.start("looking", counted=True)
     # Children wait for the disk as much as they compute.
     with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as pool:
         running: dict[Future[Found], str] = {pool.submit(_safely, name, check): name for name, check in checks.items()}
         try:
             for done in as_completed(running):
-                progress(running[done], 1, len(checks))
+                progress.advance(1, running[done])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -21,20 +21,15 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, draft_path, read_point, write_point
 from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.processes import give_back_memory
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.scoring.scorer import Scorer
 
 # Where weights are swapped, the SFT model comes back after so many points or seconds. A kill costs what came since.
 _POINTS_A_SPELL = 16
 _SPELL_SECONDS = 20.0
 Keys = Mapping[PointSpec, str]
-# Called with what begins, and whether it makes points rather than prepares for them.
-Tell = Callable[[str, bool], None]
 Made = tuple[tuple[str, PointSpec], list[Response], np.ndarray | None]
 Result = TypeVar("Result")
-
-
-def silent(stage: str, counts: bool) -> None:
-    """Tell nobody."""
 
 
 class Producer(Protocol):
@@ -65,17 +60,17 @@ class Bench:
 
     width = 1
 
-    def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), tell: Tell = silent) -> None:
+    def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
         """Remember what is needed; engine and reward models are loaded when the first point is.
 
         Args:
             setup: the project.
             folder: the run's; responses wait there for their scores, and scores are kept.
             also: further prompts that the engine must have room for.
-            tell: called with each stage as it begins.
+            progress: is told of the steps.
         """
         self._setup = setup
-        self._tell = tell
+        self._progress = progress
         self._folder = folder
         self._also = also
         self._clock = {"engine": 0.0, "generate": 0.0}
@@ -116,11 +111,11 @@ class Bench:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return self._setup.scorer(self._folder / "scores.sqlite", lambda words: self._tell(words, True))
+        return self._setup.scorer(self._folder / "scores.sqlite", self._progress)
 
     @cached_property
     def _generator(self) -> Generator:
-        self._tell("building the engine", False)
+        self._progress.start("building the engine")
         return self._timed("engine", lambda: self._setup.generator(self._also))
 
     def _batches(
@@ -133,7 +128,7 @@ class Bench:
             drafts = self._drafts(todo)
             if any(key not in drafts for key in todo):
                 models = [spec.model(setup.checkpoints) for _, spec in batch]
-                self._tell(f"generating {len(batch)} points together", True)
+                self._progress.start(f"generating {len(batch)} points together", counted=True)
                 answers = self._answers(setup, models)
                 controls = [
                     self._control(setup, model) if key in todo else None
@@ -166,7 +161,7 @@ class Bench:
                     drafts |= found
                     continue
                 model = spec.model(setup.checkpoints)
-                self._tell(f"generating {spec}", True)
+                self._progress.start(f"generating {spec}", counted=True)
                 (answer,) = self._answers(setup, [model])
                 waiting.append(((key, spec), answer, self._control(setup, model)))
             kl = [ratios for one in waiting for ratios in self._log_ratios(setup, [one])]
@@ -211,7 +206,8 @@ class Bench:
             for pair in zip(heads, (response.tokens for response in responses), strict=True)
         ]
         if pairs:
-            self._tell(f"KL of {made[0][0][1] if len(made) == 1 else f'{len(made)} points'}", True)
+            what = made[0][0][1] if len(made) == 1 else f"{len(made)} points"
+            self._progress.start(f"KL of {what}", counted=True)
         found = iter(self._timed("generate", lambda: self._generator.logprobs(pairs)) if pairs else [])
         ratios = []
         for (_, spec), responses, _ in made:

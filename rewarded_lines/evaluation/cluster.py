@@ -17,10 +17,11 @@ from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.evaluation.bench import Bench, Keys, Tell, silent
+from rewarded_lines.evaluation.bench import Bench, Keys
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 
 LOCAL = "local"
@@ -75,7 +76,7 @@ class Cluster:
         address: str,
         also: Sequence[Prompt] = (),
         workers: int | None = None,
-        tell: Tell = silent,
+        progress: Progress = SILENT,
     ) -> None:
         """Remember the cluster; it is joined on entry.
 
@@ -84,10 +85,10 @@ class Cluster:
             address: of the cluster, "auto" for the one that this machine belongs to, or "local" to start one here.
             also: further prompts that engines must have room for.
             workers: how many; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
-            tell: called with each stage as it begins.
+            progress: is told of the steps.
         """
         self._setup = setup
-        self._tell = tell
+        self._progress = progress
         self._address = address
         self._also = list(also)
         self._wanted = workers
@@ -100,7 +101,7 @@ class Cluster:
         Raises:
             UserError: Ray is not installed, or no cluster answers.
         """
-        self._tell("joining the cluster", False)
+        self._progress.start("joining the cluster")
         _join(self._address)
         import ray
 
@@ -144,7 +145,7 @@ class Cluster:
         shared = ray.put(list(setup.prompts)), ray.put(dict(setup.control))
         at_work: dict[Any, tuple[_Hand, str]] = {}
         idle = list(self._hands)
-        self._tell(f"waiting for the first of {len(idle)} workers", False)
+        self._progress.start(f"waiting for the first of {len(idle)} workers")
         while queue or at_work:
             while queue and idle:
                 hand, key = idle.pop(), queue.popleft()
@@ -163,7 +164,7 @@ class Cluster:
                 raise UserError(problems)
             idle.append(hand)
             yield key, point
-            self._tell(f"{len(self._hands)} workers at work", True)
+            self._progress.start(f"{len(self._hands)} workers at work", counted=True)
 
     def seconds(self) -> dict[str, float]:
         """Return the workers' seconds, summed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,8 @@ from rewarded_lines.evaluation.records import (
 )
 from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.progress import SILENT, Progress
 
-# Called with a point's name, the number done by it, and the total. Also with what begins, 0, and the total; 0 in all
-# where it only prepares.
-Progress = Callable[[str, int, int], None]
 _OURS = ("points", "drafts", "report", RUN_FILE)
 _SHOWN = 12
 
@@ -37,7 +35,7 @@ _SHOWN = 12
 class RunFolder:
     """A run folder that this process holds."""
 
-    def __init__(self, folder: Path, setup: Setup, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, setup: Setup, progress: Progress = SILENT) -> None:
         """Bind the folder; see `open_run`.
 
         `before` is what its `run.json` said when it was opened, `evaluated` how many points have been made since.
@@ -45,20 +43,17 @@ class RunFolder:
         self.folder = folder
         self.setup = setup
         self.before: dict[str, Any] = {}
-        self._progress = progress or (lambda name, done, total: None)
+        self.progress = progress
         self._read: dict[str, Point] = {}
         self._counted: set[str] = set()
         self._expected = 0
         self._started = time.perf_counter()
         self.evaluated = 0
 
-    def tell(self, stage: str, counts: bool) -> None:
-        """Say what begins, and whether it makes points rather than prepares for them."""
-        self._progress(stage, 0, self._total() if counts else 0)
-
     def expect(self, count: int) -> None:
         """Say how many points there will be in all, those of searches included, so that the time left can be told."""
         self._expected = count
+        self.progress.expect(max(len(self._counted), count))
 
     def fill(self, setup: Setup, specs: list[PointSpec], producer: Producer) -> list[Point]:
         """Return the points, those that are missing or damaged made first.
@@ -68,20 +63,21 @@ class RunFolder:
             specs: of the points.
             producer: makes what is missing.
         """
-        self.tell("reading what is there", False)
+        self.progress.start("reading what is there")
         keys = {spec: setup.key(spec) for spec in specs}
         new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
         missing = [key for key in dict.fromkeys(keys.values()) if not self._there(key)]
         self._counted.update(new)
+        self.expect(self._expected)
         if there := len(set(new) - set(missing)):
-            self._progress("points already there", there, self._total())
+            self.progress.advance(there, "points already there")
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
             for key, point in producer.produce(setup, keys, missing):
                 write_point(point_path(self.folder, key), point)
                 self._read[key] = point
                 self.evaluated += 1
-                self._progress(names[key], 1, self._total())
+                self.progress.advance(1, names[key])
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
     def write(self, keys: Keys, **content: Any) -> None:
@@ -99,9 +95,6 @@ class RunFolder:
         parts = producer.seconds()
         seconds = {name: round(value, 3) for name, value in {**parts, "total": total}.items()}
         return {"evaluated_last": self.evaluated, "seconds_last": seconds}
-
-    def _total(self) -> int:
-        return max(len(self._counted), self._expected)
 
     def _there(self, key: str) -> bool:
         """Say whether a point's record is there and whole; a damaged one is removed."""
@@ -121,23 +114,20 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(
-    folder: Path, setup: Setup, overwrite: bool = False, progress: Progress | None = None
-) -> Iterator[RunFolder]:
+def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
     """Hold a run folder, made if it is not there.
 
     Args:
         folder: of the run.
         setup: the project; a folder that was filled for another one is refused.
         overwrite: empty such a folder instead.
-        progress: see `Progress`.
+        progress: is told of the steps, and of the points that are made.
 
     Raises:
         UserError: the folder holds something else, another configuration's run, or is held by another process.
     """
     refuse_foreign(folder, RUN_FILE)
-    if progress:
-        progress("hashing checkpoints", 0, 0)
+    progress.start("hashing checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         if (folder / RUN_FILE).exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import FORMAT
 from rewarded_lines.planning.adapters import plan_adapters
 from rewarded_lines.planning.plan import plan_merge
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
@@ -163,10 +164,10 @@ class Setup:
             tensor_parallel=self.options.tensor_parallel,
         )
 
-    def scorer(self, cache: Path | None, tell: Callable[[str], None] | None = None) -> Scorer:
-        """Return what scores, its cache in a file or in memory; `tell` hears what it is at."""
+    def scorer(self, cache: Path | None, progress: Progress = SILENT) -> Scorer:
+        """Return what scores; its cache is a file, or in memory."""
         declared = self.project.config.rewards
-        return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, tell=tell)
+        return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, progress=progress)
 
     def control_rows(self, generator: Generator) -> list[tuple[int, list[int], list[int]]]:
         """Return the control texts in windows of tokens that the model can hold; see `control_pairs`."""
@@ -241,13 +242,13 @@ def located(reference: str, folder: Path) -> str:
     return os.path.realpath(path) if path.exists() else reference
 
 
-def open_setup(project: Project, options: Options, tell: Callable[[str], None] = lambda stage: None) -> Setup:
+def open_setup(project: Project, options: Options, progress: Progress = SILENT) -> Setup:
     """Open a project for evaluation.
 
     Args:
         project: what to open.
         options: how it runs.
-        tell: called with each stage as it begins.
+        progress: is told of the steps.
 
     Raises:
         UserError: anything wrong with engine, prompts, control texts, rewards, checkpoints or methods.
@@ -258,16 +259,16 @@ def open_setup(project: Project, options: Options, tell: Callable[[str], None] =
     _check_rewards(project)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
-    tell("reading prompts")
+    progress.start("reading prompts")
     assert project.config.prompts is not None
     told: list[str] = []
     prompts = read_prompts(project.config.prompts, project.root, told.append)
     control = _control(project)
-    tell("loading rewards")
+    progress.start("loading rewards")
     rewards = load_rewards(project, device=options.device)
-    tell("opening checkpoints")
+    progress.start("opening checkpoints")
     plan = _plan(project, options)
-    tell("measuring prompts")
+    progress.start("measuring prompts")
     prompts = readable(project.config.prompts, prompts, project, plan, rewards, told.append)
     setup = Setup(project, options, plan, rewards, prompts, control, told)
     _ = setup.methods

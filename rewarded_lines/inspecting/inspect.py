@@ -14,8 +14,8 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.inspecting.subject import open_subject
 from rewarded_lines.measuring.distances import Distance, distances
 from rewarded_lines.planning.plan import OUTSIDE, choose
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside, tensor_scale
-from rewarded_lines.streaming.pool import Progress, silent
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3
@@ -127,7 +127,7 @@ def inspect(
     beta: float = 1.0,
     outside: Outside = "alpha",
     layers: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> Inspection:
     """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
 
@@ -141,13 +141,13 @@ def inspect(
         beta: β, what the last block gets on top.
         outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
         layers: the pattern of the block list, for layouts that are not known.
-        progress: called as blocks are read, with a tensor's name, bytes and the bytes of all.
+        progress: is told of the bytes that are read.
 
     Raises:
         UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
     """
     _check_options(alpha, beta, outside)
-    progress("opening checkpoints", 0, 0)
+    progress.start("opening checkpoints")
     subject = open_subject(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = find_depths(infos, subject.config, layers)

@@ -15,9 +15,10 @@ import numpy as np
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
 from rewarded_lines.measuring.sums import exact_sum
+from rewarded_lines.progress import Progress
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Array, Source, Workspace, all_blocks
-from rewarded_lines.streaming.pool import Progress, share_out
+from rewarded_lines.streaming.pool import share_out
 
 
 class Distance(NamedTuple):
@@ -38,12 +39,13 @@ def distances(
         base: the SFT model.
         source: what was made of it.
         infos: the tensors to look at, as the source has them.
-        progress: called as blocks are read.
+        progress: is told of the bytes that are read.
     """
     names = [name for name, info in infos.items() if info.dtype.floating]
     parts: dict[str, list[Distance]] = {name: [] for name in names}
-    total, lock = total_bytes(infos[name] for name in names), Lock()
-    progress("reading blocks", 0, total)
+    lock = Lock()
+    progress.expect(total_bytes(infos[name] for name in names))
+    progress.start("reading blocks", counted=True)
 
     def worker() -> Callable[[tuple[str, int, int]], None]:
         workspace, wide = Workspace(base, [source]), np.empty(BLOCK)
@@ -54,7 +56,7 @@ def distances(
             part = _measure_block(workspace, wide[:count])
             with lock:
                 parts[name].append(part)
-                progress(name, count * infos[name].dtype.itemsize, total)
+            progress.advance(count * infos[name].dtype.itemsize)
 
         return work
 

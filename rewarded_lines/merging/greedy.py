@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import scratch_folder
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import find_function
-from rewarded_lines.streaming.pool import Progress, silent
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.provenance import Plan
@@ -50,7 +50,7 @@ def greedy_weights(
     *,
     automatic: bool = False,
     allow_nonfinite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> tuple[float, ...]:
     """Return 1/n for each of the n members of the greedy soup and 0 for the others.
 
@@ -64,7 +64,7 @@ def greedy_weights(
         out: the folder that the result will have.
         automatic: α is chosen anew for every candidate, as it will be for the output.
         allow_nonfinite: let NaN and infinite values pass.
-        progress: called with each soup that is tried.
+        progress: is told of each soup that is tried.
 
     Raises:
         UserError: no score is named, it fails, or it gives no finite number.
@@ -82,7 +82,7 @@ def greedy_weights(
     names = list(plan.policies)
 
     def score_soup(members: tuple[int, ...]) -> float:
-        progress(f"trying {' + '.join(names[index] for index in members)}", 0, 0)
+        progress.start(f"trying {' + '.join(names[index] for index in members)}")
         with scratch_folder(out) as folder:
             soup = replace(spec, weights=_uniform(members, len(names)))
             if automatic:

@@ -19,10 +19,10 @@ from rewarded_lines.merging.kinds import kind_of, plan_as
 from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.merging.provenance import RECORD_FILE, Plan
 from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, choose, complete
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.rules.methods import METHODS, OptionValue
 from rewarded_lines.rules.preferences import check_weights, folder_name, parse_weights
-from rewarded_lines.streaming.pool import Progress, silent
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
@@ -64,7 +64,7 @@ def merge(
     allow_nonfinite: bool = False,
     as_: str = "auto",
     additions: Additions | None = None,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> list[MergeResult]:
     """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
 
@@ -95,7 +95,7 @@ def merge(
         allow_nonfinite: let NaN and infinite values pass.
         as_: what to write: "full" models, LoRA adapters ("adapter"), or "auto": adapters if all policies are adapters.
         additions: what the model cards show beside what the merge knows, see `rewarded_lines.publishing`.
-        progress: called as blocks are written, with a tensor's name, bytes and the bytes of all.
+        progress: is told of the steps, and of the bytes that are written.
 
     Returns:
         One result per λ, in order.
@@ -112,7 +112,7 @@ def merge(
     shard_size = parse_size(max_shard_size)
     targets = _targets(None if out is None else Path(expand(out)), specs)
     check_targets(targets, [base, *named.values()], overwrite)
-    progress("opening inputs", 0, 0)
+    progress.start("opening inputs")
     plan = plan_as(as_, base, named, method, dtype=dtype, device=device, layers=layers)
     addition = additions(plan) if additions else None
     if method == "greedy" and dry_run:
@@ -129,10 +129,10 @@ def merge(
         )
         specs = [replace(specs[0], weights=weights)]
     if alpha == "auto":
-        progress("choosing α", 0, 0)
+        progress.start("choosing α")
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if not dry_run:
-        progress("measuring residuals", 0, 0)
+        progress.start("measuring residuals")
         plan.prepare(specs)
         settings = {
             "as": kind_of(plan),

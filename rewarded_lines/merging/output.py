@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
@@ -24,8 +23,9 @@ from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, des
 from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
 from rewarded_lines.planning.adapters import AdapterPlan
 from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.streaming.blocks import all_blocks
-from rewarded_lines.streaming.pool import Progress, Relay, share_out, silent
+from rewarded_lines.streaming.pool import Relay, share_out
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,7 +40,7 @@ def write_folders(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     addition: Callable[[MergeSpec], CardAddition] | None = None,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> None:
     """Write one complete folder for each spec, or none; inputs are read once for all.
 
@@ -53,7 +53,7 @@ def write_folders(
         overwrite: replace folders that are there.
         allow_nonfinite: let NaN and infinite values pass.
         addition: called once for each output, when all inputs have been read: what else its card shows.
-        progress: called as blocks are written.
+        progress: is told of the steps, and of the bytes that are written.
 
     Raises:
         UserError: an output exists, the disk cannot hold them, or a tensor is not finite.
@@ -65,12 +65,12 @@ def write_folders(
         fill_folders(
             plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
         )
-        progress("hashing inputs", 0, 0)
+        progress.start("hashing inputs")
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):
             write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
             write_card(folder, plan, spec, settings, addition(spec) if addition else CardAddition())
-        progress("syncing to disk", 0, 0)
+        progress.start("syncing to disk")
 
 
 def write_card(folder: Path, plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition) -> None:
@@ -87,7 +87,7 @@ def fill_folders(
     *,
     max_shard_size: int,
     allow_nonfinite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> None:
     """Write all that is loaded from each output: weights, settings, tokenizer.
 
@@ -117,7 +117,7 @@ def write_weights(
     *,
     max_shard_size: int,
     allow_nonfinite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> None:
     """Stream every block of every tensor through all specs into their folders' weight files.
 
@@ -127,7 +127,6 @@ def write_weights(
         UserError: a tensor of the inputs or of a result is not finite.
     """
     nonfinite, hashes = plan.nonfinite(), RunningHashes(plan.stored())
-    talk = Lock()
     tensors = plan.base.tensors
     with ExitStack() as stack:
         writers = [stack.enter_context(CheckpointWriter(folder, plan.outputs(), max_shard_size)) for folder in folders]
@@ -135,7 +134,8 @@ def write_weights(
         total = total_bytes(tensors[name] for name in order)
         steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
 
-        progress("merging blocks", 0, total)
+        progress.expect(total)
+        progress.start("merging blocks", counted=True)
         queue = list(all_blocks(order, tensors))
         relay = Relay(queue)
 
@@ -151,8 +151,7 @@ def write_weights(
                     writer.write(name, start, values)
                     bad.append(wrong)
                 nonfinite.look(workspace, name, steps[name], bad)
-                with talk:
-                    progress(name, count * tensors[name].dtype.itemsize, total)
+                progress.advance(count * tensors[name].dtype.itemsize)
 
             return work
 

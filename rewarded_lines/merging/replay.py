@@ -17,8 +17,8 @@ from rewarded_lines.merging.merge import MergeResult, check_schedule, check_targ
 from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.merging.provenance import RECORD_FILE, Plan, input_files
 from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
-from rewarded_lines.streaming.pool import Progress, silent
 
 
 class _Input(BaseModel):
@@ -56,7 +56,7 @@ def replay(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     additions: Additions | None = None,
-    progress: Progress = silent,
+    progress: Progress = SILENT,
 ) -> MergeResult:
     """Make the merge again that a `merge.json` tells of.
 
@@ -69,7 +69,7 @@ def replay(
         overwrite: replace an output that is there.
         allow_nonfinite: let NaN and infinite values pass.
         additions: what the model card shows beside what the merge knows.
-        progress: called as blocks are written.
+        progress: see `merge`.
 
     Raises:
         UserError: the record is none, an input is not what it was, or any fault that `merge` refuses.
@@ -94,9 +94,9 @@ def replay(
     weights = tuple(told.weights[name] for name in named)
     spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
     spec = complete(spec, len(named))
-    progress("opening inputs", 0, 0)
+    progress.start("opening inputs")
     plan = plan_as(told.kind, origin, named, told.method, dtype=told.dtype, device=device, layers=told.layers)
-    progress("hashing inputs", 0, 0)
+    progress.start("hashing inputs")
     _check_hashes(path, told, plan)
     addition = additions(plan) if additions else None
     plan.prepare([spec])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.planning.adapters import AdapterOutput, AdapterPlan, Stack, whole_key
 from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.progress import Progress
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Workspace, blocks_of
 from rewarded_lines.streaming.columns import place_columns
@@ -32,15 +32,13 @@ _ONE_FILE = 1 << 62
 class AdapterWriter:
     """Writes the tensors of several merged adapters, each input tensor read once for all."""
 
-    def __init__(
-        self, plan: AdapterPlan, specs: Sequence[MergeSpec], progress: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, plan: AdapterPlan, specs: Sequence[MergeSpec], progress: Progress) -> None:
         """Plan the outputs; no file is opened yet.
 
         Args:
             plan: the inputs.
             specs: of the outputs.
-            progress: called as tensors are written, with name, bytes and bytes in all.
+            progress: is told of the bytes that are read.
         """
         self.nonfinite = plan.whole.nonfinite()
         self._plan = plan
@@ -48,13 +46,13 @@ class AdapterWriter:
         self._outputs = [plan.output(spec) for spec in specs]
         self._writers: list[CheckpointWriter] = []
         self._inputs = [f"policy `{name}`" for name in plan.policies]
-        self._progress, self._talk = progress, Lock()
+        self._progress = progress
         factors = [info for modules in plan.modules.values() for one in modules.values() for info in (one.a, one.b)]
-        self._total = total_bytes([*factors, *(plan.base.tensors[name] for name in plan.whole.names)])
+        progress.expect(total_bytes([*factors, *(plan.base.tensors[name] for name in plan.whole.names)]))
 
     def write(self, folders: Sequence[Path]) -> None:
         """Write adapter_model.safetensors of every output."""
-        self._progress("merging tensors", 0, self._total)
+        self._progress.start("merging tensors", counted=True)
         with ExitStack() as stack:
             for folder, spec in zip(folders, self._specs, strict=True):
                 writer = CheckpointWriter(folder, self._plan.outputs(spec), _ONE_FILE, ADAPTER_FILE)
@@ -91,7 +89,7 @@ class AdapterWriter:
                         cast[output.dtype] = np.empty(count, output.dtype.storage)
                         self._finite(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
                     writer.write(stack.a, part.first * module.a.shape[1] + start, cast[output.dtype])
-        self._done(name, raw.nbytes)
+        self._progress.advance(raw.nbytes)
 
     def _write_b(self, name: str, first: int, rows: int, _: Workspace) -> None:
         """Place some rows of every policy's B side by side."""
@@ -102,7 +100,7 @@ class AdapterWriter:
         for writer, output, stack in self._stacks(name):
             if stack.parts:
                 writer.write(stack.b, first * stack.rank, self._side_by_side(name, raw, rows, stack, output.dtype))
-        self._done(name, sum(values.nbytes for values in raw.values()))
+        self._progress.advance(sum(values.nbytes for values in raw.values()))
 
     def _side_by_side(self, name: str, raw: Mapping[int, Array], rows: int, stack: Stack, dtype: DType) -> Array:
         modules = self._plan.modules[name]
@@ -135,17 +133,13 @@ class AdapterWriter:
             writer.write(key, start, values)
             bad.append(wrong)
         self.nonfinite.look(workspace, name, steps, bad or [0])
-        self._done(name, count * self._plan.base.tensors[name].dtype.itemsize)
+        self._progress.advance(count * self._plan.base.tensors[name].dtype.itemsize)
 
     def _stacks(self, name: str) -> Iterator[tuple[CheckpointWriter, AdapterOutput, Stack]]:
         """Yield the outputs that have a module."""
         for writer, output in zip(self._writers, self._outputs, strict=True):
             if name in output.stacks:
                 yield writer, output, output.stacks[name]
-
-    def _done(self, name: str, size: int) -> None:
-        with self._talk:
-            self._progress(name, size, self._total)
 
 
 def adapter_config(plan: AdapterPlan, spec: MergeSpec) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -13,6 +13,7 @@ import blake3
 from rewarded_lines.config import RewardSpec, decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.errors import fail
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.checks import Pair, PairError
 from rewarded_lines.scoring.devices import available_memory
@@ -42,7 +43,7 @@ class Scorer:
         declarations: Mapping[str, RewardSpec],
         cache: ScoreCache,
         offload: str = "auto",
-        tell: Callable[[str], None] | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         """Score with `rewards`, of which this object takes charge; see `close`.
 
@@ -52,7 +53,7 @@ class Scorer:
             cache: what is known, and where scores are put.
             offload: whether a model leaves memory when it has scored a call's pairs: "auto" does so when those that
                 the call needs do not fit into memory together, "always" and "never" say it.
-            tell: called with what is being scored, in words, each time there is news.
+            progress: is told of each chunk of responses that is scored.
 
         Raises:
             UserError: `offload` is none of these.
@@ -63,7 +64,7 @@ class Scorer:
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
         self._cache = cache
         self._offload = offload
-        self._tell = tell or (lambda words: None)
+        self._progress = progress
         self.seconds = 0.0
         self.scored = 0
         self.hits = 0
@@ -114,7 +115,7 @@ class Scorer:
         if reward.size:
             wanted = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
         for start in range(0, len(wanted), size):
-            self._tell(f"scoring {name}: {start:,} of {len(wanted):,} responses")
+            self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
             chunk = wanted[start : start + size]
             try:
                 values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])

@@ -10,13 +10,6 @@ from typing import Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-# Called as blocks have passed: a tensor's name, bytes that are done, bytes in all. Also with what begins, 0, and the
-# bytes in all that it is about; none in all where it only prepares.
-Progress = Callable[[str, int, int], None]
-
-
-def silent(name: str, size: int, total: int) -> None:
-    """Show no progress."""
 
 
 def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = 0) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rewarded_lines.config import POLICIES
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.records import Run
-from rewarded_lines.evaluation.run_folder import Progress
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.references import looks_local
 from rewarded_lines.sweeping.sweep import sweep
@@ -27,7 +27,7 @@ def score(
     tensor_parallel: int = 1,
     offload: str = "auto",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Run:
     """Evaluate one model as a sweep does: a merged policy, a trained one, or a LoRA adapter over the project's base.
 

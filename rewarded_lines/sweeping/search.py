@@ -13,13 +13,14 @@ from rewarded_lines.errors import fail, nearest
 from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
-from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
+from rewarded_lines.evaluation.run_folder import RunFolder, open_run
 from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
-from rewarded_lines.sweeping.sweep import check_workers, finish_run, producer, stages, sweep, write_run
+from rewarded_lines.sweeping.sweep import check_workers, finish_run, producer, sweep, write_run
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -63,7 +64,7 @@ def search(
     offload: str = "auto",
     ray: str | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[Run, list[Found]]:
     """Add λ points to a run, one after the other where the front may gain most.
 
@@ -96,11 +97,11 @@ def search(
     header = read_header(folder)
     made_with = header["options"]
     options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
-    setup = open_setup(load_project(config or located(header["project"], folder)), options, stages(progress))
+    setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
     with (
         open_run(folder, setup, progress=progress) as held,
-        producer(setup, folder, ray, workers, tell=held.tell) as make,
+        producer(setup, folder, ray, workers, progress=progress) as make,
     ):
         listed = _listed(held)
         room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
@@ -117,13 +118,13 @@ def _begin(
     options: Options,
     ray: str | None,
     workers: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Sweep three λ of each method, once it is certain that there is something to search."""
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
-    _chosen(open_setup(load_project(config), options, stages(progress)), methods, folder)
+    _chosen(open_setup(load_project(config), options, progress), methods, folder)
     sweep(
         config,
         points=_FIRST,

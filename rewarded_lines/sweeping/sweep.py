@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.bench import Bench, Producer, Tell, silent
+from rewarded_lines.evaluation.bench import Bench, Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
-from rewarded_lines.evaluation.run_folder import Progress, RunFolder, open_run
+from rewarded_lines.evaluation.run_folder import RunFolder, open_run
 from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts
 
@@ -31,7 +32,7 @@ def sweep(
     ray: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Run:
     """Evaluate every method of a project along λ, and its SFT model, on the same prompts with the same seeds.
 
@@ -51,8 +52,7 @@ def sweep(
         ray: share the points out over Ray workers: the address of a cluster, "auto", or "local" to start one here.
         workers: how many of them; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
         overwrite: begin anew where the folder holds a run of another configuration.
-        progress: called with each point's name, the number done by it and the total; and with what begins, 0 and the
-            total, 0 as long as the points are only prepared for.
+        progress: is told of the steps, and of the points that are made.
 
     Returns:
         The complete run.
@@ -65,18 +65,17 @@ def sweep(
     count = project.config.sweep.points if points is None else points
     if count < 2:
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
-    tell = stages(progress)
     check_workers(ray, workers)
-    setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload), tell)
+    setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload), progress)
     validation = validation_prompts(setup)
     folder = Path(out) if out is not None else project.root / "sweep"
-    tell("laying out the points")
+    progress.start("laying out the points")
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
         added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
         run.expect(len({*specs, *added}) + trial_points(setup, count))
         write_run(run, [*specs, *added], added)
-        with producer(setup, folder, ray, workers, validation, run.tell) as make:
+        with producer(setup, folder, ray, workers, validation, progress) as make:
             tuned = tune(run, make, validation, count)
             found = tuned.as_dict() if tuned else None
             finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
@@ -93,11 +92,6 @@ def check_workers(ray: str | None, workers: int | None) -> None:
         raise fail("there are workers with Ray only", where="--workers", remedy="add --ray local, or leave it out")
 
 
-def stages(progress: Progress | None) -> Callable[[str], None]:
-    """Return what is told of stages that come before all points."""
-    return lambda stage: progress(stage, 0, 0) if progress else None
-
-
 @contextmanager
 def producer(
     setup: Setup,
@@ -105,16 +99,16 @@ def producer(
     ray: str | None = None,
     workers: int | None = None,
     also: Sequence[Prompt] = (),
-    tell: Tell = silent,
+    progress: Progress = SILENT,
 ) -> Iterator[Producer]:
     """Yield what makes records: a bench here, or workers of a Ray cluster."""
     if ray is None:
-        with Bench(setup, folder, also, tell) as bench:
+        with Bench(setup, folder, also, progress) as bench:
             yield bench
         return
     from rewarded_lines.evaluation.cluster import Cluster
 
-    with Cluster(setup, ray, also, workers, tell) as cluster:
+    with Cluster(setup, ray, also, workers, progress) as cluster:
         yield cluster
 
 
@@ -128,7 +122,7 @@ def finish_run(
     """Evaluate all that is listed, and say in `run.json` what there is."""
     write_run(run, specs, added, tuned)
     run.fill(run.setup, list(specs), make)
-    run.tell("closing the run", False)
+    run.progress.start("closing the run")
     write_run(run, specs, added, tuned, complete=True, **run.account(make))
 
 

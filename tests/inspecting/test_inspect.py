@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from progress_told import Told
 from safetensors.torch import save_file
 
 from rewarded_lines import inspect, merge
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import UserError
 from rewarded_lines.streaming import pool
+from rewarded_lines.streaming.blocks import BLOCK
 
 SHAPES = {
     "lm_head.weight": (30, 8),
@@ -140,11 +142,13 @@ def test_outside_the_blocks_by_depth(pair):
 
 
 def test_progress_tells_every_byte_once(pair):
-    told = []
-    inspect(pair[1], pair[0], progress=lambda name, size, total: told.append((name, size, total)))
-    assert sum(size for _, size, _ in told) == told[-1][2] == 4 * sum(math.prod(shape) for shape in SHAPES.values())
-    # 560,000 values take three blocks.
-    assert len([name for name, _, _ in told if "layers.0" in name]) == 3
+    told = Told()
+    inspect(pair[1], pair[0], progress=told)
+    size = 4 * sum(math.prod(shape) for shape in SHAPES.values())
+    assert sum(count for count, _ in told.finished) == size and told.totals == [size]
+    assert told.steps == {"opening checkpoints": False, "reading blocks": True}
+    # 560,000 values of a tensor take three blocks.
+    assert len(told.finished) == sum(-(-math.prod(shape) // BLOCK) for shape in SHAPES.values()) > len(SHAPES)
 
 
 def test_buffers_count_but_have_no_residual(tmp_path):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import UserError
+from rewarded_lines.progress import Progress
 
 
 def weights(folder):
@@ -184,20 +185,21 @@ def test_a_dry_run_scores_no_candidate(tiny):
 
 
 def test_failure_leaves_nothing_behind(tiny):
-    def explode(name, size, total):
-        if size:
+    class Explode(Progress):
+        def advance(self, count, name=""):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
-        merge("sft", ["first", "second"], 0.5, out="out", progress=explode)
+        merge("sft", ["first", "second"], 0.5, out="out", progress=Explode())
     assert sorted(path.name for path in tiny.iterdir() if "out" in path.name) == []
 
 
 def test_killed_merge_leaves_no_output_and_the_next_one_cleans_up(tiny):
     script = (
-        "import time; from rewarded_lines import merge; "
-        "stop = lambda name, size, total: size and (print('go', flush=True), time.sleep(60)); "
-        "merge('sft', ['first', 'second'], 0.5, out='out', progress=stop)"
+        "import time; from rewarded_lines import merge; from rewarded_lines.progress import Progress\n"
+        "class Stop(Progress):\n"
+        "    def advance(self, count, name=''): print('go', flush=True); time.sleep(60)\n"
+        "merge('sft', ['first', 'second'], 0.5, out='out', progress=Stop())"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"go\n"

@@ -6,6 +6,7 @@ import importlib
 import json
 
 import pytest
+from progress_told import Told
 
 from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
@@ -254,8 +255,7 @@ def test_a_sweep_that_was_killed_while_tuning_is_not_complete(tiny, monkeypatch)
 def test_progress_counts_each_point_once(tiny):
     project(tiny)
     sweep(engine="hf")
-    told = []
-    search("sweep", points=5, gain=0, progress=lambda name, done, total: told.append((done, total)))
-    counted = [(done, total) for done, total in told if done]
+    told = Told()
+    search("sweep", points=5, gain=0, progress=told)
     # SFT's, and five of the method's.
-    assert sum(done for done, _ in counted) == 6 and {total for _, total in counted} == {6}
+    assert sum(count for count, _ in told.finished) == 6 and set(told.totals) == {6}

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from progress_told import Told
 from tiny_adapters import save_adapter
 from tiny_models import perturb, save_model
 
@@ -72,17 +73,16 @@ def test_rows_load_without_us(tiny):
 def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(tiny):
     sweep(engine="hf", points=2)
     before = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
-    told = []
-    sweep(engine="hf", points=3, progress=lambda *news: told.append(news))
+    told = Told()
+    sweep(engine="hf", points=3, progress=told)
     after = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
     assert all(after[name] == time for name, time in before.items()) and len(after) == 7
-    finished = [news for news in told if news[1]]
-    assert finished[0] == ("points already there", 5, 7) and len(finished) == 3
-    begun = {name: total for name, done, total in told if not done}
+    assert told.finished[0] == (5, "points already there") and len(told.finished) == 3 and set(told.totals) == {7}
     # What only prepares is not part of the count.
-    assert [begun[name] for name in ("loading rewards", "opening checkpoints", "building the engine")] == [0, 0, 0]
-    assert begun["generating soup λ=0.5,0.5"] == begun["KL of lines λ=0.5,0.5"] == 7
-    assert any(name.startswith("scoring letters: 0 of ") for name in begun)
+    prepared = ("loading rewards", "opening checkpoints", "building the engine")
+    assert [told.steps[name] for name in prepared] == [False, False, False]
+    assert told.steps["generating soup λ=0.5,0.5"] and told.steps["KL of lines λ=0.5,0.5"]
+    assert any(name.startswith("scoring letters: 0 of ") for name in told.steps)
     assert sweep(engine="hf", points=3).header["evaluated_last"] == 0
 
 

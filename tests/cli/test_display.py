@@ -12,8 +12,8 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 from rich.console import Console
 
-from rewarded_lines.cli import progress
-from rewarded_lines.cli.progress import Work, progress_bar
+from rewarded_lines.cli import display
+from rewarded_lines.cli.display import Work, progress_bar
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(progress, "monotonic", clock)
+    monkeypatch.setattr(display, "monotonic", clock)
     return clock
 
 
@@ -44,7 +44,7 @@ def shown(work, width=80):
 
 def test_what_is_prepared_has_a_name_and_a_time(clock):
     work = Work("Sweep", "point")
-    work.advance("building the engine", 0, 0)
+    work.start("building the engine")
     clock.now = 7
     (line,) = shown(work)
     assert line.endswith("Sweep: building the engine 0:00:07")
@@ -52,19 +52,20 @@ def test_what_is_prepared_has_a_name_and_a_time(clock):
 
 def test_rate_and_time_left_are_those_of_the_points_alone(clock):
     work = Work("Sweep", "point")
-    work.advance("reading what is there", 0, 0)
-    work.advance("points already there", 4, 12)
-    work.advance("building the engine", 0, 0)
+    work.expect(12)
+    work.start("reading what is there")
+    work.advance(4, "points already there")
+    work.start("building the engine")
     assert work.rate() is None and work.left() is None
     clock.now = 100
-    work.advance("generating lines λ=0.5", 0, 12)
+    work.start("generating lines λ=0.5", counted=True)
     clock.now = 108
     for name in "ab":
-        work.advance(name, 1, 12)
+        work.advance(1, name)
     clock.now = 110
     # What is begun is no news of how fast things are finished.
-    work.advance("scoring", 0, 12)
-    work.advance("generating lines λ=0.6", 0, 12)
+    work.start("scoring", counted=True)
+    work.start("generating lines λ=0.6", counted=True)
     clock.now = 112
     assert work.rate() == pytest.approx(2 / 8) and work.left() == pytest.approx(6 / (2 / 8) - 4)
     bar, stage = shown(work)
@@ -74,31 +75,34 @@ def test_rate_and_time_left_are_those_of_the_points_alone(clock):
 
 def test_a_second_preparation_does_not_slow_the_rate(clock):
     work = Work("Sweep", "point")
-    work.advance("generating", 0, 4)
+    work.expect(4)
+    work.start("generating", counted=True)
     clock.now = 1
-    work.advance("a", 2, 4)
-    work.advance("reading what is there", 0, 0)
+    work.advance(2, "a")
+    work.start("reading what is there")
     clock.now = 50
-    work.advance("generating", 0, 4)
+    work.start("generating", counted=True)
     clock.now = 51
-    work.advance("b", 1, 4)
+    work.advance(1, "b")
     assert work.rate() == pytest.approx(3 / 2) and "1.5/s" in shown(work)[0]
 
 
 def test_bytes_are_shown_as_sizes(clock):
     work = Work("Merging", "byte")
-    work.advance("merging blocks", 0, 4_000_000_000)
+    work.expect(4_000_000_000)
+    work.start("merging blocks", counted=True)
     clock.now = 2
-    work.advance("model.norm.weight", 1_000_000_000, 4_000_000_000)
+    work.advance(1_000_000_000, "model.norm.weight")
     assert "1.0 GB/4.0 GB 500.0 MB/s 0:00:06 left" in shown(work)[0]
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_it_fits_the_terminal(clock, width):
     work = Work("Merging", "byte")
-    work.advance("a stage with quite a long name " * 5, 0, 10**9)
+    work.expect(10**9)
+    work.start("a stage with quite a long name " * 5, counted=True)
     clock.now = 2
-    work.advance("x", 10**8, 10**9)
+    work.advance(10**8, "x")
     console = Console(width=width, force_terminal=True, color_system=None)
     with console.capture() as capture:
         console.print(work)
@@ -109,14 +113,15 @@ def test_it_fits_the_terminal(clock, width):
 def terminal(monkeypatch):
     """Take stderr for a terminal, and show at once what otherwise comes after two seconds."""
     console = Console(stderr=True, force_terminal=True, width=80)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(display, "Console", lambda stderr: console)
+    monkeypatch.setattr(display, "PATIENCE", 0.0)
 
 
 def test_long_work_is_shown_and_wiped_away_at_the_end(terminal, capsys):
-    with progress_bar("Sweep", unit="point") as advance:
-        advance("generating", 0, 4)
-        advance("a", 3, 4)
+    with progress_bar("Sweep", unit="point") as work:
+        work.expect(4)
+        work.start("generating", counted=True)
+        work.advance(3, "a")
         time.sleep(0.5)
     captured = capsys.readouterr()
     assert "Sweep" in captured.err and "3/4 points" in captured.err and captured.out == ""
@@ -125,30 +130,30 @@ def test_long_work_is_shown_and_wiped_away_at_the_end(terminal, capsys):
 
 
 def test_short_work_shows_nothing(terminal, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PATIENCE", 60.0)
-    with progress_bar("Reading") as advance:
-        advance("x", 3, 4)
+    monkeypatch.setattr(display, "PATIENCE", 60.0)
+    with progress_bar("Reading") as work:
+        work.advance(3, "x")
     assert capsys.readouterr().err == ""
 
 
 def test_quiet_shows_nothing(terminal, capsys):
-    with progress_bar("Sweep", quiet=True) as advance:
-        advance("a", 1, 1)
+    with progress_bar("Sweep", quiet=True) as work:
+        work.advance(1, "a")
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
 
 
 def test_a_stderr_that_is_no_terminal_gets_no_bar(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(display, "PATIENCE", 0.0)
     # A line comes later than this is over.
-    with progress_bar("Sweep") as advance:
-        advance("a", 1, 1)
+    with progress_bar("Sweep") as work:
+        work.advance(1, "a")
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
 
 
 def test_a_log_gets_a_line_from_time_to_time(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.05)
     monkeypatch.setenv("COLUMNS", "40")
     name = "[generating] a point :x: whose name is longer than the line would be"
     told = ""
@@ -161,10 +166,11 @@ def test_a_log_gets_a_line_from_time_to_time(capsys, monkeypatch):
             time.sleep(0.01)
             told += capsys.readouterr().err
 
-    with progress_bar("Sweep", unit="point") as advance:
-        advance(name, 0, 4)
+    with progress_bar("Sweep", unit="point") as work:
+        work.expect(4)
+        work.start(name, counted=True)
         wait_for(f"Sweep: 0/4 points; {name} 0:0")
-        advance("a", 1, 4)
+        work.advance(1, "a")
         wait_for("Sweep: 1/4 points, ")
         wait_for("left; ")
     assert "\x1b" not in told
@@ -173,7 +179,7 @@ def test_a_log_gets_a_line_from_time_to_time(capsys, monkeypatch):
 def test_a_log_gets_no_line_of_what_is_quiet_or_soon_over(capsys, monkeypatch):
     with progress_bar("Sweep"):
         time.sleep(0.1)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.01)
     with progress_bar("Sweep", quiet=True):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
@@ -181,13 +187,14 @@ def test_a_log_gets_no_line_of_what_is_quiet_or_soon_over(capsys, monkeypatch):
 
 def test_what_is_only_prepared_has_no_count_in_a_line(clock):
     work = Work("Sweep", "point")
-    work.advance("building the engine", 0, 0)
+    work.start("building the engine")
     clock.now = 7
     assert work.line() == "Sweep: building the engine 0:00:07"
-    work.advance("points already there", 4, 12)
-    work.advance("generating", 0, 12)
+    work.expect(12)
+    work.advance(4, "points already there")
+    work.start("generating", counted=True)
     clock.now = 17
-    work.advance("a", 2, 12)
+    work.advance(2, "a")
     clock.now = 18
     assert work.line() == "Sweep: 6/12 points, 5.0 s each, 0:00:29 left; generating 0:00:11"
 
@@ -205,8 +212,8 @@ def test_what_is_printed_meanwhile_is_no_result(capfd):
 
 
 def test_an_interrupt_gives_the_terminal_back(terminal, capsys):
-    with pytest.raises(KeyboardInterrupt), progress_bar("Sweep") as advance:
-        advance("generating", 0, 4)
+    with pytest.raises(KeyboardInterrupt), progress_bar("Sweep") as work:
+        work.start("generating", counted=True)
         time.sleep(0.3)
         raise KeyboardInterrupt
     # The cursor is there again.
