@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +25,7 @@ _LATER: dict[str, Any] = {
     "chat_template_kwargs": {}, "strip": None,
 }  # fmt: skip
 _FIRST_MAX_TOKENS = 512
+_DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 
 
 class RewardSpec(Strict):
@@ -335,14 +336,9 @@ def parse_strip(text: str) -> tuple[str, str]:
     return opening, closing
 
 
-def decides(spec: Strict, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a section says as the identity of records has it: settings that came later only where they are used.
-
-    Args:
-        spec: a reward's declaration or the generation settings.
-        exclude: keys that decide nothing.
-    """
-    content = spec.model_dump(mode="json", exclude=set(exclude))
+def decides(spec: RewardSpec | GenerationSpec) -> dict[str, Any]:
+    """Return what of a section decides responses or scores; settings that came later only where they are used."""
+    content = spec.model_dump(mode="json", exclude=_DECIDES_NO_SCORE if isinstance(spec, RewardSpec) else None)
     if isinstance(spec, RewardSpec):
         # Texts of another length are refused or read whole, so the limit decides no score.
         content["max_tokens"] = spec.max_tokens or _FIRST_MAX_TOKENS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ def fail(what: str, **parts: str) -> UserError:
     return UserError(Problem(what, **parts))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return the known word most like `word`, or "" when none is alike."""
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), "")
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a remedy that names the known word most like `word`, or `otherwise` when none is alike."""
+    alike = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean `{alike[0]}`?" if alike else otherwise

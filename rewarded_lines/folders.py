@@ -1,4 +1,7 @@
-"""Output folders that are complete or absent: built beside their place under another name, synced, renamed."""
+"""Output folders and files that are complete or absent: written beside their place under another name, then renamed.
+
+Also the names of files that several packages know.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,21 @@ import ctypes
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, fail
 
+TRAINING_FILE = "training.json"
+"""What a recipe says, beside the model that it trained, of how it was made."""
+METRICS_FILE = "metrics.jsonl"
+"""What the trainer logged, beside it: a JSON line for each log."""
 _LOCK = ".lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
@@ -65,6 +74,35 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     with scratch_folder(out) as partial:
         yield partial
         _publish(partial, out, overwrite)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`, whose place it takes at the end: readers see the old or the new.
+
+    Args:
+        path: the file; its parents are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file, whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Half characters, from a file's name for example, become the escapes that JSON has for them.
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:

@@ -29,7 +29,7 @@ from rewarded_lines.config import (
     TuneSpec,
     is_one_set,
 )
-from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.references import local_path, looks_local
 
 PROJECT_FILE = "rewarded-lines.yaml"
@@ -254,13 +254,12 @@ def save_project(path: Path, config: ProjectConfig) -> None:
 
 def unknown_key(key: str, known: list[str], where: str) -> Problem:
     """Return the problem of a key that a config file does not have, naming the nearest one that it has."""
-    alike = nearest(key, known)
     return Problem(
         f"unknown key `{key}`",
         where=where,
         # A trainer's configuration has almost two hundred keys; the nearest says more than all of them.
         expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
-        remedy=f"did you mean `{alike}`?" if alike else "remove it, or see --help for the keys there are",
+        remedy=did_you_mean(key, known, "remove it, or see --help for the keys there are"),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from rewarded_lines.errors import UserError, fail, nearest
+from rewarded_lines.errors import UserError, did_you_mean, fail
 
 
 def looks_local(reference: str, root: Path = Path()) -> bool:
@@ -43,12 +43,11 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        alike = nearest(name, known)
         raise fail(
             f"no function `{name}` in {source}",
             where=where,
             expected="one of " + ", ".join(known) if known else "a function defined there",
-            remedy=f"did you mean `{alike}`?" if alike else "",
+            remedy=did_you_mean(name, known),
         )
     return cast(Callable[..., Any], function)
 

@@ -1,13 +1,14 @@
 """Output folders after every kind of accident."""
 
 import fcntl
+import json
 import os
 import threading
 
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.folders import atomic_folder, refuse_foreign
+from rewarded_lines.folders import atomic_file, atomic_folder, refuse_foreign, write_json
 
 
 def names(folder):
@@ -95,3 +96,13 @@ def test_parents_that_were_made_go_with_what_was_to_be_in_them(tmp_path):
         with pytest.raises((RuntimeError, OSError)), atomic_folder(out):
             raise RuntimeError
     assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"λ": "\udce9"})
+    assert path.read_text(encoding="utf-8") == '{\n  "λ": "\\udce9"\n}\n'
+    with pytest.raises(RuntimeError), atomic_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text(encoding="utf-8")) == {"λ": "\udce9"} and os.listdir(path.parent) == ["a.json"]

@@ -16,7 +16,14 @@ import numpy as np
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, match_patterns, read_adapter_config
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
-from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, TensorFiles, read_config, read_json_object
+from rewarded_lines.checkpoints.reader import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorFiles,
+    read_config,
+    read_json_object,
+    resolve_folder,
+)
 from rewarded_lines.errors import Problem, UserError, fail
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -182,6 +189,14 @@ class BareBase(TensorFiles):
         self.folder = folder
         self.config = config
         self.files = [folder / "config.json"]
+
+
+def names_adapter(reference: str) -> bool:
+    """Say whether a folder or Hub id is an adapter; one that cannot be opened is not, and the plan refuses it."""
+    try:
+        return is_adapter(resolve_folder(reference))
+    except UserError:
+        return False
 
 
 def is_adapter(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from rewarded_lines.cli.report import report
 from rewarded_lines.cli.score import score
 from rewarded_lines.cli.search import search
 from rewarded_lines.cli.sweep import sweep
-from rewarded_lines.errors import Problem, UserError, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
 # As other tools have it: 1 is work that failed, 2 a command line that could not be read.
@@ -111,13 +111,13 @@ def _usage_problem(error: Any) -> Problem:
     if hasattr(error, "possibilities"):
         known = [name for one in error.ctx.command.params for name in one.opts]
         return Problem(
-            f"no option `{error.option_name}`", where=command, remedy=_meant(error.option_name, known, remedy)
+            f"no option `{error.option_name}`", where=command, remedy=did_you_mean(error.option_name, known, remedy)
         )
     commands = list(getattr(context.command, "commands", ())) if context else []
     given = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if commands and given and given not in commands:
         what, expected = f"no command `{given}`", ", ".join(commands)
-        return Problem(what, where=command, expected=expected, remedy=_meant(given, commands, remedy))
+        return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, commands, remedy))
     said = str(error.message if parameter else error.format_message()).rstrip(".")
     if parameter is None:
         return Problem(said[:1].lower() + said[1:], where=command, remedy=remedy)
@@ -137,11 +137,6 @@ def _typed(names: list[str]) -> str:
         if word.partition("=")[0] in names:
             return word.partition("=")[2]
     return ""
-
-
-def _meant(word: str, known: list[str], otherwise: str) -> str:
-    alike = nearest(word, known)
-    return f"did you mean `{alike}`?" if alike else otherwise
 
 
 def _complain(message: str, code: int = 1) -> NoReturn:

@@ -22,8 +22,7 @@ from rewarded_lines.demo import reviews
 from rewarded_lines.demo.jobs import Job, Watch, run_jobs
 from rewarded_lines.engines.load import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.evaluation.records import write_json
-from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, load_project, read_yaml, save_project
 from rewarded_lines.references import local_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.drawing.labels import shorten
 from rewarded_lines.drawing.style import FORMATS, blank_figure, figure_bytes, house_style, looks
-from rewarded_lines.errors import fail, nearest
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.folders import write_bytes
 from rewarded_lines.inspecting.inspect import Inspection, Level
 
 if TYPE_CHECKING:
@@ -40,13 +40,12 @@ def check_figure_file(file: str | Path) -> str:
     path = Path(file)
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
-        alike = nearest(kind, FORMATS)
         raise fail(
             "no format of a figure",
             where=str(file),
             expected="a file name ending on .png, .svg or .pdf",
             got=path.suffix or "no ending",
-            remedy=f"did you mean {path.with_suffix(f'.{alike}').name}?" if alike else "",
+            remedy=did_you_mean(kind, FORMATS),
         )
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "its folder is not there"
@@ -62,9 +61,7 @@ def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
         UserError: see `check_figure_file`.
     """
     path, kind = Path(file), check_figure_file(file)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(figure_bytes(depth_figure(inspection), kind))
-    os.replace(partial, path)
+    write_bytes(path, figure_bytes(depth_figure(inspection), kind))
 
 
 def depth_figure(inspection: Inspection) -> Figure:

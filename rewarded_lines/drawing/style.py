@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewarded_lines.errors import UserError, fail, nearest
+from rewarded_lines.errors import UserError, did_you_mean, fail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -109,12 +109,11 @@ def check_style(style: str) -> None:
     if style in STYLES:
         return
     if not Path(style).is_file():
-        alike = nearest(style, list(STYLES))
         raise fail(
             "no such style",
             where=f"--style {style}",
             expected=f"{', '.join(STYLES)}, or a .mplstyle file",
-            remedy=f"did you mean {alike}?" if alike else "",
+            remedy=did_you_mean(style, STYLES),
         )
     try:
         import matplotlib  # noqa: F401 - only whether it is there
@@ -223,8 +222,7 @@ def _read_style(path: Path) -> dict[str, Any]:
         for line in path.read_text(encoding="utf-8").splitlines():
             key = line.partition("#")[0].partition(":")[0].strip()
             if key and key not in matplotlib.rcParams:
-                alike = nearest(key, list(matplotlib.rcParams))
-                remedy = f"did you mean {alike}?" if alike else ""
+                remedy = did_you_mean(key, matplotlib.rcParams)
                 raise fail(f"matplotlib has no setting `{key}`", where=str(path), remedy=remedy)
         found = matplotlib.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
     except UserError:

@@ -11,7 +11,7 @@ import blake3
 
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.base import Model, Plan
-from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.planning.plan import MergeSpec, complete
 from rewarded_lines.projects import Project
 from rewarded_lines.rules.methods import METHODS, OptionValue, soup
@@ -189,12 +189,11 @@ class Methods:
         if name in METHODS:
             return MethodSpec(merge=name, beta=0.0)
         known = [*PRESETS, POLICIES, *(method for method in METHODS if method not in PRESETS)]
-        alike = nearest(name, known)
         raise fail(
             f"unknown method `{name}`",
             where=self._where("sweep", "methods", name),
             expected=", ".join(known) + ", or a name with alpha, beta, merge ... of its own",
-            remedy=f"did you mean `{alike}`?" if alike else "",
+            remedy=did_you_mean(name, known),
         )
 
     def _check(self, name: str, spec: MethodSpec | None, baselines: list[str]) -> None:

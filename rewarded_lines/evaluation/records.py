@@ -8,7 +8,6 @@ stand in the file's metadata. `run.json` says which method each point belongs to
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.folders import atomic_file
 
 RUN_FILE = "run.json"
 FORMAT = 2
@@ -120,13 +120,8 @@ def write_point(path: Path, point: Point) -> None:
         "control": None if point.control is None else point.control.tolist(),
     }
     metadata = {**content, "checksum": _checksum(table, content)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_file(path) as partial:
         pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(metadata)}), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_point(path: Path) -> Point:
@@ -176,17 +171,6 @@ def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
 
 def _damaged(path: Path, why: str) -> UserError:
     return fail("not a whole point record", where=str(path), got=why, remedy="run the sweep again; it is made anew")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that readers see the old file or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def point_path(folder: Path, key: str) -> Path:

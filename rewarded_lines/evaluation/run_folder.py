@@ -21,11 +21,10 @@ from rewarded_lines.evaluation.records import (
     point_path,
     read_header,
     read_point,
-    write_json,
     write_point,
 )
 from rewarded_lines.evaluation.setup import Setup
-from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import SILENT, Progress
 
 _OURS = ("points", "drafts", "report", RUN_FILE)

@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.checkpoints.adapters import is_adapter
+from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
-from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.forms import read_prompts
 from rewarded_lines.data.lengths import positions_of
@@ -21,7 +20,7 @@ from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.base import Generator, Plan
 from rewarded_lines.engines.load import check_engine, is_url, load_generator
 from rewarded_lines.engines.tokens import load_config, read_template
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluation.readable import readable
@@ -33,7 +32,7 @@ from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.rewards import Reward, load_rewards
-from rewarded_lines.scoring.scorer import NOT_IN_KEY, Scorer
+from rewarded_lines.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Setup:
             "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
             "generation": generation,
             "rewards": {
-                name: {**decides(config.rewards[name], NOT_IN_KEY), "fingerprint": reward.fingerprint}
+                name: {**decides(config.rewards[name]), "fingerprint": reward.fingerprint}
                 for name, reward in self.rewards.items()
             },
         }
@@ -312,18 +311,10 @@ def _plan(project: Project, options: Options) -> Plan:
         raise fail("a policy and a baseline share a name", where=str(project.path), got=", ".join(sorted(both)))
     policies = {name: project.resolve(reference) for name, reference in names.items()}
     base = project.resolve(str(config.base))
-    adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(_is_adapter, policies.values()))
+    adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
     if adapters:
         return plan_adapters(base, policies, layers=options.layers)
     return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
-
-
-def _is_adapter(reference: str) -> bool:
-    """Say whether a policy is an adapter; what cannot be opened is for the plan to tell."""
-    try:
-        return is_adapter(resolve_folder(reference))
-    except UserError:
-        return False
 
 
 def _digest(content: Any) -> str:

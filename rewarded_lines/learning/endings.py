@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from transformers.utils import cached_file
 
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.records import write_json
+from rewarded_lines.folders import write_json
 
 # Entries of well-known vocabularies that are made for padding, or that no text contains.
 _PADDING = (

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rewarded_lines.checkpoints.adapters import is_adapter
-from rewarded_lines.checkpoints.reader import resolve_folder
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.checkpoints.adapters import names_adapter
+from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapters import AdapterPlan, plan_adapters
 from rewarded_lines.planning.plan import MergePlan, check_device, choose, plan_merge
 from rewarded_lines.rules.methods import METHODS, soup
@@ -39,7 +38,7 @@ def plan_as(
         UserError: with every fault of the inputs, or because a method that is not linear cannot give an adapter.
     """
     choose("--as", kind, KINDS)
-    if kind == "full" or (kind == "auto" and not all(map(_is_adapter, policies.values()))):
+    if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
         return plan_merge(base, policies, dtype=dtype, device=device, layers=layers)
     if METHODS[method].rule is not soup or METHODS[method].weigh:
         linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
@@ -56,11 +55,3 @@ def plan_as(
 def kind_of(plan: MergePlan | AdapterPlan) -> str:
     """Return what a plan writes: "full" or "adapter"."""
     return "adapter" if isinstance(plan, AdapterPlan) else "full"
-
-
-def _is_adapter(reference: str) -> bool:
-    """Say whether a policy is an adapter; what cannot be opened is for the plan to tell."""
-    try:
-        return is_adapter(resolve_folder(reference))
-    except UserError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail, masked
-from rewarded_lines.folders import atomic_folder
+from rewarded_lines.folders import atomic_folder, write_json
 from rewarded_lines.merging.cards import CardAddition, model_card
 from rewarded_lines.merging.input_cards import CARD_FILE
 from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, describe, hash_inputs
@@ -183,13 +182,6 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
 def _copy_companions(source: Path, folder: Path) -> None:
     for path in companions(source):
         shutil.copyfile(path, folder / path.name)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file."""
-    # Half characters, from a file's name for example, become the escapes that JSON has for them.
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_space(needed: int, folder: Path) -> None:

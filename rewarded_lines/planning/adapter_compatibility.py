@@ -16,6 +16,7 @@ from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import Problem
+from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.planning.compatibility import REMEDY, RESIZE, compare_tokenizers, read_if_there
 from rewarded_lines.planning.folding import is_transposed, stored_shape
 from rewarded_lines.streaming.blocks import blocks_of
@@ -189,7 +190,7 @@ def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) ->
     whole = isinstance(base, Checkpoint)
     recorded, named = _recorded(adapter), adapter.config.base
     if recorded and whole:
-        return _compare_hashes(base, recorded, "training.json", where)
+        return _compare_hashes(base, recorded, TRAINING_FILE, where)
     if not named or named == reference:
         return []
     if not _is_model(named):
@@ -228,7 +229,7 @@ def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
 
 
 def _recorded(adapter: Adapter) -> str:
-    return str(read_if_there(adapter.folder / "training.json").get("base_hash") or "")
+    return str(read_if_there(adapter.folder / TRAINING_FILE).get("base_hash") or "")
 
 
 def _last_part(reference: str) -> str:

@@ -19,6 +19,7 @@ from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.streaming.blocks import blocks_of
 
 REMEDY = "merge policies that were all trained from this base"
@@ -231,7 +232,7 @@ def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
     """Tell policies of another base by what their training recorded or, where it recorded nothing, by their values."""
-    recorded = str(read_if_there(policy.folder / "training.json").get("base_hash") or "")
+    recorded = str(read_if_there(policy.folder / TRAINING_FILE).get("base_hash") or "")
     if recorded:
         actual = weights_hash(base.folder)
         if recorded == actual:
@@ -241,7 +242,7 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
                 "trained from another base",
                 where,
                 f"base weights {actual[:12]}… ({base.folder})",
-                f"{recorded[:12]}… (training.json)",
+                f"{recorded[:12]}… ({TRAINING_FILE})",
                 REMEDY + "; a base saved anew, in other shards for example, needs its policies' first files",
             )
         ]

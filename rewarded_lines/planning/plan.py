@@ -15,7 +15,7 @@ from rewarded_lines.checkpoints.dtypes import FLOATS, DType, as_torch, widest
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
-from rewarded_lines.errors import fail, nearest
+from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.measuring.facts import Facts, Gram
 from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.planning.folding import FoldedAdapter
@@ -328,8 +328,7 @@ def choose(option: str, value: str, known: Sequence[str]) -> None:
         UserError: naming them, and the nearest.
     """
     if value not in known:
-        alike = nearest(value, list(known))
-        remedy = f"did you mean `{alike}`?" if alike else ""
+        remedy = did_you_mean(value, known)
         raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known), remedy=remedy)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rewarded_lines.drawing.figures import NAMES, figures
 from rewarded_lines.drawing.residuals import run_depth_figure
 from rewarded_lines.drawing.style import FORMATS, PAPER, check_style, figure_bytes
-from rewarded_lines.errors import fail, nearest
-from rewarded_lines.evaluation.records import Run, load_run, write_json
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.setup import located
+from rewarded_lines.folders import write_bytes, write_json
 from rewarded_lines.inspecting.inspect import Inspection, inspect
 from rewarded_lines.pages.page import lacking, page
 from rewarded_lines.summaries.summary import Summary, summarise
@@ -57,17 +57,17 @@ def report(
     summary = summarise(runs)
     folder = runs[0].folder / "report"
     write_json(folder / "summary.json", summary.as_dict())
-    _write(folder / "table.md", markdown(summary).encode())
-    _write(folder / "points.csv", points_csv(summary).encode())
+    write_bytes(folder / "table.md", markdown(summary).encode())
+    write_bytes(folder / "points.csv", points_csv(summary).encode())
     for name, figure in figures(summary, read_trainings(runs), style):
         for kind in formats:
-            _write(folder / f"{name}.{kind}", figure_bytes(figure, kind, style))
+            write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind, style))
     if depth:
         figure = run_depth_figure(summary, _inspections(runs[0]), style)
         for kind in formats:
-            _write(folder / f"depth.{kind}", figure_bytes(figure, kind, style))
+            write_bytes(folder / f"depth.{kind}", figure_bytes(figure, kind, style))
     if not lacking():
-        _write(folder / PAGE, page(runs, summary))
+        write_bytes(folder / PAGE, page(runs, summary))
     return summary
 
 
@@ -85,8 +85,7 @@ def report_files(run: Path | str) -> list[Path]:
 def _check_formats(formats: Sequence[str]) -> None:
     for kind in formats:
         if kind not in FORMATS:
-            alike = nearest(kind, FORMATS)
-            remedy = f"did you mean {alike}?" if alike else ""
+            remedy = did_you_mean(kind, FORMATS)
             raise fail(f"unknown format `{kind}`", where="--format", expected=", ".join(FORMATS), remedy=remedy)
 
 
@@ -101,10 +100,3 @@ def _inspections(run: Run) -> Mapping[str, Inspection]:
         name: inspect(located(str(policy["path"]), run.folder), base, layers=layers)
         for name, policy in policies.items()
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never half of either."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)

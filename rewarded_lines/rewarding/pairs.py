@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
+from rewarded_lines.folders import atomic_file
 
 _METADATA = b"rewarded_lines"
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -47,10 +47,8 @@ def kept_rows(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[
             return [_unpacked(row) for row in table.to_pylist()], True
     rows = make()
     table = pa.Table.from_pylist([_packed(row) for row in rows]).replace_schema_metadata({_METADATA: told})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial)
     return rows, False
 
 

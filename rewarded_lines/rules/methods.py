@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 
 # A float64 array of numpy or torch.
 Array = Any
@@ -269,8 +269,7 @@ def check_method(method: str, options: Mapping[str, OptionValue], policies: int)
         UserError: no such method, an option that is not the method's or out of range, a wrong number of policies.
     """
     if method not in METHODS:
-        alike = nearest(method, list(METHODS))
-        remedy = f"did you mean `{alike}`?" if alike else ""
+        remedy = did_you_mean(method, METHODS)
         raise fail(f"unknown value `{method}`", where="--method", expected=", ".join(METHODS), remedy=remedy)
     row = METHODS[method]
     problems = [_check_option(method, row, name, value) for name, value in options.items()]

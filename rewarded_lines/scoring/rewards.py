@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.errors import Problem, UserError, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean
 from rewarded_lines.projects import Project
 from rewarded_lines.references import find_function, local_path, looks_local
 from rewarded_lines.scoring.classifiers import ModelReward
@@ -139,10 +139,9 @@ def _make_room(rewards: dict[str, Reward]) -> None:
 
 
 def _unknown_reward(name: str, known: list[str], project: Project) -> Problem:
-    alike = nearest(name, known)
     return Problem(
         f"no reward `{name}`",
         where=str(project.path),
         expected="one of " + ", ".join(known) if known else "a `rewards:` section",
-        remedy=f"did you mean `{alike}`?" if alike else "",
+        remedy=did_you_mean(name, known),
     )

@@ -24,8 +24,6 @@ OFFLOADS = ("auto", "always", "never")
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
-# What a score does not depend on.
-NOT_IN_KEY = {"batch_size", "description", "device", "role", "unit", "workers"}
 
 
 class Scorer:
@@ -147,7 +145,7 @@ def reward_key(reward: Reward, spec: RewardSpec) -> str:
     A reward whose content is not known, a function without a source file, gets another key each time.
     """
     content: dict[str, Any] = {
-        "declaration": decides(spec, NOT_IN_KEY),
+        "declaration": decides(spec),
         "device": reward.device.partition(":")[0],
         "fingerprint": reward.fingerprint or uuid.uuid4().hex,
     }

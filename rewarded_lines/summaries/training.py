@@ -11,10 +11,7 @@ from typing import Any
 
 from rewarded_lines.evaluation.records import Run
 from rewarded_lines.evaluation.setup import located
-
-# As recipes name it, who stand above this wing.
-_METRICS = "metrics.jsonl"
-_RECORD = "training.json"
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
     for index, run in enumerate(runs):
         for name, policy in run.header.get("policies", {}).items():
             folder = Path(located(str(policy.get("path", "")), run.folder)) if isinstance(policy, Mapping) else None
-            lines = _lines(folder / _METRICS) if folder else []
+            lines = _lines(folder / METRICS_FILE) if folder else []
             if folder and lines:
-                found.append(_training(name, index, lines, _standardized(folder / _RECORD)))
+                found.append(_training(name, index, lines, _standardized(folder / TRAINING_FILE)))
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rewarded_lines.config import SFT
-from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.setup import located
@@ -289,8 +289,7 @@ def _check_names(run: Run, wish: Wish) -> None:
     methods = list(run.methods())
     for name in wish.methods:
         if name not in methods:
-            alike = nearest(name, methods)
-            remedy = f"did you mean `{alike}`?" if alike else ""
+            remedy = did_you_mean(name, methods)
             what = "SFT is no candidate" if name == SFT else f"no method `{name}`"
             problems.append(Problem(what, where=str(run.folder), expected=", ".join(methods), remedy=remedy))
     if problems:
@@ -319,6 +318,5 @@ def _unknown_reward(run: Run, name: str) -> Problem:
     if name in run.rewards:
         what, remedy = f"`{name}` is an audit, which nothing is chosen by", "look at it in the answer"
     else:
-        alike = nearest(name, known)
-        what, remedy = f"no reward `{name}`", f"did you mean `{alike}`?" if alike else ""
+        what, remedy = f"no reward `{name}`", did_you_mean(name, known)
     return Problem(what, where=str(run.folder), expected="one of " + ", ".join(known), remedy=remedy)

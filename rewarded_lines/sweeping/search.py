@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rewarded_lines.config import SFT
-from rewarded_lines.errors import fail, nearest
+from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
@@ -144,8 +144,7 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
     merged = [name for name in setup.methods.specs if setup.methods.merged(name)]
     for name in methods:
         if name not in merged:
-            alike = nearest(name, merged)
-            remedy = f"did you mean `{alike}`?" if alike else ""
+            remedy = did_you_mean(name, merged)
             raise fail(f"no merged method `{name}`", where=str(folder), expected=", ".join(merged), remedy=remedy)
     if len(setup.project.config.policies) < 2:
         raise fail("nothing to search", where=str(folder), expected="two policies or more, so that there is a λ")

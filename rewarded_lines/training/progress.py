@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rewarded_lines.folders import METRICS_FILE
+
 PROGRESS = "REWARDED_LINES_PROGRESS"
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsCallback(TrainerCallback):

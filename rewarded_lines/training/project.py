@@ -23,6 +23,7 @@ from yaml import safe_load
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.engines.tokens import read_template
 from rewarded_lines.errors import fail
+from rewarded_lines.folders import write_bytes
 from rewarded_lines.projects import check_project, load_project
 
 _TRAINS_BY = ("stop", "stop_token_ids", "chat_template", "chat_template_kwargs", "strip")
@@ -75,10 +76,7 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
             yaml.dump(content, text)
             check_project(safe_load(text.getvalue()), path)
             # The file itself where the name is a link to it.
-            target = path.resolve()
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            partial.write_text(text.getvalue(), encoding="utf-8")
-            os.replace(partial, target)
+            write_bytes(path.resolve(), text.getvalue().encode())
         return [f"{project_file}: {change}" for change in said]
 
 

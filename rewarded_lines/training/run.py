@@ -25,13 +25,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.evaluation.records import write_json
-from rewarded_lines.folders import hold_folder, publish_folder
+from rewarded_lines.folders import TRAINING_FILE, hold_folder, publish_folder, write_json
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.options import RunOptions
 from rewarded_lines.training.progress import PROGRESS
 
-TRAINING_FILE = "training.json"
 _UNFINISHED = ".unfinished"
 _PACKAGES = (
     "rewarded-lines", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "vllm",

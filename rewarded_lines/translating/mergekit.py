@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.errors import Problem, UserError, fail, nearest
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merging.merge import MergeResult, merge
 from rewarded_lines.translating.mergekit_file import MergekitFile, read_file
 from rewarded_lines.translating.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
@@ -84,12 +84,11 @@ def _unknown_method(file: MergekitFile) -> UserError:
             got="slerp",
             remedy="nuslerp with `base_model: SFT model` is the one that both have",
         )
-    alike = nearest(file.method, list(MERGEKIT_METHODS))
     return fail(
         f"the method `{file.method}` has no exact counterpart here",
         where=where,
         expected=known,
-        remedy=f"did you mean `{alike}`?" if alike else "stay with mergekit for this merge",
+        remedy=did_you_mean(file.method, MERGEKIT_METHODS, "stay with mergekit for this merge"),
     )
 
 
@@ -104,14 +103,7 @@ def _check_parameters(file: MergekitFile, row: MergekitMethod) -> None:
                 continue
             overlooked = name in row.shared
             what = f"mergekit overlooks `{name}` here" if overlooked else f"{file.method} has no parameter `{name}`"
-            alike = nearest(str(name), list(known))
-            remedy = (
-                "move it to the top level's `parameters:`"
-                if overlooked
-                else f"did you mean `{alike}`?"
-                if alike
-                else ""
-            )
+            remedy = "move it to the top level's `parameters:`" if overlooked else did_you_mean(str(name), known)
             problems.append(Problem(what, where, expected=", ".join(known), remedy=remedy))
     if problems:
         raise UserError(problems)

@@ -22,6 +22,7 @@ LIGHT = {
     "rewarded_lines.cli",
     "rewarded_lines.errors",
     "rewarded_lines.processes",
+    "rewarded_lines.progress",
     "rewarded_lines.rules",
 }
 ASK = """\

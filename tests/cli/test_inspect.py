@@ -111,7 +111,7 @@ def test_plot(cli, tiny, file, magic):
     [
         ("d.jpg", "d.jpg: no format of a figure"),
         ("depth", "got: no ending"),
-        ("d.sgv", "did you mean d.svg?"),
+        ("d.sgv", "did you mean `svg`?"),
         ("no/d.png", "its folder is not there"),
     ],
 )

@@ -110,7 +110,7 @@ def test_a_file_goes_over_the_paper_style(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("font.sizes: 11\n", r"no setting `font.sizes`[\s\S]*did you mean font.size\?"),
+        ("font.sizes: 11\n", r"no setting `font.sizes`[\s\S]*did you mean `font.size`\?"),
         ("font.size: enormous\n", "not a matplotlib style file"),
         ("just words\n", "no setting `just words`"),
     ],
@@ -123,7 +123,7 @@ def test_a_file_that_is_no_style_is_refused(tmp_path: Path, content: str, expect
 
 
 def test_an_unknown_style_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"did you mean slides\?"):
+    with pytest.raises(UserError, match=r"did you mean `slides`\?"):
         check_style("slide")
 
 

@@ -10,7 +10,8 @@ from tiny_adapters import save_adapter
 
 from rewarded_lines import merge, report
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
-from rewarded_lines.evaluation.records import read_header, write_json
+from rewarded_lines.evaluation.records import read_header
+from rewarded_lines.folders import write_json
 
 NAMES = ("cheerful", "detailed", "kind")
 

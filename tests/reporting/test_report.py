@@ -80,8 +80,8 @@ def test_depth_without_the_weights_is_refused(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--style", "papier"], "did you mean paper?"),
-        (["--format", "pfd"], "did you mean pdf?"),
+        (["--style", "papier"], "did you mean `paper`?"),
+        (["--format", "pfd"], "did you mean `pdf`?"),
         (["--style", "gone.mplstyle"], "no such style"),
     ],
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rewarded_lines.evaluation.records import Run
+from rewarded_lines.folders import METRICS_FILE
 from rewarded_lines.summaries.training import Training, read_trainings
 
-METRICS_FILE = "metrics.jsonl"
 LINES = [
     {"step": 0, "max_steps": 2, "seconds": 0.1},
     {"step": 1, "max_steps": 2, "seconds": 1.0, "reward": -0.5, "kl": 0.0},
@@ -58,12 +58,6 @@ def test_what_is_no_log_is_left_out(run: Run, tmp_path: Path, lines: list[str]) 
     run.folder.mkdir()
     write(tmp_path / "kind", lines)
     assert read_trainings([run]) == []
-
-
-def test_the_recipes_write_under_this_name() -> None:
-    # Read, not imported: it would load transformers.
-    source = Path(__file__).parents[2] / "rewarded_lines/training/progress.py"
-    assert f'METRICS_FILE = "{METRICS_FILE}"' in source.read_text(encoding="utf-8")
 
 
 def test_nothing_there_is_nothing_found(run: Run) -> None:

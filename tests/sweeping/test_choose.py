@@ -25,9 +25,9 @@ from rewarded_lines.evaluation.records import (
     load_run,
     point_entries,
     point_path,
-    write_json,
     write_point,
 )
+from rewarded_lines.folders import write_json
 from rewarded_lines.projects import load_project
 
 # The SFT model's scores deviate from their mean by 1 in `a` and by 10 in `b`.
