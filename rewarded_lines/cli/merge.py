@@ -171,7 +171,7 @@ def merge(
     cards = card_additions(run, config, push_to_hub)
     if record is not None:
         return _replay(record, base, policy or [], out, device, overwrite, allow_nonfinite, cards, hub, as_json, quiet)
-    from rewarded_lines.streaming.vectors import use_wide_vectors
+    from rewarded_lines.streaming.pool import use_wide_vectors
 
     use_wide_vectors()
     if from_mergekit is not None:
@@ -249,7 +249,7 @@ def _replay(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from rewarded_lines.streaming.vectors import use_wide_vectors
+    from rewarded_lines.streaming.pool import use_wide_vectors
 
     use_wide_vectors()
     from rewarded_lines.merging.merge import name_policies

@@ -12,7 +12,7 @@ from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
 from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.inspecting.subject import open_subject
-from rewarded_lines.measuring.distances import Distance, distances
+from rewarded_lines.measuring.norms import Distance, distances
 from rewarded_lines.planning.plan import OUTSIDE, choose
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside, tensor_scale

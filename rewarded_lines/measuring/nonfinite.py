@@ -1,7 +1,8 @@
-"""NaN and infinite values, counted as blocks pass, and what the user is told of them."""
+"""NaN and infinite values, counted as blocks pass, and the error that reports them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from threading import Lock
 
@@ -9,9 +10,11 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.streaming.blocks import TensorMerge, Workspace
 
+_SHOWN = 5
+
 
 class NonFinite:
-    """Counts NaN and infinite values as they pass, tensor by tensor."""
+    """Counts NaN and infinite values, tensor by tensor; threads may share it."""
 
     def __init__(self, policies: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
         """Count nothing yet.
@@ -22,11 +25,11 @@ class NonFinite:
         """
         self._inputs = ["base", *(f"policy `{name}`" for name in policies)]
         self._tensors = tensors
-        self._counts: dict[tuple[str, str], int] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = Lock()
 
     def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
-        """Count what is not finite in a block's inputs and, where those are, in its results."""
+        """Count what is not finite in a block's inputs or, if they are all finite, in its results."""
         # A finite weighted sum of all inputs shows that every one of them is finite.
         whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
         if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
@@ -41,10 +44,10 @@ class NonFinite:
         """Count values of a tensor that are not finite in an input, or in "the result"."""
         if count:
             with self._lock:
-                self._counts[name, source] = self._counts.get((name, source), 0) + count
+                self._counts[name, source] += count
 
     def counted(self, name: str, source: str) -> bool:
-        """Say whether something of a tensor has been counted there."""
+        """Say whether any value of a tensor was counted for an input."""
         return (name, source) in self._counts
 
     def refuse(self) -> None:
@@ -53,19 +56,14 @@ class NonFinite:
         Raises:
             UserError: naming tensors, inputs and counts.
         """
-        shown = sorted(self._counts.items())[:5]
-        problems = [
-            Problem(
-                f"{count} values are not finite in {source}",
-                where=name,
-                expected="no NaN and no infinity",
-                remedy="pass --allow-nonfinite if they are meant"
-                if source != "the result"
-                else "the output's type cannot hold them: pass --dtype float32 or a smaller scale",
-            )
-            for (name, source), count in shown
-        ]
-        if len(self._counts) > len(shown):
-            problems.append(Problem(f"{len(self._counts) - len(shown)} more tensors are not finite"))
+        problems = []
+        for (name, source), count in sorted(self._counts.items())[:_SHOWN]:
+            remedy = "pass --allow-nonfinite if they are meant"
+            if source == "the result":
+                remedy = "the output's type cannot hold them: pass --dtype float32 or a smaller scale"
+            what = f"{count} values are not finite in {source}"
+            problems.append(Problem(what, name, "no NaN and no infinity", remedy=remedy))
+        if len(self._counts) > _SHOWN:
+            problems.append(Problem(f"{len(self._counts) - _SHOWN} more tensors are not finite"))
         if problems:
             raise UserError(problems)

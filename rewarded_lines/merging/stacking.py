@@ -20,7 +20,6 @@ from rewarded_lines.planning.plan import MergeSpec
 from rewarded_lines.progress import Progress
 from rewarded_lines.streaming import kernels
 from rewarded_lines.streaming.blocks import BLOCK, Workspace, blocks_of
-from rewarded_lines.streaming.columns import place_columns
 from rewarded_lines.streaming.pool import share_out
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +109,7 @@ class AdapterWriter:
         out = np.empty(rows * stack.rank, dtype.storage)
         for part in stack.parts:
             width, values = modules[part.policy].rank, raw[part.policy]
-            bad = int(place_columns(values, width, part.factor, part.first, stack.rank, out))
+            bad = int(kernels.place_columns(values, width, part.factor, part.first, stack.rank, out))
             self._finite(modules[part.policy].b.name, bad, part.policy)
         return out
 

@@ -16,14 +16,14 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, find_depths
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
 from rewarded_lines.errors import did_you_mean, fail
-from rewarded_lines.measuring.facts import Facts, Gram
 from rewarded_lines.measuring.nonfinite import NonFinite
+from rewarded_lines.measuring.norms import Facts, Gram
+from rewarded_lines.measuring.sparsity import random_mask
 from rewarded_lines.planning.folding import FoldedAdapter
 from rewarded_lines.planning.inputs import check_fit, open_inputs
 from rewarded_lines.rules.lines import Outside, lines_scale, tensor_scale
 from rewarded_lines.rules.methods import METHODS, OptionValue, check_method, consensus, soup
 from rewarded_lines.streaming.blocks import Masks, Source, TensorMerge, Workspace, blocks_of
-from rewarded_lines.streaming.masks import random_mask
 from rewarded_lines.streaming.pool import share_out
 
 if TYPE_CHECKING:

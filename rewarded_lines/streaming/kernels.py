@@ -1,8 +1,8 @@
 """The inner loops, compiled: every value is widened to float64, merged, and rounded once, to nearest even.
 
-They are written value by value because that is what keeps memory traffic at the bytes of the files; numba compiles
-them on first use, for each combination of types, and keeps the machine code in its cache. No fast-math: the order of
-operations is the one written here, so the bits do not depend on vector width, threads or blocks.
+They are written value by value, so that memory traffic stays at the bytes of the files. numba compiles them on first
+use, for each combination of types, and caches the machine code. No fast-math: operations run in the order written
+here, so the bits do not depend on vector width, threads or blocks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def compiled(function: Callable[..., Any]) -> Any:
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
-        # No folder can be written for the cache: compile anew in each process.
+        # No folder for the cache can be written: each process compiles for itself.
         return numba.njit(nogil=True)(function)
 
 
 def _widen(value: Any) -> Any:
-    """Return one stored value as float64, exactly; the storage type says what it is."""
+    """Return one stored value as float64, exactly; its storage type says which format it has."""
     raise NotImplementedError(value)
 
 
@@ -66,14 +66,14 @@ def _choose_widen(value: Any) -> Any:
 
 
 def _store(out: Any, index: Any, value: Any) -> Any:
-    """Round a float64 once to the type of `out`, store it, and return whether what is stored is not finite."""
+    """Round a float64 once to the type of `out`, store it, and return whether the stored value is not finite."""
     raise NotImplementedError(out, index, value)
 
 
 @overload(_store)  # type: ignore[untyped-decorator]
 def _choose_store(out: Any, index: Any, value: Any) -> Any:
     # Adding and taking away 1.5·2⁵²·ulp rounds a float64 to a multiple of ulp, ties to even, in a single rounding;
-    # `ulp` is that of the target type at this exponent. What is left is exact in the target type.
+    # `ulp` is that of the target type at this exponent. The result is exact in the target type.
     if out.dtype == types.uint16:
 
         def bfloat16(out: Any, index: Any, value: Any) -> Any:
@@ -253,3 +253,24 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
             out[place] = magnitude
             place += 1
     return place
+
+
+@compiled
+def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
+    """Write factor·values into some columns of a matrix; return how many of the results are not finite.
+
+    Args:
+        values: stored values, [rows, width], flat.
+        width: of `values`.
+        factor: what they are multiplied by, in float64.
+        first: the column of the matrix that takes the first column of `values`.
+        columns: of the matrix.
+        out: the matrix in its storage type, [rows, columns], flat.
+    """
+    count = 0
+    for row in range(values.size // width):
+        source = values[row * width : (row + 1) * width]
+        target = out[row * columns + first : row * columns + first + width]
+        for i in range(width):
+            count += _store(target, i, _widen(source[i]) * factor)
+    return count
