@@ -12,8 +12,7 @@ from pathlib import Path
 
 from rewarded_lines.checkpoints.dtypes import F32
 from rewarded_lines.folders import scratch_folder
-from rewarded_lines.merging.output import fill_folders
-from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.adapter_plan import AdapterPlan
 from rewarded_lines.planning.plan import MergeSpec
 
 _MEMORY = Path("/dev/shm")
@@ -58,7 +57,7 @@ class AdapterFolders:
             folder.mkdir()
         plan = self._plan.only(layer) if layer else self._plan
         plan.prepare(specs)
-        fill_folders(plan, specs, folders, max_shard_size=_ONE_FILE)
+        plan.write(specs, folders, max_shard_size=_ONE_FILE)
         return folders
 
     def remove(self, folders: Sequence[Path]) -> None:

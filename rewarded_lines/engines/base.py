@@ -11,11 +11,9 @@ from typing import Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.planning.plan import MergeSpec
 
 Tokens = Sequence[int]
-Plan = MergePlan | AdapterPlan
 Model = MergeSpec | None
 """Who answers: a merge of the engine's plan, or None for the SFT model itself."""
 # Seeds of different runs must not meet: run 0's prompt 1 is not run 1's prompt 0, nor its second response.

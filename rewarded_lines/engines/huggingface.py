@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Model, Response, Tokens, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling, StopTexts
 from rewarded_lines.engines.tokens import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
 from rewarded_lines.errors import fail
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.planning.model_plan import ModelPlan
+from rewarded_lines.planning.plan import MergeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class HfGenerator:
         spec: GenerationSpec,
         prompts: Sequence[Prompt],
         *,
-        plan: Plan | None = None,
+        plan: ModelPlan | None = None,
         longest: int = 0,
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
@@ -54,9 +54,8 @@ class HfGenerator:
         Raises:
             UserError: prompts do not fit the model, or the chat template cannot be read.
         """
-        assert not isinstance(plan, AdapterPlan), "adapters are folded into their base for this engine"
         self.swap_seconds = 0.0
-        self._plan: MergePlan | None = plan
+        self._plan = plan
         self._in_use: Model | str = None
         self._model, self._tokenizer = loaded or self._from_folder(model, spec, prompts, longest)
         self._remember()

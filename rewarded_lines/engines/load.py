@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Generator, Plan
+from rewarded_lines.engines.base import Generator
 from rewarded_lines.errors import fail
-from rewarded_lines.planning.adapters import AdapterPlan
+from rewarded_lines.planning.plan import Plan
 
 ENGINES = ("vllm", "hf")
 
@@ -64,21 +65,40 @@ def load_generator(
         tensor_parallel: over how many devices vLLM spreads the model.
 
     Raises:
-        UserError: an engine that is not there, or prompts too long for the model.
+        UserError: an engine that is not there or does not take such plans, or prompts too long for the model.
     """
     check_engine(engine)
+    start = _engine(engine, "" if plan is None else plan.kind, tensor_parallel)
+    return start(model, spec, prompts, plan=plan, longest=longest)
+
+
+def _engine(engine: str, kind: str, tensor_parallel: int) -> Callable[..., Generator]:
+    """Return what starts an engine for plans of a kind: vLLM and servers keep adapters beside one base.
+
+    Raises:
+        UserError: the engine does not take such plans.
+    """
     if is_url(engine):
         from rewarded_lines.engines.remote import RemoteGenerator
 
-        return RemoteGenerator(engine, model, spec, prompts, plan=plan, longest=longest)
+        if kind == "full":
+            raise fail(
+                "a server takes adapters, not the weights of whole models",
+                where=engine,
+                expected="LoRA adapters as policies",
+                got="a merge of whole models",
+                remedy="use --engine vllm or --engine hf",
+            )
+        return partial(RemoteGenerator, engine)
     if engine == "hf":
         from rewarded_lines.engines.huggingface import HfGenerator
 
-        return HfGenerator(model, spec, prompts, plan=plan, longest=longest)
-    if isinstance(plan, AdapterPlan):
+        assert kind != "adapter", "adapters are folded into their base for this engine"
+        return HfGenerator
+    if kind == "adapter":
         from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
 
-        return VllmAdapterGenerator(model, spec, prompts, plan=plan, longest=longest, tensor_parallel=tensor_parallel)
+        return partial(VllmAdapterGenerator, tensor_parallel=tensor_parallel)
     from rewarded_lines.engines.vllm_engine import VllmGenerator
 
-    return VllmGenerator(model, spec, prompts, plan=plan, longest=longest, tensor_parallel=tensor_parallel)
+    return partial(VllmGenerator, tensor_parallel=tensor_parallel)

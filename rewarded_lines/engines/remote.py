@@ -17,7 +17,7 @@ import httpx2
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers, changes_nothing
-from rewarded_lines.engines.base import Model, Plan, Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Model, Response, Tokens, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server import Server, describe
 from rewarded_lines.engines.tokens import (
@@ -30,8 +30,8 @@ from rewarded_lines.engines.tokens import (
 from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.planning.adapter_plan import AdapterPlan
+from rewarded_lines.planning.plan import MergeSpec
 
 FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
 _UNDER_WAY = 64
@@ -59,7 +59,7 @@ class RemoteGenerator:
         spec: GenerationSpec,
         prompts: Sequence[Prompt],
         *,
-        plan: Plan | None = None,
+        plan: AdapterPlan | None = None,
         longest: int = 0,
     ) -> None:
         """Connect; see `load_generator`. One merged adapter is loaded on trial.
@@ -72,15 +72,16 @@ class RemoteGenerator:
             plan: of adapters.
 
         Raises:
-            UserError: there is no such server, it takes no adapters, or its sequences are too short; or the plan is
-                one of whole models.
+            UserError: there is no such server, it takes no adapters or not these, or its sequences are too short.
         """
-        _refuse_whole_models(url, plan)
+        if plan is not None:
+            refuse_unserved(plan, url)
+            slot_rank(plan, url)
         self.swap_seconds = 0.0
         self._tokenizer = load_tokenizer(model, spec)
         self._ends = end_tokens(self._tokenizer, load_generation_config(model))
         length = longest_sequence(self._tokenizer, load_config(model), model, spec, prompts, longest)
-        self._plan = plan if isinstance(plan, AdapterPlan) else None
+        self._plan = plan
         self._server = Server(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
         self._folders: AdapterFolders | None = None
@@ -275,25 +276,6 @@ class RemoteGenerator:
                 got=f"{room} (its max_model_len)",
                 remedy=f"start it with --max-model-len {length}, or shorten prompts or generation.max_tokens",
             )
-
-
-def _refuse_whole_models(url: str, plan: Plan | None) -> None:
-    """Refuse what a server cannot be given.
-
-    Raises:
-        UserError: the plan is one of whole models, or of adapters that vLLM does not serve.
-    """
-    if isinstance(plan, MergePlan):
-        raise fail(
-            "a server takes adapters, not the weights of whole models",
-            where=url,
-            expected="LoRA adapters as policies",
-            got="a merge of whole models",
-            remedy="use --engine vllm or --engine hf",
-        )
-    if plan is not None:
-        refuse_unserved(plan, url)
-        slot_rank(plan, url)
 
 
 def _is_zero(plan: AdapterPlan, layer: str) -> bool:

@@ -11,7 +11,8 @@ from rewarded_lines.engines.base import Model, Response, Tokens
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.worker import plan_message, spec_message
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.planning.model_plan import ModelPlan
+from rewarded_lines.planning.plan import MergeSpec
 
 _HALF_WRITTEN: Final = "half-written"
 
@@ -27,7 +28,7 @@ class VllmGenerator:
         spec: GenerationSpec,
         prompts: Sequence[Prompt],
         *,
-        plan: MergePlan | None = None,
+        plan: ModelPlan | None = None,
         longest: int = 0,
         tensor_parallel: int = 1,
     ) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.plan import MergePlan, MergeSpec, plan_merge
+from rewarded_lines.planning.inputs import plan_merge
+from rewarded_lines.planning.model_plan import ModelPlan
+from rewarded_lines.planning.plan import MergeSpec
 
 # Plans of this process: its own workers take them as they are, with all that has been measured.
-_plans: weakref.WeakValueDictionary[int, MergePlan] = weakref.WeakValueDictionary()
+_plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
 
 
-def plan_message(plan: MergePlan) -> dict[str, Any]:
+def plan_message(plan: ModelPlan) -> dict[str, Any]:
     """Return what a worker needs to find or to open a plan, in plain types."""
     _plans[id(plan)] = plan
     return {

@@ -10,9 +10,9 @@ from typing import Any
 import blake3
 
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
-from rewarded_lines.engines.base import Model, Plan
+from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.planning.plan import MergeSpec, Plan, complete
 from rewarded_lines.projects import Project
 from rewarded_lines.rules.methods import METHODS, OptionValue, soup
 from rewarded_lines.rules.preferences import simplex_grid

@@ -9,9 +9,9 @@ from rewarded_lines.data.forms import Tell, silent
 from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Plan
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokens import load_config, load_tokenizer
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.projects import Project
 from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.scoring.rewards import Reward

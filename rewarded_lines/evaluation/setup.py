@@ -17,7 +17,7 @@ from rewarded_lines.data.forms import read_prompts
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import read_rows, rows_hash
-from rewarded_lines.engines.base import Generator, Plan
+from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load import check_engine, is_url, load_generator
 from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import fail
@@ -25,8 +25,8 @@ from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import FORMAT
-from rewarded_lines.planning.adapters import plan_adapters
-from rewarded_lines.planning.plan import plan_merge
+from rewarded_lines.planning.inputs import plan_adapters, plan_merge
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
@@ -132,7 +132,7 @@ class Setup:
     @property
     def adapters(self) -> bool:
         """Whether merged policies are adapters."""
-        return not hasattr(self.plan, "tensors")
+        return self.plan.kind == "adapter"
 
     def key(self, spec: PointSpec) -> str:
         """Return the name of a point's records."""

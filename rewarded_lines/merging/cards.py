@@ -16,9 +16,8 @@ from rewarded_lines import __version__
 from rewarded_lines.errors import printable
 from rewarded_lines.merging.input_cards import InputCard, input_cards
 from rewarded_lines.merging.papers import equation, papers
-from rewarded_lines.merging.provenance import RECORD_FILE, Plan
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.planning.plan import MergeSpec, Plan
 from rewarded_lines.rules.methods import METHODS
 
 HERE = "this folder"
@@ -116,7 +115,7 @@ def _front(metadata: Mapping[str, Any]) -> str:
 
 def _metadata(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> dict[str, Any]:
     """Return what the Hub reads; what is not known is left out."""
-    adapter = isinstance(plan, AdapterPlan)
+    adapter = plan.rank(spec) is not None
     languages, datasets = (_union(inputs, name) for name in ("languages", "datasets"))
     schedule = ["lines"] if (spec.alpha, spec.beta) != (1, 0) else []
     method = ["rewarded-soups"] if spec.method == "soup" else [spec.method]
@@ -200,8 +199,8 @@ def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
     rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
     for stack, scales in plan.scales(spec).items():
         rows.append([f"s of {literal(stack)}, {len(scales)} blocks", _span(scales)])
-    if isinstance(plan, AdapterPlan):
-        rows.append(["rank", str(_rank(plan, spec))])
+    if (rank := plan.rank(spec)) is not None:
+        rows.append(["rank", str(rank)])
     return table(rows)
 
 
@@ -216,13 +215,14 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
     loader, task = _loader(plan)
     model = json.dumps(place)
     generates = task == "text-generation"
-    if not isinstance(plan, AdapterPlan):
+    rank = plan.rank(spec)
+    if rank is None:
         also = ", AutoTokenizer" if generates else ""
         lines = [f"from transformers import {loader}{also}", "", f"model = {loader}.from_pretrained({model})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({model})"] if generates else []
         served = _fenced("python", f"from vllm import LLM\n\nllm = LLM({model})") if generates else ""
         return [_fenced("python", "\n".join(lines)), served and "In vLLM:", served]
-    base, rank = json.dumps(inputs[""].title, ensure_ascii=False), _rank(plan, spec)
+    base = json.dumps(inputs[""].title, ensure_ascii=False)
     lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
     lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
     text = f"A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum."
@@ -241,10 +241,6 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
 
 def _vllm_rank(rank: int) -> int:
     return next((one for one in (1, 8, 16, 32, 64, 128, 256, 320, 512) if one >= rank), rank)
-
-
-def _rank(plan: AdapterPlan, spec: MergeSpec) -> int:
-    return max((stack.rank for stack in plan.output(spec).stacks.values()), default=0)
 
 
 def _loader(plan: Plan) -> tuple[str, str]:

@@ -16,8 +16,7 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
-    from rewarded_lines.merging.provenance import Plan
-    from rewarded_lines.planning.plan import MergeSpec
+    from rewarded_lines.planning.plan import MergeSpec, Plan
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:
@@ -69,8 +68,6 @@ def greedy_weights(
     Raises:
         UserError: no score is named, it fails, or it gives no finite number.
     """
-    from rewarded_lines.merging.output import fill_folders
-
     if score is None:
         raise fail(
             "the greedy soup needs a score",
@@ -88,7 +85,7 @@ def greedy_weights(
             if automatic:
                 soup = replace(soup, alpha=plan.auto_alpha([soup])[0])
             plan.prepare([soup])
-            fill_folders(plan, [soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
+            plan.write([soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
             value = judge(folder)
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
         return value

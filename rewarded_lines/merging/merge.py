@@ -15,10 +15,10 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
 from rewarded_lines.merging.cards import Additions
 from rewarded_lines.merging.greedy import greedy_weights
-from rewarded_lines.merging.kinds import kind_of, plan_as
 from rewarded_lines.merging.output import command_line, write_folders
-from rewarded_lines.merging.provenance import RECORD_FILE, Plan
-from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, choose, complete
+from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.planning.inputs import plan_as
+from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, Plan, choose, complete
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.rules.methods import METHODS, OptionValue
@@ -135,7 +135,7 @@ def merge(
         progress.start("measuring residuals")
         plan.prepare(specs)
         settings = {
-            "as": kind_of(plan),
+            "as": plan.kind,
             "dtype": dtype,
             "max_shard_size": max_shard_size,
             "layers": layers,

@@ -1,4 +1,4 @@
-"""From a plan to folders on disk: the stream of blocks, and what a checkpoint needs beside its weights."""
+"""From a plan to complete folders on disk: weights, settings, `merge.json` and the model card, or nothing at all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
-from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import total_bytes
-from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import UserError, fail, masked
 from rewarded_lines.folders import atomic_folder, write_json
 from rewarded_lines.merging.cards import CardAddition, model_card
 from rewarded_lines.merging.input_cards import CARD_FILE
-from rewarded_lines.merging.provenance import RECORD_FILE, Plan, companions, describe, hash_inputs
-from rewarded_lines.merging.stacking import AdapterWriter, adapter_config
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergePlan, MergeSpec
+from rewarded_lines.merging.provenance import RECORD_FILE, describe, hash_inputs
+from rewarded_lines.planning.plan import MergeSpec, Plan
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.streaming.blocks import all_blocks
-from rewarded_lines.streaming.pool import Relay, share_out
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -49,10 +42,10 @@ def write_folders(
         targets: the folders to make.
         settings: what else decides the bytes, for `merge.json`.
         max_shard_size: bytes of the largest weight file.
-        overwrite: replace folders that are there.
+        overwrite: replace existing folders.
         allow_nonfinite: let NaN and infinite values pass.
-        addition: called once for each output, when all inputs have been read: what else its card shows.
-        progress: is told of the steps, and of the bytes that are written.
+        addition: called once for each output, after all inputs have been read: what else its card shows.
+        progress: hears of each step and of the bytes that are written.
 
     Raises:
         UserError: an output exists, the disk cannot hold them, or a tensor is not finite.
@@ -60,143 +53,23 @@ def write_folders(
     needed = sum(total_bytes(plan.outputs(spec)) for spec in specs)
     with _explained(needed, targets[0]), ExitStack() as stack:
         folders = [stack.enter_context(atomic_folder(target, overwrite)) for target in targets]
-        check_space(needed, folders[0])
-        fill_folders(
-            plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
-        )
+        if needed > shutil.disk_usage(folders[0]).free:
+            raise _full(needed, folders[0].parent)
+        plan.write(specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress)
         progress.start("hashing inputs")
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):
             write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
-            write_card(folder, plan, spec, settings, addition(spec) if addition else CardAddition())
+            added = addition(spec) if addition else CardAddition()
+            for name, content in added.files.items():
+                (folder / name).write_bytes(content)
+            (folder / CARD_FILE).write_text(model_card(plan, spec, settings, added), encoding="utf-8")
         progress.start("syncing to disk")
-
-
-def write_card(folder: Path, plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition) -> None:
-    """Write the model card, and the files that it shows."""
-    for name, content in addition.files.items():
-        (folder / name).write_bytes(content)
-    (folder / CARD_FILE).write_text(model_card(plan, spec, settings, addition), encoding="utf-8")
-
-
-def fill_folders(
-    plan: Plan,
-    specs: Sequence[MergeSpec],
-    folders: Sequence[Path],
-    *,
-    max_shard_size: int,
-    allow_nonfinite: bool = False,
-    progress: Progress = SILENT,
-) -> None:
-    """Write all that is loaded from each output: weights, settings, tokenizer.
-
-    Raises:
-        UserError: a tensor of the inputs or of a result is not finite.
-    """
-    if isinstance(plan, AdapterPlan):
-        writer = AdapterWriter(plan, specs, progress)
-        writer.write(folders)
-        if not allow_nonfinite:
-            writer.nonfinite.refuse()
-    else:
-        write_weights(
-            plan, specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress
-        )
-    for folder, spec in zip(folders, specs, strict=True):
-        if isinstance(plan, AdapterPlan):
-            write_adapter_companions(plan, spec, folder)
-        else:
-            write_companions(plan, folder)
-
-
-def write_weights(
-    plan: MergePlan,
-    specs: Sequence[MergeSpec],
-    folders: Sequence[Path],
-    *,
-    max_shard_size: int,
-    allow_nonfinite: bool = False,
-    progress: Progress = SILENT,
-) -> None:
-    """Stream every block of every tensor through all specs into their folders' weight files.
-
-    Blocks are read and hashed in the order of the files, by threads that take turns, and merged side by side.
-
-    Raises:
-        UserError: a tensor of the inputs or of a result is not finite.
-    """
-    nonfinite, hashes = plan.nonfinite(), RunningHashes(plan.stored())
-    tensors = plan.base.tensors
-    with ExitStack() as stack:
-        writers = [stack.enter_context(CheckpointWriter(folder, plan.outputs(), max_shard_size)) for folder in folders]
-        order = writers[0].order
-        total = total_bytes(tensors[name] for name in order)
-        steps = {name: [plan.step(name, spec) for spec in specs] for name in order}
-
-        progress.expect(total)
-        progress.start("merging blocks", counted=True)
-        queue = list(all_blocks(order, tensors))
-        relay = Relay(queue)
-
-        def worker() -> Callable[[object], None]:
-            workspace = plan.workspace()
-
-            def work(_: object) -> None:
-                name, start, count = relay.take(
-                    lambda block: workspace.load(*block), lambda: hashes.take(workspace.stored())
-                )
-                bad = []
-                for writer, (values, wrong) in zip(writers, workspace.merge(steps[name]), strict=True):
-                    writer.write(name, start, values)
-                    bad.append(wrong)
-                nonfinite.look(workspace, name, steps[name], bad)
-                progress.advance(count * tensors[name].dtype.itemsize)
-
-            return work
-
-        # Each item lets whoever is free take the next block.
-        share_out(queue, worker)
-    hashes.remember()
-    if not allow_nonfinite:
-        nonfinite.refuse()
-
-
-def write_adapter_companions(plan: AdapterPlan, spec: MergeSpec, folder: Path) -> None:
-    """Write the settings of an adapter, and the tokenizer where a policy has one beside it."""
-    sources = [adapter.folder for adapter in plan.adapters if any(adapter.folder.glob("tokenizer*"))]
-    for source in sources[:1]:
-        _copy_companions(source, folder)
-    write_json(folder / ADAPTER_CONFIG, adapter_config(plan, spec))
-
-
-def write_companions(plan: MergePlan, folder: Path) -> None:
-    """Write config, tokenizer and whatever else of the base's folder belongs to a checkpoint."""
-    _copy_companions(plan.base.folder, folder)
-    config: dict[str, Any] = dict(plan.base.config)
-    # Whoever loads with the type that the config names must get every bit that was written.
-    config.pop("torch_dtype", None)
-    config["dtype"] = plan.widest_dtype()
-    write_json(folder / "config.json", config)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
-
-
-def check_space(needed: int, folder: Path) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        UserError: naming the bytes needed and free.
-    """
-    if needed > shutil.disk_usage(folder).free:
-        raise _full(needed, folder.parent)
 
 
 @contextmanager
 def _explained(needed: int, target: Path) -> Iterator[None]:
-    """Turn a disk that fills up meanwhile, or a limit on files, into one message."""
+    """Turn a disk that fills up during the merge, or a limit on file sizes, into one message."""
     try:
         yield
     except OSError as error:
@@ -217,5 +90,5 @@ def _full(needed: int, place: Path) -> UserError:
 
 
 def command_line() -> list[str]:
-    """Return the command that runs, its own path cut to the name; a token in it, for `--score` say, is masked."""
+    """Return the running command, its own path cut to the name and tokens masked (`--score` may hold one)."""
     return [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])]

@@ -12,11 +12,11 @@ from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merging.cards import Additions
-from rewarded_lines.merging.kinds import plan_as
 from rewarded_lines.merging.merge import MergeResult, check_schedule, check_targets, expand, result_of
 from rewarded_lines.merging.output import command_line, write_folders
-from rewarded_lines.merging.provenance import RECORD_FILE, Plan, input_files
-from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.planning.inputs import plan_as
+from rewarded_lines.planning.plan import MergeSpec, Plan, complete
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
 
@@ -135,7 +135,7 @@ def _read(path: Path) -> _Record:
 def _check_hashes(path: Path, told: _Record, plan: Plan) -> None:
     """Refuse inputs whose files are not, byte for byte, those of the record."""
     problems = []
-    base, policies = input_files(plan)
+    base, policies = plan.input_files()
     rows = [("base", "--base …", base, told.base)]
     rows += [(f"policy `{name}`", f"--policy {name}=…", policies[name], told.policies[name]) for name in policies]
     for title, option, files, recorded in rows:

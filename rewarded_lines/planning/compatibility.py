@@ -1,12 +1,13 @@
-"""Pre-flight: everything that keeps checkpoints from being merged, found before a byte is written, told at once."""
+"""Pre-flight for whole models: finds, before a byte is written, everything that keeps them from being merged."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _MEANING = (
     *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct"),
     *("partial_rotary_factor", "num_experts_per_tok"),
 )
-_SHOWN = 3
+SHOWN = 3
 _LONGEST = 100
 # Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
 # different initialisations are orthogonal.
@@ -67,9 +68,9 @@ def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
     problems = [problem for name, policy in policies.items() for problem in _compare(base, policy, name, set(extra))]
     if problems:
         raise UserError(problems)
-    notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:_SHOWN]]
-    if len(extra) > _SHOWN:
-        notes.append(f"left out: {len(extra) - _SHOWN} more tensors likewise")
+    notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:SHOWN]]
+    if len(extra) > SHOWN:
+        notes.append(f"left out: {len(extra) - SHOWN} more tensors likewise")
     return Fitting([name for name in base.tensors if name not in extra], notes)
 
 
@@ -85,11 +86,11 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    copies, tied = _Copies(inputs), _tied(base.config)
+    original, tied = _copy_finder(inputs), _tied(base.config)
     # An untied model needs the head that one of its inputs lacks, whatever the other inputs have there.
     for name in names if tied else [name for name in partial if not _is_head(name)]:
-        if name not in reasons and (original := copies.original(name)):
-            reasons[name] = f"tied to {original}"
+        if name not in reasons and (kept := original(name)):
+            reasons[name] = f"tied to {kept}"
     return reasons
 
 
@@ -108,52 +109,49 @@ def _is_head(name: str) -> bool:
     return any(name.startswith(f"{head}.") for head in HEADS)
 
 
-class _Copies:
-    """Finds matrices with a row for every token that repeat one another, byte for byte, in every input that has them.
+def _copy_finder(inputs: Sequence[Checkpoint]) -> Callable[[str], str]:
+    """Return a function from a tensor to the one that it repeats byte for byte and that stays; "" if there is none.
 
-    By digest, so that the time grows with the number of tensors, not with that of pairs.
+    Only matrices with a row for every token are compared, in the inputs that have the tensor, and with tensors that
+    all inputs have. Of several copies the first stays that is no head: engines drop the head of a tied model unread.
+    Digests are compared, so that the time grows with the number of tensors, not with that of pairs.
     """
 
-    def __init__(self, inputs: list[Checkpoint]) -> None:
-        self._inputs = inputs
-        self._alike: dict[tuple[object, ...], list[str]] = {}
-        self._firsts: dict[tuple[object, ...], dict[tuple[bytes, ...], str]] = {}
-        self._digests: dict[tuple[int, str], bytes] = {}
+    @cache
+    def digest(row: int, name: str) -> bytes:
+        source = inputs[row]
+        info = source.tensors[name]
+        hashed = blake3.blake3(info.dtype.name.encode())
+        for start, count in blocks_of(info.elements):
+            hashed.update(source.read(name, start, count).view(np.uint8).data)
+        return hashed.digest()
 
-    def original(self, name: str) -> str:
-        """Return the tensor, held by all inputs, that `name` repeats and that stays; "" if `name` itself does.
+    def key(holders: tuple[int, ...], name: str) -> tuple[bytes, ...]:
+        return tuple(digest(row, name) for row in holders)
 
-        Of several copies the first stays that is no head: engines drop the head of a tied model unread.
-        """
-        holders = tuple(row for row, source in enumerate(self._inputs) if name in source.tensors)
-        first = self._inputs[holders[0]]
+    @cache
+    def alike(shape: tuple[int, ...], first: int) -> list[str]:
+        infos = inputs[first].tensors.values()
+        same = [info.name for info in infos if info.shape == shape and all(info.name in s.tensors for s in inputs)]
+        return sorted(same, key=_is_head)
+
+    @cache
+    def originals(shape: tuple[int, ...], holders: tuple[int, ...]) -> dict[tuple[bytes, ...], str]:
+        # Backwards, so that the first of several equal ones stays.
+        return {key(holders, name): name for name in reversed(alike(shape, holders[0]))}
+
+    def original(name: str) -> str:
+        holders = tuple(row for row, source in enumerate(inputs) if name in source.tensors)
+        first = inputs[holders[0]]
         shape = first.tensors[name].shape
         if len(shape) != 2 or shape[0] != _of_text(first.config, "vocab_size"):
             return ""
-        group = (holders, shape)
-        if group not in self._alike:
-            everywhere = [info for info in first.tensors.values() if all(info.name in s.tensors for s in self._inputs)]
-            self._alike[group] = sorted((info.name for info in everywhere if info.shape == shape), key=_is_head)
-        if self._alike[group] in ([], [name]):
+        if alike(shape, holders[0]) in ([], [name]):
             return ""
-        if group not in self._firsts:
-            # Backwards, so that the first of several equal ones is what stays.
-            self._firsts[group] = {self._key(holders, other): other for other in reversed(self._alike[group])}
-        found = self._firsts[group].get(self._key(holders, name), "")
+        found = originals(shape, holders).get(key(holders, name), "")
         return "" if found == name else found
 
-    def _key(self, holders: tuple[int, ...], name: str) -> tuple[bytes, ...]:
-        return tuple(self._digest(row, name) for row in holders)
-
-    def _digest(self, row: int, name: str) -> bytes:
-        if (row, name) not in self._digests:
-            source = self._inputs[row]
-            info = source.tensors[name]
-            digest = blake3.blake3(info.dtype.name.encode())
-            for start, count in blocks_of(info.elements):
-                digest.update(source.read(name, start, count).view(np.uint8).data)
-            self._digests[row, name] = digest.digest()
-        return self._digests[row, name]
+    return original
 
 
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
@@ -184,11 +182,11 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[
     missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
     added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    return [Problem(f"{len(names)} {what}", where, got=_some(names), remedy=REMEDY) for what, names in rows if names]
+    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=REMEDY) for what, names in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for tensor, info in base.tensors.items():
         other = policy.tensors.get(tensor)
         if other is None or tensor in extra:
@@ -200,10 +198,7 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
             problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
-    rest = len(problems) - _SHOWN
-    if rest > 0:
-        problems[_SHOWN:] = [Problem(f"{rest} more tensors differ likewise", where=f"policy `{name}`")]
-    return problems
+    return few(problems, f"policy `{name}`", SHOWN, "more tensors differ likewise")
 
 
 def _compare_buffers(
@@ -220,7 +215,7 @@ def _compare_buffers(
 
 def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
     """Compare vocabularies and merges; padding and truncation settings do not change what a token means."""
-    first, second = (read_if_there(folder / "tokenizer.json") for folder in (base, policy))
+    first, second = (_read_if_there(folder / "tokenizer.json") for folder in (base, policy))
     if not first or not second:
         return []
     meaning = ("model", "added_tokens", "normalizer", "pre_tokenizer")
@@ -231,21 +226,10 @@ def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
 
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
-    """Tell policies of another base by what their training recorded or, where it recorded nothing, by their values."""
-    recorded = str(read_if_there(policy.folder / TRAINING_FILE).get("base_hash") or "")
-    if recorded:
-        actual = weights_hash(base.folder)
-        if recorded == actual:
-            return []
-        return [
-            Problem(
-                "trained from another base",
-                where,
-                f"base weights {actual[:12]}… ({base.folder})",
-                f"{recorded[:12]}… ({TRAINING_FILE})",
-                REMEDY + "; a base saved anew, in other shards for example, needs its policies' first files",
-            )
-        ]
+    """Find policies of another base by what their training recorded or, where it recorded nothing, by their values."""
+    if recorded := recorded_base(policy.folder):
+        remedy = f"{REMEDY}; a base saved anew, in other shards for example, needs its policies' first files"
+        return compare_hashes(base.folder, recorded, TRAINING_FILE, where, remedy)
     cosine = sampled_cosine(base, policy)
     if cosine >= _LEAST_COSINE:
         return []
@@ -253,7 +237,21 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
     return [Problem(what, where, f"cosine ≥ {_LEAST_COSINE}", f"{cosine:.3f} over a sample", REMEDY)]
 
 
-# Values that are not finite are for the merge itself to count and to name; numpy has nothing to say here.
+def recorded_base(folder: Path) -> str:
+    """Return the hash of the base's weights that a policy's training.json records, or ""."""
+    return str(_read_if_there(folder / TRAINING_FILE).get("base_hash") or "")
+
+
+def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str = REMEDY) -> list[Problem]:
+    """Compare a base's weights with the hash that a policy's `source` gives for its own base."""
+    actual = weights_hash(base)
+    if theirs == actual:
+        return []
+    expected, got = f"base weights {actual[:12]}… ({base})", f"{theirs[:12]}… ({source})"
+    return [Problem("trained from another base", where, expected, got, remedy)]
+
+
+# Values that are not finite are counted and named by the merge itself, so numpy's warnings are off.
 @np.errstate(all="ignore")
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
@@ -274,19 +272,23 @@ def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float
     return as_float64(source.read(name, count=min(info.elements, _SAMPLED_VALUES)), info.dtype)
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file, an empty one where there is no such file.
-
-    Raises:
-        UserError: the file holds no JSON object.
-    """
+def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json_object(path) if os.path.lexists(path) else {}
+
+
+def some(names: Iterable[object]) -> str:
+    """Return the first names, shortened, and how many more there are."""
+    listed = list(names)
+    rest = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return ", ".join(map(_cut, listed[:SHOWN])) + rest
+
+
+def few(problems: list[Problem], where: str, shown: int, more: str = "more likewise") -> list[Problem]:
+    """Return the first `shown` problems, and one that tells how many `more` there are."""
+    rest = len(problems) - shown
+    return problems[:shown] + ([Problem(f"{rest} {more}", where)] if rest > 0 else [])
 
 
 def _cut(value: object) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(_cut, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

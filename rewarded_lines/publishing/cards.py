@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewarded_lines.merging.cards import Additions, CardAddition
-from rewarded_lines.merging.provenance import Plan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.planning.plan import MergeSpec, Plan
 
 RUN_FOLDER = "sweep"
 

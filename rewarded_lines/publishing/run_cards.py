@@ -19,9 +19,7 @@ from rewarded_lines.evaluation.records import RUN_FILE, listed_points, load_run,
 from rewarded_lines.evaluation.setup import located
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.merging.cards import CardAddition, escaped, table
-from rewarded_lines.merging.provenance import Plan
-from rewarded_lines.planning.adapters import AdapterPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.planning.plan import MergeSpec, Plan
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
 from rewarded_lines.summaries.tables import points_sheet, scope_note, weights_text, with_unit
@@ -110,7 +108,7 @@ class RunCard:
 
     def _same_base(self, plan: Plan) -> bool:
         told = self._header.get("base", {})
-        bare = isinstance(plan, AdapterPlan) and not plan.whole.names
+        bare = not plan.reads_base
         if bare and located(str(told.get("path")), self._folder) in (plan.reference, str(plan.base.folder.resolve())):
             # The adapters' own hashes say the rest: a base that is not read for the merge is not read for the card.
             return True

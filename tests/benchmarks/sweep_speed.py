@@ -278,7 +278,7 @@ def adapters(work: Path, prompts: int, way: str) -> None:
     """Be one of the two ways: generate 11 λ for the prompts, and write down how long it took."""
     from rewarded_lines.config import GenerationSpec
     from rewarded_lines.engines.load import load_generator
-    from rewarded_lines.planning.adapters import plan_adapters
+    from rewarded_lines.planning.inputs import plan_adapters
     from rewarded_lines.planning.plan import MergeSpec
 
     model = os.environ["MODEL"]

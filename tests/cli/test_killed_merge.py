@@ -211,7 +211,7 @@ def test_a_full_disk(place, tmp_path, options, before):
 
 def test_space_is_looked_at_before_writing(cli, place, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1234, 1234))
-    monkeypatch.setattr("rewarded_lines.merging.output.write_weights", None)
+    monkeypatch.setattr("rewarded_lines.planning.model_plan.ModelPlan.write", None)
     answer = cli(*ARGS)
     assert answer.code == 1 and f"expected: {NEEDED:,} bytes" in answer.err and "got: 1,234 bytes" in answer.err
     assert names() == NAMES

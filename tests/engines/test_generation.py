@@ -16,7 +16,9 @@ from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.plan import MergePlan, MergeSpec, complete, plan_merge
+from rewarded_lines.planning.inputs import plan_merge
+from rewarded_lines.planning.model_plan import ModelPlan
+from rewarded_lines.planning.plan import MergeSpec, complete
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3)
@@ -110,8 +112,8 @@ def test_swap_in_place_equals_merge_and_load(tiny, hf):
 
 
 def test_weights_are_swapped_only_where_the_model_changes(hf, monkeypatch):
-    asked, tensors = [], MergePlan.tensors
-    monkeypatch.setattr(MergePlan, "tensors", lambda plan, spec: asked.append(spec) or tensors(plan, spec))
+    asked, tensors = [], ModelPlan.tensors
+    monkeypatch.setattr(ModelPlan, "tensors", lambda plan, spec: asked.append(spec) or tensors(plan, spec))
     spec = MergeSpec((0.5, 0.5))
     (responses,) = hf.generate(PROMPTS, SAMPLED)
     assert asked == [] and hf.swap_seconds == 0
@@ -124,10 +126,10 @@ def test_weights_are_swapped_only_where_the_model_changes(hf, monkeypatch):
 
 
 def test_a_swap_that_fails_is_not_taken_for_done(hf, monkeypatch):
-    spec, tensors = MergeSpec((0.5, 0.5)), MergePlan.tensors
+    spec, tensors = MergeSpec((0.5, 0.5)), ModelPlan.tensors
     expected = answers(hf, SAMPLED, model=spec)
     answers(hf, SAMPLED)
-    monkeypatch.setattr(MergePlan, "tensors", lambda plan, spec: iter([*tensors(plan, spec)][:5]))
+    monkeypatch.setattr(ModelPlan, "tensors", lambda plan, spec: iter([*tensors(plan, spec)][:5]))
     for model in (spec, None):
         with pytest.raises(UserError, match="parameters without weights"):
             answers(hf, SAMPLED, model=model)
@@ -306,10 +308,10 @@ def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, h
 
 
 def test_weights_of_another_layout_are_refused(hf, monkeypatch):
-    monkeypatch.setattr(MergePlan, "tensors", lambda *_: iter([("other.weight", torch.zeros(1))]))
+    monkeypatch.setattr(ModelPlan, "tensors", lambda *_: iter([("other.weight", torch.zeros(1))]))
     with pytest.raises(UserError, match="no parameter other.weight"):
         answers(hf, GREEDY, model=MergeSpec((1.0, 0.0)))
-    monkeypatch.setattr(MergePlan, "tensors", lambda *_: iter([]))
+    monkeypatch.setattr(ModelPlan, "tensors", lambda *_: iter([]))
     with pytest.raises(UserError, match="parameters without weights"):
         answers(hf, GREEDY, model=MergeSpec((1.0, 0.0)))
 

@@ -19,8 +19,8 @@ from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, chunks, slot_rank
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.adapters import plan_adapters
-from rewarded_lines.planning.plan import MergeSpec, plan_merge
+from rewarded_lines.planning.inputs import plan_adapters, plan_merge
+from rewarded_lines.planning.plan import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3, n=2)
@@ -129,7 +129,7 @@ SCRIPT = """
 import sys
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.load import load_generator
-from rewarded_lines.planning.adapters import plan_adapters
+from rewarded_lines.planning.inputs import plan_adapters
 from rewarded_lines.planning.plan import MergeSpec
 
 if __name__ == "__main__":

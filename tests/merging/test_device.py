@@ -11,7 +11,7 @@ from hostile import SHAPES, load_codes, widest
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.plan import MergePlan
+from rewarded_lines.planning.model_plan import ModelPlan
 
 METHODS = {
     "soup": {},
@@ -75,7 +75,7 @@ def device_without_gpu():
             made.append(DeviceWorkspace(plan.base, plan._sources, "cpu"))
             return made[-1]
 
-        patch.setattr(MergePlan, "workspace", workspace)
+        patch.setattr(ModelPlan, "workspace", workspace)
         yield "cpu"
         assert made
 
