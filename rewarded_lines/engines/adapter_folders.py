@@ -57,7 +57,7 @@ class AdapterFolders:
             folder.mkdir()
         plan = self._plan.only(layer) if layer else self._plan
         plan.prepare(specs)
-        plan.write(specs, folders, max_shard_size=_ONE_FILE)
+        plan.write(specs, folders, max_shard_size=_ONE_FILE).refuse()
         return folders
 
     def remove(self, folders: Sequence[Path]) -> None:

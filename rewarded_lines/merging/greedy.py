@@ -85,7 +85,9 @@ def greedy_weights(
             if automatic:
                 soup = replace(soup, alpha=plan.auto_alpha([soup])[0])
             plan.prepare([soup])
-            plan.write([soup], [folder], max_shard_size=5 * 10**9, allow_nonfinite=allow_nonfinite)
+            nonfinite = plan.write([soup], [folder], max_shard_size=5 * 10**9)
+            if not allow_nonfinite:
+                nonfinite.refuse()
             value = judge(folder)
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
         return value

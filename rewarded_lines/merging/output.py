@@ -55,7 +55,9 @@ def write_folders(
         folders = [stack.enter_context(atomic_folder(target, overwrite)) for target in targets]
         if needed > shutil.disk_usage(folders[0]).free:
             raise _full(needed, folders[0].parent)
-        plan.write(specs, folders, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, progress=progress)
+        nonfinite = plan.write(specs, folders, max_shard_size, progress)
+        if not allow_nonfinite:
+            nonfinite.refuse()
         progress.start("hashing inputs")
         inputs = hash_inputs(plan)
         for folder, spec in zip(folders, specs, strict=True):

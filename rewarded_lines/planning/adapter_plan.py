@@ -22,6 +22,7 @@ from rewarded_lines.checkpoints.layers import Depths
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json
+from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.planning.folding import ZeroBase, stored_shape
 from rewarded_lines.planning.model_plan import ModelPlan
 from rewarded_lines.planning.plan import MergeSpec, Plan, copy_companions
@@ -137,14 +138,8 @@ class AdapterPlan(Plan):
         return self._residuals.matched_alpha(weights, like)
 
     def write(
-        self,
-        specs: Sequence[MergeSpec],
-        folders: Sequence[Path],
-        *,
-        max_shard_size: int,
-        allow_nonfinite: bool = False,
-        progress: Progress = SILENT,
-    ) -> None:
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
         """See `Plan.write`; an adapter is always one file."""
         outputs = [self.output(spec) for spec in specs]
         with ExitStack() as stack:
@@ -154,14 +149,13 @@ class AdapterPlan(Plan):
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()
-        if not allow_nonfinite:
-            writer.nonfinite.refuse()
         tokenizers = [adapter.folder for adapter in self.adapters if any(adapter.folder.glob("tokenizer*"))]
         for folder, output in zip(folders, outputs, strict=True):
             for source in tokenizers[:1]:
                 copy_companions(source, folder)
             config = adapter_config(self.adapters, output, len(self.modules), str(self.base.folder.resolve()))
             write_json(folder / ADAPTER_CONFIG, config)
+        return writer.nonfinite
 
     @cached_property
     def _residuals(self) -> ModelPlan:

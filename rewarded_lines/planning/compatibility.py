@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,12 +86,10 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    original, tied = _copy_finder(inputs), _tied(base.config)
     # An untied model needs the head that one of its inputs lacks, whatever the other inputs have there.
-    for name in names if tied else [name for name in partial if not _is_head(name)]:
-        if name not in reasons and (kept := original(name)):
-            reasons[name] = f"tied to {kept}"
-    return reasons
+    considered = names if _tied(base.config) else [name for name in partial if not _is_head(name)]
+    copies = _copies(inputs, [name for name in considered if name not in reasons])
+    return reasons | {name: f"tied to {copies[name]}" for name in considered if name in copies}
 
 
 def _tied(config: Mapping[str, Any]) -> bool:
@@ -109,8 +107,8 @@ def _is_head(name: str) -> bool:
     return any(name.startswith(f"{head}.") for head in HEADS)
 
 
-def _copy_finder(inputs: Sequence[Checkpoint]) -> Callable[[str], str]:
-    """Return a function from a tensor to the one that it repeats byte for byte and that stays; "" if there is none.
+def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:
+    """Return which of some tensors repeat another one byte for byte, and the tensor that stays for each.
 
     Only matrices with a row for every token are compared, in the inputs that have the tensor, and with tensors that
     all inputs have. Of several copies the first stays that is no head: engines drop the head of a tied model unread.
@@ -119,39 +117,31 @@ def _copy_finder(inputs: Sequence[Checkpoint]) -> Callable[[str], str]:
 
     @cache
     def digest(row: int, name: str) -> bytes:
-        source = inputs[row]
-        info = source.tensors[name]
+        info = inputs[row].tensors[name]
         hashed = blake3.blake3(info.dtype.name.encode())
-        for start, count in blocks_of(info.elements):
-            hashed.update(source.read(name, start, count).view(np.uint8).data)
+        for block in blocks_of(info.elements):
+            hashed.update(inputs[row].read(name, *block).view(np.uint8).data)
         return hashed.digest()
 
-    def key(holders: tuple[int, ...], name: str) -> tuple[bytes, ...]:
-        return tuple(digest(row, name) for row in holders)
-
-    @cache
-    def alike(shape: tuple[int, ...], first: int) -> list[str]:
-        infos = inputs[first].tensors.values()
-        same = [info.name for info in infos if info.shape == shape and all(info.name in s.tensors for s in inputs)]
-        return sorted(same, key=_is_head)
-
-    @cache
-    def originals(shape: tuple[int, ...], holders: tuple[int, ...]) -> dict[tuple[bytes, ...], str]:
-        # Backwards, so that the first of several equal ones stays.
-        return {key(holders, name): name for name in reversed(alike(shape, holders[0]))}
-
-    def original(name: str) -> str:
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name in names:
         holders = tuple(row for row, source in enumerate(inputs) if name in source.tensors)
         first = inputs[holders[0]]
         shape = first.tensors[name].shape
-        if len(shape) != 2 or shape[0] != _of_text(first.config, "vocab_size"):
-            return ""
-        if alike(shape, holders[0]) in ([], [name]):
-            return ""
-        found = originals(shape, holders).get(key(holders, name), "")
-        return "" if found == name else found
-
-    return original
+        if len(shape) == 2 and shape[0] == _of_text(first.config, "vocab_size"):
+            groups.setdefault((holders, shape), []).append(name)
+    found = {}
+    for (holders, shape), members in groups.items():
+        alike = [info.name for info in inputs[holders[0]].tensors.values() if info.shape == shape]
+        alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=_is_head)
+        # Nothing is read where a tensor could only repeat itself.
+        if not alike or len({*members, *alike}) == 1:
+            continue
+        # Backwards, so that the first of several equal ones stays.
+        stays = {tuple(digest(row, name) for row in holders): name for name in reversed(alike)}
+        keys = {name: tuple(digest(row, name) for row in holders) for name in members}
+        found |= {name: stays[key] for name, key in keys.items() if stays.get(key, name) != name}
+    return found
 
 
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:

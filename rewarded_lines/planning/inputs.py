@@ -38,7 +38,7 @@ def plan_as(
         policies: folder or Hub id of each policy, by name, in the order of the weights.
         method: a key of `METHODS`.
         dtype: one of `DTYPES`.
-        device: where the arithmetic of whole models runs.
+        device: where the arithmetic of whole models runs: "cpu", "cuda" or "cuda:1".
         layers: the block list's pattern, for layouts that are not known.
 
     Raises:
@@ -60,21 +60,9 @@ def plan_as(
 
 
 def plan_merge(
-    base: str,
-    policies: Mapping[str, str],
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    layers: str | None = None,
+    base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
 ) -> ModelPlan:
-    """Open base and policies, check that they fit together, and find every tensor's depth.
-
-    Args:
-        base: folder or Hub id of the SFT model.
-        policies: folder or Hub id of each policy, by name, in the order of the weights.
-        dtype: one of `DTYPES`.
-        device: "cpu", "cuda" or "cuda:1".
-        layers: the block list's pattern, for layouts that are not known.
+    """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`.
 
     Raises:
         UserError: with every fault of the inputs.
@@ -101,13 +89,9 @@ def plan_merge(
 def plan_adapters(
     base: str, policies: Mapping[str, str], *, dtype: str = "auto", layers: str | None = None
 ) -> AdapterPlan:
-    """Open base and adapters, check that they fit together, and find the depth of every module.
+    """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
-    Args:
-        base: folder or Hub id of the SFT model; its config is enough, unless policies save tensors whole.
-        policies: folder or Hub id of each adapter, by name, in the order of the weights.
-        dtype: one of `DTYPES`.
-        layers: the block list's pattern, for layouts that are not known.
+    Of the base the config is enough, unless policies save tensors whole.
 
     Raises:
         UserError: with every fault of the inputs.

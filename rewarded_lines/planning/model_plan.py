@@ -185,14 +185,8 @@ class ModelPlan(Plan):
         return work
 
     def write(
-        self,
-        specs: Sequence[MergeSpec],
-        folders: Sequence[Path],
-        *,
-        max_shard_size: int,
-        allow_nonfinite: bool = False,
-        progress: Progress = SILENT,
-    ) -> None:
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
         """See `Plan.write`."""
         nonfinite = self.nonfinite()
         hashes = RunningHashes(source for source in [self.base, *self._sources] if isinstance(source, TensorFiles))
@@ -201,8 +195,6 @@ class ModelPlan(Plan):
             writers = [stack.enter_context(CheckpointWriter(folder, infos, max_shard_size)) for folder in folders]
             self._stream(specs, writers, hashes, nonfinite, progress)
         hashes.remember()
-        if not allow_nonfinite:
-            nonfinite.refuse()
         floats = [info.dtype for info in infos if info.dtype.floating]
         config: dict[str, Any] = {**self.base.config, "dtype": widest(floats).torch if floats else "float32"}
         # Loaders that use the type in the config must get every bit that was written.
@@ -210,6 +202,7 @@ class ModelPlan(Plan):
         for folder in folders:
             copy_companions(self.base.folder, folder)
             write_json(folder / "config.json", config)
+        return nonfinite
 
     def _stream(
         self,

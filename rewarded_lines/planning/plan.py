@@ -16,6 +16,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths
 from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint
 from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside, lines_scale, tensor_scale
 from rewarded_lines.rules.methods import OptionValue, check_method
@@ -106,25 +107,18 @@ class Plan(ABC):
 
     @abstractmethod
     def write(
-        self,
-        specs: Sequence[MergeSpec],
-        folders: Sequence[Path],
-        *,
-        max_shard_size: int,
-        allow_nonfinite: bool = False,
-        progress: Progress = SILENT,
-    ) -> None:
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
         """Write all that is loaded from each output: weights, settings, tokenizer. Inputs are read once for all.
 
         Args:
             specs: the numbers of each output.
             folders: where each output goes; they must exist.
             max_shard_size: bytes of the largest weight file; an adapter has only one file.
-            allow_nonfinite: let NaN and infinite values pass.
             progress: hears how many bytes were read.
 
-        Raises:
-            UserError: a tensor of the inputs or of a result is not finite.
+        Returns:
+            The values of inputs and outputs that are not finite, for the caller to refuse.
         """
 
     def scales(self, spec: MergeSpec) -> dict[str, list[float]]:

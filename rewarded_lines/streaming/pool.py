@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,44 +20,43 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
     Args:
         items: taken one at a time, in order, as threads become free.
         worker: called once in each thread; returns the function that processes an item with that thread's buffers.
-        threads: 0 for one on each core this process may use; never more than items, where `items` has a length.
+        threads: 0 for one on each core this process may use; never more than items.
 
     Raises:
         BaseException: the first that an item raised, or an interrupt; no further item is started then.
     """
-    queue = _Queue(iter(items))
+    waiting = deque(items)
 
     def attend() -> None:
         try:
             # Values that are not finite are counted and reported at the end; numpy need not warn of them.
             with np.errstate(all="ignore"):
                 work = worker()
-                for item in queue:
-                    work(item)
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            queue.stop(error)
+                while (item := _taken(waiting)) is not None:
+                    work(item[0])
+        except BaseException:
+            waiting.clear()
+            raise
 
-    wanted = threads or cores()
-    if isinstance(items, Sized):
-        wanted = min(wanted, len(items))
-    others = [threading.Thread(target=attend, daemon=True) for _ in range(wanted - 1)]
+    wanted = min(threads or cores(), len(waiting))
+    if wanted <= 1:
+        return attend()
+    # Leaving the pool waits for its threads: none still writes when the caller cleans up after an error.
+    with ThreadPoolExecutor(wanted) as pool:
+        try:
+            for done in as_completed([pool.submit(attend) for _ in range(wanted)]):
+                done.result()
+        except BaseException:
+            waiting.clear()
+            raise
+
+
+def _taken(waiting: deque[T]) -> tuple[T] | None:
+    """Return the next item, None if there is none; threads may share the queue."""
     try:
-        for thread in others:
-            thread.start()
-        attend()
-        _join(others)
-    except BaseException as error:  # noqa: BLE001 - raised again below
-        # An interrupt while this thread waited: no thread may still write when the caller cleans up.
-        queue.stop(error)
-        _join(others)
-    if queue.error:
-        raise queue.error
-
-
-def _join(threads: Iterable[threading.Thread]) -> None:
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
+        return (waiting.popleft(),)
+    except IndexError:
+        return None
 
 
 def cores() -> int:
@@ -83,7 +84,7 @@ class Relay(Generic[T]):
     def __init__(self, items: Iterable[T]) -> None:
         """Start with the first item; items are taken one at a time, in order."""
         self._items = iter(items)
-        self._first, self._second = threading.Lock(), threading.Lock()
+        self._first, self._second = Lock(), Lock()
 
     def take(self, first: Callable[[T], object], second: Callable[[], object]) -> T:
         """Return the next item once it has passed both steps in the calling thread.
@@ -104,22 +105,3 @@ class Relay(Generic[T]):
             if held:
                 self._second.release()
         return item
-
-
-class _Queue(Iterator[T]):
-    """An iterator that threads may share, and that any of them can end."""
-
-    def __init__(self, items: Iterator[T]) -> None:
-        self.error: BaseException | None = None
-        self._items = items
-        self._lock = threading.Lock()
-
-    def __next__(self) -> T:
-        with self._lock:
-            if self.error:
-                raise StopIteration
-            return next(self._items)
-
-    def stop(self, error: BaseException) -> None:
-        with self._lock:
-            self.error = self.error or error
