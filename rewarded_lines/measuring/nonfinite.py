@@ -17,12 +17,7 @@ class NonFinite:
     """Counts NaN and infinite values, tensor by tensor; threads may share it."""
 
     def __init__(self, policies: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
-        """Count nothing yet.
-
-        Args:
-            policies: their names, in the order of the workspace.
-            tensors: of the base.
-        """
+        """Start at zero, for policies by name in the order of the workspace, and the base's tensors."""
         self._inputs = ["base", *(f"policy `{name}`" for name in policies)]
         self._tensors = tensors
         self._counts: Counter[tuple[str, str]] = Counter()

@@ -38,13 +38,7 @@ class Facts:
     """Measures what rules must know of whole tensors on demand, and keeps it. Nothing here depends on λ."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source], names: Sequence[str]) -> None:
-        """Bind the inputs; nothing is read yet.
-
-        Args:
-            base: the SFT model.
-            policies: in the order of the weights.
-            names: of the floating-point tensors that are merged.
-        """
+        """Bind the inputs and the names of their floating-point tensors that are merged; nothing is read yet."""
         self._base = base
         self._policies = policies
         self._names = names
@@ -79,10 +73,8 @@ class Facts:
     def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
         """Return for each policy the magnitude of the k-th largest value of τ_i, k = ⌊density·n⌋ but at least 1.
 
-        Args:
-            name: of the tensor.
-            density: share of the values to keep; those as large as the threshold are all kept.
-            scope: "tensor" or "model", what n counts and the ranking is over.
+        The ranking is over the n values of the tensor or, with the scope "model", of all tensors. All values as large
+        as the threshold are kept.
         """
         key = ("" if scope == "model" else name, density)
         if key not in self._thresholds:
@@ -111,7 +103,7 @@ class Facts:
         """Return ‖Σ τ_i‖₁ and ‖τ_merged‖₁ over all tensors, for each output.
 
         Args:
-            merges: what every output wants of a tensor.
+            merges: what every output takes from a tensor.
             order: in which order the policies' residuals of a tensor are summed.
         """
         parts: dict[str, list[tuple[float, float]]] = {}
@@ -162,14 +154,7 @@ class Distance(NamedTuple):
 def distances(
     base: TensorFiles, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Distance]:
-    """Return how far every floating-point tensor lies from the base's, several blocks read at a time.
-
-    Args:
-        base: the SFT model.
-        source: what was made of it.
-        infos: the tensors to look at, as the source has them.
-        progress: hears how many bytes were read.
-    """
+    """Return how far every floating-point tensor of a model, among `infos`, lies from the base's."""
     names = [name for name, info in infos.items() if info.dtype.floating]
     parts: dict[str, list[Distance]] = {name: [] for name in names}
     lock = Lock()

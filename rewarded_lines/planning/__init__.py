@@ -1,1 +1,1 @@
-"""From inputs to a plan: checkpoints and adapters that fit together, and what each output wants of every tensor."""
+"""From inputs to a plan: checkpoints and adapters that fit together, what each output takes, and its files."""

@@ -56,20 +56,9 @@ class AdapterPlan(Plan):
     policies: Mapping[str, Adapter]
 
     def __init__(
-        self,
-        base: Checkpoint | BareBase,
-        policies: Mapping[str, Adapter],
-        depths: Depths,
-        dtype: str = "auto",
+        self, base: Checkpoint | BareBase, policies: Mapping[str, Adapter], depths: Depths, dtype: str = "auto"
     ) -> None:
-        """Bind the inputs; use `plan_adapters` to get a checked plan.
-
-        Args:
-            base: the SFT model, whose weights are needed only for tensors that policies save whole.
-            policies: by name, in the order of the weights.
-            depths: where every matrix lies.
-            dtype: one of `DTYPES`.
-        """
+        """Bind the inputs; use `plan_adapters` to get a checked plan. `dtype` is one of `DTYPES`."""
         super().__init__(base, policies, depths, dtype)
         self.adapters = list(policies.values())
         modules: dict[str, dict[int, LowRank]] = {}

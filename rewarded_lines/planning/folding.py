@@ -16,7 +16,7 @@ from rewarded_lines.streaming import kernels
 
 Array = np.ndarray[Any, Any]
 
-# Modules whose factors are kept widened: threads work on neighbouring blocks, so on few modules at a time.
+# Modules whose widened factors are kept: threads work on neighbouring blocks, so on few modules at a time.
 _KEPT = 3
 # The layers of these families store [in, out] (transformers' Conv1D), and PEFT adds the transpose of B·A to them.
 _CONV1D_FAMILIES = ("gpt2", "imagegpt", "decision_transformer", "openai-gpt")
@@ -24,12 +24,7 @@ _CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
 
 
 def is_transposed(module: LowRank, config: Mapping[str, Any]) -> bool:
-    """Say whether a model stores the matrix of a module as [in, out].
-
-    Args:
-        module: of an adapter.
-        config: the base's config.json.
-    """
+    """Say whether a model with this config.json stores the matrix of an adapter's module as [in, out]."""
     last = module.module.rpartition(".")[2]
     return not module.embedding and config.get("model_type") in _CONV1D_FAMILIES and last in _CONV1D_LAYERS
 
@@ -43,12 +38,7 @@ class FoldedAdapter:
     """One adapter over one base: τ = scaling·B·A, or saved − base where the adapter stores a tensor whole."""
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
-        """Read no tensor yet.
-
-        Args:
-            adapter: checked to fit the base.
-            config: the base's config.json.
-        """
+        """Bind an adapter that fits the base with this config.json; no tensor is read yet."""
         self._adapter = adapter
         self._modules = {module.tensor: module for module in adapter.modules.values()}
         self._transposed = {
@@ -80,7 +70,7 @@ class FoldedAdapter:
         kernels.product(left, right, module.scaling, start, out)
 
     def _widened(self, module: LowRank) -> tuple[Array, Array]:
-        """Return B and A as float64, or Aᵀ and Bᵀ where the matrix is stored so; the last few modules' are kept."""
+        """Return B and A as float64, or Aᵀ and Bᵀ where the matrix is stored as [in, out]; a few modules' are kept."""
         with self._lock:
             if module.module not in self._factors:
                 a, b = self._wide(module.a), self._wide(module.b)
@@ -98,15 +88,10 @@ class FoldedAdapter:
 
 
 class ZeroBase(BareBase):
-    """Zeros in the place of tensors that a base lacks, for measures of residuals that do not depend on them."""
+    """A base with zeros for tensors that it lacks, for measures of residuals that do not depend on them."""
 
     def __init__(self, base: Checkpoint | BareBase, tensors: Mapping[str, TensorInfo]) -> None:
-        """Open no file.
-
-        Args:
-            base: its own tensors stay what they are.
-            tensors: name, type and shape of those to be had beside.
-        """
+        """Keep the base's own tensors, and add name, type and shape of the others."""
         super().__init__(base.folder, base.config)
         self._base = base
         self.tensors = {**tensors, **base.tensors}

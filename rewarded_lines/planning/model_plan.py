@@ -1,4 +1,4 @@
-"""Merges into whole models: what every output wants of every tensor, and the stream of blocks that writes them."""
+"""Merges into whole models: what every output takes from every tensor, and the stream of blocks that writes them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,8 @@ class ModelPlan(Plan):
     ) -> None:
         """Bind the inputs; use `plan_merge` to get a checked plan.
 
-        Args:
-            base: the SFT model.
-            policies: by name, in the order of the weights.
-            names: the tensors to write, in order.
-            depths: where every tensor lies.
-            dtype: one of `DTYPES`; "auto" gives each tensor the widest type it has in the inputs. A low-rank change
-                does not count as a type of its tensor.
-            device: where the arithmetic runs, "cpu" or "cuda".
+        `names` are the tensors to write, in order. The dtype "auto" gives each tensor the widest type that it has in
+        the inputs; low-rank factors do not count.
         """
         super().__init__(base, policies, depths, dtype)
         self.names = names
@@ -108,12 +102,9 @@ class ModelPlan(Plan):
         self.facts.prepare(measures.values())
 
     def step(self, name: str, spec: MergeSpec, copies: bool = True) -> TensorMerge:
-        """Return what one output wants of one tensor.
+        """Return what one output takes from one tensor.
 
-        Args:
-            name: of the tensor.
-            spec: of the output.
-            copies: copy a tensor that equals an input's exactly; False has every tensor computed.
+        Where the result equals an input's tensor exactly, that is copied, unless `copies` is False.
         """
         dtype = self._output_dtype(name)
         if not self.base.tensors[name].dtype.floating:

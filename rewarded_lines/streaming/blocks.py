@@ -1,7 +1,7 @@
 """Blocks of tensors: read from every input, merged by a rule, rounded once. The workspace of one thread.
 
-A block is a fixed run of a tensor's values, counted from the tensor's own start, so what is computed does not depend
-on files, shards or threads.
+A block is a fixed run of a tensor's values, counted from the tensor's own start. So results do not depend on files,
+shards or threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.streaming import kernels
 
-# Values in a block: large enough that Python's part is small, small enough that all of it stays in cache.
+# Values in a block: large enough that Python's share of the time is small, small enough to stay in cache.
 BLOCK = 1 << 18
 # Values that a rule sees at a time: its intermediate arrays stay in the innermost caches.
 PIECE = 1 << 14
@@ -29,11 +29,11 @@ Masks = Callable[[int, int], Sequence[Array]]
 
 
 class Residuals(Protocol):
-    """A source that gives residuals to the base for all tensors but those it stores whole: an adapter."""
+    """An adapter: a source that gives residuals for all tensors except those it stores whole."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return the tensors it stores whole."""
+        """Return the tensors that it stores whole."""
 
     def read_into(self, name: str, start: int, values: Array) -> None:
         """Fill `values` from a tensor that it stores whole."""
@@ -50,7 +50,7 @@ Source = TensorFiles | Residuals
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """What one output wants of one tensor: plain data, decided before the stream begins.
+    """What one output takes from one tensor: plain data, decided before the stream starts.
 
     Attributes:
         dtype: the output's type.
@@ -98,12 +98,7 @@ class Workspace:
     """One thread's buffers, and the block that is in them."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source]) -> None:
-        """Allocate nothing yet: what a block needs depends on the types of its tensors.
-
-        Args:
-            base: the SFT model.
-            policies: in the order of the weights.
-        """
+        """Bind the inputs; buffers are allocated with the first block, whose tensors' types decide their size."""
         self._base = base
         self._policies = policies
         self._buffers: dict[tuple[str, Any], Array] = {}
@@ -126,7 +121,7 @@ class Workspace:
             self._dtypes.append(dtype)
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
-        """Return the loaded block as each output wants it, and how many of its values are not finite.
+        """Return the loaded block as each output takes it, and how many of its values are not finite.
 
         The arrays belong to this workspace: use them before the next call.
         """
@@ -149,10 +144,10 @@ class Workspace:
         return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
-        """Merge by Σ λ_i·τ_i for several outputs in one pass: residuals are taken once."""
+        """Merge by Σ λ_i·τ_i for several outputs in one pass, which computes the residuals once."""
         first, base = steps[indices[0]], self._stored(0)
         stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
-        # Each group has buffers of its own: all results stand until the next block.
+        # Each group has its own buffers: all results stay valid until the next block.
         out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
         weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
         counts = np.zeros(len(indices), np.int64)
@@ -160,7 +155,7 @@ class Workspace:
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
 
     def _alike(self) -> bool:
-        """Say whether the loaded block lies in files for all inputs, and in one type."""
+        """Say whether all inputs have the loaded block in files, and in one type."""
         return all(
             raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
         )
@@ -218,7 +213,7 @@ class Workspace:
         return out, int(kernels.cast(source, out))
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
-        """Return a [rows, BLOCK] array that is kept from block to block."""
+        """Return a [rows, BLOCK] array that is reused from block to block."""
         key = (name, dtype)
         if key not in self._buffers:
             self._buffers[key] = np.empty((rows, BLOCK), dtype)

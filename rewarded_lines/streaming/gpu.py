@@ -1,8 +1,8 @@
 """The same workspace on a GPU: pinned buffers, a stream for each thread, results equal within one rounding.
 
-Two threads with a stream each are a double buffer: while one block is copied or computed, the other is read or
-written. Arithmetic is float64 by torch; the cast to 16 bits goes through float32, which is where the last rounding
-can differ from the processor's.
+Two threads with a stream each work as a double buffer: one block is copied or computed while the other is read or
+written. Arithmetic is float64 by torch. The cast to 16 bits goes through float32, so its rounding can differ from the
+processor's.
 """
 
 from __future__ import annotations
@@ -22,20 +22,14 @@ class DeviceWorkspace(Workspace):
     """A workspace whose rules run on a device of torch's."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source], device: str) -> None:
-        """Make the stream; buffers come with the first block.
-
-        Args:
-            base: the SFT model.
-            policies: in the order of the weights.
-            device: "cuda", "cuda:1", or any other that torch has.
-        """
+        """Make the stream on a device of torch's, e.g. "cuda:1"; buffers come with the first block."""
         super().__init__(base, policies)
         self._device = torch.device(device)
         self._pinned = self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._pinned else None  # type: ignore[no-untyped-call]
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
-        """Return the loaded block as each output wants it, and how many of its values are not finite."""
+        """See `Workspace.merge`."""
         return [self._merge_one(step, index) for index, step in enumerate(steps)]
 
     def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
