@@ -11,6 +11,7 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import FORMAT, Point, point_entries, point_path, write_point
 from rewarded_lines.folders import write_json
 from rewarded_lines.rules.preferences import simplex_grid
+from rewarded_lines.rules.spec import MergeSpec
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
 POLICIES = ("cheerful", "detailed", "kind", "plain")
@@ -20,14 +21,14 @@ UNITS = {"positive": "logit", "detailed": "words", "polite": "", "readable": "gr
 def _mean(spec: PointSpec, bulge: float, gain: float) -> np.ndarray:
     """Return mean scores that rise with each policy's weight, and bulge in between as real fronts do."""
     weights = np.array(spec.weights)
-    scale = gain * (1 + 0.25 * spec.beta) * spec.alpha
+    scale = gain * (1 + 0.25 * spec.merge.beta) * spec.merge.alpha
     return scale * (weights + bulge * weights * (1 - weights)) - 0.1 * scale * (1 - weights)
 
 
 def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[str, float]) -> Point:
     """Return a point whose scores are its means plus the prompts' own levels and noise of the sampling."""
     prompts = len(levels)
-    rng = np.random.default_rng([int(1000 * weight) for weight in spec.weights] + [abs(int(10 * spec.beta))])
+    rng = np.random.default_rng([int(1000 * weight) for weight in spec.weights] + [abs(int(10 * spec.merge.beta))])
     shape = (prompts, len(names))
     mean = _mean(spec, options["bulge"], options["gain"]) if spec.weights else np.zeros(2)
     mean = np.resize(mean, len(names))
@@ -52,7 +53,7 @@ def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[
 
 def _control(spec: PointSpec) -> np.ndarray:
     """Return what a point makes of 20 control texts of 10 tokens: the worse, the further it is from SFT."""
-    strength = spec.alpha + spec.beta / 2 if spec.weights else 0.0
+    strength = spec.merge.alpha + spec.merge.beta / 2 if spec.weights else 0.0
     loss = 3.0 + 0.2 * strength + 0.3 * np.random.default_rng(11).normal(size=20)
     return np.stack([10 * loss, np.full(20, 10.0)], axis=1)
 
@@ -87,7 +88,7 @@ def synthetic_run(
     options = {"spread": 1.0, "bulge": 0.6, "gain": 1.0, "control": 0.0} | options
     names = list(UNITS)[:rewards]
     specs = [PointSpec("sft")] + [
-        PointSpec(name, weights, alpha, beta)
+        PointSpec(name, MergeSpec(weights, alpha, beta))
         for name, (alpha, beta) in methods.items()
         for weights in simplex_grid(policies, points)
     ]

@@ -79,7 +79,7 @@ def _show(chosen: Chosen, console: Console) -> None:
     from rewarded_lines.sweeping.choose import NOTE
 
     point = chosen.point
-    schedule = "" if point.checkpoint else f", α = {point.alpha:g}, β = {point.beta:g}"
+    schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
     console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))
     for name, score in chosen.scores.items():

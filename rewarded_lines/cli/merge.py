@@ -316,12 +316,7 @@ def _name(text: str) -> tuple[str, str]:
 def _as_dict(result: MergeResult, names: list[str]) -> dict[str, Any]:
     return {
         "out": str(result.out) if result.out else None,
-        "weights": dict(zip(names, result.spec.weights, strict=True)),
-        "method": result.spec.method,
-        "options": dict(result.spec.options),
-        "alpha": result.spec.alpha,
-        "beta": result.spec.beta,
-        "outside": result.spec.outside,
+        **result.spec.as_dict(names),
         "tensors": result.tensors,
         "bytes": result.bytes,
         "scales": {stack: list(scales) for stack, scales in result.scales.items()},

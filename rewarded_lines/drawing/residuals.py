@@ -63,8 +63,8 @@ def schedules(summary: Summary) -> dict[Schedule, list[str]]:
 
 
 def _schedule(points: Sequence[PointSummary]) -> Schedule:
-    alphas = [point.alpha for point in points]
-    return min(alphas), max(alphas), points[0].beta, any(point.edit for point in points)
+    alphas = [point.merge.alpha for point in points]
+    return min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points)
 
 
 def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:

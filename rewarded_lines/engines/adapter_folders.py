@@ -13,7 +13,7 @@ from pathlib import Path
 from rewarded_lines.checkpoints.dtypes import F32
 from rewarded_lines.folders import scratch_folder
 from rewarded_lines.planning.adapter_plan import AdapterPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 _MEMORY = Path("/dev/shm")
 _ONE_FILE = 1 << 62

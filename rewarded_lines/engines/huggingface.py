@@ -15,7 +15,7 @@ from rewarded_lines.engines.sampling import SeededSampling, StopTexts
 from rewarded_lines.engines.tokens import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 if TYPE_CHECKING:
     import torch

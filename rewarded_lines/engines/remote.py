@@ -31,7 +31,7 @@ from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_r
 from rewarded_lines.engines.vllm_core import make_response
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.planning.adapter_plan import AdapterPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
 _UNDER_WAY = 64

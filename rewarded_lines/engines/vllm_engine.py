@@ -12,7 +12,7 @@ from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.worker import plan_message, spec_message
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 _HALF_WRITTEN: Final = "half-written"
 

@@ -16,7 +16,7 @@ from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.inputs import plan_merge
 from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 # Plans of this process: its own workers take them as they are, with all that has been measured.
 _plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()

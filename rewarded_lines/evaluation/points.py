@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import blake3
@@ -12,10 +12,11 @@ import blake3
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.planning.plan import MergeSpec, Plan, complete
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.projects import Project
 from rewarded_lines.rules.methods import METHODS, OptionValue, soup
 from rewarded_lines.rules.preferences import simplex_grid
+from rewarded_lines.rules.spec import MergeSpec
 
 Weights = tuple[float, ...]
 
@@ -26,28 +27,20 @@ class PointSpec:
 
     Attributes:
         method: the curve that it belongs to, by its name in the run; `sft` is the SFT model's own.
-        weights: of the policies; empty for a model that is not merged. Where a single policy is edited, α.
-        alpha: α of the LiNeS schedule.
-        beta: β.
-        merge: the rule that joins residuals, a key of `METHODS`.
-        options: of the rule.
+        merge: its numbers; without weights for a model that is not merged.
         checkpoint: the name of a policy (which has weights, too) or baseline that stands for itself.
-        edit: whether a single policy is edited, with all its weight and this α and β.
+        edit: whether a single policy is edited: the curve goes along α.
     """
 
     method: str
-    weights: Weights = ()
-    alpha: float = 1.0
-    beta: float = 0.0
-    merge: str = "soup"
-    options: tuple[tuple[str, OptionValue], ...] = ()
+    merge: MergeSpec = MergeSpec((), 1.0, 0.0)
     checkpoint: str = ""
     edit: bool = False
 
     @property
-    def merged_weights(self) -> Weights:
-        """The weights that the merge takes."""
-        return (1.0,) if self.edit else self.weights
+    def weights(self) -> Weights:
+        """Where the point stands on its curve: the weights of the policies, or α where a single policy is edited."""
+        return (self.merge.alpha,) if self.edit else self.merge.weights
 
     @property
     def lam(self) -> float | None:
@@ -62,13 +55,30 @@ class PointSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the point as JSON can hold it."""
-        return {**asdict(self), "weights": list(self.weights), "options": dict(self.options)}
+        merge = self.merge
+        return {
+            "method": self.method,
+            "weights": list(self.weights),
+            "alpha": merge.alpha,
+            "beta": merge.beta,
+            "merge": merge.method,
+            "options": dict(merge.options),
+            "checkpoint": self.checkpoint,
+            "edit": self.edit,
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSpec:
         """Return the point that `as_dict` described."""
-        options = tuple(dict(content["options"]).items())
-        return cls(**{**content, "weights": tuple(content["weights"]), "options": options})
+        edit, weights = content.get("edit", False), tuple(content["weights"])
+        merge = MergeSpec(
+            (1.0,) if edit else weights,
+            content["alpha"],
+            content["beta"],
+            content["merge"],
+            dict(content["options"]),
+        )
+        return cls(content["method"], merge, content.get("checkpoint", ""), edit)
 
     def model(self, checkpoints: Sequence[str]) -> Model:
         """Return who answers at this point.
@@ -81,7 +91,7 @@ class PointSpec:
         if self.checkpoint and not self.weights:
             index = list(checkpoints).index(self.checkpoint)
             return MergeSpec((0.0,) * index + (1.0,), 1.0, 0.0)
-        return MergeSpec(self.merged_weights, self.alpha, self.beta, self.merge, dict(self.options))
+        return self.merge
 
 
 class Methods:
@@ -125,7 +135,7 @@ class Methods:
         spec = self.specs[name]
         if spec is None:
             return [
-                PointSpec(name, one_hot(index, len(self._policies)), checkpoint=policy)
+                PointSpec(name, MergeSpec(one_hot(index, len(self._policies)), 1.0, 0.0), policy)
                 for index, policy in enumerate(self._policies)
             ]
         if spec.checkpoints:
@@ -137,25 +147,13 @@ class Methods:
         spec = self.specs[name]
         assert spec is not None and not spec.checkpoints
         if spec.edit:
-            return PointSpec(name, weights, weights[0], round(1 - weights[0], 12), edit=True)
+            return PointSpec(name, MergeSpec((1.0,), weights[0], round(1 - weights[0], 12)), edit=True)
         if spec.match is None:
-            return self.with_schedule(name, weights, spec.alpha, spec.beta, spec.merge, spec.options)
+            merge = MergeSpec(weights, spec.alpha, spec.beta, spec.merge, spec.options)
+            return PointSpec(name, merge.complete(len(self._policies)))
         other = self.specs.get(spec.match) or PRESETS[spec.match]
         alpha = self._plan.matched_alpha(weights, MergeSpec(weights, other.alpha, other.beta))
-        return PointSpec(name, weights, alpha, 0.0)
-
-    def with_schedule(
-        self,
-        name: str,
-        weights: Weights,
-        alpha: float,
-        beta: float,
-        merge: str = "soup",
-        options: Mapping[str, OptionValue] | None = None,
-    ) -> PointSpec:
-        """Return a point of any schedule, the merge method's defaults filled in."""
-        whole = complete(MergeSpec(weights, alpha, beta, merge, options or {}), len(self._policies))
-        return PointSpec(name, weights, float(alpha), float(beta), merge, tuple(whole.options.items()))
+        return PointSpec(name, MergeSpec(weights, alpha, 0.0))
 
     def declares(self, spec: PointSpec) -> bool:
         """Say whether a point is what its method now is at its weights; of methods that are not here it is.
@@ -237,7 +235,7 @@ def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], poli
         UserError: likewise.
     """
     try:
-        complete(MergeSpec((), method=merge, options=options), policies)
+        MergeSpec((), method=merge, options=options).complete(policies)
     except UserError as error:
         raise UserError(
             replace(problem, where=f"{where}: {problem.where.lstrip('-')}") for problem in error.problems
@@ -273,7 +271,8 @@ def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, s
     elif not spec.weights:
         identity = ["checkpoint", hashes[spec.checkpoint]]
     else:
-        identity = ["merge", spec.merge, dict(spec.options), spec.alpha, spec.beta, spec.merged_weights]
+        merge = spec.merge
+        identity = ["merge", merge.method, dict(merge.options), merge.alpha, merge.beta, merge.weights]
     text = json.dumps({**shared, "point": identity}, sort_keys=True, ensure_ascii=False)
     return blake3.blake3(text.encode()).hexdigest(length=8)
 

@@ -100,10 +100,10 @@ def write_point(path: Path, point: Point) -> None:
     """Write one point's records; the file appears whole or not at all."""
     rows = len(point.prompts)
     columns: dict[str, Any] = {
-        "merge": pa.array([point.spec.merge] * rows).dictionary_encode(),
-        "alpha": np.full(rows, point.spec.alpha),
-        "beta": np.full(rows, point.spec.beta),
-        "weights": pa.array([list(point.spec.merged_weights)] * rows, type=pa.list_(pa.float64())),
+        "merge": pa.array([point.spec.merge.method] * rows).dictionary_encode(),
+        "alpha": np.full(rows, point.spec.merge.alpha),
+        "beta": np.full(rows, point.spec.merge.beta),
+        "weights": pa.array([list(point.spec.merge.weights)] * rows, type=pa.list_(pa.float64())),
         "prompt_index": point.prompt_index,
         "seed": point.seeds,
         "prompt": point.prompts,

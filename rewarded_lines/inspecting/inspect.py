@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rewarded_lines.checkpoints.headers import TensorInfo
@@ -16,6 +16,7 @@ from rewarded_lines.measuring.norms import Distance, distances
 from rewarded_lines.planning.plan import OUTSIDE, choose
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside, tensor_scale
+from rewarded_lines.rules.spec import MergeSpec
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
 _SHOWN = 3
@@ -93,13 +94,10 @@ class Level(Sum):
 
 @dataclass(frozen=True)
 class Origin:
-    """What merge.json says of how the checkpoint was made."""
+    """What merge.json says of how the checkpoint was made: the policies' names, and the merge."""
 
-    method: str
-    weights: Mapping[str, float]
-    alpha: float
-    beta: float
-    options: Mapping[str, str] = field(default_factory=dict)
+    policies: tuple[str, ...]
+    merge: MergeSpec
 
 
 @dataclass(frozen=True)
@@ -244,9 +242,8 @@ def _made_by(folder: Path) -> Origin | None:
         return None
     try:
         record = read_json_object(path)
-        weights = {str(name): float(weight) for name, weight in record["weights"].items()}
-        options = {str(name): str(value) for name, value in record.get("options", {}).items()}
-        return Origin(str(record["method"]), weights, float(record["alpha"]), float(record["beta"]), options)
+        options = {name: str(value) for name, value in record.get("options", {}).items()}
+        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +16,10 @@ from rewarded_lines.errors import printable
 from rewarded_lines.merging.input_cards import InputCard, input_cards
 from rewarded_lines.merging.papers import equation, papers
 from rewarded_lines.merging.provenance import RECORD_FILE
-from rewarded_lines.planning.plan import MergeSpec, Plan
-from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.planning.plan import Plan
+from rewarded_lines.rules.spec import MergeSpec
 
 HERE = "this folder"
-DEFAULT_SHARD = "5GB"
 _OTHER_LICENCE = "other"
 _WIDE = 6
 # The classes that transformers loads a model with, by the end of its architecture's name.
@@ -117,7 +115,7 @@ def _metadata(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> d
     """Return what the Hub reads; what is not known is left out."""
     adapter = plan.rank(spec) is not None
     languages, datasets = (_union(inputs, name) for name in ("languages", "datasets"))
-    schedule = ["lines"] if (spec.alpha, spec.beta) != (1, 0) else []
+    schedule = ["lines"] if spec.scaled else []
     method = ["rewarded-soups"] if spec.method == "soup" else [spec.method]
     found: dict[str, Any] = {
         **_licence(inputs),
@@ -152,8 +150,8 @@ def _licence(inputs: Mapping[str, InputCard]) -> dict[str, str]:
 
 def _kind(spec: MergeSpec) -> str:
     if spec.method == "soup":
-        return "Rewarded Soup" if (spec.alpha, spec.beta) == (1, 0) else "LiNeS"
-    return spec.method if (spec.alpha, spec.beta) == (1, 0) else f"{spec.method} with LiNeS"
+        return "LiNeS" if spec.scaled else "Rewarded Soup"
+    return f"{spec.method} with LiNeS" if spec.scaled else spec.method
 
 
 def _introduction(plan: Plan) -> str:
@@ -265,27 +263,10 @@ def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Map
 
 
 def command(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> str:
-    """Return the `rewarded-lines merge` command that says what this merge is; inputs are called by their titles."""
-    words = ["rewarded-lines", "merge", "--base", inputs[""].title]
-    for name in plan.policies:
-        words += ["--policy", f"{name}={inputs[name].title}"]
-    row = METHODS[spec.method]
-    if spec.method != "soup":
-        words += ["--method", spec.method]
-    for name, value in spec.options.items():
-        words += [f"--{name}", str(value)]
-    if row.weights != "none":
-        words += ["--lam", ",".join(map(repr, spec.weights))]
-        inside = min(spec.weights) >= 0 and abs(sum(spec.weights) - 1) <= 1e-6
-        words += ["--extrapolate"] if row.weights == "simplex" and not inside else []
-    words += ["--alpha", repr(spec.alpha), "--beta", repr(spec.beta)]
-    usual: dict[str, Any] = {"outside": "alpha", "dtype": "auto", "max_shard_size": DEFAULT_SHARD, "layers": None}
-    given: dict[str, Any] = {"outside": spec.outside, **settings}
-    for name, value in usual.items():
-        if given.get(name, value) != value:
-            words += [f"--{name.replace('_', '-')}", str(given[name])]
-    words += ["--as", str(settings.get("as", "auto"))]
-    return shlex.join([*words, "--out", "merged"])
+    """Return the `rewarded-lines merge` command that makes this merge; inputs are called by their titles."""
+    policies = {name: inputs[name].title for name in plan.policies}
+    how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "as") if name in settings}
+    return spec.command(inputs[""].title, policies, **how)
 
 
 def _licences(inputs: Mapping[str, InputCard]) -> str:

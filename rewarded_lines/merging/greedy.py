@@ -16,7 +16,8 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
-    from rewarded_lines.planning.plan import MergeSpec, Plan
+    from rewarded_lines.planning.plan import Plan
+    from rewarded_lines.rules.spec import MergeSpec
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:

@@ -18,11 +18,12 @@ from rewarded_lines.merging.greedy import greedy_weights
 from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.merging.provenance import RECORD_FILE
 from rewarded_lines.planning.inputs import plan_as
-from rewarded_lines.planning.plan import OUTSIDE, MergeSpec, Plan, choose, complete
+from rewarded_lines.planning.plan import OUTSIDE, Plan, choose
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
 from rewarded_lines.rules.methods import METHODS, OptionValue
 from rewarded_lines.rules.preferences import check_weights, folder_name, parse_weights
+from rewarded_lines.rules.spec import MergeSpec
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
@@ -107,7 +108,7 @@ def merge(
     base = expand(base)
     choose("--outside", outside, OUTSIDE)
     check_schedule(alpha, beta)
-    first = complete(MergeSpec((), 0.0 if alpha == "auto" else alpha, beta, method, options or {}, outside), len(named))
+    first = MergeSpec((), 0.0 if alpha == "auto" else alpha, beta, method, options or {}, outside).complete(len(named))
     specs = [replace(first, weights=weights) for weights in _weights(lam, method, list(named), extrapolate)]
     shard_size = parse_size(max_shard_size)
     targets = _targets(None if out is None else Path(expand(out)), specs)

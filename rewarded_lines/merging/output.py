@@ -16,8 +16,9 @@ from rewarded_lines.folders import atomic_folder, write_json
 from rewarded_lines.merging.cards import CardAddition, model_card
 from rewarded_lines.merging.input_cards import CARD_FILE
 from rewarded_lines.merging.provenance import RECORD_FILE, describe, hash_inputs
-from rewarded_lines.planning.plan import MergeSpec, Plan
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rules.spec import MergeSpec
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 _TIES = "τ̂ᵢ = τᵢ where |τᵢ| is among the largest {density:g} of {scope}, else 0"
 _JOINS = {"mean": "Σ_A λᵢ τ̂ᵢ / Σ_A λᵢ", "sum": "Σ_A λᵢ τ̂ᵢ"}
@@ -59,5 +59,5 @@ def equation(spec: MergeSpec) -> list[str]:
 
 def papers(spec: MergeSpec) -> list[tuple[str, str]]:
     """Return title and arXiv number of what a merge rests on: LiNeS where there is a schedule, soups, the method."""
-    lines = [] if (spec.alpha, spec.beta) == (1, 0) else [_LINES]
+    lines = [_LINES] if spec.scaled else []
     return [*lines, _SOUPS, *_PAPERS.get(spec.method, ())]

@@ -9,8 +9,9 @@ from typing import Any
 
 from rewarded_lines import __version__
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.planning.plan import MergeSpec, Plan
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.references import looks_local
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.streaming.pool import share_out
 
 RECORD_FILE = "merge.json"
@@ -41,12 +42,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Record, settings: Mapping[str,
         settings: what else decides the bytes (dtype, shard size, --layers), and the command.
     """
     return {
-        "method": spec.method,
-        "options": dict(spec.options),
-        "weights": dict(zip(plan.policies, spec.weights, strict=True)),
-        "alpha": spec.alpha,
-        "beta": spec.beta,
-        "outside": spec.outside,
+        **spec.as_dict(list(plan.policies)),
         "scales": plan.scales(spec),
         **settings,
         "notes": plan.notes,

@@ -16,9 +16,10 @@ from rewarded_lines.merging.merge import MergeResult, check_schedule, check_targ
 from rewarded_lines.merging.output import command_line, write_folders
 from rewarded_lines.merging.provenance import RECORD_FILE
 from rewarded_lines.planning.inputs import plan_as
-from rewarded_lines.planning.plan import MergeSpec, Plan, complete
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside
+from rewarded_lines.rules.spec import MergeSpec
 
 
 class _Input(BaseModel):
@@ -44,6 +45,12 @@ class _Record(BaseModel):
     layers: str | None
     # Records of the time before adapters say nothing of it.
     kind: str = Field("full", alias="as")
+
+    @property
+    def merge(self) -> MergeSpec:
+        """The numbers, the weights in the order of the policies."""
+        weights = tuple(self.weights[name] for name in self.policies)
+        return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
 
 
 def replay(
@@ -91,9 +98,7 @@ def replay(
     origin = expand(base or told.base.path)
     check_targets([target], [origin, *named.values()], overwrite)
     size = parse_size(told.max_shard_size)
-    weights = tuple(told.weights[name] for name in named)
-    spec = MergeSpec(weights, told.alpha, told.beta, told.method, told.options, told.outside)
-    spec = complete(spec, len(named))
+    spec = told.merge.complete(len(named))
     progress.start("opening inputs")
     plan = plan_as(told.kind, origin, named, told.method, dtype=told.dtype, device=device, layers=told.layers)
     progress.start("hashing inputs")

@@ -25,9 +25,10 @@ from rewarded_lines.folders import write_json
 from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.planning.folding import ZeroBase, stored_shape
 from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.planning.plan import MergeSpec, Plan, copy_companions
+from rewarded_lines.planning.plan import Plan, copy_companions
 from rewarded_lines.planning.stacking import AdapterOutput, AdapterWriter, Part, Stack, adapter_config
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.streaming.blocks import TensorMerge
 
 # bfloat16 has the range of float32: a power of two up to this one only moves the exponent of a usual weight.

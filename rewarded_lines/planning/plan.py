@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.lines import Outside, lines_scale, tensor_scale
-from rewarded_lines.rules.methods import OptionValue, check_method
+from rewarded_lines.rules.spec import MergeSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
@@ -28,21 +27,6 @@ _COMPANIONS = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"),
 )
-
-
-@dataclass(frozen=True)
-class MergeSpec:
-    """The numbers of one merge: λ_i for each policy, the LiNeS schedule, and the method that joins residuals.
-
-    Fewer weights than the plan has policies leave the last of those out: the merge is as if they were not there.
-    """
-
-    weights: tuple[float, ...]
-    alpha: float = 1.0
-    beta: float = 1.0
-    method: str = "soup"
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
-    outside: Outside = "alpha"
 
 
 class Plan(ABC):
@@ -155,15 +139,6 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy what `companions` returns to an output's folder."""
     for path in companions(source):
         shutil.copyfile(path, folder / path.name)
-
-
-def complete(spec: MergeSpec, policies: int) -> MergeSpec:
-    """Return `spec` with its method's options checked and filled in.
-
-    Raises:
-        UserError: the method, an option or the number of policies is wrong.
-    """
-    return replace(spec, options=check_method(spec.method, spec.options, policies))
 
 
 def choose(option: str, value: str, known: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewarded_lines.merging.cards import Additions, CardAddition
-from rewarded_lines.planning.plan import MergeSpec, Plan
+from rewarded_lines.planning.plan import Plan
+from rewarded_lines.rules.spec import MergeSpec
 
 RUN_FOLDER = "sweep"
 

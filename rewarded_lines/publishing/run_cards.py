@@ -17,10 +17,10 @@ from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, listed_points, load_run, read_header
 from rewarded_lines.evaluation.setup import located
-from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.merging.cards import CardAddition, escaped, table
-from rewarded_lines.planning.plan import MergeSpec, Plan
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
 from rewarded_lines.summaries.tables import points_sheet, scope_note, weights_text, with_unit
 
@@ -179,7 +179,7 @@ def read_summary(path: Path) -> Summary | None:
     """Return the points of a report's summary.json; None where it is not there, or of another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        points = [_point(entry) for entry in content["points"]]
+        points = [PointSummary.from_dict(entry) for entry in content["points"]]
         return Summary(**{**content, "points": points, "hypervolumes": [], "differences": [], "policy_gains": []})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -187,21 +187,11 @@ def read_summary(path: Path) -> Summary | None:
 
 def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, Any]) -> bool:
     """Say whether a summary is that of a run as it is now: this run alone, all its points, and none newer."""
-    told = sorted((*_name(point), point.alpha, point.beta) for point in summary.points)
-    listed = sorted((*_name(point), point.alpha, point.beta) for point, _ in listed_points(header))
+    told = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point in summary.points)
+    listed = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point, _ in listed_points(header))
     written = path.stat().st_mtime_ns
     older = all(file.stat().st_mtime_ns <= written for file in (folder / "points").glob("*.parquet"))
     return summary.runs == 1 and told == listed and older
-
-
-def _point(entry: Mapping[str, Any]) -> PointSummary:
-    measures = {name: Estimate(**entry[name]) for name in ("kl", "words")}
-    sets = {
-        name: {key: Estimate(**one) for key, one in entry[name].items()}
-        for name in ("rewards", "perplexities", "forgetting")
-    }
-    told = {**entry, **measures, **sets, "weights": tuple(entry["weights"])}
-    return PointSummary(**told)
 
 
 def _name(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]:
@@ -210,14 +200,15 @@ def _name(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]
 
 def _same_rule(spec: MergeSpec, point: PointSpec) -> bool:
     """Say whether a point's residuals are joined as the merge's are; SFT's and baselines' are not joined."""
-    one, other = METHODS[spec.method], METHODS[point.merge]
-    same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.options)
-    return same and len(point.merged_weights) == len(spec.weights)
+    one, other = METHODS[spec.method], METHODS[point.merge.method]
+    same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.merge.options)
+    return same and len(point.merge.weights) == len(spec.weights)
 
 
 def _distance(spec: MergeSpec, point: PointSpec) -> float:
-    steps = [abs(a - b) for a, b in zip(spec.weights, point.merged_weights, strict=True)]
-    return sum(steps) + abs(spec.alpha - point.alpha) + abs(spec.beta - point.beta)
+    merge = point.merge
+    steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]
+    return sum(steps) + abs(spec.alpha - merge.alpha) + abs(spec.beta - merge.beta)
 
 
 def _opening(place: Place, header: Mapping[str, Any], summary: Summary) -> str:

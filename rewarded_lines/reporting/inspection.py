@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.errors import printable
-from rewarded_lines.inspecting.inspect import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.inspecting.inspect import InspectedTensor, Inspection, Level, Origin, Residual, Sum
 
 Row = tuple[str, ...]
 
@@ -81,9 +81,10 @@ def _heading(found: Inspection) -> Iterator[str]:
     size = f"{_count(total.tensors, 'tensor')}, {total.parameters:,} parameters, {total.bytes / 1e6:,.1f} MB"
     yield printable(f"{found.checkpoint}: {size}")
     if found.origin:
-        made = found.origin
+        made = found.origin.merge
         method = ", ".join([made.method, *(f"{name} {value}" for name, value in made.options.items())])
-        weights = ", ".join(f"λ {weight:g} {name}" for name, weight in made.weights.items())
+        named = zip(found.origin.policies, made.weights, strict=True)
+        weights = ", ".join(f"λ {weight:g} {name}" for name, weight in named)
         yield printable(f"merged by {method}: {weights}; α = {made.alpha:g}, β = {made.beta:g}")
 
 
@@ -160,6 +161,8 @@ def _count(number: int, noun: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Residual):
         return _plain(vars(value) | {"relative": value.relative, "share_changed": value.share_changed})
+    if isinstance(value, Origin):
+        return _plain(value.merge.as_dict(value.policies))
     if dataclasses.is_dataclass(value):
         return _plain(vars(value))
     if isinstance(value, Mapping):

@@ -65,6 +65,11 @@ def check_weights(
     return tuple(float(weight) for weight in weights)
 
 
+def on_simplex(weights: Sequence[float]) -> bool:
+    """Say whether weights are ≥ 0 and sum to 1."""
+    return min(weights) >= 0 and abs(math.fsum(weights) - 1) <= TOLERANCE
+
+
 def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
     """Return every weight vector whose entries are multiples of 1/(points − 1), in lexical order.
 

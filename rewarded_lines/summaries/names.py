@@ -26,18 +26,19 @@ def method_label(points: Sequence[PointSummary]) -> str:
     Args:
         points: all of the method, at least one.
     """
-    name, merge, alpha, beta = points[0].method, points[0].merge, points[0].alpha, points[0].beta
+    name, merge = points[0].method, points[0].merge
+    alpha, beta = merge.alpha, merge.beta
     if any(point.checkpoint for point in points):
         return name
-    low, high = min(point.alpha for point in points), max(point.alpha for point in points)
+    low, high = (end(point.merge.alpha for point in points) for end in (min, max))
     if any(point.edit for point in points):
         return f"LiNeS, edited (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = 1 − α)"
     if low < high:
         ends = dict.fromkeys([_number(low, ".2f"), _number(high, ".2f")])
         return f"{name} (α = {' to '.join(ends)}, β = {_number(beta)})"
     kind = "Rewarded Soups" if beta == 0 else "LiNeS"
-    if merge != "soup":
-        kind = _MERGES.get(merge, merge) + (" + LiNeS" if beta != 0 else "")
+    if merge.method != "soup":
+        kind = _MERGES.get(merge.method, merge.method) + (" + LiNeS" if beta != 0 else "")
     if name == TUNED:
         kind += ", tuned"
     if beta == 0:

@@ -7,7 +7,7 @@ move with other prompts. Several runs of one project, each with policies of anot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ from rewarded_lines.fronts.comparison import (
 )
 from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.fronts.pareto import contributions
+from rewarded_lines.rules.spec import MergeSpec
 
 
 @dataclass(frozen=True)
 class PointSummary:
     """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
 
+    `weights` say where it stands on its curve, see `PointSpec`; α and β of its `merge` are averages over the runs.
     `ended` is the share of responses that end by themselves, `distinct2` the share of different pairs of words among
     all pairs of words of the responses, `perplexities` those of the sets of control texts, `forgetting` those
     over the SFT model's, paired by text, `contribution` what the hypervolume of its method above SFT would lose without
@@ -39,10 +41,8 @@ class PointSummary:
     """
 
     method: str
-    alpha: float
-    beta: float
-    merge: str
     weights: tuple[float, ...]
+    merge: MergeSpec
     checkpoint: str
     rewards: dict[str, Estimate]
     kl: Estimate
@@ -59,10 +59,23 @@ class PointSummary:
         """The first policy's weight, λ; None for a model that is not merged."""
         return self.weights[0] if self.weights else None
 
-    @property
-    def merged_weights(self) -> tuple[float, ...]:
-        """The weights that the merge takes; see `PointSpec`."""
-        return (1.0,) if self.edit else self.weights
+    def as_dict(self) -> dict[str, Any]:
+        """Return the point as `summary.json` has it, the merge's numbers among the others."""
+        merge = self.merge
+        told = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta, "merge": merge.method}
+        return told | {name: value for name, value in asdict(self).items() if name not in told}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PointSummary:
+        """Return the point that `as_dict` described."""
+        told = dict(content)
+        weights = tuple(told.pop("weights"))
+        merged = (1.0,) if told.get("edit") else weights
+        merge = MergeSpec(merged, told.pop("alpha"), told.pop("beta"), told.pop("merge"))
+        told |= {name: Estimate(**told[name]) for name in ("kl", "words")}
+        for name in ("rewards", "perplexities", "forgetting"):
+            told[name] = {key: Estimate(**one) for key, one in told[name].items()}
+        return cls(weights=weights, merge=merge, **told)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as what JSON can hold."""
-        return asdict(self)
+        return {**asdict(self), "points": [point.as_dict() for point in self.points]}
 
 
 def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
@@ -193,10 +206,8 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
         points.append(
             PointSummary(
                 method=spec.method,
-                alpha=float(np.mean([point.spec.alpha for point in row])),
-                beta=float(np.mean([point.spec.beta for point in row])),
-                merge=spec.merge,
                 weights=spec.weights,
+                merge=_average_merge([point.spec.merge for point in row]),
                 checkpoint=spec.checkpoint,
                 rewards=dict(zip(table.rewards, scores, strict=True)),
                 kl=kl,
@@ -210,6 +221,12 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
             )
         )
     return points
+
+
+def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
+    """Return the merge of a point in several runs: a matched or tuned schedule may differ between them."""
+    alpha, beta = (float(np.mean([getattr(merge, name) for merge in merges])) for name in ("alpha", "beta"))
+    return replace(merges[0], alpha=alpha, beta=beta)
 
 
 def distinct2(responses: Iterable[str]) -> float:
@@ -268,5 +285,5 @@ def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[P
 def is_policy(point: PointSpec | PointSummary, index: int) -> bool:
     """Tell whether a point is policy `index` itself: all weight on it, scale 1 at every depth."""
     one_hot = tuple(float(place == index) for place in range(len(point.weights)))
-    plain = (point.merge, point.alpha, point.beta) == ("soup", 1.0, 0.0)
+    plain = point.merge.method == "soup" and not point.merge.scaled
     return bool(point.weights) and plain and point.weights == one_hot

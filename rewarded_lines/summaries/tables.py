@@ -256,11 +256,11 @@ def points_csv(summary: Summary) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heading)
     for point in summary.points:
-        weights = point.merged_weights or ("",) * len(summary.policies)
+        weights = point.merge.weights or ("",) * len(summary.policies)
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
         estimates += point.forgetting.values()
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
-        place = [point.method, point.checkpoint, point.merge, point.alpha, point.beta]
+        place = [point.method, point.checkpoint, point.merge.method, point.merge.alpha, point.merge.beta]
         writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution])
     return text.getvalue()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from rewarded_lines.evaluation.tabulate import Table, tabulate
 from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
 from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples
-from rewarded_lines.rules.methods import METHODS
 
 NOTE = (
     "The choice was made by these same scores, so they lie a little high: the best of many is also the luckiest. "
@@ -183,13 +181,15 @@ class _Chooser:
             # It misses a minimum by rounding only.
             evaluated = rows[lams.index(lam)]
             return self._chosen(self._spec(evaluated), self._all[:, evaluated], False)
-        spec = replace(self._spec(rows[0]), weights=(lam, 1.0 - lam))
+        first = self._spec(rows[0])
+        spec = replace(first, merge=replace(first.merge, weights=(lam, 1.0 - lam)))
         return self._chosen(spec, interpolate(lams, self._all[:, rows], lam), True)
 
     def _steady(self, specs: Sequence[PointSpec]) -> bool:
         """Say whether a method has one schedule for every λ of two policies, so that it has points in between."""
-        schedules = {(spec.alpha, spec.beta, spec.merge, spec.options) for spec in specs}
-        return len(schedules) == 1 and all(len(spec.weights) == 2 and not spec.checkpoint for spec in specs)
+        first = specs[0].merge
+        alike = all(replace(spec.merge, weights=first.weights) == first for spec in specs)
+        return alike and all(len(spec.weights) == 2 and not spec.checkpoint for spec in specs)
 
     def _value(self, row: int) -> float:
         means = self._all[0, row][self._columns]
@@ -241,22 +241,13 @@ def command_for(run: Run, spec: PointSpec) -> str:
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
-    words = ["rewarded-lines", "merge", "--base", located(run.header["base"]["path"], run.folder)]
-    for name, policy in run.header["policies"].items():
-        words += ["--policy", f"{name}={located(policy['path'], run.folder)}"]
-    words += ["--alpha", repr(spec.alpha), "--beta", repr(spec.beta)]
-    if spec.merge != "soup":
-        words += ["--method", spec.merge]
-        for option, value in spec.options:
-            words += [f"--{option}", str(value)]
-    if METHODS[spec.merge].weights != "none":
-        words += ["--lam", ",".join(repr(weight) for weight in spec.merged_weights)]
-    if run.header["options"]["layers"]:
-        words += ["--layers", run.header["options"]["layers"]]
-    if run.header["identity"]["engine"]["as"] == "whole models":
+    header = run.header
+    policies = {name: located(policy["path"], run.folder) for name, policy in header["policies"].items()}
+    how = {"layers": header["options"]["layers"]}
+    if header["identity"]["engine"]["as"] == "whole models":
         # What was evaluated: adapters folded into their base, in the type that the engine computes in.
-        words += ["--as", "full", "--dtype", run.header["generation"]["dtype"]]
-    return shlex.join([*words, "--out", "chosen"])
+        how |= {"as_": "full", "dtype": header["generation"]["dtype"]}
+    return spec.merge.command(located(header["base"]["path"], run.folder), policies, "chosen", **how)
 
 
 def _checked(run: Run, wish: Wish) -> Wish:

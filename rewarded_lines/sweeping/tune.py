@@ -23,6 +23,7 @@ from rewarded_lines.evaluation.setup import Setup
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import simplex_grid
+from rewarded_lines.rules.spec import MergeSpec
 
 # α and β to the hundredth: finer differences are below what a few hundred prompts can tell apart.
 _STEP = 0.01
@@ -146,8 +147,9 @@ def tune(run: RunFolder, make: Producer, prompts: list[Prompt], count: int) -> T
 
 
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
-    weights = simplex_grid(len(setup.project.config.policies), count)
-    return [setup.methods.with_schedule(TUNED, one, alpha, beta, spec.merge, spec.options) for one in weights]
+    policies = len(setup.project.config.policies)
+    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in simplex_grid(policies, count))
+    return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
 
 
 def _hypervolume(setup: Setup, points: Sequence[Point], sft: Point) -> float:

@@ -56,21 +56,22 @@ def merge_like_mergekit(
         UserError: what `read_mergekit` and `merge` refuse, or a number of blocks for which the two tools differ.
     """
     asked = read_mergekit(path, base=base, seed=seed)
+    spec = asked.merge
     arguments = {
-        "alpha": asked.alpha,
-        "beta": asked.beta,
-        "method": asked.method,
-        "options": asked.options,
+        "alpha": spec.alpha,
+        "beta": spec.beta,
+        "method": spec.method,
+        "options": spec.options,
         "dtype": asked.dtype,
         "as_": "full",
-        "extrapolate": asked.extrapolate,
+        "extrapolate": spec.extrapolates,
         **how,
     }
-    checked = merge(asked.base, asked.policies, asked.weights, dry_run=True, **arguments)
+    checked = merge(asked.base, asked.policies, spec.weights, dry_run=True, **arguments)
     _check_blocks(str(path), asked, checked[0].scales)
     if dry_run:
         return asked, checked
-    return asked, merge(asked.base, asked.policies, asked.weights, **arguments)
+    return asked, merge(asked.base, asked.policies, spec.weights, **arguments)
 
 
 def _unknown_method(file: MergekitFile) -> UserError:
@@ -119,7 +120,7 @@ def _check_blocks(path: str, asked: Translation, scales: Mapping[str, Sequence[f
                 expected=f"layer_range: [0, {len(blocks)}] ({stack})",
                 got=f"[0, {asked.blocks}]",
             )
-        if asked.beta and len(blocks) == 1:
+        if asked.merge.beta and len(blocks) == 1:
             raise fail(
                 "with a single block mergekit takes the last value of a gradient, α + β; LiNeS takes α",
                 where=path,

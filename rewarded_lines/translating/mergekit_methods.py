@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.rules.methods import OptionValue
-from rewarded_lines.rules.preferences import TOLERANCE
+from rewarded_lines.rules.preferences import TOLERANCE, on_simplex
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.translating.gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.translating.mergekit_file import Input, MergekitFile
-from rewarded_lines.translating.translation import Translation, on_simplex
+from rewarded_lines.translating.translation import Translation
 
 _BORDER = (
     "values as large as the smallest that is kept are all kept; mergekit keeps some of them, as its sort happens to "
@@ -256,11 +257,7 @@ def _translation(
     return Translation(
         base,
         _named(places),
-        product.weights,
-        product.schedule.first,
-        product.schedule.beta,
-        method,
-        options,
+        MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options),
         file.dtype,
         all(one.reference.lora for one in policies),
         file.blocks,

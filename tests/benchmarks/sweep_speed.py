@@ -279,7 +279,7 @@ def adapters(work: Path, prompts: int, way: str) -> None:
     from rewarded_lines.config import GenerationSpec
     from rewarded_lines.engines.load import load_generator
     from rewarded_lines.planning.inputs import plan_adapters
-    from rewarded_lines.planning.plan import MergeSpec
+    from rewarded_lines.rules.spec import MergeSpec
 
     model = os.environ["MODEL"]
     subjects = ["film", "editor", "compiler", "library", "game", "driver", "server", "font", "theme", "parser"]

@@ -18,7 +18,7 @@ from rewarded_lines.engines.sampling import SeededSampling
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.inputs import plan_merge
 from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.planning.plan import MergeSpec, complete
+from rewarded_lines.rules.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3)
@@ -297,7 +297,7 @@ def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, h
     workers = set(psutil.Process().children(recursive=True)) - before
     assert workers
     try:
-        ties = complete(MergeSpec((0.3, 0.7), 1.0, 0.0, "ties", {"density": 0.5}), 2)
+        ties = MergeSpec((0.3, 0.7), 1.0, 0.0, "ties", {"density": 0.5}).complete(2)
         for model in (None, MergeSpec((0.3, 0.7)), ties, None):
             assert answers(generator, GREEDY, model=model) == answers(hf, GREEDY, model=model)
     finally:

@@ -21,7 +21,7 @@ from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.planning.inputs import plan_adapters, plan_merge
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3, n=2, stop=("nothing of the kind",))

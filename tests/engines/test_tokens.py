@@ -9,7 +9,7 @@ from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.rules.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

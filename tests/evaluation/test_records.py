@@ -24,7 +24,7 @@ def test_records_load_with_datasets(make_run, tmp_path, monkeypatch):
     assert data.features["merge"].dtype == "string"
     told = {(*row["weights"], row["alpha"], row["beta"], row["prompt"], row["score.positive"]) for row in data}
     assert told == {
-        (*point.spec.weights, point.spec.alpha, point.spec.beta, prompt, score)
+        (*point.spec.weights, point.spec.merge.alpha, point.spec.merge.beta, prompt, score)
         for point in points
         for prompt, score in zip(point.prompts, point.scores["positive"].tolist(), strict=True)
     }

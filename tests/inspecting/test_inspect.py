@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from rewarded_lines import inspect, merge
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import UserError
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.streaming import pool
 from rewarded_lines.streaming.blocks import BLOCK
 
@@ -193,13 +194,9 @@ def test_a_base_of_zeros_has_no_relative_norm(tmp_path):
 def test_a_merged_folder_says_what_made_it(tiny):
     merge("sft", ["first", "second"], 0.25, alpha=0.5, beta=0.75, method="ties", options={"density": 0.5}, out="merged")
     origin = inspect("merged").origin
-    assert (origin.method, origin.weights, origin.alpha, origin.beta) == (
-        "ties",
-        {"first": 0.25, "second": 0.75},
-        0.5,
-        0.75,
-    )
-    assert origin.options["density"] == "0.5"
+    options = {"density": "0.5", "scope": "model", "join": "mean"}
+    assert origin.policies == ("first", "second")
+    assert origin.merge == MergeSpec((0.25, 0.75), 0.5, 0.75, "ties", options)
     assert inspect("first").origin is None
 
 

@@ -18,9 +18,9 @@ from tiny_adapters import save_adapter
 from rewarded_lines import merge
 from rewarded_lines.merging.cards import escaped, literal
 from rewarded_lines.merging.input_cards import read_front_matter
-from rewarded_lines.merging.merge import MergeSpec
 from rewarded_lines.merging.papers import equation, papers
 from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.rules.spec import MergeSpec
 
 
 def write_card(folder, front, text="# A model\n"):

@@ -154,7 +154,9 @@ def shown(kept: Opened) -> Iterator[Opened]:
 
 def spoken(point: Point, words: int = 12) -> Point:
     """Return a point that answers in words of its own instead of one word again and again."""
-    rng = np.random.default_rng([int(100 * weight) for weight in point.spec.weights] + [int(10 * point.spec.beta)])
+    rng = np.random.default_rng(
+        [int(100 * weight) for weight in point.spec.weights] + [int(10 * point.spec.merge.beta)]
+    )
     said = [" ".join(rng.choice(WORDS, size=words)) for _ in point.prompts]
     return replace(point, responses=[f"{text} ({row})" for row, text in enumerate(said)])
 

@@ -113,7 +113,7 @@ def test_matched_alphas_may_differ(seeds: Callable[..., list[Path]]) -> None:
 
     edit(folders[1], match)
     summary = summary_of(folders)
-    assert {point.alpha for point in summary.methods()["soup"]} == {1.25} and len(summary.points) == 7
+    assert {point.merge.alpha for point in summary.methods()["soup"]} == {1.25} and len(summary.points) == 7
 
 
 def test_the_points_that_all_runs_have_are_compared(seeds: Callable[..., list[Path]]) -> None:

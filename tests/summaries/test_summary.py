@@ -15,6 +15,7 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run, load_run
 from rewarded_lines.evaluation.tabulate import RESAMPLES
 from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import Summary, summarise
 
 MakeRun = Callable[..., Path]
@@ -45,10 +46,10 @@ def small_run(tmp_path: Path) -> Run:
 
     points = [
         point(PointSpec("sft"), scores(0, 0)),
-        point(PointSpec("soup", (0.0, 1.0), 1.0, 0.0), scores(-1, 3)),
-        point(PointSpec("soup", (0.5, 0.5), 1.0, 0.0), scores(1, 2)),
-        point(PointSpec("soup", (1.0, 0.0), 1.0, 0.0), scores(2, 1)),
-        point(PointSpec("lines", (0.5, 0.5), 1.0, 1.0), scores(2, 2)),
+        point(PointSpec("soup", MergeSpec((0.0, 1.0), 1.0, 0.0)), scores(-1, 3)),
+        point(PointSpec("soup", MergeSpec((0.5, 0.5), 1.0, 0.0)), scores(1, 2)),
+        point(PointSpec("soup", MergeSpec((1.0, 0.0), 1.0, 0.0)), scores(2, 1)),
+        point(PointSpec("lines", MergeSpec((0.5, 0.5), 1.0, 1.0)), scores(2, 2)),
     ]
     header = {
         "title": "small",
@@ -325,7 +326,7 @@ def test_checkpoints_are_points_of_their_own(small_run: Run) -> None:
     sft, first, *_ = small_run.points
     points = [
         *small_run.points,
-        replace(first, spec=PointSpec("policies", (0.0, 1.0), checkpoint="second")),
+        replace(first, spec=PointSpec("policies", MergeSpec((0.0, 1.0), 1.0, 0.0), "second")),
         replace(first, spec=PointSpec("baselines", checkpoint="morl")),
         replace(sft, spec=PointSpec("baselines", checkpoint="dpo")),
     ]

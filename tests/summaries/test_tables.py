@@ -14,6 +14,7 @@ from rich.console import Console
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
 from rewarded_lines.summaries.tables import Sheet, interval_text, markdown, points_csv, rich_table, scope_note, sheets
 
@@ -123,7 +124,8 @@ def full(summary: Summary) -> Summary:
         for point in summary.points:
             yield replace(point, rewards={**point.rewards, "watch": Estimate(0.25, 0.2, 0.3)})
         for method, weights, name in (("policies", (1.0, 0.0), "cheerful"), ("baselines", (), "morl")):
-            like = replace(summary.points[3], method=method, weights=weights, checkpoint=name)
+            merge = replace(summary.points[3].merge, weights=weights)
+            like = replace(summary.points[3], method=method, weights=weights, merge=merge, checkpoint=name)
             yield replace(like, rewards={**like.rewards, "watch": Estimate(0.5, 0.4, 0.6)})
 
     return replace(
@@ -222,7 +224,7 @@ def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
     from rewarded_lines.drawing.style import figure_bytes
 
     run = load_run(make_run(points=2, resamples=100))
-    single = replace(run.methods()["soup"][1], spec=PointSpec("policies", (1.0, 0.0), checkpoint="cheerful"))
+    single = replace(run.methods()["soup"][1], spec=PointSpec("policies", MergeSpec((1.0, 0.0), 1.0, 0.0), "cheerful"))
     figure = front_figure(summarise(replace(run, points=[run.sft, single])))
     assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
     assert figure_bytes(figure, "svg")

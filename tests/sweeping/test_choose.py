@@ -29,6 +29,8 @@ from rewarded_lines.evaluation.records import (
 )
 from rewarded_lines.folders import write_json
 from rewarded_lines.projects import load_project
+from rewarded_lines.rules.preferences import parse_weights
+from rewarded_lines.rules.spec import MergeSpec
 
 # The SFT model's scores deviate from their mean by 1 in `a` and by 10 in `b`.
 DEVIATIONS = {"a": 1.0, "b": 10.0, "c": 1.0}
@@ -76,7 +78,7 @@ def invented(folder, points, audits=(), policies=("first", "second")):
 
 
 def curve(method, means, alpha=1.0, beta=0.0, **more):
-    return {PointSpec(method, (lam, 1 - lam), alpha, beta, **more): values for lam, values in means.items()}
+    return {PointSpec(method, MergeSpec((lam, 1 - lam), alpha, beta, **more)): values for lam, values in means.items()}
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_the_python_verb_gives_the_same(cli, run):
     assert chosen.as_dict() == asked(
         cli, run, "--at-least", "a=1", "--at-least", "b=10", "--maximize", "a", "--method", "lines"
     )
-    assert chosen.point == PointSpec("lines", (0.5, 0.5), 1.0, 1.0)
+    assert chosen.point == PointSpec("lines", MergeSpec((0.5, 0.5), 1.0, 1.0))
     assert chosen.rule == "most a with a ≥ 1, b ≥ 10"
 
 
@@ -175,8 +177,8 @@ def test_between_the_points(cli, run, bound, expected):
     assert found["scores"]["b"]["value"] == pytest.approx(bound)
     assert found["interpolated"] is (lam not in LINES)
     words = shlex.split(found["command"])
-    assert words[words.index("--lam") + 1] == ",".join(map(repr, found["weights"]))
-    assert words[words.index("--beta") + 1] == ("1.0" if method == "lines" else "0.0")
+    assert parse_weights(words[words.index("--lam") + 1], ["first", "second"]) == tuple(found["weights"])
+    assert words[words.index("--beta") + 1] == "0" if method == "soup" else "--beta" not in words
 
 
 def test_between_is_never_worse_than_the_best_evaluated_point(run):
@@ -194,7 +196,7 @@ def test_between_is_never_worse_than_the_best_evaluated_point(run):
 
 
 def test_only_between_points_of_one_schedule(tmp_path):
-    matched = {PointSpec("uniform", (lam, 1 - lam), 1.5 + lam): means for lam, means in LINES.items()}
+    matched = {PointSpec("uniform", MergeSpec((lam, 1 - lam), 1.5 + lam, 0.0)): means for lam, means in LINES.items()}
     folder = invented(tmp_path / "run", curve("soup", SOUP) | matched)
     chosen = choose(folder, at_least={"b": 20}, interpolate=True)
     assert (chosen.point.method, chosen.point.lam) == ("soup", pytest.approx(0.6))
@@ -207,7 +209,8 @@ def test_a_point_that_misses_by_rounding_is_evaluated_all_the_same(run):
 
 def test_between_the_points_of_two_policies_only(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    three = {PointSpec("soup", weights): (1.0, 2.0) for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))}
+    corners = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    three = {PointSpec("soup", MergeSpec(weights, 1.0, 0.0)): (1.0, 2.0) for weights in corners}
     invented(tmp_path / "run", three, policies=("first", "second", "third"))
     assert "λ lies between two policies" in refused(cli, "run", "--maximize", "a", "--interpolate")
     assert asked(cli, "run", "--maximize", "a")["method"] == "soup"
@@ -289,7 +292,7 @@ def test_a_folder_that_is_no_run(cli, tiny):
 
 def test_models_that_are_there_already(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    single = {PointSpec("policies", (1.0, 0.0), checkpoint="first"): (9.0, 0.0)}
+    single = {PointSpec("policies", MergeSpec((1.0, 0.0), 1.0, 0.0), "first"): (9.0, 0.0)}
     points = curve("soup", SOUP) | single | {PointSpec("baselines", checkpoint="morl"): (0.0, 99.0)}
     invented(tmp_path / "run", points)
     assert cli("choose", "run", "--maximize", "a").out.splitlines()[-1] == "# nothing to merge: first"

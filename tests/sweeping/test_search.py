@@ -159,7 +159,7 @@ def test_points_of_a_method_that_was_changed_are_left_out(tiny):
     search("sweep", points=3, gain=0)
     project(tiny, mine % 0.5)
     run, (found,) = search("sweep", points=4, gain=0)
-    assert {point.spec.alpha for point in run.methods()["mine"]} == {0.5} and found.points == 4
+    assert {point.spec.merge.alpha for point in run.methods()["mine"]} == {0.5} and found.points == 4
     assert {entry["alpha"] for entry in run.header["added"]} == {0.5}
 
 
@@ -222,7 +222,7 @@ def test_a_sweep_drops_what_a_search_added_to_a_method_that_has_changed_since(ti
     assert len(sweep(engine="hf").methods()["mine"]) == 3
     project.write_text(project.read_text().replace("alpha: 1.0", "alpha: 0.5"))
     points = sweep(engine="hf").methods()["mine"]
-    assert {point.spec.alpha for point in points} == {0.5} and len(points) == 2
+    assert {point.spec.merge.alpha for point in points} == {0.5} and len(points) == 2
 
 
 def test_a_baseline_that_has_left_the_project_has_left_the_run(tiny):

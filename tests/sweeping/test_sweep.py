@@ -261,7 +261,7 @@ def test_every_kind_of_method(tiny):
     assert len(list((tiny / "sweep/points").iterdir())) == 1 + 5 * 3 + 1
     assert found["baselines"][0].responses == found["soup"][0].responses
     (reversed_point, *_) = found["reversed"]
-    assert (reversed_point.spec.alpha, reversed_point.spec.beta) == (2.0, -1.0)
+    assert (reversed_point.spec.merge.alpha, reversed_point.spec.merge.beta) == (2.0, -1.0)
 
 
 def test_uniform_has_the_norm_of_lines(tiny):
@@ -281,8 +281,8 @@ def test_uniform_has_the_norm_of_lines(tiny):
             block = int(name.split(".")[2]) if ".layers." in name else 0
             squares["lines"] += float(torch.sum(residual**2)) * (1 + block / 3) ** 2
             squares["plain"] += float(torch.sum(residual**2))
-        assert spec.alpha == pytest.approx((squares["lines"] / squares["plain"]) ** 0.5, rel=1e-9)
-        assert spec.beta == 0.0
+        assert spec.merge.alpha == pytest.approx((squares["lines"] / squares["plain"]) ** 0.5, rel=1e-9)
+        assert spec.merge.beta == 0.0
 
 
 def test_a_single_policy_is_edited_beside_wise_ft(tiny):
@@ -291,7 +291,8 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
     methods(tiny, "[edit, wise-ft]")
     run = sweep(engine="hf")
     edits, halfway = (run.methods()[name] for name in ("edit", "wise-ft"))
-    assert [(one.spec.lam, one.spec.alpha, one.spec.beta) for one in edits] == [(0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0)]
+    schedule = [(one.spec.lam, one.spec.merge.alpha, one.spec.merge.beta) for one in edits]
+    assert schedule == [(0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0)]
     assert [one.spec.lam for one in halfway] == [0, 0.5, 1]
     # The ends are the policy and the base, as far as there are ends.
     assert halfway[0].responses == run.sft.responses
@@ -301,7 +302,7 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
     generator = load_generator("hf", "edited", spec, run.sft.prompts)
     assert edits[1].responses == [response.text for response in generator.generate(run.sft.prompts, spec)[0]]
     command = command_for(run, edits[1].spec)
-    assert "--alpha 0.5 --beta 0.5 --lam 1.0" in command and "--policy first=" in command
+    assert "/first --alpha 0.5 --beta 0.5 --as full" in command and "--lam" not in command
     summary = summarise(run)
     assert "of `edit` α, and β = 1 − α" in markdown(summary)
     assert method_labels(summary)["edit"] == "LiNeS, edited (α = 0.00 to 1.00, β = 1 − α)"
@@ -409,12 +410,12 @@ def test_tuning_looks_at_validation_prompts_only_and_is_resumed(tiny):
     assert (tuned["alpha"], tuned["beta"]) == (best["alpha"], best["beta"])
     points = run.methods()["tuned"]
     assert [point.spec.weights for point in points] == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
-    assert {(point.spec.alpha, point.spec.beta) for point in points} == {(best["alpha"], best["beta"])}
+    assert {(point.spec.merge.alpha, point.spec.merge.beta) for point in points} == {(best["alpha"], best["beta"])}
     assert all(point.prompts == run.sft.prompts for point in points)
     # The test prompts were answered by the chosen schedule alone: every other record is of validation prompts.
     records = [read_point(path) for path in (tiny / "sweep/points").iterdir()]
     on_test = [point for point in records if point.prompts == run.sft.prompts]
-    assert len(on_test) == len(run.points) - sum(p.spec.alpha == 1 and p.spec.beta == 0 for p in points)
+    assert len(on_test) == len(run.points) - sum(p.spec.merge.alpha == 1 and p.spec.merge.beta == 0 for p in points)
     again = sweep(engine="hf")
     assert again.header["evaluated_last"] == 0 and again.header["tuned"] == tuned
 

@@ -47,7 +47,7 @@ def test_adapters_share_batches_and_need_no_merged_model(greedy, monkeypatch):
     engine, reference = sweep(out="engine"), sweep(engine="hf", out="reference")
     same(engine, reference)
     assert engine.header["identity"]["engine"]["as"] == "adapters"
-    assert calls == [len({(p.spec.weights, p.spec.beta) for p in engine.points})]
+    assert calls == [len({(p.spec.weights, p.spec.merge.beta) for p in engine.points})]
     # A point that is lost is made again in the company that it was made in.
     lost = sorted((greedy / "engine/points").iterdir())[0]
     before = lost.read_bytes()
