@@ -130,7 +130,7 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
         shape = first.tensors[name].shape
         if len(shape) == 2 and shape[0] == _of_text(first.config, "vocab_size"):
             groups.setdefault((holders, shape), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for (holders, shape), members in groups.items():
         alike = [info.name for info in inputs[holders[0]].tensors.values() if info.shape == shape]
         alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=_is_head)
