@@ -46,7 +46,7 @@ class NonFinite:
         return (name, source) in self._counts
 
     def refuse(self) -> None:
-        """Refuse what was counted.
+        """Raise an error if anything was counted.
 
         Raises:
             UserError: naming tensors, inputs and counts.

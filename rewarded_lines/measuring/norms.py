@@ -35,7 +35,7 @@ def exact_sum(terms: Iterable[float]) -> float:
 
 
 class Facts:
-    """Measures what rules must know of whole tensors on demand, and keeps it. Nothing here depends on λ."""
+    """Measures, on first use, what rules must know of whole tensors, and keeps the results. None depends on λ."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source], names: Sequence[str]) -> None:
         """Bind the inputs and the names of their floating-point tensors that are merged; nothing is read yet."""
@@ -47,7 +47,7 @@ class Facts:
         self._thresholds: dict[tuple[str, float], tuple[float, ...]] = {}
 
     def digests(self, name: str) -> tuple[bytes, ...]:
-        """Return the BLAKE3 digest of a tensor's values in each policy, whatever the policy's name and place."""
+        """Return the BLAKE3 digest of a tensor's values in each policy."""
         if name not in self._digests:
             hashes = [blake3.blake3() for _ in self._policies]
             for workspace in self._passing(name):

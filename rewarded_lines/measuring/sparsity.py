@@ -97,7 +97,7 @@ class _Residuals:
         return [np.concatenate(part) for part in parts]
 
     def _visit(self, begin: Callable[[], Callable[[int, Array], None]]) -> None:
-        """Call `begin` once in each thread, and what it returns with each policy's index and residual of a block."""
+        """Call `begin` once in each thread; call its result with each policy's index and residual, block by block."""
 
         def worker() -> Callable[[tuple[str, int, int]], None]:
             workspace, visit = Workspace(self.base, self.policies), begin()

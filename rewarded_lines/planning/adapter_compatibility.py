@@ -61,7 +61,7 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
 
 
 def notes_on(base: Base, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Return what the user should know of tensors that are left out."""
+    """Return notes on tensors that are left out."""
     compared = "equal to the base's" if isinstance(base, Checkpoint) else "not compared, the base has no weights"
     return [
         f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
@@ -164,7 +164,7 @@ def is_tied(base: Checkpoint) -> bool:
 
 def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:
     """Refuse a change to one of two tied layers: their one tensor cannot take it."""
-    # T5 and BART: one tensor, several layers, of which PEFT changes the one it is told to.
+    # In T5 and BART several layers share one tensor; PEFT changes only the layers that it targets.
     ends = tuple(f".{end}.weight" for end in (TOKEN_EMBEDDINGS if is_tied(base) else ("shared",)))
     heads = TIED_HEADS if is_tied(base) else ()
     tied = [name for name in changed_tensors(adapter) if f".{name}".endswith(ends) or name in heads]
@@ -211,7 +211,7 @@ def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) ->
 
 
 def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
-    """Compare what adapters say of their bases with one another; bases on this machine were compared before."""
+    """Compare the bases that adapters name with one another; bases on this machine were compared before."""
     recorded = {name: recorded_base(adapter.folder) for name, adapter in adapters.items()}
     if len({value for value in recorded.values() if value}) > 1:
         got = ", ".join(f"{value[:12]}… for {name}" for name, value in recorded.items() if value)

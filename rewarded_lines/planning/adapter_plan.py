@@ -89,7 +89,7 @@ class AdapterPlan(Plan):
         return plan
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
-        """Return what one output is made of."""
+        """Return the stacked modules, and the tensors saved whole, of one output."""
         key = (spec.weights, spec.alpha, spec.beta, spec.outside)
         if key not in self._outputs:
             self._outputs[key] = self._output(spec)
@@ -172,7 +172,7 @@ class AdapterPlan(Plan):
         return Stack(next(iter(modules.values())), rank, tuple(parts))
 
     def _whole(self, spec: MergeSpec, copied: int | None) -> dict[str, TensorMerge]:
-        """Return what is wanted of the tensors saved whole; nothing, if all of them are the base's own."""
+        """Return how the tensors saved whole are merged; an empty dict if all of them equal the base's."""
         if copied is not None:
             saved = self.adapters[copied].saved
             return {name: TensorMerge(self._dtype or saved[name].dtype, copied + 1) for name in sorted(saved)}

@@ -86,15 +86,12 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    # An untied model needs the head that one of its inputs lacks, whatever the other inputs have there.
-    considered = names if _tied(base.config) else [name for name in partial if not _is_head(name)]
+    # An untied model needs its own head: one that some inputs lack is not taken for a copy.
+    # Where the config says nothing, transformers ties the head to the embeddings.
+    tied = _of_text(base.config, "tie_word_embeddings") is not False
+    considered = names if tied else [name for name in partial if not _is_head(name)]
     copies = _copies(inputs, [name for name in considered if name not in reasons])
     return reasons | {name: f"tied to {copies[name]}" for name in considered if name in copies}
-
-
-def _tied(config: Mapping[str, Any]) -> bool:
-    """Say whether the head is the embeddings' matrix: transformers takes it so where the config says nothing."""
-    return _of_text(config, "tie_word_embeddings") is not False
 
 
 def _of_text(config: Mapping[str, Any], key: str) -> Any:
@@ -157,7 +154,7 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
 
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
-    # Other versions of transformers may write fewer of these, so only what both say can differ.
+    # Other versions of transformers may write fewer of these settings, so only those in both are compared.
     said = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
     return [
         Problem(

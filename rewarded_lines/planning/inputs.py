@@ -1,4 +1,4 @@
-"""From what the user names to a plan: inputs opened, told apart (whole models, adapters), and checked."""
+"""From folders and Hub ids to a plan: inputs opened, sorted into whole models and adapters, and checked."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def plan_adapters(
 
 
 def _open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[str, Checkpoint | Adapter]:
-    """Open policies, whole models or adapters; add what is wrong with any of them to `problems`."""
+    """Open policies, whole models or adapters; add the faults of any of them to `problems`."""
     opened: dict[str, Checkpoint | Adapter] = {}
     for name, reference in policies.items():
         with _collected(problems):

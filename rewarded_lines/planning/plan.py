@@ -38,7 +38,7 @@ class Plan(ABC):
         base: the SFT model.
         policies: by name, in the order of the weights.
         depths: where every tensor lies.
-        notes: what the user should know of the inputs.
+        notes: for the user, on the inputs.
         reference: how the user named the base: folder or Hub id.
         references: how the user named each policy.
     """

@@ -65,7 +65,7 @@ class AdapterOutput:
     Attributes:
         dtype: of A and B.
         stacks: by module.
-        whole: what is wanted of tensors that replace the base's, by the base's name.
+        whole: how tensors that replace the base's are merged, by the base's name.
         copied: the policy that the output repeats, settings and all; None where it is computed.
     """
 
