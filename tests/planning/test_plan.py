@@ -5,7 +5,8 @@ from safetensors.torch import load_file
 from tiny_adapters import save_adapter
 
 from rewarded_lines.planning.inputs import plan_as
-from rewarded_lines.planning.plan import MergeSpec, Plan
+from rewarded_lines.planning.plan import Plan
+from rewarded_lines.rules.spec import MergeSpec
 
 SPEC = MergeSpec((0.3, 0.7), 0.5, 1.0)
 
