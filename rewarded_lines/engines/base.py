@@ -1,7 +1,4 @@
-"""What an engine is: it answers prompts as the SFT model or as any merge of a plan. No engine is started here.
-
-Every response has its own seed, so the answer to one prompt does not depend on the other prompts.
-"""
+"""What an engine is: it answers prompts as the SFT model or as any merge of a plan. No engine is started here."""
 
 from __future__ import annotations
 
@@ -11,23 +8,28 @@ from typing import Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.planning.plan import Plan
 from rewarded_lines.rules.spec import MergeSpec
 
 Tokens = Sequence[int]
 Model = MergeSpec | None
 """Who answers: a merge of the engine's plan, or None for the SFT model itself."""
-# Seeds of different runs must not meet: run 0's prompt 1 is not run 1's prompt 0, nor its second response.
+# Different runs, prompts and samples never share a seed.
 _SEED_STRIDE = 1_000_000
-# Above every run's and prompt's, and different in the low 32 bits too: torch's generator on a CPU reads no others.
+# Samples differ in the low 32 bits, too: torch's generator on a CPU reads no others.
 _SAMPLE_STRIDE = (1 << 42) + 2_654_435_761
 
 
 @dataclass(frozen=True)
 class Response:
-    """One answer: its text without special tokens, its token ids (the end token included), and whether it ended.
+    """One answer.
 
-    `logprob` is Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included. `seen` is what rewards,
-    length and audits see of the text, where that is less (`strip:`).
+    Attributes:
+        text: without special tokens.
+        tokens: ids, the end token included.
+        ended: whether it ended before `max_tokens`.
+        logprob: Σ_t log π(y_t | x, y_<t) in nats at temperature 1, the end token included.
+        seen: the part of the text that rewards, length and audits see, if `strip:` hides the rest.
     """
 
     text: str
@@ -42,17 +44,41 @@ class Response:
         return self.text if self.seen is None else self.seen
 
 
-class Generator(Protocol):
-    """An engine over one SFT model.
+@dataclass(frozen=True)
+class Workload:
+    """What an engine is started for.
 
     Attributes:
-        at_once: how many models it likes to be given in one call of `generate`: 1 where weights are swapped, more
-            where requests of many models share a batch.
-        swap_seconds: time spent so far on putting merged weights or adapters into the engine.
+        model: the SFT model's folder or Hub id.
+        spec: dtype, chat template and response length.
+        prompts: the longest of them decides how long a sequence can get.
+        plan: what merges are made of; without a plan the engine answers as the SFT model only.
+        longest: tokens of the longest sequence that `logprobs` will be asked for.
+        tensor_parallel: over how many devices vLLM spreads the model.
+    """
+
+    model: str
+    spec: GenerationSpec
+    prompts: Sequence[Prompt]
+    plan: Plan | None = None
+    longest: int = 0
+    tensor_parallel: int = 1
+
+
+class Generator(Protocol):
+    """An engine over one SFT model. Every response has its own seed, so no answer depends on the other prompts.
+
+    Attributes:
+        at_once: how many models one call of `generate` should get: 1 if weights are swapped, more if requests of many
+            models share a batch.
     """
 
     at_once: int
-    swap_seconds: float
+
+    @property
+    def swap_seconds(self) -> float:
+        """Seconds spent so far on putting merged weights or adapters into the engine."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the tokens that the model is given for each prompt."""

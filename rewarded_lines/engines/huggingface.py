@@ -1,15 +1,15 @@
-"""transformers as an engine: slower, needs nothing else, and what the tests compare the others with."""
+"""transformers as an engine: slower, but it needs nothing else; tests compare the other engines with it."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Model, Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Model, Response, Tokens, Workload, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling, StopTexts
 from rewarded_lines.engines.tokens import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
@@ -21,48 +21,35 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH = 64
-# Probabilities of this many tokens' whole vocabularies are held at once: 512 MB of float32.
+# At most this many probabilities are in memory at once: 512 MB of float32.
 _CELLS = 1 << 27
 _HALF_WRITTEN: Final = "half-written"
 
 
 class HfGenerator:
-    """transformers' own generation; merged weights are copied into the model's parameters, one after another."""
+    """transformers' own generation. Merged weights are copied into the model's parameters, tensor by tensor."""
 
     at_once = 1
 
-    def __init__(
-        self,
-        model: str,
-        spec: GenerationSpec,
-        prompts: Sequence[Prompt],
-        *,
-        plan: ModelPlan | None = None,
-        longest: int = 0,
-        loaded: tuple[Any, Any] | None = None,
-    ) -> None:
+    def __init__(self, work: Workload, loaded: tuple[Any, Any] | None = None) -> None:
         """Load the model, a whole one or an adapter over its base; see `load_generator`.
 
         Args:
-            model: its folder, or a Hub id.
-            spec: dtype, chat template and response length.
-            prompts: see `load_generator`.
-            plan: of whole models; adapters are folded into their base by `plan_merge`.
-            longest: see `load_generator`.
-            loaded: model and tokenizer that are there already; they are given back as they were by `close`.
+            work: a plan must be one of whole models; `plan_merge` folds adapters into their base.
+            loaded: a model and its tokenizer that exist already; `close` restores their settings.
 
         Raises:
             UserError: prompts do not fit the model, or the chat template cannot be read.
         """
         self.swap_seconds = 0.0
-        self._plan = plan
+        self._plan = cast(ModelPlan | None, work.plan)
         self._in_use: Model | str = None
-        self._model, self._tokenizer = loaded or self._from_folder(model, spec, prompts, longest)
+        self._model, self._tokenizer = loaded or _load_model(work)
         self._remember()
         try:
             if loaded:
-                set_template(self._tokenizer, spec)
-                longest_sequence(self._tokenizer, self._model.config, model, spec, prompts, longest)
+                set_template(self._tokenizer, work.spec)
+                longest_sequence(self._tokenizer, self._model.config, work)
             self._set_up()
         except BaseException:
             self.close()
@@ -101,28 +88,16 @@ class HfGenerator:
         del self._model, self._configs
         gc.collect()
 
-    def _from_folder(
-        self, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], longest: int
-    ) -> tuple[Any, Any]:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        tokenizer = load_tokenizer(model, spec)
-        # Before the weights, which take a while.
-        longest_sequence(tokenizer, load_config(model), model, spec, prompts, longest)
-        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, spec.dtype))
-        return whole.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
     def _remember(self) -> None:
-        """Keep what `close` gives back."""
-        # An adapter's wrapper hands its own configuration down to the model inside.
+        """Keep the settings that `close` restores."""
+        # PEFT's wrapper passes its generation config on to the model inside.
         inner = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         self._configs = [(one, one.generation_config) for one in (inner, self._model)]
         tokenizer = self._tokenizer
         self._before = self._model.training, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)
 
     def _set_up(self) -> None:
-        """Stop and sample as vLLM does: the tokenizer's end counts too, a model's own penalties and defaults do not."""
+        """Stop and sample as vLLM does: with the tokenizer's end token, without the model's own sampling defaults."""
         from transformers import GenerationConfig
 
         if self._tokenizer.pad_token_id is None:
@@ -134,7 +109,7 @@ class HfGenerator:
         )
 
     def _use(self, model: Model) -> None:
-        """Bring a merge's weights into the model, unless they are there."""
+        """Load a merge's weights into the model, unless it has them already."""
         if model == self._in_use:
             return
         assert self._plan is not None, "without a plan there is only the SFT model"
@@ -166,7 +141,7 @@ class HfGenerator:
             raise fail("parameters without weights", where="--engine hf", got=names, remedy="use --engine vllm")
 
     def _answer(self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
-        """Return a response for each prompt and seed, all in one batch."""
+        """Return a response for each pair of prompt and seed, all in one batch."""
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         heads = [head for head, _ in asked]
         rows, stops = self._sample(heads, [seed for _, seed in asked], spec, reader)
@@ -180,7 +155,7 @@ class HfGenerator:
     def _sample(
         self, heads: Sequence[list[int]], seeds: Sequence[int], spec: GenerationSpec, reader: ResponseReader
     ) -> tuple[list[list[int]], list[int | None]]:
-        """Return the tokens after each prompt, and how many of them complete a stop text."""
+        """Return the tokens after each prompt, and how many of them it takes to complete a stop text."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -222,3 +197,14 @@ class HfGenerator:
             float(picked[i, len(head) - 1 : len(row) - 1].sum())
             for i, ((head, _), row) in enumerate(zip(pairs, rows, strict=True))
         ]
+
+
+def _load_model(work: Workload) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(work.model, work.spec)
+    # Before the weights, which take a while.
+    longest_sequence(tokenizer, load_config(work.model), work)
+    model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.spec.dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -1,7 +1,7 @@
-"""Generation in a process of its own: whatever engine it uses, nothing of it stays behind in this one.
+"""Generation in a child process, so that the engine leaves nothing behind in this one.
 
-A trainer needs that twice: vLLM sets up torch.distributed, which the trainer wants to set up itself, and a model
-that is spread over several processes cannot answer in one of them.
+A trainer needs this for two reasons. vLLM sets up torch.distributed, and the trainer wants to do that itself. And a
+model that is spread over several processes cannot answer in one of them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,17 @@ from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 
-# What launchers tell their processes; the child is none of them.
+# Variables that launchers set for their own processes; the child must not see them.
 _LAUNCHER = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PARALLELISM_CONFIG_")
 _LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"}
 _LINES_SHOWN = 12
 
 
 def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt]) -> list[Response]:
-    """Return `spec.n` responses to each prompt, those of one prompt next to each other.
-
-    Args:
-        engine: "vllm" or "hf".
-        model: folder or Hub id.
-        spec: how to sample; response k to prompt i has the seed `prompt_seed(spec, i, k)`.
-        prompts: texts or chats.
+    """Return `spec.n` responses to each prompt, in the order and with the seeds of `Generator.generate`.
 
     Raises:
-        UserError: the child failed; the message ends with the last lines of what it printed.
+        UserError: the child failed; the message ends with the last lines that it printed.
     """
     with tempfile.TemporaryDirectory() as folder:
         task, answer, log = (Path(folder, name) for name in ("task.json", "answer.json", "log"))
@@ -71,7 +65,7 @@ def _plain_environment() -> dict[str, str]:
 
 
 def _answer(task: Path, answer: Path) -> None:
-    """Be the child."""
+    """Do the work of the child process."""
     die_with_parent()
     content = json.loads(task.read_text(encoding="utf-8"))
     spec = GenerationSpec(**content["spec"])

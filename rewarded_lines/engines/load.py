@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Generator
+from rewarded_lines.engines.base import Generator, Workload
 from rewarded_lines.errors import fail
-from rewarded_lines.planning.plan import Plan
 
 ENGINES = ("vllm", "hf")
 
@@ -21,14 +21,10 @@ def is_url(engine: str) -> bool:
 
 
 def check_engine(engine: str, option: str = "--engine") -> None:
-    """Refuse an engine that does not exist or is not installed; costs nothing, so it comes before all else.
-
-    Args:
-        engine: one of `ENGINES`, or the URL of an OpenAI-compatible server.
-        option: how the user named it.
+    """Refuse an engine that does not exist or is not installed. `option` is what the user set.
 
     Raises:
-        UserError: naming what to install, or the engine that needs nothing.
+        UserError: with what to install, or the engine that needs nothing.
     """
     if is_url(engine):
         return
@@ -43,37 +39,26 @@ def check_engine(engine: str, option: str = "--engine") -> None:
         )
 
 
-def load_generator(
-    engine: str,
-    model: str,
-    spec: GenerationSpec,
-    prompts: Sequence[Prompt],
-    *,
-    plan: Plan | None = None,
-    longest: int = 0,
-    tensor_parallel: int = 1,
-) -> Generator:
-    """Build an engine on a model's folder.
+def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:
+    """Start an engine on a model's folder.
 
     Args:
         engine: "vllm", "hf", or the URL of an OpenAI-compatible server.
         model: the SFT model's folder or Hub id; its architecture and tokenizer serve every point.
         spec: dtype, chat template and response length.
         prompts: the longest of them decides how long a sequence can get.
-        plan: what merges are made of; without it the engine answers as the SFT model only.
-        longest: tokens of the longest sequence that `logprobs` will be asked for, where that is more.
-        tensor_parallel: over how many devices vLLM spreads the model.
+        more: `plan`, `longest` and `tensor_parallel`; see `Workload`.
 
     Raises:
-        UserError: an engine that is not there or does not take such plans, or prompts too long for the model.
+        UserError: the engine does not exist or does not take such plans, or prompts are too long for the model.
     """
     check_engine(engine)
-    start = _engine(engine, "" if plan is None else plan.kind, tensor_parallel)
-    return start(model, spec, prompts, plan=plan, longest=longest)
+    work = Workload(model, spec, prompts, **more)
+    return _engine(engine, "" if work.plan is None else work.plan.kind)(work)
 
 
-def _engine(engine: str, kind: str, tensor_parallel: int) -> Callable[..., Generator]:
-    """Return what starts an engine for plans of a kind: vLLM and servers keep adapters beside one base.
+def _engine(engine: str, kind: str) -> Callable[[Workload], Generator]:
+    """Return what starts an engine for plans of a kind. vLLM and servers keep adapters beside one base.
 
     Raises:
         UserError: the engine does not take such plans.
@@ -98,7 +83,7 @@ def _engine(engine: str, kind: str, tensor_parallel: int) -> Callable[..., Gener
     if kind == "adapter":
         from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
 
-        return partial(VllmAdapterGenerator, tensor_parallel=tensor_parallel)
+        return VllmAdapterGenerator
     from rewarded_lines.engines.vllm_engine import VllmGenerator
 
-    return partial(VllmGenerator, tensor_parallel=tensor_parallel)
+    return VllmGenerator

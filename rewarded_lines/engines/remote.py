@@ -1,32 +1,25 @@
-"""A server as an engine: one of vLLM's, which serves the SFT model and takes adapters at run time."""
+"""A vLLM server as an engine: it serves the SFT model and takes merged adapters at run time."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers, changes_nothing
-from rewarded_lines.engines.base import Model, Response, Tokens, prompt_seed
+from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers
+from rewarded_lines.engines.base import Model, Response, Tokens, Workload, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server import Server, describe
-from rewarded_lines.engines.tokens import (
-    end_tokens,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-    longest_sequence,
-)
+from rewarded_lines.engines.tokens import ModelTokens
 from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response
 from rewarded_lines.errors import UserError, fail
@@ -35,70 +28,55 @@ from rewarded_lines.rules.spec import MergeSpec
 
 FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
 _UNDER_WAY = 64
-# A server's own generation_config.json counts wherever a request leaves something open.
+# The server's own generation_config.json decides whatever a request leaves open.
 _PLAIN = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class RemoteGenerator:
     """Requests go to the server as tokens, many at a time.
 
-    Merged adapters are written to a folder that the server must be able to read under the same path: a temporary one
-    of this machine, or one in `REWARDED_LINES_ADAPTER_FOLDER`, on a disk that both share for instance. They are
-    unloaded and removed when they have answered. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
-    `--enable-lora --max-lora-rank N`; on a CPU also with `--lora-target-modules` naming the adapted layers, without
-    which vLLM 0.27 fails when it is asked for probabilities. A key is read from REWARDED_LINES_API_KEY or
-    OPENAI_API_KEY. That the server's base is the SFT model is not checked.
+    Merged adapters are written to a folder that the server must see under the same path: a temporary one, or
+    `REWARDED_LINES_ADAPTER_FOLDER` on a shared disk. After their answers they are unloaded and removed. Start the
+    server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora --max-lora-rank N`; on a CPU add
+    `--lora-target-modules` with the adapted layers, or vLLM 0.27 fails to return probabilities. The key comes from
+    REWARDED_LINES_API_KEY or OPENAI_API_KEY. Nothing checks that the server's base is the SFT model.
     """
 
     at_once = 8
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        spec: GenerationSpec,
-        prompts: Sequence[Prompt],
-        *,
-        plan: AdapterPlan | None = None,
-        longest: int = 0,
-    ) -> None:
-        """Connect; see `load_generator`. One merged adapter is loaded on trial.
-
-        Args:
-            url: of the server.
-            model: the SFT model's folder or Hub id, for its tokenizer.
-            spec: chat template and response length.
-            prompts, longest: see `load_generator`.
-            plan: of adapters.
+    def __init__(self, url: str, work: Workload) -> None:
+        """Connect to the server at `url`, and load one merged adapter on trial; see `load_generator`.
 
         Raises:
             UserError: there is no such server, it takes no adapters or not these, or its sequences are too short.
         """
-        if plan is not None:
-            refuse_unserved(plan, url)
-            slot_rank(plan, url)
-        self.swap_seconds = 0.0
-        self._tokenizer = load_tokenizer(model, spec)
-        self._ends = end_tokens(self._tokenizer, load_generation_config(model))
-        length = longest_sequence(self._tokenizer, load_config(model), model, spec, prompts, longest)
-        self._plan = plan
+        self._plan = cast(AdapterPlan | None, work.plan)
+        if self._plan is not None:
+            refuse_unserved(self._plan, url)
+            slot_rank(self._plan, url)
+        self._tokens = ModelTokens.load(work)
         self._server = Server(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
         self._folders: AdapterFolders | None = None
         self._name, self._count = f"rewarded-lines-{secrets.token_hex(4)}", 0
         try:
-            self._check_room(length)
+            self._check_room(self._tokens.longest)
             if self._plan is not None:
                 place = os.environ.get(FOLDER)
                 self._folders = AdapterFolders(self._plan, Path(place).expanduser().absolute() if place else None)
-                self._try_adapters(self._plan, length)
+                self._try_adapters(self._plan, self._tokens.longest)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def swap_seconds(self) -> float:
+        """See `Generator`."""
+        return self._folders.seconds if self._folders else 0.0
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """See `Generator.encode`."""
-        return encode(self._tokenizer, prompts)
+        return encode(self._tokens.tokenizer, prompts)
 
     def generate(
         self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
@@ -116,7 +94,7 @@ class RemoteGenerator:
             return self._all([partial(self._score, name, head, tail) for head, tail in pairs])
 
     def close(self) -> None:
-        """See `Generator.close`: the connections end, the server goes on without our adapters."""
+        """See `Generator.close`. The server itself keeps running."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._server.close()
         if self._folders is not None:
@@ -125,7 +103,7 @@ class RemoteGenerator:
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, names: Sequence[str]) -> list[list[Response]]:
         rows = [(row, index, k) for index, row in enumerate(self.encode(prompts)) for k in range(spec.n)]
         found: dict[str, list[Response]] = {}
-        # Requests without an adapter go by themselves: in a batch where others take all slots, vLLM gives them one.
+        # Requests without an adapter go apart: if a batch fills all slots, vLLM applies one of them to those requests.
         base = [name for name in names if name == self._server.model][:1]
         for group in (base, [name for name in names if name != self._server.model]):
             asked = [
@@ -139,7 +117,7 @@ class RemoteGenerator:
         return [found[name] for name in names]
 
     def _answer(self, name: str, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
-        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
+        reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
         choice = self._server.complete(
             model=name,
             prompt=list(row),
@@ -170,7 +148,7 @@ class RemoteGenerator:
         return float(sum(one[str(token)]["logprob"] for one, token in zip(said[len(head) :], tail, strict=True)))
 
     def _all(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return what several requests give, in order; the first that fails calls off those that wait."""
+        """Return the answers of several requests, in order. The first failure cancels the requests that wait."""
         futures = [self._pool.submit(one) for one in asked]
         try:
             return [future.result() for future in futures]
@@ -184,30 +162,13 @@ class RemoteGenerator:
 
     @contextmanager
     def _adapters(self, models: Sequence[Model], layer: str = "") -> Iterator[list[str]]:
-        """Yield the name under which the server knows each model; adapters are unloaded afterwards."""
-        started = time.perf_counter()
-        wanted = [model for model in models if model is not None and not self._is_base(model)]
-        written = self._folders.write(wanted, layer) if wanted and self._folders else []
-        loaded: list[str] = []
-        try:
-            for folder in written:
-                loaded.append(self._load(folder))
-            self.swap_seconds += time.perf_counter() - started
-            left = iter(loaded)
-            yield [self._server.model if self._is_base(model) else next(left) for model in models]
-        finally:
-            # Whatever else went wrong is what the user should be told.
-            with suppress(UserError):
-                for name in loaded:
-                    self._server.response("POST", "/v1/unload_lora_adapter", {"lora_name": name})
-            if self._folders:
-                self._folders.remove(written)
-
-    def _is_base(self, model: Model) -> bool:
-        if model is None:
-            return True
-        assert self._plan is not None, "without a plan there is only the SFT model"
-        return changes_nothing(self._plan, model)
+        """Yield the server's name for each model; adapters are unloaded afterwards."""
+        if self._folders is None:
+            assert not any(models), "without a plan there is only the SFT model"
+            yield [self._server.model] * len(models)
+            return
+        with self._folders.loaded(models, self._load, self._unload, layer) as names:
+            yield [name or self._server.model for name in names]
 
     def _load(self, folder: Path) -> str:
         """Have the server load an adapter; return its name there.
@@ -221,6 +182,11 @@ class RemoteGenerator:
         if response.status_code != httpx2.codes.OK:
             raise self._refused_adapter(folder, response)
         return name
+
+    def _unload(self, name: str) -> None:
+        # An error here would hide the error that ended the block.
+        with suppress(UserError):
+            self._server.response("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def _refused_adapter(self, folder: Path, response: httpx2.Response) -> UserError:
         return fail(
@@ -240,20 +206,19 @@ class RemoteGenerator:
         return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and {command}"
 
     def _try_adapters(self, plan: AdapterPlan, length: int) -> None:
-        """Load one merged adapter, and the layers of it that have a name in common, to see that each of them counts.
+        """Load one merged adapter, then each kind of its layers alone, and check that answers change.
 
-        A server that takes no adapters is found out before anything else is done, and so is one that leaves out
-        layers in silence, as vLLM does with those that are not among its --lora-target-modules.
+        vLLM ignores layers that are not among its --lora-target-modules without a word.
 
         Raises:
-            UserError: it is such a server.
+            UserError: the server takes no adapters, or ignores some layers.
         """
-        # Large enough for changes to be seen in 16 bits.
+        # Large enough to change answers in 16 bits.
         trial = MergeSpec((8.0,) * len(plan.policies), 1.0, 0.0)
         with self._adapters([trial]):
             pass
         greedy = GenerationSpec(temperature=0.0, max_tokens=1)
-        # Attention to one token, or to equal ones, does not depend on its queries and keys.
+        # Several different tokens: attention to one token, or to equal ones, ignores queries and keys.
         row = range(3, 3 + min(8, length - 1))
         for layer in adapted_layers(plan):
             with self._adapters([None, trial], layer) as names:
@@ -279,7 +244,7 @@ class RemoteGenerator:
 
 
 def _is_zero(plan: AdapterPlan, layer: str) -> bool:
-    """Say whether no policy changes anything in the modules whose names end with `layer`: their B are zero."""
+    """Return whether B is zero in all modules whose names end with `layer`: no policy changes them."""
     return not any(
         plan.adapters[index].read(module.b.name).any()
         for modules in plan.only(layer).modules.values()

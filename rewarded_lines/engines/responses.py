@@ -1,4 +1,4 @@
-"""Where a response ends, and what is read of it: one answer for training, measuring and every engine."""
+"""Where a response ends and what its text is, read alike in training, in measuring and in every engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ResponseReader:
         tokenizer: of the model.
         ends: ids that end a response; see `end_tokens`.
         stop: texts before which a response ends.
-        strip: the two markers of what is not seen of a response.
+        strip: the two markers around the part of a response that rewards do not see.
     """
 
     tokenizer: Any
@@ -32,10 +32,10 @@ class ResponseReader:
 
     @classmethod
     def of(cls, tokenizer: Any, ends: Iterable[int], spec: GenerationSpec) -> ResponseReader:
-        """Return the reader for the settings of `spec`, whose `stop_token_ids` end a response, too.
+        """Return the reader for the settings of `spec`; its `stop_token_ids` end a response, too.
 
         Raises:
-            UserError: the tokenizer leaves a marker of `strip:` out of texts.
+            UserError: a marker of `strip:` is a special token, which texts leave out.
         """
         strip = parse_strip(spec.strip) if spec.strip else None
         for marker in strip or ():
@@ -51,7 +51,7 @@ class ResponseReader:
         return cls(tokenizer, frozenset([*ends, *spec.stop_token_ids]), spec.stop, strip)
 
     def text(self, prompt: Tokens, tokens: Tokens) -> tuple[str, bool]:
-        """Return a response without its end token, up to the first stop text, and whether there was one."""
+        """Return a response's text without its end token, up to the first stop text, and whether there was one."""
         said = list(tokens)
         while said and said[-1] in self.ends:
             said.pop()
@@ -60,14 +60,10 @@ class ResponseReader:
         return (text[: min(found)], True) if found else (text, False)
 
     def until_stop(self, prompt: Tokens, tokens: Tokens) -> int | None:
-        """Return how many tokens complete the first stop text; None if there is none.
-
-        An engine that makes text while it generates may hold a part of a character back, and see the text a little
-        later.
-        """
+        """Return how many tokens it takes to complete the first stop text; None if there is none."""
         if not self.stop or not self.text(prompt, tokens)[1]:
             return None
-        # Once complete, the text stays; the first length that holds it is looked for by halves.
+        # More tokens keep a complete stop text complete, so the first length that has it is found by bisection.
         return 1 + bisect_left(range(1, len(tokens)), True, key=lambda count: self.text(prompt, tokens[:count])[1])
 
     def cut(self, prompt: Tokens, tokens: Tokens) -> tuple[tuple[int, ...], bool]:
@@ -78,24 +74,24 @@ class ResponseReader:
         return (own if stop is None else own[:stop]), end is not None or stop is not None
 
     def read(self, prompt: Tokens, tokens: Tokens) -> Response:
-        """Return the response in some tokens, whatever stands behind its end; how likely it is, nobody asked."""
+        """Return the response that some tokens begin with, without its probability."""
         own, ended = self.cut(prompt, tokens)
         return self.response(prompt, own, ended, math.nan)
 
     def response(self, prompt: Tokens, tokens: Tokens, ended: bool, logprob: float) -> Response:
-        """Return the response that some tokens are, those behind its end left out before."""
+        """Return the response that consists of exactly these tokens."""
         text, stopped = self.text(prompt, tokens)
         done = ended or stopped or (bool(tokens) and tokens[-1] in self.ends)
         seen = self._visible(text, self._is_open(prompt)) if self.strip else None
         return Response(text, tuple(tokens), done, logprob, seen)
 
     def end_of(self, response: Response) -> int:
-        """Return the token that ended a response; −1 for one that was cut short, or ended by a stop text."""
+        """Return the token that ended a response; −1 if it was cut short or a stop text ended it."""
         last = response.tokens[-1] if response.tokens else -1
         return last if last in self.ends else -1
 
     def _is_open(self, prompt: Tokens) -> bool:
-        """Return whether a prompt ends within the markers, as where a template begins the thinking itself."""
+        """Return whether a prompt ends between the markers, for example because its template opens the thinking."""
         assert self.strip is not None
         opening, closing = self.strip
         text = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
@@ -111,7 +107,7 @@ class ResponseReader:
                 shown.append(before)
                 is_open = bool(marker)
             if is_open:
-                # Thinking that never ends is all there is: nothing of it is an answer.
+                # If the thinking never ends there is no answer.
                 _, marker, text = text.partition(closing)
                 is_open = not marker
                 text = text if "".join(shown).strip() else text.lstrip()

@@ -1,4 +1,4 @@
-"""What transformers' generation lacks: a seed for every row of a batch, and texts at which a row ends by itself."""
+"""Two things that transformers' generation lacks: a seed for every row of a batch, and stop texts for every row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,13 @@ if TYPE_CHECKING:
 class SeededSampling:
     """Sampling with a seed for each row, as a logits processor for greedy search: the Gumbel-max trick.
 
-    argmax(logits/T + g), g standard Gumbel noise from the row's own generator, is a draw from softmax(logits/T); a
-    row's noise does not depend on which other rows are in the batch. Before the noise come the repetition penalty (over
-    prompt and response), the temperature, min_p, top_k and top_p, in vLLM's order.
+    argmax(logits/T + g) is a draw from softmax(logits/T), where g is standard Gumbel noise. The noise comes from the
+    row's own generator, so a row does not depend on the others. Before it come, in vLLM's order: the repetition penalty
+    (over prompt and response), the temperature, min_p, top_k and top_p.
     """
 
     def __init__(self, seeds: Sequence[int], spec: GenerationSpec, prompts: Sequence[Tokens]) -> None:
-        """Make a generator for every row.
-
-        Args:
-            seeds: one for each row.
-            spec: the settings; at temperature 0 only the penalty counts.
-            prompts: one for each row, without padding.
-        """
+        """Make a generator for every row from its seed. Prompts have no padding."""
         import torch
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -55,10 +49,7 @@ class SeededSampling:
         return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
 
     def _penalized(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Make tokens that were there before less likely: logits l > 0 become l/penalty, others l·penalty.
-
-        Padding is no token that was there.
-        """
+        """Make earlier tokens, padding excepted, less likely: a logit l > 0 becomes l/penalty, others l·penalty."""
         if self._penalty == 1:
             return scores
         scores = scores.clone()
@@ -70,19 +61,14 @@ class SeededSampling:
 
 
 class StopTexts:
-    """A stopping criterion: a row ends with the token that completes the first of some texts, whatever the others do.
+    """A stopping criterion: each row ends by itself, with the token that completes the first stop text.
 
     Attributes:
-        lengths: of each row how many tokens it had then; None for one that has met no such text.
+        lengths: how many tokens each row had then; None for a row without a stop text so far.
     """
 
     def __init__(self, reader: ResponseReader, prompts: Sequence[Tokens]) -> None:
-        """Begin with the responses empty.
-
-        Args:
-            reader: knows the texts.
-            prompts: one for each row, without padding.
-        """
+        """Start with empty responses. `reader` knows the stop texts; prompts have no padding."""
         self.lengths: list[int | None] = [None] * len(prompts)
         self._reader, self._prompts = reader, prompts
         self._padded = max(map(len, prompts))
@@ -92,7 +78,7 @@ class StopTexts:
         import torch
 
         for index, row in enumerate(input_ids[:, self._padded :].tolist()):
-            # A text that spans the end of the prompt is none of the response's.
+            # A text that begins in the prompt does not count.
             if self.lengths[index] is None and self._reader.text(self._prompts[index], row)[1]:
                 self.lengths[index] = len(row)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, as vLLM's is: how it is asked, and what may be wrong with it."""
+"""The connection to an OpenAI-compatible server such as vLLM's, and the errors it may give."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ from rewarded_lines.errors import UserError, fail
 _KEYS = ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY")
 _ATTEMPTS = 4
 _BUSY = (429, 502, 503, 504)
-# A request may wait behind many others; a server that is there answers the first bytes of a connection at once.
+# A request may wait behind many others, but a running server accepts a connection at once.
 _TIMEOUT = httpx2.Timeout(600.0, connect=10.0)
 _SHOWN = 300
 
 
 class Server:
-    """A connection that several threads may use; what goes wrong with it is one `UserError`."""
+    """A connection that several threads may use; every failure is a `UserError`."""
 
     def __init__(self, url: str, connections: int) -> None:
-        """Find the model that is served.
-
-        Args:
-            url: with or without /v1 at its end.
-            connections: how many requests may be under way.
+        """Connect to `url` (with or without /v1 at its end) and ask which model it serves.
 
         Raises:
-            UserError: there is no server, or none that speaks as vLLM's does.
+            UserError: there is no server, or it does not answer as vLLM's does.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         key = next((os.environ[name] for name in _KEYS if os.environ.get(name)), "")
@@ -59,7 +55,7 @@ class Server:
         return choices[0]
 
     def ask(self, method: str, path: str, content: Any = None) -> Any:
-        """Return what the server answers, JSON or text.
+        """Return the server's answer, JSON or text.
 
         Raises:
             UserError: it refuses, or cannot be reached after several attempts.
@@ -73,7 +69,7 @@ class Server:
             return response.text
 
     def response(self, method: str, path: str, content: Any = None) -> httpx2.Response:
-        """Return the server's response whatever it says; connections that fail and servers that are busy get time.
+        """Return the server's response, whatever its status; retry if the connection fails or the server is busy.
 
         Raises:
             UserError: it cannot be reached.
@@ -92,14 +88,14 @@ class Server:
         raise AssertionError
 
     def refused(self, path: str, response: httpx2.Response, **parts: str) -> UserError:
-        """Return the fault of a request that the server refuses."""
+        """Return the error for a request that the server refuses."""
         said = {401: f"set {_KEYS[0]} to the server's key", 403: f"set {_KEYS[0]} to the server's key"}
         remedy = said.get(response.status_code, "look into the server's log")
         defaults = {"expected": "status 200", "got": describe(response), "remedy": remedy}
         return fail("the server refuses a request", where=self.url + path, **{**defaults, **parts})
 
     def strange(self, path: str, content: Any) -> UserError:
-        """Return the fault of an answer that is not what vLLM's server says."""
+        """Return the error for an answer that vLLM's server would not give."""
         return fail(
             "the server does not answer as vLLM's does",
             where=self.url + path,
@@ -113,7 +109,7 @@ class Server:
         self._client.close()
 
     def _served(self) -> tuple[str, int | None]:
-        """Return the name of the model that is no adapter, and how many tokens a sequence may have."""
+        """Return the name of the base model (not of an adapter), and the largest number of tokens of a sequence."""
         content = self.ask("GET", "/v1/models")
         cards = content.get("data") if isinstance(content, dict) else None
         cards = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []

@@ -1,8 +1,9 @@
-"""What every engine does with tokens: tokenizer and chat template, end tokens, the longest sequence."""
+"""What every engine reads of a model: tokenizer, chat template, end tokens, the longest sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.base import Workload
 from rewarded_lines.errors import fail
 
 
@@ -43,9 +45,9 @@ def set_template(tokenizer: Any, spec: GenerationSpec) -> None:
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, more: Iterable[int] = ()) -> frozenset[int]:
-    """Return the ids that end a response: those of the generation config, the tokenizer's own, and `more`.
+    """Return the ids that end a response, in training and in every engine.
 
-    Training, measuring and every engine go by this one set.
+    They are those of the generation config, the tokenizer's own, and `more`.
     """
     ends = generation_config.eos_token_id if generation_config is not None else None
     several = [ends] if isinstance(ends, int) else list(ends or [])
@@ -64,11 +66,7 @@ def load_generation_config(model: str) -> Any:
 
 
 def read_template(path: str, key: str = "generation.chat_template") -> str:
-    """Return the chat template in a file.
-
-    Args:
-        path: of the file.
-        key: that names it, for messages.
+    """Return the chat template in a file. `key` is the setting that names it.
 
     Raises:
         UserError: there is no such file, or it is no text.
@@ -94,56 +92,67 @@ def _base(model: str) -> str:
     return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 
 
-def longest_sequence(
-    tokenizer: Any, config: Any, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], longest: int = 0
-) -> int:
-    """Return how many tokens the longest sequence needed has.
+@dataclass(frozen=True)
+class ModelTokens:
+    """What an engine of another library needs of a model's tokens.
 
-    Args:
-        tokenizer: of the model, with its template.
-        config: of the model.
-        model: its name, for messages.
-        spec: the length of a response.
-        prompts: each is to be answered.
-        longest: tokens of the longest sequence whose probability will be asked for.
+    Attributes:
+        tokenizer: of the model, with its chat template.
+        ends: ids that end a response.
+        longest: tokens of the longest sequence of the workload.
+    """
+
+    tokenizer: Any
+    ends: frozenset[int]
+    longest: int
+
+    @classmethod
+    def load(cls, work: Workload) -> ModelTokens:
+        """Read the model's tokenizer and configs.
+
+        Raises:
+            UserError: the chat template cannot be read, or prompts do not fit the model.
+        """
+        tokenizer = load_tokenizer(work.model, work.spec)
+        ends = end_tokens(tokenizer, load_generation_config(work.model))
+        return cls(tokenizer, ends, longest_sequence(tokenizer, load_config(work.model), work))
+
+
+def longest_sequence(tokenizer: Any, config: Any, work: Workload) -> int:
+    """Return how many tokens the longest sequence of a workload has. `tokenizer` and `config` are the model's.
 
     Raises:
         UserError: a prompt without tokens, or one that does not fit the model with its response.
     """
-    lengths = [len(ids) for ids in encode(tokenizer, prompts)]
-    refuse_empty("prompts", prompts, lengths)
-    # One position more than generation needs: scoring a full-length response generates a token to get at the rest.
-    answered = max(lengths, default=0) + spec.max_tokens + 1
+    lengths = [len(ids) for ids in encode(tokenizer, work.prompts)]
+    refuse_empty("prompts", work.prompts, lengths)
+    # One position more than generation needs: scoring a response of full length generates one token.
+    answered, scored = max(lengths, default=0) + work.spec.max_tokens + 1, work.longest + 1
     room = positions_of(config)
     if room is not None and answered > room:
         raise fail(
             "a prompt and its response do not fit the model",
-            where=model,
+            where=work.model,
             expected=f"at most {room} tokens",
-            got=f"{answered} (the longest prompt, generation.max_tokens = {spec.max_tokens}, and one)",
+            got=f"{answered} (the longest prompt, generation.max_tokens = {work.spec.max_tokens}, and one)",
             remedy="shorten prompts or generation.max_tokens",
         )
-    if room is not None and longest + 1 > room:
+    if room is not None and scored > room:
         raise fail(
             "a text to be scored does not fit the model",
-            where=model,
+            where=work.model,
             expected=f"at most {room} tokens",
-            got=f"{longest + 1} (the longest text, and one)",
+            got=f"{scored} (the longest text, and one)",
             remedy="shorten it",
         )
-    return max(answered, longest + 1)
+    return max(answered, scored)
 
 
 def refuse_empty(where: str, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
-    """Refuse a prompt without tokens, after which no model can say anything.
-
-    Args:
-        where: whose prompts they are.
-        prompts: texts or chats.
-        lengths: their tokens.
+    """Refuse a prompt without tokens: no model can go on from nothing.
 
     Raises:
-        UserError: naming the first.
+        UserError: it names the first such prompt.
     """
     if 0 in lengths:
         index = lengths.index(0)

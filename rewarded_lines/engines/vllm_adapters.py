@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.config import GenerationSpec
@@ -19,7 +18,7 @@ from rewarded_lines.engines.adapter_folders import (
     changes_nothing,
     largest_rank,
 )
-from rewarded_lines.engines.base import Model, Response, Tokens
+from rewarded_lines.engines.base import Model, Response, Tokens, Workload
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import fail
 from rewarded_lines.planning.adapter_plan import AdapterPlan
@@ -36,40 +35,25 @@ _REMEDY = "use --engine hf, which folds adapters into their base"
 class VllmAdapterGenerator:
     """Merged adapters are written to memory or a temporary folder, loaded into slots of the engine, and dropped.
 
-    The engine has one slot more than adapters are ever in it: where all are taken, vLLM gives requests without an
-    adapter the one in the last slot.
+    One slot stays spare: with none free, vLLM applies the last adapter to requests without an adapter.
 
     Attributes:
         at_once: how many adapters fit into the slots; more models than that are answered in turn.
     """
 
-    def __init__(
-        self,
-        model: str,
-        spec: GenerationSpec,
-        prompts: Sequence[Prompt],
-        *,
-        plan: AdapterPlan,
-        longest: int = 0,
-        tensor_parallel: int = 1,
-    ) -> None:
-        """Build the engine; see `load_generator`.
+    def __init__(self, work: Workload) -> None:
+        """Start the engine; see `load_generator`.
 
         Raises:
             UserError: vLLM cannot serve such adapters.
         """
+        self._plan = plan = cast(AdapterPlan, work.plan)
         refuse_unserved(plan)
         rank = slot_rank(plan)
-        self.swap_seconds = 0.0
         self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * _free_memory() / adapter_bytes(plan, rank))))
-        self._plan = plan
         self._loaded = 0
         self._core = VllmCore(
-            model,
-            spec,
-            prompts,
-            longest,
-            tensor_parallel,
+            work,
             enable_lora=True,
             max_lora_rank=rank,
             max_loras=self.at_once + 1,
@@ -77,10 +61,14 @@ class VllmAdapterGenerator:
             # With an adapted head, vLLM fails to score prompts, also for models that leave the head alone.
             lora_target_modules=adapted_layers(plan),
         )
-        # What a kill costs is kept small where models do not share a batch anyway.
-        self.at_once = min(self.at_once, max(_FEW_AT_ONCE, self._worth_mixing(len(prompts) * spec.n)))
-        self._core.call("group_adapters")
+        # A kill loses the work of one call: if models do not share a batch anyway, a call gets few of them.
+        self.at_once = min(self.at_once, max(_FEW_AT_ONCE, self._worth_mixing(len(work.prompts) * work.spec.n)))
         self._folders = AdapterFolders(plan)
+
+    @property
+    def swap_seconds(self) -> float:
+        """See `Generator`."""
+        return self._folders.seconds
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """See `Generator.encode`."""
@@ -107,7 +95,7 @@ class VllmAdapterGenerator:
         self._core.close()
 
     def _worth_mixing(self, requests: int) -> int:
-        """Return how many adapters fill vLLM's batch: beyond that, mixing them costs a CPU more than it saves."""
+        """Return how many adapters fill vLLM's batch. On a CPU, mixing more of them costs more than it saves."""
         import torch
 
         if torch.cuda.is_available():
@@ -115,24 +103,11 @@ class VllmAdapterGenerator:
         most: int = self._core.engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))
 
-    @contextmanager
-    def _adapters(self, models: Sequence[Model]) -> Iterator[list[Any]]:
-        """Yield a request for each model's adapter, None for the base; the adapters leave the engine afterwards."""
-        started = time.perf_counter()
-        wanted = [model for model in models if model is not None and not changes_nothing(self._plan, model)]
-        folders = iter(written := self._folders.write(wanted) if wanted else [])
-        requests: list[Any] = []
-        try:
-            for model in models:
-                none = model is None or changes_nothing(self._plan, model)
-                requests.append(None if none else self._load(next(folders)))
-            self.swap_seconds += time.perf_counter() - started
-            yield requests
-        finally:
-            for request in requests:
-                if request is not None:
-                    self._core.engine.remove_lora(request.lora_int_id)
-            self._folders.remove(written)
+    def _adapters(self, models: Sequence[Model]) -> AbstractContextManager[list[Any]]:
+        """Yield a request for each model's adapter, None for the base."""
+        return self._folders.loaded(
+            models, self._load, lambda request: self._core.engine.remove_lora(request.lora_int_id)
+        )
 
     def _load(self, folder: Path) -> Any:
         """Load an adapter into the engine.
@@ -143,12 +118,12 @@ class VllmAdapterGenerator:
         from vllm.lora.request import LoRARequest
 
         self._loaded += 1
-        # The number and the name are new every time: cached prefixes go by them.
+        # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
         request = LoRARequest(str(self._loaded), self._loaded, str(folder))
         try:
             self._core.engine.add_lora(request)
             unserved = self._core.call("unserved_modules", self._loaded)[0]
-        except Exception as error:  # noqa: BLE001 - whatever vLLM has against an adapter, the user can fold it
+        except Exception as error:  # noqa: BLE001 - the user can fold an adapter, whatever vLLM's reason is
             raise fail(
                 "vLLM does not take the merged adapters", where="--engine vllm", got=str(error), remedy=_REMEDY
             ) from error
@@ -159,14 +134,10 @@ class VllmAdapterGenerator:
 
 
 def refuse_unserved(plan: AdapterPlan, where: str = "--engine vllm") -> None:
-    """Refuse adapters that hold more than factors of linear layers, which vLLM does not serve.
-
-    Args:
-        plan: of the adapters.
-        where: the engine, for messages.
+    """Refuse adapters that hold more than factors of linear layers: vLLM serves nothing else.
 
     Raises:
-        UserError: naming what it is.
+        UserError: it names the tensors; `where` is the engine.
     """
     embeddings = [name for name, modules in plan.modules.items() if next(iter(modules.values())).embedding]
     heads = [name for name in plan.modules if f"{name}.weight" in TIED_HEADS]
@@ -183,12 +154,8 @@ def refuse_unserved(plan: AdapterPlan, where: str = "--engine vllm") -> None:
 def slot_rank(plan: AdapterPlan, where: str = "--engine vllm") -> int:
     """Return the max_lora_rank that merged adapters need.
 
-    Args:
-        plan: of the adapters.
-        where: the engine, for messages.
-
     Raises:
-        UserError: vLLM has none that large.
+        UserError: the rank is too large for vLLM; `where` is the engine.
     """
     rank = largest_rank(plan)
     if rank > RANKS[-1]:
@@ -203,7 +170,7 @@ def slot_rank(plan: AdapterPlan, where: str = "--engine vllm") -> int:
 
 
 def chunks(plan: AdapterPlan, models: Sequence[Model], at_once: int) -> Iterator[list[Model]]:
-    """Yield the models in turn, as many at a time as have `at_once` adapters among them."""
+    """Yield the models in order, in chunks with at most `at_once` adapters."""
     chunk: list[Model] = []
     adapters = 0
     for model in models:
@@ -218,7 +185,7 @@ def chunks(plan: AdapterPlan, models: Sequence[Model], at_once: int) -> Iterator
 
 
 def _free_memory() -> int:
-    """Return the bytes that are free where the adapters' slots will be."""
+    """Return the free bytes of the GPU, or of the machine without one."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""vLLM as it is used here: an engine in this process, requests with a seed each, and what they give."""
+"""One vLLM engine in this process: requests with a seed each, and the responses and probabilities it returns."""
 
 from __future__ import annotations
 
@@ -11,48 +11,33 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Response, Tokens, prompt_seed
+from rewarded_lines.engines.base import Response, Tokens, Workload, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokens import (
-    end_tokens,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-    longest_sequence,
-)
+from rewarded_lines.engines.tokens import ModelTokens
 from rewarded_lines.processes import prepare_vllm
 
-# Methods that workers get beside vLLM's own; a worker may be another process, so the class goes by its name.
+# The class that adds our methods to vLLM's workers. A worker may be another process, so vLLM wants its name.
 _EXTENSION = "rewarded_lines.engines.worker.MergingWorker"
 
 
 class VllmCore:
-    """One engine. Nothing that it answers depends on what it was asked before."""
+    """One engine. No answer depends on earlier requests."""
 
-    def __init__(
-        self,
-        model: str,
-        spec: GenerationSpec,
-        prompts: Sequence[Prompt],
-        longest: int,
-        tensor_parallel: int,
-        **options: Any,
-    ) -> None:
-        """Build the engine; see `load_generator` for arguments and errors.
+    def __init__(self, work: Workload, **options: Any) -> None:
+        """Start the engine. `options` are further ones of vLLM's `LLM`.
 
-        `options` are further ones of vLLM's `LLM`.
+        Raises:
+            UserError: see `load_generator`.
         """
         prepare_vllm()
-        self.tokenizer = load_tokenizer(model, spec)
-        self._ends = end_tokens(self.tokenizer, load_generation_config(model))
-        length = longest_sequence(self.tokenizer, load_config(model), model, spec, prompts, longest)
+        self._tokens = ModelTokens.load(work)
         from vllm import LLM
 
         self._llm: Any = LLM(
-            model=model,
-            dtype=spec.dtype,
-            max_model_len=length,
-            tensor_parallel_size=tensor_parallel,
+            model=work.model,
+            dtype=work.spec.dtype,
+            max_model_len=self._tokens.longest,
+            tensor_parallel_size=work.tensor_parallel,
             enforce_eager=True,
             seed=0,
             disable_log_stats=True,
@@ -62,8 +47,8 @@ class VllmCore:
             **_on_a_cpu(),
             **options,
         )
-        # Its processes end with this object, or with Python, also where nobody came to close it.
-        shared = self.call("shared_memory_name")[0] if tensor_parallel > 1 else ""
+        # The worker processes end when this object is collected or Python exits.
+        shared = self.call("shared_memory_name")[0] if work.tensor_parallel > 1 else ""
         self._shut_down = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, shared)
 
     @property
@@ -73,48 +58,39 @@ class VllmCore:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """See `Generator.encode`."""
-        return encode(self.tokenizer, prompts)
+        return encode(self._tokens.tokenizer, prompts)
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Have every worker do one of the things `MergingWorker` can; return what each says."""
+        """Call a method of `MergingWorker` on every worker; return what each returns."""
         found: list[Any] = self._llm.collective_rpc(method, args=args)
         return found
 
     def generate(
         self, prompts: Sequence[Prompt], spec: GenerationSpec, adapters: Sequence[Any] = (None,)
     ) -> list[list[Response]]:
-        """Answer with several adapters, all requests in one batch.
+        """Return for each adapter `spec.n` responses to each prompt; all requests share one batch.
 
-        Args:
-            prompts: for each adapter.
-            spec: how to sample.
-            adapters: a `LoRARequest`, or None for the model itself.
-
-        Returns:
-            For each adapter `spec.n` responses to each prompt.
+        An adapter is a `LoRARequest`, or None for the model itself.
         """
         ids = self.encode(prompts)
         rows = [row for row in ids for _ in range(spec.n)]
-        reader = ResponseReader.of(self.tokenizer, self._ends, spec)
+        reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
         seeds = [prompt_seed(spec, index, k) for index in range(len(ids)) for k in range(spec.n)]
         params = [_sampling(spec, seed, reader) for seed in seeds]
-        outputs = self._run(
-            rows * len(adapters), params * len(adapters), [adapter for adapter in adapters for _ in rows]
-        )
-        made = [
-            _response(row, output.outputs[0], reader) for row, output in zip(rows * len(adapters), outputs, strict=True)
-        ]
+        repeated = rows * len(adapters)
+        outputs = self._run(repeated, params * len(adapters), [adapter for adapter in adapters for _ in rows])
+        made = [_response(row, output.outputs[0], reader) for row, output in zip(repeated, outputs, strict=True)]
         return [made[start * len(rows) : (start + 1) * len(rows)] for start in range(len(adapters))]
 
     def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], adapter: Any = None) -> list[float]:
-        """See `Generator.logprobs`: one prefill of head and tail together, nothing that is generated counts.
+        """See `Generator.logprobs`. One prefill reads head and tail together; the token generated after it is ignored.
 
-        Pairs with the same head stand side by side, so that the head is computed once, and equal pairs are one.
+        Pairs are sorted, so that a shared head is computed once, and equal pairs are asked once.
         """
         keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
         assert all(head for head, _ in keys), "nothing says how likely a first token is"
         asked = sorted(set(keys))
-        # What a row found in the cache is not in its own output, but in that of a row which computed it.
+        # vLLM reports no probability for cached tokens: it stands in the output of the row that computed them.
         prefixes: dict[tuple[int, int], int] = {}
         seen: dict[int, float] = {}
         paths: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
@@ -126,7 +102,7 @@ class VllmCore:
                 if place > cached:
                     seen[prefix] = logprobs[place]
             paths[head, tail] = path[len(head) :]
-        # Where tails part at the end of a block, nobody computed how likely the next token is: these rows once more.
+        # Score again the rows whose first token after a cached block was never computed.
         left = [row for row in asked if any(prefix not in seen for prefix in paths[row])]
         for (head, tail), (_, logprobs) in zip(left, self._score(left, adapter, shared=False), strict=True):
             seen |= dict(zip(paths[head, tail], logprobs[len(head) :], strict=True))
@@ -136,8 +112,7 @@ class VllmCore:
     def _score(
         self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], adapter: Any, shared: bool
     ) -> list[tuple[int, list[float]]]:
-        """Return for each row how many tokens were in the cache, and the log-probability of every other one but the
-        first of them."""
+        """Return for each row how many tokens were cached, and log-probabilities: 0 for cached ones and the next."""
         if not rows:
             return []
         from vllm import SamplingParams
@@ -149,13 +124,13 @@ class VllmCore:
         found = []
         for (head, tail), output in zip(rows, outputs, strict=True):
             row, cached = head + tail, output.num_cached_tokens
-            # Counted from the end: not every runner of vLLM has entries for what was in the cache.
+            # Counted from the end: some of vLLM's runners have no entries for cached tokens.
             entries = {place: output.prompt_logprobs[place - len(row)] for place in range(cached + 1, len(row))}
             found.append((cached, [entries[i][t].logprob if i in entries else 0.0 for i, t in enumerate(row)]))
         return found
 
     def forget(self) -> None:
-        """Drop cached prefixes: they may be another model's, and what is there changes how a batch is computed."""
+        """Drop cached prefixes: they may be another model's, and they change the batch's shape and so its last bits."""
         self._llm.reset_prefix_cache()
 
     def close(self) -> None:
@@ -163,7 +138,10 @@ class VllmCore:
         self._shut_down()
         self.__dict__.pop("_llm", None)
         gc.collect()
-        _empty_gpu_cache()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _run(self, rows: Sequence[Tokens], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
         self.forget()
@@ -182,21 +160,13 @@ def _response(prompt: Tokens, completion: Any, reader: ResponseReader) -> Respon
 def make_response(
     reader: ResponseReader, prompt: Tokens, tokens: Tokens, logprobs: Sequence[float], finish_reason: str | None
 ) -> Response:
-    """Return a response from what vLLM says, here or on a server.
-
-    Args:
-        reader: of the model's responses.
-        prompt: its tokens.
-        tokens: of the response.
-        logprobs: of each of them.
-        finish_reason: "stop" after an end token or a stop text.
-    """
+    """Return a response from what vLLM returns, here or on a server: tokens, a logprob for each, why it stopped."""
     own, ended = reader.cut(prompt, tokens)
     return reader.response(prompt, own, ended or finish_reason == "stop", float(sum(logprobs[: len(own)])))
 
 
 def share_of_gpu() -> dict[str, Any]:
-    """Return vLLM's share of a GPU: most of what is free, since reward models may be there already."""
+    """Return vLLM's share of a GPU: most of what is free now, since reward models may use the rest."""
     import torch
 
     if not torch.cuda.is_available():
@@ -206,10 +176,10 @@ def share_of_gpu() -> dict[str, Any]:
 
 
 def _on_a_cpu() -> dict[str, Any]:
-    """Return what vLLM needs to be told on a CPU.
+    """Return vLLM's options on a CPU.
 
-    Prompts share whole blocks of keys and values only, so blocks are short. And no prompt is cut between two batches:
-    vLLM would set back the seeded generator of such a request, which a CPU's cannot.
+    Blocks are short, since prompts share only whole blocks of keys and values. No prompt is split between two batches:
+    vLLM would have to rewind the request's seeded generator, and a CPU's generator cannot be rewound.
     """
     import torch
 
@@ -218,7 +188,7 @@ def _on_a_cpu() -> dict[str, Any]:
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """Have torch compile nothing on a CPU: a count of vLLM's takes seconds to compile, and a C++ compiler."""
+    """Stop torch from compiling on a CPU: one small function of vLLM takes seconds, and needs a C++ compiler."""
     import torch
     import torch._dynamo
 
@@ -237,25 +207,18 @@ def _sampling(spec: GenerationSpec, seed: int, reader: ResponseReader) -> Any:
         repetition_penalty=spec.repetition_penalty,
         max_tokens=spec.max_tokens,
         stop=list(spec.stop),
-        # The same ends for every engine; vLLM's own are among them.
+        # The same end tokens in every engine; vLLM's own are among them.
         stop_token_ids=sorted(reader.ends),
         seed=seed,
         logprobs=0,
-        # Only stop texts are looked for in the text; what is kept is decoded from the tokens.
+        # vLLM needs the text only to find stop texts; responses are decoded from the tokens.
         detokenize=bool(spec.stop),
     )
 
 
 def _end(engine_core: Any, shared: str) -> None:
-    """End an engine; what its workers on a CPU shared, vLLM leaves in memory."""
+    """End an engine and remove the shared memory that vLLM's CPU workers leave behind."""
     engine_core.shutdown()
     if shared:
         for path in Path("/dev/shm").glob(f"{shared}-*-cpushm_*"):
             path.unlink(missing_ok=True)
-
-
-def _empty_gpu_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,13 +1,13 @@
-"""vLLM with whole merged models: the engine is built once, weights stream into it layer by layer."""
+"""vLLM with whole merged models: the engine is started once, merged weights stream into it layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Model, Response, Tokens
+from rewarded_lines.engines.base import Model, Response, Tokens, Workload
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.worker import plan_message, spec_message
 from rewarded_lines.errors import Problem, UserError
@@ -18,28 +18,19 @@ _HALF_WRITTEN: Final = "half-written"
 
 
 class VllmGenerator:
-    """Weights are merged where they are used: in this process, or in each of those that share the model."""
+    """Every process that holds a part of the model merges that part itself."""
 
     at_once = 1
 
-    def __init__(
-        self,
-        model: str,
-        spec: GenerationSpec,
-        prompts: Sequence[Prompt],
-        *,
-        plan: ModelPlan | None = None,
-        longest: int = 0,
-        tensor_parallel: int = 1,
-    ) -> None:
-        """Build the engine; see `load_generator`."""
+    def __init__(self, work: Workload) -> None:
+        """Start the engine; see `load_generator`."""
         self.swap_seconds = 0.0
-        self._plan = plan
+        self._plan = cast(ModelPlan | None, work.plan)
         self._in_use: Model | str = None
-        self._core = VllmCore(model, spec, prompts, longest, tensor_parallel)
-        if plan is not None:
+        self._core = VllmCore(work)
+        if self._plan is not None:
             try:
-                self._core.call("open_plan", plan_message(plan))
+                self._core.call("open_plan", plan_message(self._plan))
             except BaseException:
                 self.close()
                 raise
@@ -68,7 +59,7 @@ class VllmGenerator:
         self._core.close()
 
     def _use(self, model: Model) -> None:
-        """Bring a merge's weights into the engine, unless they are there.
+        """Load a merge's weights into the engine, unless it has them already.
 
         Raises:
             UserError: a tensor of the inputs or of the merge is not finite.
@@ -78,9 +69,9 @@ class VllmGenerator:
         assert self._plan is not None, "without a plan there is only the SFT model"
         self._in_use = _HALF_WRITTEN
         base = MergeSpec((0.0,) * len(self._plan.policies), 0.0, 0.0)
-        said = self._core.call("use_merge", spec_message(base if model is None else model))
-        if problems := said[0]["problems"]:
+        results = self._core.call("use_merge", spec_message(base if model is None else model))
+        if problems := results[0]["problems"]:
             raise UserError(Problem(**problem) for problem in problems)
         self._core.forget()
         self._in_use = model
-        self.swap_seconds += max(one["seconds"] for one in said)
+        self.swap_seconds += max(one["seconds"] for one in results)

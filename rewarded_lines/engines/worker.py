@@ -1,6 +1,6 @@
-"""What vLLM's workers can do beside their own work: take the merges of a plan, and say what an adapter lacks.
+"""The methods that this package adds to vLLM's workers: merge into the running model, check a loaded adapter.
 
-A worker is in the process of the engine's owner, or it is one of several processes that hold a piece of the model each.
+A worker runs in the process of the engine's owner, or in one of several processes that each hold a part of the model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rewarded_lines.planning.inputs import plan_merge
 from rewarded_lines.planning.model_plan import ModelPlan
 from rewarded_lines.rules.spec import MergeSpec
 
-# Plans of this process: its own workers take them as they are, with all that has been measured.
+# Plans of this process: its own workers use them as they are, with their measurements.
 _plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
 
 
 def plan_message(plan: ModelPlan) -> dict[str, Any]:
-    """Return what a worker needs to find or to open a plan, in plain types."""
+    """Return in plain types what a worker needs to find a plan, or to open it again."""
     _plans[id(plan)] = plan
     return {
         "process": os.getpid(),
@@ -41,7 +41,7 @@ def spec_message(spec: MergeSpec) -> dict[str, Any]:
 
 
 class MergingWorker:
-    """An extension of vLLM's worker; its methods are called by name on every worker of an engine."""
+    """An extension of vLLM's worker. The engine calls its methods by name on every worker."""
 
     def open_plan(self, message: Mapping[str, Any]) -> None:
         """Get ready to merge; see `plan_message`."""
@@ -55,10 +55,10 @@ class MergingWorker:
         self._load_kernels()
 
     def use_merge(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Stream a merge's tensors into the model that runs; see `spec_message`.
+        """Stream a merge's tensors into the running model; see `spec_message`.
 
         Returns:
-            The seconds it took, and the problems of a `UserError`, which would not pass from process to process.
+            The seconds it took, and the problems of a `UserError`, which cannot travel between processes itself.
         """
         started = time.perf_counter()
         spec = MergeSpec(**{**message, "weights": tuple(message["weights"])})
@@ -72,14 +72,14 @@ class MergingWorker:
         return {"seconds": time.perf_counter() - started, "problems": problems}
 
     def _load_kernels(self) -> None:
-        """Merge the smallest tensor, so that the first swap does not wait for the kernels."""
+        """Merge the smallest tensor: this loads the kernels before the first swap."""
         plan = self.merge_plan
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
         for _ in plan.tensors(MergeSpec((0.0,) * len(plan.policies), 0.0, 0.0), [smallest]):
             pass
 
     def shared_memory_name(self) -> str:
-        """Return how the names of what several workers on a CPU share begin in /dev/shm; "" elsewhere."""
+        """Return the prefix of the names in /dev/shm that several CPU workers share; "" on a GPU."""
         return os.environ.get("VLLM_DIST_IDENT", "")
 
     def group_adapters(self) -> None:
@@ -89,17 +89,17 @@ class MergingWorker:
             group_adapters()
 
     def unserved_modules(self, adapter: int) -> list[str]:
-        """Return the modules of a loaded adapter that no layer of the model takes: vLLM leaves them out in silence."""
+        """Return the modules of a loaded adapter that vLLM ignores without a word: no layer of the model has them."""
         worker: Any = self
         manager = worker.model_runner.lora_manager._adapter_manager
         return sorted(set(manager.get_adapter(adapter).loras) - set(manager.modules))
 
 
 def _repack_tied_head(model: Any) -> None:
-    """Bring a tied head up to date on a CPU.
+    """Update a tied head on a CPU.
 
-    vLLM packs the head's weight into a layout of its own there. A reload packs what it has loaded, and a tied head
-    is not loaded: it would go on with the packed copy of the old embeddings.
+    There vLLM keeps a packed copy of the head's weight. A reload packs only the tensors it loads, and a tied head is
+    not among them: without this call the head would keep the old embeddings.
     """
     head: Any = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):

@@ -17,7 +17,7 @@ from accelerate import DistributedType, PartialState
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Response
+from rewarded_lines.engines.base import Response, Workload
 from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.isolated import generate_isolated
 from rewarded_lines.engines.load import check_engine
@@ -69,7 +69,7 @@ def sample(
     if not _is_quantized(model):
         # Where the trainer will want it, too; quantized weights are there already.
         model.to(PartialState().device)
-    generator = HfGenerator(folder, spec, prompts, loaded=(model, tokenizer))
+    generator = HfGenerator(Workload(folder, spec, prompts), loaded=(model, tokenizer))
     try:
         return generator.generate(prompts, spec)[0]
     finally:

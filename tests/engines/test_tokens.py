@@ -5,6 +5,7 @@ from tiny_models import PROMPTS, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.huggingface import HfGenerator
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
@@ -25,7 +26,7 @@ def test_a_chat_template_takes_the_place_of_the_tokenizers(tiny):
     assert own.encode(CHATS) == tokenizer(PROMPTS)["input_ids"]
     assert other.encode(CHATS) == tokenizer([f"<s>{prompt}</s>" for prompt in PROMPTS])["input_ids"]
     model = AutoModelForCausalLM.from_pretrained("sft")
-    loaded = HfGenerator("sft", mine, CHATS, loaded=(model, tokenizer))
+    loaded = HfGenerator(Workload("sft", mine, CHATS), loaded=(model, tokenizer))
     assert loaded.generate(CHATS, mine) == other.generate(CHATS, mine) != own.generate(CHATS, GREEDY)
     loaded.close()
     assert tokenizer.chat_template == "{{ messages[0].content }}"
@@ -41,7 +42,7 @@ def test_a_chat_template_that_cannot_be_read_is_a_fault(tiny, content, said):
     tokenizer = AutoTokenizer.from_pretrained("sft")
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(UserError, match=said):
-        HfGenerator("sft", spec, PROMPTS, loaded=(AutoModelForCausalLM.from_pretrained("sft"), tokenizer))
+        HfGenerator(Workload("sft", spec, PROMPTS), (AutoModelForCausalLM.from_pretrained("sft"), tokenizer))
     assert tokenizer.chat_template == TEMPLATE
 
 

@@ -16,6 +16,7 @@ from tiny_models import PROMPTS
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import adapter_folders, vllm_adapters
 from rewarded_lines.engines.adapter_folders import AdapterFolders
+from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, chunks, slot_rank
 from rewarded_lines.errors import UserError
@@ -174,7 +175,7 @@ def test_adapters_that_vllm_does_not_serve_are_refused(tiny):
             save_adapter(tiny / "sft", tiny / name, seed, **settings)
         plan = plan_adapters("sft", {"one": "one", "two": "two"})
         with pytest.raises(UserError, match=what) as caught:
-            VllmAdapterGenerator("sft", GREEDY, PROMPTS, plan=plan)
+            VllmAdapterGenerator(Workload("sft", GREEDY, PROMPTS, plan))
         assert "--engine hf" in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.demo.reviews import corpus_path, read_reviews
+from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.huggingface import HfGenerator
 
 REVIEWS = 40
@@ -47,7 +48,7 @@ def chats(sft: str) -> list[str]:
 
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
     spec = GenerationSpec(temperature=0, max_tokens=64)
-    generator = HfGenerator(sft, spec, turns)
+    generator = HfGenerator(Workload(sft, spec, turns))
     try:
         answers = [response.text for response in generator.generate(turns, spec)[0]]
     finally:
