@@ -14,7 +14,8 @@ from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.planning.plan import Plan
 from rewarded_lines.projects import Project
-from rewarded_lines.rules.methods import METHODS, OptionValue, soup
+from rewarded_lines.rules.joining import soup
+from rewarded_lines.rules.methods import METHODS, OptionValue
 from rewarded_lines.rules.preferences import simplex_grid
 from rewarded_lines.rules.spec import MergeSpec
 

@@ -14,9 +14,9 @@ from typing import Any
 from rewarded_lines import __version__
 from rewarded_lines.errors import printable
 from rewarded_lines.merging.input_cards import InputCard, input_cards
-from rewarded_lines.merging.papers import equation, papers
 from rewarded_lines.merging.provenance import RECORD_FILE
 from rewarded_lines.planning.plan import Plan
+from rewarded_lines.rules.methods import LINES_PAPER, METHODS, SOUPS_PAPER
 from rewarded_lines.rules.spec import MergeSpec
 
 HERE = "this folder"
@@ -78,7 +78,7 @@ def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], additio
         "## Licences",
         _licences(inputs),
         "## Papers",
-        "\n".join(f"- {name}, [arXiv {number}](https://arxiv.org/abs/{number})" for name, number in papers(spec)),
+        "\n".join(f"- {name}, [arXiv {number}](https://arxiv.org/abs/{number})" for name, number in _papers(spec)),
     ]
     return _front(_metadata(plan, spec, inputs)) + printable("\n\n".join(part for part in parts if part) + "\n")
 
@@ -163,10 +163,15 @@ def _introduction(plan: Plan) -> str:
 
 
 def _formula(plan: Plan, spec: MergeSpec) -> str:
-    lines = ["θ = θ_base + s(ℓ) m,   τᵢ = θᵢ − θ_base", *equation(spec)]
+    lines = ["θ = θ_base + s(ℓ) m,   τᵢ = θᵢ − θ_base", *METHODS[spec.method].written(spec.options)]
     outside = "α" if spec.outside == "alpha" else "that of the block beside them"
     lines.append(f"s(ℓ) = α + β (ℓ − 1)/(L − 1) for block ℓ of L; embeddings, final norm and head: {outside}")
     return "\n".join(lines)
+
+
+def _papers(spec: MergeSpec) -> list[tuple[str, str]]:
+    """Return title and arXiv number of what a merge rests on: LiNeS where it scales, soups, the method."""
+    return [*([LINES_PAPER] if spec.scaled else []), SOUPS_PAPER, *METHODS[spec.method].papers]
 
 
 def _inputs_table(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> str:

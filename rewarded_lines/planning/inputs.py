@@ -15,7 +15,8 @@ from rewarded_lines.planning.adapter_plan import AdapterPlan
 from rewarded_lines.planning.compatibility import Fitting, check, some
 from rewarded_lines.planning.model_plan import ModelPlan
 from rewarded_lines.planning.plan import DTYPES, Plan, check_device, choose
-from rewarded_lines.rules.methods import METHODS, soup
+from rewarded_lines.rules.joining import soup
+from rewarded_lines.rules.methods import METHODS
 
 KINDS = ("auto", "full", "adapter")
 

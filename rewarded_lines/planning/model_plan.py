@@ -26,7 +26,8 @@ from rewarded_lines.measuring.sparsity import random_mask
 from rewarded_lines.planning.folding import FoldedAdapter
 from rewarded_lines.planning.plan import Plan, copy_companions
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rules.methods import METHODS, consensus, soup
+from rewarded_lines.rules.joining import consensus, soup
+from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.streaming.blocks import Masks, Source, TensorMerge, Workspace, all_blocks, blocks_of
 from rewarded_lines.streaming.pool import Relay, share_out

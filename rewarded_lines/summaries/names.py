@@ -6,18 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rewarded_lines.config import POLICIES, TUNED
+from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.summaries.summary import PointSummary, Summary, is_policy
-
-# Merge methods whose names are written otherwise than in a project file.
-_MERGES = {
-    "ties": "TIES",
-    "dare": "DARE",
-    "dare-ties": "DARE-TIES",
-    "slerp": "SLERP",
-    "wise-ft": "WiSE-FT",
-    "task-arithmetic": "Task Arithmetic",
-    "consensus": "Consensus",
-}
 
 
 def method_label(points: Sequence[PointSummary]) -> str:
@@ -38,13 +28,18 @@ def method_label(points: Sequence[PointSummary]) -> str:
         return f"{name} (α = {' to '.join(ends)}, β = {_number(beta)})"
     kind = "Rewarded Soups" if beta == 0 else "LiNeS"
     if merge.method != "soup":
-        kind = _MERGES.get(merge.method, merge.method) + (" + LiNeS" if beta != 0 else "")
+        kind = _label(merge.method) + (" + LiNeS" if beta != 0 else "")
     if name == TUNED:
         kind += ", tuned"
     if beta == 0:
         return f"{kind} (β = 0)" if alpha == 1 else f"{kind} (α = {_number(alpha)}, β = 0)"
     schedule = f"α = β = {_number(alpha)}" if alpha == beta else f"α = {_number(alpha)}, β = {_number(beta)}"
     return f"{kind} ({schedule})"
+
+
+def _label(method: str) -> str:
+    """Return what the table of methods calls a method; an old run may have one that is no longer there."""
+    return (METHODS[method].label if method in METHODS else "") or method
 
 
 def method_labels(summary: Summary) -> dict[str, str]:

@@ -18,9 +18,7 @@ from tiny_adapters import save_adapter
 from rewarded_lines import merge
 from rewarded_lines.merging.cards import escaped, literal
 from rewarded_lines.merging.input_cards import read_front_matter
-from rewarded_lines.merging.papers import equation, papers
 from rewarded_lines.rules.methods import METHODS
-from rewarded_lines.rules.spec import MergeSpec
 
 
 def write_card(folder, front, text="# A model\n"):
@@ -131,8 +129,9 @@ def test_the_command_of_every_method_makes_the_same_bits(family, cli, monkeypatc
     words = shlex.split(re.search(r"```bash\n(.*?)\n```", text)[1])
     assert cli(*words[1:]).code == 0
     assert (family / "merged/model.safetensors").read_bytes() == (family / "out/model.safetensors").read_bytes()
-    spec = MergeSpec((0.3, 0.7), method=method, options={n: o.default for n, o in METHODS[method].options.items()})
-    assert all(line in text for line in equation(spec)) and all(number in text for _, number in papers(spec))
+    row = METHODS[method]
+    lines = row.written({name: option.default for name, option in row.options.items()})
+    assert all(line in text for line in lines) and all(number in text for _, number in row.papers)
 
 
 @pytest.mark.parametrize(

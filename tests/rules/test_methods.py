@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.rules.methods import METHODS, check_method, consensus, dare, dare_ties, slerp_weights, soup, ties
+from rewarded_lines.rules.joining import consensus, dare, dare_ties, slerp_weights, soup, ties
+from rewarded_lines.rules.methods import METHODS, check_method
 
 A = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
 B = np.array([-3.0, -4.0, 0.25, 1.0, -3.0])
