@@ -22,21 +22,22 @@ _MOST_FOLDERS = 2000
 _DEPTH = 3
 
 
-def _of(*words: str) -> Callable[[str], list[str]]:
-    def offer(incomplete: str) -> list[str]:
+def offer(*words: str) -> Callable[[str], list[str]]:
+    """Return a completion that offers those of the words that begin as what is typed."""
+
+    def begun(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
 
-    return offer
+    return begun
 
 
-engines = _of("vllm", "hf")
-devices = _of("auto", "cpu", "cuda")
-offloads = _of("auto", "always", "never")
-outsides = _of("alpha", "depth")
-kinds = _of("auto", "full", "adapter")
-dtypes = _of("auto", "float32", "bfloat16", "float16")
-algorithms = _of("ppo", "dpo", "rloo")
-stages = _of("data", "sft", "reward", "policies", "sweep", "report", "merge")
+engines = offer("vllm", "hf")
+devices = offer("auto", "cpu", "cuda")
+outsides = offer("alpha", "depth")
+kinds = offer("auto", "full", "adapter")
+dtypes = offer("auto", "float32", "bfloat16", "float16")
+algorithms = offer("ppo", "dpo", "rloo")
+stages = offer("data", "sft", "reward", "policies", "sweep", "report", "merge")
 
 
 def merge_methods(incomplete: str) -> list[tuple[str, str]]:

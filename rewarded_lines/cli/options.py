@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import Field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rewarded_lines.cli.completion import devices, engines, offloads, run_folders
+from rewarded_lines.cli.completion import offer, run_folders
+from rewarded_lines.evaluation.sweep_options import takes_sweep_options
 
 Run = Annotated[
     Path, typer.Argument(help="Run folder that `sweep` wrote.", show_default=False, autocompletion=run_folders)
 ]
 Config = Annotated[Path, typer.Option(help="The project file.")]
-Engine = Annotated[
-    str,
-    typer.Option(
-        help="vllm, hf (transformers; slower), or the URL of a server that takes adapters.", autocompletion=engines
-    ),
-]
-Device = Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda.", autocompletion=devices)]
 Layers = Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")]
-TensorParallel = Annotated[int, typer.Option(min=1, help="Devices that vLLM spreads the model over.")]
-Offload = Annotated[
-    str, typer.Option(help="Reward models leave memory when idle: auto, always, never.", autocompletion=offloads)
-]
-Ray = Annotated[
-    str | None,
-    typer.Option(help="Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"),
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="With --ray: how many.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew where RUN was made by another configuration.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def with_sweep_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of `SweepOptions`; see `takes_sweep_options`."""
+    return takes_sweep_options(without, _typed)
+
+
+def _typed(option: Field[Any], kind: Any) -> Any:
+    facts = dict(option.metadata)
+    words = facts.pop("offers", None)
+    return Annotated[kind, typer.Option(**facts, autocompletion=offer(*words) if words else None)]

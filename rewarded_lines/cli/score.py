@@ -11,18 +11,17 @@ import typer
 from rich.console import Console
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import AsJson, Config, Device, Engine, Layers, Offload, Overwrite, Quiet, TensorParallel
+from rewarded_lines.cli.options import AsJson, Config, Overwrite, Quiet, with_sweep_options
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
+@with_sweep_options(without=("ray", "workers"))
 def score(
+    *,
     model: Annotated[str, typer.Argument(help="Folder of a model or LoRA adapter, or a Hub id.", show_default=False)],
     config: Config = Path("rewarded-lines.yaml"),
     out: Annotated[Path | None, typer.Option(help="Run folder that keeps the records; none by default.")] = None,
-    engine: Engine = "vllm",
-    device: Device = "auto",
-    layers: Layers = None,
-    tensor_parallel: TensorParallel = 1,
-    offload: Offload = "auto",
+    options: SweepOptions,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -39,18 +38,7 @@ def score(
         from rewarded_lines.sweeping.score import score as run
 
         quiet_libraries()
-        done = run(
-            model,
-            config,
-            out=out,
-            engine=engine,
-            device=device,
-            layers=layers,
-            tensor_parallel=tensor_parallel,
-            offload=offload,
-            overwrite=overwrite,
-            progress=bar,
-        )
+        done = run(model, config, out=out, overwrite=overwrite, progress=bar, options=options)
         bar.start("bootstrap")
         summary = summarise(done)
     tell_rows(done.header, quiet or as_json)

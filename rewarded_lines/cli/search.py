@@ -13,10 +13,13 @@ from rich.text import Text
 
 from rewarded_lines.cli.completion import engines, run_methods
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import AsJson, Device, Layers, Offload, Quiet, Ray, Run, TensorParallel, Workers
+from rewarded_lines.cli.options import AsJson, Quiet, Run, with_sweep_options
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
+@with_sweep_options()
 def search(
+    *,
     run: Run,
     config: Annotated[Path | None, typer.Option(help="The project file; the run's own by default.")] = None,
     method: Annotated[
@@ -28,12 +31,7 @@ def search(
     engine: Annotated[
         str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.", autocompletion=engines)
     ] = None,
-    device: Device = "auto",
-    layers: Layers = None,
-    tensor_parallel: TensorParallel = 1,
-    offload: Offload = "auto",
-    ray: Ray = None,
-    workers: Workers = None,
+    options: SweepOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -58,14 +56,9 @@ def search(
             methods=method or (),
             points=points,
             gain=gain,
-            engine=engine,
-            device=device,
-            layers=layers,
-            tensor_parallel=tensor_parallel,
-            offload=offload,
-            ray=ray,
-            workers=workers,
             progress=bar,
+            engine=engine,
+            options=options,
         )
     tell_rows(done.header, quiet or as_json)
     if as_json:

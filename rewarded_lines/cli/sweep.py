@@ -9,32 +9,17 @@ from typing import Annotated
 import typer
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import (
-    AsJson,
-    Config,
-    Device,
-    Engine,
-    Layers,
-    Offload,
-    Overwrite,
-    Quiet,
-    Ray,
-    TensorParallel,
-    Workers,
-)
+from rewarded_lines.cli.options import AsJson, Config, Overwrite, Quiet, with_sweep_options
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
+@with_sweep_options()
 def sweep(
+    *,
     config: Config = Path("rewarded-lines.yaml"),
     points: Annotated[int | None, typer.Option(min=2, help="λ values from 0 to 1; the project's by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; `sweep` beside the project file by default.")] = None,
-    engine: Engine = "vllm",
-    device: Device = "auto",
-    layers: Layers = None,
-    tensor_parallel: TensorParallel = 1,
-    offload: Offload = "auto",
-    ray: Ray = None,
-    workers: Workers = None,
+    options: SweepOptions,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -59,20 +44,7 @@ def sweep(
         from rewarded_lines.sweeping.sweep import sweep as run
 
         quiet_libraries()
-        done = run(
-            config,
-            points=points,
-            out=out,
-            engine=engine,
-            device=device,
-            layers=layers,
-            tensor_parallel=tensor_parallel,
-            offload=offload,
-            ray=ray,
-            workers=workers,
-            overwrite=overwrite,
-            progress=bar,
-        )
+        done = run(config, points=points, out=out, overwrite=overwrite, progress=bar, options=options)
     tell_rows(done.header, quiet or as_json)
     if as_json:
         typer.echo(json.dumps({"folder": str(done.folder), **done.header}, indent=2, ensure_ascii=False))

@@ -20,7 +20,8 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.bench import Bench, Keys
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
-from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.evaluation.setup import Setup, open_setup
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 
@@ -33,7 +34,7 @@ _CONNECT_SECONDS = 10
 class Worker:
     """What runs in a Ray actor: a bench, opened when the first point comes."""
 
-    def __init__(self, project: Project, options: Options, also: Sequence[Prompt]) -> None:
+    def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt]) -> None:
         """Remember the project; its paths must be there on every machine of the cluster."""
         self._project, self._options, self._also = project, options, list(also)
         self._setup: Setup | None = None

@@ -25,6 +25,7 @@ from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import FORMAT
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 from rewarded_lines.planning.inputs import plan_adapters, plan_merge
 from rewarded_lines.planning.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
@@ -33,25 +34,6 @@ from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.scoring.scorer import Scorer
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a sweep runs, beside what its project says.
-
-    Attributes:
-        engine: "vllm", "hf" or the URL of a server.
-        device: where reward models run.
-        layers: the pattern of the block list, for layouts that are not known.
-        tensor_parallel: over how many devices vLLM spreads the model.
-        offload: "auto", "always" or "never": whether reward models leave memory when they are not scoring.
-    """
-
-    engine: str = "vllm"
-    device: str = "auto"
-    layers: str | None = None
-    tensor_parallel: int = 1
-    offload: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ class Setup:
     """
 
     project: Project
-    options: Options
+    options: SweepOptions
     plan: Plan
     rewards: Mapping[str, Reward]
     prompts: Sequence[Prompt]
@@ -241,7 +223,7 @@ def located(reference: str, folder: Path) -> str:
     return os.path.realpath(path) if path.exists() else reference
 
 
-def open_setup(project: Project, options: Options, progress: Progress = SILENT) -> Setup:
+def open_setup(project: Project, options: SweepOptions, progress: Progress = SILENT) -> Setup:
     """Open a project for evaluation.
 
     Args:
@@ -254,7 +236,6 @@ def open_setup(project: Project, options: Options, progress: Progress = SILENT) 
     """
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
-    _check_options(options)
     _check_rewards(project)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
@@ -272,15 +253,6 @@ def open_setup(project: Project, options: Options, progress: Progress = SILENT) 
     setup = Setup(project, options, plan, rewards, prompts, control, told)
     _ = setup.methods
     return setup
-
-
-def _check_options(options: Options) -> None:
-    if options.tensor_parallel < 1:
-        raise fail("not a number of devices", where="--tensor-parallel", got=str(options.tensor_parallel))
-    if options.tensor_parallel > 1 and options.engine != "vllm":
-        raise fail("only vLLM spreads a model", where="--tensor-parallel", remedy="use --engine vllm")
-    if options.offload not in ("auto", "always", "never"):
-        raise fail(f"unknown value `{options.offload}`", where="--offload", expected="auto, always, never")
 
 
 def _check_rewards(project: Project) -> None:
@@ -304,7 +276,7 @@ def _control(project: Project) -> dict[str, list[str]]:
     }
 
 
-def _plan(project: Project, options: Options) -> Plan:
+def _plan(project: Project, options: SweepOptions) -> Plan:
     config = project.config
     names = {**config.policies, **config.baselines}
     if both := set(config.policies) & set(config.baselines):

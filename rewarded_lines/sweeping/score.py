@@ -10,22 +10,20 @@ from pathlib import Path
 from rewarded_lines.config import POLICIES
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.records import Run
+from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.references import looks_local
 from rewarded_lines.sweeping.sweep import sweep
 
 
+@takes_sweep_options(without=("ray", "workers"))
 def score(
     model: Path | str,
     config: Path | str | Project = "rewarded-lines.yaml",
     *,
     out: Path | str | None = None,
-    engine: str = "vllm",
-    device: str = "auto",
-    layers: str | None = None,
-    tensor_parallel: int = 1,
-    offload: str = "auto",
+    options: SweepOptions,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
@@ -35,11 +33,7 @@ def score(
         model: its folder, from the working directory, or a Hub id.
         config: the project file, or a project already loaded: base, rewards, prompts and generation settings.
         out: a run folder that keeps the records, which `report` reads; by default nothing is kept.
-        engine: see `sweep`.
-        device: see `sweep`.
-        layers: see `sweep`.
-        tensor_parallel: see `sweep`.
-        offload: see `sweep`.
+        options: see `sweep`; all but `ray` and `workers`.
         overwrite: see `sweep`.
         progress: see `sweep`.
 
@@ -61,13 +55,5 @@ def score(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else Path(out)
         return sweep(
-            replace(project, config=alone),
-            out=folder,
-            engine=engine,
-            device=device,
-            layers=layers,
-            tensor_parallel=tensor_parallel,
-            offload=offload,
-            overwrite=overwrite,
-            progress=progress,
+            replace(project, config=alone), out=folder, overwrite=overwrite, progress=progress, options=options
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,14 @@ from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
-from rewarded_lines.evaluation.setup import Options, Setup, located, open_setup
+from rewarded_lines.evaluation.setup import Setup, located, open_setup
+from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.fronts.search import next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
-from rewarded_lines.sweeping.sweep import check_workers, finish_run, producer, sweep, write_run
+from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -50,6 +51,7 @@ class Found:
     reason: str
 
 
+@takes_sweep_options()
 def search(
     run: Path | str,
     *,
@@ -58,12 +60,7 @@ def search(
     points: int = POINTS,
     gain: float = GAIN,
     engine: str | None = None,
-    device: str = "auto",
-    layers: str | None = None,
-    tensor_parallel: int = 1,
-    offload: str = "auto",
-    ray: str | None = None,
-    workers: int | None = None,
+    options: SweepOptions,
     progress: Progress = SILENT,
 ) -> tuple[Run, list[Found]]:
     """Add λ points to a run, one after the other where the front may gain most.
@@ -78,30 +75,24 @@ def search(
         points: λ that each method has at most in the end.
         gain: end where no λ can raise the hypervolume by more than this share of it.
         engine: see `sweep`; the run's own by default.
-        device: see `sweep`.
-        layers: see `sweep`; the run's own by default.
-        tensor_parallel: see `sweep`.
-        offload: see `sweep`.
-        ray: see `sweep`; as many λ as there are workers are tried at once.
-        workers: see `sweep`.
+        options: see `sweep`; `layers` are the run's own by default, and as many λ as there are `workers` are tried at
+            once.
         progress: see `sweep`; the total is the most that there can be.
 
     Raises:
         UserError: the folder is no run, belongs to another configuration, or a method is none of its merges.
     """
-    check_workers(ray, workers)
     folder = Path(run)
-    options = Options(engine or "vllm", device, layers, tensor_parallel, offload)
     if not (folder / RUN_FILE).is_file():
-        _begin(folder, config, methods, options, ray, workers, progress)
+        _begin(folder, config, methods, replace(options, engine=engine or options.engine), progress)
     header = read_header(folder)
     made_with = header["options"]
-    options = Options(engine or made_with["engine"], device, layers or made_with["layers"], tensor_parallel, offload)
+    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
     with (
         open_run(folder, setup, progress=progress) as held,
-        producer(setup, folder, ray, workers, progress=progress) as make,
+        producer(setup, folder, progress=progress) as make,
     ):
         listed = _listed(held)
         room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
@@ -115,9 +106,7 @@ def _begin(
     folder: Path,
     config: Path | str | None,
     methods: Sequence[str],
-    options: Options,
-    ray: str | None,
-    workers: int | None,
+    options: SweepOptions,
     progress: Progress,
 ) -> None:
     """Sweep three λ of each method, once it is certain that there is something to search."""
@@ -125,19 +114,7 @@ def _begin(
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
     _chosen(open_setup(load_project(config), options, progress), methods, folder)
-    sweep(
-        config,
-        points=_FIRST,
-        out=folder,
-        engine=options.engine,
-        device=options.device,
-        layers=options.layers,
-        tensor_parallel=options.tensor_parallel,
-        offload=options.offload,
-        ray=ray,
-        workers=workers,
-        progress=progress,
-    )
+    sweep(config, points=_FIRST, out=folder, progress=progress, options=options)
 
 
 def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:

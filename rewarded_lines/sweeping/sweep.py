@@ -13,24 +13,20 @@ from rewarded_lines.evaluation.bench import Bench, Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
-from rewarded_lines.evaluation.setup import Options, Setup, open_setup
+from rewarded_lines.evaluation.setup import Setup, open_setup
+from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts
 
 
+@takes_sweep_options()
 def sweep(
     config: Path | str | Project = "rewarded-lines.yaml",
     *,
     points: int | None = None,
     out: Path | str | None = None,
-    engine: str = "vllm",
-    device: str = "auto",
-    layers: str | None = None,
-    tensor_parallel: int = 1,
-    offload: str = "auto",
-    ray: str | None = None,
-    workers: int | None = None,
+    options: SweepOptions,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
@@ -44,13 +40,7 @@ def sweep(
         config: the project file, or a project already loaded.
         points: how many λ on each edge of the simplex; the project's `sweep.points` by default.
         out: the run folder; `sweep` beside the project file by default.
-        engine: "vllm", "hf", or the URL of an OpenAI-compatible server that takes adapters.
-        device: where reward models run that do not say it themselves.
-        layers: the pattern of the block list, for layouts that are not known.
-        tensor_parallel: over how many devices vLLM spreads the model.
-        offload: "auto", "always" or "never": whether reward models leave memory when they are not scoring.
-        ray: share the points out over Ray workers: the address of a cluster, "auto", or "local" to start one here.
-        workers: how many of them; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
+        options: how it runs; each of `SweepOptions` is a keyword of this function, such as `engine`.
         overwrite: begin anew where the folder holds a run of another configuration.
         progress: is told of the steps, and of the points that are made.
 
@@ -65,8 +55,7 @@ def sweep(
     count = project.config.sweep.points if points is None else points
     if count < 2:
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
-    check_workers(ray, workers)
-    setup = open_setup(project, Options(engine, device, layers, tensor_parallel, offload), progress)
+    setup = open_setup(project, options, progress)
     validation = validation_prompts(setup)
     folder = Path(out) if out is not None else project.root / "sweep"
     progress.start("laying out the points")
@@ -75,40 +64,26 @@ def sweep(
         added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
         run.expect(len({*specs, *added}) + trial_points(setup, count))
         write_run(run, [*specs, *added], added)
-        with producer(setup, folder, ray, workers, validation, progress) as make:
+        with producer(setup, folder, validation, progress) as make:
             tuned = tune(run, make, validation, count)
             found = tuned.as_dict() if tuned else None
             finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
     return load_run(folder)
 
 
-def check_workers(ray: str | None, workers: int | None) -> None:
-    """Refuse a number of workers where there are none.
-
-    Raises:
-        UserError: likewise.
-    """
-    if workers is not None and ray is None:
-        raise fail("there are workers with Ray only", where="--workers", remedy="add --ray local, or leave it out")
-
-
 @contextmanager
 def producer(
-    setup: Setup,
-    folder: Path,
-    ray: str | None = None,
-    workers: int | None = None,
-    also: Sequence[Prompt] = (),
-    progress: Progress = SILENT,
+    setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
 ) -> Iterator[Producer]:
     """Yield what makes records: a bench here, or workers of a Ray cluster."""
-    if ray is None:
+    options = setup.options
+    if options.ray is None:
         with Bench(setup, folder, also, progress) as bench:
             yield bench
         return
     from rewarded_lines.evaluation.cluster import Cluster
 
-    with Cluster(setup, ray, also, workers, progress) as cluster:
+    with Cluster(setup, options.ray, also, options.workers, progress) as cluster:
         yield cluster
 
 

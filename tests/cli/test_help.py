@@ -21,6 +21,8 @@ LIGHT = {
     "rewarded_lines",
     "rewarded_lines.cli",
     "rewarded_lines.errors",
+    # Of which `sweep_options` only.
+    "rewarded_lines.evaluation",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
     "rewarded_lines.rules",

@@ -10,7 +10,8 @@ from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.cluster import Cluster
 from rewarded_lines.evaluation.points import PointSpec
-from rewarded_lines.evaluation.setup import Options, open_setup
+from rewarded_lines.evaluation.setup import open_setup
+from rewarded_lines.evaluation.sweep_options import SweepOptions
 from rewarded_lines.projects import load_project
 
 pytest.importorskip("ray", reason="Ray is not installed in this environment")
@@ -83,6 +84,6 @@ def test_a_dead_cluster_is_one_message(greedy, address, monkeypatch):
 
 def test_without_ray_the_extra_is_named(greedy, monkeypatch):
     monkeypatch.setattr("rewarded_lines.evaluation.cluster.find_spec", lambda name: None)
-    setup = open_setup(load_project("rewarded-lines.yaml"), Options("hf"))
+    setup = open_setup(load_project("rewarded-lines.yaml"), SweepOptions("hf"))
     with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"), Cluster(setup, "local") as cluster:
         list(cluster.produce(setup, {PointSpec("sft"): "key"}, ["key"]))
