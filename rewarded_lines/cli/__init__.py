@@ -91,14 +91,14 @@ def main() -> None:
         with termination_as_exit():
             code = app(standalone_mode=False, prog_name="rewarded-lines")
     except typer.TyperException as error:
-        _complain(str(_usage_problem(error)), error.exit_code)
+        _complain(_usage_problem(error), error.exit_code)
     except UserError as error:
-        _complain(str(error))
+        _complain(error)
     except OSError as error:
         # A full disk, a folder that cannot be written: the system's own words name the place.
-        _complain(str(Problem(str(error))))
+        _complain(Problem(str(error)))
     except MemoryError as error:
-        _complain(str(Problem(f"not enough memory: {error}")))
+        _complain(Problem(f"not enough memory: {error}"))
     if code:
         sys.exit(code)
 
@@ -109,10 +109,8 @@ def _usage_problem(error: Any) -> Problem:
     command = context.command_path if context else "rewarded-lines"
     remedy = f"see {command} --help"
     if hasattr(error, "possibilities"):
-        known = [name for one in error.ctx.command.params for name in one.opts]
-        return Problem(
-            f"no option `{error.option_name}`", where=command, remedy=did_you_mean(error.option_name, known, remedy)
-        )
+        known, given = [name for one in error.ctx.command.params for name in one.opts], error.option_name
+        return Problem(f"no option `{given}`", where=command, remedy=did_you_mean(given, known, remedy))
     commands = list(getattr(context.command, "commands", ())) if context else []
     given = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if commands and given and given not in commands:
@@ -139,6 +137,6 @@ def _typed(names: list[str]) -> str:
     return ""
 
 
-def _complain(message: str, code: int = 1) -> NoReturn:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red", markup=False)
+def _complain(about: Problem | UserError, code: int = 1) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(str(about), style="red", markup=False)
     sys.exit(code)

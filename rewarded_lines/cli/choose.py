@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from rewarded_lines.cli.completion import run_methods, run_minima, run_rewards
-from rewarded_lines.cli.display import progress_bar
-from rewarded_lines.cli.options import AsJson, Quiet, Run
+from rewarded_lines.cli.display import progress_bar, show_json
+from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
 from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
@@ -60,36 +56,26 @@ def choose(
         from rewarded_lines.sweeping.choose import choose as run_choose
 
         bar.start("reading the run, bootstrap")
-        chosen = run_choose(
-            run,
-            at_least=minima,
-            maximize=maximize,
-            weights=weighed,
-            knee=knee,
-            methods=method or (),
-            interpolate=interpolate,
-        )
+        rule: dict[str, Any] = {"at_least": minima, "maximize": maximize, "weights": weighed, "knee": knee}
+        chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
     if as_json:
-        typer.echo(json.dumps(chosen.as_dict(), indent=2, ensure_ascii=False))
+        show_json(chosen.as_dict())
     else:
-        _show(chosen, Console())
+        _show(chosen)
 
 
-def _show(chosen: Chosen, console: Console) -> None:
+def _show(chosen: Chosen) -> None:
     from rewarded_lines.sweeping.choose import NOTE
 
     point = chosen.point
     schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
-    console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))
+    typer.echo(f"{chosen.rule}:\n  {point}{schedule}{guess}\n")
     for name, score in chosen.scores.items():
-        line = f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]"
-        if name in chosen.meets:
-            line += f", meets its minimum in {chosen.meets[name]:.0%} of resamples"
-        console.print(Text(line))
-    console.print(Text(f"\n{NOTE}\n", style="dim"))
-    # Never folded: it is for copying.
-    console.print(Text(chosen.command), soft_wrap=True)
+        meets = f", meets its minimum in {chosen.meets[name]:.0%} of resamples" if name in chosen.meets else ""
+        typer.echo(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}")
+    typer.secho(f"\n{NOTE}\n", dim=True)
+    typer.echo(chosen.command)
 
 
 def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:

@@ -11,16 +11,19 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from rewarded_lines.cli.completion import algorithms, engines, stages
 from rewarded_lines.cli.display import Work, quiet_libraries
-from rewarded_lines.cli.options import Quiet
+from rewarded_lines.cli.parameters import Quiet, engines, offer
 from rewarded_lines.cli.report import show
 from rewarded_lines.progress import Progress
+
+# Those of `pipeline.STAGES`, which loads heavy libraries.
+_STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 
 
 def demo(
     algo: Annotated[
-        str, typer.Option(help="How policies are trained: ppo, dpo or rloo.", autocompletion=algorithms)
+        str,
+        typer.Option(help="How policies are trained: ppo, dpo or rloo.", autocompletion=offer("ppo", "dpo", "rloo")),
     ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
@@ -31,7 +34,7 @@ def demo(
     ] = "vllm",
     until: Annotated[
         str,
-        typer.Option(help="Last stage: data, sft, reward, policies, sweep, report, merge.", autocompletion=stages),
+        typer.Option(help=f"Last stage: {', '.join(_STAGES)}.", autocompletion=offer(*_STAGES)),
     ] = "merge",
     corpus: Annotated[
         Path | None, typer.Option(help="Your own corpus: a folder with the JSONL files that --until data makes.")

@@ -1,19 +1,21 @@
-"""What commands show on stderr while they work: a bar on a terminal, and elsewhere (a log) a line each minute.
+"""What commands show: results on stdout, and on stderr a bar while they work, or a line each minute in a log.
 
-Work that is over at once shows nothing.
+The bar of work that is over at once is not shown.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Any
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.live import Live
@@ -24,10 +26,21 @@ from rich.text import Text
 
 from rewarded_lines.progress import Progress
 
-# Seconds: the bar of work that is over sooner is not shown.
+# Seconds.
 PATIENCE = 2.0
 SECONDS_BETWEEN_LINES = 60.0
 _REFRESHES_A_SECOND = 5
+_WIDE, _RIGHT = {"ratio": 1}, {"justify": "right"}
+
+
+def show_json(content: Any) -> None:
+    """Print a command's result as JSON."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def show_line(text: str) -> None:
+    """Print a path, an address or a command on one line, however long it is: it is for copying."""
+    Console(highlight=False).print(Text(text), soft_wrap=True)
 
 
 @contextmanager
@@ -41,51 +54,35 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
         quiet: show nothing.
         unit: what is counted, in the singular; "byte" shows sizes.
     """
-    console = Console(stderr=True)
-    work = Work(title, unit)
-    shown = nullcontext() if quiet else _live(work, console) if console.is_terminal else _logged(work, console)
-    with stdout_for_results(), shown:
-        yield work
+    console, work, over = Console(stderr=True), Work(title, unit), threading.Event()
+    live = Live(work, console=console, transient=True, refresh_per_second=_REFRESHES_A_SECOND)
+
+    def show() -> None:
+        if console.is_terminal:
+            if not over.wait(PATIENCE):
+                live.start()
+            return
+        while not over.wait(SECONDS_BETWEEN_LINES):
+            console.print(work.line(), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    # In a thread, because the first step may take long before it tells anything.
+    thread = threading.Thread(target=show, daemon=True)
+    with stdout_for_results():
+        if not quiet:
+            thread.start()
+        try:
+            yield work
+        finally:
+            over.set()
+            if not quiet:
+                thread.join()
+            live.stop()
 
 
 def tell_rows(header: Mapping[str, Any], quiet: bool) -> None:
     """Say on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
     for sentence in () if quiet else header["prompts"].get("told", ()):
-        sys.stderr.write(f"{sentence}\n")
-
-
-@contextmanager
-def _live(work: Work, console: Console) -> Iterator[None]:
-    """Show a bar that vanishes at the end."""
-    live = Live(work, console=console, transient=True, refresh_per_second=_REFRESHES_A_SECOND)
-    # In a thread, because the first step may take long before it tells anything.
-    timer = threading.Timer(PATIENCE, live.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        live.stop()
-
-
-@contextmanager
-def _logged(work: Work, console: Console) -> Iterator[None]:
-    """Print a line from time to time."""
-    over = threading.Event()
-
-    def print_lines() -> None:
-        while not over.wait(SECONDS_BETWEEN_LINES):
-            console.print(work.line(), markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-    thread = threading.Thread(target=print_lines, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        typer.echo(sentence, err=True)
 
 
 @contextmanager
@@ -157,23 +154,14 @@ class Work(Progress):
         """Return a line with the step, below a bar where something is counted."""
         with self._lock:
             # Where there is a bar, it has the title.
-            named = self._step if self._total else f"{self._title}: {self._step}"
-            step = Table.grid(padding=(0, 1), expand=True)
-            step.add_column(width=1)
-            step.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-            step.add_column(justify="right", no_wrap=True)
-            step.add_row(self._spinner, Text(named), Text(_clock(monotonic() - self._began), style="dim"))
-            return Group(self._bar(), step) if self._total else step
-
-    def _bar(self) -> Table:
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        cells = [Text(text, style) for text, style in zip(self._cells(), ("bold", "", "cyan"), strict=False)]
-        for _ in cells:
-            bar.add_column(justify="right", no_wrap=True)
-        bar.add_row(Text(self._title), ProgressBar(total=self._total, completed=min(self._done, self._total)), *cells)
-        return bar
+            named = Text(self._step if self._total else f"{self._title}: {self._step}")
+            since = Text(_clock(monotonic() - self._began), style="dim")
+            step = _row((self._spinner, {"width": 1}), (named, {**_WIDE, "overflow": "ellipsis"}), (since, _RIGHT))
+            if not self._total:
+                return step
+            bar = ProgressBar(total=self._total, completed=min(self._done, self._total))
+            cells = [Text(text, style) for text, style in zip(self._cells(), ("bold", "", "cyan"), strict=False)]
+            return Group(_row((Text(self._title), {}), (bar, _WIDE), *((cell, _RIGHT) for cell in cells)), step)
 
     def _cells(self) -> list[str]:
         """Return the count and, once they are known, the rate and the time left."""
@@ -198,6 +186,15 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _row(*cells: tuple[RenderableType, Mapping[str, Any]]) -> Table:
+    """Return cells side by side, each with what `Table.add_column` takes."""
+    row = Table.grid(padding=(0, 1), expand=True)
+    for _, look in cells:
+        row.add_column(no_wrap=True, **look)
+    row.add_row(*(cell for cell, _ in cells))
+    return row
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar
-from rewarded_lines.cli.options import AsJson, Quiet
+from rewarded_lines.cli.parameters import AsJson, Quiet
 
 if TYPE_CHECKING:
     from rewarded_lines.diagnosing.findings import Finding

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from rewarded_lines.cli.completion import outsides
-from rewarded_lines.cli.display import progress_bar
-from rewarded_lines.cli.options import AsJson, Layers, Quiet
+from rewarded_lines.cli.display import progress_bar, show_json, show_line
+from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, outsides
 
 
 def inspect(
@@ -55,24 +52,17 @@ def inspect(
 
         check_figure_file(plot)
     with progress_bar("Reading", quiet=quiet or as_json, unit="byte") as bar:
-        found = run(
-            checkpoint,
-            base,
-            alpha=alpha,
-            beta=beta,
-            outside=outside,  # type: ignore[arg-type] # checked there
-            layers=layers,
-            progress=bar,
-        )
+        # `outside` is checked there.
+        how: Any = {"alpha": alpha, "beta": beta, "outside": outside, "layers": layers}
+        found = run(checkpoint, base, progress=bar, **how)
         if plot:
             bar.start("drawing")
             write_depth_figure(found, plot)
     console = Console(highlight=False)
     if as_json:
-        typer.echo(json.dumps(as_dict(found, tensors), indent=2, ensure_ascii=False, allow_nan=False))
+        show_json(as_dict(found, tensors))
         return
     for part in on_terminal(found, tensors, console.width):
         console.print(part)
     if plot:
-        # Never folded: a path is for copying.
-        console.print(Text(f"figure: {plot}"), soft_wrap=True)
+        show_line(f"figure: {plot}")

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewarded_lines.cli.completion import dtypes, kinds, merge_methods, outsides, run_folders
 from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.mergekit import merge_from_mergekit
-from rewarded_lines.cli.options import AsJson, Layers, Quiet
+from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, dtypes, kinds, merge_methods, outsides, run_folders
 from rewarded_lines.cli.push import Destination, Private, Revision
 from rewarded_lines.errors import fail, printable
 from rewarded_lines.rules.methods import METHODS

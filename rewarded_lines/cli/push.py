@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from rewarded_lines.cli.display import stdout_for_results
-from rewarded_lines.cli.options import AsJson, Quiet
+from rewarded_lines.cli.display import show_json, show_line, stdout_for_results
+from rewarded_lines.cli.parameters import AsJson, Quiet
 from rewarded_lines.errors import fail
 
 _PANEL = "Publishing"
@@ -87,8 +84,7 @@ def push(
     rewarded-lines push merged me/my-merge --private --revision second-try
     """
     address = Destination(repository, private, revision).push(folder, quiet=quiet or as_json)
-    if not as_json:
-        # Never folded: it is for copying.
-        Console().print(Text(address), soft_wrap=True)
+    if as_json:
+        show_json({"folder": str(folder), "repository": repository, "commit": address})
     else:
-        typer.echo(json.dumps({"folder": str(folder), "repository": repository, "commit": address}, indent=2))
+        show_line(address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from rewarded_lines.cli.completion import run_folders
-from rewarded_lines.cli.display import progress_bar
-from rewarded_lines.cli.options import AsJson, Quiet, Run
+from rewarded_lines.cli.display import progress_bar, show_json, show_line
+from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_folders
 
 if TYPE_CHECKING:
     from rewarded_lines.summaries.summary import Summary
@@ -71,7 +69,7 @@ def report(
     if note := lacking():
         typer.echo(note, err=True)
     if as_json:
-        typer.echo(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
+        show_json(summary.as_dict())
     else:
         show(run, Console(), summary)
 
@@ -94,5 +92,4 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
         console.print(rich_table(sheet))
     console.print(Text(scope_note(summary) + "\n"))
     for path in report_files(run):
-        # Never folded: a path is for copying.
-        console.print(Text(str(path)), soft_wrap=True)
+        show_line(str(path))

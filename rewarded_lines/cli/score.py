@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import AsJson, Config, Overwrite, Quiet, with_sweep_options
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
+from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, with_sweep_options
 from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
@@ -45,7 +44,7 @@ def score(
     if as_json:
         sft, policy = summary.points
         found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        show_json(found)
         return
     from rewarded_lines.summaries.tables import points_sheet, policy_sheet, rich_table, side_sheet
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from rewarded_lines.cli.completion import engines, run_methods
-from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import AsJson, Quiet, Run, with_sweep_options
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
+from rewarded_lines.cli.parameters import AsJson, Quiet, Run, engines, run_methods, with_sweep_options
 from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
@@ -62,13 +58,11 @@ def search(
         )
     tell_rows(done.header, quiet or as_json)
     if as_json:
-        content = {"folder": str(done.folder), "methods": [asdict(one) for one in found]}
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        show_json({"folder": str(done.folder), "methods": [asdict(one) for one in found]})
         return
-    console = Console(highlight=False)
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ promises more"
         told = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
         told += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
-        console.print(Text(f"{told}; {why}: the next could add {one.potential:.2g} at most"))
+        typer.echo(f"{told}; {why}: the next could add {one.potential:.2g} at most")
     typer.echo(f"look at them: rewarded-lines report {done.folder}")

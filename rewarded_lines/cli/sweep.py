@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rewarded_lines.cli.display import progress_bar, quiet_libraries, tell_rows
-from rewarded_lines.cli.options import AsJson, Config, Overwrite, Quiet, with_sweep_options
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
+from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, with_sweep_options
 from rewarded_lines.evaluation.sweep_options import SweepOptions
 
 
@@ -47,6 +46,6 @@ def sweep(
         done = run(config, points=points, out=out, overwrite=overwrite, progress=bar, options=options)
     tell_rows(done.header, quiet or as_json)
     if as_json:
-        typer.echo(json.dumps({"folder": str(done.folder), **done.header}, indent=2, ensure_ascii=False))
+        show_json({"folder": str(done.folder), **done.header})
     else:
         typer.echo(f"{len(done.points)} points in {done.folder}; look at them: rewarded-lines report {done.folder}")

