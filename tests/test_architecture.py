@@ -10,7 +10,6 @@ PACKAGE = Path(__file__).parents[1] / "rewarded_lines"
 WINGS = [
     "cli",
     "demo",
-    "diagnosing",
     "training",
     "rewarding",
     "learning",
@@ -34,7 +33,9 @@ WINGS = [
     "fronts",
     "data",
 ]
-GROUND = ["config", "errors", "folders", "processes", "progress", "projects", "references"]
+GROUND = [
+    *("config", "doctor", "doctor_probes", "errors", "folders", "processes", "progress", "projects", "references"),
+]
 
 
 def imports():

