@@ -1,4 +1,4 @@
-"""Numbers over depth, as mergekit writes them, taken apart into weights λ and a LiNeS schedule. Pure.
+"""Numbers over depth, as mergekit writes them, split into weights λ and a LiNeS schedule. Pure.
 
 mergekit evaluates a list of numbers at t = (ℓ−1)/(L−1), straight between neighbours, and at t = 0 outside the blocks. A
 straight line over t is a LiNeS schedule, α its first value and α + β its last.
@@ -35,6 +35,10 @@ class Line:
     def times(self, factor: float) -> Line:
         """Return the line with both ends multiplied."""
         return Line(tidy(self.first * factor), tidy(self.last * factor))
+
+    def __str__(self) -> str:
+        """Return the line as mergekit writes it."""
+        return f"{self.first:g}" if self.constant else f"[{self.first:g}, {self.last:g}]"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def normalized(lines: Sequence[Line]) -> list[Line] | None:
 def factor(lines: Sequence[Line]) -> Product | None:
     """Return c_i(t) taken apart into λ_i·s(t), None where the ratios between policies change with depth.
 
-    λ sums to 1 unless the c_i do not change with depth, or sum to 0; then s has no more to say than the c_i.
+    λ sums to 1 unless the c_i do not change with depth or sum to 0; then λ keeps the size of the c_i.
     """
     if all(line.constant for line in lines):
         return Product(tuple(line.first for line in lines), Line(1.0, 1.0))

@@ -1,31 +1,32 @@
-"""A mergekit YAML as it is written: its keys, its models, where a parameter is looked up. What it means is not here."""
+"""A mergekit YAML as it is written: its keys, its models, and where a parameter is looked up, not what it means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rewarded_lines.errors import Problem, UserError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from rewarded_lines.config import Strict
+from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.projects import read_yaml, unknown_key
 from rewarded_lines.translating.gradients import Line, line_of
 
-_TOP = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
-_DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
-_DTYPES |= {f"torch.{name}": name for name in _DTYPES}
-_ANY = (None, "*")
+_DTYPES = ("float32", "bfloat16", "float16")
+# What each key may say, and why nothing else.
+_TOKENIZERS = "tokenizers are not merged here: all inputs must have the same one; give base, or nothing"
+_ONLY: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "chat_template": ("a merge keeps the chat template of its base; change it in the merged folder afterwards", ()),
+    "tokenizer_source": (_TOKENIZERS, ("base",)),
+    "tokenizer": (_TOKENIZERS, ("base", {"source": "base"})),
+    **dict.fromkeys(
+        ("dtype", "out_dtype"),
+        (f"not a type to write: give {', '.join(_DTYPES)}", (*_DTYPES, *(f"torch.{name}" for name in _DTYPES))),
+    ),
+}
 Parameters = Mapping[str, Any]
 
 
@@ -35,6 +36,10 @@ class Reference:
 
     model: str
     lora: str = ""
+
+    def __str__(self) -> str:
+        """Return `model`, or `model+adapter`."""
+        return f"{self.model}+{self.lora}" if self.lora else self.model
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,15 @@ class MergekitFile:
         """Return what the file says of a parameter, as mergekit looks it up: beside the model, then for all.
 
         Raises:
-            UserError: it must be there and is not, or depends on the tensor's name.
+            UserError: the file has no such parameter and there is no default, or it depends on the tensor's name.
         """
-        places = [] if of is None else [(of.where, of.parameters)]
+        places = [(of.where, of.parameters)] if of else []
         for where, parameters in [*places, *((self.path, level) for level in self.shared)]:
             if name in parameters:
                 return _unconditional(parameters[name], f"{where}: {name}")
         if default is None:
-            where = of.where if of else self.path
-            raise UserError(Problem(f"no `{name}`", where, expected=f"`{name}` in `parameters:`, as mergekit needs it"))
+            where, expected = of.where if of else self.path, f"`{name}` in `parameters:`, as mergekit needs it"
+            raise fail(f"no `{name}`", where=where, expected=expected)
         return default
 
     def line(self, name: str, default: float | None = None, of: Input | None = None) -> Line:
@@ -92,14 +97,12 @@ class MergekitFile:
         setting = self.number(name, default, of)
         line = line_of(setting)
         if line is None:
-            raise UserError(
-                Problem(
-                    f"`{name}` is no straight line over depth",
-                    of.where if of else self.path,
-                    expected="a number, or a list such as [0.7, 1.6]: LiNeS goes from α straight to α + β",
-                    got=str(setting),
-                    remedy="take the first and last value only, or stay with mergekit for this merge",
-                )
+            raise fail(
+                f"`{name}` is no straight line over depth",
+                where=of.where if of else self.path,
+                expected="a number, or a list such as [0.7, 1.6]: LiNeS goes from α straight to α + β",
+                got=str(setting),
+                remedy="take the first and last value only, or stay with mergekit for this merge",
             )
         return line
 
@@ -111,8 +114,66 @@ class MergekitFile:
         """
         value = self.number(name, default)
         if not isinstance(value, bool | int):
-            raise UserError(Problem(f"`{name}` is no switch", self.path, expected="true or false", got=str(value)))
+            raise fail(f"`{name}` is no switch", where=self.path, expected="true or false", got=str(value))
         return bool(value)
+
+
+def _reference(value: Any) -> Reference:
+    """Return a model: `folder`, `organisation/name`, `model+adapter`, or the same with keys."""
+    if isinstance(value, dict) and "model" in value and set(value) <= {"model", "lora"}:
+        parts = [value[key] for key in ("model", "lora") if key in value]
+        parts = [part["path"] if isinstance(part, dict) and set(part) == {"path"} else part for part in parts]
+        value = "+".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else value
+    if not isinstance(value, str) or not value or value.count("+") > 1 or "@" in value:
+        what = "not a model that can be opened here: give a folder, a Hub id organisation/name, or MODEL+ADAPTER"
+        revision = "; download a revision (MODEL@REVISION) first, and name its folder" if "@" in str(value) else ""
+        raise ValueError(what + revision)
+    model, _, lora = value.partition("+")
+    return Reference(model, lora)
+
+
+class _Level(Strict):
+    parameters: dict[str, Any] = {}
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _parameters(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class _Model(_Level):
+    model: Annotated[Reference, BeforeValidator(_reference)]
+
+
+class _Source(_Model):
+    layer_range: tuple[int, int]
+
+
+class _Slice(_Level):
+    sources: list[_Source]
+
+    @field_validator("sources")
+    @classmethod
+    def _whole(cls, sources: list[_Source]) -> list[_Source]:
+        ranges = {source.layer_range for source in sources}
+        if len(ranges) != 1 or any(first != 0 or last < 1 for first, last in ranges):
+            raise ValueError(
+                "the slice is not of whole models: give each source the same layer_range, [0, number of blocks]"
+            )
+        return sources
+
+
+class _Content(_Level):
+    base_model: Annotated[Reference | None, BeforeValidator(lambda value: _reference(value) if value else None)] = None
+    merge_method: str
+    models: list[_Model] | None = None
+    slices: Annotated[list[_Slice] | None, Field(max_length=1)] = None
+    modules: Any = None
+    dtype: Any = None
+    out_dtype: Any = None
+    tokenizer_source: Any = None
+    tokenizer: Any = None
+    chat_template: Any = None
 
 
 def read_file(path: Path) -> MergekitFile:
@@ -122,146 +183,58 @@ def read_file(path: Path) -> MergekitFile:
         UserError: with every key and value that is not mergekit's, or has no counterpart here.
     """
     content, name = read_yaml(path), str(path)
-    problems = [unknown_key(str(key), [*_TOP, "modules"], name) for key in content if key not in (*_TOP, "modules")]
-    problems += _refused(content, name)
-    inputs: tuple[Input, ...] = ()
-    shared = [_mapping(content.get("parameters"), f"{name}: parameters", problems)]
-    blocks = None
-    if "slices" in content:
-        inputs, blocks, level = _slice(content["slices"], name, problems)
-        shared.insert(0, level)
-    elif "models" in content:
-        inputs = _inputs(content["models"], ("model", "parameters"), f"{name}: models", problems)
-    base = _reference(content["base_model"], f"{name}: base_model", problems) if content.get("base_model") else None
-    references = [one.reference for one in inputs]
-    problems += [
-        Problem("a model is named twice", f"{name}: models", got=_shown(one))
-        for one in dict.fromkeys(one for one in references if references.count(one) > 1)
+    problems = [
+        Problem(what, f"{name}: {key}", got=str(content[key]))
+        for key, (what, allowed) in _ONLY.items()
+        if content.get(key) and _by_role(content[key], content) not in allowed
     ]
-    if base and base.lora:
-        problems.append(Problem("the base has an adapter", f"{name}: base_model", got=_shown(base), remedy="fold it"))
-    problems += _tokenizer_problems(content, name)
-    if problems:
-        raise UserError(problems)
-    return MergekitFile(name, str(content["merge_method"]), base, inputs, tuple(shared), _dtype(content, name), blocks)
-
-
-def _refused(content: Parameters, name: str) -> list[Problem]:
-    """Return what is wrong with the choice of keys."""
-    problems = []
-    if "merge_method" not in content:
-        problems.append(Problem("no `merge_method`", name, expected="a mergekit YAML"))
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
-    if given != ["models"] and given != ["slices"]:
+    if given not in (["models"], ["slices"]):
         what = "`modules:` has no counterpart here" if "modules" in given else "no models, or two lists of them"
         expected = "either `models:`, or `slices:` with one slice of whole models"
         problems.append(Problem(what, name, expected=expected, got=", ".join(given) or "neither"))
-    if content.get("chat_template"):
-        problems.append(
-            Problem(
-                "a merge keeps the chat template of its base",
-                f"{name}: chat_template",
-                got=str(content["chat_template"]),
-                remedy="leave it out, and put another template into the merged folder afterwards",
-            )
-        )
-    return problems
+    try:
+        said = _Content.model_validate(content)
+    except ValidationError as error:
+        raise UserError([*problems, *(_problem(detail, name) for detail in error.errors())]) from error
+    top, blocks, shared, where = said.models or [], None, [said.parameters], f"{name}: models"
+    for part in said.slices or []:
+        top, blocks, where = list(part.sources), part.sources[0].layer_range[1], f"{name}: slices: sources"
+        shared.insert(0, part.parameters)
+    references = [one.model for one in top]
+    twice = dict.fromkeys(one for one in references if references.count(one) > 1)
+    problems += [Problem("a model is named twice", where, got=str(one)) for one in twice]
+    if said.base_model and said.base_model.lora:
+        what = "the base has an adapter"
+        problems.append(Problem(what, f"{name}: base_model", got=str(said.base_model), remedy="fold it"))
+    if problems:
+        raise UserError(problems)
+    inputs = tuple(Input(one.model, one.parameters, f"{where}[{index}]") for index, one in enumerate(top))
+    dtype = str(said.out_dtype or said.dtype or "auto").removeprefix("torch.")
+    return MergekitFile(name, said.merge_method, said.base_model, inputs, tuple(shared), dtype, blocks)
 
 
-def _slice(slices: Any, name: str, problems: list[Problem]) -> tuple[tuple[Input, ...], int | None, Parameters]:
-    """Return the models of the one slice, its number of blocks, and what it says for all of them."""
-    where = f"{name}: slices"
-    if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
-        got = f"{len(slices)} slices" if isinstance(slices, list) else str(slices)
-        remedy = "models put together from parts of others stay with mergekit"
-        problems.append(Problem("not one slice of whole models", where, expected="one slice", got=got, remedy=remedy))
-        return (), None, {}
-    known = ("sources", "parameters")
-    problems += [unknown_key(str(key), list(known), where) for key in slices[0] if key not in known]
-    sources = slices[0].get("sources")
-    inputs = _inputs(sources, ("model", "layer_range", "parameters"), f"{where}: sources", problems)
-    ranges = [source.get("layer_range") for source in sources or [] if isinstance(source, dict)]
-    whole = [item for item in ranges if isinstance(item, list) and len(item) == 2 and item[0] == 0 and item[1]]
-    if not ranges or len(whole) != len(ranges) or any(item != whole[0] for item in whole):
-        expected = "the same layer_range: [0, number of blocks] for each"
-        problems.append(Problem("the slice is not of whole models", where, expected=expected, got=str(ranges)))
-        return inputs, None, {}
-    level = _mapping(slices[0].get("parameters"), f"{where}: parameters", problems)
-    return inputs, whole[0][1], level
+def _by_role(value: Any, content: Parameters) -> Any:
+    """Return a tokenizer's source with the name of the base said as `base`."""
+    base = content.get("base_model")
+    return "base" if base and value in (base, {"source": base}) else value
 
 
-def _inputs(entries: Any, known: Sequence[str], where: str, problems: list[Problem]) -> tuple[Input, ...]:
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "model" in entry for entry in entries):
-        problems.append(Problem("not a list of models", where, expected="`- model: …` for each", got=str(entries)))
-        return ()
-    found = []
-    for index, entry in enumerate(entries):
-        here = f"{where}[{index}]"
-        problems += [unknown_key(str(key), list(known), here) for key in entry if key not in known]
-        if reference := _reference(entry["model"], here, problems):
-            found.append(Input(reference, _mapping(entry.get("parameters"), f"{here}: parameters", problems), here))
-    return tuple(found)
-
-
-def _reference(value: Any, where: str, problems: list[Problem]) -> Reference | None:
-    """Return a model: `folder`, `organisation/name`, `model+adapter`, or the same with keys."""
-    if isinstance(value, dict) and set(value) <= {"model", "lora"} and "model" in value:
-        parts = [
-            part.get("path") if isinstance(part, dict) and set(part) == {"path"} else part for part in value.values()
-        ]
-        value = "+".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else value
-    if not isinstance(value, str) or not value or value.count("+") > 1 or "@" in value:
-        problems.append(
-            Problem(
-                "not a model that can be opened here",
-                where,
-                expected="a folder, a Hub id organisation/name, or MODEL+ADAPTER",
-                got=str(value),
-                remedy="download a revision (MODEL@REVISION) first, and name its folder" if "@" in str(value) else "",
-            )
-        )
-        return None
-    model, _, lora = value.partition("+")
-    return Reference(model, lora)
-
-
-def _mapping(value: Any, where: str, problems: list[Problem]) -> Parameters:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        problems.append(Problem("not a mapping", where, expected="name: value lines", got=str(value)))
-        return {}
-    return value
-
-
-def _tokenizer_problems(content: Parameters, name: str) -> list[Problem]:
-    """Inputs must have one tokenizer here, and the base's is what the merge gets."""
-    tokenizer = content.get("tokenizer")
-    said = {"tokenizer_source": content.get("tokenizer_source")}
-    if tokenizer is not None:
-        extra = isinstance(tokenizer, dict) and set(tokenizer) != {"source"}
-        said["tokenizer"] = tokenizer if extra or not isinstance(tokenizer, dict) else tokenizer["source"]
-    return [
-        Problem(
-            "tokenizers are not merged here: all inputs must have the same one",
-            f"{name}: {key}",
-            expected="base, or nothing",
-            got=str(value),
-        )
-        for key, value in said.items()
-        if value not in (None, "base", content.get("base_model"))
-    ]
-
-
-def _dtype(content: Parameters, name: str) -> str:
-    """Return the type of the output: `out_dtype`, or `dtype`, in which mergekit computes as well."""
-    value = content.get("out_dtype") or content.get("dtype")
-    if value is None:
-        return "auto"
-    if value not in _DTYPES:
-        key = "out_dtype" if content.get("out_dtype") else "dtype"
-        raise UserError(Problem("not a type to write", f"{name}: {key}", "float32, bfloat16 or float16", str(value)))
-    return _DTYPES[value]
+def _problem(detail: ErrorDetails, name: str) -> Problem:
+    """Return a fault that pydantic found as a problem of the file."""
+    *above, key = detail["loc"]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above).lstrip(".")
+    where = f"{name}: {place}" if place else name
+    if detail["type"] == "extra_forbidden":
+        level: dict[str, type[_Level]] = {"models": _Model, "sources": _Source, "slices": _Slice}
+        owner = level[next(part for part in reversed(above) if isinstance(part, str))] if above else _Content
+        return unknown_key(str(key), list(owner.model_fields), where)
+    if detail["type"] == "missing":
+        return Problem(f"no `{key}`", where, expected="a mergekit YAML")
+    what = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "too_long":
+        what = "not one slice of whole models: models put together from parts of others stay with mergekit"
+    return Problem(what, f"{where}: {key}", got=str(detail["input"]))
 
 
 def _unconditional(setting: Any, where: str) -> Any:
@@ -274,19 +247,13 @@ def _unconditional(setting: Any, where: str) -> Any:
     if not any(isinstance(case, dict) for case in cases):
         return setting
     values = [case.get("value") for case in cases if isinstance(case, dict)]
-    rest = any(isinstance(case, dict) and case.get("filter") in _ANY for case in cases)
+    rest = any(isinstance(case, dict) and case.get("filter") in (None, "*") for case in cases)
     if len(values) == len(cases) and rest and all(value == values[0] for value in values):
         return values[0]
-    raise UserError(
-        Problem(
-            "a value that depends on the tensor's name has no counterpart here",
-            where,
-            expected="one value for all tensors, or a list over depth",
-            got=str(setting),
-            remedy="give self_attn, mlp and the rest the same value, or stay with mergekit for this merge",
-        )
+    raise fail(
+        "a value that depends on the tensor's name has no counterpart here",
+        where=where,
+        expected="one value for all tensors, or a list over depth",
+        got=str(setting),
+        remedy="give self_attn, mlp and the rest the same value, or stay with mergekit for this merge",
     )
-
-
-def _shown(reference: Reference) -> str:
-    return "+".join(filter(None, (reference.model, reference.lora)))

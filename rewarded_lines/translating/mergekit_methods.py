@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
@@ -32,6 +33,10 @@ _ANGLE = (
 )
 
 
+Options = dict[str, OptionValue]
+_ONE = Line(1.0, 1.0)
+
+
 def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
     """Σ wᵢθᵢ / Σ wᵢ is base + Σ λᵢ(θᵢ − base) for any base, as λ sums to 1: the SFT model, or one of the models."""
     if file.base and file.base not in [one.reference for one in file.inputs]:
@@ -43,7 +48,11 @@ def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translati
             remedy=f"take `base_model` out, and pass --base {file.base.model} to have it as the base of the sum",
         )
     weights = [file.line("weight", of=one) for one in file.inputs]
-    shares = normalized(weights) if file.flag("normalize", True) else _summing_to_one(weights)
+    whole = total(weights)
+    if file.flag("normalize", True):
+        shares = normalized(weights)
+    else:
+        shares = weights if max(abs(whole.first - 1), abs(whole.last - 1)) <= TOLERANCE else None
     if shares is None:
         raise _no_schedule(file, weights, "that sum to 1 at every depth")
     common = {one.reference.model for one in file.inputs if one.reference.lora}
@@ -56,65 +65,37 @@ def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translati
     if product is None:
         raise _no_schedule(file, weights)
     note = f"mergekit sums the models themselves; over {origin} as the base it is the same number"
-    return _soup(file, origin, [file.inputs[index] for index in kept], product, [note])
-
-
-def _summing_to_one(weights: Sequence[Line]) -> list[Line] | None:
-    whole = total(weights)
-    return list(weights) if max(abs(whole.first - 1), abs(whole.last - 1)) <= TOLERANCE else None
+    return _soup(file, [file.inputs[index] for index in kept], product, [note], origin)
 
 
 def _task_arithmetic(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
     policies = _policies(file)
-    product = _scaled(file, _sum_of_residuals(file, policies))
-    return _soup(file, _base(file), policies, product, [])
-
-
-def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
-    """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
-    weights = [file.line("weight", of=one) for one in policies]
-    lines = normalized(weights) if file.flag("normalize", False) else weights
-    product = factor(lines) if lines else None
-    if product is None:
-        raise _no_schedule(file, weights)
-    return product
+    return _soup(file, policies, _scaled(file, _sum_of_residuals(file, policies)), [])
 
 
 def _ties(file: MergekitFile, base: str | None, seed: int | None, random: bool = False) -> Translation:
     policies = _policies(file)
-    weights = [file.line("weight", of=one) for one in policies]
-    mean = file.flag("normalize", not random)
-    product = _proportional(weights)
-    if product is None:
-        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
-    schedule = Line(1.0, 1.0) if mean else product.schedule
-    product = _scaled(file, Product(product.weights, schedule))
-    density = _density(file, policies)
-    options: dict[str, OptionValue] = {"density": density, "scope": "tensor", "join": "mean" if mean else "sum"}
-    notes = [*([_BORDER] if density < 1 else []), _CANCEL]
-    method = "ties"
+    product, mean, density = _proportional(file, policies), file.flag("normalize", not random), _density(file, policies)
+    product = _scaled(file, Product(product.weights, _ONE if mean else product.schedule))
+    options: Options = {"density": density, "scope": "tensor", "join": "mean" if mean else "sum"}
     if random and density < 1:
         del options["scope"]
-        method, notes = "dare-ties", [_masks(file), _CANCEL]
-        product = _random(file, product, options, seed)
-    elif file.flag("rescale", random) and density < 1:
+        product, note = _random(file, product, options, seed)
+        return _translation(file, policies, product, "dare-ties", options, [note, _CANCEL])
+    if file.flag("rescale", random) and density < 1:
         raise fail("`rescale` has no counterpart here", where=file.path, expected="rescale: false, ties' own default")
-    return _translation(file, _base(file), policies, product, method, options, notes)
-
-
-def _dare_ties(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
-    return _ties(file, base, seed, random=True)
+    notes = [_BORDER, _CANCEL] if density < 1 else [_CANCEL]
+    return _translation(file, policies, product, "ties", options, notes)
 
 
 def _dare_linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
     policies = _policies(file)
-    density = _density(file, policies)
-    if density == 1:
+    options: Options = {"density": _density(file, policies)}
+    if options["density"] == 1:
         return _task_arithmetic(file, base, seed)
     product = _scaled(file, _summing(_sum_of_residuals(file, policies)))
-    options: dict[str, OptionValue] = {"density": density}
-    product = _random(file, product, options, seed)
-    return _translation(file, _base(file), policies, product, "dare", options, [_masks(file)])
+    product, note = _random(file, product, options, seed)
+    return _translation(file, policies, product, "dare", options, [note])
 
 
 def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
@@ -129,12 +110,8 @@ def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translat
         problems.append(Problem("nuslerp takes two models beside its base", file.path, got=str(len(policies))))
     if problems:
         raise UserError(problems)
-    weights = [file.line("weight", of=one) for one in policies]
-    product = _proportional(weights)
-    if product is None:
-        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
-    product = Product(product.weights, Line(1.0, 1.0))
-    return _translation(file, _base(file), policies, product, "slerp", {}, [_ANGLE])
+    product = Product(_proportional(file, policies).weights, _ONE)
+    return _translation(file, policies, product, "slerp", {}, [_ANGLE])
 
 
 @dataclass(frozen=True)
@@ -148,19 +125,15 @@ class MergekitMethod:
 
 
 _OVER_BASE = ("normalize", "lambda")
+_SPARSE = ((*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",))
 MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
     "linear": MergekitMethod(_linear, ("normalize",), idle=("density", "int8_mask")),
     "task_arithmetic": MergekitMethod(_task_arithmetic, _OVER_BASE, idle=("density", "int8_mask", "rescale")),
-    "ties": MergekitMethod(_ties, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
-    "dare_linear": MergekitMethod(_dare_linear, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
-    "dare_ties": MergekitMethod(_dare_ties, (*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",)),
+    "ties": MergekitMethod(_ties, *_SPARSE),
+    "dare_linear": MergekitMethod(_dare_linear, *_SPARSE),
+    "dare_ties": MergekitMethod(partial(_ties, random=True), *_SPARSE),
     "nuslerp": MergekitMethod(_nuslerp, ("nuslerp_flatten", "nuslerp_row_wise")),
 }
-
-
-def _base(file: MergekitFile) -> str:
-    assert file.base is not None
-    return file.base.model
 
 
 def _policies(file: MergekitFile) -> list[Input]:
@@ -171,13 +144,24 @@ def _policies(file: MergekitFile) -> list[Input]:
     return found
 
 
-def _proportional(weights: Sequence[Line]) -> Product | None:
-    """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0; None for others."""
+def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
+    """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
+    weights = [file.line("weight", of=one) for one in policies]
+    lines = normalized(weights) if file.flag("normalize", False) else weights
+    product = factor(lines) if lines else None
+    if product is None:
+        raise _no_schedule(file, weights)
+    return product
+
+
+def _proportional(file: MergekitFile, policies: Sequence[Input]) -> Product:
+    """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0."""
+    weights = [file.line("weight", of=one) for one in policies]
     whole = total(weights)
-    if min(min(line.first, line.last) for line in weights) < 0 or not min(whole.first, whole.last) > 0:
-        return None
     product = factor(weights)
-    return product and _summing(product)
+    if product is None or min(min(w.first, w.last) for w in weights) < 0 or min(whole.first, whole.last) <= 0:
+        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
+    return _summing(product)
 
 
 def _summing(product: Product) -> Product:
@@ -204,53 +188,51 @@ def _density(file: MergekitFile, policies: Sequence[Input]) -> float:
     """Return the one density of all policies."""
     lines = [file.line("density", 1.0, of=one) for one in policies]
     if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
-        shown = ", ".join(f"{line.first:g}" if line.constant else f"[{line.first:g}, {line.last:g}]" for line in lines)
         raise fail(
             "every policy keeps the same share of its values here, at every depth",
             where=f"{file.path}: density",
             expected="one number above 0, at most 1",
-            got=shown,
+            got=", ".join(map(str, lines)),
         )
     return lines[0].first
 
 
-def _random(file: MergekitFile, product: Product, options: dict[str, OptionValue], seed: int | None) -> Product:
-    """Add the masks' seed to `options`, and take back what DARE enlarges where the file does not want it."""
+def _random(file: MergekitFile, product: Product, options: Options, seed: int | None) -> tuple[Product, str]:
+    """Add the masks' seed to `options`; return the product, shrunk where the file does not rescale, and a note."""
     options["seed"] = seed or 0
     if file.flag("rescale", True):
-        return product
-    return Product(product.weights, product.schedule.times(float(options["density"])))
+        return product, _MASKS + _NORM
+    return Product(product.weights, product.schedule.times(float(options["density"]))), _MASKS
 
 
-def _masks(file: MergekitFile) -> str:
-    return _MASKS + (_NORM if file.flag("rescale", True) else "")
-
-
-def _soup(file: MergekitFile, base: str, policies: Sequence[Input], product: Product, notes: list[str]) -> Translation:
+def _soup(
+    file: MergekitFile, policies: Sequence[Input], product: Product, notes: list[str], base: str = ""
+) -> Translation:
     """Return Σ λᵢτᵢ under the name that its weights have here."""
     if on_simplex(product.weights):
         method = "soup"
     else:
         alone = len(policies) == 1 and 0 <= product.weights[0] <= 1
         method = "wise-ft" if alone else "task-arithmetic"
-    return _translation(file, base, policies, product, method, {}, notes)
+    return _translation(file, policies, product, method, {}, notes, base)
 
 
 def _translation(
     file: MergekitFile,
-    base: str,
     policies: Sequence[Input],
     product: Product,
     method: str,
     options: Mapping[str, OptionValue],
     notes: Sequence[str],
+    base: str = "",
 ) -> Translation:
+    base = base or (file.base.model if file.base else "")
     if wrong := [one for one in policies if one.reference.lora and one.reference.model != base]:
         raise fail(
             "an adapter on another model than the base",
             where=wrong[0].where,
             expected=f"{base}+{wrong[0].reference.lora}",
-            got=f"{wrong[0].reference.model}+{wrong[0].reference.lora}",
+            got=str(wrong[0].reference),
             remedy="fold it into its own model first: merge --as full",
         )
     places = [one.reference.lora or one.reference.model for one in policies]
@@ -277,11 +259,10 @@ def _named(places: Sequence[str]) -> dict[str, str]:
 def _no_schedule(
     file: MergekitFile, weights: Sequence[Line], wanted: str = "in the same ratio at every depth"
 ) -> UserError:
-    shown = ", ".join(f"{line.first:g}" if line.constant else f"[{line.first:g}, {line.last:g}]" for line in weights)
     return fail(
         "the weights are no λ with a LiNeS schedule",
         where=f"{file.path}: weight",
         expected=f"weights {wanted}",
-        got=shown,
+        got=", ".join(map(str, weights)),
         remedy="give every model the same gradient, such as [0.4, 0.8] and [0.6, 1.2]",
     )
