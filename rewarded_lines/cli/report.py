@@ -85,11 +85,12 @@ def show(run: Path, console: Console, summary: Summary | None = None) -> None:
     from rewarded_lines.evaluation.records import load_run
     from rewarded_lines.reporting.report import report_files
     from rewarded_lines.summaries.summary import summarise
-    from rewarded_lines.summaries.tables import rich_table, scope_note, sheets
+    from rewarded_lines.summaries.tables import sheets
+    from rewarded_lines.summaries.texts import scope_note
 
     summary = summary or summarise(load_run(run))
     for sheet in sheets(summary, brief=True):
-        console.print(rich_table(sheet))
+        console.print(sheet)
     console.print(Text(scope_note(summary) + "\n"))
     for path in report_files(run):
         show_line(str(path))

@@ -46,10 +46,10 @@ def score(
         found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}
         show_json(found)
         return
-    from rewarded_lines.summaries.tables import points_sheet, policy_sheet, rich_table, side_sheet
+    from rewarded_lines.summaries.tables import points_sheet, policy_sheet, side_sheet
 
     console = Console()
     for sheet in (points_sheet(summary), side_sheet(summary), policy_sheet(summary)):
-        console.print(rich_table(sheet))
+        console.print(sheet)
     if out is not None:
         typer.echo(f"records in {out}; figure: rewarded-lines report {out}")

@@ -1,113 +1,143 @@
-"""Training curves: reward and KL of every policy over the steps of its training. Needs matplotlib."""
+"""Training curves: the logs that recipes leave beside their policies, and the figure of them.
+
+The figure needs matplotlib.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.drawing.labels import shorten
-from rewarded_lines.drawing.planes import columns_of
-from rewarded_lines.drawing.style import PAPER, PLANE, WIDE, blank_figure, house_style, looks
-from rewarded_lines.summaries.training import Training
+from rewarded_lines.drawing.style import PLANE, WIDE, blank_figure, columns_of, legend_above, looks, settled
+from rewarded_lines.evaluation.records import Run
+from rewarded_lines.evaluation.setup import located
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# The most markers on a line.
 _MARKED = 12
+# The label of each measure's axis, and its names in trainers' logs. PPO logs the KL of whole responses, RLOO that of
+# single tokens, so they are two measures.
+_PANELS = {
+    "reward in training\n[{unit}], higher is better →": ("objective/scores", "reward"),
+    "KL to SFT\n[nats per response], lower is closer": ("objective/kl",),
+    "KL to SFT\n[nats per token], lower is closer": ("kl",),
+    "margin of chosen over rejected\n[nats × β], higher is better →": ("rewards/margins",),
+    "pairs in the right order [share]\nhigher is better →": ("rewards/accuracies",),
+}
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One measure over steps: its axis, and what trainers call it."""
+class Training:
+    """What a recipe logged of one policy.
 
-    label: str
-    keys: tuple[str, ...]
+    Attributes:
+        policy: its name.
+        run: the run that it belongs to, counted from 0.
+        steps: of the optimizer, one for each line of the log.
+        values: by the trainer's own name, one for each line; NaN where a line has none.
+        standardized: whether rewards were in units of their standard deviation over the SFT model's responses.
+    """
+
+    policy: str
+    run: int
+    steps: list[int]
+    values: Mapping[str, list[float]]
+    standardized: bool
+
+    def measured(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
+        """Return steps and values of the first of `names` that was logged, lines without a finite value left out."""
+        values = next((self.values[name] for name in names if name in self.values), [])
+        kept = [(step, value) for step, value in zip(self.steps, values, strict=False) if math.isfinite(value)]
+        return [step for step, _ in kept], [value for _, value in kept]
 
 
-# KL is of whole responses in PPO's log and of single tokens in RLOO's, so they are two measures.
-PANELS = (
-    Panel("reward in training\n[{unit}], higher is better →", ("objective/scores", "reward")),
-    Panel("KL to SFT\n[nats per response], lower is closer", ("objective/kl",)),
-    Panel("KL to SFT\n[nats per token], lower is closer", ("kl",)),
-    Panel("margin of chosen over rejected\n[nats × β], higher is better →", ("rewards/margins",)),
-    Panel("pairs in the right order [share]\nhigher is better →", ("rewards/accuracies",)),
-)
+def read_trainings(runs: Sequence[Run]) -> list[Training]:
+    """Return the logs beside the policies that the runs name; a missing or damaged log is left out.
+
+    Args:
+        runs: of one project.
+    """
+    found = []
+    for index, run in enumerate(runs):
+        for name, policy in run.header.get("policies", {}).items():
+            folder = Path(located(str(policy.get("path", "")), run.folder)) if isinstance(policy, Mapping) else None
+            lines = _lines(folder / METRICS_FILE) if folder else []
+            if folder and lines:
+                found.append(_training(name, index, lines, _standardized(folder / TRAINING_FILE)))
+    return found
 
 
-def training_figure(trainings: Sequence[Training], style: str = PAPER) -> Figure | None:
+def training_figure(trainings: Sequence[Training]) -> Figure | None:
     """Draw what was logged in the training of each policy: reward and KL of PPO and RLOO, margin and accuracy of DPO.
 
-    Policies of further training seeds have the colour of the first, their lines thinner. SD on SFT: rewards in units
+    Policies of further training seeds have the colour of the first, their lines thinner. "SD on SFT": rewards in units
     of their standard deviation over the SFT model's responses.
 
     Args:
         trainings: the logs; see `read_trainings`.
-        style: see `house_style`.
 
     Returns:
-        The figure, or None where nothing of that was logged.
-
-    Raises:
-        UserError: matplotlib is not installed, or there is no such style.
+        The figure, or None where none of these measures was logged.
     """
-    panels = [panel for panel in PANELS if any(_points(one, panel)[0] for one in trainings)]
+    panels = {label: names for label, names in _PANELS.items() if any(one.measured(names)[0] for one in trainings)}
     if not panels:
         return None
-    rows, columns = columns_of(len(panels), 3 if len(panels) != 4 else 2)
-    with house_style(style):
-        width = PLANE if columns == 1 else WIDE
-        figure = blank_figure(width, 2.9 * rows + 0.5)
-        for index, panel in enumerate(panels):
-            _draw_panel(figure.add_subplot(rows, columns, index + 1), trainings, panel)
-        _draw_legend(figure, trainings)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-    return figure
+    policies = list(dict.fromkeys(one.policy for one in trainings))
+    styles = {name: look.keywords() for name, look in zip(policies, looks(len(policies)), strict=True)}
+    rows, columns = columns_of(len(panels), 2 if len(panels) == 4 else 3)
+    figure = blank_figure(PLANE if columns == 1 else WIDE, 2.9 * rows + 0.5)
+    units = sorted({"SD on SFT" if one.standardized else "own unit" for one in trainings})
+    for index, (label, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_lines(axes, trainings, names, styles)
+        axes.set_ylabel(label.format(unit=" or ".join(units)))
+    lines = [(shorten(name, 24), style) for name, style in styles.items()]
+    if any(one.run for one in trainings):
+        lines.append(("other training seeds", dict(color="0.4", linewidth=0.6, marker="")))
+    legend_above(figure, lines, columns=4)
+    return settled(figure)
 
 
-def _draw_panel(axes: Axes, trainings: Sequence[Training], panel: Panel) -> None:
-    styles = _styles(trainings)
+def _draw_lines(
+    axes: Axes, trainings: Sequence[Training], names: Sequence[str], styles: Mapping[str, dict[str, Any]]
+) -> None:
     axes.grid(True)
     for one in trainings:
-        steps, values = _points(one, panel)
+        steps, values = one.measured(names)
         if steps:
             thin = dict(linewidth=0.6, marker="", alpha=0.7) if one.run else {}
             every = max(1, len(steps) // _MARKED)
             axes.plot(steps, values, label=one.policy, markevery=every, **(styles[one.policy] | thin))
-    units = {"SD on SFT" if one.standardized else "own unit" for one in trainings}
-    axes.set_ylabel(panel.label.format(unit=" or ".join(sorted(units))))
     axes.set_xlabel("training step")
     axes.margins(0.05)
 
 
-def _styles(trainings: Sequence[Training]) -> dict[str, dict[str, Any]]:
-    names = list(dict.fromkeys(one.policy for one in trainings))
-    return {
-        name: dict(
-            color=look.colour,
-            marker=look.marker,
-            linestyle=look.line,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-        )
-        for name, look in zip(names, looks(len(names)), strict=True)
-    }
+def _training(policy: str, run: int, lines: Sequence[Mapping[str, Any]], standardized: bool) -> Training:
+    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float))
+    values = {name: [float(line.get(name, math.nan)) for line in lines] for name in names if name != "step"}
+    return Training(policy, run, [int(line["step"]) for line in lines], values, standardized)
 
 
-def _draw_legend(figure: Figure, trainings: Sequence[Training]) -> None:
-    from matplotlib.lines import Line2D
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log that have a step and a measure; none of a file that is no such log."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if isinstance(line.get("step"), int) and len(line) > 1]
+    except (OSError, ValueError, AttributeError):
+        return []
 
-    handles = [Line2D([], [], label=shorten(name, 24), **line) for name, line in _styles(trainings).items()]
-    if any(one.run for one in trainings):
-        handles.append(Line2D([], [], label="other training seeds", color="0.4", linewidth=0.6, marker=""))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, columnspacing=1.5)
 
-
-def _points(training: Training, panel: Panel) -> tuple[list[int], list[float]]:
-    """Return the steps and values of a measure, where the log has it."""
-    values = next((training.values[key] for key in panel.keys if key in training.values), [])
-    kept = [(step, value) for step, value in zip(training.steps, values, strict=False) if math.isfinite(value)]
-    return [step for step, _ in kept], [value for _, value in kept]
+def _standardized(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("standardized"))
+    except (OSError, ValueError, AttributeError):
+        return False

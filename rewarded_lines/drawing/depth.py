@@ -1,41 +1,52 @@
-"""The figure of a checkpoint by depth: LiNeS scale and residual norm of every block. Needs matplotlib."""
+"""Figures over depth: LiNeS scales and residual norms by block, of a checkpoint or of a run. Needs matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.drawing.labels import shorten
-from rewarded_lines.drawing.style import FORMATS, blank_figure, figure_bytes, house_style, looks
+from rewarded_lines.drawing.style import (
+    FORMATS,
+    WIDE,
+    blank_figure,
+    figure_bytes,
+    house_style,
+    legend_above,
+    looks,
+    settled,
+)
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_bytes
 from rewarded_lines.inspecting.inspect import Inspection, Level
+from rewarded_lines.rules.lines import lines_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from rewarded_lines.summaries.summary import PointSummary, Summary
+
 # Blue before orange: most models have one list of blocks, and blue is the darker of the two in grey.
 _ORDER = (1, 0, 2, 3, 4, 5)
-_LINE: dict[str, Any] = dict(linewidth=1.5, markersize=5, markeredgewidth=1.0)
-# Before the schedule: hollow and dashed, so that the two differ in grey too.
+_LINE: dict[str, Any] = dict(linewidth=1.5, markersize=5, markeredgecolor="auto", markeredgewidth=1.0)
+# Before the schedule lines are hollow and dashed, so that the two differ in grey too.
 _BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", linewidth=1.2)
-SCALE_AXIS, NORM_AXIS = "scale s of the residual [×]", "L2 norm [units of the weights]"
-_TITLE: dict[str, Any] = dict(loc="left")
-_MARKED = 16
-_LONGEST = 18
-
-# A list of blocks: its name, its levels, how its line looks.
-List = tuple[str, Sequence[Level], dict[str, Any]]
+# The most markers on a line, and the most characters of a folder's name.
+_MARKED, _LONGEST = 16, 18
+# The first looks are those of the methods; policies have others.
+_SKIPPED = 4
+Schedule = tuple[float, float, float, bool]
+"""A schedule of a method: its least α, its greatest α, β, and whether β is 1 − α instead."""
 
 
 def check_figure_file(file: str | Path) -> str:
     """Return the format of a figure's file, before any work is done for it.
 
     Raises:
-        UserError: its name ends on no known format, its folder is not there, or matplotlib is not installed.
+        UserError: its name has no known ending, its folder does not exist, or matplotlib is not installed.
     """
     path = Path(file)
     kind = path.suffix.removeprefix(".").lower()
@@ -55,98 +66,138 @@ def check_figure_file(file: str | Path) -> str:
 
 
 def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
-    """Draw a checkpoint by depth into a .png, .svg or .pdf file, which is replaced whole.
+    """Draw a checkpoint by depth into a .png, .svg or .pdf file; an existing file is replaced whole.
 
     Raises:
         UserError: see `check_figure_file`.
     """
     path, kind = Path(file), check_figure_file(file)
-    write_bytes(path, figure_bytes(depth_figure(inspection), kind))
+    with house_style():
+        write_bytes(path, figure_bytes(depth_figure(inspection), kind))
 
 
 def depth_figure(inspection: Inspection) -> Figure:
     """Draw the LiNeS scale over depth and, where there is a base, each block's residual norm before and after scaling.
 
-    One line for each list of blocks. What lies outside the blocks has no depth and is not drawn.
-
-    Raises:
-        UserError: matplotlib is not installed.
+    There is a line for each list of blocks. Tensors outside the blocks have no depth and are not drawn.
     """
-    with house_style():
-        panels = 1 if inspection.base is None else 2
-        figure = blank_figure(3.5 * panels, 3.0)
-        figure.set_layout_engine("constrained", w_pad=0.08)
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        lists = _lists(inspection)
-        _draw_scales(axes[0], inspection, lists)
+    panels = 1 if inspection.base is None else 2
+    figure = blank_figure(3.5 * panels, 3.0)
+    figure.set_layout_engine("constrained", w_pad=0.08)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    styles = _styles(inspection)
+    for stack, look in styles.items():
+        blocks, levels = _blocks(inspection, stack)
+        axes[0].plot(blocks, [level.scale for level in levels], **look)
         if panels == 2:
-            _draw_norms(axes[1], inspection, lists)
-        for one in axes:
-            finish_depth(one)
-        _draw_legends(figure, lists, panels)
+            axes[1].plot(blocks, _norms(levels), **(look | _BEFORE))
+            axes[1].plot(blocks, _norms(levels, scaled=True), **look)
+    schedule = f"LiNeS, α = {inspection.alpha:g}, β = {inspection.beta:g}".replace("-", "\N{MINUS SIGN}")
+    names = [shorten(Path(str(path)).name, _LONGEST) for path in (inspection.checkpoint, inspection.base)]
+    for one, title in zip(axes, [schedule, f"residual τ of {names[0]} over {names[1]}"], strict=False):
+        one.set_title(title, loc="left")
+    _finish(axes)
+    # Above the panels: which list has which look, and how lines before and after scaling differ.
+    several = len(styles) > 1
+    if several:
+        legend_above(figure, styles.items(), columns=1)
+    if panels == 2:
+        look = _LINE | dict(color="0.35", marker="o") if several else next(iter(styles.values()))
+        kinds = {"‖τ‖, before scaling": look | _BEFORE, "‖s·τ‖, scaled": look}
+        legend_above(figure, kinds.items(), columns=1 if several else 2, side="right")
     return figure
 
 
-def _draw_scales(axes: Axes, inspection: Inspection, lists: Sequence[List]) -> None:
-    for _, levels, look in lists:
-        axes.plot(blocks_of(levels), [level.scale for level in levels], **look)
-    schedule = f"LiNeS, α = {inspection.alpha:g}, β = {inspection.beta:g}"
-    axes.set_title(schedule.replace("-", "\N{MINUS SIGN}"), **_TITLE)
-    axes.set_ylabel(SCALE_AXIS)
+def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) -> Figure:
+    """Draw the scale of every method by block, and the norm of every policy's residual by block.
+
+    Methods of one schedule share a line; it has a band where α differs between points. Tensors outside the blocks have
+    no depth and are not drawn.
+
+    Args:
+        summary: the numbers, for the methods.
+        inspections: of every policy, against the SFT model.
+    """
+    figure = blank_figure(WIDE, 3.6)
+    scales, norms = figure.subplots(1, 2)
+    _draw_scales(scales, summary, max(next(iter(inspections.values())).stacks.values()))
+    _draw_norms(norms, inspections)
+    _finish([scales, norms])
+    for axes in (scales, norms):
+        # Above, where it covers no line.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, borderaxespad=0.2)
+    return settled(figure)
 
 
-def _draw_norms(axes: Axes, inspection: Inspection, lists: Sequence[List]) -> None:
-    for _, levels, look in lists:
-        blocks = blocks_of(levels)
-        residuals = [level.residual for level in levels]
-        axes.plot(blocks, [one.norm if one else 0.0 for one in residuals], **(look | _BEFORE))
-        axes.plot(blocks, [one.scaled_norm if one else 0.0 for one in residuals], **look)
-    names = [shorten(Path(str(path)).name, _LONGEST) for path in (inspection.checkpoint, inspection.base)]
-    axes.set_title(f"residual τ of {names[0]} over {names[1]}", **_TITLE)
-    axes.set_ylabel(NORM_AXIS)
-
-
-def _draw_legends(figure: Figure, lists: Sequence[List], panels: int) -> None:
-    """Say above the panels which list has which colour and marker, and how before and after scaling differ."""
-    from matplotlib.lines import Line2D
-
-    several = len(lists) > 1
-    if several:
-        stacks = [Line2D([], [], label=stack, **look) for stack, _, look in lists]
-        figure.legend(handles=stacks, loc="outside upper left", frameon=False)
-    if panels == 2:
-        look = _LINE | dict(color="0.35", marker="o") if several else lists[0][2]
-        kinds = [
-            Line2D([], [], label="‖τ‖, before scaling", **(look | _BEFORE)),
-            Line2D([], [], label="‖s·τ‖, scaled", **look),
-        ]
-        figure.legend(handles=kinds, loc="outside upper right", ncols=1 if several else 2, frameon=False)
-
-
-def _lists(inspection: Inspection) -> list[List]:
-    """Return every list of blocks with its blocks' levels, and how its line looks."""
-    found: list[List] = []
-    palette = looks(len(_ORDER))
-    for stack, index in zip(inspection.stacks, cycle(_ORDER), strict=False):
-        levels = [level for level in inspection.levels if level.stack == stack and level.block is not None]
-        one = palette[index]
-        look = dict(color=one.colour, marker=one.marker, linestyle=one.line, markevery=-(-len(levels) // _MARKED))
-        found.append((stack, levels, _LINE | look))
+def schedules(summary: Summary) -> dict[Schedule, list[str]]:
+    """Return the methods of every LiNeS schedule; models that are not merged have none."""
+    found: dict[Schedule, list[str]] = {}
+    for name, points in summary.merged_methods().items():
+        if not any(point.checkpoint for point in points):
+            found.setdefault(_schedule(points), []).append(name)
     return found
 
 
-def blocks_of(levels: Sequence[Level]) -> list[int]:
-    """Return the blocks of levels, counted from 0; what lies outside the blocks has none."""
-    return [level.block for level in levels if level.block is not None]
+def _schedule(points: Sequence[PointSummary]) -> Schedule:
+    alphas = [point.merge.alpha for point in points]
+    return min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points)
 
 
-def finish_depth(axes: Axes) -> None:
-    """Give a panel over depth its grid and its axes: whole blocks below, heights from zero."""
+def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:
+    depth = range(blocks)
+    found = schedules(summary)
+    for ((low, high, beta, edit), names), look in zip(found.items(), looks(len(found)), strict=True):
+        ends = [(alpha, 1 - alpha if edit else beta) for alpha in (low, high)]
+        least, most = ([lines_scale(block, blocks, *end) for block in depth] for end in ends)
+        alpha = f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"
+        schedule = f"α = {alpha}, β = {'1 - α' if edit else f'{beta:g}'}".replace("-", "\N{MINUS SIGN}")
+        middle = [(one + other) / 2 for one, other in zip(least, most, strict=True)]
+        label = f"{shorten(', '.join(names), 36)}: {schedule}"
+        axes.fill_between(depth, least, most, color=look.colour, alpha=0.25, linewidth=0)
+        axes.plot(depth, middle, label=label, **look.keywords(markevery=_every(depth)))
+
+
+def _draw_norms(axes: Axes, inspections: Mapping[str, Inspection]) -> None:
+    lines = [(policy, one, stack) for policy, one in inspections.items() for stack in one.stacks]
+    for (policy, one, stack), look in zip(lines, looks(_SKIPPED + len(lines))[_SKIPPED:], strict=True):
+        blocks, levels = _blocks(one, stack)
+        label = f"residual τ of {shorten(policy, 24)}" + (f", {stack}" if len(one.stacks) > 1 else "")
+        axes.plot(blocks, _norms(levels), label=label, **look.keywords(markevery=_every(blocks)))
+
+
+def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
+    """Return the keywords of every list's line."""
+    palette = looks(len(_ORDER))
+    return {
+        stack: palette[index].keywords(markevery=_every(_blocks(inspection, stack)[0]), **_LINE)
+        for stack, index in zip(inspection.stacks, cycle(_ORDER), strict=False)
+    }
+
+
+def _every(blocks: Sequence[int]) -> int:
+    """Return which blocks of a line have a marker: every one, or every second, third and so on."""
+    return -(-len(blocks) // _MARKED)
+
+
+def _blocks(inspection: Inspection, stack: str) -> tuple[list[int], list[Level]]:
+    """Return the blocks of a list, counted from 0, and their levels."""
+    found = {one.block: one for one in inspection.levels if one.stack == stack and one.block is not None}
+    return list(found), list(found.values())
+
+
+def _norms(levels: Sequence[Level], scaled: bool = False) -> list[float]:
+    residuals = [level.residual for level in levels]
+    return [0.0 if one is None else one.scaled_norm if scaled else one.norm for one in residuals]
+
+
+def _finish(panels: Sequence[Axes]) -> None:
+    """Give the panels their grid, labels and axes: whole blocks below, heights from zero."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.grid(True)
-    axes.set_xlabel("block [index from 0]")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    low, high = axes.get_ylim()
-    # From zero, so that heights can be compared; a little room above, where a constant would touch the frame.
-    axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)
+    for axes, label in zip(panels, ("scale s of the residual [×]", "L2 norm [units of the weights]"), strict=False):
+        axes.grid(True)
+        axes.set(xlabel="block [index from 0]", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        low, high = axes.get_ylim()
+        # From zero, so that heights can be compared; a little room above, where a constant would touch the frame.
+        axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)

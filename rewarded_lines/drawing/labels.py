@@ -1,4 +1,4 @@
-"""Labels of a figure, each near its point and over nothing else. All geometry is in pixels."""
+"""Text in figures: names cut to a length, and labels put near their points over nothing else. Geometry is in pixels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 # Directions from a point to its label, the best first: up and to the right, where a front is open.
 _ANGLES = np.radians([45, 22, 68, 0, 90, -22, 112, -45, 135, 180, 225, 270, 202, 158, 248, 292])
-
-# Further from its point, in typographic points, if a label does not fit right beside it.
+# Further distances from the point to try, in typographic points.
 _STEPS = (0, 3, 6, 12)
 # Room around a label, in typographic points.
 _ROOM = 1.4
@@ -24,9 +23,15 @@ _ROOM = 1.4
 
 @dataclass(frozen=True)
 class Label:
-    """A text for a point, `clearance` pixels or more from its centre; if it `must`, whatever it covers.
+    """A text for a point.
 
-    `size` is one of matplotlib's names, so that it goes with the style's.
+    Attributes:
+        text: what is written.
+        anchor: the point, [2].
+        clearance: the least distance from the point to the text.
+        must: whether the text is written even where it covers something.
+        size: one of matplotlib's names for sizes, which are relative to the style's.
+        colour: of the text.
     """
 
     text: str
@@ -38,29 +43,23 @@ class Label:
 
 
 def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: np.ndarray) -> None:
-    """Write labels in turn, each where it covers nothing; one without such a place is left out.
+    """Write labels in turn, each where it covers nothing; a label without a free place is left out.
 
     Args:
         axes: drawn once, so that its size is final.
         labels: the most important first.
         taken: boxes that no label may touch, [boxes, 4].
-        thin: boxes that a label touches only where there is no place beside them, [boxes, 4].
+        thin: boxes that a label touches only when every place beside them is taken, [boxes, 4].
     """
     from matplotlib.text import Text
 
     unit = pixels_per_point(axes.figure)
     written = taken[:0]
     for label in labels:
-        style: dict[str, Any] = {
-            "fontsize": label.size,
-            "color": label.colour,
-            "ha": "center",
-            "va": "center",
-            "zorder": 7,
-        }
+        style: dict[str, Any] = dict(fontsize=label.size, color=label.colour, ha="center", va="center", zorder=7)
         extent = Text(0, 0, label.text, figure=axes.figure, **style).get_window_extent()
         size = (extent.width + _ROOM * unit, extent.height + _ROOM * unit)
-        # Rather over a line than over another label, and rather there than nowhere.
+        # First over nothing, then over thin lines; a label that must be written covers marks, at worst other labels.
         tries = [np.concatenate([taken, thin]), taken, *([written, taken[:0]] if label.must else [])]
         distances = [label.clearance + step * unit for step in _STEPS]
         boxes = (place(label.anchor, size, obstacles, axes.bbox.extents, distances) for obstacles in tries)
@@ -80,25 +79,16 @@ def shorten(text: str, longest: int) -> str:
 
 
 def boxes_along(line: np.ndarray, step: float = 3.0) -> np.ndarray:
-    """Return small boxes that cover a polyline.
-
-    Args:
-        line: [vertices, 2].
-        step: distance between the boxes' centres.
-
-    Returns:
-        [boxes, 4], each (left, bottom, right, top).
-    """
+    """Return small boxes, `step` apart at most, that cover a polyline: [vertices, 2] → [boxes, 4]."""
     centres = [line[:1]]
     for start, end in zip(line[:-1], line[1:], strict=True):
         count = max(1, int(np.hypot(*(end - start)) / step))
         centres.append(start + (end - start) * np.linspace(0, 1, count + 1)[1:, None])
-    centre = np.concatenate(centres)
-    return np.concatenate([centre - 1, centre + 1], axis=1)
+    return boxes_around(np.concatenate(centres), 1)
 
 
 def boxes_around(points: np.ndarray, radius: float) -> np.ndarray:
-    """Return the square boxes of half-width `radius` around points, [points, 2] → [points, 4]."""
+    """Return square boxes (left, bottom, right, top) of half-width `radius`: [points, 2] → [points, 4]."""
     return np.concatenate([points - radius, points + radius], axis=1)
 
 
@@ -116,7 +106,7 @@ def place(
     frame: Sequence[float],
     distances: Iterable[float],
 ) -> np.ndarray | None:
-    """Return the first free box for a label near its point.
+    """Return the first free box (left, bottom, right, top) for a label near its point, or None when none is free.
 
     Args:
         anchor: the point, [2].
@@ -124,14 +114,11 @@ def place(
         obstacles: boxes that it must not touch, [boxes, 4].
         frame: the box that it must stay inside.
         distances: from the point to the label's edge, to try in turn.
-
-    Returns:
-        The label's box (left, bottom, right, top), or None when none is free.
     """
     half = np.array(size) / 2
+    directions = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
     for distance in distances:
-        for angle in _ANGLES:
-            direction = np.array([np.cos(angle), np.sin(angle)])
+        for direction in directions:
             centre = anchor + direction * (distance + np.abs(direction) @ half)
             box = np.concatenate([centre - half, centre + half])
             inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()

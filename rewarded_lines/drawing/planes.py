@@ -9,27 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewarded_lines.drawing.labels import Label, boxes_along, boxes_around, shorten, write_labels
-from rewarded_lines.drawing.style import Look, looks, mix, pixels_per_point
+from rewarded_lines.drawing.style import Look, looks, mix, pixels_per_point, settled
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.fronts.pareto import nondominated
-from rewarded_lines.summaries.names import merged_methods, method_labels, policy_points, spread
 from rewarded_lines.summaries.summary import PointSummary, Summary
-from rewarded_lines.summaries.tables import with_unit
+from rewarded_lines.summaries.texts import method_labels, with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KL, PERPLEXITY = "KL to SFT", " perplexity"
-# With more methods than this, only two are shaded and have their λ written: all would be clutter.
+# With more methods than this, only two are shaded and have their λ written, which keeps the figure readable.
 FEW = 4
 _TINT = 0.84
-# Characters of a name: in a figure of one plane, and in a small panel.
-_LONG, _SHORT = 24, 16
-# And of a whole label along an axis of that plane.
-_LINE = 42
-# Horizontal and vertical measure.
+# The most characters of a name in a figure of one plane, of one in a small panel, and of a label on one line.
+_LONG, _SHORT, _LINE = 24, 16, 42
 Plane = tuple[str, str]
+"""The names of the horizontal and the vertical measure; see `measure`."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +50,19 @@ class Drawn:
     @property
     def methods(self) -> dict[str, list[PointSummary]]:
         """The methods that make a front, with their points."""
-        return merged_methods(self.summary)
+        return self.summary.merged_methods()
 
     def line(self, name: str) -> dict[str, Any]:
         """Return how the line of a method is drawn: joined where its points have an order."""
         from matplotlib import rcParams
 
-        look = self.looks[name]
         joined = len(self.summary.policies) <= 2 and all(point.weights for point in self.methods[name])
-        return dict(
-            color=look.colour,
-            marker=look.marker,
-            linestyle=look.line if joined else "none",
+        return self.looks[name].keywords(
             linewidth=self.scale * rcParams["lines.linewidth"],
             markersize=self.scale * rcParams["lines.markersize"],
-            markeredgecolor="white",
             markeredgewidth=0.5 * self.scale,
             zorder=5 if name in self.chosen else 4,
+            **({} if joined else {"linestyle": "none"}),
         )
 
     def mark(self, kind: str) -> dict[str, Any]:
@@ -89,10 +82,10 @@ class Drawn:
 def prepare(summary: Summary, scale: float = 1.0) -> Drawn:
     """Return how the methods of a summary are drawn in the style that is held.
 
-    Of many methods the first, which the others are compared with, and the one of the largest hypervolume above SFT are
-    chosen to be shaded and labelled.
+    Of many methods two are chosen to be shaded and labelled: the first, which the others are compared with, and the
+    one with the largest hypervolume above SFT.
     """
-    names = list(merged_methods(summary))
+    names = list(summary.merged_methods())
     chosen = tuple(names)
     if len(names) > FEW:
         volumes = sft_volumes(summary)
@@ -111,32 +104,27 @@ def draw_plane(axes: Axes, drawn: Drawn, plane: Plane, shade: bool = False) -> N
         axes.plot(*coordinates(points, plane).T, label=drawn.labels[name], **drawn.line(name))
     _draw_crosses(axes, [summary.sft], plane, "0.25", drawn.scale)
     axes.plot(*coordinates([summary.sft], plane).T, **drawn.mark("sft"))
-    policies = coordinates([point for point, _ in policy_points(summary)], plane)
+    policies = coordinates([point for point, _ in summary.policy_points()], plane)
     if len(policies):
         axes.plot(*policies.T, **drawn.mark("policy"))
     axes.margins(0.09)
 
 
-def label_plane(axes: Axes, drawn: Drawn, plane: Plane) -> None:
-    """Write the names of SFT and policies and some λ into a plane that has its final size."""
-    write_labels(axes, _labels(axes, drawn, plane), *_obstacles(axes, drawn, plane))
-
-
-def freeze(figure: Figure, planes: Sequence[tuple[Axes, Plane]], drawn: Drawn) -> None:
-    """Lay the figure out, label its planes, and let nothing move from here on: labels are placed in pixels."""
-    figure.draw_without_rendering()
+def freeze(figure: Figure, planes: Sequence[tuple[Axes, Plane]], drawn: Drawn) -> Figure:
+    """Lay the figure out and write names and some λ into its planes; return it with every part fixed in its place."""
+    settled(figure)
     for axes, plane in planes:
-        label_plane(axes, drawn, plane)
-    figure.set_layout_engine("none")
+        write_labels(axes, _labels(axes, drawn, plane), *_obstacles(axes, drawn, plane))
+    return figure
 
 
 def axis_label(name: str, summary: Summary, lines: int = 1) -> str:
     """Return the label of a measure's axis: its name, its unit and which way is better.
 
     Args:
-        name: a reward, `KL`, or a set of control texts and `PERPLEXITY`.
+        name: see `measure`.
         summary: the numbers, for the unit.
-        lines: 2 for small panels; a label too long for one line takes two in any case.
+        lines: 1, or 2 for small panels; a label that is too long for one line takes two.
     """
     if name == KL:
         parts = [f"{KL} [nats]", "lower is closer"]
@@ -151,12 +139,7 @@ def axis_label(name: str, summary: Summary, lines: int = 1) -> str:
 
 
 def measure(point: PointSummary, name: str) -> Estimate:
-    """Return a point's reward, KL or perplexity of the control texts.
-
-    Args:
-        point: one of a summary.
-        name: a reward, `KL`, or a set of control texts and `PERPLEXITY`.
-    """
+    """Return a point's measure: a reward by its name, `KL`, or the name of control texts followed by `PERPLEXITY`."""
     if name == KL:
         return point.kl
     if (texts := name.removesuffix(PERPLEXITY)) != name and texts in point.perplexities:
@@ -170,14 +153,14 @@ def coordinates(points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
 
 
 def staircase(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the outline of what points dominate above a reference, in a plane where both axes are maximised.
+    """Return the outline of what points dominate above a reference, where both measures are maximised.
 
     Args:
         points: [points, 2].
         reference: [2].
 
     Returns:
-        The corners in order, [corners, 2]; the reference alone when nothing dominates it.
+        The corners in order, [corners, 2]; only the reference when no point dominates it.
     """
     above = points[(points > reference).all(axis=1)]
     front = np.unique(above[nondominated(above)], axis=0)
@@ -188,6 +171,18 @@ def staircase(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
         left = x
     corners.append(np.array([left, reference[1]]))
     return np.array(corners)
+
+
+def spread(points: Sequence[PointSummary], count: int = 5) -> list[PointSummary]:
+    """Return the ends of a front and some points between.
+
+    Args:
+        points: in the order of λ.
+        count: how many to keep at most; 1 keeps the middle.
+    """
+    last = len(points) - 1
+    shares = [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
+    return [points[index] for index in sorted({round(share * last) for share in shares})]
 
 
 def sft_volumes(summary: Summary) -> dict[str, Estimate]:
@@ -201,13 +196,13 @@ def tint(look: Look) -> tuple[float, float, float]:
 
 
 def _shade(axes: Axes, drawn: Drawn, plane: Plane) -> None:
-    """Tint what each method dominates above SFT, the smaller area over the larger to show what is added."""
+    """Tint what each method dominates above SFT, smaller areas over larger ones."""
     sft = coordinates([drawn.summary.sft], plane)[0]
     volumes = sft_volumes(drawn.summary)
     for name in sorted(drawn.chosen, key=lambda name: -volumes[name].value):
         corners = staircase(coordinates(drawn.methods[name], plane), sft)
-        # Opaque and below the grid: see-through tints would mix to a colour that is no method's.
-        # The edge tells areas apart in grey, where tints are much alike.
+        # Opaque and below the grid: transparent tints would mix to a colour that belongs to no method.
+        # The edge tells areas apart in grey, where tints are alike.
         colour = drawn.looks[name].colour
         axes.fill(*corners.T, fc=tint(drawn.looks[name]), ec=mix(colour, "white", 0.45), linewidth=0.5, zorder=0.4)
 
@@ -217,70 +212,63 @@ def _crossed(drawn: Drawn, name: str) -> list[PointSummary]:
     return spread(drawn.methods[name], 5 if name in drawn.chosen else 1)
 
 
-def _draw_crosses(axes: Axes, points: Sequence[PointSummary], plane: Plane, colour: str, scale: float) -> None:
-    thin: dict[str, Any] = dict(color=colour, linewidth=0.9 * scale, alpha=0.7, zorder=2, solid_capstyle="butt")
+def _arms(points: Sequence[PointSummary], plane: Plane) -> Iterator[np.ndarray]:
+    """Yield the two lines of the cross of each point, [ends, 2]: its intervals along both axes."""
     for point in points:
         x, y = (measure(point, name) for name in plane)
-        axes.plot([x.low, x.high], [y.value, y.value], linestyle="-", marker="", **thin)
-        axes.plot([x.value, x.value], [y.low, y.high], linestyle="-", marker="", **thin)
+        yield np.array([[x.low, y.value], [x.high, y.value]])
+        yield np.array([[x.value, y.low], [x.value, y.high]])
+
+
+def _draw_crosses(axes: Axes, points: Sequence[PointSummary], plane: Plane, colour: str, scale: float) -> None:
+    for ends in _arms(points, plane):
+        thin: dict[str, Any] = dict(color=colour, linewidth=0.9 * scale, linestyle="-", solid_capstyle="butt")
+        axes.plot(*ends.T, marker="", alpha=0.7, zorder=2, **thin)
 
 
 def _obstacles(axes: Axes, drawn: Drawn, plane: Plane) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes, in pixels: of what labels must not cover, and of the crosses, which they should not."""
     pixels, unit = axes.transData.transform, pixels_per_point(axes.figure) * drawn.scale
-    marked = [drawn.summary.sft, *(point for point, _ in policy_points(drawn.summary))]
+    marked = [drawn.summary.sft, *(point for point, _ in drawn.summary.policy_points())]
     boxes = [boxes_around(pixels(coordinates(marked, plane)), 6 * unit)]
-    crosses = []
+    crossed = [drawn.summary.sft]
     for name, points in drawn.methods.items():
         line = pixels(coordinates(points, plane))
         boxes.append(boxes_around(line, 3.2 * unit))
         if drawn.line(name)["linestyle"] != "none":
             boxes.append(boxes_along(line, 1.1 * unit))
-        crosses += _crossed(drawn, name)
-    return np.concatenate(boxes), _cross_boxes(axes, [drawn.summary.sft, *crosses], plane)
-
-
-def _cross_boxes(axes: Axes, points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
-    boxes = []
-    for point in points:
-        x, y = (measure(point, name) for name in plane)
-        for ends in ([[x.low, y.value], [x.high, y.value]], [[x.value, y.low], [x.value, y.high]]):
-            boxes.append(boxes_along(axes.transData.transform(np.array(ends))))
-    return np.concatenate(boxes)
+        crossed += _crossed(drawn, name)
+    return np.concatenate(boxes), np.concatenate([boxes_along(pixels(ends)) for ends in _arms(crossed, plane)])
 
 
 def _labels(axes: Axes, drawn: Drawn, plane: Plane) -> Iterator[Label]:
     """Yield the labels, the most important first: names, then λ where it is one number, the last method's first."""
-    pixels, unit = axes.transData.transform, pixels_per_point(axes.figure) * drawn.scale
-    named = [*policy_points(drawn.summary), (drawn.summary.sft, "SFT")]
+    unit = pixels_per_point(axes.figure) * drawn.scale
+
+    def anchor_of(point: PointSummary) -> np.ndarray:
+        return np.asarray(axes.transData.transform(coordinates([point], plane))[0])
+
+    named = [*drawn.summary.policy_points(), (drawn.summary.sft, "SFT")]
+    size, smaller, longest = ("medium", "small", _LONG) if drawn.scale == 1 else ("small", "x-small", _SHORT)
     for point, name in named:
-        size, longest = ("medium", _LONG) if drawn.scale == 1 else ("small", _SHORT)
-        yield Label(
-            shorten(name, longest), pixels(coordinates([point], plane))[0], clearance=7 * unit, must=True, size=size
-        )
+        yield Label(shorten(name, longest), anchor_of(point), clearance=7 * unit, must=True, size=size)
     written: dict[str, list[np.ndarray]] = {}
     for method, point, text in _texts(drawn):
-        anchor = pixels(coordinates([point], plane))[0]
+        anchor = anchor_of(point)
         alike = written.setdefault(text, [])
         # Where fronts lie on each other, one λ stands for the points of both.
         if all(np.hypot(*(anchor - other)) > 10 * unit for other in alike):
             clearance = (7 if any(point is other for other, _ in named) else 4) * unit
             colour = mix(drawn.looks[method].colour, "black", 0.45)
-            yield Label(text, anchor, clearance, size="small" if drawn.scale == 1 else "x-small", colour=colour)
+            yield Label(text, anchor, clearance, size=smaller, colour=colour)
             alike.append(anchor)
 
 
 def _texts(drawn: Drawn) -> Iterator[tuple[str, PointSummary, str]]:
-    """Yield a method, a point and its label: every model by its name, then some λ of two policies, ends first."""
+    """Yield a method, a point and its label: first every model by its name, then some λ of two policies, ends first."""
     reverse = list(reversed(drawn.methods.items()))
     yield from ((name, point, point.checkpoint) for name, points in reverse for point in points if point.checkpoint)
     for name, points in reverse:
         if name in drawn.chosen:
             some = [point for point in spread(points, 5) if len(point.weights) == 2]
             yield from ((name, point, f"λ = {point.lam:.3g}") for point in [*some[:1], *some[-1:], *some[1:-1]])
-
-
-def columns_of(count: int, most: int) -> tuple[int, int]:
-    """Return rows and columns of a grid for `count` panels, at most `most` beside each other."""
-    columns = min(count, most)
-    return -(-count // columns), columns

@@ -1,4 +1,4 @@
-"""Three policies: the triangle of their weights, coloured by each reward, a row for each method. Needs matplotlib."""
+"""The triangle of three policies' weights, coloured by each reward, a row for each method. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,66 +8,58 @@ import numpy as np
 
 from rewarded_lines.drawing.labels import shorten
 from rewarded_lines.drawing.planes import axis_label, measure
-from rewarded_lines.drawing.style import PAPER, WIDE, blank_figure, house_style
-from rewarded_lines.summaries.names import merged_methods, method_labels
+from rewarded_lines.drawing.style import WIDE, blank_figure, legend_above, settled
 from rewarded_lines.summaries.summary import PointSummary, Summary
+from rewarded_lines.summaries.texts import method_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Where the weight of one policy is 1, counted against the clock from below left.
+# The corners, where the weight of one policy is 1: left, right, top.
 _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
 _GRID: dict[str, Any] = dict(color="white", linewidth=0.5, alpha=0.6, marker="", linestyle="-", zorder=2)
-_LEVELS = 9
-_TICKS = 5
-# Of a method's label, in letters.
+# How many colours and numbers the bar has, at most.
+_LEVELS, _TICKS = 9, 5
+# The most characters of a line of a method's label.
 _LONGEST_LINE = 20
-# The largest smallest-to-largest ratio of a triangle that is no sliver along an edge of the grid.
+# A triangle of the triangulation with a smaller ratio of its inner to its outer circle is left out: it is a sliver
+# along an edge.
 _FLAT = 0.02
 
 
-def simplex_figure(summary: Summary, style: str = PAPER) -> Figure | None:
+def simplex_figure(summary: Summary) -> Figure | None:
     """Draw the mean of every reward over the weights of three policies.
 
-    Between the evaluated λ, which are dots, means are interpolated linearly on a triangulation. Colours of a reward
+    Between the evaluated λ, which are dots, means are interpolated linearly on a triangulation. The colours of a reward
     mean the same for all methods. Rings: the best λ. Dashed: where the mean is that of the SFT model.
 
-    Args:
-        summary: the numbers.
-        style: see `house_style`.
-
     Returns:
-        The figure, or None where not three policies were merged, at three λ or more that span the triangle.
-
-    Raises:
-        UserError: matplotlib is not installed, or there is no such style.
+        The figure, or None where no method has three λ or more that span the triangle.
     """
-    methods = {name: points for name, points in merged_methods(summary).items() if _spans(points)}
-    if len(summary.policies) != 3 or not methods:
+    methods = {name: points for name, points in summary.merged_methods().items() if _spans(points)}
+    if not methods:
         return None
-    rewards = list(summary.rewards)
-    with house_style(style):
-        side = WIDE / max(len(rewards), 2)
-        figure = blank_figure(side * len(rewards), 0.86 * side * len(methods) + 0.9)
-        panels = figure.subplots(len(methods), len(rewards), squeeze=False)
-        labels = method_labels(summary)
-        for column, reward in enumerate(rewards):
-            limits = _limits(methods, reward)
-            for row, (name, points) in enumerate(methods.items()):
-                axes = panels[row, column]
-                mapped = _draw_triangle(axes, points, reward, limits, summary.sft)
-                _write_corners(axes, [shorten(name, 12 if len(rewards) > 2 else 18) for name in summary.policies])
-                if column == 0:
-                    axes.set_ylabel(_lines(shorten(labels[name], 36)))
-            bar = figure.colorbar(mapped, ax=panels[:, column], location="bottom", aspect=25, pad=0.02)
-            bar.set_label(axis_label(reward, summary, lines=2))
-            ticks = bar.get_ticks().tolist()
-            bar.set_ticks(ticks[:: -(-len(ticks) // _TICKS)])
-        _draw_legend(figure)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-    return figure
+    rewards, labels = list(summary.rewards), method_labels(summary)
+    side = WIDE / max(len(rewards), 2)
+    figure = blank_figure(side * len(rewards), 0.86 * side * len(methods) + 0.9)
+    panels = figure.subplots(len(methods), len(rewards), squeeze=False)
+    corners = [shorten(name, 12 if len(rewards) > 2 else 18) for name in summary.policies]
+    for column, reward in enumerate(rewards):
+        limits = _limits(methods, reward)
+        for axes, points in zip(panels[:, column], methods.values(), strict=True):
+            mapped = _draw_triangle(axes, points, reward, limits, summary.sft)
+            _write_corners(axes, corners)
+        bar = figure.colorbar(mapped, ax=panels[:, column], location="bottom", aspect=25, pad=0.02)
+        bar.set_label(axis_label(reward, summary, lines=2))
+        ticks = bar.get_ticks().tolist()
+        bar.set_ticks(ticks[:: -(-len(ticks) // _TICKS)])
+    for axes, name in zip(panels[:, 0], methods, strict=True):
+        axes.set_ylabel(_lines(shorten(labels[name], 36)))
+    dashed = dict(color="black", linestyle="--", linewidth=1.0, marker="")
+    kinds = {"λ, evaluated; a corner is one policy alone": _dot(), "highest mean": _ring()}
+    legend_above(figure, [*kinds.items(), ("mean of the SFT model", dashed)], columns=3)
+    return settled(figure)
 
 
 def triangle_points(weights: np.ndarray) -> np.ndarray:
@@ -76,6 +68,7 @@ def triangle_points(weights: np.ndarray) -> np.ndarray:
 
 
 def _spans(points: list[PointSummary]) -> bool:
+    """Say whether some weights of three policies do not all lie on one line."""
     weights = np.array([point.weights for point in points if len(point.weights) == 3])
     return len(weights) >= 3 and np.linalg.matrix_rank(weights - weights[0], tol=1e-9) == 2
 
@@ -97,7 +90,6 @@ def _lines(label: str) -> str:
 def _draw_triangle(
     axes: Axes, points: list[PointSummary], reward: str, limits: tuple[float, float], sft: PointSummary
 ) -> Any:
-    from matplotlib import rcParams
     from matplotlib.ticker import MaxNLocator
     from matplotlib.tri import TriAnalyzer, Triangulation
 
@@ -112,24 +104,24 @@ def _draw_triangle(
     level = measure(sft, reward).value
     if values.min() < level < values.max():
         axes.tricontour(triangles, values, levels=[level], colors="black", linestyles="--", linewidths=1.0, zorder=3)
-    size = rcParams["lines.markersize"]
-    axes.plot(*at.T, **_dot(size))
-    axes.plot(*at[[values.argmax()]].T, **_ring(size))
+    axes.plot(*at.T, **_dot(), zorder=4, clip_on=False)
+    axes.plot(*at[[values.argmax()]].T, **_ring(), zorder=5, clip_on=False)
     return mapped
 
 
-def _dot(size: float) -> dict[str, Any]:
-    return dict(
-        linestyle="none", marker="o", markersize=0.45 * size, color="black", markeredgecolor="white",
-        markeredgewidth=0.4, zorder=4, clip_on=False,
-    )  # fmt: skip
+def _mark(size: float, **look: Any) -> dict[str, Any]:
+    """Return how a dot or a ring is drawn, `size` times as large as the style's markers."""
+    from matplotlib import rcParams
+
+    return dict(linestyle="none", marker="o", markersize=size * rcParams["lines.markersize"], color="black") | look
 
 
-def _ring(size: float) -> dict[str, Any]:
-    return dict(
-        linestyle="none", marker="o", markersize=1.6 * size, color="black", markerfacecolor="none",
-        markeredgewidth=1.0, zorder=5, clip_on=False,
-    )  # fmt: skip
+def _dot() -> dict[str, Any]:
+    return _mark(0.45, markeredgecolor="white", markeredgewidth=0.4)
+
+
+def _ring() -> dict[str, Any]:
+    return _mark(1.6, markerfacecolor="none", markeredgewidth=1.0)
 
 
 def _draw_grid(axes: Axes) -> None:
@@ -137,9 +129,8 @@ def _draw_grid(axes: Axes) -> None:
     outline = np.concatenate([_CORNERS, _CORNERS[:1]])
     axes.plot(*outline.T, color="black", linewidth=0.7, marker="", linestyle="-", zorder=3)
     for share in (0.25, 0.5, 0.75):
-        for index in range(3):
-            there, left, right = (_CORNERS[(index + step) % 3] for step in range(3))
-            ends = np.array([share * there + (1 - share) * other for other in (left, right)])
+        for corner in range(3):
+            ends = share * _CORNERS[corner] + (1 - share) * np.delete(_CORNERS, corner, axis=0)
             axes.plot(*ends.T, **_GRID)
     axes.set_aspect("equal")
     axes.set(xlim=(-0.12, 1.12), ylim=(-0.16, 1.02), xticks=[], yticks=[])
@@ -152,16 +143,3 @@ def _write_corners(axes: Axes, policies: list[str]) -> None:
     axes.text(-0.08, -0.05, left, ha="left", va="top", size="medium")
     axes.text(1.08, -0.05, right, ha="right", va="top", size="medium")
     axes.text(0.5, _CORNERS[2, 1] + 0.05, top, ha="center", va="bottom", size="medium")
-
-
-def _draw_legend(figure: Figure) -> None:
-    from matplotlib import rcParams
-    from matplotlib.lines import Line2D
-
-    size = rcParams["lines.markersize"]
-    handles = [
-        Line2D([], [], label="λ, evaluated; a corner is one policy alone", **_dot(size)),
-        Line2D([], [], label="highest mean", **_ring(size)),
-        Line2D([], [], label="mean of the SFT model", color="black", linestyle="--", linewidth=1.0, marker=""),
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, columnspacing=1.5)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewarded_lines.errors import UserError, did_you_mean, fail
+from rewarded_lines.errors import did_you_mean, fail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -18,24 +18,13 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 PAPER = "paper"
 # Orange, blue, green, sky, vermillion and pink are those of Okabe and Ito, "Color Universal Design", 2008; wine,
-# indigo, olive and red go between. The first four differ in lightness, so in grey too; all ten differ in their marker.
-COLOURS = (
-    "#E69F00",
-    "#0072B2",
-    "#009E73",
-    "#882255",
-    "#56B4E9",
-    "#D55E00",
-    "#CC79A7",
-    "#332288",
-    "#999933",
-    "#A50026",
-)
+# indigo, olive and red were added. The first four differ in lightness, so also in grey; all ten differ in their marker.
+COLOURS = tuple("#E69F00 #0072B2 #009E73 #882255 #56B4E9 #D55E00 #CC79A7 #332288 #999933 #A50026".split())
 MARKERS = ("s", "o", "^", "v", "P", "X", "D", "<", ">", "p")
-_LINES = ("-", "-", "-", "-", "-", "-", "--", "--", "--", "--")
+_LINES = ("-",) * 6 + ("--",) * 4
 _GREYS = ("0.68", "0.22", "0.50", "0.36", "0.78", "0.10", "0.60", "0.44", "0.30", "0.72")
 _GREY_LINES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-", "--")
-# What fits the text of a page; a figure of one plane is narrower, and says so in `figure.figsize`.
+# Widths in inches: WIDE fills the text of a page, PLANE is for a figure of one plane.
 WIDE = 7.0
 PLANE = 4.6
 _SETTINGS: dict[str, Any] = {
@@ -62,7 +51,7 @@ _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
 }
-# For a screen at the other end of a room: everything larger, text and lines more so than the figure.
+# For a screen at the other end of a room: text and lines are enlarged more than the figure.
 _SLIDES: dict[str, Any] = {
     "figure.figsize": (6.4, 6.4),
     "figure.dpi": 200,
@@ -78,7 +67,7 @@ _SLIDES: dict[str, Any] = {
     "lines.markersize": 8.5,
     "grid.linewidth": 0.8,
 }
-# Last, whatever a style says: the same bytes every time, and texts of λ and α that TeX would not take.
+# These win over every style: the salt makes SVG files repeatable, and TeX cannot set texts with λ and α.
 _FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False}
 STYLES: Mapping[str, dict[str, Any]] = {
     PAPER: {},
@@ -89,22 +78,30 @@ STYLES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How the line of one method or policy is drawn: matplotlib's colour, marker and line style."""
+    """The colour, marker and line style of one method or policy, by matplotlib's names."""
 
     colour: str
     marker: str
     line: str
 
+    def keywords(self, **more: Any) -> dict[str, Any]:
+        """Return the keywords of `Axes.plot` for a line of this look; markers have a white edge unless `more` differs.
+
+        Args:
+            more: further keywords, which go over those of the look.
+        """
+        look = dict(color=self.colour, marker=self.marker, linestyle=self.line)
+        return look | dict(markeredgecolor="white", markeredgewidth=0.5) | more
+
 
 def check_style(style: str) -> None:
-    """Refuse a style that is not there, before any work is done for it.
+    """Refuse an unknown style before any work is done for it.
 
     Args:
-        style: one of `STYLES`, or the path of a matplotlib style file.
+        style: one of `STYLES`, or the path of a matplotlib style file. Without matplotlib the file is not read.
 
     Raises:
-        UserError: it is neither, or the file has a line that matplotlib does not know. Without matplotlib files are
-            not read.
+        UserError: it is neither, or matplotlib does not know a line of the file.
     """
     if style in STYLES:
         return
@@ -115,20 +112,17 @@ def check_style(style: str) -> None:
             expected=f"{', '.join(STYLES)}, or a .mplstyle file",
             remedy=did_you_mean(style, STYLES),
         )
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError:
-        return
-    _read_style(Path(style))
+    with suppress(ImportError):
+        _read_style(Path(style))
 
 
 @contextmanager
 def house_style(style: str = PAPER) -> Iterator[None]:
-    """Hold a style while drawing, whatever the user's own settings are.
+    """Hold a style while figures are drawn and saved; the user's own matplotlib settings play no part.
 
     Args:
-        style: one of `STYLES`, or the path of a matplotlib style file, whose settings go over those of a paper. TeX
-            does not set the texts, and the salt of SVG's names is ours.
+        style: one of `STYLES`, or the path of a matplotlib style file, whose settings go over those of "paper". TeX
+            and the salt of SVG files cannot be set.
 
     Raises:
         UserError: matplotlib is not installed, or see `check_style`.
@@ -136,10 +130,8 @@ def house_style(style: str = PAPER) -> Iterator[None]:
     try:
         from matplotlib import style as styles
     except ImportError as error:
-        raise fail(
-            "the figure needs matplotlib, which is not installed",
-            remedy="pip install 'rewarded-lines[report]'",
-        ) from error
+        remedy = "pip install 'rewarded-lines[report]'"
+        raise fail("the figure needs matplotlib, which is not installed", remedy=remedy) from error
     check_style(style)
     named = dict(STYLES.get(style, {}))
     palette = _palette(named.pop("colours", COLOURS), named.pop("lines", _LINES))
@@ -149,21 +141,21 @@ def house_style(style: str = PAPER) -> Iterator[None]:
 
 
 def looks(count: int) -> list[Look]:
-    """Return how each of `count` lines looks in the style that is held; more than ten repeat."""
+    """Return the looks of `count` lines in the style that is held; they repeat after ten."""
     from matplotlib import rcParams
 
     given = rcParams["axes.prop_cycle"].by_key()
-    colours, markers = given.get("color", COLOURS), given.get("marker", MARKERS)
-    lines = given.get("linestyle", _LINES)
-    return [Look(*one) for one in islice(zip(cycle(colours), cycle(markers), cycle(lines), strict=False), count)]
+    usual = {"color": COLOURS, "marker": MARKERS, "linestyle": _LINES}
+    parts = [cycle(given.get(name, values)) for name, values in usual.items()]
+    return [Look(*one) for one in islice(zip(*parts, strict=False), count)]
 
 
 def blank_figure(width: float, height: float) -> Figure:
     """Return an empty figure in the style that is held.
 
     Args:
-        width: inches on paper; other styles enlarge it.
-        height: inches on paper.
+        width: inches on paper; other styles may enlarge it.
+        height: likewise.
     """
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -175,13 +167,43 @@ def blank_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def figure_bytes(figure: Figure, format: str, style: str = PAPER) -> bytes:
-    """Return the figure as a "png", "svg" or "pdf" file, the same bytes every time.
+def columns_of(count: int, most: int) -> tuple[int, int]:
+    """Return rows and columns of a grid for `count` panels, at most `most` beside each other."""
+    columns = min(count, most)
+    return -(-count // columns), columns
+
+
+def legend_above(
+    figure: Figure, lines: Iterable[tuple[str, Mapping[str, Any]]], columns: int, side: str = "left"
+) -> None:
+    """Put a legend above the panels.
 
     Args:
-        figure: drawn in `style`.
-        format: one of `FORMATS`.
-        style: see `house_style`.
+        figure: with its panels.
+        lines: the label of each entry, and the keywords of its line.
+        columns: of the legend.
+        side: "left" or "right".
+    """
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=label, **look) for label, look in lines]
+    look: dict[str, Any] = dict(loc=f"outside upper {side}", ncols=columns, frameon=False, columnspacing=1.5)
+    figure.legend(handles=handles, **look)
+
+
+def settled(figure: Figure) -> Figure:
+    """Lay a finished figure out, and return it with every part fixed in its place."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def figure_bytes(figure: Figure, format: str) -> bytes:
+    """Return the figure as a file of one of `FORMATS`, the same bytes every time.
+
+    Args:
+        figure: drawn in the style that is held.
+        format: "png", "svg" or "pdf".
     """
     metadata = {
         "png": {"Software": "rewarded-lines"},
@@ -189,8 +211,7 @@ def figure_bytes(figure: Figure, format: str, style: str = PAPER) -> bytes:
         "pdf": {"CreationDate": None, "Creator": "rewarded-lines"},
     }
     file = io.BytesIO()
-    with house_style(style):
-        figure.savefig(file, format=format, dpi=figure.dpi, metadata=metadata[format])
+    figure.savefig(file, format=format, dpi=figure.dpi, metadata=metadata[format])
     return file.getvalue()
 
 
@@ -198,9 +219,8 @@ def mix(colour: str, other: str, share: float) -> tuple[float, float, float]:
     """Return `colour` with a share of another in it, as red, green and blue from 0 to 1."""
     from matplotlib.colors import to_rgb
 
-    (red, green, blue), (to_red, to_green, to_blue) = to_rgb(colour), to_rgb(other)
-    rest = 1 - share
-    return rest * red + share * to_red, rest * green + share * to_green, rest * blue + share * to_blue
+    red, green, blue = ((1 - share) * a + share * b for a, b in zip(to_rgb(colour), to_rgb(other), strict=True))
+    return red, green, blue
 
 
 def pixels_per_point(figure: Figure | SubFigure) -> float:
@@ -215,7 +235,7 @@ def _palette(colours: tuple[str, ...], lines: tuple[str, ...]) -> dict[str, Any]
 
 
 def _read_style(path: Path) -> dict[str, Any]:
-    """Return the settings of a style file; matplotlib itself would only warn of a key that it does not know."""
+    """Return the settings of a style file, and refuse unknown keys, of which matplotlib itself only warns."""
     import matplotlib
 
     try:
@@ -225,8 +245,6 @@ def _read_style(path: Path) -> dict[str, Any]:
                 remedy = did_you_mean(key, matplotlib.rcParams)
                 raise fail(f"matplotlib has no setting `{key}`", where=str(path), remedy=remedy)
         found = matplotlib.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         what = "not a matplotlib style file"
         raise fail(what, where=str(path), expected="lines of KEY: VALUE", got=" ".join(str(error).split())) from error

@@ -22,7 +22,8 @@ from rewarded_lines.planning.plan import Plan
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
-from rewarded_lines.summaries.tables import points_sheet, scope_note, weights_text, with_unit
+from rewarded_lines.summaries.tables import points_sheet
+from rewarded_lines.summaries.texts import scope_note, weights_text, with_unit
 
 FIGURE = "front.png"
 _SAME = 1e-9
@@ -257,9 +258,10 @@ def _caption(place: Place, summary: Summary) -> str:
 def _drawn(summary: Summary) -> bytes:
     """Return the figure; nothing where matplotlib is not installed: a card can do without."""
     from rewarded_lines.drawing.fronts import front_figure
-    from rewarded_lines.drawing.style import figure_bytes
+    from rewarded_lines.drawing.style import figure_bytes, house_style
 
     try:
-        return figure_bytes(front_figure(summary), "png")
+        with house_style():
+            return figure_bytes(front_figure(summary), "png")
     except UserError:
         return b""

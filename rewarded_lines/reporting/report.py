@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rewarded_lines.drawing.figures import NAMES, figures
-from rewarded_lines.drawing.residuals import run_depth_figure
-from rewarded_lines.drawing.style import FORMATS, PAPER, check_style, figure_bytes
+from rewarded_lines.drawing.curves import Training, read_trainings, training_figure
+from rewarded_lines.drawing.depth import run_depth_figure
+from rewarded_lines.drawing.fronts import forgetting_figure, front_figure, kl_figure
+from rewarded_lines.drawing.parallel import parallel_figure
+from rewarded_lines.drawing.simplex import simplex_figure
+from rewarded_lines.drawing.style import FORMATS, PAPER, check_style, figure_bytes, house_style
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.setup import located
@@ -16,10 +20,14 @@ from rewarded_lines.inspecting.inspect import Inspection, inspect
 from rewarded_lines.pages.page import lacking, page
 from rewarded_lines.summaries.summary import Summary, summarise
 from rewarded_lines.summaries.tables import markdown, points_csv
-from rewarded_lines.summaries.training import read_trainings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = ("summary.json", "table.md", "points.csv")
 PAGE = "report.html"
+FIGURES = ("front", "kl", "forgetting", "simplex", "parallel", "training", "depth")
+"""Every figure that a report may have; "depth" only when it is asked for, as the weights are read for it."""
 
 
 def report(
@@ -31,10 +39,8 @@ def report(
 ) -> Summary:
     """Summarise a run and write its tables and figures into the `report/` folder in it.
 
-    An unfinished run is summarised on the points it has. Every file is replaced whole; the numbers are
-    written before the figures are drawn. Figures: the front; and where the run has the data each reward over KL, over
-    the perplexity of control texts, over the weights of three policies, parallel coordinates of four rewards or more,
-    and the training of its policies. Last comes the page, unless plotly is missing.
+    An unfinished run is summarised on the points that it has. Every file is replaced whole. The numbers are written
+    first, then the figures (see `figures`), then the page, unless plotly is missing.
 
     Args:
         run: the folder that `sweep` wrote.
@@ -42,13 +48,13 @@ def report(
             second level of the bootstrap.
         formats: of the figures: "png", "svg", "pdf".
         style: of the figures: "paper", "slides", "grey", or the path of a matplotlib style file.
-        depth: also draw scales and residuals by block, for which the weights of SFT and policies are read.
+        depth: also draw scales and residuals by block, which reads the weights of SFT and the policies.
 
     Returns:
         What summary.json holds.
 
     Raises:
-        UserError: the folder is no run or its points cannot be compared; there is no such format or style; matplotlib
+        UserError: the folder is no run or its points cannot be compared; a format or the style is unknown; matplotlib
             is not installed; or, with `depth`, SFT or a policy is not where the run says.
     """
     _check_formats(formats)
@@ -59,25 +65,48 @@ def report(
     write_json(folder / "summary.json", summary.as_dict())
     write_bytes(folder / "table.md", markdown(summary).encode())
     write_bytes(folder / "points.csv", points_csv(summary).encode())
-    for name, figure in figures(summary, read_trainings(runs), style):
-        for kind in formats:
-            write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind, style))
-    if depth:
-        figure = run_depth_figure(summary, _inspections(runs[0]), style)
-        for kind in formats:
-            write_bytes(folder / f"depth.{kind}", figure_bytes(figure, kind, style))
+    with house_style(style):
+        for name, figure in figures(summary, read_trainings(runs), _inspections(runs[0]) if depth else {}):
+            for kind in formats:
+                write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind))
     if not lacking():
         write_bytes(folder / PAGE, page(runs, summary))
     return summary
 
 
-def report_files(run: Path | str) -> list[Path]:
-    """Return the files that reports of a run have written, tables first.
+def figures(
+    summary: Summary, trainings: Sequence[Training] = (), inspections: Mapping[str, Inspection] | None = None
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of a run in the style that is held, each with its name in `FIGURES`.
+
+    The front comes always. The others come where the run has the data: each reward over KL, over the perplexity of
+    control texts, over the weights of three policies; parallel coordinates of four rewards or more; the training of its
+    policies; and depth.
 
     Args:
-        run: the run folder.
+        summary: the numbers.
+        trainings: the logs of its policies' training, if there are any.
+        inspections: of every policy against the SFT model, if depth is to be drawn.
     """
-    names = [*TABLES, PAGE, *(f"{name}.{kind}" for name in NAMES for kind in FORMATS)]
+    yield "front", front_figure(summary)
+    # The front of a single reward is drawn over KL already.
+    if len(summary.rewards) > 1:
+        yield "kl", kl_figure(summary)
+    if summary.controls:
+        yield "forgetting", forgetting_figure(summary)
+    if len(summary.policies) == 3 and (simplex := simplex_figure(summary)):
+        yield "simplex", simplex
+    if len(summary.objectives) >= 4:
+        yield "parallel", parallel_figure(summary)
+    if trainings and (training := training_figure(trainings)):
+        yield "training", training
+    if inspections:
+        yield "depth", run_depth_figure(summary, inspections)
+
+
+def report_files(run: Path | str) -> list[Path]:
+    """Return the files that reports of a run folder have written, tables first."""
+    names = [*TABLES, PAGE, *(f"{name}.{kind}" for name in FIGURES for kind in FORMATS)]
     paths = [Path(run) / "report" / name for name in names]
     return [path for path in paths if path.is_file()]
 
@@ -90,7 +119,7 @@ def _check_formats(formats: Sequence[str]) -> None:
 
 
 def _inspections(run: Run) -> Mapping[str, Inspection]:
-    """Return how far each block of each policy lies from the SFT model."""
+    """Return the inspection of every policy against the SFT model."""
     policies = run.header.get("policies", {})
     if not policies:
         raise fail("the run names no policies", where=str(run.folder), remedy="leave --depth out")

@@ -1,7 +1,7 @@
 """From the records of runs to their numbers: means, hypervolumes and differences, each with an interval.
 
-Every interval is a percentile bootstrap over prompts, the same resamples for all points: it says how far a number would
-move with other prompts. Several runs of one project, each with policies of another training seed, are resampled too.
+Every interval is a percentile bootstrap over prompts, with the same resamples for all points: it says how far a number
+would move with other prompts. Several runs of one project, with policies of other training seeds, are resampled too.
 """
 
 from __future__ import annotations
@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.config import SFT
+from rewarded_lines.config import POLICIES, SFT
 from rewarded_lines.evaluation.forgetting import perplexity
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
 from rewarded_lines.evaluation.tabulate import SEED, Table, control_sets, resamples_of, tabulate
-from rewarded_lines.fronts.comparison import (
-    MethodVolume,
-    VolumeDifference,
-    compare,
-    method_volumes,
-    sample_volumes,
-)
+from rewarded_lines.fronts.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.fronts.pareto import contributions
 from rewarded_lines.rules.spec import MergeSpec
@@ -33,11 +27,10 @@ from rewarded_lines.rules.spec import MergeSpec
 class PointSummary:
     """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
 
-    `weights` say where it stands on its curve, see `PointSpec`; α and β of its `merge` are averages over the runs.
-    `ended` is the share of responses that end by themselves, `distinct2` the share of different pairs of words among
-    all pairs of words of the responses, `perplexities` those of the sets of control texts, `forgetting` those
-    over the SFT model's, paired by text, `contribution` what the hypervolume of its method above SFT would lose without
-    it.
+    `weights` are the point's place on its curve, see `PointSpec`; α and β of its `merge` are averages over the runs.
+    `ended` is the share of responses that end by themselves. `distinct2`: see the function of this name.
+    `perplexities` are those of the sets of control texts, `forgetting` those over the SFT model's, paired by text.
+    `contribution` is what the hypervolume of its method above SFT would lose without the point.
     """
 
     method: str
@@ -128,6 +121,15 @@ class Summary:
         names = dict.fromkeys(point.method for point in self.points if point.method != SFT)
         return {name: [point for point in self.points if point.method == name] for name in names}
 
+    def merged_methods(self) -> dict[str, list[PointSummary]]:
+        """Return the methods that make a front, with their points: all but the single policies."""
+        return {name: points for name, points in self.methods().items() if name != POLICIES}
+
+    def policy_points(self) -> list[tuple[PointSummary, str]]:
+        """Return the point of each policy that was evaluated unmerged, with the policy's name."""
+        found = [next((point for point in self.points if is_policy(point, i)), None) for i in range(len(self.policies))]
+        return [(point, name) for point, name in zip(found, self.policies, strict=True) if point is not None]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as what JSON can hold."""
         return {**asdict(self), "points": [point.as_dict() for point in self.points]}
@@ -142,11 +144,11 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         level: of every interval.
 
     Raises:
-        UserError: points that were not asked the same prompts, or scores that are not finite.
+        UserError: points answered different prompts, or scores are not finite.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
-    table = tabulate(runs, seed)
+    table, policies = tabulate(runs, seed), list(first.header.get("policies", {}))
     references = _references(table, first.header.get("sweep", {}).get("references", {}))
     fronts = {name: table.samples.means[:, :, rows][..., table.objectives] for name, rows in table.methods().items()}
     volumes = sample_volumes(fronts, references, table.samples.drawn)
@@ -157,7 +159,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         prompts=len(np.unique(first.sft.prompt_index)),
         rewards=first.rewards,
         audits=[name for name in first.rewards if name not in first.objectives],
-        policies=list(first.header.get("policies", {})),
+        policies=policies,
         missing_points=len(first.header["points"]) - len(table.rows),
         resamples=resamples_of(first),
         seed=seed,
@@ -170,7 +172,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         points=_points(table, references["sft"], _control_sets(first), seed, level),
         hypervolumes=method_volumes(volumes, level),
         differences=compare(volumes, level),
-        policy_gains=_policy_gains(table, list(first.header.get("policies", {})), level),
+        policy_gains=_policy_gains(table, policies, level),
     )
 
 
@@ -178,7 +180,7 @@ def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> di
     """Return each reference point in every run and resample, [1 + resamples, runs, objectives].
 
     "sft" and "worst" are statistics of the same prompts as the points, so each resample has its own: the SFT model's
-    mean scores, and the worst mean score of any point (SFT's too) on each axis. Declared ones stay where they are.
+    mean scores, and the worst mean score of any point, SFT included, on each axis. Declared references are constant.
     """
     scores = table.samples.means[..., table.objectives]
     names = [table.rewards[index] for index in table.objectives]
@@ -189,14 +191,10 @@ def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> di
 
 
 def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float) -> list[PointSummary]:
-    means = table.means
-    shares = np.zeros(len(table.rows))
+    means, shares = table.means, np.zeros(len(table.rows))
     for rows in table.methods().values():
-        each = [
-            contributions(table.samples.means[0, run][rows][:, table.objectives], sft[0, run])
-            for run in range(sft.shape[1])
-        ]
-        shares[rows] = np.mean(each, axis=0)
+        fronts = table.samples.means[0][:, rows][..., table.objectives]
+        shares[rows] = np.mean([contributions(*one) for one in zip(fronts, sft[0], strict=True)], axis=0)
     found = {name: _perplexities(table, texts, seed, means.shape[0] - 1) for name, texts in control.items()}
     controls = {name: values for name, values in found.items() if values is not None}
     points = []
@@ -248,8 +246,10 @@ def _control_sets(run: Run) -> dict[str, slice]:
 
 
 def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
-    """Return the perplexity of some control texts at each point, [1 + resamples of the texts, points]; None where no
-    token is predicted."""
+    """Return the perplexity of some control texts at each point, [1 + resamples of the texts, points].
+
+    It is None where no token is predicted at some point.
+    """
     sums = [[_predicted(point, texts) for point in row] for row in table.rows]
     if not all(len(one) for row in sums for one in row):
         return None
@@ -259,7 +259,7 @@ def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.n
 
 
 def _predicted(point: Point, texts: slice) -> np.ndarray:
-    """Return the sums of the control texts of which a token is predicted: without one there is no perplexity."""
+    """Return the sums of the control texts of which at least one token is predicted."""
     sums = np.zeros((0, 2)) if point.control is None else point.control[texts]
     return sums[sums[:, 1] > 0]
 
@@ -273,8 +273,7 @@ def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[P
     means = table.means
     gains = []
     for index, policy in enumerate(policies):
-        rows = (place for place, (point, *_) in enumerate(table.rows) if is_policy(point.spec, index))
-        place = next(rows, None)
+        place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)
         if place is not None:
             change = means[:, place] - means[:, 0]
             scores = {name: estimate_samples(change[:, k], level) for k, name in enumerate(table.rewards)}

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.summaries.summary import summarise
-from rewarded_lines.summaries.tables import rich_table, sheets
+from rewarded_lines.summaries.tables import sheets
 
 MANY = {
     name: (alpha, beta)
@@ -46,7 +46,7 @@ def test_tables_fit_and_cut_no_number(make_run, kind):
         console = Console(width=width)
         with console.capture() as capture:
             for sheet in sheets(summary):
-                console.print(rich_table(sheet))
+                console.print(sheet)
         text = capture.get()
         assert too_long(text, width) == [] and cut(text) == []
         # Whatever the shape, every point is there with every reward: one row for each table that it takes.

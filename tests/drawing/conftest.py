@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
 import pytest
 from invented_runs import synthetic_run
 
+from rewarded_lines.drawing.style import house_style
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.summaries.summary import Summary, summarise
+
+
+@pytest.fixture(autouse=True)
+def paper() -> Iterator[None]:
+    """Hold the style in which figures are drawn."""
+    pytest.importorskip("matplotlib")
+    with house_style():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.curves import training_figure
-from rewarded_lines.summaries.training import Training
+from rewarded_lines.drawing.curves import Training, training_figure
 
 PPO = {"objective/scores": [math.nan, 0.1, 0.5], "objective/kl": [math.nan, 0.0, 2.0]}
 RLOO = {"reward": [math.nan, 0.1, 0.5], "kl": [math.nan, 0.0, 0.1]}

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.figures import NAMES, figures
+from rewarded_lines.drawing.curves import Training
 from rewarded_lines.drawing.style import figure_bytes
+from rewarded_lines.reporting.report import FIGURES, figures
 from rewarded_lines.summaries.summary import Summary
-from rewarded_lines.summaries.training import Training
 
 MakeSummary = Callable[..., Summary]
 LOG = Training("cheerful", 0, [1, 2], {"reward": [0.1, 0.5], "kl": [0.0, 0.1]}, True)
@@ -47,7 +47,12 @@ def test_a_run_has_the_figures_that_it_has_data_for(
     make_summary: MakeSummary, options: dict[str, Any], expected: list[str]
 ) -> None:
     made = [name for name, _ in figures(make_summary(points=3, **options), [])]
-    assert made == expected and set(made) <= set(NAMES)
+    assert made == expected and set(made) <= set(FIGURES)
+
+
+def test_audits_make_no_front(make_summary: MakeSummary) -> None:
+    audited = replace(make_summary(rewards=4, policies=4, points=3), audits=["polite"])
+    assert "parallel" not in dict(figures(audited))
 
 
 def test_logs_of_training_are_drawn(make_summary: MakeSummary) -> None:

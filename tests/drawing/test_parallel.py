@@ -1,4 +1,4 @@
-"""Parallel coordinates: from which number of rewards, how axes are scaled, what colours mean."""
+"""Parallel coordinates: how axes are scaled, what colours mean."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ MakeSummary = Callable[..., Summary]
 
 def paths(axes) -> list:
     return [line for line in axes.lines if len(line.get_xdata()) == 4]
-
-
-def test_fewer_rewards_have_none(make_summary: MakeSummary) -> None:
-    assert parallel_figure(make_summary(rewards=3, points=5)) is None
-    audited = replace(make_summary(rewards=4, policies=4, points=3), audits=["polite"])
-    assert parallel_figure(audited) is None
 
 
 def test_axes_run_from_the_lowest_to_the_highest_mean(make_summary: MakeSummary, check_layout: Callable) -> None:

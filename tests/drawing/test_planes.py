@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.planes import KL, PERPLEXITY, axis_label, columns_of, prepare, staircase
-from rewarded_lines.drawing.style import house_style
+from rewarded_lines.drawing.planes import KL, PERPLEXITY, axis_label, prepare, spread, staircase
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.summaries.summary import Summary
 
@@ -35,8 +34,7 @@ def test_nothing_is_shaded_where_nothing_beats_the_reference() -> None:
 
 
 def test_of_many_methods_the_first_and_the_best_are_chosen(make_summary: MakeSummary) -> None:
-    with house_style():
-        few, many = prepare(make_summary(points=5)), prepare(make_summary(points=5, methods=MANY))
+    few, many = prepare(make_summary(points=5)), prepare(make_summary(points=5, methods=MANY))
     assert few.chosen == ("soup", "lines")
     volumes = {row.method: row.hypervolume.value for row in many.summary.hypervolumes if row.reference == "sft"}
     assert many.chosen == ("m0", max(volumes, key=volumes.__getitem__))
@@ -57,6 +55,9 @@ def test_axes_say_name_unit_and_direction(make_summary: MakeSummary, name: str, 
     assert axis_label(name, summary) == one and axis_label(name, summary, lines=2) == two
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3)), (7, (3, 3))])
-def test_grids_of_panels(count: int, expected: tuple[int, int]) -> None:
-    assert columns_of(count, 3) == expected
+def test_spread_keeps_the_ends(make_summary: MakeSummary) -> None:
+    points = make_summary(points=11).methods()["soup"]
+    assert [point.lam for point in spread(points)] == [0.0, 0.2, 0.5, 0.8, 1.0]
+    assert [point.lam for point in spread(points, 1)] == [0.5]
+    assert spread(points[:2]) == points[:2]
+    assert spread(points[:1]) == points[:1]

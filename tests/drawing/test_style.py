@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewarded_lines.drawing.style import COLOURS, MARKERS, STYLES, blank_figure, check_style, house_style, looks
+from rewarded_lines.drawing.style import (
+    COLOURS,
+    MARKERS,
+    STYLES,
+    blank_figure,
+    check_style,
+    columns_of,
+    house_style,
+    looks,
+)
 from rewarded_lines.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -134,3 +143,10 @@ def test_styles_can_be_checked_without_matplotlib(tmp_path: Path, monkeypatch: p
     check_style(str(tmp_path / "mine.mplstyle"))
     with pytest.raises(UserError, match="no such style"):
         check_style("gray-ish-thing")
+    with pytest.raises(UserError, match=r"pip install 'rewarded-lines\[report\]'"), house_style():
+        pass
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3)), (7, (3, 3))])
+def test_grids_of_panels(count: int, expected: tuple[int, int]) -> None:
+    assert columns_of(count, 3) == expected

@@ -16,7 +16,7 @@ from rewarded_lines.evaluation.records import load_run, read_point, write_point
 from rewarded_lines.fronts.intervals import interval, resample_means
 from rewarded_lines.fronts.pareto import hypervolume
 from rewarded_lines.summaries.summary import Summary, summarise
-from rewarded_lines.summaries.tables import scope_note
+from rewarded_lines.summaries.texts import scope_note
 
 MakeRun = Callable[..., Path]
 

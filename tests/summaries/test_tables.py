@@ -16,7 +16,8 @@ from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
-from rewarded_lines.summaries.tables import Sheet, interval_text, markdown, points_csv, rich_table, scope_note, sheets
+from rewarded_lines.summaries.tables import Sheet, markdown, points_csv, sheets
+from rewarded_lines.summaries.texts import interval_text, scope_note
 
 MakeRun = Callable[..., Path]
 
@@ -29,7 +30,7 @@ def summary(make_run: MakeRun) -> Summary:
 def shown(summary: Summary) -> str:
     console = Console(width=80, file=io.StringIO(), record=True)
     for sheet in sheets(summary):
-        console.print(rich_table(sheet))
+        console.print(sheet)
     return console.export_text()
 
 
@@ -221,10 +222,11 @@ def test_the_figure_names_baselines(make_run: MakeRun, policies: int) -> None:
 def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
     pytest.importorskip("matplotlib")
     from rewarded_lines.drawing.fronts import front_figure
-    from rewarded_lines.drawing.style import figure_bytes
+    from rewarded_lines.drawing.style import figure_bytes, house_style
 
     run = load_run(make_run(points=2, resamples=100))
     single = replace(run.methods()["soup"][1], spec=PointSpec("policies", MergeSpec((1.0, 0.0), 1.0, 0.0), "cheerful"))
-    figure = front_figure(summarise(replace(run, points=[run.sft, single])))
-    assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
-    assert figure_bytes(figure, "svg")
+    with house_style():
+        figure = front_figure(summarise(replace(run, points=[run.sft, single])))
+        assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
+        assert figure_bytes(figure, "svg")

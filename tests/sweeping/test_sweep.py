@@ -13,15 +13,15 @@ from tiny_models import perturb, save_model
 
 from rewarded_lines import merge, sweep
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.drawing.residuals import schedules
+from rewarded_lines.drawing.depth import schedules
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.bench import Bench
 from rewarded_lines.evaluation.records import load_run, read_point
 from rewarded_lines.folders import folder_lock
-from rewarded_lines.summaries.names import method_labels
 from rewarded_lines.summaries.summary import summarise
 from rewarded_lines.summaries.tables import markdown, points_csv
+from rewarded_lines.summaries.texts import method_labels
 from rewarded_lines.sweeping.choose import command_for
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rewarded_lines.drawing.curves import Training, read_trainings
 from rewarded_lines.evaluation.records import Run
 from rewarded_lines.folders import METRICS_FILE
-from rewarded_lines.summaries.training import Training, read_trainings
 
 LINES = [
     {"step": 0, "max_steps": 2, "seconds": 0.1},

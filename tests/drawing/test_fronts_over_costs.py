@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.costs import forgetting_figure, kl_figure
+from rewarded_lines.drawing.fronts import forgetting_figure, kl_figure
 from rewarded_lines.fronts.intervals import Estimate
 from rewarded_lines.summaries.summary import Summary
 
@@ -44,13 +44,9 @@ def test_the_root_of_kl_is_drawn_also_below_zero(make_summary: MakeSummary) -> N
     assert 0.0 in axes.get_xticks()
 
 
-def test_without_control_texts_there_is_no_forgetting(make_summary: MakeSummary) -> None:
-    assert forgetting_figure(make_summary(points=5)) is None
-
-
 def test_perplexities_that_lie_close_are_drawn_as_they_are(make_summary: MakeSummary) -> None:
     figure = forgetting_figure(make_summary(points=5, control=1.0))
-    assert figure is not None and figure.axes[0].get_xscale() == "linear"
+    assert figure.axes[0].get_xscale() == "linear"
     assert figure.axes[0].get_xlabel() == "control perplexity [per token]\nlower is better"
 
 

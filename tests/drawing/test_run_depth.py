@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.drawing.residuals import run_depth_figure, schedules
+from rewarded_lines.drawing.depth import run_depth_figure, schedules
 from rewarded_lines.inspecting.inspect import Inspection, Level, Residual, Sum
 from rewarded_lines.summaries.summary import Summary
 

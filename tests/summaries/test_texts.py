@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.summaries.names import merged_methods, method_label, method_labels, policy_points, spread
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
+from rewarded_lines.summaries.texts import method_label, method_labels
 
 
 @pytest.fixture
@@ -69,13 +69,5 @@ def test_methods_of_one_label_have_their_names_before_it(summary: Summary) -> No
 
 def test_single_policies_are_no_method(summary: Summary) -> None:
     alone = replace(summary.methods()["soup"][0], method="policies")
-    assert list(merged_methods(replace(summary, points=[*summary.points, alone]))) == ["soup", "lines"]
-    assert [name for _, name in policy_points(summary)] == ["cheerful", "detailed"]
-
-
-def test_spread_keeps_the_ends(summary: Summary) -> None:
-    points = summary.methods()["soup"]
-    assert [point.lam for point in spread(points)] == [0.0, 0.2, 0.5, 0.8, 1.0]
-    assert [point.lam for point in spread(points, 1)] == [0.5]
-    assert spread(points[:2]) == points[:2]
-    assert spread(points[:1]) == points[:1]
+    assert list(replace(summary, points=[*summary.points, alone]).merged_methods()) == ["soup", "lines"]
+    assert [name for _, name in summary.policy_points()] == ["cheerful", "detailed"]
