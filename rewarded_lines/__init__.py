@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "merge": "rewarded_lines.merging.merge",
-    "push": "rewarded_lines.publishing.hub",
+    "push": "rewarded_lines.publishing.push",
     "inspect": "rewarded_lines.inspecting.inspect",
     "sweep": "rewarded_lines.sweeping.sweep",
     "score": "rewarded_lines.sweeping.score",

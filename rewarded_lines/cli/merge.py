@@ -160,7 +160,7 @@ def merge(
     rewarded-lines merge --lam 0.3 --push-to-hub me/my-merge --private
         the token comes from HF_TOKEN or `hf auth login`
     """
-    from rewarded_lines.publishing.cards import card_additions
+    from rewarded_lines.publishing.card_additions import card_additions
 
     if record is not None:
         _refuse_beside(ctx, "--from", "makes a merge again as it was", _WITH_RECORD)

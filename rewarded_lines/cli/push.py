@@ -51,7 +51,7 @@ class Destination:
                 got=f"{outputs}",
                 remedy="merge without it, then upload each folder: rewarded-lines push FOLDER OWNER/NAME",
             )
-        from rewarded_lines.publishing.hub import check_ready, check_repository
+        from rewarded_lines.publishing.push import check_ready, check_repository
 
         check_repository(repository)
         check_ready()
@@ -59,7 +59,7 @@ class Destination:
 
     def push(self, folder: Path, quiet: bool) -> str:
         """Upload a merged folder; return the address of the commit."""
-        from rewarded_lines.publishing.hub import push as upload
+        from rewarded_lines.publishing.push import push as upload
 
         with stdout_for_results():
             return upload(folder, self.repository, private=self.private, revision=self.revision, quiet=quiet)

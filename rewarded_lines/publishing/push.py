@@ -1,7 +1,6 @@
-"""The verb `push`: a merged folder uploaded to the Hub; what has arrived there is not sent again.
+"""The verb `push`: upload a merged folder to the Hub; what has arrived there is not sent again.
 
-Tokens come from HF_TOKEN or the Hub's login file, and are the Hub library's own business: none is taken, shown or kept
-here.
+The Hub's library reads the token from HF_TOKEN or its login file; no token is taken, shown or kept here.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from rewarded_lines.merging.input_cards import CARD_FILE
 from rewarded_lines.merging.provenance import RECORD_FILE
 
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
-# Weights and settings of what was there before would be loaded in place of ours, or beside them.
+# Files of an earlier model in the repository, which would be loaded in place of ours or beside them.
 _REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json"]
 _REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
@@ -31,18 +30,18 @@ _REMEDIES = {
 def push(
     folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, quiet: bool = False
 ) -> str:
-    """Upload a merged folder, card and figure included, to a model repository of the Hub, made if it is not there.
+    """Upload a merged folder, with its card and figure, to a model repository of the Hub, made if it does not exist.
 
-    Everything in the folder is uploaded but hidden files; `merge.json` names the inputs' folders as they are here.
-    An upload that failed or was killed goes on when it is started again: files and, with hf-xet, pieces of files that
-    have arrived are not sent a second time. The branch changes only when all is there; weights of an earlier model
-    leave it then.
+    All files are uploaded except hidden ones; `merge.json` has the paths of the inputs on this machine. An upload that
+    failed or was killed goes on when it is started again: files that have arrived are not sent a second time, nor are
+    pieces of files if hf-xet is installed. The branch changes only when everything has arrived; the weights of an
+    earlier model are deleted in the same commit.
 
     Args:
         folder: that `merge` wrote.
         repository: its Hub id, `owner/name`.
-        private: make a repository that only its owner sees; one that is there stays as it is.
-        revision: the branch, made if it is not there; by default `main`.
+        private: make a repository that only its owner sees; an existing repository stays as it is.
+        revision: the branch, made if it does not exist; by default `main`.
         quiet: show no progress.
 
     Returns:
@@ -64,14 +63,14 @@ def push(
 
 
 def check_repository(repository: str, option: str = "--push-to-hub") -> None:
-    """Refuse what cannot be the id of a repository.
+    """Refuse a text that cannot be the id of a repository.
 
     Args:
         repository: as the user wrote it.
-        option: where.
+        option: where the user wrote it.
 
     Raises:
-        UserError: likewise.
+        UserError: it is no id.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -87,10 +86,10 @@ def check_repository(repository: str, option: str = "--push-to-hub") -> None:
 
 
 def check_ready() -> None:
-    """Refuse to begin without a token, or where the Hub's library is told to stay offline.
+    """Refuse to begin without a token, or when the Hub's library must stay offline.
 
     Raises:
-        UserError: likewise.
+        UserError: one of both.
     """
     from huggingface_hub import constants, get_token
 
@@ -143,7 +142,7 @@ def _upload(folder: Path, repository: str, private: bool, revision: str | None) 
 
 @contextmanager
 def _hub_library(quiet: bool) -> Iterator[None]:
-    """Keep the Hub's library from saying more than its progress: its notices hold addresses that let others in."""
+    """Let the Hub's library show only its progress: its notices hold addresses that let others in."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     silent, verbosity = are_progress_bars_disabled(), logging.get_verbosity()

@@ -1,4 +1,7 @@
-"""What the command line adds to the cards of a merge: a run that knows it, and the Hub id that it will have."""
+"""What the command line adds to the cards of a merge: a run that knows it, and the Hub id that it will have.
+
+It stands apart from `run_card` because most merges have no run, and must not load the libraries that read runs.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,20 @@ def card_additions(run: Path | None, project: Path, repository: str | None) -> A
     """Return what the cards of a merge show beside what the merge knows, for `merge` and `replay`; None for nothing.
 
     Args:
-        run: a run that the user has named, which must be one of the same base and policies.
-        project: the project file; a finished run in the folder `sweep` beside it is taken where it is one of these.
+        run: a run that the user named; it must have the same base and policies.
+        project: the project file. A finished run in the folder `sweep` beside it is taken if it has the same models.
         repository: the Hub id that the merged folder will have.
 
     Raises:
-        UserError: the user has named something that is no run.
+        UserError: the user named something that is no run.
     """
-    # Runs are read with libraries that other merges do without.
-    if run is None and not (project.is_file() and (project.parent / RUN_FOLDER).is_dir()):
-        if repository is None:
-            return None
-        named = CardAddition(repository=repository)
-        return lambda plan: lambda spec: named
-    from rewarded_lines.publishing.run_cards import run_card
+    card = None
+    if run is not None or (project.is_file() and (project.parent / RUN_FOLDER).is_dir()):
+        from rewarded_lines.publishing.run_card import run_card
 
-    card = run_card(run, project.parent / RUN_FOLDER)
+        card = run_card(run, project.parent / RUN_FOLDER)
+    if card is None and repository is None:
+        return None
 
     def additions(plan: Plan) -> Callable[[MergeSpec], CardAddition]:
         addition = card.additions(plan) if card else lambda spec: CardAddition()

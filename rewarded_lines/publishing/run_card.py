@@ -1,18 +1,17 @@
-"""What a run adds to the card of a merge: the scores of that very merge, or of the nearest, and the run's figure.
+"""What a run adds to the card of a merge: the scores of that merge or of the nearest points, and the run's figure.
 
-Only a run of the same weights, by their hashes, has anything to say of a merge.
+A run is used only if its base and policies have the same hashes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
-from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, listed_points, load_run, read_header
@@ -29,24 +28,20 @@ FIGURE = "front.png"
 _SAME = 1e-9
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a merge lies among the points of a run: the point that it is, if it was evaluated, and those near it."""
-
-    exact: PointSummary | None
-    near: list[PointSummary]
+Place = tuple[PointSummary | None, list[PointSummary]]
+"""The point of a run that a merge is, or None if it was not evaluated, and the points near it."""
 
 
 class RunCard:
     """One run, ready to say what it knows of merges."""
 
     def __init__(self, folder: Path, required: bool) -> None:
-        """Read what the run is.
+        """Read the run's header.
 
         Args:
             folder: of the run.
-            required: the user has named it, so that it must belong to the merge; its numbers are computed where its
-                report does not have them. A run that was only found beside the project says what its report says.
+            required: the user named the run, so that it must belong to the merge; its numbers are computed where its
+                report does not have them. A run that was only found beside the project adds what its report has.
 
         Raises:
             UserError: the folder is no run.
@@ -63,7 +58,7 @@ class RunCard:
         """Return what the run adds to the card of each merge of a plan; see `rewarded_lines.merging.cards`.
 
         Raises:
-            UserError: the run was named by the user, and is one of other models.
+            UserError: the user named the run, and it is one of other models.
         """
         if self._required:
             self._names(plan)
@@ -81,7 +76,7 @@ class RunCard:
         parts = ["## Scores", _opening(place, self._header, summary), _table(place, summary)]
         if figure:
             parts += [f"![The fronts of the run]({FIGURE})", _caption(place, summary)]
-        return CardAddition("\n\n".join(part for part in parts if part), {FIGURE: figure} if figure else {})
+        return CardAddition("\n\n".join(parts), {FIGURE: figure} if figure else {})
 
     def _names(self, plan: Plan) -> dict[str, str] | None:
         """Return the plan's name of every policy of the run, or None where the run is one of other models."""
@@ -155,8 +150,8 @@ def run_card(run: Path | None, usual: Path) -> RunCard | None:
 def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Summary) -> Place:
     """Return where a merge lies among the points of a run.
 
-    Near an evaluated point are its neighbours on its own curve; near one that is not, the two points of its rule with
-    the least Σ|Δλᵢ| + |Δα| + |Δβ|.
+    If the merge was evaluated, its neighbours on its own curve are near it. If not, near it are the two points of its
+    rule with the least Σ|Δλᵢ| + |Δα| + |Δβ|.
 
     Args:
         spec: of the merge, its weights in the order of the run's policies.
@@ -167,17 +162,17 @@ def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Su
     alike = [point for point in summary.points if _same_rule(spec, specs[_name(point)])]
     near = sorted(alike, key=lambda point: _distance(spec, specs[_name(point)]))
     if not near or _distance(spec, specs[_name(near[0])]) > _SAME or spec.outside != "alpha":
-        return Place(None, near[:2])
+        return None, near[:2]
     curve = [point for point in summary.methods()[near[0].method] if point.weights]
     if len(summary.policies) == 2:
         here = curve.index(near[0])
-        return Place(near[0], [*curve[max(0, here - 1) : here], *curve[here + 1 : here + 2]])
+        return near[0], [*curve[max(0, here - 1) : here], *curve[here + 1 : here + 2]]
     others = [point for point in curve if point is not near[0]]
-    return Place(near[0], sorted(others, key=lambda point: _distance(spec, specs[_name(point)]))[:2])
+    return near[0], sorted(others, key=lambda point: _distance(spec, specs[_name(point)]))[:2]
 
 
 def read_summary(path: Path) -> Summary | None:
-    """Return the points of a report's summary.json; None where it is not there, or of another version."""
+    """Return the points of a report's summary.json; None where it is missing or of another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = [PointSummary.from_dict(entry) for entry in content["points"]]
@@ -187,7 +182,7 @@ def read_summary(path: Path) -> Summary | None:
 
 
 def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, Any]) -> bool:
-    """Say whether a summary is that of a run as it is now: this run alone, all its points, and none newer."""
+    """Say whether a summary has this run alone, all its points, and none that was written later."""
     told = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point in summary.points)
     listed = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point, _ in listed_points(header))
     written = path.stat().st_mtime_ns
@@ -200,7 +195,7 @@ def _name(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]
 
 
 def _same_rule(spec: MergeSpec, point: PointSpec) -> bool:
-    """Say whether a point's residuals are joined as the merge's are; SFT's and baselines' are not joined."""
+    """Say whether a point's residuals are joined by the merge's rule; SFT and baselines have no residuals joined."""
     one, other = METHODS[spec.method], METHODS[point.merge.method]
     same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.merge.options)
     return same and len(point.merge.weights) == len(spec.weights)
@@ -214,49 +209,50 @@ def _distance(spec: MergeSpec, point: PointSpec) -> float:
 
 def _opening(place: Place, header: Mapping[str, Any], summary: Summary) -> str:
     """Say what was measured, and how."""
-    if place.exact:
+    exact, near = place
+    if exact:
         first = "This merge was evaluated"
-    elif place.near:
+    elif near:
         first = "This very merge was not evaluated. These points, the nearest to it, were evaluated"
     else:
         first = "This merge was not evaluated, nor any by its rule. The SFT model was evaluated"
-    told = header.get("identity", {}).get("engine", {})
+    told, generation = header.get("identity", {}).get("engine", {}), header["generation"]
     versions = [f"{name} {version}" for name, version in told.get("versions", {}).items()]
-    how = [*(versions or [str(told.get("kind", ""))]), str(told.get("as", ""))]
-    how += [f"{header['generation'].get('dtype', '')}", f"temperature {header['generation'].get('temperature', 1.0):g}"]
-    how.append(f"at most {header['generation'].get('max_tokens')} tokens")
+    how = [*(versions or [str(told.get("kind", ""))]), str(told.get("as", "")), str(generation.get("dtype", ""))]
+    how.append(f"temperature {generation.get('temperature', 1.0):g}")
+    how.append(f"at most {generation.get('max_tokens')} tokens")
     title = f" of the run “{escaped(summary.title)}”" if summary.title else ""
     return f"{first} on the {summary.prompts} prompts{title} ({escaped(', '.join(filter(None, how)))})."
 
 
 def _table(place: Place, summary: Summary) -> str:
     """Return the scores of SFT, of the merge, and of the points near it, with half their intervals, and the notes."""
-    chosen = [*([place.exact] if place.exact else []), *place.near]
-    ordered = [point for point in summary.points if point.method == SFT or any(point is one for one in chosen)]
+    exact, near = place
+    shown = [summary.sft, exact, *near]
+    ordered = [point for point in summary.points if any(point is one for one in shown)]
     sheet = points_sheet(replace(summary, points=ordered))
-    rows = [[escaped(cell) for cell in row] for row in sheet.rows]
-    if place.exact:
-        row = rows[next(index for index, point in enumerate(ordered) if point is place.exact)]
-        row[:] = [f"**{cell}**" if cell else "" for cell in [f"{row[0]}, this model", *row[1:]]]
-    headings = [escaped(heading) for heading in sheet.headings]
+    headings, *rows = ([escaped(cell) for cell in row] for row in (sheet.headings, *sheet.rows))
+    for point, row in zip(ordered, rows, strict=True):
+        if point is exact:
+            row[:] = [f"**{cell}**" if cell else "" for cell in [f"{row[0]}, this model", *row[1:]]]
     notes = f"{escaped(sheet.note)} {escaped(scope_note(summary))}"
     return table([headings, *rows], right=range(1, len(headings))) + f"\n\n{notes}"
 
 
 def _caption(place: Place, summary: Summary) -> str:
     """Say where in the figure the merge lies."""
-    if not place.exact:
+    exact, _ = place
+    if not exact:
         return "*The fronts of the run; this merge is none of its points.*"
     scores = [
-        f"{escaped(with_unit(name, unit))} {place.exact.rewards[name].value:.4g}"
-        for name, unit in summary.objectives.items()
+        f"{escaped(with_unit(name, unit))} {exact.rewards[name].value:.4g}" for name, unit in summary.objectives.items()
     ]
-    point = f"the point λ = {escaped(weights_text(place.exact))} of {escaped(place.exact.method)}"
+    point = f"the point λ = {escaped(weights_text(exact))} of {escaped(exact.method)}"
     return f"*The fronts of the run; this model is {point}: {', '.join(scores)}.*"
 
 
 def _drawn(summary: Summary) -> bytes:
-    """Return the figure; nothing where matplotlib is not installed: a card can do without."""
+    """Return the figure; nothing where matplotlib is not installed, since a card can do without it."""
     from rewarded_lines.drawing.fronts import front_figure
     from rewarded_lines.drawing.style import figure_bytes, house_style
 
