@@ -35,6 +35,7 @@ WINGS = [
 ]
 GROUND = [
     *("config", "doctor", "doctor_probes", "errors", "folders", "processes", "progress", "projects", "references"),
+    "signatures",
 ]
 
 

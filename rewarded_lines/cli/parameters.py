@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from rewarded_lines.evaluation.sweep_options import takes_sweep_options
-from rewarded_lines.rules.methods import METHODS
 
 _RUN_FILE = "run.json"
 # Folders looked into for runs, below the one that is half typed.
@@ -30,13 +29,6 @@ def offer(*words: str) -> Callable[[str], list[str]]:
 
 engines = offer("vllm", "hf")
 outsides = offer("alpha", "depth")
-kinds = offer("auto", "full", "adapter")
-dtypes = offer("auto", "float32", "bfloat16", "float16")
-
-
-def merge_methods(incomplete: str) -> list[tuple[str, str]]:
-    """Return the merge methods that begin so, with their summaries."""
-    return [(name, row.summary) for name, row in METHODS.items() if name.startswith(incomplete)]
 
 
 def run_folders(incomplete: str) -> list[str]:
@@ -78,13 +70,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 def with_sweep_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of `SweepOptions`; see `takes_sweep_options`."""
-    return takes_sweep_options(without, _as_option)
+    return takes_sweep_options(without, as_option)
 
 
-def _as_option(option: Field[Any], kind: Any) -> Any:
-    facts = dict(option.metadata)
-    words = facts.pop("offers", None)
-    return Annotated[kind, typer.Option(**facts, autocompletion=offer(*words) if words else None)]
+def as_option(field: Field[Any], kind: Any) -> Any:
+    """Return the annotation of a parameter that is the option of a field.
+
+    The field's metadata are what `typer.Option` takes. Beside them `typed` is the type that the command line reads,
+    where it is another one, and `offers` are the words that shells offer, or a function that returns them.
+    """
+    facts = dict(field.metadata)
+    kind, words = facts.pop("typed", kind), facts.pop("offers", None)
+    # Without this spelling typer adds a `--no-...` to switches, and keeps the underscore of `as_`.
+    flag = facts.pop("flag", f"--{field.name.strip('_').replace('_', '-')}")
+    completion = offer(*words) if isinstance(words, tuple) else words
+    return Annotated[kind, typer.Option(flag, **facts, autocompletion=completion)]
 
 
 def _folders(start: Path, begun: str) -> Iterator[Path]:

@@ -9,18 +9,31 @@ from typing import Annotated
 import typer
 
 from rewarded_lines.cli.display import show_json, show_line, stdout_for_results
-from rewarded_lines.cli.parameters import AsJson, Quiet
+from rewarded_lines.cli.parameters import AsJson, Quiet, run_folders
 from rewarded_lines.errors import fail
+from rewarded_lines.merging.merge_options import option
 
 _PANEL = "Publishing"
-Private = Annotated[
-    bool,
-    typer.Option("--private", help="Upload into a repository that only its owner sees.", rich_help_panel=_PANEL),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(metavar="BRANCH", help="Upload to this branch; main by default.", rich_help_panel=_PANEL),
-]
+_PRIVATE = "Upload into a repository that only its owner sees."
+_REVISION = "Upload to this branch; main by default."
+
+
+@dataclass(frozen=True)
+class MergePublishing:
+    """What the model card of a merge shows beside it, and where the merged folder is uploaded."""
+
+    run: Path | None = option(
+        None,
+        "A run of these policies: the model card shows the scores of this merge, and the figure. "
+        "Default: `sweep` beside the project file, if it is one and has its report.",
+        rich_help_panel=_PANEL,
+        offers=run_folders,
+    )
+    push_to_hub: str | None = option(
+        None, "Upload the merged folder to the Hub.", metavar="OWNER/NAME", rich_help_panel=_PANEL
+    )
+    private: bool = option(False, _PRIVATE, rich_help_panel=_PANEL)
+    revision: str | None = option(None, _REVISION, metavar="BRANCH", rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True)
@@ -32,16 +45,16 @@ class Destination:
     revision: str | None
 
     @classmethod
-    def checked(cls, repository: str | None, private: bool, revision: str | None, outputs: int) -> Destination | None:
+    def checked(cls, asked: MergePublishing, outputs: int) -> Destination | None:
         """Return where the outputs of a merge go; None where they stay here.
 
         Raises:
             UserError: all that can be known to be wrong before anything is merged.
         """
-        if repository is None:
-            if private or revision:
-                option = "--private" if private else "--revision"
-                raise fail("nothing is uploaded", where=option, remedy="add --push-to-hub OWNER/NAME")
+        if asked.push_to_hub is None:
+            if asked.private or asked.revision:
+                where = "--private" if asked.private else "--revision"
+                raise fail("nothing is uploaded", where=where, remedy="add --push-to-hub OWNER/NAME")
             return None
         if outputs > 1:
             raise fail(
@@ -53,9 +66,9 @@ class Destination:
             )
         from rewarded_lines.publishing.push import check_ready, check_repository
 
-        check_repository(repository)
+        check_repository(asked.push_to_hub)
         check_ready()
-        return cls(repository, private, revision)
+        return cls(asked.push_to_hub, asked.private, asked.revision)
 
     def push(self, folder: Path, quiet: bool) -> str:
         """Upload a merged folder; return the address of the commit."""
@@ -68,8 +81,8 @@ class Destination:
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the Hub.", show_default=False)],
-    private: Private = False,
-    revision: Revision = None,
+    private: Annotated[bool, typer.Option("--private", help=_PRIVATE)] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help=_REVISION)] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

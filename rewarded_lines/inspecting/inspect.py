@@ -10,12 +10,12 @@ from pathlib import Path
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
 from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import UserError
 from rewarded_lines.inspecting.subject import open_subject
 from rewarded_lines.measuring.norms import Distance, distances
 from rewarded_lines.planning.plan import OUTSIDE, choose
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rules.lines import Outside, tensor_scale
+from rewarded_lines.rules.lines import Outside, check_schedule, tensor_scale
 from rewarded_lines.rules.spec import MergeSpec
 
 _SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
@@ -144,7 +144,8 @@ def inspect(
     Raises:
         UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
     """
-    _check_options(alpha, beta, outside)
+    check_schedule(alpha, beta)
+    choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
     subject = open_subject(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
@@ -166,17 +167,6 @@ def inspect(
         _made_by(subject.folder),
         [*subject.notes, *_nonfinite(tensors)],
     )
-
-
-def _check_options(alpha: float, beta: float, outside: str) -> None:
-    problems = [
-        Problem("not a finite number", where=option, got=str(value))
-        for option, value in (("--alpha", alpha), ("--beta", beta))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ]
-    if problems:
-        raise UserError(problems)
-    choose("--outside", outside, OUTSIDE)
 
 
 def _tensor(

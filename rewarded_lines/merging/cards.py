@@ -14,7 +14,7 @@ from typing import Any
 from rewarded_lines import __version__
 from rewarded_lines.errors import printable
 from rewarded_lines.merging.input_cards import InputCard, input_cards
-from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.merging.record import RECORD_FILE
 from rewarded_lines.planning.plan import Plan
 from rewarded_lines.rules.methods import LINES_PAPER, METHODS, SOUPS_PAPER
 from rewarded_lines.rules.spec import MergeSpec

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import scratch_folder
-from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
+    from rewarded_lines.merging.merge_options import MergeOptions
     from rewarded_lines.planning.plan import Plan
     from rewarded_lines.rules.spec import MergeSpec
 
@@ -45,12 +45,8 @@ def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> li
 def greedy_weights(
     plan: Plan,
     spec: MergeSpec,
-    score: str | Callable[[Path], float] | None,
     out: Path,
-    *,
-    automatic: bool = False,
-    allow_nonfinite: bool = False,
-    progress: Progress = SILENT,
+    how: MergeOptions,
 ) -> tuple[float, ...]:
     """Return 1/n for each of the n members of the greedy soup and 0 for the others.
 
@@ -60,34 +56,31 @@ def greedy_weights(
     Args:
         plan: base and candidates.
         spec: the schedule; its weights do not matter.
-        score: a function from a model's folder to a number, `file.py:function`, or a command.
         out: the folder that the result will have.
-        automatic: α is chosen anew for every candidate, as it will be for the output.
-        allow_nonfinite: let NaN and infinite values pass.
-        progress: is told of each soup that is tried.
+        how: `score`, and `alpha`: "auto" chooses it for every candidate, as for the output.
 
     Raises:
         UserError: no score is named, it fails, or it gives no finite number.
     """
-    if score is None:
+    if how.score is None:
         raise fail(
             "the greedy soup needs a score",
             where="--score",
             expected="a command that prints a number for a model's folder, or file.py:function",
             remedy="for example --score 'python score.py {model}'",
         )
-    judge = load_score(score)
+    judge = load_score(how.score)
     names = list(plan.policies)
 
     def score_soup(members: tuple[int, ...]) -> float:
-        progress.start(f"trying {' + '.join(names[index] for index in members)}")
+        how.progress.start(f"trying {' + '.join(names[index] for index in members)}")
         with scratch_folder(out) as folder:
             soup = replace(spec, weights=_uniform(members, len(names)))
-            if automatic:
+            if how.alpha == "auto":
                 soup = replace(soup, alpha=plan.auto_alpha([soup])[0])
             plan.prepare([soup])
             nonfinite = plan.write([soup], [folder], max_shard_size=5 * 10**9)
-            if not allow_nonfinite:
+            if not how.allow_nonfinite:
                 nonfinite.refuse()
             value = judge(folder)
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.merging.provenance import title
+from rewarded_lines.merging.record import title
 from rewarded_lines.planning.plan import Plan
 from rewarded_lines.references import looks_local
 

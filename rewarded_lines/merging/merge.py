@@ -1,33 +1,31 @@
-"""The verb `merge`: base and policies in, one complete checkpoint folder for each λ out."""
+"""The verb `merge`: base and policies in, one complete checkpoint folder for each λ out; and a merge made again."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import existing_output
-from rewarded_lines.merging.cards import Additions
+from rewarded_lines.merging.cards import CardAddition
 from rewarded_lines.merging.greedy import greedy_weights
+from rewarded_lines.merging.merge_options import MergeOptions
 from rewarded_lines.merging.output import command_line, write_folders
-from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.merging.record import RECORD_FILE, read_record
 from rewarded_lines.planning.inputs import plan_as
 from rewarded_lines.planning.plan import OUTSIDE, Plan, choose
-from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rules.lines import Outside
-from rewarded_lines.rules.methods import METHODS, OptionValue
+from rewarded_lines.rules.lines import check_schedule
+from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import check_weights, folder_name, parse_weights
 from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.signatures import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
-Score = str | Callable[[Path], float]
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,9 @@ class MergeResult:
     notes: Sequence[str] = ()
 
 
+@takes_fields(MergeOptions, "how")
 def merge(
-    base: str | Path,
-    policies: Policies,
-    lam: Weights | Sequence[Weights] | None = None,
-    *,
-    alpha: float | Literal["auto"] = 1.0,
-    beta: float = 1.0,
-    method: str = "soup",
-    options: Mapping[str, OptionValue] | None = None,
-    outside: Outside = "alpha",
-    score: Score | None = None,
-    out: str | Path | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    dry_run: bool = False,
-    layers: str | None = None,
-    extrapolate: bool = False,
-    allow_nonfinite: bool = False,
-    as_: str = "auto",
-    additions: Additions | None = None,
-    progress: Progress = SILENT,
+    base: str | Path, policies: Policies, lam: Weights | Sequence[Weights] | None = None, *, how: MergeOptions
 ) -> list[MergeResult]:
     """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
 
@@ -77,26 +55,7 @@ def merge(
         policies: folders or Hub ids, by name or as a list (named after their folders).
         lam: λ of the first of two policies, or a weight for each; a list of such for several outputs. The default is
             0.5, for a single policy 1.
-        alpha: α, the scale of the first block; "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
-        beta: β; 0 with α = 1 is plain Rewarded Soups.
-        method: a key of `rewarded_lines.rules.methods.METHODS`.
-        options: of the method, e.g. {"density": 0.2}.
-        outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
-        score: for the method "greedy", a function from a model's folder to a number, `file.py:function`, or a
-            command that prints one; higher is better.
-        out: the output folder; with several λ each gets a folder `lam=…` in it. The default is
-            `merged/lam=…` in the working directory.
-        dtype: "auto" (the widest each tensor has in the inputs), "float32", "bfloat16" or "float16".
-        device: where the arithmetic runs.
-        max_shard_size: the largest weight file, for example "5GB".
-        overwrite: replace an output that is there.
-        dry_run: do the pre-flight and say what would be written, no more.
-        layers: the pattern of the block list, for layouts that are not known.
-        extrapolate: allow weights that are negative or do not sum to 1.
-        allow_nonfinite: let NaN and infinite values pass.
-        as_: what to write: "full" models, LoRA adapters ("adapter"), or "auto": adapters if all policies are adapters.
-        additions: what the model cards show beside what the merge knows, see `rewarded_lines.publishing`.
-        progress: is told of the steps, and of the bytes that are written.
+        how: the rest; each field of `MergeOptions` may be given by its name, as in `alpha=0.5, method="ties"`.
 
     Returns:
         One result per λ, in order.
@@ -106,54 +65,102 @@ def merge(
     """
     named = name_policies(policies)
     base = expand(base)
-    choose("--outside", outside, OUTSIDE)
-    check_schedule(alpha, beta)
-    first = MergeSpec((), 0.0 if alpha == "auto" else alpha, beta, method, options or {}, outside).complete(len(named))
-    specs = [replace(first, weights=weights) for weights in _weights(lam, method, list(named), extrapolate)]
-    shard_size = parse_size(max_shard_size)
-    targets = _targets(None if out is None else Path(expand(out)), specs)
-    check_targets(targets, [base, *named.values()], overwrite)
-    progress.start("opening inputs")
-    plan = plan_as(as_, base, named, method, dtype=dtype, device=device, layers=layers)
-    addition = additions(plan) if additions else None
-    if method == "greedy" and dry_run:
+    choose("--outside", how.outside, OUTSIDE)
+    check_schedule(0.0 if how.alpha == "auto" else how.alpha, how.beta)
+    specs = _specs(lam, list(named), how)
+    parse_size(how.max_shard_size)
+    targets = _targets(None if how.out is None else Path(expand(how.out)), specs)
+    _check_targets(targets, [base, *named.values()], how.overwrite)
+    plan = _open(base, named, how)
+    addition = how.additions(plan) if how.additions else None
+    if how.method == "greedy" and how.dry_run:
         plan.notes.append("dry run: no candidate is scored, so who joins is not known")
-    elif method == "greedy":
-        weights = greedy_weights(
-            plan,
-            specs[0],
-            score,
-            targets[0],
-            automatic=alpha == "auto",
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
-        specs = [replace(specs[0], weights=weights)]
-    if alpha == "auto":
-        progress.start("choosing α")
+    elif how.method == "greedy":
+        specs = [replace(specs[0], weights=greedy_weights(plan, specs[0], targets[0], how))]
+    if how.alpha == "auto":
+        how.progress.start("choosing α")
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
-    if not dry_run:
-        progress.start("measuring residuals")
-        plan.prepare(specs)
-        settings = {
-            "as": plan.kind,
-            "dtype": dtype,
-            "max_shard_size": max_shard_size,
-            "layers": layers,
-            "command": command_line(),
-        }
-        write_folders(
-            plan,
-            specs,
-            targets,
-            settings,
-            max_shard_size=shard_size,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
-            addition=addition,
-            progress=progress,
-        )
-    return [result_of(plan, spec, None if dry_run else target) for spec, target in zip(specs, targets, strict=True)]
+    if how.dry_run:
+        return [_result(plan, spec, None) for spec in specs]
+    return _write(plan, specs, targets, how, addition)
+
+
+@takes_fields(MergeOptions, "how")
+def replay(
+    record: str | Path,
+    *,
+    base: str | None = None,
+    policies: Mapping[str, str] | None = None,
+    how: MergeOptions,
+) -> MergeResult:
+    """Make the merge again that a `merge.json` tells of: the same inputs, by their hashes, and so the same bits.
+
+    Args:
+        record: the file, or the merged folder it lies in.
+        base: where the base is now, if it has moved.
+        policies: where policies are now, by name, if they have moved.
+        how: `out` is by default the name of the record's folder and `-again`, beside it; only the `device` "cpu"
+            promises the same bits; `overwrite`, `allow_nonfinite`, `additions` and `progress` are as in `merge`. The
+            record says the rest.
+
+    Raises:
+        UserError: the record is none, an input is not what it was, or any fault that `merge` refuses.
+    """
+    path = Path(record).expanduser()
+    path = path / RECORD_FILE if path.is_dir() else path
+    told = read_record(path)
+    if strange := [name for name in policies or {} if name not in told.policies]:
+        what, known = f"the record has no policy `{strange[0]}`", ", ".join(told.policies)
+        raise fail(what, where="--policy", expected=known, got=", ".join(strange))
+    check_schedule(told.alpha, told.beta)
+    moved = {name: expand(reference) for name, reference in (policies or {}).items()}
+    named = {name: source.path for name, source in told.policies.items()} | moved
+    folder = path.resolve().parent
+    target = folder.with_name(f"{folder.name}-again") if how.out is None else Path(expand(how.out))
+    origin = expand(base or told.base.path)
+    _check_targets([target], [origin, *named.values()], how.overwrite)
+    how = replace(how, as_=told.kind, dtype=told.dtype, max_shard_size=told.max_shard_size, layers=told.layers)
+    parse_size(how.max_shard_size)
+    spec = told.merge.complete(len(named))
+    plan = _open(origin, named, replace(how, method=told.method))
+    how.progress.start("hashing inputs")
+    told.check_inputs(path, plan)
+    return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
+
+
+def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
+    how.progress.start("opening inputs")
+    return plan_as(how.as_, base, policies, how.method, dtype=how.dtype, device=how.device, layers=how.layers)
+
+
+def _write(
+    plan: Plan,
+    specs: Sequence[MergeSpec],
+    targets: Sequence[Path],
+    how: MergeOptions,
+    addition: Callable[[MergeSpec], CardAddition] | None,
+) -> list[MergeResult]:
+    """Write every output, and return what there is to say of each."""
+    how.progress.start("measuring residuals")
+    plan.prepare(specs)
+    settings = {"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers}
+    write_folders(
+        plan,
+        specs,
+        targets,
+        {**settings, "command": command_line()},
+        max_shard_size=parse_size(how.max_shard_size),
+        overwrite=how.overwrite,
+        allow_nonfinite=how.allow_nonfinite,
+        addition=addition,
+        progress=how.progress,
+    )
+    return [_result(plan, spec, target) for spec, target in zip(specs, targets, strict=True)]
+
+
+def _result(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
+    outputs, notes = plan.outputs(spec), tuple(plan.notes)
+    return MergeResult(out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), notes)
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
@@ -175,49 +182,25 @@ def name_policies(policies: Policies) -> dict[str, str]:
     return named
 
 
-def check_schedule(alpha: float | Literal["auto"], beta: float) -> None:
-    """Refuse a schedule of numbers that are none.
-
-    Raises:
-        UserError: naming the option.
-    """
-    given = {"--beta": beta} if alpha == "auto" else {"--alpha": alpha, "--beta": beta}
-    problems = [
-        Problem("not a finite number", where=option, got=str(value))
-        for option, value in given.items()
-        if not math.isfinite(value)
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def result_of(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
-    """Return what there is to say of one output."""
-    outputs = plan.outputs(spec)
-    return MergeResult(
-        out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), tuple(plan.notes)
-    )
-
-
 def expand(reference: str | Path) -> str:
     """Return a path as text, `~` replaced: the shell leaves it alone after `--base=` and `NAME=`."""
     return str(Path(reference).expanduser()) if str(reference).startswith("~") else str(reference)
 
 
-def _weights(
-    lam: Weights | Sequence[Weights] | None, method: str, names: Sequence[str], extrapolate: bool
-) -> list[tuple[float, ...]]:
-    """Return the weights of every output, as the method takes them."""
-    kind = METHODS[method].weights
+def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: MergeOptions) -> list[MergeSpec]:
+    """Return the numbers of every output, the weights as the method takes them; a chosen α comes later."""
+    alpha = 0.0 if how.alpha == "auto" else how.alpha
+    first = MergeSpec((), alpha, how.beta, how.method, how.options or {}, how.outside).complete(len(names))
+    kind = METHODS[how.method].weights
     if kind == "none":
         if lam is not None:
-            raise fail(
-                f"the method {method} sets the weights itself", where="--lam", got=str(lam), remedy="leave it out"
-            )
-        return [(1 / len(names),) * len(names)]
+            what = f"the method {how.method} sets the weights itself"
+            raise fail(what, where="--lam", got=str(lam), remedy="leave it out")
+        return [replace(first, weights=(1 / len(names),) * len(names))]
     default: Weights = 1.0 if len(names) == 1 else 0.5
-    free = extrapolate or kind == "free"
-    return _each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
+    free = how.extrapolate or kind == "free"
+    found = _each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
+    return [replace(first, weights=weights) for weights in found]
 
 
 def _each_weights(
@@ -242,7 +225,7 @@ def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
     return [parent / folder_name(spec.weights) for spec in specs]
 
 
-def check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
+def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
     """Refuse outputs that exist, or that lie in, on or around an input.
 
     Raises:

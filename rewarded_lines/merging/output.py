@@ -15,7 +15,7 @@ from rewarded_lines.errors import UserError, fail, masked
 from rewarded_lines.folders import atomic_folder, write_json
 from rewarded_lines.merging.cards import CardAddition, model_card
 from rewarded_lines.merging.input_cards import CARD_FILE
-from rewarded_lines.merging.provenance import RECORD_FILE, describe, hash_inputs
+from rewarded_lines.merging.record import RECORD_FILE, describe, hash_inputs
 from rewarded_lines.planning.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rules.spec import MergeSpec

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rewarded_lines.errors import UserError, fail, masked
 from rewarded_lines.merging.input_cards import CARD_FILE
-from rewarded_lines.merging.provenance import RECORD_FILE
+from rewarded_lines.merging.record import RECORD_FILE
 
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
 # Files of an earlier model in the repository, which would be loaded in place of ours or beside them.

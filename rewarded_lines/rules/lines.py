@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from rewarded_lines.checkpoints.layers import Place
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem, UserError, fail
 
 Outside = Literal["alpha", "depth"]
+
+
+def check_schedule(alpha: float, beta: float) -> None:
+    """Refuse a schedule whose α or β is not a finite number.
+
+    Raises:
+        UserError: naming the option.
+    """
+    problems = [
+        Problem("not a finite number", where=option, got=str(value))
+        for option, value in (("--alpha", alpha), ("--beta", beta))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> float:

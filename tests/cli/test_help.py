@@ -23,9 +23,12 @@ LIGHT = {
     "rewarded_lines.errors",
     # Of which `sweep_options` only.
     "rewarded_lines.evaluation",
+    # Of which `merge_options` only.
+    "rewarded_lines.merging",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
     "rewarded_lines.rules",
+    "rewarded_lines.signatures",
 }
 ASK = """\
 import contextlib, io, json, sys
