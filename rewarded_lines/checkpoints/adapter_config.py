@@ -1,4 +1,4 @@
-"""What an adapter_config.json says, read strictly: what may change what an adapter computes is known, or refused."""
+"""Read adapter_config.json strictly: a setting that may change what an adapter computes is known, or refused."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rewarded_lines.checkpoints.headers import damaged
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 
 ADAPTER_CONFIG = "adapter_config.json"
+MERGE_IN_PEFT = "merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints"
 _LARGEST = 1 << 20
 _LONGEST_PATTERN = 2000
 _SECONDS_OF_MATCHING = 20.0
@@ -22,9 +24,7 @@ _SECONDS_OF_MATCHING = 20.0
 _UNSAFE = re.compile(r"\)[*+{]|\(\?(?!:)|\\[1-9kK]")
 _OPEN_ENDED = re.compile(r"[*+{]")
 _MOST_OPEN_ENDED = 3
-# How training began, where that leaves the base as it was; True and False are PEFT's own ways.
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva")
-# What has no part in B·A, or is read below.
+# Settings that have no part in B·A, or that `AdapterConfig` reads.
 _KNOWN = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r lora_alpha "
     "lora_dropout rank_pattern alpha_pattern use_rslora fan_in_fan_out bias modules_to_save init_lora_weights "
@@ -47,8 +47,25 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
+def _matchable(pattern: str) -> str:
+    """Return a pattern if it is a regular expression whose match ends in time."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError("the pattern is too long")
+    if _UNSAFE.search(pattern) or len(_OPEN_ENDED.findall(pattern)) > _MOST_OPEN_ENDED:
+        raise ValueError("the pattern is too involved: no repeated groups, no lookarounds, few of * + {")
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError("the pattern is no regular expression") from error
+    return pattern
+
+
+_Rank = Annotated[int, Field(ge=1, le=_LARGEST)]
+_Limits = Field(ge=-_LARGEST, le=_LARGEST)
+_Pattern = Annotated[str, AfterValidator(_matchable)]
+
+
+class AdapterConfig(BaseModel):
     """The settings of a LoRA adapter that decide what it computes.
 
     Attributes:
@@ -60,20 +77,29 @@ class AdapterConfig:
         alpha_pattern: α by pattern.
         rslora: the scaling is α/√r instead of α/r.
         fan_in_fan_out: the layers store [in, out].
-        bias: "none", "all" or "lora_only".
+        bias: which biases were trained.
         modules_to_save: ends of the names of modules that the adapter replaces as a whole.
+        start: how training began. Other ways than these change the base; True and False are PEFT's own.
     """
 
-    content: Mapping[str, Any]
-    base: str
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
-    rslora: bool
-    fan_in_fan_out: bool
-    bias: str
-    modules_to_save: tuple[str, ...]
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    content: dict[str, Any]
+    base: str = Field("", alias="base_model_name_or_path")
+    rank: _Rank = Field(8, alias="r")
+    alpha: Annotated[float, _Limits] = Field(8.0, alias="lora_alpha")
+    rank_pattern: dict[_Pattern, _Rank] = {}
+    # Whole numbers stay whole: runs know an adapter by the hash of its settings.
+    alpha_pattern: dict[_Pattern, Annotated[int, _Limits] | Annotated[float, _Limits]] = {}
+    rslora: bool = Field(False, alias="use_rslora")
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = []
+    start: bool | Literal["gaussian", "eva"] = Field(True, alias="init_lora_weights")
+
+    def computes(self) -> dict[str, Any]:
+        """Return the settings that have a part in what the adapter computes, for its hash."""
+        return self.model_dump(exclude={"content", "base", "start"})
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor of B·A: α/r, or α/√r for rsLoRA (arXiv 2312.03732)."""
@@ -93,26 +119,16 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"an adapter of type {_shown(content.get('peft_type'))}",
             where=str(path),
             expected="LORA",
-            remedy="merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints",
+            remedy=MERGE_IN_PEFT,
         )
-    problems = [*_unknown(content, path), *_start(content, path)]
-    fields = _Fields(content, path)
-    config = AdapterConfig(
-        content=content,
-        base=fields.text("base_model_name_or_path"),
-        rank=int(fields.number("r", 8, whole=True)),
-        alpha=fields.number("lora_alpha", 8),
-        rank_pattern=fields.patterns("rank_pattern", whole=True),
-        alpha_pattern=fields.patterns("alpha_pattern"),
-        rslora=fields.flag("use_rslora"),
-        fan_in_fan_out=fields.flag("fan_in_fan_out"),
-        bias=fields.text("bias") or "none",
-        modules_to_save=fields.names("modules_to_save"),
-    )
-    if config.bias not in ("none", "all", "lora_only"):
-        problems.append(Problem("unknown value of `bias`", str(path), "none, all or lora_only", _shown(config.bias)))
-    if found := [*problems, *fields.problems]:
-        raise UserError(found)
+    problems = _unknown(content, path)
+    try:
+        given = {name: value for name, value in content.items() if value is not None}
+        config = AdapterConfig.model_validate({**given, "content": content})
+    except ValidationError as error:
+        problems += _wrong_values(error, content, path)
+    if problems:
+        raise UserError(problems)
     return config
 
 
@@ -138,108 +154,39 @@ def match_patterns(
     return found
 
 
-class _Fields:
-    """Reads values of one file, each of its type, and gathers what is wrong with them."""
-
-    def __init__(self, content: Mapping[str, Any], path: Path) -> None:
-        self.problems: list[Problem] = []
-        self._content = content
-        self._path = path
-
-    def text(self, name: str) -> str:
-        value = self._content.get(name)
-        return value if isinstance(value, str) else self._wrong(name, "text", value, "")
-
-    def flag(self, name: str) -> bool:
-        value = self._content.get(name)
-        return value if isinstance(value, bool) else self._wrong(name, "true or false", value, False)
-
-    def names(self, name: str) -> tuple[str, ...]:
-        value = self._content.get(name)
-        if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
-            return tuple(value)
-        self._wrong(name, "a list of names", value, ())
-        return ()
-
-    def number(self, name: str, default: float, whole: bool = False) -> float:
-        value = self._content.get(name)
-        if not isinstance(value, int | float) or not _is_number(value, whole):
-            self._wrong(name, _kind(whole), value, default)
-            return default
-        return float(value)
-
-    def patterns(self, name: str, whole: bool = False) -> dict[str, float]:
-        value = self._content.get(name)
-        if not isinstance(value, dict):
-            self._wrong(name, f"{_kind(whole)} by pattern", value, {})
-            return {}
-        for pattern, number in value.items():
-            if not _is_number(number, whole):
-                what = f"not a value of `{name}: {pattern[:80]}`"
-                self.problems.append(Problem(what, str(self._path), _kind(whole), _shown(number)))
-            elif reason := _refuse_pattern(pattern):
-                what = f"a pattern of `{name}` that {reason}"
-                self.problems.append(Problem(what, str(self._path), got=_shown(pattern)))
-        return value
-
-    def _wrong(self, name: str, expected: str, value: Any, default: Any) -> Any:
-        if value is not None:
-            self.problems.append(Problem(f"not a value of `{name}`", str(self._path), expected, _shown(value)))
-        return default
-
-
-def _is_number(value: Any, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        return False
-    return 1 <= value <= _LARGEST if whole else abs(value) <= _LARGEST
-
-
-def _kind(whole: bool) -> str:
-    return f"a whole number from 1 to {_LARGEST}" if whole else "a number"
-
-
-def _refuse_pattern(pattern: str) -> str:
-    """Return why a pattern is not matched: it is no regular expression, or one that can take for ever."""
-    if len(pattern) > _LONGEST_PATTERN:
-        return "is too long"
-    if _UNSAFE.search(pattern) or len(_OPEN_ENDED.findall(pattern)) > _MOST_OPEN_ENDED:
-        return "is too involved: no repeated groups, no lookarounds, few of * + {"
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError):
-        return "is no regular expression"
-    return ""
-
-
 def _unknown(content: Mapping[str, Any], path: Path) -> list[Problem]:
     """Refuse what changes the meaning of A and B, and what may do so for all that is known here."""
-    merged = "merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints"
     problems = []
     for name, value in content.items():
         if not value or name in _KNOWN:
             continue
         if name in _REFUSED:
-            problems.append(Problem(f"`{name}`: {_REFUSED[name]}", str(path), got=_shown(value), remedy=merged))
+            problems.append(Problem(f"`{name}`: {_REFUSED[name]}", str(path), got=_shown(value), remedy=MERGE_IN_PEFT))
         else:
             what = f"`{name[:80]}` is not known here, and may change what the adapter computes"
-            remedy = "take the key out if it does not; otherwise " + merged
+            remedy = "take the key out if it does not; otherwise " + MERGE_IN_PEFT
             problems.append(Problem(what, str(path), got=_shown(value), remedy=remedy))
     return problems
 
 
-def _start(content: Mapping[str, Any], path: Path) -> list[Problem]:
-    start = content.get("init_lora_weights", True)
-    if any(start is plain or (isinstance(start, str) and start == plain) for plain in _PLAIN_STARTS):
-        return []
-    return [
-        Problem(
-            "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in a way that is not known here",
-            str(path),
-            "init_lora_weights true, false, gaussian or eva",
-            _shown(start),
-            "save the adapter as plain LoRA: PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
-        )
-    ]
+def _wrong_values(error: ValidationError, content: Mapping[str, Any], path: Path) -> list[Problem]:
+    """Return one problem for each value that is wrong, and for each entry of the patterns."""
+    problems: dict[str, Problem] = {}
+    for detail in error.errors():
+        name, *entry = map(str, detail["loc"])
+        place = f"{name}: {entry[0][:80]}" if entry and isinstance(content[name], dict) else name
+        expected = detail["msg"].removeprefix("Value error, ")
+        problem = Problem(f"not a value of `{place}`", str(path), expected, _shown(detail["input"]))
+        if name == "init_lora_weights":
+            problem = Problem(
+                "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in an unknown way",
+                str(path),
+                "init_lora_weights true, false, gaussian or eva",
+                _shown(detail["input"]),
+                "save the adapter as plain LoRA: PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
+            )
+        problems.setdefault(place, problem)
+    return list(problems.values())
 
 
 def _shown(value: object) -> str:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, match_patterns, read_adapter_config
+from rewarded_lines.checkpoints.adapter_config import (
+    ADAPTER_CONFIG,
+    MERGE_IN_PEFT,
+    match_patterns,
+    read_adapter_config,
+)
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
 from rewarded_lines.checkpoints.reader import (
@@ -22,6 +25,7 @@ from rewarded_lines.checkpoints.reader import (
     TensorFiles,
     read_config,
     read_json_object,
+    refuse_pickles,
     resolve_folder,
 )
 from rewarded_lines.errors import Problem, UserError, fail
@@ -29,7 +33,6 @@ from rewarded_lines.errors import Problem, UserError, fail
 ADAPTER_FILE = "adapter_model.safetensors"
 # PEFT puts it before the name that a module has in the model.
 PREFIX = "base_model.model."
-_PICKLED = ("adapter_model.bin", "adapter_model.pt")
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 _SHOWN = 3
 
@@ -69,7 +72,7 @@ class LowRank:
         return (columns, out) if self.embedding else (out, columns)
 
 
-class Adapter:
+class Adapter(TensorFiles):
     """A PEFT folder opened for reading.
 
     Attributes:
@@ -92,8 +95,11 @@ class Adapter:
         self.name = name or str(folder)
         self.config = read_adapter_config(folder)
         path = folder / ADAPTER_FILE
-        _check_there(folder)
-        self._tensors = TensorFiles([path])
+        if not path.is_file():
+            refuse_pickles(folder, ADAPTER_FILE, "peft import AutoPeftModelForCausalLM")
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+            raise fail("no adapter weights there", where=str(folder), expected=ADAPTER_FILE, got=found)
+        super().__init__([path])
         # The settings are input as much as the tensors are.
         self.files = [path, folder / ADAPTER_CONFIG]
         self.saved: dict[str, TensorInfo] = {}
@@ -102,19 +108,6 @@ class Adapter:
         self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
         if not self.modules and not self.saved:
             raise damaged(path, "no LoRA tensors in it")
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return the tensors of the file, under the names they have there."""
-        return self._tensors.tensors
-
-    def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Return values of a tensor of the file; see `TensorFiles.read`."""
-        return self._tensors.read(name, start, count)
-
-    def read_into(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
-        """Fill `values` from a tensor of the file; see `TensorFiles.read_into`."""
-        self._tensors.read_into(name, start, values)
 
     def _sort_out(self, path: Path) -> dict[str, dict[str, TensorInfo]]:
         """Return the factors by module; put the other tensors where they belong.
@@ -237,24 +230,6 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
     return None if weights else BareBase(folder, read_config(folder))
 
 
-def _check_there(folder: Path) -> None:
-    if (folder / ADAPTER_FILE).is_file():
-        return
-    pickled = [name for name in _PICKLED if (folder / name).is_file()]
-    if not pickled:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-        raise fail("no adapter weights there", where=str(folder), expected=ADAPTER_FILE, got=found)
-    raise fail(
-        "pickled weights are never opened: loading a pickle runs code from it",
-        where=str(folder),
-        expected=ADAPTER_FILE,
-        got=", ".join(pickled),
-        remedy="if you trust the file, convert it: "
-        'python -c "from peft import AutoPeftModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
-    )
-
-
 def _refuse_strange(names: list[str], path: Path) -> UserError:
     shown = ", ".join(name[:120] for name in names[:_SHOWN])
     if any("lora_magnitude_vector" in name for name in names):
@@ -268,7 +243,7 @@ def _refuse_strange(names: list[str], path: Path) -> UserError:
         where=str(path),
         expected=f"{PREFIX}….lora_A.weight and .lora_B.weight, and what adapter_config.json names",
         got=shown,
-        remedy="merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints",
+        remedy=MERGE_IN_PEFT,
     )
 
 

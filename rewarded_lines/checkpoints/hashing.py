@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +121,8 @@ def policy_hash(folder: Path) -> str:
     weights = weights_hash(folder)
     if not is_adapter(folder):
         return weights
-    settings = asdict(read_adapter_config(folder))
-    told = {name: value for name, value in settings.items() if name not in ("content", "base")}
-    return blake3.blake3(json.dumps([weights, told], sort_keys=True).encode()).hexdigest()
+    told = json.dumps([weights, read_adapter_config(folder).computes()], sort_keys=True)
+    return blake3.blake3(told.encode()).hexdigest()
 
 
 def model_hash(folder: Path) -> str:

@@ -18,10 +18,7 @@ from rewarded_lines.references import looks_local
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERT = (
-    'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-)
+_CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _LARGEST_JSON = 64_000_000
 
 
@@ -228,11 +225,16 @@ def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Pa
     raise fail("no weights there", where=str(folder), expected=SINGLE_FILE, got=found or "an empty folder")
 
 
-def refuse_pickles(folder: Path, expected: str) -> None:
+def refuse_pickles(folder: Path, expected: str, load: str = "transformers import AutoModelForCausalLM") -> None:
     """Refuse a folder whose weights are pickled.
 
+    Args:
+        folder: of a model or adapter.
+        expected: the file of weights that is looked for.
+        load: what the command that converts them imports.
+
     Raises:
-        UserError: naming the files, and the command that converts them.
+        UserError: naming the files, and that command.
     """
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
@@ -241,7 +243,7 @@ def refuse_pickles(folder: Path, expected: str) -> None:
             where=str(folder),
             expected=expected,
             got=", ".join(pickled[:3]),
-            remedy="if you trust the file, convert it: " + _CONVERT.format(folder=folder),
+            remedy="if you trust the file, convert it: " + _CONVERT.format(load=load, folder=folder),
         )
 
 

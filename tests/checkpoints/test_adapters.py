@@ -113,7 +113,7 @@ def test_tensors_that_are_refused(plain, change, said):
         ({"alpha_pattern": {"q" * 3000: 1}}, "too long"),
         ({"modules_to_save": "lm_head"}, "not a value of `modules_to_save`"),
         ({"modules_to_save": [""]}, "not a value of `modules_to_save`"),
-        ({"bias": "some"}, "unknown value of `bias`"),
+        ({"bias": "some"}, "not a value of `bias`"),
         ({"use_rslora": "yes"}, "not a value of `use_rslora`"),
         ({"base_model_name_or_path": 3}, "not a value of `base_model_name_or_path`"),
     ],

@@ -59,3 +59,13 @@ def test_an_adapter_is_its_scaling_too_and_not_the_path_of_its_base(tmp_path, ti
         path.write_text(json.dumps(content | change))
         assert (policy_hash(folder) == before) is same
     assert policy_hash(tiny / "first") == weights_hash(tiny / "first")
+
+
+def test_the_hash_of_an_adapter_stays_what_runs_have_kept(tmp_path, tiny):
+    patterns = {"rank_pattern": {"none": 2}, "alpha_pattern": {"none": 3, "no": 2.5}}
+    folder = save_adapter(tiny / "sft", tmp_path / "adapter", 1, **patterns)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    told = {"rank": content["r"], "alpha": float(content["lora_alpha"]), **patterns}
+    told |= {"rslora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": []}
+    expected = blake3.blake3(json.dumps([weights_hash(folder), told], sort_keys=True).encode()).hexdigest()
+    assert policy_hash(folder) == expected
