@@ -1,6 +1,6 @@
-"""LoRA adapters as PEFT saves them: pairs of factors, and tensors that they replace as a whole. Read only.
+"""LoRA adapters as PEFT saves them: pairs of factors, and tensors that replace the base's as a whole. Read only.
 
-Every tensor of a file is accounted for, or the file is refused: what is passed over in silence would be merged wrong.
+Every tensor of a file has a known role, or the file is refused: a tensor that is ignored would make the merge wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Families of models and how they name their lists of blocks: a declared table, nothing else."""
+"""How families of models name their lists of blocks: a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BlockList:
     """Modules that the last block feeds."""
 
 
-# What a task puts on top, whatever the family below.
+# Modules that a task adds on top, in any family.
 HEADS: tuple[str, ...] = (
     *("lm_head", "language_model.lm_head", "embed_out", "final_logits_bias", "cls"),
     *("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "pooler"),
@@ -48,7 +48,7 @@ def _family(path: str, counts: str, before: str, after: str, roots: Sequence[str
     )
 
 
-# In the order in which a model runs them: what sees the images stands before the text, encoders before decoders.
+# In the order in which a model runs them: vision before text, encoders before decoders.
 BLOCK_LISTS: tuple[BlockList, ...] = (
     # CLIP and SigLIP; "pre_layrnorm" is how CLIP spells it.
     *_family(
@@ -63,7 +63,7 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
         before="vision_model.embeddings vision_model.pre_layrnorm",
         after="vision_model.post_layernorm vision_model.head visual_projection",
     ),
-    # The eyes of LLaVA and Gemma 3, as they are written now and as they were, and of Qwen-VL.
+    # Vision towers of LLaVA and Gemma 3, by their present and former names, and of Qwen-VL.
     *_family(
         "vision_tower.encoder.layers",
         counts="vision_config.num_hidden_layers",

@@ -1,4 +1,4 @@
-"""Names for content: the BLAKE3 hash of a file, of a model folder's weights, and of all that decides what it says."""
+"""BLAKE3 hashes: of a file, of a model folder's weights, and of everything that decides what a model generates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MODEL = (
 
 
 def file_hash(path: Path) -> str:
-    """Return the BLAKE3 hash of a file as 64 hex digits; a file is read once, as long as it stays as it is."""
+    """Return the BLAKE3 hash of a file as 64 hex digits; a file that did not change is read only once."""
     key = _identity(path)
     if key not in _KNOWN:
         _KNOWN[key] = _read_and_hash(path)
@@ -41,7 +41,7 @@ def file_hash(path: Path) -> str:
 
 
 class RunningHashes:
-    """Hashes files from what is read of them anyway, as long as it comes in the order of the bytes."""
+    """Hashes files from the values that a merge reads anyway, where these come in the order of the file."""
 
     def __init__(self, sources: Iterable[TensorFiles]) -> None:
         """Begin with the headers of all files whose hash is not known yet."""
@@ -56,7 +56,7 @@ class RunningHashes:
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
     def take(self, runs: Iterable[tuple[TensorInfo, int, np.ndarray[Any, Any]]]) -> None:
-        """Add runs of tensors' values, each from the `start`-th on; one out of order is left for `file_hash`."""
+        """Add runs of values, each from a tensor's `start`-th on; a file with runs out of order is not hashed here."""
         for info, start, values in runs:
             place = info.start + start * info.dtype.itemsize
             if self._places.get(info.file) == place:
@@ -64,10 +64,10 @@ class RunningHashes:
                 self._places[info.file] += values.nbytes
 
     def remember(self) -> None:
-        """Keep the hash of every file that has passed as a whole, for `file_hash`.
+        """Keep the hash of every file that was read completely, for `file_hash`.
 
         Raises:
-            UserError: a file is not the one that it was at the beginning.
+            UserError: a file changed since the beginning.
         """
         for file, identity in self._identities.items():
             if _identity(file) != identity:
@@ -112,8 +112,7 @@ def weights_hash(folder: Path) -> str:
 def policy_hash(folder: Path) -> str:
     """Return one BLAKE3 hash for what a policy is, over a base that is known: its weights, an adapter's scaling too.
 
-    Of an adapter's settings only those that decide what it computes have a part: one that names its base by another
-    path is the same adapter.
+    Of an adapter's settings only those that decide what it computes are hashed: the path of its base is not.
 
     Raises:
         UserError: the folder holds no safetensors file, or settings that are none of a LoRA adapter.
@@ -136,7 +135,7 @@ def model_hash(folder: Path) -> str:
 
 
 def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    # A pipe would keep us waiting for ever.
+    # Reading a pipe may never end.
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not files:
         raise fail("no weights there", where=str(folder), expected="a folder with *.safetensors files")

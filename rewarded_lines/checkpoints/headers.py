@@ -23,7 +23,7 @@ from rewarded_lines.errors import UserError, fail
 _LONGEST = 32_000_000
 _LONGEST_NAME = 1000
 _MOST_DIMENSIONS = 64
-# As in the parsers that will read what is copied into the output.
+# Other parsers of the output nest no deeper either.
 _DEEPEST = 100
 _LARGEST = 2**62
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -73,7 +73,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def damaged(file: Path, reason: str) -> UserError:
-    """Return the refusal of a file that is not what it should be."""
+    """Return the error for a file that is cut short or contradicts itself."""
     size = file.stat().st_size if file.is_file() else 0
     return fail(
         "the file is damaged or cut short",
@@ -91,7 +91,7 @@ def parse_json(raw: bytes | str, number: Callable[[str], int] | None = None) -> 
         number: makes whole numbers of their digits, in place of `int`.
 
     Raises:
-        ValueError: it is not JSON, or not so.
+        ValueError: it is not JSON, gives a key twice, or is nested too deep.
     """
     try:
         content = json.loads(raw, object_pairs_hook=_unique, parse_int=number)
@@ -106,7 +106,7 @@ def parse_json(raw: bytes | str, number: Callable[[str], int] | None = None) -> 
 
 
 def _size(digits: str) -> int:
-    """Return a whole number; "-0" is one for Python, but not for those who will read the file after us."""
+    """Return a whole number; Python takes "-0" for one, other readers of the file do not."""
     if digits.startswith("-"):
         raise _Fault(f"{digits[:20]} is no size")
     return int(digits)
@@ -169,7 +169,7 @@ def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
             remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
         )
     info = TensorInfo(name, DTYPES[kind], tuple(shape), file, begin + offsets[0])
-    # A 0 among them does not excuse sizes whose product nobody can hold.
+    # A shape with a 0 in it takes no bytes, but its other sizes may still be absurd.
     if prod(max(size, 1) for size in shape) > _LARGEST or offsets[1] - offsets[0] != info.bytes:
         raise _Fault(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
     return info

@@ -165,10 +165,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file.
 
     Raises:
-        UserError: the file is no such thing, or is too large to be one of ours.
+        UserError: the file holds no JSON object, or is larger than any model's.
     """
     try:
-        # A pipe would keep us waiting for ever.
+        # Reading a pipe may never end.
         if not path.is_file():
             raise damaged(path, "not a file")
         if path.stat().st_size > _LARGEST_JSON:
@@ -257,11 +257,11 @@ def _indexed(index: Path) -> dict[str, str]:
 
 
 def _check_entry(index: Path, name: str) -> None:
-    """Refuse an index that sends us to files outside the checkpoint's own folder."""
+    """Refuse an index that names files outside the checkpoint's own folder."""
     folder = index.parent
     plain = Path(name).name == name and name not in ("", ".", "..") and len(name) < 256
     if plain and name.isprintable() and name.endswith(".safetensors"):
-        # Not Path.resolve, which fails in its own way on links that go round.
+        # Not Path.resolve, which raises another error on circular links.
         here = Path(os.path.realpath(folder))
         # The Hub's cache keeps the files of a snapshot as links into its own `blobs`.
         allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]

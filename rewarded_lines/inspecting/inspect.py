@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.layers import Depths, Side, find_depths
 from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
+from rewarded_lines.checkpoints.tensor_depth import Depths, Side, find_depths
 from rewarded_lines.errors import UserError
 from rewarded_lines.inspecting.subject import open_subject
 from rewarded_lines.measuring.norms import Distance, distances

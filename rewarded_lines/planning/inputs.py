@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
-from rewarded_lines.checkpoints.layers import find_depths, with_declared_blocks
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
+from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.planning.adapter_compatibility import KEEP_APART, changed_tensors, check_adapters, notes_on
 from rewarded_lines.planning.adapter_plan import AdapterPlan

@@ -15,8 +15,8 @@ from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import DType, as_torch, widest
 from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.layers import Depths
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles, total_bytes
+from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json

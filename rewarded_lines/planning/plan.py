@@ -12,8 +12,8 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.layers import Depths
 from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint
+from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.measuring.nonfinite import NonFinite
 from rewarded_lines.progress import SILENT, Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from rewarded_lines.checkpoints.layers import Place
+from rewarded_lines.checkpoints.tensor_depth import Place
 from rewarded_lines.errors import Problem, UserError, fail
 
 Outside = Literal["alpha", "depth"]

@@ -1,1 +1,1 @@
-"""Configs of other tools, said in this one's terms."""
+"""Configs of other tools, translated into arguments of this one."""

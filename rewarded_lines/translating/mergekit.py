@@ -1,4 +1,4 @@
-"""`merge --from-mergekit`: a mergekit YAML read, said in our terms, and merged."""
+"""`merge --from-mergekit`: read a mergekit YAML, translate it into arguments of `merge`, and merge."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merging.merge import MergeResult, merge
 from rewarded_lines.translating.mergekit_file import MergekitFile, read_file
-from rewarded_lines.translating.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
-from rewarded_lines.translating.translation import Translation
+from rewarded_lines.translating.mergekit_methods import MERGEKIT_METHODS, MergekitMethod, Translation
 
 
 def read_mergekit(path: str | Path, *, base: str | None = None, seed: int | None = None) -> Translation:
@@ -22,7 +21,7 @@ def read_mergekit(path: str | Path, *, base: str | None = None, seed: int | None
         seed: of DARE's masks.
 
     Raises:
-        UserError: with what the file has that cannot be said here exactly.
+        UserError: with everything in the file that has no exact counterpart here.
     """
     file = read_file(Path(path).expanduser())
     row = MERGEKIT_METHODS.get(file.method)
@@ -49,7 +48,7 @@ def merge_like_mergekit(
         path: the file.
         base: see `read_mergekit`.
         seed: see `read_mergekit`.
-        dry_run: check everything, write nothing.
+        dry_run: check everything and write nothing.
         how: what `merge` takes that says how to write: out, device, max_shard_size, overwrite, layers, progress ...
 
     Raises:
@@ -94,7 +93,7 @@ def _unknown_method(file: MergekitFile) -> UserError:
 
 
 def _check_parameters(file: MergekitFile, row: MergekitMethod) -> None:
-    """Refuse parameters that the method does not have, or that mergekit overlooks in their place."""
+    """Refuse parameters that the method does not have, or that mergekit ignores where they stand."""
     problems = []
     levels = [(f"{file.path}: parameters", level, (*row.shared, *row.beside, *row.idle)) for level in file.shared]
     levels += [(one.where, one.parameters, (*row.beside, *row.idle)) for one in file.inputs]
@@ -111,7 +110,7 @@ def _check_parameters(file: MergekitFile, row: MergekitMethod) -> None:
 
 
 def _check_blocks(path: str, asked: Translation, scales: Mapping[str, Sequence[float]]) -> None:
-    """Refuse what depends on a number of blocks that the models do not have."""
+    """Refuse a file whose slice or gradient does not fit the models' number of blocks."""
     for stack, blocks in scales.items():
         if asked.blocks is not None and len(blocks) != asked.blocks:
             raise fail(

@@ -1,7 +1,7 @@
-"""The methods of mergekit that are ours too: their weights, gradients and switches as λ, α, β and options.
+"""mergekit's methods that exist here too: their weights, gradients and switches become λ, α, β and options.
 
-Read from mergekit 0.1.5. What has no exact counterpart is refused; where two definitions part for special values, a
-note says so.
+As in mergekit 0.1.5. A setting without an exact counterpart is refused. Where the two definitions differ for special
+values, a note says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rewarded_lines.rules.preferences import TOLERANCE, on_simplex
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.translating.gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.translating.mergekit_file import Input, MergekitFile
-from rewarded_lines.translating.translation import Translation
 
 _BORDER = (
     "values as large as the smallest that is kept are all kept; mergekit keeps some of them, as its sort happens to "
@@ -35,6 +34,34 @@ _ANGLE = (
 
 Options = dict[str, OptionValue]
 _ONE = Line(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The arguments of `merge` that make the merge of a file.
+
+    Attributes:
+        base: folder or Hub id.
+        policies: likewise, by name.
+        merge: the numbers.
+        dtype: of the output.
+        full: policies are adapters to fold, since mergekit writes whole models.
+        blocks: how many blocks the models must have, None for any number.
+        notes: where the two definitions differ, for people.
+    """
+
+    base: str
+    policies: Mapping[str, str]
+    merge: MergeSpec
+    dtype: str = "auto"
+    full: bool = False
+    blocks: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def command(self, out: str = "merged") -> str:
+        """Return the command line that makes the same merge."""
+        kind = "full" if self.full else "auto"
+        return self.merge.command(self.base, self.policies, out, dtype=self.dtype, as_=kind)
 
 
 def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
@@ -116,7 +143,7 @@ def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translat
 
 @dataclass(frozen=True)
 class MergekitMethod:
-    """One method of mergekit: what reads it, and the parameters it takes for each model, for all, and in vain."""
+    """One method of mergekit: what translates it, and its parameters: for all, for each, and without effect."""
 
     translate: Callable[[MergekitFile, str | None, int | None], Translation]
     shared: tuple[str, ...]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import PROMPTS, make_tokenizer, perturb
 
 from rewarded_lines import merge
-from rewarded_lines.checkpoints.layers import find_depths
+from rewarded_lines.checkpoints.tensor_depth import find_depths
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.load import load_generator
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewarded_lines.checkpoints.layers import Place
+from rewarded_lines.checkpoints.tensor_depth import Place
 from rewarded_lines.errors import UserError
 from rewarded_lines.rules.lines import lines_scale, tensor_scale
 

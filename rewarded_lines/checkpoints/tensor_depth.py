@@ -32,7 +32,7 @@ class Place:
     blocks: int
     """The number of blocks L of that list."""
     side: Side
-    """before: what feeds the first block; after: final norm, pooler, heads; unknown: outside, not declared where."""
+    """before: it feeds the first block; after: final norm, pooler, heads; unknown: the table does not say."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | 
 def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Return the names of some of a model's tensors, with stand-ins for what the config says is there as well.
 
-    Adapters may leave out blocks and embeddings; a depth is a place among all blocks.
+    Adapters may leave out blocks and embeddings, but a depth is a place among all blocks.
     """
     found = list(names)
     inside = {path for path, _ in _listed(found).values()}
@@ -158,7 +158,7 @@ def _declared(keys: Sequence[str], config: Mapping[str, Any]) -> tuple[str, Any]
 
 
 def _outside(name: str, found: dict[BlockList, int], tied: bool) -> Place:
-    """Return the place of a tensor outside the blocks; heads hang on the last list."""
+    """Return the place of a tensor outside the blocks; heads belong to the last list."""
     for blocks, count in found.items():
         if _is_of(name, blocks.before):
             return Place(blocks.path, None, count, "before")
@@ -186,6 +186,6 @@ def _unknown_layout(names: Sequence[str], config: Mapping[str, Any], pattern: st
 
 
 def _shown(value: object) -> str:
-    """Return a name or value as an error may print it, whatever a file has in that place."""
+    """Return a name or value from a file, short and printable, for an error."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

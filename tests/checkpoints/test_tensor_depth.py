@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewarded_lines.checkpoints.families import BLOCK_LISTS
-from rewarded_lines.checkpoints.layers import Depths, Place, find_depths
+from rewarded_lines.checkpoints.tensor_depth import Depths, Place, find_depths
 from rewarded_lines.errors import UserError
 
 STACKS = {
