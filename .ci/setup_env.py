@@ -121,9 +121,10 @@ def python_to_use(version):
 
 
 def choose_build(wanted):
-    """Return the build to install, ``cpu``, ``gpu`` or ``none``; by default what ``nvidia-smi -L`` speaks for."""
+    """Return the build to install, ``cpu``, ``gpu`` or ``none``; by default ``gpu`` if ``nvidia-smi -L`` lists one."""
     if wanted in ("", "auto"):
-        return "gpu" if "GPU " in (output_of(["nvidia-smi", "-L"], 30) or "") else "cpu"
+        listed = output_of(["nvidia-smi", "-L"], 30) or ""
+        return "gpu" if any(line.startswith("GPU ") for line in listed.splitlines()) else "cpu"
     if wanted not in BUILDS:
         raise SetupError("VLLM=%s is not known; choose auto, cpu, gpu or none." % wanted)
     return wanted
