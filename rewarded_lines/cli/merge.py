@@ -23,7 +23,7 @@ from rewarded_lines.signatures import takes_fields
 
 if TYPE_CHECKING:
     from rewarded_lines.merging.merge import MergeResult
-    from rewarded_lines.translating.translation import Translation
+    from rewarded_lines.translating.mergekit_methods import Translation
 
 METHODS_HELP = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
 # What may stand beside --from: where things are now, and how to write.
