@@ -61,11 +61,7 @@ class Training:
 
 
 def read_trainings(runs: Sequence[Run]) -> list[Training]:
-    """Return the logs beside the policies that the runs name; a missing or damaged log is left out.
-
-    Args:
-        runs: of one project.
-    """
+    """Return the logs beside the policies that runs of one project name; a missing or damaged log is left out."""
     found = []
     for index, run in enumerate(runs):
         for name, policy in run.header.get("policies", {}).items():
@@ -81,9 +77,6 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
 
     Policies of further training seeds have the colour of the first, their lines thinner. "SD on SFT": rewards in units
     of their standard deviation over the SFT model's responses.
-
-    Args:
-        trainings: the logs; see `read_trainings`.
 
     Returns:
         The figure, or None where none of these measures was logged.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rewarded_lines.summaries.summary import PointSummary, Summary
+    from rewarded_lines.summaries.summary import Summary
 
 # Blue before orange: most models have one list of blocks, and blue is the darker of the two in grey.
 _ORDER = (1, 0, 2, 3, 4, 5)
@@ -112,11 +112,7 @@ def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) ->
     """Draw the scale of every method by block, and the norm of every policy's residual by block.
 
     Methods of one schedule share a line; it has a band where α differs between points. Tensors outside the blocks have
-    no depth and are not drawn.
-
-    Args:
-        summary: the numbers, for the methods.
-        inspections: of every policy, against the SFT model.
+    no depth and are not drawn. The inspections are of every policy against the SFT model.
     """
     figure = blank_figure(WIDE, 3.6)
     scales, norms = figure.subplots(1, 2)
@@ -134,13 +130,10 @@ def schedules(summary: Summary) -> dict[Schedule, list[str]]:
     found: dict[Schedule, list[str]] = {}
     for name, points in summary.merged_methods().items():
         if not any(point.checkpoint for point in points):
-            found.setdefault(_schedule(points), []).append(name)
+            alphas = [point.merge.alpha for point in points]
+            schedule = (min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points))
+            found.setdefault(schedule, []).append(name)
     return found
-
-
-def _schedule(points: Sequence[PointSummary]) -> Schedule:
-    alphas = [point.merge.alpha for point in points]
-    return min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points)
 
 
 def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:

@@ -23,15 +23,9 @@ _ROOM = 1.4
 
 @dataclass(frozen=True)
 class Label:
-    """A text for a point.
+    """A text for the point `anchor`, [2], at least `clearance` away; only one that `must` be written may cover another.
 
-    Attributes:
-        text: what is written.
-        anchor: the point, [2].
-        clearance: the least distance from the point to the text.
-        must: whether the text is written even where it covers something.
-        size: one of matplotlib's names for sizes, which are relative to the style's.
-        colour: of the text.
+    `size` is one of matplotlib's names for sizes, which are relative to the style's.
     """
 
     text: str
@@ -49,7 +43,7 @@ def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: n
         axes: drawn once, so that its size is final.
         labels: the most important first.
         taken: boxes that no label may touch, [boxes, 4].
-        thin: boxes that a label touches only when every place beside them is taken, [boxes, 4].
+        thin: boxes that a label touches only if it has no other place, [boxes, 4].
     """
     from matplotlib.text import Text
 
@@ -106,14 +100,9 @@ def place(
     frame: Sequence[float],
     distances: Iterable[float],
 ) -> np.ndarray | None:
-    """Return the first free box (left, bottom, right, top) for a label near its point, or None when none is free.
+    """Return the first box for a label near its point that is inside the frame and free of obstacles, [boxes, 4].
 
-    Args:
-        anchor: the point, [2].
-        size: width and height of the label.
-        obstacles: boxes that it must not touch, [boxes, 4].
-        frame: the box that it must stay inside.
-        distances: from the point to the label's edge, to try in turn.
+    The distances from the point to the box's edge are tried in turn; None when no box is free.
     """
     half = np.array(size) / 2
     directions = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)

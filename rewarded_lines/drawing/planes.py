@@ -31,14 +31,9 @@ Plane = tuple[str, str]
 
 @dataclass(frozen=True)
 class Drawn:
-    """How a summary's methods are drawn, the same in every panel of a figure.
+    """How the methods that make a front are drawn, the same in every panel of a figure.
 
-    Attributes:
-        summary: the numbers.
-        looks: of every method that makes a front.
-        labels: what they are called.
-        chosen: those that are shaded and have their λ written.
-        scale: of markers and lines; below 1 in small panels.
+    The `chosen` ones are shaded and have their λ written; `scale` of markers and lines is below 1 in small panels.
     """
 
     summary: Summary
@@ -119,13 +114,7 @@ def freeze(figure: Figure, planes: Sequence[tuple[Axes, Plane]], drawn: Drawn) -
 
 
 def axis_label(name: str, summary: Summary, lines: int = 1) -> str:
-    """Return the label of a measure's axis: its name, its unit and which way is better.
-
-    Args:
-        name: see `measure`.
-        summary: the numbers, for the unit.
-        lines: 1, or 2 for small panels; a label that is too long for one line takes two.
-    """
+    """Return the label of a measure's axis: its name, its unit, which way is better; on two lines if it is long."""
     if name == KL:
         parts = [f"{KL} [nats]", "lower is closer"]
     elif name not in summary.rewards:
@@ -153,33 +142,20 @@ def coordinates(points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
 
 
 def staircase(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the outline of what points dominate above a reference, where both measures are maximised.
-
-    Args:
-        points: [points, 2].
-        reference: [2].
+    """Return the outline of what points, [points, 2], dominate above a reference, [2], both measures maximised.
 
     Returns:
         The corners in order, [corners, 2]; only the reference when no point dominates it.
     """
     above = points[(points > reference).all(axis=1)]
-    front = np.unique(above[nondominated(above)], axis=0)
-    corners = [reference]
-    left = reference[0]
-    for x, y in front:
-        corners += [np.array([left, y]), np.array([x, y])]
-        left = x
-    corners.append(np.array([left, reference[1]]))
-    return np.array(corners)
+    corners = [tuple(reference)]
+    for x, y in np.unique(above[nondominated(above)], axis=0):
+        corners += [(corners[-1][0], y), (x, y)]
+    return np.array([*corners, (corners[-1][0], reference[1])])
 
 
 def spread(points: Sequence[PointSummary], count: int = 5) -> list[PointSummary]:
-    """Return the ends of a front and some points between.
-
-    Args:
-        points: in the order of λ.
-        count: how many to keep at most; 1 keeps the middle.
-    """
+    """Return at most `count` points of a front in the order of λ: its ends and some between, or only the middle one."""
     last = len(points) - 1
     shares = [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
     return [points[index] for index in sorted({round(share * last) for share in shares})]

@@ -85,23 +85,16 @@ class Look:
     line: str
 
     def keywords(self, **more: Any) -> dict[str, Any]:
-        """Return the keywords of `Axes.plot` for a line of this look; markers have a white edge unless `more` differs.
-
-        Args:
-            more: further keywords, which go over those of the look.
-        """
+        """Return the keywords of `Axes.plot` for a line of this look with white edges; those in `more` go over them."""
         look = dict(color=self.colour, marker=self.marker, linestyle=self.line)
         return look | dict(markeredgecolor="white", markeredgewidth=0.5) | more
 
 
 def check_style(style: str) -> None:
-    """Refuse an unknown style before any work is done for it.
-
-    Args:
-        style: one of `STYLES`, or the path of a matplotlib style file. Without matplotlib the file is not read.
+    """Refuse an unknown style before any work is done for it; without matplotlib a style file is not read.
 
     Raises:
-        UserError: it is neither, or matplotlib does not know a line of the file.
+        UserError: it is neither one of `STYLES` nor a file, or matplotlib does not know a line of the file.
     """
     if style in STYLES:
         return
@@ -151,12 +144,7 @@ def looks(count: int) -> list[Look]:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """Return an empty figure in the style that is held.
-
-    Args:
-        width: inches on paper; other styles may enlarge it.
-        height: likewise.
-    """
+    """Return an empty figure in the style that is held; its sides are inches on paper, other styles enlarge them."""
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,14 +164,7 @@ def columns_of(count: int, most: int) -> tuple[int, int]:
 def legend_above(
     figure: Figure, lines: Iterable[tuple[str, Mapping[str, Any]]], columns: int, side: str = "left"
 ) -> None:
-    """Put a legend above the panels.
-
-    Args:
-        figure: with its panels.
-        lines: the label of each entry, and the keywords of its line.
-        columns: of the legend.
-        side: "left" or "right".
-    """
+    """Put a legend above the panels, at their "left" or "right" side: a label and a line's keywords for each entry."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=label, **look) for label, look in lines]
@@ -199,12 +180,7 @@ def settled(figure: Figure) -> Figure:
 
 
 def figure_bytes(figure: Figure, format: str) -> bytes:
-    """Return the figure as a file of one of `FORMATS`, the same bytes every time.
-
-    Args:
-        figure: drawn in the style that is held.
-        format: "png", "svg" or "pdf".
-    """
+    """Return a figure, drawn in the style that is held, as a file of one of `FORMATS`: the same bytes every time."""
     metadata = {
         "png": {"Software": "rewarded-lines"},
         "svg": {"Date": None, "Creator": "rewarded-lines"},

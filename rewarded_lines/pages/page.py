@@ -115,18 +115,13 @@ def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
 
 def _measures(run: Run, summary: Summary) -> list[dict[str, str]]:
     """Return what can be an axis: rewards, then what they cost. A point's `values` have the same order."""
-    rows = [
-        (name, unit, "audit" if name in summary.audits else "reward", "higher", _about(run, name))
-        for name, unit in summary.rewards.items()
-    ]
+    about = {name: str(reward.get("description", "")) for name, reward in run.header["rewards"].items()}
+    roles = {name: "audit" if name in summary.audits else "reward" for name in summary.rewards}
+    rows = [(name, unit, roles[name], "higher", about[name]) for name, unit in summary.rewards.items()]
     rows.append(("KL to SFT", "nats", "cost", "lower", "of the sampled responses, k1"))
     rows.append(("length", "words", "cost", "", "of the responses"))
     rows += [(f"{name} perplexity", "", "cost", "lower", "of texts of no task") for name in summary.controls]
     return [dict(zip(("name", "unit", "role", "better", "about"), row, strict=True)) for row in rows]
-
-
-def _about(run: Run, reward: str) -> str:
-    return str(run.header["rewards"][reward].get("description", ""))
 
 
 def _methods(summary: Summary) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def push(
     check_repository(repository)
     _check_folder(folder)
     check_ready()
-    with _hub_library(quiet):
+    with _quiet_library(quiet):
         try:
             return _upload(folder, repository, private, revision)
         except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
@@ -65,12 +65,8 @@ def push(
 def check_repository(repository: str, option: str = "--push-to-hub") -> None:
     """Refuse a text that cannot be the id of a repository.
 
-    Args:
-        repository: as the user wrote it.
-        option: where the user wrote it.
-
     Raises:
-        UserError: it is no id.
+        UserError: it is no id; the message names the `option` that the user wrote it for.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -141,7 +137,7 @@ def _upload(folder: Path, repository: str, private: bool, revision: str | None) 
 
 
 @contextmanager
-def _hub_library(quiet: bool) -> Iterator[None]:
+def _quiet_library(quiet: bool) -> Iterator[None]:
     """Let the Hub's library show only its progress: its notices hold addresses that let others in."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 

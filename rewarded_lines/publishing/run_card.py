@@ -40,19 +40,14 @@ class RunCard:
 
         Args:
             folder: of the run.
-            required: the user named the run, so that it must belong to the merge; its numbers are computed where its
-                report does not have them. A run that was only found beside the project adds what its report has.
+            required: the user named the run, so it must belong to the merge, and its numbers are computed if its report
+                does not have them. A run that was found beside the project adds only what its report has.
 
         Raises:
             UserError: the folder is no run.
         """
         self._folder, self._required = folder, required
-        self._header = read_header(folder)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the run has all its points."""
-        return self._header.get("complete") is True
+        self.header = read_header(folder)
 
     def additions(self, plan: Plan) -> Callable[[MergeSpec], CardAddition]:
         """Return what the run adds to the card of each merge of a plan; see `rewarded_lines.merging.cards`.
@@ -71,16 +66,16 @@ class RunCard:
             return CardAddition()
         summary, figure = found
         weights = dict(zip(plan.policies, spec.weights, strict=True))
-        spec = replace(spec, weights=tuple(weights[names[name]] for name in self._header["policies"]))
-        place = locate(spec, listed_points(self._header), summary)
-        parts = ["## Scores", _opening(place, self._header, summary), _table(place, summary)]
+        spec = replace(spec, weights=tuple(weights[names[name]] for name in self.header["policies"]))
+        place = locate(spec, listed_points(self.header), summary)
+        parts = ["## Scores", _opening(place, self.header, summary), _table(place, summary)]
         if figure:
             parts += [f"![The fronts of the run]({FIGURE})", _caption(place, summary)]
         return CardAddition("\n\n".join(parts), {FIGURE: figure} if figure else {})
 
     def _names(self, plan: Plan) -> dict[str, str] | None:
         """Return the plan's name of every policy of the run, or None where the run is one of other models."""
-        policies = {name: entry.get("hash") for name, entry in self._header["policies"].items()}
+        policies = {name: entry.get("hash") for name, entry in self.header["policies"].items()}
         left = {name: policy_hash(policy.folder) for name, policy in plan.policies.items()}
         names: dict[str, str] = {}
         for name, wanted in policies.items():
@@ -103,7 +98,7 @@ class RunCard:
         )
 
     def _same_base(self, plan: Plan) -> bool:
-        told = self._header.get("base", {})
+        told = self.header.get("base", {})
         bare = not plan.reads_base
         if bare and located(str(told.get("path")), self._folder) in (plan.reference, str(plan.base.folder.resolve())):
             # The adapters' own hashes say the rest: a base that is not read for the merge is not read for the card.
@@ -119,7 +114,7 @@ class RunCard:
         """Return the run's numbers and its figure (empty where there is none): the report's, else computed."""
         report = self._folder / "report"
         summary = read_summary(report / "summary.json")
-        if summary and is_current(summary, report / "summary.json", self._folder, self._header):
+        if summary and is_current(summary, report / "summary.json", self._folder, self.header):
             figure = report / FIGURE
             return summary, figure.read_bytes() if figure.is_file() else b""
         if not self._required:
@@ -144,19 +139,14 @@ def run_card(run: Path | None, usual: Path) -> RunCard | None:
         found = RunCard(usual, required=False)
     except UserError:
         return None
-    return found if found.complete else None
+    return found if found.header.get("complete") is True else None
 
 
 def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Summary) -> Place:
-    """Return where a merge lies among the points of a run.
+    """Return where a merge, its weights in the order of the run's policies, lies among the points that the run lists.
 
     If the merge was evaluated, its neighbours on its own curve are near it. If not, near it are the two points of its
     rule with the least Σ|Δλᵢ| + |Δα| + |Δβ|.
-
-    Args:
-        spec: of the merge, its weights in the order of the run's policies.
-        points: that the run lists.
-        summary: of the run.
     """
     specs = {_name(point): point for point, _ in points}
     alike = [point for point in summary.points if _same_rule(spec, specs[_name(point)])]

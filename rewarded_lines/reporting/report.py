@@ -81,12 +81,7 @@ def figures(
 
     The front comes always. The others come where the run has the data: each reward over KL, over the perplexity of
     control texts, over the weights of three policies; parallel coordinates of four rewards or more; the training of its
-    policies; and depth.
-
-    Args:
-        summary: the numbers.
-        trainings: the logs of its policies' training, if there are any.
-        inspections: of every policy against the SFT model, if depth is to be drawn.
+    policies; and depth, if there are inspections of the policies against the SFT model.
     """
     yield "front", front_figure(summary)
     # The front of a single reward is drawn over KL already.

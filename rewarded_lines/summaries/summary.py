@@ -6,7 +6,7 @@ would move with other prompts. Several runs of one project, with policies of oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -210,8 +210,8 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 rewards=dict(zip(table.rewards, scores, strict=True)),
                 kl=kl,
                 words=words,
-                ended=_average(row, lambda point: float(np.mean(point.ended))),
-                distinct2=_average(row, lambda point: distinct2(point.judged)),
+                ended=float(np.mean([np.mean(point.ended) for point in row])),
+                distinct2=float(np.mean([distinct2(point.judged) for point in row])),
                 perplexities={name: estimate_samples(at[:, index], level) for name, at in controls.items()},
                 forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
                 contribution=float(shares[index]),
@@ -264,18 +264,13 @@ def _predicted(point: Point, texts: slice) -> np.ndarray:
     return sums[sums[:, 1] > 0]
 
 
-def _average(row: Sequence[Point], measure: Callable[[Point], float]) -> float:
-    return float(np.mean([measure(point) for point in row]))
-
-
 def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:
     """Compare each policy that was evaluated unmerged with SFT."""
-    means = table.means
     gains = []
     for index, policy in enumerate(policies):
         place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)
         if place is not None:
-            change = means[:, place] - means[:, 0]
+            change = table.means[:, place] - table.means[:, 0]
             scores = {name: estimate_samples(change[:, k], level) for k, name in enumerate(table.rewards)}
             gains.append(PolicyGain(policy, scores))
     return gains

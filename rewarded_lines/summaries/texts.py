@@ -13,11 +13,7 @@ from rewarded_lines.summaries.summary import PointSummary, Summary
 
 
 def method_label(points: Sequence[PointSummary]) -> str:
-    """Return what a method is called in a legend, e.g. "LiNeS (α = β = 1)".
-
-    Args:
-        points: all of the method, at least one.
-    """
+    """Return what the method of some points is called in a legend, e.g. "LiNeS (α = β = 1)"."""
     name, merge = points[0].method, points[0].merge
     alpha, beta = merge.alpha, merge.beta
     if any(point.checkpoint for point in points):
@@ -146,7 +142,7 @@ def _fixed(value: float, places: int) -> str:
 
 
 def _decimals(estimates: Iterable[Estimate]) -> int:
-    """Return the decimals at which the middle half-width of a column's intervals shows two digits."""
+    """Return the decimals at which the middle one of a column's half-widths shows two digits."""
     widths = sorted((e.high - e.low) / 2 for e in estimates if e.high > e.low)
     if not widths:
         return 2
