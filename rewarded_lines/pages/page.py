@@ -26,8 +26,14 @@ from rewarded_lines.evaluation.records import Point, Run
 from rewarded_lines.evaluation.setup import located
 from rewarded_lines.fronts.choose import knee
 from rewarded_lines.summaries.summary import PointSummary, Summary
-from rewarded_lines.summaries.tables import points_sheet
-from rewarded_lines.summaries.texts import interval_text, method_labels, scope_note, volume_unit, weights_text
+from rewarded_lines.summaries.texts import (
+    interval_text,
+    method_labels,
+    points_note,
+    scope_note,
+    volume_unit,
+    weights_text,
+)
 from rewarded_lines.sweeping.choose import command_for
 
 # Joined in this order they are one script.
@@ -102,7 +108,7 @@ def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
     means = [[summary.points[index].rewards[name].value for name in summary.objectives] for index in merged]
     return {
         "scope": scope_note(summary),
-        "note": points_sheet(summary).note,
+        "note": points_note(summary),
         "level": f"{summary.level:.0%}",
         "volume": volume_unit(summary),
         "runs": [str(run.folder) for run in runs],
