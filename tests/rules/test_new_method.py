@@ -25,7 +25,7 @@ METHODS["shrink"] = Method(
 )
 from rewarded_lines.cli import main
 from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.summaries.names import method_labels
+from rewarded_lines.summaries.texts import method_labels
 from rewarded_lines.summaries.summary import summarise
 
 def run(*words):
