@@ -24,7 +24,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Residual:
-    """How far values lie from the base's, over one tensor or many; norms are L2, in float64.
+    """How far the values of one or more tensors lie from the base's; norms are L2, in float64.
 
     Attributes:
         norm: ‖τ‖ with τ = θ − θ_base.
@@ -94,7 +94,7 @@ class Level(Sum):
 
 @dataclass(frozen=True)
 class Origin:
-    """What merge.json says of how the checkpoint was made: the policies' names, and the merge."""
+    """How the checkpoint was merged, as its merge.json says."""
 
     policies: tuple[str, ...]
     merge: MergeSpec
@@ -102,7 +102,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint by depth: its lists of blocks with their lengths, its levels in the order of depth, its tensors."""
+    """A checkpoint by depth: its block lists with their lengths, its levels from first to last, its tensors."""
 
     checkpoint: str
     base: str | None
@@ -226,7 +226,7 @@ def _together(residuals: Sequence[Residual]) -> Residual:
 
 
 def _made_by(folder: Path) -> Origin | None:
-    """Return what merge.json says, or None where there is none that says it."""
+    """Return what merge.json says, or None if there is no readable one."""
     path = folder / "merge.json"
     if not path.is_file():
         return None

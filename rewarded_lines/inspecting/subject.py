@@ -1,4 +1,4 @@
-"""What `inspect` looks at: a model, with or without its base, or an adapter over its base; opened and checked."""
+"""Open and check what `inspect` looks at: a model, with or without its base, or an adapter with its base."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint that is whole and, where there is a base, comes from it.
+    """A complete checkpoint that fits its base, if there is one.
 
     Attributes:
         folder: where it lies.
         config: the model's config.json.
-        tensors: those that a merge would take; an adapter has its base's.
+        tensors: those that a merge would take; for an adapter its base's.
         source: gives their values, or their residuals.
         base: the SFT model.
         notes: on what a merge would leave out.

@@ -1,6 +1,6 @@
 """The model card of a merged folder, its README.md: metadata that the Hub reads, and what people want to know.
 
-Names in it come from users and from files of others: they are shown, never obeyed.
+Names come from users and from other people's files, so every one of them is escaped.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _LOADERS = {
 
 @dataclass(frozen=True)
 class CardAddition:
-    """What a card has beside what the merge itself knows.
+    """What a card shows beside what the merge itself knows.
 
     Attributes:
         sections: Markdown, put before the instructions.
-        files: what it shows, by the name that the file gets in the merged folder.
+        files: figures and the like, by the name that each gets in the merged folder.
         repository: the Hub id that the folder will have; readers load that.
     """
 
@@ -50,7 +50,7 @@ class CardAddition:
 
 
 Additions = Callable[[Plan], Callable[[MergeSpec], CardAddition]]
-"""Called with the checked inputs before anything is written, what it returns once for each output that is written."""
+"""Called with the checked inputs before anything is written; the function it returns is called for each output."""
 
 
 def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition | None = None) -> str:
@@ -84,18 +84,18 @@ def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], additio
 
 
 def escaped(text: str) -> str:
-    """Return text on one line as Markdown shows it unchanged, in a table too."""
+    """Return text on one line, escaped so that Markdown shows it unchanged, in a table too."""
     return re.sub(r"([\\`*_\[\]<>&|~!$#])", r"\\\1", " ".join(text.split()))
 
 
 def literal(text: str) -> str:
-    """Return text as code, in a table too; escaped where it has what ends code."""
+    """Return text as code, in a table too; text with backticks is escaped instead."""
     line = " ".join(text.split())
     return escaped(line) if "`" in line or not line else "`" + line.replace("|", "\\|") + "`"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows of cells that are Markdown already as a table, the first its headings.
+    """Return a table in Markdown; the first row has the headings, and cells are Markdown already.
 
     Args:
         rows: of equal length.
@@ -112,7 +112,7 @@ def _front(metadata: Mapping[str, Any]) -> str:
 
 
 def _metadata(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> dict[str, Any]:
-    """Return what the Hub reads; what is not known is left out."""
+    """Return the metadata that the Hub reads, without what is not known."""
     adapter = plan.rank(spec) is not None
     languages, datasets = (_union(inputs, name) for name in ("languages", "datasets"))
     schedule = ["lines"] if spec.scaled else []
@@ -135,7 +135,7 @@ def _union(inputs: Mapping[str, InputCard], name: str) -> list[str]:
 
 
 def _licence(inputs: Mapping[str, InputCard]) -> dict[str, str]:
-    """Return the licence that all inputs have; `other` where they differ, nothing where one is not known."""
+    """Return the licence that all inputs share, `other` if they differ, nothing if one is not known."""
     known = {(card.licence, card.licence_name, card.licence_link) for card in inputs.values() if card.licence}
     if len(known) > 1:
         return {"license": _OTHER_LICENCE}
@@ -170,7 +170,7 @@ def _formula(plan: Plan, spec: MergeSpec) -> str:
 
 
 def _papers(spec: MergeSpec) -> list[tuple[str, str]]:
-    """Return title and arXiv number of what a merge rests on: LiNeS where it scales, soups, the method."""
+    """Return title and arXiv number of the papers: LiNeS if it scales the residual, soups, the method's own."""
     return [*([LINES_PAPER] if spec.scaled else []), SOUPS_PAPER, *METHODS[spec.method].papers]
 
 
@@ -184,7 +184,7 @@ def _inputs_table(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) 
 
 
 def _link(card: InputCard) -> str:
-    """Return a model's name, with a link where it is an id of the Hub."""
+    """Return a model's name, linked if it is an id of the Hub."""
     on_hub = card.ids == (card.title,)
     return f"[{escaped(card.title)}](https://huggingface.co/{card.title})" if on_hub else literal(card.title)
 
@@ -208,7 +208,7 @@ def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
 
 
 def _span(scales: Sequence[float]) -> str:
-    """Return the scales of all blocks, of many the first and the last."""
+    """Return the scales of all blocks; of many blocks the first two and the last."""
     shown = [f"{scale:.4g}" for scale in scales]
     return ", ".join(shown) if len(shown) <= _WIDE else f"{shown[0]}, {shown[1]} … {shown[-1]}"
 
@@ -268,7 +268,7 @@ def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Map
 
 
 def command(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> str:
-    """Return the `rewarded-lines merge` command that makes this merge; inputs are called by their titles."""
+    """Return the `rewarded-lines merge` command that makes this merge; inputs go by their titles."""
     policies = {name: inputs[name].title for name in plan.policies}
     how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "as") if name in settings}
     return spec.command(inputs[""].title, policies, **how)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:
-    """Return the members of the greedy soup, in the order in which they joined.
+    """Return the members of the greedy soup, in the order in which they join.
 
     Candidates are ordered by their own score, best first; each joins if the soup with it scores at least as high.
 
@@ -86,14 +86,14 @@ def greedy_weights(
         plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
         return value
 
-    # By name, so that of equal scores the same policy is first, whatever the user's order.
+    # Sorted by name, so that ties between scores do not depend on the user's order.
     order = sorted(range(len(names)), key=names.__getitem__)
     members = choose_greedily(len(names), lambda chosen: score_soup(tuple(sorted(order[index] for index in chosen))))
     return _uniform([order[index] for index in members], len(names))
 
 
 def load_score(score: str | Callable[[Path], float]) -> Callable[[Path], float]:
-    """Return a function from a model's folder to a finite number, out of whatever the user named.
+    """Return the score that the user named as a function from a model's folder to a finite number.
 
     Args:
         score: a function; `module:function` or `file.py:function`; or a command, in which `{model}` stands for the
@@ -119,7 +119,7 @@ def _uniform(members: Sequence[int], count: int) -> tuple[float, ...]:
 def _called(function: Callable[..., Any], folder: Path, name: str) -> Any:
     try:
         return function(folder)
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is reported, not lost
+    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; the message reports it
         raise _failed(name, f"{type(error).__name__}: {error}") from error
 
 

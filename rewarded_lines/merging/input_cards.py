@@ -1,6 +1,6 @@
 """What the cards of a merge's inputs say: their names on the Hub, licences, languages and data sets.
 
-Cards are files of others: what is missing, damaged or not of its form counts as not said.
+Cards are other people's files: a field that is missing, damaged or malformed is ignored.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _DATASET = re.compile(r"(?:[A-Za-z0-9][\w.\-]*/)?[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class InputCard:
-    """What is known of one input.
+    """What is known about one input.
 
     Attributes:
-        title: what people call it, its Hub id or the name of its folder.
-        ids: its Hub id; of a folder without one, those of the models that it was made from.
-        licence: as its card has it, "" where the card has none.
-        licence_name: of a licence that is none of the usual ones.
-        licence_link: to its text, an address of the web.
+        title: its Hub id, or the name of its folder.
+        ids: its Hub id; for a folder without one, the ids of the models it was made from.
+        licence: as its card gives it, "" if the card gives none.
+        licence_name: the name of a licence that the Hub does not list.
+        licence_link: the web address of its text.
         languages: codes.
         datasets: Hub ids of data sets.
     """
@@ -54,7 +54,7 @@ class InputCard:
 
 
 def input_cards(plan: Plan) -> dict[str, InputCard]:
-    """Return what is known of the base, under the name "", and of every policy by name."""
+    """Return what is known about the base, under the name "", and about every policy by name."""
     policies = {
         name: _input_card(plan.references.get(name, ""), policy.folder, _made_from(policy))
         for name, policy in plan.policies.items()
@@ -64,10 +64,10 @@ def input_cards(plan: Plan) -> dict[str, InputCard]:
 
 
 def read_front_matter(folder: Path) -> Mapping[str, Any]:
-    """Return what the metadata at the head of a folder's model card say that a merge passes on; often nothing."""
+    """Return the fields of a folder's model card that a merge passes on; {} if there are none."""
     path = folder / CARD_FILE
     try:
-        # A pipe would keep us waiting for ever.
+        # Reading a pipe would wait for ever.
         if not path.is_file():
             return {}
         with path.open("rb") as file:
@@ -79,7 +79,7 @@ def read_front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _parse(text: str) -> Mapping[str, Any]:
-    """Return the fields that are asked for here; tables of results, the bulk of many cards, are not even parsed."""
+    """Return the fields of `_FIELD`; the others are not parsed, because tables of results can be very long."""
     import yaml
 
     found: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def _input_card(reference: str, folder: Path, made_from: Iterable[str]) -> Input
 
 
 def _own_id(reference: str, folder: Path) -> str:
-    """Return the Hub id of an input, "" where it has none; a folder of the Hub's own cache has it in its path."""
+    """Return the Hub id of an input, or ""; the path of a folder in the Hub's cache contains the id."""
     if reference and not looks_local(reference):
         return reference
     place = folder.resolve()
@@ -118,14 +118,14 @@ def _own_id(reference: str, folder: Path) -> str:
 
 
 def _ancestors(folder: Path, card: Mapping[str, Any], made_from: Iterable[str]) -> tuple[str, ...]:
-    """Return the Hub ids of what a folder was made from: its card's word, else its config's."""
+    """Return the Hub ids that a folder was made from, as its card says, or else its config."""
     place = folder.resolve()
     named = _texts(card.get("base_model"), _ID) or [text for text in made_from if _ID.fullmatch(text)]
     return tuple(dict.fromkeys(name for name in named if not _lies_here(name, place)))
 
 
 def _lies_here(name: str, folder: Path) -> bool:
-    """Say whether a name that has the form of an id is a path, as a training that ended here may have written it."""
+    """Say whether a name that looks like an id is a path on this machine; trainings write such names."""
     return any(os.path.exists(place / name) for place in (Path(), folder, *list(folder.parents)[:4]))
 
 
@@ -135,8 +135,8 @@ def _made_from(source: Checkpoint | BareBase | Adapter) -> list[str]:
 
 
 def _texts(value: Any, form: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the texts of a field that may be one or a list of them, those of the right form."""
+    """Return the well-formed texts of a field that has one text or a list."""
     values = value if isinstance(value, list) else [value]
-    # YAML reads the code of Norwegian as a truth value.
+    # YAML reads `no`, the code of Norwegian, as false.
     texts = ["no" if one is False else one for one in values]
     return tuple(dict.fromkeys(one for one in texts if isinstance(one, str) and form.fullmatch(one)))

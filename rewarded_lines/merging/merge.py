@@ -1,4 +1,4 @@
-"""The verb `merge`: base and policies in, one complete checkpoint folder for each λ out; and a merge made again."""
+"""The verb `merge`: base and policies in, a complete checkpoint folder for each λ out; `replay` repeats a merge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Weights = float | str | Sequence[float]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """One merged policy: where it is (None after a dry run) and what made it."""
+    """One merged policy: its folder (None after a dry run) and the merge that made it."""
 
     out: Path | None
     spec: MergeSpec
@@ -93,7 +93,7 @@ def replay(
     policies: Mapping[str, str] | None = None,
     how: MergeOptions,
 ) -> MergeResult:
-    """Make the merge again that a `merge.json` tells of: the same inputs, by their hashes, and so the same bits.
+    """Repeat the merge that a `merge.json` records; its hashes prove that the inputs, and so the bits, are the same.
 
     Args:
         record: the file, or the merged folder it lies in.
@@ -140,7 +140,7 @@ def _write(
     how: MergeOptions,
     addition: Callable[[MergeSpec], CardAddition] | None,
 ) -> list[MergeResult]:
-    """Write every output, and return what there is to say of each."""
+    """Write every output."""
     how.progress.start("measuring residuals")
     plan.prepare(specs)
     settings = {"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers}
@@ -183,12 +183,12 @@ def name_policies(policies: Policies) -> dict[str, str]:
 
 
 def expand(reference: str | Path) -> str:
-    """Return a path as text, `~` replaced: the shell leaves it alone after `--base=` and `NAME=`."""
+    """Return a path as text with `~` expanded, which shells do not expand after `--base=` and `NAME=`."""
     return str(Path(reference).expanduser()) if str(reference).startswith("~") else str(reference)
 
 
 def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: MergeOptions) -> list[MergeSpec]:
-    """Return the numbers of every output, the weights as the method takes them; a chosen α comes later."""
+    """Return the spec of every output; where α is chosen automatically, it is 0 until then."""
     alpha = 0.0 if how.alpha == "auto" else how.alpha
     first = MergeSpec((), alpha, how.beta, how.method, how.options or {}, how.outside).complete(len(names))
     kind = METHODS[how.method].weights
@@ -238,7 +238,7 @@ def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bo
     ]
     read = [Path(reference).resolve() for reference in inputs if Path(reference).exists()]
     for target in targets:
-        # Not Path.resolve, which fails in its own way on links that go round.
+        # Path.resolve would raise on links that form a circle.
         place = Path(os.path.realpath(target))
         touched = [path for path in read if path == place or place in path.parents or path in place.parents]
         problems += [

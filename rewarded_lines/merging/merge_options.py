@@ -18,7 +18,7 @@ METHODS_PANEL = "Options of the methods"
 
 
 def option(default: Any, about: str, **more: Any) -> Any:
-    """Return a field that is an option of the command line, too: its help, and more of what `as_option` takes."""
+    """Return a field with the help text of its command-line option, and more that `as_option` takes."""
     return field(default=default, metadata={"help": about, **more})
 
 
@@ -90,6 +90,6 @@ class MergeOptions:
     extrapolate: bool = option(False, "Allow λ outside the simplex.")
     allow_nonfinite: bool = option(False, "Let NaN and infinite values pass.")
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
-    # A function of the plan, see `Additions` of the cards; named so loosely here, for plans need numpy.
+    # `Additions` in cards.py, but importing its types would load numpy.
     additions: Callable[[Any], Any] | None = None
     progress: Progress = SILENT

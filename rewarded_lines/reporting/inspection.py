@@ -27,7 +27,7 @@ _NAMED = 3
 
 
 def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
-    """Return an inspection as JSON can hold it: null for what is not finite; single tensors only if asked for."""
+    """Return an inspection for JSON: null for values that are not finite, single tensors only if asked for."""
     return {key: _plain(value) for key, value in vars(found).items() if tensors or key != "tensors"}
 
 
@@ -55,7 +55,7 @@ def on_terminal(found: Inspection, tensors: bool, width: int = 80) -> Iterator[R
 
 
 def _tables(headings: Row, parts: Mapping[str, Sequence[Row]], width: int) -> Iterator[RenderableType]:
-    """Yield the parts under one row of headings, all with the same columns; a rule before a part without a title."""
+    """Yield tables that share one row of headings and its widths; a part without a title follows a rule."""
     everything = [headings, *(row for rows in parts.values() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
     # One column gives way where the terminal is narrow: long names and several types are folded.
@@ -148,7 +148,7 @@ def _percent(share: float, form: str) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """Return a percentage that says 0 or 100 only where it is all or none."""
+    """Return a percentage; only none is 0% and only all is 100%."""
     if part in (0, whole):
         return "0%" if part == 0 else "100%"
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f}%"

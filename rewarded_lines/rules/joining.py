@@ -16,7 +16,7 @@ from typing import Any
 Array = Any
 Rule = Callable[..., Array]
 
-# Nearly parallel residuals have no plane to rotate in; the customary limit.
+# Above this cosine residuals are joined linearly: parallel ones span no plane to rotate in.
 _PARALLEL = 0.9995
 
 
@@ -130,7 +130,7 @@ def _join_agreeing(residuals: Sequence[Array], weights: Sequence[float], join: s
     total = soup([residual * mask for residual, mask in zip(residuals, agrees, strict=True)], weights)
     if join == "sum":
         return total
-    # Begun as a float64 array: torch makes float32 of a boolean one times a number.
+    # Starts as float64: torch would make float32 of a boolean array times a number.
     share = elected * 0.0
     for mask, weight in zip(agrees, weights, strict=True):
         share = share + (elected * 0.0 + mask) * abs(weight)

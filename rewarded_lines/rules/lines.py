@@ -42,7 +42,7 @@ def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> fl
     """
     if block is None or blocks == 1:
         return alpha
-    # The share of the way first: in the last block it is 1, so that β = 1 − α gives exactly 1 there.
+    # Divide first: the quotient is exactly 1 in the last block, so β = 1 − α gives scale 1 there.
     return alpha + beta * (block / (blocks - 1))
 
 

@@ -30,7 +30,7 @@ def parse_weights(
     except ValueError:
         values = [math.nan]
     if len(values) == 1 and len(policies) == 2:
-        # 1 − λ in decimal: 1 − 0.9 is 0.09999999999999998 in binary, which nobody means.
+        # Round: 1 − 0.9 is 0.09999999999999998 in binary.
         values = [values[0], round(1 - values[0], 12)]
     return check_weights(values, policies, extrapolate, text, total)
 

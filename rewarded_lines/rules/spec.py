@@ -79,7 +79,7 @@ class MergeSpec:
             how: other arguments of `merge` with their values: dtype, as_, layers, max_shard_size.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
-        # Of two weights the second is 1 − λ, in decimal; one policy alone has weight 1 by default.
+        # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
         one_number = len(self.weights) == 2 and self.weights[1] == round(1 - self.weights[0], 12)
         if METHODS[self.method].weights != "none" and self.weights != (1.0,):
             pairs.append(("lam", ",".join(map(_text, self.weights[:1] if one_number else self.weights))))
@@ -91,7 +91,7 @@ class MergeSpec:
         return shlex.join(["rewarded-lines", "merge", *words, *extrapolate, "--out", out])
 
 
-# What `merge` does unless it is told otherwise.
+# The defaults of `merge`, which a command need not name.
 _DEFAULTS = {"alpha": "1", "beta": "1", "method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
 _DEFAULTS |= {"max_shard_size": "5GB"}
 
