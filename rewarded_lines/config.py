@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -16,10 +16,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# The template of a reward model that reads conversations by its own chat template.
 CHAT = "chat"
-"""The template of a reward model that reads conversations by its own chat template."""
 TooLong = Literal["refuse", "leave_out", "truncate"]
-# Settings that came later, each with its usual value: records made before are those of this value.
+# Settings that came later, with the values that earlier records had.
 _LATER: dict[str, Any] = {
     "messages": False, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [],
     "chat_template_kwargs": {}, "strip": None,
@@ -28,21 +28,75 @@ _FIRST_MAX_TOKENS = 512
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 
 
+def parse_format(text: str) -> tuple[tuple[int, float], ...]:
+    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
+
+    Raises:
+        ValueError: when `text` is not a signed sum of CLASS or CLASSxWEIGHT.
+    """
+    term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
+    if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
+        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
+    found = re.findall(rf"([+-]?){term}", text)
+    return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
+
+
+def parse_strip(text: str) -> tuple[str, str]:
+    """Return the two markers of `strip:`, for instance "<think>" and "</think>".
+
+    Raises:
+        ValueError: when `text` is not two markers with … (or ...) between them.
+    """
+    opening, dots, closing = text.replace("...", "…").partition("…")
+    if not (dots and opening and closing):
+        raise ValueError(f"{text!r} is not two markers with … between them, such as '<think>…</think>'")
+    return opening, closing
+
+
+def _checked(check: Callable[[Any], object]) -> AfterValidator:
+    """Return a validator that keeps every value which `check` does not refuse."""
+
+    def keep(value: Any) -> Any:
+        check(value)
+        return value
+
+    return AfterValidator(keep)
+
+
+def _check_template(value: str | tuple[str, str]) -> None:
+    if value != CHAT and "{response}" not in "".join(value):
+        raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
+
+
+def _check_variables(value: dict[str, Any]) -> None:
+    for name, one in value.items():
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not the name of a template's variable")
+        try:
+            json.dumps(one, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
+
+
+def _check_range(value: tuple[float, float]) -> None:
+    if not value[0] <= value[1]:
+        raise ValueError("the range is [lowest, highest]")
+
+
 class RewardSpec(Strict):
     """One reward, declared once for recipes and evaluator: a model with a format, or a Python function.
 
     `format` says which logits make the score, as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of
-    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text the model reads; a list of two
-    is the pair of texts that a cross-encoder reads; "chat" is the whole conversation in the reward model's own chat
-    template. `messages` gives a function the turns of a chat in place of their text. A reward of the role "audit" is
-    reported and never trained on, chosen by, or part of a hypervolume. `max_tokens` is the longest text, by default all
-    that the model can read. `backend` runs a model, `device` is its place (the command line's by default); `workers`
-    are processes that a function is called in.
+    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list
+    of two is the pair for a cross-encoder; "chat" is the conversation in the reward model's own chat template.
+    `messages` gives a function the turns of a chat in place of their text. The role "audit" is for a reward that is
+    reported, but not trained on, chosen by, or part of a hypervolume. `max_tokens` is the longest text, by default all
+    that the model can read. `backend` runs a model and `device` is where; `workers` are processes for a function.
     """
 
     model: str | None = None
-    format: str = "0"
-    template: str | tuple[str, str] = "{prompt}{response}"
+    format: Annotated[str, _checked(parse_format)] = "0"
+    template: Annotated[str | tuple[str, str], _checked(_check_template)] = "{prompt}{response}"
     function: str | None = None
     messages: bool = False
     role: Literal["objective", "audit"] = "objective"
@@ -67,27 +121,14 @@ class RewardSpec(Strict):
             raise ValueError("`messages:` is for functions; a model reads a chat with `template: chat`")
         return self
 
-    @field_validator("format")
-    @classmethod
-    def _format(cls, value: str) -> str:
-        parse_format(value)
-        return value
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, value: str | tuple[str, str]) -> str | tuple[str, str]:
-        if value != CHAT and "{response}" not in "".join(value):
-            raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
-        return value
-
 
 class DataSpec(Strict):
     """Rows of data: a local file (JSONL, Parquet or CSV), or a split of a data set of the Hub.
 
-    `columns` says where a role (prompt, completion, chosen, rejected, messages, text) is found under another name, dots
-    leading into nested columns; `rows` names a Python function that makes a row (or several, or None) with the roles of
-    each row of the data. With `chat`, texts are turns of a chat and `system` is the first turn of each. `too_long` says
-    what becomes of a row that a model cannot read: it is refused, left out, or its prompt is cut from the beginning.
+    `columns` gives the column of a role (prompt, completion, chosen, rejected, messages, text) that has another name;
+    dots lead into nested columns. `rows` names a Python function that makes of each row one (or several, or None) with
+    these roles. With `chat`, texts are turns of a chat, whose first turn is `system`. A row that is too long for a
+    model is refused, left out, or its prompt is cut from the beginning: `too_long`.
     """
 
     file: str | None = None
@@ -118,14 +159,14 @@ class PromptSpec(DataSpec):
 
 
 class GenerationSpec(Strict):
-    """How every point of a sweep answers: `n` responses to each prompt, each with a seed of its own from `seed`.
+    """How every point of a sweep answers: `n` responses to each prompt, each with its own seed, derived from `seed`.
 
-    Temperature 0 is greedy. A response ends at one of the model's end tokens (those of its generation config, its
-    tokenizer's, and `stop_token_ids`), before the first of the `stop` texts, or after `max_tokens`. Sampling applies
-    `repetition_penalty`, the temperature, `min_p`, `top_k` (0: all tokens) and `top_p`, in this order, whatever the
-    engine. `chat_template` is a Jinja file that takes the place of the tokenizer's own, `chat_template_kwargs` are
-    variables that the template gets (`enable_thinking`, for one). `strip`, two markers with … between them, is what
-    rewards, length and audits do not see of a response: "<think>…</think>".
+    Temperature 0 is greedy. A response ends at an end token (of the model's generation config, of its tokenizer, or in
+    `stop_token_ids`), before the first of the `stop` texts, or after `max_tokens`. Every engine samples with
+    `repetition_penalty`, the temperature, `min_p`, `top_k` (0: all tokens) and `top_p`, in this order. The Jinja file
+    `chat_template` replaces the tokenizer's own, and `chat_template_kwargs` are its variables (such as
+    `enable_thinking`). `strip`, for example "<think>…</think>", hides a part of a response from rewards, length and
+    audits.
     """
 
     temperature: float = Field(1.0, ge=0)
@@ -139,8 +180,8 @@ class GenerationSpec(Strict):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    strip: str | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], _checked(_check_variables)] = {}
+    strip: Annotated[str, _checked(parse_strip)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
@@ -150,25 +191,6 @@ class GenerationSpec(Strict):
         if not all(self.stop):
             raise ValueError("a stop text is empty")
         return self
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _variables(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, one in value.items():
-            if not name.isidentifier():
-                raise ValueError(f"{name!r} is not the name of a template's variable")
-            try:
-                json.dumps(one, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
-        return value
-
-    @field_validator("strip")
-    @classmethod
-    def _markers(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_strip(value)
-        return value
 
 
 class MethodSpec(Strict):
@@ -209,13 +231,13 @@ PRESETS: dict[str, MethodSpec] = {
 }
 """Methods that a project may name without saying what they are."""
 SFT, POLICIES, TUNED, BASELINES = "sft", "policies", "tuned", "baselines"
+# The name of control texts to which the project gives none.
 CONTROL = "control"
-"""What control texts are called that have no name of their own."""
 _SMALLEST_STEP = 1e-6
 _RESERVED = {
     SFT: "the base model itself, always evaluated",
     TUNED: "the method that `tune:` adds",
-    BASELINES: "what holds the baselines that no method names",
+    BASELINES: "the list of the baselines that no method names",
 }
 
 
@@ -225,18 +247,21 @@ class TuneSpec(Strict):
     trials: int = Field(ge=1)
     prompts: PromptSpec
     points: int | None = Field(None, ge=2)
-    alpha: tuple[float, float] = (0.0, 2.0)
-    beta: tuple[float, float] = (-1.0, 2.0)
+    alpha: Annotated[tuple[float, float], _checked(_check_range)] = (0.0, 2.0)
+    beta: Annotated[tuple[float, float], _checked(_check_range)] = (-1.0, 2.0)
     merge: str = "soup"
     options: dict[str, float | int | str] = {}
     seed: int = Field(0, ge=0)
 
-    @field_validator("alpha", "beta")
-    @classmethod
-    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] <= value[1]:
-            raise ValueError("the range is [lowest, highest]")
-        return value
+
+def _check_methods(value: dict[str, MethodSpec | None]) -> None:
+    if not value:
+        raise ValueError("name at least one method")
+    for name in value:
+        if name in _RESERVED:
+            raise ValueError(f"`{name}` is {_RESERVED[name]}; give the method another name")
+    if value.get(POLICIES) is not None:
+        raise ValueError(f"`{POLICIES}` stands for the single policies and takes no keys")
 
 
 class SweepSpec(Strict):
@@ -247,7 +272,7 @@ class SweepSpec(Strict):
     """
 
     points: int = Field(11, ge=2)
-    methods: dict[str, MethodSpec | None] = {"soup": None, "lines": None}
+    methods: Annotated[dict[str, MethodSpec | None], _checked(_check_methods)] = {"soup": None, "lines": None}
     tune: TuneSpec | None = None
     references: dict[str, dict[str, float]] = {}
     resamples: int = Field(1000, ge=100)
@@ -255,7 +280,7 @@ class SweepSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _forms(cls, content: Any) -> Any:
-        """Take a list of methods for a mapping without details, and a step for the number of points that it makes."""
+        """Turn a list of methods into a mapping without details, and a step into the number of points."""
         if not isinstance(content, Mapping):
             return content
         content = dict(content)
@@ -270,18 +295,6 @@ class SweepSpec(Strict):
             content["points"] = _points_of(content.pop("step"))
         return content
 
-    @field_validator("methods")
-    @classmethod
-    def _names(cls, value: dict[str, MethodSpec | None]) -> dict[str, MethodSpec | None]:
-        if not value:
-            raise ValueError("name at least one method")
-        for name in value:
-            if name in _RESERVED:
-                raise ValueError(f"`{name}` is {_RESERVED[name]}; give the method another name")
-            if value[name] is not None and name == POLICIES:
-                raise ValueError("`policies` stands for the single policies and takes no keys")
-        return value
-
 
 def _points_of(step: Any) -> int:
     """Return how many λ a step makes on each edge of the simplex."""
@@ -291,11 +304,24 @@ def _points_of(step: Any) -> int:
     return count + 1
 
 
+def is_one_set(control: Mapping[str, Any]) -> bool:
+    """Say whether `control:` is one set without a name: it has a key of a set, or no value that is a mapping."""
+    plain = [key for key, one in control.items() if key == "columns" or not isinstance(one, Mapping)]
+    return bool(control) and (any(key in DataSpec.model_fields for key in plain) or len(plain) == len(control))
+
+
+def _named_sets(value: Any) -> Any:
+    """Name a single set of control texts that has no name."""
+    if not isinstance(value, Mapping):
+        return value or {}
+    return {CONTROL: value} if is_one_set(value) else value
+
+
 class ProjectConfig(Strict):
     """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies.
 
-    `baselines` are models to compare with, never merged; `control` are texts that have nothing to do with the task, or
-    several sets of them by name: how much worse a policy predicts them is what it has forgotten.
+    `baselines` are models to compare with, never merged. `control` are texts that have nothing to do with the task, one
+    set or several by name: how much worse a policy predicts them is what it has forgotten.
     """
 
     version: int = 1
@@ -305,54 +331,15 @@ class ProjectConfig(Strict):
     baselines: dict[str, str] = {}
     rewards: dict[str, RewardSpec] = {}
     prompts: PromptSpec | None = None
-    control: dict[str, DataSpec] = {}
+    control: Annotated[dict[str, DataSpec], BeforeValidator(_named_sets)] = {}
     generation: GenerationSpec = GenerationSpec()
     sweep: SweepSpec = SweepSpec()
 
-    @field_validator("control", mode="before")
-    @classmethod
-    def _one_set(cls, value: Any) -> Any:
-        """Give the one set a name that has none."""
-        if not isinstance(value, Mapping):
-            return value or {}
-        return {CONTROL: value} if is_one_set(value) else value
-
-
-def is_one_set(control: Mapping[str, Any]) -> bool:
-    """Say whether `control:` is one set without a name: it says a file or columns, or nothing that is a mapping."""
-    plain = [key for key, one in control.items() if key == "columns" or not isinstance(one, Mapping)]
-    return bool(control) and (any(key in DataSpec.model_fields for key in plain) or len(plain) == len(control))
-
-
-def parse_strip(text: str) -> tuple[str, str]:
-    """Return the two markers of `strip:`, for instance "<think>" and "</think>".
-
-    Raises:
-        ValueError: when `text` is not two markers with … (or ...) between them.
-    """
-    opening, dots, closing = text.replace("...", "…").partition("…")
-    if not (dots and opening and closing):
-        raise ValueError(f"{text!r} is not two markers with … between them, such as '<think>…</think>'")
-    return opening, closing
-
 
 def decides(spec: RewardSpec | GenerationSpec) -> dict[str, Any]:
-    """Return what of a section decides responses or scores; settings that came later only where they are used."""
+    """Return the settings that decide responses or scores; those that came later only where they are used."""
     content = spec.model_dump(mode="json", exclude=_DECIDES_NO_SCORE if isinstance(spec, RewardSpec) else None)
     if isinstance(spec, RewardSpec):
         # Texts of another length are refused or read whole, so the limit decides no score.
         content["max_tokens"] = spec.max_tokens or _FIRST_MAX_TOKENS
     return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}
-
-
-def parse_format(text: str) -> tuple[tuple[int, float], ...]:
-    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
-
-    Raises:
-        ValueError: when `text` is not a signed sum of CLASS or CLASSxWEIGHT.
-    """
-    term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
-    if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
-        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
-    found = re.findall(rf"([+-]?){term}", text)
-    return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)

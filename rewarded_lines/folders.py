@@ -21,41 +21,35 @@ from typing import Any
 from rewarded_lines.errors import Problem, UserError, fail
 
 TRAINING_FILE = "training.json"
-"""What a recipe says, beside the model that it trained, of how it was made."""
+"""How a recipe made the model beside it."""
 METRICS_FILE = "metrics.jsonl"
-"""What the trainer logged, beside it: a JSON line for each log."""
+"""What the trainer logged of the model beside it, a JSON line for each log."""
 _LOCK = ".lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
 
 
 def existing_output(out: Path, overwrite: bool, mark: str = "") -> list[Problem]:
-    """Return the problem of an output that is already there or cannot be made, if it is one.
+    """Return the problem of an output that exists already or cannot be made, if there is one.
 
     Args:
         out: the folder to make.
         overwrite: it may be replaced.
-        mark: the file by which an output of ours is known; other folders with content are not replaced then. A link is:
-            what it shows stays.
+        mark: a file that every output of ours holds. Folders with other content are not replaced. A link may be: the
+            folder behind it stays.
     """
+    where = str(out)
     if out.name in ("", ".."):
         # Neither can be built under another name and renamed.
-        return [Problem("not a name for a new folder", where=str(out), remedy="pass another --out")]
+        return [Problem("not a name for a new folder", where, remedy="pass another --out")]
     if not os.path.lexists(out):
         return []
-    if overwrite:
-        ours = not mark or out.is_symlink() or (out.is_dir() and ((out / mark).is_file() or not any(out.iterdir())))
-        remedy = "remove it yourself if you mean to, or pass another --out"
-        expected = f"an output of this command, with its {mark}, or an empty folder"
-        what = "--overwrite does not replace what is something else"
-        return [] if ours else [Problem(what, str(out), expected, remedy=remedy)]
-    return [
-        Problem(
-            "the output folder exists",
-            where=str(out),
-            remedy="pass --overwrite to replace it, or another --out",
-        )
-    ]
+    if not overwrite:
+        return [Problem("the output folder exists", where, remedy="pass --overwrite to replace it, or another --out")]
+    if not mark or out.is_symlink() or (out.is_dir() and ((out / mark).is_file() or not any(out.iterdir()))):
+        return []
+    what, remedy = "--overwrite replaces only outputs of this command", "remove it yourself, or pass another --out"
+    return [Problem(what, where, f"a folder with {mark}, or an empty one", remedy=remedy)]
 
 
 @contextmanager
@@ -64,7 +58,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: the folder to make; its parents are made too.
-        overwrite: replace a folder that is there, only once the new one is whole.
+        overwrite: replace an existing folder, once the new one is whole.
 
     Raises:
         UserError: `out` exists, or another process made it meanwhile; nothing is changed then.
@@ -73,7 +67,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(problems)
     with scratch_folder(out) as partial:
         yield partial
-        _publish(partial, out, overwrite)
+        publish_folder(partial, out, overwrite)
 
 
 @contextmanager
@@ -106,69 +100,54 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:
-    """Give a finished folder the name `out`, beside it.
+    """Rename a finished folder to `out`, beside it, once its files are on the disk.
 
     Args:
-        folder: synced to the disk first.
-        out: the name.
+        folder: what is finished.
+        out: its new name.
         overwrite: replace a folder that has the name.
     """
-    _publish(folder, out, overwrite)
+    sync_folder(folder)
+    with locked(out.parent):
+        _put_in_place(folder, out, overwrite)
+        # Before what was replaced is removed, the new name must be on the disk.
+        _sync(out.parent)
     # What was replaced has changed places with it.
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(partial: Path, out: Path, overwrite: bool) -> None:
-    sync_folder(partial)
-    with _locked(out.parent, wait=True):
-        _put_in_place(partial, out, overwrite)
-        # What was replaced goes with `partial`, so the new name must be on the disk first.
-        _sync(out.parent)
-
-
 @contextmanager
-def hold_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Hold a name for a folder, there or not, for this process; the hold goes with the process, however it ends.
-
-    Args:
-        folder: its parents are made.
-        enabled: do nothing otherwise.
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from making `folder`, which need not exist, until the block or this process ends.
 
     Raises:
         UserError: another process holds it.
     """
-    if not enabled:
-        yield
-        return
     held = folder.with_name(f".{folder.name}.lock")
-    with _parents(folder):
-        with held.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it may have taken the name away between the two calls.
-                if not os.path.samestat(os.fstat(file.fileno()), held.stat()):
-                    raise BlockingIOError
-            except OSError as error:
-                raise fail(
-                    "another process is at work on this output",
-                    where=str(folder),
-                    remedy="wait for it to finish, or name another output",
-                ) from error
-            try:
-                yield
-            finally:
-                held.unlink(missing_ok=True)
+    with _parents(folder), held.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that held it may have removed the file between the two calls.
+            if not os.path.samestat(os.fstat(file.fileno()), held.stat()):
+                raise BlockingIOError
+        except OSError as error:
+            remedy = "wait for it to finish, or name another output"
+            raise fail("another process is at work on this output", where=str(folder), remedy=remedy) from error
+        try:
+            yield
+        finally:
+            held.unlink(missing_ok=True)
 
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that vanishes with the block, or with the next one after a kill."""
+    """Yield an empty folder beside `out`, removed at the end of the block or, after a kill, by the next one."""
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     with _parents(out):
-        with _locked(out.parent, wait=True):
+        with locked(out.parent):
             _clean_up(out)
             partial.mkdir()
-            # Held as long as this process lives: a partial folder that can be locked was left by one that died.
+            # Held as long as this process lives, so that a folder which can be locked was left by one that died.
             holder = _lock(partial, wait=False)
         try:
             yield partial
@@ -178,10 +157,10 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(folder: Path, mark: str) -> None:
-    """Refuse a folder that holds something other than a run of ours, which is known by the file `mark`.
+    """Refuse a folder that is not empty and holds neither the file `mark` of a run nor the lock that a run takes first.
 
     Raises:
-        UserError: there are entries, but neither `mark` nor the lock that a run takes first.
+        UserError: likewise.
     """
     if folder.exists() and not folder.is_dir():
         raise fail("a file stands where the run folder should be", where=str(folder), remedy="pass another --out")
@@ -198,7 +177,7 @@ def refuse_foreign(folder: Path, mark: str) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the lock goes with the process, however it ends.
+    """Hold an existing folder for the block, or until this process ends.
 
     Raises:
         UserError: another process holds it.
@@ -207,11 +186,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise fail(
-                "another process is at work in this folder",
-                where=str(folder),
-                remedy="wait for it to finish, or name another folder with --out",
-            ) from error
+            remedy = "wait for it to finish, or name another folder with --out"
+            raise fail("another process is at work in this folder", where=str(folder), remedy=remedy) from error
         yield
 
 
@@ -232,7 +208,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Make the folders above `out`; those that were made and hold nothing at the end go again."""
+    """Make the folders above `out`; at the end remove those that were made and are empty."""
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +220,7 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
-    """Rename `partial` to `out`; a folder that is replaced goes only after the new one stands."""
+    """Rename `partial` to `out`; a folder that has the name is removed last."""
     if overwrite and out.is_dir() and not out.is_symlink() and _swap(partial, out):
         return
     replaced = out.with_name(f".{out.name}.replaced")
@@ -257,21 +233,20 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
             os.rename(replaced, out)
         if error.errno not in _TAKEN:
             raise
-        raise fail(
-            "another process made the output folder meanwhile", where=str(out), remedy="pass another --out"
-        ) from error
+        what = "another process made the output folder meanwhile"
+        raise fail(what, where=str(out), remedy="pass another --out") from error
     _remove(replaced)
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step, so that a kill finds one of them; say whether the system can."""
+    """Let two folders change places in one step, which a kill cannot cut in two; say whether the system can."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     names = os.fsencode(os.path.abspath(first)), os.fsencode(os.path.abspath(second))
     return renameat2 is not None and renameat2(-1, names[0], -1, names[1], _RENAME_EXCHANGE) == 0
 
 
 def _clean_up(out: Path) -> None:
-    """Mend what killed processes left of this same output: half-written folders, and a replacement cut short."""
+    """Remove the half-written folders that killed processes left of this output, and undo a replacement cut short."""
     replaced = out.with_name(f".{out.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(out):
         os.rename(replaced, out)
@@ -294,8 +269,9 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    descriptor = _lock(folder, wait)
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds a lock on this folder, and hold one for the block."""
+    descriptor = _lock(folder, wait=True)
     try:
         yield
     finally:

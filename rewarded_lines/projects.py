@@ -1,8 +1,8 @@
 """Project files: read with what they extend, checked as a whole, written.
 
-Unknown keys are refused at every depth with the nearest known key. Paths in a project file are relative to the
-file's own folder, so a project can be moved as a whole; those of a file that it extends are too, as if they stood in
-it, and only an `extends:` is relative to the file which says it. Nothing here opens a model.
+Unknown keys are refused at every depth with the nearest known key. All paths are relative to the folder of the
+project file, those in a file that it extends too, so that a project can be moved as a whole; only `extends:` itself is
+relative to the file that says it. Nothing here opens a model.
 """
 
 from __future__ import annotations
@@ -10,25 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rewarded_lines.config import (
-    CONTROL,
-    DataSpec,
-    GenerationSpec,
-    MethodSpec,
-    ProjectConfig,
-    PromptSpec,
-    RewardSpec,
-    Strict,
-    SweepSpec,
-    TuneSpec,
-    is_one_set,
-)
+from rewarded_lines.config import CONTROL, GenerationSpec, ProjectConfig, Strict, is_one_set
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.references import local_path, looks_local
 
@@ -38,7 +26,7 @@ _MOST_KEYS_SHOWN = 20
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that is given twice, of which others silently keep the last."""
+    """Reads YAML, and refuses a key that is given twice, where PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -52,10 +40,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Project:
-    """A parsed project file, the folder its paths are relative to, and who says what.
-
-    `files` has the content of every file that was read, this one's first, then what each extends.
-    """
+    """A parsed project file; `files` holds each file that was read and its content, first this one, last the lowest."""
 
     path: Path
     config: ProjectConfig
@@ -75,14 +60,14 @@ class Project:
         return spec.model_copy(update={"chat_template": str(local_path(spec.chat_template, self.root))})
 
     def where(self, *keys: str) -> str:
-        """Return the place of an entry, for messages: its file, which one may be that the project extends."""
+        """Return the place of an entry, for messages: its keys, and its file, which the project may extend."""
         said_in = (path for path, content in self.files if _says(content, keys))
         return f"{next(said_in, self.path)}: {'.'.join(keys)}"
 
     def resolve(self, reference: str) -> str:
         """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is.
 
-        A name that only the working directory has is not the project's: it is looked for, and missed, in the project.
+        A folder of the working directory is not meant: its name is looked for, and missed, in the project.
         """
         local = looks_local(reference, self.root) or Path(reference).exists()
         return str(local_path(reference, self.root)) if local else reference
@@ -114,9 +99,9 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - it is a safe one
     except OSError as error:
         raise fail("cannot be read", where=str(path), got=str(error)) from error
-    # A date that is none, or a number, is a ValueError to PyYAML; so is text in another encoding.
+    # PyYAML raises ValueError for an impossible date or number, and for text in another encoding.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Of a text PyYAML says so; the file is told before.
+        # `where` names the file already.
         said = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
         raise fail("not readable as YAML", where=str(path), got=said) from error
     if not isinstance(content, dict):
@@ -154,7 +139,7 @@ def check_project(content: Mapping[str, Any], path: Path) -> ProjectConfig:
 
 
 def _files(content: Mapping[str, Any], path: Path) -> tuple[tuple[Path, Mapping[str, Any]], ...]:
-    """Return a file and its content, then those of the file that it `extends:`, if any, and so on."""
+    """Return a file and its content, then the file that it `extends:`, if any, and so on."""
     files = [(path, content)]
     while EXTENDS in content:
         source, seen = _source(content[EXTENDS], path), [one.resolve() for one, _ in files]
@@ -168,17 +153,17 @@ def _files(content: Mapping[str, Any], path: Path) -> tuple[tuple[Path, Mapping[
 
 
 def _combined(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> ProjectConfig:
-    """Return what the first file says, over what the others do: the last is the lowest."""
+    """Return what the files say together: each overrides those after it."""
     below: Mapping[str, Any] = {}
     for path, content in reversed(files):
         below = _over(below, {key: value for key, value in content.items() if key != EXTENDS})
-        # Each with what is below it by itself first, so that its faults are told as its own.
+        # Checked at each step, so that a fault is reported for the file that has it.
         config = _validated(below, str(path))
     return config
 
 
 def _says(content: Any, keys: Sequence[str]) -> bool:
-    """Say whether a file has an entry; an element of a list counts as one."""
+    """Say whether a file has an entry at `keys`; the last may be an element of a list."""
     for key in keys:
         if isinstance(content, list):
             return key in content
@@ -210,17 +195,17 @@ def _source(name: Any, path: Path) -> Path:
 
 
 def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a project's content over another's."""
+    """Return the content of a file, `own`, over that of the file that it extends."""
     merged = _merged(under, own)
     both = {key for key in own if isinstance(under.get(key), Mapping) and isinstance(own[key], Mapping)}
     if CONTROL in both and (is_one_set(under[CONTROL]) or is_one_set(own[CONTROL])):
         merged[CONTROL] = own[CONTROL]
     if "sweep" in both:
         sweep = own["sweep"]
-        # What is compared is a list, whether it is written as one or as a mapping.
+        # A mapping of methods replaces the other one, as a list does.
         if sweep.get("methods") is not None:
             merged["sweep"]["methods"] = sweep["methods"]
-        # Two ways to say one thing.
+        # Two ways to say the same.
         for one, other in (("points", "step"), ("step", "points")):
             if one in sweep and other not in sweep:
                 merged["sweep"].pop(other, None)
@@ -228,7 +213,7 @@ def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `under` with what `over` says: mappings key by key, null takes a key out, anything else replaces it."""
+    """Return `under` with the keys of `over`: mappings are merged, null removes a key, anything else replaces it."""
     merged = dict(under)
     for key, value in over.items():
         before = under.get(key)
@@ -242,7 +227,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def problems_of(error: ValidationError, where: str) -> list[Problem]:
-    """Return what a section says of values it does not take, as problems of the place `where`."""
+    """Return the faults that pydantic found in a section as problems of the place `where`."""
     return [_problem(where, detail) for detail in error.errors()]
 
 
@@ -257,7 +242,7 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
     return Problem(
         f"unknown key `{key}`",
         where=where,
-        # A trainer's configuration has almost two hundred keys; the nearest says more than all of them.
+        # A trainer's configuration has almost two hundred keys: too many to list.
         expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
         remedy=did_you_mean(key, known, "remove it, or see --help for the keys there are"),
     )
@@ -266,11 +251,10 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
 def _problem(place: str, detail: ErrorDetails) -> Problem:
     location = [str(part) for part in detail["loc"]]
     if location[:2] == [CONTROL, CONTROL]:
-        # The set that the user gave no name.
+        # The name that we gave to a set without one.
         del location[1]
     if detail["type"] == "extra_forbidden":
-        section = _section(location[:-1])
-        known = [*(section.model_fields if section else []), *([] if location[:-1] else [EXTENDS])]
+        known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
         return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
     got = repr(detail["input"])
     return Problem(
@@ -280,18 +264,17 @@ def _problem(place: str, detail: ErrorDetails) -> Problem:
     )
 
 
-def _section(location: list[str]) -> type[Strict] | None:
+def _section(location: list[str]) -> type[Strict]:
     """Return the model whose keys live at `location`, e.g. ["rewards", "positive"] → RewardSpec."""
-    sections: Mapping[str, type[Strict]] = {
-        "rewards": RewardSpec,
-        "prompts": PromptSpec,
-        CONTROL: DataSpec,
-        "generation": GenerationSpec,
-        "sweep": SweepSpec,
-    }
-    if not location:
-        return ProjectConfig
-    if location[0] == "sweep" and len(location) > 1:
-        below = {"methods": MethodSpec, "tune": PromptSpec if location[-1] == "prompts" else TuneSpec}
-        return below.get(location[1])
-    return sections.get(location[0])
+    section: type[Strict] = ProjectConfig
+    for key in location:
+        if key in section.model_fields:
+            kinds = _kinds(section.model_fields[key].annotation)
+            section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Strict)), section)
+    return section
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """Return the types in an annotation, e.g. dict[str, RewardSpec | None] → str, RewardSpec, None."""
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]

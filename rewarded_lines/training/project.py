@@ -5,9 +5,7 @@ The file is the user's: comments and order stay, and only the entry of this run 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
@@ -23,7 +21,7 @@ from yaml import safe_load
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.engines.tokens import read_template
 from rewarded_lines.errors import fail
-from rewarded_lines.folders import write_bytes
+from rewarded_lines.folders import locked, write_bytes
 from rewarded_lines.projects import check_project, load_project
 
 _TRAINS_BY = ("stop", "stop_token_ids", "chat_template", "chat_template_kwargs", "strip")
@@ -133,12 +131,8 @@ def _held(path: Path) -> Iterator[None]:
     """Keep other recipes from changing the file at the same time: policies are often trained side by side."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(path.parent):
             yield
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise fail("the project file cannot be written", where=str(path), got=str(error)) from error
     except YAMLError as error:

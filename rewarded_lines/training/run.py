@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -230,7 +230,7 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
     # The trainer's configuration decides on the device, and so must be asked before anything else asks accelerate.
     _ = training.device
     first = PartialState().is_main_process
-    with hold_folder(folder, enabled=first):
+    with hold_folder(folder) if first else nullcontext():
         try:
             yield run
         finally:

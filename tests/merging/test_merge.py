@@ -156,7 +156,7 @@ def test_overwrite_replaces_outputs_of_merges_and_nothing_else(tiny):
     (tiny / "mine/thesis.txt").write_text("years of work")
     before = snapshot(tiny)
     for target in ("soups", "mine", "test.jsonl"):
-        with pytest.raises(UserError, match="does not replace what is something else"):
+        with pytest.raises(UserError, match="replaces only outputs of this command"):
             merge("sft", ["first", "second"], 0.5, out=target, overwrite=True)
     assert snapshot(tiny) == before
     (tiny / "empty").mkdir()

@@ -325,7 +325,7 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
         ("{lines: {merge: tie}, uniform: {match: lines}}", "sweep.methods.lines: method"),
         ("{mine: {match: lines, merge: sooup}}", "sweep.methods.mine: method"),
         ("{mine: {checkpoints: [absent]}}", "no such checkpoint"),
-        ("{baselines: {alpha: 1}}", "`baselines` is what holds the baselines"),
+        ("{baselines: {alpha: 1}}", "`baselines` is the list of the baselines"),
         ("{sft: {alpha: 1}}", "`sft` is the base model itself"),
         ("[soup, soup]", "named twice"),
     ],
