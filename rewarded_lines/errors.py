@@ -1,7 +1,7 @@
-"""What a user may be told: one exception, made of problems that each say what, where, expected, got and remedy.
+"""A user's errors: one exception, made of problems that each say what, where, expected, got and remedy.
 
-Nothing here knows about files, tensors or terminals; the command line prints a `UserError` and exits with 1,
-Python callers catch it. `assert` stays for our own bugs.
+Nothing here knows about files, tensors or terminals. The command line prints a `UserError` and exits with 1; Python
+callers catch it. `assert` is for our own bugs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 _LONGEST = 1000
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-# Anything shorter is no token, and may be part of a word.
+# Anything shorter is not a token, and may be part of a word.
 _SHORTEST_TOKEN = 8
 
 
@@ -37,14 +37,10 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake the user can mend; carries every problem found, not only the first."""
+    """A mistake that the user can mend; carries every problem found, not only the first."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        """Keep `problems` in the order in which they were found.
-
-        Args:
-            problems: one problem, or all that were found together.
-        """
+        """Keep one problem, or all that were found together, in their order."""
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
@@ -54,12 +50,12 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return `text` with escapes for what would steer a terminal: names and values come from files of others."""
+    """Return `text` with control characters escaped: names and values from others' files could steer a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def masked(text: str) -> str:
-    """Return `text` without the user's access tokens for the Hub, wherever they come from: it may be kept or shown."""
+    """Return `text` without access tokens for the Hub, so that it may be kept or shown."""
     for name in _TOKENS:
         token = os.environ.get(name, "").strip()
         text = text.replace(token, f"${name}") if len(token) >= _SHORTEST_TOKEN else text

@@ -15,7 +15,7 @@ from typing import NoReturn
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
 VLLM_SETTINGS = {
-    # In this process: quick to build, plans need not be opened twice, and nothing is left after a kill.
+    # In this process an engine is built quickly, plans are opened once, and a kill leaves nothing behind.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -26,11 +26,10 @@ VLLM_SETTINGS = {
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies; an ancestor asks for it through the environment.
+    """Ask the kernel to kill this process when its parent dies, if REWARDED_LINES_DIE_WITH_PARENT is set (Linux).
 
-    `REWARDED_LINES_DIE_WITH_PARENT` holds "1", or the pid of the ancestor that must still be alive: a parent that died
-    before this call sends no signal any more. Does nothing without the variable, and nothing outside Linux. The
-    variable is taken out of the environment, since it is meant for this process and not for those that it starts.
+    The variable holds "1", or the pid of an ancestor: this process ends at once if that one has died before the call.
+    It is removed from the environment, because the children of this process must not read it.
     """
     asked = os.environ.pop(DIE_WITH_PARENT, "")
     if not asked.isdecimal() or not sys.platform.startswith("linux"):
@@ -43,7 +42,7 @@ def die_with_parent() -> None:
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the block as `sys.exit` does, so that what it left half done is cleaned up on the way out."""
+    """Let SIGTERM end the block as `sys.exit` does, so that half-done work is cleaned up on the way out."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
@@ -59,21 +58,14 @@ def termination_as_exit() -> Iterator[None]:
 
 
 def prepare_vllm() -> None:
-    """Keep vLLM in this process: set what it reads from the environment when it is imported.
-
-    A user's own settings stand.
-    """
+    """Keep vLLM in this process: set the environment that it reads when it is imported; a user's own settings stay."""
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def give_back_memory() -> None:
-    """Return memory that was freed to the system: glibc keeps it in pieces, more of them with every point of a sweep.
-
-    Does nothing where the C library has no such call.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    """Give freed memory back to the system, where the C library can: glibc keeps more with every point of a sweep."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
@@ -83,5 +75,5 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True

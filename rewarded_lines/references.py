@@ -1,6 +1,6 @@
-"""What users refer to: a folder or a Hub id, a function as `module:name` or `file.py:name`.
+"""What users refer to: a folder or a Hub id, and a function as `module:name` or `file.py:name`.
 
-Loading a function runs the code it stands in, so only what the user names is loaded.
+Loading a function runs the code of its module, so only the user's own references are loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def looks_local(reference: str, root: Path = Path()) -> bool:
 
 
 def local_path(reference: str, root: Path) -> Path:
-    """Return a place on disk that `reference` names: from `root` on, or in a home folder where it begins with `~`."""
+    """Return the place on disk that `reference` names: below `root`, absolute, or in a home folder (`~`)."""
     return root / os.path.expanduser(reference)
 
 
@@ -34,7 +34,7 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
 
     Raises:
-        UserError: no such file, module or function, or it fails on import; the functions that are there are named.
+        UserError: no such file, module or function, or the import fails; the message names the module's functions.
     """
     source, separator, name = reference.rpartition(":")
     if not separator or not source or not name:
@@ -59,11 +59,11 @@ def _import_file(path: Path, where: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Registered before it runs, as import does, so that pickling and dataclasses inside it work.
+    # Registered before it runs, as `import` does: pickling and dataclasses inside it need that.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; it is reported, not lost
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; it is reported
         raise _import_failed(str(path), where, error) from error
     return module
 

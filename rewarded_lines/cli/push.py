@@ -38,7 +38,7 @@ class MergePublishing:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a merged folder is to be uploaded."""
+    """Where a merged folder is uploaded."""
 
     repository: str
     private: bool
@@ -46,10 +46,10 @@ class Destination:
 
     @classmethod
     def checked(cls, asked: MergePublishing, outputs: int) -> Destination | None:
-        """Return where the outputs of a merge go; None where they stay here.
+        """Return where the output of a merge is uploaded; None where it is not.
 
         Raises:
-            UserError: all that can be known to be wrong before anything is merged.
+            UserError: everything that can be known to be wrong before the merge.
         """
         if asked.push_to_hub is None:
             if asked.private or asked.revision:
@@ -57,12 +57,9 @@ class Destination:
                 raise fail("nothing is uploaded", where=where, remedy="add --push-to-hub OWNER/NAME")
             return None
         if outputs > 1:
+            where, remedy = "--push-to-hub", "upload each folder afterwards: rewarded-lines push FOLDER OWNER/NAME"
             raise fail(
-                "one repository holds one model",
-                where="--push-to-hub",
-                expected="one --lam",
-                got=f"{outputs}",
-                remedy="merge without it, then upload each folder: rewarded-lines push FOLDER OWNER/NAME",
+                "one repository holds one model", where=where, expected="one --lam", got=str(outputs), remedy=remedy
             )
         from rewarded_lines.publishing.push import check_ready, check_repository
 
@@ -88,9 +85,9 @@ def push(
 ) -> None:
     """Upload a merged folder to the Hub: model, card and figure.
 
-    An upload that failed goes on where it stopped: what has arrived is
-    not sent again. The token comes from HF_TOKEN or `hf auth login`.
-    All files go but hidden ones; merge.json names the inputs' folders.
+    An upload that failed goes on where it stopped: files that arrived are
+    not sent again. The token comes from HF_TOKEN or `hf auth login`. All
+    files but hidden ones are uploaded; merge.json names the inputs' folders.
 
     \b
     rewarded-lines push merged me/my-merge

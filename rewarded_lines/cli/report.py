@@ -43,13 +43,13 @@ def report(
 
     Hypervolume is taken above two reference points: SFT's own scores, and
     the worst score of any point on each axis. Intervals are by bootstrap
-    over prompts. An unfinished sweep is shown as far as it is.
+    over prompts. Of an unfinished sweep the points that exist are shown.
 
     RUN/report gets summary.json, table.md, points.csv and figures: front;
     kl (each reward over KL to SFT); forgetting (over the perplexity of
     control texts, if there are any); simplex (three policies); parallel
-    (four rewards or more); training (what the recipes logged, if it is
-    still there); with --depth also depth. report.html holds the front to
+    (four rewards or more); training (the recipes' logs, if they still
+    exist); with --depth also depth. report.html shows the front to
     explore, every response and the merge commands; it needs no network.
 
     \b
@@ -75,12 +75,12 @@ def report(
 
 
 def show(run: Path, console: Console, summary: Summary | None = None) -> None:
-    """Print the tables of a run that has its report, and the paths of the report's files.
+    """Print the tables of a run, and the paths of its report's files.
 
     Args:
         run: the run folder.
-        console: where to print.
-        summary: what `report` returned; computed again from the run's records when not given.
+        console: where to print the tables.
+        summary: what `report` returned; computed again by default.
     """
     from rewarded_lines.evaluation.records import load_run
     from rewarded_lines.reporting.report import report_files

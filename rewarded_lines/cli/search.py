@@ -23,7 +23,7 @@ def search(
         typer.Option(help="Whose front (repeat); all merges by default.", autocompletion=run_methods),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="λ that each method has at most in the end.")] = 15,
-    gain: Annotated[float, typer.Option(min=0, help="End where no λ can add more than this share.")] = 0.001,
+    gain: Annotated[float, typer.Option(min=0, help="End when no λ can add more than this share.")] = 0.001,
     engine: Annotated[
         str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.", autocompletion=engines)
     ] = None,
@@ -33,9 +33,9 @@ def search(
 ) -> None:
     """Add λ points to a run where they raise a method's front most, until a budget or a gain is reached.
 
-    With --config a run that is not there yet begins with three λ of each
-    method. The line through the points of two policies can be had, too: let
-    one or the other of two neighbours answer, by lot.
+    With --config a new run begins with three λ of each method. With two
+    policies, the line through the points can be reached, too: let one of two
+    neighbouring points, drawn by lot, answer each prompt.
 
     \b
     rewarded-lines search runs/demo/sweep --points 15

@@ -25,9 +25,9 @@ def sweep(
 ) -> None:
     """Merge, generate and score along λ, for every method and the SFT model, in one engine.
 
-    Points that are there are not made again: a killed sweep goes on where
-    it stopped. `sweep.methods` of the project says what is compared; with
-    `sweep.tune` α and β are searched first, on validation prompts.
+    Existing points are kept: a killed sweep goes on where it stopped.
+    `sweep.methods` of the project says what is compared; with `sweep.tune`
+    α and β are searched first, on validation prompts.
 
     \b
     rewarded-lines sweep
