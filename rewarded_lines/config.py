@@ -113,11 +113,11 @@ class RewardSpec(Strict):
     def _one_source(self) -> RewardSpec:
         if (self.model is None) == (self.function is None):
             raise ValueError("declare either `model:` (a classifier) or `function:` (module:name or file.py:name)")
-        if self.workers and self.function is None:
-            raise ValueError("`workers:` is for functions; a model's batches are its own")
-        if self.backend != "hf" and self.model is None:
+        if self.model is None and self.backend != "hf":
             raise ValueError("`backend:` is for models")
-        if self.messages and self.function is None:
+        if self.function is None and self.workers:
+            raise ValueError("`workers:` is for functions; a model's batches are its own")
+        if self.function is None and self.messages:
             raise ValueError("`messages:` is for functions; a model reads a chat with `template: chat`")
         return self
 

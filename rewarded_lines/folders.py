@@ -124,19 +124,37 @@ def hold_folder(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     held = folder.with_name(f".{folder.name}.lock")
-    with _parents(folder), held.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process that held it may have removed the file between the two calls.
-            if not os.path.samestat(os.fstat(file.fileno()), held.stat()):
-                raise BlockingIOError
-        except OSError as error:
-            remedy = "wait for it to finish, or name another output"
-            raise fail("another process is at work on this output", where=str(folder), remedy=remedy) from error
+    with _parents(folder), _alone(held, folder, "another process is at work on this output", "name another output"):
         try:
             yield
         finally:
             held.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for the block, or until this process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    remedy = "name another folder with --out"
+    with _alone(folder / _LOCK, folder, "another process is at work in this folder", remedy):
+        yield
+
+
+@contextmanager
+def _alone(lock: Path, folder: Path, what: str, remedy: str) -> Iterator[None]:
+    """Hold a lock file; refuse the folder that it stands for while another process holds it."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that held it may have removed the file between the two calls.
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError
+        except OSError as error:
+            raise fail(what, where=str(folder), remedy=f"wait for it to finish, or {remedy}") from error
+        yield
 
 
 @contextmanager
@@ -173,22 +191,6 @@ def refuse_foreign(folder: Path, mark: str) -> None:
             got=", ".join(sorted(names)[:5]),
             remedy="pass another --out",
         )
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an existing folder for the block, or until this process ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            remedy = "wait for it to finish, or name another folder with --out"
-            raise fail("another process is at work in this folder", where=str(folder), remedy=remedy) from error
-        yield
 
 
 def sync_folder(folder: Path) -> None:

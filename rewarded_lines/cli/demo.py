@@ -68,7 +68,7 @@ def demo(
     with _Display(Console(quiet=True) if quiet else console, heading) as display:
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
-        show(folder / "sweep", console)
+        show(folder / "sweep")
     console.print(_times(seconds))
     if "merge" in seconds:
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)

@@ -71,24 +71,18 @@ def report(
     if as_json:
         show_json(summary.as_dict())
     else:
-        show(run, Console(), summary)
+        show(run, summary)
 
 
-def show(run: Path, console: Console, summary: Summary | None = None) -> None:
-    """Print the tables of a run, and the paths of its report's files.
-
-    Args:
-        run: the run folder.
-        console: where to print the tables.
-        summary: what `report` returned; computed again by default.
-    """
+def show(run: Path, summary: Summary | None = None) -> None:
+    """Print the tables of a run, and the paths of its report's files; `summary` is computed again by default."""
     from rewarded_lines.evaluation.records import load_run
     from rewarded_lines.reporting.report import report_files
     from rewarded_lines.summaries.summary import summarise
     from rewarded_lines.summaries.tables import sheets
     from rewarded_lines.summaries.texts import scope_note
 
-    summary = summary or summarise(load_run(run))
+    console, summary = Console(), summary or summarise(load_run(run))
     for sheet in sheets(summary, brief=True):
         console.print(sheet)
     console.print(Text(scope_note(summary) + "\n"))
