@@ -149,10 +149,10 @@ def test_a_reward_function_that_fails_names_the_prompt(cli, tiny, body, said_too
 
 
 def test_vllm_not_installed(refused, monkeypatch):
-    from rewarded_lines.engines import generation
+    from rewarded_lines.engines import load
 
-    find = generation.find_spec
-    monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "vllm" else find(name))
+    find = load.find_spec
+    monkeypatch.setattr(load, "find_spec", lambda name: None if name == "vllm" else find(name))
     said = refused("sweep")
     assert "vLLM is not installed" in said and "--engine hf" in said
 

@@ -11,7 +11,7 @@ from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import generation
+from rewarded_lines.engines import load
 from rewarded_lines.engines.isolated import generate_isolated
 from rewarded_lines.errors import UserError
 from rewarded_lines.rewarding import sampling
@@ -158,14 +158,14 @@ def test_a_single_process_is_not_sharded():
     [("auto", True, "vllm"), ("auto", False, "hf"), ("hf", True, "hf"), ("hf", False, "hf"), ("vllm", True, "vllm")],
 )
 def test_vllm_answers_where_it_is_installed_unless_told_otherwise(monkeypatch, wanted, installed, engine):
-    for module in (sampling, generation):
+    for module in (sampling, load):
         monkeypatch.setattr(module, "find_spec", lambda name: object() if installed and name == "vllm" else None)
     assert choose_engine(wanted) == engine
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("vllm", "vLLM is not installed"), ("vlm", "unknown engine `vlm`")])
 def test_an_engine_that_is_not_there_is_a_fault(monkeypatch, wanted, said):
-    monkeypatch.setattr(generation, "find_spec", lambda name: None)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=said):
         choose_engine(wanted)
 
