@@ -24,7 +24,8 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rewarded_lines.config import CHAT, GenerationSpec, RewardSpec
+from rewarded_lines.config import GenerationSpec, RewardSpec
+from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.forms import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import check_template, more_than_text

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rewarded_lines.config_values import (
+    check_range,
+    check_template,
+    check_variables,
+    checked,
+    parse_format,
+    parse_strip,
+    points_of,
+)
 
 
 class Strict(BaseModel):
@@ -16,8 +24,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# The template of a reward model that reads conversations by its own chat template.
-CHAT = "chat"
 TooLong = Literal["refuse", "leave_out", "truncate"]
 # Settings that came later, with the values that earlier records had.
 _LATER: dict[str, Any] = {
@@ -26,61 +32,6 @@ _LATER: dict[str, Any] = {
 }  # fmt: skip
 _FIRST_MAX_TOKENS = 512
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
-
-
-def parse_format(text: str) -> tuple[tuple[int, float], ...]:
-    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
-
-    Raises:
-        ValueError: when `text` is not a signed sum of CLASS or CLASSxWEIGHT.
-    """
-    term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
-    if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
-        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
-    found = re.findall(rf"([+-]?){term}", text)
-    return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
-
-
-def parse_strip(text: str) -> tuple[str, str]:
-    """Return the two markers of `strip:`, for instance "<think>" and "</think>".
-
-    Raises:
-        ValueError: when `text` is not two markers with … (or ...) between them.
-    """
-    opening, dots, closing = text.replace("...", "…").partition("…")
-    if not (dots and opening and closing):
-        raise ValueError(f"{text!r} is not two markers with … between them, such as '<think>…</think>'")
-    return opening, closing
-
-
-def _checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Return a validator that keeps every value which `check` does not refuse."""
-
-    def keep(value: Any) -> Any:
-        check(value)
-        return value
-
-    return AfterValidator(keep)
-
-
-def _check_template(value: str | tuple[str, str]) -> None:
-    if value != CHAT and "{response}" not in "".join(value):
-        raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
-
-
-def _check_variables(value: dict[str, Any]) -> None:
-    for name, one in value.items():
-        if not name.isidentifier():
-            raise ValueError(f"{name!r} is not the name of a template's variable")
-        try:
-            json.dumps(one, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
-
-
-def _check_range(value: tuple[float, float]) -> None:
-    if not value[0] <= value[1]:
-        raise ValueError("the range is [lowest, highest]")
 
 
 class RewardSpec(Strict):
@@ -95,8 +46,8 @@ class RewardSpec(Strict):
     """
 
     model: str | None = None
-    format: Annotated[str, _checked(parse_format)] = "0"
-    template: Annotated[str | tuple[str, str], _checked(_check_template)] = "{prompt}{response}"
+    format: Annotated[str, checked(parse_format)] = "0"
+    template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
     function: str | None = None
     messages: bool = False
     role: Literal["objective", "audit"] = "objective"
@@ -180,8 +131,8 @@ class GenerationSpec(Strict):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], _checked(_check_variables)] = {}
-    strip: Annotated[str, _checked(parse_strip)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], checked(check_variables)] = {}
+    strip: Annotated[str, checked(parse_strip)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
@@ -233,7 +184,6 @@ PRESETS: dict[str, MethodSpec] = {
 SFT, POLICIES, TUNED, BASELINES = "sft", "policies", "tuned", "baselines"
 # The name of control texts to which the project gives none.
 CONTROL = "control"
-_SMALLEST_STEP = 1e-6
 _RESERVED = {
     SFT: "the base model itself, always evaluated",
     TUNED: "the method that `tune:` adds",
@@ -247,8 +197,8 @@ class TuneSpec(Strict):
     trials: int = Field(ge=1)
     prompts: PromptSpec
     points: int | None = Field(None, ge=2)
-    alpha: Annotated[tuple[float, float], _checked(_check_range)] = (0.0, 2.0)
-    beta: Annotated[tuple[float, float], _checked(_check_range)] = (-1.0, 2.0)
+    alpha: Annotated[tuple[float, float], checked(check_range)] = (0.0, 2.0)
+    beta: Annotated[tuple[float, float], checked(check_range)] = (-1.0, 2.0)
     merge: str = "soup"
     options: dict[str, float | int | str] = {}
     seed: int = Field(0, ge=0)
@@ -272,7 +222,7 @@ class SweepSpec(Strict):
     """
 
     points: int = Field(11, ge=2)
-    methods: Annotated[dict[str, MethodSpec | None], _checked(_check_methods)] = {"soup": None, "lines": None}
+    methods: Annotated[dict[str, MethodSpec | None], checked(_check_methods)] = {"soup": None, "lines": None}
     tune: TuneSpec | None = None
     references: dict[str, dict[str, float]] = {}
     resamples: int = Field(1000, ge=100)
@@ -292,16 +242,8 @@ class SweepSpec(Strict):
         if "step" in content:
             if "points" in content:
                 raise ValueError("give either `points:` or `step:`")
-            content["points"] = _points_of(content.pop("step"))
+            content["points"] = points_of(content.pop("step"))
         return content
-
-
-def _points_of(step: Any) -> int:
-    """Return how many λ a step makes on each edge of the simplex."""
-    count = round(1 / step) if isinstance(step, int | float) and _SMALLEST_STEP <= step <= 1 else 0
-    if not count or abs(count * step - 1) > 1e-9:
-        raise ValueError(f"a step of {step!r} does not divide 1; take 0.1, 0.2, 0.25 ...")
-    return count + 1
 
 
 def is_one_set(control: Mapping[str, Any]) -> bool:

@@ -34,8 +34,8 @@ WINGS = [
     "data",
 ]
 GROUND = [
-    *("config", "doctor", "doctor_probes", "errors", "folders", "processes", "progress", "projects", "references"),
-    "signatures",
+    *("config", "config_values", "doctor", "doctor_probes", "errors", "folders", "processes", "progress", "projects"),
+    *("references", "signatures"),
 ]
 
 

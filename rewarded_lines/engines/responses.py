@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewarded_lines.config import GenerationSpec, parse_strip
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.config_values import parse_strip
 from rewarded_lines.data.prompts import split_text
 from rewarded_lines.engines.base import Response, Tokens
 from rewarded_lines.errors import fail

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import model_hash
-from rewarded_lines.config import RewardSpec, parse_format
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.config_values import parse_format
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, fail

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewarded_lines.config import CHAT
+from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.messages import check_template, more_than_text, render
 from rewarded_lines.data.prompts import Prompt, one_bos, prompt_text
 from rewarded_lines.errors import fail

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rewarded_lines.config import RewardSpec, parse_format
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.config_values import parse_format
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.scoring import rewards as rewards_module
