@@ -32,7 +32,7 @@ from rewarded_lines.data.messages import check_template, more_than_text
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.tokens import load_config, read_template
 from rewarded_lines.errors import fail
-from rewarded_lines.fronts.intervals import wilson
+from rewarded_lines.fronts.bootstrap import wilson
 from rewarded_lines.learning.models import (
     absolute,
     fold_classifier,

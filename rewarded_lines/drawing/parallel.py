@@ -9,7 +9,7 @@ import numpy as np
 from rewarded_lines.drawing.labels import shorten
 from rewarded_lines.drawing.planes import FEW, measure
 from rewarded_lines.drawing.style import WIDE, blank_figure, columns_of, legend_above, looks, settled
-from rewarded_lines.fronts.pareto import nondominated
+from rewarded_lines.fronts.hypervolume import nondominated
 from rewarded_lines.summaries.summary import PointSummary, Summary
 from rewarded_lines.summaries.texts import method_labels, with_unit
 

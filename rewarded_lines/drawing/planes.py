@@ -10,8 +10,8 @@ import numpy as np
 
 from rewarded_lines.drawing.labels import Label, boxes_along, boxes_around, shorten, write_labels
 from rewarded_lines.drawing.style import Look, looks, mix, pixels_per_point, settled
-from rewarded_lines.fronts.intervals import Estimate
-from rewarded_lines.fronts.pareto import nondominated
+from rewarded_lines.fronts.bootstrap import Estimate
+from rewarded_lines.fronts.hypervolume import nondominated
 from rewarded_lines.summaries.summary import PointSummary, Summary
 from rewarded_lines.summaries.texts import method_labels, with_unit
 

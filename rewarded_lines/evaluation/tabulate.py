@@ -11,7 +11,7 @@ from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
-from rewarded_lines.fronts.intervals import RunSamples, resample_runs, run_average
+from rewarded_lines.fronts.bootstrap import RunSamples, resample_runs, run_average
 
 SEED = 0
 RESAMPLES = 1000

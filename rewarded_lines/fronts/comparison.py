@@ -1,4 +1,4 @@
-"""Methods compared by the hypervolume of their fronts, resampled together. Numbers in, dataclasses out."""
+"""Methods compared by the hypervolume of their fronts, resampled together. Pure: numbers in, dataclasses out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples, run_average
-from rewarded_lines.fronts.pareto import hypervolumes
+from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples, run_average
+from rewarded_lines.fronts.hypervolume import Array, hypervolumes
 
 # Method → reference → hypervolume in the data themselves, then in each resample, [1 + resamples].
-Volumes = dict[str, dict[str, NDArray[np.float64]]]
+Volumes = dict[str, dict[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ def sample_volumes(
     """Return the hypervolume of each method above each reference, in the data and in every resample.
 
     A reference is a statistic of the same prompts as the points, so each sample has its own. Noise in the means
-    stretches a front outwards: hypervolumes lie a little high and those of the resamples a little higher;
-    differences between methods with as many points much less so.
+    stretches a front outwards: hypervolumes lie a little high and those of the resamples a little higher. For
+    differences between methods with as many points this bias is much smaller.
 
     Args:
         fronts: by method, mean scores; row 0 is the data themselves, the rows after it their resamples:
@@ -63,12 +62,13 @@ def sample_volumes(
     """
     found: Volumes = {}
     for method, front in fronts.items():
-        by_reference = {name: hypervolumes(front, reference) for name, reference in references.items()}
-        if drawn is not None:
-            by_reference = {name: run_average(values, drawn) for name, values in by_reference.items()}
-        if wrong := [name for name, values in by_reference.items() if values.ndim != 1 or len(values) < 2]:
-            raise ValueError(f"{method} above {wrong[0]}: expected one value for the data and each resample")
-        found[method] = by_reference
+        found[method] = {}
+        for name, reference in references.items():
+            values = hypervolumes(front, reference)
+            values = values if drawn is None else run_average(values, drawn)
+            if values.ndim != 1 or len(values) < 2:
+                raise ValueError(f"{method} above {name}: expected one value for the data and each resample")
+            found[method][name] = values
     return found
 
 
@@ -84,7 +84,7 @@ def method_volumes(volumes: Volumes, level: float = LEVEL) -> list[MethodVolume]
 def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
     """Return later method minus earlier, for each pair in the order of `volumes` and each reference.
 
-    Δ_b = HV_b(method) − HV_b(other) in every resample b: both are made of the same prompts (and runs), so what
+    Δ_b = HV_b(method) − HV_b(other) in every resample b. Both come from the same prompts (and runs), so what
     moves both alike cancels. The interval is that of the Δ_b.
 
     Args:
@@ -95,21 +95,13 @@ def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
         KeyError: a method lacks a reference that another has.
         ValueError: methods with different numbers of samples.
     """
-    return [
-        _difference(method, other, reference, volumes, level)
-        for other, method in combinations(volumes, 2)
-        for reference in volumes[method]
-    ]
-
-
-def _difference(method: str, other: str, reference: str, volumes: Volumes, level: float) -> VolumeDifference:
-    before = volumes[other][reference]
-    change = volumes[method][reference] - before
-    return VolumeDifference(
-        method,
-        other,
-        reference,
-        estimate_samples(change, level),
-        share_positive=float((change[1:] > 0).mean()),
-        relative=float(change[0] / before[0]) if before[0] > 0 else None,
-    )
+    found = []
+    for other, method in combinations(volumes, 2):
+        for reference, values in volumes[method].items():
+            before = volumes[other][reference]
+            change = values - before
+            share = float((change[1:] > 0).mean())
+            relative = float(change[0] / before[0]) if before[0] > 0 else None
+            estimated = estimate_samples(change, level)
+            found.append(VolumeDifference(method, other, reference, estimated, share, relative))
+    return found

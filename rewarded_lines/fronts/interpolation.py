@@ -1,7 +1,6 @@
 """Between the evaluated λ of two policies: piecewise linear mean scores and their exact optimum. Pure.
 
-What lies between two evaluated points is a guess to be checked by evaluating it: a merged model's score need not be
-linear in λ.
+A score between two evaluated points is a guess: a merged model's score need not be linear in λ. Evaluate it to be sure.
 """
 
 from __future__ import annotations
@@ -11,37 +10,30 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rewarded_lines.fronts.choose import checked_minima, checked_scale, first_choice, linear, shortfalls
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.choice import Choice, weighted_rule
+from rewarded_lines.fronts.hypervolume import Array, finite, hypervolume
 
-Array = NDArray[np.float64]
-# A mean this close to its minimum, relative to the largest, lies on it: the rounding of a crossing.
+# A mean this close to its minimum, relative to the largest, counts as on it: crossings are rounded.
 TOLERANCE = 1e-10
 DENSE = 2000
 
 
 @dataclass(frozen=True)
-class InterpolatedChoice:
+class InterpolatedChoice(Choice):
     """The best λ of a piecewise linear curve, or the nearest when no λ meets every minimum.
 
     Attributes:
-        lam: λ.
+        lam: λ; `index` counts the λ that were tried.
         means: the interpolated mean scores there, each in its reward's unit.
-        value: the objective.
-        qualifies: whether they meet every minimum.
-        shortfalls: by reward with a minimum, how far below it they lie, in the reward's unit; 0 if they do not.
     """
 
     lam: float
     means: tuple[float, ...]
-    value: float
-    qualifies: bool
-    shortfalls: dict[int, float]
 
 
-def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> NDArray[np.float64]:
+def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> Array:
     """Return mean scores at λ, linear between the evaluated neighbours and exact at the evaluated points.
 
     s(λ) = (1 − t) s_k + t s_(k+1), with t = (λ − λ_k)/(λ_(k+1) − λ_k) and λ_k ≤ λ ≤ λ_(k+1).
@@ -70,9 +62,9 @@ def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> NDArray[np
 def mixed_hypervolume(lams: ArrayLike, means: ArrayLike, reference: ArrayLike) -> float:
     """Return the hypervolume of the whole piecewise linear curve, not only of its evaluated points.
 
-    Every point of the curve can be had: of two neighbouring policies the first answers a prompt with probability t, the
-    second with 1 − t, and the mean scores are t·s_k + (1 − t)·s_(k+1) exactly. Nothing is assumed about merges in
-    between. The curve is taken at `DENSE` equal steps of λ beside its corners, from below by as much.
+    Every point of the curve can be reached without a merge in between: of two neighbouring policies let the first
+    answer a prompt with probability t, else the second. The mean scores are then t·s_k + (1 − t)·s_(k+1) exactly.
+    The curve is taken at `DENSE` equal steps of λ and its corners, which gives a little less than the true value.
 
     Args:
         lams: [points], at least two, all different, in any order.
@@ -99,9 +91,9 @@ def best_interpolated(
     """Return the exact optimum of a linear objective under minima along the piecewise linear curve.
 
     argmax_λ Σ_i w_i (s_i(λ) − c_i)/d_i subject to s_i(λ) ≥ b_i; when no λ qualifies,
-    argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment all of these are linear or the largest of linear functions, so
-    the optimum lies at an evaluated λ, where a mean crosses its minimum, or where two shortfalls cross: these are
-    the λ that are tried, no grid. Of equals the order of `choose` decides, then the smallest λ.
+    argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment each of these is linear or a maximum of linear functions. The
+    optimum therefore lies at an evaluated λ, where a mean crosses its minimum, or where two shortfalls cross; only
+    these λ are tried. Equal ones are ordered as in `rewarded_lines.fronts.choice`, then by λ.
 
     Args:
         lams: [points], at least two, all different, in any order.
@@ -116,23 +108,12 @@ def best_interpolated(
             a scale not above 0.
     """
     places, values = _curve(lams, means)
-    if values.ndim != 2:
-        raise ValueError(f"expected means as [points, rewards], got shape {values.shape}")
-    bounds = checked_minima(minima or {}, values.shape[1])
-    objective, spread = linear(weights, centre, scale, values.shape[1]), checked_scale(scale, values.shape[1])
-    # Signed: above 0 where the mean lies below its minimum.
-    lacks = (np.array(list(bounds.values())) - values[:, list(bounds)]) / spread[list(bounds)]
-    tried = np.unique([*places, *_crossings(places, lacks)])
-    found = _on_their_minima(interpolate(places, values, tried), bounds)
-    short = shortfalls(found, bounds)
-    index = int(first_choice(found, objective.of(found), short / spread[list(bounds)]))
-    return InterpolatedChoice(
-        lam=float(tried[index]),
-        means=tuple(found[index].tolist()),
-        value=float(objective.of(found[index])),
-        qualifies=not short[index].any(),
-        shortfalls=dict(zip(bounds, short[index].tolist(), strict=True)),
-    )
+    finite(values, "points, rewards")
+    rule = weighted_rule(values.shape[1], weights, minima or {}, centre, scale)
+    tried = np.unique([*places, *_crossings(places, rule.lacks(values) / rule.scale[list(rule.minima)])])
+    found = _on_their_minima(interpolate(places, values, tried), rule.minima)
+    best = rule.choose(found)
+    return InterpolatedChoice(**vars(best), lam=float(tried[best.index]), means=tuple(found[best.index].tolist()))
 
 
 def _crossings(lams: Array, lacks: Array) -> Iterator[float]:
@@ -146,7 +127,7 @@ def _crossings(lams: Array, lacks: Array) -> Iterator[float]:
 
 
 def _on_their_minima(means: Array, minima: Mapping[int, float]) -> Array:
-    """Return `means` with those that miss their minimum by rounding put on it."""
+    """Return `means` with those that miss their minimum by rounding set to it."""
     found = means.copy()
     for reward, bound in minima.items():
         size = max(abs(bound), np.abs(found[:, reward]).max())

@@ -17,9 +17,9 @@ from rewarded_lines.evaluation.forgetting import perplexity
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
 from rewarded_lines.evaluation.tabulate import SEED, Table, control_sets, resamples_of, tabulate
+from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.fronts.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
-from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples, resample_runs, run_average
-from rewarded_lines.fronts.pareto import contributions
+from rewarded_lines.fronts.hypervolume import contributions
 from rewarded_lines.rules.spec import MergeSpec
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rewarded_lines.config import TUNED
-from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.fronts.bootstrap import Estimate
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.summaries.summary import PointSummary, Summary
 

@@ -14,9 +14,9 @@ from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.setup import located
 from rewarded_lines.evaluation.tabulate import Table, tabulate
-from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
+from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples
+from rewarded_lines.fronts.choice import Choice, best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
-from rewarded_lines.fronts.intervals import LEVEL, Estimate, estimate_samples
 
 NOTE = (
     "The choice was made by these same scores, so they lie a little high: the best of many is also the luckiest. "

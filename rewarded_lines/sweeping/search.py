@@ -16,9 +16,9 @@ from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_point
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
 from rewarded_lines.evaluation.setup import Setup, located, open_setup
 from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
+from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
-from rewarded_lines.fronts.pareto import hypervolume
-from rewarded_lines.fronts.search import next_weights
+from rewarded_lines.fronts.next_point import next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
@@ -65,8 +65,8 @@ def search(
 ) -> tuple[Run, list[Found]]:
     """Add λ points to a run, one after the other where the front may gain most.
 
-    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.fronts.search`. What was added stays
-    in the run, and a later `sweep` keeps it.
+    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.fronts.next_point`. The added points
+    stay in the run, and a later `sweep` keeps them.
 
     Args:
         run: the run folder that `sweep` wrote; with `config` one that is not there yet begins with three λ.

@@ -20,7 +20,7 @@ from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.run_folder import RunFolder
 from rewarded_lines.evaluation.setup import Setup
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import simplex_grid
 from rewarded_lines.rules.spec import MergeSpec

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rewarded_lines.drawing.fronts import forgetting_figure, kl_figure
-from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.fronts.bootstrap import Estimate
 from rewarded_lines.summaries.summary import Summary
 
 MakeSummary = Callable[..., Summary]

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rewarded_lines.drawing.planes import KL, PERPLEXITY, axis_label, prepare, spread, staircase
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.summaries.summary import Summary
 
 MakeSummary = Callable[..., Summary]

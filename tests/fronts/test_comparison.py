@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rewarded_lines.fronts.bootstrap import estimate_samples, resample_means, resample_runs
 from rewarded_lines.fronts.comparison import compare, method_volumes, sample_volumes
-from rewarded_lines.fronts.intervals import estimate, resample_means, resample_runs
-from rewarded_lines.fronts.pareto import hypervolume, hypervolumes
+from rewarded_lines.fronts.hypervolume import hypervolume, hypervolumes
 
 ORIGIN = {"origin": np.zeros((3, 2))}
 
@@ -29,11 +29,15 @@ def test_differences_by_hand() -> None:
     assert volumes["lines"]["origin"] == pytest.approx([4, 1, 16])
     (found,) = compare(volumes, level=0.5)
     assert (found.method, found.other, found.reference) == ("lines", "soup", "origin")
-    assert found.difference == estimate(3.0, [-3.0, 7.0], 0.5)
+    assert found.difference == estimate_samples([3.0, -3.0, 7.0], 0.5)
     assert found.share_positive == 0.5
     assert found.relative == 3.0
     first, second = method_volumes(volumes, level=0.5)
-    assert (first.method, first.reference, first.hypervolume) == ("soup", "origin", estimate(1.0, [4.0, 9.0], 0.5))
+    assert (first.method, first.reference, first.hypervolume) == (
+        "soup",
+        "origin",
+        estimate_samples([1.0, 4.0, 9.0], 0.5),
+    )
     assert second.hypervolume.value == pytest.approx(4)
 
 

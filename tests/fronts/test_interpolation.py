@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.fronts.choose import best_under, best_weighted
+from rewarded_lines.fronts.choice import best_under, best_weighted
+from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate, mixed_hypervolume
-from rewarded_lines.fronts.pareto import hypervolume
 
 LAMS = [0.0, 0.5, 1.0]
 MEANS = [[0.0, 10.0], [2.0, 8.0], [3.0, 0.0]]

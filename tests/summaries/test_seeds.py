@@ -13,8 +13,8 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.records import load_run, read_point, write_point
-from rewarded_lines.fronts.intervals import interval, resample_means
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.bootstrap import interval, resample_means
+from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.summaries.summary import Summary, summarise
 from rewarded_lines.summaries.texts import scope_note
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.fronts.intervals import Estimate
+from rewarded_lines.fronts.bootstrap import Estimate
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise
 from rewarded_lines.summaries.tables import Sheet, markdown, points_csv, sheets

@@ -13,7 +13,7 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.bench import Bench
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.hypervolume import hypervolume
 
 # One method is enough here.
 ONE = "  resamples: 100\n  methods: [lines]\n"

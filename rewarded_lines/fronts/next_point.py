@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rewarded_lines.fronts.pareto import hypervolume
+from rewarded_lines.fronts.hypervolume import Array, finite, hypervolume
 
-Array = NDArray[np.float64]
 # Weights are proposed in steps of 1/STEPS, four decimals.
 STEPS = 10_000
-# On simulated fronts of two and three policies 0.1 to 0.2 did best overall: with 0 noise can close a gap for good,
-# with 0.5 three policies' fronts lost up to a sixth of what was found.
+# On simulated fronts of two and three policies 0.1 to 0.2 did best overall. With 0, noise can close a gap for good;
+# with 0.5, three policies' fronts lost up to a sixth of what was found.
 SLACK = 0.15
 # How far a sum of weights may lie from 1, and a gain from 0 relative to the hypervolume, by rounding.
 TOLERANCE = 1e-6
@@ -28,8 +27,8 @@ class Proposal:
 
     Attributes:
         weights: one for each policy, with four decimals and a sum of 1.
-        potential: the hypervolume that evaluating it may bring, in the product of the rewards' units: a bound for
-            telling when to stop, not a forecast. The middle of a straight front of two rewards brings a quarter.
+        potential: the hypervolume that evaluating it may bring, in the product of the rewards' units. It is a bound
+            that tells when to stop, not a forecast: the middle of a straight front of two rewards brings a quarter.
         between: the indices of the two evaluated points that it lies between.
     """
 
@@ -50,16 +49,15 @@ def next_weights(
     """Return the middle between the two evaluated neighbours where the front may still gain most.
 
     The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with
-    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The first part is the most
-    that a monotone front could reach between them. Scores are noisy means, though, and a merge may beat both ends:
-    with the first part alone a wide gap whose one end seems to dominate the other would never be entered, and
-    the search would turn to the noise elsewhere. The second part, which shrinks with the gap, is what a front may
-    rise above it; between near points that are almost equal both parts are next to nothing.
+    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The maximum is the most
+    that a monotone front could reach between them. The slack term allows for noisy scores and for merges that beat
+    both ends: without it a wide gap, one end of which seems to dominate the other, would never be entered. It
+    shrinks with the gap, so nearly equal points close together promise next to nothing.
 
     Repeat until `potential` is a small share of the hypervolume, or the budget is spent. To evaluate several at
-    once, pass those under way in `taken`: each is skipped and the next best gap proposed. With two policies a grid
-    of as many λ is hardly behind, in simulations by about 1 % of the hypervolume or less; with three the search
-    found a sixth to a third more with 15 points, a tenth more with 28.
+    once, pass those under way in `taken`: the next best gap is proposed. In simulations with two policies a grid of
+    as many λ was behind by about 1 % of the hypervolume or less. With three policies the search found a sixth to a
+    third more with 15 points, a tenth more with 28.
 
     Args:
         weights: [points, policies], each evaluated preference, on the simplex.
@@ -80,45 +78,35 @@ def next_weights(
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
-    start = hypervolume(scores, reference)
+    start, spread = hypervolume(scores, reference), np.ptp(scores, axis=0)
     known = {_rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
     found = []
     for one, other in _neighbours(places, min_gap):
         middle = _rounded((places[one] + places[other]) / 2)
         if middle not in known:
-            best = _hoped_for(places, scores, one, other, slack)
-            potential = hypervolume(np.vstack([scores, best]), reference) - start
+            hoped = np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * spread
+            potential = hypervolume(np.vstack([scores, hoped]), reference) - start
             found.append(Proposal(tuple(part / STEPS for part in middle), potential, (one, other)))
-    return _first(found, places, start)
-
-
-def _hoped_for(places: Array, scores: Array, one: int, other: int, slack: float) -> Array:
-    return np.asarray(
-        np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * np.ptp(scores, axis=0)
-    )
-
-
-def _first(found: list[Proposal], places: Array, volume: float) -> Proposal | None:
-    """Return the proposal with the most potential; what rounding tells apart counts as equal."""
     most = max((proposal.potential for proposal in found), default=0.0)
-    if most <= ROUNDING * volume:
+    if most <= ROUNDING * start:
         return None
-    return min(
-        found,
-        key=lambda proposal: (
-            -round(proposal.potential / most, 9),
-            -round(_gap(places, *proposal.between), 9),
-            proposal.weights,
-        ),
-    )
+
+    def order(proposal: Proposal) -> tuple[float, float, tuple[float, ...]]:
+        # Differences that rounding makes count as none.
+        gap = _gap(places, *proposal.between)
+        return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
+
+    return min(found, key=order)
 
 
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
     """Yield the pairs farther apart than `min_gap` with no other point inside the ball that they span.
 
-    These are the edges of the Gabriel graph (Gabriel and Sokal, "A New Statistical Approach to Geographic Variation
-    Analysis", Systematic Zoology 18, 1969); with two policies, the consecutive λ. A point mixing in a policy that
-    neither end has does not come between them: otherwise the middle of the simplex would hide its edges.
+    These are the edges of the Gabriel graph; with two policies, the consecutive λ. A point that mixes in a policy
+    that neither end has does not count as between them: otherwise the middle of the simplex would hide its edges.
+
+    Source: Gabriel and Sokal, "A New Statistical Approach to Geographic Variation Analysis", Systematic Zoology 18,
+    1969.
     """
     used = places > 0
     for one, other in combinations(range(len(places)), 2):
@@ -144,12 +132,10 @@ def _rounded(place: Array) -> tuple[int, ...]:
 
 
 def _checked(weights: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
-    places, scores = np.asarray(weights, dtype=np.float64), np.asarray(means, dtype=np.float64)
-    if places.ndim != 2 or places.shape[1] < 2 or scores.ndim != 2 or len(scores) != len(places):
-        raise ValueError(
-            f"expected [points, policies] with two policies or more and [points, rewards], "
-            f"got shapes {places.shape} and {scores.shape}"
-        )
-    if not (np.isfinite(places).all() and (places >= 0).all() and (abs(places.sum(axis=1) - 1) <= TOLERANCE).all()):
+    places, scores = finite(weights, "points, policies"), finite(means, "points, rewards")
+    if places.shape[1] < 2 or len(scores) != len(places):
+        shapes = f"shapes {places.shape} and {scores.shape}"
+        raise ValueError(f"expected means for each point and two policies or more, got {shapes}")
+    if (places < 0).any() or (abs(places.sum(axis=1) - 1) > TOLERANCE).any():
         raise ValueError("weights off the simplex: each must be 0 or more, and every preference must sum to 1")
     return places, scores

@@ -1,11 +1,11 @@
 """One policy chosen among candidates by their mean scores. Pure: numbers in, dataclasses out.
 
 Every rule keeps one order: the smallest of the largest shortfalls first (0 for all that qualify), then the largest
-objective, then the largest scores, reward by reward, then the first candidate. So equals are told apart the same
-way every time, and nothing dominated is chosen unless only its order tells it apart.
+objective, then the largest scores, reward by reward, then the first candidate. Equal candidates are therefore always
+ordered the same way, and a dominated one is chosen only when its order alone decides.
 
-The candidate that looks best among many was also lucky: its value lies a little high, and its interval does not
-mend that. Scores on fresh prompts do.
+The best of many candidates was also lucky: its value lies a little high, and its interval does not correct that. Its
+scores on fresh prompts do not have this bias.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rewarded_lines.fronts.pareto import nondominated
+from rewarded_lines.fronts.hypervolume import Array, nondominated
 
-Array = NDArray[np.float64]
-# Normalised scores whose sums differ by less are equal: that much is rounding, on a straight front of any size.
+# Sums of normalised scores that differ by less are equal: rounding makes that much on a straight front of any size.
 DECIMALS = 12
 
 
@@ -40,19 +39,6 @@ class Choice:
     shortfalls: dict[int, float]
 
 
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """The objective Σ_i slopes_i · s_i − offset of mean scores s."""
-
-    slopes: Array
-    offset: float
-
-    def of(self, means: Array) -> Array:
-        """Return the objective of means, [..., rewards] → [...]."""
-        # Not `@`: its sums depend on the shape of the whole, and equal candidates must get equal values.
-        return np.asarray((means * self.slopes).sum(axis=-1) - self.offset)
-
-
 @dataclass(frozen=True)
 class Knee:
     """The point of a front that gives up least of everything.
@@ -60,7 +46,7 @@ class Knee:
     Attributes:
         index: of the point among those given.
         height: (Σ_i n_i − 1)/√m, how far it lies above the plane through the unit points of the m normalised
-            rewards; 0 or less where the front is straight or bulges inwards and there is no knee to speak of.
+            rewards; 0 or less where the front is straight or bulges inwards, so that there is no real knee.
         normalised: n, its scores from 0, the front's worst, to 1, its best.
     """
 
@@ -69,12 +55,40 @@ class Knee:
     normalised: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A linear objective of mean scores s, Σ_i slopes_i · s_i − offset, under minima s_i ≥ b_i.
+
+    Attributes:
+        slopes: [rewards].
+        offset: in the objective's unit.
+        minima: b by the reward's index, in that reward's unit.
+        scale: [rewards], by which shortfalls in different units are divided before they are compared.
+    """
+
+    slopes: Array
+    offset: float
+    minima: Mapping[int, float]
+    scale: Array
+
+    def lacks(self, means: Array) -> Array:
+        """Return b − s, above 0 where a mean lies below its minimum: [candidates, rewards] → [candidates, minima]."""
+        return np.asarray(np.array(list(self.minima.values()), dtype=np.float64) - means[:, list(self.minima)])
+
+    def choose(self, means: Array) -> Choice:
+        """Return the best candidate of means, [candidates, rewards], in the order at the head of this module."""
+        # Not `@`: its sums depend on the shape of the whole array, and equal candidates must get equal values.
+        values = (means * self.slopes).sum(axis=-1) - self.offset
+        short = np.maximum(0.0, self.lacks(means))
+        worst = (short / self.scale[list(self.minima)]).max(axis=-1, initial=0.0)
+        # The last key of a lexsort counts first.
+        index = int(np.lexsort([*(-means.T[::-1]), -values, worst])[0])
+        met = dict(zip(self.minima, short[index].tolist(), strict=True))
+        return Choice(index, float(values[index]), not short[index].any(), met)
+
+
 def best_under(
-    means: ArrayLike,
-    minima: Mapping[int, float],
-    maximise: int,
-    *,
-    scale: ArrayLike | None = None,
+    means: ArrayLike, minima: Mapping[int, float], maximise: int, *, scale: ArrayLike | None = None
 ) -> Choice:
     """Return the candidate with the highest mean on one reward among those that meet every minimum.
 
@@ -92,23 +106,17 @@ def best_under(
         ValueError: no candidates, an index without a reward, a scale not above 0, or arrays that are not finite or
             do not fit.
     """
-    values = _means(means)
-    _check_indices([maximise], values.shape[1])
-    bounds = checked_minima(minima, values.shape[1])
-    objective = Linear(np.eye(values.shape[1])[maximise], 0.0)
-    return _choose(values, objective, bounds, checked_scale(scale, values.shape[1]))
+    values = _candidates(means)
+    rewards = values.shape[1]
+    if not 0 <= maximise < rewards:
+        raise ValueError(f"no reward with index {maximise}; there are {rewards}")
+    return Rule(np.eye(rewards)[maximise], 0.0, _minima(minima, rewards), _scale(scale, rewards)).choose(values)
 
 
 def best_weighted(
-    means: ArrayLike,
-    weights: ArrayLike,
-    *,
-    centre: ArrayLike | None = None,
-    scale: ArrayLike | None = None,
+    means: ArrayLike, weights: ArrayLike, *, centre: ArrayLike | None = None, scale: ArrayLike | None = None
 ) -> Choice:
-    """Return the candidate with the highest weighted sum of standardised means.
-
-    argmax_p Σ_i w_i (s_p,i − c_i) / d_i, which adds rewards of different units.
+    """Return the candidate with the highest weighted sum of standardised means, argmax_p Σ_i w_i (s_p,i − c_i) / d_i.
 
     Args:
         means: [candidates, rewards], s, each reward in its own unit.
@@ -120,9 +128,8 @@ def best_weighted(
     Raises:
         ValueError: no candidates, wrong weights, a scale not above 0, or arrays that are not finite or do not fit.
     """
-    values = _means(means)
-    objective = linear(weights, centre, scale, values.shape[1])
-    return _choose(values, objective, {}, checked_scale(scale, values.shape[1]))
+    values = _candidates(means)
+    return weighted_rule(values.shape[1], weights, {}, centre, scale).choose(values)
 
 
 def knee(means: ArrayLike) -> Knee:
@@ -140,7 +147,7 @@ def knee(means: ArrayLike) -> Knee:
     Raises:
         ValueError: no points, or an array that is not finite or not of that shape.
     """
-    values = _means(means)
+    values = _candidates(means)
     front = np.flatnonzero(nondominated(values))
     worst, best = values[front].min(axis=0), values[front].max(axis=0)
     normalised = (values[front] - worst) / np.where(best > worst, best - worst, 1.0)
@@ -150,11 +157,14 @@ def knee(means: ArrayLike) -> Knee:
     return Knee(int(front[place]), float(height), tuple(normalised[place].tolist()))
 
 
-def linear(weights: ArrayLike, centre: ArrayLike | None, scale: ArrayLike | None, rewards: int) -> Linear:
-    """Return the objective Σ_i w_i (s_i − c_i) / d_i; see `best_weighted` for its parts, each [rewards].
+def weighted_rule(
+    rewards: int, weights: ArrayLike, minima: Mapping[int, float], centre: ArrayLike | None, scale: ArrayLike | None
+) -> Rule:
+    """Return the rule of the objective Σ_i w_i (s_i − c_i) / d_i under minima; see `best_weighted` for its parts.
 
     Raises:
-        ValueError: an array of another shape or not finite, negative weights or none above 0, a scale not above 0.
+        ValueError: an array of another shape or not finite, negative weights or none above 0, a scale not above 0, a
+            minimum that is not finite or of no reward.
     """
     shares = np.asarray(weights, dtype=np.float64)
     if shares.shape != (rewards,) or not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
@@ -162,71 +172,28 @@ def linear(weights: ArrayLike, centre: ArrayLike | None, scale: ArrayLike | None
     middle = np.zeros(rewards) if centre is None else np.asarray(centre, dtype=np.float64)
     if middle.shape != (rewards,) or not np.isfinite(middle).all():
         raise ValueError(f"expected {rewards} finite centres, got {middle.tolist()}")
-    slopes = shares / checked_scale(scale, rewards)
-    return Linear(slopes, float(slopes @ middle))
+    spread = _scale(scale, rewards)
+    slopes = shares / spread
+    return Rule(slopes, float(slopes @ middle), _minima(minima, rewards), spread)
 
 
-def checked_scale(scale: ArrayLike | None, rewards: int) -> Array:
-    """Return `scale`, [rewards], or ones for None.
-
-    Raises:
-        ValueError: another shape, or an entry that is not finite and above 0.
-    """
+def _scale(scale: ArrayLike | None, rewards: int) -> Array:
     spread = np.ones(rewards) if scale is None else np.asarray(scale, dtype=np.float64)
     if spread.shape != (rewards,) or not (np.isfinite(spread) & (spread > 0)).all():
         raise ValueError(f"expected {rewards} scales above 0, got {spread.tolist()}")
     return spread
 
 
-def checked_minima(minima: Mapping[int, float], rewards: int) -> dict[int, float]:
-    """Return `minima`, bounds by the reward's index.
-
-    Raises:
-        ValueError: an index without a reward, or a bound that is not finite.
-    """
-    _check_indices(minima, rewards)
+def _minima(minima: Mapping[int, float], rewards: int) -> dict[int, float]:
+    if wrong := [index for index in minima if not 0 <= index < rewards]:
+        raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")
     if not np.isfinite(list(minima.values())).all():
         raise ValueError(f"expected finite minima, got {dict(minima)}")
     return dict(minima)
 
 
-def shortfalls(means: Array, minima: Mapping[int, float]) -> Array:
-    """Return how far means lie below their minima, (b_i − s_i)₊: [..., rewards] → [..., len(minima)]."""
-    bounds = np.array(list(minima.values()), dtype=np.float64)
-    return np.maximum(0.0, bounds - means[..., list(minima)])
-
-
-def first_choice(means: Array, values: Array, short: Array) -> NDArray[np.intp]:
-    """Return the index of the candidate that the order at the head of this module puts first.
-
-    Args:
-        means: [..., candidates, rewards].
-        values: [..., candidates], the objective.
-        short: [..., candidates, minima], scaled shortfalls.
-
-    Returns:
-        [...].
-    """
-    worst = short.max(axis=-1, initial=0.0)
-    rewards = [-means[..., index] for index in reversed(range(means.shape[-1]))]
-    # The last key of a lexsort counts first.
-    return np.asarray(np.lexsort([*rewards, -values, worst], axis=-1)[..., 0])
-
-
-def _choose(means: Array, objective: Linear, minima: Mapping[int, float], scale: Array) -> Choice:
-    values, short = objective.of(means), shortfalls(means, minima)
-    index = int(first_choice(means, values, short / scale[list(minima)]))
-    met = dict(zip(minima, short[index].tolist(), strict=True))
-    return Choice(index, float(values[index]), not short[index].any(), met)
-
-
-def _means(means: ArrayLike) -> Array:
+def _candidates(means: ArrayLike) -> Array:
     values = np.asarray(means, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
         raise ValueError(f"expected finite [candidates, rewards] with one of each, got shape {values.shape}")
     return values
-
-
-def _check_indices(indices: Mapping[int, float] | list[int], rewards: int) -> None:
-    if wrong := [index for index in indices if not 0 <= index < rewards]:
-        raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")

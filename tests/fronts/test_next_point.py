@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.fronts.pareto import hypervolume
-from rewarded_lines.fronts.search import Proposal, next_weights
+from rewarded_lines.fronts.hypervolume import hypervolume
+from rewarded_lines.fronts.next_point import Proposal, next_weights
 from rewarded_lines.rules.preferences import simplex_grid
 
 Curve = Callable[[np.ndarray], np.ndarray]

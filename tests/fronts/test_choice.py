@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rewarded_lines.fronts.choose import Choice, best_under, best_weighted, knee
-from rewarded_lines.fronts.pareto import nondominated
+from rewarded_lines.fronts.choice import Choice, best_under, best_weighted, knee
+from rewarded_lines.fronts.hypervolume import nondominated
 
 MEANS = [[0.0, 9.0], [1.0, 7.0], [2.0, 4.0], [3.0, 1.0]]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rewarded_lines.fronts.pareto import contributions, hypervolume, hypervolumes, nondominated
+from rewarded_lines.fronts.hypervolume import contributions, hypervolume, hypervolumes, nondominated
 
 
 def clouds(rewards: int, largest: int = 7) -> st.SearchStrategy[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Seeded bootstrap over prompts, or training runs and prompts: how far a number would move with others. Pure.
+"""Seeded bootstrap: how far a number would move with other prompts, or other training runs and prompts. Pure.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 6 and 13; Davison and Hinkley,
 "Bootstrap Methods and their Application", 1997, section 3.8 (two levels).
@@ -27,10 +27,9 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class RunSamples:
-    """Mean scores of several training runs, as they are and in bootstrap resamples of runs and prompts.
+    """Mean scores of several training runs: row 0 as measured, the further rows resampled by runs and prompts.
 
-    Row 0 of either array is the data themselves, every run once; the rows after it are the resamples. What a
-    statistic makes of `means` goes to `run_average` together with `drawn`.
+    Compute a statistic from `means` for each run, then average it over the runs with `run_average` and `drawn`.
 
     Attributes:
         means: [1 + resamples, runs, points, rewards], in the units of the scores.
@@ -42,7 +41,7 @@ class RunSamples:
 
 
 def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
-    """Return the mean scores of every point in bootstrap resamples of the prompts.
+    """Return the mean scores of every point in bootstrap resamples of the prompts: [resamples, points, rewards].
 
     m*_b = (1/n) Σ_j c_bj · s_j with c_b ~ Multinomial(n; 1/n, …, 1/n): how often each prompt comes up when n
     are drawn with replacement. The counts are the same for every point and reward, so differences between
@@ -52,9 +51,6 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
         scores: [points, prompts, rewards].
         resamples: how many, B.
         seed: of the draws; the same seed and number of prompts give the same resamples.
-
-    Returns:
-        [resamples, points, rewards], in the units of `scores`.
 
     Raises:
         ValueError: `scores` has another shape or no prompts, or `resamples` is less than 1.
@@ -74,17 +70,16 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
 def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> RunSamples:
     """Return the mean scores of every point of every run in two-level bootstrap resamples.
 
-    Level 1 draws S of the S runs with replacement; level 2 draws the prompts as `resample_means` does. Runs are
-    asked the same prompts, so one draw of prompts serves every run of a resample, a run drawn twice too; then
-    a run's mean needs computing only once, and weighs as often as it was drawn. Runs with another number of
-    prompts than the first cannot have been asked the same ones and get a draw of their own.
+    Level 1 draws S of the S runs with replacement, level 2 draws the prompts as `resample_means` does. All runs answer
+    the same prompts, so a resample uses one draw of prompts for every run. A run with another number of prompts than
+    the first cannot have answered the same ones and gets a draw of its own.
 
     With one run this is the bootstrap over prompts: `means[1:, 0]` is `resample_means(scores[0], resamples, seed)`.
-    The draws depend on `seed` and the numbers of runs, prompts and resamples only, so methods may be resampled in
-    separate calls and are still paired by run and prompt.
+    The draws depend on `seed` and the numbers of runs, prompts and resamples only. Methods that are resampled in
+    separate calls are therefore still paired by run and prompt.
 
-    An interval from S runs is too narrow by about √((S − 1)/S) in the part that training brings, for the same
-    reason that a variance is divided by S − 1: with 2 or 3 runs take it for a lower limit of the uncertainty.
+    An interval from S runs is too narrow by about √((S − 1)/S) in the part that comes from training. With 2 or 3 runs
+    read it as a lower limit of the uncertainty.
 
     Args:
         scores: one [points, prompts, rewards] for each run, with the same points and rewards in the same order.
@@ -97,23 +92,22 @@ def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> Run
     runs = [np.asarray(run, dtype=np.float64) for run in scores]
     if len({(run.shape[0], *run.shape[2:]) if run.ndim else () for run in runs}) != 1:
         raise ValueError(f"expected runs with the same points and rewards, got shapes {[run.shape for run in runs]}")
-    resampled = [resample_means(run, resamples, _prompt_seed(run, runs[0], seed)) for run in runs]
+    prompts = runs[0].shape[1:2]
+    seeds = [seed if run.shape[1:2] == prompts else [seed, *run.shape[1:2]] for run in runs]
+    resampled = [resample_means(run, resamples, own) for run, own in zip(runs, seeds, strict=True)]
     means = [np.concatenate([run.mean(axis=1)[None], again]) for run, again in zip(runs, resampled, strict=True)]
-    # A stream of its own: the prompts drawn must not depend on how many runs there are.
+    # The runs have their own random stream: the prompts drawn must not depend on how many runs there are.
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     drawn = stream.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
     return RunSamples(np.stack(means, axis=1), np.concatenate([np.ones((1, len(runs)), np.int64), drawn]))
 
 
 def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:
-    """Return the average over the drawn runs of a statistic computed for each run, Σ_s c_bs · t_bs / Σ_s c_bs.
+    """Return the average of a statistic over the drawn runs, Σ_s c_bs · t_bs / Σ_s c_bs: [samples, …].
 
     Args:
         statistics: [samples, runs, …], t.
         drawn: [samples, runs], c, how often each run was drawn.
-
-    Returns:
-        [samples, …], in the statistic's unit.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -127,38 +121,25 @@ def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:
 
 
 def interval(samples: ArrayLike, level: float = LEVEL) -> NDArray[np.float64]:
-    """Return the percentile interval of bootstrap samples.
+    """Return the percentile interval of bootstrap samples, the (1 − level)/2 and (1 + level)/2 quantiles: [2, …].
 
     Args:
         samples: [resamples, …].
-        level: the share of the samples inside, between 0 and 1.
-
-    Returns:
-        [2, …]: the (1 − level)/2 and (1 + level)/2 quantiles.
+        level: the share of the samples inside.
 
     Raises:
-        ValueError: `level` lies outside 0 … 1.
+        ValueError: `level` is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"a level of {level}; expected one between 0 and 1")
     return np.asarray(np.quantile(np.asarray(samples), [(1 - level) / 2, (1 + level) / 2], axis=0))
 
 
-def estimate(value: float, samples: ArrayLike, level: float = LEVEL) -> Estimate:
-    """Return `value` with the percentile interval of its bootstrap samples, [resamples]."""
-    low, high = interval(samples, level)
-    return Estimate(float(value), float(low), float(high))
-
-
 def estimate_samples(samples: ArrayLike, level: float = LEVEL) -> Estimate:
     """Return the value in row 0 of `samples`, [1 + resamples], with the interval of the rows after it."""
     values = np.asarray(samples, dtype=np.float64)
-    return estimate(float(values[0]), values[1:], level)
-
-
-def _prompt_seed(run: NDArray[np.float64], first: NDArray[np.float64], seed: int) -> int | list[int]:
-    same = run.shape[1:2] == first.shape[1:2]
-    return seed if same else [seed, *run.shape[1:2]]
+    low, high = interval(values[1:], level)
+    return Estimate(float(values[0]), float(low), float(high))
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rewarded_lines.fronts.intervals import (
-    estimate,
+from rewarded_lines.fronts.bootstrap import (
+    Estimate,
     estimate_samples,
     interval,
     resample_means,
@@ -140,7 +140,8 @@ def test_runs_that_do_not_fit_are_refused() -> None:
 
 
 def test_estimate_samples_takes_the_first_row_for_the_value() -> None:
-    assert estimate_samples([7.0, *range(101)], level=0.9) == estimate(7.0, np.arange(101.0), level=0.9)
+    low, high = interval(np.arange(101.0), level=0.9)
+    assert estimate_samples([7.0, *range(101)], level=0.9) == Estimate(7.0, low, high)
 
 
 def test_inputs_are_left_as_they_were() -> None:
