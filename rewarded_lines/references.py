@@ -30,6 +30,19 @@ def local_path(reference: str, root: Path) -> Path:
     return root / os.path.expanduser(reference)
 
 
+def relative(reference: str, folder: Path) -> str:
+    """Return a path relative to a folder; a Hub id stays as it is."""
+    if not Path(reference).exists():
+        return reference
+    return os.path.relpath(os.path.realpath(reference), os.path.realpath(folder))
+
+
+def located(reference: str, folder: Path) -> str:
+    """Return the absolute path of what `relative` made relative to a folder; a Hub id stays as it is."""
+    path = Path(os.path.realpath(folder), reference)
+    return os.path.realpath(path) if path.exists() else reference
+
+
 def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
 

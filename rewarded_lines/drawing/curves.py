@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rewarded_lines.drawing.labels import shorten
 from rewarded_lines.drawing.style import PLANE, WIDE, blank_figure, columns_of, legend_above, looks, settled
 from rewarded_lines.evaluation.records import Run
-from rewarded_lines.evaluation.setup import located
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
+from rewarded_lines.references import located
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

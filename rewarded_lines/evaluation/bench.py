@@ -16,10 +16,9 @@ import numpy as np
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.forgetting import control_sums
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, draft_path, read_point, write_point
-from rewarded_lines.evaluation.setup import Setup
+from rewarded_lines.evaluation.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.scoring.scorer import Scorer
@@ -189,12 +188,16 @@ class Bench:
         return drafts
 
     def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
+        """Return each control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]."""
         if not setup.control:
             return None
-        windows = setup.control_rows(self._generator)
+        windows = setup.control_windows(self._generator.encode(setup.control_texts))
         pairs = [(head, tail) for _, head, tail in windows]
         logprobs = self._timed("generate", lambda: self._generator.logprobs(pairs, model))
-        return control_sums(len(setup.control_texts), windows, logprobs)
+        sums = np.zeros((len(setup.control_texts), 2))
+        for (text, _, tail), logprob in zip(windows, logprobs, strict=True):
+            sums[text] += (-logprob, len(tail))
+        return sums
 
     def _log_ratios(self, setup: Setup, made: Sequence[Made]) -> list[np.ndarray]:
         """Return log π(y|x) − log π_SFT(y|x) of every response of some points, which the SFT model scores together."""

@@ -20,8 +20,8 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluation.bench import Bench, Keys
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
-from rewarded_lines.evaluation.setup import Setup, open_setup
 from rewarded_lines.evaluation.sweep_options import SweepOptions
+from rewarded_lines.evaluation.sweep_setup import Setup, open_setup
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 

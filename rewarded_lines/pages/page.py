@@ -23,8 +23,8 @@ import numpy as np
 from rewarded_lines.config import SFT
 from rewarded_lines.drawing.style import COLOURS, MARKERS
 from rewarded_lines.evaluation.records import Point, Run
-from rewarded_lines.evaluation.setup import located
 from rewarded_lines.fronts.choice import knee
+from rewarded_lines.references import located
 from rewarded_lines.summaries.summary import PointSummary, Summary
 from rewarded_lines.summaries.texts import (
     interval_text,

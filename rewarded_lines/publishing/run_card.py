@@ -15,9 +15,9 @@ from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, listed_points, load_run, read_header
-from rewarded_lines.evaluation.setup import located
 from rewarded_lines.merging.cards import CardAddition, escaped, table
 from rewarded_lines.planning.plan import Plan
+from rewarded_lines.references import located
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import PointSummary, Summary, summarise

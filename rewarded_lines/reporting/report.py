@@ -14,10 +14,10 @@ from rewarded_lines.drawing.simplex import simplex_figure
 from rewarded_lines.drawing.style import FORMATS, PAPER, check_style, figure_bytes, house_style
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluation.records import Run, load_run
-from rewarded_lines.evaluation.setup import located
 from rewarded_lines.folders import write_bytes, write_json
 from rewarded_lines.inspecting.inspect import Inspection, inspect
 from rewarded_lines.pages.page import lacking, page
+from rewarded_lines.references import located
 from rewarded_lines.summaries.summary import Summary, summarise
 from rewarded_lines.summaries.tables import markdown, points_csv
 

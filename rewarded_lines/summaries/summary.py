@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
-from rewarded_lines.evaluation.forgetting import perplexity
+from rewarded_lines.evaluation.paired_scores import SEED, Table, control_sets, perplexity, resamples_of, tabulate
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run
-from rewarded_lines.evaluation.tabulate import SEED, Table, control_sets, resamples_of, tabulate
 from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.fronts.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.fronts.hypervolume import contributions

@@ -10,13 +10,13 @@ import numpy as np
 
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.evaluation.paired_scores import Table, tabulate
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
-from rewarded_lines.evaluation.setup import located
-from rewarded_lines.evaluation.tabulate import Table, tabulate
 from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.fronts.choice import Choice, best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
+from rewarded_lines.references import located
 
 NOTE = (
     "The choice was made by these same scores, so they lie a little high: the best of many is also the luckiest. "

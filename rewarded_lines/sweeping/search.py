@@ -14,13 +14,14 @@ from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
-from rewarded_lines.evaluation.setup import Setup, located, open_setup
 from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
+from rewarded_lines.evaluation.sweep_setup import Setup, open_setup
 from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
 from rewarded_lines.fronts.next_point import next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
+from rewarded_lines.references import located
 from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
 
 POINTS, GAIN = 15, 0.001

@@ -13,8 +13,8 @@ from rewarded_lines.evaluation.bench import Bench, Producer
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
-from rewarded_lines.evaluation.setup import Setup, open_setup
 from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
+from rewarded_lines.evaluation.sweep_setup import Setup, open_setup
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts

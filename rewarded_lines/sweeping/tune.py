@@ -16,10 +16,9 @@ from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.bench import Producer
 from rewarded_lines.evaluation.points import PointSpec, check_merge
-from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.run_folder import RunFolder
-from rewarded_lines.evaluation.setup import Setup
+from rewarded_lines.evaluation.sweep_setup import Setup, readable_prompts
 from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import simplex_grid
@@ -73,7 +72,7 @@ def validation_prompts(setup: Setup) -> list[Prompt]:
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
     prompts = read_prompts(spec.prompts, setup.project.root)
-    prompts = readable(spec.prompts, prompts, setup.project, setup.plan, setup.rewards, setup.told.append)
+    prompts = readable_prompts(spec.prompts, prompts, setup.project, setup.plan, setup.rewards, setup.told.append)
     if all(prompt in setup.prompts for prompt in prompts):
         raise fail(
             "the validation prompts are test prompts",

@@ -10,8 +10,8 @@ from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.cluster import Cluster
 from rewarded_lines.evaluation.points import PointSpec
-from rewarded_lines.evaluation.setup import open_setup
 from rewarded_lines.evaluation.sweep_options import SweepOptions
+from rewarded_lines.evaluation.sweep_setup import open_setup
 from rewarded_lines.projects import load_project
 
 pytest.importorskip("ray", reason="Ray is not installed in this environment")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rewarded_lines.errors import UserError
+from rewarded_lines.evaluation.paired_scores import RESAMPLES
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point, Run, load_run
-from rewarded_lines.evaluation.tabulate import RESAMPLES
 from rewarded_lines.fronts.bootstrap import Estimate
 from rewarded_lines.rules.spec import MergeSpec
 from rewarded_lines.summaries.summary import Summary, summarise

@@ -1,4 +1,4 @@
-"""The records of one or more runs as arrays: what can be compared, and its resamples. No files."""
+"""The records of one or more runs as arrays, paired prompt by prompt, and their resamples. Touches no files."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
         seed: of the bootstrap.
 
     Raises:
-        UserError: points that cannot be compared, with other prompts or scores that are not finite.
+        UserError: runs of different projects or without a common point, or points that cannot be compared, with other
+            prompts or scores that are not finite.
     """
     rewards = list(runs[0].rewards)
-    rows = _aligned(runs)
-    _check([point for row in rows for point in row], rewards)
+    rows = _common_points(runs)
+    _check_points([point for row in rows for point in row], rewards)
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
     return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
@@ -76,10 +77,15 @@ def control_sets(run: Run) -> dict[str, int]:
     return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
 
 
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """Return exp(Σ −log π(token) / tokens) for the control texts' sums of nats and of tokens, [..., 2]."""
+    return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
+
+
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
     """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
 
-    Several responses to a prompt are averaged: prompts are what is resampled.
+    Several responses to a prompt are averaged, since the bootstrap resamples prompts.
     """
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
     values = np.stack(columns, axis=1).astype(np.float64)
@@ -87,33 +93,20 @@ def _measures(point: Point, rewards: list[str]) -> np.ndarray:
     return values.reshape(prompts, -1, values.shape[1]).mean(axis=1)
 
 
-def _aligned(runs: Sequence[Run]) -> list[list[Point]]:
-    """Return the points that every run has, the SFT model's first, then method by method in the order of λ.
-
-    Raises:
-        UserError: the runs are not of one project, or have no point in common.
-    """
+def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
+    """Return the points that every run has, the SFT model's first, then method by method in the order of λ."""
     _check_runs(runs)
     ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
     by_place = [{_place(point.spec): point for point in points} for points in ordered]
-    rows = [
-        [points[_place(point.spec)] for points in by_place]
-        for point in ordered[0]
-        if all(_place(point.spec) in points for points in by_place)
-    ]
-    if len(rows) < 2:
+    shared = [place for place in by_place[0] if all(place in points for points in by_place)]
+    if len(shared) < 2:
         raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
-    return rows
+    return [[points[place] for points in by_place] for place in shared]
 
 
 def _check_runs(runs: Sequence[Run]) -> None:
-    """Refuse runs whose points mean different things.
-
-    Raises:
-        UserError: the same run twice, or runs with different rewards, policies or prompts.
-    """
-    folders = [run.folder.resolve() for run in runs]
-    if len(set(folders)) < len(folders):
+    """Refuse the same run twice, and runs with different rewards, policies, prompts or control texts."""
+    if len({run.folder.resolve() for run in runs}) < len(runs):
         raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
     first, *others = (_facts(run) for run in runs)
     for run, facts in zip(runs[1:], others, strict=True):
@@ -143,27 +136,24 @@ def _folders(runs: Sequence[Run]) -> str:
 
 
 def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
-    """Return what a point is called in every run; a matched or tuned schedule may differ between them."""
+    """Return what identifies a point in every run; a matched or tuned schedule may differ between runs."""
     return spec.method, spec.weights, spec.checkpoint
 
 
-def _check(points: Sequence[Point], rewards: list[str]) -> None:
+def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
     """Refuse records that cannot be compared, naming every one of them."""
-    problems = []
-    for point in points:
-        if point.prompts != points[0].prompts:
-            problems.append(_problem(point, "was not asked the same prompts as the SFT model"))
-        missing = [name for name in rewards if name not in point.scores]
-        if missing:
-            problems.append(_problem(point, f"has no score for {', '.join(missing)}"))
-            continue
-        for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:
-            if wrong := int((~np.isfinite(values)).sum()):
-                what = f"{name} is not finite for {wrong} of {len(values)} responses"
-                problems.append(_problem(point, what))
-    if problems:
-        raise UserError(problems)
+    faults = [(point, fault) for point in points for fault in _faults(point, points[0].prompts, rewards)]
+    if faults:
+        remedy = "delete its file in points/ and run the sweep again"
+        raise UserError(Problem(fault, where=str(point.spec), remedy=remedy) for point, fault in faults)
 
 
-def _problem(point: Point, what: str) -> Problem:
-    return Problem(what, where=str(point.spec), remedy="delete its file in points/ and run the sweep again")
+def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
+    """Return why a point cannot be compared; nothing for a whole record of these prompts."""
+    faults = [] if point.prompts == prompts else ["was not asked the same prompts as the SFT model"]
+    if missing := [name for name in rewards if name not in point.scores]:
+        return [*faults, f"has no score for {', '.join(missing)}"]
+    for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:
+        if wrong := int((~np.isfinite(values)).sum()):
+            faults.append(f"{name} is not finite for {wrong} of {len(values)} responses")
+    return faults

