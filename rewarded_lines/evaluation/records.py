@@ -158,6 +158,17 @@ def read_point(path: Path) -> Point:
     )
 
 
+def whole_point(path: Path) -> Point | None:
+    """Return the point in a file, or None where there is none; a damaged file is removed."""
+    if not path.is_file():
+        return None
+    try:
+        return read_point(path)
+    except UserError:
+        path.unlink()
+        return None
+
+
 def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
     """Return the BLAKE3 hash of a file's content, independent of how Parquet encodes it."""
     digest = blake3.blake3(json.dumps(content, sort_keys=True).encode())

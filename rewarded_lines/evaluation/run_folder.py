@@ -1,4 +1,4 @@
-"""A run folder at work: held by one process, of one configuration, filled with the points that are missing."""
+"""A run folder in use: one process holds it for one configuration and fills it with the points that are missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from rewarded_lines.config import decides
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.evaluation.bench import Keys, Producer
+from rewarded_lines.evaluation.evaluate import Evaluator, Keys
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (
     FORMAT,
@@ -22,7 +22,7 @@ from rewarded_lines.evaluation.records import (
     point_entries,
     point_path,
     read_header,
-    read_point,
+    whole_point,
     write_point,
 )
 from rewarded_lines.evaluation.sweep_setup import Setup, versions
@@ -57,25 +57,25 @@ class RunFolder:
         self._expected = count
         self.progress.expect(max(len(self._counted), count))
 
-    def fill(self, setup: Setup, specs: list[PointSpec], producer: Producer) -> list[Point]:
-        """Return the points, those that are missing or damaged made first.
+    def fill(self, setup: Setup, specs: list[PointSpec], evaluator: Evaluator) -> list[Point]:
+        """Return the points; those that are missing or damaged are made first.
 
         Args:
             setup: with the prompts that they answer.
             specs: of the points.
-            producer: makes what is missing.
+            evaluator: makes what is missing.
         """
         self.progress.start("reading what is there")
         keys = {spec: setup.key(spec) for spec in specs}
         new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
-        missing = [key for key in dict.fromkeys(keys.values()) if not self._there(key)]
+        missing = [key for key in dict.fromkeys(keys.values()) if not self._is_there(key)]
         self._counted.update(new)
         self.expect(self._expected)
         if there := len(set(new) - set(missing)):
             self.progress.advance(there, "points already there")
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
-            for key, point in producer.produce(setup, keys, missing):
+            for key, point in evaluator.evaluate(setup, keys, missing):
                 write_point(point_path(self.folder, key), point)
                 self._read[key] = point
                 self.evaluated += 1
@@ -91,28 +91,19 @@ class RunFolder:
         """Return the points that a search has added to the run."""
         return [PointSpec.from_dict(entry) for entry in self.before.get("added", [])]
 
-    def account(self, producer: Producer) -> dict[str, Any]:
-        """Return what `run.json` says of the work that is done: points made and seconds, by what took them."""
+    def account(self, evaluator: Evaluator) -> dict[str, Any]:
+        """Return what `run.json` says of the work: how many points were made, and the seconds of each kind of work."""
         total = time.perf_counter() - self._started
-        parts = producer.seconds()
-        seconds = {name: round(value, 3) for name, value in {**parts, "total": total}.items()}
+        seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
         return {"evaluated_last": self.evaluated, "seconds_last": seconds}
 
-    def _there(self, key: str) -> bool:
+    def _is_there(self, key: str) -> bool:
         """Say whether a point's record is there and whole; a damaged one is removed."""
-        if key in self._read:
-            return True
-        path = point_path(self.folder, key)
-        if not path.is_file():
-            return False
-        try:
-            self._read[key] = read_point(path)
-        except UserError:
-            path.unlink()
-            return False
-        # A kill may have come between the record and the end of its draft.
-        draft_path(self.folder, key).unlink(missing_ok=True)
-        return True
+        if key not in self._read and (point := whole_point(point_path(self.folder, key))):
+            self._read[key] = point
+            # A kill may have come after the record was written and before its draft was removed.
+            draft_path(self.folder, key).unlink(missing_ok=True)
+        return key in self._read
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import did_you_mean, fail
-from rewarded_lines.evaluation.bench import Producer
+from rewarded_lines.evaluation.evaluate import Evaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
@@ -22,7 +22,7 @@ from rewarded_lines.fronts.next_point import next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
-from rewarded_lines.sweeping.sweep import finish_run, producer, sweep, write_run
+from rewarded_lines.sweeping.sweep import finish_run, open_evaluator, sweep, write_run
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -93,7 +93,7 @@ def search(
     chosen = _chosen(setup, methods, folder)
     with (
         open_run(folder, setup, progress=progress) as held,
-        producer(setup, folder, progress=progress) as make,
+        open_evaluator(setup, folder, progress=progress) as make,
     ):
         listed = _listed(held)
         room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
@@ -131,7 +131,7 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
     return list(dict.fromkeys(methods)) or merged
 
 
-def _search_one(run: RunFolder, make: Producer, name: str, points: int, gain: float) -> Found:
+def _search_one(run: RunFolder, make: Evaluator, name: str, points: int, gain: float) -> Found:
     setup = run.setup
     (sft,) = run.fill(setup, [PointSpec(SFT)], make)
     start = [spec for spec in _listed(run) if spec.method == name]

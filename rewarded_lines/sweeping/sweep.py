@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.bench import Bench, Producer
+from rewarded_lines.evaluation.evaluate import Evaluator, LocalEvaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
@@ -64,7 +64,7 @@ def sweep(
         added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
         run.expect(len({*specs, *added}) + trial_points(setup, count))
         write_run(run, [*specs, *added], added)
-        with producer(setup, folder, validation, progress) as make:
+        with open_evaluator(setup, folder, validation, progress) as make:
             tuned = tune(run, make, validation, count)
             found = tuned.as_dict() if tuned else None
             finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
@@ -72,24 +72,24 @@ def sweep(
 
 
 @contextmanager
-def producer(
+def open_evaluator(
     setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
-) -> Iterator[Producer]:
-    """Yield what makes records: a bench here, or workers of a Ray cluster."""
+) -> Iterator[Evaluator]:
+    """Yield what makes records: an engine in this process, or the workers of a Ray cluster."""
     options = setup.options
     if options.ray is None:
-        with Bench(setup, folder, also, progress) as bench:
-            yield bench
+        with closing(LocalEvaluator(setup, folder, also, progress)) as local:
+            yield local
         return
-    from rewarded_lines.evaluation.cluster import Cluster
+    from rewarded_lines.evaluation.ray_cluster import RayEvaluator
 
-    with Cluster(setup, options.ray, also, options.workers, progress) as cluster:
+    with closing(RayEvaluator(setup, options.ray, also, options.workers, progress)) as cluster:
         yield cluster
 
 
 def finish_run(
     run: RunFolder,
-    make: Producer,
+    make: Evaluator,
     specs: Sequence[PointSpec],
     added: Sequence[PointSpec],
     tuned: Mapping[str, Any] | None = None,

@@ -14,7 +14,7 @@ from rewarded_lines.data.forms import read_prompts
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluation.bench import Producer
+from rewarded_lines.evaluation.evaluate import Evaluator
 from rewarded_lines.evaluation.points import PointSpec, check_merge
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.run_folder import RunFolder
@@ -98,7 +98,7 @@ def trial_points(setup: Setup, count: int) -> int:
     return 1 + spec.trials * len(simplex_grid(policies, spec.points or count)) + len(simplex_grid(policies, count))
 
 
-def tune(run: RunFolder, make: Producer, prompts: list[Prompt], count: int) -> Tuned | None:
+def tune(run: RunFolder, make: Evaluator, prompts: list[Prompt], count: int) -> Tuned | None:
     """Search α and β for the largest hypervolume on validation prompts.
 
     Every trial's points are kept like any other, so a search that was killed goes on where it stopped: the same seed

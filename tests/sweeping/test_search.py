@@ -10,7 +10,7 @@ from progress_told import Told
 
 from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.bench import Bench
+from rewarded_lines.evaluation.evaluate import LocalEvaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
 from rewarded_lines.fronts.hypervolume import hypervolume
@@ -89,21 +89,21 @@ def test_killed_between_points_it_ends_as_if_nothing_had_been(tiny, monkeypatch)
     sweep(engine="hf", out="whole")
     whole, _ = search("whole", points=5, gain=0)
     sweep(engine="hf", out="killed")
-    produce = Bench.produce
+    evaluate = LocalEvaluator.evaluate
     for _ in range(2):
         made = []
 
-        def dying(bench, setup, keys, missing, made=made):
+        def dying(evaluator, setup, keys, missing, made=made):
             if made:
                 raise KeyboardInterrupt
-            for item in produce(bench, setup, keys, missing):
+            for item in evaluate(evaluator, setup, keys, missing):
                 made.append(item)
                 yield item
 
-        monkeypatch.setattr(Bench, "produce", dying)
+        monkeypatch.setattr(LocalEvaluator, "evaluate", dying)
         with pytest.raises(KeyboardInterrupt):
             search("killed", points=5, gain=0)
-    monkeypatch.setattr(Bench, "produce", produce)
+    monkeypatch.setattr(LocalEvaluator, "evaluate", evaluate)
     killed, (found,) = search("killed", points=5, gain=0)
     assert found.points == 5
     assert killed.header["points"] == whole.header["points"] and killed.header["added"] == whole.header["added"]
@@ -244,7 +244,7 @@ def test_a_sweep_that_was_killed_while_tuning_is_not_complete(tiny, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Bench, "produce", dying)
+        patch.setattr(LocalEvaluator, "evaluate", dying)
         sweep(engine="hf")
     run, _ = search("sweep", points=3, gain=0)
     assert run.header["complete"] is False and run.header["tuned"] is None

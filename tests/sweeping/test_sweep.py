@@ -16,7 +16,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.drawing.depth import schedules
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.bench import Bench
+from rewarded_lines.evaluation.evaluate import LocalEvaluator
 from rewarded_lines.evaluation.records import load_run, read_point
 from rewarded_lines.folders import folder_lock
 from rewarded_lines.summaries.summary import summarise
@@ -139,22 +139,22 @@ def test_too_few_points_are_refused(tiny):
 
 
 def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
-    scored = Bench._scored
+    scored = LocalEvaluator._scored
 
-    def dying(bench, setup, drafts):
-        for key, point in scored(bench, setup, drafts):
+    def dying(evaluator, setup, drafts):
+        for key, point in scored(evaluator, setup, drafts):
             if point.spec.lam == 1.0:
                 raise KeyboardInterrupt
             yield key, point
 
-    monkeypatch.setattr(Bench, "_scored", dying)
+    monkeypatch.setattr(LocalEvaluator, "_scored", dying)
     with pytest.raises(KeyboardInterrupt):
         sweep(engine="hf", points=2)
     assert json.loads((tiny / "sweep/run.json").read_text())["complete"] is False
     assert len(load_run(tiny / "sweep").points) == 2
     assert list((tiny / "sweep/drafts").iterdir())
-    monkeypatch.setattr(Bench, "_scored", scored)
-    monkeypatch.setattr(Bench, "_points", no_generation(Bench._points))
+    monkeypatch.setattr(LocalEvaluator, "_scored", scored)
+    monkeypatch.setattr(LocalEvaluator, "_points", no_generation(LocalEvaluator._points))
     run = sweep(engine="hf", points=2)
     assert run.header["evaluated_last"] == 3 and not list((tiny / "sweep/drafts").iterdir())
 
@@ -162,9 +162,9 @@ def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
 def no_generation(points):
     """Let nothing be generated: all responses wait for their scores already."""
 
-    def checked(bench, setup, made, kl):
+    def checked(evaluator, setup, made):
         assert not list(made)
-        return points(bench, setup, made, kl)
+        return points(evaluator, setup, made)
 
     return checked
 

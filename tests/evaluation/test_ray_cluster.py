@@ -8,8 +8,7 @@ import pytest
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluation.cluster import Cluster
-from rewarded_lines.evaluation.points import PointSpec
+from rewarded_lines.evaluation.ray_cluster import RayEvaluator
 from rewarded_lines.evaluation.sweep_options import SweepOptions
 from rewarded_lines.evaluation.sweep_setup import open_setup
 from rewarded_lines.projects import load_project
@@ -27,16 +26,16 @@ def greedy(tiny):
 def test_two_workers_give_the_scores_of_none_and_a_death_costs_one_point(greedy, monkeypatch):
     """One test, since a cluster takes seconds to start."""
     alone = sweep(engine="hf", out="alone")
-    produce, killed = Cluster.produce, []
+    evaluate, killed = RayEvaluator.evaluate, []
 
     def murderous(cluster, setup, keys, missing):
-        made = produce(cluster, setup, keys, missing)
+        made = evaluate(cluster, setup, keys, missing)
         yield next(made)
         killed.append(cluster.processes()[-1])
         os.kill(killed[0], signal.SIGKILL)
         yield from made
 
-    monkeypatch.setattr(Cluster, "produce", murderous)
+    monkeypatch.setattr(RayEvaluator, "evaluate", murderous)
     shared = sweep(engine="hf", out="shared", ray="local", workers=2)
     assert killed and shared.header["complete"]
     assert [point.spec for point in shared.points] == [point.spec for point in alone.points]
@@ -83,7 +82,7 @@ def test_a_dead_cluster_is_one_message(greedy, address, monkeypatch):
 
 
 def test_without_ray_the_extra_is_named(greedy, monkeypatch):
-    monkeypatch.setattr("rewarded_lines.evaluation.cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("rewarded_lines.evaluation.ray_cluster.find_spec", lambda name: None)
     setup = open_setup(load_project("rewarded-lines.yaml"), SweepOptions("hf"))
-    with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"), Cluster(setup, "local") as cluster:
-        list(cluster.produce(setup, {PointSpec("sft"): "key"}, ["key"]))
+    with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"):
+        RayEvaluator(setup, "local")

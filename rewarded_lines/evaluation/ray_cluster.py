@@ -1,4 +1,4 @@
-"""Points shared out over Ray workers, each with an engine and rewards of its own; this process is the only writer."""
+"""Points shared out over Ray workers. Each has its own engine and rewards; only this process writes the records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.evaluation.bench import Bench, Keys
+from rewarded_lines.evaluation.evaluate import Keys, LocalEvaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Point
 from rewarded_lines.evaluation.sweep_options import SweepOptions
@@ -26,49 +25,49 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 
 LOCAL = "local"
-# A point that has ended so many workers would end the next one too.
+# A point that has killed so many workers would kill the next one too.
 _MOST_DEATHS = 3
 _CONNECT_SECONDS = 10
 
 
 class Worker:
-    """What runs in a Ray actor: a bench, opened when the first point comes."""
+    """Runs in a Ray actor: evaluates points with an engine that is built when the first point comes."""
 
     def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt]) -> None:
-        """Remember the project; its paths must be there on every machine of the cluster."""
+        """Keep the project, whose paths must exist on every machine of the cluster."""
         self._project, self._options, self._also = project, options, list(also)
         self._setup: Setup | None = None
-        self._bench: Bench | None = None
+        self._evaluator: LocalEvaluator | None = None
         self._scratch = tempfile.TemporaryDirectory()
 
     def evaluate(
         self, spec: PointSpec, prompts: list[Prompt], control: dict[str, Sequence[str]]
     ) -> tuple[Point | None, list[Problem], dict[str, float]]:
-        """Return the point's record, or what there is to tell the user, and the seconds spent so far."""
+        """Return the point's record or the problems that prevented it, and the seconds spent so far."""
         try:
-            if self._setup is None or self._bench is None:
+            if self._setup is None or self._evaluator is None:
                 self._setup = open_setup(self._project, self._options)
-                self._bench = Bench(self._setup, Path(self._scratch.name), self._also)
+                self._evaluator = LocalEvaluator(self._setup, Path(self._scratch.name), self._also)
             setup = self._setup.on(prompts, control)
-            ((_, point),) = self._bench.produce(setup, {spec: "point"}, ["point"])
+            ((_, point),) = self._evaluator.evaluate(setup, {spec: "point"}, ["point"])
         except UserError as error:
             return None, list(error.problems), {}
-        return point, [], self._bench.seconds()
+        return point, [], self._evaluator.seconds()
 
     def process(self) -> int:
-        """Return the id of the process, by which a test can end it."""
+        """Return the id of the process, so that a test can kill it."""
         return os.getpid()
 
 
 @dataclass
 class _Hand:
-    """A worker from outside: its actor, and the point that it is at."""
+    """A worker as this process sees it: its actor, and the seconds that it has reported."""
 
     actor: Any
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class Cluster:
+class RayEvaluator:
     """Makes points on the workers of a Ray cluster."""
 
     def __init__(
@@ -79,7 +78,7 @@ class Cluster:
         workers: int | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        """Remember the cluster; it is joined on entry.
+        """Join the cluster and start the workers.
 
         Args:
             setup: the project.
@@ -87,37 +86,27 @@ class Cluster:
             also: further prompts that engines must have room for.
             workers: how many; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
             progress: is told of the steps.
-        """
-        self._setup = setup
-        self._progress = progress
-        self._address = address
-        self._also = list(also)
-        self._wanted = workers
-        self._hands: list[_Hand] = []
-        self._past: list[dict[str, float]] = []
-
-    def __enter__(self) -> Cluster:
-        """Join the cluster.
 
         Raises:
             UserError: Ray is not installed, or no cluster answers.
         """
-        self._progress.start("joining the cluster")
-        _join(self._address)
+        self._setup, self._address, self._also, self._progress = setup, address, list(also), progress
+        self._past: list[dict[str, float]] = []
+        progress.start("joining the cluster")
+        _join(address)
         import ray
 
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) // self._setup.options.tensor_parallel
+        resources, parallel = ray.cluster_resources(), setup.options.tensor_parallel
+        gpus = int(resources.get("GPU", 0)) // parallel
         machines = sum(name.startswith("node:") and "head" not in name for name in resources)
-        count = self._wanted or gpus or max(1, machines)
+        count = workers or gpus or max(1, machines)
         cpus = max(1, int(resources.get("CPU", 1)) // count)
-        share: dict[str, Any] = {"num_gpus": self._setup.options.tensor_parallel} if gpus else {"num_cpus": cpus}
+        share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
         self._kind: Any = ray.remote(**share)(Worker)
         self._hands = [self._hire() for _ in range(count)]
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Let the workers go and leave the cluster; one that was started here ends."""
+    def close(self) -> None:
+        """Stop the workers and leave the cluster; a cluster that was started here ends."""
         import ray
 
         with suppress(Exception):
@@ -136,8 +125,8 @@ class Cluster:
 
         return [int(ray.get(hand.actor.process.remote())) for hand in self._hands]
 
-    def produce(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
-        """See `Producer.produce`: every worker has one point at a time; that of one that dies goes to another."""
+    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
+        """See `Evaluator.evaluate`: each worker has one point at a time; if it dies, another worker gets the point."""
         import ray
 
         specs = {key: spec for spec, key in reversed(list(keys.items()))}
@@ -174,16 +163,15 @@ class Cluster:
         return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
     def _hire(self) -> _Hand:
-        setup = self._setup
-        # Workers have working directories of their own.
-        project = replace(setup.project, path=setup.project.path.resolve())
-        return _Hand(self._kind.remote(project, setup.options, self._also))
+        # Workers have other working directories, so the path must be absolute.
+        project = replace(self._setup.project, path=self._setup.project.path.resolve())
+        return _Hand(self._kind.remote(project, self._setup.options, self._also))
 
     def _replace(self, hand: _Hand, point: str, deaths: int) -> None:
         """Put a new worker in the place of one that died.
 
         Raises:
-            UserError: the point has ended too many.
+            UserError: the point has killed too many workers.
         """
         if deaths >= _MOST_DEATHS:
             raise fail(
@@ -200,7 +188,7 @@ def _join(address: str) -> None:
     if find_spec("ray") is None:
         raise fail("Ray is not installed", where="--ray", remedy="pip install 'rewarded-lines[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without a GPU none is hidden from a worker either; a later Ray will do so by itself.
+    # A worker that asks for no GPU still sees those there are, as a later Ray will do by default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -222,11 +210,11 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Connect to the cluster's port and hang up: where nobody answers, Ray would end this process without a word.
+    """Connect to the cluster's port and disconnect: if nobody answers, Ray would end this process without a message.
 
     Raises:
         OSError: nobody answers.
-        ValueError: the address is none.
+        ValueError: the address is not HOST:PORT.
     """
     if address == "auto":
         current = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
