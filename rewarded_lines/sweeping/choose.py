@@ -10,11 +10,11 @@ import numpy as np
 
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.evaluation.paired_scores import Table, tabulate
+from rewarded_lines.evaluation.paired_scores import tabulate
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
 from rewarded_lines.fronts.bootstrap import LEVEL, Estimate, estimate_samples
-from rewarded_lines.fronts.choice import Choice, best_under, best_weighted, knee
+from rewarded_lines.fronts.choice import best_under, best_weighted, knee
 from rewarded_lines.fronts.interpolation import best_interpolated, interpolate
 from rewarded_lines.references import located
 
@@ -52,24 +52,15 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for; exactly one of `maximise`, `weights` and `knee`.
-
-    Attributes:
-        at_least: the least mean of a reward, in its unit.
-        maximise: the reward to be as high as can be.
-        weights: of the rewards, each standardized by mean and deviation of the SFT model's scores.
-        knee: the point that gives up least of everything.
-        methods: that may be chosen; all by default.
-        interpolate: consider λ between evaluated ones, too (two policies).
-    """
+class _Wish:
+    """The arguments of `choose` that say what is asked for."""
 
     at_least: Mapping[str, float]
-    maximise: str | None = None
-    weights: Mapping[str, float] | None = None
-    knee: bool = False
-    methods: Sequence[str] = ()
-    interpolate: bool = False
+    maximize: str | None
+    weights: Mapping[str, float] | None
+    knee: bool
+    methods: Sequence[str]
+    interpolate: bool
 
 
 def choose(
@@ -83,9 +74,10 @@ def choose(
     interpolate: bool = False,
     level: float = LEVEL,
 ) -> Chosen:
-    """Return the policy of a run that meets constraints best.
+    """Return the policy of a run that meets constraints best; pass one of `maximize`, `weights` and `knee`.
 
-    Audits have no say. SFT is no candidate. With two rewards and a minimum for one, the other is maximized by default.
+    Audits do not count, and the SFT model is not a candidate. With two rewards and a minimum for one, the other is
+    maximized by default.
 
     Args:
         run: the run folder that `sweep` wrote.
@@ -98,64 +90,53 @@ def choose(
         level: of the intervals.
 
     Raises:
-        UserError: the folder is no run, a reward or method is unknown, the wish is none or two at once, or no point
-            meets every minimum; the message then names the nearest.
+        UserError: the folder is not a run, a reward or method is unknown, nothing or several things are asked for, or
+            no point meets every minimum; the message then names the nearest.
     """
     read = load_run(run)
-    wish = _checked(read, Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
+    wish = _checked(read, _Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
     return _Chooser(read, wish, level).choose()
 
 
 class _Chooser:
-    """One run and one wish."""
+    """The points of one run, and what is asked of them."""
 
-    def __init__(self, run: Run, wish: Wish, level: float) -> None:
+    def __init__(self, run: Run, wish: _Wish, level: float) -> None:
         self._run, self._wish, self._level = run, wish, level
-        self._table: Table = tabulate([run])
+        self._table = tabulate([run])
         # [1 + resamples, points, rewards]; row 0 is the data themselves.
         self._all = self._table.means[..., : len(self._table.rewards)]
-        self._columns = self._table.objectives
-        self._names = [self._table.rewards[index] for index in self._columns]
+        # [points, objectives]
+        self._means = self._all[0][:, self._table.objectives]
+        self._names = [self._table.rewards[index] for index in self._table.objectives]
         sft = np.stack([run.sft.scores[name] for name in self._names], axis=1)
         spread = sft.std(axis=0)
         self._centre, self._scale = sft.mean(axis=0), np.where(spread > 0, spread, 1.0)
         self._minima = {self._names.index(name): bound for name, bound in wish.at_least.items()}
+        # The weight of each reward; 1 for one that is to be maximized.
+        given = wish.weights or {wish.maximize or "": 1.0}
+        self._slopes = [float(given.get(name, 0.0)) for name in self._names]
 
     def choose(self) -> Chosen:
-        wanted = self._wish.methods or list(self._table.methods())
-        groups = {name: rows for name, rows in self._table.methods().items() if name in wanted}
+        methods = self._table.methods()
+        groups = {name: rows for name, rows in methods.items() if name in (self._wish.methods or methods)}
         rows = [row for group in groups.values() for row in group]
-        qualified = [row for row in rows if self._short(row) == 0]
-        best = self._best(qualified) if qualified else None
-        if self._wish.interpolate:
-            between = self._between(groups, best)
-            if between is not None:
-                return between
+        qualified = [row for row in rows if all(self._means[row, at] >= bound for at, bound in self._minima.items())]
+        best = qualified[self._best(self._means[qualified])] if qualified else None
+        between = self._between(groups, best) if self._wish.interpolate else None
+        if between is not None:
+            return between
         if best is None:
             raise self._nothing(rows)
         return self._chosen(self._spec(best), self._all[:, best], False)
 
-    def _best(self, rows: list[int]) -> int:
-        means = self._all[0][rows][:, self._columns]
+    def _best(self, means: np.ndarray) -> int:
         if self._wish.knee:
-            return rows[knee(means).index]
-        return rows[self._by_rule(means).index]
-
-    def _by_rule(self, means: np.ndarray) -> Choice:
+            return knee(means).index
         if self._wish.weights:
-            return best_weighted(means, self._slopes(), centre=self._centre, scale=self._scale)
-        assert self._wish.maximise is not None
-        return best_under(means, self._minima, self._names.index(self._wish.maximise), scale=self._scale)
-
-    def _slopes(self) -> list[float]:
-        """Return the weight of each reward; one alone where it is to be maximized."""
-        given = self._wish.weights or {self._wish.maximise or "": 1.0}
-        return [float(given.get(name, 0.0)) for name in self._names]
-
-    def _short(self, row: int) -> float:
-        means = self._all[0, row][self._columns]
-        lacks = [(bound - means[index]) / self._scale[index] for index, bound in self._minima.items()]
-        return max([0.0, *lacks])
+            return best_weighted(means, self._slopes, centre=self._centre, scale=self._scale).index
+        assert self._wish.maximize is not None
+        return best_under(means, self._minima, self._names.index(self._wish.maximize), scale=self._scale).index
 
     def _between(self, groups: Mapping[str, list[int]], best: int | None) -> Chosen | None:
         """Return the optimum of a method's piecewise linear curve, if it is better than the best evaluated point."""
@@ -164,9 +145,9 @@ class _Chooser:
             specs = [self._spec(row) for row in rows]
             if len(rows) < 2 or not self._steady(specs):
                 continue
-            lams, means = [spec.weights[0] for spec in specs], self._all[0][rows][:, self._columns]
+            lams = [spec.weights[0] for spec in specs]
             optimum = best_interpolated(
-                lams, means, self._slopes(), self._minima, centre=self._centre, scale=self._scale
+                lams, self._means[rows], self._slopes, self._minima, centre=self._centre, scale=self._scale
             )
             if optimum.qualifies:
                 found.append((optimum.value, name, optimum.lam))
@@ -178,7 +159,7 @@ class _Chooser:
             return None
         lams = [self._spec(row).weights[0] for row in rows]
         if lam in lams:
-            # It misses a minimum by rounding only.
+            # The evaluated point misses a minimum by rounding only.
             evaluated = rows[lams.index(lam)]
             return self._chosen(self._spec(evaluated), self._all[:, evaluated], False)
         first = self._spec(rows[0])
@@ -192,8 +173,7 @@ class _Chooser:
         return alike and all(len(spec.weights) == 2 and not spec.checkpoint for spec in specs)
 
     def _value(self, row: int) -> float:
-        means = self._all[0, row][self._columns]
-        return float((np.array(self._slopes()) * (means - self._centre) / self._scale).sum())
+        return float((np.array(self._slopes) * (self._means[row] - self._centre) / self._scale).sum())
 
     def _spec(self, row: int) -> PointSpec:
         return self._table.rows[row][0].spec
@@ -216,22 +196,20 @@ class _Chooser:
             aim = "most of " + " + ".join(f"{weight:g}·{name}" for name, weight in wish.weights.items())
             aim += " (standardized)"
         else:
-            aim = f"most {wish.maximise}"
+            aim = f"most {wish.maximize}"
         return aim + (" with " + ", ".join(bounds) if bounds else "")
 
     def _nothing(self, rows: list[int]) -> UserError:
-        """Say that nothing qualifies, and what comes nearest."""
-        means = self._all[0][rows][:, self._columns]
-        choice = best_under(means, self._minima, 0, scale=self._scale)
-        spec = self._spec(rows[choice.index])
-        values = self._all[0, rows[choice.index]][self._columns]
-        reached = ", ".join(f"{self._names[index]} = {values[index]:.4g}" for index in choice.shortfalls)
+        """Say that no point qualifies, and which comes nearest."""
+        choice = best_under(self._means[rows], self._minima, 0, scale=self._scale)
+        nearest = rows[choice.index]
+        reached = ", ".join(f"{self._names[at]} = {self._means[nearest, at]:.4g}" for at in choice.shortfalls)
         between = "" if self._wish.interpolate else "look between the points with --interpolate, "
         return fail(
             "no evaluated policy meets every minimum",
             where=str(self._run.folder),
             expected=", ".join(f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()),
-            got=f"the nearest is {spec}, with {reached}",
+            got=f"the nearest is {self._spec(nearest)}, with {reached}",
             remedy=f"lower a minimum, {between}or add points with `search`",
         )
 
@@ -250,45 +228,50 @@ def command_for(run: Run, spec: PointSpec) -> str:
     return spec.merge.command(located(header["base"]["path"], run.folder), policies, "chosen", **how)
 
 
-def _checked(run: Run, wish: Wish) -> Wish:
+def _checked(run: Run, wish: _Wish) -> _Wish:
     """Return the wish with its default filled in.
 
     Raises:
-        UserError: unknown names, an audit, not exactly one aim, or one that makes no sense.
+        UserError: unknown names, an audit, none or several things to look for, or numbers that make no sense.
     """
     _check_names(run, wish)
-    aims = [wish.maximise is not None, bool(wish.weights), wish.knee]
+    aims = sum([wish.maximize is not None, bool(wish.weights), wish.knee])
     left = [name for name in run.objectives if name not in wish.at_least]
-    if not any(aims) and wish.at_least and len(left) == 1:
-        wish = replace(wish, maximise=left[0])
-    elif sum(aims) != 1:
+    if not aims and wish.at_least and len(left) == 1:
+        wish = replace(wish, maximize=left[0])
+    elif aims != 1:
+        rewards = ", ".join(run.objectives)
         raise fail(
             "say what to look for",
             where=str(run.folder),
-            expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: "
-            f"{', '.join(run.objectives)})",
-            got="none" if not any(aims) else "more than one",
+            expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: {rewards})",
+            got="more than one" if aims else "none",
         )
-    _check_sense(run, wish)
+    _check_numbers(run, wish)
     return wish
 
 
-def _check_names(run: Run, wish: Wish) -> None:
+def _check_names(run: Run, wish: _Wish) -> None:
     """Refuse rewards and methods that the run does not have, all of them at once."""
-    asked = [*wish.at_least, *(wish.weights or {}), *([wish.maximise] if wish.maximise is not None else [])]
-    problems = [_unknown_reward(run, name) for name in dict.fromkeys(asked) if name not in run.objectives]
+    problems = []
+    asked = [*wish.at_least, *(wish.weights or {}), *([] if wish.maximize is None else [wish.maximize])]
+    for name in dict.fromkeys(name for name in asked if name not in run.objectives):
+        what, remedy = f"no reward `{name}`", did_you_mean(name, run.objectives)
+        if name in run.rewards:
+            what, remedy = f"`{name}` is an audit, which nothing is chosen by", "look at it in the answer"
+        expected = "one of " + ", ".join(run.objectives)
+        problems.append(Problem(what, where=str(run.folder), expected=expected, remedy=remedy))
     methods = list(run.methods())
-    for name in wish.methods:
-        if name not in methods:
-            remedy = did_you_mean(name, methods)
-            what = "SFT is no candidate" if name == SFT else f"no method `{name}`"
-            problems.append(Problem(what, where=str(run.folder), expected=", ".join(methods), remedy=remedy))
+    for name in (name for name in wish.methods if name not in methods):
+        what = "SFT is no candidate" if name == SFT else f"no method `{name}`"
+        remedy = did_you_mean(name, methods)
+        problems.append(Problem(what, where=str(run.folder), expected=", ".join(methods), remedy=remedy))
     if problems:
         raise UserError(problems)
 
 
-def _check_sense(run: Run, wish: Wish) -> None:
-    """Refuse numbers that are none, and a look between points where there is nothing between."""
+def _check_numbers(run: Run, wish: _Wish) -> None:
+    """Refuse minima and weights that are not usable numbers, and --interpolate where no λ lies between two points."""
     if wrong := [f"{name}={bound:g}" for name, bound in wish.at_least.items() if not np.isfinite(bound)]:
         raise fail("not a minimum", where="--at-least", expected="finite numbers", got=", ".join(wrong))
     weights = wish.weights or {}
@@ -302,12 +285,3 @@ def _check_sense(run: Run, wish: Wish) -> None:
     if wish.interpolate and len(policies) != 2:
         got = f"{len(policies)} ({', '.join(policies)})"
         raise fail("λ lies between two policies", where="--interpolate", expected="2 policies", got=got)
-
-
-def _unknown_reward(run: Run, name: str) -> Problem:
-    known = run.objectives
-    if name in run.rewards:
-        what, remedy = f"`{name}` is an audit, which nothing is chosen by", "look at it in the answer"
-    else:
-        what, remedy = f"no reward `{name}`", did_you_mean(name, known)
-    return Problem(what, where=str(run.folder), expected="one of " + ", ".join(known), remedy=remedy)
