@@ -8,7 +8,7 @@ checksum of the whole. `run.json` says which method each point belongs to.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Point:
     def words(self) -> np.ndarray:
         """Length of each response in words (separated by white space)."""
         return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
+
+    def means(self, rewards: Sequence[str]) -> list[float]:
+        """Return the mean score of each of these rewards."""
+        return [float(np.mean(self.scores[name])) for name in rewards]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 from rewarded_lines.config import decides
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.evaluation.evaluate import Evaluator, Keys
+from rewarded_lines.evaluation.evaluate import Evaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (
     FORMAT,
     RUN_FILE,
     Point,
     draft_path,
+    listed_points,
     point_entries,
     point_path,
     read_header,
@@ -57,7 +58,7 @@ class RunFolder:
         self._expected = count
         self.progress.expect(max(len(self._counted), count))
 
-    def fill(self, setup: Setup, specs: list[PointSpec], evaluator: Evaluator) -> list[Point]:
+    def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> list[Point]:
         """Return the points; those that are missing or damaged are made first.
 
         Args:
@@ -82,20 +83,57 @@ class RunFolder:
                 self.progress.advance(1, names[key])
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
-    def write(self, keys: Keys, **content: Any) -> None:
-        """Write `run.json`: the project, the points that belong to it, and what else there is to say."""
-        header = {**_describe(self.setup, self.folder), **content, "points": point_entries(keys.items())}
-        write_json(self.folder / RUN_FILE, header)
+    def listed(self) -> list[PointSpec]:
+        """Return the points that `run.json` lists, without those of methods that the project has changed meanwhile."""
+        return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
     def added(self) -> list[PointSpec]:
-        """Return the points that a search has added to the run."""
-        return [PointSpec.from_dict(entry) for entry in self.before.get("added", [])]
+        """Return the points that searches have added to the run, likewise."""
+        specs = map(PointSpec.from_dict, self.before.get("added", []))
+        return [spec for spec in specs if self.setup.methods.declares(spec)]
 
-    def account(self, evaluator: Evaluator) -> dict[str, Any]:
-        """Return what `run.json` says of the work: how many points were made, and the seconds of each kind of work."""
+    def add(self, specs: Sequence[PointSpec]) -> None:
+        """Add points of a search to `run.json`."""
+        listed = self.listed()
+        if new := [spec for spec in specs if spec not in listed]:
+            self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
+            self.before = read_header(self.folder)
+
+    def write(
+        self,
+        specs: Sequence[PointSpec],
+        added: Sequence[PointSpec],
+        tuned: Mapping[str, Any] | None = None,
+        **account: Any,
+    ) -> None:
+        """Write `run.json`.
+
+        Args:
+            specs: the points that belong to the run.
+            added: those of them that searches added.
+            tuned: what the search for α and β found.
+            account: of the work, when all of it is done.
+        """
+        # Without `tuned`, the search for α and β is still to be done, and the run is not complete.
+        complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
+        content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
+        points = point_entries((spec, self.setup.key(spec)) for spec in dict.fromkeys(specs))
+        write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
+
+    def finish(
+        self,
+        evaluator: Evaluator,
+        specs: Sequence[PointSpec],
+        added: Sequence[PointSpec],
+        tuned: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the points that are missing, and write `run.json` with an account of the work; see `write`."""
+        self.write(specs, added, tuned)
+        self.fill(self.setup, specs, evaluator)
+        self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
-        return {"evaluated_last": self.evaluated, "seconds_last": seconds}
+        self.write(specs, added, tuned, evaluated_last=self.evaluated, seconds_last=seconds)
 
     def _is_there(self, key: str) -> bool:
         """Say whether a point's record is there and whole; a damaged one is removed."""

@@ -6,23 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluation.evaluate import Evaluator
-from rewarded_lines.evaluation.points import PointSpec
-from rewarded_lines.evaluation.records import RUN_FILE, Point, Run, listed_points, load_run, read_header
+from rewarded_lines.evaluation.points import PointSpec, Weights
+from rewarded_lines.evaluation.records import RUN_FILE, Run, load_run, read_header
 from rewarded_lines.evaluation.run_folder import RunFolder, open_run
 from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluation.sweep_setup import Setup, open_setup
 from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.fronts.interpolation import mixed_hypervolume
-from rewarded_lines.fronts.next_point import next_weights
+from rewarded_lines.fronts.next_point import Proposal, next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
-from rewarded_lines.sweeping.sweep import finish_run, open_evaluator, sweep, write_run
+from rewarded_lines.sweeping.sweep import open_evaluator, sweep
 
 POINTS, GAIN = 15, 0.001
 _FIRST = 3
@@ -34,12 +32,11 @@ class Found:
 
     Attributes:
         method: its name.
-        points: λ points that it has now.
+        points: how many λ it has now.
         added: how many of them this search made.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
-        mixed: the hypervolume of the line through the points, which answers of neighbouring policies in turn have; of
-            two policies only.
-        potential: the most that the next point might have added; 0 if nothing can be gained any more.
+        mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for two policies.
+        potential: the most that the next point might have added; 0 if nothing more can be gained.
         reason: why the search ended: "points" or "gain".
     """
 
@@ -95,11 +92,11 @@ def search(
         open_run(folder, setup, progress=progress) as held,
         open_evaluator(setup, folder, progress=progress) as make,
     ):
-        listed = _listed(held)
+        listed = held.listed()
         room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
         held.expect(len({PointSpec(SFT), *listed}) + sum(room))
         found = [_search_one(held, make, name, points, gain) for name in chosen]
-        finish_run(held, make, _listed(held), _added(held), held.before.get("tuned"))
+        held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
     return load_run(folder), found
 
 
@@ -131,72 +128,41 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
     return list(dict.fromkeys(methods)) or merged
 
 
-def _search_one(run: RunFolder, make: Evaluator, name: str, points: int, gain: float) -> Found:
-    setup = run.setup
-    (sft,) = run.fill(setup, [PointSpec(SFT)], make)
-    start = [spec for spec in _listed(run) if spec.method == name]
+def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, gain: float) -> Found:
+    setup, rewards = run.setup, run.setup.objectives
+    (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
+    start = [spec for spec in run.listed() if spec.method == name]
     first = [] if start else setup.methods.grid(name, _FIRST)
-    front = run.fill(setup, start or first, make)
-    _remember(run, first)
-    added, potential, reason = len(first), 0.0, "points"
+    front = run.fill(setup, start or first, evaluator)
+    run.add(first)
+    added, reference = len(first), sft.means(rewards)
     while True:
-        room = points - len(front)
-        # One even when the budget is spent, to say what it might have brought.
-        proposals = _proposals(setup, front, sft, max(1, min(make.width, room)))
-        volume = _volume(setup, front, sft)
-        worth = [weights for weights, hoped in proposals if hoped > gain * volume]
-        potential = max((hoped for _, hoped in proposals), default=0.0)
+        places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
+        volume, room = hypervolume(means, reference), points - len(front)
+        # One proposal even when the budget is spent, to report what it might have brought.
+        proposals = _proposals(places, means, reference, max(1, min(evaluator.width, room)))
+        potential = max((proposal.potential for proposal in proposals), default=0.0)
+        worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
         if room <= 0 or not worth:
-            reason = "points" if room <= 0 else "gain"
             break
         specs = [setup.methods.at(name, weights) for weights in worth]
-        front += run.fill(setup, specs, make)
+        front += run.fill(setup, specs, evaluator)
         added += len(specs)
-        _remember(run, specs)
-    return Found(name, len(front), added, _volume(setup, front, sft), _mixed(setup, front, sft), potential, reason)
+        run.add(specs)
+    mixed = None
+    if len(setup.project.config.policies) == 2 and len(front) > 1:
+        mixed = mixed_hypervolume([place[0] for place in places], means, reference)
+    return Found(name, len(front), added, volume, mixed, potential, "points" if room <= 0 else "gain")
 
 
-def _proposals(setup: Setup, front: Sequence[Point], sft: Point, count: int) -> list[tuple[tuple[float, ...], float]]:
-    """Return up to `count` weights to try, each with the hypervolume that it might add."""
-    places = [point.spec.weights for point in front]
-    means = [_means(setup, point) for point in front]
-    found: list[tuple[tuple[float, ...], float]] = []
+def _proposals(
+    places: Sequence[Weights], means: Sequence[Sequence[float]], reference: Sequence[float], count: int
+) -> list[Proposal]:
+    """Return up to `count` preferences to evaluate at once."""
+    found: list[Proposal] = []
     while len(found) < count:
-        proposal = next_weights(places, means, _means(setup, sft), [weights for weights, _ in found])
+        proposal = next_weights(places, means, reference, [one.weights for one in found])
         if proposal is None:
             break
-        found.append((proposal.weights, proposal.potential))
+        found.append(proposal)
     return found
-
-
-def _remember(run: RunFolder, specs: Sequence[PointSpec]) -> None:
-    """Write down that the run has these points too."""
-    listed = _listed(run)
-    new = [spec for spec in specs if spec not in listed]
-    if new:
-        write_run(run, [*listed, *new], [*_added(run), *new], run.before.get("tuned"))
-        run.before = read_header(run.folder)
-
-
-def _listed(run: RunFolder) -> list[PointSpec]:
-    """Return the run's points without those of a method that the project has changed meanwhile."""
-    return [spec for spec, _ in listed_points(run.before) if run.setup.methods.declares(spec)]
-
-
-def _added(run: RunFolder) -> list[PointSpec]:
-    return [spec for spec in run.added() if run.setup.methods.declares(spec)]
-
-
-def _volume(setup: Setup, front: Sequence[Point], sft: Point) -> float:
-    return hypervolume([_means(setup, point) for point in front], _means(setup, sft))
-
-
-def _mixed(setup: Setup, front: Sequence[Point], sft: Point) -> float | None:
-    if len(setup.project.config.policies) != 2 or len(front) < 2:
-        return None
-    lams = [point.spec.weights[0] for point in front]
-    return mixed_hypervolume(lams, [_means(setup, point) for point in front], _means(setup, sft))
-
-
-def _means(setup: Setup, point: Point) -> list[float]:
-    return [float(np.mean(point.scores[name])) for name in setup.objectives]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.evaluate import Evaluator, LocalEvaluator
-from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import Run, load_run
-from rewarded_lines.evaluation.run_folder import RunFolder, open_run
+from rewarded_lines.evaluation.run_folder import open_run
 from rewarded_lines.evaluation.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluation.sweep_setup import Setup, open_setup
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
-from rewarded_lines.sweeping.tune import trial_points, tune, validation_prompts
+from rewarded_lines.sweeping.tune import most_points, tune, validation_prompts
 
 
 @takes_sweep_options()
@@ -56,18 +54,18 @@ def sweep(
     if count < 2:
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
     setup = open_setup(project, options, progress)
-    validation = validation_prompts(setup)
+    spec = project.config.sweep.tune
+    validation = validation_prompts(setup, spec) if spec else []
     folder = Path(out) if out is not None else project.root / "sweep"
     progress.start("laying out the points")
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
-        added = [one for one in run.added() if one.method in setup.methods.specs and setup.methods.declares(one)]
-        run.expect(len({*specs, *added}) + trial_points(setup, count))
-        write_run(run, [*specs, *added], added)
+        added = [one for one in run.added() if one.method in setup.methods.specs]
+        run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
+        run.write([*specs, *added], added)
         with open_evaluator(setup, folder, validation, progress) as make:
-            tuned = tune(run, make, validation, count)
-            found = tuned.as_dict() if tuned else None
-            finish_run(run, make, [*specs, *(tuned.points if tuned else []), *added], added, found)
+            found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
+            run.finish(make, [*specs, *tuned, *added], added, found)
     return load_run(folder)
 
 
@@ -85,33 +83,3 @@ def open_evaluator(
 
     with closing(RayEvaluator(setup, options.ray, also, options.workers, progress)) as cluster:
         yield cluster
-
-
-def finish_run(
-    run: RunFolder,
-    make: Evaluator,
-    specs: Sequence[PointSpec],
-    added: Sequence[PointSpec],
-    tuned: Mapping[str, Any] | None = None,
-) -> None:
-    """Evaluate all that is listed, and say in `run.json` what there is."""
-    write_run(run, specs, added, tuned)
-    run.fill(run.setup, list(specs), make)
-    run.progress.start("closing the run")
-    write_run(run, specs, added, tuned, complete=True, **run.account(make))
-
-
-def write_run(
-    run: RunFolder,
-    specs: Sequence[PointSpec],
-    added: Sequence[PointSpec],
-    tuned: Mapping[str, Any] | None = None,
-    complete: bool = False,
-    **account: Any,
-) -> None:
-    """Write `run.json`: what belongs to the run, what a search added, and whether all of it is there."""
-    keys = {spec: run.setup.key(spec) for spec in specs}
-    told = {"tuned": tuned, "added": [point.as_dict() for point in added]}
-    # A search of λ goes over what is there; a search of α and β that a kill ended is still to be done.
-    untuned = run.setup.project.config.sweep.tune is not None and tuned is None
-    run.write(keys, **told, **account, complete=complete and not untuned)

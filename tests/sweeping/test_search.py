@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
@@ -13,6 +12,7 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluation.evaluate import LocalEvaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import load_run
+from rewarded_lines.evaluation.run_folder import RunFolder
 from rewarded_lines.fronts.hypervolume import hypervolume
 
 # One method is enough here.
@@ -114,17 +114,16 @@ def test_killed_between_points_it_ends_as_if_nothing_had_been(tiny, monkeypatch)
 def test_killed_after_the_record_and_before_the_list(tiny, monkeypatch):
     project(tiny)
     sweep(engine="hf")
-    module = importlib.import_module("rewarded_lines.sweeping.search")
-    remember = module._remember
+    add = RunFolder.add
 
     def dying(run, specs):
         if specs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_remember", dying)
+    monkeypatch.setattr(RunFolder, "add", dying)
     with pytest.raises(KeyboardInterrupt):
         search("sweep", points=4, gain=0)
-    monkeypatch.setattr(module, "_remember", remember)
+    monkeypatch.setattr(RunFolder, "add", add)
     before = {path.name for path in (tiny / "sweep/points").iterdir()}
     run, (found,) = search("sweep", points=3, gain=0)
     # The λ proposed again is the one that is there.
