@@ -70,36 +70,28 @@ class _Hand:
 class RayEvaluator:
     """Makes points on the workers of a Ray cluster."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        address: str,
-        also: Sequence[Prompt] = (),
-        workers: int | None = None,
-        progress: Progress = SILENT,
-    ) -> None:
+    def __init__(self, setup: Setup, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
         """Join the cluster and start the workers.
 
         Args:
-            setup: the project.
-            address: of the cluster, "auto" for the one that this machine belongs to, or "local" to start one here.
+            setup: the project, with the options `ray` and `workers`.
             also: further prompts that engines must have room for.
-            workers: how many; by default one for each `tensor_parallel` GPUs, without GPUs one for each machine.
             progress: is told of the steps.
 
         Raises:
             UserError: Ray is not installed, or no cluster answers.
         """
-        self._setup, self._address, self._also, self._progress = setup, address, list(also), progress
+        self._setup, self._also, self._progress = setup, list(also), progress
         self._past: list[dict[str, float]] = []
         progress.start("joining the cluster")
-        _join(address)
+        _join(str(setup.options.ray))
         import ray
 
         resources, parallel = ray.cluster_resources(), setup.options.tensor_parallel
         gpus = int(resources.get("GPU", 0)) // parallel
         machines = sum(name.startswith("node:") and "head" not in name for name in resources)
-        count = workers or gpus or max(1, machines)
+        # By default one worker for each `parallel` GPUs, without GPUs one for each machine.
+        count = setup.options.workers or gpus or max(1, machines)
         cpus = max(1, int(resources.get("CPU", 1)) // count)
         share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
         self._kind: Any = ray.remote(**share)(Worker)
@@ -176,7 +168,7 @@ class RayEvaluator:
         if deaths >= _MOST_DEATHS:
             raise fail(
                 f"{deaths} workers died over the same point",
-                where=f"--ray {self._address}, {point}",
+                where=f"--ray {self._setup.options.ray}, {point}",
                 remedy="look at Ray's logs; for want of memory, give each worker more or lower the batch",
             )
         self._past.append(hand.seconds)

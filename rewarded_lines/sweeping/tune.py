@@ -13,7 +13,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluation.evaluate import Evaluator
 from rewarded_lines.evaluation.points import PointSpec, check_merge
 from rewarded_lines.evaluation.run_folder import RunFolder
-from rewarded_lines.evaluation.sweep_setup import Setup, readable_prompts
+from rewarded_lines.evaluation.sweep_setup import Setup
 from rewarded_lines.fronts.hypervolume import hypervolume
 from rewarded_lines.rules.methods import METHODS
 from rewarded_lines.rules.preferences import simplex_grid
@@ -37,8 +37,7 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
-    prompts = read_prompts(spec.prompts, setup.project.root)
-    prompts = readable_prompts(spec.prompts, prompts, setup.project, setup.plan, setup.rewards, setup.told.append)
+    prompts = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
     if all(prompt in setup.prompts for prompt in prompts):
         raise fail(
             "the validation prompts are test prompts",

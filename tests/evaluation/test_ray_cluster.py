@@ -83,6 +83,6 @@ def test_a_dead_cluster_is_one_message(greedy, address, monkeypatch):
 
 def test_without_ray_the_extra_is_named(greedy, monkeypatch):
     monkeypatch.setattr("rewarded_lines.evaluation.ray_cluster.find_spec", lambda name: None)
-    setup = open_setup(load_project("rewarded-lines.yaml"), SweepOptions("hf"))
+    setup = open_setup(load_project("rewarded-lines.yaml"), SweepOptions("hf", ray="local"))
     with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"):
-        RayEvaluator(setup, "local")
+        RayEvaluator(setup)
