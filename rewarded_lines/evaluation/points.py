@@ -1,4 +1,4 @@
-"""The points of a sweep: what each method asks of the merger at each λ, and the hash that a point's records go by."""
+"""The points of a sweep: the merge that each method makes at each λ, and the hash that names a point's records."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class PointSpec:
 
 
 class Methods:
-    """The methods of a project, each ready to say what it is at any weights."""
+    """The methods of a project; each gives its points at any weights."""
 
     def __init__(self, project: Project, plan: Plan) -> None:
         """Read the methods and check them against policies and baselines.
@@ -106,7 +106,7 @@ class Methods:
             plan: policies, then baselines.
 
         Raises:
-            UserError: methods that cannot be; all of them at once.
+            UserError: unknown or impossible methods; all of them at once.
         """
         self._plan = plan
         self._policies = list(project.config.policies)
@@ -136,8 +136,8 @@ class Methods:
         spec = self.specs[name]
         if spec is None:
             return [
-                PointSpec(name, MergeSpec(one_hot(index, len(self._policies)), 1.0, 0.0), policy)
-                for index, policy in enumerate(self._policies)
+                PointSpec(name, MergeSpec(tuple(float(one == policy) for one in self._policies), 1.0, 0.0), policy)
+                for policy in self._policies
             ]
         if spec.checkpoints:
             return [PointSpec(name, checkpoint=checkpoint) for checkpoint in spec.checkpoints]
@@ -157,9 +157,9 @@ class Methods:
         return PointSpec(name, MergeSpec(weights, alpha, 0.0))
 
     def declares(self, spec: PointSpec) -> bool:
-        """Say whether a point is what its method now is at its weights; of methods that are not here it is.
+        """Say whether a point is still what its method makes at its weights.
 
-        No point is it whose model the project no longer names.
+        True for a point whose method the project does not list; False if the project no longer names its model.
         """
         if spec.checkpoint and spec.checkpoint not in self._checkpoints:
             return False
@@ -216,7 +216,7 @@ class Methods:
         other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
         if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
-        # A merge that does not exist is told of where it stands.
+        # An unknown merge method is refused with the method that names it.
         if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
             raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
 
@@ -230,10 +230,10 @@ class Methods:
 
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:
-    """Refuse a merge method that does not exist, or does not fit its options or the number of policies.
+    """Check a merge method.
 
     Raises:
-        UserError: likewise.
+        UserError: the method does not exist, or its options or the number of policies do not fit it.
     """
     try:
         MergeSpec((), method=merge, options=options).complete(policies)
@@ -244,17 +244,12 @@ def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], poli
 
 
 def needs_whole_models(project: Project) -> bool:
-    """Say whether a method's residual is no sum of the policies', so that adapters must be folded into the base."""
+    """Say whether a method is not linear in the policies' residuals, so that adapters must be folded into the base."""
     specs = [spec or PRESETS.get(name) or MethodSpec(merge=name) for name, spec in project.config.sweep.methods.items()]
     merges = [spec.merge for spec in specs if not spec.checkpoints]
     if project.config.sweep.tune:
         merges.append(project.config.sweep.tune.merge)
     return any(merge in METHODS and not _linear(merge) for merge in merges)
-
-
-def one_hot(index: int, count: int) -> Weights:
-    """Return the weights of policy `index` alone."""
-    return tuple(float(place == index) for place in range(count))
 
 
 def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import decides
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluation.evaluate import Evaluator
 from rewarded_lines.evaluation.points import PointSpec
 from rewarded_lines.evaluation.records import (
@@ -171,7 +171,7 @@ def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Prog
 
 
 def _remove_partials(folder: Path) -> None:
-    """Remove what a kill left half written; whoever holds the folder is the only one that writes there."""
+    """Remove half-written files of a killed run; only the process that holds the folder writes there."""
     for partial in (*folder.glob("points/.*.parquet.*"), *folder.glob("drafts/.*.parquet.*")):
         partial.unlink(missing_ok=True)
 
@@ -195,15 +195,11 @@ def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
         _clear(folder)
         return
     shown = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else [])
-    raise UserError(
-        [
-            Problem(
-                "the run folder belongs to another configuration",
-                where=str(folder),
-                got="\n    ".join(["what is different now:", *shown]),
-                remedy="name another --out, or pass --overwrite to begin this run anew",
-            )
-        ]
+    raise fail(
+        "the run folder belongs to another configuration",
+        where=str(folder),
+        got="\n    ".join(["what is different now:", *shown]),
+        remedy="name another --out, or pass --overwrite to begin this run anew",
     )
 
 
@@ -222,7 +218,7 @@ def _short(value: Any) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run wrote; scores that are kept there stay, since they know what they belong to."""
+    """Remove what a run wrote. Cached scores stay, since their keys say what they belong to."""
     for name in _OURS:
         path = folder / name
         if path.is_dir():

@@ -78,7 +78,7 @@ def search(
         progress: see `sweep`; the total is the most that there can be.
 
     Raises:
-        UserError: the folder is no run, belongs to another configuration, or a method is none of its merges.
+        UserError: the folder is not a run, belongs to another configuration, or a method is not one of its merges.
     """
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
