@@ -1,6 +1,7 @@
 """The command line as a process of its own, for what cannot be done in this one: kills, limits, other folders."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,19 @@ COMMAND = (
 )
 # One thread each: the tests run beside others.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+def hear_interrupts() -> None:
+    """Be the `preexec_fn` of a child that is interrupted: a script starts its background jobs with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process is there and is more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def run(log: Path, *args: str) -> None:

@@ -160,7 +160,13 @@ def test_several_at_once_replace_one_another(begin):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_cleans_up(place, number, code):
-    process = subprocess.Popen([*COMMAND, *ARGS], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*COMMAND, *ARGS],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=command.hear_interrupts,
+    )
     while process.poll() is None and not list(Path().glob(".out.partial-*/*.safetensors")):
         time.sleep(0.002)
     process.send_signal(number)

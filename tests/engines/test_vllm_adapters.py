@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from command import hear_interrupts
 from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
 
@@ -149,7 +150,11 @@ def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, number):
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     (tiny / "script.py").write_text(textwrap.dedent(SCRIPT))
     process = subprocess.Popen(
-        [sys.executable, "script.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "script.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=hear_interrupts,
     )
     folder = Path(process.stdout.readline().strip())
     assert folder.is_dir()

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from command import hear_interrupts
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
@@ -125,7 +126,9 @@ if __name__ == "__main__":
 
 def start(functions, name):
     (functions / "script.py").write_text(SCRIPT.format(name=name))
-    return subprocess.Popen([sys.executable, "script.py"], cwd=functions, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "script.py"], cwd=functions, start_new_session=True, preexec_fn=hear_interrupts
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from command import hear_interrupts
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
@@ -101,7 +102,13 @@ def start(folder, *options):
     command = [SCRIPT, "sweep", "--engine", "hf", "--points", "11", "--out", "run", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     )
 
 
