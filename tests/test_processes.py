@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from command import alive
 
 PARENT = """
 import subprocess, sys
@@ -21,14 +22,6 @@ die_with_parent()
 print("ready", flush=True)
 time.sleep(60)
 """
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_child_whose_ancestor_died_before_it_could_ask_goes_at_once():

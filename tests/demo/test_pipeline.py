@@ -1,4 +1,7 @@
-"""The whole pipeline in miniature, through the command line: a corpus of one's own, recipes, sweep, report, merge."""
+"""The whole pipeline in miniature, through the command line: a corpus of one's own, recipes, sweep, report, merge.
+
+The quick test runs the recipes in this process. The slow one starts them as users do; each imports torch and TRL.
+"""
 
 import json
 import random
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_recipes import load_recipe
 
 from rewarded_lines.demo import pipeline
 from rewarded_lines.demo.pipeline import DemoSettings, default_out
@@ -78,27 +82,21 @@ SIGNS = {
 }
 
 
-@pytest.mark.parametrize("stages", [["reward"], pytest.param(list(SIGNS), marks=pytest.mark.slow)], ids=len)
-def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path, stages):
-    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
-    out = tmp_path / "run"
-    for stage in stages:
-        sign, finished = SIGNS[stage]
-        child = subprocess.Popen(arguments(miniature, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        wait_for(lambda sign=sign: any(out.glob(sign)), child)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert set(json.loads((out / "demo.json").read_text())) == finished
-        # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
-        wait_for(lambda: not running(str(out)), None)
-    kept = (out / "sft/model.safetensors").stat().st_mtime_ns
+def in_this_process(jobs, tell):
+    """Do as `run_jobs` does, in this process."""
+    for job in jobs:
+        script = next(at for at, word in enumerate(job.command) if word.endswith(".py"))
+        load_recipe(Path(job.command[script]).stem).main(list(job.command[script + 1 :]))
 
-    done = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "done by an earlier run" in done.stdout and "pipeline" in done.stdout
-    assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
+
+def finished(out):
+    """Return the parts that the run's account says are finished."""
+    return set(json.loads((out / "demo.json").read_text()))
+
+
+def check_whole(out, engine):
     run = load_run(out / "sweep")
-    assert len(run.points) == 13 and run.header["complete"] and run.header["options"]["engine"] == "vllm"
+    assert len(run.points) == 13 and run.header["complete"] and run.header["options"]["engine"] == engine
     assert list(run.rewards) == ["positive", "detailed", "plain"] and run.objectives == ["positive", "detailed"]
     assert (out / "sweep/report/front.png").stat().st_size > 10_000
     assert json.loads((out / "merged/lam=0.50/merge.json").read_text())["weights"] == {
@@ -109,12 +107,62 @@ def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path, st
         training = json.loads((out / f"policies/{name}/training.json").read_text())
         assert training["reward"] == name and len(training["base_hash"]) == 64
 
+
+def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeypatch):
+    class Ended(BaseException):
+        """What a signal would do."""
+
+    def until_the_second_policy(jobs, tell):
+        in_this_process(jobs[:1], tell)
+        if len(jobs) > 1:
+            raise Ended
+
+    out = tmp_path / "run"
+    words = arguments(miniature, out, "--engine", "hf")[3:]
+    monkeypatch.setattr(pipeline, "run_jobs", until_the_second_policy)
+    with pytest.raises(Ended):
+        cli(*words)
+    assert finished(out) == SIGNS["policies"][1] and (out / "policies/positive/model.safetensors").is_file()
+    kept = (out / "sft/model.safetensors").stat().st_mtime_ns
+
+    monkeypatch.setattr(pipeline, "run_jobs", in_this_process)
+    answer = cli(*words)
+    assert answer.code == 0 and answer.out.count("done by an earlier run") == 3 and "pipeline" in answer.out
+    assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
+    check_whole(out, "hf")
+    monkeypatch.setattr(pipeline, "run_jobs", None)
+    again = cli(*words)
+    assert again.code == 0 and again.out.count("done by an earlier run") == 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    out = tmp_path / "run"
+    for sign, parts in SIGNS.values():
+        child = subprocess.Popen(arguments(miniature, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wait_for(lambda sign=sign: any(out.glob(sign)), child)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert finished(out) == parts
+        # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
+        wait_for(lambda: not running(str(out)), None)
+    kept = (out / "sft/model.safetensors").stat().st_mtime_ns
+
+    done = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done by an earlier run" in done.stdout and "pipeline" in done.stdout
+    assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
+    check_whole(out, "vllm")
+
     started = time.monotonic()
     again = subprocess.run(arguments(miniature, out), capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("done by an earlier run") == 7
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_a_failing_stage_shows_its_log_and_leaves_nothing(miniature, tmp_path):
     configs = tmp_path / "configs"
     shutil.copytree(miniature / "configs", configs)

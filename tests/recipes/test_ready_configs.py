@@ -1,6 +1,7 @@
 """Every ready config is run by its recipe for two steps, and so is every command of the ready configs' README.
 
 A hub on the loopback interface has tiny models and data under the ids of the real ones; only sizes are overridden.
+One task, which has all five recipes, is run each time; the other two are slow.
 """
 
 import json
@@ -8,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rewarded_lines.projects import load_project
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
+EACH_TIME = "summary"
 SUITES = {"assistant": "assistant", "smollm2": "packages", "summary": "summary"}
 # The demo's configs are run in test_recipes.py.
 READY = [path for task in SUITES for path in sorted((CONFIGS / task).glob("*.yaml"))]
@@ -28,6 +30,16 @@ SHOWN = [line for block in BLOCKS for line in block.splitlines() if line.startsw
 # A config says itself how it is run.
 REST = [path.read_text().splitlines()[0].removeprefix("# ") for path in READY]
 COMMANDS = SHOWN + [command for command in REST if not any(command.split()[4] in shown for shown in SHOWN)]
+
+
+def of_tasks(values, task_of):
+    """Return the values as parameters of a test, those of slow tasks marked so."""
+    return [pytest.param(one, marks=() if task_of(one) == EACH_TIME else pytest.mark.slow) for one in values]
+
+
+def task_of(command):
+    """Return the task that a command belongs to."""
+    return next(task for task in SUITES if f"/{task}/" in command)
 
 
 def test_none_is_overlooked():
@@ -39,50 +51,48 @@ def test_none_is_overlooked():
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder where all of them ran, as in a checkout, and what went wrong in each."""
+    """A function that runs a task's commands once, as in a checkout, and returns the folder and each one's fault."""
     place = tmp_path_factory.mktemp("checkout")
     for name in ("recipes", "eval"):
         (place / name).symlink_to(ROOT / name)
-    for task, suite in SUITES.items():
-        (place / "runs" / task).mkdir(parents=True)
-        text = (ROOT / "eval" / "suites" / f"{suite}.yaml").read_text()
-        (place / "runs" / task / "rewarded-lines.yaml").write_text(text)
     ready_tasks.make_packages(place / "runs" / "smollm2" / "data")
     ready_tasks.make_hub(place / "hub")
     with stand_in_hub(place / "hub") as hub:
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
         # Threads that wait for one another cost more than such small models do.
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-        # The tasks at the same time, since they have nothing in common.
-        with ThreadPoolExecutor() as pool:
-            of_tasks = pool.map(lambda task: run(task, place, {**os.environ, **places, **quiet}), SUITES)
-            return place, {command: fault for faults in of_tasks for command, fault in faults.items()}
+        yield cache(lambda task: (place, run(task, place, {**os.environ, **places, **quiet})))
 
 
 def run(task, place, environment):
     """Run the commands of a task one after another, and return what went wrong in each."""
-    commands = [command for command in COMMANDS if f"/{task}/" in command]
+    (place / "runs" / task).mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "eval" / "suites" / f"{SUITES[task]}.yaml").read_text()
+    (place / "runs" / task / "rewarded-lines.yaml").write_text(text)
+    commands = [command for command in COMMANDS if task_of(command) == task]
     done = subprocess.run(
         [sys.executable, ready_tasks.__file__, *commands],
         env=environment,
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=220,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", of_tasks(COMMANDS, task_of))
 def test_a_command_runs(ran, command):
-    _, faults = ran
+    _, faults = ran(task_of(command))
     assert not faults[command], faults[command]
 
 
-@pytest.mark.parametrize("path", READY, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", of_tasks(READY, lambda path: path.parent.name), ids=[f"{path.parent.name}/{path.stem}" for path in READY]
+)
 def test_a_config_leaves_a_model_in_its_place(ran, path):
-    place, _ = ran
+    place, _ = ran(path.parent.name)
     config = yaml.safe_load(path.read_text())
     task = f"runs/{path.parent.name}"
     assert config["project_file"] == f"{task}/rewarded-lines.yaml" and config["output_dir"].startswith(f"{task}/")
@@ -96,15 +106,15 @@ def test_a_config_leaves_a_model_in_its_place(ran, path):
         assert config["reward"] in project.policies and config["output_dir"].endswith("/" + config["reward"])
 
 
-@pytest.mark.parametrize("task", SUITES)
+@pytest.mark.parametrize("task", of_tasks(SUITES, str))
 def test_a_task_ends_in_a_report(ran, task):
-    place, _ = ran
+    place, _ = ran(task)
     folder = place / "runs" / task
     assert len(load_project(folder / "rewarded-lines.yaml").config.policies) == 2
     assert (folder / "merged" / "merge.json").is_file() and (folder / "sweep" / "report" / "table.md").is_file()
 
 
 def test_the_summary_model_keeps_the_template(ran):
-    place, _ = ran
+    place, _ = ran("summary")
     template = (CONFIGS / "summary" / "template.jinja").read_text()
     assert (place / "runs/summary/sft/chat_template.jinja").read_text() == template
