@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import os
+import runpy
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tiny_models import make_model, save_model
 from transformers import GenerationMixin
 
@@ -110,6 +117,51 @@ def words_for(name: str, folder: Path, **overrides: object) -> list[str]:
 def run(name: str, folder: Path, **overrides: object) -> None:
     """Run a recipe in this process."""
     load_recipe(name).main(words_for(name, folder, **overrides))
+
+
+def run_as_one_of_two(folder: Path, names: Sequence[str]) -> None:
+    """Run recipes, with LoRA where a name ends in -lora, as one of two processes; checkpoints after every two steps."""
+    # A fork has the state of its parent, which was alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    for name in names:
+        recipe, _, kind = name.partition("-")
+        # The batch over both processes is the one that a single process has in the other tests.
+        more = {"effective_batch_size": 8, "per_device_train_batch_size": 4}
+        more |= {"use_peft": True} if kind == "lora" else {}
+        if recipe == "sft":
+            # Every eight rows are one batch, however many processes share it.
+            more["train_sampling_strategy"] = "sequential"
+        run(recipe, folder, output_dir=folder / name, save_strategy="steps", save_steps=2, **more)
+
+
+def start(name: str, words: list[str], log: Path, without: tuple[str, ...] = ()) -> BaseProcess:
+    """Start a recipe as a program, in a child that need not import torch and TRL again.
+
+    Args:
+        name: of the recipe.
+        words: its arguments.
+        log: the file that gets what it prints.
+        without: modules that it shall not find.
+    """
+    # A fork has the imports of this process; it cannot use a GPU that this process uses.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    child = context.Process(target=_be_program, args=(name, words, log, without))
+    child.start()
+    return child
+
+
+def _be_program(name: str, words: list[str], log: Path, without: tuple[str, ...]) -> None:
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in without:
+        for imported in [one for one in sys.modules if one.startswith("rewarded_lines.learning")]:
+            del sys.modules[imported]
+        sys.modules[module] = None
+    sys.argv = [f"{name}.py", *words]
+    runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
 
 
 def record(folder: Path) -> dict:

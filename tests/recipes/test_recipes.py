@@ -1,16 +1,13 @@
 """Every recipe, from its demo config to a model on disk that the project knows and the merger takes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
-from small_recipes import POLICIES, PROJECT, ROOT, load_recipe, record, run, words_for
+from small_recipes import POLICIES, PROJECT, ROOT, load_recipe, record, run, start, words_for
 from tiny_models import make_model, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -252,14 +249,12 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(work):
 
 
 def test_without_ppo_in_trl_the_recipe_names_what_has_it_and_rloo(work):
-    code = (
-        "import sys; sys.modules['trl.experimental.ppo'] = None; sys.argv[1:] = sys.argv[2:]\n"
-        "import runpy; runpy.run_path('recipes/ppo.py', run_name='__main__')"
-    )
     words = words_for("ppo", work, output_dir=work / "none")
-    done = subprocess.run([sys.executable, "-c", code, "", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "has no PPO" in done.stderr and "trl 1.12.0" in done.stderr and "recipes/rloo.py" in done.stderr
+    child = start("ppo", words, work / "log", without=("trl.experimental.ppo",))
+    child.join()
+    said = (work / "log").read_text()
+    assert child.exitcode == 1 and "Traceback" not in said, said
+    assert "has no PPO" in said and "trl 1.12.0" in said and "recipes/rloo.py" in said
 
 
 def test_a_reward_that_fails_once_all_is_trained_does_not_cost_the_policy(work):
@@ -272,10 +267,11 @@ def test_a_reward_that_fails_once_all_is_trained_does_not_cost_the_policy(work):
 
 def test_a_reward_that_fails_stops_the_run_and_the_last_checkpoint_is_whole(work):
     words = words_for("ppo", work, reward="failing", output_dir=work / "stopped", save_strategy="steps", save_steps=1)
-    command = [sys.executable, str(ROOT / "recipes/ppo.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "reward `failing`: the function raised RuntimeError: no more" in done.stderr
+    child = start("ppo", words, work / "log")
+    child.join()
+    said = (work / "log").read_text()
+    assert child.exitcode == 1 and "Traceback" not in said, said
+    assert "reward `failing`: the function raised RuntimeError: no more" in said
     assert not (work / "stopped").exists()
     checkpoints = sorted(path.name for path in (work / "stopped.unfinished").glob("checkpoint-*"))
     assert checkpoints and (work / "stopped.unfinished" / checkpoints[-1] / "trainer_state.json").is_file()

@@ -1,14 +1,10 @@
 """A recipe that is ended in the middle and started again has the weights and metrics of one that was not."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from small_recipes import PROJECT, ROOT, record, run, words_for
+from small_recipes import PROJECT, record, run, start, words_for
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
@@ -71,18 +67,13 @@ def test_killed_and_started_again(work):
     more = OUTPUT | {"total_episodes": 64}
     run("ppo", work, output_dir=work / "whole", **more)
     words = words_for("ppo", work, output_dir=work / "ended", **more)
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes/ppo.py"), *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = start("ppo", words, work / "log")
     sign, deadline = work / "ended.unfinished" / "checkpoint-3" / "trainer_state.json", time.monotonic() + 120
     while not sign.is_file():
-        assert child.poll() is None and time.monotonic() < deadline
+        assert child.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     assert not (work / "ended").exists()
     run("ppo", work, output_dir=work / "ended", **more)
     assert weights_hash(work / "ended") == weights_hash(work / "whole")

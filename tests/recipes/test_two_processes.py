@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import debug_launcher
 from peft import AutoPeftModelForCausalLM
-from small_recipes import ROOT, make_project, record, run
+from small_recipes import ROOT, make_project, record, run, run_as_one_of_two
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 RECIPES = ("sft", "reward", "ppo", "dpo", "rloo")
@@ -16,19 +18,26 @@ NAMES = [f"{recipe}-{kind}" for recipe in RECIPES for kind in ("full", "lora")]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The project after both processes have run every recipe."""
-    folder = make_project(tmp_path_factory.mktemp("two"))
-    launch(folder, *NAMES)
-    return folder
-
-
-def launch(folder, *names):
+def launch(folder):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*LAUNCH, str(Path(__file__).with_name("two_processes.py")), str(folder), *names]
+    command = [*LAUNCH, str(Path(__file__).with_name("two_processes.py")), str(folder), *NAMES]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def fork(folder):
+    """Do as `accelerate launch` does, with processes that have the imports of this one."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a fork cannot use the GPU that this process uses")
+    debug_launcher(run_as_one_of_two, (folder, NAMES), num_processes=2)
+
+
+@pytest.fixture(scope="module", params=[fork, pytest.param(launch, marks=pytest.mark.slow)])
+def two(request, tmp_path_factory):
+    """The project after both processes have run every recipe."""
+    folder = make_project(tmp_path_factory.mktemp("two"))
+    request.param(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
