@@ -11,7 +11,7 @@ BENCH ?=
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-merge bench-sweep bench-recipes lint format clean
+.PHONY: help setup demo test test-slow bench bench-merge bench-sweep bench-recipes lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ demo: setup ## train, merge, measure and report on a small example: the whole jo
 
 test: setup ## run the tests
 	$(VENV)/python -m pytest -n 2 --dist loadfile
+
+test-slow: setup ## run the tests that `make test` leaves out because they are slow (some hours)
+	$(VENV)/python -m pytest -n 2 --dist loadfile -m '(slow or nightly) and not gpu and not network'
 
 bench: bench-merge bench-sweep ## measure merge and sweep against their peers
 

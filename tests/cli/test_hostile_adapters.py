@@ -132,7 +132,7 @@ def test_refused_or_right(quick, place, file, kind):
     assert tried == count and count / 50 < merged < count * 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("file", "kind"), TRIED)
 def test_refused_or_right_many_times(quick, place, file, kind):

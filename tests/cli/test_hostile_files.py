@@ -82,7 +82,7 @@ def test_refused_or_right(quick, family, file):
     assert tried == TRIED[file] and tried / 50 < merged < tried * 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", TRIED)
 def test_refused_or_right_many_times(quick, family, file):
@@ -97,7 +97,7 @@ def check_replayed(place: Path, printed: str, dry: bool) -> None:
     check_formula(place / "out", place / "sft", policies, list(told["weights"].values()), told["alpha"], told["beta"])
 
 
-@pytest.mark.parametrize("count", [RECORDS, pytest.param(RECORDS * MORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [RECORDS, pytest.param(RECORDS * MORE, marks=pytest.mark.nightly)])
 def test_records_that_are_merged_again(quick, family, count):
     place = family()
     assert quick(*(("again" if arg == "out" else arg) for arg in ARGS)).code == 0

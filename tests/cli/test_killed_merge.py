@@ -17,7 +17,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 from plain_checkpoints import SINGLE, save_family, tiny_shapes
 
-KILLS = 50
+MANY = pytest.mark.parametrize("kills", [20, pytest.param(80, marks=pytest.mark.slow)])
 SIZES = {"hidden": 1024, "vocabulary": 2048}
 # Bytes of the tensors, 25 MB: whole pages, so that a disk of just this size has no room for a header.
 NEEDED = sum(
@@ -95,14 +95,15 @@ def kill(begin, random, longest, args):
     return [name for name in names() if name.startswith(".out.")]
 
 
-def test_killed_at_any_moment_an_output_is_complete_or_absent(begin):
+@MANY
+def test_killed_at_any_moment_an_output_is_complete_or_absent(begin, kills):
     random, left = Random(3), 0
     finished(begin, *ARGS)
     shutil.rmtree("out")
     whole, longest = finished(begin, *ARGS)
     inputs = {name: hashes(Path(name)) for name in NAMES}
     shutil.rmtree("out")
-    for number in range(KILLS):
+    for number in range(kills):
         remains = kill(begin, random, longest, ARGS)
         left += bool(remains)
         # What the one before left is gone as soon as the next begins to write.
@@ -114,17 +115,18 @@ def test_killed_at_any_moment_an_output_is_complete_or_absent(begin):
         elif number % 10 == 9:
             assert finished(begin, *ARGS)[0] == whole
             shutil.rmtree("out")
-    assert left >= KILLS / 5, "too few kills fell into the writing"
+    assert left >= kills / 5, "too few kills fell into the writing"
     assert finished(begin, *ARGS)[0] == whole
 
 
-def test_killed_while_it_replaces_an_output_the_old_or_the_new_one_is_there(begin):
+@MANY
+def test_killed_while_it_replaces_an_output_the_old_or_the_new_one_is_there(begin, kills):
     random, seen = Random(4), set()
     whole = {}
     for lam in ("0.25", "0.75"):
         whole[lam], longest = finished(begin, *ARGS, "--lam", lam, "--overwrite")
     lam = "0.25"
-    for _ in range(KILLS // 2):
+    for _ in range(kills // 2):
         kill(begin, random, longest, (*ARGS, "--lam", lam, "--overwrite"))
         now = hashes(Path("out"))
         assert now in whole.values()
@@ -136,7 +138,7 @@ def test_killed_while_it_replaces_an_output_the_old_or_the_new_one_is_there(begi
 
 def test_several_at_once_make_one_complete_output(begin):
     whole, _ = finished(begin, *ARGS)
-    for count in (2, 2, 2, 3, 3):
+    for count in (2, 2, 3):
         shutil.rmtree("out")
         together = [begin(*ARGS) for _ in range(count)]
         for process in together:

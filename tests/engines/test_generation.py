@@ -15,7 +15,7 @@ from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.sampling import SeededSampling
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.planning.inputs import plan_merge
 from rewarded_lines.planning.model_plan import ModelPlan
 from rewarded_lines.rules.spec import MergeSpec
@@ -225,15 +225,16 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         assert stops_of(vllm) == stops_of(hf)
         several = answers(vllm, SAMPLED.model_copy(update={"n": 3}))
         assert several[::3] == base and len(several) == 3 * len(base)
+        check_refusal(vllm, base)
         # It would take seconds, and a C++ compiler, for nothing that is needed here.
         assert torch.cuda.is_available() or counters["frames"]["total"] == compiled
         check_memory(vllm)
     finally:
         vllm.close()
-    merge("sft", ["first", "second"], ["1.0", "0.0"], beta=0, out="ends")
-    for lam, policy in ((1.0, "first"), (0.0, "second")):
-        own = fresh("vllm", tiny / policy, SAMPLED)
-        assert swapped[lam] == own == fresh("vllm", tiny / f"ends/lam={lam:.2f}", SAMPLED)
+    # A policy, and what the merge writes of the other: each an engine of its own.
+    merge("sft", ["first", "second"], "0.0", beta=0, out="second-end")
+    for lam, folder in ((1.0, "first"), (0.0, "second-end")):
+        assert swapped[lam] == fresh("vllm", tiny / folder, SAMPLED)
 
 
 def check_shared_heads(vllm, hf):
@@ -256,6 +257,19 @@ def check_shared_heads(vllm, hf):
     assert found[: len(pairs)] == found[len(pairs) :] == pytest.approx(hf.logprobs(pairs), abs=1e-3)
 
 
+def check_refusal(generator, expected):
+    """Show that a merge that is refused leaves the engine whole, and says why."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelPlan, "tensors", refuse)
+        with pytest.raises(UserError, match="not finite"):
+            answers(generator, GREEDY, model=MergeSpec((0.4, 0.6)))
+    assert answers(generator, SAMPLED) == expected
+
+
+def refuse(plan, spec):
+    raise UserError(Problem("a weight is not finite"))
+
+
 def check_memory(generator):
     """Show that forty models leave no more behind than the first few."""
     process, sizes = psutil.Process(), []
@@ -266,6 +280,7 @@ def check_memory(generator):
     assert sizes[-1] - sizes[5] < 24 << 20
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_not_finite_is_refused_by_vllm_too(tiny, hf):
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     model = AutoModelForCausalLM.from_pretrained("first")

@@ -4,7 +4,6 @@ import gc
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +44,13 @@ def policies(tiny):
 def vllm(policies, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     monkeypatch.setattr(vllm_adapters, "_MOST_AT_ONCE", 3)
+    children = set(psutil.Process().children(recursive=True))
     generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan_adapters("sft", policies))
+    folder = generator._folders.folder
+    assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
     yield generator
     generator.close()
+    assert not folder.exists() and set(psutil.Process().children(recursive=True)) == children
 
 
 def tokens_of(answers):
@@ -55,7 +58,7 @@ def tokens_of(answers):
 
 
 def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch):
-    """One test, since the engine is slow to build."""
+    """One test, since the engine is slow to build; the fixture looks that nothing is left after it is closed."""
     assert vllm.at_once == 3
     calls, generate = [], vllm._core._llm.generate
     monkeypatch.setattr(
@@ -117,16 +120,17 @@ def check_memory(generator):
     assert sizes[-1] - sizes[5] < 24 << 20
 
 
-def test_nothing_is_left_after_close(policies, monkeypatch):
-    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
-    children = set(psutil.Process().children(recursive=True))
-    generator = load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan_adapters("sft", policies))
-    folder = generator._folders.folder
-    assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
-    generator.close()
-    assert not folder.exists() and set(psutil.Process().children(recursive=True)) == children
+HOLD = """
+import sys, time
+from rewarded_lines.engines.adapter_folders import AdapterFolders
+from rewarded_lines.planning.adapters import plan_adapters
+from rewarded_lines.planning.plan import MergeSpec
 
-
+folders = AdapterFolders(plan_adapters("sft", {"a": "one", "b": "two"}))
+folders.write([MergeSpec((0.5, 0.5))])
+print(folders.folder, flush=True)
+time.sleep(60)
+"""
 SCRIPT = """
 import sys
 from rewarded_lines.config import GenerationSpec
@@ -145,10 +149,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, number):
+@pytest.mark.parametrize("script", [HOLD, pytest.param(SCRIPT, marks=pytest.mark.slow)], ids=["held", "in vLLM"])
+def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, script, number):
     """After an interrupt nothing is there; after a kill the next run clears up."""
-    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
-    (tiny / "script.py").write_text(textwrap.dedent(SCRIPT))
+    if script == SCRIPT:
+        pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    (tiny / "script.py").write_text(script)
     process = subprocess.Popen(
         [sys.executable, "script.py"],
         stdout=subprocess.PIPE,

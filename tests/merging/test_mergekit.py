@@ -53,7 +53,7 @@ from tiny_models import make_model, save_model
 from rewarded_lines import merge
 from rewarded_lines.translating.mergekit import merge_like_mergekit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 BLOCKS = 4
 # Weights that make no sum of whole steps (see `residual`) vanish.

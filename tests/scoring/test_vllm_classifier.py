@@ -1,6 +1,7 @@
 """Classifiers in vLLM: the logits that transformers gives, and an engine that ends when it is freed."""
 
 import random
+from importlib.util import find_spec
 
 import pytest
 
@@ -8,7 +9,8 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.scoring.rewards import load_reward
 
-pytest.importorskip("vllm")
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed in this environment", allow_module_level=True)
 WORDS = ["the", "quick", "brown", "fox", "film", "of", "great", "beauty", "qq", "?!", "Ω"]
 
 

@@ -1,12 +1,15 @@
 """Sweeps in vLLM: whole models swapped in place, adapters together in one batch, both as the reference has it."""
 
+from importlib.util import find_spec
+
 import pytest
 from tiny_adapters import save_adapter
 
 from rewarded_lines import sweep
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
 
-pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed in this environment", allow_module_level=True)
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def test_adapters_share_batches_and_need_no_merged_model(greedy, monkeypatch):
     assert calls[1:] == calls[:1]
 
 
+@pytest.mark.slow
 def test_methods_that_are_no_sum_fold_adapters(greedy):
     for seed, name in ((1, "first"), (2, "second")):
         (greedy / name).rename(greedy / f"{name}-whole")
