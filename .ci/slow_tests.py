@@ -13,7 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/learning/", "rewarded_lines/rewarding/")
-MORE = {"recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"), "demo": (*TRAINING, "eval/suites/")}
+MORE = {
+    "recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"),
+    "demo": (*TRAINING, "eval/suites/"),
+    "cli": ("rewarded_lines/diagnosing/",),
+}
 EVERYBODYS = "constraints.txt"
 
 

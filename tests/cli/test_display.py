@@ -12,7 +12,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 from rich.console import Console
 
-from rewarded_lines.cli import display
+from rewarded_lines.cli import display, main
 from rewarded_lines.cli.display import Work, progress_bar
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -267,7 +267,18 @@ def test_stages_are_named_on_a_terminal_unless_it_is_to_be_quiet(tiny):
     assert code == 0 and out.startswith("merged\n") and "Merging" not in told
 
 
-def test_json_is_one_document_whatever_libraries_print(tiny):
+def test_json_is_one_document_whatever_libraries_print(tiny, capfd, monkeypatch):
+    (tiny / "rewards.py").write_text(NOISY)
+    monkeypatch.setattr("sys.argv", ["rewarded-lines", "sweep", "--engine", "hf", "--points", "2", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capfd.readouterr()
+    assert not ended.value.code and len(json.loads(captured.out)["points"]) == 5
+    assert "and from below Python" in captured.err and "scoring" in captured.err
+
+
+@pytest.mark.slow
+def test_json_is_one_document_whatever_vllm_prints(tiny):
     (tiny / "rewards.py").write_text(NOISY)
     args = ("sweep", "--engine", "vllm", "--points", "2", "--json")
     # vLLM's own voice, which a user may ask for.
@@ -275,4 +286,3 @@ def test_json_is_one_document_whatever_libraries_print(tiny):
     done = subprocess.run([*COMMAND, *args], env=loud, cwd=tiny, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["points"]) == 5
-    assert "scoring" in done.stderr

@@ -122,6 +122,7 @@ def test_what_works_among_faults_is_said_too(faulty):
         assert key in faulty["project"]["found"]
 
 
+@pytest.mark.slow
 def test_here_all_that_is_needed_works(tiny):
     done = doctor(tiny, COLUMNS="80")
     assert done.returncode == 0, done.stdout

@@ -123,8 +123,8 @@ def check_memory(generator):
 HOLD = """
 import sys, time
 from rewarded_lines.engines.adapter_folders import AdapterFolders
-from rewarded_lines.planning.adapters import plan_adapters
-from rewarded_lines.planning.plan import MergeSpec
+from rewarded_lines.planning.inputs import plan_adapters
+from rewarded_lines.rules.spec import MergeSpec
 
 folders = AdapterFolders(plan_adapters("sft", {"a": "one", "b": "two"}))
 folders.write([MergeSpec((0.5, 0.5))])

@@ -175,8 +175,15 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("name", "options"), [("rloo", RLOO), ("ppo", PPO), ("dpo", DPO | {"pairs": "given"})])
-@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize(
+    ("name", "options", "form"),
+    # One function reads the rows of all recipes: one recipe for each form, and the others for a chat and a text.
+    [
+        *(("rloo", RLOO, form) for form in ROWS),
+        *(("ppo", PPO, form) for form in ("implicit", "bos")),
+        *(("dpo", DPO | {"pairs": "given"}, form) for form in ("implicit", "hh-rlhf")),
+    ],
+)
 def test_training_and_measuring_see_the_same_prompts_token_for_token(chats, name, options, form):
     tokenizer = chats("phi")
     for file in ("train", "valid"):
