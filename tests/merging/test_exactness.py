@@ -59,6 +59,9 @@ TYPES = {
     "bfloat16-to-float32": ((BFLOAT16,) * 6, "float32"),
     "mixed-to-bfloat16": (MIXED, "bfloat16"),
 }
+# Blocks are decoded before a method sees them: every method in one format, and every format with a method that looks at
+# values alone and one that looks at whole tensors, are tried each time; all pairs are slow.
+IN_ALL_FORMATS = ("soup-3", "ties-sum-tensor")
 SOUP, LINES = (1.0, 0.0), (0.3, 0.7)
 # Weights with all their bits, so that no sum of values of few bits comes near a tie.
 ODD = {
@@ -101,12 +104,20 @@ def run(family, case, dtype, out, lines=SOUP, outside="alpha", odd=False):
     return tally
 
 
+def pairs(types):
+    """Return every case with every one of the formats; slow where neither is tried each time."""
+    return [
+        pytest.param(case, one, marks=() if one == "bfloat16" or case in IN_ALL_FORMATS else pytest.mark.slow)
+        for case in CASES
+        for one in types
+    ]
+
+
 def policies_of(case):
     return len(CASES[case][1][0]) if CASES[case][1] else 3
 
 
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "types"), pairs(TYPES))
 def test_unkind_values(case, types, families, tmp_path):
     formats, dtype = TYPES[types]
     family, tally = families(formats[: policies_of(case) + 1]), Tally()
@@ -117,8 +128,7 @@ def test_unkind_values(case, types, families, tmp_path):
     assert tally.undecided <= 0.02 * tally.compared
 
 
-@pytest.mark.parametrize("types", ["bfloat16", "float16", "float32", "mixed-to-bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "types"), pairs(["bfloat16", "float16", "float32", "mixed-to-bfloat16"]))
 def test_ordinary_values_have_no_exceptions(case, types, families, tmp_path):
     formats, dtype = TYPES[types]
     family = families(formats[: policies_of(case) + 1], gentle=True)

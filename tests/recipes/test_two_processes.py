@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from peft import AutoPeftModelForCausalLM
-from small_recipes import ROOT, make_project, record, run, run_as_one_of_two
+from small_recipes import ROOT, load_recipe, make_project, record, run, run_as_one_of_two
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 RECIPES = ("sft", "reward", "ppo", "dpo", "rloo")
@@ -29,6 +29,8 @@ def fork(folder):
     """Do as `accelerate launch` does, with processes that have the imports of this one."""
     if torch.cuda.is_initialized():
         pytest.skip("a fork cannot use the GPU that this process uses")
+    for recipe in RECIPES:
+        load_recipe(recipe)
     debug_launcher(run_as_one_of_two, (folder, NAMES), num_processes=2)
 
 
