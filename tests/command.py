@@ -27,11 +27,17 @@ def alive(pid: int) -> bool:
         return False
 
 
+def speak_to(log: Path) -> None:
+    """Send all that this process prints, from Python or from below it, to a file."""
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+
+
 def run(log: Path, *args: str) -> None:
     """Be the command line, in a process that another test process made; what it prints goes to `log`."""
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    speak_to(log)
+    hear_interrupts()
     os.environ |= ENVIRONMENT
     sys.argv = ["rewarded-lines", *args]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from command import speak_to
 from tiny_models import make_model, save_model
 from transformers import GenerationMixin
 
@@ -152,9 +153,7 @@ def start(name: str, words: list[str], log: Path, without: tuple[str, ...] = ())
 
 
 def _be_program(name: str, words: list[str], log: Path, without: tuple[str, ...]) -> None:
-    sys.stdout = sys.stderr = log.open("w", buffering=1)
-    for stream in (1, 2):
-        os.dup2(sys.stdout.fileno(), stream)
+    speak_to(log)
     os.environ["OMP_NUM_THREADS"] = "1"
     for module in without:
         for imported in [one for one in sys.modules if one.startswith("rewarded_lines.learning")]:

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Mutated inputs by kind and output: how many times by default.
-TRIED = {(CONFIG, "adapter"): 250, (CONFIG, "full"): 150, (WEIGHTS, "adapter"): 250, (WEIGHTS, "full"): 150}
-MORE = 24
+TRIED = {(CONFIG, "adapter"): 120, (CONFIG, "full"): 100, (WEIGHTS, "adapter"): 120, (WEIGHTS, "full"): 100}
+# So many times more are tried every night.
+MORE = 60
 NAMES = ("one", "two")
 BLOCKS, PREFIX = 2, "base_model.model."
 SETTINGS = {

@@ -15,9 +15,10 @@ from plain_checkpoints import INDEX, SINGLE, check_formula, read_plain, save_fam
 
 SHARD = "model-00001-of-00002.safetensors"
 # Mutated inputs by kind: the file that is changed, and how many times by default.
-TRIED = {SINGLE: 1100, SHARD: 200, INDEX: 250, "config.json": 400, "tokenizer.json": 100, "training.json": 100}
-RECORDS = 150
-MORE = 24
+TRIED = {SINGLE: 420, SHARD: 80, INDEX: 100, "config.json": 160, "tokenizer.json": 50, "training.json": 50}
+RECORDS = 60
+# So many times more are tried every night.
+MORE = 60
 # What numpy has to say of values that are not finite would stand on the terminal beside our own message.
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 NAMES = ("sft", "first", "second")
@@ -33,8 +34,8 @@ TOKENIZER = {
 }
 
 
-def test_thousands_of_files_are_tried():
-    assert sum(TRIED.values()) >= 2000
+def test_thousands_of_files_are_tried_every_night():
+    assert sum(TRIED.values()) >= 800
     assert sum(TRIED.values()) * MORE >= 50_000
 
 

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import command
 import pyarrow.parquet as pq
 import pytest
-from command import hear_interrupts
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
@@ -24,6 +24,9 @@ from rewarded_lines.evaluation.records import load_run
 PAUSE = 0.03
 WRITE_TABLE = pq.write_table
 SCRIPT = Path(sys.executable).with_name("rewarded-lines")
+SWEEP = ("sweep", "--engine", "hf", "--points", "11", "--out", "run")
+# What the parent has loaded is there already, so that kills fall on the sweep and not on imports.
+FORK = multiprocessing.get_context("fork")
 
 
 def contents(folder):
@@ -33,7 +36,6 @@ def contents(folder):
 
 def run_in_child(folder, out):
     os.chdir(folder)
-    # What the parent has loaded is there already, so that kills fall on the sweep and not on imports.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     records.pq.write_table = write_slowly
     sweep(engine="hf", points=3, out=out)
@@ -53,9 +55,8 @@ def write_slowly(table, path):
 def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny, wanted):
     # Import everything here, and see how long an uninterrupted sweep takes in a child.
     sweep(engine="hf", points=3, out="whole")
-    fork = multiprocessing.get_context("fork")
     began = time.perf_counter()
-    child = fork.Process(target=run_in_child, args=(tiny, "timed"))
+    child = FORK.Process(target=run_in_child, args=(tiny, "timed"))
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -65,7 +66,7 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
     chance, kills, states, number = random.Random(0), 0, set(), 0
     for _ in range(4 * wanted):
         out = f"killed-{number}"
-        child = fork.Process(target=run_in_child, args=(tiny, out))
+        child = FORK.Process(target=run_in_child, args=(tiny, out))
         child.start()
         child.join(timeout=chance.uniform(0, 1.2 * span))
         if child.is_alive():
@@ -98,20 +99,6 @@ def test_what_a_kill_left_half_written_goes(tiny):
     assert contents(tiny / "run") == whole and not list((tiny / "run/drafts").iterdir())
 
 
-def start(folder, *options):
-    command = [SCRIPT, "sweep", "--engine", "hf", "--points", "11", "--out", "run", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_interrupts,
-    )
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once_and_leaves_nothing_running(tiny, number):
     psutil = pytest.importorskip("psutil")
@@ -121,26 +108,32 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing_running(tiny, number):
     )
     project = tiny / "rewarded-lines.yaml"
     project.write_text(project.read_text().replace("rewards.py:words", "rewards.py:words\n    workers: 2"))
-    process = start(tiny)
-    deadline = time.monotonic() + 60
-    while not list((tiny / "run/points").glob("*.parquet")) and time.monotonic() < deadline:
+    process = FORK.Process(target=command.run, args=(tiny / "log", *SWEEP))
+    process.start()
+    deadline = time.monotonic() + 180
+    while not list((tiny / "run/points").glob("*.parquet")):
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode != 0 and "Traceback" not in said
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode and "Traceback" not in (tiny / "log").read_text()
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert not alive and len(gone) == len(children)
     assert not list((tiny / "run/points").glob(".*"))
 
 
 def test_two_sweeps_on_one_folder(tiny):
-    first, second = start(tiny), start(tiny)
-    answers = [process.communicate(timeout=120) for process in (first, second)]
-    codes = sorted(process.returncode for process in (first, second))
-    said = "".join(err for _, err in answers)
-    assert codes == [0, 1] and "another process is at work in this folder" in said
+    logs = [tiny / "first-log", tiny / "second-log"]
+    processes = [FORK.Process(target=command.run, args=(log, *SWEEP)) for log in logs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    said = "".join(log.read_text() for log in logs)
+    assert sorted(process.exitcode for process in processes) == [0, 1]
+    assert "another process is at work in this folder" in said
     assert load_run(tiny / "run").header["complete"]
 
 
