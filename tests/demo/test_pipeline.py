@@ -82,7 +82,7 @@ SIGNS = {
 }
 
 
-def in_this_process(jobs, tell):
+def in_this_process(jobs, watch):
     """Do as `run_jobs` does, in this process."""
     for job in jobs:
         script = next(at for at, word in enumerate(job.command) if word.endswith(".py"))
@@ -112,8 +112,8 @@ def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeyp
     class Ended(BaseException):
         """What a signal would do."""
 
-    def until_the_second_policy(jobs, tell):
-        in_this_process(jobs[:1], tell)
+    def until_the_second_policy(jobs, watch):
+        in_this_process(jobs[:1], watch)
         if len(jobs) > 1:
             raise Ended
 
