@@ -17,7 +17,7 @@ from pathlib import Path
 from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.progress import Progress
-from rewarded_lines.reporting.report import report
+from rewarded_lines.reports.report import report
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,15 +23,15 @@ from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
-from rewarded_lines.learning.dpo import TokenDPOTrainer, pair_tokens
-from rewarded_lines.learning.models import generation_dtype, load_policy, lora_config
-from rewarded_lines.rewarding.pairs import best_and_worst, kept_rows
-from rewarded_lines.rewarding.sampling import choose_engine, sample
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions, SamplingOptions
-from rewarded_lines.training.policy import PolicyTask, load_task, prompts_of
-from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import from_main, say, training_run
+from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
+from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
+from rewarded_lines.training.policy_gain import choose_engine, sample
+from rewarded_lines.training.policy_task import PolicyTask, load_task, prompts_of
+from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions, SamplingOptions
+from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_run import from_main, say, training_run
 
 
 @dataclass

@@ -25,20 +25,20 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.learning.endings import usable_padding
-from rewarded_lines.learning.models import (
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+from rewarded_lines.training.generation_ends import usable_padding
+from rewarded_lines.training.load_models import (
     generation_dtype,
     load_critic,
     load_policy,
     lora_config,
     with_lora,
 )
-from rewarded_lines.rewarding.reward_module import RewardModule, make_queries
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.policy import load_task, prompts_of
-from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import say, training_run
+from rewarded_lines.training.policy_task import load_task, prompts_of
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.reward_module import RewardModule, make_queries
+from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_run import say, training_run
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: `--config FILE` and overrides.
     """
-    from rewarded_lines.learning.ppo import AdaptiveKL, PPOConfig, ResumablePPOTrainer
+    from rewarded_lines.training.ppo_trainer import AdaptiveKL, PPOConfig, ResumablePPOTrainer
 
     parts = (PPORecipe, RunOptions, DataOptions, RewardOptions, ModelConfig, PPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")

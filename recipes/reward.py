@@ -30,10 +30,13 @@ from rewarded_lines.data.forms import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import check_template, more_than_text
 from rewarded_lines.data.rows import Row, rows_hash
-from rewarded_lines.engines.tokens import load_config, read_template
+from rewarded_lines.engines.tokenizers import load_config, read_template
 from rewarded_lines.errors import fail
-from rewarded_lines.fronts.bootstrap import wilson
-from rewarded_lines.learning.models import (
+from rewarded_lines.pareto.bootstrap import wilson
+from rewarded_lines.rewards.classifier_inputs import ClassifierReading
+from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+from rewarded_lines.training.load_models import (
     absolute,
     fold_classifier,
     load_classifier,
@@ -41,14 +44,11 @@ from rewarded_lines.learning.models import (
     lora_config,
     reference_hash,
 )
-from rewarded_lines.scoring.readings import ClassifierReading
-from rewarded_lines.scoring.rewards import load_reward
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.options import DataOptions, RunOptions
-from rewarded_lines.training.policy import shorten_pair
-from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.project import generation_of, register
-from rewarded_lines.training.run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.policy_task import shorten_pair
+from rewarded_lines.training.project_entry import generation_of, register
+from rewarded_lines.training.recipe_options import DataOptions, RunOptions
+from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_run import from_main, save_tokenizer, say, training_run
 
 SIDES = ("chosen", "rejected")
 

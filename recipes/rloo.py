@@ -19,14 +19,14 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RLOOConfig
 
-from rewarded_lines.learning.models import generation_dtype, lora_config, reference_loading
-from rewarded_lines.learning.rloo import ReadRLOOTrainer, packed
-from rewarded_lines.rewarding.rewards import RewardFunction
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.policy import load_task, prompts_of
-from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.run import say, training_run
+from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
+from rewarded_lines.training.policy_task import load_task, prompts_of
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.rloo_trainer import ReadRLOOTrainer, packed
+from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_reward import RewardFunction
+from rewarded_lines.training.training_run import say, training_run
 
 
 @dataclass

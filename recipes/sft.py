@@ -26,22 +26,22 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from rewarded_lines import merge
 from rewarded_lines.data.forms import read_demonstrations
 from rewarded_lines.data.rows import rows_hash
-from rewarded_lines.learning.demonstrations import Demonstrations
-from rewarded_lines.learning.endings import keep_generation_config, plain_generation
-from rewarded_lines.learning.models import (
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+from rewarded_lines.training.demonstrations import Demonstrations
+from rewarded_lines.training.generation_ends import keep_generation_config, plain_generation
+from rewarded_lines.training.load_models import (
     absolute,
     load_policy,
     load_tokenizer,
     lora_config,
     reference_hash,
 )
-from rewarded_lines.learning.optimizer import MuonAdamW
-from rewarded_lines.learning.scratch import ScratchModel, make_llama, train_tokenizer
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.options import DataOptions, RunOptions
-from rewarded_lines.training.progress import MetricsCallback
-from rewarded_lines.training.project import generation_inputs, generation_of, register
-from rewarded_lines.training.run import TrainingRun, from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.optimizer import MuonAdamW
+from rewarded_lines.training.project_entry import generation_inputs, generation_of, register
+from rewarded_lines.training.recipe_options import DataOptions, RunOptions
+from rewarded_lines.training.tiny_llama import ScratchModel, make_llama, train_tokenizer
+from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_run import TrainingRun, from_main, save_tokenizer, say, training_run
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "merge": "rewarded_lines.merging.merge",
-    "push": "rewarded_lines.publishing.push",
-    "inspect": "rewarded_lines.inspecting.inspect",
-    "sweep": "rewarded_lines.sweeping.sweep",
-    "score": "rewarded_lines.sweeping.score",
-    "search": "rewarded_lines.sweeping.search",
-    "choose": "rewarded_lines.sweeping.choose",
-    "report": "rewarded_lines.reporting.report",
+    "merge": "rewarded_lines.merger.merge",
+    "push": "rewarded_lines.hub.push",
+    "inspect": "rewarded_lines.merger.inspect",
+    "sweep": "rewarded_lines.evaluator.sweep",
+    "score": "rewarded_lines.evaluator.score",
+    "search": "rewarded_lines.evaluator.search",
+    "choose": "rewarded_lines.evaluator.choose",
+    "report": "rewarded_lines.reports.report",
 }
 
 __all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "score", "search", "sweep"]

@@ -234,7 +234,7 @@ def _folders() -> Iterator[Finding]:
     yield _judge("TMPDIR", used, wrong, "export TMPDIR=/a/folder/of/yours")
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     # numba keeps compiled kernels beside their code, or else in the user's cache.
-    kernels = find_spec("rewarded_lines.streaming.kernels")
+    kernels = find_spec("rewarded_lines.kernels.kernels")
     beside = Path(kernels.origin or "").with_name("__pycache__") if kernels else Path()
     places = [Path(chosen)] if chosen else [beside, probes.user_cache() / "numba"]
     good = next((place for place in places if not probes.refusal(place)), None)

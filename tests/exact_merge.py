@@ -160,7 +160,7 @@ class Reference:
 
     def kept(self, name, residuals, options):
         """Return the library's own random masks, from a digest of each policy's bytes."""
-        from rewarded_lines.measuring.sparsity import BLOCK, random_mask
+        from rewarded_lines.kernels.thresholds_and_masks import BLOCK, random_mask
 
         count, result = residuals[0].size, []
         for codes in self.family.codes[1:]:

@@ -18,8 +18,8 @@ from documents import ROOT, make_stage, pages, starting
 from safetensors.numpy import load_file
 
 from rewarded_lines.cli import app
+from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
-from rewarded_lines.translating.mergekit import read_mergekit
 
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]

@@ -5,7 +5,7 @@ import re
 from documents import ROOT, Page
 from test_architecture import WINGS
 
-from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.merger.methods import METHODS
 
 README = Page(ROOT / "README.md")
 

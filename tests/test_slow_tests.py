@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("slow_tests", ROOT / ".ci" / "slow_tests.py")
 slow = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(slow)
-TESTS = ["tests/demo/test_pipeline.py", "tests/engines/test_remote.py", "tests/recipes/test_ready_configs.py"]
+TESTS = ["tests/demo/test_pipeline.py", "tests/engines/test_server_engine.py", "tests/recipes/test_ready_configs.py"]
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,10 @@ TESTS = ["tests/demo/test_pipeline.py", "tests/engines/test_remote.py", "tests/r
     [
         ([], []),
         (["README.md", "rewarded_lines/errors.py"], []),
-        (["rewarded_lines/engines/server.py"], TESTS[1:2]),
-        (["tests/engines/test_tokens.py"], TESTS[1:2]),
+        (["rewarded_lines/engines/server_connection.py"], TESTS[1:2]),
+        (["tests/engines/test_tokenizers.py"], TESTS[1:2]),
         (["recipes/configs/summary/sft.yaml"], [TESTS[0], TESTS[2]]),
-        (["rewarded_lines/demo/jobs.py", "rewarded_lines/engines/base.py"], TESTS[:2]),
+        (["rewarded_lines/demo/recipe_jobs.py", "rewarded_lines/engines/base.py"], TESTS[:2]),
         (["rewarded_lines/engines.py", "docs/engines/page.md"], []),
         (["constraints.txt"], TESTS),
     ],

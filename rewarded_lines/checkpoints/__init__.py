@@ -1,1 +1,1 @@
-"""Weights on disk: safetensors read and written as streams, and the depth of every tensor."""
+"""Weights on disk: safetensors and adapters, read and written as streams; the depth of every tensor."""

@@ -13,16 +13,16 @@ import typer
 from rich.console import Console
 
 from rewarded_lines import __version__
-from rewarded_lines.cli.choose import choose
-from rewarded_lines.cli.demo import demo
-from rewarded_lines.cli.doctor import doctor
-from rewarded_lines.cli.inspect import inspect
-from rewarded_lines.cli.merge import METHODS_HELP, merge
-from rewarded_lines.cli.push import push
-from rewarded_lines.cli.report import report
-from rewarded_lines.cli.score import score
-from rewarded_lines.cli.search import search
-from rewarded_lines.cli.sweep import sweep
+from rewarded_lines.cli.choose_command import choose
+from rewarded_lines.cli.demo_command import demo
+from rewarded_lines.cli.doctor_command import doctor
+from rewarded_lines.cli.inspect_command import inspect
+from rewarded_lines.cli.merge_command import METHODS_HELP, merge
+from rewarded_lines.cli.push_command import push
+from rewarded_lines.cli.report_command import report
+from rewarded_lines.cli.score_command import score
+from rewarded_lines.cli.search_command import search
+from rewarded_lines.cli.sweep_command import sweep
 from rewarded_lines.errors import Problem, UserError, did_you_mean
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 

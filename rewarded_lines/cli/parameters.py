@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rewarded_lines.evaluation.sweep_options import takes_sweep_options
+from rewarded_lines.evaluator.sweep_options import takes_sweep_options
 
 _RUN_FILE = "run.json"
 # Folders looked into for runs, below the one that is half typed.

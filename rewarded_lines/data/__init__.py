@@ -1,1 +1,1 @@
-"""Rows of data from files or the Hub, checked against declared roles, and prompts as texts and as tokens."""
+"""Rows of data with declared roles, from files or the Hub, and prompts as texts and tokens."""

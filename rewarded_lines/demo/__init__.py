@@ -1,1 +1,1 @@
-"""The whole job on an embedded default: the corpus of movie reviews and the pipeline over the recipes."""
+"""The whole job on an embedded default: a corpus of movie reviews, and the pipeline over the recipes."""

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import blake3
 
 from rewarded_lines.config import ProjectConfig
-from rewarded_lines.demo import reviews
-from rewarded_lines.demo.jobs import Watch, run_jobs
-from rewarded_lines.engines.load import check_engine
+from rewarded_lines.demo import movie_reviews as reviews
+from rewarded_lines.demo.recipe_jobs import Watch, run_jobs
+from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
@@ -39,7 +39,7 @@ _CONFIGURED = "runs/demo"
 # a traceback below the recipe's own message.
 _LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 # Code that a trained model depends on.
-_TRAINS = ("training", "rewarding", "learning", "data")
+_TRAINS = ("training", "data")
 
 
 class Observer(Protocol):
@@ -271,7 +271,7 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
 
 
 def _run_sweep(settings: DemoSettings, watch: Watch) -> None:
-    from rewarded_lines.sweeping.sweep import sweep
+    from rewarded_lines.evaluator.sweep import sweep
 
     project, out = settings.out / PROJECT_FILE, settings.out / "sweep"
     # Policies trained anew make another run in the place of the old one.
@@ -279,13 +279,13 @@ def _run_sweep(settings: DemoSettings, watch: Watch) -> None:
 
 
 def _write_report(settings: DemoSettings, watch: Watch) -> None:
-    from rewarded_lines.reporting.report import report
+    from rewarded_lines.reports.report import report
 
     report(settings.out / "sweep")
 
 
 def _run_merge(settings: DemoSettings, watch: Watch) -> None:
-    from rewarded_lines.merging.merge import merge
+    from rewarded_lines.merger.merge import merge
 
     project = load_project(settings.out / PROJECT_FILE)
     policies = {name: project.resolve(path) for name, path in project.config.policies.items()}

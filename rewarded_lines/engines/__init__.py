@@ -1,1 +1,1 @@
-"""Generation: what answers prompts as any merge of a plan, with vLLM, transformers or a server."""
+"""Generation: engines that answer prompts as any merge of a plan, with vLLM, transformers or a server."""

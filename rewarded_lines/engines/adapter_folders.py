@@ -15,8 +15,8 @@ from typing import Any
 from rewarded_lines.checkpoints.dtypes import F32
 from rewarded_lines.engines.base import Model
 from rewarded_lines.folders import scratch_folder
-from rewarded_lines.planning.adapter_plan import AdapterPlan
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.spec import MergeSpec
 
 _MEMORY = Path("/dev/shm")
 _ONE_FILE = 1 << 62

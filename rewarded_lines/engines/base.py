@@ -8,8 +8,8 @@ from typing import Protocol
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.planning.plan import Plan
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.spec import MergeSpec
 
 Tokens = Sequence[int]
 Model = MergeSpec | None

@@ -21,7 +21,7 @@ from rewarded_lines.engines.adapter_folders import (
 from rewarded_lines.engines.base import Model, Response, Tokens, Workload
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import fail
-from rewarded_lines.planning.adapter_plan import AdapterPlan
+from rewarded_lines.merger.adapter_plan import AdapterPlan
 
 # What vLLM's max_lora_rank can be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -13,11 +13,11 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.base import Response, Tokens, Workload, prompt_seed
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokens import ModelTokens
+from rewarded_lines.engines.tokenizers import ModelTokens
 from rewarded_lines.processes import prepare_vllm
 
 # The class that adds our methods to vLLM's workers. A worker may be another process, so vLLM wants its name.
-_EXTENSION = "rewarded_lines.engines.worker.MergingWorker"
+_EXTENSION = "rewarded_lines.engines.vllm_worker.MergingWorker"
 
 
 class VllmCore:

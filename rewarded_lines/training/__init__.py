@@ -1,1 +1,1 @@
-"""What makes a script of training a recipe: arguments, the run and its folder, its place in the project."""
+"""What makes a script a recipe: arguments, models, trainers, rewards as trainers take them, the run and its folder."""

@@ -130,7 +130,7 @@ def against_the_loop(work: Path, prompts: int) -> None:
 
 def difference(run: Path, loop_scores: dict[str, dict[str, list[float]]]) -> float:
     """Return the largest difference between scores of the two sides."""
-    from rewarded_lines.evaluation.records import load_run
+    from rewarded_lines.evaluator.records import load_run
 
     points = {f"{point.spec.lam:.1f}": point for point in load_run(run).methods()["soup"]}
     return max(
@@ -277,9 +277,9 @@ def make_adapters(model: Path, work: Path) -> None:
 def adapters(work: Path, prompts: int, way: str) -> None:
     """Be one of the two ways: generate 11 λ for the prompts, and write down how long it took."""
     from rewarded_lines.config import GenerationSpec
-    from rewarded_lines.engines.load import load_generator
-    from rewarded_lines.planning.inputs import plan_adapters
-    from rewarded_lines.rules.spec import MergeSpec
+    from rewarded_lines.engines.load_engine import load_generator
+    from rewarded_lines.merger.open_inputs import plan_adapters
+    from rewarded_lines.merger.spec import MergeSpec
 
     model = os.environ["MODEL"]
     subjects = ["film", "editor", "compiler", "library", "game", "driver", "server", "font", "theme", "parser"]

@@ -149,7 +149,7 @@ def test_a_reward_function_that_fails_names_the_prompt(cli, tiny, body, said_too
 
 
 def test_vllm_not_installed(refused, monkeypatch):
-    from rewarded_lines.engines import load
+    from rewarded_lines.engines import load_engine as load
 
     find = load.find_spec
     monkeypatch.setattr(load, "find_spec", lambda name: None if name == "vllm" else find(name))

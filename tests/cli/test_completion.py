@@ -9,7 +9,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines.cli import main
-from rewarded_lines.rules.methods import METHODS
+from rewarded_lines.merger.methods import METHODS
 
 
 @pytest.fixture

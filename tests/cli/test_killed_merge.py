@@ -48,7 +48,7 @@ def place(family, monkeypatch):
 def processes():
     """Makes processes that have the imports behind them, so that kills fall into the merge."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["command", "rewarded_lines.cli", "rewarded_lines.merging.merge"])
+    context.set_forkserver_preload(["command", "rewarded_lines.cli", "rewarded_lines.merger.merge"])
     return context
 
 
@@ -219,7 +219,7 @@ def test_a_full_disk(place, tmp_path, options, before):
 
 def test_space_is_looked_at_before_writing(cli, place, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1234, 1234))
-    monkeypatch.setattr("rewarded_lines.planning.model_plan.ModelPlan.write", None)
+    monkeypatch.setattr("rewarded_lines.merger.model_plan.ModelPlan.write", None)
     answer = cli(*ARGS)
     assert answer.code == 1 and f"expected: {NEEDED:,} bytes" in answer.err and "got: 1,234 bytes" in answer.err
     assert names() == NAMES

@@ -5,9 +5,9 @@ import re
 import pytest
 from rich.console import Console
 
-from rewarded_lines.evaluation.records import load_run
-from rewarded_lines.summaries.summary import summarise
-from rewarded_lines.summaries.tables import sheets
+from rewarded_lines.evaluator.records import load_run
+from rewarded_lines.reports.summary import summarise
+from rewarded_lines.reports.tables import sheets
 
 MANY = {
     name: (alpha, beta)

@@ -18,7 +18,7 @@ from small_recipes import load_recipe
 
 from rewarded_lines.demo import pipeline
 from rewarded_lines.demo.pipeline import DemoSettings, default_out
-from rewarded_lines.evaluation.records import load_run
+from rewarded_lines.evaluator.records import load_run
 
 ROOT = Path(__file__).parents[2]
 # What makes each demo config small; everything else in it stays as it is.

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.base import prompt_seed
-from rewarded_lines.engines.load import load_generator
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.sampling import SeededSampling
+from rewarded_lines.engines.transformers_sampling import SeededSampling
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.planning.inputs import plan_merge
-from rewarded_lines.planning.model_plan import ModelPlan
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.merger.open_inputs import plan_merge
+from rewarded_lines.merger.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3)

@@ -16,10 +16,10 @@ from transformers import (
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.engines.load import load_generator
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.sampling import SeededSampling
-from rewarded_lines.engines.tokens import end_tokens, load_generation_config
+from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config
+from rewarded_lines.engines.transformers_sampling import SeededSampling
 from rewarded_lines.errors import UserError
 
 ASKED = [{"role": "user", "content": "why is it good"}]

@@ -17,11 +17,11 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import adapter_folders, vllm_adapters
 from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.base import Workload
-from rewarded_lines.engines.load import load_generator
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, chunks, slot_rank
 from rewarded_lines.errors import UserError
-from rewarded_lines.planning.inputs import plan_adapters, plan_merge
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
+from rewarded_lines.merger.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=12)
 SAMPLED = GenerationSpec(temperature=1.0, top_p=0.9, max_tokens=12, seed=3, n=2)
@@ -123,8 +123,8 @@ def check_memory(generator):
 HOLD = """
 import sys, time
 from rewarded_lines.engines.adapter_folders import AdapterFolders
-from rewarded_lines.planning.inputs import plan_adapters
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.merger.open_inputs import plan_adapters
+from rewarded_lines.merger.spec import MergeSpec
 
 folders = AdapterFolders(plan_adapters("sft", {"a": "one", "b": "two"}))
 folders.write([MergeSpec((0.5, 0.5))])
@@ -134,9 +134,9 @@ time.sleep(60)
 SCRIPT = """
 import sys
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines.load import load_generator
-from rewarded_lines.planning.inputs import plan_adapters
-from rewarded_lines.rules.spec import MergeSpec
+from rewarded_lines.engines.load_engine import load_generator
+from rewarded_lines.merger.open_inputs import plan_adapters
+from rewarded_lines.merger.spec import MergeSpec
 
 if __name__ == "__main__":
     spec = GenerationSpec(temperature=0, max_tokens=12)

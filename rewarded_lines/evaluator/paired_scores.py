@@ -1,0 +1,159 @@
+"""The records of one or more runs as arrays, paired prompt by prompt, and their resamples. Touches no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewarded_lines.config import CONTROL, SFT
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
+
+SEED = 0
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Table:
+    """The records of one or more runs as arrays, and their resamples.
+
+    Attributes:
+        rows: the points that every run has, the SFT model's first; for each the record of every run.
+        rewards: names, in the order of the columns.
+        objectives: the columns that make the front.
+        samples: means of the rewards, then KL and words.
+    """
+
+    rows: list[list[Point]]
+    rewards: list[str]
+    objectives: list[int]
+    samples: RunSamples
+
+    @property
+    def means(self) -> np.ndarray:
+        """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is the data themselves."""
+        return run_average(self.samples.means, self.samples.drawn)
+
+    def methods(self) -> dict[str, list[int]]:
+        """Return the rows of each method."""
+        found: dict[str, list[int]] = {}
+        for index, (point, *_) in enumerate(self.rows):
+            if point.spec.method != SFT:
+                found.setdefault(point.spec.method, []).append(index)
+        return found
+
+
+def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
+    """Return the records of runs as arrays.
+
+    Args:
+        runs: of one project; more than one differ in the policies' training seed.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: runs of different projects or without a common point, or points that cannot be compared, with other
+            prompts or scores that are not finite.
+    """
+    rewards = list(runs[0].rewards)
+    rows = _common_points(runs)
+    _check_points([point for row in rows for point in row], rewards)
+    measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
+    objectives = [rewards.index(name) for name in runs[0].objectives]
+    return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
+
+
+def resamples_of(run: Run) -> int:
+    """Return how many resamples a run's project asks for."""
+    return int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
+
+
+def control_sets(run: Run) -> dict[str, int]:
+    """Return how many control texts a run has of each set; older runs have one without a name."""
+    told = (run.header.get("control") or {}).get("texts", 0 if run.sft.control is None else len(run.sft.control))
+    return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
+
+
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """Return exp(Σ −log π(token) / tokens) for the control texts' sums of nats and of tokens, [..., 2]."""
+    return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
+
+
+def _measures(point: Point, rewards: list[str]) -> np.ndarray:
+    """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
+
+    Several responses to a prompt are averaged, since the bootstrap resamples prompts.
+    """
+    columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
+    values = np.stack(columns, axis=1).astype(np.float64)
+    prompts = len(np.unique(point.prompt_index))
+    return values.reshape(prompts, -1, values.shape[1]).mean(axis=1)
+
+
+def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
+    """Return the points that every run has, the SFT model's first, then method by method in the order of λ."""
+    _check_runs(runs)
+    ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
+    by_place = [{_place(point.spec): point for point in points} for points in ordered]
+    shared = [place for place in by_place[0] if all(place in points for points in by_place)]
+    if len(shared) < 2:
+        raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
+    return [[points[place] for points in by_place] for place in shared]
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Refuse the same run twice, and runs with different rewards, policies, prompts or control texts."""
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
+    first, *others = (_facts(run) for run in runs)
+    for run, facts in zip(runs[1:], others, strict=True):
+        for what, expected in first.items():
+            if facts[what] != expected:
+                raise fail(
+                    f"the runs have different {what}",
+                    where=_folders([runs[0], run]),
+                    expected="runs of one project, whose policies are of other training seeds",
+                    got="" if what == "prompts" else "; ".join(map(", ".join, (expected, facts[what]))),
+                )
+
+
+def _facts(run: Run) -> dict[str, list[str]]:
+    """Return what runs that are averaged have in common."""
+    roles = {name: "" if name in run.objectives else " (audit)" for name in run.rewards}
+    return {
+        "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
+        "policies": list(run.header.get("policies", {})),
+        "prompts": run.sft.prompts,
+        "control texts": [f"{count} {name}" for name, count in control_sets(run).items()],
+    }
+
+
+def _folders(runs: Sequence[Run]) -> str:
+    return " and ".join(str(run.folder) for run in runs)
+
+
+def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
+    """Return what identifies a point in every run; a matched or tuned schedule may differ between runs."""
+    return spec.method, spec.weights, spec.checkpoint
+
+
+def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
+    """Refuse records that cannot be compared, naming every one of them."""
+    faults = [(point, fault) for point in points for fault in _faults(point, points[0].prompts, rewards)]
+    if faults:
+        remedy = "delete its file in points/ and run the sweep again"
+        raise UserError(Problem(fault, where=str(point.spec), remedy=remedy) for point, fault in faults)
+
+
+def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
+    """Return why a point cannot be compared; nothing for a whole record of these prompts."""
+    faults = [] if point.prompts == prompts else ["was not asked the same prompts as the SFT model"]
+    if missing := [name for name in rewards if name not in point.scores]:
+        return [*faults, f"has no score for {', '.join(missing)}"]
+    for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:
+        if wrong := int((~np.isfinite(values)).sum()):
+            faults.append(f"{name} is not finite for {wrong} of {len(values)} responses")
+    return faults

@@ -1,0 +1,260 @@
+"""A run folder on disk: `run.json` and one Parquet file for each evaluated point, all written atomically.
+
+A row is one response: its prompt, the unrounded score of every reward, and the log-probability ratio to the SFT model.
+The file's metadata holds the point's schedule, weights and merge method, its sums over the control texts, and a
+checksum of the whole. `run.json` says which method each point belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.folders import atomic_file
+
+RUN_FILE = "run.json"
+FORMAT = 2
+"""Raise it whenever a record's meaning changes, so that old points are not mistaken for new ones."""
+_METADATA = b"rewarded_lines"
+_SCORE = "score."
+# Columns of a file, each with the attribute of `Point` that it fills.
+_ARRAYS = {"prompt_index": "prompt_index", "seed": "seeds", "tokens": "tokens", "ended": "ended", "kl": "kl"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluated point: every array has one entry for each response, those to one prompt next to each other.
+
+    `kl` is the log-probability ratio of the response, log π(y|x) − log π_SFT(y|x) in nats, at temperature 1: the k1
+    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds each
+    control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]. `seen` holds the
+    part of each response that rewards see, if the project strips responses.
+    """
+
+    spec: PointSpec
+    prompts: list[str]
+    responses: list[str]
+    prompt_index: np.ndarray
+    seeds: np.ndarray
+    tokens: np.ndarray
+    ended: np.ndarray
+    kl: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    control: np.ndarray | None = None
+    seen: list[str] | None = None
+
+    @property
+    def judged(self) -> list[str]:
+        """The part of each response that rewards, length and audits see."""
+        return self.responses if self.seen is None else self.seen
+
+    @property
+    def words(self) -> np.ndarray:
+        """Length of each response in words (separated by white space)."""
+        return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
+
+    def means(self, rewards: Sequence[str]) -> list[float]:
+        """Return the mean score of each of these rewards."""
+        return [float(np.mean(self.scores[name])) for name in rewards]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that has been read: its `run.json` and its points in the order of the sweep."""
+
+    folder: Path
+    header: Mapping[str, Any]
+    points: list[Point]
+
+    @property
+    def rewards(self) -> dict[str, str]:
+        """The rewards in the order declared, each with its unit ("" when none was declared)."""
+        return {name: spec.get("unit", "") for name, spec in self.header["rewards"].items()}
+
+    @property
+    def objectives(self) -> list[str]:
+        """The rewards that policies are judged by: all but those of the role `audit`."""
+        rewards = self.header["rewards"]
+        return [name for name, spec in rewards.items() if spec.get("role", "objective") != "audit"]
+
+    @property
+    def sft(self) -> Point:
+        """The SFT model's own point."""
+        return next(point for point in self.points if point.spec.method == SFT)
+
+    def methods(self) -> dict[str, list[Point]]:
+        """Return the points by method, ordered by λ of the first policy, without the SFT model's."""
+        names = dict.fromkeys(point.spec.method for point in self.points if point.spec.method != SFT)
+        return {
+            name: sorted((p for p in self.points if p.spec.method == name), key=lambda p: p.spec.weights)
+            for name in names
+        }
+
+
+def write_point(path: Path, point: Point) -> None:
+    """Write one point's records; the file appears whole or not at all."""
+    rows = len(point.prompts)
+    columns: dict[str, Any] = {
+        "merge": pa.array([point.spec.merge.method] * rows).dictionary_encode(),
+        "alpha": np.full(rows, point.spec.merge.alpha),
+        "beta": np.full(rows, point.spec.merge.beta),
+        "weights": pa.array([list(point.spec.merge.weights)] * rows, type=pa.list_(pa.float64())),
+        "prompt_index": point.prompt_index,
+        "seed": point.seeds,
+        "prompt": point.prompts,
+        "response": point.responses,
+        **({} if point.seen is None else {"seen": point.seen}),
+        "tokens": point.tokens,
+        "ended": point.ended,
+        "kl": point.kl,
+        **{f"{_SCORE}{name}": values for name, values in point.scores.items()},
+    }
+    table = pa.table(columns)
+    content = {
+        "point": {**point.spec.as_dict(), "method": ""},
+        "control": None if point.control is None else point.control.tolist(),
+    }
+    metadata = {**content, "checksum": _checksum(table, content)}
+    with atomic_file(path) as partial:
+        pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(metadata)}), partial)
+
+
+def read_point(path: Path) -> Point:
+    """Return the point in one file of a run, without a method's name, since several methods may share it.
+
+    Raises:
+        UserError: the file is not a whole Parquet file of ours, or its content is not what was written.
+    """
+    try:
+        table = pq.read_table(path)
+        content = json.loads(table.schema.metadata[_METADATA])
+        checksum = content.pop("checksum")
+        whole = checksum == _checksum(table, content)
+        spec = PointSpec.from_dict(content["point"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if not whole:
+        raise _damaged(path, "its checksum does not fit")
+    control = content["control"]
+    return Point(
+        spec=spec,
+        prompts=table.column("prompt").to_pylist(),
+        responses=table.column("response").to_pylist(),
+        **{field: table.column(name).to_numpy() for name, field in _ARRAYS.items()},
+        scores={
+            name.removeprefix(_SCORE): table.column(name).to_numpy()
+            for name in table.column_names
+            if name.startswith(_SCORE)
+        },
+        control=None if control is None else np.array(control, dtype=np.float64).reshape(-1, 2),
+        seen=table.column("seen").to_pylist() if "seen" in table.column_names else None,
+    )
+
+
+def whole_point(path: Path) -> Point | None:
+    """Return the point in a file, or None where there is none; a damaged file is removed."""
+    if not path.is_file():
+        return None
+    try:
+        return read_point(path)
+    except UserError:
+        path.unlink()
+        return None
+
+
+def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
+    """Return the BLAKE3 hash of a file's content, independent of how Parquet encodes it."""
+    digest = blake3.blake3(json.dumps(content, sort_keys=True).encode())
+    for name in table.column_names:
+        digest.update(json.dumps([name, table.column(name).to_pylist()]).encode())
+    return str(digest.hexdigest())
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return fail("not a whole point record", where=str(path), got=why, remedy="run the sweep again; it is made anew")
+
+
+def point_path(folder: Path, key: str) -> Path:
+    """Return where the point named `key` is kept."""
+    return folder / "points" / f"{key}.parquet"
+
+
+def draft_path(folder: Path, key: str) -> Path:
+    """Return where the responses of a point wait for their scores."""
+    return folder / "drafts" / f"{key}.parquet"
+
+
+def point_entries(specs: Iterable[tuple[PointSpec, str]]) -> list[dict[str, Any]]:
+    """Return the list of points as `run.json` holds it."""
+    return [{**spec.as_dict(), "key": key} for spec, key in specs]
+
+
+def listed_points(header: Mapping[str, Any]) -> list[tuple[PointSpec, str]]:
+    """Return the points that a run lists, each with its key."""
+    return [
+        (PointSpec.from_dict({name: value for name, value in entry.items() if name != "key"}), entry["key"])
+        for entry in header["points"]
+    ]
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Return a run's `run.json`.
+
+    Raises:
+        UserError: there is none, or one of another version of this format.
+    """
+    path = folder / RUN_FILE
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        expected = f"a {RUN_FILE} written by `rewarded-lines sweep`"
+        raise fail("not a run folder", where=str(folder), expected=expected, got=str(error)) from error
+    found = header.get("format", 1) if isinstance(header, dict) else "?"
+    if found != FORMAT:
+        raise fail(
+            "a run of another version",
+            where=str(path),
+            expected=f"format {FORMAT}",
+            got=f"format {found}",
+            remedy="run the sweep again, into another --out or with --overwrite",
+        )
+    return header
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a finished or unfinished run; `run.json` lists the points that belong to it.
+
+    Raises:
+        UserError: the folder is not a run, a record is damaged, or none of its points has been evaluated yet.
+    """
+    folder = Path(folder)
+    header = read_header(folder)
+    read: dict[str, Point] = {}
+    points = []
+    for spec, key in listed_points(header):
+        path = point_path(folder, key)
+        # Points of several methods may share one file.
+        if key not in read and path.is_file():
+            read[key] = read_point(path)
+        if key in read:
+            points.append(replace(read[key], spec=spec))
+    if not any(point.spec.method == SFT for point in points) or len(points) < 2:
+        raise fail(
+            "the run has too few evaluated points",
+            where=str(folder),
+            expected="the SFT model's and at least one more",
+            got=str(len(points)),
+            remedy="run `rewarded-lines sweep` again; it goes on where it stopped",
+        )
+    return Run(folder, header, points)

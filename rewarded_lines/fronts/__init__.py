@@ -1,1 +1,0 @@
-"""Pareto fronts: pure numbers in, numbers out."""

@@ -1,0 +1,1 @@
+"""What a run adds to a model card, and uploads to the Hub."""

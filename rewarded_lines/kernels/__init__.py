@@ -1,0 +1,1 @@
+"""Blocks of tensors through compiled kernels or a GPU; norms, thresholds and masks of whole tensors."""

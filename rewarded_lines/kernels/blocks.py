@@ -1,0 +1,220 @@
+"""Blocks of tensors: read from every input, merged by a rule, rounded once. The workspace of one thread.
+
+A block is a fixed run of a tensor's values, counted from the tensor's own start. So results do not depend on files,
+shards or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rewarded_lines.checkpoints.dtypes import DType
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.kernels import kernels
+
+# Values in a block: large enough that Python's share of the time is small, small enough to stay in cache.
+BLOCK = 1 << 18
+# Values that a rule sees at a time: its intermediate arrays stay in the innermost caches.
+PIECE = 1 << 14
+
+Array = np.ndarray[Any, Any]
+Rule = Callable[..., Any]
+# From a block's start and length to the masks of the policies that take part.
+Masks = Callable[[int, int], Sequence[Array]]
+
+
+class Residuals(Protocol):
+    """An adapter: a source that gives residuals for all tensors except those it stores whole."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return the tensors that it stores whole."""
+
+    def read_into(self, name: str, start: int, values: Array) -> None:
+        """Fill `values` from a tensor that it stores whole."""
+
+    def touches(self, name: str) -> bool:
+        """Say whether τ of a tensor may be other than zero."""
+
+    def residual_into(self, name: str, start: int, out: Array) -> None:
+        """Fill the float64 array `out` with τ from the `start`-th value of a tensor on."""
+
+
+Source = TensorFiles | Residuals
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """What one output takes from one tensor: plain data, decided before the stream starts.
+
+    Attributes:
+        dtype: the output's type.
+        copy: which input the tensor is copied from: 0 the base, i policy i−1; None where it is computed.
+        rows: the policies that take part, in the order of summation.
+        weights: λ_i of each.
+        scale: s, the schedule's factor.
+        rule: the method's rule.
+        linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
+        parameters: the rule's.
+        masks: draws the random masks a rule asks for.
+    """
+
+    dtype: DType
+    copy: int | None
+    rows: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    scale: float = 1.0
+    rule: Rule | None = None
+    linear: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    masks: Masks | None = None
+
+
+def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
+    """Yield start and length of every block of a tensor; a tensor without values has none."""
+    for start in range(0, elements, BLOCK):
+        yield start, min(BLOCK, elements - start)
+
+
+def all_blocks(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, start and length of every block of some tensors, in order."""
+    for name in names:
+        for start, count in blocks_of(tensors[name].elements):
+            yield name, start, count
+
+
+def pieces(values: Array) -> Iterator[Array]:
+    """Yield a block's values in pieces that stay in cache, cut along the last axis."""
+    for start in range(0, values.shape[-1], PIECE):
+        yield values[..., start : start + PIECE]
+
+
+class Workspace:
+    """One thread's buffers, and the block that is in them."""
+
+    def __init__(self, base: TensorFiles, policies: Sequence[Source]) -> None:
+        """Bind the inputs; buffers are allocated with the first block, whose tensors' types decide their size."""
+        self._base = base
+        self._policies = policies
+        self._buffers: dict[tuple[str, Any], Array] = {}
+        self._raw: list[Array | None] = []
+        self._dtypes: list[DType | None] = []
+        self._name, self._start = "", 0
+        self._residuals: Array | None = None
+
+    def load(self, name: str, start: int, count: int) -> None:
+        """Read one block of a tensor from every file that has it."""
+        self._name, self._start, self._residuals = name, start, None
+        self._raw, self._dtypes = [], []
+        for row, source in enumerate([self._base, *self._policies]):
+            raw, dtype = None, None
+            if name in source.tensors:
+                dtype = source.tensors[name].dtype
+                raw = self._buffer("raw", dtype.storage, len(self._policies) + 1)[row, :count]
+                source.read_into(name, start, raw)
+            self._raw.append(raw)
+            self._dtypes.append(dtype)
+
+    def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
+        """Return the loaded block as each output takes it, and how many of its values are not finite.
+
+        The arrays belong to this workspace: use them before the next call.
+        """
+        results: dict[int, tuple[Array, int]] = {}
+        together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
+        for index, step in enumerate(steps):
+            if step.copy is None and step.linear and self._alike():
+                together.setdefault((step.dtype, step.rows), []).append(index)
+            else:
+                results[index] = self._merge_one(step, index)
+        for indices in together.values():
+            results |= self._merge_linear(steps, indices)
+        return [results[index] for index in range(len(steps))]
+
+    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
+        base = self._stored(0)
+        out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.size]
+        if step.copy is not None:
+            return self._copied(self._stored(step.copy), step.dtype, out)
+        return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
+
+    def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
+        """Merge by Σ λ_i·τ_i for several outputs in one pass, which computes the residuals once."""
+        first, base = steps[indices[0]], self._stored(0)
+        stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
+        # Each group has its own buffers: all results stay valid until the next block.
+        out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
+        weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
+        counts = np.zeros(len(indices), np.int64)
+        kernels.linear(base, stack, np.array(first.rows), weights, out, counts)
+        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _alike(self) -> bool:
+        """Say whether all inputs have the loaded block in files, and in one type."""
+        return all(
+            raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
+        )
+
+    def merged_residual(self, step: TensorMerge) -> Array:
+        """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
+        assert step.rule is not None, "a copied tensor has no residual"
+        residuals = self.residuals()
+        count = residuals.shape[1]
+        merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
+        masks = step.masks(self._start, count) if step.masks else None
+        for start in range(0, count, PIECE):
+            piece = slice(start, start + PIECE)
+            drawn = {} if masks is None else {"kept": [mask[piece] for mask in masks]}
+            taken = [residuals[row, piece] for row in step.rows]
+            merged[piece] = step.rule(taken, step.weights, **step.parameters, **drawn)
+        return merged
+
+    def residuals(self) -> Array:
+        """Return τ of every policy for the loaded block, float64, [N, n]."""
+        if self._residuals is None:
+            base = self._stored(0)
+            out = self._buffer("residual", np.dtype(np.float64), len(self._policies))[:, : base.size]
+            for row, policy in enumerate(self._policies):
+                if isinstance(policy, TensorFiles) or self._raw[row + 1] is not None:
+                    kernels.residual(base, self._stored(row + 1), out[row])
+                else:
+                    policy.residual_into(self._name, self._start, out[row])
+            self._residuals = out
+        return self._residuals
+
+    def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
+        """Yield what was read from files for the loaded block: the tensor, the block's start and its values."""
+        for source, raw in zip([self._base, *self._policies], self._raw, strict=True):
+            if raw is not None and isinstance(source, TensorFiles):
+                yield source.tensors[self._name], self._start, raw
+
+    def raw(self, row: int) -> Array | None:
+        """Return the loaded block as stored in the base (0) or in policy `row` − 1; None for an adapter."""
+        return self._raw[row]
+
+    def count_nonfinite(self, row: int) -> int:
+        """Return how many values of the loaded block are NaN or infinite in the base (0) or in policy `row` − 1."""
+        raw = self._raw[row]
+        return int(kernels.count_nonfinite(self.residuals()[row - 1] if raw is None else raw))
+
+    def _stored(self, row: int) -> Array:
+        raw = self._raw[row]
+        assert raw is not None, "an adapter stores no tensors"
+        return raw
+
+    def _copied(self, source: Array, dtype: DType, out: Array) -> tuple[Array, int]:
+        if source.dtype == dtype.storage:
+            return source, 0
+        return out, int(kernels.cast(source, out))
+
+    def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
+        """Return a [rows, BLOCK] array that is reused from block to block."""
+        key = (name, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = np.empty((rows, BLOCK), dtype)
+        return self._buffers[key]

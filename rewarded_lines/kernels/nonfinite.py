@@ -1,0 +1,64 @@
+"""NaN and infinite values, counted as blocks pass, and the error that reports them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from threading import Lock
+
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.kernels.blocks import TensorMerge, Workspace
+
+_SHOWN = 5
+
+
+class NonFinite:
+    """Counts NaN and infinite values, tensor by tensor; threads may share it."""
+
+    def __init__(self, policies: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
+        """Start at zero, for policies by name in the order of the workspace, and the base's tensors."""
+        self._inputs = ["base", *(f"policy `{name}`" for name in policies)]
+        self._tensors = tensors
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock = Lock()
+
+    def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
+        """Count what is not finite in a block's inputs or, if they are all finite, in its results."""
+        # A finite weighted sum of all inputs shows that every one of them is finite.
+        whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
+        if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
+            return
+        counts = {source: workspace.count_nonfinite(row) for row, source in enumerate(self._inputs)}
+        if not any(counts.values()):
+            counts = {"the result": max(bad)}
+        for source, count in counts.items():
+            self.add(name, source, count)
+
+    def add(self, name: str, source: str, count: int) -> None:
+        """Count values of a tensor that are not finite in an input, or in "the result"."""
+        if count:
+            with self._lock:
+                self._counts[name, source] += count
+
+    def counted(self, name: str, source: str) -> bool:
+        """Say whether any value of a tensor was counted for an input."""
+        return (name, source) in self._counts
+
+    def refuse(self) -> None:
+        """Raise an error if anything was counted.
+
+        Raises:
+            UserError: naming tensors, inputs and counts.
+        """
+        problems = []
+        for (name, source), count in sorted(self._counts.items())[:_SHOWN]:
+            remedy = "pass --allow-nonfinite if they are meant"
+            if source == "the result":
+                remedy = "the output's type cannot hold them: pass --dtype float32 or a smaller scale"
+            what = f"{count} values are not finite in {source}"
+            problems.append(Problem(what, name, "no NaN and no infinity", remedy=remedy))
+        if len(self._counts) > _SHOWN:
+            problems.append(Problem(f"{len(self._counts) - _SHOWN} more tensors are not finite"))
+        if problems:
+            raise UserError(problems)

@@ -1,0 +1,199 @@
+"""Numbers about whole tensors: norms, scalar products, thresholds and digests, measured block by block.
+
+Sums are exact or of integers, so every number is the same for any number of threads and any sharding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import Lock
+from typing import NamedTuple
+
+import blake3
+import numpy as np
+
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
+from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.kernels.thread_pool import share_out
+from rewarded_lines.kernels.thresholds_and_masks import kth_largest
+from rewarded_lines.progress import Progress
+
+Gram = tuple[tuple[float, ...], ...]
+
+
+def exact_sum(terms: Iterable[float]) -> float:
+    """Return the exact sum, rounded once; infinite or NaN, without complaint, where the terms are."""
+    listed = list(terms)
+    try:
+        return math.fsum(listed)
+    except (OverflowError, ValueError):
+        # A partial sum beyond float64's range, or infinities of both signs.
+        return sum(listed)
+
+
+class Facts:
+    """Measures, on first use, what rules must know of whole tensors, and keeps the results. None depends on λ."""
+
+    def __init__(self, base: TensorFiles, policies: Sequence[Source], names: Sequence[str]) -> None:
+        """Bind the inputs and the names of their floating-point tensors that are merged; nothing is read yet."""
+        self._base = base
+        self._policies = policies
+        self._names = names
+        self._digests: dict[str, tuple[bytes, ...]] = {}
+        self._grams: dict[str, Gram] = {}
+        self._thresholds: dict[tuple[str, float], tuple[float, ...]] = {}
+
+    def digests(self, name: str) -> tuple[bytes, ...]:
+        """Return the BLAKE3 digest of a tensor's values in each policy."""
+        if name not in self._digests:
+            hashes = [blake3.blake3() for _ in self._policies]
+            for workspace in self._passing(name):
+                for row, digest in enumerate(hashes):
+                    raw = workspace.raw(row + 1)
+                    digest.update((workspace.residuals()[row] if raw is None else raw).view(np.uint8).data)
+            self._digests[name] = tuple(digest.digest() for digest in hashes)
+        return self._digests[name]
+
+    def gram(self, name: str) -> Gram:
+        """Return the scalar products τ_i·τ_j of a whole tensor."""
+        if name not in self._grams:
+            rows = range(len(self._policies))
+            parts: list[list[list[float]]] = [[[] for _ in rows] for _ in rows]
+            for workspace in self._passing(name):
+                residuals = workspace.residuals()
+                for i in rows:
+                    for j in rows:
+                        parts[i][j].append(float(np.einsum("n,n->", residuals[i], residuals[j])))
+            self._grams[name] = tuple(tuple(map(exact_sum, row)) for row in parts)
+        return self._grams[name]
+
+    def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
+        """Return for each policy the magnitude of the k-th largest value of τ_i, k = ⌊density·n⌋ but at least 1.
+
+        The ranking is over the n values of the tensor or, with the scope "model", of all tensors. All values as large
+        as the threshold are kept.
+        """
+        key = ("" if scope == "model" else name, density)
+        if key not in self._thresholds:
+            names = self._names if scope == "model" else [name]
+            total = sum(self._base.tensors[each].elements for each in names)
+            if total == 0 or density == 1:
+                self._thresholds[key] = (0.0,) * len(self._policies)
+            else:
+                # Several tensors are measured at a time, so each by one thread.
+                rank, threads = max(1, int(density * total)), int(scope == "tensor")
+                self._thresholds[key] = kth_largest(self._base, self._policies, names, rank, threads)
+        return self._thresholds[key]
+
+    def prepare(self, measures: Iterable[Callable[[str], object]]) -> None:
+        """Measure every tensor, several at a time, so that the stream finds all it needs."""
+
+        def work(item: tuple[Callable[[str], object], str]) -> None:
+            measure, name = item
+            measure(name)
+
+        share_out([(measure, name) for measure in measures for name in self._names], lambda: work)
+
+    def norms(
+        self, merges: Callable[[str], Sequence[TensorMerge]], order: Callable[[str], Sequence[int]]
+    ) -> list[tuple[float, float]]:
+        """Return ‖Σ τ_i‖₁ and ‖τ_merged‖₁ over all tensors, for each output.
+
+        Args:
+            merges: what every output takes from a tensor.
+            order: in which order the policies' residuals of a tensor are summed.
+        """
+        parts: dict[str, list[tuple[float, float]]] = {}
+
+        def work(name: str) -> None:
+            parts[name] = self._norms(name, merges(name), list(order(name)))
+
+        share_out(self._names, lambda: work)
+        return [_summed(pairs) for pairs in zip(*(parts[name] for name in self._names), strict=True)]
+
+    def _norms(self, name: str, steps: Sequence[TensorMerge], order: list[int]) -> list[tuple[float, float]]:
+        parts: list[list[tuple[float, float]]] = [[] for _ in steps]
+        for workspace in self._passing(name):
+            together = exact_sum(
+                float(np.abs(residuals[order].sum(axis=0)).sum()) for residuals in pieces(workspace.residuals())
+            )
+            for step, sums in zip(steps, parts, strict=True):
+                sums.append((together, _norm(workspace, step)))
+        return [_summed(sums) for sums in parts]
+
+    def _passing(self, name: str) -> Iterator[Workspace]:
+        workspace = Workspace(self._base, self._policies)
+        for start, count in blocks_of(self._base.tensors[name].elements):
+            workspace.load(name, start, count)
+            yield workspace
+
+
+def _norm(workspace: Workspace, step: TensorMerge) -> float:
+    if not step.rows:
+        return 0.0
+    return exact_sum(float(np.abs(merged).sum()) for merged in pieces(workspace.merged_residual(step)))
+
+
+def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    listed = list(pairs)
+    return exact_sum(first for first, _ in listed), exact_sum(second for _, second in listed)
+
+
+class Distance(NamedTuple):
+    """Of a block or a tensor: Σ τ² and Σ θ_base², values that differ from the base's, values that are not finite."""
+
+    residual: float
+    base: float
+    changed: int
+    nonfinite: int
+
+
+def distances(
+    base: TensorFiles, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
+) -> dict[str, Distance]:
+    """Return how far every floating-point tensor of a model, among `infos`, lies from the base's."""
+    names = [name for name, info in infos.items() if info.dtype.floating]
+    parts: dict[str, list[Distance]] = {name: [] for name in names}
+    lock = Lock()
+    progress.expect(total_bytes(infos[name] for name in names))
+    progress.start("reading blocks", counted=True)
+
+    def worker() -> Callable[[tuple[str, int, int]], None]:
+        workspace, wide = Workspace(base, [source]), np.empty(BLOCK)
+
+        def work(block: tuple[str, int, int]) -> None:
+            workspace.load(*block)
+            name, _, count = block
+            part = _measure_block(workspace, wide[:count])
+            with lock:
+                parts[name].append(part)
+            progress.advance(count * infos[name].dtype.itemsize)
+
+        return work
+
+    share_out(all_blocks(names, infos), worker)
+    return {name: _joined(blocks) for name, blocks in parts.items()}
+
+
+def _measure_block(workspace: Workspace, wide: Array) -> Distance:
+    residual = workspace.residuals()[0]
+    # Values that are not finite are counted here and reported in the notes.
+    with np.errstate(all="ignore"):
+        changed = int(np.count_nonzero(residual))
+        square = float(np.multiply(residual, residual, out=wide).sum())
+        kernels.cast(workspace.raw(0), wide)
+        square_base = float(np.multiply(wide, wide, out=wide).sum())
+    finite = math.isfinite(square) and math.isfinite(square_base)
+    nonfinite = 0 if finite else workspace.count_nonfinite(0) + workspace.count_nonfinite(1)
+    return Distance(square, square_base, changed, nonfinite)
+
+
+def _joined(parts: Sequence[Distance]) -> Distance:
+    return Distance(
+        *_summed((part.residual, part.base) for part in parts),
+        sum(part.changed for part in parts),
+        sum(part.nonfinite for part in parts),
+    )

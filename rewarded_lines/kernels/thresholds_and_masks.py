@@ -1,0 +1,136 @@
+"""Which values of a residual a sparse method keeps: the largest ones (TIES), or random ones (DARE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import blake3
+import numpy as np
+
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
+from rewarded_lines.kernels.thread_pool import share_out
+
+# The bits of a float64's magnitude from the top: exponent and seven bits of mantissa, then the rest. A table of 2¹⁸
+# counts stays in cache.
+_LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
+# At most this many values are held in memory and ranked there.
+_HELD = 1 << 23
+
+
+def kth_largest(
+    base: TensorFiles, policies: Sequence[Source], names: Sequence[str], rank: int, threads: int = 0
+) -> tuple[float, ...]:
+    """Return for each policy the `rank`-th largest |τ| over all values of some tensors, which need not fit in memory.
+
+    A radix selection: each pass over the files counts magnitudes by their next bits, from the top. The result is exact.
+
+    Args:
+        base: the SFT model.
+        policies: whose residuals are ranked, each by itself.
+        names: of the tensors, ranked together.
+        rank: from 1 to the number of values.
+        threads: 0 for all cores.
+    """
+    residuals = _Residuals(base, policies, list(all_blocks(names, base.tensors)), threads)
+    ranks, prefixes = [rank] * len(policies), [0] * len(policies)
+    left, shift = [sum(count for _, _, count in residuals.blocks)] * len(policies), 63
+    for lower, bits in _LEVELS:
+        if sum(left) <= _HELD:
+            break
+        for row, table in enumerate(residuals.count(prefixes, lower, bits)):
+            # From the top: how many values lie in this bin or above it.
+            above = np.cumsum(table[::-1])
+            place = int(np.searchsorted(above, ranks[row]))
+            ranks[row] -= int(above[place - 1]) if place else 0
+            bin_ = len(table) - 1 - place
+            prefixes[row], left[row] = (prefixes[row] << bits) | bin_, int(table[bin_])
+        shift = lower
+    if shift == 0:
+        return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
+    held = residuals.collect(prefixes, shift)
+    return tuple(
+        float(np.partition(values, values.size - rank)[values.size - rank])
+        for values, rank in zip(held, ranks, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Residuals:
+    """The residuals of some tensors, read block by block in each pass."""
+
+    base: TensorFiles
+    policies: Sequence[Source]
+    blocks: Sequence[tuple[str, int, int]]
+    threads: int
+
+    def count(self, prefixes: Sequence[int], shift: int, bits: int) -> Array:
+        """Return for each policy how many magnitudes that begin with its prefix have each value of the next bits."""
+        tables: list[Array] = []
+
+        def begin() -> Callable[[int, Array], None]:
+            counts = np.zeros((len(self.policies), 1 << bits), np.int64)
+            tables.append(counts)
+            return lambda row, residual: kernels.count_magnitudes(residual, prefixes[row], shift, bits, counts[row])
+
+        self._visit(begin)
+        total: Array = np.sum(tables, axis=0)
+        return total
+
+    def collect(self, prefixes: Sequence[int], shift: int) -> list[Array]:
+        """Return for each policy all magnitudes that begin with its prefix, in no particular order."""
+        parts: list[list[Array]] = [[] for _ in self.policies]
+
+        def begin() -> Callable[[int, Array], None]:
+            found = np.empty(BLOCK)
+
+            def visit(row: int, residual: Array) -> None:
+                count = kernels.collect_magnitudes(residual, prefixes[row], shift, found)
+                parts[row].append(found[:count].copy())
+
+            return visit
+
+        self._visit(begin)
+        return [np.concatenate(part) for part in parts]
+
+    def _visit(self, begin: Callable[[], Callable[[int, Array], None]]) -> None:
+        """Call `begin` once in each thread; call its result with each policy's index and residual, block by block."""
+
+        def worker() -> Callable[[tuple[str, int, int]], None]:
+            workspace, visit = Workspace(self.base, self.policies), begin()
+
+            def work(block: tuple[str, int, int]) -> None:
+                workspace.load(*block)
+                for row, residual in enumerate(workspace.residuals()):
+                    visit(row, residual)
+
+            return work
+
+        share_out(self.blocks, worker, self.threads)
+
+
+def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
+    """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
+
+    The counter-based generator Philox is keyed with the seed, the tensor's name and its content. So a policy keeps its
+    mask whatever the order of policies, the sharding and the threads.
+
+    Args:
+        seed: the user's.
+        name: of the tensor.
+        digest: of the policy's values of that tensor.
+        density: probability of true.
+        start: a multiple of the block length.
+        count: at most the block length.
+    """
+    assert start % BLOCK == 0 and count <= BLOCK
+    key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()
+    words = np.frombuffer(key[:16], dtype="<u8")
+    generator = np.random.Generator(np.random.Philox(key=words, counter=[0, 0, start // BLOCK, 0]))
+    mask = np.empty(count, np.bool_)
+    for piece in pieces(mask):
+        np.less(generator.random(piece.size, np.float32), np.float32(density), out=piece)
+    return mask

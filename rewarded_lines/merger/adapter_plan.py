@@ -1,0 +1,209 @@
+"""Adapters merged into an adapter: Σ Bᵢ·Aᵢ is B·A with the Aᵢ stacked and the Bᵢ, each with its factor, side by side.
+
+Averaging A and B separately, as the first code of Rewarded Soups did, gives cross terms Bᵢ·Aⱼ instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
+from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter, BareBase, LowRank
+from rewarded_lines.checkpoints.dtypes import BF16, F16, F32, DType, widest
+from rewarded_lines.checkpoints.hashing import file_hash
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.checkpoints.tensor_depth import Depths
+from rewarded_lines.checkpoints.writer import CheckpointWriter
+from rewarded_lines.folders import write_json
+from rewarded_lines.kernels.blocks import TensorMerge
+from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.merger.lora_folding import ZeroBase, stored_shape
+from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack, adapter_config
+from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.merger.plan import Plan, copy_companions
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.progress import SILENT, Progress
+
+# bfloat16 has the range of float32: a power of two up to this one only moves the exponent of a usual weight.
+_PLAIN_EXPONENT = 32
+# PEFT loads one file.
+_ONE_FILE = 1 << 62
+
+
+class AdapterPlan(Plan):
+    """Merges adapters into adapters.
+
+    With s the LiNeS scale of a module and γᵢ = s·λᵢ·αᵢ/rᵢ (αᵢ/√rᵢ for rsLoRA):
+
+        Σ γᵢ·Bᵢ·Aᵢ = [γ₁·B₁ … γ_N·B_N] · [A₁; …; A_N],   of rank Σ rᵢ.
+
+    Policies of weight 0 and modules of scale 0 take no rank. γᵢ is folded into B, in float64, and rounded once. So the
+    output's own scaling is 1 for every module, also in engines that read α and r but no patterns (vLLM). In 16 bits
+    that rounding would cost up to 2⁻⁹ of each value. So 16-bit adapters give a float32 one, unless every γᵢ is a power
+    of two (bfloat16) or 1. An output that is one policy (λ = 1, s = 1) repeats its tensors bit for bit, with its own α
+    and r.
+
+    The stack's order is that of the adapters' hashes: permuting the policies changes no bit.
+    """
+
+    kind = "adapter"
+    policies: Mapping[str, Adapter]
+
+    def __init__(
+        self, base: Checkpoint | BareBase, policies: Mapping[str, Adapter], depths: Depths, dtype: str = "auto"
+    ) -> None:
+        """Bind the inputs; use `plan_adapters` to get a checked plan. `dtype` is one of `DTYPES`."""
+        super().__init__(base, policies, depths, dtype)
+        self.adapters = list(policies.values())
+        modules: dict[str, dict[int, LowRank]] = {}
+        for index, adapter in enumerate(self.adapters):
+            for name, module in adapter.modules.items():
+                modules.setdefault(name, {})[index] = module
+        self.modules = {name: modules[name] for name in sorted(modules, key=_natural)}
+        saved = sorted({name for adapter in self.adapters for name in adapter.saved}, key=_natural)
+        self.whole = ModelPlan(base, policies, saved, depths, dtype)
+        self.reads_base = bool(saved)
+        self._repeats = True
+        self._outputs: dict[tuple[object, ...], AdapterOutput] = {}
+
+    def without_repeats(self) -> AdapterPlan:
+        """Return the same plan, but with every output of scaling 1, even one that is a single policy.
+
+        That is for engines that read α and r but no patterns: a policy's own settings may have patterns.
+        """
+        plan = copy(self)
+        plan._repeats, plan._outputs = False, {}
+        return plan
+
+    def only(self, layer: str) -> AdapterPlan:
+        """Return the plan without repeats, and with only the modules whose names end with `layer`, e.g. q_proj."""
+        plan = self.without_repeats()
+        plan.modules = {name: one for name, one in self.modules.items() if name.rpartition(".")[2] == layer}
+        return plan
+
+    def output(self, spec: MergeSpec) -> AdapterOutput:
+        """Return the stacked modules, and the tensors saved whole, of one output."""
+        key = (spec.weights, spec.alpha, spec.beta, spec.outside)
+        if key not in self._outputs:
+            self._outputs[key] = self._output(spec)
+        return self._outputs[key]
+
+    def _output(self, spec: MergeSpec) -> AdapterOutput:
+        scales = {name: self.scale(f"{name}.weight", spec) for name in self.modules}
+        copied = self._copied(spec, scales)
+        whole = self._whole(spec, copied)
+        stacks = {name: self._stack(name, scale, spec, copied) for name, scale in scales.items()}
+        if not any(stack.parts for stack in stacks.values()) and not whole:
+            # PEFT loads no adapter without modules: all of them, of rank 1 and zero.
+            stacks = {name: replace(stack, rank=1) for name, stack in stacks.items()}
+        else:
+            stacks = {name: stack for name, stack in stacks.items() if stack.parts}
+        return AdapterOutput(self._output_dtype(stacks), stacks, whole, copied)
+
+    def outputs(self, spec: MergeSpec) -> list[TensorInfo]:
+        """See `Plan.outputs`."""
+        return self.output(spec).tensors(self.base.tensors)
+
+    def rank(self, spec: MergeSpec) -> int:
+        """See `Plan.rank`."""
+        return max((stack.rank for stack in self.output(spec).stacks.values()), default=0)
+
+    def prepare(self, specs: Sequence[MergeSpec]) -> None:
+        """See `Plan.prepare`; only tensors that policies save whole are measured."""
+        self.whole.prepare(specs)
+
+    def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
+        """See `Plan.auto_alpha`. It computes B·A, so it takes as long as folding the adapters into their base."""
+        return self._residuals.auto_alpha(specs)
+
+    def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
+        """See `Plan.matched_alpha`. The first call computes B·A; later ones reuse what was measured."""
+        return self._residuals.matched_alpha(weights, like)
+
+    def write(
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
+        """See `Plan.write`; an adapter is always one file."""
+        outputs = [self.output(spec) for spec in specs]
+        with ExitStack() as stack:
+            files = []
+            for folder, output in zip(folders, outputs, strict=True):
+                file = CheckpointWriter(folder, output.tensors(self.base.tensors), _ONE_FILE, ADAPTER_FILE)
+                files.append((stack.enter_context(file), output))
+            writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
+            writer.write()
+        tokenizers = [adapter.folder for adapter in self.adapters if any(adapter.folder.glob("tokenizer*"))]
+        for folder, output in zip(folders, outputs, strict=True):
+            for source in tokenizers[:1]:
+                copy_companions(source, folder)
+            config = adapter_config(self.adapters, output, len(self.modules), str(self.base.folder.resolve()))
+            write_json(folder / ADAPTER_CONFIG, config)
+        return writer.nonfinite
+
+    @cached_property
+    def _residuals(self) -> ModelPlan:
+        """Return a plan whose residuals are the adapters' B·A, over a base of zeros."""
+        modules = [next(iter(alike.values())) for alike in self.modules.values()]
+        infos = {one.tensor: TensorInfo(one.tensor, F32, stored_shape(one, self.base.config)) for one in modules}
+        names = list(dict.fromkeys([*infos, *self.whole.names]))
+        return ModelPlan(ZeroBase(self.base, infos), self.policies, names, self.depths)
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        return [file_hash(adapter.files[0]) for adapter in self.adapters]
+
+    def _stack(self, name: str, scale: float, spec: MergeSpec, copied: int | None) -> Stack:
+        modules, factors = self.modules[name], []
+        for index in [index for index in modules if index < len(spec.weights)]:
+            factor = scale * spec.weights[index] * (1.0 if index == copied else modules[index].scaling)
+            if factor != 0:
+                factors.append((self._hashes[index], factor, index))
+        parts, rank = [], 0
+        for _, factor, index in sorted(factors):
+            parts.append(Part(index, factor, rank))
+            rank += modules[index].rank
+        return Stack(next(iter(modules.values())), rank, tuple(parts))
+
+    def _whole(self, spec: MergeSpec, copied: int | None) -> dict[str, TensorMerge]:
+        """Return how the tensors saved whole are merged; an empty dict if all of them equal the base's."""
+        if copied is not None:
+            saved = self.adapters[copied].saved
+            return {name: TensorMerge(self._dtype or saved[name].dtype, copied + 1) for name in sorted(saved)}
+        steps = {name: self.whole.step(name, spec) for name in self.whole.names}
+        return steps if any(step.copy != 0 for step in steps.values()) else {}
+
+    def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
+        """Return the one policy with a weight, if s·λ is 1 for all that it changes."""
+        active = [index for index, weight in enumerate(spec.weights) if weight != 0]
+        if len(active) != 1 or not self._repeats:
+            return None
+        adapter = self.adapters[active[0]]
+        own = [*(self.scale(name, spec) for name in adapter.saved), *(scales[name] for name in adapter.modules)]
+        return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in own) else None
+
+    def _output_dtype(self, stacks: Mapping[str, Stack]) -> DType:
+        if self._dtype:
+            return self._dtype
+        parts = [(self.modules[name][part.policy], part) for name, stack in stacks.items() for part in stack.parts]
+        kind = widest([info.dtype for module, _ in parts for info in (module.a, module.b)] or [F32])
+        return kind if all(_is_exact(part.factor, kind) for _, part in parts) else F32
+
+
+def _is_exact(factor: float, kind: DType) -> bool:
+    """Say whether a factor loses nothing beyond float32 rounding when it is folded into a type."""
+    mantissa, exponent = math.frexp(factor)
+    if kind == BF16:
+        return abs(mantissa) == 0.5 and abs(exponent) <= _PLAIN_EXPONENT
+    return factor == 1 if kind == F16 else True
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,245 @@
+"""The verb `inspect`: what a checkpoint is made of, depth by depth, and how far each depth lies from its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
+from rewarded_lines.checkpoints.tensor_depth import Depths, Side, find_depths
+from rewarded_lines.errors import UserError
+from rewarded_lines.kernels.norms import Distance, distances
+from rewarded_lines.merger.inspect_subject import open_subject
+from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
+from rewarded_lines.merger.plan import OUTSIDE, choose
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.progress import SILENT, Progress
+
+_SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far the values of one or more tensors lie from the base's; norms are L2, in float64.
+
+    Attributes:
+        norm: ‖τ‖ with τ = θ − θ_base.
+        base_norm: ‖θ_base‖ of the same values.
+        scaled_norm: ‖s·τ‖, s each tensor's LiNeS scale.
+        values: how many there are.
+        changed: how many of them differ from the base's.
+        nonfinite: how many are NaN or infinite, in the base or in the checkpoint.
+    """
+
+    norm: float
+    base_norm: float
+    scaled_norm: float
+    values: int
+    changed: int
+    nonfinite: int = 0
+
+    @property
+    def relative(self) -> float:
+        """Return ‖τ‖/‖θ_base‖; infinite where only the base is zero."""
+        if self.base_norm == 0:
+            return math.inf if self.norm else 0.0
+        return self.norm / self.base_norm
+
+    @property
+    def share_changed(self) -> float:
+        """Return which share of the values differ from the base's."""
+        return self.changed / self.values if self.values else 0.0
+
+
+@dataclass(frozen=True)
+class InspectedTensor:
+    """One tensor: its place in the model (see `Place`), its LiNeS scale and, against a base, its residual."""
+
+    name: str
+    stack: str
+    block: int | None
+    side: Side
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    scale: float
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several tensors together; integers and booleans count, but have no residual."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Level(Sum):
+    """The tensors at one depth: a block, or what stands before or after the blocks of a list."""
+
+    stack: str
+    block: int | None
+    side: Side
+    scale: float
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the checkpoint was merged, as its merge.json says."""
+
+    policies: tuple[str, ...]
+    merge: MergeSpec
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by depth: its block lists with their lengths, its levels from first to last, its tensors."""
+
+    checkpoint: str
+    base: str | None
+    alpha: float
+    beta: float
+    outside: Outside
+    stacks: Mapping[str, int]
+    levels: Sequence[Level]
+    total: Sum
+    tensors: Sequence[InspectedTensor]
+    origin: Origin | None
+    notes: Sequence[str]
+
+
+def inspect(
+    checkpoint: str | Path,
+    base: str | Path | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    outside: Outside = "alpha",
+    layers: str | None = None,
+    progress: Progress = SILENT,
+) -> Inspection:
+    """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
+
+    Without a base only headers are read. With one both checkpoints pass in blocks; sums of blocks are added exactly,
+    so the numbers are the same for any number of threads and any sharding.
+
+    Args:
+        checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
+        base: folder or Hub id of the SFT model it was trained from.
+        alpha: α, the scale of the first block.
+        beta: β, what the last block gets on top.
+        outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
+        layers: the pattern of the block list, for layouts that are not known.
+        progress: is told of the bytes that are read.
+
+    Raises:
+        UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
+    """
+    check_schedule(alpha, beta)
+    choose("--outside", outside, OUTSIDE)
+    progress.start("opening checkpoints")
+    subject = open_subject(str(checkpoint), None if base is None else str(base))
+    infos = subject.tensors
+    depths = find_depths(infos, subject.config, layers)
+    measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
+    tensors = _by_depth(
+        [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()], depths
+    )
+    return Inspection(
+        str(checkpoint),
+        None if base is None else str(base),
+        alpha,
+        beta,
+        outside,
+        depths.stacks,
+        _levels(tensors, infos),
+        _sum(tensors, infos),
+        tensors,
+        _made_by(subject.folder),
+        [*subject.notes, *_nonfinite(tensors)],
+    )
+
+
+def _tensor(
+    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: Distance | None
+) -> InspectedTensor:
+    place = depths.place[info.name]
+    scale = tensor_scale(place, alpha, beta, outside, info.name)
+    residual = None
+    if measured:
+        norm = math.sqrt(measured.residual)
+        base_norm = math.sqrt(measured.base)
+        residual = Residual(norm, base_norm, abs(scale) * norm, info.elements, measured.changed, measured.nonfinite)
+    return InspectedTensor(
+        info.name, place.stack, place.block, place.side, info.shape, info.dtype.torch, info.elements, scale, residual
+    )
+
+
+def _by_depth(tensors: Iterable[InspectedTensor], depths: Depths) -> list[InspectedTensor]:
+    stacks = list(depths.stacks)
+    return sorted(tensors, key=lambda one: (stacks.index(one.stack), _SIDES[one.side], one.block or 0))
+
+
+def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) -> list[Level]:
+    groups: dict[tuple[str, int | None, Side], list[InspectedTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.stack, tensor.block, tensor.side), []).append(tensor)
+    levels = []
+    for (stack, block, side), group in groups.items():
+        modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
+        whole = _sum(group, infos)
+        levels.append(
+            Level(**vars(whole), stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules))
+        )
+    return levels
+
+
+def _sum(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) -> Sum:
+    residuals = [tensor.residual for tensor in tensors if tensor.residual]
+    return Sum(
+        len(tensors),
+        sum(tensor.parameters for tensor in tensors),
+        total_bytes(infos[tensor.name] for tensor in tensors),
+        tuple(sorted({tensor.dtype for tensor in tensors})),
+        _together(residuals) if residuals else None,
+    )
+
+
+def _together(residuals: Sequence[Residual]) -> Residual:
+    return Residual(
+        math.hypot(*(one.norm for one in residuals)),
+        math.hypot(*(one.base_norm for one in residuals)),
+        math.hypot(*(one.scaled_norm for one in residuals)),
+        sum(one.values for one in residuals),
+        sum(one.changed for one in residuals),
+        sum(one.nonfinite for one in residuals),
+    )
+
+
+def _made_by(folder: Path) -> Origin | None:
+    """Return what merge.json says, or None if there is no readable one."""
+    path = folder / "merge.json"
+    if not path.is_file():
+        return None
+    try:
+        record = read_json_object(path)
+        options = {name: str(value) for name, value in record.get("options", {}).items()}
+        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _nonfinite(tensors: Iterable[InspectedTensor]) -> list[str]:
+    found = [(one.name, one.residual.nonfinite) for one in tensors if one.residual and one.residual.nonfinite]
+    notes = [f"not finite: {count} values of {name}, here or in the base" for name, count in found[:_SHOWN]]
+    rest = len(found) - _SHOWN
+    return notes + ([f"not finite: values of {rest} more tensors"] if rest > 0 else [])

@@ -1,0 +1,90 @@
+"""Open and check what `inspect` looks at: a model, with or without its base, or an adapter with its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
+from rewarded_lines.errors import Problem, UserError, fail, printable
+from rewarded_lines.kernels.blocks import Source
+from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
+from rewarded_lines.merger.lora_folding import FoldedAdapter
+from rewarded_lines.merger.model_checks import check
+
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A complete checkpoint that fits its base, if there is one.
+
+    Attributes:
+        folder: where it lies.
+        config: the model's config.json.
+        tensors: those that a merge would take; for an adapter its base's.
+        source: gives their values, or their residuals.
+        base: the SFT model.
+        notes: on what a merge would leave out.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    source: Source
+    base: Checkpoint | None
+    notes: list[str]
+
+
+def open_subject(checkpoint: str, base: str | None) -> Subject:
+    """Open a model or an adapter and, if one is named, its base.
+
+    Raises:
+        UserError: with the faults of both, or all that keeps the two from being merged.
+    """
+    opened: Checkpoint | Adapter | None = None
+    origin: Checkpoint | None = None
+    problems: list[Problem] = []
+    try:
+        folder = resolve_folder(checkpoint)
+        opened = Adapter(folder, checkpoint) if is_adapter(folder) else Checkpoint(folder, checkpoint)
+    except UserError as error:
+        problems += error.problems
+    try:
+        origin = None if base is None else open_checkpoint(base)
+    except UserError as error:
+        problems += error.problems
+    if opened is None or problems:
+        raise UserError(problems)
+    if isinstance(opened, Checkpoint):
+        fitting = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
+        tensors = {name: opened.tensors[name] for name in fitting.names}
+        return Subject(opened.folder, opened.config, tensors, opened, origin, fitting.notes)
+    if base is None or origin is None:
+        raise _without_base(opened)
+    return _adapted(opened, origin, base)
+
+
+def _adapted(adapter: Adapter, base: Checkpoint, reference: str) -> Subject:
+    named = {adapter.folder.name: adapter}
+    if problems := check_adapters(base, reference, named, folded=True):
+        raise UserError(problems)
+    fitting = check(base, {})
+    tensors = {name: base.tensors[name] for name in fitting.names}
+    count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
+    notes = [f"an adapter: {count}; the rest is the base's", *fitting.notes, *notes_on(base, named)]
+    return Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base.config), base, notes)
+
+
+def _without_base(adapter: Adapter) -> UserError:
+    named = printable(adapter.config.base[:_LONGEST])
+    return fail(
+        "an adapter is inspected over its base",
+        where=adapter.name,
+        got="no --base",
+        remedy=f"pass --base {named or 'with the model it was trained from'}",
+    )

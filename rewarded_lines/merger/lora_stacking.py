@@ -1,0 +1,280 @@
+"""Merged adapters: how factors are stacked, the files that hold them, and the settings that PEFT reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rewarded_lines.checkpoints.adapters import PREFIX, Adapter, LowRank
+from rewarded_lines.checkpoints.dtypes import DType
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import total_bytes
+from rewarded_lines.checkpoints.writer import CheckpointWriter
+from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.blocks import BLOCK, Array, TensorMerge, Workspace, blocks_of
+from rewarded_lines.kernels.thread_pool import share_out
+from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.progress import Progress
+
+Item = Callable[[Workspace], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One policy's place in a stacked module.
+
+    Attributes:
+        policy: its index.
+        factor: what its B is multiplied by.
+        first: its first row in A, and its first column in B.
+    """
+
+    policy: int
+    factor: float
+    first: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A module of the merged adapter, of rank Σr; without parts it is zero."""
+
+    like: LowRank
+    rank: int
+    parts: tuple[Part, ...]
+
+    @property
+    def a(self) -> str:
+        """Return the name of A in the file."""
+        return f"{PREFIX}{self.like.module}.{'lora_embedding_A' if self.like.embedding else 'lora_A.weight'}"
+
+    @property
+    def b(self) -> str:
+        """Return the name of B in the file."""
+        return f"{PREFIX}{self.like.module}.{'lora_embedding_B' if self.like.embedding else 'lora_B.weight'}"
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """One merged adapter.
+
+    Attributes:
+        dtype: of A and B.
+        stacks: by module.
+        whole: how tensors that replace the base's are merged, by the base's name.
+        copied: the policy that the output repeats, settings and all; None where it is computed.
+    """
+
+    dtype: DType
+    stacks: Mapping[str, Stack]
+    whole: Mapping[str, TensorMerge]
+    copied: int | None = None
+
+    def tensors(self, base: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+        """Return name, type and shape of every tensor in the file; `base` has the base's."""
+        infos = []
+        for stack in self.stacks.values():
+            infos.append(TensorInfo(stack.a, self.dtype, (stack.rank, stack.like.a.shape[1])))
+            infos.append(TensorInfo(stack.b, self.dtype, (stack.like.b.shape[0], stack.rank)))
+        return infos + [TensorInfo(self.key(name), step.dtype, base[name].shape) for name, step in self.whole.items()]
+
+    def key(self, name: str) -> str:
+        """Return the name in the file of a tensor that replaces the base's `name`."""
+        module, _, kind = name.rpartition(".")
+        # PEFT moves the layer that it wraps one level deeper, and its bias with it.
+        return f"{PREFIX}{module}.base_layer.{kind}" if module in self.stacks else PREFIX + name
+
+
+class AdapterWriter:
+    """Writes the tensors of several merged adapters; each input tensor is read once for all of them."""
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        modules: Mapping[str, Mapping[int, LowRank]],
+        whole: ModelPlan,
+        outputs: Sequence[tuple[CheckpointWriter, AdapterOutput]],
+        progress: Progress,
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            adapters: the policies, by name.
+            modules: of the policies, by name and by the policy's index.
+            whole: merges the tensors that policies save whole.
+            outputs: the adapters to write, each with its open file.
+            progress: hears how many bytes were read.
+        """
+        self.nonfinite = whole.nonfinite()
+        self._adapters, self._modules, self._whole, self._outputs = list(adapters.values()), modules, whole, outputs
+        self._inputs = [f"policy `{name}`" for name in adapters]
+        self._tensors = whole.base.tensors
+        self._progress = progress
+        factors = [info for alike in modules.values() for one in alike.values() for info in (one.a, one.b)]
+        progress.expect(total_bytes([*factors, *(self._tensors[name] for name in whole.names)]))
+
+    def write(self) -> None:
+        """Write every tensor of every output."""
+        self._progress.start("merging tensors", counted=True)
+        share_out(list(self._items()), self._worker)
+
+    def _worker(self) -> Callable[[Item], None]:
+        workspace = self._whole.workspace()
+        return lambda item: item(workspace)
+
+    def _items(self) -> Iterator[Item]:
+        """Yield pieces of work, in the order of the modules."""
+        for name, modules in self._modules.items():
+            for index, module in modules.items():
+                for start, count in blocks_of(module.a.elements):
+                    yield partial(self._write_a, name, index, module, start, count)
+            rows = next(iter(modules.values())).b.shape[0]
+            step = max(1, BLOCK // sum(module.rank for module in modules.values()))
+            for first in range(0, rows, step):
+                yield partial(self._write_b, name, first, min(step, rows - first))
+        for name in self._whole.names:
+            for start, count in blocks_of(self._tensors[name].elements):
+                yield partial(self._write_whole, name, start, count)
+
+    def _write_a(self, name: str, index: int, module: LowRank, start: int, count: int, _: Workspace) -> None:
+        """Place a run of one policy's A below those of the policies before it."""
+        raw = self._read(index, module.a, start, count)
+        cast = {module.a.dtype: raw}
+        for writer, output, stack in self._stacks(name):
+            for part in stack.parts:
+                if part.policy == index:
+                    if output.dtype not in cast:
+                        cast[output.dtype] = np.empty(count, output.dtype.storage)
+                        self._finite(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
+                    writer.write(stack.a, part.first * module.a.shape[1] + start, cast[output.dtype])
+        self._progress.advance(raw.nbytes)
+
+    def _write_b(self, name: str, first: int, rows: int, _: Workspace) -> None:
+        """Place some rows of every policy's B side by side."""
+        raw = {
+            index: self._read(index, module.b, first * module.rank, rows * module.rank)
+            for index, module in self._modules[name].items()
+        }
+        for writer, output, stack in self._stacks(name):
+            if stack.parts:
+                writer.write(stack.b, first * stack.rank, self._side_by_side(name, raw, rows, stack, output.dtype))
+        self._progress.advance(sum(values.nbytes for values in raw.values()))
+
+    def _side_by_side(self, name: str, raw: Mapping[int, Array], rows: int, stack: Stack, dtype: DType) -> Array:
+        modules = self._modules[name]
+        only = stack.parts[0]
+        if len(stack.parts) == 1 and only.factor == 1 and modules[only.policy].b.dtype == dtype:
+            return raw[only.policy]
+        out = np.empty(rows * stack.rank, dtype.storage)
+        for part in stack.parts:
+            width, values = modules[part.policy].rank, raw[part.policy]
+            bad = int(kernels.place_columns(values, width, part.factor, part.first, stack.rank, out))
+            self._finite(modules[part.policy].b.name, bad, part.policy)
+        return out
+
+    def _read(self, index: int, info: TensorInfo, start: int, count: int) -> Array:
+        """Read a run of a policy's factor, and count what is not finite in it."""
+        raw = self._adapters[index].read(info.name, start, count)
+        self.nonfinite.add(info.name, self._inputs[index], int(kernels.count_nonfinite(raw)))
+        return raw
+
+    def _finite(self, name: str, bad: int, index: int) -> None:
+        """Count values that became infinite in the result; those that were infinite before are the input's."""
+        if bad and not self.nonfinite.counted(name, self._inputs[index]):
+            self.nonfinite.add(name, "the result", bad)
+
+    def _write_whole(self, name: str, start: int, count: int, workspace: Workspace) -> None:
+        """Merge a run of a tensor that replaces the base's."""
+        wanted = [(writer, output) for writer, output in self._outputs if name in output.whole]
+        steps = [output.whole[name] for _, output in wanted]
+        workspace.load(name, start, count)
+        merged = workspace.merge(steps)
+        for (writer, output), (values, _) in zip(wanted, merged, strict=True):
+            writer.write(output.key(name), start, values)
+        self.nonfinite.look(workspace, name, steps, [bad for _, bad in merged] or [0])
+        self._progress.advance(count * self._tensors[name].dtype.itemsize)
+
+    def _stacks(self, name: str) -> Iterator[tuple[CheckpointWriter, AdapterOutput, Stack]]:
+        """Yield the outputs that have a module."""
+        for writer, output in self._outputs:
+            if name in output.stacks:
+                yield writer, output, output.stacks[name]
+
+
+def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: int, base: str) -> dict[str, Any]:
+    """Return the adapter_config.json of an output: α = r for every module, so that its scaling is 1.
+
+    r is the largest rank, by which engines allocate memory. Modules of another rank are named in `rank_pattern` and
+    `alpha_pattern`, anchored and in full. An output that repeats a policy keeps that policy's settings.
+
+    Args:
+        adapters: the policies.
+        output: the merged adapter.
+        modules: how many modules the policies have among them.
+        base: the base's folder, for policies that name different bases or none.
+    """
+    if output.copied is not None:
+        return dict(adapters[output.copied].config.content)
+    rank = max((stack.rank for stack in output.stacks.values()), default=1)
+    # PEFT puts `(.*\.)?(` before a pattern and `)$` behind it.
+    others = {f"^{re.escape(name)}": stack.rank for name, stack in output.stacks.items() if stack.rank != rank}
+    contents = [adapter.config.content for adapter in adapters]
+    return {
+        "auto_mapping": _shared(contents, "auto_mapping"),
+        "base_model_name_or_path": _shared(contents, "base_model_name_or_path") or base,
+        "bias": _bias(adapters, output),
+        "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in adapters),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": _modules_to_save(adapters, output),
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "revision": _shared(contents, "revision"),
+        "task_type": _shared(contents, "task_type"),
+        "use_dora": False,
+        "use_rslora": False,
+        **_targets(contents, list(output.stacks), modules),
+    }
+
+
+def _targets(contents: Sequence[Mapping[str, Any]], names: list[str], modules: int) -> dict[str, Any]:
+    """Return the keys that choose modules: the policies' own where they are the same, else every module by name."""
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    wanted = [[_sorted(content.get(key)) for key in keys] for content in contents]
+    if all(other == wanted[0] for other in wanted) and len(names) == modules:
+        return dict(zip(keys, wanted[0], strict=True))
+    return dict.fromkeys(keys) | {"target_modules": names}
+
+
+def _modules_to_save(adapters: Sequence[Adapter], output: AdapterOutput) -> list[str] | None:
+    """Return the policies' entries that match a tensor saved whole, or a module around one."""
+    parts = [name.split(".")[:-1] for name in output.whole]
+    around = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
+    entries = sorted({entry for adapter in adapters for entry in adapter.config.modules_to_save})
+    return [entry for entry in entries if any(name.endswith(entry) for name in around)] or None
+
+
+def _bias(adapters: Sequence[Adapter], output: AdapterOutput) -> str:
+    """Return the widest of the policies' settings, if the output has biases at all."""
+    kinds = {adapter.config.bias for adapter in adapters}
+    if not any(name.endswith(".bias") for name in output.whole):
+        return "none"
+    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
+
+
+def _shared(contents: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """Return the value that all adapters have under a key, else None."""
+    values = [content.get(key) for content in contents]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value

@@ -1,0 +1,295 @@
+"""mergekit's methods that exist here too: their weights, gradients and switches become λ, α, β and options.
+
+As in mergekit 0.1.5. A setting without an exact counterpart is refused. Where the two definitions differ for special
+values, a note says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.merger.mergekit_file import Input, MergekitFile
+from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
+from rewarded_lines.merger.methods import OptionValue
+from rewarded_lines.merger.preferences import TOLERANCE, on_simplex
+from rewarded_lines.merger.spec import MergeSpec
+
+_BORDER = (
+    "values as large as the smallest that is kept are all kept; mergekit keeps some of them, as its sort happens to "
+    "order them"
+)
+_CANCEL = "where weighted values cancel to 0 the merged value is 0; mergekit elects + there"
+_MASKS = "which values are dropped is drawn by --seed; mergekit draws its own"
+_NORM = ", and restores each tensor's L1 norm where the rest is divided by the density here, as in DARE's paper"
+_ANGLE = (
+    "residuals with a cosine above 0.9995, or of zero, are joined linearly; mergekit does so only where they are "
+    "parallel"
+)
+
+
+Options = dict[str, OptionValue]
+_ONE = Line(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The arguments of `merge` that make the merge of a file.
+
+    Attributes:
+        base: folder or Hub id.
+        policies: likewise, by name.
+        merge: the numbers.
+        dtype: of the output.
+        full: policies are adapters to fold, since mergekit writes whole models.
+        blocks: how many blocks the models must have, None for any number.
+        notes: where the two definitions differ, for people.
+    """
+
+    base: str
+    policies: Mapping[str, str]
+    merge: MergeSpec
+    dtype: str = "auto"
+    full: bool = False
+    blocks: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def command(self, out: str = "merged") -> str:
+        """Return the command line that makes the same merge."""
+        kind = "full" if self.full else "auto"
+        return self.merge.command(self.base, self.policies, out, dtype=self.dtype, as_=kind)
+
+
+def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    """Σ wᵢθᵢ / Σ wᵢ is base + Σ λᵢ(θᵢ − base) for any base, as λ sums to 1: the SFT model, or one of the models."""
+    if file.base and file.base not in [one.reference for one in file.inputs]:
+        raise fail(
+            "linear sums models, and mergekit adds `base_model` to them",
+            where=f"{file.path}: base_model",
+            expected="none, or one of the models, with its weight",
+            got=file.base.model,
+            remedy=f"take `base_model` out, and pass --base {file.base.model} to have it as the base of the sum",
+        )
+    weights = [file.line("weight", of=one) for one in file.inputs]
+    whole = total(weights)
+    if file.flag("normalize", True):
+        shares = normalized(weights)
+    else:
+        shares = weights if max(abs(whole.first - 1), abs(whole.last - 1)) <= TOLERANCE else None
+    if shares is None:
+        raise _no_schedule(file, weights, "that sum to 1 at every depth")
+    common = {one.reference.model for one in file.inputs if one.reference.lora}
+    origin = base or (file.base.model if file.base else "")
+    origin = origin or (common.pop() if len(common) == 1 else file.inputs[0].reference.model)
+    kept = [index for index, one in enumerate(file.inputs) if one.reference.lora or one.reference.model != origin]
+    if not kept:
+        raise fail("one model: there is nothing to merge", where=file.path, expected="two models or more")
+    product = factor([shares[index] for index in kept])
+    if product is None:
+        raise _no_schedule(file, weights)
+    note = f"mergekit sums the models themselves; over {origin} as the base it is the same number"
+    return _soup(file, [file.inputs[index] for index in kept], product, [note], origin)
+
+
+def _task_arithmetic(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    policies = _policies(file)
+    return _soup(file, policies, _scaled(file, _sum_of_residuals(file, policies)), [])
+
+
+def _ties(file: MergekitFile, base: str | None, seed: int | None, random: bool = False) -> Translation:
+    policies = _policies(file)
+    product, mean, density = _proportional(file, policies), file.flag("normalize", not random), _density(file, policies)
+    product = _scaled(file, Product(product.weights, _ONE if mean else product.schedule))
+    options: Options = {"density": density, "scope": "tensor", "join": "mean" if mean else "sum"}
+    if random and density < 1:
+        del options["scope"]
+        product, note = _random(file, product, options, seed)
+        return _translation(file, policies, product, "dare-ties", options, [note, _CANCEL])
+    if file.flag("rescale", random) and density < 1:
+        raise fail("`rescale` has no counterpart here", where=file.path, expected="rescale: false, ties' own default")
+    notes = [_BORDER, _CANCEL] if density < 1 else [_CANCEL]
+    return _translation(file, policies, product, "ties", options, notes)
+
+
+def _dare_linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    policies = _policies(file)
+    options: Options = {"density": _density(file, policies)}
+    if options["density"] == 1:
+        return _task_arithmetic(file, base, seed)
+    product = _scaled(file, _summing(_sum_of_residuals(file, policies)))
+    product, note = _random(file, product, options, seed)
+    return _translation(file, policies, product, "dare", options, [note])
+
+
+def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+    """With a base it turns one residual into the other, as `slerp` does here; without one it turns whole weights."""
+    policies = _policies(file)
+    problems = [
+        Problem(f"`{name}` has no counterpart here", file.path, expected=f"{name}: {str(value).lower()}, the default")
+        for name, value in (("nuslerp_flatten", True), ("nuslerp_row_wise", False))
+        if file.flag(name, value) != value
+    ]
+    if len(policies) != 2:
+        problems.append(Problem("nuslerp takes two models beside its base", file.path, got=str(len(policies))))
+    if problems:
+        raise UserError(problems)
+    product = Product(_proportional(file, policies).weights, _ONE)
+    return _translation(file, policies, product, "slerp", {}, [_ANGLE])
+
+
+@dataclass(frozen=True)
+class MergekitMethod:
+    """One method of mergekit: what translates it, and its parameters: for all, for each, and without effect."""
+
+    translate: Callable[[MergekitFile, str | None, int | None], Translation]
+    shared: tuple[str, ...]
+    beside: tuple[str, ...] = ("weight",)
+    idle: tuple[str, ...] = ()
+
+
+_OVER_BASE = ("normalize", "lambda")
+_SPARSE = ((*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",))
+MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
+    "linear": MergekitMethod(_linear, ("normalize",), idle=("density", "int8_mask")),
+    "task_arithmetic": MergekitMethod(_task_arithmetic, _OVER_BASE, idle=("density", "int8_mask", "rescale")),
+    "ties": MergekitMethod(_ties, *_SPARSE),
+    "dare_linear": MergekitMethod(_dare_linear, *_SPARSE),
+    "dare_ties": MergekitMethod(partial(_ties, random=True), *_SPARSE),
+    "nuslerp": MergekitMethod(_nuslerp, ("nuslerp_flatten", "nuslerp_row_wise")),
+}
+
+
+def _policies(file: MergekitFile) -> list[Input]:
+    """Return the models whose residuals are joined: the base among them has none, and mergekit leaves it out."""
+    found = [one for one in file.inputs if one.reference != file.base]
+    if not found:
+        raise fail("no model beside the base", where=file.path, expected="one policy or more")
+    return found
+
+
+def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
+    """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
+    weights = [file.line("weight", of=one) for one in policies]
+    lines = normalized(weights) if file.flag("normalize", False) else weights
+    product = factor(lines) if lines else None
+    if product is None:
+        raise _no_schedule(file, weights)
+    return product
+
+
+def _proportional(file: MergekitFile, policies: Sequence[Input]) -> Product:
+    """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0."""
+    weights = [file.line("weight", of=one) for one in policies]
+    whole = total(weights)
+    product = factor(weights)
+    if product is None or min(min(w.first, w.last) for w in weights) < 0 or min(whole.first, whole.last) <= 0:
+        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
+    return _summing(product)
+
+
+def _summing(product: Product) -> Product:
+    """Return the same coefficients with λ that sum to 1, where their sum is not 0."""
+    whole = math.fsum(product.weights)
+    if abs(whole) <= TOLERANCE or abs(whole - 1) <= TOLERANCE:
+        return product
+    return Product(tuple(weight / whole for weight in product.weights), product.schedule.times(whole))
+
+
+def _scaled(file: MergekitFile, product: Product) -> Product:
+    """Return λ with the schedule times mergekit's `lambda`."""
+    schedule = multiply(product.schedule, file.line("lambda", 1.0))
+    if schedule is None:
+        raise fail(
+            "weights and `lambda` both change with depth, so their product is no straight line",
+            where=f"{file.path}: parameters: lambda",
+            expected="a gradient in one of them",
+        )
+    return Product(product.weights, schedule)
+
+
+def _density(file: MergekitFile, policies: Sequence[Input]) -> float:
+    """Return the one density of all policies."""
+    lines = [file.line("density", 1.0, of=one) for one in policies]
+    if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
+        raise fail(
+            "every policy keeps the same share of its values here, at every depth",
+            where=f"{file.path}: density",
+            expected="one number above 0, at most 1",
+            got=", ".join(map(str, lines)),
+        )
+    return lines[0].first
+
+
+def _random(file: MergekitFile, product: Product, options: Options, seed: int | None) -> tuple[Product, str]:
+    """Add the masks' seed to `options`; return the product, shrunk where the file does not rescale, and a note."""
+    options["seed"] = seed or 0
+    if file.flag("rescale", True):
+        return product, _MASKS + _NORM
+    return Product(product.weights, product.schedule.times(float(options["density"]))), _MASKS
+
+
+def _soup(
+    file: MergekitFile, policies: Sequence[Input], product: Product, notes: list[str], base: str = ""
+) -> Translation:
+    """Return Σ λᵢτᵢ under the name that its weights have here."""
+    if on_simplex(product.weights):
+        method = "soup"
+    else:
+        alone = len(policies) == 1 and 0 <= product.weights[0] <= 1
+        method = "wise-ft" if alone else "task-arithmetic"
+    return _translation(file, policies, product, method, {}, notes, base)
+
+
+def _translation(
+    file: MergekitFile,
+    policies: Sequence[Input],
+    product: Product,
+    method: str,
+    options: Mapping[str, OptionValue],
+    notes: Sequence[str],
+    base: str = "",
+) -> Translation:
+    base = base or (file.base.model if file.base else "")
+    if wrong := [one for one in policies if one.reference.lora and one.reference.model != base]:
+        raise fail(
+            "an adapter on another model than the base",
+            where=wrong[0].where,
+            expected=f"{base}+{wrong[0].reference.lora}",
+            got=str(wrong[0].reference),
+            remedy="fold it into its own model first: merge --as full",
+        )
+    places = [one.reference.lora or one.reference.model for one in policies]
+    return Translation(
+        base,
+        _named(places),
+        MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options),
+        file.dtype,
+        all(one.reference.lora for one in policies),
+        file.blocks,
+        tuple(notes),
+    )
+
+
+def _named(places: Sequence[str]) -> dict[str, str]:
+    """Return policies by the names of their folders, numbered where two are the same."""
+    names = [Path(place).name for place in places]
+    return {
+        name if names.count(name) == 1 else f"{name}-{index}": place
+        for index, (name, place) in enumerate(zip(names, places, strict=True), start=1)
+    }
+
+
+def _no_schedule(
+    file: MergekitFile, weights: Sequence[Line], wanted: str = "in the same ratio at every depth"
+) -> UserError:
+    return fail(
+        "the weights are no λ with a LiNeS schedule",
+        where=f"{file.path}: weight",
+        expected=f"weights {wanted}",
+        got=", ".join(map(str, weights)),
+        remedy="give every model the same gradient, such as [0.4, 0.8] and [0.6, 1.2]",
+    )

@@ -1,0 +1,281 @@
+"""Pre-flight for whole models: finds, before a byte is written, everything that keeps them from being merged."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+
+from rewarded_lines.checkpoints.dtypes import as_float64
+from rewarded_lines.checkpoints.families import HEADS
+from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
+from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.folders import TRAINING_FILE
+from rewarded_lines.kernels.blocks import blocks_of
+
+REMEDY = "merge policies that were all trained from this base"
+RESIZE = (
+    "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
+    "or cut the added rows off the policy"
+)
+# Settings that give weights of the same shapes another meaning.
+_MEANING = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation"),
+    *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct"),
+    *("partial_rotary_factor", "num_experts_per_tok"),
+)
+SHOWN = 3
+_LONGEST = 100
+# Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
+# different initialisations are orthogonal.
+_LEAST_COSINE = 0.5
+_SAMPLED_TENSORS = 8
+_SAMPLED_VALUES = 65_536
+# What trainers leave beside a policy: the critic's head of PPO.
+_VALUE_HEAD = re.compile(r"(v_head|value_head)\.")
+# Constants that some versions of transformers write and others do not: masks, positions, rotary frequencies.
+_CONSTANT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
+_CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The tensors to merge, in the base's order, and what the user should know of those that are left out."""
+
+    names: list[str]
+    notes: list[str]
+
+
+def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
+    """Refuse checkpoints that do not come from one SFT base; return the tensors that all of them share.
+
+    Left out, with a note, are value heads, constants that some inputs lack, and second copies of tied embeddings.
+
+    Raises:
+        UserError: every difference in architecture, tensor names, shapes, types, vocabulary, tokenizer and origin.
+    """
+    extra = _left_out(base, policies)
+    problems = [problem for name, policy in policies.items() for problem in _compare(base, policy, name, set(extra))]
+    if problems:
+        raise UserError(problems)
+    notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:SHOWN]]
+    if len(extra) > SHOWN:
+        notes.append(f"left out: {len(extra) - SHOWN} more tensors likewise")
+    return Fitting([name for name in base.tensors if name not in extra], notes)
+
+
+def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Return the tensors that are not merged, with the reason."""
+    inputs = [base, *policies.values()]
+    names = dict.fromkeys(name for source in inputs for name in source.tensors)
+    partial = [name for name in names if not all(name in source.tensors for source in inputs)]
+    reasons = {}
+    for name in partial:
+        holder = next(source for source in inputs if name in source.tensors)
+        if _VALUE_HEAD.match(name) and name not in base.tensors:
+            reasons[name] = f"the value head of {holder.name}"
+        elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
+            reasons[name] = "a constant that not all inputs hold"
+    # An untied model needs its own head: one that some inputs lack is not taken for a copy.
+    # Where the config says nothing, transformers ties the head to the embeddings.
+    tied = _of_text(base.config, "tie_word_embeddings") is not False
+    considered = names if tied else [name for name in partial if not _is_head(name)]
+    copies = _copies(inputs, [name for name in considered if name not in reasons])
+    return reasons | {name: f"tied to {copies[name]}" for name in considered if name in copies}
+
+
+def _of_text(config: Mapping[str, Any], key: str) -> Any:
+    """Return a setting of the language model, which a model that also sees keeps in a config of its own."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
+
+
+def _is_head(name: str) -> bool:
+    return any(name.startswith(f"{head}.") for head in HEADS)
+
+
+def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:
+    """Return which of some tensors repeat another one byte for byte, and the tensor that stays for each.
+
+    Only matrices with a row for every token are compared, in the inputs that have the tensor, and with tensors that
+    all inputs have. Of several copies the first stays that is no head: engines drop the head of a tied model unread.
+    Digests are compared, so that the time grows with the number of tensors, not with that of pairs.
+    """
+
+    @cache
+    def digest(row: int, name: str) -> bytes:
+        info = inputs[row].tensors[name]
+        hashed = blake3.blake3(info.dtype.name.encode())
+        for block in blocks_of(info.elements):
+            hashed.update(inputs[row].read(name, *block).view(np.uint8).data)
+        return hashed.digest()
+
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name in names:
+        holders = tuple(row for row, source in enumerate(inputs) if name in source.tensors)
+        first = inputs[holders[0]]
+        shape = first.tensors[name].shape
+        if len(shape) == 2 and shape[0] == _of_text(first.config, "vocab_size"):
+            groups.setdefault((holders, shape), []).append(name)
+    found: dict[str, str] = {}
+    for (holders, shape), members in groups.items():
+        alike = [info.name for info in inputs[holders[0]].tensors.values() if info.shape == shape]
+        alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=_is_head)
+        # Nothing is read where a tensor could only repeat itself.
+        if not alike or len({*members, *alike}) == 1:
+            continue
+        # Backwards, so that the first of several equal ones stays.
+        stays = {tuple(digest(row, name) for row in holders): name for name in reversed(alike)}
+        keys = {name: tuple(digest(row, name) for row in holders) for name in members}
+        found |= {name: stays[key] for name, key in keys.items() if stays.get(key, name) != name}
+    return found
+
+
+def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
+    where = f"policy `{name}` ({policy.folder})"
+    structure = [
+        *_compare_configs(base.config, policy.config, where),
+        *_compare_names(base, policy, where, extra),
+        *_compare_tensors(base, policy, name, extra),
+        *compare_tokenizers(base.folder, policy.folder, where),
+    ]
+    return structure or _compare_origin(base, policy, where)
+
+
+def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
+    remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
+    # Other versions of transformers may write fewer of these settings, so only those in both are compared.
+    said = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
+    return [
+        Problem(
+            f"`{key}` differs from the base's", where, _cut(_of_text(base, key)), _cut(_of_text(policy, key)), remedy
+        )
+        for key, remedy in [*remedies.items(), *((key, REMEDY) for key in said)]
+        if _of_text(base, key) != _of_text(policy, key)
+    ]
+
+
+def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[str]) -> list[Problem]:
+    missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
+    added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
+    rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
+    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=REMEDY) for what, names in rows if names]
+
+
+def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
+    problems: list[Problem] = []
+    for tensor, info in base.tensors.items():
+        other = policy.tensors.get(tensor)
+        if other is None or tensor in extra:
+            continue
+        if info.shape != other.shape:
+            what = f"shape {info.shape} in base, {other.shape} in {name}"
+            rows = _of_text(base.config, "vocab_size")
+            resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
+            problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
+        elif not info.dtype.floating or not other.dtype.floating:
+            problems += _compare_buffers(base, policy, info, other, name)
+    return few(problems, f"policy `{name}`", SHOWN, "more tensors differ likewise")
+
+
+def _compare_buffers(
+    base: Checkpoint, policy: Checkpoint, info: TensorInfo, other: TensorInfo, name: str
+) -> list[Problem]:
+    """Integers and booleans (position ids, masks) are copied, so they must be the same everywhere."""
+    # Piece by piece: a file with holes in it may declare more than memory holds.
+    pieces = ((base.read(info.name, *piece), policy.read(info.name, *piece)) for piece in blocks_of(info.elements))
+    if info.dtype == other.dtype and all(np.array_equal(*pair) for pair in pieces):
+        return []
+    what = f"a buffer of type {info.dtype.torch} that is not the same in base and {name}"
+    return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=REMEDY)]
+
+
+def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
+    """Compare vocabularies and merges; padding and truncation settings do not change what a token means."""
+    first, second = (_read_if_there(folder / "tokenizer.json") for folder in (base, policy))
+    if not first or not second:
+        return []
+    meaning = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    parts = [part for part in meaning if first.get(part) != second.get(part)]
+    if not parts:
+        return []
+    return [Problem(f"the tokenizer differs from the base's in {', '.join(parts)}", where, remedy=REMEDY)]
+
+
+def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
+    """Find policies of another base by what their training recorded or, where it recorded nothing, by their values."""
+    if recorded := recorded_base(policy.folder):
+        remedy = f"{REMEDY}; a base saved anew, in other shards for example, needs its policies' first files"
+        return compare_hashes(base.folder, recorded, TRAINING_FILE, where, remedy)
+    cosine = sampled_cosine(base, policy)
+    if cosine >= _LEAST_COSINE:
+        return []
+    what = "the weights have nothing to do with the base's"
+    return [Problem(what, where, f"cosine ≥ {_LEAST_COSINE}", f"{cosine:.3f} over a sample", REMEDY)]
+
+
+def recorded_base(folder: Path) -> str:
+    """Return the hash of the base's weights that a policy's training.json records, or ""."""
+    return str(_read_if_there(folder / TRAINING_FILE).get("base_hash") or "")
+
+
+def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str = REMEDY) -> list[Problem]:
+    """Compare a base's weights with the hash that a policy's `source` gives for its own base."""
+    actual = weights_hash(base)
+    if theirs == actual:
+        return []
+    expected, got = f"base weights {actual[:12]}… ({base})", f"{theirs[:12]}… ({source})"
+    return [Problem("trained from another base", where, expected, got, remedy)]
+
+
+# Values that are not finite are counted and named by the merge itself, so numpy's warnings are off.
+@np.errstate(all="ignore")
+def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
+    """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
+    shared = [info for info in first.tensors.values() if info.name in second.tensors]
+    matrices = [info for info in shared if len(info.shape) > 1 and info.dtype.floating]
+    dot = square_first = square_second = 0.0
+    for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
+        one, two = (_leading(source, info.name) for source in (first, second))
+        dot += float((one * two).sum())
+        square_first += float((one * one).sum())
+        square_second += float((two * two).sum())
+    norm = math.sqrt(square_first * square_second)
+    return dot / norm if 0 < norm < math.inf else 1.0
+
+
+def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    info = source.tensors[name]
+    return as_float64(source.read(name, count=min(info.elements, _SAMPLED_VALUES)), info.dtype)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if os.path.lexists(path) else {}
+
+
+def some(names: Iterable[object]) -> str:
+    """Return the first names, shortened, and how many more there are."""
+    listed = list(names)
+    rest = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return ", ".join(map(_cut, listed[:SHOWN])) + rest
+
+
+def few(problems: list[Problem], where: str, shown: int, more: str = "more likewise") -> list[Problem]:
+    """Return the first `shown` problems, and one that tells how many `more` there are."""
+    rest = len(problems) - shown
+    return problems[:shown] + ([Problem(f"{rest} {more}", where)] if rest > 0 else [])
+
+
+def _cut(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

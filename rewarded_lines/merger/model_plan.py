@@ -1,0 +1,269 @@
+"""Merges into whole models: what every output takes from every tensor, and the stream of blocks that writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
+from rewarded_lines.checkpoints.dtypes import DType, as_torch, widest
+from rewarded_lines.checkpoints.hashing import RunningHashes
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles, total_bytes
+from rewarded_lines.checkpoints.tensor_depth import Depths
+from rewarded_lines.checkpoints.writer import CheckpointWriter
+from rewarded_lines.errors import fail
+from rewarded_lines.folders import write_json
+from rewarded_lines.kernels.blocks import Masks, Source, TensorMerge, Workspace, all_blocks, blocks_of
+from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.kernels.norms import Facts
+from rewarded_lines.kernels.thread_pool import Relay, share_out
+from rewarded_lines.kernels.thresholds_and_masks import random_mask
+from rewarded_lines.merger.lora_folding import FoldedAdapter
+from rewarded_lines.merger.merge_rules import consensus, soup
+from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.plan import Plan, copy_companions
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelPlan(Plan):
+    """Merges policies, whole models or adapters folded into their base, into whole models."""
+
+    kind = "full"
+
+    def __init__(
+        self,
+        base: Checkpoint | BareBase,
+        policies: Mapping[str, Checkpoint | Adapter],
+        names: Sequence[str],
+        depths: Depths,
+        dtype: str = "auto",
+        device: str = "cpu",
+    ) -> None:
+        """Bind the inputs; use `plan_merge` to get a checked plan.
+
+        `names` are the tensors to write, in order. The dtype "auto" gives each tensor the widest type that it has in
+        the inputs; low-rank factors do not count.
+        """
+        super().__init__(base, policies, depths, dtype)
+        self.names = names
+        # What another process needs, beside the references, to make the same plan.
+        self.layers: str | None = None
+        self.dtype_name = dtype
+        self._device = device
+        self._sources: list[Source] = [
+            FoldedAdapter(policy, base.config) if isinstance(policy, Adapter) else policy
+            for policy in policies.values()
+        ]
+        self._floats = [name for name in names if base.tensors[name].dtype.floating]
+        self.facts = Facts(base, self._sources, self._floats)
+
+    def workspace(self) -> Workspace:
+        """Return buffers for one thread."""
+        if self._device == "cpu":
+            return Workspace(self.base, self._sources)
+        from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
+
+        return DeviceWorkspace(self.base, self._sources, self._device)
+
+    def nonfinite(self) -> NonFinite:
+        """Return a count, at zero, of the values that are not finite."""
+        return NonFinite(list(self.policies), self.base.tensors)
+
+    def outputs(self, _: MergeSpec | None = None) -> list[TensorInfo]:
+        """See `Plan.outputs`; they are the same for every spec."""
+        return [TensorInfo(name, self._output_dtype(name), self.base.tensors[name].shape) for name in self.names]
+
+    def rank(self, _: MergeSpec) -> None:
+        """See `Plan.rank`."""
+
+    def prepare(self, specs: Sequence[MergeSpec]) -> None:
+        """See `Plan.prepare`."""
+        measures: dict[str, Callable[[str], object]] = {}
+        for spec in specs:
+            needs = METHODS[spec.method].needs
+            if needs == "gram":
+                measures["gram"] = self.facts.gram
+            if needs == "thresholds":
+                density, scope = float(spec.options["density"]), str(spec.options["scope"])
+                if scope == "model" and self._floats:
+                    self.facts.thresholds(self._floats[0], density, scope)
+                measures[f"thresholds {density}"] = partial(self.facts.thresholds, density=density, scope=scope)
+            if needs == "kept" or len(spec.weights) > 2:
+                measures["digests"] = self.facts.digests
+        self.facts.prepare(measures.values())
+
+    def step(self, name: str, spec: MergeSpec, copies: bool = True) -> TensorMerge:
+        """Return what one output takes from one tensor.
+
+        Where the result equals an input's tensor exactly, that is copied, unless `copies` is False.
+        """
+        dtype = self._output_dtype(name)
+        if not self.base.tensors[name].dtype.floating:
+            return TensorMerge(dtype, copy=0)
+        row, scale = METHODS[spec.method], self.scale(name, spec)
+        weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
+        if copies:
+            if all(weight * scale == 0 for weight in weights) or not self._touched(name, weights):
+                return TensorMerge(dtype, copy=0)
+            same = row.copies(spec.options, weights)
+            if same is not None and weights[same] * scale == 1 and name in self._sources[same].tensors:
+                return TensorMerge(dtype, copy=same + 1)
+        rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.rule is consensus]
+        parameters, masks = self._parameters(name, spec, rows)
+        taken = tuple(weights[i] for i in rows)
+        return TensorMerge(dtype, None, tuple(rows), taken, scale, row.rule, row.rule is soup, parameters, masks)
+
+    def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
+        """See `Plan.auto_alpha`."""
+        self.prepare(specs)
+        unweighted = [0.0] * len(self.policies)
+        norms = self.facts.norms(
+            lambda name: [self.step(name, spec, copies=False) for spec in specs],
+            lambda name: self._order(name, unweighted),
+        )
+        if not all(0 < joined < math.inf and total < math.inf for total, joined in norms):
+            what = "the merged residual is zero or not finite, no α can be chosen"
+            raise fail(what, where="--alpha auto", remedy="give a number")
+        return [total / joined / len(self.policies) for total, joined in norms]
+
+    def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
+        """See `Plan.matched_alpha`."""
+        self.facts.prepare([self.facts.gram])
+        scaled, plain = [], []
+        for name in self._floats:
+            gram = self.facts.gram(name)
+            square = sum(a * b * gram[i][j] for i, a in enumerate(weights) for j, b in enumerate(weights))
+            scale = self.scale(name, like)
+            plain.append(square)
+            scaled.append(scale * scale * square)
+        total = math.fsum(plain)
+        return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
+
+    def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every merged tensor as torch's, in `order` or in the order of the base's files.
+
+        Raises:
+            UserError: a tensor of the inputs or of the result is not finite.
+        """
+        self.prepare([spec])
+        shapes = {info.name: info for info in self.outputs()}
+        for name in order or self.names:
+            info = shapes[name]
+            values = np.empty(info.elements, info.dtype.storage)
+            nonfinite = self.nonfinite()
+            share_out(list(blocks_of(info.elements)), partial(self._fill, name, spec, values, nonfinite))
+            nonfinite.refuse()
+            yield name, as_torch(values.reshape(info.shape), info.dtype)
+
+    def _fill(self, name: str, spec: MergeSpec, values: Any, nonfinite: NonFinite) -> Callable[[tuple[int, int]], None]:
+        workspace, step = self.workspace(), self.step(name, spec)
+
+        def work(block: tuple[int, int]) -> None:
+            start, count = block
+            workspace.load(name, start, count)
+            ((values[start : start + count], bad),) = workspace.merge([step])
+            nonfinite.look(workspace, name, [step], [bad])
+
+        return work
+
+    def write(
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
+        """See `Plan.write`."""
+        nonfinite = self.nonfinite()
+        hashes = RunningHashes(source for source in [self.base, *self._sources] if isinstance(source, TensorFiles))
+        with ExitStack() as stack:
+            infos = self.outputs()
+            writers = [stack.enter_context(CheckpointWriter(folder, infos, max_shard_size)) for folder in folders]
+            self._stream(specs, writers, hashes, nonfinite, progress)
+        hashes.remember()
+        floats = [info.dtype for info in infos if info.dtype.floating]
+        config: dict[str, Any] = {**self.base.config, "dtype": widest(floats).torch if floats else "float32"}
+        # Loaders that use the type in the config must get every bit that was written.
+        config.pop("torch_dtype", None)
+        for folder in folders:
+            copy_companions(self.base.folder, folder)
+            write_json(folder / "config.json", config)
+        return nonfinite
+
+    def _stream(
+        self,
+        specs: Sequence[MergeSpec],
+        writers: Sequence[CheckpointWriter],
+        hashes: RunningHashes,
+        nonfinite: NonFinite,
+        progress: Progress,
+    ) -> None:
+        """Pass every block through all specs: threads take turns to read and hash, and merge side by side."""
+        order, tensors = writers[0].order, self.base.tensors
+        steps = {name: [self.step(name, spec) for spec in specs] for name in order}
+        progress.expect(total_bytes(tensors[name] for name in order))
+        progress.start("merging blocks", counted=True)
+        queue = list(all_blocks(order, tensors))
+        relay = Relay(queue)
+
+        def worker() -> Callable[[object], None]:
+            workspace = self.workspace()
+
+            def work(_: object) -> None:
+                name, start, count = relay.take(
+                    lambda block: workspace.load(*block), lambda: hashes.take(workspace.stored())
+                )
+                merged = workspace.merge(steps[name])
+                for writer, (values, _) in zip(writers, merged, strict=True):
+                    writer.write(name, start, values)
+                nonfinite.look(workspace, name, steps[name], [bad for _, bad in merged])
+                progress.advance(count * tensors[name].dtype.itemsize)
+
+            return work
+
+        # The items only count the blocks: each thread takes its next block from the relay.
+        share_out(queue, worker)
+
+    def _touched(self, name: str, weights: Sequence[float]) -> bool:
+        """Say whether a policy with a weight may differ from the base: adapters leave most tensors alone."""
+        taken = (source for source, weight in zip(self._sources, weights, strict=False) if weight)
+        return any(isinstance(source, TensorFiles) or source.touches(name) for source in taken)
+
+    def _order(self, name: str, weights: Sequence[float]) -> list[int]:
+        """Return the order in which policies are summed: by content, so that permuting them changes nothing."""
+        rows = range(len(weights))
+        if len(weights) <= 2:
+            return list(rows)
+        digests = self.facts.digests(name)
+        return sorted(rows, key=lambda i: (digests[i], weights[i]))
+
+    def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], Masks | None]:
+        """Return what a method's rule is called with beside residuals and weights."""
+        row, options = METHODS[spec.method], spec.options
+        taken = {key: value for key, value in options.items() if key not in ("scope", "seed")}
+        if row.needs == "thresholds":
+            density = float(taken.pop("density"))
+            thresholds = self.facts.thresholds(name, density, str(options["scope"]))
+            return {**taken, "thresholds": [thresholds[i] for i in rows]}, None
+        if row.needs != "kept":
+            return taken, None
+        digests, seed, density = self.facts.digests(name), int(options["seed"]), float(options["density"])
+
+        def masks(start: int, count: int) -> list[Any]:
+            return [random_mask(seed, name, digests[i], density, start, count) for i in rows]
+
+        return taken, masks
+
+    def _output_dtype(self, name: str) -> DType:
+        dtype = self.base.tensors[name].dtype
+        if not dtype.floating:
+            return dtype
+        stored = [source.tensors[name].dtype for source in self._sources if name in source.tensors]
+        return self._dtype or widest([dtype, *stored])

@@ -1,0 +1,181 @@
+"""From folders and Hub ids to a plan: inputs opened, sorted into whole models and adapters, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
+from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_blocks
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
+from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.merge_rules import soup
+from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.model_checks import Fitting, check, some
+from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.merger.plan import DTYPES, Plan, check_device, choose
+
+KINDS = ("auto", "full", "adapter")
+
+
+def plan_as(
+    kind: str,
+    base: str,
+    policies: Mapping[str, str],
+    method: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layers: str | None = None,
+) -> Plan:
+    """Return the plan of a merge into whole models, or into adapters.
+
+    Args:
+        kind: "full", "adapter", or "auto": an adapter if all policies are adapters, else a whole model.
+        base: folder or Hub id of the SFT model.
+        policies: folder or Hub id of each policy, by name, in the order of the weights.
+        method: a key of `METHODS`.
+        dtype: one of `DTYPES`.
+        device: where the arithmetic of whole models runs: "cpu", "cuda" or "cuda:1".
+        layers: the block list's pattern, for layouts that are not known.
+
+    Raises:
+        UserError: with every fault of the inputs, or because a method that is not linear cannot give an adapter.
+    """
+    choose("--as", kind, KINDS)
+    if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
+        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers)
+    linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
+    if method not in linear:
+        raise fail(
+            f"the method {method} gives no adapter: its residual is no sum of the policies'",
+            where="--as",
+            expected=f"with adapters as policies one of {', '.join(linear)}",
+            remedy="pass --as full to fold the adapters into the base and merge whole models",
+        )
+    check_device(device)
+    return plan_adapters(base, policies, dtype=dtype, layers=layers)
+
+
+def plan_merge(
+    base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
+) -> ModelPlan:
+    """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`.
+
+    Raises:
+        UserError: with every fault of the inputs.
+    """
+    choose("--dtype", dtype, DTYPES)
+    check_device(device)
+    problems: list[Problem] = []
+    with _collected(problems):
+        origin = open_checkpoint(base, "base")
+    opened = _open_policies(policies, problems)
+    if problems:
+        raise UserError(problems)
+    fitting = _check_fit(origin, base, opened)
+    depths = find_depths(fitting.names, origin.config, layers)
+    plan = ModelPlan(origin, opened, fitting.names, depths, dtype, device)
+    plan.notes += fitting.notes
+    # A second block list may be among the tensors outside every known one.
+    if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
+        plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
+    plan.reference, plan.references, plan.layers = base, dict(policies), layers
+    return plan
+
+
+def plan_adapters(
+    base: str, policies: Mapping[str, str], *, dtype: str = "auto", layers: str | None = None
+) -> AdapterPlan:
+    """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
+
+    Of the base the config is enough, unless policies save tensors whole.
+
+    Raises:
+        UserError: with every fault of the inputs.
+    """
+    choose("--dtype", dtype, DTYPES)
+    problems: list[Problem] = []
+    whole, adapters = _told_apart(_open_policies(policies, problems))
+    what = "a whole model, whose difference from the base no adapter holds"
+    problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy="pass --as full") for name in whole]
+    with _collected(problems):
+        origin = _open_base(base, any(adapter.saved for adapter in adapters.values()))
+        problems += check_adapters(origin, base, adapters, folded=False)
+    if problems:
+        raise UserError(problems)
+    names = dict.fromkeys(module.tensor for adapter in adapters.values() for module in adapter.modules.values())
+    names |= dict.fromkeys(name for adapter in adapters.values() for name in adapter.saved)
+    known = [*origin.tensors, *(name for name in names if name not in origin.tensors)]
+    known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
+    plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers), dtype)
+    plan.notes += notes_on(origin, adapters)
+    plan.reference, plan.references = base, dict(policies)
+    return plan
+
+
+def _open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[str, Checkpoint | Adapter]:
+    """Open policies, whole models or adapters; add the faults of any of them to `problems`."""
+    opened: dict[str, Checkpoint | Adapter] = {}
+    for name, reference in policies.items():
+        with _collected(problems):
+            folder, title = resolve_folder(reference), f"policy `{name}`"
+            opened[name] = Adapter(folder, title) if is_adapter(folder) else Checkpoint(folder, title)
+    return opened
+
+
+def _told_apart(policies: Mapping[str, Checkpoint | Adapter]) -> tuple[dict[str, Checkpoint], dict[str, Adapter]]:
+    """Return the whole models and the adapters among the policies."""
+    whole = {name: policy for name, policy in policies.items() if isinstance(policy, Checkpoint)}
+    return whole, {name: policy for name, policy in policies.items() if isinstance(policy, Adapter)}
+
+
+def _open_base(reference: str, weights: bool) -> Checkpoint | BareBase:
+    """Open the base of adapters.
+
+    Args:
+        reference: folder or Hub id.
+        weights: fetch its weights too, if it is a Hub id; a folder's are used where they are.
+    """
+    folder = resolve_folder(reference, weights)
+    # An index of shards may have been downloaded from the Hub without the shards.
+    fetched = weights or Path(reference).is_dir()
+    return bare_base(folder, fetched) or Checkpoint(folder, "base")
+
+
+def _check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoint | Adapter]) -> Fitting:
+    """Refuse policies that cannot be merged into whole models; return the tensors that are merged.
+
+    Raises:
+        UserError: with every fault of the inputs.
+    """
+    whole, adapters = _told_apart(policies)
+    problems: list[Problem] = []
+    with _collected(problems):
+        fitting = check(base, whole)
+    problems += check_adapters(base, reference, adapters, folded=True)
+    if problems:
+        raise UserError(problems)
+    # A second copy of tied embeddings is not merged, so an adapter's change to it would be lost.
+    merged, what = set(fitting.names), "the adapter changes a tensor that is not merged by itself"
+    problems = [
+        Problem(what, f"policy `{name}`: {tensor}", remedy=KEEP_APART)
+        for name, adapter in adapters.items()
+        for tensor in changed_tensors(adapter)
+        if tensor in base.tensors and tensor not in merged
+    ]
+    if problems:
+        raise UserError(problems)
+    return Fitting(fitting.names, [*fitting.notes, *notes_on(base, adapters)])
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    """Add the problems of a `UserError` to a list instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems

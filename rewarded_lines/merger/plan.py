@@ -1,0 +1,173 @@
+"""What a plan is: checked inputs that can be merged, whether whole models or adapters come out."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
+from rewarded_lines.checkpoints.dtypes import FLOATS
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint
+from rewarded_lines.checkpoints.tensor_depth import Depths
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.merger.lines_schedule import Outside, lines_scale, tensor_scale
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.progress import SILENT, Progress
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
+# What a merge copies from an input's folder beside weights and config; other files stay there.
+_COMPANIONS = (
+    *("generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"),
+)
+
+
+class Plan(ABC):
+    """A base and policies that have passed the pre-flight, ready to be merged with any `MergeSpec`.
+
+    Attributes:
+        kind: what it writes, as `merge.json` records it: "full" models or an "adapter".
+        reads_base: whether the base's weights decide the output.
+        base: the SFT model.
+        policies: by name, in the order of the weights.
+        depths: where every tensor lies.
+        notes: for the user, on the inputs.
+        reference: how the user named the base: folder or Hub id.
+        references: how the user named each policy.
+    """
+
+    kind: ClassVar[str]
+    reads_base: bool = True
+
+    def __init__(
+        self, base: Checkpoint | BareBase, policies: Mapping[str, Checkpoint | Adapter], depths: Depths, dtype: str
+    ) -> None:
+        """Bind the inputs; `dtype` is one of `DTYPES`."""
+        self.base = base
+        self.policies = policies
+        self.depths = depths
+        self.notes: list[str] = []
+        self.reference, self.references = "", dict[str, str]()
+        self._dtype = FLOATS.get(dtype)
+
+    @abstractmethod
+    def outputs(self, spec: MergeSpec) -> list[TensorInfo]:
+        """Return name, type and shape of every tensor of an output, in order."""
+
+    @abstractmethod
+    def rank(self, spec: MergeSpec) -> int | None:
+        """Return the largest rank of an output's matrices if it is an adapter, None if it is a whole model."""
+
+    @abstractmethod
+    def prepare(self, specs: Sequence[MergeSpec]) -> None:
+        """Measure all that the outputs' methods must know of whole tensors, several tensors at a time."""
+
+    @abstractmethod
+    def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
+        """Return (‖Σ τ_i‖₁/‖τ_merged‖₁)/N for each spec, the heuristic α of LiNeS' authors for merging tasks.
+
+        τ_merged is the method's residual before the schedule, N the number of policies.
+
+        Raises:
+            UserError: a merged residual is zero or not finite.
+
+        Source: LiNeS, arXiv 2410.17146, section 4.2.
+        """
+
+    @abstractmethod
+    def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
+        """Return γ, the one factor that gives Σ λ_i·τ_i the norm that the schedule of `like` gives it.
+
+        γ² = Σ_t s_t²·‖r_t‖² / Σ_t ‖r_t‖² over the tensors t, r_t = Σ λ_i·τ_i,t and s_t the tensor's LiNeS scale; the
+        norms are Euclidean. A residual of zero gets 1.
+        """
+
+    @abstractmethod
+    def write(
+        self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
+    ) -> NonFinite:
+        """Write all that is loaded from each output: weights, settings, tokenizer. Inputs are read once for all.
+
+        Args:
+            specs: the numbers of each output.
+            folders: where each output goes; they must exist.
+            max_shard_size: bytes of the largest weight file; an adapter has only one file.
+            progress: hears how many bytes were read.
+
+        Returns:
+            The values of inputs and outputs that are not finite, for the caller to refuse.
+        """
+
+    def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
+        """Return the LiNeS factor of every block, first to last, for each list of blocks."""
+        return {
+            stack: [lines_scale(block, blocks, spec.alpha, spec.beta) for block in range(blocks)]
+            for stack, blocks in self.depths.stacks.items()
+        }
+
+    def scale(self, name: str, spec: MergeSpec) -> float:
+        """Return the LiNeS factor of one tensor."""
+        return tensor_scale(self.depths.place[name], spec.alpha, spec.beta, spec.outside, name)
+
+    def input_files(self) -> tuple[list[Path], dict[str, list[Path]]]:
+        """Return every file that decides an output: of the base, and of each policy by name."""
+        folder = self.base.folder
+        base = [*_model_files(self.base), *companions(folder)] if self.reads_base else [folder / "config.json"]
+        return base, {name: _model_files(policy) for name, policy in self.policies.items()}
+
+
+def _model_files(source: Checkpoint | BareBase | Adapter) -> list[Path]:
+    """Return weights, settings and index of a model or adapter."""
+    names = (ADAPTER_CONFIG,) if isinstance(source, Adapter) else ("config.json", INDEX_FILE)
+    beside = [source.folder / name for name in names]
+    return list(dict.fromkeys([*source.files, *(path for path in beside if path.is_file())]))
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files beside weights and config that a merge copies: tokenizer, chat template and the like."""
+    return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what `companions` returns to an output's folder."""
+    for path in companions(source):
+        shutil.copyfile(path, folder / path.name)
+
+
+def choose(option: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not one of the known ones.
+
+    Raises:
+        UserError: naming them, and the nearest.
+    """
+    if value not in known:
+        remedy = did_you_mean(value, known)
+        raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known), remedy=remedy)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is none, or that torch cannot use.
+
+    Raises:
+        UserError: likewise.
+    """
+    # The processor needs no torch, which takes longer to load than a small merge.
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise fail("not a device", where="--device", expected="cpu, cuda or cuda:1", got=device) from error
+    if kind.type not in ("cpu", "cuda"):
+        raise fail("not a device for merges", where="--device", expected="cpu, cuda or cuda:1", got=device)
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise fail("no GPU that torch can use", where="--device", got=device, remedy="use --device cpu")

@@ -1,0 +1,1 @@
+"""Pareto fronts: hypervolume, bootstrap, choice, the next point. Numbers in, numbers out."""

@@ -1,1 +1,0 @@
-"""What `report` writes and what `inspect` prints: tables and figures put together."""

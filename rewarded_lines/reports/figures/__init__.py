@@ -1,0 +1,1 @@
+"""Figures of fronts, simplices, depth and training. They need matplotlib."""

@@ -1,0 +1,196 @@
+"""Figures over depth: LiNeS scales and residual norms by block, of a checkpoint or of a run. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.folders import write_bytes
+from rewarded_lines.merger.inspect import Inspection, Level
+from rewarded_lines.merger.lines_schedule import lines_scale
+from rewarded_lines.reports.figures.figure_style import (
+    FORMATS,
+    WIDE,
+    blank_figure,
+    figure_bytes,
+    house_style,
+    legend_above,
+    looks,
+    settled,
+)
+from rewarded_lines.reports.figures.label_placement import shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rewarded_lines.reports.summary import Summary
+
+# Blue before orange: most models have one list of blocks, and blue is the darker of the two in grey.
+_ORDER = (1, 0, 2, 3, 4, 5)
+_LINE: dict[str, Any] = dict(linewidth=1.5, markersize=5, markeredgecolor="auto", markeredgewidth=1.0)
+# Before the schedule lines are hollow and dashed, so that the two differ in grey too.
+_BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", linewidth=1.2)
+# The most markers on a line, and the most characters of a folder's name.
+_MARKED, _LONGEST = 16, 18
+# The first looks are those of the methods; policies have others.
+_SKIPPED = 4
+Schedule = tuple[float, float, float, bool]
+"""A schedule of a method: its least α, its greatest α, β, and whether β is 1 − α instead."""
+
+
+def check_figure_file(file: str | Path) -> str:
+    """Return the format of a figure's file, before any work is done for it.
+
+    Raises:
+        UserError: its name has no known ending, its folder does not exist, or matplotlib is not installed.
+    """
+    path = Path(file)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise fail(
+            "no format of a figure",
+            where=str(file),
+            expected="a file name ending on .png, .svg or .pdf",
+            got=path.suffix or "no ending",
+            remedy=did_you_mean(kind, FORMATS),
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "its folder is not there"
+        raise fail(what, where=str(file), expected="a file in a folder that exists")
+    with house_style():
+        return kind
+
+
+def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
+    """Draw a checkpoint by depth into a .png, .svg or .pdf file; an existing file is replaced whole.
+
+    Raises:
+        UserError: see `check_figure_file`.
+    """
+    path, kind = Path(file), check_figure_file(file)
+    with house_style():
+        write_bytes(path, figure_bytes(depth_figure(inspection), kind))
+
+
+def depth_figure(inspection: Inspection) -> Figure:
+    """Draw the LiNeS scale over depth and, where there is a base, each block's residual norm before and after scaling.
+
+    There is a line for each list of blocks. Tensors outside the blocks have no depth and are not drawn.
+    """
+    panels = 1 if inspection.base is None else 2
+    figure = blank_figure(3.5 * panels, 3.0)
+    figure.set_layout_engine("constrained", w_pad=0.08)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    styles = _styles(inspection)
+    for stack, look in styles.items():
+        blocks, levels = _blocks(inspection, stack)
+        axes[0].plot(blocks, [level.scale for level in levels], **look)
+        if panels == 2:
+            axes[1].plot(blocks, _norms(levels), **(look | _BEFORE))
+            axes[1].plot(blocks, _norms(levels, scaled=True), **look)
+    schedule = f"LiNeS, α = {inspection.alpha:g}, β = {inspection.beta:g}".replace("-", "\N{MINUS SIGN}")
+    names = [shorten(Path(str(path)).name, _LONGEST) for path in (inspection.checkpoint, inspection.base)]
+    for one, title in zip(axes, [schedule, f"residual τ of {names[0]} over {names[1]}"], strict=False):
+        one.set_title(title, loc="left")
+    _finish(axes)
+    # Above the panels: which list has which look, and how lines before and after scaling differ.
+    several = len(styles) > 1
+    if several:
+        legend_above(figure, styles.items(), columns=1)
+    if panels == 2:
+        look = _LINE | dict(color="0.35", marker="o") if several else next(iter(styles.values()))
+        kinds = {"‖τ‖, before scaling": look | _BEFORE, "‖s·τ‖, scaled": look}
+        legend_above(figure, kinds.items(), columns=1 if several else 2, side="right")
+    return figure
+
+
+def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) -> Figure:
+    """Draw the scale of every method by block, and the norm of every policy's residual by block.
+
+    Methods of one schedule share a line; it has a band where α differs between points. Tensors outside the blocks have
+    no depth and are not drawn. The inspections are of every policy against the SFT model.
+    """
+    figure = blank_figure(WIDE, 3.6)
+    scales, norms = figure.subplots(1, 2)
+    _draw_scales(scales, summary, max(next(iter(inspections.values())).stacks.values()))
+    _draw_norms(norms, inspections)
+    _finish([scales, norms])
+    for axes in (scales, norms):
+        # Above, where it covers no line.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, borderaxespad=0.2)
+    return settled(figure)
+
+
+def schedules(summary: Summary) -> dict[Schedule, list[str]]:
+    """Return the methods of every LiNeS schedule; models that are not merged have none."""
+    found: dict[Schedule, list[str]] = {}
+    for name, points in summary.merged_methods().items():
+        if not any(point.checkpoint for point in points):
+            alphas = [point.merge.alpha for point in points]
+            schedule = (min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points))
+            found.setdefault(schedule, []).append(name)
+    return found
+
+
+def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:
+    depth = range(blocks)
+    found = schedules(summary)
+    for ((low, high, beta, edit), names), look in zip(found.items(), looks(len(found)), strict=True):
+        ends = [(alpha, 1 - alpha if edit else beta) for alpha in (low, high)]
+        least, most = ([lines_scale(block, blocks, *end) for block in depth] for end in ends)
+        alpha = f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"
+        schedule = f"α = {alpha}, β = {'1 - α' if edit else f'{beta:g}'}".replace("-", "\N{MINUS SIGN}")
+        middle = [(one + other) / 2 for one, other in zip(least, most, strict=True)]
+        label = f"{shorten(', '.join(names), 36)}: {schedule}"
+        axes.fill_between(depth, least, most, color=look.colour, alpha=0.25, linewidth=0)
+        axes.plot(depth, middle, label=label, **look.keywords(markevery=_every(depth)))
+
+
+def _draw_norms(axes: Axes, inspections: Mapping[str, Inspection]) -> None:
+    lines = [(policy, one, stack) for policy, one in inspections.items() for stack in one.stacks]
+    for (policy, one, stack), look in zip(lines, looks(_SKIPPED + len(lines))[_SKIPPED:], strict=True):
+        blocks, levels = _blocks(one, stack)
+        label = f"residual τ of {shorten(policy, 24)}" + (f", {stack}" if len(one.stacks) > 1 else "")
+        axes.plot(blocks, _norms(levels), label=label, **look.keywords(markevery=_every(blocks)))
+
+
+def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
+    """Return the keywords of every list's line."""
+    palette = looks(len(_ORDER))
+    return {
+        stack: palette[index].keywords(markevery=_every(_blocks(inspection, stack)[0]), **_LINE)
+        for stack, index in zip(inspection.stacks, cycle(_ORDER), strict=False)
+    }
+
+
+def _every(blocks: Sequence[int]) -> int:
+    """Return which blocks of a line have a marker: every one, or every second, third and so on."""
+    return -(-len(blocks) // _MARKED)
+
+
+def _blocks(inspection: Inspection, stack: str) -> tuple[list[int], list[Level]]:
+    """Return the blocks of a list, counted from 0, and their levels."""
+    found = {one.block: one for one in inspection.levels if one.stack == stack and one.block is not None}
+    return list(found), list(found.values())
+
+
+def _norms(levels: Sequence[Level], scaled: bool = False) -> list[float]:
+    residuals = [level.residual for level in levels]
+    return [0.0 if one is None else one.scaled_norm if scaled else one.norm for one in residuals]
+
+
+def _finish(panels: Sequence[Axes]) -> None:
+    """Give the panels their grid, labels and axes: whole blocks below, heights from zero."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axes, label in zip(panels, ("scale s of the residual [×]", "L2 norm [units of the weights]"), strict=False):
+        axes.grid(True)
+        axes.set(xlabel="block [index from 0]", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        low, high = axes.get_ylim()
+        # From zero, so that heights can be compared; a little room above, where a constant would touch the frame.
+        axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)

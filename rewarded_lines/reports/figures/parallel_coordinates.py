@@ -1,0 +1,92 @@
+"""Parallel coordinates for four rewards or more, a panel for each method. Needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rewarded_lines.pareto.hypervolume import nondominated
+from rewarded_lines.reports.figures.figure_style import WIDE, blank_figure, columns_of, legend_above, looks, settled
+from rewarded_lines.reports.figures.label_placement import shorten
+from rewarded_lines.reports.figures.plane_figure import FEW, measure
+from rewarded_lines.reports.summary import PointSummary, Summary
+from rewarded_lines.reports.texts import method_labels, with_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The most characters of a name below an axis.
+_LONGEST = 10
+# Up to this many rewards fit three panels beside each other, and from that many on a panel needs the whole width.
+_FEW_REWARDS, _MANY = 4, 7
+_PALE = "0.82"
+
+
+def parallel_figure(summary: Summary) -> Figure:
+    """Draw every point as a line over the rewards, each axis from the lowest mean of any point to the highest.
+
+    A point that no other point of its method beats on all rewards has the colour of the policy of its greatest weight.
+    """
+    methods, labels = summary.merged_methods(), method_labels(summary)
+    narrow = len(summary.objectives) <= _FEW_REWARDS and len(methods) > FEW
+    rows, columns = columns_of(len(methods), 3 if narrow else 2 if len(summary.objectives) < _MANY else 1)
+    figure = blank_figure(WIDE, (2.2 if narrow else 2.7) * rows + 0.6)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, points) in zip(panels.flat, methods.items(), strict=False):
+        _draw_method(axes, points, summary)
+        axes.set_title(shorten(labels[name], 36), loc="left")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("mean, higher is better →")
+    for axes in panels.flat[len(methods) :]:
+        axes.remove()
+    _draw_legend(figure, summary)
+    return settled(figure)
+
+
+def _draw_method(axes: Axes, points: list[PointSummary], summary: Summary) -> None:
+    every, values = _values(summary.points, summary), _values(points, summary)
+    low, high = every.min(axis=0), every.max(axis=0)
+    high = np.where(high > low, high, low + 1.0)
+    colours = [look.colour for look in looks(len(summary.policies) + 1)]
+    for point, line, shown in zip(points, (values - low) / (high - low), nondominated(values), strict=True):
+        leader = int(np.argmax(point.weights)) if point.weights else len(summary.policies)
+        colour, order = (colours[leader], 3) if shown else (_PALE, 2)
+        axes.plot(line, color=colour, linewidth=0.9, marker="", linestyle="-", zorder=order, alpha=0.85)
+    sft = (_values([summary.sft], summary)[0] - low) / (high - low)
+    axes.plot(sft, color="black", linestyle="--", linewidth=1.2, marker="*", markersize=7, zorder=4)
+    _draw_axes(axes, summary, low, high)
+
+
+def _draw_axes(axes: Axes, summary: Summary, low: np.ndarray, high: np.ndarray) -> None:
+    """Draw an upright axis for each reward, its lowest and its highest mean at its ends."""
+    for place, (least, most) in enumerate(zip(low, high, strict=True)):
+        axes.plot([place, place], [0, 1], color="0.4", linewidth=0.7, linestyle="-", marker="", zorder=1)
+        for height, value, side in ((-0.04, least, "top"), (1.04, most, "bottom")):
+            text = f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+            axes.text(place, height, text, ha="center", va=side, size="small")
+    names = [
+        "\n[".join(with_unit(shorten(name, _LONGEST), shorten(unit, _LONGEST)).rsplit(" [", 1))
+        for name, unit in summary.objectives.items()
+    ]
+    axes.set_xticks(range(len(names)), names, size="small")
+    axes.tick_params(axis="x", length=0, pad=2)
+    axes.set(ylim=(-0.16, 1.16), xlim=(-0.35, len(names) - 0.65), yticks=[])
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+def _draw_legend(figure: Figure, summary: Summary) -> None:
+    colours = [look.colour for look in looks(len(summary.policies) + 1)]
+    names = [f"most weight on {shorten(name, 16)}" for name in summary.policies]
+    if any(not point.weights for points in summary.merged_methods().values() for point in points):
+        names.append("not merged")
+    kinds = [*zip(names, colours, strict=False), ("dominated within its method", _PALE)]
+    lines = [(text, dict(color=colour, linewidth=1.5, marker="")) for text, colour in kinds]
+    sft = dict(color="black", linestyle="--", linewidth=1.2, marker="*")
+    legend_above(figure, [*lines, ("SFT", sft)], columns=3)
+
+
+def _values(points: list[PointSummary], summary: Summary) -> np.ndarray:
+    """Return the mean scores of points, [points, rewards]."""
+    return np.array([[measure(point, name).value for name in summary.objectives] for point in points])

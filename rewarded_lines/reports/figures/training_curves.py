@@ -1,0 +1,144 @@
+"""Training curves: the logs that recipes leave beside their policies, and the figure of them.
+
+The figure needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewarded_lines.evaluator.records import Run
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
+from rewarded_lines.references import located
+from rewarded_lines.reports.figures.figure_style import (
+    PLANE,
+    WIDE,
+    blank_figure,
+    columns_of,
+    legend_above,
+    looks,
+    settled,
+)
+from rewarded_lines.reports.figures.label_placement import shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The most markers on a line.
+_MARKED = 12
+# The label of each measure's axis, and its names in trainers' logs. PPO logs the KL of whole responses, RLOO that of
+# single tokens, so they are two measures.
+_PANELS = {
+    "reward in training\n[{unit}], higher is better →": ("objective/scores", "reward"),
+    "KL to SFT\n[nats per response], lower is closer": ("objective/kl",),
+    "KL to SFT\n[nats per token], lower is closer": ("kl",),
+    "margin of chosen over rejected\n[nats × β], higher is better →": ("rewards/margins",),
+    "pairs in the right order [share]\nhigher is better →": ("rewards/accuracies",),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a recipe logged of one policy.
+
+    Attributes:
+        policy: its name.
+        run: the run that it belongs to, counted from 0.
+        steps: of the optimizer, one for each line of the log.
+        values: by the trainer's own name, one for each line; NaN where a line has none.
+        standardized: whether rewards were in units of their standard deviation over the SFT model's responses.
+    """
+
+    policy: str
+    run: int
+    steps: list[int]
+    values: Mapping[str, list[float]]
+    standardized: bool
+
+    def measured(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
+        """Return steps and values of the first of `names` that was logged, lines without a finite value left out."""
+        values = next((self.values[name] for name in names if name in self.values), [])
+        kept = [(step, value) for step, value in zip(self.steps, values, strict=False) if math.isfinite(value)]
+        return [step for step, _ in kept], [value for _, value in kept]
+
+
+def read_trainings(runs: Sequence[Run]) -> list[Training]:
+    """Return the logs beside the policies that runs of one project name; a missing or damaged log is left out."""
+    found = []
+    for index, run in enumerate(runs):
+        for name, policy in run.header.get("policies", {}).items():
+            folder = Path(located(str(policy.get("path", "")), run.folder)) if isinstance(policy, Mapping) else None
+            lines = _lines(folder / METRICS_FILE) if folder else []
+            if folder and lines:
+                found.append(_training(name, index, lines, _standardized(folder / TRAINING_FILE)))
+    return found
+
+
+def training_figure(trainings: Sequence[Training]) -> Figure | None:
+    """Draw what was logged in the training of each policy: reward and KL of PPO and RLOO, margin and accuracy of DPO.
+
+    Policies of further training seeds have the colour of the first, their lines thinner. "SD on SFT": rewards in units
+    of their standard deviation over the SFT model's responses.
+
+    Returns:
+        The figure, or None where none of these measures was logged.
+    """
+    panels = {label: names for label, names in _PANELS.items() if any(one.measured(names)[0] for one in trainings)}
+    if not panels:
+        return None
+    policies = list(dict.fromkeys(one.policy for one in trainings))
+    styles = {name: look.keywords() for name, look in zip(policies, looks(len(policies)), strict=True)}
+    rows, columns = columns_of(len(panels), 2 if len(panels) == 4 else 3)
+    figure = blank_figure(PLANE if columns == 1 else WIDE, 2.9 * rows + 0.5)
+    units = sorted({"SD on SFT" if one.standardized else "own unit" for one in trainings})
+    for index, (label, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_lines(axes, trainings, names, styles)
+        axes.set_ylabel(label.format(unit=" or ".join(units)))
+    lines = [(shorten(name, 24), style) for name, style in styles.items()]
+    if any(one.run for one in trainings):
+        lines.append(("other training seeds", dict(color="0.4", linewidth=0.6, marker="")))
+    legend_above(figure, lines, columns=4)
+    return settled(figure)
+
+
+def _draw_lines(
+    axes: Axes, trainings: Sequence[Training], names: Sequence[str], styles: Mapping[str, dict[str, Any]]
+) -> None:
+    axes.grid(True)
+    for one in trainings:
+        steps, values = one.measured(names)
+        if steps:
+            thin = dict(linewidth=0.6, marker="", alpha=0.7) if one.run else {}
+            every = max(1, len(steps) // _MARKED)
+            axes.plot(steps, values, label=one.policy, markevery=every, **(styles[one.policy] | thin))
+    axes.set_xlabel("training step")
+    axes.margins(0.05)
+
+
+def _training(policy: str, run: int, lines: Sequence[Mapping[str, Any]], standardized: bool) -> Training:
+    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float))
+    values = {name: [float(line.get(name, math.nan)) for line in lines] for name in names if name != "step"}
+    return Training(policy, run, [int(line["step"]) for line in lines], values, standardized)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log that have a step and a measure; none of a file that is no such log."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if isinstance(line.get("step"), int) and len(line) > 1]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _standardized(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("standardized"))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,172 @@
+"""An inspection as a person or a program reads it: lines and tables for the terminal, plain data for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rewarded_lines.checkpoints.dtypes import FLOATS
+from rewarded_lines.errors import printable
+from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Origin, Residual, Sum
+
+Row = tuple[str, ...]
+
+_LEVELS: Row = ("block", "tensors", "parameters", "type", "s")
+_TENSORS: Row = ("block", "tensor", "shape", "type", "s")
+_RESIDUAL: Row = ("‖τ‖", "‖τ‖/‖θ‖", "changed", "‖s·τ‖")
+_LEFT = ("block", "tensor")
+_SIDES = {"before": "before", "after": "after", "unknown": "other"}
+_WHERE = {"before": "before the blocks", "after": "after the blocks", "unknown": "other, place not known"}
+_NAMED = 3
+
+
+def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
+    """Return an inspection for JSON: null for values that are not finite, single tensors only if asked for."""
+    return {key: _plain(value) for key, value in vars(found).items() if tensors or key != "tensors"}
+
+
+def on_terminal(found: Inspection, tensors: bool, width: int = 80) -> Iterator[RenderableType]:
+    """Yield what the terminal shows: a heading, a table for each list of blocks, notes.
+
+    Args:
+        found: the inspection.
+        tensors: a row for each tensor, not for each block.
+        width: of the terminal; names of tensors are folded to fit it.
+    """
+    yield Text("\n".join(_heading(found)) + "\n")
+    if tensors:
+        headings = _TENSORS + (_RESIDUAL[:1] if found.base is not None else ())
+        rows = {name: [_tensor_row(one) for one in found.tensors if one.stack == name] for name in found.stacks}
+    else:
+        headings = _LEVELS + (_RESIDUAL if found.base is not None else ())
+        rows = {name: [_level_row(one) for one in found.levels if one.stack == name] for name in found.stacks}
+        rows[""] = [("total", *_sum_cells(found.total, ""))]
+    titles = {name: printable(f"{name}: {_count(blocks, 'block')}") for name, blocks in found.stacks.items()}
+    # Without a base there are no cells for the residual's columns.
+    parts = {titles.get(name, ""): [row[: len(headings)] for row in part] for name, part in rows.items()}
+    yield from _tables(headings, parts, width)
+    yield Text("\n" + "\n".join(_notes(found)), style="dim")
+
+
+def _tables(headings: Row, parts: Mapping[str, Sequence[Row]], width: int) -> Iterator[RenderableType]:
+    """Yield tables that share one row of headings and its widths; a part without a title follows a rule."""
+    everything = [headings, *(row for rows in parts.values() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
+    # One column gives way where the terminal is narrow: long names and several types are folded.
+    folded, least = (headings.index("tensor"), 16) if "tensor" in headings else (headings.index("type"), 4)
+    left = width - sum(widths) + widths[folded] - len(widths) + 1
+    widths[folded] = max(least, min(widths[folded], left))
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    for index, (title, rows) in enumerate(parts.items()):
+        table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_header=index == 0)
+        for heading, wide in zip(headings, widths, strict=True):
+            justify: JustifyMethod = "left" if heading in _LEFT else "right"
+            table.add_column(Text(heading), justify=justify, width=wide, overflow="fold")
+        for row in rows:
+            # Text, not str: a name may look like rich's markup.
+            table.add_row(*map(Text, row))
+        length = sum(widths) + gap * (len(widths) - 1)
+        yield Text(("\n" if index else "") + title, style="bold") if title else Text("─" * length, style="dim")
+        yield table
+
+
+def _heading(found: Inspection) -> Iterator[str]:
+    total = found.total
+    size = f"{_count(total.tensors, 'tensor')}, {total.parameters:,} parameters, {total.bytes / 1e6:,.1f} MB"
+    yield printable(f"{found.checkpoint}: {size}")
+    if found.origin:
+        made = found.origin.merge
+        method = ", ".join([made.method, *(f"{name} {value}" for name, value in made.options.items())])
+        named = zip(found.origin.policies, made.weights, strict=True)
+        weights = ", ".join(f"λ {weight:g} {name}" for name, weight in named)
+        yield printable(f"merged by {method}: {weights}; α = {made.alpha:g}, β = {made.beta:g}")
+
+
+def _notes(found: Inspection) -> Iterator[str]:
+    for side, where in _WHERE.items():
+        modules = [name for level in found.levels if level.side == side for name in level.modules]
+        if modules:
+            rest = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+            yield printable(f"{where}: {', '.join(modules[:_NAMED])}{rest}")
+    outside = "" if found.outside == "alpha" else "; outside the blocks that of the block beside"
+    yield f"s: LiNeS scale, α = {found.alpha:g}, β = {found.beta:g}{outside}"
+    if found.base is not None:
+        yield printable(f"τ: residual, what {found.checkpoint} adds to {found.base}; ‖·‖: L2 norm; θ: the base")
+        yield "changed: share of values that differ from the base's"
+    yield from map(printable, found.notes)
+
+
+def _level_row(level: Level) -> Row:
+    return (_place(level), *_sum_cells(level, _number(level.scale)))
+
+
+def _sum_cells(whole: Sum, scale: str) -> Row:
+    types = " ".join(map(_type, whole.dtypes))
+    return (f"{whole.tensors:,}", f"{whole.parameters:,}", types, scale, *_residual_cells(whole.residual))
+
+
+def _tensor_row(tensor: InspectedTensor) -> Row:
+    shape = "×".join(map(str, tensor.shape)) or "scalar"
+    name, scale = printable(tensor.name), _number(tensor.scale)
+    return (_place(tensor), name, shape, _type(tensor.dtype), scale, *_residual_cells(tensor.residual))
+
+
+def _residual_cells(residual: Residual | None) -> Row:
+    if residual is None:
+        return ("",) * len(_RESIDUAL)
+    norms = (_norm(residual.norm), _percent(residual.relative, "#.3g"))
+    return (*norms, _share(residual.changed, residual.values), _norm(residual.scaled_norm))
+
+
+def _place(one: InspectedTensor | Level) -> str:
+    return _SIDES[one.side] if one.block is None else str(one.block)
+
+
+def _type(name: str) -> str:
+    """Return a type as safetensors' own files write it: F32, BF16."""
+    return FLOATS[name].name if name in FLOATS else name
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _norm(value: float) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _percent(share: float, form: str) -> str:
+    return "0%" if share == 0 else f"{format(100 * share, form).rstrip('.')}%" if math.isfinite(share) else "–"
+
+
+def _share(part: int, whole: int) -> str:
+    """Return a percentage; only none is 0% and only all is 100%."""
+    if part in (0, whole):
+        return "0%" if part == 0 else "100%"
+    return f"{min(max(100 * part / whole, 0.1), 99.9):.1f}%"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Residual):
+        return _plain(vars(value) | {"relative": value.relative, "share_changed": value.share_changed})
+    if isinstance(value, Origin):
+        return _plain(value.merge.as_dict(value.policies))
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

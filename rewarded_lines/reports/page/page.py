@@ -1,0 +1,215 @@
+"""The page of a report, one HTML file: a template filled with its style, its script, plotly and the run.
+
+A text that a model wrote is on the page only inside JSON, as ASCII without a `<`, and is shown only as text: the script
+makes text nodes of it and nothing else. Responses and plotly are compressed; the page unpacks a point's responses when
+it is chosen, and plotly after the first paint.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from rewarded_lines.config import SFT
+from rewarded_lines.evaluator.choose import command_for
+from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.pareto.choice import knee
+from rewarded_lines.references import located
+from rewarded_lines.reports.figures.figure_style import COLOURS, MARKERS
+from rewarded_lines.reports.summary import PointSummary, Summary
+from rewarded_lines.reports.texts import (
+    interval_text,
+    method_labels,
+    points_note,
+    scope_note,
+    volume_unit,
+    weights_text,
+)
+
+# Joined in this order they are one script.
+SCRIPTS = ("numbers.js", "state.js", "front.js", "controls.js", "responses.js", "start.js")
+# The names that plotly has for the markers of the figures.
+_NAMES = "square circle triangle-up triangle-down cross x diamond triangle-left triangle-right pentagon".split()
+_MARKS = dict(zip(MARKERS, _NAMES, strict=True))
+# As many digits as a float32 has.
+_DIGITS = 9
+
+
+def lacking() -> str:
+    """Return what must be installed before a page can be made, in one line; "" if nothing."""
+    if find_spec("plotly"):
+        return ""
+    return "No report.html: it needs plotly, which is not installed (pip install 'rewarded-lines[report]')."
+
+
+def page(runs: Sequence[Run], summary: Summary) -> bytes:
+    """Return the report of runs as one HTML file, the same bytes every time.
+
+    Args:
+        runs: those that were summarised.
+        summary: their numbers.
+
+    Raises:
+        ImportError: plotly is not installed; see `lacking`.
+    """
+    from plotly.offline import get_plotlyjs
+
+    packed = {f"prompts-{index}": _prompts(run) for index, run in enumerate(runs)}
+    for index, run in enumerate(runs):
+        for place, point in enumerate(summary.points):
+            packed[f"records-{index}-{place}"] = _responses(run, point)
+    blocks = [_block(name, _json(content)) for name, content in packed.items()]
+    filled = Template(_template("page.html")).substitute(
+        title=html.escape(summary.title or "Front"),
+        style=_template("page.css"),
+        overview=_unmarked(_json(_overview(runs, summary))),
+        script="\n".join(map(_template, SCRIPTS)),
+        blocks="\n".join([*blocks, _block("plotly", get_plotlyjs())]),
+    )
+    # UTF-8 cannot hold half a surrogate pair in a title; a browser shows its reference as U+FFFD.
+    return filled.encode("utf-8", "xmlcharrefreplace")
+
+
+def _template(name: str) -> str:
+    return (files("rewarded_lines.pages") / name).read_text(encoding="utf-8")
+
+
+def _json(content: Any) -> str:
+    """Return content as JSON in ASCII: half a surrogate pair, which no encoding takes, is an escape then."""
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def _unmarked(text: str) -> str:
+    """Return JSON without the characters that could end a script element or begin a comment in it."""
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _block(name: str, text: str) -> str:
+    """Return an element that holds a text gzipped, in base64, which no browser runs."""
+    packed = base64.b64encode(gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0)).decode("ascii")
+    return f'<script type="text/plain" id="{name}">{packed}</script>'
+
+
+def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
+    """Return all that the page shows except the responses; it opens with the point that `choose --knee` takes."""
+    merged = [index for index, point in enumerate(summary.points) if point.method != SFT]
+    means = [[summary.points[index].rewards[name].value for name in summary.objectives] for index in merged]
+    return {
+        "scope": scope_note(summary),
+        "note": points_note(summary),
+        "level": f"{summary.level:.0%}",
+        "volume": volume_unit(summary),
+        "runs": [str(run.folder) for run in runs],
+        "measures": _measures(runs[0], summary),
+        "methods": _methods(summary),
+        "points": [_point(runs, summary, point) for point in summary.points],
+        "start": merged[knee(means).index],
+    }
+
+
+def _measures(run: Run, summary: Summary) -> list[dict[str, str]]:
+    """Return what can be an axis: rewards, then what they cost. A point's `values` have the same order."""
+    about = {name: str(reward.get("description", "")) for name, reward in run.header["rewards"].items()}
+    roles = {name: "audit" if name in summary.audits else "reward" for name in summary.rewards}
+    rows = [(name, unit, roles[name], "higher", about[name]) for name, unit in summary.rewards.items()]
+    rows.append(("KL to SFT", "nats", "cost", "lower", "of the sampled responses, k1"))
+    rows.append(("length", "words", "cost", "", "of the responses"))
+    rows += [(f"{name} perplexity", "", "cost", "lower", "of texts of no task") for name in summary.controls]
+    return [dict(zip(("name", "unit", "role", "better", "about"), row, strict=True)) for row in rows]
+
+
+def _methods(summary: Summary) -> list[dict[str, Any]]:
+    """Return the methods with the colours and marks of the figures; single policies are rings in both."""
+    volumes = {row.method: row.hypervolume for row in summary.hypervolumes if row.reference == SFT}
+    labels, merged = method_labels(summary), list(summary.merged_methods())
+    found = []
+    for name, points in summary.methods().items():
+        place = merged.index(name) % len(COLOURS) if name in merged else None
+        joined = len(summary.policies) <= 2 and all(point.weights for point in points)
+        found.append(
+            {
+                "name": name,
+                "label": labels[name],
+                "colours": None if place is None else _light_and_dark(COLOURS[place]),
+                "mark": "circle-open" if place is None else _MARKS[MARKERS[place]],
+                "line": joined and place is not None,
+                "volume": interval_text(volumes[name]),
+                "points": [index for index, point in enumerate(summary.points) if point.method == name],
+            }
+        )
+    return found
+
+
+def _light_and_dark(colour: str) -> list[str]:
+    """Return a colour of the figures, and its like on a dark page: nearer to white the darker it is."""
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    # Relative luminance by WCAG 2, which asks for a contrast of 3 between marks and their background.
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+    share = max(0.0, 0.5 * (1 - luminance / 0.25))
+    return [colour, "#" + "".join(f"{round(255 * (c + share * (1 - c))):02x}" for c in channels)]
+
+
+def _point(runs: Sequence[Run], summary: Summary, point: PointSummary) -> dict[str, Any]:
+    estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
+    values = [[one.value, one.low, one.high] for one in estimates]
+    weights = weights_text(point)
+    place = weights if point.checkpoint or not weights else f"λ = {weights}"
+    return {
+        "method": point.method,
+        "place": place,
+        "label": f"{point.method} {place}" if place else "SFT",
+        # A perplexity may be infinite, which JSON cannot hold.
+        "values": [one if all(map(math.isfinite, one)) else None for one in values],
+        "ended": point.ended,
+        "distinct2": point.distinct2,
+        "adds": point.contribution,
+        "commands": [_command(run, point) for run in runs],
+    }
+
+
+def _command(run: Run, point: PointSummary) -> str:
+    if point.method == SFT:
+        return f"# nothing to merge: {located(run.header['base']['path'], run.folder)}"
+    return command_for(run, _record(run, point).spec)
+
+
+def _record(run: Run, point: PointSummary) -> Point:
+    """Return what a run recorded of a point of the summary."""
+    place = (point.method, point.weights, point.checkpoint)
+    return next(one for one in run.points if (one.spec.method, one.spec.weights, one.spec.checkpoint) == place)
+
+
+def _prompts(run: Run) -> dict[str, Any]:
+    """Return the prompts of a run, each once, and for every response the index of its prompt."""
+    _, first, which = np.unique(run.sft.prompt_index, return_index=True, return_inverse=True)
+    return {"texts": [run.sft.prompts[row] for row in first], "which": which.tolist()}
+
+
+def _responses(run: Run, point: PointSummary) -> dict[str, Any]:
+    """Return the responses of a point in one run, with every score to nine digits."""
+    record = _record(run, point)
+    return {
+        "responses": record.responses,
+        "scores": [_numbers(record.scores[name]) for name in run.rewards],
+        "kl": _numbers(record.kl),
+        "words": record.words.tolist(),
+        "tokens": record.tokens.tolist(),
+        "ended": record.ended.astype(int).tolist(),
+    }
+
+
+def _numbers(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.{_DIGITS}g}") for value in values.tolist()]

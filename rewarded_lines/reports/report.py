@@ -1,0 +1,126 @@
+"""The verb `report`: a run folder's numbers, tables and figures, written into its `report/` folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.evaluator.records import Run, load_run
+from rewarded_lines.folders import write_bytes, write_json
+from rewarded_lines.merger.inspect import Inspection, inspect
+from rewarded_lines.references import located
+from rewarded_lines.reports.figures.depth_figure import run_depth_figure
+from rewarded_lines.reports.figures.figure_style import FORMATS, PAPER, check_style, figure_bytes, house_style
+from rewarded_lines.reports.figures.front_figures import forgetting_figure, front_figure, kl_figure
+from rewarded_lines.reports.figures.parallel_coordinates import parallel_figure
+from rewarded_lines.reports.figures.simplex_figure import simplex_figure
+from rewarded_lines.reports.figures.training_curves import Training, read_trainings, training_figure
+from rewarded_lines.reports.page.page import lacking, page
+from rewarded_lines.reports.summary import Summary, summarise
+from rewarded_lines.reports.tables import markdown, points_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TABLES = ("summary.json", "table.md", "points.csv")
+PAGE = "report.html"
+FIGURES = ("front", "kl", "forgetting", "simplex", "parallel", "training", "depth")
+"""Every figure that a report may have; "depth" only when it is asked for, as the weights are read for it."""
+
+
+def report(
+    run: Path | str,
+    *more: Path | str,
+    formats: Sequence[str] = ("png", "svg"),
+    style: str = PAPER,
+    depth: bool = False,
+) -> Summary:
+    """Summarise a run and write its tables and figures into the `report/` folder in it.
+
+    An unfinished run is summarised on the points that it has. Every file is replaced whole. The numbers are written
+    first, then the figures (see `figures`), then the page, unless plotly is missing.
+
+    Args:
+        run: the folder that `sweep` wrote.
+        more: runs of the same project with policies of other training seeds; all are averaged, and training is a
+            second level of the bootstrap.
+        formats: of the figures: "png", "svg", "pdf".
+        style: of the figures: "paper", "slides", "grey", or the path of a matplotlib style file.
+        depth: also draw scales and residuals by block, which reads the weights of SFT and the policies.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: the folder is no run or its points cannot be compared; a format or the style is unknown; matplotlib
+            is not installed; or, with `depth`, SFT or a policy is not where the run says.
+    """
+    _check_formats(formats)
+    check_style(style)
+    runs = [load_run(folder) for folder in (run, *more)]
+    summary = summarise(runs)
+    folder = runs[0].folder / "report"
+    write_json(folder / "summary.json", summary.as_dict())
+    write_bytes(folder / "table.md", markdown(summary).encode())
+    write_bytes(folder / "points.csv", points_csv(summary).encode())
+    with house_style(style):
+        for name, figure in figures(summary, read_trainings(runs), _inspections(runs[0]) if depth else {}):
+            for kind in formats:
+                write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind))
+    if not lacking():
+        write_bytes(folder / PAGE, page(runs, summary))
+    return summary
+
+
+def figures(
+    summary: Summary, trainings: Sequence[Training] = (), inspections: Mapping[str, Inspection] | None = None
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of a run in the style that is held, each with its name in `FIGURES`.
+
+    The front comes always. The others come where the run has the data: each reward over KL, over the perplexity of
+    control texts, over the weights of three policies; parallel coordinates of four rewards or more; the training of its
+    policies; and depth, if there are inspections of the policies against the SFT model.
+    """
+    yield "front", front_figure(summary)
+    # The front of a single reward is drawn over KL already.
+    if len(summary.rewards) > 1:
+        yield "kl", kl_figure(summary)
+    if summary.controls:
+        yield "forgetting", forgetting_figure(summary)
+    if len(summary.policies) == 3 and (simplex := simplex_figure(summary)):
+        yield "simplex", simplex
+    if len(summary.objectives) >= 4:
+        yield "parallel", parallel_figure(summary)
+    if trainings and (training := training_figure(trainings)):
+        yield "training", training
+    if inspections:
+        yield "depth", run_depth_figure(summary, inspections)
+
+
+def report_files(run: Path | str) -> list[Path]:
+    """Return the files that reports of a run folder have written, tables first."""
+    names = [*TABLES, PAGE, *(f"{name}.{kind}" for name in FIGURES for kind in FORMATS)]
+    paths = [Path(run) / "report" / name for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    for kind in formats:
+        if kind not in FORMATS:
+            remedy = did_you_mean(kind, FORMATS)
+            raise fail(f"unknown format `{kind}`", where="--format", expected=", ".join(FORMATS), remedy=remedy)
+
+
+def _inspections(run: Run) -> Mapping[str, Inspection]:
+    """Return the inspection of every policy against the SFT model."""
+    policies = run.header.get("policies", {})
+    if not policies:
+        raise fail("the run names no policies", where=str(run.folder), remedy="leave --depth out")
+    base = located(str(run.header["base"]["path"]), run.folder)
+    layers = run.header.get("options", {}).get("layers")
+    return {
+        name: inspect(located(str(policy["path"]), run.folder), base, layers=layers)
+        for name, policy in policies.items()
+    }

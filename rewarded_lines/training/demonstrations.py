@@ -1,0 +1,219 @@
+"""Demonstrations for SFT as tokens: those that a policy of the model will be asked with, and where its answers end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig
+
+from rewarded_lines.config import GenerationSpec, TooLong
+from rewarded_lines.data.forms import Tell
+from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.messages import Messages, check_template, more_than_text, render
+from rewarded_lines.data.prompts import encode_answers, one_bos
+from rewarded_lines.data.rows import Row
+from rewarded_lines.engines.tokenizers import (
+    end_tokens,
+    load_config,
+    load_generation_config,
+    read_template,
+    set_template,
+)
+from rewarded_lines.errors import UserError, fail
+
+_ANSWER = "yes"
+
+
+class Demonstrations:
+    """Turns rows into what SFTTrainer takes.
+
+    Attributes:
+        tokenizer: of the model, with the project's chat template.
+        own: what the trained model is saved with.
+        ends: the ids that end a response of the model that is trained.
+    """
+
+    def __init__(self, tokenizer: Any, base: str | None, generation: GenerationSpec, training: SFTConfig) -> None:
+        """Remember what decides the tokens.
+
+        Args:
+            tokenizer: of the model; it stays as it is.
+            base: the model to start from; None for one that is made from nothing.
+            generation: the project's settings.
+            training: says how long rows may be, and on what the loss is. `completion_only_loss` is set as TRL would
+                set it for rows that it tokenizes itself.
+
+        Raises:
+            UserError: the chat template cannot be read.
+        """
+        self.tokenizer = copy.deepcopy(tokenizer)
+        if training.eos_token is not None:
+            self.tokenizer.eos_token = training.eos_token
+        template = training.chat_template_path
+        # A template with tokens of another model: TRL gives both to model and tokenizer when the model is there.
+        cloned = template is not None and not Path(template).is_file()
+        if template is not None and not cloned:
+            self.tokenizer.chat_template = read_template(template, "chat_template_path")
+        self.own = self.tokenizer if cloned else copy.deepcopy(self.tokenizer)
+        if cloned and (generation.chat_template or generation.chat_template_kwargs):
+            raise fail(
+                "the project's chat template is not the one of SFT",
+                where="chat_template_path",
+                expected="no chat template and no variables of one in the project",
+                got=str(template),
+                remedy="name a Jinja file with `chat_template_path`, or take them out of the project",
+            )
+        if not cloned:
+            set_template(self.tokenizer, generation)
+        self._cloned, self._by_trl = cloned, cloned or training.assistant_only_loss
+        config = load_generation_config(base) if base else None
+        self._named = end_tokens(tokenizer, config)
+        self.ends = end_tokens(self.tokenizer, config, generation.stop_token_ids)
+        self._training, self._positions = training, positions_of(load_config(base)) if base else None
+
+    @property
+    def added_ends(self) -> frozenset[int]:
+        """Those of the ends that the base does not name: a new eos token, what ends a turn in the chat template."""
+        return (self.ends | {self.own.eos_token_id}) - self._named - {None}
+
+    def fit(self, rows: Sequence[Row], too_long: TooLong, where: str, tell: Tell) -> list[Row]:
+        """Return the rows that the model can be trained on; see `rewarded_lines.data.lengths.fit`.
+
+        Raises:
+            UserError: a row is too long and shall be refused, or the chat template leaves something of a chat out.
+        """
+        if (chats := [chat for row in rows if (chat := _whole_chat(row))]) and self.tokenizer.chat_template:
+            check_template(self.tokenizer, chats, where)
+            self._find_turn_end(tell)
+        self._check_tools(rows, where)
+        most = min((limit for limit in (self._training.max_length, self._positions) if limit), default=None)
+        wrapped = self._training.packing and self._training.packing_strategy == "wrapped"
+        if most is None or wrapped or self._cloned:
+            return list(rows)
+        if "text" in rows[0]:
+            over = sum(len(ids) > most for ids in self._ids(rows))
+            if over:
+                tell(f"{where}: {over} of {len(rows)} texts are longer than {most} tokens and are cut there")
+            self._training.max_length = most
+            return list(rows)
+        limit = Limit(
+            "the model", most, "max_length, or its positions", lambda some: [len(ids) for ids in self._ids(some)]
+        )
+        return fit(rows, [limit], too_long, where, _shorten, tell)
+
+    def dataset(self, rows: Sequence[Row]) -> Dataset:
+        """Return rows as token ids, and which of them are the completion's.
+
+        With `assistant_only_loss`, or the chat template of another model, TRL tokenizes.
+        """
+        training = self._training
+        if self._by_trl:
+            return Dataset.from_list([dict(row) for row in rows])
+        if "completion" not in rows[0]:
+            if training.completion_only_loss:
+                raise fail(
+                    "rows without a completion",
+                    where="completion_only_loss",
+                    expected="rows of prompt and completion",
+                    remedy="set `completion_only_loss: false`, or `assistant_only_loss: true` for messages",
+                )
+            return Dataset.from_dict({"input_ids": self._ids(rows)})
+        if training.completion_only_loss is None:
+            training.completion_only_loss = True
+        parts = list(zip(*self._parts(rows), strict=True))
+        return Dataset.from_dict(
+            {
+                "input_ids": [head + tail for head, tail in parts],
+                "completion_mask": [[0] * len(head) + [1] * len(tail) for head, tail in parts],
+            }
+        )
+
+    def _lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [len(ids) for ids in self._ids(rows)]
+
+    def _ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        if "completion" in rows[0]:
+            return [head + tail for head, tail in zip(*self._parts(rows), strict=True)]
+        if "text" in rows[0]:
+            end = self.tokenizer.eos_token or ""
+            texts = [row["text"] if end and row["text"].endswith(end) else row["text"] + end for row in rows]
+            return [one_bos(self.tokenizer, ids) for ids in self.tokenizer(texts)["input_ids"]]
+        made = [
+            render(self.tokenizer, [row["messages"]], tools=_tools(row), tokenize=True, return_dict=True)
+            for row in rows
+        ]
+        return [list(one["input_ids"][0]) for one in made]
+
+    def _parts(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]]]:
+        prompts, completions = ([row[role] for row in rows] for role in ("prompt", "completion"))
+        return encode_answers(self.tokenizer, prompts, completions, self.ends)
+
+    def _check_tools(self, rows: Sequence[Row], where: str) -> None:
+        """Refuse tools where they would not reach the model."""
+        for at, row in enumerate(rows):
+            if not row.get("tools") and not (self._by_trl and _has_more(row)):
+                continue
+            chat = row.get("messages")
+            if chat is None or self._by_trl:
+                raise fail(
+                    "tools and tool calls are for rows of messages, trained on as a whole",
+                    where=f"{where}, row {at}",
+                    remedy="name the column `messages`, and set `assistant_only_loss: false`",
+                )
+            with_tools, without = (
+                render(self.tokenizer, [chat], tools=tools, tokenize=False)[0] for tools in (_tools(row), None)
+            )
+            if with_tools == without:
+                got = str(row["tools"])[:120]
+                raise fail("the chat template leaves out `tools`", where=f"{where}, row {at}", got=got)
+
+    def _find_turn_end(self, tell: Tell) -> None:
+        """Learn with which special token the chat template ends an assistant's turn."""
+        prompt: Messages = [{"role": "user", "content": "a"}]
+        try:
+            _, (tail,) = encode_answers(self.tokenizer, [prompt], [[{"role": "assistant", "content": _ANSWER}]], ())
+        except UserError:
+            # Rows of messages need no prompt that is the same with and without an answer.
+            return
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        # Behind the answer: some templates begin it with special tokens.
+        said = next((n for n in range(len(tail) + 1) if _ANSWER in self.tokenizer.decode(tail[:n])), len(tail))
+        end = next((token for token in tail[said:] if token in special), None)
+        if end is None or end in self.ends:
+            return
+        self.ends |= {end}
+        token = self.tokenizer.convert_ids_to_tokens(end)
+        tell(
+            f"the chat template ends turns with {token}, which the model's generation config will name as an end token"
+        )
+
+
+def _whole_chat(row: Row) -> Messages | None:
+    if "messages" in row:
+        chat: Messages = row["messages"]
+        return chat
+    if isinstance(row.get("prompt"), list):
+        return [*row["prompt"], *row["completion"]]
+    return None
+
+
+def _has_more(row: Row) -> bool:
+    return bool(more_than_text(_whole_chat(row) or []))
+
+
+def _tools(row: Row) -> Any:
+    return row.get("tools") or None
+
+
+def _shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:
+    """Return a demonstration with the longest end of what comes before its answer that lets it fit."""
+    if "messages" in row:
+        *before, last = row["messages"]
+        shorter = shorten_prompt(before, lambda prompt: fits({**row, "messages": [*prompt, last]})) if before else None  # type: ignore[misc]
+        return None if shorter is None else {**row, "messages": [*shorter, last]}
+    shorter = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
+    return None if shorter is None else {**row, "prompt": shorter}

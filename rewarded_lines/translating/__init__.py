@@ -1,1 +1,0 @@
-"""Configs of other tools, translated into arguments of this one."""

@@ -1,0 +1,84 @@
+"""Commands as child processes: their steps are told, a failure stops the others, a killed pipeline leaves none."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from command import alive
+from progress_told import Told
+
+from rewarded_lines.demo.recipe_jobs import run_jobs
+from rewarded_lines.errors import UserError
+
+STEPS = """\
+import json, os, time
+assert os.environ["HF_HUB_OFFLINE"] == "1" and int(os.environ["OMP_NUM_THREADS"]) >= 1
+for step in (3, 5, 10):
+    with open(os.environ["REWARDED_LINES_PROGRESS"], "a") as file:
+        file.write(json.dumps({"step": step, "max_steps": 10}) + "\\n")
+    time.sleep(0.5)
+print("said")
+"""
+ENDS = (".log", ".jsonl")
+WAIT = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+FAILS = """\
+import pathlib, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+print(*range(40), sep=chr(10))
+sys.exit(3)
+"""
+RUN = """\
+import sys
+from pathlib import Path
+from rewarded_lines.demo.recipe_jobs import run_jobs
+from rewarded_lines.progress import SILENT
+place = Path(sys.argv[1])
+run_jobs({"waits": [sys.executable, "-c", sys.argv[2], str(place / "pid")]}, place, lambda name: SILENT)
+"""
+
+
+def command(code, *arguments):
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def wait_for_pid(path):
+    deadline = time.monotonic() + 60
+    while not (path.is_file() and path.read_text()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def test_steps_are_told_once_and_those_of_a_checkpoint_are_not_counted(tmp_path):
+    told = {name: Told() for name in ("ppo a.b", "ppo c")}
+    (tmp_path / "ppo-c.jsonl").write_text('{"step": 9, "max_steps": 9}\n')
+    run_jobs({name: command(STEPS) for name in told}, tmp_path, told.__getitem__)
+    for one in told.values():
+        assert sum(count for count, _ in one.finished) == 10 and one.totals == [10] and one.steps == {"training": True}
+    assert {path.name for path in tmp_path.iterdir()} == {f"ppo-{name}{end}" for name in ("a.b", "c") for end in ENDS}
+    assert (tmp_path / "ppo-c.log").read_text() == "said\n"
+
+
+def test_one_that_fails_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
+    jobs = {"waits": command(WAIT, tmp_path / "pid"), "fails": command(FAILS, tmp_path / "pid")}
+    with pytest.raises(UserError, match="fails: the stage failed with exit code 3") as caught:
+        run_jobs(jobs, tmp_path, lambda name: Told())
+    assert "\n    28\n" in str(caught.value) and "\n    39" in str(caught.value) and "27" not in str(caught.value)
+    assert "fails.log" in str(caught.value)
+    assert not alive(wait_for_pid(tmp_path / "pid"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
+def test_a_killed_pipeline_leaves_no_job_at_work(tmp_path):
+    pipeline = subprocess.Popen(command(RUN, tmp_path, WAIT))
+    pid = wait_for_pid(tmp_path / "pid")
+    os.kill(pipeline.pid, signal.SIGKILL)
+    pipeline.wait()
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)

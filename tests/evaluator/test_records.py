@@ -1,0 +1,30 @@
+"""Point records as other tools read them."""
+
+import socket
+
+import pyarrow.parquet as pq
+
+from rewarded_lines.evaluator.records import load_run
+
+
+def test_records_load_with_datasets(make_run, tmp_path, monkeypatch):
+    """As `datasets.load_dataset` reads Parquet: every response of every point, plain columns, without a network."""
+    import datasets
+
+    def refuse(*args, **options):
+        raise AssertionError("a socket for local files")
+
+    run = make_run(points=3, prompts=20, policies=3)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    files, cache = f"{run}/points/*.parquet", str(tmp_path / "cache")
+    data = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+    points = load_run(run).points
+    assert len(data) == 20 * len(points)
+    assert set(data.features) == set(pq.read_schema(next((run / "points").iterdir())).names)
+    assert data.features["merge"].dtype == "string"
+    told = {(*row["weights"], row["alpha"], row["beta"], row["prompt"], row["score.positive"]) for row in data}
+    assert told == {
+        (*point.spec.weights, point.spec.merge.alpha, point.spec.merge.beta, prompt, score)
+        for point in points
+        for prompt, score in zip(point.prompts, point.scores["positive"].tolist(), strict=True)
+    }

@@ -1,0 +1,265 @@
+"""The compiled loops against integers and fractions: every pattern widened, every tie rounded, tails of chunks."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from exact import BFLOAT16, FLOAT16, FLOAT32, LONG, decode, encode, encode_fraction
+
+from rewarded_lines.checkpoints.dtypes import FLOATS
+from rewarded_lines.kernels import kernels
+
+FORMATS = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
+SIXTEEN = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16], ids=lambda format_: format_.name)
+# Around the length of a chunk, below the width of a vector, and none at all.
+LENGTHS = [0, 1, 2, 3, 7, 8, 17, 511, 512, 513, 1023, 1024, 1025, 2100]
+
+
+def storage(format_):
+    return FLOATS[format_.name].storage
+
+
+def cast(values, dtype):
+    out = np.empty(values.size, dtype)
+    return out, kernels.cast(values, out)
+
+
+def rounded(values, format_):
+    """Cast float64 values; return the bit patterns and how many are not finite."""
+    out, bad = cast(np.ascontiguousarray(values, np.float64), storage(format_))
+    return out.view(format_.unsigned), bad
+
+
+# ---- widening ---------------------------------------------------------------------------------------------------
+
+
+@SIXTEEN
+def test_every_pattern_is_widened_exactly(format_):
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    wide, bad = cast(codes.view(storage(format_)), np.float64)
+    expected = decode(codes, format_).astype(np.float64)
+    assert np.array_equal(np.isnan(wide), np.isnan(expected)) and bad == (~np.isfinite(expected)).sum() > 0
+    known = ~np.isnan(expected)
+    assert np.array_equal(wide[known].view(np.uint64), expected[known].view(np.uint64))
+    assert kernels.count_nonfinite(codes.view(storage(format_))) == bad
+
+
+@SIXTEEN
+def test_every_pattern_survives_the_way_there_and_back(format_):
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    back, bad = rounded(cast(codes.view(storage(format_)), np.float64)[0], format_)
+    magnitude = codes & 0x7FFF
+    number = magnitude <= format_.infinity
+    assert np.array_equal(back[number], codes[number])
+    assert ((back[~number] & 0x7FFF) > format_.infinity).all()
+    assert bad == (magnitude >= format_.infinity).sum()
+
+
+def test_numpy_and_torch_read_the_patterns_alike():
+    import torch
+
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    half = cast(codes.view(np.int16), np.float64)[0]
+    brain = cast(codes, np.float64)[0]
+    np.testing.assert_array_equal(half, codes.view(np.float16).astype(np.float64))
+    np.testing.assert_array_equal(brain, torch.from_numpy(codes).view(torch.bfloat16).double().numpy())
+
+
+# ---- rounding ---------------------------------------------------------------------------------------------------
+
+
+def finite_codes(format_, seed=0):
+    """Return every finite magnitude of 16 bits; of float32, a sample with the ends of every exponent."""
+    if format_.bits == 16:
+        return np.arange(format_.infinity, dtype=np.uint32)
+    sample = np.random.default_rng(seed).integers(0, format_.infinity, 60_000, dtype=np.uint32)
+    mantissas = np.array([0, 1, 2, (1 << 23) - 2, (1 << 23) - 1], np.uint32)
+    ends = (np.arange(255, dtype=np.uint32)[:, None] << 23) + mantissas
+    return np.concatenate([sample, ends.ravel()])
+
+
+def around_ties(format_):
+    """Return each number, the midpoint to the next, and the float64 neighbours of both, of both signs."""
+    codes = finite_codes(format_)
+    here = decode(codes, format_)
+    step = decode(codes | 1, format_) - decode(codes & ~np.uint32(1), format_)
+    values = np.concatenate([here, here + step / 2, here + step / 4, here + 3 * step / 4]).astype(np.float64)
+    values = np.concatenate([values, np.nextafter(values, np.inf), np.nextafter(values, 0)])
+    return np.concatenate([values, -values])
+
+
+@FORMATS
+def test_ties_and_their_neighbours(format_):
+    values = around_ties(format_)
+    codes, bad = rounded(values, format_)
+    expected = encode(values, format_)
+    assert np.array_equal(codes, expected)
+    largest = (1 << (format_.bits - 1)) - 1
+    assert bad == ((expected & largest) == format_.infinity).sum() > 0
+
+
+@FORMATS
+def test_random_float64_patterns(format_):
+    patterns = np.random.default_rng(1).integers(0, 1 << 64, 200_000, dtype=np.uint64)
+    values = patterns.view(np.float64)
+    values = values[~np.isnan(values)]
+    # Most of all float64 are too large or too small: the same mantissas where the format has numbers, too.
+    low, high = format_.lowest - format_.precision - 2, -format_.lowest + 4
+    exponents = np.random.default_rng(2).integers(low, high, values.size)
+    inside = np.ldexp(np.frexp(values)[0], exponents.astype(np.int32))
+    for sample in (values, inside):
+        assert np.array_equal(rounded(sample, format_)[0], encode(sample, format_))
+
+
+@FORMATS
+def test_the_reference_itself_by_fractions(format_):
+    values = around_ties(format_)
+    values = values[np.random.default_rng(3).integers(0, values.size, 1500)]
+    values = values[values != 0]
+    assert encode(values, format_).tolist() == [encode_fraction(Fraction(value), format_) for value in values.tolist()]
+
+
+@FORMATS
+def test_ends_of_the_range(format_):
+    below, largest = decode(np.array([format_.infinity - 2, format_.infinity - 1]), format_).astype(np.float64)
+    over = largest + (largest - below) / 2
+    smallest = 2.0 ** (format_.lowest - format_.precision + 1)
+    cases = {
+        largest: format_.infinity - 1,
+        np.nextafter(over, 0): format_.infinity - 1,
+        over: format_.infinity,
+        2.0**979: format_.infinity,
+        1.7e308: format_.infinity,
+        np.inf: format_.infinity,
+        smallest: 1,
+        smallest / 2: 0,
+        np.nextafter(smallest / 2, 1): 1,
+        smallest * 1.5: 2,
+        smallest * 2.5: 2,
+        5e-324: 0,
+        0.0: 0,
+    }
+    sign = 1 << (format_.bits - 1)
+    values = np.array(list(cases))
+    assert rounded(values, format_)[0].tolist() == list(cases.values())
+    assert rounded(-values, format_)[0].tolist() == [code | sign for code in cases.values()]
+    nan, bad = rounded(np.array([np.nan, -np.nan, 1.0]), format_)
+    assert bad == 2 and ((nan[:2] & (sign - 1)) > format_.infinity).all()
+
+
+def test_float64_is_stored_as_it_is():
+    values = np.array([1.0, -0.0, np.pi, np.inf, -np.inf, np.nan, 5e-324])
+    out, bad = cast(values, np.float64)
+    assert np.array_equal(out.view(np.uint64), values.view(np.uint64)) and bad == 3
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_that_are_not_finite_are_counted(name):
+    dtype = FLOATS[name].storage
+    for length in LENGTHS:
+        values = np.ones(length)
+        values[::3], values[1::7] = np.nan, -np.inf
+        stored, bad = cast(values, dtype)
+        assert bad == kernels.count_nonfinite(stored) == (~np.isfinite(values)).sum()
+
+
+# ---- the loops --------------------------------------------------------------------------------------------------
+
+
+def stored(generator, shape, format_):
+    """Return random values of a format, of moderate size, with the float64 that they are."""
+    codes = encode(generator.normal(0, 1, shape).ravel(), format_)
+    wide = decode(codes, format_).astype(np.float64)
+    return codes.view(storage(format_)).reshape(shape), wide.reshape(shape)
+
+
+@FORMATS
+@pytest.mark.parametrize("target", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
+def test_linear(format_, target):
+    generator = np.random.default_rng(4)
+    weights = np.array([0.3, -0.7, 1.9, 0.25])
+    for length in LENGTHS:
+        base, wide = stored(generator, length, format_)
+        policies, others = stored(generator, (5, length + 9), format_)
+        for rows in ([0], [3, 1], [4, 0, 2, 1]):
+            factors = weights[: len(rows)]
+            total = np.zeros(length)
+            for row, factor in zip(rows, factors, strict=True):
+                total += (others[row, :length] - wide) * factor
+            # A second output, whose factors are twice those of the first, must not disturb it.
+            out, bad = np.full((2, length + 1), 77, storage(target)), np.zeros(2, np.int64)
+            kernels.linear(base, policies, np.array(rows), np.array([factors, 2 * factors]), out, bad)
+            for k in range(2):
+                assert np.array_equal(out[k, :length].view(target.unsigned), encode(wide + (k + 1) * total, target))
+            assert (out[:, length] == 77).all() and not bad.any()
+
+
+def test_linear_counts_what_is_not_finite():
+    for length in LENGTHS:
+        base, policies = np.ones(length, np.float32), np.ones((1, length), np.float32)
+        policies[0, ::5], base[3::11] = np.nan, np.inf
+        out, bad = np.empty((2, length), np.float32), np.array([0, 5])
+        kernels.linear(base, policies, np.array([0]), np.array([[0.5], [0.25]]), out, bad)
+        assert bad[0] == bad[1] - 5 == (~np.isfinite(out[0])).sum() == np.isnan(out[0]).sum()
+
+
+@FORMATS
+def test_residual_and_finish(format_):
+    generator = np.random.default_rng(5)
+    for length in LENGTHS:
+        base, wide = stored(generator, length, format_)
+        policy, other = stored(generator, length, FLOAT32)
+        out = np.full(length + 1, 7.0)
+        kernels.residual(base, policy, out[:length])
+        assert np.array_equal(out[:length], other - wide) and out[length] == 7.0
+        merged = np.full(length + 1, 77, storage(format_))
+        assert kernels.finish(base, out[:length], 1.75, merged[:length]) == 0
+        expected = encode(wide + 1.75 * (other - wide), format_)
+        assert np.array_equal(merged[:length].view(format_.unsigned), expected) and merged[length] == 77
+
+
+def test_finish_counts_what_is_not_finite():
+    base, residual = np.ones(513, np.uint16), np.zeros(513)
+    residual[[0, 511, 512]] = np.nan, np.inf, 1e39
+    assert kernels.finish(base, residual, 1.0, np.empty(513, np.uint16)) == 3
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_product(rank):
+    generator = np.random.default_rng(6)
+    left, right = generator.normal(size=(7, rank)), generator.normal(size=(rank, 11))
+    whole = np.zeros((7, 11))
+    for k in range(rank):
+        whole += np.outer(left[:, k], right[k])
+    flat = whole.ravel() * 0.37
+    for start, length in [(0, 77), (0, 1), (5, 0), (3, 30), (10, 1), (76, 1), (21, 23), (11, 11)]:
+        out = np.full(length + 1, 7.0)
+        kernels.product(left, right, 0.37, start, out[:length])
+        assert np.allclose(out[:length], flat[start : start + length], rtol=1e-15, atol=0), (start, length)
+        assert out[length] == 7.0
+        # The same values wherever a block begins.
+        again = np.empty(77)
+        kernels.product(left, right, 0.37, 0, again)
+        assert np.array_equal(out[:length], again[start : start + length])
+    wide, out = generator.normal(size=(rank, 1100)), np.empty(2000)
+    kernels.product(left, wide, -2.0, 150, out)
+    assert np.allclose(out, -2.0 * (left @ wide).ravel()[150:2150], rtol=1e-12, atol=1e-14)
+
+
+def test_count_magnitudes():
+    generator = np.random.default_rng(7)
+    values = np.concatenate([generator.normal(size=1001), [0.0, -0.0, np.inf, 5e-324, -1.0, 1.0]])
+    patterns = np.abs(values).view(np.uint64)
+    for shift, bits in ((47, 16), (31, 16), (0, 15)):
+        prefix = int(patterns[3]) >> (shift + bits)
+        counts = np.zeros(1 << bits, np.int64)
+        counts[5] = 1
+        kernels.count_magnitudes(values, prefix, shift, bits, counts)
+        counts[5] -= 1
+        chosen = patterns[(patterns >> np.uint64(shift + bits)) == prefix]
+        digits = (chosen >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+        assert np.array_equal(counts, np.bincount(digits.astype(np.int64), minlength=1 << bits))
+
+
+def test_long_doubles_are_wider_than_float64():
+    assert np.finfo(LONG).nmant > np.finfo(np.float64).nmant

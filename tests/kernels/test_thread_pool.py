@@ -1,0 +1,74 @@
+"""Work shared out among threads: every item once, steps in order, the first fault ends it."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rewarded_lines.kernels.thread_pool import Relay, share_out
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_item_is_done_once(threads):
+    done = []
+    share_out(range(200), lambda: done.append, threads)
+    assert sorted(done) == list(range(200))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_fault_ends_it_and_is_raised(threads):
+    begun, before = [], threading.active_count()
+
+    def work(item):
+        begun.append(item)
+        if item == 3:
+            raise ValueError("three")
+
+    with pytest.raises(ValueError, match="three"):
+        share_out(range(10_000), lambda: work, threads)
+    assert len(begun) < 10_000
+    assert threading.active_count() <= before
+
+
+def test_a_relay_keeps_the_order_of_both_steps():
+    relay, first, second = Relay(range(60)), [], []
+
+    def work(_):
+        here = threading.local()
+
+        def begin(item):
+            here.item = item
+            first.append(item)
+
+        def go_on():
+            # The later the item, the shorter: without the relay the next one would overtake.
+            time.sleep((here.item % 3 == 0) * 0.002)
+            second.append(here.item)
+
+        assert relay.take(begin, go_on) == here.item
+
+    share_out(range(60), lambda: work, 4)
+    assert first == second == list(range(60))
+
+
+def test_a_relay_lets_go_when_a_step_fails():
+    relay = Relay(range(4))
+    for step in ((lambda item: 1 / 0, lambda: None), (lambda item: None, lambda: 1 / 0)):
+        with pytest.raises(ZeroDivisionError):
+            relay.take(*step)
+    assert relay.take(lambda item: None, lambda: None) == 2
+
+
+def test_few_items_need_few_threads(monkeypatch):
+    begun = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
+    share_out([1], lambda: lambda item: None, threads=8)
+    assert begun == []
+
+
+def test_the_vectors_width_can_be_set_before_the_kernels_are_imported():
+    script = "import sys, rewarded_lines.kernels.thread_pool; print('rewarded_lines.kernels.kernels' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,72 @@
+"""The k-th largest magnitude against a plain sort; random masks by density, independence and stability."""
+
+import itertools
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.kernels import thresholds_and_masks as sparsity
+from rewarded_lines.kernels.blocks import BLOCK
+from rewarded_lines.kernels.thresholds_and_masks import kth_largest, random_mask
+
+DIGESTS = (b"\x01" * 32, b"\x02" * 32)
+
+
+@pytest.fixture(params=["normal", "many-equal", "wide"])
+def sources(tmp_path, request):
+    """A base of zeros and two policies, so that the residuals are the policies themselves."""
+    generator = np.random.default_rng(1)
+    drawn = {}
+    for name in ("first", "second"):
+        values = generator.standard_normal((3, 1000))
+        if request.param == "many-equal":
+            values = np.round(values)
+        if request.param == "wide":
+            values = values * 10.0 ** generator.uniform(-300, 300, values.shape)
+        drawn[name] = values
+        save_file({f"w{i}": row for i, row in enumerate(values)}, tmp_path / f"{name}.safetensors")
+    save_file({f"w{i}": np.zeros(1000) for i in range(3)}, tmp_path / "base.safetensors")
+    opened = [TensorFiles([tmp_path / f"{name}.safetensors"]) for name in ("base", "first", "second")]
+    return opened[0], opened[1:], drawn
+
+
+@pytest.mark.parametrize("held", [10**6, 500, 3, -1], ids=lambda held: f"held-{held}")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatch, held, threads):
+    monkeypatch.setattr(sparsity, "_HELD", held)
+    base, policies, drawn = sources
+    for rank in (1, 2, 299, 1500, 2999, 3000):
+        found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
+        expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
+        assert found == expected, rank
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9])
+def test_density(density):
+    kept = np.concatenate([random_mask(0, "a", DIGESTS[0], density, start, BLOCK) for start in (0, BLOCK, 2 * BLOCK)])
+    error = np.sqrt(density * (1 - density) / kept.size)
+    assert kept.dtype == bool and abs(kept.mean() - density) < 5 * error
+    assert random_mask(0, "a", DIGESTS[0], 1.0, 0, 1000).all()
+
+
+def test_masks_have_nothing_to_do_with_one_another():
+    keys = itertools.product((0, 1), ("a", "b"), DIGESTS, (0, BLOCK))
+    masks = [random_mask(seed, name, digest, 0.5, start, 10_000) for seed, name, digest, start in keys]
+    # Seed and name are told apart from each other: "1" + "2:a" is not "12" + "a".
+    masks += [random_mask(1, "2:a", DIGESTS[0], 0.5, 0, 10_000), random_mask(12, "a", DIGESTS[0], 0.5, 0, 10_000)]
+    for one, two in itertools.combinations(masks, 2):
+        assert abs((one == two).mean() - 0.5) < 0.03
+
+
+def test_shorter_blocks_begin_alike_and_denser_masks_hold_the_others():
+    whole = random_mask(7, "a", DIGESTS[0], 0.5, BLOCK, BLOCK)
+    assert np.array_equal(random_mask(7, "a", DIGESTS[0], 0.5, BLOCK, 777), whole[:777])
+    assert (random_mask(7, "a", DIGESTS[0], 0.6, BLOCK, BLOCK) >= whole).all()
+
+
+def test_the_same_masks_as_ever():
+    """A merge that is made again from its record must draw what it drew then."""
+    places = np.flatnonzero(random_mask(0, "model.norm.weight", DIGESTS[0], 0.1, 0, 100))
+    assert places.tolist() == [11, 12, 15, 19, 25, 28, 29, 35, 36, 46, 48, 67, 81]

@@ -1,0 +1,40 @@
+"""Families of unkind checkpoints, made once, and blocks short enough for them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hostile import Family, make_family
+
+# Tensors of a few hundred values are to have several blocks, and blocks several pieces.
+SHORT = {"BLOCK": 256, "PIECE": 96}
+
+
+@pytest.fixture
+def short_blocks(monkeypatch) -> None:
+    """Shorten blocks, and the pieces in which rules see them, in every module that knows their length.
+
+    And wait for no disk: hundreds of merges are about values, not about what a power cut leaves of them.
+    """
+    import rewarded_lines.kernels.gpu_blocks  # noqa: F401
+
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    for name, module in list(sys.modules.items()):
+        for length in SHORT:
+            if name.startswith("rewarded_lines.") and hasattr(module, length):
+                monkeypatch.setattr(module, length, SHORT[length])
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """The family of given formats (the base's first), made on first use; gentle ones have only ordinary values."""
+    made: dict[tuple, Family] = {}
+
+    def family(formats, gentle=False) -> Family:
+        key = (tuple(formats), gentle)
+        if key not in made:
+            made[key] = make_family(tmp_path_factory.mktemp("family"), key[0], len(made), gentle)
+        return made[key]
+
+    return family

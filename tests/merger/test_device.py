@@ -1,0 +1,111 @@
+"""The rules on a device of torch's: the same results as the processor's within one rounding."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+from exact import BFLOAT16, FLOAT16, FLOAT32
+from hostile import SHAPES, load_codes, widest
+
+from rewarded_lines import merge
+from rewarded_lines.errors import UserError
+from rewarded_lines.merger.model_plan import ModelPlan
+
+METHODS = {
+    "soup": {},
+    "task-arithmetic": {},
+    "uniform": {},
+    "slerp": {},
+    "ties": {"density": 0.5},
+    "dare": {"density": 0.4},
+    "dare-ties": {"density": 0.6, "join": "sum"},
+    "consensus": {"tall": 0.41234, "agree": 2},
+}
+TYPES = {
+    "bfloat16": (BFLOAT16,) * 4,
+    "float16": (FLOAT16,) * 4,
+    "float32": (FLOAT32,) * 4,
+    "mixed": (FLOAT32, BFLOAT16, FLOAT16, FLOAT32),
+}
+ODD = {2: (0.37123, 0.62877), 3: (0.37123, 0.12979, 0.49898)}
+
+
+def both(method, formats, families, out, place):
+    """Merge on the processor and, in `place`, on a device, ends among the outputs; return the codes of each."""
+    family = families(formats[: 3 if method == "slerp" else 4], gentle=True)
+    count = len(family.policies)
+    lam = None if method == "uniform" else [ODD[count], (1.0,) + (0.0,) * (count - 1)]
+    common = {"method": method, "options": METHODS[method], "alpha": 0.45123, "beta": 1.09771}
+    here = merge(family.base, family.policies, lam, out=out / "cpu", **common)
+    with place as device:
+        there = merge(family.base, family.policies, lam, out=out / "device", device=device, **common)
+    return [(load_codes(a.out), load_codes(b.out)) for a, b in zip(here, there, strict=True)], widest(family.formats)
+
+
+def steps(codes, kind):
+    """Return bit patterns as whole numbers in the order of the values they stand for."""
+    signed = codes.astype(np.int64)
+    half = 1 << (kind.bits - 1)
+    return np.where(signed < half, signed, half - signed)
+
+
+def differ_by_a_rounding(pairs, kind):
+    """Check that no value is further away than its neighbour; return the share that is not the same."""
+    different = total = 0
+    for (here, kinds), (there, others) in pairs:
+        assert kinds == others and set(kinds.values()) == {kind.name}
+        for name in SHAPES:
+            gap = np.abs(steps(here[name], kind) - steps(there[name], kind))
+            assert gap.max() <= 1, name
+            different, total = different + (gap > 0).sum(), total + gap.size
+    return different / total
+
+
+@contextmanager
+def device_without_gpu():
+    """Have plans compute in a device's workspace, the device being the processor."""
+    from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
+
+    with pytest.MonkeyPatch.context() as patch:
+        made = []
+
+        def workspace(plan):
+            made.append(DeviceWorkspace(plan.base, plan._sources, "cpu"))
+            return made[-1]
+
+        patch.setattr(ModelPlan, "workspace", workspace)
+        yield "cpu"
+        assert made
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_devices_path_without_a_gpu(method, types, families, tmp_path, short_blocks):
+    pairs, kind = both(method, TYPES[types], families, tmp_path, device_without_gpu())
+    # torch goes from float64 to 16 bits through float32: the last rounding may differ, and seldom does.
+    assert differ_by_a_rounding(pairs, kind) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method, types, families, tmp_path, short_blocks):
+    pairs, kind = both(method, TYPES[types], families, tmp_path, nullcontext("cuda"))
+    assert differ_by_a_rounding(pairs, kind) < 1e-3
+
+
+def test_a_result_that_is_not_finite_is_refused_there_too(families, tmp_path, short_blocks):
+    family = families((FLOAT32,) * 3)
+    with device_without_gpu(), pytest.raises(UserError, match="values are not finite in the result"):
+        merge(family.base, family.policies, (0.3, 0.7), dtype="float16", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("graphics", "not a device"), ("cuda", "no GPU that torch can use")])
+def test_devices_that_are_not_there(device, expected, cli, families, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    family = families((FLOAT32,) * 3)
+    policies = [part for path in family.policies.values() for part in ("--policy", path)]
+    answer = cli("merge", "--base", family.base, *policies, "--device", device, "--out", tmp_path / "out")
+    assert answer.code == 1 and expected in answer.err and not (tmp_path / "out").exists()

@@ -1,0 +1,248 @@
+"""Rewards through their declaration: functions and classifiers, and every way in which they can fail."""
+
+import math
+
+import pytest
+import torch
+
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.config_values import parse_format
+from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project
+from rewarded_lines.rewards import load_rewards as rewards_module
+from rewarded_lines.rewards.load_rewards import fill_template, load_reward, load_rewards
+from rewarded_lines.rewards.reward_devices import available_memory, find_device
+
+FILE = """\
+import math
+
+
+def words(prompts, responses):
+    return [len(response.split()) for response in responses]
+
+
+def raises(prompts, responses):
+    return [1 / len(response) for response in responses]
+
+
+def nan(prompts, responses):
+    return [math.nan if response == "bad" else 1.0 for response in responses]
+
+
+def too_few(prompts, responses):
+    return [1.0] * (len(responses) - 1)
+
+
+def text(prompts, responses):
+    return ["high" for _ in responses]
+
+
+def only_in_batches(prompts, responses):
+    if len(responses) > 1:
+        raise ValueError("too many")
+    return [1.0]
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "rewards.py").write_text(FILE)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    return tmp_path
+
+
+def function(root, reference):
+    return load_reward("mine", RewardSpec(function=reference), root)
+
+
+def test_function_scores(root):
+    assert function(root, "rewards.py:words").score(["a", "b"], ["one two", ""]) == [2.0, 0.0]
+    assert function(root, "statistics:fmean") is not None
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("rewards.py:wordz", "did you mean `words`"),
+        ("absent.py:words", "no such file"),
+        ("broken.py:words", "ModuleNotFoundError"),
+        ("no.such.module:words", "ModuleNotFoundError"),
+        ("words", "not a function reference"),
+    ],
+)
+def test_functions_that_cannot_be_found(root, reference, said):
+    with pytest.raises(UserError, match=said):
+        function(root, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "ZeroDivisionError.*prompt 1: 'q' → ''"),
+        ("nan", "not a finite number.*nan for prompt 2: 'r' → 'bad'"),
+        ("too_few", "wrong number of scores.*expected: 3.*got: 2.*prompt 2: 'r' → 'bad'"),
+        ("text", "not a finite number.*'high' for prompt 0"),
+        ("only_in_batches", "batch of 3 prompts, though on none of them alone"),
+    ],
+)
+def test_a_failing_function_names_the_prompt(root, name, said):
+    import re
+
+    with pytest.raises(UserError) as caught:
+        function(root, f"rewards.py:{name}").score(["p", "q", "r"], ["fine", "", "bad"])
+    assert re.search(said, str(caught.value), re.DOTALL)
+
+
+@pytest.fixture
+def classifier(classifiers):
+    return classifiers["llama"]
+
+
+def test_classifier_equals_the_model_itself(classifier):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    prompts, responses = ["the quick", "a", "of great beauty"], [" brown fox", " film of little else", " and"]
+    logits = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits.append(model(**tokenizer(f"Q: {prompt} A:{response}", return_tensors="pt")).logits[0].double())
+    for form, expected in (
+        ("0", [row[0] for row in logits]),
+        ("1-0", [row[1] - row[0] for row in logits]),
+        ("0x0.4", [0.4 * row[0] for row in logits]),
+    ):
+        spec = RewardSpec(model=str(classifier), format=form, template="Q: {prompt} A:{response}", batch_size=2)
+        scores = load_reward("r", spec, device="cpu").score(prompts, responses)
+        assert all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(scores, expected, strict=True))
+
+
+def test_classifier_scores_the_empty_text(classifier):
+    spec = RewardSpec(model=str(classifier), template="{response}")
+    assert len(load_reward("r", spec, device="cpu").score([""], [""])) == 1
+
+
+def test_a_model_that_is_no_classifier_is_refused(tiny):
+    with pytest.raises(UserError, match=r"(?s)not a classifier.*score\.weight"):
+        load_reward("r", RewardSpec(model="sft"), tiny)
+
+
+def test_a_text_that_the_classifier_cannot_read_whole_is_refused(classifier):
+    spec = RewardSpec(model=str(classifier), max_tokens=8)
+    with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
+        load_reward("r", spec, device="cpu").score(["a", "b"], [" film", " jumps over the lazy dog" * 4])
+
+
+def test_a_damaged_classifier_is_refused(classifier, tmp_path):
+    import shutil
+
+    shutil.copytree(classifier, tmp_path / "cut")
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_reward("r", RewardSpec(model="cut"), tmp_path)
+
+
+def test_classifiers_that_cannot_be_loaded(classifier, tmp_path):
+    with pytest.raises(UserError, match="no model there"):
+        load_reward("r", RewardSpec(model="absent"), tmp_path)
+    with pytest.raises(UserError, match="class that the model does not have"):
+        load_reward("r", RewardSpec(model=str(classifier), format="2-0"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [("0", ((0, 1.0),)), ("1-0", ((1, 1.0), (0, -1.0))), ("0x0.4", ((0, 0.4),)), ("-2x3+1", ((2, -3.0), (1, 1.0)))],
+)
+def test_formats(text, terms):
+    assert parse_format(text) == terms
+
+
+@pytest.mark.parametrize("text", ["", "x", "0x", "1--0", "0.5"])
+def test_formats_refused(text):
+    with pytest.raises(ValueError, match="not a reward format"):
+        parse_format(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "response", "text"),
+    [
+        ("{prompt}{response}", "a", "b", "ab"),
+        ("Q: {prompt}\nA: {response}", " a ", "", "Q:  a \nA: "),
+        ("{response} to {prompt}, {response}", "a", "b", "b to a, b"),
+        ("{response}", "a", "b", "b"),
+        ("{prompt}|{response}", "{response}", "{prompt}", "{response}|{prompt}"),
+        ("{prompt}|{response}", "{prompt}{response}", "{", "{prompt}{response}|{"),
+        ("{prompt}|{response}", "\\1 \\g<0> %s", "{0} {} $x", "\\1 \\g<0> %s|{0} {} $x"),
+        ("{{prompt}} {other} {prompt!r} {response}", "a", "b", "{a} {other} {prompt!r} b"),
+        ('{"q": "{prompt}", "a": "{response}"}', "a", "b", '{"q": "a", "a": "b"}'),
+    ],
+)
+def test_only_the_templates_own_placeholders_are_filled(template, prompt, response, text):
+    assert fill_template(template, prompt, response) == text
+
+
+def test_a_classifier_reads_what_looks_like_a_placeholder_as_text(classifier):
+    spec = RewardSpec(model=str(classifier), template="{prompt}:{response}")
+    joined = RewardSpec(model=str(classifier), template="{response}")
+    (score,) = load_reward("r", spec, device="cpu").score(["{response}"], ["{prompt}"])
+    (same,) = load_reward("r", joined, device="cpu").score([""], ["{response}:{prompt}"])
+    assert score == pytest.approx(same, abs=1e-6)
+
+
+def test_a_freed_classifier_comes_back_by_itself(classifier):
+    reward = load_reward("r", RewardSpec(model=str(classifier)), device="cpu")
+    assert reward.loaded and reward.device == "cpu"
+    # Token embeddings, two blocks, the last norm, two classes, and the rotary frequencies.
+    assert reward.size == pytest.approx(4 * (300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 64), rel=0.01)
+    scores = reward.score(["a film", "x"], [" of beauty", ""])
+    reward.free()
+    reward.free()
+    assert not reward.loaded
+    assert reward.score(["a film", "x"], [" of beauty", ""]) == scores and reward.loaded
+    half = load_reward("r", RewardSpec(model=str(classifier), dtype="bfloat16"), device="cpu")
+    assert half.size == pytest.approx(reward.size / 2, rel=0.01)
+
+
+def test_a_classifier_that_changes_while_it_is_freed_is_refused(classifier, tmp_path):
+    import shutil
+
+    shutil.copytree(classifier, tmp_path / "model")
+    reward = load_reward("r", RewardSpec(model="model"), tmp_path, "cpu")
+    reward.free()
+    (tmp_path / "model/config.json").write_text((tmp_path / "model/config.json").read_text() + " ")
+    with pytest.raises(UserError, match="changed since it was first loaded"):
+        reward.score(["p"], ["r"])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "not a device"), ("cuda:99", "no such device here"), ("meta", "no scores"), ("cpu:x", "not a device")],
+)
+def test_devices_that_are_not_there(classifier, device, said):
+    with pytest.raises(UserError, match=f"reward `r`: {said}"):
+        load_reward("r", RewardSpec(model=str(classifier), device=device), device="cpu")
+    with pytest.raises(UserError, match=f"reward `r`: {said}"):
+        load_reward("r", RewardSpec(model=str(classifier)), device=device)
+
+
+def test_the_declared_device_comes_before_the_command_lines(classifier):
+    reward = load_reward("r", RewardSpec(model=str(classifier), device="cpu"), device="cuda:99")
+    assert reward.device == "cpu"
+    assert find_device("auto", "here") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert available_memory("cpu") > 1 << 20
+
+
+def test_all_rewards_are_loaded_and_give_room_to_the_next(tiny, classifier, monkeypatch):
+    text = (tiny / "rewarded-lines.yaml").read_text()
+    models = "".join(f"  {name}:\n    model: {classifier}\n    role: audit\n" for name in ("one", "two", "three"))
+    (tiny / "rewarded-lines.yaml").write_text(text.replace("prompts:\n", models + "prompts:\n", 1))
+    rewards = load_rewards(load_project(), device="cpu")
+    assert list(rewards) == ["words", "letters", "one", "two", "three"]
+    assert all(reward.loaded for reward in rewards.values())
+    monkeypatch.setattr(rewards_module, "available_memory", lambda device: 0)
+    rewards = load_rewards(load_project(), device="cpu")
+    assert not any(rewards[name].loaded for name in ("one", "two", "three"))
+    assert rewards["one"].score(["a"], ["b"]) == rewards["three"].score(["a"], ["b"])
+    assert list(load_rewards(load_project(), ["two"], "cpu")) == ["two"]

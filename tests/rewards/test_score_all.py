@@ -1,0 +1,181 @@
+"""All rewards at once: nothing is computed twice, nothing that was computed is lost, and memory is shared out."""
+
+import pytest
+
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.errors import UserError
+from rewarded_lines.rewards import score_all as module
+from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.score_all import Scorer, reward_key
+from rewarded_lines.rewards.score_cache import ScoreCache
+
+
+def make(root, cache=None, offload="auto", **declared):
+    specs = {
+        name: RewardSpec(function=f"functions.py:{spec}") if isinstance(spec, str) else spec
+        for name, spec in declared.items()
+    }
+    rewards = {name: load_reward(name, spec, root, "cpu") for name, spec in specs.items()}
+    return Scorer(rewards, specs, cache or ScoreCache(), offload)
+
+
+def calls(root):
+    file = root / "calls.txt"
+    found = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return found
+
+
+def test_equal_pairs_are_scored_once_and_known_ones_not_at_all(functions):
+    scorer = make(functions, length=RewardSpec(function="functions.py:counted"), words="words")
+    found = scorer.score(["p", "q", "p", "p"], ["one", "two three", "one", "four"])
+    assert found == {"length": [3.0, 9.0, 3.0, 4.0], "words": [1.0, 2.0, 1.0, 1.0]}
+    assert calls(functions) == ["p|one", "q|two three", "p|four"]
+    assert (scorer.scored, scorer.hits) == (6, 0) and scorer.seconds > 0
+    assert scorer.score(["p", "new"], ["four", "one"])["length"] == [4.0, 3.0]
+    assert calls(functions) == ["new|one"]
+    assert (scorer.scored, scorer.hits) == (8, 2)
+    assert scorer.score([], []) == {"length": [], "words": []}
+
+
+def test_scores_outlive_the_scorer_until_the_reward_changes(functions):
+    path = functions / "cache.sqlite"
+    for _ in range(2):
+        scorer = make(functions, ScoreCache(path), length="counted")
+        assert scorer.score(["p"], ["one"]) == {"length": [3.0]}
+        scorer.close()
+    assert calls(functions) == ["p|one"]
+    file = functions / "functions.py"
+    file.write_text(file.read_text() + "\n# another function now\n")
+    scorer = make(functions, ScoreCache(path), length="counted")
+    scorer.score(["p"], ["one"])
+    assert calls(functions) == ["p|one"]
+
+
+def test_a_key_holds_what_decides_a_score_and_nothing_else(classifiers):
+    def key(**options):
+        spec = RewardSpec(model=str(classifiers["llama"]), **options)
+        return reward_key(load_reward("r", spec, device="cpu"), spec)
+
+    same = [key(), key(batch_size=3, unit="x", description="y", role="audit", device="cpu")]
+    assert same[0] == same[1]
+    others = [key(format="1"), key(template="{response}"), key(dtype="bfloat16")]
+    assert len({*same, *others}) == 4
+
+
+def test_a_function_of_unknown_source_is_never_taken_for_known():
+    spec = RewardSpec(function="math:sumprod_of_no_file")
+    reward = load_reward("r", RewardSpec(function="statistics:fmean"))
+    assert reward_key(reward, spec) == reward_key(reward, spec)
+    reward.fingerprint = ""
+    assert reward_key(reward, spec) != reward_key(reward, spec)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failure_names_the_pair_and_loses_nothing(functions, monkeypatch, workers):
+    monkeypatch.setattr(module, "_FUNCTION_CHUNK", 10)
+    cache = ScoreCache(functions / "cache.sqlite")
+    spec = RewardSpec(function="functions.py:raises", workers=workers)
+    scorer = make(functions, cache, words="words", inverse=spec)
+    prompts = [f"p{index}" for index in range(40)]
+    responses = ["x" * (index + 1) for index in range(40)]
+    responses[27] = ""
+    # The first pair comes twice, so the failing one's place in its chunk is not its place here.
+    with pytest.raises(UserError, match="(?s)reward `inverse`.*ZeroDivisionError.*prompt 28: 'p27' → ''"):
+        scorer.score(["p0", *prompts], ["x", *responses])
+    scorer.close()
+    again = make(functions, ScoreCache(functions / "cache.sqlite"), words="words", inverse=spec)
+    kept = 27 if workers == 0 else 29
+    assert again.score(prompts[:27], responses[:27])["inverse"] == [1 / len(text) for text in responses[:27]]
+    assert again.scored == 0
+    known = again._cache.get(again._keys["inverse"], list(zip(prompts, responses, strict=True)))
+    assert len(known) == kept
+    again.close()
+
+
+def test_a_text_that_is_too_long_stops_after_those_that_are_not(functions, classifiers, monkeypatch):
+    monkeypatch.setattr(module, "_MODEL_CHUNK", 4)
+    scorer = make(functions, length="words", judge=RewardSpec(model=str(classifiers["llama"]), max_tokens=30))
+    responses = ["q" * 50, *["q" * length for length in range(1, 12)]]
+    with pytest.raises(UserError, match="(?s)reward `judge`.*too long.*50 tokens for prompt 0: '' → 'qqq"):
+        scorer.score([""] * 12, responses)
+    assert scorer.scored == 12 + 8
+    scorer.close()
+
+
+class Spy:
+    """A model of `size` bytes that writes down what becomes of it."""
+
+    unit, device = "", "cpu"
+
+    def __init__(self, name, size, log):
+        self.name, self.size, self.fingerprint = name, size, name
+        self.loaded = False
+        self._log = log
+
+    def load(self):
+        if not self.loaded:
+            self._log.append(f"+{self.name}")
+        self.loaded = True
+
+    def free(self):
+        if self.loaded:
+            self._log.append(f"-{self.name}")
+        self.loaded = False
+
+    def score(self, prompts, responses):
+        self.load()
+        self._log.append(f"{self.name}:{len(prompts)}")
+        return [1.0] * len(prompts)
+
+
+def spies(log, offload, size=10):
+    rewards = {name: Spy(name, size, log) for name in "ab"}
+    specs = {name: RewardSpec(model=name) for name in rewards}
+    return Scorer(rewards, specs, ScoreCache(), offload)
+
+
+def test_models_take_turns_where_they_do_not_fit_together(monkeypatch):
+    log = []
+    monkeypatch.setattr(module, "available_memory", lambda device: 20)
+    spies(log, "auto").score(["p", "q"], ["r", "r"])
+    assert log == ["+a", "a:2", "-a", "+b", "b:2", "-b"]
+
+
+def test_models_that_fit_together_stay(monkeypatch):
+    log = []
+    monkeypatch.setattr(module, "available_memory", lambda device: 26)
+    scorer = spies(log, "auto")
+    scorer.score(["p", "q"], ["r", "r"])
+    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    scorer.score(["s"], ["r"])
+    # What is loaded needs no room any more.
+    assert log == ["+a", "a:2", "+b", "b:2", "a:1", "b:1"]
+    scorer.close()
+    assert log[-2:] == ["-a", "-b"]
+
+
+def test_offload_can_be_asked_for_and_forbidden(monkeypatch):
+    log = []
+    scorer = spies(log, "always", size=1)
+    for reward in scorer._rewards.values():
+        reward.load()
+    scorer.score(["p"], ["r"])
+    assert log == ["+a", "+b", "-b", "a:1", "-a", "+b", "b:1", "-b"]
+    log.clear()
+    scorer.score(["p"], ["r"])
+    assert log == [], "nothing is missing, so nothing is loaded"
+    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    spies(log, "never").score(["p"], ["r"])
+    assert log == ["+a", "a:1", "+b", "b:1"]
+    with pytest.raises(UserError, match="no such way to offload"):
+        spies(log, "sometimes")
+
+
+def test_offloaded_scores_are_the_same(functions, classifiers):
+    specs = {name: RewardSpec(model=str(classifiers[name])) for name in ("llama", "bert")}
+    prompts, responses = ["a film", "the dog"] * 5, ["of", "beauty of little", "else", "x", ""] * 2
+    together, apart = make(functions, **specs, offload="never"), make(functions, **specs, offload="always")
+    assert together.score(prompts, responses) == apart.score(prompts, responses)
+    assert [reward.loaded for reward in together._rewards.values()] == [True, True]
+    assert [reward.loaded for reward in apart._rewards.values()] == [False, False]

@@ -1,0 +1,40 @@
+"""Classifiers in vLLM: the logits that transformers gives, and an engine that ends when it is freed."""
+
+import random
+from importlib.util import find_spec
+
+import pytest
+
+from rewarded_lines.config import RewardSpec
+from rewarded_lines.errors import UserError
+from rewarded_lines.rewards.load_rewards import load_reward
+
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed in this environment", allow_module_level=True)
+WORDS = ["the", "quick", "brown", "fox", "film", "of", "great", "beauty", "qq", "?!", "Ω"]
+
+
+def test_logits_equal_those_of_transformers(wide_classifier):
+    rng = random.Random(0)
+    prompts = [" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(40)]
+    responses = [" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(40)]
+    spec = {"model": str(wide_classifier), "format": "1-0x0.5", "template": "Q{prompt}A{response}", "max_tokens": 512}
+    expected = load_reward("r", RewardSpec(**spec), device="cpu")
+    reward = load_reward("r", RewardSpec(**spec, backend="vllm"), device="cpu")
+    scores = reward.score(prompts, responses)
+    assert scores == pytest.approx(expected.score(prompts, responses), abs=1e-5)
+    assert max(map(abs, scores)) > 1.0, "no sigmoid"
+    assert reward.fingerprint == expected.fingerprint and reward.size == pytest.approx(expected.size, rel=0.1)
+    reward.free()
+    assert not reward.loaded
+    assert reward.score(prompts, responses) == pytest.approx(scores, abs=1e-5) and reward.loaded
+    with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
+        reward.score(["a", "b"], ["c", "q" * 600])
+    reward.free()
+
+
+def test_what_vllm_cannot_score_is_refused(wide_classifier, tiny):
+    with pytest.raises(UserError, match="not a classifier.*"):
+        load_reward("r", RewardSpec(model="sft", backend="vllm"), tiny, "cpu")
+    with pytest.raises(UserError, match="class that the model does not have"):
+        load_reward("r", RewardSpec(model=str(wide_classifier), backend="vllm", format="5"), device="cpu")

@@ -1,0 +1,123 @@
+"""Preference pairs: the best against the worst of each prompt, kept in a file and used again only as what they were."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rewarded_lines.errors import UserError
+from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+PROMPTS = ["a", "a", "a", "b", "b", "b", "c", "c", "c"]
+RESPONSES = ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
+# Their standard deviation is 2.
+SCORES = [0.0, 4.0, 2.0, 5.0, 5.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def row(prompt, chosen, rejected, good, bad):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_score": good, "rejected_score": bad}
+
+
+A, B, C = row("a", "a1", "a0", 4.0, 0.0), row("b", "b0", "b2", 5.0, 1.0), row("c", "c2", "c0", 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, [A, B, C]), (0.4, [A, B, C]), (0.5, [A, B]), (1.9, [A, B])])
+def test_the_best_stands_against_the_worst_where_they_differ_enough(margin, expected):
+    assert best_and_worst(PROMPTS, RESPONSES, SCORES, 3, margin) == expected
+
+
+def test_equal_scores_make_no_pair():
+    assert best_and_worst(["a", "a", "b", "b"], ["w", "x", "y", "z"], [1.0, 1.0, 2.0, 3.0], 2, 0.0) == [
+        row("b", "z", "y", 3.0, 2.0)
+    ]
+
+
+@pytest.mark.parametrize(("scores", "margin"), [(SCORES, 2.0), (SCORES, 99.0), ([1.0] * 9, 0.0)])
+def test_no_pair_at_all_is_a_fault(scores, margin):
+    with pytest.raises(UserError, match="differ enough in reward\n  remedy: lower `margin`"):
+        best_and_worst(PROMPTS, RESPONSES, scores, 3, margin)
+
+
+def test_answers_to_a_chat_are_turns_of_it():
+    (pair,) = best_and_worst([CHAT, CHAT], ["So.", "No."], [1.0, 0.0], 2, 0.0)
+    assert pair["prompt"] == CHAT and pair["chosen"] == [{"role": "assistant", "content": "So."}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "No."}]
+
+
+MADE_FROM = {"base": "1", "scales": {"brief": (0.5, 2.0)}, "margin": 0.5}
+CHATS = best_and_worst([CHAT] * 2 + ["Plain?"] * 2, ["So.", "No.", "Aye.", "Nay."], [1.0, 0.25, -1.0, 1 / 3], 2, 0.0)
+
+
+class Maker:
+    """Makes pairs, and counts how often it is asked."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[A, B], CHATS[:1], CHATS, [row('[{"a": 1}]', "", ' naïve\n"–"', 1.0, 0.0)]],
+    ids=["text", "chat", "both", "odd"],
+)
+def test_pairs_are_made_once_and_come_back_as_they_were(tmp_path, rows):
+    path, maker = tmp_path / "new" / "pairs.parquet", Maker(rows)
+    assert kept_rows(path, MADE_FROM, maker) == (rows, False)
+    assert kept_rows(path, {key: MADE_FROM[key] for key in reversed(MADE_FROM)}, maker) == (rows, True)
+    assert maker.asked == 1 and [one.name for one in path.parent.iterdir()] == ["pairs.parquet"]
+
+
+@pytest.mark.parametrize("other", [{"base": "2"}, {"margin": 0.25}, {"scales": {"brief": (0.5, 2.1)}}, {"more": 1}])
+def test_pairs_of_something_else_are_made_again(tmp_path, other):
+    path = tmp_path / "pairs.parquet"
+    kept_rows(path, MADE_FROM, Maker([A]))
+    assert kept_rows(path, MADE_FROM | other, Maker([B])) == ([B], False)
+    assert kept_rows(path, MADE_FROM | other, Maker([C])) == ([B], True)
+
+
+def test_anyone_can_read_the_pairs(tmp_path):
+    kept_rows(tmp_path / "pairs.parquet", MADE_FROM, Maker([A, B]))
+    assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == [A | {"chat": False}, B | {"chat": False}]
+
+
+def not_parquet(path):
+    path.write_text("my pairs")
+
+
+def cut(path):
+    kept_rows(path, MADE_FROM, Maker([A]))
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def of_others(path):
+    pq.write_table(pa.table({"prompt": ["a"]}), path)
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [not_parquet, cut, of_others, a_folder])
+def test_a_file_of_others_is_left_alone(tmp_path, make):
+    path = tmp_path / "pairs.parquet"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UserError) as caught:
+        kept_rows(path, MADE_FROM, Maker([A]))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.what) == (str(path), "not a file that this recipe made")
+    assert "`pairs_file`" in problem.remedy and (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_what_cannot_be_made_leaves_nothing(tmp_path):
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        kept_rows(tmp_path / "pairs.parquet", MADE_FROM, fails)
+    assert list(tmp_path.iterdir()) == []
