@@ -173,7 +173,7 @@ def test_three_policies_and_every_merged_method(tiny):
         assert len(set(weights)) == 4 and all(sum(one) == pytest.approx(1) for one in weights)
     (new,) = [p.spec for p in run.methods()["uniform"] if 1.0 not in p.spec.weights]
     # A matched method's α is worked out where the new λ lies.
-    assert new.alpha > 1 and new.beta == 0
+    assert new.merge.alpha > 1 and new.merge.beta == 0
 
 
 @pytest.mark.parametrize(
