@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from rewarded_lines.cli.display import progress_bar, show_json
+from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
 from rewarded_lines.errors import fail
 
@@ -70,12 +72,13 @@ def _show(chosen: Chosen) -> None:
     point = chosen.point
     schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
-    typer.echo(f"{chosen.rule}:\n  {point}{schedule}{guess}\n")
+    console = Console()
+    console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))
     for name, score in chosen.scores.items():
         meets = f", meets its minimum in {chosen.meets[name]:.0%} of resamples" if name in chosen.meets else ""
-        typer.echo(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}")
-    typer.secho(f"\n{NOTE}\n", dim=True)
-    typer.echo(chosen.command)
+        console.print(Text(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}"))
+    console.print(Text(f"\n{NOTE}\n", style="dim"))
+    show_line(chosen.command)
 
 
 def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
