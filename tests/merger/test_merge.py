@@ -202,7 +202,8 @@ def test_killed_merge_leaves_no_output_and_the_next_one_cleans_up(tiny):
         "merge('sft', ['first', 'second'], 0.5, out='out', progress=Stop())"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"go\n"
+    # Two threads may write at once.
+    assert child.stdout.readline().startswith(b"go")
     child.kill()
     child.wait()
     assert not (tiny / "out").exists()
