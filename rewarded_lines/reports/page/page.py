@@ -81,7 +81,7 @@ def page(runs: Sequence[Run], summary: Summary) -> bytes:
 
 
 def _template(name: str) -> str:
-    return (files("rewarded_lines.pages") / name).read_text(encoding="utf-8")
+    return (files("rewarded_lines.reports.page") / name).read_text(encoding="utf-8")
 
 
 def _json(content: Any) -> str:
