@@ -82,11 +82,11 @@ SIGNS = {
 }
 
 
-def in_this_process(jobs, watch):
+def in_this_process(commands, logs, watch):
     """Do as `run_jobs` does, in this process."""
-    for job in jobs:
-        script = next(at for at, word in enumerate(job.command) if word.endswith(".py"))
-        load_recipe(Path(job.command[script]).stem).main(list(job.command[script + 1 :]))
+    for command in commands.values():
+        script = next(at for at, word in enumerate(command) if word.endswith(".py"))
+        load_recipe(Path(command[script]).stem).main(list(command[script + 1 :]))
 
 
 def finished(out):
@@ -112,9 +112,9 @@ def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeyp
     class Ended(BaseException):
         """What a signal would do."""
 
-    def until_the_second_policy(jobs, watch):
-        in_this_process(jobs[:1], watch)
-        if len(jobs) > 1:
+    def until_the_second_policy(commands, logs, watch):
+        in_this_process(dict(list(commands.items())[:1]), logs, watch)
+        if len(commands) > 1:
             raise Ended
 
     out = tmp_path / "run"
