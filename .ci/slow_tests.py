@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/learning/", "rewarded_lines/rewarding/")
+TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/rewards/")
 MORE = {
     "recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"),
     "demo": (*TRAINING, "eval/suites/"),
-    "cli": ("rewarded_lines/diagnosing/",),
+    "cli": ("rewarded_lines/doctor.py", "rewarded_lines/doctor_probes.py"),
 }
 EVERYBODYS = "constraints.txt"
 

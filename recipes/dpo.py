@@ -122,9 +122,10 @@ def sampled_pairs(
     prompts = prompts_of(task.rows)
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
     # What decides the responses is the same for all rewards.
+    settings = {key: value for key, value in decides(spec).items() if key != "stop_token_ids"}
     sampled_from = {
         **{name: task.inputs[name] for name in ("train", "base", "generation") if name in task.inputs},
-        **{"spec": decides(spec, {"stop_token_ids"}), "engine": engine, "responses": recipe.responses},
+        **{"spec": settings, "engine": engine, "responses": recipe.responses},
         **{"longest": sampling.max_prompt_tokens, "ends": sorted(task.reader.ends)},
         **({} if len(task.rows) == task.counted else {"prompts": rows_hash(task.rows)}),
     }
