@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from rewarded_lines.cli import app
 from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
+LONGEST_SENTENCE = 30
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
 # What these set up is downloaded and trained for hours: their commands are parsed here.
@@ -81,6 +83,23 @@ def test_links_pictures_and_headings_exist(page):
         if not file.exists() or (heading and heading not in headings.get(file.resolve(), ())):
             missing.append(f"{file}#{heading}")
     assert missing == []
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a page: no code, tables, headings; a formula in backticks counts as one word."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    blocks = re.split(r"\n\s*\n|\n(?= *[-*] )", prose)
+    kept = [block for block in blocks if not block.lstrip("\n").startswith(("|", "#", "    "))]
+    plain = [re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "X", " ".join(block.split()))) for block in kept]
+    return [sentence for block in plain for sentence in re.split(r"(?<=[.?!])\s+", block)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "docs/from-other-tools.md"])
+def test_no_sentence_is_too_long_to_read_once(name):
+    page = next(page for page in PAGES if page.name == name)
+    found = sentences(page.text)
+    assert len(found) > 30
+    assert [one for one in found if len(re.findall(r"\S*\w\S*", one)) > LONGEST_SENTENCE] == []
 
 
 def test_the_encoder_is_set_as_the_page_sets_it(tmp_path):

@@ -3,7 +3,7 @@
 import re
 
 from documents import ROOT, Page
-from test_architecture import WINGS
+from test_architecture import PACKAGES
 
 from rewarded_lines.merger.methods import METHODS
 
@@ -34,7 +34,7 @@ def test_every_method_is_in_the_table_with_its_options_and_defaults():
     assert written == expected | {"greedy": {"--score"}}
 
 
-def test_the_map_names_every_wing_in_the_order_of_imports():
+def test_the_map_names_every_package_in_the_order_of_imports():
     tree = README.text[README.text.index("imports go down this list") : README.text.index("recipes/    ")]
     named = [name for line in tree.splitlines()[1:] for name in re.findall(r"(\w+)/(?= )", line[:38])]
-    assert named == WINGS
+    assert named == PACKAGES
