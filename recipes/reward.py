@@ -26,7 +26,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rewarded_lines.config import GenerationSpec, RewardSpec
 from rewarded_lines.config_values import CHAT
-from rewarded_lines.data.forms import last_answers, read_pairs
+from rewarded_lines.data.dataset_formats import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import check_template, more_than_text
 from rewarded_lines.data.rows import Row, rows_hash

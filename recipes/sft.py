@@ -24,7 +24,7 @@ from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rewarded_lines import merge
-from rewarded_lines.data.forms import read_demonstrations
+from rewarded_lines.data.dataset_formats import read_demonstrations
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.demonstrations import Demonstrations

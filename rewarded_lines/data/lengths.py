@@ -1,18 +1,19 @@
-"""Rows that some model cannot read: found before anything is spent, and refused, left out, or shortened, as declared.
+"""Rows that are too long for a model: refused, left out, or shortened, before anything is computed.
 
-A response is never cut. Shortened is the prompt, from its beginning: the oldest turns of a chat (not the system's), the
-first words of a text.
+Responses are never cut. A prompt is shortened from its beginning: a chat loses its oldest turns (never the system
+turn), a text its first words.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rewarded_lines.config import TooLong
-from rewarded_lines.data.forms import Tell, silent
 from rewarded_lines.data.messages import Prompt
+from rewarded_lines.data.rows import Tell, silent
 from rewarded_lines.errors import Problem, UserError, fail
 
 T = TypeVar("T")
@@ -26,19 +27,23 @@ _BEGINNING = 60
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit that rows must keep.
+    """A limit on the length of rows.
 
     Attributes:
-        what: who reads them, for messages: "the policy", "reward `helpful`".
-        most: the most tokens that a row may have there.
-        option: what says so, and can be raised.
-        lengths: how many tokens some rows have there.
+        what: the reader, for messages: "the policy", "reward `helpful`".
+        most: the most tokens of a row.
+        option: the setting behind the limit.
+        lengths: returns the tokens of each row.
     """
 
     what: str
     most: int
     option: str
     lengths: Callable[[Sequence[Any]], Sequence[int]]
+
+    def exceeded(self, lengths: Sequence[int]) -> list[int]:
+        """Return the places of the rows that are too long."""
+        return [at for at, length in enumerate(lengths) if length > self.most]
 
 
 def fit(
@@ -49,18 +54,18 @@ def fit(
     shorten: Callable[[T, Callable[[T], bool]], T | None],
     tell: Tell = silent,
 ) -> list[T]:
-    """Return the rows that every limit lets pass.
+    """Return the rows that keep every limit.
 
     Args:
-        rows: prompts, pairs, demonstrations.
-        limits: what they must keep.
-        too_long: what becomes of the others.
-        where: whose rows they are, for messages.
-        shorten: cuts a row's prompt until it fits; None where it cannot. Called with "truncate" only.
-        tell: called with what was found and done.
+        rows: prompts, pairs or demonstrations.
+        limits: of all models that read the rows.
+        too_long: the treatment of longer rows.
+        where: names the rows in messages.
+        shorten: with "truncate", cuts a row's prompt until the row fits; returns None if it cannot.
+        tell: receives sentences for the log.
 
     Raises:
-        UserError: rows are too long and shall be refused, or none are left.
+        UserError: rows are too long and must be refused, or none are left.
     """
     for limit in limits:
         if limit.most < 1:
@@ -71,22 +76,18 @@ def fit(
                 got=f"{limit.most} tokens ({limit.option})",
                 remedy="lower the length of responses, or raise that limit",
             )
-    measured = [list(limit.lengths(rows)) for limit in limits]
-    over = [
-        [at for at, length in enumerate(lengths) if length > limit.most]
-        for limit, lengths in zip(limits, measured, strict=True)
-    ]
-    for limit, lengths in zip(limits, measured, strict=True):
+    measured = [(limit, list(limit.lengths(rows))) for limit in limits]
+    for limit, lengths in measured:
         tell(f"{where}: up to {max(lengths)} of {limit.most} tokens ({limit.option}) for {limit.what}")
-    places = sorted({at for several in over for at in several})
+    places = sorted({at for limit, lengths in measured for at in limit.exceeded(lengths)})
     made: dict[int, T] = {}
-    if places and too_long == "truncate":
+    if too_long == "truncate":
         found = {at: shorten(rows[at], lambda row: all(_fits(row, limit) for limit in limits)) for at in places}
         made = {at: row for at, row in found.items() if row is not None}
     left_out = [at for at in places if at not in made]
     if left_out and (too_long == "refuse" or len(left_out) == len(rows)):
-        faults = zip(limits, measured, over, strict=True)
-        raise UserError(_problem(rows, *fault, where, too_long) for fault in faults if fault[2])
+        faults = [(limit, lengths) for limit, lengths in measured if limit.exceeded(lengths)]
+        raise UserError(_problem(rows, limit, lengths, where, too_long) for limit, lengths in faults)
     if made:
         tell(f"{where}: {len(made)} of {len(rows)} rows are too long; their prompts are shortened from the beginning")
     if left_out:
@@ -96,11 +97,9 @@ def fit(
 
 
 def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
-    """Return the longest end of a prompt that fits; None if not even its last word does.
+    """Return the longest end of a prompt that fits; None if not even its last word fits.
 
-    Args:
-        prompt: a text or a chat. A chat keeps its system turn, begins with a user's turn, and keeps the last turn.
-        fits: says whether a prompt is short enough.
+    A chat keeps its system turn and its last turn, and begins with a user's turn.
     """
     if isinstance(prompt, str):
         return _end_of(prompt, fits)
@@ -108,8 +107,7 @@ def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | N
     turns = prompt[len(system) :]
     if not turns:
         return None
-    starts = [at for at, turn in enumerate(turns) if turn["role"] == "user"] or [len(turns) - 1]
-    for start in starts:
+    for start in [at for at, turn in enumerate(turns) if turn["role"] == "user"] or [len(turns) - 1]:
         if fits([*system, *turns[start:]]):
             return [*system, *turns[start:]]
     last = turns[-1]
@@ -120,41 +118,30 @@ def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | N
 
 
 def positions_of(config: Any) -> int | None:
-    """Return for how many tokens a model has positions, if its config says so.
-
-    Args:
-        config: of the model; of one that reads more than texts, its text part counts.
-    """
+    """Return the number of positions of a model's text part, or None if its config sets no limit."""
     own = config.get_text_config()
     positions = getattr(own, "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from behind the padding token.
+    # RoBERTa and its relatives count positions from after the padding token.
     if positions and own.model_type in _OFFSET_POSITIONS:
         positions -= (own.pad_token_id or 0) + 1
-    # XLNet says −1: there is no end.
+    # XLNet gives −1 for no limit.
     return positions if positions and positions > 0 else None
 
 
 def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:
-    """Return the longest end of a text, from the beginning of a word, that fits."""
+    """Return the longest end of a text that fits and begins with a word."""
     starts = [at for at in range(len(text)) if not text[at].isspace() and (at == 0 or text[at - 1].isspace())]
-    low, high = 0, len(starts)
-    # The longer the end, the more tokens: the first start that fits is looked for by halves.
-    while low < high:
-        middle = (low + high) // 2
-        if fits(text[starts[middle] :]):
-            high = middle
-        else:
-            low = middle + 1
-    return text[starts[low] :] if low < len(starts) else None
+    # False for ends that are too long, then True: they are sorted.
+    first = bisect_left(starts, True, key=lambda start: fits(text[start:]))
+    return text[starts[first] :] if first < len(starts) else None
 
 
 def _fits(row: Any, limit: Limit) -> bool:
     return limit.lengths([row])[0] <= limit.most
 
 
-def _problem(
-    rows: Sequence[Any], limit: Limit, lengths: Sequence[int], over: Sequence[int], where: str, too_long: TooLong
-) -> Problem:
+def _problem(rows: Sequence[Any], limit: Limit, lengths: Sequence[int], where: str, too_long: TooLong) -> Problem:
+    over = limit.exceeded(lengths)
     first = repr(rows[over[0]])
     beginning = first if len(first) <= _BEGINNING else f"{first[:_BEGINNING]}…"
     way = "set `too_long: leave_out` or `too_long: truncate` (of prompts, from their beginning), or "

@@ -1,7 +1,4 @@
-"""Prompts, as texts or as turns of a chat, and the way from them to tokens and back.
-
-Trainers, engines and measurements take tokens from here, so all of them see the same ones.
-"""
+"""Converts prompts and answers to tokens and back. Trainers, engines and measurements all use these tokens."""
 
 from __future__ import annotations
 
@@ -9,40 +6,36 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rewarded_lines.data.messages import Messages, Prompt, render
+from rewarded_lines.data.messages import Messages, Prompt, as_turns, render
 from rewarded_lines.errors import fail
 
 __all__ = ["Messages", "Prompt", "encode", "encode_answers", "prompt_key", "prompt_text", "split_text"]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return what a reward that reads text gets of a prompt: a text as it is; of a chat its turns but the system's."""
+    """Return a prompt as one text: of a chat, all turns but the system's, joined by blank lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(turn["content"] or "" for turn in prompt if turn["role"] != "system")
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return a text by which a prompt is known: itself, or the JSON of its turns."""
+    """Return a text that identifies a prompt: the prompt itself, or the JSON of its turns."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return the token ids of each prompt: a text with the special tokens that the tokenizer itself adds, a chat in the
-    tokenizer's chat template, up to where the answer starts.
+    """Return the token ids of each prompt, up to where the answer starts.
 
-    A text that begins with the tokenizer's BOS already does not get a second one, and no end token is put behind a
-    prompt, which the model goes on from.
-
-    Raises:
-        UserError: there are chats, and the tokenizer has no chat template.
+    A text gets the tokenizer's special tokens, but no second BOS and no end token. A chat is rendered by the chat
+    template; among chats, a text becomes a user's turn.
     """
     if not prompts:
         return []
     if all(isinstance(prompt, str) for prompt in prompts):
         made = tokenizer(list(prompts))["input_ids"]
         return [_open(tokenizer, str(prompt), ids) for prompt, ids in zip(prompts, made, strict=True)]
-    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    chats = [as_turns(prompt) for prompt in prompts]
     made = render(tokenizer, chats, add_generation_prompt=True, tokenize=True, return_dict=True)
     return [list(row) for row in made["input_ids"]]
 
@@ -50,19 +43,10 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 def encode_answers(
     tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Prompt], ends: Collection[int]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts as token ids, and those that follow each in training: an answer with its end, nothing behind it.
+    """Return the token ids of prompts, and those of their answers in training, each with its end token.
 
-    A text ends with the tokenizer's end token. A chat ends with the last of `ends` in what the chat template makes of
-    the answer.
-
-    Args:
-        tokenizer: of the model.
-        prompts: see `encode`.
-        answers: to each a text where the prompt is one, else turns.
-        ends: the ids that end a response.
-
-    Raises:
-        UserError: the chat template renders a prompt otherwise when an answer follows.
+    A text gets the tokenizer's end token. A rendered chat is cut after the last of `ends`, the ids that end a response.
+    The answers are texts if the prompts are texts, else turns.
     """
     if not prompts:
         return [], []
@@ -73,7 +57,7 @@ def encode_answers(
         texts = [str(answer) if known and str(answer).endswith(known) else f"{answer}{end}" for answer in answers]
         joined = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
         wholes = [one_bos(tokenizer, ids) for ids in tokenizer(joined)["input_ids"]]
-        # Where the tokenizer would join the border into one token, the model goes on from the prompt's own tokens.
+        # If one token would span the border, the answer is encoded by itself.
         return heads, [
             whole[len(head) :]
             if whole[: len(head)] == head
@@ -86,10 +70,10 @@ def encode_answers(
 
 
 def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[int]) -> list[int]:
-    """Return what a conversation has after its prompt, up to the last end token."""
+    """Return the ids of a conversation after its prompt, up to the last end token."""
     if whole[: len(head)] != head:
         raise fail(
-            "the chat template renders a prompt otherwise when an answer follows",
+            "the chat template renders a prompt differently when an answer follows",
             where=str(tokenizer.name_or_path),
             expected=f"a conversation that begins with {tokenizer.decode(head)[-120:]!r}",
             got=repr(tokenizer.decode(whole)[:240]),
@@ -102,7 +86,7 @@ def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[in
 
 
 def _open(tokenizer: Any, prompt: str, ids: Sequence[int]) -> list[int]:
-    """Return a prompt's tokens without the end token that some tokenizers put behind every text."""
+    """Return a prompt's ids without the end token that some tokenizers add to every text."""
     row, end = one_bos(tokenizer, ids), tokenizer.eos_token
     if end is not None and row[-1:] == [tokenizer.eos_token_id] and not prompt.rstrip().endswith(end):
         del row[-1]
@@ -110,7 +94,7 @@ def _open(tokenizer: Any, prompt: str, ids: Sequence[int]) -> list[int]:
 
 
 def one_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Return token ids without a second BOS at their beginning."""
+    """Return token ids with at most one BOS at the start."""
     bos, row = tokenizer.bos_token_id, list(ids)
     while bos is not None and row[:2] == [bos, bos]:
         del row[0]
@@ -118,13 +102,12 @@ def one_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 
 def split_text(ids: Sequence[int], prompt_tokens: int, tokenizer: Any) -> tuple[str, str]:
-    """Return the texts of prompt and response, special tokens left out by the tokenizer.
+    """Return the texts of prompt and response without special tokens.
 
-    The response is what the whole text has after the prompt: decoded by itself it would lose the space it starts with
-    under a SentencePiece tokenizer. Where a character straddles the border, it is decoded by itself after all.
+    Decoded alone, a response would lose its first space under a SentencePiece tokenizer. So the whole text is decoded
+    and the prompt removed, unless a character spans the border.
     """
-    prompt = _decode(ids[:prompt_tokens], tokenizer)
-    whole = _decode(ids, tokenizer)
+    prompt, whole = _decode(ids[:prompt_tokens], tokenizer), _decode(ids, tokenizer)
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
     return prompt, _decode(ids[prompt_tokens:], tokenizer)

@@ -1,14 +1,14 @@
-"""Rows with declared roles, from JSONL, Parquet or CSV files or a data set of the Hub; checked before anything is done.
+"""Reads rows with declared roles from a JSONL, Parquet or CSV file, or from a data set of the Hub.
 
-Nothing is repaired or dropped: a row that lacks a role ends the reading with its place and the columns that are there.
-What a row means, by its form, is read in `rewarded_lines.data.forms`.
+Nothing is repaired or dropped: a row without a role is an error that names the row and its columns.
+`rewarded_lines.data.dataset_formats` turns these rows into prompts, pairs and demonstrations.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,39 +21,42 @@ from rewarded_lines.errors import UserError, fail
 from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
-# Alternatives of what a row may hold, in order of preference.
+# The sets of roles that a row may have, in order of preference.
 Layouts = Sequence[tuple[str, ...]]
+# Receives one sentence for the log.
+Tell = Callable[[str], None]
 _ANSWERS = ("completion", "chosen", "rejected")
 _CONVERTED = "refs/convert/parquet"
-_SHOWN = 12
+_MOST_NAMES = 12
+_BRIEF = 600
 _LONGEST_FIELD = 1 << 27
-_SAID = 600
+
+
+def silent(sentence: str) -> None:
+    """Drop the sentence."""
 
 
 def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = ()) -> list[Row]:
-    """Return the rows of a source, each with the roles of the first of `layouts` that its columns allow.
+    """Return the rows of a source with the roles of the first of `layouts` that the columns of row 0 allow.
 
-    A role is a text, or a list of messages `{"role": ..., "content": ...}` (conversational data), each kept whole.
+    A role holds a text, or a list of messages `{"role": ..., "content": ...}`.
 
     Args:
         spec: the source.
         layouts: e.g. `[("messages",), ("prompt", "completion")]`.
-        root: the folder that paths in `spec` start from.
-        beside: columns that are kept as they are where a row has something in them.
-
-    Raises:
-        UserError: no such file or data set, something that is not JSON, a role without a column, or no rows.
+        root: the folder for relative paths.
+        beside: further columns to keep, unchanged, in rows that fill them.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
-    rows = list(islice(_shape(raw, spec, layouts, root, source, beside), spec.limit))
+    rows = list(islice(_shape(raw, spec, layouts, root, beside), spec.limit))
     if not rows:
         raise fail("there are no rows", where=source, expected="at least one")
     return rows
 
 
 def rows_hash(rows: Iterable[Row]) -> str:
-    """Return the BLAKE3 hash of rows: other data, other hash."""
+    """Return the BLAKE3 hash of rows."""
     hasher = blake3.blake3()
     for row in rows:
         hasher.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
@@ -61,14 +64,8 @@ def rows_hash(rows: Iterable[Row]) -> str:
 
 
 def _shape(
-    raw: Iterable[tuple[str, Row]],
-    spec: DataSpec,
-    layouts: Layouts,
-    root: Path,
-    source: str,
-    beside: Sequence[str],
+    raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, root: Path, beside: Sequence[str]
 ) -> Iterator[Row]:
-    """Turn rows of the data into rows with roles."""
     function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
     layout: tuple[str, ...] | None = None
     for where, row in raw:
@@ -83,11 +80,11 @@ def _shape(
 def _call(function: Any, row: Row, where: str) -> Any:
     try:
         made = function(row)
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is reported, not lost
+    except Exception as error:  # noqa: BLE001 - a user's function may raise anything
         raise fail(
             f"the row function raised {type(error).__name__}: {error}",
             where=where,
-            got=json.dumps(row, ensure_ascii=False, default=str)[:_SAID],
+            got=json.dumps(row, ensure_ascii=False, default=str)[:_BRIEF],
         ) from error
     several = made if isinstance(made, list) else [made]
     if not all(one is None or isinstance(one, Mapping) for one in several):
@@ -96,7 +93,7 @@ def _call(function: Any, row: Row, where: str) -> Any:
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
-    """Return the row with every role under its own name; columns of the data keep theirs otherwise."""
+    """Return the row with the declared columns renamed to their roles."""
     renamed = {name: value for name, value in row.items() if name not in columns}
     for role, column in columns.items():
         value: Any = row
@@ -109,34 +106,35 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> R
 
 
 def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
-    there = [layout for layout in layouts if all(role in row for role in layout)]
-    # Columns of other data may have a role's name: `chosen`, say, the index of an answer.
-    readable = (layout for layout in there if all(isinstance(row[role], str) or is_chat(row[role]) for role in layout))
-    if there:
-        return next(readable, there[0])
+    present = [layout for layout in layouts if all(role in row for role in layout)]
+    # A column may have a role's name by chance: `chosen` may be the index of an answer.
+    for layout in present:
+        if all(isinstance(row[role], str) or is_chat(row[role]) for role in layout):
+            return layout
+    if present:
+        return present[0]
     raise fail(
         "the columns do not make a training row",
         where=where,
         expected=_expected(layouts),
         got=_names(row),
-        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with a function: `rows: file.py:function` in a "
-        "project file, `row_function` in a recipe",
+        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with a function: "
+        "`rows: file.py:function` in a project file, `row_function` in a recipe",
     )
 
 
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
-    # One message by itself is how some data sets keep an answer.
+    # Some data sets store an answer as a single message.
     single = isinstance(value, Mapping) and role in _ANSWERS
     if isinstance(value, str) or (is_chat(value) and (single or not isinstance(value, Mapping))):
         check_text(value, role, where)
         return value if isinstance(value, str) else read_messages(value, f"{where}, column `{role}`")
-    kind = "nothing" if value is None else repr(value)[:80]
     raise fail(
         f"no text in column `{role}`",
         where=where,
         expected=f"text, or messages such as {{'role': 'user', 'content': '...'}}; {_expected(layouts)}",
-        got=f"{kind}; {_names(row)}",
+        got=f"{'nothing' if value is None else repr(value)[:80]}; {_names(row)}",
     )
 
 
@@ -146,8 +144,8 @@ def _expected(layouts: Layouts) -> str:
 
 def _names(row: Mapping[str, Any]) -> str:
     names = list(row)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return "columns " + (", ".join(names[:_SHOWN]) + more if names else "none")
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return "columns " + (", ".join(names[:_MOST_NAMES]) + more if names else "none")
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
@@ -156,7 +154,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
         remedy = "`rewarded-lines demo --until data` makes the demo's corpus"
         raise fail("no such file", where=str(path), expected="a JSONL, Parquet or CSV file", remedy=remedy)
     if path.suffix not in readers:
-        raise fail("not a kind of file that is read", where=str(path), expected=", ".join(readers))
+        raise fail("not a file type that can be read", where=str(path), expected=", ".join(readers))
     try:
         yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
@@ -168,17 +166,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield where, _object(line, where)
-
-
-def _object(line: str, where: str) -> Row:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise fail("not JSON", where=where, expected="one JSON object a line", got=str(error)) from error
-    if not isinstance(row, dict):
-        raise fail("not a JSON object", where=where, got=type(row).__name__)
-    return row
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise fail("not JSON", where=where, expected="one JSON object a line", got=str(error)) from error
+                if not isinstance(row, dict):
+                    raise fail("not a JSON object", where=where, got=type(row).__name__)
+                yield where, row
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -190,7 +184,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise fail("another number of fields than the header has", where=where, got=str(row)[:_SAID])
+                    raise fail("another number of fields than in the header", where=where, got=str(row)[:_BRIEF])
                 yield where, dict(row)
         except csv.Error as error:
             raise fail("not readable as CSV", where=f"{path}, line {reader.line_num + 1}", got=str(error)) from error
@@ -201,19 +195,17 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet as pq
 
     try:
-        number = 0
         file = pq.ParquetFile(path)
         _refuse_doubles(file.schema_arrow.names, str(path))
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield f"{path}, row {number}", _without_gaps(row)
-                number += 1
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield f"{path}, row {number}", _without_gaps(row)
     except (pa.ArrowException, OSError) as error:
         raise fail("not readable as Parquet", where=str(path), got=str(error)) from error
 
 
 def _without_gaps(row: Row) -> Row:
-    """Return a row without the nulls in nested values: Arrow gives all rows of a column the same keys by them."""
+    """Return a row without nested nulls, which Arrow adds to give all rows the same keys."""
     return {name: _dense(value) for name, value in row.items()}
 
 
@@ -224,7 +216,6 @@ def _dense(value: Any) -> Any:
 
 
 def _refuse_doubles(names: Sequence[str], where: str) -> None:
-    """Refuse columns of one name, of which a row could keep but one."""
     doubles = sorted({name for name in names if list(names).count(name) > 1})
     if doubles:
         raise fail("several columns have one name", where=where, got=", ".join(doubles))
@@ -240,26 +231,21 @@ def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
             remedy="pip install 'rewarded-lines[train]', or name a local file",
         ) from error
     try:
-        # The Hub's own conversions have no card that names the subsets; there, each has a folder.
+        # The Hub's own Parquet conversions keep each subset in a folder; no card names them.
         subset = {"data_dir" if spec.revision == _CONVERTED else "name": spec.subset}
         found = datasets.load_dataset(str(spec.dataset), split=spec.split, revision=spec.revision, **subset)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds, from requests' to Arrow's
+    except Exception as error:  # noqa: BLE001 - the library raises dozens of types, from requests to Arrow
         raise _hub_fault(spec, error) from error
     for number, row in enumerate(found):
         yield f"data set {spec.dataset}, split {spec.split}, row {number}", _without_gaps(dict(row))
 
 
 def _hub_fault(spec: DataSpec, error: Exception) -> UserError:
-    """Return what to say of a data set that could not be had."""
-    said = " ".join(str(error).split())[:_SAID]
-    network = any(word in f"{type(error).__name__} {said}".lower() for word in ("connect", "offline", "timed out"))
-    return fail(
-        "the data set cannot be reached" if network else "the data set cannot be loaded",
-        where=f"data set {spec.dataset}" + (f", subset {spec.subset}" if spec.subset else "") + f", split {spec.split}",
-        got=f"{type(error).__name__}: {said}",
-        remedy="check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local file"
-        if network
-        else "check the data set's id, and the names of subset, revision and split",
-    )
+    got = f"{type(error).__name__}: " + " ".join(str(error).split())[:_BRIEF]
+    what = "the data set cannot be loaded"
+    remedy = "check the data set's id, and the names of subset, revision and split"
+    if any(word in got.lower() for word in ("connect", "offline", "timed out")):
+        what = "the data set cannot be reached"
+        remedy = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local file"
+    subset = f", subset {spec.subset}" if spec.subset else ""
+    return fail(what, where=f"data set {spec.dataset}{subset}, split {spec.split}", got=got, remedy=remedy)

@@ -16,7 +16,7 @@ import blake3
 from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
 from rewarded_lines.config import DataSpec, GenerationSpec, decides
-from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode

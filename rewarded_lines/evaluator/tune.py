@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rewarded_lines.config import SFT, TUNED, TuneSpec
-from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail

@@ -11,11 +11,10 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec, TooLong
-from rewarded_lines.data.forms import Tell
 from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import Messages, check_template, more_than_text, render
 from rewarded_lines.data.prompts import encode_answers, one_bos
-from rewarded_lines.data.rows import Row
+from rewarded_lines.data.rows import Row, Tell
 from rewarded_lines.engines.tokenizers import (
     end_tokens,
     load_config,

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import ModelConfig
 
 from rewarded_lines.config import DataSpec, GenerationSpec
-from rewarded_lines.data.forms import Tell, read_pairs, read_prompts
+from rewarded_lines.data.dataset_formats import read_pairs, read_prompts
 from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode, encode_answers
-from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.data.rows import Row, Tell, rows_hash
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import (
     end_tokens,

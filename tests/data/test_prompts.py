@@ -9,7 +9,7 @@ from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rewarded_lines.data.forms import read_prompts
+from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import encode, encode_answers, prompt_key, prompt_text, split_text
 from rewarded_lines.errors import UserError
@@ -115,7 +115,7 @@ def test_an_answer_in_training_follows_its_prompt_and_ends_with_the_turn(form):
 def test_a_template_that_renders_the_prompt_otherwise_before_an_answer_is_refused():
     tokenizer = forms_tokenizer("phi")
     tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"
-    with pytest.raises(UserError, match="renders a prompt otherwise"):
+    with pytest.raises(UserError, match="renders a prompt differently"):
         encode_answers(tokenizer, [[ASKED]], [[SAID]], ())
 
 

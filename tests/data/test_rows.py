@@ -251,7 +251,7 @@ def test_files_that_cannot_be_read_are_named_with_the_line(tmp_path, name, conte
 @pytest.mark.parametrize("name", ["data.txt", "data.jsonl.gz", "data"])
 def test_other_kinds_of_files_are_not_read(tmp_path, name):
     problem = fault(tmp_path, content=b'{"text": "a"}\n', name=name)
-    assert (problem.where, problem.what) == (str(tmp_path / name), "not a kind of file that is read")
+    assert (problem.where, problem.what) == (str(tmp_path / name), "not a file type that can be read")
     assert problem.expected == ".jsonl, .json, .parquet, .csv"
 
 

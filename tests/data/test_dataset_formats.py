@@ -8,7 +8,7 @@ import pytest
 from trl.data_utils import maybe_extract_prompt
 
 from rewarded_lines.config import DataSpec
-from rewarded_lines.data.forms import read_demonstrations, read_pairs, read_prompts
+from rewarded_lines.data.dataset_formats import read_demonstrations, read_pairs, read_prompts
 from rewarded_lines.errors import UserError
 
 
