@@ -19,7 +19,7 @@ from rewarded_lines.evaluator.records import Point, draft_path, whole_point, wri
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rewards.score_all import Scorer
+from rewarded_lines.rewards.scorer import Scorer
 
 # Where weights are swapped, the SFT model returns after this many points or seconds. A kill loses what came since.
 _POINTS_A_SPELL = 16

@@ -34,10 +34,9 @@ from rewarded_lines.merger.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
-from rewarded_lines.rewards.length_limits import reward_limits
-from rewarded_lines.rewards.load_rewards import Reward, load_rewards
-from rewarded_lines.rewards.score_all import Scorer
+from rewarded_lines.rewards.load_rewards import Reward, load_rewards, reward_limits
 from rewarded_lines.rewards.score_cache import ScoreCache
+from rewarded_lines.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Rewards: classifiers and functions behind one declaration, and a cache of their scores."""
+"""Rewards: classifiers and functions under one protocol, and a cache of their scores."""

@@ -1,20 +1,24 @@
-"""What a loaded classifier does, whichever library runs it, and the errors of one that cannot be loaded."""
+"""What a classifier runs on: the methods of every backend, the device, and its free memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
 
+_MEMORY_INFO = Path("/proc/meminfo")
+
 
 class Backend(Protocol):
-    """A loaded classifier.
+    """A classifier in memory.
 
     Attributes:
-        classes: how many logits it gives.
-        size: bytes of its weights.
-        longest: tokens that it can be given, if there is an end to it.
+        classes: the number of logits.
+        size: bytes of the weights.
+        longest: the most tokens of a text, or None without a limit.
     """
 
     classes: int
@@ -22,21 +26,19 @@ class Backend(Protocol):
     longest: int | None
 
     def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
-        """Return the logits of each text, given as tokens, with their token types where it is a pair of texts."""
-        ...
+        """Return the logits of each text; `types` are the token types of pairs of texts."""
 
     def close(self) -> None:
-        """Free its memory."""
-        ...
+        """Free the memory."""
 
 
 def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") -> UserError:
-    """Return the error of a model that a library could not load."""
+    """Return the error for a model that a library failed to load."""
     return fail("the model cannot be loaded", where=where, got=f"{reference}: {error}", remedy=remedy)
 
 
 def no_classifier(where: str, got: str) -> UserError:
-    """Return the error of a model without a classification head."""
+    """Return the error for a model without a classification head."""
     return fail(
         "not a classifier: weights of the head are missing",
         where=where,
@@ -44,3 +46,48 @@ def no_classifier(where: str, got: str) -> UserError:
         got=got,
         remedy="train one with recipes/reward.py",
     )
+
+
+def find_device(device: str, where: str) -> str:
+    """Return the torch device; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: torch does not know the device, or this machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "auto, cpu, cuda or cuda:N"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise fail("not a device", where=where, expected=expected, got=repr(device)) from error
+    if kind == "meta":
+        raise fail("no scores come from this device", where=where, expected=expected, got=repr(device))
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        raise fail(
+            "no such device here",
+            where=where,
+            expected=f"cpu or one of {count} GPUs, cuda:0 to cuda:{count - 1}" if count else "cpu: there is no GPU",
+            got=repr(device),
+            remedy="change the reward's `device:`; if it has none, change --device",
+        ) from error
+    return device
+
+
+def available_memory(device: str) -> int:
+    """Return the bytes that can be allocated without swapping; on a GPU, with torch's unused reserve."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if _MEMORY_INFO.is_file():
+        for line in _MEMORY_INFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Worker processes that call a reward's function, and their ends: none of them outlives this process or a Ctrl-C."""
+"""Worker processes that call a reward's function. No worker outlives this process or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,29 +14,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 from rewarded_lines.references import find_function
 from rewarded_lines.rewards.score_checks import PairError, call_function
 
-Answer = list[float] | tuple[Problem, ...]
+# Slices of a call for each worker, so that a worker with slow pairs does not delay the others.
 _SLICES = 4
-"""Parts of a call for each worker, so that one with the slow pairs does not keep the others waiting."""
+_find_function = cache(find_function)
 
 
 class WorkerPool:
-    """Processes in which the function of a reference is called, started with the first score."""
+    """Processes that call one function; they start with the first score."""
 
     def __init__(self, reference: str, root: Path, where: str, workers: int) -> None:
-        """Start nothing yet.
-
-        Args:
-            reference: `module:name` or `file.py:name`.
-            root: the folder that a file in `reference` is relative to.
-            where: the reward, for messages.
-            workers: the number of processes.
-        """
-        # A worker starts in another folder when this process changes its own.
+        """Start nothing yet; files in `reference` are relative to `root`."""
+        # Absolute, since this process may change its working directory before the workers start.
         self._task = (reference, root.resolve(), where)
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
@@ -45,8 +38,8 @@ class WorkerPool:
         """Return the function's scores in the order of the pairs.
 
         Raises:
-            PairError: the function failed on a pair; of several, the first.
-            UserError: it failed without one, or a worker process died.
+            PairError: the function failed on some pairs; the error names the first.
+            UserError: the function failed as a whole, or a worker process died.
         """
         size = max(1, math.ceil(len(prompts) / (self._workers * _SLICES)))
         starts = range(0, len(prompts), size)
@@ -59,20 +52,26 @@ class WorkerPool:
             return _gather(starts, futures)
         except BrokenProcessPool as error:
             self.close()
-            raise self._died() from error
+            raise fail(
+                "a worker process died while the function was called in it",
+                where=self._task[2],
+                got=self._task[0],
+                remedy="look for an exit, a crash or too little memory in the function; without `workers:` it runs in "
+                'this process (a script that scores with workers needs `if __name__ == "__main__":`)',
+            ) from error
         except UserError:
             raise
         except BaseException:
-            # Ctrl-C, say: nobody will wait for what the workers are at.
+            # Ctrl-C, for instance: nobody needs the running calls any more.
             self.close()
             raise
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
+        """Kill the processes, even in the middle of a call."""
         executor, self._executor = self._executor, None
         if executor is None:
             return
-        # `shutdown` waits for a function that is running, and forgets its processes; only they can be ended.
+        # `shutdown` forgets the processes and does not end running calls.
         processes = list((executor._processes or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
@@ -82,65 +81,38 @@ class WorkerPool:
 
     def _start(self) -> ProcessPoolExecutor:
         if self._executor is None:
-            # Not forked: threads of torch and tokenizers would leave their locks held in the child.
-            self._executor = ProcessPoolExecutor(
-                self._workers, multiprocessing.get_context("spawn"), _begin, (os.getpid(),)
-            )
+            # Not forked: a child would inherit locks that threads of torch and tokenizers hold.
+            spawn = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self._workers, spawn, _begin, (os.getpid(),))
         return self._executor
 
-    def _died(self) -> UserError:
-        return fail(
-            "a worker process died while the function was called in it",
-            where=self._task[2],
-            got=self._task[0],
-            remedy="look for an exit, a crash or want of memory in the function; without `workers:` it runs in this "
-            'process (a script that scores with workers needs `if __name__ == "__main__":`)',
-        )
 
-
-def _gather(starts: Sequence[int], futures: Sequence[Future[Answer]]) -> list[float]:
-    """Return the scores of all slices; a failure is the first one's, and keeps what the other slices gave."""
-    scores: list[float] = []
+def _gather(starts: Sequence[int], futures: Sequence[Future[list[float]]]) -> list[float]:
+    """Return the scores of all slices, or raise the first failure with all scores that are known."""
     known: dict[int, float] = {}
     failure: UserError | None = None
     for start, future in zip(starts, futures, strict=True):
         try:
-            part = future.result()
+            known |= {start + at: score for at, score in enumerate(future.result())}
         except PairError as error:
-            moved = error.shifted(start)
-            known |= moved.known
-            failure = failure or moved
-            continue
-        if isinstance(part, tuple):
-            failure = failure or UserError(part)
-            continue
-        known |= {start + index: score for index, score in enumerate(part)}
-        scores += part
+            known |= {start + at: score for at, score in error.known.items()}
+            failure = failure or PairError(error.problem, start + error.index, error.pair, known)
+        except UserError as error:
+            failure = failure or error
+    if failure is None:
+        return [known[at] for at in sorted(known)]
     if isinstance(failure, PairError):
-        failure.known.update(known)
-    if failure is not None:
-        raise failure
-    return scores
+        failure.known = known
+    raise failure
 
 
 def _begin(parent: int) -> None:
-    """Be a worker: Ctrl-C is the parent's to handle, its end is ours."""
+    """Set up a worker: it ignores Ctrl-C, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[DIE_WITH_PARENT] = str(parent)
     with suppress(OSError):
         die_with_parent()
 
 
-@cache
-def _function(reference: str, root: Path, where: str) -> Any:
-    return find_function(reference, root, where)
-
-
-def _score(reference: str, root: Path, where: str, prompts: list[Any], responses: list[Any]) -> Answer:
-    """Return the scores of a slice, or the problems of a failure that is no `PairError`: that one cannot travel."""
-    try:
-        return call_function(_function(reference, root, where), where, prompts, responses)
-    except PairError:
-        raise
-    except UserError as error:
-        return error.problems
+def _score(reference: str, root: Path, where: str, prompts: list[Any], responses: list[Any]) -> list[float]:
+    return call_function(_find_function(reference, root, where), where, prompts, responses)

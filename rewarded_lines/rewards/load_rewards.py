@@ -1,88 +1,89 @@
-"""Rewards: one declaration, a classifier or a Python function, scored alike by recipes and evaluator.
+"""Rewards: what each offers, how a project's rewards are loaded, and the prompts that they can read.
 
-A score is a Python float per (prompt, response) pair, never rounded. Special tokens are the tokenizer's business;
-text is never stripped here.
+A reward is a classifier or a Python function. A score is a float per (prompt, response) pair, never rounded. Texts are
+never stripped here, and only tokenizers treat special tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rewarded_lines.config import RewardSpec
-from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.errors import Problem, UserError, did_you_mean
+from rewarded_lines.data.lengths import Limit
+from rewarded_lines.data.prompts import Prompt, prompt_text
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.projects import Project
-from rewarded_lines.references import find_function, local_path, looks_local
-from rewarded_lines.rewards.classifier_inputs import fill_template
+from rewarded_lines.references import local_path, looks_local
+from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
-from rewarded_lines.rewards.reward_devices import available_memory
 
-__all__ = ["FunctionReward", "ModelReward", "Reward", "fill_template", "load_reward", "load_rewards"]
+# The number of prompts that estimate how many tokens two tokenizers need for one text.
+_ESTIMATED_FROM = 200
+# The border between prompt and response may need other tokens than each side alone.
+_SLACK = 2
 
 
 class Reward(Protocol):
-    """Anything that scores responses to prompts; higher is better."""
+    """Anything that scores responses to prompts; higher is better.
+
+    Attributes:
+        unit: of the scores, for figures.
+        fingerprint: a hash of the weights or the source file; "" if unknown.
+        size: bytes of the weights; 0 for a function.
+        device: where the weights are while in memory.
+    """
 
     name: str
     unit: str
     fingerprint: str
-    """A hash of the weights or the source file behind the scores: other scores, other fingerprint."""
     size: int
-    """Bytes of its weights; 0 for a function."""
     device: str
-    """Where the weights are when they are in memory."""
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of a prompt and response that it reads, if there is an end to it."""
-        ...
-
-    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
-        """Return how many tokens it reads of each prompt and response."""
-        ...
-
-    def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return what it will not read of some prompts, as a sentence, or "".
-
-        Raises:
-            UserError: it cannot read them right.
-        """
-        ...
+        """The most tokens of a prompt with its response, or None without a limit."""
 
     @property
     def loaded(self) -> bool:
-        """Say whether the weights, if there are any, are in memory."""
-        ...
+        """Whether the weights, if any, are in memory."""
+
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+        """Return the tokens of each prompt with its response."""
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """Return a sentence on what the reward does not read of the prompts, or "".
+
+        Raises:
+            UserError: the reward cannot read some prompt correctly.
+        """
 
     def load(self) -> None:
-        """Bring the weights into memory; `score` does so by itself."""
-        ...
+        """Load the weights; `score` also does."""
 
     def free(self) -> None:
-        """Let go of memory and processes; the reward can be used again."""
-        ...
+        """Free memory and processes; the next score loads the reward again."""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Return one finite float per pair; a prompt is a text or the turns of a chat.
 
         Raises:
-            PairError: the reward failed on a pair, or its score is not finite; a `UserError` that names the pair.
-            UserError: it failed otherwise.
+            PairError: the reward failed on a pair, or its score is not finite.
+            UserError: the reward failed otherwise.
         """
-        ...
 
 
 def load_rewards(project: Project, names: Sequence[str] = (), device: str = "auto") -> dict[str, Reward]:
-    """Return the project's rewards by name, all of them or only `names`, in the order declared.
+    """Return all rewards of a project, or only `names`, in the declared order.
 
-    Every one is loaded once, since only that shows that it can be. When memory runs short, those before the last
-    loaded are freed again; each loads itself when it is asked for scores.
+    Every reward is loaded once, to find faults early. If memory runs short, earlier models are freed; they load
+    themselves again for their next score.
 
     Raises:
-        UserError: an unknown name, or a reward that cannot be loaded; all faults at once.
+        UserError: a name is unknown, or a reward cannot be loaded; all faults at once.
     """
     declared = project.config.rewards
     problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
@@ -106,32 +107,72 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
     """Return the reward that `spec` declares.
 
     Args:
-        name: how it is called in records and figures.
+        name: for messages, records and figures.
         spec: its declaration.
-        root: the folder that relative paths in `spec` start from.
-        device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:1"; `device:` of the declaration comes first.
+        root: the folder for relative paths.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
 
     Raises:
-        UserError: the function, the model or the device does not exist, or does not fit the declaration.
+        UserError: the function, model or device is missing, or does not fit the declaration.
     """
     if spec.function is not None:
-        function = find_function(spec.function, root, where=f"reward `{name}`")
-        return FunctionReward(
-            name, spec.unit, function, reference=spec.function, root=root, workers=spec.workers, messages=spec.messages
-        )
+        return FunctionReward(name, spec, root)
     assert spec.model is not None
     reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
     return ModelReward(name, spec, reference, device)
 
 
 def free_all(rewards: Iterable[Reward]) -> None:
-    """Free each of `rewards`."""
+    """Free each reward."""
     for reward in rewards:
         reward.free()
 
 
+def reward_limits(
+    rewards: Mapping[str, Reward], tokenizer: Any, prompts: Sequence[Prompt], response_tokens: int
+) -> Iterator[Limit]:
+    """Yield each reward's limit on prompts, which leaves room for a response of `response_tokens` policy tokens.
+
+    With the policy's vocabulary, a reward model also needs n tokens for a response of n tokens. With another one, it
+    needs about r·n, where r is the ratio of both models' tokens over the prompts.
+
+    Raises:
+        UserError: a response alone may exceed the limit.
+    """
+    for name, reward in rewards.items():
+        if reward.limit is None:
+            continue
+        room = math.ceil(response_tokens * _token_ratio(reward, tokenizer, prompts)) + _SLACK
+        if room >= reward.limit:
+            raise fail(
+                "a response may be longer than the reward model can read",
+                where=f"reward `{name}`",
+                expected=f"at most {reward.limit} tokens, prompt included",
+                got=f"{response_tokens} tokens of the policy, about {room} of the reward model's",
+                remedy="lower the length of responses, or raise `max_tokens` of the reward if the model can read more",
+            )
+        yield Limit(
+            f"reward `{name}`, {room} of its {reward.limit} being the response's",
+            reward.limit - room,
+            f"`max_tokens` of the reward, or all that the model can read: {reward.limit}",
+            lambda rows, reward=reward: reward.lengths(rows, [""] * len(rows)),  # type: ignore[misc]
+        )
+
+
+def _token_ratio(reward: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> float:
+    """Return the reward model's tokens per token of the policy, at least 1."""
+    if reward.tokenizer.get_vocab() == tokenizer.get_vocab():
+        return 1.0
+    texts = [text for prompt in prompts[:_ESTIMATED_FROM] if (text := prompt_text(prompt))]
+    own, policy = (
+        sum(map(len, one(texts, add_special_tokens=False)["input_ids"])) if texts else 1
+        for one in (reward.tokenizer, tokenizer)
+    )
+    return max(1.0, own / max(policy, 1))
+
+
 def _make_room(rewards: dict[str, Reward]) -> None:
-    """Free the models on a device if the next, which may be as large as any so far, might not fit beside them."""
+    """Free the models on the last one's device if a further model of the largest size might not fit."""
     last = next(reversed(rewards.values()))
     beside = [reward for reward in rewards.values() if reward.size and reward.device == last.device]
     if last.size and available_memory(last.device) < max(reward.size for reward in beside):

@@ -1,4 +1,4 @@
-"""Scores that are kept: one SQLite file, in which a kill at any time leaves what was put there before."""
+"""Keeps scores in one SQLite file. A kill at any time loses nothing that was put there before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import blake3
@@ -17,27 +16,20 @@ from rewarded_lines.rewards.score_checks import Pair
 _T = TypeVar("_T")
 # The table's name holds the version of its keys.
 _TABLE = "CREATE TABLE IF NOT EXISTS scores_1 (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID"
-_ASKED_AT_ONCE = 500
-_PATIENCE = 60.0
-"""Seconds to wait for another process that writes to the same file."""
+_HASHES_PER_QUERY = 500
+# Seconds to wait while another process writes to the file.
+_TIMEOUT = 60.0
 
 
 class ScoreCache:
-    """Scores by the hash of (key of the reward, prompt, response), to full precision.
+    """Scores by the hash of (key of the reward, prompt, response), in full precision.
 
-    SQLite's default journal is used: it is as safe as its write-ahead log, and works on network drives, too. Several
-    processes may share a file. A file that is damaged is put aside, and a new one begun.
+    SQLite's default journal is as safe as its write-ahead log, and also works on network drives. Several processes may
+    share a file. A damaged file is renamed, and a new one begun.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Open or make the file.
-
-        Args:
-            path: the file; None keeps scores in memory.
-
-        Raises:
-            UserError: the file cannot be opened or made.
-        """
+        """Open or create the file; without a path, keep the scores in memory."""
         self.path = path
         if path is not None:
             try:
@@ -48,75 +40,56 @@ class ScoreCache:
         self._run(lambda connection: None)
 
     def get(self, key: str, pairs: Sequence[Pair]) -> dict[Pair, float]:
-        """Return the scores that are known of `pairs`.
-
-        Args:
-            key: the reward's, see `reward_key`.
-            pairs: prompts and responses.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
+        """Return the known scores of `pairs`; `key` is the reward's, see `reward_key`."""
         by_hash = {_hash(key, pair): pair for pair in pairs}
         found = self._run(lambda connection: dict(_select(connection, list(by_hash))))
         return {pair: found[hashed] for hashed, pair in by_hash.items() if hashed in found}
 
     def put(self, key: str, scores: Mapping[Pair, float]) -> None:
-        """Keep `scores` of a reward, all of them or, if this is killed, none.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Keep the scores of a reward; after a kill, the file holds all of them or none."""
         rows = [(_hash(key, pair), score) for pair, score in scores.items()]
         self._run(lambda connection: _insert(connection, rows))
 
     def close(self) -> None:
-        """Close the file; scores in memory are gone."""
+        """Close the file; scores in memory are lost."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
-    def __enter__(self) -> ScoreCache:
-        """Return the cache, closed at the end of the block."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close the file."""
-        self.close()
-
     def _run(self, task: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do `task`, a second time on a new file if this one turns out to be damaged."""
+        """Run `task`, and if the file is damaged, run it again on a new file."""
         try:
             try:
                 return task(self._open())
             except sqlite3.DatabaseError as error:
-                # The damaged file is one that exists; other faults (disk full, no permission) have a class below this.
+                # Damage raises this class itself, other faults (disk full, no permission) a subclass.
                 if type(error) is not sqlite3.DatabaseError or self.path is None:
                     raise
             self.close()
-            _put_aside(self.path)
+            _rename_damaged(self.path)
             return task(self._open())
         except (sqlite3.Error, OSError) as error:
             raise fail("the score cache cannot be used", where=str(self.path), got=str(error)) from error
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._connection = sqlite3.connect(self.path or ":memory:", timeout=_PATIENCE)
+            self._connection = sqlite3.connect(self.path or ":memory:", timeout=_TIMEOUT)
             with self._connection:
                 self._connection.execute(_TABLE)
         return self._connection
 
 
 def _hash(key: str, pair: Pair) -> bytes:
-    """Return a hash under which no two (key, prompt, response) meet; lone surrogates in texts are as good as others."""
+    """Return a hash of key, prompt and response; lone surrogates are allowed."""
     parts = [part.encode("utf-8", "surrogatepass") for part in (key, *pair)]
+    # The lengths tell ("ab", "c") from ("a", "bc").
     lengths = ",".join(str(len(part)) for part in parts)
     return blake3.blake3(lengths.encode() + b"\n" + b"".join(parts)).digest()
 
 
 def _select(connection: sqlite3.Connection, hashes: Sequence[bytes]) -> Iterator[tuple[bytes, float]]:
-    for start in range(0, len(hashes), _ASKED_AT_ONCE):
-        some = hashes[start : start + _ASKED_AT_ONCE]
+    for start in range(0, len(hashes), _HASHES_PER_QUERY):
+        some = hashes[start : start + _HASHES_PER_QUERY]
         marks = ",".join("?" * len(some))
         yield from connection.execute(f"SELECT pair, score FROM scores_1 WHERE pair IN ({marks})", some)
 
@@ -126,8 +99,8 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[bytes, float]])
         connection.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?)", rows)
 
 
-def _put_aside(path: Path) -> None:
-    """Rename a damaged file; its journal would be taken for the new one's."""
+def _rename_damaged(path: Path) -> None:
+    """Rename a damaged file with its journals; SQLite would apply an old journal to the new file."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

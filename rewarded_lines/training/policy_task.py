@@ -26,7 +26,7 @@ from rewarded_lines.engines.tokenizers import (
 )
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
-from rewarded_lines.rewards.length_limits import reward_limits
+from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.training.generation_ends import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import (
     absolute,

@@ -10,8 +10,9 @@ from rewarded_lines.config_values import parse_format
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards import load_rewards as rewards_module
-from rewarded_lines.rewards.load_rewards import fill_template, load_reward, load_rewards
-from rewarded_lines.rewards.reward_devices import available_memory, find_device
+from rewarded_lines.rewards.classifier_backends import available_memory, find_device
+from rewarded_lines.rewards.classifier_inputs import fill_template
+from rewarded_lines.rewards.load_rewards import load_reward, load_rewards
 
 FILE = """\
 import math

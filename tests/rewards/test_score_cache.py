@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -20,14 +21,14 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(st.dictionaries(st.tuples(TEXT, TEXT), FLOATS, max_size=20))
 def test_what_is_put_comes_back_exactly(scores):
-    with ScoreCache() as cache:
+    with closing(ScoreCache()) as cache:
         cache.put("key", scores)
         assert cache.get("key", [*scores, ("no such", "pair")]) == {**scores, **cache.get("key", [("no such", "pair")])}
         assert cache.get("other", list(scores)) == {}
 
 
 def test_pairs_are_told_apart_by_where_they_are_cut():
-    with ScoreCache() as cache:
+    with closing(ScoreCache()) as cache:
         cache.put("k", {("ab", "c"): 1.0, ("a", "bc"): 2.0, ("", "abc"): 3.0, ("abc", ""): 4.0})
         cache.put("ka", {("b", "c"): 5.0})
         assert cache.get("k", [("a", "bc"), ("abc", ""), ("ab", "c"), ("b", "c")]) == {
@@ -40,16 +41,16 @@ def test_pairs_are_told_apart_by_where_they_are_cut():
 def test_many_are_found_at_once_and_again_after_closing(tmp_path):
     path = tmp_path / "deep" / "scores.sqlite"
     scores = {(f"p{index}", "r"): index / 3 for index in range(1700)}
-    with ScoreCache(path) as cache:
+    with closing(ScoreCache(path)) as cache:
         cache.put("k", scores)
-    with ScoreCache(path) as cache:
+    with closing(ScoreCache(path)) as cache:
         assert cache.get("k", list(scores)) == scores
         cache.put("k", {("p1", "r"): 7.0})
         assert cache.get("k", [("p1", "r")]) == {("p1", "r"): 7.0}
 
 
 def test_two_processes_share_a_file(tmp_path):
-    with ScoreCache(tmp_path / "s") as one, ScoreCache(tmp_path / "s") as other:
+    with closing(ScoreCache(tmp_path / "s")) as one, closing(ScoreCache(tmp_path / "s")) as other:
         one.put("k", {("a", "b"): 1.0})
         other.put("k", {("c", "d"): 2.0})
         assert one.get("k", [("c", "d")]) == {("c", "d"): 2.0}
@@ -59,7 +60,7 @@ def test_two_processes_share_a_file(tmp_path):
 def test_a_damaged_file_is_put_aside_and_a_new_one_begun(tmp_path, damage):
     path = tmp_path / "scores.sqlite"
     scores = {(f"p{index}", "r" * 50): 0.1 for index in range(2000)}
-    with ScoreCache(path) as cache:
+    with closing(ScoreCache(path)) as cache:
         cache.put("k", scores)
     content = path.read_bytes()
     path.write_bytes(
@@ -67,7 +68,7 @@ def test_a_damaged_file_is_put_aside_and_a_new_one_begun(tmp_path, damage):
             damage
         ]
     )
-    with ScoreCache(path) as cache:
+    with closing(ScoreCache(path)) as cache:
         assert cache.get("k", list(scores)) == {}
         cache.put("k", scores)
         assert cache.get("k", list(scores)) == scores
@@ -76,7 +77,7 @@ def test_a_damaged_file_is_put_aside_and_a_new_one_begun(tmp_path, damage):
 
 def test_damage_that_shows_while_it_is_open_is_mended_too(tmp_path):
     path = tmp_path / "scores.sqlite"
-    with ScoreCache(path) as cache:
+    with closing(ScoreCache(path)) as cache:
         cache.put("k", {("a", "b"): 1.0})
         path.write_bytes(b"something else entirely" * 1000)
         cache.put("k", {("c", "d"): 2.0})
@@ -92,7 +93,7 @@ def test_files_that_cannot_be_used_are_said_to_be(tmp_path):
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE scores_1 (something TEXT)")
     other.close()
-    with ScoreCache(tmp_path / "other") as cache, pytest.raises(UserError, match="no such column"):
+    with closing(ScoreCache(tmp_path / "other")) as cache, pytest.raises(UserError, match="no such column"):
         cache.get("k", [("a", "b")])
 
 
@@ -122,7 +123,7 @@ def test_a_kill_keeps_every_chunk_that_was_put(tmp_path):
             process.wait()
         done = [line for line in (tmp_path / "log").read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = int(done[-1])
-        with ScoreCache(tmp_path / "scores") as cache:
+        with closing(ScoreCache(tmp_path / "scores")) as cache:
             pairs = {(f"{chunk}-{i}", "r"): chunk + i / 7 for chunk in range(kept + 1) for i in range(100)}
             assert cache.get("k", list(pairs)) == pairs
             after = cache.get("k", [(f"{kept + 1}-{index}", "r") for index in range(100)])

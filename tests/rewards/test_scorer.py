@@ -4,10 +4,10 @@ import pytest
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
-from rewarded_lines.rewards import score_all as module
+from rewarded_lines.rewards import scorer as module
 from rewarded_lines.rewards.load_rewards import load_reward
-from rewarded_lines.rewards.score_all import Scorer, reward_key
 from rewarded_lines.rewards.score_cache import ScoreCache
+from rewarded_lines.rewards.scorer import Scorer, reward_key
 
 
 def make(root, cache=None, offload="auto", **declared):

@@ -1,10 +1,11 @@
-"""Scores of all rewards at once: each computed once, kept as soon as it is there, one model at a time if need be."""
+"""Scores pairs with all rewards behind one cache; models take turns in memory if they do not fit together."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,14 @@ from rewarded_lines.config import RewardSpec, decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.errors import fail
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.load_rewards import Reward, free_all
-from rewarded_lines.rewards.reward_devices import available_memory
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
 OFFLOADS = ("auto", "always", "never")
-# Chunks of texts of like length fill a classifier's batches; a function may take seconds for each pair.
+# Pairs between two writes to the cache. A model needs many texts of like length for full batches; a function may take
+# seconds for a pair.
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
@@ -31,8 +33,8 @@ class Scorer:
 
     Attributes:
         seconds: time spent in `score` so far.
-        scored: scores that were computed.
-        hits: scores that were in the cache; a pair that comes twice in a call counts once.
+        scored: the number of scores computed.
+        hits: the number of scores from the cache; equal pairs in a call count once.
     """
 
     def __init__(
@@ -43,18 +45,15 @@ class Scorer:
         offload: str = "auto",
         progress: Progress = SILENT,
     ) -> None:
-        """Score with `rewards`, of which this object takes charge; see `close`.
+        """Take charge of the rewards and the cache; `close` frees both.
 
         Args:
             rewards: by name.
-            declarations: of each of them.
-            cache: what is known, and where scores are put.
-            offload: whether a model leaves memory when it has scored a call's pairs: "auto" does so when those that
-                the call needs do not fit into memory together, "always" and "never" say it.
-            progress: is told of each chunk of responses that is scored.
-
-        Raises:
-            UserError: `offload` is none of these.
+            declarations: by name.
+            cache: of known scores.
+            offload: whether a model is freed after scoring the pairs of a call: "always", "never", or "auto", which
+                frees models only if those needed do not fit into memory together.
+            progress: receives each chunk of responses.
         """
         if offload not in OFFLOADS:
             raise fail("no such way to offload", where="offload", expected=", ".join(OFFLOADS), got=repr(offload))
@@ -71,7 +70,7 @@ class Scorer:
         """Return every reward's scores in the order of the pairs.
 
         Raises:
-            UserError: a reward failed; what was scored before, also of the same pairs, is in the cache.
+            UserError: a reward failed; the cache keeps the scores computed before.
         """
         started = time.perf_counter()
         try:
@@ -89,11 +88,10 @@ class Scorer:
         unique = list(dict.fromkeys(pairs))
         known = {name: self._cache.get(key, unique) for name, key in self._keys.items()}
         self.hits += sum(len(scores) for scores in known.values())
-        missing = {name: [pair for pair in unique if pair not in known[name]] for name in self._rewards}
-        one_by_one = self._one_by_one([name for name, wanted in missing.items() if wanted])
+        missing = {name: [pair for pair in unique if pair not in scores] for name, scores in known.items()}
+        missing = {name: wanted for name, wanted in missing.items() if wanted}
+        one_by_one = self._one_by_one(list(missing))
         for name, wanted in missing.items():
-            if not wanted:
-                continue
             if one_by_one:
                 free_all(reward for other, reward in self._rewards.items() if other != name and reward.size)
             try:
@@ -107,7 +105,7 @@ class Scorer:
     def _computed(
         self, name: str, wanted: list[Pair], pairs: list[Pair], prompts: Mapping[Pair, Prompt]
     ) -> Iterator[dict[Pair, float]]:
-        """Yield scores of `wanted`, a chunk at a time, each kept before it is yielded."""
+        """Yield the scores of `wanted` in chunks; the cache keeps each chunk first."""
         reward, key = self._rewards[name], self._keys[name]
         size = _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
         if reward.size:
@@ -119,7 +117,7 @@ class Scorer:
                 values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])
             except PairError as error:
                 self._keep(key, {chunk[index]: score for index, score in error.known.items()})
-                raise error.at(pairs.index(chunk[error.index])) from error
+                raise PairError(error.problem, pairs.index(chunk[error.index]), error.pair) from error
             scores = dict(zip(chunk, values, strict=True))
             self._keep(key, scores)
             yield scores
@@ -129,20 +127,20 @@ class Scorer:
         self.scored += len(scores)
 
     def _one_by_one(self, names: Sequence[str]) -> bool:
-        """Say whether the models among `names` must take turns."""
+        """Return whether the models among `names` must take turns in memory."""
         if self._offload != "auto":
             return self._offload == "always"
-        absent: dict[str, int] = {}
+        absent: dict[str, int] = defaultdict(int)
         for reward in (self._rewards[name] for name in names):
-            if reward.size and not reward.loaded:
-                absent[reward.device] = absent.get(reward.device, 0) + reward.size
+            if not reward.loaded:
+                absent[reward.device] += reward.size
         return any(size > _SHARE_OF_MEMORY * available_memory(device) for device, size in absent.items())
 
 
 def reward_key(reward: Reward, spec: RewardSpec) -> str:
-    """Return a hash of all that decides a reward's scores: content, declaration, and the kind of its device.
+    """Return a hash of everything that decides a reward's scores: content, declaration, type of device.
 
-    A reward whose content is not known, a function without a source file, gets another key each time.
+    A function without a source file gets a new key each time, since its content is unknown.
     """
     content: dict[str, Any] = {
         "declaration": decides(spec),
