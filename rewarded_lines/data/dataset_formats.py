@@ -149,7 +149,14 @@ def _pair(row: Row, spec: DataSpec, where: str) -> tuple[Row, str]:
         marked = isinstance(prompt, str) and prompt.endswith(ASSISTANT)
         answers = [split_turns(ASSISTANT + answer) if marked else as_answer(answer) for answer in answers]
         for answer in answers:
-            _check_speakers(answer, where)
+            if not answer or {answer[0]["role"], answer[-1]["role"]} != {"assistant"}:
+                raise fail(
+                    "an answer that is not the assistant's",
+                    where=where,
+                    expected="turns that begin and end with the assistant's",
+                    got=repr(answer)[:160] if answer else "no turns",
+                    remedy=_LEAVE_OUT,
+                )
     _check_answerable(chat, where)
     return {"prompt": chat, "chosen": answers[0], "rejected": answers[1]}, how
 
@@ -202,17 +209,6 @@ def _turns(value: Any, where: str) -> Messages:
     if not isinstance(value, str):
         return list(value)
     raise fail("a text in a column of messages", where=where, expected="a list of turns", got=repr(value)[:120])
-
-
-def _check_speakers(answer: Messages, where: str) -> None:
-    if not answer or {answer[0]["role"], answer[-1]["role"]} != {"assistant"}:
-        raise fail(
-            "an answer that is not the assistant's",
-            where=where,
-            expected="turns that begin and end with the assistant's",
-            got=repr(answer)[:160] if answer else "no turns",
-            remedy=_LEAVE_OUT,
-        )
 
 
 def _check_answerable(prompt: Prompt, where: str) -> None:

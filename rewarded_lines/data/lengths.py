@@ -82,7 +82,11 @@ def fit(
     places = sorted({at for limit, lengths in measured for at in limit.exceeded(lengths)})
     made: dict[int, T] = {}
     if too_long == "truncate":
-        found = {at: shorten(rows[at], lambda row: all(_fits(row, limit) for limit in limits)) for at in places}
+
+        def fits(row: T) -> bool:
+            return not any(limit.exceeded(limit.lengths([row])) for limit in limits)
+
+        found = {at: shorten(rows[at], fits) for at in places}
         made = {at: row for at, row in found.items() if row is not None}
     left_out = [at for at in places if at not in made]
     if left_out and (too_long == "refuse" or len(left_out) == len(rows)):
@@ -134,10 +138,6 @@ def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:
     # False for ends that are too long, then True: they are sorted.
     first = bisect_left(starts, True, key=lambda start: fits(text[start:]))
     return text[starts[first] :] if first < len(starts) else None
-
-
-def _fits(row: Any, limit: Limit) -> bool:
-    return limit.lengths([row])[0] <= limit.most
 
 
 def _problem(rows: Sequence[Any], limit: Limit, lengths: Sequence[int], where: str, too_long: TooLong) -> Problem:

@@ -126,10 +126,10 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
     # Some data sets store an answer as a single message.
-    single = isinstance(value, Mapping) and role in _ANSWERS
-    if isinstance(value, str) or (is_chat(value) and (single or not isinstance(value, Mapping))):
+    turns = is_chat(value) and (role in _ANSWERS or not isinstance(value, Mapping))
+    if turns or isinstance(value, str):
         check_text(value, role, where)
-        return value if isinstance(value, str) else read_messages(value, f"{where}, column `{role}`")
+        return read_messages(value, f"{where}, column `{role}`") if turns else value
     raise fail(
         f"no text in column `{role}`",
         where=where,
@@ -216,8 +216,7 @@ def _dense(value: Any) -> Any:
 
 
 def _refuse_doubles(names: Sequence[str], where: str) -> None:
-    doubles = sorted({name for name in names if list(names).count(name) > 1})
-    if doubles:
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise fail("several columns have one name", where=where, got=", ".join(doubles))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
-
-_MEMORY_INFO = Path("/proc/meminfo")
 
 
 class Backend(Protocol):
@@ -49,11 +48,7 @@ def no_classifier(where: str, got: str) -> UserError:
 
 
 def find_device(device: str, where: str) -> str:
-    """Return the torch device; "auto" is a GPU if there is one.
-
-    Raises:
-        UserError: torch does not know the device, or this machine does not have it.
-    """
+    """Return the torch device; "auto" is a GPU if there is one. Refuse devices that this machine lacks."""
     import torch
 
     if device == "auto":
@@ -86,8 +81,8 @@ def available_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if _MEMORY_INFO.is_file():
-        for line in _MEMORY_INFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+)", facts.read_text()) if facts.is_file() else None
+    if found:
+        return int(found[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

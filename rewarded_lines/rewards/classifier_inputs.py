@@ -26,11 +26,6 @@ class ClassifierReading:
     The template "chat" renders the whole conversation with `tokenizer.apply_chat_template`. A text template fills
     {prompt} and {response}; a chat's {prompt} joins all turns but the system's by blank lines. Two texts, or one text
     with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if the tokenizer has them.
-
-    Attributes:
-        tokenizer: of the classifier.
-        template: "chat", a text, or two texts.
-        where: the reward, for error messages.
     """
 
     tokenizer: Any
@@ -38,11 +33,7 @@ class ClassifierReading:
     where: str
 
     def tokens(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Tokens], list[Tokens] | None]:
-        """Return the token ids of each prompt with its response, and token types for pairs of texts.
-
-        Raises:
-            UserError: the chat template fails, or a text template would lose a part of a chat.
-        """
+        """Return the token ids of each prompt with its response, and token types for pairs of texts."""
         if not prompts:
             return [], None
         if self.template == CHAT:
@@ -66,11 +57,7 @@ class ClassifierReading:
         return ""
 
     def is_new(self, pad: int | None) -> bool:
-        """Return whether scores may differ from those of versions without token types.
-
-        Args:
-            pad: the padding token of the classifier's config.
-        """
+        """Return whether older versions, which ignored token types and the config's `pad`, gave other scores."""
         own = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         one_text = isinstance(self.template, str) and self.template != CHAT
         return pad != own or (one_text and self.tokens(["a"], ["a"])[1] is not None)
@@ -99,11 +86,7 @@ class ClassifierReading:
     def _types_by_separator(
         self, template: str, ids: list[Tokens], prompts: Sequence[str], responses: Sequence[str]
     ) -> list[Tokens] | None:
-        """Return the token types if the template holds a pair, written as one text with a separator.
-
-        Raises:
-            UserError: the tokens of the text and of the pair differ, so the token types are unknown.
-        """
+        """Return the token types if the template holds a pair, written as one text with a separator."""
         separator = self.tokenizer.sep_token
         parts = template.split(separator) if separator else []
         if len(parts) != 2 or not all(parts):
@@ -136,11 +119,7 @@ def check_texts(prompts: Sequence[Prompt], where: str, instead: str) -> str:
 
 
 def text_of(prompt: Prompt, where: str) -> str:
-    """Return a prompt as text.
-
-    Raises:
-        UserError: the prompt is a chat that holds more than texts, for instance tool calls.
-    """
+    """Return a prompt as text; refuse a chat that holds more than texts, for instance tool calls."""
     if isinstance(prompt, list) and (key := more_than_text(prompt)):
         raise fail(
             f"a chat holds `{key}`, which a text template would lose",

@@ -31,11 +31,7 @@ class ModelReward:
     """A sequence classifier with a declared template and format; see `Reward` for the attributes."""
 
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str = "auto") -> None:
-        """Load the classifier from a folder or the Hub.
-
-        Raises:
-            UserError: the classifier cannot be loaded, or lacks a class that the format names.
-        """
+        """Load the classifier from a folder or the Hub; check that it has the classes of the format."""
         self.name = name
         self.unit = spec.unit or "logit"
         self._where = f"reward `{name}`"
@@ -64,10 +60,6 @@ class ModelReward:
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._backend is not None
-
-    def load(self) -> None:
-        """Load the weights if they are not in memory; raise a `UserError` if the model has changed."""
-        self._load()
 
     def free(self) -> None:
         """Free the weights; the next score loads them again."""

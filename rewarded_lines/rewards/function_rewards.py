@@ -38,9 +38,6 @@ class FunctionReward:
         self._messages = spec.messages
         self._workers = WorkerPool(reference, root, self._where, spec.workers) if spec.workers else None
 
-    def load(self) -> None:
-        """Do nothing: workers start with the first score."""
-
     def free(self) -> None:
         """End the worker processes; the next score starts new ones."""
         if self._workers:

@@ -35,12 +35,7 @@ class WorkerPool:
         self._executor: ProcessPoolExecutor | None = None
 
     def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-        """Return the function's scores in the order of the pairs.
-
-        Raises:
-            PairError: the function failed on some pairs; the error names the first.
-            UserError: the function failed as a whole, or a worker process died.
-        """
+        """Return the function's scores in the order of the pairs, or raise the first failure."""
         size = max(1, math.ceil(len(prompts) / (self._workers * _SLICES)))
         starts = range(0, len(prompts), size)
         try:

@@ -21,7 +21,7 @@ from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
 
-# The number of prompts that estimate how many tokens two tokenizers need for one text.
+# Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
 # The border between prompt and response may need other tokens than each side alone.
 _SLACK = 2
@@ -55,14 +55,7 @@ class Reward(Protocol):
         """Return the tokens of each prompt with its response."""
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return a sentence on what the reward does not read of the prompts, or "".
-
-        Raises:
-            UserError: the reward cannot read some prompt correctly.
-        """
-
-    def load(self) -> None:
-        """Load the weights; `score` also does."""
+        """Return a sentence on parts of prompts that the reward skips, or ""; refuse prompts that it misreads."""
 
     def free(self) -> None:
         """Free memory and processes; the next score loads the reward again."""
@@ -79,11 +72,8 @@ class Reward(Protocol):
 def load_rewards(project: Project, names: Sequence[str] = (), device: str = "auto") -> dict[str, Reward]:
     """Return all rewards of a project, or only `names`, in the declared order.
 
-    Every reward is loaded once, to find faults early. If memory runs short, earlier models are freed; they load
-    themselves again for their next score.
-
-    Raises:
-        UserError: a name is unknown, or a reward cannot be loaded; all faults at once.
+    Every reward is loaded once, to report all faults together. If memory runs short, earlier models are freed; they
+    load themselves again for their next score.
     """
     declared = project.config.rewards
     problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
@@ -111,9 +101,6 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
         spec: its declaration.
         root: the folder for relative paths.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
-
-    Raises:
-        UserError: the function, model or device is missing, or does not fit the declaration.
     """
     if spec.function is not None:
         return FunctionReward(name, spec, root)
@@ -135,9 +122,6 @@ def reward_limits(
 
     With the policy's vocabulary, a reward model also needs n tokens for a response of n tokens. With another one, it
     needs about r·n, where r is the ratio of both models' tokens over the prompts.
-
-    Raises:
-        UserError: a response alone may exceed the limit.
     """
     for name, reward in rewards.items():
         if reward.limit is None:

@@ -38,11 +38,7 @@ class PairError(UserError):
 
 
 def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return `scores` as floats.
-
-    Raises:
-        PairError: the number of scores is wrong, or a score is not a finite number.
-    """
+    """Return `scores` as floats; raise a `PairError` if their number is wrong or one is not finite."""
     if len(scores) != len(prompts):
         index = min(len(scores), len(prompts) - 1)
         problem = Problem(
@@ -64,12 +60,7 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
 
 
 def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return the checked scores of a function.
-
-    Raises:
-        PairError: the function raised on a pair, or returned no finite number for it.
-        UserError: the function raised, but on no pair alone.
-    """
+    """Return the checked scores of a function; an exception in it becomes a `PairError` if possible."""
     if not prompts:
         return []
     try:

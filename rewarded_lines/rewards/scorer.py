@@ -47,13 +47,8 @@ class Scorer:
     ) -> None:
         """Take charge of the rewards and the cache; `close` frees both.
 
-        Args:
-            rewards: by name.
-            declarations: by name.
-            cache: of known scores.
-            offload: whether a model is freed after scoring the pairs of a call: "always", "never", or "auto", which
-                frees models only if those needed do not fit into memory together.
-            progress: receives each chunk of responses.
+        `offload` frees a model after scoring the pairs of a call: "always", "never", or "auto", which frees models
+        only if those needed do not fit into memory together.
         """
         if offload not in OFFLOADS:
             raise fail("no such way to offload", where="offload", expected=", ".join(OFFLOADS), got=repr(offload))
@@ -67,11 +62,7 @@ class Scorer:
         self.hits = 0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
-        """Return every reward's scores in the order of the pairs.
-
-        Raises:
-            UserError: a reward failed; the cache keeps the scores computed before.
-        """
+        """Return every reward's scores in the order of the pairs; after a failure, the cache keeps earlier ones."""
         started = time.perf_counter()
         try:
             pairs = list(zip(map(prompt_key, prompts), responses, strict=True))

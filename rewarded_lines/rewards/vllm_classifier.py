@@ -81,14 +81,11 @@ def _read_config(where: str, reference: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    try:
-        config = AutoConfig.from_pretrained(reference)
-    except (OSError, ValueError) as error:
-        raise cannot_load(where, reference, error) from error
-    names = config.architectures or ["none"]
+    config = AutoConfig.from_pretrained(reference)
+    architecture = (config.architectures or ["none"])[0]
     # vLLM would classify with a language model's yes and no tokens, or with a random head.
-    if not names[0].endswith("ForSequenceClassification"):
-        raise no_classifier(where, f"{reference}, whose architecture is {names[0]}")
+    if not architecture.endswith("ForSequenceClassification"):
+        raise no_classifier(where, f"{reference}, whose architecture is {architecture}")
     if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         # For logits, vLLM skips the activation of BERT's pooler, for example.
         raise fail(

@@ -154,4 +154,3 @@ def test_an_object_that_is_called_is_known_by_its_file(functions, load):
     twice = load("twice", 0)
     assert twice.score(["p"], ["ab"]) == [4.0] and len(twice.fingerprint) == 64
     assert (twice.size, twice.loaded) == (0, True)
-    twice.load()
