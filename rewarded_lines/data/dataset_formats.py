@@ -1,6 +1,6 @@
 """Reads prompts, preference pairs and demonstrations from rows of any published format.
 
-All recipes and the sweep read rows here. The rows become all texts or all chats, and one sentence reports how.
+Recipes and the sweep read rows here. The rows are all texts or all chats; one sentence reports how.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[st
 
 
 def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False) -> list[tuple[str, Row]]:
-    """Return places and rows; refuse chats with template settings, and with tools unless `tools` is set."""
+    """Return places and rows; refuse chats with template settings or (without `tools`) tools."""
     made, systems = [], 0
     for at, row in enumerate(read_rows(spec, layouts, root, beside=(_SYSTEM, _TOOLS, _SETTINGS))):
         where = f"{_name(spec)}, row {at}"
@@ -74,9 +74,10 @@ def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool 
             try:
                 row[_TOOLS] = json.loads(row[_TOOLS])
             except ValueError as error:
-                raise fail("`tools` is no JSON", where=where, got=row[_TOOLS][:120]) from error
+                raise fail("`tools` is not JSON", where=where, got=row[_TOOLS][:120]) from error
         settings = row.pop(_SETTINGS, None)
-        if not spec.chat and not any(isinstance(value, list) for key, value in row.items() if key != _TOOLS):
+        lists = {key for key, value in row.items() if isinstance(value, list)}
+        if not spec.chat and not lists - {_TOOLS}:
             row.pop(_TOOLS, None)
             systems += row.pop(_SYSTEM, None) is not None
         elif settings:
@@ -147,7 +148,7 @@ def _pair(row: Row, spec: DataSpec, where: str) -> tuple[Row, str]:
     if isinstance(chat, list):
         # An answer that follows "Assistant:" may hold further turns.
         marked = isinstance(prompt, str) and prompt.endswith(ASSISTANT)
-        answers = [split_turns(ASSISTANT + answer) if marked else as_answer(answer) for answer in answers]
+        answers = [split_turns(ASSISTANT + one) if marked else as_answer(one) for one in answers]
         for answer in answers:
             if not answer or {answer[0]["role"], answer[-1]["role"]} != {"assistant"}:
                 raise fail(
@@ -172,7 +173,7 @@ def _demonstration(row: Row, spec: DataSpec, where: str) -> Row:
         made = {"messages": _as_chat(_turns(messages, where), row, spec)}
     elif spec.chat:
         raise fail(
-            "whole texts are no turns of a chat",
+            "a whole text has no turns of a chat",
             where=where,
             expected="rows of messages, or of prompt and completion",
             got="a text, and `chat: true`",
@@ -208,14 +209,15 @@ def _turns(value: Any, where: str) -> Messages:
     """Return a column of messages; refuse a text in it."""
     if not isinstance(value, str):
         return list(value)
-    raise fail("a text in a column of messages", where=where, expected="a list of turns", got=repr(value)[:120])
+    what = "a text in a column of messages"
+    raise fail(what, where=where, expected="a list of turns", got=repr(value)[:120])
 
 
 def _check_answerable(prompt: Prompt, where: str) -> None:
     if isinstance(prompt, str) or (prompt and prompt[-1]["role"] not in ("assistant", "system")):
         return
     raise fail(
-        "a chat that nobody has to answer",
+        "a chat that ends without a question",
         where=where,
         expected="a prompt whose last turn is the user's, or a tool's",
         got=repr(prompt[-1:])[:160] if prompt else "no turns before the answer",

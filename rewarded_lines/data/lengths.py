@@ -1,11 +1,12 @@
 """Rows that are too long for a model: refused, left out, or shortened, before anything is computed.
 
-Responses are never cut. A prompt is shortened from its beginning: a chat loses its oldest turns (never the system
-turn), a text its first words.
+Responses are never cut. A prompt is shortened from its beginning: a text loses its first words, a chat its
+oldest turns, but never the system turn.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,11 @@ def fit(
     if left_out and (too_long == "refuse" or len(left_out) == len(rows)):
         faults = [(limit, lengths) for limit, lengths in measured if limit.exceeded(lengths)]
         raise UserError(_problem(rows, limit, lengths, where, too_long) for limit, lengths in faults)
+    too_many = f"of {len(rows)} rows are too long"
     if made:
-        tell(f"{where}: {len(made)} of {len(rows)} rows are too long; their prompts are shortened from the beginning")
+        tell(f"{where}: {len(made)} {too_many}; their prompts are shortened from the beginning")
     if left_out:
-        tell(f"{where}: {len(left_out)} of {len(rows)} rows are too long and left out: {_named(left_out)}")
+        tell(f"{where}: {len(left_out)} {too_many} and left out: {_named(left_out)}")
     gone = set(left_out)
     return [made.get(at, row) for at, row in enumerate(rows) if at not in gone]
 
@@ -134,7 +136,7 @@ def positions_of(config: Any) -> int | None:
 
 def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:
     """Return the longest end of a text that fits and begins with a word."""
-    starts = [at for at in range(len(text)) if not text[at].isspace() and (at == 0 or text[at - 1].isspace())]
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
     # False for ends that are too long, then True: they are sorted.
     first = bisect_left(starts, True, key=lambda start: fits(text[start:]))
     return text[starts[first] :] if first < len(starts) else None

@@ -60,8 +60,9 @@ def as_answer(value: str | Messages) -> Messages:
 def split_turns(text: str) -> Messages:
     """Return the turns of a text that begins with "\\n\\nHuman:" or "\\n\\nAssistant:"."""
     _, *parts = _TURN.split(text)
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
-    return [{"role": role, "content": said.strip()} for role, said in zip(roles, parts[1::2], strict=True)]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[speaker], "content": content.strip()} for speaker, content in turns]
 
 
 def read_messages(value: Any, where: str) -> Messages:
@@ -78,7 +79,8 @@ def check_text(value: Any, role: str, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
     except UnicodeEncodeError as error:
-        raise fail(f"column `{role}` holds characters that are not text", where=where, got=str(error)) from error
+        what = f"column `{role}` holds characters that are not text"
+        raise fail(what, where=where, got=str(error)) from error
 
 
 def more_than_text(messages: Prompt) -> str:
@@ -88,10 +90,10 @@ def more_than_text(messages: Prompt) -> str:
 
 
 def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> None:
-    """Refuse chats of which the chat template hides something: a role, tool calls, reasoning, a name.
+    """Refuse chats if the chat template hides a part: a role, tool calls, reasoning, a name.
 
-    Each such thing is rendered with and without it, in up to 16 turns. If the text never changes, the template hides
-    it. A key is tried in the last turn only: templates drop the reasoning of earlier turns on purpose.
+    Up to 16 turns are rendered with and without each such part. If the text never changes, the template hides it.
+    A chat is cut after the turn with a key: templates drop the reasoning of earlier turns on purpose.
     """
     places: dict[str, list[tuple[Messages, int]]] = defaultdict(list)
     for chat in chats:
@@ -155,8 +157,8 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
     if "role" not in made:
         speaker = str(made.pop("from"))
         if speaker not in _SPEAKERS:
-            expected = ", ".join(_SPEAKERS)
-            raise fail(f"unknown speaker `{speaker}`", where=where, expected=expected, remedy="use a row function")
+            what, known = f"unknown speaker `{speaker}`", ", ".join(_SPEAKERS)
+            raise fail(what, where=where, expected=known, remedy="use a row function")
         made = {"role": _SPEAKERS[speaker], "content": made.pop("value", None), **made}
     content = made.get("content")
     if isinstance(content, (list, tuple)):
@@ -175,7 +177,9 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
 def _part_text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
-    kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, Mapping) else ("?", None)
+    kind, text = "?", None
+    if isinstance(part, Mapping):
+        kind, text = part.get("type", "text"), part.get("text")
     if kind != "text" or not isinstance(text, str):
         raise fail(
             f"a content part of the type `{kind}`",
@@ -199,7 +203,7 @@ def _is_shown(tokenizer: Any, chat: Messages, place: int, what: str) -> bool:
 
 
 def _rendered(tokenizer: Any, chat: Messages) -> str:
-    """Return the text of a chat; if the template refuses it (turns must alternate), a text unlike any other."""
+    """Return the text of a chat, or a unique text if the template refuses the chat's order of turns."""
     try:
         return str(render(tokenizer, [chat], tokenize=False)[0]) if chat else ""
     except UserError as error:

@@ -1,7 +1,7 @@
 """Splits a row of preference data into its prompt and its two answers.
 
-Published data have many forms: a separate prompt, or one that both sides begin with; texts or chats; whole chats beside
-a prompt that repeats their first turn; one text that holds several turns (hh-rlhf).
+Published data have many forms: a separate prompt, or one that both sides begin with; texts or chats; whole
+chats beside a prompt that repeats their first turn; one text that holds several turns (hh-rlhf).
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _split_chats(prompt: Any, sides: list[Messages], where: str) -> Parts:
         return [{"role": "user", "content": prompt}], sides, ""
     shared = sum(1 for _ in takewhile(lambda both: _same(*both), zip(*sides, strict=False)))
     if shared == min(map(len, sides)):
-        # The sides are equal, or one continues the other: the answers begin at the last assistant's turn.
-        shared = max((at for at, turn in enumerate(sides[0][:shared]) if turn["role"] == "assistant"), default=0)
+        # The sides are equal, or one continues the other: answers begin at the last assistant's turn.
+        places = (at for at in range(shared) if sides[0][at]["role"] == "assistant")
+        shared = max(places, default=0)
     opening = sides[0][:shared]
     if not opening or any(len(side) <= shared for side in sides):
         raise _different_prompts(sides, where)
@@ -79,7 +80,7 @@ def _answer_start(side: Messages, turns: Messages) -> int | None:
 
 
 def _split_texts(sides: Sequence[str], where: str) -> Parts:
-    """Split texts without a prompt: after the last common "Assistant:", else before the first different word."""
+    """Split texts after the last common "Assistant:", or before the first different word."""
     common = os.path.commonprefix(list(sides))
     cut, how = common.rfind(ASSISTANT), "prompt taken up to the last `Assistant:` that both sides have"
     if cut >= 0:
@@ -105,8 +106,9 @@ def _same(one: Message, two: Message) -> bool:
 
 
 def _different_prompts(sides: Sequence[Any], where: str) -> UserError:
+    fault = "begin differently" if sides[0] != sides[1] else "are the same"
     return fail(
-        "the two sides of a pair begin differently" if sides[0] != sides[1] else "the two sides of a pair are the same",
+        f"the two sides of a pair {fault}",
         where=where,
         expected="a prompt of its own, or one that both sides begin with",
         got=f"{str(sides[0])[:80]!r} and {str(sides[1])[:80]!r}",

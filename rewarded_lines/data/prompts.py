@@ -1,4 +1,4 @@
-"""Converts prompts and answers to tokens and back. Trainers, engines and measurements all use these tokens."""
+"""Tokens of prompts and answers, and the way back: the same for trainers, engines and measurements."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def prompt_key(prompt: Prompt) -> str:
 def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return the token ids of each prompt, up to where the answer starts.
 
-    A text gets the tokenizer's special tokens, but no second BOS and no end token. A chat is rendered by the chat
-    template; among chats, a text becomes a user's turn.
+    A text gets the tokenizer's special tokens, but no second BOS and no end token. A chat is rendered by the
+    chat template; among chats, a text becomes a user's turn.
     """
     if not prompts:
         return []
@@ -45,8 +45,8 @@ def encode_answers(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the token ids of prompts, and those of their answers in training, each with its end token.
 
-    A text gets the tokenizer's end token. A rendered chat is cut after the last of `ends`, the ids that end a response.
-    The answers are texts if the prompts are texts, else turns.
+    A text gets the tokenizer's end token. A rendered chat is cut after the last of `ends`, the ids that end a
+    response. The answers are texts if the prompts are texts, else turns.
     """
     if not prompts:
         return [], []
@@ -54,7 +54,7 @@ def encode_answers(
     if isinstance(prompts[0], str):
         end = tokenizer.eos_token or ""
         known = tuple(text for text in {end, *(tokenizer.decode([one]) for one in ends)} if text.strip())
-        texts = [str(answer) if known and str(answer).endswith(known) else f"{answer}{end}" for answer in answers]
+        texts = [f"{one}" if known and str(one).endswith(known) else f"{one}{end}" for one in answers]
         joined = [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
         wholes = [one_bos(tokenizer, ids) for ids in tokenizer(joined)["input_ids"]]
         # If one token would span the border, the answer is encoded by itself.
@@ -66,7 +66,8 @@ def encode_answers(
         ]
     chats = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     made = render(tokenizer, chats, tokenize=True, return_dict=True)["input_ids"]
-    return heads, [_tail(tokenizer, head, list(whole), ends) for head, whole in zip(heads, made, strict=True)]
+    pairs = zip(heads, made, strict=True)
+    return heads, [_tail(tokenizer, head, list(whole), ends) for head, whole in pairs]
 
 
 def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[int]) -> list[int]:
@@ -77,8 +78,8 @@ def _tail(tokenizer: Any, head: list[int], whole: list[int], ends: Collection[in
             where=str(tokenizer.name_or_path),
             expected=f"a conversation that begins with {tokenizer.decode(head)[-120:]!r}",
             got=repr(tokenizer.decode(whole)[:240]),
-            remedy="set what the template needs, for instance `generation: {chat_template_kwargs: {enable_thinking: "
-            "false}}` in the project, or name a template that does not depend on what follows",
+            remedy="set what the template needs, for instance `generation: {chat_template_kwargs: "
+            "{enable_thinking: false}}` in the project, or name a template that ignores what follows",
         )
     tail = whole[len(head) :]
     last = max((place + 1 for place, token in enumerate(tail) if token in ends), default=len(tail))
@@ -104,8 +105,8 @@ def one_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 def split_text(ids: Sequence[int], prompt_tokens: int, tokenizer: Any) -> tuple[str, str]:
     """Return the texts of prompt and response without special tokens.
 
-    Decoded alone, a response would lose its first space under a SentencePiece tokenizer. So the whole text is decoded
-    and the prompt removed, unless a character spans the border.
+    Decoded alone, a response would lose its first space under a SentencePiece tokenizer. So the whole text is
+    decoded and the prompt removed, unless a character spans the border.
     """
     prompt, whole = _decode(ids[:prompt_tokens], tokenizer), _decode(ids, tokenizer)
     if whole.startswith(prompt):

@@ -37,7 +37,7 @@ def silent(sentence: str) -> None:
 
 
 def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = ()) -> list[Row]:
-    """Return the rows of a source with the roles of the first of `layouts` that the columns of row 0 allow.
+    """Return the rows of a source with the roles of the first layout that the columns of row 0 allow.
 
     A role holds a text, or a list of messages `{"role": ..., "content": ...}`.
 
@@ -59,7 +59,8 @@ def rows_hash(rows: Iterable[Row]) -> str:
     """Return the BLAKE3 hash of rows."""
     hasher = blake3.blake3()
     for row in rows:
-        hasher.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n"
+        hasher.update(text.encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()
 
 
@@ -169,7 +170,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise fail("not JSON", where=where, expected="one JSON object a line", got=str(error)) from error
+                    expected = "one JSON object a line"
+                    raise fail("not JSON", where=where, expected=expected, got=str(error)) from error
                 if not isinstance(row, dict):
                     raise fail("not a JSON object", where=where, got=type(row).__name__)
                 yield where, row
@@ -187,7 +189,8 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
                     raise fail("another number of fields than in the header", where=where, got=str(row)[:_BRIEF])
                 yield where, dict(row)
         except csv.Error as error:
-            raise fail("not readable as CSV", where=f"{path}, line {reader.line_num + 1}", got=str(error)) from error
+            where = f"{path}, line {reader.line_num + 1}"
+            raise fail("not readable as CSV", where=where, got=str(error)) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
 
+# The token ids of several texts, or their token types.
+Ids = Sequence[Sequence[int]]
+
 
 class Backend(Protocol):
     """A classifier in memory.
@@ -24,7 +27,7 @@ class Backend(Protocol):
     size: int
     longest: int | None
 
-    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+    def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text; `types` are the token types of pairs of texts."""
 
     def close(self) -> None:
@@ -48,7 +51,7 @@ def no_classifier(where: str, got: str) -> UserError:
 
 
 def find_device(device: str, where: str) -> str:
-    """Return the torch device; "auto" is a GPU if there is one. Refuse devices that this machine lacks."""
+    """Return the torch device ("auto": a GPU if possible); refuse devices that are missing."""
     import torch
 
     if device == "auto":
@@ -64,10 +67,11 @@ def find_device(device: str, where: str) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         count = torch.cuda.device_count()
+        gpus = f"cpu or one of {count} GPUs, cuda:0 to cuda:{count - 1}"
         raise fail(
             "no such device here",
             where=where,
-            expected=f"cpu or one of {count} GPUs, cuda:0 to cuda:{count - 1}" if count else "cpu: there is no GPU",
+            expected=gpus if count else "cpu: there is no GPU",
             got=repr(device),
             remedy="change the reward's `device:`; if it has none, change --device",
         ) from error

@@ -1,4 +1,4 @@
-"""Turns prompts and responses into a classifier's tokens: one text, a pair of texts, or a conversation."""
+"""Tokens of prompts and responses for a classifier: of a text, a pair of texts, or a conversation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SECOND = 1
 class ClassifierReading:
     """Reads prompts and responses through a template; recipes, training, sweep and score all use it.
 
-    The template "chat" renders the whole conversation with `tokenizer.apply_chat_template`. A text template fills
-    {prompt} and {response}; a chat's {prompt} joins all turns but the system's by blank lines. Two texts, or one text
-    with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if the tokenizer has them.
+    The template "chat" renders the whole conversation with the tokenizer's chat template. A text template fills
+    {prompt} and {response}; a chat's {prompt} joins all turns but the system's by blank lines. Two texts, or one
+    text with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if it has them.
     """
 
     tokenizer: Any
@@ -33,22 +33,21 @@ class ClassifierReading:
     where: str
 
     def tokens(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Tokens], list[Tokens] | None]:
-        """Return the token ids of each prompt with its response, and token types for pairs of texts."""
+        """Return the token ids of each prompt with its response, and token types of pairs."""
         if not prompts:
             return [], None
         if self.template == CHAT:
             return self._conversations(prompts, responses), None
         texts = [text_of(prompt, self.where) for prompt in prompts]
         if isinstance(self.template, str):
-            ids = [
-                one_bos(self.tokenizer, row) for row in self._filled((self.template,), texts, responses)["input_ids"]
-            ]
+            made = self._filled((self.template,), texts, responses)
+            ids = [one_bos(self.tokenizer, row) for row in made["input_ids"]]
             return ids, self._types_by_separator(self.template, ids, texts, responses)
         made = self._filled(self.template, texts, responses)
         return made["input_ids"], made.get("token_type_ids")
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return a sentence on what the classifier does not read of the prompts, or ""; see `Reward.check`."""
+        """See `Reward.check`."""
         if self.template != CHAT:
             return check_texts(prompts, self.where, "template: chat")
         check_template(self.tokenizer, [as_turns(prompt) for prompt in prompts], self.where)
@@ -57,8 +56,9 @@ class ClassifierReading:
         return ""
 
     def is_new(self, pad: int | None) -> bool:
-        """Return whether older versions, which ignored token types and the config's `pad`, gave other scores."""
-        own = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        """Return whether older versions gave other scores: they ignored token types and the config's `pad`."""
+        own = self.tokenizer.pad_token_id
+        own = self.tokenizer.eos_token_id if own is None else own
         one_text = isinstance(self.template, str) and self.template != CHAT
         return pad != own or (one_text and self.tokens(["a"], ["a"])[1] is not None)
 
@@ -79,14 +79,14 @@ class ClassifierReading:
         return [one_bos(self.tokenizer, row) for row in made]
 
     def _filled(self, parts: Sequence[str], prompts: Sequence[str], responses: Sequence[str]) -> Any:
-        """Return the tokenizer's output for a text or a pair of texts, filled with each prompt and response."""
+        """Tokenize a text, or a pair of texts, filled with each prompt and response."""
         pairs = list(zip(prompts, responses, strict=True))
         return self.tokenizer(*([fill_template(part, *pair) for pair in pairs] for part in parts))
 
     def _types_by_separator(
         self, template: str, ids: list[Tokens], prompts: Sequence[str], responses: Sequence[str]
     ) -> list[Tokens] | None:
-        """Return the token types if the template holds a pair, written as one text with a separator."""
+        """Return the token types of a template that separates a pair by the separator token."""
         separator = self.tokenizer.sep_token
         parts = template.split(separator) if separator else []
         if len(parts) != 2 or not all(parts):
@@ -106,7 +106,7 @@ class ClassifierReading:
 
 
 def check_texts(prompts: Sequence[Prompt], where: str, instead: str) -> str:
-    """Return a sentence on what a text template leaves out of the prompts, or ""; refuse chats as `text_of` does."""
+    """Return a sentence on what a text template leaves out of the prompts, or ""."""
     for prompt in prompts:
         text_of(prompt, where)
     chats = [[turn["role"] for turn in prompt] for prompt in prompts if isinstance(prompt, list)]
@@ -115,11 +115,13 @@ def check_texts(prompts: Sequence[Prompt], where: str, instead: str) -> str:
         lost.append("without the system's turn")
     if any(len(roles) - roles.count("system") > 1 for roles in chats):
         lost.append("several turns joined by blank lines")
-    return f"{where} reads chats as text, {' and '.join(lost)}; `{instead}` reads them whole" if lost else ""
+    if not lost:
+        return ""
+    return f"{where} reads chats as text, {' and '.join(lost)}; `{instead}` reads them whole"
 
 
 def text_of(prompt: Prompt, where: str) -> str:
-    """Return a prompt as text; refuse a chat that holds more than texts, for instance tool calls."""
+    """Return a prompt as text; refuse a chat with tool calls or the like."""
     if isinstance(prompt, list) and (key := more_than_text(prompt)):
         raise fail(
             f"a chat holds `{key}`, which a text template would lose",
@@ -131,6 +133,6 @@ def text_of(prompt: Prompt, where: str) -> str:
 
 
 def fill_template(template: str, prompt: str, response: str) -> str:
-    """Return the template with its placeholders filled; placeholders inside prompt or response stay."""
+    """Fill the template's placeholders, but none inside the prompt or response."""
     parts = {"{prompt}": prompt, "{response}": response}
     return re.sub(r"\{prompt\}|\{response\}", lambda found: parts[found[0]], template)

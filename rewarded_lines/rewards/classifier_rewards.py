@@ -1,4 +1,4 @@
-"""Rewards from a sequence classifier: tokens by its template, logits by its backend, a score by its format."""
+"""Rewards from a sequence classifier with a declared template, backend and format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewarded_lines.rewards.score_checks import PairError, check_scores
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
-# Marks scores of classifiers that earlier versions read with other tokens: old scores in a cache do not count.
+# Marks classifiers that older versions read with other tokens; their cached scores do not count.
 _READ_ANEW = ":2"
 _BACKENDS: Mapping[str, Callable[[str, RewardSpec, str, str], Backend]] = {
     "hf": HuggingFaceClassifier,
@@ -31,7 +31,7 @@ class ModelReward:
     """A sequence classifier with a declared template and format; see `Reward` for the attributes."""
 
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str = "auto") -> None:
-        """Load the classifier from a folder or the Hub; check that it has the classes of the format."""
+        """Load the classifier; check that it has the classes of the format."""
         self.name = name
         self.unit = spec.unit or "logit"
         self._where = f"reward `{name}`"
@@ -69,7 +69,7 @@ class ModelReward:
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of a text: `max_tokens`, else the model's positions; at most what the backend reads."""
+        """The least of `max_tokens` (or the model's positions) and the backend's limit."""
         limits = [self._spec.max_tokens or self._positions, self._longest]
         return min((limit for limit in limits if limit), default=None)
 

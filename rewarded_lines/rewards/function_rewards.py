@@ -52,7 +52,7 @@ class FunctionReward:
         return "" if self._messages else check_texts(prompts, self._where, "messages: true")
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return the function's scores; see `Reward.score`. A `UserError` also reports a worker that died."""
+        """See `Reward.score`."""
         first: list[Any]
         second: list[Any]
         if self._messages:

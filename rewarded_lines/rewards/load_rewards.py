@@ -55,7 +55,7 @@ class Reward(Protocol):
         """Return the tokens of each prompt with its response."""
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return a sentence on parts of prompts that the reward skips, or ""; refuse prompts that it misreads."""
+        """Return a sentence on what the reward skips of prompts, or ""; refuse prompts that it misreads."""
 
     def free(self) -> None:
         """Free memory and processes; the next score loads the reward again."""
@@ -118,7 +118,7 @@ def free_all(rewards: Iterable[Reward]) -> None:
 def reward_limits(
     rewards: Mapping[str, Reward], tokenizer: Any, prompts: Sequence[Prompt], response_tokens: int
 ) -> Iterator[Limit]:
-    """Yield each reward's limit on prompts, which leaves room for a response of `response_tokens` policy tokens.
+    """Yield each reward's limit on prompts; it leaves room for a response of the policy.
 
     With the policy's vocabulary, a reward model also needs n tokens for a response of n tokens. With another one, it
     needs about r·n, where r is the ratio of both models' tokens over the prompts.

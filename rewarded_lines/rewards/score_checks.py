@@ -38,7 +38,7 @@ class PairError(UserError):
 
 
 def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return `scores` as floats; raise a `PairError` if their number is wrong or one is not finite."""
+    """Return finite floats, one for each pair, or raise a `PairError`."""
     if len(scores) != len(prompts):
         index = min(len(scores), len(prompts) - 1)
         problem = Problem(
@@ -60,7 +60,7 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
 
 
 def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return the checked scores of a function; an exception in it becomes a `PairError` if possible."""
+    """Return the checked scores of a function; find the pair on which it raises."""
     if not prompts:
         return []
     try:
@@ -73,7 +73,7 @@ def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], r
 def _find_pair(
     function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], error: Exception
 ) -> UserError:
-    """Return an error with the first pair on which the function raises alone, and the scores before it."""
+    """Return an error with the first pair that raises alone, and the scores before it."""
     known: dict[int, float] = {}
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:

@@ -1,4 +1,4 @@
-"""Scores pairs with all rewards behind one cache; models take turns in memory if they do not fit together."""
+"""Scores pairs with all rewards behind one cache; models take turns if memory is short."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
 OFFLOADS = ("auto", "always", "never")
-# Pairs between two writes to the cache. A model needs many texts of like length for full batches; a function may take
-# seconds for a pair.
+# Pairs between two writes to the cache. A model needs many texts of like length for full batches.
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
@@ -62,7 +61,7 @@ class Scorer:
         self.hits = 0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
-        """Return every reward's scores in the order of the pairs; after a failure, the cache keeps earlier ones."""
+        """Return every reward's scores in order; after a failure, the cache keeps earlier scores."""
         started = time.perf_counter()
         try:
             pairs = list(zip(map(prompt_key, prompts), responses, strict=True))

@@ -1,8 +1,9 @@
 """Runs a classifier in transformers, in batches that do not change a text's score by a single bit.
 
-A sum of floats depends on its order, the order on the kernel, and the kernel on the shape of the batch. So a text's
-length alone decides the shape: its width is the length rounded up, and each width has a fixed number of rows. Fillers
-take the empty rows. Models also switch kernels if the attention mask hides nothing, so every batch has some padding.
+A sum of floats depends on its order, the order on the kernel, and the kernel on the shape of the batch. So a
+text's length alone decides the shape: its width is the length rounded up, and each width has a fixed number of
+rows. Fillers take the empty rows. Models also switch kernels if the attention mask hides nothing, so every batch
+has some padding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
-from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
+from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 
 _TOKENS_PER_ROW = 16
 _FEWEST_ROWS = 2
@@ -27,7 +28,7 @@ _FIRST, _LAST = 5, 12
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape of one call of the model: `rows` times `width` tokens, and the places of at most `rows` texts."""
+    """One call of the model: `rows` times `width` tokens, and the places of its texts."""
 
     members: tuple[int, ...]
     rows: int
@@ -85,7 +86,7 @@ class HuggingFaceClassifier:
         self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
         self._alone = self._padding_leaks()
 
-    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+    def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text."""
         if not self._has_types:
             # Such a model fails on the second text's type.
@@ -109,11 +110,11 @@ class HuggingFaceClassifier:
 
         del self._model
         if torch.cuda.is_available():
-            # A model from the Hub may hold cyclic references. Collection is slow, so only a GPU's memory is worth it.
+            # A model from the Hub may hold cyclic references. Collecting them is slow.
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _groups(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _groups(self, ids: Ids) -> list[list[int]]:
         """Return the texts that may share a batch: BART needs equally many end tokens in every row."""
         groups: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(ids):
@@ -129,9 +130,7 @@ class HuggingFaceClassifier:
             inputs["token_type_ids"] = torch.tensor([list(types)])
         return self._forward(inputs)[0]
 
-    def _batch(
-        self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, rows: int, width: int
-    ) -> list[list[float]]:
+    def _batch(self, texts: Ids, types: Ids | None, rows: int, width: int) -> list[list[float]]:
         """Return the logits of padded rows; the rows after the texts are fillers."""
         import torch
 
@@ -158,7 +157,7 @@ class HuggingFaceClassifier:
         found: list[list[float]] = logits.double().tolist()
         return found
 
-    def _padding(self, texts: Sequence[Sequence[int]]) -> int:
+    def _padding(self, texts: Ids) -> int:
         """Return the padding id: the config's, or else an id that ends no text.
 
         A decoder's head reads the last token that is not padding.
@@ -171,7 +170,7 @@ class HuggingFaceClassifier:
         return chosen
 
     def _padding_leaks(self) -> bool:
-        """Return whether padding changes a text's logits, for instance by a Fourier transform over all tokens."""
+        """Return whether padding changes a text's logits, as in a Fourier transform over all tokens."""
         import torch
 
         words = min(self._model.get_input_embeddings().weight.shape[0], _LAST + 1)

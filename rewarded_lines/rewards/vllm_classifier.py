@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import prepare_vllm
-from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
+from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 
-# The most tokens of a text: vLLM reserves keys and values for it, and few texts need a model's 131,072 positions.
+# The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
 _LONGEST = 8192
 # Bytes for activations.
 _WORKING_MEMORY = 2 << 30
@@ -28,7 +27,7 @@ class VllmClassifier:
     """
 
     def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
-        """Build the engine; raise a `UserError` if vLLM is missing, for another device, or refuses the model."""
+        """Build the engine; check first that vLLM can run the model on the device."""
         _check_vllm(where, device)
         config = _read_config(where, reference)
         self.classes = int(config.num_labels)
@@ -40,7 +39,7 @@ class VllmClassifier:
         # The engine ends when this object is collected or Python exits.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
-    def logits(self, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+    def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text; decoders have no token types."""
         from vllm import PoolingParams
 
@@ -120,7 +119,7 @@ def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int
 
 
 def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
-    """Return the bytes of the weights in memory, from their files; 0 if the files are not downloaded yet."""
+    """Return the bytes of the weights in memory; 0 if their files are not downloaded yet."""
     import torch
     from transformers.utils import cached_file
 
@@ -140,7 +139,7 @@ def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
 
 
 def _share_of_gpu(size: int) -> dict[str, Any]:
-    """Return vLLM's share of a GPU for `size` bytes; if the size is 0 (unknown), most of the free memory."""
+    """Return vLLM's share of a GPU for `size` bytes; if unknown (0), most of the free memory."""
     import torch
 
     if not torch.cuda.is_available():

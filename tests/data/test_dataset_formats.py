@@ -1,4 +1,4 @@
-"""Rows in the forms in which preference data are published, each read as a prompt and two answers."""
+"""Every published form of preference data becomes a prompt and two answers."""
 
 import json
 
@@ -200,8 +200,8 @@ def test_demonstrations_are_messages_prompts_with_completions_or_texts(tmp_path,
         ([{"chosen": [ASKED, SAID], "rejected": [*BEFORE]}], "begin differently"),
         ([{"prompt": "How?", "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}], "not among the turns"),
         ([PAIR, {**PAIR, "prompt": "Why?", "chosen": "a", "rejected": "b"}], "some rows are chats, others texts"),
-        ([{**PAIR, "prompt": [ASKED, SAID]}], "nobody has to answer"),
-        ([{**PAIR, "prompt": [SYSTEM]}], "nobody has to answer"),
+        ([{**PAIR, "prompt": [ASKED, SAID]}], "ends without a question"),
+        ([{**PAIR, "prompt": [SYSTEM]}], "ends without a question"),
         ([{**PAIR, "tools": [{"name": "look"}]}], "only SFT"),
         ([{**PAIR, "chosen": [ASKED]}], "not the assistant's"),
         ([{**PAIR, "chosen": [SAID, ASKED]}], "not the assistant's"),
@@ -232,7 +232,7 @@ def test_tools_may_be_json(tmp_path):
     row = {"messages": [ASKED, SAID]}
     assert read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [row]
     assert read_prompts(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [[ASKED]]
-    with pytest.raises(UserError, match="`tools` is no JSON"):
+    with pytest.raises(UserError, match="`tools` is not JSON"):
         read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "look"}))
 
 
@@ -250,7 +250,7 @@ def test_other_columns_may_have_the_names_of_answers(tmp_path):
     ("row", "settings", "said"),
     [
         ({"messages": "Why?"}, {}, "a text in a column of messages"),
-        ({"text": "Why? So."}, {"chat": True}, "whole texts are no turns"),
+        ({"text": "Why? So."}, {"chat": True}, "a whole text has no turns"),
     ],
 )
 def test_what_is_no_demonstration_is_refused(tmp_path, row, settings, said):

@@ -1,4 +1,4 @@
-"""Rows that a model cannot read: refused, left out, or shortened from the beginning, and told."""
+"""Rows that are too long are refused, left out, or shortened from the beginning, with a message."""
 
 import pytest
 

@@ -106,7 +106,7 @@ def test_settings_in_a_template_are_those_that_it_would_be_given(thinking):
 
 
 def test_a_system_turn_beside_the_last_users_is_shown_in_prompts_and_hidden_in_whole_chats():
-    """As in templates of Mistral's, which write it only where the user has the last word."""
+    """Some templates of Mistral write it only if the last turn is the user's."""
     tokenizer = make_tokenizer("phi")
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and loop.last and messages[0].role == 'system' %}"

@@ -1,4 +1,4 @@
-"""Prompts as texts and as chats: turns, tokens up to where the answer starts, and the way back to texts."""
+"""Prompts become tokens up to where the answer starts, and tokens become texts again."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(form):
     for text in opened:
         (ids,) = encode(tokenizer, [text])
         assert ids.count(tokenizer.bos_token_id) == 1
-        # As if the tokenizer were told to add nothing to a text that has all of it.
+        # The text has all special tokens, so the tokenizer must add none.
         own = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token))["input_ids"]
         assert ids == own
     if form in ("llama3", "gemma3", "mistral"):
@@ -158,7 +158,7 @@ def load_prompts(project):
 
 
 def sentencepiece_like():
-    """A tokenizer that writes the space before a word into its token, and drops it where a text begins."""
+    """A tokenizer whose tokens hold the space before a word; it drops the space at the start of a text."""
     words = ["<unk>", "</s>", "▁a", "▁film", "▁moves", "s"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

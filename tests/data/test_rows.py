@@ -1,4 +1,4 @@
-"""Rows with roles from every kind of source, and what each fault says: its place, the columns there, the remedy."""
+"""Rows with roles from every kind of source; each fault names its place, the columns and the remedy."""
 
 import csv
 import json
@@ -319,7 +319,7 @@ def test_a_data_set_that_fails_otherwise_is_not_blamed_on_the_network(monkeypatc
 
 @pytest.mark.parametrize(("revision", "key"), [("v2", "name"), (None, "name"), ("refs/convert/parquet", "data_dir")])
 def test_a_data_set_is_asked_for_by_subset_split_and_revision(monkeypatch, revision, key):
-    """The Hub's own conversions have a folder for each subset, and no card that names it."""
+    """The Hub's own conversions keep each subset in a folder, and no card names it."""
     asked = []
 
     def load(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Classifiers read as transformers reads a text, a pair or a conversation by itself, whatever their padding."""
+"""A classifier gives the scores that transformers gives to each text, pair or conversation without padding."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def asked(text):
 
 
 def alone(folder, inputs):
-    """transformers' own logit of each text: one forward pass without padding."""
+    """The logit of each text in transformers: one forward pass without padding."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return [float(model(**one).logits[0, 0]) for one in inputs]
@@ -149,7 +149,7 @@ def test_one_text_has_no_token_types(bert):
 
 
 def test_a_separator_that_is_not_the_pairs_is_refused(bert):
-    """A text whose tokens are others than the pair's: nobody knows which are whose."""
+    """The tokens of the text and of the pair differ, so the token types are unknown."""
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B:1 [SEP]:1",
@@ -171,7 +171,7 @@ def test_vllm_refuses_encoders_whose_pooler_and_token_types_it_drops(bert):
 
 
 def marked(folder, model):
-    """Save an encoder whose tokenizer has RoBERTa's and BART's marks."""
+    """Save an encoder with a tokenizer that adds the special tokens of RoBERTa and BART."""
     inner = words_tokenizer(["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>", "<s> $A </s> </s> $B </s>")
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(
@@ -187,7 +187,7 @@ def marked(folder, model):
 
 
 def test_bart_takes_texts_with_other_numbers_of_end_tokens(tmp_path):
-    """It wants as many of them in every row of a batch."""
+    """BART needs equally many end tokens in every row of a batch."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "init_std": 0.5}
@@ -201,7 +201,7 @@ def test_bart_takes_texts_with_other_numbers_of_end_tokens(tmp_path):
 
 
 def test_a_text_may_fill_all_positions_and_no_more(tmp_path):
-    """RoBERTa counts positions from behind its padding token, so it reads two fewer than its table has."""
+    """RoBERTa counts positions from after its padding token, so it reads two fewer than its table has."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = RobertaConfig(**sizes, vocab_size=32, max_position_embeddings=14, num_labels=1, initializer_range=0.2)

@@ -1,4 +1,4 @@
-"""Functions in worker processes: the same scores and the same complaints, and no process that stays."""
+"""Functions in worker processes give the same scores and errors, and no process stays."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def load(functions):
 
 
 def workers_of(pid):
-    """Return the worker processes of a process; multiprocessing's resource tracker is none of them."""
+    """Return the worker processes of a process; multiprocessing's resource tracker does not count."""
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
@@ -91,7 +91,7 @@ def test_a_failure_in_a_worker_is_told_as_in_process(load, name):
     lines = [[line for line in str(error).splitlines() if "<lambda>" not in line] for error in told]
     assert lines[0] == lines[1] and told[0].index == told[1].index == 20
     assert f"prompt 20: 'p20' → {responses[20]!r}" in str(told[1]) or name == "odd"
-    # All that was scored all the same is at hand; in process, where it raised, only what came before.
+    # The error keeps all other scores; in this process, a function that raises only leaves the earlier ones.
     assert set(range(20)) <= set(told[0].known) <= set(told[1].known) == set(range(23)) - {20}
 
 
@@ -140,7 +140,7 @@ def test_no_worker_outlives_the_process(functions, how, group):
         time.sleep(0.05)
     processes = workers_of(process.pid)
     assert len(processes) == 2
-    # Ctrl-C reaches every process of the terminal, a kill only the one it names.
+    # Ctrl-C reaches every process of the terminal, a kill only one process.
     (os.killpg if group else os.kill)(process.pid, how)
     assert process.wait(30) == -how
     assert gone(processes)

@@ -1,4 +1,4 @@
-"""Rewards through their declaration: functions and classifiers, and every way in which they can fail."""
+"""Functions and classifiers are loaded as declared, and every fault of them is one message."""
 
 import math
 

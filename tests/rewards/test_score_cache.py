@@ -1,4 +1,4 @@
-"""Kept scores: exact, by the whole of a pair, and there again after a kill or damage."""
+"""The cache returns exact scores for equal pairs only, also after a kill or damage."""
 
 import os
 import signal

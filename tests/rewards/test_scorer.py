@@ -1,4 +1,4 @@
-"""All rewards at once: nothing is computed twice, nothing that was computed is lost, and memory is shared out."""
+"""The scorer computes no score twice, loses none, and lets models take turns in memory."""
 
 import pytest
 
@@ -80,7 +80,7 @@ def test_a_failure_names_the_pair_and_loses_nothing(functions, monkeypatch, work
     prompts = [f"p{index}" for index in range(40)]
     responses = ["x" * (index + 1) for index in range(40)]
     responses[27] = ""
-    # The first pair comes twice, so the failing one's place in its chunk is not its place here.
+    # The first pair comes twice, so the failing pair has another place in its chunk.
     with pytest.raises(UserError, match="(?s)reward `inverse`.*ZeroDivisionError.*prompt 28: 'p27' → ''"):
         scorer.score(["p0", *prompts], ["x", *responses])
     scorer.close()
@@ -104,7 +104,7 @@ def test_a_text_that_is_too_long_stops_after_those_that_are_not(functions, class
 
 
 class Spy:
-    """A model of `size` bytes that writes down what becomes of it."""
+    """A model of `size` bytes that logs its calls."""
 
     unit, device = "", "cpu"
 
@@ -149,7 +149,7 @@ def test_models_that_fit_together_stay(monkeypatch):
     scorer.score(["p", "q"], ["r", "r"])
     monkeypatch.setattr(module, "available_memory", lambda device: 0)
     scorer.score(["s"], ["r"])
-    # What is loaded needs no room any more.
+    # Loaded models need no more memory.
     assert log == ["+a", "a:2", "+b", "b:2", "a:1", "b:1"]
     scorer.close()
     assert log[-2:] == ["-a", "-b"]

@@ -1,4 +1,4 @@
-"""A score is its pair's own, to the bit: batches whose shape depends on each text alone."""
+"""The other pairs of a batch do not change a score by a single bit."""
 
 import random
 
@@ -51,7 +51,7 @@ def texts(count, rng):
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
 
 
-# A text of as many tokens as BERT and BART have positions here, and one of one token less.
+# A text that fills all positions of BERT and BART here, and one with a token less.
 FULL = ["q" * 60, "q" * 59]
 
 
