@@ -124,7 +124,7 @@ def text_of(prompt: Prompt, where: str) -> str:
     """Return a prompt as text; refuse a chat with tool calls or the like."""
     if isinstance(prompt, list) and (key := more_than_text(prompt)):
         raise fail(
-            f"a chat holds `{key}`, which a text template would lose",
+            f"a chat holds `{key}`, which plain text would lose",
             where=where,
             expected="a reward that reads conversations",
             remedy="declare `template: chat` for a reward model, `messages: true` for a function",

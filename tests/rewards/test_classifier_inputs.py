@@ -233,7 +233,7 @@ def test_a_chat_is_read_whole_or_refused(tmp_path):
         asked("so"),
     ]
     for template, said in (
-        ("{prompt}{response}", "`tool_calls`, which a text template"),
+        ("{prompt}{response}", "`tool_calls`, which plain text"),
         ("chat", "leaves out `tool_calls`"),
     ):
         reward = load_reward("r", RewardSpec(model=str(tmp_path), template=template), device="cpu")
