@@ -1,4 +1,4 @@
-"""Merged adapters on disk, for engines that load them from there: written when needed, removed after use."""
+"""Engines that load merged adapters beside one base: written when needed, removed after use."""
 
 from __future__ import annotations
 
@@ -7,35 +7,74 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.dtypes import F32
-from rewarded_lines.engines.base import Model
+from rewarded_lines.engines.base import Generator, Model
 from rewarded_lines.folders import scratch_folder
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.spec import MergeSpec
 
 _MEMORY = Path("/dev/shm")
-_ONE_FILE = 1 << 62
+
+
+class AdapterGenerator(Generator):
+    """An engine that loads merged adapters from folders; without a plan only the SFT model answers."""
+
+    _plan: AdapterPlan | None
+    _folders: AdapterFolders | None = None
+
+    @abstractmethod
+    def _load(self, folder: Path) -> Any:
+        """Load an adapter; return the engine's name for it.
+
+        Raises:
+            UserError: the engine refuses the adapter, or ignores modules of it.
+        """
+
+    @abstractmethod
+    def _unload(self, name: Any) -> None: ...
+
+    def _worth_mixing(self, requests: int) -> int:
+        """Return how many adapters should share a batch if each gets so many requests."""
+        return self.at_once
+
+    def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
+        return chunks(self._plan, models, min(self.at_once, self._worth_mixing(requests)))
+
+    @contextmanager
+    def _loaded(self, models: Sequence[Model], layer: str = "") -> Iterator[list[Any]]:
+        """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
+        started = time.perf_counter()
+        wanted = [model for model in models if needs_adapter(self._plan, model)]
+        written = self._folders.write(wanted, layer) if self._folders and wanted else []
+        names: list[Any] = []
+        try:
+            for folder in written:
+                names.append(self._load(folder))
+            self.swap_seconds += time.perf_counter() - started
+            left = iter(names)
+            yield [next(left) if needs_adapter(self._plan, model) else None for model in models]
+        finally:
+            for name in names:
+                self._unload(name)
+            for folder in written:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class AdapterFolders:
-    """A folder of merged adapters. It is removed with this object or with Python; after a kill, by the next one.
-
-    Attributes:
-        seconds: spent so far on writing and loading adapters.
-    """
+    """A folder of merged adapters. It goes with this object or at Python's exit; after a kill, with the next one."""
 
     def __init__(self, plan: AdapterPlan, place: Path | None = None) -> None:
-        """Make the folder in `place`, by default in /dev/shm (for this user only) or with other temporary files."""
-        self.seconds = 0.0
+        """Make the folder in `place`, by default /dev/shm (for this user only) or the folder of temporary files."""
         # Engines read α and r but no patterns, which a policy's own settings may have.
         self._plan = plan.without_repeats()
         self._stack = ExitStack()
-        # Each user has a name of their own: nobody can remove another user's files.
+        # A name for each user: nobody can remove another user's files.
         name = f"rewarded-lines-adapters-{os.getuid()}"
         self.folder = self._stack.enter_context(scratch_folder((place or _place(plan)) / name))
         if place is None:
@@ -44,10 +83,10 @@ class AdapterFolders:
         self._count = 0
 
     def write(self, specs: Sequence[MergeSpec], layer: str = "") -> list[Path]:
-        """Write merged adapters and return their folders. Each input is read once for all of them.
+        """Write merged adapters and return their folders; each input is read once for all of them.
 
         Args:
-            specs: the numbers of each adapter.
+            specs: one for each adapter.
             layer: write only the modules whose names end with it; "" writes all.
 
         Raises:
@@ -59,49 +98,32 @@ class AdapterFolders:
             folder.mkdir()
         plan = self._plan.only(layer) if layer else self._plan
         plan.prepare(specs)
-        plan.write(specs, folders, max_shard_size=_ONE_FILE).refuse()
+        plan.write(specs, folders, max_shard_size=1 << 62).refuse()
         return folders
 
-    def remove(self, folders: Sequence[Path]) -> None:
-        """Remove adapters after their use."""
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    @contextmanager
-    def loaded(
-        self, models: Sequence[Model], load: Callable[[Path], Any], unload: Callable[[Any], Any], layer: str = ""
-    ) -> Iterator[list[Any]]:
-        """Write the models' adapters and load them; unload and remove them at the end of the block.
-
-        Args:
-            models: a merge each, or None for the base.
-            load: loads a folder into the engine and returns the engine's name for it.
-            unload: takes that name.
-            layer: see `write`.
-
-        Yields:
-            What `load` returned for each model; None for those that are the base.
-        """
-        started = time.perf_counter()
-        wanted = [model for model in models if model is not None and not changes_nothing(self._plan, model)]
-        written = self.write(wanted, layer) if wanted else []
-        names: list[Any] = []
-        try:
-            for folder in written:
-                names.append(load(folder))
-            self.seconds += time.perf_counter() - started
-            left = iter(names)
-            yield [None if model is None or changes_nothing(self._plan, model) else next(left) for model in models]
-        finally:
-            for name in names:
-                unload(name)
-            self.remove(written)
+def needs_adapter(plan: AdapterPlan | None, model: Model) -> bool:
+    """Return whether a model needs an adapter: it is a merge that differs from the base."""
+    if model is None:
+        return False
+    assert plan is not None, "without a plan there is only the SFT model"
+    output = plan.output(model)
+    return bool(output.whole) or any(stack.parts for stack in output.stacks.values())
 
 
-def changes_nothing(plan: AdapterPlan, spec: MergeSpec) -> bool:
-    """Return whether a merged adapter is zero: the model with it is the base."""
-    output = plan.output(spec)
-    return not output.whole and not any(stack.parts for stack in output.stacks.values())
+def chunks(plan: AdapterPlan | None, models: Sequence[Model], at_once: int) -> Iterator[list[Model]]:
+    """Yield the models in order, in chunks with at most `at_once` adapters."""
+    chunk: list[Model] = []
+    adapters = 0
+    for model in models:
+        one = int(needs_adapter(plan, model))
+        if adapters + one > at_once:
+            yield chunk
+            chunk, adapters = [], 0
+        chunk.append(model)
+        adapters += one
+    if chunk:
+        yield chunk
 
 
 def adapted_layers(plan: AdapterPlan) -> list[str]:
@@ -109,13 +131,8 @@ def adapted_layers(plan: AdapterPlan) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in plan.modules})
 
 
-def largest_rank(plan: AdapterPlan) -> int:
-    """Return the largest Σ rᵢ of a module: no merged adapter has a larger rank."""
-    return max(sum(one.rank for one in modules.values()) for modules in plan.modules.values())
-
-
 def adapter_bytes(plan: AdapterPlan, rank: int = 0) -> int:
-    """Return the bytes of a merged adapter in float32: of the largest one, or of one with `rank` in every module."""
+    """Return the bytes of the largest merged adapter in float32, or of one with `rank` in every module."""
     size = 0
     for modules in plan.modules.values():
         like = next(iter(modules.values()))

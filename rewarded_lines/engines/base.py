@@ -1,22 +1,28 @@
-"""What an engine is: it answers prompts as the SFT model or as any merge of a plan. No engine is started here."""
+"""What an engine is: it answers prompts as the SFT model or as any merge of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, cast
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
 
 Tokens = Sequence[int]
+Pairs = Sequence[tuple[Tokens, Tokens]]
+"""Heads and tails: a prompt's tokens and those of a response, for example. No head is empty."""
 Model = MergeSpec | None
-"""Who answers: a merge of the engine's plan, or None for the SFT model itself."""
+"""Who answers: a merge of the engine's plan, or None for the SFT model."""
 # Different runs, prompts and samples never share a seed.
 _SEED_STRIDE = 1_000_000
-# Samples differ in the low 32 bits, too: torch's generator on a CPU reads no others.
+# Samples also differ in the low 32 bits: torch's CPU generator reads no others.
 _SAMPLE_STRIDE = (1 << 42) + 2_654_435_761
 
 
@@ -51,10 +57,10 @@ class Workload:
     Attributes:
         model: the SFT model's folder or Hub id.
         spec: dtype, chat template and response length.
-        prompts: the longest of them decides how long a sequence can get.
-        plan: what merges are made of; without a plan the engine answers as the SFT model only.
-        longest: tokens of the longest sequence that `logprobs` will be asked for.
-        tensor_parallel: over how many devices vLLM spreads the model.
+        prompts: the longest prompt decides the longest sequence.
+        plan: what merges are made of; without a plan only the SFT model answers.
+        longest: tokens of the longest sequence that `logprobs` gets.
+        tensor_parallel: the number of devices over which vLLM spreads the model.
     """
 
     model: str
@@ -65,24 +71,20 @@ class Workload:
     tensor_parallel: int = 1
 
 
-class Generator(Protocol):
-    """An engine over one SFT model. Every response has its own seed, so no answer depends on the other prompts.
+class Generator(ABC):
+    """An engine over one SFT model. Each response has its own seed and does not depend on the other prompts.
 
     Attributes:
-        at_once: how many models one call of `generate` should get: 1 if weights are swapped, more if requests of many
-            models share a batch.
+        at_once: how many models one call of `generate` should get: more than 1 if models share a batch.
+        swap_seconds: time spent so far on putting merged weights or adapters into the engine.
     """
 
-    at_once: int
+    at_once: int = 1
+    swap_seconds: float = 0.0
 
-    @property
-    def swap_seconds(self) -> float:
-        """Seconds spent so far on putting merged weights or adapters into the engine."""
-        ...
-
+    @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the tokens that the model is given for each prompt."""
-        ...
+        """Return the tokens that the model gets for each prompt."""
 
     def generate(
         self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
@@ -91,17 +93,80 @@ class Generator(Protocol):
 
         Response k to prompt i has the seed `prompt_seed(spec, i, k)` under every model.
         """
-        ...
+        answers: list[list[Response]] = []
+        for chunk in self._chunks(models, len(prompts) * spec.n):
+            with self._loaded(chunk) as loaded:
+                answers += self._generate(prompts, spec, loaded)
+        return answers
 
-    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
-        """Return log π(tail | head) in nats at temperature 1 for each pair (head, tail) of tokens; no head is empty."""
-        ...
+    def logprobs(self, pairs: Pairs, model: Model = None) -> list[float]:
+        """Return log π(tail | head) in nats at temperature 1 for each pair."""
+        with self._loaded([model]) as (loaded,):
+            return self._logprobs(pairs, loaded)
 
+    @abstractmethod
     def close(self) -> None:
         """Free the engine, its memory and its processes."""
-        ...
+
+    @abstractmethod
+    def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
+        """Yield the models in order, in groups that share a batch of `requests` for each model."""
+
+    @abstractmethod
+    def _loaded(self, models: Sequence[Model]) -> AbstractContextManager[list[Any]]:
+        """Hold models in the engine for the block; yield its name for each, None for the base."""
+
+    @abstractmethod
+    def _generate(
+        self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]
+    ) -> list[list[Response]]: ...
+
+    @abstractmethod
+    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]: ...
+
+
+class SwappingGenerator(Generator):
+    """An engine that holds the weights of one model and replaces them in place."""
+
+    def __init__(self, work: Workload) -> None:
+        """Start with the SFT model's weights; a plan must be one of whole models."""
+        self._plan = cast(ModelPlan | None, work.plan)
+        self._in_use: Model | str = None
+
+    def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
+        return ([model] for model in models)
+
+    @contextmanager
+    def _loaded(self, models: Sequence[Model]) -> Iterator[list[Any]]:
+        (model,) = models
+        if model != self._in_use:
+            assert self._plan is not None, "without a plan there is only the SFT model"
+            started = time.perf_counter()
+            self._in_use = "half-written"
+            self._swap(base_spec(self._plan) if model is None else model)
+            self._in_use = model
+            self.swap_seconds += time.perf_counter() - started
+        yield [None]
+
+    @abstractmethod
+    def _swap(self, spec: MergeSpec) -> None:
+        """Write a merge's weights into the engine.
+
+        Raises:
+            UserError: a tensor is not finite, or the engine has no place for it.
+        """
+
+
+def base_spec(plan: Plan) -> MergeSpec:
+    """Return the merge that is the SFT model."""
+    return MergeSpec((0.0,) * len(plan.policies), 0.0, 0.0)
 
 
 def prompt_seed(spec: GenerationSpec, index: int, sample: int = 0) -> int:
     """Return the seed of a response to prompt `index`, the same at every point of a sweep."""
     return spec.seed * _SEED_STRIDE + index + sample * _SAMPLE_STRIDE
+
+
+def seeded_rows(ids: Sequence[list[int]], spec: GenerationSpec) -> list[tuple[list[int], int]]:
+    """Return the tokens and the seed of each response: `spec.n` for each prompt."""
+    return [(row, prompt_seed(spec, index, k)) for index, row in enumerate(ids) for k in range(spec.n)]

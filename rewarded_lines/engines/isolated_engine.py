@@ -1,7 +1,7 @@
 """Generation in a child process, so that the engine leaves nothing behind in this one.
 
-A trainer needs this for two reasons. vLLM sets up torch.distributed, and the trainer wants to do that itself. And a
-model that is spread over several processes cannot answer in one of them.
+A trainer needs this: vLLM sets up torch.distributed, which the trainer does itself; and a model that is spread over
+several processes cannot answer in one of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
     """Return `spec.n` responses to each prompt, in the order and with the seeds of `Generator.generate`.
 
     Raises:
-        UserError: the child failed; the message ends with the last lines that it printed.
+        UserError: the child failed; the message ends with its last lines of output.
     """
     with tempfile.TemporaryDirectory() as folder:
         task, answer, log = (Path(folder, name) for name in ("task.json", "answer.json", "log"))
@@ -65,7 +65,7 @@ def _plain_environment() -> dict[str, str]:
 
 
 def _answer(task: Path, answer: Path) -> None:
-    """Do the work of the child process."""
+    """Generate the responses of a task, in the child process."""
     die_with_parent()
     content = json.loads(task.read_text(encoding="utf-8"))
     spec = GenerationSpec(**content["spec"])

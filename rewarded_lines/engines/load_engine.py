@@ -1,9 +1,8 @@
-"""The engines by name: which there are, whether one is installed, and how one is started."""
+"""The engines by name: which exist, whether one is installed, and how one is started."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,16 +15,12 @@ ENGINES = ("vllm", "hf")
 
 
 def is_url(engine: str) -> bool:
-    """Say whether an engine is a server."""
+    """Return whether an engine is a server."""
     return engine.startswith(("http://", "https://"))
 
 
 def check_engine(engine: str, option: str = "--engine") -> None:
-    """Refuse an engine that does not exist or is not installed. `option` is what the user set.
-
-    Raises:
-        UserError: with what to install, or the engine that needs nothing.
-    """
+    """Refuse an engine that is unknown or not installed; `option` is the setting that names it."""
     if is_url(engine):
         return
     if engine not in ENGINES:
@@ -46,7 +41,7 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
         engine: "vllm", "hf", or the URL of an OpenAI-compatible server.
         model: the SFT model's folder or Hub id; its architecture and tokenizer serve every point.
         spec: dtype, chat template and response length.
-        prompts: the longest of them decides how long a sequence can get.
+        prompts: the longest prompt decides the longest sequence.
         more: `plan`, `longest` and `tensor_parallel`; see `Workload`.
 
     Raises:
@@ -54,15 +49,7 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
     """
     check_engine(engine)
     work = Workload(model, spec, prompts, **more)
-    return _engine(engine, "" if work.plan is None else work.plan.kind)(work)
-
-
-def _engine(engine: str, kind: str) -> Callable[[Workload], Generator]:
-    """Return what starts an engine for plans of a kind. vLLM and servers keep adapters beside one base.
-
-    Raises:
-        UserError: the engine does not take such plans.
-    """
+    kind = "" if work.plan is None else work.plan.kind
     if is_url(engine):
         from rewarded_lines.engines.server_engine import RemoteGenerator
 
@@ -74,16 +61,16 @@ def _engine(engine: str, kind: str) -> Callable[[Workload], Generator]:
                 got="a merge of whole models",
                 remedy="use --engine vllm or --engine hf",
             )
-        return partial(RemoteGenerator, engine)
+        return RemoteGenerator(engine, work)
     if engine == "hf":
         from rewarded_lines.engines.transformers_engine import HfGenerator
 
         assert kind != "adapter", "adapters are folded into their base for this engine"
-        return HfGenerator
+        return HfGenerator(work)
     if kind == "adapter":
         from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator
 
-        return VllmAdapterGenerator
+        return VllmAdapterGenerator(work)
     from rewarded_lines.engines.vllm_models import VllmGenerator
 
-    return VllmGenerator
+    return VllmGenerator(work)

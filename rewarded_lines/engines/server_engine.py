@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,12 @@ import httpx2
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.adapter_folders import AdapterFolders, adapted_layers
-from rewarded_lines.engines.base import Model, Response, Tokens, Workload, prompt_seed
+from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers
+from rewarded_lines.engines.base import Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server_connection import Server, describe
 from rewarded_lines.engines.tokenizers import ModelTokens
-from rewarded_lines.engines.vllm_adapters import chunks, refuse_unserved, slot_rank
+from rewarded_lines.engines.vllm_adapters import refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
@@ -28,11 +29,9 @@ from rewarded_lines.merger.spec import MergeSpec
 
 FOLDER = "REWARDED_LINES_ADAPTER_FOLDER"
 _UNDER_WAY = 64
-# The server's own generation_config.json decides whatever a request leaves open.
-_PLAIN = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-class RemoteGenerator:
+class RemoteGenerator(AdapterGenerator):
     """Requests go to the server as tokens, many at a time.
 
     Merged adapters are written to a folder that the server must see under the same path: a temporary one, or
@@ -57,7 +56,6 @@ class RemoteGenerator:
         self._tokens = ModelTokens.load(work)
         self._server = Server(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
-        self._folders: AdapterFolders | None = None
         self._name, self._count = f"rewarded-lines-{secrets.token_hex(4)}", 0
         try:
             self._check_room(self._tokens.longest)
@@ -69,29 +67,9 @@ class RemoteGenerator:
             self.close()
             raise
 
-    @property
-    def swap_seconds(self) -> float:
-        """See `Generator`."""
-        return self._folders.seconds if self._folders else 0.0
-
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """See `Generator.encode`."""
         return encode(self._tokens.tokenizer, prompts)
-
-    def generate(
-        self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
-    ) -> list[list[Response]]:
-        """See `Generator.generate`."""
-        answers: list[list[Response]] = []
-        for chunk in self._chunks(models):
-            with self._adapters(chunk) as names:
-                answers += self._generate(prompts, spec, names)
-        return answers
-
-    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
-        """See `Generator.logprobs`."""
-        with self._adapters([model]) as (name,):
-            return self._all([partial(self._score, name, head, tail) for head, tail in pairs])
 
     def close(self) -> None:
         """See `Generator.close`. The server itself keeps running."""
@@ -100,26 +78,22 @@ class RemoteGenerator:
         if self._folders is not None:
             self._folders.close()
 
-    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, names: Sequence[str]) -> list[list[Response]]:
-        rows = [(row, index, k) for index, row in enumerate(self.encode(prompts)) for k in range(spec.n)]
-        found: dict[str, list[Response]] = {}
-        # Requests without an adapter go apart: if a batch fills all slots, vLLM applies one of them to those requests.
-        base = [name for name in names if name == self._server.model][:1]
-        for group in (base, [name for name in names if name != self._server.model]):
-            asked = [
-                partial(self._answer, name, row, prompt_seed(spec, index, k), spec)
-                for name in group
-                for row, index, k in rows
-            ]
-            made = self._all(asked)
-            for place, name in enumerate(group):
-                found[name] = made[place * len(rows) : (place + 1) * len(rows)]
-        return [found[name] for name in names]
+    def _generate(
+        self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[str | None]
+    ) -> list[list[Response]]:
+        rows = seeded_rows(self.encode(prompts), spec)
+        found: dict[str | None, list[Response]] = {}
+        # Base requests go first and apart: in a batch that fills all slots, vLLM applies an adapter to them.
+        for group in ([None] if None in loaded else [], [name for name in loaded if name is not None]):
+            asked = [partial(self._answer, name, row, seed, spec) for name in group for row, seed in rows]
+            made = iter(self._all(asked))
+            found |= {name: list(islice(made, len(rows))) for name in group}
+        return [found[name] for name in loaded]
 
-    def _answer(self, name: str, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
+    def _answer(self, name: str | None, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
         reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
         choice = self._server.complete(
-            model=name,
+            model=name or self._server.model,
             prompt=list(row),
             max_tokens=spec.max_tokens,
             temperature=spec.temperature,
@@ -127,28 +101,33 @@ class RemoteGenerator:
             top_k=spec.top_k or -1,
             min_p=spec.min_p,
             repetition_penalty=spec.repetition_penalty,
+            # A setting that a request leaves open comes from the server's own generation_config.json.
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
             stop=list(spec.stop),
             stop_token_ids=sorted(reader.ends),
             seed=seed,
             logprobs=0,
             return_token_ids=True,
-            **_PLAIN,
         )
         tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
             raise self._server.strange("/v1/completions", choice)
         return make_response(reader, row, tokens, logprobs, choice.get("finish_reason"))
 
-    def _score(self, name: str, head: Tokens, tail: Tokens) -> float:
-        row = [*head, *tail]
-        choice = self._server.complete(model=name, prompt=row, max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        said = choice.get("prompt_logprobs")
-        if not isinstance(said, list) or len(said) != len(row):
+    def _logprobs(self, pairs: Pairs, loaded: str | None) -> list[float]:
+        return self._all([partial(self._score, loaded, head, tail) for head, tail in pairs])
+
+    def _score(self, name: str | None, head: Tokens, tail: Tokens) -> float:
+        row, model = [*head, *tail], name or self._server.model
+        choice = self._server.complete(model=model, prompt=row, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        found = choice.get("prompt_logprobs")
+        if not isinstance(found, list) or len(found) != len(row):
             raise self._server.strange("/v1/completions", choice)
-        return float(sum(one[str(token)]["logprob"] for one, token in zip(said[len(head) :], tail, strict=True)))
+        return float(sum(one[str(token)]["logprob"] for one, token in zip(found[len(head) :], tail, strict=True)))
 
     def _all(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return the answers of several requests, in order. The first failure cancels the requests that wait."""
+        """Return the answers of several requests, in order. A failure cancels the requests that wait."""
         futures = [self._pool.submit(one) for one in asked]
         try:
             return [future.result() for future in futures]
@@ -157,46 +136,25 @@ class RemoteGenerator:
                 future.cancel()
             raise
 
-    def _chunks(self, models: Sequence[Model]) -> Iterator[list[Model]]:
-        return iter([list(models)]) if self._plan is None else chunks(self._plan, models, self.at_once)
-
-    @contextmanager
-    def _adapters(self, models: Sequence[Model], layer: str = "") -> Iterator[list[str]]:
-        """Yield the server's name for each model; adapters are unloaded afterwards."""
-        if self._folders is None:
-            assert not any(models), "without a plan there is only the SFT model"
-            yield [self._server.model] * len(models)
-            return
-        with self._folders.loaded(models, self._load, self._unload, layer) as names:
-            yield [name or self._server.model for name in names]
-
     def _load(self, folder: Path) -> str:
-        """Have the server load an adapter; return its name there.
-
-        Raises:
-            UserError: it does not.
-        """
         self._count += 1
         name, path = f"{self._name}-{self._count}", "/v1/load_lora_adapter"
         response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
-        if response.status_code != httpx2.codes.OK:
-            raise self._refused_adapter(folder, response)
-        return name
-
-    def _unload(self, name: str) -> None:
-        # An error here would hide the error that ended the block.
-        with suppress(UserError):
-            self._server.response("POST", "/v1/unload_lora_adapter", {"lora_name": name})
-
-    def _refused_adapter(self, folder: Path, response: httpx2.Response) -> UserError:
-        return fail(
+        if response.status_code == httpx2.codes.OK:
+            return name
+        raise fail(
             "the server does not take merged adapters",
-            where=f"{self._server.url}/v1/load_lora_adapter",
+            where=self._server.url + path,
             expected="status 200",
             got=describe(response),
             remedy=f"start it with {self._settings()}; if it runs elsewhere, set {FOLDER} to a folder that it sees "
             f"under the same path (now {folder.parent})",
         )
+
+    def _unload(self, name: str) -> None:
+        # An error here would hide the error that ended the block.
+        with suppress(UserError):
+            self._server.response("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def _settings(self) -> str:
         """Return how a server must be started for the adapters of the plan."""
@@ -208,20 +166,17 @@ class RemoteGenerator:
     def _try_adapters(self, plan: AdapterPlan, length: int) -> None:
         """Load one merged adapter, then each kind of its layers alone, and check that answers change.
 
-        vLLM ignores layers that are not among its --lora-target-modules without a word.
-
-        Raises:
-            UserError: the server takes no adapters, or ignores some layers.
+        vLLM silently ignores layers that are not among its --lora-target-modules.
         """
         # Large enough to change answers in 16 bits.
         trial = MergeSpec((8.0,) * len(plan.policies), 1.0, 0.0)
-        with self._adapters([trial]):
+        with self._loaded([trial]):
             pass
         greedy = GenerationSpec(temperature=0.0, max_tokens=1)
         # Several different tokens: attention to one token, or to equal ones, ignores queries and keys.
         row = range(3, 3 + min(8, length - 1))
         for layer in adapted_layers(plan):
-            with self._adapters([None, trial], layer) as names:
+            with self._loaded([None, trial], layer) as names:
                 plain, changed = (self._answer(name, row, 0, greedy) for name in names)
             if plain.logprob == changed.logprob and not _is_zero(plan, layer):
                 raise fail(

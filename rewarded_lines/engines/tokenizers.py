@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
@@ -18,11 +17,7 @@ from rewarded_lines.errors import fail
 
 
 def load_tokenizer(model: str, spec: GenerationSpec) -> Any:
-    """Return a model's tokenizer, with the chat template of `spec` if it has one.
-
-    Raises:
-        UserError: the template cannot be read.
-    """
+    """Return a model's tokenizer, with the chat template of `spec` if it has one."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -33,11 +28,7 @@ def load_tokenizer(model: str, spec: GenerationSpec) -> Any:
 
 
 def set_template(tokenizer: Any, spec: GenerationSpec) -> None:
-    """Give a tokenizer the chat template of `spec`, if it has one, with the variables that `spec` sets in it.
-
-    Raises:
-        UserError: the template cannot be read.
-    """
+    """Give a tokenizer the chat template and the template variables of `spec`, if it has any."""
     if spec.chat_template is not None:
         tokenizer.chat_template = read_template(spec.chat_template)
     if spec.chat_template_kwargs:
@@ -45,10 +36,7 @@ def set_template(tokenizer: Any, spec: GenerationSpec) -> None:
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, more: Iterable[int] = ()) -> frozenset[int]:
-    """Return the ids that end a response, in training and in every engine.
-
-    They are those of the generation config, the tokenizer's own, and `more`.
-    """
+    """Return the ids that end a response: the generation config's, the tokenizer's, and `more`."""
     ends = generation_config.eos_token_id if generation_config is not None else None
     several = [ends] if isinstance(ends, int) else list(ends or [])
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -56,7 +44,7 @@ def end_tokens(tokenizer: Any, generation_config: Any, more: Iterable[int] = ())
 
 
 def load_generation_config(model: str) -> Any:
-    """Return a model's generation config as transformers has it when it loads the model; an adapter's is its base's."""
+    """Return the generation config that transformers gives the model; for an adapter, the base's."""
     from transformers import GenerationConfig
 
     try:
@@ -66,22 +54,18 @@ def load_generation_config(model: str) -> Any:
 
 
 def read_template(path: str, key: str = "generation.chat_template") -> str:
-    """Return the chat template in a file. `key` is the setting that names it.
-
-    Raises:
-        UserError: there is no such file, or it is no text.
-    """
+    """Return the chat template in a file; `key` is the setting that names it."""
     where, expected = f"{key}: {path}", "a Jinja template, in UTF-8"
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise fail("the chat template cannot be read", where=where, expected=expected, got=str(error)) from error
     except UnicodeDecodeError as error:
-        raise fail("the chat template is no text", where=where, expected=expected, got=str(error)) from error
+        raise fail("the chat template is not text", where=where, expected=expected, got=str(error)) from error
 
 
 def load_config(model: str) -> Any:
-    """Return a model's configuration; an adapter's is that of the model under it."""
+    """Return a model's configuration; for an adapter, its base's."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(_base(model))
@@ -92,15 +76,8 @@ def _base(model: str) -> str:
     return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 
 
-@dataclass(frozen=True)
-class ModelTokens:
-    """What an engine of another library needs of a model's tokens.
-
-    Attributes:
-        tokenizer: of the model, with its chat template.
-        ends: ids that end a response.
-        longest: tokens of the longest sequence of the workload.
-    """
+class ModelTokens(NamedTuple):
+    """A model's tokenizer, the ids that end a response, and the tokens of the longest sequence."""
 
     tokenizer: Any
     ends: frozenset[int]
@@ -119,41 +96,33 @@ class ModelTokens:
 
 
 def longest_sequence(tokenizer: Any, config: Any, work: Workload) -> int:
-    """Return how many tokens the longest sequence of a workload has. `tokenizer` and `config` are the model's.
+    """Return how many tokens the longest sequence of a workload has.
 
     Raises:
         UserError: a prompt without tokens, or one that does not fit the model with its response.
     """
     lengths = [len(ids) for ids in encode(tokenizer, work.prompts)]
     refuse_empty("prompts", work.prompts, lengths)
+    room, limit = positions_of(config), work.spec.max_tokens
     # One position more than generation needs: scoring a response of full length generates one token.
-    answered, scored = max(lengths, default=0) + work.spec.max_tokens + 1, work.longest + 1
-    room = positions_of(config)
-    if room is not None and answered > room:
-        raise fail(
+    answered, scored = max(lengths, default=0) + limit + 1, work.longest + 1
+    for what, needed, parts, remedy in (
+        (
             "a prompt and its response do not fit the model",
-            where=work.model,
-            expected=f"at most {room} tokens",
-            got=f"{answered} (the longest prompt, generation.max_tokens = {work.spec.max_tokens}, and one)",
-            remedy="shorten prompts or generation.max_tokens",
-        )
-    if room is not None and scored > room:
-        raise fail(
-            "a text to be scored does not fit the model",
-            where=work.model,
-            expected=f"at most {room} tokens",
-            got=f"{scored} (the longest text, and one)",
-            remedy="shorten it",
-        )
+            answered,
+            f"the longest prompt, generation.max_tokens = {limit}, and one",
+            "shorten prompts or generation.max_tokens",
+        ),
+        ("a text to be scored does not fit the model", scored, "the longest text, and one", "shorten it"),
+    ):
+        if room is not None and needed > room:
+            expected, got = f"at most {room} tokens", f"{needed} ({parts})"
+            raise fail(what, where=work.model, expected=expected, got=got, remedy=remedy)
     return max(answered, scored)
 
 
 def refuse_empty(where: str, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
-    """Refuse a prompt without tokens: no model can go on from nothing.
-
-    Raises:
-        UserError: it names the first such prompt.
-    """
+    """Refuse prompts without tokens: a model cannot continue an empty text."""
     if 0 in lengths:
         index = lengths.index(0)
         raise fail(

@@ -1,4 +1,4 @@
-"""Two things that transformers' generation lacks: a seed for every row of a batch, and stop texts for every row."""
+"""A seed and stop texts for each row of a batch, which transformers' generation does not have."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class SeededSampling:
     """Sampling with a seed for each row, as a logits processor for greedy search: the Gumbel-max trick.
 
     argmax(logits/T + g) is a draw from softmax(logits/T), where g is standard Gumbel noise. The noise comes from the
-    row's own generator, so a row does not depend on the others. Before it come, in vLLM's order: the repetition penalty
-    (over prompt and response), the temperature, min_p, top_k and top_p.
+    row's own generator, so a row does not depend on the others. These come first, in vLLM's order: the repetition
+    penalty (over prompt and response), the temperature, min_p, top_k and top_p.
     """
 
     def __init__(self, seeds: Sequence[int], spec: GenerationSpec, prompts: Sequence[Tokens]) -> None:
-        """Make a generator for every row from its seed. Prompts have no padding."""
+        """Make a generator for each row from its seed. `prompts`: without padding."""
         import torch
         from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -49,7 +49,7 @@ class SeededSampling:
         return scaled - torch.log(-torch.log(noise.clamp_min(1e-20))).to(scaled.device)
 
     def _penalized(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Make earlier tokens, padding excepted, less likely: a logit l > 0 becomes l/penalty, others l·penalty."""
+        """Make tokens of prompt and response less likely: a logit l > 0 becomes l/penalty, others l·penalty."""
         if self._penalty == 1:
             return scores
         scores = scores.clone()
@@ -61,14 +61,14 @@ class SeededSampling:
 
 
 class StopTexts:
-    """A stopping criterion: each row ends by itself, with the token that completes the first stop text.
+    """A stopping criterion: each row ends with the token that completes its first stop text.
 
     Attributes:
-        lengths: how many tokens each row had then; None for a row without a stop text so far.
+        lengths: how many tokens each row had at its stop text; None for a row without one so far.
     """
 
     def __init__(self, reader: ResponseReader, prompts: Sequence[Tokens]) -> None:
-        """Start with empty responses. `reader` knows the stop texts; prompts have no padding."""
+        """Start with empty responses. `reader`: has the stop texts; `prompts`: without padding."""
         self.lengths: list[int | None] = [None] * len(prompts)
         self._reader, self._prompts = reader, prompts
         self._padded = max(map(len, prompts))
@@ -78,7 +78,7 @@ class StopTexts:
         import torch
 
         for index, row in enumerate(input_ids[:, self._padded :].tolist()):
-            # A text that begins in the prompt does not count.
+            # A stop text that begins in the prompt does not count.
             if self.lengths[index] is None and self._reader.text(self._prompts[index], row)[1]:
                 self.lengths[index] = len(row)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

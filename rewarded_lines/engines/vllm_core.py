@@ -1,34 +1,30 @@
-"""One vLLM engine in this process: requests with a seed each, and the responses and probabilities it returns."""
+"""One vLLM engine in this process: it answers requests with a seed each, and scores texts."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Response, Tokens, Workload, prompt_seed
+from rewarded_lines.engines.base import Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import ModelTokens
 from rewarded_lines.processes import prepare_vllm
 
-# The class that adds our methods to vLLM's workers. A worker may be another process, so vLLM wants its name.
-_EXTENSION = "rewarded_lines.engines.vllm_worker.MergingWorker"
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+"""The tokens of a head and of its tail."""
 
 
 class VllmCore:
     """One engine. No answer depends on earlier requests."""
 
     def __init__(self, work: Workload, **options: Any) -> None:
-        """Start the engine. `options` are further ones of vLLM's `LLM`.
-
-        Raises:
-            UserError: see `load_generator`.
-        """
+        """Start the engine; `options` go to vLLM's `LLM`."""
         prepare_vllm()
         self._tokens = ModelTokens.load(work)
         from vllm import LLM
@@ -42,9 +38,9 @@ class VllmCore:
             seed=0,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            worker_extension_cls=_EXTENSION,
-            **share_of_gpu(),
-            **_on_a_cpu(),
+            # By name: a worker may be another process.
+            worker_extension_cls="rewarded_lines.engines.vllm_worker.MergingWorker",
+            **_device_options(),
             **options,
         )
         # The worker processes end when this object is collected or Python exits.
@@ -62,8 +58,7 @@ class VllmCore:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `MergingWorker` on every worker; return what each returns."""
-        found: list[Any] = self._llm.collective_rpc(method, args=args)
-        return found
+        return list(self._llm.collective_rpc(method, args=args))
 
     def generate(
         self, prompts: Sequence[Prompt], spec: GenerationSpec, adapters: Sequence[Any] = (None,)
@@ -72,28 +67,27 @@ class VllmCore:
 
         An adapter is a `LoRARequest`, or None for the model itself.
         """
-        ids = self.encode(prompts)
-        rows = [row for row in ids for _ in range(spec.n)]
+        rows = seeded_rows(self.encode(prompts), spec)
         reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
-        seeds = [prompt_seed(spec, index, k) for index in range(len(ids)) for k in range(spec.n)]
-        params = [_sampling(spec, seed, reader) for seed in seeds]
-        repeated = rows * len(adapters)
-        outputs = self._run(repeated, params * len(adapters), [adapter for adapter in adapters for _ in rows])
-        made = [_response(row, output.outputs[0], reader) for row, output in zip(repeated, outputs, strict=True)]
-        return [made[start * len(rows) : (start + 1) * len(rows)] for start in range(len(adapters))]
+        params = [_sampling(spec, seed, reader) for _, seed in rows] * len(adapters)
+        heads = [row for row, _ in rows] * len(adapters)
+        outputs = self._run(heads, params, [adapter for adapter in adapters for _ in rows])
+        made = iter([_response(head, one.outputs[0], reader) for head, one in zip(heads, outputs, strict=True)])
+        return [list(islice(made, len(rows))) for _ in adapters]
 
-    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], adapter: Any = None) -> list[float]:
-        """See `Generator.logprobs`. One prefill reads head and tail together; the token generated after it is ignored.
+    def logprobs(self, pairs: Pairs, adapter: Any = None) -> list[float]:
+        """See `Generator.logprobs`. A prefill reads head and tail together; the token generated after it is ignored.
 
-        Pairs are sorted, so that a shared head is computed once, and equal pairs are asked once.
+        Pairs are sorted, so that a shared head is computed once; equal pairs are scored once.
         """
         keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
-        assert all(head for head, _ in keys), "nothing says how likely a first token is"
+        assert all(head for head, _ in keys), "a first token has no probability"
         asked = sorted(set(keys))
-        # vLLM reports no probability for cached tokens: it stands in the output of the row that computed them.
+        # vLLM reports no probability for cached tokens: the row that computed them has it. So each prefix of a row gets
+        # a number, and `seen` keeps the log-probability of the prefix's last token.
         prefixes: dict[tuple[int, int], int] = {}
         seen: dict[int, float] = {}
-        paths: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        paths: dict[Row, list[int]] = {}
         for (head, tail), (cached, logprobs) in zip(asked, self._score(asked, adapter, shared=True), strict=True):
             prefix, path = 0, []
             for place, token in enumerate(head + tail):
@@ -109,10 +103,8 @@ class VllmCore:
         totals = {row: sum(seen[prefix] for prefix in path) for row, path in paths.items()}
         return [totals[key] for key in keys]
 
-    def _score(
-        self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], adapter: Any, shared: bool
-    ) -> list[tuple[int, list[float]]]:
-        """Return for each row how many tokens were cached, and log-probabilities: 0 for cached ones and the next."""
+    def _score(self, rows: Sequence[Row], adapter: Any, shared: bool) -> list[tuple[int, list[float]]]:
+        """Return the number of cached tokens of each row and its log-probabilities, 0 for these and the next token."""
         if not rows:
             return []
         from vllm import SamplingParams
@@ -124,14 +116,10 @@ class VllmCore:
         found = []
         for (head, tail), output in zip(rows, outputs, strict=True):
             row, cached = head + tail, output.num_cached_tokens
-            # Counted from the end: some of vLLM's runners have no entries for cached tokens.
+            # Counted from the end: some of vLLM's runners return no entries for cached tokens.
             entries = {place: output.prompt_logprobs[place - len(row)] for place in range(cached + 1, len(row))}
             found.append((cached, [entries[i][t].logprob if i in entries else 0.0 for i, t in enumerate(row)]))
         return found
-
-    def forget(self) -> None:
-        """Drop cached prefixes: they may be another model's, and they change the batch's shape and so its last bits."""
-        self._llm.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the engine, its memory and its processes."""
@@ -144,11 +132,14 @@ class VllmCore:
             torch.cuda.empty_cache()
 
     def _run(self, rows: Sequence[Tokens], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
-        self.forget()
+        import torch._dynamo
+
+        # Cached prefixes may be another model's. They also change the batch's shape and so its last bits.
+        self._llm.reset_prefix_cache()
         asked = [{"prompt_token_ids": list(row)} for row in rows]
-        with _nothing_compiled():
-            found: list[Any] = self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False)
-        return found
+        # On a CPU torch would compile one small function of vLLM: it takes seconds, and needs a C++ compiler.
+        with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
+            return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
 
 
 def _response(prompt: Tokens, completion: Any, reader: ResponseReader) -> Response:
@@ -160,40 +151,24 @@ def _response(prompt: Tokens, completion: Any, reader: ResponseReader) -> Respon
 def make_response(
     reader: ResponseReader, prompt: Tokens, tokens: Tokens, logprobs: Sequence[float], finish_reason: str | None
 ) -> Response:
-    """Return a response from what vLLM returns, here or on a server: tokens, a logprob for each, why it stopped."""
+    """Return a response from what vLLM returns, here or from a server; each token has a logprob."""
     own, ended = reader.cut(prompt, tokens)
     return reader.response(prompt, own, ended or finish_reason == "stop", float(sum(logprobs[: len(own)])))
 
 
-def share_of_gpu() -> dict[str, Any]:
-    """Return vLLM's share of a GPU: most of what is free now, since reward models may use the rest."""
-    import torch
+def _device_options() -> dict[str, Any]:
+    """Return vLLM's options for a GPU or a CPU.
 
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
-
-
-def _on_a_cpu() -> dict[str, Any]:
-    """Return vLLM's options on a CPU.
-
-    Blocks are short, since prompts share only whole blocks of keys and values. No prompt is split between two batches:
-    vLLM would have to rewind the request's seeded generator, and a CPU's generator cannot be rewound.
+    GPU: vLLM takes most of the memory that is free, since reward models may use the rest. CPU: blocks are short, since
+    prompts share only whole blocks of keys and values. No prompt is split between two batches there: vLLM would have to
+    rewind the request's seeded generator, and a CPU's generator cannot be rewound.
     """
     import torch
 
-    return {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
-
-
-@contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Stop torch from compiling on a CPU: one small function of vLLM takes seconds, and needs a C++ compiler."""
-    import torch
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
-        yield
+    if not torch.cuda.is_available():
+        return {"block_size": 32, "enable_chunked_prefill": False}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
 
 
 def _sampling(spec: GenerationSpec, seed: int, reader: ResponseReader) -> Any:
@@ -207,7 +182,7 @@ def _sampling(spec: GenerationSpec, seed: int, reader: ResponseReader) -> Any:
         repetition_penalty=spec.repetition_penalty,
         max_tokens=spec.max_tokens,
         stop=list(spec.stop),
-        # The same end tokens in every engine; vLLM's own are among them.
+        # The same end tokens in every engine; they include vLLM's own.
         stop_token_ids=sorted(reader.ends),
         seed=seed,
         logprobs=0,

@@ -1,32 +1,31 @@
-"""vLLM with whole merged models: the engine is started once, merged weights stream into it layer by layer."""
+"""vLLM with whole merged models: the engine starts once, merged weights stream into it."""
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
-from typing import Final, cast
+from dataclasses import asdict
+from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Model, Response, Tokens, Workload
+from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload
 from rewarded_lines.engines.vllm_core import VllmCore
-from rewarded_lines.engines.vllm_worker import plan_message, spec_message
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.spec import MergeSpec
 
-_HALF_WRITTEN: Final = "half-written"
+PLANS: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
+"""Plans that workers in this process use as they are, with their measurements."""
 
 
-class VllmGenerator:
+class VllmGenerator(SwappingGenerator):
     """Every process that holds a part of the model merges that part itself."""
-
-    at_once = 1
 
     def __init__(self, work: Workload) -> None:
         """Start the engine; see `load_generator`."""
-        self.swap_seconds = 0.0
-        self._plan = cast(ModelPlan | None, work.plan)
-        self._in_use: Model | str = None
+        super().__init__(work)
         self._core = VllmCore(work)
         if self._plan is not None:
             try:
@@ -39,39 +38,30 @@ class VllmGenerator:
         """See `Generator.encode`."""
         return self._core.encode(prompts)
 
-    def generate(
-        self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
-    ) -> list[list[Response]]:
-        """See `Generator.generate`."""
-        answers = []
-        for model in models:
-            self._use(model)
-            answers += self._core.generate(prompts, spec)
-        return answers
-
-    def logprobs(self, pairs: Sequence[tuple[Tokens, Tokens]], model: Model = None) -> list[float]:
-        """See `Generator.logprobs`."""
-        self._use(model)
-        return self._core.logprobs(pairs)
-
     def close(self) -> None:
         """See `Generator.close`."""
         self._core.close()
 
-    def _use(self, model: Model) -> None:
-        """Load a merge's weights into the engine, unless it has them already.
+    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
+        return self._core.generate(prompts, spec)
 
-        Raises:
-            UserError: a tensor of the inputs or of the merge is not finite.
-        """
-        if model == self._in_use:
-            return
-        assert self._plan is not None, "without a plan there is only the SFT model"
-        self._in_use = _HALF_WRITTEN
-        base = MergeSpec((0.0,) * len(self._plan.policies), 0.0, 0.0)
-        results = self._core.call("use_merge", spec_message(base if model is None else model))
-        if problems := results[0]["problems"]:
+    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
+        return self._core.logprobs(pairs)
+
+    def _swap(self, spec: MergeSpec) -> None:
+        message = {**asdict(spec), "weights": list(spec.weights), "options": dict(spec.options)}
+        if problems := self._core.call("use_merge", message)[0]:
             raise UserError(Problem(**problem) for problem in problems)
-        self._core.forget()
-        self._in_use = model
-        self.swap_seconds += max(one["seconds"] for one in results)
+
+
+def plan_message(plan: ModelPlan) -> dict[str, Any]:
+    """Return in plain types what a worker needs to find a plan, or to open it again."""
+    PLANS[id(plan)] = plan
+    return {
+        "process": os.getpid(),
+        "key": id(plan),
+        "base": plan.reference,
+        "policies": dict(plan.references),
+        "dtype": plan.dtype_name,
+        "layers": plan.layers,
+    }

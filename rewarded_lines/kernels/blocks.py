@@ -1,7 +1,7 @@
-"""Blocks of tensors: read from every input, merged by a rule, rounded once. The workspace of one thread.
+"""Blocks of tensors, and the workspace of a thread that reads them, merges them by a rule and rounds them once.
 
-A block is a fixed run of a tensor's values, counted from the tensor's own start. So results do not depend on files,
-shards or threads.
+A block is a fixed run of a tensor's values, counted from the tensor's start. So results do not depend on files, shards
+or threads.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
 
-# Values in a block: large enough that Python's share of the time is small, small enough to stay in cache.
+# Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
-# Values that a rule sees at a time: its intermediate arrays stay in the innermost caches.
+# Values that a rule gets at a time: its intermediate arrays stay in the innermost caches.
 PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
 Rule = Callable[..., Any]
-# From a block's start and length to the masks of the policies that take part.
 Masks = Callable[[int, int], Sequence[Array]]
+"""Draws a block's masks, one for each policy that takes part, from the block's start and length."""
 
 
 class Residuals(Protocol):
-    """An adapter: a source that gives residuals for all tensors except those it stores whole."""
+    """An adapter: it computes residuals for all tensors except those that it stores whole."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return the tensors that it stores whole."""
+        """Return the tensors that are stored whole."""
 
     def read_into(self, name: str, start: int, values: Array) -> None:
-        """Fill `values` from a tensor that it stores whole."""
+        """Fill `values` from a tensor that is stored whole."""
 
     def touches(self, name: str) -> bool:
-        """Say whether τ of a tensor may be other than zero."""
+        """Return whether τ of a tensor may differ from zero."""
 
     def residual_into(self, name: str, start: int, out: Array) -> None:
-        """Fill the float64 array `out` with τ from the `start`-th value of a tensor on."""
+        """Fill the float64 array `out` with τ of a tensor, from its `start`-th value on."""
 
 
 Source = TensorFiles | Residuals
@@ -50,18 +50,18 @@ Source = TensorFiles | Residuals
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """What one output takes from one tensor: plain data, decided before the stream starts.
+    """How one output's tensor is made: plain data, decided before the stream starts.
 
     Attributes:
         dtype: the output's type.
-        copy: which input the tensor is copied from: 0 the base, i policy i−1; None where it is computed.
+        copy: the input to copy: 0 the base, i policy i−1; None if the tensor is computed.
         rows: the policies that take part, in the order of summation.
         weights: λ_i of each.
         scale: s, the schedule's factor.
         rule: the method's rule.
         linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
-        parameters: the rule's.
-        masks: draws the random masks a rule asks for.
+        parameters: options of the rule.
+        masks: draws the random masks of a rule that needs them.
     """
 
     dtype: DType
@@ -89,7 +89,7 @@ def all_blocks(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Itera
 
 
 def pieces(values: Array) -> Iterator[Array]:
-    """Yield a block's values in pieces that stay in cache, cut along the last axis."""
+    """Yield a block's values in pieces that stay in cache; they are cut along the last axis."""
     for start in range(0, values.shape[-1], PIECE):
         yield values[..., start : start + PIECE]
 
@@ -98,7 +98,7 @@ class Workspace:
     """One thread's buffers, and the block that is in them."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source]) -> None:
-        """Bind the inputs; buffers are allocated with the first block, whose tensors' types decide their size."""
+        """Bind the inputs; the first block of each type allocates its buffers."""
         self._base = base
         self._policies = policies
         self._buffers: dict[tuple[str, Any], Array] = {}
@@ -108,7 +108,7 @@ class Workspace:
         self._residuals: Array | None = None
 
     def load(self, name: str, start: int, count: int) -> None:
-        """Read one block of a tensor from every file that has it."""
+        """Read one block of a tensor from every input that stores it."""
         self._name, self._start, self._residuals = name, start, None
         self._raw, self._dtypes = [], []
         for row, source in enumerate([self._base, *self._policies]):
@@ -121,7 +121,7 @@ class Workspace:
             self._dtypes.append(dtype)
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
-        """Return the loaded block as each output takes it, and how many of its values are not finite.
+        """Return each output's values of the loaded block, and how many of them are not finite.
 
         The arrays belong to this workspace: use them before the next call.
         """
@@ -144,7 +144,7 @@ class Workspace:
         return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
-        """Merge by Σ λ_i·τ_i for several outputs in one pass, which computes the residuals once."""
+        """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
         first, base = steps[indices[0]], self._stored(0)
         stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
         # Each group has its own buffers: all results stay valid until the next block.
@@ -155,7 +155,7 @@ class Workspace:
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
 
     def _alike(self) -> bool:
-        """Say whether all inputs have the loaded block in files, and in one type."""
+        """Return whether all inputs store the loaded block, and in one type."""
         return all(
             raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
         )
@@ -188,7 +188,7 @@ class Workspace:
         return self._residuals
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
-        """Yield what was read from files for the loaded block: the tensor, the block's start and its values."""
+        """Yield the tensor, the block's start and the values of the loaded block for each file that has it."""
         for source, raw in zip([self._base, *self._policies], self._raw, strict=True):
             if raw is not None and isinstance(source, TensorFiles):
                 yield source.tensors[self._name], self._start, raw
@@ -198,7 +198,7 @@ class Workspace:
         return self._raw[row]
 
     def count_nonfinite(self, row: int) -> int:
-        """Return how many values of the loaded block are NaN or infinite in the base (0) or in policy `row` − 1."""
+        """Return how many values of the loaded block are not finite in the base (0) or in policy `row` − 1."""
         raw = self._raw[row]
         return int(kernels.count_nonfinite(self.residuals()[row - 1] if raw is None else raw))
 
@@ -213,7 +213,7 @@ class Workspace:
         return out, int(kernels.cast(source, out))
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
-        """Return a [rows, BLOCK] array that is reused from block to block."""
+        """Return a [rows, BLOCK] array that all blocks share."""
         key = (name, dtype)
         if key not in self._buffers:
             self._buffers[key] = np.empty((rows, BLOCK), dtype)

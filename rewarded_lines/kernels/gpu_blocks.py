@@ -1,8 +1,7 @@
 """The same workspace on a GPU: pinned buffers, a stream for each thread, results equal within one rounding.
 
-Two threads with a stream each work as a double buffer: one block is copied or computed while the other is read or
-written. Arithmetic is float64 by torch. The cast to 16 bits goes through float32, so its rounding can differ from the
-processor's.
+Two threads with a stream each are a double buffer: one block is copied or computed while the other is read or written.
+torch computes in float64. Its cast to 16 bits goes through float32, so the rounding can differ from the CPU's.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Wor
 
 
 class DeviceWorkspace(Workspace):
-    """A workspace whose rules run on a device of torch's."""
+    """A workspace whose rules run on a device of torch."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source], device: str) -> None:
-        """Make the stream on a device of torch's, e.g. "cuda:1"; buffers come with the first block."""
+        """Make a stream on a device of torch, e.g. "cuda:1"."""
         super().__init__(base, policies)
         self._device = torch.device(device)
         self._pinned = self._device.type == "cuda"
@@ -51,7 +50,7 @@ class DeviceWorkspace(Workspace):
         return out, int(bad)
 
     def _wide(self, row: int) -> torch.Tensor:
-        """Return a stored block on the device as float64."""
+        """Return the stored block of an input on the device, as float64."""
         dtype = self._dtypes[row]
         assert dtype is not None, "an adapter stores no tensors"
         return self._moved(as_torch(self._stored(row), dtype)).to(torch.float64)

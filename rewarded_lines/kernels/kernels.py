@@ -1,8 +1,8 @@
-"""The inner loops, compiled: every value is widened to float64, merged, and rounded once, to nearest even.
+"""The compiled inner loops: each value is widened to float64, merged, and rounded once, to nearest even.
 
-They are written value by value, so that memory traffic stays at the bytes of the files. numba compiles them on first
-use, for each combination of types, and caches the machine code. No fast-math: operations run in the order written
-here, so the bits do not depend on vector width, threads or blocks.
+The loops go value by value, so that memory traffic is only the bytes of the files. numba compiles them on first use,
+for each combination of types, and caches the machine code. No fast-math: operations run in the order written here, so
+the bits do not depend on vector width, threads or blocks.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from numba.extending import overload
 
 Array = np.ndarray[Any, Any]
 
-# Values widened at a time: two float64 scratch rows of this length stay in the innermost cache.
+# Values widened at a time: two float64 rows of this length stay in the innermost cache.
 _CHUNK = 512
 _EXPONENT = np.uint64(0x7FF0000000000000)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a kernel on first use, with the interpreter's lock released while it runs."""
+    """Compile a kernel on first use; it runs without the interpreter's lock."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
-        # No folder for the cache can be written: each process compiles for itself.
+        # No folder for the cache is writable: each process compiles for itself.
         return numba.njit(nogil=True)(function)
 
 
 def _widen(value: Any) -> Any:
-    """Return one stored value as float64, exactly; its storage type says which format it has."""
+    """Return one stored value as float64, exactly; the storage type determines the format."""
     raise NotImplementedError(value)
 
 
@@ -49,7 +49,7 @@ def _choose_widen(value: Any) -> Any:
         def float16(value: Any) -> Any:
             bits = np.uint32(np.uint16(value))
             exponent = bits & np.uint32(0x7C00)
-            # Exponent and mantissa as a float32 that is 2¹¹² too small, which makes subnormal values come out right.
+            # Exponent and mantissa as a float32 that is 2¹¹² too small: this is right for subnormal values, too.
             small = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
             size = np.float64(small) * 2.0**112
             special = np.uint32(((bits & np.uint32(0x7FFF)) << np.uint32(13)) | np.uint32(0x7F800000)).view(np.float32)
@@ -72,17 +72,17 @@ def _store(out: Any, index: Any, value: Any) -> Any:
 
 @overload(_store)  # type: ignore[untyped-decorator]
 def _choose_store(out: Any, index: Any, value: Any) -> Any:
-    # Adding and taking away 1.5·2⁵²·ulp rounds a float64 to a multiple of ulp, ties to even, in a single rounding;
-    # `ulp` is that of the target type at this exponent. The result is exact in the target type.
+    # Adding and subtracting 1.5·2⁵²·ulp rounds a float64 to a multiple of ulp, ties to even, in a single rounding.
+    # `ulp` is that of the target type at this exponent, so the result is exact in the target type.
     if out.dtype == types.uint16:
 
         def bfloat16(out: Any, index: Any, value: Any) -> Any:
             exponent = np.uint64(np.float64(value).view(np.uint64) & _EXPONENT)
-            # Bounded above as well: far beyond the type's range the magic number itself would be NaN.
+            # Bounded above, too: far beyond the type's range the magic number itself would be NaN.
             exponent = min(max(exponent, np.uint64((1023 - 126) << 52)), np.uint64((1023 + 200) << 52))
             magic = np.uint64(exponent + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
             bits = np.float32((value + magic) - magic).view(np.uint32)
-            # Keeps the sign of a zero, which the sum with a positive number loses.
+            # A sum with a positive number loses the sign of a zero: put it back.
             bits |= np.uint32(np.float64(value).view(np.uint64) >> np.uint64(32)) & np.uint32(0x80000000)
             out[index] = np.uint16(bits >> np.uint32(16))
             return (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
@@ -97,7 +97,7 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
             exponent = max(exponent, np.uint64((1023 - 14) << 52))
             magic = np.uint64(exponent + np.uint64((42 << 52) | (1 << 51))).view(np.float64)
             rounded = (size + magic) - magic
-            # 2⁻¹¹² of it has, as a float32, the exponent field of a float16; below 2⁻¹⁴ it is subnormal in both.
+            # As a float32, 2⁻¹¹² times it has a float16's exponent field; below 2⁻¹⁴ it is subnormal in both.
             bits = np.float32(rounded * 2.0**-112).view(np.uint32) >> np.uint32(13)
             bad = not (size < 65520.0)
             if bad:
@@ -124,19 +124,19 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
 @compiled
 def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
-    """Write base + Σ_j w_kj·(policy_{r_j} − base) to `out` for every output k, and count what is not finite.
+    """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k; count the results that are not finite.
 
     Args:
         base: n stored values.
         policies: [N, ≥ n] stored values of the same type.
-        rows: which policies take part, in the order of the sum; at least one.
-        weights: [outputs, rows] their factors, the schedule's scale included.
+        rows: the policies that take part, in the order of the sum; at least one.
+        weights: [outputs, rows] their factors times the schedule's scale.
         out: [outputs, ≥ n] values of the outputs' storage type.
-        counts: [outputs] how many results are not finite, added to.
+        counts: [outputs] the numbers of results that are not finite are added here.
     """
     origin, total, residuals = np.empty(_CHUNK), np.empty(_CHUNK), np.empty((rows.size, _CHUNK))
     for start in range(0, base.size, _CHUNK):
-        # Slices, so that the compiler sees indices that count from 0 and vectorizes the loops.
+        # Slices: the compiler vectorizes loops whose indices start at 0.
         source = base[start : start + _CHUNK]
         for i in range(source.size):
             origin[i] = _widen(source[i])
@@ -160,14 +160,14 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
 
 @compiled
 def residual(base: Array, policy: Array, out: Array) -> None:
-    """Write policy − base to the float64 array `out`; both may be of any stored type."""
+    """Write policy − base to the float64 array `out`; each input may be of any stored type."""
     for i in range(base.size):
         out[i] = _widen(policy[i]) - _widen(base[i])
 
 
 @compiled
 def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
-    """Write base + scale·merged to `out`, `merged` a float64 residual; return how many are not finite."""
+    """Write base + scale·merged, a float64 residual; return how many results are not finite."""
     count = 0
     for i in range(base.size):
         count += _store(out, i, _widen(base[i]) + scale * merged[i])
@@ -176,7 +176,7 @@ def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
 
 @compiled
 def cast(values: Array, out: Array) -> int:
-    """Write `values` to `out`, rounded to its type; return how many of the results are not finite."""
+    """Write `values` to `out`, rounded to its type; return how many results are not finite."""
     count = 0
     for i in range(values.size):
         count += _store(out, i, _widen(values[i]))
@@ -194,21 +194,21 @@ def count_nonfinite(values: Array) -> int:
 
 @compiled
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
-    """Write part of scale·(left @ right), flat and row by row, to the float64 array `out`.
+    """Write a run of the flat matrix scale·(left @ right) to the float64 array `out`.
 
     Args:
         left: [rows, r] float64.
         right: [r, columns] float64.
         scale: the factor.
-        start: the flat index of the first value wanted.
-        out: the values from `start` on.
+        start: the flat index of the first value, row by row.
+        out: takes the values from `start` on.
     """
     rank, columns = right.shape
     place = 0
     while place < out.size:
         row, first = (start + place) // columns, (start + place) % columns
         length = min(columns - first, out.size - place, _CHUNK)
-        # Slices for the compiler, as above; a chunk stays in cache while the terms are added.
+        # Slices, as above; a chunk stays in cache while the terms are added.
         target = out[place : place + length]
         target[:] = 0.0
         for k in range(rank):
@@ -224,15 +224,15 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
     """Count magnitudes by some of their bits: one pass of a radix selection.
 
-    The bit pattern of |v|, a float64, grows with |v|. Patterns whose bits above `shift` + `bits` are `prefix` are
-    counted by the `bits` bits above `shift`.
+    The bit pattern of |v|, a float64, grows with |v|. The patterns whose highest bits are `prefix` are counted by their
+    next bits.
 
     Args:
         values: float64.
-        prefix: the bits already decided.
-        shift: bits below those that are counted.
+        prefix: all bits above `shift` + `bits`.
+        shift: the number of bits below the counted ones.
         bits: how many bits are counted.
-        counts: int64 of length 2^bits, added to.
+        counts: int64 [2^bits]; the counts are added here.
     """
     mask = np.uint64((1 << bits) - 1)
     low, high = np.uint64(shift), np.uint64(shift + bits)
@@ -245,7 +245,7 @@ def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: 
 
 @compiled
 def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> int:
-    """Copy the magnitudes whose bits above `shift` are `prefix` to the front of `out`; return how many there are."""
+    """Copy the magnitudes whose bits above `shift` are `prefix` to the front of `out`; return their number."""
     place, low, wanted = 0, np.uint64(shift), np.uint64(prefix)
     for i in range(values.size):
         magnitude = np.float64(abs(values[i]))
@@ -257,14 +257,14 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 
 @compiled
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
-    """Write factor·values into some columns of a matrix; return how many of the results are not finite.
+    """Write factor·values into columns of a matrix; return how many results are not finite.
 
     Args:
         values: stored values, [rows, width], flat.
-        width: of `values`.
-        factor: what they are multiplied by, in float64.
+        width: the columns of `values`.
+        factor: applied in float64.
         first: the column of the matrix that takes the first column of `values`.
-        columns: of the matrix.
+        columns: the columns of the matrix.
         out: the matrix in its storage type, [rows, columns], flat.
     """
     count = 0

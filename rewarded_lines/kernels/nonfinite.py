@@ -1,4 +1,4 @@
-"""NaN and infinite values, counted as blocks pass, and the error that reports them."""
+"""NaN and infinite values: counted block by block, and the error that reports them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class NonFinite:
     """Counts NaN and infinite values, tensor by tensor; threads may share it."""
 
     def __init__(self, policies: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
-        """Start at zero, for policies by name in the order of the workspace, and the base's tensors."""
+        """Start at zero. `policies`: names in the order of the workspace; `tensors`: the base's."""
         self._inputs = ["base", *(f"policy `{name}`" for name in policies)]
         self._tensors = tensors
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = Lock()
 
     def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
-        """Count what is not finite in a block's inputs or, if they are all finite, in its results."""
+        """Count the values that are not finite in a block's inputs or, if all inputs are finite, in its results."""
         # A finite weighted sum of all inputs shows that every one of them is finite.
         whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
         if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
@@ -36,28 +36,24 @@ class NonFinite:
             self.add(name, source, count)
 
     def add(self, name: str, source: str, count: int) -> None:
-        """Count values of a tensor that are not finite in an input, or in "the result"."""
+        """Add a count for a tensor of an input, or of "the result"."""
         if count:
             with self._lock:
                 self._counts[name, source] += count
 
     def counted(self, name: str, source: str) -> bool:
-        """Say whether any value of a tensor was counted for an input."""
+        """Return whether any value of an input's tensor was counted."""
         return (name, source) in self._counts
 
     def refuse(self) -> None:
-        """Raise an error if anything was counted.
-
-        Raises:
-            UserError: naming tensors, inputs and counts.
-        """
+        """Raise a `UserError` with tensors, inputs and counts if any value was counted."""
         problems = []
         for (name, source), count in sorted(self._counts.items())[:_SHOWN]:
             remedy = "pass --allow-nonfinite if they are meant"
             if source == "the result":
                 remedy = "the output's type cannot hold them: pass --dtype float32 or a smaller scale"
-            what = f"{count} values are not finite in {source}"
-            problems.append(Problem(what, name, "no NaN and no infinity", remedy=remedy))
+            what, expected = f"{count} values are not finite in {source}", "no NaN and no infinity"
+            problems.append(Problem(what, name, expected, remedy=remedy))
         if len(self._counts) > _SHOWN:
             problems.append(Problem(f"{len(self._counts) - _SHOWN} more tensors are not finite"))
         if problems:

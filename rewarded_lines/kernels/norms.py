@@ -1,6 +1,6 @@
 """Numbers about whole tensors: norms, scalar products, thresholds and digests, measured block by block.
 
-Sums are exact or of integers, so every number is the same for any number of threads and any sharding.
+Sums are exact, so no number depends on threads or sharding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Gram = tuple[tuple[float, ...], ...]
 
 
 def exact_sum(terms: Iterable[float]) -> float:
-    """Return the exact sum, rounded once; infinite or NaN, without complaint, where the terms are."""
+    """Return the exact sum, rounded once; infinite or NaN if a term is."""
     listed = list(terms)
     try:
         return math.fsum(listed)
@@ -35,10 +35,10 @@ def exact_sum(terms: Iterable[float]) -> float:
 
 
 class Facts:
-    """Measures, on first use, what rules must know of whole tensors, and keeps the results. None depends on λ."""
+    """Numbers about whole tensors that rules need; measured on first use and kept. None depends on λ."""
 
     def __init__(self, base: TensorFiles, policies: Sequence[Source], names: Sequence[str]) -> None:
-        """Bind the inputs and the names of their floating-point tensors that are merged; nothing is read yet."""
+        """Bind the inputs and the names of the floating-point tensors to merge; nothing is read yet."""
         self._base = base
         self._policies = policies
         self._names = names
@@ -71,10 +71,9 @@ class Facts:
         return self._grams[name]
 
     def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
-        """Return for each policy the magnitude of the k-th largest value of τ_i, k = ⌊density·n⌋ but at least 1.
+        """Return for each policy the k-th largest |τ_i|, k = max(1, ⌊density·n⌋), of the n values of a tensor.
 
-        The ranking is over the n values of the tensor or, with the scope "model", of all tensors. All values as large
-        as the threshold are kept.
+        With the scope "model", n counts the values of all tensors. A rule keeps all values ≥ the threshold.
         """
         key = ("" if scope == "model" else name, density)
         if key not in self._thresholds:
@@ -83,13 +82,13 @@ class Facts:
             if total == 0 or density == 1:
                 self._thresholds[key] = (0.0,) * len(self._policies)
             else:
-                # Several tensors are measured at a time, so each by one thread.
+                # Several tensors are measured at the same time, so each in one thread.
                 rank, threads = max(1, int(density * total)), int(scope == "tensor")
                 self._thresholds[key] = kth_largest(self._base, self._policies, names, rank, threads)
         return self._thresholds[key]
 
     def prepare(self, measures: Iterable[Callable[[str], object]]) -> None:
-        """Measure every tensor, several at a time, so that the stream finds all it needs."""
+        """Measure every tensor, several at the same time, before the stream needs the numbers."""
 
         def work(item: tuple[Callable[[str], object], str]) -> None:
             measure, name = item
@@ -103,8 +102,8 @@ class Facts:
         """Return ‖Σ τ_i‖₁ and ‖τ_merged‖₁ over all tensors, for each output.
 
         Args:
-            merges: what every output takes from a tensor.
-            order: in which order the policies' residuals of a tensor are summed.
+            merges: from a tensor's name to how each output's tensor is made.
+            order: from a tensor's name to the order in which the policies' residuals are summed.
         """
         parts: dict[str, list[tuple[float, float]]] = {}
 
@@ -132,9 +131,8 @@ class Facts:
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    if not step.rows:
-        return 0.0
-    return exact_sum(float(np.abs(merged).sum()) for merged in pieces(workspace.merged_residual(step)))
+    merged = pieces(workspace.merged_residual(step)) if step.rows else ()
+    return exact_sum(float(np.abs(piece).sum()) for piece in merged)
 
 
 def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
@@ -143,7 +141,7 @@ def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 class Distance(NamedTuple):
-    """Of a block or a tensor: Σ τ² and Σ θ_base², values that differ from the base's, values that are not finite."""
+    """Of a block or a tensor: Σ τ², Σ θ_base², how many values differ from the base's, how many are not finite."""
 
     residual: float
     base: float
@@ -154,7 +152,7 @@ class Distance(NamedTuple):
 def distances(
     base: TensorFiles, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Distance]:
-    """Return how far every floating-point tensor of a model, among `infos`, lies from the base's."""
+    """Return how far each floating-point tensor of `infos` is from the base's."""
     names = [name for name, info in infos.items() if info.dtype.floating]
     parts: dict[str, list[Distance]] = {name: [] for name in names}
     lock = Lock()
@@ -180,7 +178,7 @@ def distances(
 
 def _measure_block(workspace: Workspace, wide: Array) -> Distance:
     residual = workspace.residuals()[0]
-    # Values that are not finite are counted here and reported in the notes.
+    # Values that are not finite are counted and reported in the notes.
     with np.errstate(all="ignore"):
         changed = int(np.count_nonzero(residual))
         square = float(np.multiply(residual, residual, out=wide).sum())

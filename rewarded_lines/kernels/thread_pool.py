@@ -1,4 +1,4 @@
-"""How work uses the processor: threads that share out a stream of items, and how wide the kernels' vectors are."""
+"""How work uses the processor: threads that share a stream of items, and the width of the kernels' vectors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ T = TypeVar("T")
 def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = 0) -> None:
     """Process every item once, each in one of several threads; return when all are done.
 
-    Args:
-        items: taken one at a time, in order, as threads become free.
-        worker: called once in each thread; returns the function that processes an item with that thread's buffers.
-        threads: 0 for one on each core this process may use; never more than items.
+    The first exception of an item, or an interrupt, is raised; no further item starts then.
 
-    Raises:
-        BaseException: the first that an item raised, or an interrupt; no further item is started then.
+    Args:
+        items: threads take them one at a time, in order.
+        worker: called once in each thread; returns the function that processes an item with that thread's buffers.
+        threads: 0 for one on each core that this process may use; never more than items.
     """
     waiting = deque(items)
 
     def attend() -> None:
         try:
-            # Values that are not finite are counted and reported at the end; numpy need not warn of them.
+            # Values that are not finite are counted and reported at the end: numpy need not warn.
             with np.errstate(all="ignore"):
                 work = worker()
-                while (item := _taken(waiting)) is not None:
-                    work(item[0])
+                while True:
+                    try:
+                        item = waiting.popleft()
+                    except IndexError:
+                        return
+                    work(item)
         except BaseException:
             waiting.clear()
             raise
@@ -41,7 +44,7 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
     wanted = min(threads or cores(), len(waiting))
     if wanted <= 1:
         return attend()
-    # Leaving the pool waits for its threads: none still writes when the caller cleans up after an error.
+    # The end of the block waits for the threads: none still writes when the caller cleans up after an error.
     with ThreadPoolExecutor(wanted) as pool:
         try:
             for done in as_completed([pool.submit(attend) for _ in range(wanted)]):
@@ -49,14 +52,6 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
         except BaseException:
             waiting.clear()
             raise
-
-
-def _taken(waiting: deque[T]) -> tuple[T] | None:
-    """Return the next item, None if there is none; threads may share the queue."""
-    try:
-        return (waiting.popleft(),)
-    except IndexError:
-        return None
 
 
 def cores() -> int:
@@ -67,8 +62,8 @@ def cores() -> int:
 def use_wide_vectors() -> None:
     """Let numba use the widest vectors of this processor in the whole process; call it before importing the kernels.
 
-    LLVM keeps to 256 bits on processors that have 512, because it expects code that uses them rarely. The kernels use
-    them all the time and take a third less time with 512. A setting of the user's own stays.
+    On processors with 512 bits LLVM uses 256, because most code uses vectors rarely. The kernels use them all the time
+    and take a third less time with 512. The user's own setting stays.
     """
     import llvmlite.binding
     import numba
@@ -79,26 +74,24 @@ def use_wide_vectors() -> None:
 
 
 class Relay(Generic[T]):
-    """Two steps that items pass in order, whichever threads take them; each step holds one item at a time."""
+    """Two steps that items pass in order, in any thread; each step holds one item at a time."""
 
     def __init__(self, items: Iterable[T]) -> None:
-        """Start with the first item; items are taken one at a time, in order."""
+        """Start with the first item."""
         self._items = iter(items)
         self._first, self._second = Lock(), Lock()
 
     def take(self, first: Callable[[T], object], second: Callable[[], object]) -> T:
-        """Return the next item once it has passed both steps in the calling thread.
+        """Return the next item after both steps, which run in the calling thread.
 
-        Args:
-            first: done with the item.
-            second: done after it, while another thread may begin the first step of the next item.
+        Meanwhile another thread may take the next item through the first step.
         """
         held = False
         try:
             with self._first:
                 item = next(self._items)
                 first(item)
-                # Taken before the first lock is released, so that no item overtakes another.
+                # Before the first lock is released, so that no item overtakes another.
                 held = self._second.acquire()
             second()
         finally:

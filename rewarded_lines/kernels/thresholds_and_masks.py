@@ -14,10 +14,9 @@ from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
 from rewarded_lines.kernels.thread_pool import share_out
 
-# The bits of a float64's magnitude from the top: exponent and seven bits of mantissa, then the rest. A table of 2¹⁸
-# counts stays in cache.
+# Shift and number of the bits of each pass, from the top of a float64's magnitude. 2¹⁸ counts stay in cache.
 _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
-# At most this many values are held in memory and ranked there.
+# So many values are ranked in memory, at most.
 _HELD = 1 << 23
 
 
@@ -30,8 +29,8 @@ def kth_largest(
 
     Args:
         base: the SFT model.
-        policies: whose residuals are ranked, each by itself.
-        names: of the tensors, ranked together.
+        policies: each is ranked by itself.
+        names: the tensors, ranked together.
         rank: from 1 to the number of values.
         threads: 0 for all cores.
     """
@@ -42,7 +41,7 @@ def kth_largest(
         if sum(left) <= _HELD:
             break
         for row, table in enumerate(residuals.count(prefixes, lower, bits)):
-            # From the top: how many values lie in this bin or above it.
+            # above[i]: how many values lie in the highest i + 1 bins.
             above = np.cumsum(table[::-1])
             place = int(np.searchsorted(above, ranks[row]))
             ranks[row] -= int(above[place - 1]) if place else 0
@@ -68,7 +67,7 @@ class _Residuals:
     threads: int
 
     def count(self, prefixes: Sequence[int], shift: int, bits: int) -> Array:
-        """Return for each policy how many magnitudes that begin with its prefix have each value of the next bits."""
+        """Return for each policy the counts of the next bits of the magnitudes that begin with its prefix."""
         tables: list[Array] = []
 
         def begin() -> Callable[[int, Array], None]:
@@ -97,7 +96,7 @@ class _Residuals:
         return [np.concatenate(part) for part in parts]
 
     def _visit(self, begin: Callable[[], Callable[[int, Array], None]]) -> None:
-        """Call `begin` once in each thread; call its result with each policy's index and residual, block by block."""
+        """Call `begin` in each thread, and its result with each policy's index and residual, block by block."""
 
         def worker() -> Callable[[tuple[str, int, int]], None]:
             workspace, visit = Workspace(self.base, self.policies), begin()
@@ -115,16 +114,9 @@ class _Residuals:
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
     """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
 
-    The counter-based generator Philox is keyed with the seed, the tensor's name and its content. So a policy keeps its
-    mask whatever the order of policies, the sharding and the threads.
-
-    Args:
-        seed: the user's.
-        name: of the tensor.
-        digest: of the policy's values of that tensor.
-        density: probability of true.
-        start: a multiple of the block length.
-        count: at most the block length.
+    The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
+    policy's values. So the mask does not depend on the order of policies, the sharding or the threads. `start` is a
+    multiple of the block length, and `count` at most that.
     """
     assert start % BLOCK == 0 and count <= BLOCK
     key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()

@@ -32,7 +32,7 @@ def test_a_chat_template_takes_the_place_of_the_tokenizers(tiny):
     assert tokenizer.chat_template == "{{ messages[0].content }}"
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), (b"\xff\xfe\x00", "is no text")])
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), (b"\xff\xfe\x00", "is not text")])
 def test_a_chat_template_that_cannot_be_read_is_a_fault(tiny, content, said):
     if content:
         (tiny / "mine.jinja").write_bytes(content)
