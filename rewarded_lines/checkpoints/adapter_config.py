@@ -1,4 +1,4 @@
-"""Read adapter_config.json strictly: a setting that may change what an adapter computes is known, or refused."""
+"""Read adapter_config.json strictly: an unknown setting that may change what an adapter computes is refused."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MERGE_IN_PEFT = "merge it into its base with PEFT's merge_and_unload, save that,
 _LARGEST = 1 << 20
 _LONGEST_PATTERN = 2000
 _SECONDS_OF_MATCHING = 20.0
-# A quantifier on a group, a lookaround, a reference back: what makes the time of a match explode.
+# A quantifier on a group, a lookaround, a back reference: these can make the time of a match explode.
 _UNSAFE = re.compile(r"\)[*+{]|\(\?(?!:)|\\[1-9kK]")
 _OPEN_ENDED = re.compile(r"[*+{]")
 _MOST_OPEN_ENDED = 3
-# Settings that have no part in B·A, or that `AdapterConfig` reads.
+# Settings that do not change B·A, or that `AdapterConfig` reads.
 _KNOWN = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r lora_alpha "
     "lora_dropout rank_pattern alpha_pattern use_rslora fan_in_fan_out bias modules_to_save init_lora_weights "
@@ -32,9 +32,9 @@ _KNOWN = frozenset(
     "eva_config corda_config loftq_config lora_ga_config".split()
 )
 _REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA scales whole columns by learned magnitudes: a sum of such adapters is none",
+    "use_dora": "DoRA scales whole columns by learned magnitudes: a sum of adapters is not an adapter",
     "use_qalora": "QA-LoRA pools its inputs, B·A is not its residual",
-    "lora_bias": "B has a bias, which no matrix of the base can take",
+    "lora_bias": "B has a bias, which no matrix of the base can hold",
     "layer_replication": "it repeats the base's blocks: another architecture",
     "megatron_config": "its tensors are cut for Megatron",
     "trainable_token_indices": "it replaces single rows of the embeddings",
@@ -48,7 +48,7 @@ _REFUSED: Mapping[str, str] = {
 
 
 def _matchable(pattern: str) -> str:
-    """Return a pattern if it is a regular expression whose match ends in time."""
+    """Return the pattern; refuse one that is not a regular expression or may take too long to match."""
     if len(pattern) > _LONGEST_PATTERN:
         raise ValueError("the pattern is too long")
     if _UNSAFE.search(pattern) or len(_OPEN_ENDED.findall(pattern)) > _MOST_OPEN_ENDED:
@@ -56,7 +56,7 @@ def _matchable(pattern: str) -> str:
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError("the pattern is no regular expression") from error
+        raise ValueError("the pattern is not a regular expression") from error
     return pattern
 
 
@@ -66,20 +66,17 @@ _Pattern = Annotated[str, AfterValidator(_matchable)]
 
 
 class AdapterConfig(BaseModel):
-    """The settings of a LoRA adapter that decide what it computes.
+    """The settings of a LoRA adapter that determine what it computes.
 
     Attributes:
         content: the whole file.
-        base: what the adapter says it was trained from; "" where it does not say.
-        rank: r of the modules that no pattern names.
-        alpha: α, likewise.
-        rank_pattern: r by pattern.
-        alpha_pattern: α by pattern.
+        base: the model that it was trained from; "" if unknown.
+        rank: r of the modules that no pattern matches.
+        alpha: α of the modules that no pattern matches.
         rslora: the scaling is α/√r instead of α/r.
         fan_in_fan_out: the layers store [in, out].
-        bias: which biases were trained.
         modules_to_save: ends of the names of modules that the adapter replaces as a whole.
-        start: how training began. Other ways than these change the base; True and False are PEFT's own.
+        start: the initialization. Other ways change the base; True and False are PEFT's own.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
@@ -89,7 +86,7 @@ class AdapterConfig(BaseModel):
     rank: _Rank = Field(8, alias="r")
     alpha: Annotated[float, _Limits] = Field(8.0, alias="lora_alpha")
     rank_pattern: dict[_Pattern, _Rank] = {}
-    # Whole numbers stay whole: runs know an adapter by the hash of its settings.
+    # Whole numbers stay whole: the hash of the settings identifies an adapter in runs.
     alpha_pattern: dict[_Pattern, Annotated[int, _Limits] | Annotated[float, _Limits]] = {}
     rslora: bool = Field(False, alias="use_rslora")
     fan_in_fan_out: bool = False
@@ -98,7 +95,7 @@ class AdapterConfig(BaseModel):
     start: bool | Literal["gaussian", "eva"] = Field(True, alias="init_lora_weights")
 
     def computes(self) -> dict[str, Any]:
-        """Return the settings that have a part in what the adapter computes, for its hash."""
+        """Return the settings that determine what the adapter computes, for its hash."""
         return self.model_dump(exclude={"content", "base", "start"})
 
     def scaling(self, rank: int, alpha: float) -> float:
@@ -110,7 +107,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return the settings of a PEFT folder.
 
     Raises:
-        UserError: with all that is wrong with them: not LoRA, a variant that is not a sum of B·A, values that are none.
+        UserError: all problems: not LoRA, a variant that is not a sum of B·A, wrong values.
     """
     path = folder / ADAPTER_CONFIG
     content = read_json_object(path)
@@ -135,12 +132,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 def match_patterns(
     patterns: Mapping[str, float], modules: Iterable[str], default: float, path: Path
 ) -> dict[str, float]:
-    """Return the value of each module: that of the first pattern that matches the end of its name, as in PEFT.
+    """Return the value of each module: of the first pattern that matches the end of its name, as in PEFT.
 
-    PEFT matches `(.*\\.)?(PATTERN)$` from the start of the name.
-
-    Raises:
-        UserError: matching takes as long as only a malicious pattern makes it take.
+    PEFT matches `(.*\\.)?(PATTERN)$` from the start of the name. Malicious patterns take too long and are refused.
 
     Source: get_pattern_key in peft/utils/other.py, version 0.21.
     """
@@ -155,22 +149,21 @@ def match_patterns(
 
 
 def _unknown(content: Mapping[str, Any], path: Path) -> list[Problem]:
-    """Refuse what changes the meaning of A and B, and what may do so for all that is known here."""
+    """Return the problems of settings that change the meaning of A and B, or may change it."""
     problems = []
     for name, value in content.items():
         if not value or name in _KNOWN:
             continue
-        if name in _REFUSED:
-            problems.append(Problem(f"`{name}`: {_REFUSED[name]}", str(path), got=_shown(value), remedy=MERGE_IN_PEFT))
-        else:
+        what, remedy = f"`{name}`: {_REFUSED.get(name)}", MERGE_IN_PEFT
+        if name not in _REFUSED:
             what = f"`{name[:80]}` is not known here, and may change what the adapter computes"
-            remedy = "take the key out if it does not; otherwise " + MERGE_IN_PEFT
-            problems.append(Problem(what, str(path), got=_shown(value), remedy=remedy))
+            remedy = "remove the key if it does not; otherwise " + MERGE_IN_PEFT
+        problems.append(Problem(what, str(path), got=_shown(value), remedy=remedy))
     return problems
 
 
 def _wrong_values(error: ValidationError, content: Mapping[str, Any], path: Path) -> list[Problem]:
-    """Return one problem for each value that is wrong, and for each entry of the patterns."""
+    """Return one problem for each wrong value, and for each wrong entry of the patterns."""
     problems: dict[str, Problem] = {}
     for detail in error.errors():
         name, *entry = map(str, detail["loc"])

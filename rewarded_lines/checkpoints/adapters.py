@@ -1,13 +1,14 @@
 """LoRA adapters as PEFT saves them: pairs of factors, and tensors that replace the base's as a whole. Read only.
 
-Every tensor of a file has a known role, or the file is refused: a tensor that is ignored would make the merge wrong.
+A file with a tensor of unknown role is refused: ignoring the tensor would make the merge wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorFiles,
+    no_weights,
     read_config,
     read_json_object,
-    refuse_pickles,
     resolve_folder,
 )
 from rewarded_lines.errors import Problem, UserError, fail
 
 ADAPTER_FILE = "adapter_model.safetensors"
-# PEFT puts it before the name that a module has in the model.
+# PEFT puts this before the names of the model's modules.
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 _SHOWN = 3
@@ -39,14 +40,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one matrix: scaling·B·A, for embeddings scaling·(B·A)ᵀ.
+    """The residual of an adapter for one matrix: scaling·B·A, for embeddings scaling·(B·A)ᵀ.
 
     Attributes:
-        module: its name in the model, e.g. `model.layers.0.self_attn.q_proj`.
+        module: the name in the model, e.g. `model.layers.0.self_attn.q_proj`.
         a: A in the file, [r, in]; for embeddings [r, tokens].
         b: B in the file, [out, r]; for embeddings [width, r].
         scaling: α/r, or α/√r.
-        embedding: the module looks rows up instead of multiplying.
+        embedding: the module is an embedding.
     """
 
     module: str
@@ -67,7 +68,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of what is added: [out, in], for embeddings [tokens, width]."""
+        """Return the matrix's shape: [out, in], for embeddings [tokens, width]."""
         out, columns = self.b.shape[0], self.a.shape[1]
         return (columns, out) if self.embedding else (out, columns)
 
@@ -76,31 +77,21 @@ class Adapter(TensorFiles):
     """A PEFT folder opened for reading.
 
     Attributes:
-        modules: what is added, by module.
-        saved: tensors that stand in the place of the base's, by the base's name (`modules_to_save`, trained biases).
+        modules: the residuals, by module.
+        saved: tensors that replace the base's, by the base's name (`modules_to_save`, trained biases).
         copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
     """
 
     def __init__(self, folder: Path, name: str = "") -> None:
-        """Read the settings and every tensor's header.
-
-        Args:
-            folder: holds adapter_config.json and adapter_model.safetensors.
-            name: how messages call this adapter; the folder by default.
-
-        Raises:
-            UserError: with everything that is wrong with the folder, all at once.
-        """
+        """Read the settings and the header; messages call the adapter `name`, by default the folder."""
         self.folder = folder
         self.name = name or str(folder)
         self.config = read_adapter_config(folder)
         path = folder / ADAPTER_FILE
         if not path.is_file():
-            refuse_pickles(folder, ADAPTER_FILE, "peft import AutoPeftModelForCausalLM")
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-            raise fail("no adapter weights there", where=str(folder), expected=ADAPTER_FILE, got=found)
+            raise no_weights(folder, ADAPTER_FILE, "adapter ", "peft import AutoPeftModelForCausalLM")
         super().__init__([path])
-        # The settings are input as much as the tensors are.
+        # The settings are an input, too.
         self.files = [path, folder / ADAPTER_CONFIG]
         self.saved: dict[str, TensorInfo] = {}
         self.copies: dict[str, TensorInfo] = {}
@@ -110,11 +101,7 @@ class Adapter(TensorFiles):
             raise damaged(path, "no LoRA tensors in it")
 
     def _sort_out(self, path: Path) -> dict[str, dict[str, TensorInfo]]:
-        """Return the factors by module; put the other tensors where they belong.
-
-        Raises:
-            UserError: DoRA, biases of B, or tensors that are not known.
-        """
+        """Return the factors by module; put other tensors into `saved` or `copies`, refuse the rest."""
         pairs: dict[str, dict[str, TensorInfo]] = {}
         strange = []
         for name, info in self.tensors.items():
@@ -132,7 +119,7 @@ class Adapter(TensorFiles):
         return pairs
 
     def _put_whole(self, inner: str, info: TensorInfo) -> bool:
-        """Put a tensor that is no factor where it belongs; say whether it belongs anywhere."""
+        """Put a tensor into `saved` or `copies`; return whether it belongs there."""
         original = inner.replace(".base_layer.", ".")
         module, _, kind = original.rpartition(".")
         if original == inner and self._is_saved(module):
@@ -146,14 +133,12 @@ class Adapter(TensorFiles):
         return True
 
     def _is_saved(self, module: str) -> bool:
-        """Say whether a module, or one around it, is among `modules_to_save`: PEFT compares the ends of the names."""
-        parts = module.split(".")
-        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        """Return whether a module, or one around it, ends with one of `modules_to_save`, as PEFT compares them."""
+        around = accumulate(module.split("."), "{}.{}".format)
         return any(name.endswith(end) for name in around for end in self.config.modules_to_save)
 
     def _pair_up(self, pairs: Mapping[str, Mapping[str, TensorInfo]], path: Path) -> dict[str, LowRank]:
-        config = self.config
-        settings = path.parent / ADAPTER_CONFIG
+        config, settings = self.config, path.parent / ADAPTER_CONFIG
         ranks = match_patterns(config.rank_pattern, pairs, config.rank, settings)
         alphas = match_patterns(config.alpha_pattern, pairs, config.alpha, settings)
         modules, problems = {}, []
@@ -164,7 +149,8 @@ class Adapter(TensorFiles):
             a, b = (factors[name] for name in sorted(factors))
             modules[module] = LowRank(module, a, b, config.scaling(a.shape[0], alphas[module]), "AE" in factors)
         if problems:
-            raise UserError(_few(problems))
+            more = [Problem(f"{len(problems) - _SHOWN} more modules likewise")] if len(problems) > _SHOWN else []
+            raise UserError(problems[:_SHOWN] + more)
         return modules
 
 
@@ -172,12 +158,7 @@ class BareBase(TensorFiles):
     """A model folder of which only the config is used: adapters over it are merged without its weights."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Open no weight file.
-
-        Args:
-            folder: of the model.
-            config: what its config.json says.
-        """
+        """Open no weight file; `config` is the content of config.json."""
         super().__init__([])
         self.folder = folder
         self.config = config
@@ -185,7 +166,7 @@ class BareBase(TensorFiles):
 
 
 def names_adapter(reference: str) -> bool:
-    """Say whether a folder or Hub id is an adapter; one that cannot be opened is not, and the plan refuses it."""
+    """Return whether a folder or Hub id is an adapter; False if it cannot be opened, which the plan refuses."""
     try:
         return is_adapter(resolve_folder(reference))
     except UserError:
@@ -193,11 +174,7 @@ def names_adapter(reference: str) -> bool:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds an adapter rather than a whole model.
-
-    Raises:
-        UserError: it holds both.
-    """
+    """Return whether a folder holds an adapter and not a whole model; refuse a folder with both."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
     whole = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
@@ -212,20 +189,15 @@ def is_adapter(folder: Path) -> bool:
 
 
 def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
-    """Return a base without weights that can be read: there are none, or they are quantized; None if there are.
+    """Return a base whose weights are absent or quantized; None if they can be read.
 
-    Args:
-        folder: of the model.
-        fetched: its weights have been asked for, if they are on the Hub.
-
-    Raises:
-        UserError: the folder has no config.json either.
+    `fetched` is False if the weights were not downloaded with the folder.
     """
     weights = fetched and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     path = folder / "config.json"
     if path.is_file():
         config = read_json_object(path)
-        # QLoRA: the adapters' residuals are exact whatever the base is held in.
+        # QLoRA: the adapters' residuals are exact in whatever type the base is stored.
         return BareBase(folder, config) if config.get("quantization_config") or not weights else None
     return None if weights else BareBase(folder, read_config(folder))
 
@@ -233,22 +205,22 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
 def _refuse_strange(names: list[str], path: Path) -> UserError:
     shown = ", ".join(name[:120] for name in names[:_SHOWN])
     if any("lora_magnitude_vector" in name for name in names):
-        what = "a DoRA adapter: its learned magnitudes scale whole columns, and a sum of such adapters is none"
+        what = "a DoRA adapter: its learned magnitudes scale whole columns, so a sum of adapters is not an adapter"
     elif any(name.endswith(".lora_B.bias") for name in names):
-        what = "B has a bias (lora_bias), which no matrix of the base can take"
+        what = "B has a bias (lora_bias), which no matrix of the base can hold"
     else:
         what = f"{len(names)} tensors that are not known here: dropping them would change the adapter"
     return fail(
         what,
         where=str(path),
-        expected=f"{PREFIX}….lora_A.weight and .lora_B.weight, and what adapter_config.json names",
+        expected=f"{PREFIX}….lora_A.weight and .lora_B.weight, and tensors that adapter_config.json names",
         got=shown,
         remedy=MERGE_IN_PEFT,
     )
 
 
 def _refuse_pair(factors: Mapping[str, TensorInfo], rank: int) -> str:
-    """Return what is wrong with the factors of one module, or ""."""
+    """Return why the factors of one module are refused, or ""."""
     if set(factors) not in ({"A", "B"}, {"AE", "BE"}):
         return "A or B is missing, or there are two of them"
     a, b = (factors[name] for name in sorted(factors))
@@ -259,9 +231,3 @@ def _refuse_pair(factors: Mapping[str, TensorInfo], rank: int) -> str:
     if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         return f"A has shape {a.shape}, B {b.shape}: B·A does not exist"
     return "" if a.shape[0] == rank else f"A has rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}"
-
-
-def _few(problems: Iterable[Problem]) -> list[Problem]:
-    found = list(problems)
-    rest = len(found) - _SHOWN
-    return found[:_SHOWN] + ([Problem(f"{rest} more modules likewise")] if rest > 0 else [])

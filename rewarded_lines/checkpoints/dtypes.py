@@ -1,10 +1,9 @@
-"""The number types of safetensors files, how they lie in memory, and what two of them widen to. No torch, no files."""
+"""The number types of safetensors files: how they are stored in memory, and which type holds the values of two."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ import numpy as np
 class DType:
     """One type of number.
 
-    `storage` is the numpy type whose bytes are the tensor's. bfloat16, which numpy does not have, is held as uint16;
-    so that kernels can tell the two apart, float16 is held as int16.
+    `storage` is the numpy type of the bytes. numpy has no bfloat16: its storage is uint16. The storage of float16 is
+    int16, so that kernels can distinguish the two.
     """
 
     name: str
@@ -56,15 +55,10 @@ FLOATS: Mapping[str, DType] = {kind.torch: kind for kind in (F64, F32, F16, BF16
 
 def widest(kinds: Iterable[DType]) -> DType:
     """Return the narrowest floating-point type that holds all values of these: of bfloat16 and float16, float32."""
-    return reduce(_promote, kinds)
-
-
-def _promote(first: DType, second: DType) -> DType:
-    if first == second:
-        return first
-    if F64 in (first, second):
-        return F64
-    return F32
+    found = set(kinds)
+    if len(found) == 1:
+        return found.pop()
+    return F64 if F64 in found else F32
 
 
 def as_torch(values: np.ndarray[Any, Any], dtype: DType) -> Any:
@@ -76,7 +70,7 @@ def as_torch(values: np.ndarray[Any, Any], dtype: DType) -> Any:
 
 
 def as_float64(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return stored floating-point values as float64, exactly; for small arrays, where a plain way is fast enough."""
+    """Return stored floating-point values as float64, exactly; for small arrays only, since it is slow."""
     if dtype == BF16:
         return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == F16:

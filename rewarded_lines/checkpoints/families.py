@@ -1,4 +1,4 @@
-"""How families of models name their lists of blocks: a table."""
+"""A table of the names that families of models give their lists of blocks."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockList:
-    """One list of blocks as a family of models names it.
+    """A family's names for one list of blocks and the modules around it.
 
-    Names are whole modules from the start of the tensor's name: `model.norm` stands for itself and `model.norm.weight`,
-    not for `model.normal`; `experts.0` inside `model.layers.3` is block 3.
+    Names are whole modules from the start of the tensor's name: `model.norm` matches itself and `model.norm.weight`,
+    not `model.normal`; `experts.0` inside `model.layers.3` is in block 3.
     """
 
     path: str
     """The list, e.g. `model.layers` for `model.layers.0.` to `model.layers.{L-1}.`."""
     counts: tuple[str, ...]
-    """Where the config declares L, with dots into nested configs; the first key that it has counts."""
+    """Keys of L in the config, with dots for nested configs; the first key that exists counts."""
     before: tuple[str, ...] = ()
-    """Modules that feed the first block."""
+    """Modules that run before the first block."""
     after: tuple[str, ...] = ()
-    """Modules that the last block feeds."""
+    """Modules that run after the last block."""
 
 
-# Modules that a task adds on top, in any family.
+# Modules that a task adds after the blocks, in any family.
 HEADS: tuple[str, ...] = (
     *("lm_head", "language_model.lm_head", "embed_out", "final_logits_bias", "cls"),
     *("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "pooler"),
     *("logit_scale", "logit_bias"),
 )
-# In a file without token embeddings a head's matrix is the tied embedding, saved under its other name.
+# In a file without token embeddings the head's matrix is the tied embedding, saved under the head's name.
 TIED_HEADS: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
 TOKEN_EMBEDDINGS: tuple[str, ...] = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared")
 
 
 def _family(path: str, counts: str, before: str, after: str, roots: Sequence[str] = ("",)) -> tuple[BlockList, ...]:
-    """Return a list, any head on top, below each root that a wrapping class may put before the names."""
+    """Return the list below each root, the prefix of a wrapping class; heads come after the blocks."""
     return tuple(
         BlockList(
             root + path,
@@ -48,7 +48,7 @@ def _family(path: str, counts: str, before: str, after: str, roots: Sequence[str
     )
 
 
-# In the order in which a model runs them: vision before text, encoders before decoders.
+# In the order in which a model runs the lists: vision before text, encoders before decoders.
 BLOCK_LISTS: tuple[BlockList, ...] = (
     # CLIP and SigLIP; "pre_layrnorm" is how CLIP spells it.
     *_family(
@@ -100,7 +100,7 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
         after="decoder.final_layer_norm",
         roots=("", "transformer."),
     ),
-    # BART's encoder; without a root also one of CLIP's two encoders, saved alone.
+    # BART's encoder; without a root also each of CLIP's encoders, saved alone.
     *_family(
         "encoder.layers",
         counts="encoder_layers num_hidden_layers",

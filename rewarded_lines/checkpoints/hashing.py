@@ -1,4 +1,4 @@
-"""BLAKE3 hashes: of a file, of a model folder's weights, and of everything that decides what a model generates."""
+"""BLAKE3 hashes: of a file, of a model's weights, and of everything that determines what a model generates."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ _KNOWN: dict[tuple[Path, int, int, int], str] = {}
 _WEIGHTS = ("*.safetensors",)
 # Beside the weights: architecture and labels, stop tokens, and how text becomes tokens.
 _MODEL = (
-    *_WEIGHTS,
-    "config.json",
-    "adapter_config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "*.model",
-    "chat_template*",
+    *(*_WEIGHTS, "config.json", "adapter_config.json", "generation_config.json"),
+    *("tokenizer*.json", "*.model", "chat_template*"),
 )
 
 
 def file_hash(path: Path) -> str:
-    """Return the BLAKE3 hash of a file as 64 hex digits; a file that did not change is read only once."""
+    """Return the BLAKE3 hash of a file as 64 hex digits; an unchanged file is read only once."""
     key = _identity(path)
     if key not in _KNOWN:
         _KNOWN[key] = _read_and_hash(path)
@@ -41,10 +36,10 @@ def file_hash(path: Path) -> str:
 
 
 class RunningHashes:
-    """Hashes files from the values that a merge reads anyway, where these come in the order of the file."""
+    """Hashes files from the values that a merge reads anyway, if they come in the order of the file."""
 
     def __init__(self, sources: Iterable[TensorFiles]) -> None:
-        """Begin with the headers of all files whose hash is not known yet."""
+        """Start with the headers of the files whose hash is not known yet."""
         self._digests: dict[Path, Any] = {}
         self._places: dict[Path, int] = {}
         self._identities: dict[Path, object] = {}
@@ -56,7 +51,7 @@ class RunningHashes:
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
     def take(self, runs: Iterable[tuple[TensorInfo, int, np.ndarray[Any, Any]]]) -> None:
-        """Add runs of values, each from a tensor's `start`-th on; a file with runs out of order is not hashed here."""
+        """Add runs of values, each from a tensor's `start`-th on; runs out of order leave a file without a hash."""
         for info, start, values in runs:
             place = info.start + start * info.dtype.itemsize
             if self._places.get(info.file) == place:
@@ -64,11 +59,7 @@ class RunningHashes:
                 self._places[info.file] += values.nbytes
 
     def remember(self) -> None:
-        """Keep the hash of every file that was read completely, for `file_hash`.
-
-        Raises:
-            UserError: a file changed since the beginning.
-        """
+        """Keep the hash of every file that was read completely, for `file_hash`; refuse files that changed."""
         for file, identity in self._identities.items():
             if _identity(file) != identity:
                 raise damaged(file, "it changed while it was read")
@@ -78,7 +69,7 @@ class RunningHashes:
 
 
 def _identity(path: Path) -> tuple[Path, int, int, int]:
-    """Return what changes when a file does: inode, size and time of change."""
+    """Return inode, size and time of change: a changed file differs in one of them."""
     status = os.stat(path)
     return path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -86,8 +77,7 @@ def _identity(path: Path) -> tuple[Path, int, int, int]:
 def _read_and_hash(path: Path) -> str:
     """Hash a file in pieces that stay in cache.
 
-    A memory map would be a little faster, would count as resident memory, and would kill the process if the file were
-    cut short meanwhile.
+    A memory map is a little faster, but counts as resident memory and kills the process if the file is cut short.
     """
     digest = blake3.blake3()
     buffer = memoryview(bytearray(_PIECE))
@@ -98,38 +88,27 @@ def _read_and_hash(path: Path) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for the weights of a model folder, whatever else lies beside them.
+    """Return one BLAKE3 hash for the weights of a model folder, of the lines `name:hash` of its files in order.
 
-    Each `*.safetensors` file, sorted by name, adds the line `name:hash` to it. Policies keep the hash of the model
-    they were trained from, so a merge can refuse those that do not share one SFT model.
-
-    Raises:
-        UserError: the folder holds no safetensors file.
+    Policies keep the hash of the model that they were trained from, so a merge can refuse policies of different models.
     """
     return _hash(folder, _WEIGHTS)
 
 
 def policy_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for what a policy is, over a base that is known: its weights, an adapter's scaling too.
+    """Return one BLAKE3 hash for a policy: its weights and, for an adapter, the settings that change its computation.
 
-    Of an adapter's settings only those that decide what it computes are hashed: the path of its base is not.
-
-    Raises:
-        UserError: the folder holds no safetensors file, or settings that are none of a LoRA adapter.
+    The path of an adapter's base is not part of it.
     """
     weights = weights_hash(folder)
     if not is_adapter(folder):
         return weights
-    told = json.dumps([weights, read_adapter_config(folder).computes()], sort_keys=True)
-    return blake3.blake3(told.encode()).hexdigest()
+    content = json.dumps([weights, read_adapter_config(folder).computes()], sort_keys=True)
+    return blake3.blake3(content.encode()).hexdigest()
 
 
 def model_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for all in a model folder that decides what it generates or how it scores.
-
-    Raises:
-        UserError: the folder holds no safetensors file.
-    """
+    """Return one BLAKE3 hash for everything in a model folder that determines what it generates or how it scores."""
     weights_hash(folder)
     return _hash(folder, _MODEL)
 

@@ -1,13 +1,11 @@
 """The header of a safetensors file, read strictly: eight bytes of length, JSON, then the tensors without a gap.
 
-The format's own library keeps the offsets to itself and takes a key given twice; a stream that reads and writes at
-offsets needs the former and must refuse the latter. Nothing beyond the header is read here.
+The format's own library hides the offsets, which a stream needs, and accepts a key twice, which is refused here.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +21,7 @@ from rewarded_lines.errors import UserError, fail
 _LONGEST = 32_000_000
 _LONGEST_NAME = 1000
 _MOST_DIMENSIONS = 64
-# Other parsers of the output nest no deeper either.
+# Other parsers of the output accept no deeper nesting.
 _DEEPEST = 100
 _LARGEST = 2**62
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -31,7 +29,7 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor, and where its bytes start in the file."""
+    """Name, type and shape of a tensor, and where its bytes start in the file."""
 
     name: str
     dtype: DType
@@ -46,20 +44,19 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes they take."""
+        """Return the bytes of all values."""
         return self.elements * self.dtype.itemsize
 
 
 class _Fault(ValueError):
-    """Why a header cannot be trusted."""
+    """Why a header is refused."""
 
 
 def read_header(file: Path) -> list[TensorInfo]:
     """Return every tensor of a safetensors file, in the order of their bytes.
 
     Raises:
-        UserError: the file is cut short, is no safetensors file, contradicts itself, or holds a type that cannot be
-            merged.
+        UserError: the file is cut short, is not safetensors, contradicts itself, or has a type that cannot be merged.
     """
     try:
         size = file.stat().st_size
@@ -83,15 +80,21 @@ def damaged(file: Path, reason: str) -> UserError:
     )
 
 
-def parse_json(raw: bytes | str, number: Callable[[str], int] | None = None) -> Any:
-    """Return the value of a JSON text in which no key of an object is given twice and nothing is nested very deep.
+def quantized(what: str, where: Path) -> UserError:
+    """Return the error for weights that are quantized; `what` describes them."""
+    return fail(
+        what,
+        where=str(where),
+        expected="float64, float32, bfloat16 or float16 weights",
+        remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
+    )
 
-    Args:
-        raw: the text.
-        number: makes whole numbers of their digits, in place of `int`.
+
+def parse_json(raw: str, number: Callable[[str], int] | None = None) -> Any:
+    """Return the value of a JSON text; `number` parses whole numbers in place of `int`.
 
     Raises:
-        ValueError: it is not JSON, gives a key twice, or is nested too deep.
+        ValueError: the text is not JSON, has a key twice in an object, or is nested too deep.
     """
     try:
         content = json.loads(raw, object_pairs_hook=_unique, parse_int=number)
@@ -106,9 +109,9 @@ def parse_json(raw: bytes | str, number: Callable[[str], int] | None = None) -> 
 
 
 def _size(digits: str) -> int:
-    """Return a whole number; Python takes "-0" for one, other readers of the file do not."""
+    """Return a size; Python accepts "-0", other readers of the file do not."""
     if digits.startswith("-"):
-        raise _Fault(f"{digits[:20]} is no size")
+        raise _Fault(f"{digits[:20]} is not a size")
     return int(digits)
 
 
@@ -137,24 +140,24 @@ def _content(file: Path, size: int) -> tuple[dict[str, Any], int]:
     try:
         content = parse_json(raw.decode("utf-8"), _size)
     except ValueError as error:
-        raise _Fault(f"its header is no JSON: {str(error)[:120]}") from error
+        raise _Fault(f"its header is not JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
-        raise _Fault("its header is no JSON object")
+        raise _Fault("its header is not a JSON object")
     metadata = content.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(_text(part) for pair in metadata.items() for part in pair):
-        raise _Fault("its metadata is not text by name")
+        raise _Fault("its metadata are not names with texts")
     return content, 8 + length
 
 
 def _text(value: Any) -> bool:
-    """Say whether a value is text that can be written: JSON escapes can make halves of characters."""
+    """Return whether a value is text that can be written: JSON escapes can make half characters."""
     return isinstance(value, str) and not _HALF.search(value)
 
 
 def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
-    # Names are printed and written; no model has line breaks, control codes or a page of text in them.
+    # Names are printed and written: no line breaks, no control codes, no page of text.
     if not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise _Fault(f"{ascii(name[:80])} is no name for a tensor")
+        raise _Fault(f"{ascii(name[:80])} is not a tensor's name")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _Fault(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
     shape, offsets = value["shape"], value["data_offsets"]
@@ -162,14 +165,9 @@ def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
         raise _Fault(f"tensor {name[:80]!r} has a shape or offsets that are not sizes")
     kind = value["dtype"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise fail(
-            f"tensor {name[:80]} is of type {str(kind)[:20]}",
-            where=str(file),
-            expected="float64, float32, bfloat16 or float16 weights",
-            remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
-        )
+        raise quantized(f"tensor {name[:80]} is of type {str(kind)[:20]}", file)
     info = TensorInfo(name, DTYPES[kind], tuple(shape), file, begin + offsets[0])
-    # A shape with a 0 in it takes no bytes, but its other sizes may still be absurd.
+    # A shape that contains 0 takes no bytes, but its other sizes may still be absurd.
     if prod(max(size, 1) for size in shape) > _LARGEST or offsets[1] - offsets[0] != info.bytes:
         raise _Fault(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
     return info
@@ -180,7 +178,7 @@ def _sizes(value: Any) -> bool:
 
 
 def _check_layout(entries: list[TensorInfo], begin: int, size: int) -> None:
-    """Tensors follow one another without gap or overlap, to the end of the file."""
+    """Check that tensors follow one another without gap or overlap, to the end of the file."""
     place = begin
     for info in entries:
         if info.start != place:
@@ -188,17 +186,3 @@ def _check_layout(entries: list[TensorInfo], begin: int, size: int) -> None:
         place += info.bytes
     if place != size:
         raise _Fault(f"its tensors end at byte {place}")
-
-
-def read_exactly(descriptor: int, view: memoryview, start: int) -> None:
-    """Fill `view` from a file, starting at byte `start`.
-
-    Raises:
-        EOFError: the file ends before that, though its header promised the bytes.
-    """
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], start + done)
-        if count == 0:
-            raise EOFError(f"no bytes at {start + done}")
-        done += count

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: names, shapes, types and values of tensors. Read only, nothing is unpickled."""
+"""Checkpoints on disk: names, shapes, types and values of tensors. Read only; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, read_exactly, read_header
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 
@@ -23,14 +23,10 @@ _LARGEST_JSON = 64_000_000
 
 
 class TensorFiles:
-    """Safetensors files opened for reading, with the headers of all of them read and checked."""
+    """Safetensors files opened for reading; all headers are read and checked."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Read every header.
-
-        Raises:
-            UserError: with everything that is wrong with the files, all at once.
-        """
+        """Read every header; raise one `UserError` with the problems of all files."""
         self.files = list(files)
         self.tensors: dict[str, TensorInfo] = {}
         problems: list[Problem] = []
@@ -45,26 +41,27 @@ class TensorFiles:
         weakref.finalize(self, _close, list(self._descriptors.values()))
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Return `count` values of a tensor from the `start`-th on, flat, in their storage type; all by default."""
+        """Return `count` values of a tensor (by default all) from the `start`-th on, flat, in their storage type."""
         info = self.tensors[name]
         values = np.empty(info.elements - start if count is None else count, info.dtype.storage)
         self.read_into(name, start, values)
         return values
 
     def read_into(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
-        """Fill `values`, a flat array of the tensor's storage type, from its `start`-th value on."""
+        """Fill `values`, a flat array of the storage type, with a tensor from its `start`-th value on."""
         info = self.tensors[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
         if not values.size:
             return
-        view = values.view(np.uint8).data
-        try:
-            read_exactly(self._descriptors[info.file], view, info.start + start * info.dtype.itemsize)
-        except EOFError as error:
-            raise damaged(info.file, f"{error}: it changed while it was read") from error
+        view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
+        while len(view):
+            count = os.preadv(self._descriptors[info.file], [view], place)
+            if count == 0:
+                raise damaged(info.file, f"no bytes at {place}: it changed while it was read")
+            view, place = view[count:], place + count
 
     def header_bytes(self, file: Path) -> bytes:
-        """Return what stands before the tensors in one of the files."""
+        """Return the bytes before the tensors in one of the files."""
         length = int.from_bytes(os.pread(self._descriptors[file], 8, 0), "little")
         return os.pread(self._descriptors[file], 8 + length, 0)
 
@@ -79,19 +76,11 @@ class Checkpoint(TensorFiles):
     """A model folder opened for reading."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
-        """Open every weight file of `folder` and read its headers.
-
-        Args:
-            folder: holds config.json and model*.safetensors.
-            name: how messages call this checkpoint, e.g. the policy's name; the folder by default.
-
-        Raises:
-            UserError: with everything that is wrong with the folder, all at once.
-        """
+        """Open every weight file of `folder`; messages call the checkpoint `name`, by default the folder."""
         self.folder = folder
         self.name = name or str(folder)
         index = folder / INDEX_FILE
-        # Where both are there, transformers loads the single file.
+        # If the folder has both, transformers loads the single file.
         weight_map = _indexed(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else None
         files = _weight_files(folder, weight_map)
         self.config = read_config(folder)
@@ -110,11 +99,8 @@ def resolve_folder(reference: str, weights: bool = True, revision: str | None = 
 
     Args:
         reference: the folder or the id.
-        weights: fetch the weights too; otherwise what lies beside them.
-        revision: branch, tag or commit of a Hub id; its main branch by default.
-
-    Raises:
-        UserError: neither of the two exists.
+        weights: fetch the weights, too, not only the files beside them.
+        revision: branch, tag or commit of a Hub id; by default the main branch.
     """
     folder = Path(reference).expanduser()
     if folder.is_dir():
@@ -131,20 +117,12 @@ def resolve_folder(reference: str, weights: bool = True, revision: str | None = 
 
 
 def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
-    """Open a folder, or fetch a Hub id `organisation/name` into the Hub's cache and open that.
-
-    Raises:
-        UserError: neither of the two exists, or the checkpoint is not whole.
-    """
+    """Open a folder, or a Hub id after fetching it into the Hub's cache."""
     return Checkpoint(resolve_folder(reference), name or reference)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's config.json.
-
-    Raises:
-        UserError: it is not there, or is no JSON object.
-    """
+    """Return the content of a model folder's config.json; refuse a quantized model."""
     path = folder / "config.json"
     if not path.is_file():
         raise fail("no config.json there", where=str(folder), expected="a Hugging Face model folder")
@@ -152,21 +130,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
-        raise fail(
-            f"the model is quantized{f' ({str(method)[:40]})' if method else ''}",
-            where=str(path),
-            expected="float64, float32, bfloat16 or float16 weights",
-            remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
-        )
+        raise quantized(f"the model is quantized{f' ({str(method)[:40]})' if method else ''}", path)
     return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file.
-
-    Raises:
-        UserError: the file holds no JSON object, or is larger than any model's.
-    """
+    """Return the JSON object of a file; refuse other content, and a file larger than any model's."""
     try:
         # Reading a pipe may never end.
         if not path.is_file():
@@ -192,7 +161,7 @@ def _from_hub(reference: str, weights: bool, revision: str | None) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # The card, because it has the licence.
+    # README.md has the licence.
     patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
@@ -220,34 +189,28 @@ def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Pa
         return files
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    refuse_pickles(folder, SINGLE_FILE)
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-    raise fail("no weights there", where=str(folder), expected=SINGLE_FILE, got=found or "an empty folder")
+    raise no_weights(folder, SINGLE_FILE)
 
 
-def refuse_pickles(folder: Path, expected: str, load: str = "transformers import AutoModelForCausalLM") -> None:
-    """Refuse a folder whose weights are pickled.
-
-    Args:
-        folder: of a model or adapter.
-        expected: the file of weights that is looked for.
-        load: what the command that converts them imports.
-
-    Raises:
-        UserError: naming the files, and that command.
-    """
+def no_weights(
+    folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
+) -> UserError:
+    """Return the error for a folder without weights, or with pickled ones; `load`: the import that converts these."""
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
-        raise fail(
+        return fail(
             "pickled weights are never opened: loading a pickle runs code from it",
             where=str(folder),
             expected=expected,
             got=", ".join(pickled[:3]),
             remedy="if you trust the file, convert it: " + _CONVERT.format(load=load, folder=folder),
         )
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
+    return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found)
 
 
 def _indexed(index: Path) -> dict[str, str]:
+    """Return the file of each tensor in an index; refuse an index of files outside the checkpoint's folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "it has no weight_map")
@@ -257,13 +220,12 @@ def _indexed(index: Path) -> dict[str, str]:
 
 
 def _check_entry(index: Path, name: str) -> None:
-    """Refuse an index that names files outside the checkpoint's own folder."""
     folder = index.parent
     plain = Path(name).name == name and name not in ("", ".", "..") and len(name) < 256
     if plain and name.isprintable() and name.endswith(".safetensors"):
-        # Not Path.resolve, which raises another error on circular links.
+        # Not Path.resolve: it raises another error on circular links.
         here = Path(os.path.realpath(folder))
-        # The Hub's cache keeps the files of a snapshot as links into its own `blobs`.
+        # In the Hub's cache the files of a snapshot are links to `blobs`.
         allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
         if Path(os.path.realpath(folder / name)).parent in allowed:
             return

@@ -1,4 +1,4 @@
-"""Tensor name → depth: which block of the model a tensor belongs to, from a declared table, never by a guess."""
+"""Tensor name → depth: the block of the model that a tensor belongs to, from a declared table, never guessed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rewarded_lines.errors import Problem, UserError, fail
 
 Side = Literal["before", "in", "after", "unknown"]
 
-# Where a config declares the blocks of a list that only the user's pattern knows.
+# Keys of the number of blocks in the config, for a list that the user's pattern describes.
 _COUNTS_OF_A_PATTERN = ("num_hidden_layers", "n_layer", "num_layers")
-# Bounded and ASCII: `\d` takes the digits of every script, `int` any length.
+# Bounded and ASCII: `\d` matches the digits of every script, `int` accepts any length.
 _INDEX = re.compile("[0-9]{1,6}")
 _MOST_BLOCKS = 10**6
 _LISTED = re.compile(rf"({'|'.join(re.escape(blocks.path) for blocks in BLOCK_LISTS)})\.([^.]*)")
@@ -26,18 +26,18 @@ class Place:
     """Where a tensor lies in the model."""
 
     stack: str
-    """Its block list, e.g. `model.layers` or `encoder.block`; the nearest one for tensors outside the blocks."""
+    """Its block list, e.g. `model.layers` or `encoder.block`; outside the blocks the nearest list."""
     block: int | None
     """The 0-based index of its block, None outside the blocks."""
     blocks: int
     """The number of blocks L of that list."""
     side: Side
-    """before: it feeds the first block; after: final norm, pooler, heads; unknown: the table does not say."""
+    """before: runs before the first block; after: final norm, pooler, heads; unknown: not in the table."""
 
 
 @dataclass(frozen=True)
 class Depths:
-    """The place of every tensor, and the block lists of the model, in the order in which it runs them."""
+    """The place of every tensor, and the model's block lists with their lengths, in the order in which they run."""
 
     place: Mapping[str, Place]
     stacks: Mapping[str, int]
@@ -48,14 +48,14 @@ def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | 
 
     Args:
         names: the checkpoint's tensor names.
-        config: its config.json; the number of blocks it declares must be the number found.
-        pattern: a regular expression, matched from the start of the name, whose first group is the block index;
-            for layouts that are not known here. The model then has one block list, named by the pattern, and nothing
-            is known about the side of the tensors outside it.
+        config: its config.json; it must declare the number of blocks found.
+        pattern: for layouts that are not known here: a regular expression, matched from the start of the name, whose
+            first group is the block index. The model then has one block list, named by the pattern, and the side of
+            the tensors outside it is unknown.
 
     Raises:
-        UserError: no list fits, the user's pattern is not one, an index is not a number, or a count disagrees with
-            the config.
+        UserError: no list matches, the pattern is wrong, an index is not a number, or a count disagrees with the
+            config.
     """
     names = list(names)
     lists = BLOCK_LISTS if pattern is None else (BlockList(pattern, _COUNTS_OF_A_PATTERN),)
@@ -76,9 +76,9 @@ def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | 
 
 
 def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Return the names of some of a model's tensors, with stand-ins for what the config says is there as well.
+    """Return the names with stand-ins for the blocks that the config declares and for the embeddings.
 
-    Adapters may leave out blocks and embeddings, but a depth is a place among all blocks.
+    Adapters may leave out some of them, but a depth counts all blocks.
     """
     found = list(names)
     inside = {path for path, _ in _listed(found).values()}
@@ -90,42 +90,37 @@ def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> lis
 
 
 def _listed(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Return list and index of the tensors that lie in a list of the table."""
+    """Return list and index of the tensors in the lists of the table."""
     found = ((name, _LISTED.match(name)) for name in names)
     return {name: (match[1], _index(name, match[2])) for name, match in found if match}
 
 
 def _matched(names: Sequence[str], pattern: str) -> dict[str, tuple[str, int]]:
     """Return list (the pattern itself) and index of the tensors that match the user's pattern."""
-    compiled = _compile(pattern)
-    found = ((name, compiled.match(name)) for name in names)
-    return {name: (pattern, _index(name, match[1])) for name, match in found if match and match[1] is not None}
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise fail("not a regular expression", where="--layers", got=f"{pattern!r}: {error}") from error
     if compiled.groups < 1:
         raise fail("the pattern has no group", where="--layers", expected=r"(\d+) for the index", got=pattern)
-    return compiled
+    found = ((name, compiled.match(name)) for name in names)
+    return {name: (pattern, _index(name, match[1])) for name, match in found if match and match[1] is not None}
 
 
 def _index(name: str, text: str) -> int:
     if not _INDEX.fullmatch(text):
         raise fail(
-            "the number of the block is not one",
+            "the number of the block is not a number",
             where=_shown(name),
             expected="up to six digits",
             got=_shown(text),
-            remedy="the checkpoint is damaged, or --layers has a pattern to name",
+            remedy="copy the checkpoint again, or correct the pattern of --layers",
         )
     return int(text)
 
 
 def _miscounted(blocks: BlockList, found: set[int], config: Mapping[str, Any]) -> list[Problem]:
-    """Return what is wrong with the indices found in one list: they must be 0 to L-1, L as the config declares."""
+    """Return the problem of the indices of one list if they are not 0 to L-1, L as the config declares."""
     key, declared = _declared(blocks.counts, config)
     if declared is None:
         declared = len(found)
@@ -141,13 +136,13 @@ def _miscounted(blocks: BlockList, found: set[int], config: Mapping[str, Any]) -
             where=blocks.path,
             expected=f"blocks 0 to {declared - 1}",
             got=f"{len(found)} blocks, {min(found)} to {max(found)}",
-            remedy="the checkpoint is not whole, or --layers has another pattern to name",
+            remedy="copy the checkpoint again, or correct the pattern of --layers",
         )
     ]
 
 
 def _declared(keys: Sequence[str], config: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the first of the dotted keys that the config has, with its value; "" and None where it has none."""
+    """Return the first of the dotted keys that the config has, with its value; otherwise "" and None."""
     for key in keys:
         value: Any = config
         for part in key.split("."):

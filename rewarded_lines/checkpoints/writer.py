@@ -1,7 +1,7 @@
 """Safetensors written as a stream: headers first, since every shape is known, then blocks of tensors in any order.
 
-Memory stays at one block however large the shards are, which is what the libraries' own `save_file`, taking all
-tensors of a file at once, does not give. Blocks may come from several threads.
+Memory stays at one block however large the shards are: safetensors' own `save_file` needs all tensors of a file at
+once. Blocks may come from several threads.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, total_byt
 from rewarded_lines.errors import fail
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Bytes after which the disk is told to begin: the sync at the end then has little left to wait for.
+# After so many bytes the kernel starts writing to the disk, so that the sync at the end is short.
 _FLUSH = 32 << 20
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
-    """Writes the tensors announced to it into one or several safetensors files of a folder."""
+    """Writes a fixed list of tensors into one or several safetensors files of a folder."""
 
     def __init__(
         self, folder: Path, tensors: Sequence[TensorInfo], max_shard_size: int, single_file: str = SINGLE_FILE
@@ -36,10 +36,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Create the files, with their headers and at their full length.
 
         Args:
-            folder: where the files go; must exist.
+            folder: takes the files; must exist.
             tensors: name, type and shape of every tensor.
-            max_shard_size: bytes; a tensor larger than that gets a file of its own.
-            single_file: the name when there is only one.
+            max_shard_size: bytes; a larger tensor gets a file of its own.
+            single_file: the name of the file if there is only one.
         """
         self._folder = folder
         shards = plan_shards(tensors, max_shard_size)
@@ -57,11 +57,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     @property
     def order(self) -> list[str]:
-        """Return the tensors as they lie in the files: the order in which writing is fastest."""
+        """Return the tensors in the order of the files, in which writing is fastest."""
         return list(self._infos)
 
     def write(self, name: str, start: int, values: np.ndarray[Any, Any]) -> None:
-        """Write a run of a tensor's values, of its storage type, from its `start`-th on."""
+        """Write a run of a tensor's values, in its storage type, from its `start`-th on."""
         info = self._infos[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
         if not values.size:
@@ -93,10 +93,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             place += info.bytes
 
     def _begin_flush(self, descriptor: int, place: int, more: int) -> None:
-        """Have the kernel start writing now and then; this call asks for it and does not wait.
+        """Ask the kernel now and then to start writing to the disk; the call does not wait.
 
-        The advice says that the pages are not needed: dirty ones are begun to be written, clean ones are given up. So
-        each stretch is named twice, with the one after it, and the page cache stays with the inputs.
+        POSIX_FADV_DONTNEED starts to write dirty pages and drops clean ones. So each stretch is advised twice, the
+        second time together with the next one, and the page cache is left to the inputs.
         """
         self._unflushed += more
         if self._unflushed >= _FLUSH:
@@ -110,7 +110,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
     """Cut `tensors`, in order, into shards of at most `max_shard_size` bytes.
 
-    Within a shard wide types come first, so that every tensor lies at a multiple of its item size.
+    Within a shard wide types come first, so that every tensor starts at a multiple of its item size.
     """
     shards: list[list[TensorInfo]] = [[]]
     size = 0
@@ -147,11 +147,7 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that "5GB", "500MB" or "1000" mean.
-
-    Raises:
-        UserError: it is none of these, or not positive.
-    """
+    """Return the number of bytes of "5GB", "500MB" or "1000"; refuse other texts, and sizes that are not positive."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if size <= 0:

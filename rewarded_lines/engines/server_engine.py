@@ -22,7 +22,7 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server_connection import Server, describe
 from rewarded_lines.engines.tokenizers import ModelTokens
 from rewarded_lines.engines.vllm_adapters import refuse_unserved, slot_rank
-from rewarded_lines.engines.vllm_core import make_response
+from rewarded_lines.engines.vllm_core import make_response, sampling_settings
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.spec import MergeSpec
@@ -95,19 +95,10 @@ class RemoteGenerator(AdapterGenerator):
         choice = self._server.complete(
             model=name or self._server.model,
             prompt=list(row),
-            max_tokens=spec.max_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k or -1,
-            min_p=spec.min_p,
-            repetition_penalty=spec.repetition_penalty,
-            # A setting that a request leaves open comes from the server's own generation_config.json.
+            **sampling_settings(spec, seed, reader) | {"top_k": spec.top_k or -1},
+            # The server's own generation_config.json sets whatever a request does not.
             presence_penalty=0.0,
             frequency_penalty=0.0,
-            stop=list(spec.stop),
-            stop_token_ids=sorted(reader.ends),
-            seed=seed,
-            logprobs=0,
             return_token_ids=True,
         )
         tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from rewarded_lines.checkpoints.families import TIED_HEADS
-from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
-from rewarded_lines.engines.base import Pairs, Response, Workload
-from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.base import Workload
+from rewarded_lines.engines.vllm_core import CoreGenerator, VllmCore
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 
@@ -26,7 +23,7 @@ _ENGINE = "--engine vllm"
 _REMEDY = "use --engine hf, which folds adapters into their base"
 
 
-class VllmAdapterGenerator(AdapterGenerator):
+class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
     """Merged adapters are written to memory or a temporary folder and loaded into slots of the engine.
 
     One slot stays spare: with none free, vLLM applies the last adapter to requests without an adapter.
@@ -57,21 +54,11 @@ class VllmAdapterGenerator(AdapterGenerator):
         self.at_once = min(self.at_once, max(_FEW_AT_ONCE, worth))
         self._folders = AdapterFolders(plan)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return self._core.encode(prompts)
-
     def close(self) -> None:
         """See `Generator.close`."""
         if self._folders:
             self._folders.close()
-        self._core.close()
-
-    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
-        return self._core.generate(prompts, spec, loaded)
-
-    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
-        return self._core.logprobs(pairs, loaded)
+        super().close()
 
     def _worth_mixing(self, requests: int) -> int:
         """Return how many adapters fill vLLM's batch. On a CPU, more adapters in a batch make it slower."""

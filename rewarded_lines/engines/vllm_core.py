@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.engines.base import Pairs, Response, Tokens, Workload, seeded_rows
+from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import ModelTokens
 from rewarded_lines.processes import prepare_vllm
@@ -21,7 +20,7 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class VllmCore:
-    """One engine. No answer depends on earlier requests."""
+    """One engine. Responses do not depend on earlier requests."""
 
     def __init__(self, work: Workload, **options: Any) -> None:
         """Start the engine; `options` go to vLLM's `LLM`."""
@@ -39,7 +38,7 @@ class VllmCore:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             # By name: a worker may be another process.
-            worker_extension_cls="rewarded_lines.engines.vllm_worker.MergingWorker",
+            worker_extension_cls="rewarded_lines.engines.vllm_models.MergingWorker",
             **_device_options(),
             **options,
         )
@@ -67,13 +66,21 @@ class VllmCore:
 
         An adapter is a `LoRARequest`, or None for the model itself.
         """
+        from vllm import SamplingParams
+
         rows = seeded_rows(self.encode(prompts), spec)
         reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
-        params = [_sampling(spec, seed, reader) for _, seed in rows] * len(adapters)
+        settings = [sampling_settings(spec, seed, reader) for _, seed in rows]
+        # vLLM needs the text only to find stop texts; responses are decoded from the tokens.
+        params = [SamplingParams(**one, detokenize=bool(spec.stop)) for one in settings] * len(adapters)
         heads = [row for row, _ in rows] * len(adapters)
         outputs = self._run(heads, params, [adapter for adapter in adapters for _ in rows])
-        made = iter([_response(head, one.outputs[0], reader) for head, one in zip(heads, outputs, strict=True)])
-        return [list(islice(made, len(rows))) for _ in adapters]
+        made = []
+        for head, output in zip(heads, outputs, strict=True):
+            (one,) = output.outputs
+            logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
+            made.append(make_response(reader, head, one.token_ids, logprobs, one.finish_reason))
+        return [made[k * len(rows) : (k + 1) * len(rows)] for k in range(len(adapters))]
 
     def logprobs(self, pairs: Pairs, adapter: Any = None) -> list[float]:
         """See `Generator.logprobs`. A prefill reads head and tail together; the token generated after it is ignored.
@@ -142,10 +149,24 @@ class VllmCore:
             return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
 
 
-def _response(prompt: Tokens, completion: Any, reader: ResponseReader) -> Response:
-    tokens = tuple(completion.token_ids)
-    logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-    return make_response(reader, prompt, tokens, logprobs, completion.finish_reason)
+class CoreGenerator(Generator):
+    """A generator over one `VllmCore`. `loaded`: LoRA requests, or None for the model itself."""
+
+    _core: VllmCore
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """See `Generator.encode`."""
+        return self._core.encode(prompts)
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self._core.close()
+
+    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
+        return self._core.generate(prompts, spec, loaded)
+
+    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
+        return self._core.logprobs(pairs, loaded)
 
 
 def make_response(
@@ -159,9 +180,9 @@ def make_response(
 def _device_options() -> dict[str, Any]:
     """Return vLLM's options for a GPU or a CPU.
 
-    GPU: vLLM takes most of the memory that is free, since reward models may use the rest. CPU: blocks are short, since
-    prompts share only whole blocks of keys and values. No prompt is split between two batches there: vLLM would have to
-    rewind the request's seeded generator, and a CPU's generator cannot be rewound.
+    GPU: vLLM takes most of the free memory; reward models may use the rest.
+    CPU: blocks are short, since prompts share only whole blocks of keys and values. No prompt is split between two
+    batches: vLLM would have to rewind the request's generator, and a CPU's generator cannot be rewound.
     """
     import torch
 
@@ -171,24 +192,21 @@ def _device_options() -> dict[str, Any]:
     return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
 
 
-def _sampling(spec: GenerationSpec, seed: int, reader: ResponseReader) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=spec.temperature,
-        top_p=spec.top_p,
-        top_k=spec.top_k,
-        min_p=spec.min_p,
-        repetition_penalty=spec.repetition_penalty,
-        max_tokens=spec.max_tokens,
-        stop=list(spec.stop),
+def sampling_settings(spec: GenerationSpec, seed: int, reader: ResponseReader) -> dict[str, Any]:
+    """Return the settings of a request, for vLLM here or on a server."""
+    return {
+        "temperature": spec.temperature,
+        "top_p": spec.top_p,
+        "top_k": spec.top_k,
+        "min_p": spec.min_p,
+        "repetition_penalty": spec.repetition_penalty,
+        "max_tokens": spec.max_tokens,
+        "stop": list(spec.stop),
         # The same end tokens in every engine; they include vLLM's own.
-        stop_token_ids=sorted(reader.ends),
-        seed=seed,
-        logprobs=0,
-        # vLLM needs the text only to find stop texts; responses are decoded from the tokens.
-        detokenize=bool(spec.stop),
-    )
+        "stop_token_ids": sorted(reader.ends),
+        "seed": seed,
+        "logprobs": 0,
+    }
 
 
 def _end(engine_core: Any, shared: str) -> None:

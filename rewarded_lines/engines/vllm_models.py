@@ -1,26 +1,29 @@
-"""vLLM with whole merged models: the engine starts once, merged weights stream into it."""
+"""vLLM with whole merged models: the engine starts once, merged weights stream into it.
+
+Its workers run in this process, or in several that each hold a part of the model.
+"""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload
-from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
+from rewarded_lines.engines.cpu_adapters import group_adapters
+from rewarded_lines.engines.vllm_core import CoreGenerator, VllmCore
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.merger.spec import MergeSpec
 
-PLANS: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
-"""Plans that workers in this process use as they are, with their measurements."""
+# Workers in this process use its plans as they are, with their measurements.
+_plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
 
 
-class VllmGenerator(SwappingGenerator):
+class VllmGenerator(CoreGenerator, SwappingGenerator):
     """Every process that holds a part of the model merges that part itself."""
 
     def __init__(self, work: Workload) -> None:
@@ -34,20 +37,6 @@ class VllmGenerator(SwappingGenerator):
                 self.close()
                 raise
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return self._core.encode(prompts)
-
-    def close(self) -> None:
-        """See `Generator.close`."""
-        self._core.close()
-
-    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
-        return self._core.generate(prompts, spec)
-
-    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
-        return self._core.logprobs(pairs)
-
     def _swap(self, spec: MergeSpec) -> None:
         message = {**asdict(spec), "weights": list(spec.weights), "options": dict(spec.options)}
         if problems := self._core.call("use_merge", message)[0]:
@@ -56,7 +45,7 @@ class VllmGenerator(SwappingGenerator):
 
 def plan_message(plan: ModelPlan) -> dict[str, Any]:
     """Return in plain types what a worker needs to find a plan, or to open it again."""
-    PLANS[id(plan)] = plan
+    _plans[id(plan)] = plan
     return {
         "process": os.getpid(),
         "key": id(plan),
@@ -65,3 +54,62 @@ def plan_message(plan: ModelPlan) -> dict[str, Any]:
         "dtype": plan.dtype_name,
         "layers": plan.layers,
     }
+
+
+class MergingWorker:
+    """An extension of vLLM's worker. The engine calls its methods by name on every worker."""
+
+    def open_plan(self, message: Mapping[str, Any]) -> None:
+        """Get ready to merge; see `plan_message`."""
+        if message["process"] == os.getpid():
+            plan = _plans[message["key"]]
+        else:
+            assert message["base"], "only a plan from plan_merge can be opened again"
+            plan = plan_merge(message["base"], message["policies"], dtype=message["dtype"], layers=message["layers"])
+        self.merge_plan = plan
+        # Merging the smallest tensor loads the kernels before the first swap.
+        smallest = min(plan.outputs(), key=lambda info: info.elements).name
+        for _ in plan.tensors(base_spec(plan), [smallest]):
+            pass
+
+    def use_merge(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Stream a merge's tensors into the running model; the message has the fields of its `MergeSpec`.
+
+        Returns:
+            The problems of a `UserError`: vLLM cannot send the error itself from process to process.
+        """
+        spec = MergeSpec(**{**message, "weights": tuple(message["weights"])})
+        worker: Any = self
+        try:
+            worker.reload_weights(weights_iterator=self.merge_plan.tensors(spec))
+            _repack_tied_head(worker.get_model())
+        except UserError as error:
+            return [asdict(problem) for problem in error.problems]
+        return []
+
+    def shared_memory_name(self) -> str:
+        """Return the prefix of the names in /dev/shm that several CPU workers share; "" on a GPU."""
+        return os.environ.get("VLLM_DIST_IDENT", "")
+
+    def group_adapters(self) -> None:
+        """Make adapters fast where vLLM has no kernels for them; see `cpu_adapters`."""
+        worker: Any = self
+        if worker.device.type == "cpu":
+            group_adapters()
+
+    def unserved_modules(self, adapter: int) -> list[str]:
+        """Return the modules of a loaded adapter that the model does not have: vLLM silently ignores them."""
+        worker: Any = self
+        manager = worker.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(adapter).loras) - set(manager.modules))
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Update a tied head on a CPU.
+
+    vLLM keeps a packed copy of the head's weight there. A reload packs only the tensors that it loads, and a tied head
+    is not among them: without this call the head would keep the old embeddings.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear") and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -1,6 +1,6 @@
 """Numbers about whole tensors: norms, scalar products, thresholds and digests, measured block by block.
 
-Sums are exact, so no number depends on threads or sharding.
+Sums over blocks are exact, so no number depends on threads or sharding.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_tensors_that_are_refused(plain, change, said):
         ({"lora_alpha": 10**400}, "not a value of `lora_alpha`"),
         ({"rank_pattern": []}, "not a value of `rank_pattern`"),
         ({"rank_pattern": {"q_proj": 1.5}}, "not a value of `rank_pattern: q_proj`"),
-        ({"alpha_pattern": {"(q_proj": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(q_proj": 1}}, "not a regular expression"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "too involved"),
         ({"alpha_pattern": {".*.*.*.*a": 1}}, "too involved"),
         ({"alpha_pattern": {"q" * 3000: 1}}, "too long"),

@@ -1,4 +1,4 @@
-"""Hashes of files: read for their own sake, or as they pass."""
+"""Hashes of files: from reading them, or from the values that a merge reads."""
 
 import json
 

@@ -48,7 +48,7 @@ STACKS = {
     "qwen2-vl": {"visual.blocks": 2, "model.layers": 3},
     "qwen3-vl": {"model.visual.blocks": 2, "model.language_model.layers": 3},
 }
-# Of the models that the test of the order of execution does not run.
+# Tensors of the models that the test of the order of execution does not run.
 OUTSIDE = [
     ("t5", "shared.weight", "encoder.block", "before"),
     ("t5", "encoder.final_layer_norm.weight", "encoder.block", "after"),

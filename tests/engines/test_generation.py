@@ -138,7 +138,7 @@ def test_a_swap_that_fails_is_not_taken_for_done(hf, monkeypatch):
 
 
 def test_every_sample_has_its_own_seed(hf):
-    """Those of a prompt stand together, and the first is what a single one would be."""
+    """The samples of a prompt are adjacent, and the first equals a single sample."""
     spec = SAMPLED.model_copy(update={"n": 3, "temperature": 2.0, "top_p": 1.0})
     several = answers(hf, spec)
     assert len(several) == 3 * len(PROMPTS)
@@ -147,7 +147,7 @@ def test_every_sample_has_its_own_seed(hf):
 
 
 def stops_of(generator):
-    """Return texts from the middle of two greedy responses, and what is left of each response before the first."""
+    """Return texts from two greedy responses, and each response up to the first of them."""
     texts = [response.text for response in generator.generate(PROMPTS, GREEDY)[0]]
     stop = (texts[0][2:4], texts[1][3:5])
     places = [min((text.find(end) for end in stop if end in text), default=None) for text in texts]
@@ -165,7 +165,7 @@ def check_stops(generator):
             assert (cut.tokens, cut.text, cut.ended) == (whole.tokens, whole.text, whole.ended)
             continue
         assert cut.ended and cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) < len(whole.tokens)
-        # One token less, and the stop text was not there yet.
+        # One token earlier the stop text is incomplete.
         ids = generator.encode(PROMPTS[:1])[0]
         tokenizer = AutoTokenizer.from_pretrained("sft")
         reader = ResponseReader(tokenizer, frozenset(), tuple(stop))
@@ -217,7 +217,7 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         assert vllm.at_once == 1 and vllm.swap_seconds > 0
         check_stops(vllm)
         check_shared_heads(vllm, hf)
-        # More than one batch of tokens, whose end falls into a prompt.
+        # More tokens than one batch holds; it ends inside a prompt.
         limit = vllm._core.engine.vllm_config.scheduler_config.max_num_batched_tokens
         many = [" ".join(PROMPTS[:5])] * (limit // 20)
         assert sum(map(len, vllm.encode(many))) > limit
@@ -226,23 +226,23 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         several = answers(vllm, SAMPLED.model_copy(update={"n": 3}))
         assert several[::3] == base and len(several) == 3 * len(base)
         check_refusal(vllm, base)
-        # It would take seconds, and a C++ compiler, for nothing that is needed here.
+        # Nothing was compiled: that takes seconds, and a C++ compiler.
         assert torch.cuda.is_available() or counters["frames"]["total"] == compiled
         check_memory(vllm)
     finally:
         vllm.close()
-    # A policy, and what the merge writes of the other: each an engine of its own.
+    # A policy, and the written merge that equals the other, each in a new engine.
     merge("sft", ["first", "second"], "0.0", beta=0, out="second-end")
     for lam, folder in ((1.0, "first"), (0.0, "second-end")):
         assert swapped[lam] == fresh("vllm", tiny / folder, SAMPLED)
 
 
 def check_shared_heads(vllm, hf):
-    """Show that pairs which share heads, tails and blocks of the cache score as each does alone."""
+    """Check that pairs which share heads, tails and cached blocks get the scores that each gets alone."""
     length = 45
     head = (vllm.encode([" ".join(PROMPTS)])[0] * length)[:length]
     tails = [list(range(10, 50)), [*range(10, 40), *range(60, 65)], list(range(70, 80)), [10], []]
-    # These part from the first where a block of 32 ends: how likely the next token is was not computed for them.
+    # These differ from the first after a block of 32: the probability of their next token was not computed.
     tails += [[*range(10, 29), 90, 91], [*range(10, 29), 92]]
     pairs = [(head[:cut], tail) for tail in tails for cut in (length, 5)]
     core, calls = vllm._core, []
@@ -251,14 +251,14 @@ def check_shared_heads(vllm, hf):
     found = vllm.logprobs([*pairs, *pairs])
     del core._score
     first, again = calls
-    # Equal pairs are one; most of the long heads, and some of the tails, were in the cache.
+    # Equal pairs are scored once; most of the long heads and some of the tails were cached.
     assert len(first) == len(pairs) and sorted(cached for cached, _ in first)[-6:] == [32, 32, 32, 64, 64, 64]
     assert 1 <= len(again) <= 3 and all(cached == 0 for cached, _ in again)
     assert found[: len(pairs)] == found[len(pairs) :] == pytest.approx(hf.logprobs(pairs), abs=1e-3)
 
 
 def check_refusal(generator, expected):
-    """Show that a merge that is refused leaves the engine whole, and says why."""
+    """Check that a refused merge does not damage the engine, and that the error has the reason."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelPlan, "tensors", refuse)
         with pytest.raises(UserError, match="not finite"):
@@ -271,7 +271,7 @@ def refuse(plan, spec):
 
 
 def check_memory(generator):
-    """Show that forty models leave no more behind than the first few."""
+    """Check that memory does not grow from model to model."""
     process, sizes = psutil.Process(), []
     for index in range(45):
         generator.generate(PROMPTS[:1], GREEDY, [MergeSpec((index / 45, 1 - index / 45))])
@@ -301,7 +301,7 @@ def test_a_merge_that_is_not_finite_is_refused_by_vllm_too(tiny, hf):
 @pytest.mark.parametrize("setting", ["two devices", "an engine process"])
 @pytest.mark.timeout(400)
 def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, hf, monkeypatch):
-    """Also a method that measures whole tensors, and a pattern of blocks, which the workers must be told."""
+    """Also with a method that measures whole tensors, and with the user's pattern of blocks."""
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(setting != "two devices")))
     before, shared = set(psutil.Process().children(recursive=True)), set(Path("/dev/shm").glob("*cpushm*"))

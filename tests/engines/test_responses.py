@@ -1,4 +1,4 @@
-"""Where a response ends and what is seen of it, on every form of chat model and for every engine."""
+"""Where a response ends and which part rewards see, for every form of chat model and every engine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A server as an engine: what may be wrong with one, shown by a stand-in; and a real one of vLLM's, equal to hf."""
+"""A server as an engine: the faults of a stand-in, and a real vLLM server that answers as hf does."""
 
 import json
 import os
@@ -30,7 +30,7 @@ LAYERS = ["q_proj", "v_proj"]
 
 
 class StandIn(ThreadingHTTPServer):
-    """Says what it is told to, and keeps what it is asked; a response's only token is the number of the model."""
+    """Records requests and sends given answers; the only token of a response is the number of the model."""
 
     daemon_threads = True
 
@@ -126,7 +126,7 @@ def test_models_are_answered_by_their_adapters_and_those_leave_again(stand_in, p
         assert sorted(one["seed"] for one in asked if one["model"] == model) == sorted(seeds)
     assert {one["temperature"] for one in asked} == {1.0} and {one["repetition_penalty"] for one in asked} == {1.0}
     assert asked[0]["stop"] == list(SAMPLED.stop)
-    # The base goes by itself, before the adapters.
+    # The base's requests go first, apart from the adapters'.
     assert [one["model"] for one in asked[: len(seeds)]] == ["the base"] * len(seeds)
     assert generator.logprobs([([5, 6], [7, 8]), ([5], [])], SPECS[0]) == [-15.0, 0.0]
     assert sorted(stand_in.unloaded) == sorted(name for name, _ in stand_in.loaded)
@@ -274,7 +274,7 @@ def wait_for(process, url, log):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_real_server_equals_the_reference(real, plan):
-    """More adapters than the server has slots, stop texts, scores; and layers that the server was not told of."""
+    """More adapters than slots, stop texts, scores, and layers that are not among the server's targets."""
     hf = load_generator("hf", "sft", GREEDY, PROMPTS, plan=plan_merge("sft", plan.references))
     generator = connect(real, plan)
     models = [None, *(MergeSpec((k / 9, 1 - k / 9)) for k in range(10)), MergeSpec((0.0, 0.0))]

@@ -1,4 +1,4 @@
-"""What engines do with tokens: a chat template of the project's own, and where a response ends."""
+"""How engines use tokens: the project's chat template, and where a response ends."""
 
 import pytest
 from tiny_models import PROMPTS, make_tokenizer

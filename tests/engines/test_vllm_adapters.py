@@ -1,4 +1,4 @@
-"""Merged adapters in vLLM's slots: many models in one batch, each as if it were alone and folded into its base."""
+"""Merged adapters in vLLM's slots: each model of a batch answers as if alone and folded into its base."""
 
 import gc
 import signal
@@ -58,7 +58,7 @@ def tokens_of(answers):
 
 
 def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch):
-    """One test, since the engine is slow to build; the fixture looks that nothing is left after it is closed."""
+    """One test, since the engine is slow to build; the fixture checks that closing it leaves nothing behind."""
     assert vllm.at_once == 3
     calls, generate = [], vllm._core._llm.generate
     monkeypatch.setattr(
@@ -83,7 +83,7 @@ def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, mo
 
 
 def check_mixed_batches(generator, expected):
-    """Show that all slots in use do not lend an adapter to those without one, in whatever order."""
+    """Check that base requests get no adapter when all slots are in use, in any order."""
     for order in ([1, 2, 3, 0], [0, 4, 5, 6], [7, 0, 8, 1, 0]):
         found = tokens_of(generator.generate(PROMPTS, GREEDY, [MODELS[index] for index in order]))
         assert found == [expected[index] for index in order]
@@ -101,7 +101,7 @@ def check_scores(generator, reference):
 
 
 def check_nothing_stays(generator, monkeypatch):
-    """Show that adapters leave the engine and the disk, also after a fault."""
+    """Check that adapters are removed from engine and disk, also after an error."""
     assert generator._core.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
     with monkeypatch.context() as broken:
         broken.setattr(generator._core, "generate", lambda *_: 1 / 0)
@@ -143,7 +143,7 @@ if __name__ == "__main__":
     generator = load_generator("vllm", "sft", spec, ["the quick"], plan=plan_adapters("sft", {"a": "one", "b": "two"}))
     while True:
         generator.generate(["the quick"] * 50, spec, [MergeSpec((0.5, 0.5)), None])
-        # Once all is compiled: compilers swallow an interrupt now and then.
+        # After compilation: compilers sometimes swallow an interrupt.
         print(generator._folders.folder, flush=True)
 """
 
@@ -151,7 +151,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("script", [HOLD, pytest.param(SCRIPT, marks=pytest.mark.slow)], ids=["held", "in vLLM"])
 def test_a_run_that_is_cut_short_leaves_no_adapters(policies, tiny, script, number):
-    """After an interrupt nothing is there; after a kill the next run clears up."""
+    """An interrupt leaves nothing behind; after a kill the next run cleans up."""
     if script == SCRIPT:
         pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     (tiny / "script.py").write_text(script)

@@ -1,4 +1,4 @@
-"""How likely tails are, out of what vLLM says of rows that share prefixes, whichever of its runners says it."""
+"""Log-probabilities of tails from vLLM's outputs for rows that share prefixes, in both forms of output."""
 
 import random
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def logprob(prefix, token):
 
 
 class FakeCore(VllmCore):
-    """Has whole blocks of earlier rows in its cache, as vLLM does, and computes nothing for them."""
+    """Caches whole blocks of earlier rows, as vLLM does, and computes no probabilities for them."""
 
     def __init__(self, computed_only):
         self.computed_only = computed_only
@@ -51,6 +51,6 @@ def test_shared_prefixes_change_no_score(computed_only):
     expected = [sum(logprob((head + tail)[:i], (head + tail)[i]) for i in range(len(head), len(head + tail)))
                 for head, tail in pairs]  # fmt: skip
     assert core.logprobs(pairs) == pytest.approx(expected)
-    # Something was in the cache, and something had to be computed once more.
+    # Some tokens were cached, and some rows were scored again.
     rows = len({(tuple(head), tuple(tail)) for head, tail in pairs})
     assert sum(core.cached[:rows]) > 200 and rows < len(core.cached) < 1.5 * rows

@@ -54,7 +54,7 @@ def test_density(density):
 def test_masks_have_nothing_to_do_with_one_another():
     keys = itertools.product((0, 1), ("a", "b"), DIGESTS, (0, BLOCK))
     masks = [random_mask(seed, name, digest, 0.5, start, 10_000) for seed, name, digest, start in keys]
-    # Seed and name are told apart from each other: "1" + "2:a" is not "12" + "a".
+    # Seed and name are separated: "1" + "2:a" is not "12" + "a".
     masks += [random_mask(1, "2:a", DIGESTS[0], 0.5, 0, 10_000), random_mask(12, "a", DIGESTS[0], 0.5, 0, 10_000)]
     for one, two in itertools.combinations(masks, 2):
         assert abs((one == two).mean() - 0.5) < 0.03
@@ -67,6 +67,6 @@ def test_shorter_blocks_begin_alike_and_denser_masks_hold_the_others():
 
 
 def test_the_same_masks_as_ever():
-    """A merge that is made again from its record must draw what it drew then."""
+    """A merge that is repeated from its record must draw the same masks."""
     places = np.flatnonzero(random_mask(0, "model.norm.weight", DIGESTS[0], 0.1, 0, 100))
     assert places.tolist() == [11, 12, 15, 19, 25, 28, 29, 35, 36, 46, 48, 67, 81]
