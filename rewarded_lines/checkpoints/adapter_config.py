@@ -1,4 +1,4 @@
-"""Read adapter_config.json strictly: an unknown setting that may change what an adapter computes is refused."""
+"""Read adapter_config.json strictly: an unknown setting that may change the adapter is refused."""
 
 from __future__ import annotations
 
@@ -168,17 +168,13 @@ def _wrong_values(error: ValidationError, content: Mapping[str, Any], path: Path
     for detail in error.errors():
         name, *entry = map(str, detail["loc"])
         place = f"{name}: {entry[0][:80]}" if entry and isinstance(content[name], dict) else name
-        expected = detail["msg"].removeprefix("Value error, ")
-        problem = Problem(f"not a value of `{place}`", str(path), expected, _shown(detail["input"]))
+        what, expected, remedy = f"not a value of `{place}`", detail["msg"].removeprefix("Value error, "), ""
         if name == "init_lora_weights":
-            problem = Problem(
-                "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in an unknown way",
-                str(path),
-                "init_lora_weights true, false, gaussian or eva",
-                _shown(detail["input"]),
-                "save the adapter as plain LoRA: PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)",
-            )
-        problems.setdefault(place, problem)
+            what = "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in an unknown way"
+            expected = "init_lora_weights true, false, gaussian or eva"
+            conversion = "save_pretrained(path_initial_model_for_weight_conversion=…)"
+            remedy = f"save the adapter as plain LoRA: PEFT's {conversion}"
+        problems.setdefault(place, Problem(what, str(path), expected, _shown(detail["input"]), remedy))
     return list(problems.values())
 
 

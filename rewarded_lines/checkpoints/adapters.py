@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them: pairs of factors, and tensors that replace the base's as a whole. Read only.
+"""LoRA adapters as PEFT saves them: pairs of factors, and tensors that replace the base's. Read only.
 
 A file with a tensor of unknown role is refused: ignoring the tensor would make the merge wrong.
 """
@@ -133,7 +133,7 @@ class Adapter(TensorFiles):
         return True
 
     def _is_saved(self, module: str) -> bool:
-        """Return whether a module, or one around it, ends with one of `modules_to_save`, as PEFT compares them."""
+        """Return whether PEFT saves the module, or one around it: an end of the name is in `modules_to_save`."""
         around = accumulate(module.split("."), "{}.{}".format)
         return any(name.endswith(end) for name in around for end in self.config.modules_to_save)
 
@@ -166,7 +166,7 @@ class BareBase(TensorFiles):
 
 
 def names_adapter(reference: str) -> bool:
-    """Return whether a folder or Hub id is an adapter; False if it cannot be opened, which the plan refuses."""
+    """Return whether a folder or Hub id is an adapter; False if it cannot be opened."""
     try:
         return is_adapter(resolve_folder(reference))
     except UserError:

@@ -1,4 +1,4 @@
-"""The number types of safetensors files: how they are stored in memory, and which type holds the values of two."""
+"""The number types of safetensors files, and their storage in memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FLOATS: Mapping[str, DType] = {kind.torch: kind for kind in (F64, F32, F16, BF16
 
 
 def widest(kinds: Iterable[DType]) -> DType:
-    """Return the narrowest floating-point type that holds all values of these: of bfloat16 and float16, float32."""
+    """Return the narrowest floating-point type that holds all values of these types."""
     found = set(kinds)
     if len(found) == 1:
         return found.pop()

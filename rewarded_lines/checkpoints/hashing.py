@@ -1,4 +1,4 @@
-"""BLAKE3 hashes: of a file, of a model's weights, and of everything that determines what a model generates."""
+"""BLAKE3 hashes of files, of a model's weights, and of everything that determines its output."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RunningHashes:
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
     def take(self, runs: Iterable[tuple[TensorInfo, int, np.ndarray[Any, Any]]]) -> None:
-        """Add runs of values, each from a tensor's `start`-th on; runs out of order leave a file without a hash."""
+        """Add runs of values, each from a tensor's `start`-th on; a run out of order is ignored."""
         for info, start, values in runs:
             place = info.start + start * info.dtype.itemsize
             if self._places.get(info.file) == place:
@@ -59,7 +59,7 @@ class RunningHashes:
                 self._places[info.file] += values.nbytes
 
     def remember(self) -> None:
-        """Keep the hash of every file that was read completely, for `file_hash`; refuse files that changed."""
+        """Keep the hash of each file that was read completely, for `file_hash`; refuse changed files."""
         for file, identity in self._identities.items():
             if _identity(file) != identity:
                 raise damaged(file, "it changed while it was read")
@@ -88,7 +88,7 @@ def _read_and_hash(path: Path) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for the weights of a model folder, of the lines `name:hash` of its files in order.
+    """Return one BLAKE3 hash for a folder's weights: that of the lines `name:hash` of its sorted files.
 
     Policies keep the hash of the model that they were trained from, so a merge can refuse policies of different models.
     """
@@ -96,7 +96,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def policy_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for a policy: its weights and, for an adapter, the settings that change its computation.
+    """Return one BLAKE3 hash for a policy: its weights and, for an adapter, the settings that it computes with.
 
     The path of an adapter's base is not part of it.
     """
@@ -108,7 +108,7 @@ def policy_hash(folder: Path) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Return one BLAKE3 hash for everything in a model folder that determines what it generates or how it scores."""
+    """Return one BLAKE3 hash for everything in a model folder that determines its output."""
     weights_hash(folder)
     return _hash(folder, _MODEL)
 

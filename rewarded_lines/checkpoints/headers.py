@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly: eight bytes of length, JSON, then the tensors without a gap.
+"""The header of a safetensors file, read strictly: eight bytes of length, then JSON; tensors follow.
 
 The format's own library hides the offsets, which a stream needs, and accepts a key twice, which is refused here.
 """
@@ -48,15 +48,11 @@ class TensorInfo:
         return self.elements * self.dtype.itemsize
 
 
-class _Fault(ValueError):
-    """Why a header is refused."""
-
-
 def read_header(file: Path) -> list[TensorInfo]:
     """Return every tensor of a safetensors file, in the order of their bytes.
 
     Raises:
-        UserError: the file is cut short, is not safetensors, contradicts itself, or has a type that cannot be merged.
+        UserError: the file is damaged or not safetensors, or has a type that cannot be merged.
     """
     try:
         size = file.stat().st_size
@@ -64,7 +60,7 @@ def read_header(file: Path) -> list[TensorInfo]:
         entries = [_entry(file, name, value, begin) for name, value in content.items() if name != "__metadata__"]
         ordered = sorted(entries, key=lambda info: (info.start, info.bytes))
         _check_layout(ordered, begin, size)
-    except (_Fault, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise damaged(file, str(error)) from error
     return ordered
 
@@ -99,19 +95,19 @@ def parse_json(raw: str, number: Callable[[str], int] | None = None) -> Any:
     try:
         content = json.loads(raw, object_pairs_hook=_unique, parse_int=number)
     except RecursionError as error:
-        raise _Fault("nested too deep") from error
+        raise ValueError("nested too deep") from error
     level = [content]
     for _ in range(_DEEPEST):
         level = [item for value in level for item in _inside(value)]
     if level:
-        raise _Fault("nested too deep")
+        raise ValueError("nested too deep")
     return content
 
 
 def _size(digits: str) -> int:
     """Return a size; Python accepts "-0", other readers of the file do not."""
     if digits.startswith("-"):
-        raise _Fault(f"{digits[:20]} is not a size")
+        raise ValueError(f"{digits[:20]} is not a size")
     return int(digits)
 
 
@@ -126,7 +122,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise _Fault(f"the key {twice[:80]!r} is given twice")
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
     return content
 
 
@@ -135,17 +131,17 @@ def _content(file: Path, size: int) -> tuple[dict[str, Any], int]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST):
-            raise _Fault(f"a header of {length} bytes in a file of {size}; the most is {_LONGEST}")
+            raise ValueError(f"a header of {length} bytes in a file of {size}; the most is {_LONGEST}")
         raw = stream.read(length)
     try:
         content = parse_json(raw.decode("utf-8"), _size)
     except ValueError as error:
-        raise _Fault(f"its header is not JSON: {str(error)[:120]}") from error
+        raise ValueError(f"its header is not JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
-        raise _Fault("its header is not a JSON object")
+        raise ValueError("its header is not a JSON object")
     metadata = content.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(_text(part) for pair in metadata.items() for part in pair):
-        raise _Fault("its metadata are not names with texts")
+        raise ValueError("its metadata are not names with texts")
     return content, 8 + length
 
 
@@ -157,19 +153,19 @@ def _text(value: Any) -> bool:
 def _entry(file: Path, name: str, value: Any, begin: int) -> TensorInfo:
     # Names are printed and written: no line breaks, no control codes, no page of text.
     if not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise _Fault(f"{ascii(name[:80])} is not a tensor's name")
+        raise ValueError(f"{ascii(name[:80])} is not a tensor's name")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _Fault(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
+        raise ValueError(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
     shape, offsets = value["shape"], value["data_offsets"]
     if not _sizes(shape) or len(shape) > _MOST_DIMENSIONS or not _sizes(offsets) or len(offsets) != 2:
-        raise _Fault(f"tensor {name[:80]!r} has a shape or offsets that are not sizes")
+        raise ValueError(f"tensor {name[:80]!r} has a shape or offsets that are not sizes")
     kind = value["dtype"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise quantized(f"tensor {name[:80]} is of type {str(kind)[:20]}", file)
     info = TensorInfo(name, DTYPES[kind], tuple(shape), file, begin + offsets[0])
     # A shape that contains 0 takes no bytes, but its other sizes may still be absurd.
     if prod(max(size, 1) for size in shape) > _LARGEST or offsets[1] - offsets[0] != info.bytes:
-        raise _Fault(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
+        raise ValueError(f"tensor {name[:80]!r} takes {info.bytes} bytes, its offsets say {offsets[1] - offsets[0]}")
     return info
 
 
@@ -182,7 +178,8 @@ def _check_layout(entries: list[TensorInfo], begin: int, size: int) -> None:
     place = begin
     for info in entries:
         if info.start != place:
-            raise _Fault(f"tensor {info.name[:80]!r} starts at byte {info.start}, the one before it ends at {place}")
+            found = f"tensor {info.name[:80]!r} starts at byte {info.start}"
+            raise ValueError(f"{found}, the one before it ends at {place}")
         place += info.bytes
     if place != size:
-        raise _Fault(f"its tensors end at byte {place}")
+        raise ValueError(f"its tensors end at byte {place}")

@@ -32,7 +32,11 @@ class TensorFiles:
         problems: list[Problem] = []
         for file in self.files:
             try:
-                self._add(read_header(file))
+                for info in read_header(file):
+                    if info.name in self.tensors:
+                        other = self.tensors[info.name].file.name
+                        raise damaged(file, f"tensor {info.name[:80]!r} is also in {other}")
+                    self.tensors[info.name] = info
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -41,7 +45,7 @@ class TensorFiles:
         weakref.finalize(self, _close, list(self._descriptors.values()))
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Return `count` values of a tensor (by default all) from the `start`-th on, flat, in their storage type."""
+        """Return values of a tensor from the `start`-th on, flat, in their storage type; `count` None: all."""
         info = self.tensors[name]
         values = np.empty(info.elements - start if count is None else count, info.dtype.storage)
         self.read_into(name, start, values)
@@ -64,12 +68,6 @@ class TensorFiles:
         """Return the bytes before the tensors in one of the files."""
         length = int.from_bytes(os.pread(self._descriptors[file], 8, 0), "little")
         return os.pread(self._descriptors[file], 8 + length, 0)
-
-    def _add(self, entries: list[TensorInfo]) -> None:
-        for info in entries:
-            if info.name in self.tensors:
-                raise damaged(info.file, f"tensor {info.name[:80]!r} is also in {self.tensors[info.name].file.name}")
-            self.tensors[info.name] = info
 
 
 class Checkpoint(TensorFiles):
@@ -195,7 +193,7 @@ def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Pa
 def no_weights(
     folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
 ) -> UserError:
-    """Return the error for a folder without weights, or with pickled ones; `load`: the import that converts these."""
+    """Return the error for a folder without weights; `load`: the import that converts pickled ones."""
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
         return fail(
@@ -210,7 +208,7 @@ def no_weights(
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    """Return the file of each tensor in an index; refuse an index of files outside the checkpoint's folder."""
+    """Return the file of each tensor; refuse an index of files outside the checkpoint's folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "it has no weight_map")

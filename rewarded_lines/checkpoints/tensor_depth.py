@@ -1,4 +1,4 @@
-"""Tensor name → depth: the block of the model that a tensor belongs to, from a declared table, never guessed."""
+"""Tensor name → depth: the block that a tensor belongs to, from a declared table, never guessed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Depths:
-    """The place of every tensor, and the model's block lists with their lengths, in the order in which they run."""
+    """The place of every tensor, and the length of each block list, in the order in which they run."""
 
     place: Mapping[str, Place]
     stacks: Mapping[str, int]

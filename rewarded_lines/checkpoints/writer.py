@@ -147,7 +147,7 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes of "5GB", "500MB" or "1000"; refuse other texts, and sizes that are not positive."""
+    """Return the bytes of a size such as "5GB", "500MB" or "1000"; refuse other texts and 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if size <= 0:

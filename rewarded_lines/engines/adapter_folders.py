@@ -70,7 +70,7 @@ class AdapterFolders:
     """A folder of merged adapters. It goes with this object or at Python's exit; after a kill, with the next one."""
 
     def __init__(self, plan: AdapterPlan, place: Path | None = None) -> None:
-        """Make the folder in `place`, by default /dev/shm (for this user only) or the folder of temporary files."""
+        """Make the folder in `place`; by default in memory, for this user only, or with temporary files."""
         # Engines read α and r but no patterns, which a policy's own settings may have.
         self._plan = plan.without_repeats()
         self._stack = ExitStack()

@@ -45,7 +45,7 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
         more: `plan`, `longest` and `tensor_parallel`; see `Workload`.
 
     Raises:
-        UserError: the engine does not exist or does not take such plans, or prompts are too long for the model.
+        UserError: no such engine, a plan that it does not support, or prompts that are too long.
     """
     check_engine(engine)
     work = Workload(model, spec, prompts, **more)

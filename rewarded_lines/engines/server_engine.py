@@ -47,7 +47,7 @@ class RemoteGenerator(AdapterGenerator):
         """Connect to the server at `url`, and load one merged adapter on trial; see `load_generator`.
 
         Raises:
-            UserError: there is no such server, it takes no adapters or not these, or its sequences are too short.
+            UserError: no such server, it refuses the adapters, or its sequences are too short.
         """
         self._plan = cast(AdapterPlan | None, work.plan)
         if self._plan is not None:

@@ -21,13 +21,13 @@ _CELLS = 1 << 27
 
 
 class HfGenerator(SwappingGenerator):
-    """transformers' own generation. Merged weights are copied into the model's parameters, tensor by tensor."""
+    """transformers' own generation. Merged weights are copied into the model, tensor by tensor."""
 
     def __init__(self, work: Workload, loaded: tuple[Any, Any] | None = None) -> None:
         """Load the model, a whole one or an adapter over its base; see `load_generator`.
 
         Args:
-            work: `plan_merge` makes a plan of whole models from adapters, too: it folds them into their base.
+            work: for adapters `plan_merge` makes a plan that folds them into their base.
             loaded: a model and its tokenizer that exist already; `close` restores their settings.
 
         Raises:

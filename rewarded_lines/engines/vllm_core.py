@@ -111,7 +111,7 @@ class VllmCore:
         return [totals[key] for key in keys]
 
     def _score(self, rows: Sequence[Row], adapter: Any, shared: bool) -> list[tuple[int, list[float]]]:
-        """Return the number of cached tokens of each row and its log-probabilities, 0 for these and the next token."""
+        """Return each row's number c of cached tokens and its log-probabilities: 0 for the first c + 1 tokens."""
         if not rows:
             return []
         from vllm import SamplingParams
@@ -144,7 +144,7 @@ class VllmCore:
         # Cached prefixes may be another model's. They also change the batch's shape and so its last bits.
         self._llm.reset_prefix_cache()
         asked = [{"prompt_token_ids": list(row)} for row in rows]
-        # On a CPU torch would compile one small function of vLLM: it takes seconds, and needs a C++ compiler.
+        # On a CPU torch would compile a small function: that takes seconds, and needs a C++ compiler.
         with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
             return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
 

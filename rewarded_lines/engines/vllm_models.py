@@ -98,7 +98,7 @@ class MergingWorker:
             group_adapters()
 
     def unserved_modules(self, adapter: int) -> list[str]:
-        """Return the modules of a loaded adapter that the model does not have: vLLM silently ignores them."""
+        """Return the modules of a loaded adapter that vLLM silently ignores: the model has no such layer."""
         worker: Any = self
         manager = worker.model_runner.lora_manager._adapter_manager
         return sorted(set(manager.get_adapter(adapter).loras) - set(manager.modules))

@@ -1,4 +1,4 @@
-"""Blocks of tensors, and the workspace of a thread that reads them, merges them by a rule and rounds them once.
+"""Blocks of tensors, and a thread's workspace: it reads blocks, merges them by a rule, rounds once.
 
 A block is a fixed run of a tensor's values, counted from the tensor's start. So results do not depend on files, shards
 or threads.
@@ -188,7 +188,7 @@ class Workspace:
         return self._residuals
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
-        """Yield the tensor, the block's start and the values of the loaded block for each file that has it."""
+        """Yield tensor, start and values of the loaded block for each file that has it."""
         for source, raw in zip([self._base, *self._policies], self._raw, strict=True):
             if raw is not None and isinstance(source, TensorFiles):
                 yield source.tensors[self._name], self._start, raw
@@ -198,7 +198,7 @@ class Workspace:
         return self._raw[row]
 
     def count_nonfinite(self, row: int) -> int:
-        """Return how many values of the loaded block are not finite in the base (0) or in policy `row` − 1."""
+        """Return how many values of the block are not finite in the base (0) or in policy `row` − 1."""
         raw = self._raw[row]
         return int(kernels.count_nonfinite(self.residuals()[row - 1] if raw is None else raw))
 

@@ -49,7 +49,7 @@ def _choose_widen(value: Any) -> Any:
         def float16(value: Any) -> Any:
             bits = np.uint32(np.uint16(value))
             exponent = bits & np.uint32(0x7C00)
-            # Exponent and mantissa as a float32 that is 2¹¹² too small: this is right for subnormal values, too.
+            # As a float32, exponent and mantissa are 2¹¹² too small, of subnormal values, too.
             small = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
             size = np.float64(small) * 2.0**112
             special = np.uint32(((bits & np.uint32(0x7FFF)) << np.uint32(13)) | np.uint32(0x7F800000)).view(np.float32)
@@ -66,7 +66,7 @@ def _choose_widen(value: Any) -> Any:
 
 
 def _store(out: Any, index: Any, value: Any) -> Any:
-    """Round a float64 once to the type of `out`, store it, and return whether the stored value is not finite."""
+    """Round a float64 once to the type of `out` and store it; return whether the result is not finite."""
     raise NotImplementedError(out, index, value)
 
 
@@ -124,7 +124,7 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
 @compiled
 def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
-    """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k; count the results that are not finite.
+    """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k; count results that are not finite.
 
     Args:
         base: n stored values.

@@ -24,7 +24,7 @@ class NonFinite:
         self._lock = Lock()
 
     def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
-        """Count the values that are not finite in a block's inputs or, if all inputs are finite, in its results."""
+        """Count the values that are not finite in a block's inputs or, if all are finite, in its results."""
         # A finite weighted sum of all inputs shows that every one of them is finite.
         whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
         if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):

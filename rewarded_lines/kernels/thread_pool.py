@@ -1,4 +1,4 @@
-"""How work uses the processor: threads that share a stream of items, and the width of the kernels' vectors."""
+"""Threads that share a stream of items, and the width of the kernels' vectors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -60,7 +61,7 @@ def cores() -> int:
 
 
 def use_wide_vectors() -> None:
-    """Let numba use the widest vectors of this processor in the whole process; call it before importing the kernels.
+    """Let numba use the processor's widest vectors in this process; call it before importing the kernels.
 
     On processors with 512 bits LLVM uses 256, because most code uses vectors rarely. The kernels use them all the time
     and take a third less time with 512. The user's own setting stays.
@@ -86,15 +87,11 @@ class Relay(Generic[T]):
 
         Meanwhile another thread may take the next item through the first step.
         """
-        held = False
-        try:
+        with ExitStack() as held:
             with self._first:
                 item = next(self._items)
                 first(item)
                 # Before the first lock is released, so that no item overtakes another.
-                held = self._second.acquire()
+                held.enter_context(self._second)
             second()
-        finally:
-            if held:
-                self._second.release()
         return item

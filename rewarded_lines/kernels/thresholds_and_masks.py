@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import blake3
@@ -14,7 +14,10 @@ from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
 from rewarded_lines.kernels.thread_pool import share_out
 
-# Shift and number of the bits of each pass, from the top of a float64's magnitude. 2¹⁸ counts stay in cache.
+Block = tuple[str, int, int]
+Visitor = Callable[[int, Array], None]
+Visit = Callable[[Callable[[], Visitor]], None]
+# Shift and number of the bits of each pass over float64 magnitudes. 2¹⁸ counts stay in cache.
 _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
 # So many values are ranked in memory, at most.
 _HELD = 1 << 23
@@ -23,7 +26,7 @@ _HELD = 1 << 23
 def kth_largest(
     base: TensorFiles, policies: Sequence[Source], names: Sequence[str], rank: int, threads: int = 0
 ) -> tuple[float, ...]:
-    """Return for each policy the `rank`-th largest |τ| over all values of some tensors, which need not fit in memory.
+    """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
 
     A radix selection: each pass over the files counts magnitudes by their next bits, from the top. The result is exact.
 
@@ -34,13 +37,14 @@ def kth_largest(
         rank: from 1 to the number of values.
         threads: 0 for all cores.
     """
-    residuals = _Residuals(base, policies, list(all_blocks(names, base.tensors)), threads)
+    blocks = list(all_blocks(names, base.tensors))
+    visit = partial(_visit, base, policies, blocks, threads)
     ranks, prefixes = [rank] * len(policies), [0] * len(policies)
-    left, shift = [sum(count for _, _, count in residuals.blocks)] * len(policies), 63
+    left, shift = [sum(count for _, _, count in blocks)] * len(policies), 63
     for lower, bits in _LEVELS:
         if sum(left) <= _HELD:
             break
-        for row, table in enumerate(residuals.count(prefixes, lower, bits)):
+        for row, table in enumerate(_count(visit, prefixes, lower, bits)):
             # above[i]: how many values lie in the highest i + 1 bins.
             above = np.cumsum(table[::-1])
             place = int(np.searchsorted(above, ranks[row]))
@@ -50,65 +54,60 @@ def kth_largest(
         shift = lower
     if shift == 0:
         return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
-    held = residuals.collect(prefixes, shift)
+    held = _collect(visit, prefixes, shift)
     return tuple(
         float(np.partition(values, values.size - rank)[values.size - rank])
         for values, rank in zip(held, ranks, strict=True)
     )
 
 
-@dataclass(frozen=True)
-class _Residuals:
-    """The residuals of some tensors, read block by block in each pass."""
+def _visit(
+    base: TensorFiles, policies: Sequence[Source], blocks: Sequence[Block], threads: int, begin: Callable[[], Visitor]
+) -> None:
+    """Call `begin` in each thread, and its result with each policy's index and residual, block by block."""
 
-    base: TensorFiles
-    policies: Sequence[Source]
-    blocks: Sequence[tuple[str, int, int]]
-    threads: int
+    def worker() -> Callable[[Block], None]:
+        workspace, visit = Workspace(base, policies), begin()
 
-    def count(self, prefixes: Sequence[int], shift: int, bits: int) -> Array:
-        """Return for each policy the counts of the next bits of the magnitudes that begin with its prefix."""
-        tables: list[Array] = []
+        def work(block: Block) -> None:
+            workspace.load(*block)
+            for row, residual in enumerate(workspace.residuals()):
+                visit(row, residual)
 
-        def begin() -> Callable[[int, Array], None]:
-            counts = np.zeros((len(self.policies), 1 << bits), np.int64)
-            tables.append(counts)
-            return lambda row, residual: kernels.count_magnitudes(residual, prefixes[row], shift, bits, counts[row])
+        return work
 
-        self._visit(begin)
-        total: Array = np.sum(tables, axis=0)
-        return total
+    share_out(blocks, worker, threads)
 
-    def collect(self, prefixes: Sequence[int], shift: int) -> list[Array]:
-        """Return for each policy all magnitudes that begin with its prefix, in no particular order."""
-        parts: list[list[Array]] = [[] for _ in self.policies]
 
-        def begin() -> Callable[[int, Array], None]:
-            found = np.empty(BLOCK)
+def _count(visit: Visit, prefixes: Sequence[int], shift: int, bits: int) -> Array:
+    """Count for each policy the next bits of the magnitudes that begin with its prefix."""
+    tables: list[Array] = []
 
-            def visit(row: int, residual: Array) -> None:
-                count = kernels.collect_magnitudes(residual, prefixes[row], shift, found)
-                parts[row].append(found[:count].copy())
+    def begin() -> Visitor:
+        counts = np.zeros((len(prefixes), 1 << bits), np.int64)
+        tables.append(counts)
+        return lambda row, residual: kernels.count_magnitudes(residual, prefixes[row], shift, bits, counts[row])
 
-            return visit
+    visit(begin)
+    total: Array = np.sum(tables, axis=0)
+    return total
 
-        self._visit(begin)
-        return [np.concatenate(part) for part in parts]
 
-    def _visit(self, begin: Callable[[], Callable[[int, Array], None]]) -> None:
-        """Call `begin` in each thread, and its result with each policy's index and residual, block by block."""
+def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[Array]:
+    """Return for each policy all magnitudes that begin with its prefix, in no particular order."""
+    parts: list[list[Array]] = [[] for _ in prefixes]
 
-        def worker() -> Callable[[tuple[str, int, int]], None]:
-            workspace, visit = Workspace(self.base, self.policies), begin()
+    def begin() -> Visitor:
+        found = np.empty(BLOCK)
 
-            def work(block: tuple[str, int, int]) -> None:
-                workspace.load(*block)
-                for row, residual in enumerate(workspace.residuals()):
-                    visit(row, residual)
+        def collect(row: int, residual: Array) -> None:
+            count = kernels.collect_magnitudes(residual, prefixes[row], shift, found)
+            parts[row].append(found[:count].copy())
 
-            return work
+        return collect
 
-        share_out(self.blocks, worker, self.threads)
+    visit(begin)
+    return [np.concatenate(part) for part in parts]
 
 
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:

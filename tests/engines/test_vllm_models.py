@@ -1,0 +1,84 @@
+"""The messages between the generator and vLLM's workers, with a stand-in for vLLM."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import PROMPTS
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines import vllm_models
+from rewarded_lines.engines.base import Workload, base_spec
+from rewarded_lines.engines.vllm_models import MergingWorker, VllmGenerator, plan_message
+from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.merger.model_plan import ModelPlan
+from rewarded_lines.merger.open_inputs import plan_merge
+from rewarded_lines.merger.spec import MergeSpec
+
+GREEDY = GenerationSpec(temperature=0, max_tokens=2)
+TIES = MergeSpec((0.3, 0.7), 1.0, 0.5, "ties", {"density": 0.5}).complete(2)
+
+
+class Worker(MergingWorker):
+    def reload_weights(self, weights_iterator):
+        self.weights = {name: tensor.clone() for name, tensor in weights_iterator}
+
+    def get_model(self):
+        return SimpleNamespace()
+
+
+class StandIn:
+    """Sends messages as JSON, and answers with the worker's weights."""
+
+    def __init__(self, work):
+        self.worker = Worker()
+
+    def call(self, method, *args):
+        return [json.loads(json.dumps(getattr(self.worker, method)(*json.loads(json.dumps(args)))))]
+
+    def generate(self, prompts, spec, adapters):
+        assert adapters == [None]
+        return [self.worker.weights]
+
+
+@pytest.fixture
+def generator(tiny, monkeypatch):
+    monkeypatch.setattr(vllm_models, "VllmCore", StandIn)
+    plan = plan_merge("sft", {"first": "first", "second": "second"})
+    return VllmGenerator(Workload("sft", GREEDY, PROMPTS, plan))
+
+
+def check(generator, plan):
+    found = generator.generate(PROMPTS, GREEDY, [TIES, MergeSpec((1.0, 0.0)), None])
+    for spec, weights in zip((TIES, MergeSpec((1.0, 0.0)), base_spec(plan)), found, strict=True):
+        expected = {name: tensor.clone() for name, tensor in plan.tensors(spec)}
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert generator.swap_seconds > 0
+
+
+def test_a_worker_in_this_process_uses_the_plan_itself(generator):
+    assert generator._core.worker.merge_plan is generator._plan
+    check(generator, generator._plan)
+
+
+def test_a_worker_in_another_process_opens_the_plan_again(tiny, monkeypatch):
+    monkeypatch.setattr(vllm_models, "VllmCore", StandIn)
+    monkeypatch.setattr(vllm_models, "plan_message", lambda plan: {**plan_message(plan), "process": 0})
+    plan = plan_merge("sft", {"first": "first", "second": "second"}, layers=r"model\.layers\.(\d+)\.")
+    generator = VllmGenerator(Workload("sft", GREEDY, PROMPTS, plan))
+    assert generator._core.worker.merge_plan is not plan
+    check(generator, plan)
+
+
+def test_a_users_error_comes_back_from_the_worker(generator, monkeypatch):
+    def refuse(plan, spec):
+        raise UserError([Problem("a weight is not finite", "layer", remedy="none"), Problem("another")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelPlan, "tensors", refuse)
+        with pytest.raises(UserError, match="layer: a weight is not finite") as caught:
+            generator.generate(PROMPTS, GREEDY, [TIES])
+    assert len(caught.value.problems) == 2
+    check(generator, generator._plan)
