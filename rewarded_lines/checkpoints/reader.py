@@ -55,8 +55,6 @@ class TensorFiles:
         """Fill `values`, a flat array of the storage type, with a tensor from its `start`-th value on."""
         info = self.tensors[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
-        if not values.size:
-            return
         view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
         while len(view):
             count = os.preadv(self._descriptors[info.file], [view], place)

@@ -50,7 +50,7 @@ class AdapterGenerator(Generator):
     def _loaded(self, models: Sequence[Model], layer: str = "") -> Iterator[list[Any]]:
         """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
         started = time.perf_counter()
-        wanted = [model for model in models if needs_adapter(self._plan, model)]
+        wanted = [model for model in models if model is not None and needs_adapter(self._plan, model)]
         written = self._folders.write(wanted, layer) if self._folders and wanted else []
         names: list[Any] = []
         try:
