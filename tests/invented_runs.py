@@ -10,8 +10,7 @@ import numpy as np
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import FORMAT, Point, point_entries, point_path, write_point
 from rewarded_lines.folders import write_json
-from rewarded_lines.merger.preferences import simplex_grid
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
 POLICIES = ("cheerful", "detailed", "kind", "plain")

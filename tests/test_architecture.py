@@ -18,10 +18,10 @@ GROUND = [
 ]
 # The files of merger/, highest first, too.
 MERGER = [
-    *("mergekit", "merge", "output_folders", "model_card", "input_cards", "greedy_soup", "inspect", "inspect_subject"),
-    *("record", "open_inputs", "adapter_plan", "lora_stacking", "model_plan", "plan", "mergekit_methods"),
-    *("mergekit_file", "mergekit_gradients", "merge_options", "spec", "methods", "merge_rules", "preferences"),
-    *("lines_schedule", "adapter_checks", "model_checks", "lora_folding"),
+    *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "inspect_subject", "record"),
+    *("open_inputs", "adapter_plan", "lora_stacking", "model_plan", "plan", "mergekit_methods", "mergekit_file"),
+    *("mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks", "model_checks"),
+    "lora_folding",
 ]
 
 

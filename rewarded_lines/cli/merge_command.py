@@ -17,8 +17,8 @@ from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
 from rewarded_lines.cli.push_command import Destination, MergePublishing
 from rewarded_lines.errors import fail, printable
-from rewarded_lines.merger.merge_options import METHODS_PANEL, MergeOptions, option
 from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.spec import METHODS_PANEL, MergeOptions, option
 from rewarded_lines.signatures import takes_fields
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS, OptionValue
 from rewarded_lines.merger.plan import Plan
-from rewarded_lines.merger.preferences import simplex_grid
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 from rewarded_lines.projects import Project
 
 Weights = tuple[float, ...]

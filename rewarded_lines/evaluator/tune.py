@@ -15,8 +15,7 @@ from rewarded_lines.evaluator.points import PointSpec, check_merge
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.preferences import simplex_grid
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 from rewarded_lines.pareto.hypervolume import hypervolume
 
 # α and β to the hundredth: finer differences are below what a few hundred prompts can tell apart.

@@ -1,4 +1,4 @@
-"""Pre-flight for adapters: whether they were trained from this base, and fit its matrices and one another."""
+"""Pre-flight for adapters: they must come from this base, and fit its matrices and one another."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does; or 
 _SHOWN = 6
 _LONGEST = 200
 _OTHER_NAMES = (
-    f"{REMEDY}; where transformers names layers otherwise than the checkpoint does (LLaVA, Gemma 3, Qwen2-VL), name as "
-    "base a folder with its config.json alone"
+    f"{REMEDY}; if transformers names layers differently from the checkpoint (LLaVA, Gemma 3, Qwen2-VL), give as "
+    "base a folder with only its config.json"
 )
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
 def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
-    """Return all that keeps adapters from being merged over a base.
+    """Return every fault that prevents a merge of adapters over a base.
 
     Args:
         base: with or without its weights.
-        reference: how the user named the base.
+        reference: the user's folder or Hub id of the base.
         adapters: by name.
-        folded: they are added to the base's weights; otherwise the result is an adapter.
+        folded: whether the adapters are added to the base's weights; otherwise the result is an adapter.
     """
     problems: list[Problem] = []
     for name, adapter in adapters.items():
@@ -61,7 +61,7 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
 
 
 def notes_on(base: Base, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Return notes on tensors that are left out."""
+    """Return notes on the tensors that are left out."""
     compared = "equal to the base's" if isinstance(base, Checkpoint) else "not compared, the base has no weights"
     return [
         f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
@@ -76,7 +76,7 @@ def changed_tensors(adapter: Adapter) -> list[str]:
 
 
 def _fit(base: Base, adapter: Adapter, where: str) -> list[Problem]:
-    """Compare names, shapes and types with the base's tensors, if it has any."""
+    """Compare names, shapes and types with the base's tensors."""
     if isinstance(base, BareBase):
         if not adapter.saved:
             return []
@@ -106,10 +106,9 @@ def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str)
         return Problem("the base's tensor holds no floating-point numbers", where)
     square = shape[0] == shape[1] and not module.embedding
     if adapter.config.fan_in_fan_out and square and not is_transposed(module, base.config):
-        what = "whether this square matrix is stored as [in, out] cannot be told (fan_in_fan_out is true)"
-        return Problem(
-            what, where, remedy=f"set fan_in_fan_out to false in {ADAPTER_CONFIG} if the layer is an nn.Linear"
-        )
+        what = "this square matrix may be stored as [in, out] or [out, in] (fan_in_fan_out is true)"
+        remedy = f"set fan_in_fan_out to false in {ADAPTER_CONFIG} if the layer is an nn.Linear"
+        return Problem(what, where, remedy=remedy)
     return None
 
 
@@ -137,24 +136,23 @@ def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, w
     for start, count in blocks_of(theirs.elements):
         first = as_float64(base.read(theirs.name, start, count), theirs.dtype)
         if not np.array_equal(first, as_float64(adapter.read(info.name, start, count), info.dtype), equal_nan=True):
-            return Problem(
-                "the adapter's copy of a base tensor differs from the base's", f"{where}: {name}", remedy=REMEDY
-            )
+            what = "the adapter's copy of a base tensor differs from the base's"
+            return Problem(what, f"{where}: {name}", remedy=REMEDY)
     return None
 
 
 def _stored_name(base: Checkpoint, name: str) -> str | None:
-    """Return the tensor of the base that a name means; a head without one is tied to the embeddings."""
+    """Return the base's tensor for a name; a head without a tensor is tied to the embeddings."""
     if name in base.tensors:
         return name
-    if name not in TIED_HEADS or not is_tied(base):
+    if name not in TIED_HEADS or not _is_tied(base):
         return None
     ends = tuple(f".{end}.weight" for end in TOKEN_EMBEDDINGS)
     return next((other for other in base.tensors if f".{other}".endswith(ends)), None)
 
 
-def is_tied(base: Checkpoint) -> bool:
-    """Say whether the base's head and embeddings are one tensor."""
+def _is_tied(base: Checkpoint) -> bool:
+    """True if the base's head and embeddings are one tensor."""
     names = base.config.get("architectures")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     if names and not any(name.endswith(_LANGUAGE_MODELS) for name in names):
@@ -163,10 +161,10 @@ def is_tied(base: Checkpoint) -> bool:
 
 
 def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:
-    """Refuse a change to one of two tied layers: their one tensor cannot take it."""
-    # In T5 and BART several layers share one tensor; PEFT changes only the layers that it targets.
-    ends = tuple(f".{end}.weight" for end in (TOKEN_EMBEDDINGS if is_tied(base) else ("shared",)))
-    heads = TIED_HEADS if is_tied(base) else ()
+    """Refuse a change to only one of two tied layers: both share one tensor."""
+    # In T5 and BART several layers share one tensor; PEFT changes only its target layers.
+    ends = tuple(f".{end}.weight" for end in (TOKEN_EMBEDDINGS if _is_tied(base) else ("shared",)))
+    heads = TIED_HEADS if _is_tied(base) else ()
     tied = [name for name in changed_tensors(adapter) if f".{name}".endswith(ends) or name in heads]
     what = "the adapter changes one of the layers (head, embeddings) that are one tensor in the base"
     return [Problem(what, where, got=some(tied), remedy=KEEP_APART)] if tied else []
@@ -191,7 +189,7 @@ def _agree(adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
 
 
 def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> list[Problem]:
-    """Find adapters of another base by what their training recorded, or else by the base that they name."""
+    """Find adapters of another base by the hash in their training.json, else by the name of their base."""
     whole = isinstance(base, Checkpoint)
     recorded, named = recorded_base(adapter.folder), adapter.config.base
     if recorded and whole:
@@ -211,7 +209,7 @@ def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) ->
 
 
 def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
-    """Compare the bases that adapters name with one another; bases on this machine were compared before."""
+    """Compare the adapters' bases with one another; bases on this machine were compared before."""
     recorded = {name: recorded_base(adapter.folder) for name, adapter in adapters.items()}
     if len({value for value in recorded.values() if value}) > 1:
         got = ", ".join(f"{value[:12]}… for {name}" for name, value in recorded.items() if value)
@@ -226,12 +224,12 @@ def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
 
 
 def _last_part(reference: str) -> str:
-    """Return the name at the end of a path or Hub id; the rest differs from machine to machine."""
+    """Return the last part of a path or Hub id; the rest differs between machines."""
     return os.path.basename(os.path.normpath(reference))
 
 
 def _is_model(reference: str) -> bool:
-    """Say whether a name is the folder of a model on this machine."""
+    """True if a name is the folder of a model on this machine."""
     try:
         return (Path(reference) / "config.json").is_file()
     except (OSError, ValueError):

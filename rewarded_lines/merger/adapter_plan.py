@@ -1,6 +1,6 @@
-"""Adapters merged into an adapter: Σ Bᵢ·Aᵢ is B·A with the Aᵢ stacked and the Bᵢ, each with its factor, side by side.
+"""Adapters merged into an adapter: Σ γᵢ·Bᵢ·Aᵢ is B·A with the Aᵢ stacked and the γᵢ·Bᵢ side by side.
 
-Averaging A and B separately, as the first code of Rewarded Soups did, gives cross terms Bᵢ·Aⱼ instead.
+Averaging A and B separately, as in the first code of Rewarded Soups, gives cross terms Bᵢ·Aⱼ instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rewarded_lines.merger.plan import Plan, copy_companions
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
-# bfloat16 has the range of float32: a power of two up to this one only moves the exponent of a usual weight.
+# bfloat16 has the range of float32, so a power of two up to this one only shifts a usual weight's exponent.
 _PLAIN_EXPONENT = 32
 # PEFT loads one file.
 _ONE_FILE = 1 << 62
@@ -44,13 +44,13 @@ class AdapterPlan(Plan):
 
         Σ γᵢ·Bᵢ·Aᵢ = [γ₁·B₁ … γ_N·B_N] · [A₁; …; A_N],   of rank Σ rᵢ.
 
-    Policies of weight 0 and modules of scale 0 take no rank. γᵢ is folded into B, in float64, and rounded once. So the
-    output's own scaling is 1 for every module, also in engines that read α and r but no patterns (vLLM). In 16 bits
-    that rounding would cost up to 2⁻⁹ of each value. So 16-bit adapters give a float32 one, unless every γᵢ is a power
-    of two (bfloat16) or 1. An output that is one policy (λ = 1, s = 1) repeats its tensors bit for bit, with its own α
-    and r.
+    Policies of weight 0 and modules of scale 0 take no rank. γᵢ is multiplied into B, in float64, and rounded once. So
+    the output's own scaling is 1 for every module, also in engines that read α and r but no patterns (vLLM). In 16
+    bits that rounding would cost up to 2⁻⁹ of each value. So 16-bit adapters give a float32 adapter, unless every γᵢ
+    is a power of two (bfloat16) or 1. An output that equals one policy (λ = 1, s = 1) repeats its tensors bit for bit,
+    with its own α and r.
 
-    The stack's order is that of the adapters' hashes: permuting the policies changes no bit.
+    Parts are stacked in the order of the adapters' hashes: permuting the policies changes no bit.
     """
 
     kind = "adapter"
@@ -59,7 +59,7 @@ class AdapterPlan(Plan):
     def __init__(
         self, base: Checkpoint | BareBase, policies: Mapping[str, Adapter], depths: Depths, dtype: str = "auto"
     ) -> None:
-        """Bind the inputs; use `plan_adapters` to get a checked plan. `dtype` is one of `DTYPES`."""
+        """Bind the inputs; `plan_adapters` returns a checked plan. `dtype` is one of `DTYPES`."""
         super().__init__(base, policies, depths, dtype)
         self.adapters = list(policies.values())
         modules: dict[str, dict[int, LowRank]] = {}
@@ -74,22 +74,22 @@ class AdapterPlan(Plan):
         self._outputs: dict[tuple[object, ...], AdapterOutput] = {}
 
     def without_repeats(self) -> AdapterPlan:
-        """Return the same plan, but with every output of scaling 1, even one that is a single policy.
+        """Return the plan with scaling 1 in every output, also in one that equals a policy.
 
-        That is for engines that read α and r but no patterns: a policy's own settings may have patterns.
+        For engines that read α and r but no patterns: a policy's own settings may have patterns.
         """
         plan = copy(self)
         plan._repeats, plan._outputs = False, {}
         return plan
 
     def only(self, layer: str) -> AdapterPlan:
-        """Return the plan without repeats, and with only the modules whose names end with `layer`, e.g. q_proj."""
+        """Return the plan `without_repeats`, and with only the modules of one kind of layer, e.g. q_proj."""
         plan = self.without_repeats()
         plan.modules = {name: one for name, one in self.modules.items() if name.rpartition(".")[2] == layer}
         return plan
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
-        """Return the stacked modules, and the tensors saved whole, of one output."""
+        """Return the stacked modules and the tensors saved whole of one output."""
         key = (spec.weights, spec.alpha, spec.beta, spec.outside)
         if key not in self._outputs:
             self._outputs[key] = self._output(spec)
@@ -101,7 +101,7 @@ class AdapterPlan(Plan):
         whole = self._whole(spec, copied)
         stacks = {name: self._stack(name, scale, spec, copied) for name, scale in scales.items()}
         if not any(stack.parts for stack in stacks.values()) and not whole:
-            # PEFT loads no adapter without modules: all of them, of rank 1 and zero.
+            # PEFT loads no adapter without modules, so all of them are written, of rank 1 and zero.
             stacks = {name: replace(stack, rank=1) for name, stack in stacks.items()}
         else:
             stacks = {name: stack for name, stack in stacks.items() if stack.parts}
@@ -120,11 +120,11 @@ class AdapterPlan(Plan):
         self.whole.prepare(specs)
 
     def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
-        """See `Plan.auto_alpha`. It computes B·A, so it takes as long as folding the adapters into their base."""
+        """See `Plan.auto_alpha`. It computes B·A, which takes as long as folding the adapters into their base."""
         return self._residuals.auto_alpha(specs)
 
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
-        """See `Plan.matched_alpha`. The first call computes B·A; later ones reuse what was measured."""
+        """See `Plan.matched_alpha`. The first call computes B·A; later calls reuse its measures."""
         return self._residuals.matched_alpha(weights, like)
 
     def write(
@@ -172,7 +172,7 @@ class AdapterPlan(Plan):
         return Stack(next(iter(modules.values())), rank, tuple(parts))
 
     def _whole(self, spec: MergeSpec, copied: int | None) -> dict[str, TensorMerge]:
-        """Return how the tensors saved whole are merged; an empty dict if all of them equal the base's."""
+        """Return the merges of the tensors saved whole; an empty dict if all results equal the base's."""
         if copied is not None:
             saved = self.adapters[copied].saved
             return {name: TensorMerge(self._dtype or saved[name].dtype, copied + 1) for name in sorted(saved)}
@@ -180,7 +180,7 @@ class AdapterPlan(Plan):
         return steps if any(step.copy != 0 for step in steps.values()) else {}
 
     def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
-        """Return the one policy with a weight, if s·λ is 1 for all that it changes."""
+        """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""
         active = [index for index, weight in enumerate(spec.weights) if weight != 0]
         if len(active) != 1 or not self._repeats:
             return None
@@ -197,7 +197,7 @@ class AdapterPlan(Plan):
 
 
 def _is_exact(factor: float, kind: DType) -> bool:
-    """Say whether a factor loses nothing beyond float32 rounding when it is folded into a type."""
+    """True if multiplying a tensor of this type by a factor loses no more than float32 rounding."""
     mantissa, exponent = math.frexp(factor)
     if kind == BF16:
         return abs(mantissa) == 0.5 and abs(exponent) <= _PLAIN_EXPONENT

@@ -1,4 +1,4 @@
-"""Greedy model soup: policies join one by one, best first, while the score the user names does not fall."""
+"""Greedy model soup: policies join one by one, best first, while the user's score does not fall."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from rewarded_lines.folders import scratch_folder
 from rewarded_lines.references import find_function
 
 if TYPE_CHECKING:
-    from rewarded_lines.merger.merge_options import MergeOptions
     from rewarded_lines.merger.plan import Plan
-    from rewarded_lines.merger.spec import MergeSpec
+    from rewarded_lines.merger.spec import MergeOptions, MergeSpec
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:
@@ -26,8 +25,8 @@ def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> li
     Candidates are ordered by their own score, best first; each joins if the soup with it scores at least as high.
 
     Args:
-        count: how many candidates there are.
-        score: of the soup of some of them, by index; higher is better.
+        count: the number of candidates.
+        score: scores a soup by the indices of its members; higher is better.
 
     Source: Model soups, arXiv 2203.05482, recipe 1.
     """
@@ -42,25 +41,14 @@ def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> li
     return members
 
 
-def greedy_weights(
-    plan: Plan,
-    spec: MergeSpec,
-    out: Path,
-    how: MergeOptions,
-) -> tuple[float, ...]:
+def greedy_weights(plan: Plan, spec: MergeSpec, out: Path, how: MergeOptions) -> tuple[float, ...]:
     """Return 1/n for each of the n members of the greedy soup and 0 for the others.
 
-    Every candidate is merged as the output would be, LiNeS' schedule included, into a scratch folder beside `out`,
-    and scored there.
-
-    Args:
-        plan: base and candidates.
-        spec: the schedule; its weights do not matter.
-        out: the folder that the result will have.
-        how: `score`, and `alpha`: "auto" chooses it for every candidate, as for the output.
+    Every candidate is merged with the output's schedule into a scratch folder beside `out`, and scored there. With
+    `how.alpha` "auto", each candidate gets its own α. The weights of `spec` are ignored.
 
     Raises:
-        UserError: no score is named, it fails, or it gives no finite number.
+        UserError: no score is given, it fails, or it returns no finite number.
     """
     if how.score is None:
         raise fail(
@@ -69,11 +57,12 @@ def greedy_weights(
             expected="a command that prints a number for a model's folder, or file.py:function",
             remedy="for example --score 'python score.py {model}'",
         )
-    judge = load_score(how.score)
+    judge = _load_score(how.score)
     names = list(plan.policies)
 
     def score_soup(members: tuple[int, ...]) -> float:
-        how.progress.start(f"trying {' + '.join(names[index] for index in members)}")
+        title = " + ".join(names[index] for index in members)
+        how.progress.start(f"trying {title}")
         with scratch_folder(out) as folder:
             soup = replace(spec, weights=_uniform(members, len(names)))
             if how.alpha == "auto":
@@ -83,7 +72,7 @@ def greedy_weights(
             if not how.allow_nonfinite:
                 nonfinite.refuse()
             value = judge(folder)
-        plan.notes.append(f"score of {' + '.join(names[index] for index in members)}: {value:.6g}")
+        plan.notes.append(f"score of {title}: {value:.6g}")
         return value
 
     # Sorted by name, so that ties between scores do not depend on the user's order.
@@ -92,31 +81,28 @@ def greedy_weights(
     return _uniform([order[index] for index in members], len(names))
 
 
-def load_score(score: str | Callable[[Path], float]) -> Callable[[Path], float]:
-    """Return the score that the user named as a function from a model's folder to a finite number.
+def _uniform(members: Sequence[int], count: int) -> tuple[float, ...]:
+    return tuple(1 / len(members) if index in members else 0.0 for index in range(count))
+
+
+def _load_score(score: str | Callable[[Path], float]) -> Callable[[Path], float]:
+    """Return the user's score as a function from a model's folder to a finite number.
 
     Args:
-        score: a function; `module:function` or `file.py:function`; or a command, in which `{model}` stands for the
-            folder (appended where it does not occur) and whose last line of output is the number.
-
-    Raises:
-        UserError: a function that does not exist.
+        score: a function, `module:function`, `file.py:function`, or a command. `{model}` in a command is replaced by
+            the folder; without `{model}` the folder is appended. The last line of its output is the number.
     """
     if callable(score):
         return lambda folder: _finite(score(folder), getattr(score, "__name__", "score"))
     words = shlex.split(score)
     if len(words) == 1 and ":" in score:
         function = find_function(score, Path(), "--score")
-        return lambda folder: _finite(_called(function, folder, score), score)
+        return lambda folder: _finite(_call(function, folder, score), score)
     command = words if any("{model}" in word for word in words) else [*words, "{model}"]
     return lambda folder: _finite(_run([word.replace("{model}", str(folder)) for word in command]), score)
 
 
-def _uniform(members: Sequence[int], count: int) -> tuple[float, ...]:
-    return tuple(1 / len(members) if index in members else 0.0 for index in range(count))
-
-
-def _called(function: Callable[..., Any], folder: Path, name: str) -> Any:
+def _call(function: Callable[..., Any], folder: Path, name: str) -> Any:
     try:
         return function(folder)
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything; the message reports it
@@ -131,7 +117,7 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise _failed(shlex.join(command), f"exit code {done.returncode}; {''.join(last)}")
-    return ([line for line in done.stdout.splitlines() if line.strip()] or [""])[-1]
+    return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def _finite(value: Any, name: str) -> float:

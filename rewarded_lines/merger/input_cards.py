@@ -1,4 +1,4 @@
-"""What the cards of a merge's inputs say: their names on the Hub, licences, languages and data sets.
+"""The model cards of a merge's inputs: Hub ids, licences, languages and data sets.
 
 Cards are other people's files: a field that is missing, damaged or malformed is ignored.
 """
@@ -37,11 +37,8 @@ class InputCard:
     Attributes:
         title: its Hub id, or the name of its folder.
         ids: its Hub id; for a folder without one, the ids of the models it was made from.
-        licence: as its card gives it, "" if the card gives none.
+        licence: "" if the card gives none.
         licence_name: the name of a licence that the Hub does not list.
-        licence_link: the web address of its text.
-        languages: codes.
-        datasets: Hub ids of data sets.
     """
 
     title: str
@@ -54,17 +51,16 @@ class InputCard:
 
 
 def input_cards(plan: Plan) -> dict[str, InputCard]:
-    """Return what is known about the base, under the name "", and about every policy by name."""
-    policies = {
-        name: _input_card(plan.references.get(name, ""), policy.folder, _made_from(policy))
-        for name, policy in plan.policies.items()
-    }
+    """Return the cards of the base, under the name "", and of every policy by name."""
     bases = [policy.config.base for policy in plan.policies.values() if isinstance(policy, Adapter)]
-    return {"": _input_card(plan.reference, plan.base.folder, [*_made_from(plan.base), *bases]), **policies}
+    cards = {"": _input_card(plan.reference, plan.base.folder, [*_made_from(plan.base), *bases])}
+    for name, policy in plan.policies.items():
+        cards[name] = _input_card(plan.references.get(name, ""), policy.folder, _made_from(policy))
+    return cards
 
 
 def read_front_matter(folder: Path) -> Mapping[str, Any]:
-    """Return the fields of a folder's model card that a merge passes on; {} if there are none."""
+    """Return the fields of a folder's model card that a merge passes on."""
     path = folder / CARD_FILE
     try:
         # Reading a pipe would wait for ever.
@@ -79,7 +75,7 @@ def read_front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _parse(text: str) -> Mapping[str, Any]:
-    """Return the fields of `_FIELD`; the others are not parsed, because tables of results can be very long."""
+    """Return the fields of `_FIELD`; others are skipped, because tables of results can be very long."""
     import yaml
 
     found: dict[str, Any] = {}
@@ -109,7 +105,7 @@ def _input_card(reference: str, folder: Path, made_from: Iterable[str]) -> Input
 
 
 def _own_id(reference: str, folder: Path) -> str:
-    """Return the Hub id of an input, or ""; the path of a folder in the Hub's cache contains the id."""
+    """Return the Hub id of an input, or ""; a path in the Hub's cache contains the id."""
     if reference and not looks_local(reference):
         return reference
     place = folder.resolve()
@@ -118,14 +114,14 @@ def _own_id(reference: str, folder: Path) -> str:
 
 
 def _ancestors(folder: Path, card: Mapping[str, Any], made_from: Iterable[str]) -> tuple[str, ...]:
-    """Return the Hub ids that a folder was made from, as its card says, or else its config."""
+    """Return the Hub ids of the models that a folder was made from, by its card, else by its config."""
     place = folder.resolve()
     named = _texts(card.get("base_model"), _ID) or [text for text in made_from if _ID.fullmatch(text)]
     return tuple(dict.fromkeys(name for name in named if not _lies_here(name, place)))
 
 
 def _lies_here(name: str, folder: Path) -> bool:
-    """Say whether a name that looks like an id is a path on this machine; trainings write such names."""
+    """True if a name that looks like an id is a path on this machine; trainers record such names."""
     return any(os.path.exists(place / name) for place in (Path(), folder, *list(folder.parents)[:4]))
 
 
@@ -135,7 +131,7 @@ def _made_from(source: Checkpoint | BareBase | Adapter) -> list[str]:
 
 
 def _texts(value: Any, form: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the well-formed texts of a field that has one text or a list."""
+    """Return the well-formed texts of a field with one text or a list."""
     values = value if isinstance(value, list) else [value]
     # YAML reads `no`, the code of Norwegian, as false.
     texts = ["no" if one is False else one for one in values]

@@ -1,4 +1,4 @@
-"""The verb `inspect`: what a checkpoint is made of, depth by depth, and how far each depth lies from its base."""
+"""The verb `inspect`: the tensors of a checkpoint by depth, and their distance from its base."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from rewarded_lines.kernels.norms import Distance, distances
 from rewarded_lines.merger.inspect_subject import open_subject
 from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
 from rewarded_lines.merger.plan import OUTSIDE, choose
+from rewarded_lines.merger.record import RECORD_FILE
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
-_SIDES: Mapping[Side, int] = {"before": 0, "in": 1, "after": 2, "unknown": 3}
+_SIDES: Sequence[Side] = ("before", "in", "after", "unknown")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How far the values of one or more tensors lie from the base's; norms are L2, in float64.
+    """The residual of one or more tensors; norms are L2, in float64.
 
     Attributes:
         norm: ‖τ‖ with τ = θ − θ_base.
         base_norm: ‖θ_base‖ of the same values.
         scaled_norm: ‖s·τ‖, s each tensor's LiNeS scale.
-        values: how many there are.
-        changed: how many of them differ from the base's.
-        nonfinite: how many are NaN or infinite, in the base or in the checkpoint.
+        values: the number of values.
+        changed: the number that differ from the base's.
+        nonfinite: the number that are NaN or infinite, in the base or in the checkpoint.
     """
 
     norm: float
@@ -44,14 +45,14 @@ class Residual:
 
     @property
     def relative(self) -> float:
-        """Return ‖τ‖/‖θ_base‖; infinite where only the base is zero."""
+        """Return ‖τ‖/‖θ_base‖; infinite if only the base is zero."""
         if self.base_norm == 0:
             return math.inf if self.norm else 0.0
         return self.norm / self.base_norm
 
     @property
     def share_changed(self) -> float:
-        """Return which share of the values differ from the base's."""
+        """Return the share of the values that differ from the base's."""
         return self.changed / self.values if self.values else 0.0
 
 
@@ -72,7 +73,7 @@ class InspectedTensor:
 
 @dataclass(frozen=True)
 class Sum:
-    """Several tensors together; integers and booleans count, but have no residual."""
+    """Totals over several tensors; integers and booleans count, but have no residual."""
 
     tensors: int
     parameters: int
@@ -83,7 +84,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Level(Sum):
-    """The tensors at one depth: a block, or what stands before or after the blocks of a list."""
+    """The tensors at one depth: in a block, before the blocks of a list or after them."""
 
     stack: str
     block: int | None
@@ -94,7 +95,7 @@ class Level(Sum):
 
 @dataclass(frozen=True)
 class Origin:
-    """How the checkpoint was merged, as its merge.json says."""
+    """The merge in the checkpoint's merge.json."""
 
     policies: tuple[str, ...]
     merge: MergeSpec
@@ -129,20 +130,20 @@ def inspect(
 ) -> Inspection:
     """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
 
-    Without a base only headers are read. With one both checkpoints pass in blocks; sums of blocks are added exactly,
-    so the numbers are the same for any number of threads and any sharding.
+    Without a base only headers are read. With a base both checkpoints pass in blocks. Sums of blocks are added
+    exactly, so the numbers are the same for any number of threads and any sharding.
 
     Args:
         checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
-        base: folder or Hub id of the SFT model it was trained from.
+        base: folder or Hub id of its SFT model.
         alpha: α, the scale of the first block.
-        beta: β, what the last block gets on top.
-        outside: what embeddings, final norm and head get: "alpha" gives α, "depth" the scale of the block beside them.
-        layers: the pattern of the block list, for layouts that are not known.
-        progress: is told of the bytes that are read.
+        beta: β, added by the last block.
+        outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
+        layers: the pattern of the block list, for unknown layouts.
+        progress: receives the bytes read.
 
     Raises:
-        UserError: a checkpoint is not whole, its layout is not known, or it does not come from this base.
+        UserError: a checkpoint is incomplete, its layout is unknown, or it was trained from another base.
     """
     check_schedule(alpha, beta)
     choose("--outside", outside, OUTSIDE)
@@ -151,20 +152,18 @@ def inspect(
     infos = subject.tensors
     depths = find_depths(infos, subject.config, layers)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
-    tensors = _by_depth(
-        [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()], depths
-    )
+    tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
+    stacks = list(depths.stacks)
+    tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
     return Inspection(
         str(checkpoint),
         None if base is None else str(base),
-        alpha,
-        beta,
-        outside,
+        *(alpha, beta, outside),
         depths.stacks,
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
-        _made_by(subject.folder),
+        _origin(subject.folder),
         [*subject.notes, *_nonfinite(tensors)],
     )
 
@@ -184,11 +183,6 @@ def _tensor(
     )
 
 
-def _by_depth(tensors: Iterable[InspectedTensor], depths: Depths) -> list[InspectedTensor]:
-    stacks = list(depths.stacks)
-    return sorted(tensors, key=lambda one: (stacks.index(one.stack), _SIDES[one.side], one.block or 0))
-
-
 def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) -> list[Level]:
     groups: dict[tuple[str, int | None, Side], list[InspectedTensor]] = {}
     for tensor in tensors:
@@ -196,10 +190,8 @@ def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo])
     levels = []
     for (stack, block, side), group in groups.items():
         modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
-        whole = _sum(group, infos)
-        levels.append(
-            Level(**vars(whole), stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules))
-        )
+        whole = vars(_sum(group, infos))
+        levels.append(Level(**whole, stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules)))
     return levels
 
 
@@ -210,11 +202,11 @@ def _sum(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo]) ->
         sum(tensor.parameters for tensor in tensors),
         total_bytes(infos[tensor.name] for tensor in tensors),
         tuple(sorted({tensor.dtype for tensor in tensors})),
-        _together(residuals) if residuals else None,
+        _joined(residuals) if residuals else None,
     )
 
 
-def _together(residuals: Sequence[Residual]) -> Residual:
+def _joined(residuals: Sequence[Residual]) -> Residual:
     return Residual(
         math.hypot(*(one.norm for one in residuals)),
         math.hypot(*(one.base_norm for one in residuals)),
@@ -225,9 +217,9 @@ def _together(residuals: Sequence[Residual]) -> Residual:
     )
 
 
-def _made_by(folder: Path) -> Origin | None:
-    """Return what merge.json says, or None if there is no readable one."""
-    path = folder / "merge.json"
+def _origin(folder: Path) -> Origin | None:
+    """Return the merge in merge.json, or None without a readable merge.json."""
+    path = folder / RECORD_FILE
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Open and check what `inspect` looks at: a model, with or without its base, or an adapter with its base."""
+"""Open and check the subject of `inspect`: a model, with or without its base, or an adapter with its base."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
+from rewarded_lines.merger.open_inputs import collected
 
 _LONGEST = 200
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A complete checkpoint that fits its base, if there is one.
+    """A complete checkpoint that fits its base.
 
     Attributes:
-        folder: where it lies.
+        folder: of the checkpoint.
         config: the model's config.json.
-        tensors: those that a merge would take; for an adapter its base's.
-        source: gives their values, or their residuals.
-        base: the SFT model.
-        notes: on what a merge would leave out.
+        tensors: the tensors that a merge would take; for an adapter its base's.
+        source: reads their values or residuals.
+        base: the SFT model, if given.
+        notes: on tensors that a merge would leave out.
     """
 
     folder: Path
@@ -41,50 +42,34 @@ class Subject:
 
 
 def open_subject(checkpoint: str, base: str | None) -> Subject:
-    """Open a model or an adapter and, if one is named, its base.
-
-    Raises:
-        UserError: with the faults of both, or all that keeps the two from being merged.
-    """
+    """Open a model or an adapter and, if given, its base; refuse a pair that cannot be merged."""
     opened: Checkpoint | Adapter | None = None
     origin: Checkpoint | None = None
     problems: list[Problem] = []
-    try:
+    with collected(problems):
         folder = resolve_folder(checkpoint)
         opened = Adapter(folder, checkpoint) if is_adapter(folder) else Checkpoint(folder, checkpoint)
-    except UserError as error:
-        problems += error.problems
-    try:
+    with collected(problems):
         origin = None if base is None else open_checkpoint(base)
-    except UserError as error:
-        problems += error.problems
     if opened is None or problems:
         raise UserError(problems)
-    if isinstance(opened, Checkpoint):
-        fitting = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
-        tensors = {name: opened.tensors[name] for name in fitting.names}
-        return Subject(opened.folder, opened.config, tensors, opened, origin, fitting.notes)
-    if base is None or origin is None:
-        raise _without_base(opened)
-    return _adapted(opened, origin, base)
+    if isinstance(opened, Adapter):
+        return _adapted(opened, origin, base)
+    fitting = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
+    tensors = {name: opened.tensors[name] for name in fitting.names}
+    return Subject(opened.folder, opened.config, tensors, opened, origin, fitting.notes)
 
 
-def _adapted(adapter: Adapter, base: Checkpoint, reference: str) -> Subject:
-    named = {adapter.folder.name: adapter}
-    if problems := check_adapters(base, reference, named, folded=True):
+def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> Subject:
+    if base is None or reference is None:
+        named = printable(adapter.config.base[:_LONGEST]) or "with the model it was trained from"
+        what, remedy = "an adapter is inspected over its base", f"pass --base {named}"
+        raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
+    adapters = {adapter.folder.name: adapter}
+    if problems := check_adapters(base, reference, adapters, folded=True):
         raise UserError(problems)
     fitting = check(base, {})
     tensors = {name: base.tensors[name] for name in fitting.names}
     count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
-    notes = [f"an adapter: {count}; the rest is the base's", *fitting.notes, *notes_on(base, named)]
+    notes = [f"an adapter: {count}; the rest is the base's", *fitting.notes, *notes_on(base, adapters)]
     return Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base.config), base, notes)
-
-
-def _without_base(adapter: Adapter) -> UserError:
-    named = printable(adapter.config.base[:_LONGEST])
-    return fail(
-        "an adapter is inspected over its base",
-        where=adapter.name,
-        got="no --base",
-        remedy=f"pass --base {named or 'with the model it was trained from'}",
-    )

@@ -1,4 +1,4 @@
-"""The LiNeS schedule: how much of a residual each depth keeps. Pure numbers."""
+"""The LiNeS schedule: the scale of the residual by depth. Pure numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ Outside = Literal["alpha", "depth"]
 
 
 def check_schedule(alpha: float, beta: float) -> None:
-    """Refuse a schedule whose α or β is not a finite number.
-
-    Raises:
-        UserError: naming the option.
-    """
+    """Refuse a schedule whose α or β is not a finite number."""
     problems = [
         Problem("not a finite number", where=option, got=str(value))
         for option, value in (("--alpha", alpha), ("--beta", beta))
@@ -27,7 +23,7 @@ def check_schedule(alpha: float, beta: float) -> None:
 
 
 def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> float:
-    """Return the factor that LiNeS gives the residual of one tensor.
+    """Return the LiNeS scale of one tensor by its block.
 
     λ^(ℓ) = α + β·(ℓ−1)/(L−1) for ℓ = 1 … L, the block counted from 1; tensors outside the blocks (embeddings, final
     norm, head) get α, as in the authors' code, and so does every tensor of a model with a single block.
@@ -36,7 +32,7 @@ def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> fl
         block: the 0-based block index ℓ−1, or None outside the blocks.
         blocks: the number of blocks L ≥ 1.
         alpha: scale of the first block.
-        beta: what the last block gets on top of α.
+        beta: added by the last block.
 
     Source: LiNeS, arXiv 2410.17146, equation 3 and section 4.
     """
@@ -47,24 +43,21 @@ def lines_scale(block: int | None, blocks: int, alpha: float, beta: float) -> fl
 
 
 def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "alpha", name: str = "") -> float:
-    """Return the factor that LiNeS gives the residual of one tensor, by its place in the model.
+    """Return the LiNeS scale of one tensor by its place in the model.
 
-    Inside the blocks λ^(ℓ) = α + β·(ℓ−1)/(L−1), L being the length of the tensor's own block list: an encoder and a
-    decoder each run from α to α + β. Outside the blocks the paper is silent: "alpha" gives α, as the authors' code
-    does; "depth" lets a tensor go with the block next to it, so that embeddings get the first block's α and final norm
-    and head the last block's α + β (α where L = 1).
+    Inside the blocks this is `lines_scale`, L the length of the tensor's own block list: an encoder and a decoder each
+    run from α to α + β. The paper does not define it outside the blocks. There "alpha" gives α, as in the authors'
+    code. "depth" gives the scale of the nearest block: α for embeddings, α + β for final norm and head (α if L = 1).
 
     Args:
-        place: where the tensor lies.
+        place: of the tensor.
         alpha: scale of the first block.
-        beta: what the last block gets on top of α.
+        beta: added by the last block.
         outside: the rule for tensors outside the blocks.
         name: the tensor's name, for the message.
 
     Raises:
-        UserError: the rule is "depth" and the side on which the tensor lies is not known.
-
-    Source: LiNeS, arXiv 2410.17146, equation 3 and section 4.
+        UserError: the rule is "depth", and the tensor may be before or after the blocks.
     """
     if place.block is not None:
         return lines_scale(place.block, place.blocks, alpha, beta)
@@ -73,8 +66,8 @@ def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "al
     if place.side == "after":
         return lines_scale(place.blocks - 1, place.blocks, alpha, beta)
     raise fail(
-        "whether this tensor stands before or after the blocks is not known",
+        "unknown whether this tensor is before or after the blocks",
         where=name or place.stack,
-        expected="embeddings, a final norm or a head by a name that is known",
-        remedy="pass --outside alpha, which needs no side: the tensors outside the blocks get alpha",
+        expected="embeddings, a final norm or a head with a known name",
+        remedy="pass --outside alpha: all tensors outside the blocks get α",
     )

@@ -1,4 +1,4 @@
-"""Merged adapters: how factors are stacked, the files that hold them, and the settings that PEFT reads."""
+"""Merged adapters on disk: stacked factors in one file, and the settings that PEFT reads."""
 
 from __future__ import annotations
 
@@ -26,13 +26,7 @@ Item = Callable[[Workspace], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One policy's place in a stacked module.
-
-    Attributes:
-        policy: its index.
-        factor: what its B is multiplied by.
-        first: its first row in A, and its first column in B.
-    """
+    """One policy's part of a stacked module: B times `factor`, from row `first` of A and column `first` of B on."""
 
     policy: int
     factor: float
@@ -41,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """A module of the merged adapter, of rank Σr; without parts it is zero."""
+    """A module of the merged adapter, of rank Σr; zero without parts. Its factors are named as those of `like`."""
 
     like: LowRank
     rank: int
@@ -65,8 +59,8 @@ class AdapterOutput:
     Attributes:
         dtype: of A and B.
         stacks: by module.
-        whole: how tensors that replace the base's are merged, by the base's name.
-        copied: the policy that the output repeats, settings and all; None where it is computed.
+        whole: the merges of tensors that replace the base's, by the base's name.
+        copied: the policy that is repeated with its settings; None if the output is computed.
     """
 
     dtype: DType
@@ -75,7 +69,7 @@ class AdapterOutput:
     copied: int | None = None
 
     def tensors(self, base: Mapping[str, TensorInfo]) -> list[TensorInfo]:
-        """Return name, type and shape of every tensor in the file; `base` has the base's."""
+        """Return name, type and shape of every tensor in the file, given the base's tensors."""
         infos = []
         for stack in self.stacks.values():
             infos.append(TensorInfo(stack.a, self.dtype, (stack.rank, stack.like.a.shape[1])))
@@ -83,9 +77,9 @@ class AdapterOutput:
         return infos + [TensorInfo(self.key(name), step.dtype, base[name].shape) for name, step in self.whole.items()]
 
     def key(self, name: str) -> str:
-        """Return the name in the file of a tensor that replaces the base's `name`."""
+        """Return the name in the file for a tensor that replaces the base's."""
         module, _, kind = name.rpartition(".")
-        # PEFT moves the layer that it wraps one level deeper, and its bias with it.
+        # PEFT moves a wrapped layer and its bias one level deeper.
         return f"{PREFIX}{module}.base_layer.{kind}" if module in self.stacks else PREFIX + name
 
 
@@ -100,15 +94,7 @@ class AdapterWriter:
         outputs: Sequence[tuple[CheckpointWriter, AdapterOutput]],
         progress: Progress,
     ) -> None:
-        """Write nothing yet.
-
-        Args:
-            adapters: the policies, by name.
-            modules: of the policies, by name and by the policy's index.
-            whole: merges the tensors that policies save whole.
-            outputs: the adapters to write, each with its open file.
-            progress: hears how many bytes were read.
-        """
+        """Bind policies by name, their modules by name and policy, the plan of tensors saved whole, and open files."""
         self.nonfinite = whole.nonfinite()
         self._adapters, self._modules, self._whole, self._outputs = list(adapters.values()), modules, whole, outputs
         self._inputs = [f"policy `{name}`" for name in adapters]
@@ -127,7 +113,7 @@ class AdapterWriter:
         return lambda item: item(workspace)
 
     def _items(self) -> Iterator[Item]:
-        """Yield pieces of work, in the order of the modules."""
+        """Yield the work in pieces, module by module."""
         for name, modules in self._modules.items():
             for index, module in modules.items():
                 for start, count in blocks_of(module.a.elements):
@@ -141,24 +127,22 @@ class AdapterWriter:
                 yield partial(self._write_whole, name, start, count)
 
     def _write_a(self, name: str, index: int, module: LowRank, start: int, count: int, _: Workspace) -> None:
-        """Place a run of one policy's A below those of the policies before it."""
+        """Write a block of one policy's A below the A of the policies before it."""
         raw = self._read(index, module.a, start, count)
         cast = {module.a.dtype: raw}
         for writer, output, stack in self._stacks(name):
-            for part in stack.parts:
-                if part.policy == index:
-                    if output.dtype not in cast:
-                        cast[output.dtype] = np.empty(count, output.dtype.storage)
-                        self._finite(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
-                    writer.write(stack.a, part.first * module.a.shape[1] + start, cast[output.dtype])
+            for part in (part for part in stack.parts if part.policy == index):
+                if output.dtype not in cast:
+                    cast[output.dtype] = np.empty(count, output.dtype.storage)
+                    self._count_overflow(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
+                writer.write(stack.a, part.first * module.a.shape[1] + start, cast[output.dtype])
         self._progress.advance(raw.nbytes)
 
     def _write_b(self, name: str, first: int, rows: int, _: Workspace) -> None:
-        """Place some rows of every policy's B side by side."""
-        raw = {
-            index: self._read(index, module.b, first * module.rank, rows * module.rank)
-            for index, module in self._modules[name].items()
-        }
+        """Write some rows of every policy's B side by side."""
+        raw = {}
+        for index, module in self._modules[name].items():
+            raw[index] = self._read(index, module.b, first * module.rank, rows * module.rank)
         for writer, output, stack in self._stacks(name):
             if stack.parts:
                 writer.write(stack.b, first * stack.rank, self._side_by_side(name, raw, rows, stack, output.dtype))
@@ -173,22 +157,22 @@ class AdapterWriter:
         for part in stack.parts:
             width, values = modules[part.policy].rank, raw[part.policy]
             bad = int(kernels.place_columns(values, width, part.factor, part.first, stack.rank, out))
-            self._finite(modules[part.policy].b.name, bad, part.policy)
+            self._count_overflow(modules[part.policy].b.name, bad, part.policy)
         return out
 
     def _read(self, index: int, info: TensorInfo, start: int, count: int) -> Array:
-        """Read a run of a policy's factor, and count what is not finite in it."""
+        """Read a block of a policy's factor, and count values that are not finite."""
         raw = self._adapters[index].read(info.name, start, count)
         self.nonfinite.add(info.name, self._inputs[index], int(kernels.count_nonfinite(raw)))
         return raw
 
-    def _finite(self, name: str, bad: int, index: int) -> None:
-        """Count values that became infinite in the result; those that were infinite before are the input's."""
+    def _count_overflow(self, name: str, bad: int, index: int) -> None:
+        """Count infinite values of the result, unless the input has some too."""
         if bad and not self.nonfinite.counted(name, self._inputs[index]):
             self.nonfinite.add(name, "the result", bad)
 
     def _write_whole(self, name: str, start: int, count: int, workspace: Workspace) -> None:
-        """Merge a run of a tensor that replaces the base's."""
+        """Merge a block of a tensor that replaces the base's."""
         wanted = [(writer, output) for writer, output in self._outputs if name in output.whole]
         steps = [output.whole[name] for _, output in wanted]
         workspace.load(name, start, count)
@@ -208,24 +192,28 @@ class AdapterWriter:
 def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: int, base: str) -> dict[str, Any]:
     """Return the adapter_config.json of an output: α = r for every module, so that its scaling is 1.
 
-    r is the largest rank, by which engines allocate memory. Modules of another rank are named in `rank_pattern` and
-    `alpha_pattern`, anchored and in full. An output that repeats a policy keeps that policy's settings.
+    r is the largest rank, by which engines allocate memory. `rank_pattern` and `alpha_pattern` name modules of another
+    rank, anchored and in full. An output that repeats a policy keeps that policy's settings.
 
     Args:
         adapters: the policies.
         output: the merged adapter.
-        modules: how many modules the policies have among them.
-        base: the base's folder, for policies that name different bases or none.
+        modules: the number of modules of all policies.
+        base: the base's folder, if policies name different bases or none.
     """
     if output.copied is not None:
         return dict(adapters[output.copied].config.content)
     rank = max((stack.rank for stack in output.stacks.values()), default=1)
-    # PEFT puts `(.*\.)?(` before a pattern and `)$` behind it.
+    # PEFT adds `(.*\.)?(` before a pattern and `)$` after it.
     others = {f"^{re.escape(name)}": stack.rank for name, stack in output.stacks.items() if stack.rank != rank}
     contents = [adapter.config.content for adapter in adapters]
+    shared: dict[str, Any] = {}
+    for key in ("auto_mapping", "base_model_name_or_path", "revision", "task_type"):
+        first, *rest = (content.get(key) for content in contents)
+        shared[key] = first if all(value == first for value in rest) else None
     return {
-        "auto_mapping": _shared(contents, "auto_mapping"),
-        "base_model_name_or_path": _shared(contents, "base_model_name_or_path") or base,
+        "auto_mapping": shared["auto_mapping"],
+        "base_model_name_or_path": shared["base_model_name_or_path"] or base,
         "bias": _bias(adapters, output),
         "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in adapters),
         "inference_mode": True,
@@ -237,8 +225,8 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
         "r": rank,
         "rank_pattern": others,
         "alpha_pattern": dict(others),
-        "revision": _shared(contents, "revision"),
-        "task_type": _shared(contents, "task_type"),
+        "revision": shared["revision"],
+        "task_type": shared["task_type"],
         "use_dora": False,
         "use_rslora": False,
         **_targets(contents, list(output.stacks), modules),
@@ -246,7 +234,7 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
 
 
 def _targets(contents: Sequence[Mapping[str, Any]], names: list[str], modules: int) -> dict[str, Any]:
-    """Return the keys that choose modules: the policies' own where they are the same, else every module by name."""
+    """Return the keys that choose modules: the policies' own if they are equal, else every module by name."""
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     wanted = [[_sorted(content.get(key)) for key in keys] for content in contents]
     if all(other == wanted[0] for other in wanted) and len(names) == modules:
@@ -255,7 +243,7 @@ def _targets(contents: Sequence[Mapping[str, Any]], names: list[str], modules: i
 
 
 def _modules_to_save(adapters: Sequence[Adapter], output: AdapterOutput) -> list[str] | None:
-    """Return the policies' entries that match a tensor saved whole, or a module around one."""
+    """Return the policies' entries for a tensor saved whole, or for a module that contains one."""
     parts = [name.split(".")[:-1] for name in output.whole]
     around = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
     entries = sorted({entry for adapter in adapters for entry in adapter.config.modules_to_save})
@@ -263,17 +251,11 @@ def _modules_to_save(adapters: Sequence[Adapter], output: AdapterOutput) -> list
 
 
 def _bias(adapters: Sequence[Adapter], output: AdapterOutput) -> str:
-    """Return the widest of the policies' settings, if the output has biases at all."""
+    """Return the widest of the policies' settings, "none" if the output has no biases."""
     kinds = {adapter.config.bias for adapter in adapters}
     if not any(name.endswith(".bias") for name in output.whole):
         return "none"
     return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
-
-
-def _shared(contents: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """Return the value that all adapters have under a key, else None."""
-    values = [content.get(key) for content in contents]
-    return values[0] if all(value == values[0] for value in values) else None
 
 
 def _sorted(value: Any) -> Any:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import parse_size
-from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import existing_output
+from rewarded_lines.errors import Problem, UserError, fail, masked
+from rewarded_lines.folders import atomic_folder, existing_output, write_json
 from rewarded_lines.merger.greedy_soup import greedy_weights
+from rewarded_lines.merger.input_cards import CARD_FILE
 from rewarded_lines.merger.lines_schedule import check_schedule
-from rewarded_lines.merger.merge_options import MergeOptions
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.model_card import CardAddition
+from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
-from rewarded_lines.merger.output_folders import command_line, write_folders
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
-from rewarded_lines.merger.preferences import check_weights, folder_name, parse_weights
-from rewarded_lines.merger.record import RECORD_FILE, read_record
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
+from rewarded_lines.merger.spec import MergeOptions, MergeSpec, check_weights, folder_name, parse_weights
 from rewarded_lines.signatures import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
+Addition = Callable[[MergeSpec], CardAddition] | None
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def merge(
         policies: folders or Hub ids, by name or as a list (named after their folders).
         lam: λ of the first of two policies, or a weight for each; a list of such for several outputs. The default is
             0.5, for a single policy 1.
-        how: the rest; each field of `MergeOptions` may be given by its name, as in `alpha=0.5, method="ties"`.
+        how: the fields of `MergeOptions`, each by its name, as in `alpha=0.5, method="ties"`.
 
     Returns:
         One result per λ, in order.
@@ -96,35 +100,36 @@ def replay(
     """Repeat the merge that a `merge.json` records; its hashes prove that the inputs, and so the bits, are the same.
 
     Args:
-        record: the file, or the merged folder it lies in.
+        record: the file, or the merged folder that contains it.
         base: where the base is now, if it has moved.
         policies: where policies are now, by name, if they have moved.
-        how: `out` is by default the name of the record's folder and `-again`, beside it; only the `device` "cpu"
-            promises the same bits; `overwrite`, `allow_nonfinite`, `additions` and `progress` are as in `merge`. The
-            record says the rest.
+        how: `device`, `overwrite`, `allow_nonfinite`, `additions` and `progress` as in `merge`; only the device "cpu"
+            promises the same bits. `out` is by default FOLDER-again, beside the record's FOLDER. The record decides
+            the rest.
 
     Raises:
-        UserError: the record is none, an input is not what it was, or any fault that `merge` refuses.
+        UserError: the record is damaged, an input has changed, or any fault that `merge` refuses.
     """
     path = Path(record).expanduser()
     path = path / RECORD_FILE if path.is_dir() else path
-    told = read_record(path)
-    if strange := [name for name in policies or {} if name not in told.policies]:
-        what, known = f"the record has no policy `{strange[0]}`", ", ".join(told.policies)
+    recorded = read_record(path)
+    if strange := [name for name in policies or {} if name not in recorded.policies]:
+        what, known = f"the record has no policy `{strange[0]}`", ", ".join(recorded.policies)
         raise fail(what, where="--policy", expected=known, got=", ".join(strange))
-    check_schedule(told.alpha, told.beta)
+    check_schedule(recorded.alpha, recorded.beta)
     moved = {name: expand(reference) for name, reference in (policies or {}).items()}
-    named = {name: source.path for name, source in told.policies.items()} | moved
+    named = {name: source.path for name, source in recorded.policies.items()} | moved
     folder = path.resolve().parent
     target = folder.with_name(f"{folder.name}-again") if how.out is None else Path(expand(how.out))
-    origin = expand(base or told.base.path)
+    origin = expand(base or recorded.base.path)
     _check_targets([target], [origin, *named.values()], how.overwrite)
-    how = replace(how, as_=told.kind, dtype=told.dtype, max_shard_size=told.max_shard_size, layers=told.layers)
-    parse_size(how.max_shard_size)
-    spec = told.merge.complete(len(named))
-    plan = _open(origin, named, replace(how, method=told.method))
+    size = recorded.max_shard_size
+    parse_size(size)
+    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size, layers=recorded.layers)
+    spec = recorded.merge.complete(len(named))
+    plan = _open(origin, named, replace(how, method=recorded.method))
     how.progress.start("hashing inputs")
-    told.check_inputs(path, plan)
+    recorded.check_inputs(path, plan)
     return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
 
 
@@ -134,28 +139,57 @@ def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
 
 
 def _write(
-    plan: Plan,
-    specs: Sequence[MergeSpec],
-    targets: Sequence[Path],
-    how: MergeOptions,
-    addition: Callable[[MergeSpec], CardAddition] | None,
+    plan: Plan, specs: Sequence[MergeSpec], targets: Sequence[Path], how: MergeOptions, addition: Addition
 ) -> list[MergeResult]:
-    """Write every output."""
+    """Write one complete folder for each spec, or none; inputs are read once for all."""
     how.progress.start("measuring residuals")
     plan.prepare(specs)
-    settings = {"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers}
-    write_folders(
-        plan,
-        specs,
-        targets,
-        {**settings, "command": command_line()},
-        max_shard_size=parse_size(how.max_shard_size),
-        overwrite=how.overwrite,
-        allow_nonfinite=how.allow_nonfinite,
-        addition=addition,
-        progress=how.progress,
-    )
+    needed = sum(total_bytes(plan.outputs(spec)) for spec in specs)
+    try:
+        with ExitStack() as stack:
+            folders = [stack.enter_context(atomic_folder(target, how.overwrite)) for target in targets]
+            if needed > shutil.disk_usage(folders[0]).free:
+                raise _full(needed, folders[0].parent)
+            _fill(plan, specs, folders, how, addition)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _full(needed, targets[0].parent) from error
     return [_result(plan, spec, target) for spec, target in zip(specs, targets, strict=True)]
+
+
+def _fill(
+    plan: Plan, specs: Sequence[MergeSpec], folders: Sequence[Path], how: MergeOptions, addition: Addition
+) -> None:
+    """Write weights, settings, `merge.json` and the model card of every output."""
+    nonfinite = plan.write(specs, folders, parse_size(how.max_shard_size), how.progress)
+    if not how.allow_nonfinite:
+        nonfinite.refuse()
+    how.progress.start("hashing inputs")
+    inputs = hash_inputs(plan)
+    settings = {
+        **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers},
+        # `--score` may contain an access token.
+        "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
+    }
+    for folder, spec in zip(folders, specs, strict=True):
+        write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
+        added = addition(spec) if addition else CardAddition()
+        for name, content in added.files.items():
+            (folder / name).write_bytes(content)
+        (folder / CARD_FILE).write_text(model_card(plan, spec, settings, added), encoding="utf-8")
+    how.progress.start("syncing to disk")
+
+
+def _full(needed: int, place: Path) -> UserError:
+    free = shutil.disk_usage(place).free
+    return fail(
+        "not enough disk space, or a limit on the size of files",
+        where=str(place),
+        expected=f"{needed:,} bytes ({needed / 1e9:.2f} GB) free",
+        got=f"{free:,} bytes ({free / 1e9:.2f} GB)",
+        remedy="choose another --out, fewer λ, or --dtype bfloat16",
+    )
 
 
 def _result(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
@@ -164,16 +198,10 @@ def _result(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
-    """Return policies by name; in a sequence, pairs are (name, folder) and bare folders give their own names.
-
-    Raises:
-        UserError: none was given, or two share a name.
-    """
-    if isinstance(policies, Mapping):
-        named = {name: expand(path) for name, path in policies.items()}
-    else:
-        pairs = [item if isinstance(item, tuple) else (Path(item).name, item) for item in policies]
-        named = {name: expand(path) for name, path in pairs}
+    """Return policies by name; in a sequence, pairs are (name, folder), and a bare folder is named after itself."""
+    given = policies.items() if isinstance(policies, Mapping) else policies
+    pairs = [item if isinstance(item, tuple) else (Path(item).name, item) for item in given]
+    named = {name: expand(path) for name, path in pairs}
     if not named:
         raise fail("no policy given", where="--policy", expected="at least one, as NAME=FOLDER or FOLDER")
     if len(named) < len(policies):
@@ -188,7 +216,7 @@ def expand(reference: str | Path) -> str:
 
 
 def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: MergeOptions) -> list[MergeSpec]:
-    """Return the spec of every output; where α is chosen automatically, it is 0 until then."""
+    """Return the spec of every output; an α that is chosen later is 0 until then."""
     alpha = 0.0 if how.alpha == "auto" else how.alpha
     first = MergeSpec((), alpha, how.beta, how.method, how.options or {}, how.outside).complete(len(names))
     kind = METHODS[how.method].weights
@@ -226,11 +254,7 @@ def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
 
 
 def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
-    """Refuse outputs that exist, or that lie in, on or around an input.
-
-    Raises:
-        UserError: with all of them.
-    """
+    """Refuse outputs that exist, or that lie in, on or around an input."""
     problems = [problem for target in targets for problem in existing_output(target, overwrite, RECORD_FILE)]
     problems += [
         Problem("two outputs would have the same name", str(target), remedy="name λ that differ in six digits")

@@ -1,9 +1,9 @@
-"""How residuals become one: the rules of the merge methods, pure functions without files or state.
+"""The rules of the merge methods: pure functions that join residuals, without files or state.
 
 A rule takes the residuals τ_i = θ_i − θ_base of the policies, float64 arrays of one shape, the weights λ_i, and its
 parameters by name. It returns the merged residual, value by value, so that tensors can pass in blocks. Arrays are
-numpy's or torch's: rules use nothing but operators, which both have. What a rule must know beyond its block is measured
-before, and comes as a further parameter; see `Method.needs`.
+numpy's or torch's: rules only use operators that both have. Measures of whole tensors come as parameters, see
+`Method.needs`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 Array = Any
 Rule = Callable[..., Array]
 
-# Above this cosine residuals are joined linearly: parallel ones span no plane to rotate in.
+# Above this cosine residuals are joined linearly: parallel residuals span no plane to rotate in.
 _PARALLEL = 0.9995
 
 
@@ -32,7 +32,7 @@ def soup(residuals: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def ties(residuals: Sequence[Array], weights: Sequence[float], *, thresholds: Sequence[float], join: str) -> Array:
-    """Return the TIES merge: trim small values, elect a sign by weight, join the values that agree with it.
+    """Return the TIES merge: trim small values, elect a sign by weight, join the values of that sign.
 
     With τ̂_i = τ_i where |τ_i| ≥ t_i, else 0, and γ = sgn Σ λ_i·τ̂_i, A the policies with sgn τ̂_i = γ:
     Σ_A λ_i·τ̂_i / Σ_A λ_i (join "mean") or Σ_A λ_i·τ̂_i (join "sum"); 0 where γ = 0.
@@ -50,7 +50,7 @@ def ties(residuals: Sequence[Array], weights: Sequence[float], *, thresholds: Se
 
 
 def dare(residuals: Sequence[Array], weights: Sequence[float], *, kept: Sequence[Array], density: float) -> Array:
-    """Return Σ λ_i·m_i·τ_i/d: values are dropped at random, the rest is enlarged to keep the mean.
+    """Return Σ λ_i·m_i·τ_i/d: values are dropped at random, the others divided by d to keep the mean.
 
     Args:
         residuals: τ_i.
@@ -60,30 +60,30 @@ def dare(residuals: Sequence[Array], weights: Sequence[float], *, kept: Sequence
 
     Source: DARE, arXiv 2311.03099, section 3.1, with drop rate p = 1 − d.
     """
-    return soup([_rescale(*pair, density) for pair in zip(residuals, kept, strict=True)], weights)
+    return soup(_dropped(residuals, kept, density), weights)
 
 
 def dare_ties(
     residuals: Sequence[Array], weights: Sequence[float], *, kept: Sequence[Array], density: float, join: str
 ) -> Array:
-    """Return DARE's residuals joined as TIES joins them: a sign elected by weight, the values that agree with it.
+    """Return DARE's residuals joined as in TIES: a sign is elected by weight, and values of that sign are joined.
 
     Source: DARE, arXiv 2311.03099, section 4; TIES-Merging, arXiv 2306.01708, section 4.2.
     """
-    return _join_agreeing([_rescale(*pair, density) for pair in zip(residuals, kept, strict=True)], weights, join)
+    return _join_agreeing(_dropped(residuals, kept, density), weights, join)
 
 
 def consensus(residuals: Sequence[Array], weights: Sequence[float], *, tall: float, agree: int) -> Array:
     """Return Σ λ_i·τ_i where at least k policies need the value, else 0: Consensus merging with TALL masks.
 
-    Policy i needs a value where |τ_i| ≥ μ·|Σ_j τ_j − τ_i|. The masks look at the unweighted residuals of all
+    Policy i needs a value if |τ_i| ≥ μ·|Σ_j τ_j − τ_i|. The masks depend on the unweighted residuals of all
     policies, so they are the same for every λ.
 
     Args:
         residuals: τ_i.
         weights: λ_i.
-        tall: μ ≥ 0, how large a policy's own part must be beside the others' (the paper's λ_t).
-        agree: k; 2 prunes what no policy and what only one needs.
+        tall: μ ≥ 0 (the paper's λ_t).
+        agree: k; 2 drops the values that no policy or only one needs.
 
     Source: Localizing Task Information for Improved Model Merging, arXiv 2405.07813, sections 4 and 5.
     """
@@ -95,7 +95,7 @@ def consensus(residuals: Sequence[Array], weights: Sequence[float], *, tall: flo
 def slerp_weights(weights: Sequence[float], gram: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Return the factors of spherical interpolation between two residual tensors.
 
-    sin(λ_i·Ω)/sin Ω with Ω the angle between τ_1 and τ_2; λ_i themselves where they are zero or nearly parallel.
+    sin(λ_i·Ω)/sin Ω with Ω the angle between τ_1 and τ_2; λ_i if one is zero or they are nearly parallel.
 
     Args:
         weights: λ and 1 − λ.
@@ -108,21 +108,17 @@ def slerp_weights(weights: Sequence[float], gram: Sequence[Sequence[float]]) -> 
     if abs(cosine) > _PARALLEL:
         return tuple(weights)
     angle = math.acos(cosine)
-    return tuple(_slerp_weight(weight, angle) for weight in weights)
-
-
-def _slerp_weight(weight: float, angle: float) -> float:
     # The ends are exact, so that λ = 1 gives the policy bit for bit.
-    return weight if weight in (0.0, 1.0) else math.sin(weight * angle) / math.sin(angle)
+    return tuple(w if w in (0.0, 1.0) else math.sin(w * angle) / math.sin(angle) for w in weights)
 
 
-def _rescale(residual: Array, kept: Array, density: float) -> Array:
-    return residual * kept / density
+def _dropped(residuals: Sequence[Array], kept: Sequence[Array], density: float) -> list[Array]:
+    return [residual * mask / density for residual, mask in zip(residuals, kept, strict=True)]
 
 
 def _join_agreeing(residuals: Sequence[Array], weights: Sequence[float], join: str) -> Array:
     elected = soup(residuals, weights)
-    # Weights may be negative when extrapolating: it is the weighted value whose sign counts.
+    # Weights may be negative when extrapolating, so the sign of the weighted value counts.
     agrees = [
         (residual * weight > 0) & (elected > 0) | (residual * weight < 0) & (elected < 0)
         for residual, weight in zip(residuals, weights, strict=True)
@@ -130,7 +126,7 @@ def _join_agreeing(residuals: Sequence[Array], weights: Sequence[float], join: s
     total = soup([residual * mask for residual, mask in zip(residuals, agrees, strict=True)], weights)
     if join == "sum":
         return total
-    # Starts as float64: torch would make float32 of a boolean array times a number.
+    # Adding to float64 zeros: in torch, a boolean array times a number is float32.
     share = elected * 0.0
     for mask, weight in zip(agrees, weights, strict=True):
         share = share + (elected * 0.0 + mask) * abs(weight)

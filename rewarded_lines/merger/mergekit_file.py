@@ -1,4 +1,4 @@
-"""A mergekit YAML as it is written: its keys, its models, and where a parameter is looked up, not what it means."""
+"""The content of a mergekit YAML: its keys, its models, and the lookup of parameters. Their meaning is elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from rewarded_lines.config import Strict
@@ -16,23 +16,12 @@ from rewarded_lines.merger.mergekit_gradients import Line, line_of
 from rewarded_lines.projects import read_yaml, unknown_key
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# What each key may say, and why nothing else.
-_TOKENIZERS = "tokenizers are not merged here: all inputs must have the same one; give base, or nothing"
-_ONLY: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "chat_template": ("a merge keeps the chat template of its base; change it in the merged folder afterwards", ()),
-    "tokenizer_source": (_TOKENIZERS, ("base",)),
-    "tokenizer": (_TOKENIZERS, ("base", {"source": "base"})),
-    **dict.fromkeys(
-        ("dtype", "out_dtype"),
-        (f"not a type to write: give {', '.join(_DTYPES)}", (*_DTYPES, *(f"torch.{name}" for name in _DTYPES))),
-    ),
-}
 Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model as mergekit names it: a folder or Hub id, and a LoRA adapter on it ("" for none)."""
+    """A model in mergekit's terms: a folder or Hub id, and a LoRA adapter on it ("" for none)."""
 
     model: str
     lora: str = ""
@@ -44,7 +33,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Input:
-    """One of the models, with the parameters that stand beside it."""
+    """One of the models, with its own parameters."""
 
     reference: Reference
     parameters: Parameters
@@ -53,16 +42,16 @@ class Input:
 
 @dataclass(frozen=True)
 class MergekitFile:
-    """What a file says.
+    """The content of a file.
 
     Attributes:
         path: for messages.
         method: mergekit's name of it.
-        base: `base_model`, if there is one.
+        base: `base_model`.
         inputs: the models, in order.
-        shared: parameters for all of them, those of the slice before those of the top level.
-        dtype: of the output, "auto" if the file does not say.
-        blocks: how many blocks its slice has, None where models are whole anyway.
+        shared: parameters for all models: the slice's, then the top level's.
+        dtype: of the output, "auto" by default.
+        blocks: the number of blocks in its slice, None without a slice.
     """
 
     path: str
@@ -73,12 +62,12 @@ class MergekitFile:
     dtype: str
     blocks: int | None
 
-    def number(self, name: str, default: float | bool | None = None, of: Input | None = None) -> Any:
-        """Return what the file says of a parameter, as mergekit looks it up: beside the model, then for all.
+    def fault(self, what: str, key: str = "", **parts: str) -> UserError:
+        """Return an error about a key of this file."""
+        return fail(what, where=f"{self.path}: {key}" if key else self.path, **parts)
 
-        Raises:
-            UserError: the file has no such parameter and there is no default, or it depends on the tensor's name.
-        """
+    def number(self, name: str, default: float | bool | None = None, of: Input | None = None) -> Any:
+        """Return a parameter by mergekit's lookup: the model's own, then the shared ones, then `default`."""
         places = [(of.where, of.parameters)] if of else []
         for where, parameters in [*places, *((self.path, level) for level in self.shared)]:
             if name in parameters:
@@ -89,37 +78,37 @@ class MergekitFile:
         return default
 
     def line(self, name: str, default: float | None = None, of: Input | None = None) -> Line:
-        """Return a parameter over depth.
-
-        Raises:
-            UserError: it is no number, or a list of numbers that does not lie on a straight line.
-        """
+        """Return a parameter over depth; refuse a list that is not on a straight line."""
         setting = self.number(name, default, of)
         line = line_of(setting)
         if line is None:
-            raise fail(
-                f"`{name}` is no straight line over depth",
-                where=of.where if of else self.path,
-                expected="a number, or a list such as [0.7, 1.6]: LiNeS goes from α straight to α + β",
-                got=str(setting),
-                remedy="take the first and last value only, or stay with mergekit for this merge",
-            )
+            what, where = f"`{name}` is no straight line over depth", of.where if of else self.path
+            raise fail(what, where=where, expected="a number, or a list such as [0.7, 1.6]", got=str(setting))
         return line
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return a switch.
-
-        Raises:
-            UserError: it is neither on nor off.
-        """
+        """Return a switch."""
         value = self.number(name, default)
         if not isinstance(value, bool | int):
-            raise fail(f"`{name}` is no switch", where=self.path, expected="true or false", got=str(value))
+            raise self.fault(f"`{name}` is no switch", expected="true or false", got=str(value))
         return bool(value)
 
 
+def _unconditional(setting: Any, where: str) -> Any:
+    """Return a setting; refuse mergekit's filters, unless all of them give the same value."""
+    cases = setting if isinstance(setting, list) else [setting]
+    if not any(isinstance(case, dict) for case in cases):
+        return setting
+    values = [case.get("value") for case in cases if isinstance(case, dict)]
+    rest = any(isinstance(case, dict) and case.get("filter") in (None, "*") for case in cases)
+    if len(values) == len(cases) and rest and all(value == values[0] for value in values):
+        return values[0]
+    what = "a value that depends on the tensor's name has no counterpart here"
+    raise fail(what, where=where, expected="one value for all tensors, or a list over depth", got=str(setting))
+
+
 def _reference(value: Any) -> Reference:
-    """Return a model: `folder`, `organisation/name`, `model+adapter`, or the same with keys."""
+    """Return a model from `folder`, `organisation/name`, `model+adapter`, or the same with keys."""
     if isinstance(value, dict) and "model" in value and set(value) <= {"model", "lora"}:
         parts = [value[key] for key in ("model", "lora") if key in value]
         parts = [part["path"] if isinstance(part, dict) and set(part) == {"path"} else part for part in parts]
@@ -132,13 +121,22 @@ def _reference(value: Any) -> Reference:
     return Reference(model, lora)
 
 
-class _Level(Strict):
-    parameters: dict[str, Any] = {}
+def _is_base(value: Any, base: Reference | None) -> bool:
+    try:
+        return value == "base" or _reference(value) == base
+    except ValueError:
+        return False
 
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _parameters(cls, value: Any) -> Any:
-        return {} if value is None else value
+
+def _dtype(value: Any) -> str:
+    name = str(value or "").removeprefix("torch.")
+    if name and name not in _DTYPES:
+        raise ValueError(f"not a type to write: give {', '.join(_DTYPES)}")
+    return name
+
+
+class _Level(Strict):
+    parameters: Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)] = {}
 
 
 class _Model(_Level):
@@ -157,9 +155,8 @@ class _Slice(_Level):
     def _whole(cls, sources: list[_Source]) -> list[_Source]:
         ranges = {source.layer_range for source in sources}
         if len(ranges) != 1 or any(first != 0 or last < 1 for first, last in ranges):
-            raise ValueError(
-                "the slice is not of whole models: give each source the same layer_range, [0, number of blocks]"
-            )
+            what = "the slice is not of whole models: give each source the same layer_range, [0, number of blocks]"
+            raise ValueError(what)
         return sources
 
 
@@ -169,59 +166,60 @@ class _Content(_Level):
     models: list[_Model] | None = None
     slices: Annotated[list[_Slice] | None, Field(max_length=1)] = None
     modules: Any = None
-    dtype: Any = None
-    out_dtype: Any = None
+    dtype: Annotated[str, BeforeValidator(_dtype)] = ""
+    out_dtype: Annotated[str, BeforeValidator(_dtype)] = ""
     tokenizer_source: Any = None
     tokenizer: Any = None
     chat_template: Any = None
 
+    @field_validator("tokenizer_source", "tokenizer")
+    @classmethod
+    def _base_only(cls, value: Any, info: ValidationInfo) -> Any:
+        source = value["source"] if isinstance(value, dict) and set(value) == {"source"} else value
+        if source and not _is_base(source, info.data.get("base_model")):
+            raise ValueError("tokenizers are not merged here: give base, or nothing, with the same one in all inputs")
+        return value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("a merge keeps the chat template of its base; change it in the merged folder")
+        return value
+
 
 def read_file(path: Path) -> MergekitFile:
-    """Read a mergekit YAML.
-
-    Raises:
-        UserError: with every key and value that is not mergekit's, or has no counterpart here.
-    """
+    """Read a mergekit YAML; refuse every key and value that is not mergekit's, or has no counterpart here."""
     content, name = read_yaml(path), str(path)
-    problems = [
-        Problem(what, f"{name}: {key}", got=str(content[key]))
-        for key, (what, allowed) in _ONLY.items()
-        if content.get(key) and _by_role(content[key], content) not in allowed
-    ]
+    problems = []
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
     if given not in (["models"], ["slices"]):
         what = "`modules:` has no counterpart here" if "modules" in given else "no models, or two lists of them"
         expected = "either `models:`, or `slices:` with one slice of whole models"
         problems.append(Problem(what, name, expected=expected, got=", ".join(given) or "neither"))
     try:
-        said = _Content.model_validate(content)
+        found = _Content.model_validate(content)
     except ValidationError as error:
         raise UserError([*problems, *(_problem(detail, name) for detail in error.errors())]) from error
-    top, blocks, shared, where = said.models or [], None, [said.parameters], f"{name}: models"
-    for part in said.slices or []:
+    top, blocks, shared, where = found.models or [], None, [found.parameters], f"{name}: models"
+    for part in found.slices or []:
         top, blocks, where = list(part.sources), part.sources[0].layer_range[1], f"{name}: slices: sources"
         shared.insert(0, part.parameters)
     references = [one.model for one in top]
     twice = dict.fromkeys(one for one in references if references.count(one) > 1)
     problems += [Problem("a model is named twice", where, got=str(one)) for one in twice]
-    if said.base_model and said.base_model.lora:
+    if found.base_model and found.base_model.lora:
         what = "the base has an adapter"
-        problems.append(Problem(what, f"{name}: base_model", got=str(said.base_model), remedy="fold it"))
+        problems.append(Problem(what, f"{name}: base_model", got=str(found.base_model), remedy="fold it"))
     if problems:
         raise UserError(problems)
     inputs = tuple(Input(one.model, one.parameters, f"{where}[{index}]") for index, one in enumerate(top))
-    dtype = str(said.out_dtype or said.dtype or "auto").removeprefix("torch.")
-    return MergekitFile(name, said.merge_method, said.base_model, inputs, tuple(shared), dtype, blocks)
-
-
-def _by_role(value: Any, content: Parameters) -> Any:
-    """Return a tokenizer's source with the name of the base said as `base`."""
-    base = content.get("base_model")
-    return "base" if base and value in (base, {"source": base}) else value
+    dtype = found.out_dtype or found.dtype or "auto"
+    return MergekitFile(name, found.merge_method, found.base_model, inputs, tuple(shared), dtype, blocks)
 
 
 def _problem(detail: ErrorDetails, name: str) -> Problem:
-    """Return a fault that pydantic found as a problem of the file."""
+    """Return pydantic's error as a problem of the file."""
     *above, key = detail["loc"]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above).lstrip(".")
     where = f"{name}: {place}" if place else name
@@ -235,25 +233,3 @@ def _problem(detail: ErrorDetails, name: str) -> Problem:
     if detail["type"] == "too_long":
         what = "not one slice of whole models: models put together from parts of others stay with mergekit"
     return Problem(what, f"{where}: {key}", got=str(detail["input"]))
-
-
-def _unconditional(setting: Any, where: str) -> Any:
-    """Return a setting that is the same for every tensor; mergekit's filters are taken when they make no difference.
-
-    Raises:
-        UserError: it depends on the tensor's name.
-    """
-    cases = setting if isinstance(setting, list) else [setting]
-    if not any(isinstance(case, dict) for case in cases):
-        return setting
-    values = [case.get("value") for case in cases if isinstance(case, dict)]
-    rest = any(isinstance(case, dict) and case.get("filter") in (None, "*") for case in cases)
-    if len(values) == len(cases) and rest and all(value == values[0] for value in values):
-        return values[0]
-    raise fail(
-        "a value that depends on the tensor's name has no counterpart here",
-        where=where,
-        expected="one value for all tensors, or a list over depth",
-        got=str(setting),
-        remedy="give self_attn, mlp and the rest the same value, or stay with mergekit for this merge",
-    )

@@ -17,19 +17,19 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Line:
-    """A number that is `first` in the first block and outside the blocks, `last` in the last, straight between."""
+    """A number over depth: `first` in the first block and outside the blocks, `last` in the last block."""
 
     first: float
     last: float
 
     @property
     def constant(self) -> bool:
-        """Whether it is the same at every depth."""
+        """True if it is the same at every depth."""
         return self.first == self.last
 
     @property
     def beta(self) -> float:
-        """What the last block has more than the first, in decimal: 1.6 − 0.7 is 0.9."""
+        """The last value minus the first, in decimal: 1.6 − 0.7 is 0.9."""
         return float(Decimal(repr(self.last)) - Decimal(repr(self.first)))
 
     def times(self, factor: float) -> Line:
@@ -50,10 +50,10 @@ class Product:
 
 
 def line_of(setting: Any) -> Line | None:
-    """Return the line that a number or a list of numbers describes, None where it is neither or not straight."""
+    """Return the line of a number or of a list of numbers, None if it is neither or not straight."""
     given = setting if isinstance(setting, list) else [setting]
-    numbers = [number for value in given if (number := _as_number(value)) is not None]
-    if not given or len(numbers) < len(given):
+    numbers = [_as_number(value) for value in given]
+    if not numbers or not all(map(math.isfinite, numbers)):
         return None
     line, steps = Line(numbers[0], numbers[-1]), max(1, len(numbers) - 1)
     straight = (line.first + (line.last - line.first) * place / steps for place in range(len(numbers)))
@@ -67,14 +67,14 @@ def total(lines: Sequence[Line]) -> Line:
 
 
 def multiply(one: Line, other: Line) -> Line | None:
-    """Return the product, None where both change with depth: it is no line."""
+    """Return the product, None if both change with depth: that is no line."""
     if not one.constant and not other.constant:
         return None
     return Line(tidy(one.first * other.first), tidy(one.last * other.last))
 
 
 def normalized(lines: Sequence[Line]) -> list[Line] | None:
-    """Return w_i(t)/Σ_j w_j(t), None where these are no lines or the sum has a zero."""
+    """Return w_i(t)/Σ_j w_j(t), None if these are no lines or the sum has a zero."""
     whole = total(lines)
     if not whole.first * whole.last > 0:
         return None
@@ -85,15 +85,15 @@ def normalized(lines: Sequence[Line]) -> list[Line] | None:
 
 
 def factor(lines: Sequence[Line]) -> Product | None:
-    """Return c_i(t) taken apart into λ_i·s(t), None where the ratios between policies change with depth.
+    """Return λ_i·s(t) equal to c_i(t), None if the ratios between policies change with depth.
 
-    λ sums to 1 unless the c_i do not change with depth or sum to 0; then λ keeps the size of the c_i.
+    λ sums to 1, unless the c_i are constant or sum to 0; then λ keeps the size of the c_i.
     """
     if all(line.constant for line in lines):
         return Product(tuple(line.first for line in lines), Line(1.0, 1.0))
     ends = [[line.first for line in lines], [line.last for line in lines]]
-    begins_at_nothing = max(map(abs, ends[0])) <= _TOLERANCE * max(map(abs, ends[1]))
-    anchor, other = ends[::-1] if begins_at_nothing else ends
+    starts_at_zero = max(map(abs, ends[0])) <= _TOLERANCE * max(map(abs, ends[1]))
+    anchor, other = ends[::-1] if starts_at_zero else ends
     largest = max(range(len(lines)), key=lambda index: abs(anchor[index]))
     ratio, size = other[largest] / anchor[largest], max(map(abs, anchor))
     if not all(_close(a * ratio, b, size) for a, b in zip(anchor, other, strict=True)):
@@ -106,20 +106,17 @@ def factor(lines: Sequence[Line]) -> Product | None:
 
 
 def tidy(value: float) -> float:
-    """Return a number without the last digit's noise: 0.1 · 7 is 0.7, and 1/3 stays as it is."""
+    """Return a number without rounding noise in the last digit: 0.1 · 7 gives 0.7, and 1/3 is unchanged."""
     short = float(f"{value:.12g}")
     return short if abs(short - value) <= 4e-16 * abs(value) else value
 
 
-def _as_number(value: Any) -> float | None:
-    """Return a number, also one that YAML takes for text (1e-3), as mergekit does."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+def _as_number(value: Any) -> float:
+    """Return a number, or NaN. As in mergekit, text such as 1e-3 is a number: YAML reads it as text."""
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _close(one: float, other: float, size: float) -> bool:

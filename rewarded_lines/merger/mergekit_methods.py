@@ -1,7 +1,7 @@
 """mergekit's methods that exist here too: their weights, gradients and switches become λ, α, β and options.
 
-As in mergekit 0.1.5. A setting without an exact counterpart is refused. Where the two definitions differ for special
-values, a note says so.
+As in mergekit 0.1.5. A setting without an exact counterpart is refused. If the two tools differ only for special
+values, a note reports it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,16 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_file import Input, MergekitFile
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.merger.methods import OptionValue
-from rewarded_lines.merger.preferences import TOLERANCE, on_simplex
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import TOLERANCE, MergeSpec, on_simplex
 
-_BORDER = (
-    "values as large as the smallest that is kept are all kept; mergekit keeps some of them, as its sort happens to "
-    "order them"
-)
+_BORDER = "all values as large as the smallest kept one are kept; mergekit keeps some of them, by the order of its sort"
 _CANCEL = "where weighted values cancel to 0 the merged value is 0; mergekit elects + there"
-_MASKS = "which values are dropped is drawn by --seed; mergekit draws its own"
+_MASKS = "--seed draws which values are dropped; mergekit draws its own"
 _NORM = ", and restores each tensor's L1 norm where the rest is divided by the density here, as in DARE's paper"
-_ANGLE = (
-    "residuals with a cosine above 0.9995, or of zero, are joined linearly; mergekit does so only where they are "
-    "parallel"
-)
-
-
-Options = dict[str, OptionValue]
+_ANGLE = "residuals with a cosine above 0.9995, or of zero, are joined linearly; in mergekit only parallel ones are"
+_RATIO = "in the same ratio at every depth"
 _ONE = Line(1.0, 1.0)
+Options = dict[str, OptionValue]
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,8 @@ class Translation:
         merge: the numbers.
         dtype: of the output.
         full: policies are adapters to fold, since mergekit writes whole models.
-        blocks: how many blocks the models must have, None for any number.
-        notes: where the two definitions differ, for people.
+        blocks: the number of blocks that the models must have, None for any.
+        notes: on differences between the two tools.
     """
 
     base: str
@@ -64,16 +56,8 @@ class Translation:
         return self.merge.command(self.base, self.policies, out, dtype=self.dtype, as_=kind)
 
 
-def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+def _linear(file: MergekitFile) -> Translation:
     """Σ wᵢθᵢ / Σ wᵢ is base + Σ λᵢ(θᵢ − base) for any base, as λ sums to 1: the SFT model, or one of the models."""
-    if file.base and file.base not in [one.reference for one in file.inputs]:
-        raise fail(
-            "linear sums models, and mergekit adds `base_model` to them",
-            where=f"{file.path}: base_model",
-            expected="none, or one of the models, with its weight",
-            got=file.base.model,
-            remedy=f"take `base_model` out, and pass --base {file.base.model} to have it as the base of the sum",
-        )
     weights = [file.line("weight", of=one) for one in file.inputs]
     whole = total(weights)
     if file.flag("normalize", True):
@@ -83,11 +67,11 @@ def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translati
     if shares is None:
         raise _no_schedule(file, weights, "that sum to 1 at every depth")
     common = {one.reference.model for one in file.inputs if one.reference.lora}
-    origin = base or (file.base.model if file.base else "")
-    origin = origin or (common.pop() if len(common) == 1 else file.inputs[0].reference.model)
+    first = common.pop() if len(common) == 1 else file.inputs[0].reference.model
+    origin = file.base.model if file.base else first
     kept = [index for index, one in enumerate(file.inputs) if one.reference.lora or one.reference.model != origin]
     if not kept:
-        raise fail("one model: there is nothing to merge", where=file.path, expected="two models or more")
+        raise file.fault("one model: there is nothing to merge", expected="two models or more")
     product = factor([shares[index] for index in kept])
     if product is None:
         raise _no_schedule(file, weights)
@@ -95,38 +79,37 @@ def _linear(file: MergekitFile, base: str | None, seed: int | None) -> Translati
     return _soup(file, [file.inputs[index] for index in kept], product, [note], origin)
 
 
-def _task_arithmetic(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+def _task_arithmetic(file: MergekitFile) -> Translation:
     policies = _policies(file)
     return _soup(file, policies, _scaled(file, _sum_of_residuals(file, policies)), [])
 
 
-def _ties(file: MergekitFile, base: str | None, seed: int | None, random: bool = False) -> Translation:
+def _ties(file: MergekitFile, random: bool = False) -> Translation:
     policies = _policies(file)
     product, mean, density = _proportional(file, policies), file.flag("normalize", not random), _density(file, policies)
     product = _scaled(file, Product(product.weights, _ONE if mean else product.schedule))
-    options: Options = {"density": density, "scope": "tensor", "join": "mean" if mean else "sum"}
+    join = "mean" if mean else "sum"
     if random and density < 1:
-        del options["scope"]
-        product, note = _random(file, product, options, seed)
+        options: Options = {"density": density, "join": join, "seed": 0}
+        product, note = _random(file, product, density)
         return _translation(file, policies, product, "dare-ties", options, [note, _CANCEL])
     if file.flag("rescale", random) and density < 1:
-        raise fail("`rescale` has no counterpart here", where=file.path, expected="rescale: false, ties' own default")
-    notes = [_BORDER, _CANCEL] if density < 1 else [_CANCEL]
-    return _translation(file, policies, product, "ties", options, notes)
+        raise file.fault("`rescale` has no counterpart here", expected="rescale: false, ties' own default")
+    options = {"density": density, "scope": "tensor", "join": join}
+    return _translation(file, policies, product, "ties", options, [_BORDER, _CANCEL] if density < 1 else [_CANCEL])
 
 
-def _dare_linear(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
+def _dare_linear(file: MergekitFile) -> Translation:
     policies = _policies(file)
-    options: Options = {"density": _density(file, policies)}
-    if options["density"] == 1:
-        return _task_arithmetic(file, base, seed)
-    product = _scaled(file, _summing(_sum_of_residuals(file, policies)))
-    product, note = _random(file, product, options, seed)
-    return _translation(file, policies, product, "dare", options, [note])
+    density = _density(file, policies)
+    if density == 1:
+        return _task_arithmetic(file)
+    product, note = _random(file, _scaled(file, _summing(_sum_of_residuals(file, policies))), density)
+    return _translation(file, policies, product, "dare", {"density": density, "seed": 0}, [note])
 
 
-def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translation:
-    """With a base it turns one residual into the other, as `slerp` does here; without one it turns whole weights."""
+def _nuslerp(file: MergekitFile) -> Translation:
+    """With a base it rotates one residual into the other, as `slerp` does here; without one, whole weights."""
     policies = _policies(file)
     problems = [
         Problem(f"`{name}` has no counterpart here", file.path, expected=f"{name}: {str(value).lower()}, the default")
@@ -143,9 +126,9 @@ def _nuslerp(file: MergekitFile, base: str | None, seed: int | None) -> Translat
 
 @dataclass(frozen=True)
 class MergekitMethod:
-    """One method of mergekit: what translates it, and its parameters: for all, for each, and without effect."""
+    """One method of mergekit: its translation, and its parameters: for all, for each model, and without effect."""
 
-    translate: Callable[[MergekitFile, str | None, int | None], Translation]
+    translate: Callable[[MergekitFile], Translation]
     shared: tuple[str, ...]
     beside: tuple[str, ...] = ("weight",)
     idle: tuple[str, ...] = ()
@@ -164,10 +147,10 @@ MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
 
 
 def _policies(file: MergekitFile) -> list[Input]:
-    """Return the models whose residuals are joined: the base among them has none, and mergekit leaves it out."""
+    """Return the models with a residual: mergekit leaves out the base among them."""
     found = [one for one in file.inputs if one.reference != file.base]
     if not found:
-        raise fail("no model beside the base", where=file.path, expected="one policy or more")
+        raise file.fault("no model beside the base", expected="one policy or more")
     return found
 
 
@@ -187,12 +170,12 @@ def _proportional(file: MergekitFile, policies: Sequence[Input]) -> Product:
     whole = total(weights)
     product = factor(weights)
     if product is None or min(min(w.first, w.last) for w in weights) < 0 or min(whole.first, whole.last) <= 0:
-        raise _no_schedule(file, weights, "above 0, in the same ratio at every depth")
+        raise _no_schedule(file, weights, f"above 0, {_RATIO}")
     return _summing(product)
 
 
 def _summing(product: Product) -> Product:
-    """Return the same coefficients with λ that sum to 1, where their sum is not 0."""
+    """Return the same coefficients with λ that sum to 1, unless their sum is 0."""
     whole = math.fsum(product.weights)
     if abs(whole) <= TOLERANCE or abs(whole - 1) <= TOLERANCE:
         return product
@@ -203,11 +186,8 @@ def _scaled(file: MergekitFile, product: Product) -> Product:
     """Return λ with the schedule times mergekit's `lambda`."""
     schedule = multiply(product.schedule, file.line("lambda", 1.0))
     if schedule is None:
-        raise fail(
-            "weights and `lambda` both change with depth, so their product is no straight line",
-            where=f"{file.path}: parameters: lambda",
-            expected="a gradient in one of them",
-        )
+        what = "weights and `lambda` both change with depth, so their product is no straight line"
+        raise file.fault(what, "parameters: lambda", expected="a gradient in one of them")
     return Product(product.weights, schedule)
 
 
@@ -215,30 +195,24 @@ def _density(file: MergekitFile, policies: Sequence[Input]) -> float:
     """Return the one density of all policies."""
     lines = [file.line("density", 1.0, of=one) for one in policies]
     if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
-        raise fail(
-            "every policy keeps the same share of its values here, at every depth",
-            where=f"{file.path}: density",
-            expected="one number above 0, at most 1",
-            got=", ".join(map(str, lines)),
-        )
+        what = "every policy keeps the same share of its values here, at every depth"
+        raise file.fault(what, "density", expected="one number above 0, at most 1", got=", ".join(map(str, lines)))
     return lines[0].first
 
 
-def _random(file: MergekitFile, product: Product, options: Options, seed: int | None) -> tuple[Product, str]:
-    """Add the masks' seed to `options`; return the product, shrunk where the file does not rescale, and a note."""
-    options["seed"] = seed or 0
+def _random(file: MergekitFile, product: Product, density: float) -> tuple[Product, str]:
+    """Return the product, shrunk if the file does not rescale, and a note."""
     if file.flag("rescale", True):
         return product, _MASKS + _NORM
-    return Product(product.weights, product.schedule.times(float(options["density"]))), _MASKS
+    return Product(product.weights, product.schedule.times(density)), _MASKS
 
 
 def _soup(
     file: MergekitFile, policies: Sequence[Input], product: Product, notes: list[str], base: str = ""
 ) -> Translation:
-    """Return Σ λᵢτᵢ under the name that its weights have here."""
-    if on_simplex(product.weights):
-        method = "soup"
-    else:
+    """Return Σ λᵢτᵢ by the method that takes such weights here."""
+    method = "soup"
+    if not on_simplex(product.weights):
         alone = len(policies) == 1 and 0 <= product.weights[0] <= 1
         method = "wise-ft" if alone else "task-arithmetic"
     return _translation(file, policies, product, method, {}, notes, base)
@@ -249,7 +223,7 @@ def _translation(
     policies: Sequence[Input],
     product: Product,
     method: str,
-    options: Mapping[str, OptionValue],
+    options: Options,
     notes: Sequence[str],
     base: str = "",
 ) -> Translation:
@@ -263,19 +237,13 @@ def _translation(
             remedy="fold it into its own model first: merge --as full",
         )
     places = [one.reference.lora or one.reference.model for one in policies]
-    return Translation(
-        base,
-        _named(places),
-        MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options),
-        file.dtype,
-        all(one.reference.lora for one in policies),
-        file.blocks,
-        tuple(notes),
-    )
+    spec = MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options)
+    full = all(one.reference.lora for one in policies)
+    return Translation(base, _named(places), spec, file.dtype, full, file.blocks, tuple(notes))
 
 
 def _named(places: Sequence[str]) -> dict[str, str]:
-    """Return policies by the names of their folders, numbered where two are the same."""
+    """Return policies by the names of their folders, with numbers for equal names."""
     names = [Path(place).name for place in places]
     return {
         name if names.count(name) == 1 else f"{name}-{index}": place
@@ -283,13 +251,7 @@ def _named(places: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _no_schedule(
-    file: MergekitFile, weights: Sequence[Line], wanted: str = "in the same ratio at every depth"
-) -> UserError:
-    return fail(
-        "the weights are no λ with a LiNeS schedule",
-        where=f"{file.path}: weight",
-        expected=f"weights {wanted}",
-        got=", ".join(map(str, weights)),
-        remedy="give every model the same gradient, such as [0.4, 0.8] and [0.6, 1.2]",
-    )
+def _no_schedule(file: MergekitFile, weights: Sequence[Line], wanted: str = _RATIO) -> UserError:
+    what, got = "the weights are no λ with a LiNeS schedule", ", ".join(map(str, weights))
+    remedy = "give every model the same gradient, such as [0.4, 0.8] and [0.6, 1.2]"
+    return file.fault(what, "weight", expected=f"weights {wanted}", got=got, remedy=remedy)

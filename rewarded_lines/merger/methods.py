@@ -1,7 +1,7 @@
-"""The table of merge methods. A row owns all that the project knows of a method; a new method is a new row.
+"""The table of merge methods. A row has everything the project knows about a method; a new method is a new row.
 
 Command line, project files, model cards, legends and the documents' tables are made from the rows, or tested against
-them. The rules themselves are in `joining.py`.
+them. The rules themselves are in `merge_rules.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Option:
         help: one line.
         low: the least value.
         high: the greatest value.
-        choices: the values of a text, each with what it is in the method's equation.
+        choices: the values of a text, each with its form in the method's equation.
         above_low: whether `low` itself is refused.
     """
 
@@ -38,7 +38,7 @@ class Option:
     above_low: bool = False
 
     def check(self, value: OptionValue) -> str:
-        """Return what was expected of `value`, or "" when it is right."""
+        """Return the expectation that `value` does not meet, or ""."""
         if self.choices:
             return "" if value in self.choices else " or ".join(self.choices)
         whole = isinstance(self.default, int)
@@ -50,7 +50,7 @@ class Option:
         return "" if inside else bounds
 
     def written(self, value: OptionValue) -> str:
-        """Return a value as the method's equation has it."""
+        """Return a value's form in the method's equation."""
         return f"{value:g}" if isinstance(value, float) else self.choices.get(str(value), str(value))
 
 
@@ -64,14 +64,14 @@ class Method:
         label: its name in legends; "" for the name that users type.
         equation: the merged residual m of the residuals τᵢ, a line for each part; {name} is an option's value.
         papers: title and arXiv number of each.
-        options: what the user may set, passed to the rule by name; `scope` and `seed` say how to measure and draw.
-        needs: what is measured or drawn before the rule can run, and under which name it comes:
-            "thresholds" for each policy, "kept" masks, or the "gram" matrix that `weigh` takes.
+        options: passed to the rule by name, except `scope` and `seed`, which control measures and masks.
+        needs: the measure that the rule takes as a parameter of this name: "thresholds" for each policy or "kept"
+            masks; or the "gram" matrix for `weigh`.
         weigh: turns the user's weights into the rule's, tensor by tensor.
         weights: "simplex" (≥ 0, sum 1), "free" (any), "share" (each in 0 … 1), or "none" (the method sets them).
-        policies: the only number of policies it takes; 0 for any.
-        keeps: whether the rule only multiplies a residual by its weight where no other policy has a weight, given
-            options and weights. By default only `soup` does.
+        policies: the required number of policies; 0 for any.
+        keeps: given options and weights of which one is not 0, whether the rule returns that residual times its
+            weight, value for value. By default only `soup` does.
     """
 
     rule: Rule
@@ -92,9 +92,9 @@ class Method:
         return [line.format(**values) for line in self.equation]
 
     def copies(self, options: Mapping[str, OptionValue], weights: Sequence[float]) -> int | None:
-        """Return which policy's residual the merged residual is, value for value and times its weight, or None.
+        """Return the policy whose residual, times its weight, is the merged residual value for value, or None.
 
-        Such a tensor can be copied, bit for bit, where the schedule's scale times the weight is 1.
+        Such a tensor can be copied, bit for bit, if the schedule's scale times the weight is 1.
         """
         active = [index for index, weight in enumerate(weights) if weight != 0]
         kept = self.keeps(options, weights) if self.keeps else self.rule is soup
@@ -102,7 +102,7 @@ class Method:
 
 
 def _keeps_elected(options: Mapping[str, Any], weights: Sequence[float]) -> bool:
-    """All values are kept, and a mean over one policy does not lose its weight."""
+    """True if all values are kept, and a mean over one policy does not cancel its weight."""
     return bool(options["density"] == 1) and (options["join"] == "sum" or sum(weights) == 1)
 
 
@@ -206,22 +206,17 @@ METHODS: Mapping[str, Method] = {
             "tall": Option(0.4, "how large a policy's part must be beside the others'", low=0),
             "agree": Option(2, "k, how many policies must need a value", low=0),
         },
-        # A policy alone needs all its values.
+        # A single policy needs all its values.
         keeps=lambda options, weights: bool(options["agree"] <= (1 if len(weights) == 1 else 0)),
     ),
 }
 
 
 def check_method(method: str, options: Mapping[str, OptionValue], policies: int) -> dict[str, OptionValue]:
-    """Return all options of a method, the given ones checked and the defaults filled in.
-
-    Args:
-        method: a key of `METHODS`.
-        options: what the user set.
-        policies: how many policies there are.
+    """Return all options of a method for this number of policies, with defaults filled in.
 
     Raises:
-        UserError: no such method, an option that is not the method's or out of range, a wrong number of policies.
+        UserError: an unknown method or option, an option out of range, a wrong number of policies.
     """
     if method not in METHODS:
         remedy = did_you_mean(method, METHODS)

@@ -1,6 +1,6 @@
-"""The model card of a merged folder, its README.md: metadata that the Hub reads, and what people want to know.
+"""The model card of a merged folder, its README.md: metadata for the Hub, then text for people.
 
-Names come from users and from other people's files, so every one of them is escaped.
+Names come from users and from other people's files, so each one is escaped.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rewarded_lines.merger.record import RECORD_FILE
 from rewarded_lines.merger.spec import MergeSpec
 
 HERE = "this folder"
-_OTHER_LICENCE = "other"
 _WIDE = 6
-# The classes that transformers loads a model with, by the end of its architecture's name.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# By the end of an architecture's name: transformers' class that loads it, and the Hub's task.
 _LOADERS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
@@ -36,12 +36,12 @@ _LOADERS = {
 
 @dataclass(frozen=True)
 class CardAddition:
-    """What a card shows beside what the merge itself knows.
+    """More content for a card.
 
     Attributes:
-        sections: Markdown, put before the instructions.
-        files: figures and the like, by the name that each gets in the merged folder.
-        repository: the Hub id that the folder will have; readers load that.
+        sections: Markdown, inserted before the instructions.
+        files: figures and other files, by their name in the merged folder.
+        repository: the Hub id to load the model from.
     """
 
     sections: str = ""
@@ -50,18 +50,13 @@ class CardAddition:
 
 
 Additions = Callable[[Plan], Callable[[MergeSpec], CardAddition]]
-"""Called with the checked inputs before anything is written; the function it returns is called for each output."""
+"""Takes the checked inputs before anything is written; returns a function that is called for each output."""
 
 
 def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], addition: CardAddition | None = None) -> str:
-    """Return the README.md of a merged folder.
+    """Return the README.md of a merged folder; `settings` are those of `merge.json`."""
+    import yaml
 
-    Args:
-        plan: the inputs.
-        spec: the numbers.
-        settings: what else decides the bytes, as for `merge.json`.
-        addition: what else the card shows.
-    """
     addition = addition or CardAddition()
     inputs = input_cards(plan)
     parts = [
@@ -78,41 +73,34 @@ def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], additio
         "## Licences",
         _licences(inputs),
         "## Papers",
-        "\n".join(f"- {name}, [arXiv {number}](https://arxiv.org/abs/{number})" for name, number in _papers(spec)),
+        _papers(spec),
     ]
-    return _front(_metadata(plan, spec, inputs)) + printable("\n\n".join(part for part in parts if part) + "\n")
+    front = yaml.safe_dump(_metadata(plan, spec, inputs), sort_keys=False, allow_unicode=False)
+    return f"---\n{front}---\n" + printable("\n\n".join(part for part in parts if part) + "\n")
 
 
 def escaped(text: str) -> str:
-    """Return text on one line, escaped so that Markdown shows it unchanged, in a table too."""
+    """Return text on one line, escaped so that Markdown shows it unchanged, also in a table."""
     return re.sub(r"([\\`*_\[\]<>&|~!$#])", r"\\\1", " ".join(text.split()))
 
 
 def literal(text: str) -> str:
-    """Return text as code, in a table too; text with backticks is escaped instead."""
+    """Return text as code, also in a table; text with backticks is escaped instead."""
     line = " ".join(text.split())
     return escaped(line) if "`" in line or not line else "`" + line.replace("|", "\\|") + "`"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return a table in Markdown; the first row has the headings, and cells are Markdown already.
+    """Return a table in Markdown from cells in Markdown; the first row are the headings.
 
-    Args:
-        rows: of equal length.
-        right: the columns that are set to the right.
+    The columns in `right` are aligned right.
     """
     ruler = ["--:" if column in right else ":--" for column in range(len(rows[0]))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ruler, *rows[1:]))
 
 
-def _front(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=False)}---\n"
-
-
 def _metadata(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> dict[str, Any]:
-    """Return the metadata that the Hub reads, without what is not known."""
+    """Return the known metadata that the Hub reads."""
     adapter = plan.rank(spec) is not None
     languages, datasets = (_union(inputs, name) for name in ("languages", "datasets"))
     schedule = ["lines"] if spec.scaled else []
@@ -135,17 +123,18 @@ def _union(inputs: Mapping[str, InputCard], name: str) -> list[str]:
 
 
 def _licence(inputs: Mapping[str, InputCard]) -> dict[str, str]:
-    """Return the licence that all inputs share, `other` if they differ, nothing if one is not known."""
-    known = {(card.licence, card.licence_name, card.licence_link) for card in inputs.values() if card.licence}
-    if len(known) > 1:
-        return {"license": _OTHER_LICENCE}
-    if not known or not all(card.licence for card in inputs.values()):
+    """Return the licence that all inputs share, "other" if they differ, {} if one is unknown."""
+    known = {(card.licence, card.licence_name, card.licence_link) for card in inputs.values()}
+    named = {row for row in known if row[0]}
+    if len(named) > 1:
+        return {"license": "other"}
+    if named != known:
         return {}
     licence, name, link = known.pop()
     if "," in licence:
-        return {"license": _OTHER_LICENCE}
-    told = {"license": licence, "license_name": name, "license_link": link}
-    return {key: value for key, value in told.items() if value}
+        return {"license": "other"}
+    given = {"license": licence, "license_name": name, "license_link": link}
+    return {key: value for key, value in given.items() if value}
 
 
 def _kind(spec: MergeSpec) -> str:
@@ -169,9 +158,9 @@ def _formula(plan: Plan, spec: MergeSpec) -> str:
     return "\n".join(lines)
 
 
-def _papers(spec: MergeSpec) -> list[tuple[str, str]]:
-    """Return title and arXiv number of the papers: LiNeS if it scales the residual, soups, the method's own."""
-    return [*([LINES_PAPER] if spec.scaled else []), SOUPS_PAPER, *METHODS[spec.method].papers]
+def _papers(spec: MergeSpec) -> str:
+    papers = [*([LINES_PAPER] if spec.scaled else []), SOUPS_PAPER, *METHODS[spec.method].papers]
+    return "\n".join(f"- {title}, [arXiv {number}](https://arxiv.org/abs/{number})" for title, number in papers)
 
 
 def _inputs_table(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) -> str:
@@ -184,7 +173,7 @@ def _inputs_table(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard]) 
 
 
 def _link(card: InputCard) -> str:
-    """Return a model's name, linked if it is an id of the Hub."""
+    """Return a model's name, with a link if it is a Hub id."""
     on_hub = card.ids == (card.title,)
     return f"[{escaped(card.title)}](https://huggingface.co/{card.title})" if on_hub else literal(card.title)
 
@@ -208,13 +197,12 @@ def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
 
 
 def _span(scales: Sequence[float]) -> str:
-    """Return the scales of all blocks; of many blocks the first two and the last."""
     shown = [f"{scale:.4g}" for scale in scales]
     return ", ".join(shown) if len(shown) <= _WIDE else f"{shown[0]}, {shown[1]} … {shown[-1]}"
 
 
 def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: str) -> list[str]:
-    """Return how to load the output with transformers or PEFT, and with vLLM."""
+    """Return the code that loads the output with transformers or PEFT, and with vLLM."""
     loader, task = _loader(plan)
     model = json.dumps(place)
     generates = task == "text-generation"
@@ -229,62 +217,48 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
     lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
     lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
     text = f"A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum."
-    served = "\n".join(
-        [
-            "from vllm import LLM",
-            "from vllm.lora.request import LoRARequest",
-            "",
-            f"# max_lora_rank: the least that vLLM takes and is at least {rank}.",
-            f"llm = LLM({base}, enable_lora=True, max_lora_rank={_vllm_rank(rank)})",
-            f'outputs = llm.generate(["..."], lora_request=LoRARequest("merged", 1, {model}))',
-        ]
-    )
+    most = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    served = f"""\
+from vllm import LLM
+from vllm.lora.request import LoRARequest
+
+# max_lora_rank: the least that vLLM takes and is at least {rank}.
+llm = LLM({base}, enable_lora=True, max_lora_rank={most})
+outputs = llm.generate(["..."], lora_request=LoRARequest("merged", 1, {model}))"""
     return [text, _fenced("python", "\n".join(lines)), "In vLLM:", _fenced("python", served)]
 
 
-def _vllm_rank(rank: int) -> int:
-    return next((one for one in (1, 8, 16, 32, 64, 128, 256, 320, 512) if one >= rank), rank)
-
-
 def _loader(plan: Plan) -> tuple[str, str]:
-    """Return the class of transformers that loads the model, and the Hub's word for what it does ("" if unsure)."""
+    """Return transformers' class that loads the model, and the Hub's task ("" if unsure)."""
     names = plan.base.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     return next((row for end, row in _LOADERS.items() if name.endswith(end)), ("AutoModel", ""))
 
 
 def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> list[str]:
-    """Return the command that makes the same merge, and the one that makes it from the record."""
+    """Return the command that makes the same merge, and the one that repeats the record."""
     record = (
         f"`{RECORD_FILE}` has the BLAKE3 hash of every input file. `rewarded-lines merge --from {RECORD_FILE}` refuses "
-        "inputs that are others, and makes the same bits; `--base` and `--policy NAME=…` say where they are now."
+        "changed inputs and makes the same bits; `--base` and `--policy NAME=…` name inputs that have moved."
     )
     if spec.method == "greedy":
         return [record]
     local = [card.title for card in inputs.values() if card.ids != (card.title,)]
     names = ", ".join(map(literal, dict.fromkeys(local)))
     note = f"In it {names} {'stand for folders' if len(local) > 1 else 'stands for a folder'}." if local else ""
-    return [_fenced("bash", command(plan, spec, settings, inputs)), note, record]
-
-
-def command(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> str:
-    """Return the `rewarded-lines merge` command that makes this merge; inputs go by their titles."""
     policies = {name: inputs[name].title for name in plan.policies}
     how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "as") if name in settings}
-    return spec.command(inputs[""].title, policies, **how)
+    return [_fenced("bash", spec.command(inputs[""].title, policies, **how)), note, record]
 
 
 def _licences(inputs: Mapping[str, InputCard]) -> str:
-    """Return what the inputs' cards say of their licences, in words."""
-    told = {card.licence for card in inputs.values()}
+    given = {card.licence for card in inputs.values()}
     text = "The table above has the licence of every input, as its own card gives it. "
-    if told == {""}:
+    if given == {""}:
         return "No card of an input gives a licence: ask its authors before you share this model."
-    if "" in told:
+    if "" in given:
         return text + "Where none is given, ask the authors before you share this model."
-    if len(told) > 1:
-        return text + "They differ, and all of them hold for what was merged."
-    return text + "They agree."
+    return text + ("They differ, and all of them apply to this model." if len(given) > 1 else "They agree.")
 
 
 def _fenced(language: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Pre-flight for whole models: finds, before a byte is written, everything that keeps them from being merged."""
+"""Pre-flight for whole models: finds every fault that prevents their merge, before a byte is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESIZE = (
     "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
     "or cut the added rows off the policy"
 )
-# Settings that give weights of the same shapes another meaning.
+# Settings that change the meaning of weights without changing their shapes.
 _MEANING = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation"),
     *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct"),
@@ -36,30 +36,30 @@ _MEANING = (
 )
 SHOWN = 3
 _LONGEST = 100
-# Fine-tuning leaves weights almost where they were (cosine above .9, even after long training); two runs from
-# different initialisations are orthogonal.
+# Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
+# initialisations are orthogonal.
 _LEAST_COSINE = 0.5
 _SAMPLED_TENSORS = 8
 _SAMPLED_VALUES = 65_536
-# What trainers leave beside a policy: the critic's head of PPO.
+# The critic's head of PPO, which trainers save with a policy.
 _VALUE_HEAD = re.compile(r"(v_head|value_head)\.")
-# Constants that some versions of transformers write and others do not: masks, positions, rotary frequencies.
+# Constants that only some versions of transformers write: masks, positions, rotary frequencies.
 _CONSTANT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
 _CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The tensors to merge, in the base's order, and what the user should know of those that are left out."""
+    """The tensors to merge, in the base's order, and notes on the others."""
 
     names: list[str]
     notes: list[str]
 
 
 def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
-    """Refuse checkpoints that do not come from one SFT base; return the tensors that all of them share.
+    """Refuse policies that were not trained from this base; return the tensors that all inputs share.
 
-    Left out, with a note, are value heads, constants that some inputs lack, and second copies of tied embeddings.
+    Value heads, constants that some inputs lack, and second copies of tied embeddings are left out, with a note.
 
     Raises:
         UserError: every difference in architecture, tensor names, shapes, types, vocabulary, tokenizer and origin.
@@ -75,7 +75,7 @@ def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
 
 
 def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Return the tensors that are not merged, with the reason."""
+    """Return the tensors that are not merged, with reasons."""
     inputs = [base, *policies.values()]
     names = dict.fromkeys(name for source in inputs for name in source.tensors)
     partial = [name for name in names if not all(name in source.tensors for source in inputs)]
@@ -86,8 +86,8 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = f"the value head of {holder.name}"
         elif _CONSTANT.search(name) or (_CAUSAL_MASK.search(name) and len(holder.tensors[name].shape) == 4):
             reasons[name] = "a constant that not all inputs hold"
-    # An untied model needs its own head: one that some inputs lack is not taken for a copy.
-    # Where the config says nothing, transformers ties the head to the embeddings.
+    # An untied model needs its own head, so a head that some inputs lack counts as no copy.
+    # If the config has no `tie_word_embeddings`, transformers ties the head to the embeddings.
     tied = _of_text(base.config, "tie_word_embeddings") is not False
     considered = names if tied else [name for name in partial if not _is_head(name)]
     copies = _copies(inputs, [name for name in considered if name not in reasons])
@@ -95,7 +95,7 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
 
 
 def _of_text(config: Mapping[str, Any], key: str) -> Any:
-    """Return a setting of the language model, which a model that also sees keeps in a config of its own."""
+    """Return a setting of the language model; vision-language models have it in `text_config`."""
     text = config.get("text_config")
     return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
 
@@ -105,11 +105,11 @@ def _is_head(name: str) -> bool:
 
 
 def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:
-    """Return which of some tensors repeat another one byte for byte, and the tensor that stays for each.
+    """Return the tensors among `names` that repeat another one byte for byte, with the one that is kept.
 
     Only matrices with a row for every token are compared, in the inputs that have the tensor, and with tensors that
-    all inputs have. Of several copies the first stays that is no head: engines drop the head of a tied model unread.
-    Digests are compared, so that the time grows with the number of tensors, not with that of pairs.
+    all inputs have. The first copy that is no head is kept: engines ignore the head of a tied model. Comparing digests
+    takes time proportional to the number of tensors, not of pairs.
     """
 
     @cache
@@ -131,10 +131,10 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
     for (holders, shape), members in groups.items():
         alike = [info.name for info in inputs[holders[0]].tensors.values() if info.shape == shape]
         alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=_is_head)
-        # Nothing is read where a tensor could only repeat itself.
+        # A tensor without a candidate need not be read.
         if not alike or len({*members, *alike}) == 1:
             continue
-        # Backwards, so that the first of several equal ones stays.
+        # Backwards, so that the first of several equal ones is kept.
         stays = {tuple(digest(row, name) for row in holders): name for name in reversed(alike)}
         keys = {name: tuple(digest(row, name) for row in holders) for name in members}
         found |= {name: stays[key] for name, key in keys.items() if stays.get(key, name) != name}
@@ -155,13 +155,12 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
 def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
     remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
     # Other versions of transformers may write fewer of these settings, so only those in both are compared.
-    said = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
+    both = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
+    rows = [(key, remedies.get(key, REMEDY), _of_text(base, key), _of_text(policy, key)) for key in [*remedies, *both]]
     return [
-        Problem(
-            f"`{key}` differs from the base's", where, _cut(_of_text(base, key)), _cut(_of_text(policy, key)), remedy
-        )
-        for key, remedy in [*remedies.items(), *((key, REMEDY) for key in said)]
-        if _of_text(base, key) != _of_text(policy, key)
+        Problem(f"`{key}` differs from the base's", where, _cut(ours), _cut(theirs), remedy)
+        for key, remedy, ours, theirs in rows
+        if ours != theirs
     ]
 
 
@@ -174,10 +173,8 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     problems: list[Problem] = []
-    for tensor, info in base.tensors.items():
-        other = policy.tensors.get(tensor)
-        if other is None or tensor in extra:
-            continue
+    for tensor in [tensor for tensor in base.tensors if tensor in policy.tensors and tensor not in extra]:
+        info, other = base.tensors[tensor], policy.tensors[tensor]
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
             rows = _of_text(base.config, "vocab_size")
@@ -191,8 +188,8 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
 def _compare_buffers(
     base: Checkpoint, policy: Checkpoint, info: TensorInfo, other: TensorInfo, name: str
 ) -> list[Problem]:
-    """Integers and booleans (position ids, masks) are copied, so they must be the same everywhere."""
-    # Piece by piece: a file with holes in it may declare more than memory holds.
+    """Compare integers and booleans (position ids, masks): they are copied, so they must be equal."""
+    # In blocks: a sparse file may declare more than memory holds.
     pieces = ((base.read(info.name, *piece), policy.read(info.name, *piece)) for piece in blocks_of(info.elements))
     if info.dtype == other.dtype and all(np.array_equal(*pair) for pair in pieces):
         return []
@@ -201,19 +198,17 @@ def _compare_buffers(
 
 
 def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
-    """Compare vocabularies and merges; padding and truncation settings do not change what a token means."""
+    """Compare vocabularies and merges; padding and truncation do not change the meaning of a token."""
     first, second = (_read_if_there(folder / "tokenizer.json") for folder in (base, policy))
     if not first or not second:
         return []
     meaning = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-    parts = [part for part in meaning if first.get(part) != second.get(part)]
-    if not parts:
-        return []
-    return [Problem(f"the tokenizer differs from the base's in {', '.join(parts)}", where, remedy=REMEDY)]
+    parts = ", ".join(part for part in meaning if first.get(part) != second.get(part))
+    return [Problem(f"the tokenizer differs from the base's in {parts}", where, remedy=REMEDY)] if parts else []
 
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:
-    """Find policies of another base by what their training recorded or, where it recorded nothing, by their values."""
+    """Find policies of another base by the hash in their training.json or, without one, by their values."""
     if recorded := recorded_base(policy.folder):
         remedy = f"{REMEDY}; a base saved anew, in other shards for example, needs its policies' first files"
         return compare_hashes(base.folder, recorded, TRAINING_FILE, where, remedy)
@@ -230,7 +225,7 @@ def recorded_base(folder: Path) -> str:
 
 
 def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str = REMEDY) -> list[Problem]:
-    """Compare a base's weights with the hash that a policy's `source` gives for its own base."""
+    """Compare a base's weights with the hash of a policy's base, which is from `source`."""
     actual = weights_hash(base)
     if theirs == actual:
         return []
@@ -238,10 +233,10 @@ def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str
     return [Problem("trained from another base", where, expected, got, remedy)]
 
 
-# Values that are not finite are counted and named by the merge itself, so numpy's warnings are off.
+# The merge itself reports values that are not finite, so numpy's warnings are off.
 @np.errstate(all="ignore")
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
-    """Return the cosine between the leading values of some of the two checkpoints' matrices; 1 when there are none."""
+    """Return the cosine between the leading values of some matrices of two checkpoints; 1 without any."""
     shared = [info for info in first.tensors.values() if info.name in second.tensors]
     matrices = [info for info in shared if len(info.shape) > 1 and info.dtype.floating]
     dot = square_first = square_second = 0.0
@@ -264,14 +259,14 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def some(names: Iterable[object]) -> str:
-    """Return the first names, shortened, and how many more there are."""
+    """Return the first names, shortened, and the number of the others."""
     listed = list(names)
     rest = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return ", ".join(map(_cut, listed[:SHOWN])) + rest
 
 
 def few(problems: list[Problem], where: str, shown: int, more: str = "more likewise") -> list[Problem]:
-    """Return the first `shown` problems, and one that tells how many `more` there are."""
+    """Return the first `shown` problems, and one with the number of the others."""
     rest = len(problems) - shown
     return problems[:shown] + ([Problem(f"{rest} {more}", where)] if rest > 0 else [])
 

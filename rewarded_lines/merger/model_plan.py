@@ -1,4 +1,4 @@
-"""Merges into whole models: what every output takes from every tensor, and the stream of blocks that writes them."""
+"""Merges into whole models: the steps for every tensor, and the stream of blocks that writes the outputs."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class ModelPlan(Plan):
         dtype: str = "auto",
         device: str = "cpu",
     ) -> None:
-        """Bind the inputs; use `plan_merge` to get a checked plan.
+        """Bind the inputs; `plan_merge` returns a checked plan.
 
-        `names` are the tensors to write, in order. The dtype "auto" gives each tensor the widest type that it has in
-        the inputs; low-rank factors do not count.
+        `names` are the tensors to write, in order. The dtype "auto" gives each tensor its widest type in the inputs;
+        low-rank factors do not count.
         """
         super().__init__(base, policies, depths, dtype)
         self.names = names
-        # What another process needs, beside the references, to make the same plan.
+        # With the references, these let another process make the same plan.
         self.layers: str | None = None
         self.dtype_name = dtype
         self._device = device
@@ -77,7 +77,7 @@ class ModelPlan(Plan):
         return DeviceWorkspace(self.base, self._sources, self._device)
 
     def nonfinite(self) -> NonFinite:
-        """Return a count, at zero, of the values that are not finite."""
+        """Return a new count of values that are not finite."""
         return NonFinite(list(self.policies), self.base.tensors)
 
     def outputs(self, _: MergeSpec | None = None) -> list[TensorInfo]:
@@ -104,9 +104,9 @@ class ModelPlan(Plan):
         self.facts.prepare(measures.values())
 
     def step(self, name: str, spec: MergeSpec, copies: bool = True) -> TensorMerge:
-        """Return what one output takes from one tensor.
+        """Return the merge of one tensor for one output.
 
-        Where the result equals an input's tensor exactly, that is copied, unless `copies` is False.
+        If the result equals an input's tensor exactly, that is copied, unless `copies` is False.
         """
         dtype = self._output_dtype(name)
         if not self.base.tensors[name].dtype.floating:
@@ -151,11 +151,7 @@ class ModelPlan(Plan):
         return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
 
     def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every merged tensor as torch's, in `order` or in the order of the base's files.
-
-        Raises:
-            UserError: a tensor of the inputs or of the result is not finite.
-        """
+        """Yield every merged tensor as torch's, in `order` or in the base's; refuse values that are not finite."""
         self.prepare([spec])
         shapes = {info.name: info for info in self.outputs()}
         for name in order or self.names:
@@ -190,7 +186,7 @@ class ModelPlan(Plan):
         hashes.remember()
         floats = [info.dtype for info in infos if info.dtype.floating]
         config: dict[str, Any] = {**self.base.config, "dtype": widest(floats).torch if floats else "float32"}
-        # Loaders that use the type in the config must get every bit that was written.
+        # Loaders use the type in the config, so it must be the widest that was written.
         config.pop("torch_dtype", None)
         for folder in folders:
             copy_companions(self.base.folder, folder)
@@ -205,7 +201,7 @@ class ModelPlan(Plan):
         nonfinite: NonFinite,
         progress: Progress,
     ) -> None:
-        """Pass every block through all specs: threads take turns to read and hash, and merge side by side."""
+        """Pass every block through all specs: threads read and hash in turn, and merge in parallel."""
         order, tensors = writers[0].order, self.base.tensors
         steps = {name: [self.step(name, spec) for spec in specs] for name in order}
         progress.expect(total_bytes(tensors[name] for name in order))
@@ -228,16 +224,16 @@ class ModelPlan(Plan):
 
             return work
 
-        # The items only count the blocks: each thread takes its next block from the relay.
+        # The queue only counts the blocks: each thread takes its next block from the relay.
         share_out(queue, worker)
 
     def _touched(self, name: str, weights: Sequence[float]) -> bool:
-        """Say whether a policy with a weight may differ from the base: adapters leave most tensors alone."""
+        """True if a policy with a weight may differ from the base: adapters change few tensors."""
         taken = (source for source, weight in zip(self._sources, weights, strict=False) if weight)
         return any(isinstance(source, TensorFiles) or source.touches(name) for source in taken)
 
     def _order(self, name: str, weights: Sequence[float]) -> list[int]:
-        """Return the order in which policies are summed: by content, so that permuting them changes nothing."""
+        """Return the order of summation: by content, so that permuting the policies changes no bit."""
         rows = range(len(weights))
         if len(weights) <= 2:
             return list(rows)
@@ -245,7 +241,7 @@ class ModelPlan(Plan):
         return sorted(rows, key=lambda i: (digests[i], weights[i]))
 
     def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], Masks | None]:
-        """Return what a method's rule is called with beside residuals and weights."""
+        """Return the rule's parameters by name, and its masks."""
         row, options = METHODS[spec.method], spec.options
         taken = {key: value for key, value in options.items() if key not in ("scope", "seed")}
         if row.needs == "thresholds":

@@ -1,4 +1,4 @@
-"""From folders and Hub ids to a plan: inputs opened, sorted into whole models and adapters, and checked."""
+"""From folders and Hub ids to a plan: open the inputs, separate whole models from adapters, check them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def plan_as(
     Args:
         kind: "full", "adapter", or "auto": an adapter if all policies are adapters, else a whole model.
         base: folder or Hub id of the SFT model.
-        policies: folder or Hub id of each policy, by name, in the order of the weights.
-        method: a key of `METHODS`.
+        policies: likewise by name, in the order of the weights.
+        method: a key of `METHODS`; only linear methods give adapters.
         dtype: one of `DTYPES`.
-        device: where the arithmetic of whole models runs: "cpu", "cuda" or "cuda:1".
-        layers: the block list's pattern, for layouts that are not known.
+        device: for the arithmetic of whole models: "cpu", "cuda" or "cuda:1".
+        layers: the pattern of the block list, for unknown layouts.
 
     Raises:
-        UserError: with every fault of the inputs, or because a method that is not linear cannot give an adapter.
+        UserError: with every fault of the inputs.
     """
     choose("--as", kind, KINDS)
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
@@ -63,15 +63,11 @@ def plan_as(
 def plan_merge(
     base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
 ) -> ModelPlan:
-    """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`.
-
-    Raises:
-        UserError: with every fault of the inputs.
-    """
+    """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
     choose("--dtype", dtype, DTYPES)
     check_device(device)
     problems: list[Problem] = []
-    with _collected(problems):
+    with collected(problems):
         origin = open_checkpoint(base, "base")
     opened = _open_policies(policies, problems)
     if problems:
@@ -80,7 +76,7 @@ def plan_merge(
     depths = find_depths(fitting.names, origin.config, layers)
     plan = ModelPlan(origin, opened, fitting.names, depths, dtype, device)
     plan.notes += fitting.notes
-    # A second block list may be among the tensors outside every known one.
+    # These may contain a second, unknown block list.
     if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
         plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
     plan.reference, plan.references, plan.layers = base, dict(policies), layers
@@ -92,17 +88,14 @@ def plan_adapters(
 ) -> AdapterPlan:
     """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
-    Of the base the config is enough, unless policies save tensors whole.
-
-    Raises:
-        UserError: with every fault of the inputs.
+    A base with only its config.json is enough, unless policies save tensors whole.
     """
     choose("--dtype", dtype, DTYPES)
     problems: list[Problem] = []
-    whole, adapters = _told_apart(_open_policies(policies, problems))
-    what = "a whole model, whose difference from the base no adapter holds"
+    whole, adapters = _separated(_open_policies(policies, problems))
+    what = "a whole model: no adapter can store its difference from the base"
     problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy="pass --as full") for name in whole]
-    with _collected(problems):
+    with collected(problems):
         origin = _open_base(base, any(adapter.saved for adapter in adapters.values()))
         problems += check_adapters(origin, base, adapters, folded=False)
     if problems:
@@ -118,44 +111,36 @@ def plan_adapters(
 
 
 def _open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[str, Checkpoint | Adapter]:
-    """Open policies, whole models or adapters; add the faults of any of them to `problems`."""
+    """Open policies, whole models or adapters; add their faults to `problems`."""
     opened: dict[str, Checkpoint | Adapter] = {}
     for name, reference in policies.items():
-        with _collected(problems):
+        with collected(problems):
             folder, title = resolve_folder(reference), f"policy `{name}`"
             opened[name] = Adapter(folder, title) if is_adapter(folder) else Checkpoint(folder, title)
     return opened
 
 
-def _told_apart(policies: Mapping[str, Checkpoint | Adapter]) -> tuple[dict[str, Checkpoint], dict[str, Adapter]]:
-    """Return the whole models and the adapters among the policies."""
+def _separated(policies: Mapping[str, Checkpoint | Adapter]) -> tuple[dict[str, Checkpoint], dict[str, Adapter]]:
     whole = {name: policy for name, policy in policies.items() if isinstance(policy, Checkpoint)}
     return whole, {name: policy for name, policy in policies.items() if isinstance(policy, Adapter)}
 
 
 def _open_base(reference: str, weights: bool) -> Checkpoint | BareBase:
-    """Open the base of adapters.
-
-    Args:
-        reference: folder or Hub id.
-        weights: fetch its weights too, if it is a Hub id; a folder's are used where they are.
-    """
+    """Open the base of adapters; from the Hub its weights are only fetched if `weights` is true."""
     folder = resolve_folder(reference, weights)
-    # An index of shards may have been downloaded from the Hub without the shards.
+    # Without weights, the Hub's index of shards may be here without the shards.
     fetched = weights or Path(reference).is_dir()
     return bare_base(folder, fetched) or Checkpoint(folder, "base")
 
 
 def _check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoint | Adapter]) -> Fitting:
-    """Refuse policies that cannot be merged into whole models; return the tensors that are merged.
-
-    Raises:
-        UserError: with every fault of the inputs.
-    """
-    whole, adapters = _told_apart(policies)
+    """Refuse policies that cannot be merged into whole models; return the tensors to merge."""
+    whole, adapters = _separated(policies)
     problems: list[Problem] = []
-    with _collected(problems):
+    with collected(problems):
         fitting = check(base, whole)
+    if not adapters and not problems:
+        return fitting
     problems += check_adapters(base, reference, adapters, folded=True)
     if problems:
         raise UserError(problems)
@@ -173,8 +158,8 @@ def _check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoi
 
 
 @contextmanager
-def _collected(problems: list[Problem]) -> Iterator[None]:
-    """Add the problems of a `UserError` to a list instead of raising it."""
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Add the problems of a `UserError` to a list instead of raising."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a plan is: checked inputs that can be merged, whether whole models or adapters come out."""
+"""`Plan`: checked inputs, ready to be merged into whole models or into adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rewarded_lines.progress import SILENT, Progress
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
-# What a merge copies from an input's folder beside weights and config; other files stay there.
+# The files that a merge copies beside weights and config.
 _COMPANIONS = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"),
@@ -33,14 +33,14 @@ class Plan(ABC):
     """A base and policies that have passed the pre-flight, ready to be merged with any `MergeSpec`.
 
     Attributes:
-        kind: what it writes, as `merge.json` records it: "full" models or an "adapter".
+        kind: its output, "full" models or an "adapter", for `merge.json`.
         reads_base: whether the base's weights decide the output.
         base: the SFT model.
         policies: by name, in the order of the weights.
-        depths: where every tensor lies.
+        depths: the place of every tensor.
         notes: for the user, on the inputs.
-        reference: how the user named the base: folder or Hub id.
-        references: how the user named each policy.
+        reference: the user's folder or Hub id of the base.
+        references: likewise of each policy.
     """
 
     kind: ClassVar[str]
@@ -67,23 +67,21 @@ class Plan(ABC):
 
     @abstractmethod
     def prepare(self, specs: Sequence[MergeSpec]) -> None:
-        """Measure all that the outputs' methods must know of whole tensors, several tensors at a time."""
+        """Measure what the methods need of whole tensors (norms, thresholds), several tensors at a time."""
 
     @abstractmethod
     def auto_alpha(self, specs: Sequence[MergeSpec]) -> list[float]:
-        """Return (‖Σ τ_i‖₁/‖τ_merged‖₁)/N for each spec, the heuristic α of LiNeS' authors for merging tasks.
+        """Return (‖Σ τ_i‖₁/‖m‖₁)/N for each spec, the heuristic α of LiNeS' authors for merging tasks.
 
-        τ_merged is the method's residual before the schedule, N the number of policies.
-
-        Raises:
-            UserError: a merged residual is zero or not finite.
+        m is the method's residual before the schedule, N the number of policies. An m that is zero or not finite is
+        refused.
 
         Source: LiNeS, arXiv 2410.17146, section 4.2.
         """
 
     @abstractmethod
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
-        """Return γ, the one factor that gives Σ λ_i·τ_i the norm that the schedule of `like` gives it.
+        """Return the constant scale γ that gives Σ λ_i·τ_i the same norm as the schedule of `like`.
 
         γ² = Σ_t s_t²·‖r_t‖² / Σ_t ‖r_t‖² over the tensors t, r_t = Σ λ_i·τ_i,t and s_t the tensor's LiNeS scale; the
         norms are Euclidean. A residual of zero gets 1.
@@ -93,27 +91,27 @@ class Plan(ABC):
     def write(
         self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
     ) -> NonFinite:
-        """Write all that is loaded from each output: weights, settings, tokenizer. Inputs are read once for all.
+        """Write weights, settings and tokenizer of each output; inputs are read once for all.
 
         Args:
             specs: the numbers of each output.
-            folders: where each output goes; they must exist.
+            folders: of the outputs; they must exist.
             max_shard_size: bytes of the largest weight file; an adapter has only one file.
-            progress: hears how many bytes were read.
+            progress: receives the bytes read.
 
         Returns:
-            The values of inputs and outputs that are not finite, for the caller to refuse.
+            The count of values that are not finite, for the caller to refuse.
         """
 
     def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
-        """Return the LiNeS factor of every block, first to last, for each list of blocks."""
+        """Return the LiNeS scale of every block, first to last, for each list of blocks."""
         return {
             stack: [lines_scale(block, blocks, spec.alpha, spec.beta) for block in range(blocks)]
             for stack, blocks in self.depths.stacks.items()
         }
 
     def scale(self, name: str, spec: MergeSpec) -> float:
-        """Return the LiNeS factor of one tensor."""
+        """Return the LiNeS scale of one tensor."""
         return tensor_scale(self.depths.place[name], spec.alpha, spec.beta, spec.outside, name)
 
     def input_files(self) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -124,41 +122,32 @@ class Plan(ABC):
 
 
 def _model_files(source: Checkpoint | BareBase | Adapter) -> list[Path]:
-    """Return weights, settings and index of a model or adapter."""
     names = (ADAPTER_CONFIG,) if isinstance(source, Adapter) else ("config.json", INDEX_FILE)
     beside = [source.folder / name for name in names]
     return list(dict.fromkeys([*source.files, *(path for path in beside if path.is_file())]))
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files beside weights and config that a merge copies: tokenizer, chat template and the like."""
+    """Return the files that a merge copies beside weights and config: tokenizer, chat template and others."""
     return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what `companions` returns to an output's folder."""
+    """Copy the `companions` to an output's folder."""
     for path in companions(source):
         shutil.copyfile(path, folder / path.name)
 
 
 def choose(option: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a value that is not one of the known ones.
-
-    Raises:
-        UserError: naming them, and the nearest.
-    """
+    """Refuse a value that is not among the known ones."""
     if value not in known:
         remedy = did_you_mean(value, known)
         raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known), remedy=remedy)
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is none, or that torch cannot use.
-
-    Raises:
-        UserError: likewise.
-    """
-    # The processor needs no torch, which takes longer to load than a small merge.
+    """Refuse a device that torch does not know or cannot use."""
+    # The CPU needs no torch, which takes longer to load than a small merge.
     if device == "cpu":
         return
     import torch

@@ -1,9 +1,10 @@
-"""`merge.json`: what a merged folder tells programs of how it was made, with the hash of every input file."""
+"""`merge.json` in a merged folder: the numbers of the merge and the hash of every input file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class RecordedInput(BaseModel):
 
 
 class Record(BaseModel):
-    """What of a `merge.json` decides the bits; the rest is for people."""
+    """The fields of a `merge.json` that decide the bits; the others are for people."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -45,22 +46,17 @@ class Record(BaseModel):
     dtype: str
     max_shard_size: str
     layers: str | None
-    # Records written before adapters could be merged do not have it.
+    # Records that are older than merges of adapters lack it.
     kind: str = Field("full", alias="as")
 
     @property
     def merge(self) -> MergeSpec:
-        """The numbers, the weights in the order of the policies."""
+        """The spec, with weights in the order of the policies."""
         weights = tuple(self.weights[name] for name in self.policies)
         return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
 
     def check_inputs(self, path: Path, plan: Plan) -> None:
-        """Refuse inputs whose files are not, byte for byte, those of the record.
-
-        Args:
-            path: of the record, for messages.
-            plan: the inputs.
-        """
+        """Refuse inputs that differ in any byte from the record at `path`."""
         problems = []
         base, policies = plan.input_files()
         rows = [("base", "--base …", base, self.base)]
@@ -68,7 +64,7 @@ class Record(BaseModel):
         for title, option, files, recorded in rows:
             then, now = recorded.files, _hashed(files)
             if wrong := sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file)):
-                what = f"{title} is not what it was: {', '.join(wrong[:3])}"
+                what = f"{title} has changed since: {', '.join(wrong[:3])}"
                 remedy = f"find the files of that time, and name them: {option}"
                 problems.append(Problem(what, str(files[0].parent), f"the hashes in {path}", remedy=remedy))
         if problems:
@@ -76,11 +72,7 @@ class Record(BaseModel):
 
 
 def read_record(path: Path) -> Record:
-    """Read a `merge.json`.
-
-    Raises:
-        UserError: there is none, or it does not have what decides the bits.
-    """
+    """Read a `merge.json`; refuse one that lacks a field of `Record`."""
     if not path.is_file():
         raise fail("no such file", where=str(path), expected=f"a {RECORD_FILE}, or the folder it lies in")
     try:
@@ -88,7 +80,7 @@ def read_record(path: Path) -> Record:
     except ValidationError as error:
         places = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()[:5]]
         raise UserError(
-            Problem(f"not what a {RECORD_FILE} has there: {said}", f"{path}: {place}") for place, said in places
+            Problem(f"no valid {RECORD_FILE}: {message}", f"{path}: {place}") for place, message in places
         ) from error
     if set(record.weights) != set(record.policies):
         raise fail("weights and policies have different names", where=str(path))
@@ -96,27 +88,32 @@ def read_record(path: Path) -> Record:
 
 
 def hash_inputs(plan: Plan) -> dict[str, Any]:
-    """Return place and BLAKE3 hash of every input file, for the base and for each policy by name."""
+    """Return path and BLAKE3 hash of every input file, for the base and for each policy by name."""
     base, policies = plan.input_files()
-    # `file_hash` remembers what it hashed: several files are hashed at a time here, and looked up below.
-    share_out([*base, *(file for files in policies.values() for file in files)], lambda: _hash)
+    # Threads fill the cache of `file_hash`; `_hashed` then reads from it.
+    share_out([*base, *chain(*policies.values())], lambda: _hash)
+
+    def recorded(reference: str, folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+        local = not reference or looks_local(reference)
+        return {"path": str(folder.resolve()) if local else reference, "files": _hashed(files)}
+
     return {
-        "base": {"path": _place(plan.reference, plan.base.folder), "files": _hashed(base)},
+        "base": recorded(plan.reference, plan.base.folder, base),
         "policies": {
-            name: {"path": _place(plan.references.get(name, ""), plan.policies[name].folder), "files": _hashed(files)}
+            name: recorded(plan.references.get(name, ""), plan.policies[name].folder, files)
             for name, files in policies.items()
         },
     }
 
 
 def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of `merge.json`: enough to make the same bytes again.
+    """Return the content of `merge.json`, which is enough to make the same bytes again.
 
     Args:
         plan: the inputs.
         spec: the numbers.
-        inputs: what `hash_inputs` returned.
-        settings: what else decides the bytes (dtype, shard size, --layers), and the command.
+        inputs: the result of `hash_inputs`.
+        settings: the other arguments that decide the bytes (dtype, shard size, --layers), and the command.
     """
     packages = ("numpy", "numba", "safetensors")
     return {
@@ -130,7 +127,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
 
 
 def title(reference: str, folder: Path) -> str:
-    """Return what people call an input: its Hub id, or the name of its folder."""
+    """Return the name of an input for people: its Hub id, or the name of its folder."""
     return folder.resolve().name if not reference or looks_local(reference) else reference
 
 
@@ -140,8 +137,3 @@ def _hash(file: Any) -> None:
 
 def _hashed(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: file_hash(file) for file in files}
-
-
-def _place(reference: str, folder: Path) -> str:
-    """Return where an input is found again: its Hub id, or its folder."""
-    return str(folder.resolve()) if not reference or looks_local(reference) else reference

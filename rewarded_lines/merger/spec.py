@@ -1,16 +1,108 @@
-"""`MergeSpec`, the numbers of one merge: how residuals are joined, and the command that does it."""
+"""What one merge is: the weights λ, `MergeSpec` with all its numbers, and `MergeOptions`, which add how to write it.
+
+The command line imports this file at its start, so nothing here may load a heavy library.
+"""
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
-from rewarded_lines.merger.preferences import on_simplex
+from rewarded_lines.progress import SILENT, Progress
+
+Score = str | Callable[[Path], float]
+METHODS_PANEL = "Options of the methods"
+TOLERANCE = 1e-6
+# The defaults of `merge`, which a command need not repeat.
+_DEFAULTS = {"alpha": "1", "beta": "1", "method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
+_DEFAULTS |= {"max_shard_size": "5GB"}
+
+
+def parse_weights(
+    text: str, policies: Sequence[str], extrapolate: bool = False, total: bool = True
+) -> tuple[float, ...]:
+    """Return one weight per policy; see `check_weights` for what is refused.
+
+    Args:
+        text: `0.2,0.3,0.5`, or one number λ: the weight of the first of two policies (the second gets 1 − λ).
+        policies: their names, in order.
+        extrapolate: allow weights outside 0 … 1 and sums other than 1.
+        total: whether the sum must be 1.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if len(values) == 1 and len(policies) == 2:
+        # Round: 1 − 0.9 is 0.09999999999999998 in binary.
+        values = [values[0], round(1 - values[0], 12)]
+    return check_weights(values, policies, extrapolate, text, total)
+
+
+def check_weights(
+    weights: Sequence[float], policies: Sequence[str], extrapolate: bool = False, text: str = "", total: bool = True
+) -> tuple[float, ...]:
+    """Return `weights` as a tuple; `text` is what the user wrote, for messages.
+
+    Raises:
+        UserError: not numbers, a wrong number of them, negative ones, or a sum other than 1.
+    """
+    text = text or ",".join(map(str, weights))
+
+    def problem(what: str, expected: str, remedy: str = "") -> Problem:
+        return Problem(what, f"--lam {text}", expected, text, remedy)
+
+    if not all(map(math.isfinite, weights)):
+        raise UserError(problem("not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
+    problems = []
+    if len(weights) != len(policies):
+        expected = f"{len(policies)} weights, for {', '.join(policies)}"
+        problems.append(problem(f"{len(weights)} weights for {len(policies)} policies", expected))
+    elif not extrapolate:
+        remedy = "pass --extrapolate if you mean to leave the simplex"
+        if any(not 0 <= weight <= 1 for weight in weights):
+            problems.append(problem("a weight lies outside 0 to 1", "0 ≤ λ ≤ 1", remedy))
+        if total and abs(sum(weights) - 1) > TOLERANCE:
+            problems.append(problem("the weights do not sum to 1", "a sum of 1", remedy))
+    if problems:
+        raise UserError(problems)
+    return tuple(map(float, weights))
+
+
+def on_simplex(weights: Sequence[float]) -> bool:
+    """True if weights are ≥ 0 and sum to 1."""
+    return min(weights) >= 0 and abs(math.fsum(weights) - 1) <= TOLERANCE
+
+
+def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
+    """Return every weight vector whose entries are multiples of 1/(points − 1), in lexical order.
+
+    For two policies these are `points` equally spaced λ from 0 to 1, as (λ, 1 − λ); the corners are exact.
+
+    Args:
+        policies: N ≥ 1, the length of each vector.
+        points: ≥ 2, the number of points on each edge of the simplex.
+    """
+    steps = points - 1
+    end = steps + policies - 1
+    # N − 1 bars divide a row of steps into N parts.
+    rows = [(-1, *bars, end) for bars in combinations(range(end), policies - 1)]
+    return [tuple((right - left - 1) / steps for left, right in pairwise(row)) for row in rows]
+
+
+def folder_name(weights: Sequence[float]) -> str:
+    """Return the folder of one output among several: `lam=0.25` for two policies, else `lam=0.20,0.30,0.50`."""
+    one_number = len(weights) == 2 and abs(sum(weights) - 1) <= TOLERANCE
+    shown = weights[:1] if one_number else weights
+    return "lam=" + ",".join(f"{weight:.2f}" if round(weight, 2) == weight else repr(weight) for weight in shown)
 
 
 @dataclass(frozen=True)
@@ -18,12 +110,12 @@ class MergeSpec:
     """The numbers of one merge; records, points of a sweep, cards and commands are made from it.
 
     Attributes:
-        weights: λ_i, one for each policy. With fewer weights than policies, the trailing policies are ignored.
+        weights: λ_i. With fewer weights than policies, the trailing policies are ignored.
         alpha: α of the LiNeS schedule, the scale of the first block.
-        beta: β, what the last block gets on top.
+        beta: β, added by the last block.
         method: a key of `METHODS`.
         options: of the method.
-        outside: what tensors outside the blocks get, see `tensor_scale`.
+        outside: the scale of tensors outside the blocks, see `tensor_scale`.
     """
 
     weights: tuple[float, ...]
@@ -35,16 +127,16 @@ class MergeSpec:
 
     @property
     def scaled(self) -> bool:
-        """Whether LiNeS scales the residual, so that the merge is more than its method."""
+        """True if LiNeS scales the residual."""
         return (self.alpha, self.beta) != (1, 0)
 
     @property
     def extrapolates(self) -> bool:
-        """Whether the weights leave the simplex although the method asks for weights on it."""
+        """True if the weights leave the simplex, though the method expects them on it."""
         return METHODS[self.method].weights == "simplex" and not on_simplex(self.weights)
 
     def complete(self, policies: int) -> MergeSpec:
-        """Return the spec with its method's options checked and filled in.
+        """Return the spec with its method's options checked and the defaults filled in.
 
         Raises:
             UserError: the method, an option or the number of policies is wrong.
@@ -52,11 +144,12 @@ class MergeSpec:
         return replace(self, options=check_method(self.method, self.options, policies))
 
     def as_dict(self, policies: Sequence[str]) -> dict[str, Any]:
-        """Return the spec as JSON can hold it, the weights by the names of their policies."""
+        """Return the spec for JSON, the weights by the names of their policies."""
+        weights = dict(zip(policies, self.weights, strict=True))
         return {
             "method": self.method,
             "options": dict(self.options),
-            "weights": dict(zip(policies, self.weights, strict=True)),
+            "weights": weights,
             "alpha": self.alpha,
             "beta": self.beta,
             "outside": self.outside,
@@ -70,13 +163,13 @@ class MergeSpec:
         return cls(weights, float(content["alpha"]), float(content["beta"]), str(content["method"]), options, outside)
 
     def command(self, base: str, policies: Mapping[str, str], out: str = "merged", **how: Any) -> str:
-        """Return the `rewarded-lines merge` command that makes this merge; it names only what differs from the default.
+        """Return the `rewarded-lines merge` command that makes this merge, without arguments equal to the default.
 
         Args:
             base: folder or Hub id.
             policies: likewise, by name, in the order of the weights.
             out: the output folder.
-            how: other arguments of `merge` with their values: dtype, as_, layers, max_shard_size.
+            how: other arguments of `merge`: dtype, as_, layers, max_shard_size.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
@@ -91,16 +184,74 @@ class MergeSpec:
         return shlex.join(["rewarded-lines", "merge", *words, *extrapolate, "--out", out])
 
 
-# The defaults of `merge`, which a command need not name.
-_DEFAULTS = {"alpha": "1", "beta": "1", "method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
-_DEFAULTS |= {"max_shard_size": "5GB"}
-
-
 def _named(name: str, place: str) -> str:
-    """Return a policy as `--policy` takes it, which splits at the first `=`; a folder of that name needs no other."""
+    """Return a policy for `--policy`, which splits at the first `=`; the name is left out if the folder has it."""
     bare = Path(place).name == name and "=" not in place
     return place if bare else f"{name.replace('=', '-')}={place}"
 
 
 def _text(value: float) -> str:
     return repr(int(value)) if value == int(value) else repr(value)
+
+
+def option(default: Any, about: str, **more: Any) -> Any:
+    """Return a dataclass field with the help of its command-line option, and `more` for `as_option`."""
+    return field(default=default, metadata={"help": about, **more})
+
+
+def _methods_that_begin(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, row.summary) for name, row in METHODS.items() if name.startswith(incomplete)]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How policies are merged and written, for Python and for the command line; the help texts describe the fields.
+
+    Attributes:
+        alpha: "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
+        options: of the method, e.g. {"density": 0.2}.
+        score: or a function from a model's folder to a number; higher is better.
+        dtype: "auto" gives each tensor the widest type that it has in the inputs.
+        additions: adds to the model cards, see `Additions` in model_card.py.
+        progress: receives the steps and the bytes written.
+    """
+
+    alpha: float | Literal["auto"] = option(
+        1.0, "LiNeS α: scale of the first block; auto for the authors' choice.", typed=str
+    )
+    beta: float = option(1.0, "LiNeS β: added by the last block; 0 is Rewarded Soups.")
+    outside: Outside = option(
+        "alpha",
+        "What embeddings, norm and head get: alpha, or depth (as the block beside them).",
+        typed=str,
+        offers=("alpha", "depth"),
+    )
+    method: str = option(
+        "soup", f"How residuals are joined: {', '.join(METHODS)}; see below.", offers=_methods_that_begin
+    )
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    score: Score | None = option(
+        None,
+        "greedy: a command that prints a number for {model}, or file.py:function.",
+        typed=str | None,
+        rich_help_panel=METHODS_PANEL,
+    )
+    as_: str = option(
+        "auto",
+        "full models, LoRA adapter, or auto: an adapter if all policies are adapters.",
+        offers=("auto", "full", "adapter"),
+    )
+    out: str | Path | None = option(None, "Output folder; default merged/lam=…", typed=Path | None)
+    dtype: str = option(
+        "auto", "auto, float32, bfloat16 or float16.", offers=("auto", "float32", "bfloat16", "float16")
+    )
+    device: str = option("cpu", "cpu, cuda or cuda:1.")
+    max_shard_size: str = option("5GB", "Largest weight file.")
+    overwrite: bool = option(False, "Replace an existing output.")
+    dry_run: bool = option(False, "Check everything, write nothing.")
+    extrapolate: bool = option(False, "Allow λ outside the simplex.")
+    allow_nonfinite: bool = option(False, "Let NaN and infinite values pass.")
+    layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
+    # Importing the type `Additions` would load numpy.
+    additions: Callable[[Any], Any] | None = None
+    progress: Progress = SILENT

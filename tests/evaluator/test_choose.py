@@ -28,8 +28,7 @@ from rewarded_lines.evaluator.records import (
     write_point,
 )
 from rewarded_lines.folders import write_json
-from rewarded_lines.merger.preferences import parse_weights
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import MergeSpec, parse_weights
 from rewarded_lines.projects import load_project
 
 # The SFT model's scores deviate from their mean by 1 in `a` and by 10 in `b`.

@@ -176,7 +176,7 @@ REFUSED = {
     "a key that is none": (TASK + f"models: {TWO}\nout_dtyp: float16\n", "did you mean `out_dtype`?"),
     "a parameter that is none": (TASK + models("wieght: 1", "weight: 1"), "did you mean `weight`?"),
     "no weight": (TASK + "models: [{model: first}]\n", "no `weight`"),
-    "a parameter where mergekit overlooks it": (TASK + models("weight: 1, lambda: 2"), "mergekit overlooks `lambda`"),
+    "a parameter where mergekit overlooks it": (TASK + models("weight: 1, lambda: 2"), "mergekit ignores `lambda`"),
     "a gradient with corners": (TASK + models("weight: [0, 0.3, 1]"), "no straight line"),
     "gradients against each other": (TASK + models("weight: [0, 1]", "weight: [1, 0]"), "same ratio at every depth"),
     "two gradients": (TASK + models("weight: [1, 2]") + "\nparameters: {lambda: [1, 2]}\n", "both change with depth"),

@@ -1,15 +1,18 @@
-"""The numbers of a merge: what they are in files, and the command that makes the merge."""
+"""The numbers of a merge: in files and in the command that makes it; weights from text, and grids of them."""
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.spec import MergeSpec, folder_name, parse_weights, simplex_grid
 
 POLICIES = {"helpful": "runs/helpful", "b": "org/brief"}
 
@@ -55,3 +58,47 @@ def test_options_are_checked_and_filled_in():
     assert MergeSpec((), method="ties", options={"density": 0.5}).complete(2).options["join"] == "mean"
     with pytest.raises(UserError, match="not an option of soup"):
         MergeSpec((), options={"density": 0.5}).complete(2)
+
+
+def test_one_number_means_the_first_of_two():
+    assert parse_weights("0.9", ["a", "b"]) == (0.9, 0.1)
+    assert parse_weights("1", ["a"]) == (1.0,)
+    assert parse_weights("0.2,0.3,0.5", ["a", "b", "c"]) == (0.2, 0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "policies", "message"),
+    [
+        ("1.5", "ab", "outside 0 to 1"),
+        ("0.2,0.3,0.5", "ab", "3 weights for 2 policies"),
+        ("0.2,0.3", "ab", "do not sum to 1"),
+        ("half", "ab", "not a weight"),
+        ("nan", "ab", "not a weight"),
+        ("0.5", "abc", "1 weights for 3 policies"),
+    ],
+)
+def test_weights_that_are_refused(text, policies, message):
+    with pytest.raises(UserError, match=message):
+        parse_weights(text, list(policies))
+
+
+def test_extrapolation_is_asked_for():
+    assert parse_weights("1.5", ["a", "b"], extrapolate=True) == (1.5, -0.5)
+
+
+@given(st.integers(1, 4), st.integers(2, 7))
+def test_simplex_grid(policies, points):
+    grid = simplex_grid(policies, points)
+    assert len(grid) == len(set(grid)) == math.comb(points - 1 + policies - 1, policies - 1)
+    assert all(math.isclose(sum(weights), 1) and min(weights) >= 0 for weights in grid)
+    assert all(tuple(float(i == corner) for i in range(policies)) in grid for corner in range(policies))
+
+
+def test_two_policies_go_along_lambda():
+    assert simplex_grid(2, 3) == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+
+
+def test_folder_names():
+    assert folder_name((0.5, 0.5)) == "lam=0.50"
+    assert folder_name((0.2, 0.3, 0.5)) == "lam=0.20,0.30,0.50"
+    assert folder_name((1 / 3, 2 / 3)) != folder_name((0.33, 0.67))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.merger.preferences import simplex_grid
+from rewarded_lines.merger.spec import simplex_grid
 from rewarded_lines.pareto.hypervolume import hypervolume
 from rewarded_lines.pareto.next_point import Proposal, next_weights
 
