@@ -18,7 +18,7 @@ GROUND = [
 ]
 # The files of merger/, highest first, too.
 MERGER = [
-    *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "inspect_subject", "record"),
+    *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "record"),
     *("open_inputs", "adapter_plan", "lora_stacking", "model_plan", "plan", "mergekit_methods", "mergekit_file"),
     *("mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks", "model_checks"),
     "lora_folding",

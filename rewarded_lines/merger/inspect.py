@@ -6,14 +6,26 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import read_json_object, total_bytes
+from rewarded_lines.checkpoints.reader import (
+    Checkpoint,
+    open_checkpoint,
+    read_json_object,
+    resolve_folder,
+    total_bytes,
+)
 from rewarded_lines.checkpoints.tensor_depth import Depths, Side, find_depths
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import Problem, UserError, fail, printable
+from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.kernels.norms import Distance, distances
-from rewarded_lines.merger.inspect_subject import open_subject
+from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
+from rewarded_lines.merger.lora_folding import FoldedAdapter
+from rewarded_lines.merger.model_checks import check
+from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
 from rewarded_lines.merger.record import RECORD_FILE
 from rewarded_lines.merger.spec import MergeSpec
@@ -21,6 +33,7 @@ from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown")
 _SHOWN = 3
+_LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ def inspect(
     check_schedule(alpha, beta)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
-    subject = open_subject(str(checkpoint), None if base is None else str(base))
+    subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = find_depths(infos, subject.config, layers)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
@@ -166,6 +179,52 @@ def inspect(
         _origin(subject.folder),
         [*subject.notes, *_nonfinite(tensors)],
     )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A complete checkpoint that fits its base; `tensors` are those that a merge would take."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    source: Source
+    base: Checkpoint | None
+    notes: list[str]
+
+
+def _open(checkpoint: str, base: str | None) -> _Subject:
+    """Open a model or an adapter and, if given, its base; refuse a pair that cannot be merged."""
+    opened: Checkpoint | Adapter | None = None
+    origin: Checkpoint | None = None
+    problems: list[Problem] = []
+    with collected(problems):
+        folder = resolve_folder(checkpoint)
+        opened = Adapter(folder, checkpoint) if is_adapter(folder) else Checkpoint(folder, checkpoint)
+    with collected(problems):
+        origin = None if base is None else open_checkpoint(base)
+    if opened is None or problems:
+        raise UserError(problems)
+    if isinstance(opened, Adapter):
+        return _adapted(opened, origin, base)
+    names, notes = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
+    tensors = {name: opened.tensors[name] for name in names}
+    return _Subject(opened.folder, opened.config, tensors, opened, origin, notes)
+
+
+def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> _Subject:
+    if base is None or reference is None:
+        named = printable(adapter.config.base[:_LONGEST]) or "with the model it was trained from"
+        what, remedy = "an adapter is inspected over its base", f"pass --base {named}"
+        raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
+    adapters = {adapter.folder.name: adapter}
+    if problems := check_adapters(base, reference, adapters, folded=True):
+        raise UserError(problems)
+    names, left_out = check(base, {})
+    tensors = {name: base.tensors[name] for name in names}
+    count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
+    notes = [f"an adapter: {count}; the rest is the base's", *left_out, *notes_on(base, adapters)]
+    return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base.config), base, notes)
 
 
 def _tensor(

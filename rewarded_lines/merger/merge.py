@@ -23,7 +23,7 @@ from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
 from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
-from rewarded_lines.merger.spec import MergeOptions, MergeSpec, check_weights, folder_name, parse_weights
+from rewarded_lines.merger.spec import MergeOptions, MergeSpec, folder_name, parse_weights
 from rewarded_lines.signatures import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
@@ -234,10 +234,8 @@ def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: M
 def _each_weights(
     lam: Weights | Sequence[Weights], names: Sequence[str], free: bool, total: bool
 ) -> list[tuple[float, ...]]:
-    if isinstance(lam, float | int | str):
-        return [parse_weights(str(lam), names, free, total)]
-    if all(isinstance(value, float | int) for value in lam):
-        return [check_weights([float(value) for value in lam], names, free, total=total)]  # type: ignore[arg-type]
+    if isinstance(lam, float | int | str) or all(isinstance(value, float | int) for value in lam):
+        return [parse_weights(lam, names, free, total)]  # type: ignore[arg-type]
     found = [_each_weights(value, names, free, total)[0] for value in lam]
     if len(set(found)) < len(found):
         raise fail("the same λ twice", where="--lam", got=", ".join(map(str, found)))

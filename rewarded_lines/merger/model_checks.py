@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,16 +47,8 @@ _CONSTANT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$"
 _CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
 
 
-@dataclass(frozen=True)
-class Fitting:
-    """The tensors to merge, in the base's order, and notes on the others."""
-
-    names: list[str]
-    notes: list[str]
-
-
-def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
-    """Refuse policies that were not trained from this base; return the tensors that all inputs share.
+def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> tuple[list[str], list[str]]:
+    """Return the tensors that all inputs share, in the base's order, and notes on the others.
 
     Value heads, constants that some inputs lack, and second copies of tied embeddings are left out, with a note.
 
@@ -71,7 +62,7 @@ def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> Fitting:
     notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:SHOWN]]
     if len(extra) > SHOWN:
         notes.append(f"left out: {len(extra) - SHOWN} more tensors likewise")
-    return Fitting([name for name in base.tensors if name not in extra], notes)
+    return [name for name in base.tensors if name not in extra], notes
 
 
 def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, ch
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.model_checks import Fitting, check, some
+from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import DTYPES, Plan, check_device, choose
 
@@ -72,10 +72,10 @@ def plan_merge(
     opened = _open_policies(policies, problems)
     if problems:
         raise UserError(problems)
-    fitting = _check_fit(origin, base, opened)
-    depths = find_depths(fitting.names, origin.config, layers)
-    plan = ModelPlan(origin, opened, fitting.names, depths, dtype, device)
-    plan.notes += fitting.notes
+    names, notes = _check_fit(origin, base, opened)
+    depths = find_depths(names, origin.config, layers)
+    plan = ModelPlan(origin, opened, names, depths, dtype, device)
+    plan.notes += notes
     # These may contain a second, unknown block list.
     if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
         plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
@@ -133,19 +133,21 @@ def _open_base(reference: str, weights: bool) -> Checkpoint | BareBase:
     return bare_base(folder, fetched) or Checkpoint(folder, "base")
 
 
-def _check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoint | Adapter]) -> Fitting:
-    """Refuse policies that cannot be merged into whole models; return the tensors to merge."""
+def _check_fit(
+    base: Checkpoint, reference: str, policies: Mapping[str, Checkpoint | Adapter]
+) -> tuple[list[str], list[str]]:
+    """Return the tensors to merge into whole models, and notes; refuse policies that do not fit."""
     whole, adapters = _separated(policies)
     problems: list[Problem] = []
     with collected(problems):
-        fitting = check(base, whole)
+        names, notes = check(base, whole)
     if not adapters and not problems:
-        return fitting
+        return names, notes
     problems += check_adapters(base, reference, adapters, folded=True)
     if problems:
         raise UserError(problems)
     # A second copy of tied embeddings is not merged, so an adapter's change to it would be lost.
-    merged, what = set(fitting.names), "the adapter changes a tensor that is not merged by itself"
+    merged, what = set(names), "the adapter changes a tensor that is not merged by itself"
     problems = [
         Problem(what, f"policy `{name}`: {tensor}", remedy=KEEP_APART)
         for name, adapter in adapters.items()
@@ -154,7 +156,7 @@ def _check_fit(base: Checkpoint, reference: str, policies: Mapping[str, Checkpoi
     ]
     if problems:
         raise UserError(problems)
-    return Fitting(fitting.names, [*fitting.notes, *notes_on(base, adapters)])
+    return names, notes + notes_on(base, adapters)
 
 
 @contextmanager

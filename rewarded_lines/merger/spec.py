@@ -27,41 +27,35 @@ _DEFAULTS |= {"max_shard_size": "5GB"}
 
 
 def parse_weights(
-    text: str, policies: Sequence[str], extrapolate: bool = False, total: bool = True
+    lam: float | str | Sequence[float], policies: Sequence[str], extrapolate: bool = False, total: bool = True
 ) -> tuple[float, ...]:
-    """Return one weight per policy; see `check_weights` for what is refused.
+    """Return one weight per policy.
 
     Args:
-        text: `0.2,0.3,0.5`, or one number λ: the weight of the first of two policies (the second gets 1 − λ).
+        lam: the weights, also as text: `0.2,0.3,0.5`. A single number is the weight of the first of two policies,
+            and the second gets 1 − λ.
         policies: their names, in order.
         extrapolate: allow weights outside 0 … 1 and sums other than 1.
         total: whether the sum must be 1.
-    """
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if len(values) == 1 and len(policies) == 2:
-        # Round: 1 − 0.9 is 0.09999999999999998 in binary.
-        values = [values[0], round(1 - values[0], 12)]
-    return check_weights(values, policies, extrapolate, text, total)
-
-
-def check_weights(
-    weights: Sequence[float], policies: Sequence[str], extrapolate: bool = False, text: str = "", total: bool = True
-) -> tuple[float, ...]:
-    """Return `weights` as a tuple; `text` is what the user wrote, for messages.
 
     Raises:
         UserError: not numbers, a wrong number of them, negative ones, or a sum other than 1.
     """
-    text = text or ",".join(map(str, weights))
+    single = isinstance(lam, float | int | str)
+    text = str(lam) if isinstance(lam, float | int | str) else ",".join(map(str, lam))
 
     def problem(what: str, expected: str, remedy: str = "") -> Problem:
         return Problem(what, f"--lam {text}", expected, text, remedy)
 
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = (math.nan,)
     if not all(map(math.isfinite, weights)):
         raise UserError(problem("not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
+    if single and len(weights) == 1 and len(policies) == 2:
+        # Round: 1 − 0.9 is 0.09999999999999998 in binary.
+        weights = (weights[0], round(1 - weights[0], 12))
     problems = []
     if len(weights) != len(policies):
         expected = f"{len(policies)} weights, for {', '.join(policies)}"
@@ -74,7 +68,7 @@ def check_weights(
             problems.append(problem("the weights do not sum to 1", "a sum of 1", remedy))
     if problems:
         raise UserError(problems)
-    return tuple(map(float, weights))
+    return weights
 
 
 def on_simplex(weights: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""Families of unkind checkpoints, made once, and blocks short enough for them."""
+"""Families of checkpoints with difficult values, made once, and short blocks for them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import sys
 import pytest
 from hostile import Family, make_family
 
-# Tensors of a few hundred values are to have several blocks, and blocks several pieces.
+# Small tensors must have several blocks, and blocks several pieces.
 SHORT = {"BLOCK": 256, "PIECE": 96}
 
 
 @pytest.fixture
 def short_blocks(monkeypatch) -> None:
-    """Shorten blocks, and the pieces in which rules see them, in every module that knows their length.
-
-    And wait for no disk: hundreds of merges are about values, not about what a power cut leaves of them.
-    """
+    """Shorten blocks and pieces in every module that has their length, and skip fsync, which costs time."""
     import rewarded_lines.kernels.gpu_blocks  # noqa: F401
 
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
@@ -28,7 +25,7 @@ def short_blocks(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
-    """The family of given formats (the base's first), made on first use; gentle ones have only ordinary values."""
+    """Return the family of given formats (base first), made on first use; gentle families have ordinary values."""
     made: dict[tuple, Family] = {}
 
     def family(formats, gentle=False) -> Family:

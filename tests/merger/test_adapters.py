@@ -1,4 +1,4 @@
-"""Adapters merged into adapters, and folded into the base: against PEFT, and against the formula in float64."""
+"""Adapters merged into adapters and folded into the base, against PEFT and the formula in float64."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def test_conv1d_of_gpt2(tiny):
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gpt-neox", "opt", "falcon", "gpt2-reward", "t5", "bert", "clip"])
 def test_families_against_peft(tiny, name):
-    """Every linear layer of a model: PEFT's own weighted sum of two adapters, its merge into the base, and ours."""
+    """For every linear layer: PEFT's weighted sum of two adapters, its merge into the base, and ours."""
     model = ARCHITECTURES[name]()
     model.save_pretrained(tiny / name)
     kind = type(model)
@@ -213,7 +213,7 @@ def test_folded_adapters_and_whole_models_take_every_method(two):
         merge("sft", ["first", "mixed-full"], 0.3, method=method, out=f"full-{method}")
         folded, full = (load_file(two / f"{kind}-{method}/model.safetensors") for kind in ("folded", "full"))
         if method != "dare-ties":
-            # Residuals differ in their last bits, so few values may fall on the other side of a threshold.
+            # Residuals differ in their last bits, so a few values may cross a threshold.
             far = sum((~torch.isclose(folded[key], full[key], rtol=1e-5, atol=1e-6)).sum() for key in full)
             assert far <= 50, method
     assert json.loads((two / "folded-ties/merge.json").read_text())["as"] == "full"
@@ -396,7 +396,7 @@ def test_an_adapter_that_stays_one_is_recorded_with_the_bases_config_alone(two, 
     record = json.loads((two / "out/merge.json").read_text())
     assert list(record["base"]["files"]) == ["config.json"]
     assert set(record["policies"]["plain"]["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
-    # So the weights need not be there when the merge is made again.
+    # So the merge can be repeated without the weights.
     (two / "sft/model.safetensors").unlink()
     assert cli("merge", "--from", "out", "--out", "again").code == 0
     assert factors_bytes(two / "again") == factors_bytes(two / "out")
@@ -410,7 +410,7 @@ def test_what_an_adapter_adds_to_a_second_copy_of_the_embeddings_is_not_lost(tin
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_adapter(folder, tiny / "head", 1, target_modules=["lm_head", "q_proj"])
     config = json.loads((folder / "config.json").read_text())
-    # transformers takes a config that says nothing for a tied one.
+    # In transformers, a config without `tie_word_embeddings` is tied.
     del config["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="lm_head.weight: the adapter changes a tensor that is not merged by itself"):

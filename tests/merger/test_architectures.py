@@ -1,4 +1,4 @@
-"""Every architecture that is known, end to end: saved by transformers, merged, loaded and run by transformers again."""
+"""Every known architecture end to end: saved by transformers, merged, loaded and run by transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rewarded_lines.checkpoints.tensor_depth import find_depths
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.load_engine import load_generator
 
-# One of each layout; the others are variants, and slow only because they are many.
+# One of each layout; the others are variants, and marked slow because they are many.
 REPRESENTATIVE = {
     *("llama", "llama-tied", "mixtral", "qwen2", "qwen3-moe", "gemma2", "phi", "gpt2", "gpt-neox", "opt", "falcon-new"),
     *("llama-base", "llama-reward", "t5", "bart", "bert", "distilbert", "vit", "clip", "llava", "qwen2-vl"),
@@ -34,9 +34,9 @@ def save_family(name, folder):
 
 
 def run(model):
-    """Return whatever the model computes from small inputs of its kind."""
+    """Return the model's output for small inputs of its kind."""
     config = model.config
-    tokens = torch.tensor([[17, 99, 201, 5, 42, 2]])  # the last ends the text, which some heads look for
+    tokens = torch.tensor([[17, 99, 201, 5, 42, 2]])  # the last is the end token, which some heads need
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     match config.model_type:
         case "vit" | "clip_vision_model":
@@ -79,7 +79,7 @@ def test_end_to_end(name, tmp_path):
     assert not any(info.values()), info
     computed = [value for value in run(model).values() if isinstance(value, torch.Tensor)]
     assert computed and all(torch.isfinite(value).all() for value in computed)
-    # What is in the file is what runs, whatever is tied.
+    # The model must run with the tensors of the file, tied or not.
     state = model.state_dict()
     for tensor, value in out.items():
         if tensor in state:
@@ -91,7 +91,7 @@ def test_end_to_end(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llava", "gemma3-images", "qwen2-vl", "clip"])
 def test_loaded_as_the_config_says_no_bit_is_lost(name, tmp_path):
-    """Configs inside the config name a type as well: of a base in bfloat16, though the merge is float32."""
+    """Nested configs have a dtype too: bfloat16 in the base, though the merge is float32."""
     kind = save_family(name, tmp_path)
     ARCHITECTURES[name]().bfloat16().save_pretrained(tmp_path / "narrow")
     for target, dtype, expected in (("wide", "auto", torch.float32), ("cast", "float16", torch.float16)):

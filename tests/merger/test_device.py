@@ -1,4 +1,4 @@
-"""The rules on a device of torch's: the same results as the processor's within one rounding."""
+"""The rules on a torch device: the results of the CPU within one rounding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ODD = {2: (0.37123, 0.62877), 3: (0.37123, 0.12979, 0.49898)}
 
 
 def both(method, formats, families, out, place):
-    """Merge on the processor and, in `place`, on a device, ends among the outputs; return the codes of each."""
+    """Merge on the CPU and, in `place`, on a device, with endpoints among the outputs; return the codes of each."""
     family = families(formats[: 3 if method == "slerp" else 4], gentle=True)
     count = len(family.policies)
     lam = None if method == "uniform" else [ODD[count], (1.0,) + (0.0,) * (count - 1)]
@@ -45,14 +45,14 @@ def both(method, formats, families, out, place):
 
 
 def steps(codes, kind):
-    """Return bit patterns as whole numbers in the order of the values they stand for."""
+    """Return bit patterns as whole numbers, in the order of their values."""
     signed = codes.astype(np.int64)
     half = 1 << (kind.bits - 1)
     return np.where(signed < half, signed, half - signed)
 
 
 def differ_by_a_rounding(pairs, kind):
-    """Check that no value is further away than its neighbour; return the share that is not the same."""
+    """Check that values differ by one step at most; return the share that differs."""
     different = total = 0
     for (here, kinds), (there, others) in pairs:
         assert kinds == others and set(kinds.values()) == {kind.name}
@@ -65,7 +65,7 @@ def differ_by_a_rounding(pairs, kind):
 
 @contextmanager
 def device_without_gpu():
-    """Have plans compute in a device's workspace, the device being the processor."""
+    """Let plans compute in the device workspace, with the CPU as its device."""
     from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
 
     with pytest.MonkeyPatch.context() as patch:
@@ -84,7 +84,7 @@ def device_without_gpu():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_devices_path_without_a_gpu(method, types, families, tmp_path, short_blocks):
     pairs, kind = both(method, TYPES[types], families, tmp_path, device_without_gpu())
-    # torch goes from float64 to 16 bits through float32: the last rounding may differ, and seldom does.
+    # torch casts float64 to 16 bits through float32, so the last rounding may differ, though rarely.
     assert differ_by_a_rounding(pairs, kind) < 1e-3
 
 

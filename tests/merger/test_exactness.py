@@ -1,9 +1,8 @@
-"""Every method on unkind values, value by value: the exact result, rounded once.
+"""Every method on difficult values, value by value: the exact result, rounded once.
 
-Where the exact value lies within 2⁻²⁰ of a unit in the last place of a rounding tie, where terms cancel so far that
-float64 cannot tell, and where a method decides by a hair (a sign elected by a sum that all but vanishes), the other
-neighbour or the other decision is allowed. Each is counted: they are rare among values made to provoke them, and do
-not occur among ordinary ones.
+Three exceptions allow the other neighbour or the other decision: the exact value is within 2⁻²⁰ units in the last
+place of a rounding tie; terms cancel beyond float64; a method's decision is nearly a tie (a sign elected by a sum near
+0). Each exception is counted: rare among values made to provoke it, absent among ordinary values.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ TYPES = {
     "bfloat16-to-float32": ((BFLOAT16,) * 6, "float32"),
     "mixed-to-bfloat16": (MIXED, "bfloat16"),
 }
-# Blocks are decoded before a method sees them: every method in one format, and every format with a method that looks at
-# values alone and one that looks at whole tensors, are tried each time; all pairs are slow.
+# Blocks are decoded before a method gets them. So each run tries every method in one format, and every format with a
+# method on single values and one on whole tensors; all pairs are slow.
 IN_ALL_FORMATS = ("soup-3", "ties-sum-tensor")
 SOUP, LINES = (1.0, 0.0), (0.3, 0.7)
-# Weights with all their bits, so that no sum of values of few bits comes near a tie.
+# Weights with many bits, so that no sum of values with few bits is near a tie.
 ODD = {
     1: (1.0,),
     2: (0.37123, 0.62877),
@@ -105,7 +104,7 @@ def run(family, case, dtype, out, lines=SOUP, outside="alpha", odd=False):
 
 
 def pairs(types):
-    """Return every case with every one of the formats; slow where neither is tried each time."""
+    """Return all pairs of cases and formats; slow unless one of them runs each time."""
     return [
         pytest.param(case, one, marks=() if one == "bfloat16" or case in IN_ALL_FORMATS else pytest.mark.slow)
         for case in CASES
@@ -143,7 +142,7 @@ def test_outside_depth(families, tmp_path):
 
 
 def test_the_reference_by_fractions(families, tmp_path):
-    """Some values of a soup once more, in fractions to the end."""
+    """Compute some values of a soup again, in exact fractions."""
     for kind in (BFLOAT16, FLOAT16, FLOAT32):
         family = families((kind,) * 4)
         reference = Reference(family)
@@ -158,7 +157,7 @@ def test_the_reference_by_fractions(families, tmp_path):
                     assert encode(answer.values[place : place + 1], kind)[0] == encode_fraction(exact, kind)
 
 
-# ---- α chosen ---------------------------------------------------------------------------------------------------
+# ---- automatic α -----------------------------------------------------------------------------------------------
 
 
 def by_numpy(family, case, spec):
@@ -181,7 +180,7 @@ def test_automatic_alpha(case, families, tmp_path):
         assert result.spec.alpha == pytest.approx(by_numpy(family, case, result.spec), rel=1e-12)
         record = json.loads((result.out / "merge.json").read_text())
         assert record["alpha"] == result.spec.alpha
-        # Given as a number it makes the same bits.
+        # The same α as a number gives the same bits.
         again = {"alpha": result.spec.alpha, "method": method, "options": options, "beta": 0.5}
         lam = None if weights is None else result.spec.weights
         merge(family.base, family.policies, lam, out=tmp_path / "again", overwrite=True, **again)

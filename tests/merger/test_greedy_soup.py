@@ -1,4 +1,4 @@
-"""Greedy model soup: who joins, by a function or a command, and what a bad score does."""
+"""Greedy model soup: its members, scores by function or command, and scores that fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def family(families):
 
 
 def scores(family, values):
-    """Return a score that knows soups by their values; one that is not among them is an error."""
+    """Return a score that recognises soups by their values; an unknown soup is an error."""
     base, *policies = ({name: family.values(name)[row] for name in SHAPES} for row in range(4))
 
     def mean(members, name):
@@ -50,13 +50,13 @@ def greedy(family, score, out, **more):
 
 ALONE = {("p1",): 1.0, ("p2",): 3.0, ("p3",): 2.0}
 JOINED = [
-    # Best first; p3 makes it worse and is left out, p1 is taken.
+    # Best first: p3 lowers the score and is left out, p1 joins.
     ({("p2", "p3"): 2.9, ("p1", "p2"): 3.5}, (0.5, 0.5, 0.0)),
-    # As good as before is good enough.
+    # An equal score is enough.
     ({("p2", "p3"): 3.0, ("p1", "p2", "p3"): 3.0}, (THIRD, THIRD, THIRD)),
-    # Nobody helps.
+    # No candidate improves the score.
     ({("p2", "p3"): 2.999, ("p1", "p2"): 2.0}, (0.0, 1.0, 0.0)),
-    # What was gained counts: p1 with the two others must reach their score, not that of the best alone.
+    # p1 with the two others must reach the score of those two, not that of the best alone.
     ({("p2", "p3"): 4.0, ("p1", "p2", "p3"): 3.9}, (0.0, 0.5, 0.5)),
 ]
 
@@ -85,7 +85,7 @@ def test_ties_go_in_the_users_order():
 
 
 def test_candidates_have_the_schedule_of_the_output(family, tmp_path):
-    """What is scored last and accepted is, file for file, what is written; α chosen anew for each included."""
+    """The last soup that was scored and accepted equals the output in every byte, also with automatic α."""
     for alpha in (0.3, "auto"):
         seen = []
 

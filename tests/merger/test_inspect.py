@@ -1,4 +1,4 @@
-"""`inspect` against numpy, on checkpoints written by hand: every number of a table is computed a second way."""
+"""`inspect` against numpy, on checkpoints written by hand: every number is computed in a second way."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def write_shards(folder, tensors):
 
 @pytest.fixture
 def pair(tmp_path):
-    """A base, and a policy near it whose first block and a few more values are the base's own."""
+    """A base and a policy near it; the first block and a few more values are equal."""
     base = values(0)
     policy = {name: tensor + 0.1 * values(1)[name] for name, tensor in base.items()}
     policy["model.layers.2.mlp.up_proj.weight"] = base["model.layers.2.mlp.up_proj.weight"].clone()

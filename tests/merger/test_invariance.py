@@ -1,4 +1,4 @@
-"""The same bits at the ends of every method, in any order of the policies, for any threads, shards and company."""
+"""The same bits at the endpoints of every method, and for any order of policies, threads, shards and other outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rewarded_lines.kernels import thread_pool as pool
 pytestmark = pytest.mark.usefixtures("short_blocks")
 
 MIXED = (BFLOAT16, FLOAT32, BFLOAT16, FLOAT16, FLOAT32)
-# Every method, with options under which a policy that stands alone keeps all its values.
+# Every method, with options under which a single policy keeps all its values.
 WHOLE = {
     "soup": {},
     "task-arithmetic": {},
@@ -25,7 +25,7 @@ WHOLE = {
     "dare-ties": {"density": 1.0, "join": "sum"},
     "consensus": {"agree": 0},
 }
-# Every method, with options under which its rule has something to do.
+# Every method, with options under which its rule changes values.
 BUSY = {
     "soup": {},
     "task-arithmetic": {},
@@ -46,7 +46,7 @@ def written(folder) -> bytes:
 
 
 def same(folder, codes):
-    """Whether a checkpoint has these bit patterns."""
+    """True if a checkpoint has these bit patterns."""
     found, _ = load_codes(folder)
     return all(np.array_equal(found[name], codes[name]) for name in SHAPES)
 
@@ -56,7 +56,7 @@ def widened(codes, source, target):
 
 
 def busy(family, method, out, weights=None, policies=None, **more):
-    """Merge by a method with something to do; return the bytes, where they are in one file."""
+    """Merge by a method of `BUSY`; return the bytes if they are in one file."""
     policies = policies or family.policies
     lam = None if method in ("uniform", "greedy") else weights or WEIGHTS[len(policies)]
     score = (lambda folder: 1.0) if method == "greedy" else None
@@ -104,7 +104,7 @@ def test_a_policy_on_its_own(method, lam, options, families, tmp_path):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3, 0.35, 0.7, 0.9])
 def test_the_last_block_of_single_task_lines_is_the_policys(alpha, families, tmp_path):
-    """With β = 1 − α the scale of the last block is 1, not 1 less a rounding."""
+    """With β = 1 − α the scale of the last block is exactly 1."""
     family = families((FLOAT32,) * 2)
     (result,) = merge(family.base, family.policies, 1.0, alpha=alpha, beta=1 - alpha, out=tmp_path / "out")
     found, _ = load_codes(result.out)
@@ -155,7 +155,7 @@ def test_policies_may_change_places(method, count, families, tmp_path):
 
 @pytest.mark.parametrize("method", [method for method in BUSY if method != "slerp"])
 def test_twins_with_different_weights_may_change_places(method, families, tmp_path):
-    """Two policies that are the same file: nothing but the weight tells them apart."""
+    """Two policies from the same file differ only in their weights."""
     family = families((FLOAT32,) * 3)
     first, second = family.policies.values()
     expected = busy(family, method, tmp_path / "out", (0.2, 0.3, 0.5), {"a": first, "b": first, "c": second})
@@ -189,7 +189,7 @@ def test_threads_do_not_matter(method, families, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sharded(families, tmp_path_factory):
-    """The mixed family again, every checkpoint cut in another number of files."""
+    """The mixed family, with each checkpoint in a different number of files."""
     family, folder = families(MIXED[:4]), tmp_path_factory.mktemp("sharded")
     for row, (codes, kind) in enumerate(zip(family.codes, family.formats, strict=True)):
         name = f"p{row}" if row else "base"
@@ -212,7 +212,7 @@ def test_shards_do_not_matter(method, families, sharded, tmp_path):
 
 @pytest.mark.parametrize("method", [method for method in BUSY if method not in ("uniform", "greedy")])
 def test_company_does_not_matter(method, families, tmp_path):
-    """Several λ in one go, the ends among them, and each on its own."""
+    """Several λ at once, with the endpoints among them, and each λ alone."""
     family = families((FLOAT32,) * 3)
     several = [(1.0, 0.0), (0.3, 0.7), (0.5, 0.5), (0.0, 1.0)]
     common = {"method": method, "options": BUSY[method], "alpha": 0.3, "beta": 0.9}

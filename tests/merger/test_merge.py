@@ -30,7 +30,7 @@ def test_merge_equals_the_formula(tiny):
         block = int(name.split(".")[2]) if ".layers." in name else None
         scale = 0.5 if block is None else 0.5 + block / 3
         mixed = 0.3 * (first[name].double() - value.double()) + 0.7 * (second[name].double() - value.double())
-        # The next float32 at most, where float64 sums in another order fall on the other side of a tie.
+        # At most the next float32, if float64 sums in another order cross a rounding tie.
         exact = value.double() + scale * mixed
         assert ((out[name].double() - exact).abs() <= exact.abs() * 2.0**-24 * (1 + 2.0**-20)).all(), name
 
@@ -119,7 +119,7 @@ def test_mixed_types_keep_the_widest(tiny):
     merge("sft16", ["first", "second"], 1.0, beta=0, out="out")
     policy, out = weights(tiny / "first"), weights(tiny / "out")
     assert all(torch.equal(out[name], policy[name]) for name in policy)
-    # Loaded as the config says, every bit is still there.
+    # Loaded in the type of the config, no bit is lost.
     loaded = AutoModelForCausalLM.from_pretrained("out", dtype="auto").state_dict()
     assert all(torch.equal(loaded[name], policy[name]) for name in policy)
 

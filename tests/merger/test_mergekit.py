@@ -1,4 +1,4 @@
-"""`merge --from-mergekit`: what a YAML comes to, and every refusal. merging/test_mergekit.py asks mergekit itself."""
+"""`merge --from-mergekit`: the command for each YAML, and every refusal. test_mergekit_peer.py runs mergekit itself."""
 
 from __future__ import annotations
 

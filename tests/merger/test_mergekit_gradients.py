@@ -1,4 +1,4 @@
-"""Numbers over depth, taken apart into λ and a schedule."""
+"""Numbers over depth, split into λ and a schedule."""
 
 import pytest
 

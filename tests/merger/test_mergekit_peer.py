@@ -1,40 +1,40 @@
-"""mergekit 0.1.5 as an oracle that shares no code with ours: three answers to each merge, which must agree.
+"""mergekit 0.1.5 as an oracle that shares no code with ours: three results of each merge must agree.
 
-The formula in numpy and float64, written here; mergekit in its own environment, told to compute and write float64; and
-`merge` of ours, which computes in float64 and writes float32. mergekit must meet the formula to 1e-12, ours must be
-the formula rounded once.
+They are the formula in numpy and float64, written here; mergekit in its own environment, in float64; and our `merge`,
+which computes in float64 and writes float32. mergekit must match the formula to 1e-12, and ours must be the formula
+rounded once.
 
-How one merge is said in both languages, λ_i the weights and α, β those of LiNeS:
+The same merge in both tools, λ_i the weights and α, β those of LiNeS:
 
 - Rewarded Soups are mergekit's `linear` over the policies. It sums the policies themselves and needs no base; ours
   adds residuals to the base, which is the same number and rounds better in 16 bits.
-- LiNeS is its `task_arithmetic` with the gradient `weight: [λ_i·α, λ_i·(α+β)]`, or `lambda: [α, α+β]`. Its gradient
-  too begins at the first block and ends at the last, and tensors outside the blocks get its first value, α. A model of
-  one block gets its last value, α+β: there ours gives α.
+- LiNeS is its `task_arithmetic` with the gradient `weight: [λ_i·α, λ_i·(α+β)]`, or `lambda: [α, α+β]`. As in LiNeS,
+  the gradient runs from the first block to the last, and tensors outside the blocks get its first value, α. A model of
+  one block gets its last value, α+β, but α in ours.
 - TIES is its `ties` with `normalize: true` (join mean) or `false` (join sum), and `lambda: [α, α+β]` for LiNeS: a
   gradient in `weight` would cancel in the mean.
-- SLERP is its `slerp` of two checkpoints that hold the residuals, the base added here: given the policies themselves it
-  interpolates weights, around the origin instead of around the base.
+- SLERP is its `slerp` of two checkpoints of residuals, to which the test adds the base. Given the policies themselves,
+  it interpolates weights around the origin instead of around the base.
 
-Where the definitions differ, and what these tests therefore avoid:
+The definitions differ in some points, which these tests avoid:
 
-- TIES trims tensor by tensor there; ours over the whole residual, as the paper does, unless `scope: tensor`.
-- It keeps `int(density·n)` values of a tensor and at least one, in the order of an unstable sort: equal magnitudes at
-  the border are decided by that sort. Here no two magnitudes of a tensor are equal and density·n is whole.
-- It compares magnitudes in float32 on the CPU, whatever `dtype` says. Here residuals are float32 numbers.
-- Where weighted residuals cancel to zero it elects +, and elects from float32 sums unless told `dtype: float64`. Here
+- Its TIES trims tensor by tensor; ours trims the whole residual, as in the paper, unless `scope: tensor`.
+- It keeps `int(density·n)` values of a tensor and at least one. An unstable sort decides between equal magnitudes at
+  the border. Here no two magnitudes of a tensor are equal, and density·n is whole.
+- It compares magnitudes in float32 on the CPU, for any `dtype`. Here residuals are float32 numbers.
+- If weighted residuals cancel to zero it elects +, and it elects from float32 sums without `dtype: float64`. Here
   nothing cancels.
-- SLERP is linear there beyond |cos Ω| = 0.9995, for opposite residuals as well; a residual of zeros counts as
-  perpendicular to any other. Here |cos Ω| is well below that, or exactly 1. NuSLERP with a base is linear for parallel
-  residuals only.
-- Its DARE drops by torch's global generator in the order of its task graph and then restores the tensor's L1 norm
-  (`rescale`), where the paper divides by the density: no seed makes the two the same, so of DARE only the shares and
-  sizes of what is kept are compared.
+- Its SLERP is linear beyond |cos Ω| = 0.9995, also for opposite residuals; a residual of zeros counts as perpendicular
+  to any other. Here |cos Ω| is well below that, or exactly 1. NuSLERP with a base is linear only for parallel
+  residuals.
+- Its DARE draws from torch's global generator in the order of its task graph, then restores the tensor's L1 norm
+  (`rescale`); the paper divides by the density. No seed makes the two equal, so only the shares and sizes of the kept
+  values are compared.
 
-At the end the same YAML goes to both tools (`merge --from-mergekit`), mergekit computing in float64 (`dtype`), both
-writing float32: the files must be the same bits, but for single values where base and residual cancel.
-- `dtype` there is that of the arithmetic, and of the output unless `out_dtype` is given. Without it `task_arithmetic`
-  and `ties` compute in the inputs' own type, bfloat16 for instance; ours always computes one precision up.
+The last tests give the same YAML to both tools (`merge --from-mergekit`). mergekit computes in float64 (`dtype`), and
+both write float32. The files must have the same bits, except for single values where base and residual cancel.
+- mergekit's `dtype` is that of the arithmetic, and of the output without `out_dtype`. Without `dtype`,
+  `task_arithmetic` and `ties` compute in the inputs' type, for example bfloat16; ours always computes in float64.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from rewarded_lines.merger.mergekit import merge_like_mergekit
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 BLOCKS = 4
-# Weights that make no sum of whole steps (see `residual`) vanish.
+# No sum of whole steps (see `residual`) with these weights is 0.
 THREE = (0.37123, 0.12979, 0.49898)
 TWO = (0.37123, 0.62877)
 POLICIES = ("first", "second", "third")
@@ -65,7 +65,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """One merge: as ours is asked for it, and as mergekit is."""
+    """One merge: its arguments here and in mergekit."""
 
     name: str
     method: str
@@ -102,7 +102,7 @@ CASES = [
 
 
 def residual(weight: np.ndarray, generator: np.random.Generator, like: np.ndarray | None = None) -> np.ndarray:
-    """Return a residual of whole steps, no two magnitudes equal; `like` another in two of three places."""
+    """Return a residual of whole steps with distinct magnitudes; two of three values are those of `like`."""
     if like is None:
         steps = (1 + generator.permutation(weight.size)) * generator.choice([-1, 1], weight.size)
         return (steps * 2.0 ** (-5 - int(np.ceil(np.log2(weight.size))))).reshape(weight.shape)
@@ -125,7 +125,7 @@ def save_variant(folder: Path, base: Path, tensors: Tensors) -> None:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory) -> Path:
-    """`base` with a head of its own, the policies, and for each a checkpoint that holds its residual."""
+    """`base` with an untied head, the policies, and a checkpoint of each residual."""
     folder = tmp_path_factory.mktemp("family")
     model = make_model(0, blocks=BLOCKS)
     model.config.tie_word_embeddings = False
@@ -253,7 +253,7 @@ def slerp_config(family: Path, case: Case) -> dict[str, Any]:
     }
 
 
-# ---- the three answers ----------------------------------------------------------------------------------------
+# ---- the three results ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -281,8 +281,8 @@ def test_formula_mergekit_and_merge_agree(case, family, mergekit, tmp_path):
     for name, tensor in expected.items():
         assert ours[name].dtype == np.float32
         error = np.abs(ours[name].astype(np.float64) - tensor)
-        # Half a unit in the last place is one rounding; a little more where the exact value is nearly a tie, and the
-        # formula's own rounding in float64 where base and residual cancel.
+        # One rounding is half a unit in the last place. Near ties need a little more, and so does the formula's own
+        # float64 rounding if base and residual cancel.
         allowed = np.spacing(np.abs(ours[name])).astype(np.float64) * (0.5 + 2**-20) + 1e-15
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.3g} roundings"
 
@@ -292,7 +292,7 @@ def test_formula_mergekit_and_merge_agree(case, family, mergekit, tmp_path):
 
 @dataclass(frozen=True)
 class File:
-    """A mergekit config of the policies, less its paths and types."""
+    """A mergekit config of the policies, without paths and types."""
 
     merge_method: str
     models: dict[str, dict[str, Any]]
@@ -313,7 +313,7 @@ class File:
         return said | {"slices": [{"sources": [{**model, "layer_range": [0, BLOCKS]} for model in models]}]}
 
 
-# Weights that make no sum of whole steps vanish: see TWO.
+# No sum of whole steps is 0, see TWO.
 UNEVEN = {"first": {"weight": 1}, "second": {"weight": 1.69376}}
 FILES = {
     "linear": File(
@@ -362,7 +362,7 @@ def test_a_file_for_mergekit_gives_the_same_bits_here(name, family, mergekit, tm
     for key, tensor in theirs.items():
         assert ours[key].dtype == tensor.dtype == np.float32
         differ = ours[key].view(np.uint32) != tensor.view(np.uint32)
-        # Where base and residual cancel, both have float64's own rounding left, some 1e-18.
+        # If base and residual cancel, both keep the rounding of float64, about 1e-18.
         assert (np.abs(ours[key] - tensor)[differ] < 1e-15).all(), key
         assert differ.sum() <= 1, key
 
@@ -393,6 +393,6 @@ def test_dare_keeps_as_many_values_and_enlarges_them_as_much(rescale, family, me
         merged = load(tmp_path / folder)
         moved = np.concatenate([((merged[key] - base[key]) / residuals[key]).ravel() for key in base])
         kept = np.abs(moved) > 1e-3
-        # Three standard deviations of a share of some 10⁵ values; the L1 norm of a tensor varies with its mask.
+        # Three standard deviations of a share of about 10⁵ values; a tensor's L1 norm varies with its mask.
         assert abs(kept.mean() - 0.25) < 0.005, folder
         assert np.median(moved[kept]) == pytest.approx(3.2 if rescale else 0.8, rel=0.02), folder

@@ -1,4 +1,4 @@
-"""The tables of methods in the documents say what the table in the code says, method for method."""
+"""The tables of methods in the documents agree with the table in the code."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from rewarded_lines.merger.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = {"simplex": "sum 1", "free": "any", "share": "0 to 1", "none": "none"}
-# An option of `merge`, since it is a command, no number.
+# An option of `merge` itself, because it is a command and no number.
 BESIDE = {"greedy": "`--score`"}
 
 

@@ -1,4 +1,4 @@
-"""Merge rules by hand-computed values, by their symmetries, and at their ends."""
+"""Merge rules by hand-computed values, symmetries and endpoints."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_ties_by_hand(join, expected):
 def test_ties_elects_by_weight():
     assert ties([A, B], [0.9, 0.1], thresholds=[0.0, 0.0], join="mean")[0] == 1.0
     assert ties([A, B], [0.1, 0.9], thresholds=[0.0, 0.0], join="mean")[0] == -3.0
-    # With a negative weight, from extrapolation, a policy pulls to the other side.
+    # A negative weight, from extrapolation, reverses a policy's sign.
     assert ties([A, B], [1.5, -0.5], thresholds=[0.0, 0.0], join="sum")[0] == 3.0
 
 
@@ -46,7 +46,7 @@ def test_dare_by_hand():
 
 
 def test_consensus_by_hand():
-    # Each policy against the other's part: A needs 0.5 and 3 (as large as B's) at μ = 1, B all but 0.5.
+    # Each policy against the other: at μ = 1, A needs 0.5 and 3 (as large as B's), B all but 0.5.
     assert consensus([A, B], [1.0, 1.0], tall=1.0, agree=2).tolist() == [0.0, 0.0, 0.0, 0.0, 0.0]
     assert consensus([A, B], [1.0, 1.0], tall=1.0, agree=1).tolist() == (A + B).tolist()
     assert consensus([A, B], [1.0, 1.0], tall=0.5, agree=2).tolist() == [0.0, -6.0, 0.75, 0.0, 0.0]

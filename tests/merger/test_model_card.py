@@ -1,5 +1,4 @@
-"""The model card of a merged folder: metadata as the Hub's own library reads it, and a text that hostile names cannot
-break."""
+"""The model card of a merged folder: metadata read by the Hub's own library, and text safe from hostile names."""
 
 import json
 import re
@@ -82,12 +81,12 @@ def test_a_folder_has_the_ids_of_what_it_was_made_from(family):
     config = json.loads((family / "first/config.json").read_text())
     (family / "first/config.json").write_text(json.dumps(config | {"_name_or_path": "org/other"}))
     (family / "second/config.json").write_text(json.dumps(config | {"_name_or_path": str(family / "sft")}))
-    # `models/first` lies beside the family's folder: a path, though it has the form of an id.
+    # `models/first` is a path beside the family's folder, though it looks like an id.
     assert make(family)[0].base_model == ["org/pretrained", "org/other"]
 
 
 def test_ids_of_the_hub(tmp_path):
-    """Ids in place of folders: metadata, links and the command have them, and the card's licence is fetched."""
+    """Hub ids instead of folders: in metadata, links and the command; the card's licence is fetched."""
     save_family(tmp_path / "hub/org")
     for name in ("sft", "first", "second"):
         write_card(tmp_path / "hub/org" / name, "license: mit")
@@ -100,7 +99,7 @@ def test_ids_of_the_hub(tmp_path):
         card = ModelCard.load(tmp_path / "out/README.md")
         assert card.data.base_model == ["org/sft", "org/first", "org/second"] and card.data.license == "mit"
         assert "[org/first](https://huggingface.co/org/first)" in card.content and "stand" not in card.content
-        # The command of the card makes the same bits.
+        # The card's command makes the same bits.
         words = shlex.split(re.search(r"```bash\n(.*?)\n```", card.content)[1])
         assert words[0] == "rewarded-lines"
         again = [*COMMAND, *words[1:]]
@@ -188,14 +187,14 @@ def test_hostile_names_are_shown_and_not_obeyed(family, name):
     assert not any(token.type in ("html_inline", "image", "em", "s_open") for token in inside)
     addresses = {token.attrs["href"].split("/")[2] for token in inside if token.type == "link_open"}
     assert addresses == {"arxiv.org"} and "\x1b" not in text
-    # The tables of inputs and of numbers, every row with the cells of its head.
+    # In both tables, every row has as many cells as the head.
     cells = [token.type for token in parsed if token.type in ("tr_open", "td_open", "th_open")]
     rows = " ".join(cells).split("tr_open")[1:]
     assert [len(row.split()) for row in rows] == [4] * 4 + [2] * 5
 
 
 def test_the_text_of_a_card_reads_as_it_was_written():
-    """Against a parser of Markdown: what is escaped comes out as it went in."""
+    """A parser of Markdown returns escaped text unchanged."""
     for text in HOSTILE:
         line = " ".join(text.split())
         for written in (escaped(text), literal(text)):

@@ -1,4 +1,4 @@
-"""Checkpoints that do not quite match: what is left out with a note, what is refused with a remedy."""
+"""Checkpoints that do not match exactly: tensors left out with a note, faults refused with a remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIED = {**CONFIG, "tie_word_embeddings": True}
 
 
 def tensors(seed=0, step=0.0, head=None):
-    """Return a Llama-like checkpoint's tensors, `step` away from those of the seed; `head` None shares embeddings."""
+    """Return tensors like Llama's, `step` away from those of the seed; without `head` embeddings are shared."""
     first, second = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1 + int(1000 * step))
 
     def one(*shape):
@@ -35,7 +35,7 @@ def tensors(seed=0, step=0.0, head=None):
 
 
 def family(folder, base, first, second, config=CONFIG):
-    """Save three sets of tensors, or folders that are there already, as base and policies."""
+    """Save three sets of tensors, or take existing folders, as base and policies."""
     for name, content in (("base", base), ("first", first), ("second", second)):
         save_tensors(folder / name, content, config)
     return folder / "base", {"first": folder / "first", "second": folder / "second"}
@@ -47,7 +47,7 @@ def merged(folder, inputs, **more):
 
 
 def refused(folder, inputs, **more):
-    """Return what a merge is refused with; nothing is written."""
+    """Return the message of a refused merge, which writes nothing."""
     before = snapshot(folder)
     with pytest.raises(UserError) as caught:
         merge(*inputs, 0.3, out=folder / "out", **more)
@@ -80,7 +80,7 @@ def head_only(content):
 
 @pytest.mark.parametrize("copies", ["", "first", "base", "base first", "base first second"])
 def test_tied_embeddings_stay_one_tensor(copies, tiny):
-    """Whichever inputs hold the second copy; the lm_head sorts first in files, and yet the embeddings stay."""
+    """For any inputs with the second copy; lm_head is first in files, but the embeddings are kept."""
     for name in copies.split():
         resave(tiny / name.replace("base", "sft"), with_copy)
     (result,) = merge("sft", ["first", "second"], 0.3, alpha=0.5, out="out")
@@ -106,7 +106,7 @@ def test_a_config_that_does_not_say_is_tied_as_transformers_has_it(tmp_path):
 
 
 def test_an_untied_model_stays_untied(tmp_path):
-    """Though head and embeddings are equal in the base, and in any number of the others."""
+    """Although head and embeddings are equal in the base, and in some of the others."""
     for index, heads in enumerate((("copy", "own", "own"), ("copy", "copy", "own"), ("copy", "copy", "copy"))):
         folder = tmp_path / str(index)
         inputs = family(folder, *(tensors(0, step, head) for step, head in zip((0, 0.1, 0.2), heads, strict=True)))
@@ -127,13 +127,13 @@ def test_a_head_of_its_own_in_one_policy_only_is_refused(tmp_path):
 
 
 def test_a_head_that_an_untied_policy_lacks_is_refused(tmp_path):
-    """Though the base's head repeats its embeddings: written without it, the model would have a random one."""
+    """Although the base's head equals its embeddings: without it, the model would have a random head."""
     inputs = family(tmp_path, tensors(0, 0, "copy"), tensors(0, 0.1, "copy"), tensors(0, 0.2))
     assert "1 tensors of the base are missing" in (said := refused(tmp_path, inputs)) and HEAD in said
 
 
 def test_an_encoders_own_copy_of_shared_embeddings_is_left_out(tmp_path):
-    """As old T5 checkpoints have it; T5 shares its embeddings also where the head is not tied to them."""
+    """As in old T5 checkpoints; T5 shares its embeddings even if the head is not tied to them."""
     model = ARCHITECTURES["t5-gated"]()
     for name in ("base", "first"):
         model.save_pretrained(tmp_path / name)
@@ -273,7 +273,7 @@ def test_buffers_that_are_not_equal(mine, theirs, tmp_path):
 
 
 def retyped(folder, kind, width):
-    """Declare a checkpoint's first matrix to be of another type, with as many bytes as that takes."""
+    """Declare another type for a checkpoint's first matrix, with the right number of bytes."""
     path = folder / "model.safetensors"
     content = load_file(path)
     header, offset, body = {}, 0, b""

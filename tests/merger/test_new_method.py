@@ -1,4 +1,4 @@
-"""A method is one place: a row added to the table is known to command line, projects, cards, commands and legends."""
+"""A method is one row of the table: command line, projects, cards, commands and legends read it from there."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def test_a_new_method_is_a_row(tiny):
     assert done.returncode == 0, done.stderr
     told = json.loads((tiny / "told.json").read_text())
     assert (told["help"], told["merge"], told["again"], told["sweep"], told["typo"]) == (0, 0, 0, 0, 1)
-    # The command line: a flag with its help, and the method's summary below.
+    # The command line shows a flag with its help, and the method's summary.
     assert "--share" in done.stdout and "shrink (0.5): how much" in done.stdout and "Shrinking: a part" in done.stdout
     assert told["record"] == {"share": 0.25}
     assert "m = 0.25 Σ λᵢ τᵢ" in told["card"] and "On Shrinking" in told["card"] and "1234.56789" in told["card"]

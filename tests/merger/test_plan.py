@@ -1,4 +1,4 @@
-"""Both kinds of plans behind one interface: what they announce is what they write, and which files decide it."""
+"""Both kinds of plans: `outputs` match the written files, and `input_files` are those that decide them."""
 
 import pytest
 from safetensors.torch import load_file

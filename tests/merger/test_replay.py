@@ -1,4 +1,4 @@
-"""A merge made again from its record, through the command line."""
+"""A merge repeated from its record, through the command line."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ def again(cli, *more):
 
 @pytest.fixture
 def merged(cli, tiny):
-    """The tiny project with a merge in `out` that sets everything a record can tell."""
+    """The tiny project with a merge in `out` that sets every field of a record."""
     settings = ["--method", "dare-ties", "--density", "0.5", "--seed", "3", "--alpha", "auto", "--outside", "depth"]
     answer = cli("merge", "--lam", "0.3", *settings, "--max-shard-size", "150KB", "--out", "out")
     assert answer.code == 0, answer.err
@@ -28,7 +28,7 @@ def test_the_same_bits(cli, merged):
     assert weights(merged / "again") == weights(merged / "out")
     first, second = (json.loads((merged / name / "merge.json").read_text()) for name in ("out", "again"))
     assert {**first, "command": 0} == {**second, "command": 0}
-    # And from what was made again.
+    # And again from the repeated merge.
     assert cli("merge", "--from", "again", "--out", "third").code == 0
     assert weights(merged / "third") == weights(merged / "out")
 
