@@ -41,13 +41,9 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "F
 
 
 def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
-    """Return every fault that prevents a merge of adapters over a base.
+    """Return every fault that prevents a merge of adapters: `folded` into the base's weights, or into an adapter.
 
-    Args:
-        base: with or without its weights.
-        reference: the user's folder or Hub id of the base.
-        adapters: by name.
-        folded: whether the adapters are added to the base's weights; otherwise the result is an adapter.
+    `reference` is the user's folder or Hub id of the base.
     """
     problems: list[Problem] = []
     for name, adapter in adapters.items():

@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:
-    """Return the members of the greedy soup, in the order in which they join.
+    """Return the members of the greedy soup by index, in the order in which they join.
 
     Candidates are ordered by their own score, best first; each joins if the soup with it scores at least as high.
-
-    Args:
-        count: the number of candidates.
-        score: scores a soup by the indices of its members; higher is better.
+    `score` takes the indices of a soup's members; higher is better.
 
     Source: Model soups, arXiv 2203.05482, recipe 1.
     """

@@ -54,7 +54,7 @@ def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "al
         alpha: scale of the first block.
         beta: added by the last block.
         outside: the rule for tensors outside the blocks.
-        name: the tensor's name, for the message.
+        name: of the tensor, for the message.
 
     Raises:
         UserError: the rule is "depth", and the tensor may be before or after the blocks.

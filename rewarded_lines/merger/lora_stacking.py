@@ -41,15 +41,10 @@ class Stack:
     rank: int
     parts: tuple[Part, ...]
 
-    @property
-    def a(self) -> str:
-        """Return the name of A in the file."""
-        return f"{PREFIX}{self.like.module}.{'lora_embedding_A' if self.like.embedding else 'lora_A.weight'}"
-
-    @property
-    def b(self) -> str:
-        """Return the name of B in the file."""
-        return f"{PREFIX}{self.like.module}.{'lora_embedding_B' if self.like.embedding else 'lora_B.weight'}"
+    def key(self, factor: str) -> str:
+        """Return the name of A or B in the file."""
+        kind = f"lora_embedding_{factor}" if self.like.embedding else f"lora_{factor}.weight"
+        return f"{PREFIX}{self.like.module}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,8 @@ class AdapterOutput:
         """Return name, type and shape of every tensor in the file, given the base's tensors."""
         infos = []
         for stack in self.stacks.values():
-            infos.append(TensorInfo(stack.a, self.dtype, (stack.rank, stack.like.a.shape[1])))
-            infos.append(TensorInfo(stack.b, self.dtype, (stack.like.b.shape[0], stack.rank)))
+            infos.append(TensorInfo(stack.key("A"), self.dtype, (stack.rank, stack.like.a.shape[1])))
+            infos.append(TensorInfo(stack.key("B"), self.dtype, (stack.like.b.shape[0], stack.rank)))
         return infos + [TensorInfo(self.key(name), step.dtype, base[name].shape) for name, step in self.whole.items()]
 
     def key(self, name: str) -> str:
@@ -105,12 +100,13 @@ class AdapterWriter:
 
     def write(self) -> None:
         """Write every tensor of every output."""
-        self._progress.start("merging tensors", counted=True)
-        share_out(list(self._items()), self._worker)
 
-    def _worker(self) -> Callable[[Item], None]:
-        workspace = self._whole.workspace()
-        return lambda item: item(workspace)
+        def worker() -> Callable[[Item], None]:
+            workspace = self._whole.workspace()
+            return lambda item: item(workspace)
+
+        self._progress.start("merging tensors", counted=True)
+        share_out(list(self._items()), worker)
 
     def _items(self) -> Iterator[Item]:
         """Yield the work in pieces, module by module."""
@@ -135,7 +131,7 @@ class AdapterWriter:
                 if output.dtype not in cast:
                     cast[output.dtype] = np.empty(count, output.dtype.storage)
                     self._count_overflow(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
-                writer.write(stack.a, part.first * module.a.shape[1] + start, cast[output.dtype])
+                writer.write(stack.key("A"), part.first * module.a.shape[1] + start, cast[output.dtype])
         self._progress.advance(raw.nbytes)
 
     def _write_b(self, name: str, first: int, rows: int, _: Workspace) -> None:
@@ -145,8 +141,9 @@ class AdapterWriter:
             raw[index] = self._read(index, module.b, first * module.rank, rows * module.rank)
         for writer, output, stack in self._stacks(name):
             if stack.parts:
-                writer.write(stack.b, first * stack.rank, self._side_by_side(name, raw, rows, stack, output.dtype))
-        self._progress.advance(sum(values.nbytes for values in raw.values()))
+                values = self._side_by_side(name, raw, rows, stack, output.dtype)
+                writer.write(stack.key("B"), first * stack.rank, values)
+        self._progress.advance(sum(read.nbytes for read in raw.values()))
 
     def _side_by_side(self, name: str, raw: Mapping[int, Array], rows: int, stack: Stack, dtype: DType) -> Array:
         modules = self._modules[name]
@@ -193,13 +190,8 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
     """Return the adapter_config.json of an output: α = r for every module, so that its scaling is 1.
 
     r is the largest rank, by which engines allocate memory. `rank_pattern` and `alpha_pattern` name modules of another
-    rank, anchored and in full. An output that repeats a policy keeps that policy's settings.
-
-    Args:
-        adapters: the policies.
-        output: the merged adapter.
-        modules: the number of modules of all policies.
-        base: the base's folder, if policies name different bases or none.
+    rank, anchored and in full. An output that repeats a policy keeps that policy's settings. `modules` is the number
+    of modules of all policies; `base` is recorded if the policies name different bases or none.
     """
     if output.copied is not None:
         return dict(adapters[output.copied].config.content)

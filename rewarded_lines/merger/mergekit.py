@@ -47,12 +47,12 @@ def read_mergekit(path: str | Path, *, base: str | None = None, seed: int | None
 def merge_like_mergekit(
     path: str | Path, *, base: str | None = None, seed: int | None = None, dry_run: bool = False, **how: Any
 ) -> tuple[Translation, list[MergeResult]]:
-    """Make the merge of a mergekit YAML.
+    """Make the merge of a mergekit YAML; see `read_mergekit` for path, base and seed.
 
     Args:
-        path: see `read_mergekit`.
-        base: see `read_mergekit`.
-        seed: see `read_mergekit`.
+        path: the file.
+        base: the SFT model.
+        seed: of DARE's masks.
         dry_run: check everything and write nothing.
         how: arguments of `merge` for writing: out, device, max_shard_size, overwrite, layers, progress ...
 

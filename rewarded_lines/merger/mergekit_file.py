@@ -45,12 +45,7 @@ class MergekitFile:
     """The content of a file.
 
     Attributes:
-        path: for messages.
-        method: mergekit's name of it.
-        base: `base_model`.
-        inputs: the models, in order.
         shared: parameters for all models: the slice's, then the top level's.
-        dtype: of the output, "auto" by default.
         blocks: the number of blocks in its slice, None without a slice.
     """
 

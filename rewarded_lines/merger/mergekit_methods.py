@@ -33,10 +33,6 @@ class Translation:
     """The arguments of `merge` that make the merge of a file.
 
     Attributes:
-        base: folder or Hub id.
-        policies: likewise, by name.
-        merge: the numbers.
-        dtype: of the output.
         full: policies are adapters to fold, since mergekit writes whole models.
         blocks: the number of blocks that the models must have, None for any.
         notes: on differences between the two tools.

@@ -23,9 +23,6 @@ class Option:
 
     Attributes:
         default: its type is the option's.
-        help: one line.
-        low: the least value.
-        high: the greatest value.
         choices: the values of a text, each with its form in the method's equation.
         above_low: whether `low` itself is refused.
     """
@@ -60,7 +57,6 @@ class Method:
 
     Attributes:
         rule: the pure function on residuals.
-        summary: one line for `--help`.
         label: its name in legends; "" for the name that users type.
         equation: the merged residual m of the residuals τᵢ, a line for each part; {name} is an option's value.
         papers: title and arXiv number of each.

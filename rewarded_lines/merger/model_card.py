@@ -144,11 +144,10 @@ def _kind(spec: MergeSpec) -> str:
 
 
 def _introduction(plan: Plan) -> str:
-    count = len(plan.policies)
-    made = f"merged by rewarded-lines {__version__}"
-    if count == 1:
-        return f"One policy aligned from a base model, its residual scaled; {made}."
-    return f"{count} policies aligned from one base model, each with a reward of its own, {made}."
+    text = f"{len(plan.policies)} policies aligned from one base model, each with its own reward"
+    if len(plan.policies) == 1:
+        text = "One policy aligned from a base model, with a scaled residual"
+    return f"{text}; merged by rewarded-lines {__version__}."
 
 
 def _formula(plan: Plan, spec: MergeSpec) -> str:
@@ -190,15 +189,13 @@ def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
     rows = [["", ""], ["method", escaped(", ".join([spec.method, *options]))]]
     rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
     for stack, scales in plan.scales(spec).items():
-        rows.append([f"s of {literal(stack)}, {len(scales)} blocks", _span(scales)])
+        shown = [f"{scale:.4g}" for scale in scales]
+        if len(shown) > _WIDE:
+            shown = [f"{shown[0]}, {shown[1]} … {shown[-1]}"]
+        rows.append([f"s of {literal(stack)}, {len(scales)} blocks", ", ".join(shown)])
     if (rank := plan.rank(spec)) is not None:
         rows.append(["rank", str(rank)])
     return table(rows)
-
-
-def _span(scales: Sequence[float]) -> str:
-    shown = [f"{scale:.4g}" for scale in scales]
-    return ", ".join(shown) if len(shown) <= _WIDE else f"{shown[0]}, {shown[1]} … {shown[-1]}"
 
 
 def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: str) -> list[str]:

@@ -232,17 +232,14 @@ def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     matrices = [info for info in shared if len(info.shape) > 1 and info.dtype.floating]
     dot = square_first = square_second = 0.0
     for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
-        one, two = (_leading(source, info.name) for source in (first, second))
+        count = min(info.elements, _SAMPLED_VALUES)
+        one = as_float64(first.read(info.name, count=count), info.dtype)
+        two = as_float64(second.read(info.name, count=count), second.tensors[info.name].dtype)
         dot += float((one * two).sum())
         square_first += float((one * one).sum())
         square_second += float((two * two).sum())
     norm = math.sqrt(square_first * square_second)
     return dot / norm if 0 < norm < math.inf else 1.0
-
-
-def _leading(source: Checkpoint, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    info = source.tensors[name]
-    return as_float64(source.read(name, count=min(info.elements, _SAMPLED_VALUES)), info.dtype)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -31,19 +31,10 @@ def plan_as(
     device: str = "cpu",
     layers: str | None = None,
 ) -> Plan:
-    """Return the plan of a merge into whole models, or into adapters.
+    """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
-    Args:
-        kind: "full", "adapter", or "auto": an adapter if all policies are adapters, else a whole model.
-        base: folder or Hub id of the SFT model.
-        policies: likewise by name, in the order of the weights.
-        method: a key of `METHODS`; only linear methods give adapters.
-        dtype: one of `DTYPES`.
-        device: for the arithmetic of whole models: "cpu", "cuda" or "cuda:1".
-        layers: the pattern of the block list, for unknown layouts.
-
-    Raises:
-        UserError: with every fault of the inputs.
+    "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
+    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts.
     """
     choose("--as", kind, KINDS)
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):

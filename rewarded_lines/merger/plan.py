@@ -35,9 +35,7 @@ class Plan(ABC):
     Attributes:
         kind: its output, "full" models or an "adapter", for `merge.json`.
         reads_base: whether the base's weights decide the output.
-        base: the SFT model.
         policies: by name, in the order of the weights.
-        depths: the place of every tensor.
         notes: for the user, on the inputs.
         reference: the user's folder or Hub id of the base.
         references: likewise of each policy.
@@ -91,16 +89,9 @@ class Plan(ABC):
     def write(
         self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
     ) -> NonFinite:
-        """Write weights, settings and tokenizer of each output; inputs are read once for all.
+        """Write weights, settings and tokenizer of each output to its folder; inputs are read once for all.
 
-        Args:
-            specs: the numbers of each output.
-            folders: of the outputs; they must exist.
-            max_shard_size: bytes of the largest weight file; an adapter has only one file.
-            progress: receives the bytes read.
-
-        Returns:
-            The count of values that are not finite, for the caller to refuse.
+        `max_shard_size` is in bytes; an adapter has only one file. The caller refuses the values that are not finite.
         """
 
     def scales(self, spec: MergeSpec) -> dict[str, list[float]]:

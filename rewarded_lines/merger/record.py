@@ -109,11 +109,7 @@ def hash_inputs(plan: Plan) -> dict[str, Any]:
 def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of `merge.json`, which is enough to make the same bytes again.
 
-    Args:
-        plan: the inputs.
-        spec: the numbers.
-        inputs: the result of `hash_inputs`.
-        settings: the other arguments that decide the bytes (dtype, shard size, --layers), and the command.
+    `inputs` are from `hash_inputs`; `settings` are the other arguments that decide the bytes, and the command.
     """
     packages = ("numpy", "numba", "safetensors")
     return {

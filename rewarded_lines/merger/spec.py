@@ -221,7 +221,9 @@ class MergeOptions:
         offers=("alpha", "depth"),
     )
     method: str = option(
-        "soup", f"How residuals are joined: {', '.join(METHODS)}; see below.", offers=_methods_that_begin
+        "soup",
+        f"How residuals are joined: {', '.join(METHODS)}; see below.",
+        offers=_methods_that_begin,
     )
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     score: Score | None = option(
