@@ -156,7 +156,7 @@ def _be_program(name: str, words: list[str], log: Path, without: tuple[str, ...]
     speak_to(log)
     os.environ["OMP_NUM_THREADS"] = "1"
     for module in without:
-        for imported in [one for one in sys.modules if one.startswith("rewarded_lines.learning")]:
+        for imported in [one for one in sys.modules if one.startswith("rewarded_lines.training")]:
             del sys.modules[imported]
         sys.modules[module] = None
     sys.argv = [f"{name}.py", *words]

@@ -22,12 +22,11 @@ LIGHT = {
     "rewarded_lines.cli",
     "rewarded_lines.errors",
     # Of which `sweep_options` only.
-    "rewarded_lines.evaluation",
+    "rewarded_lines.evaluator",
     # Of which `merge_options` only.
-    "rewarded_lines.merging",
+    "rewarded_lines.merger",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
-    "rewarded_lines.rules",
     "rewarded_lines.signatures",
 }
 ASK = """\
