@@ -8,15 +8,13 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import scratch_folder
+from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.spec import MergeOptions, MergeSpec
 from rewarded_lines.references import find_function
-
-if TYPE_CHECKING:
-    from rewarded_lines.merger.plan import Plan
-    from rewarded_lines.merger.spec import MergeOptions, MergeSpec
 
 
 def choose_greedily(count: int, score: Callable[[tuple[int, ...]], float]) -> list[int]:

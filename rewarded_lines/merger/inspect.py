@@ -10,13 +10,7 @@ from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import (
-    Checkpoint,
-    open_checkpoint,
-    read_json_object,
-    resolve_folder,
-    total_bytes,
-)
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, resolve_folder, total_bytes
 from rewarded_lines.checkpoints.tensor_depth import Depths, Side, find_depths
 from rewarded_lines.errors import Problem, UserError, fail, printable
 from rewarded_lines.kernels.blocks import Source
@@ -215,7 +209,7 @@ def _open(checkpoint: str, base: str | None) -> _Subject:
 def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> _Subject:
     if base is None or reference is None:
         named = printable(adapter.config.base[:_LONGEST]) or "with the model it was trained from"
-        what, remedy = "an adapter is inspected over its base", f"pass --base {named}"
+        what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
         raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
     adapters = {adapter.folder.name: adapter}
     if problems := check_adapters(base, reference, adapters, folded=True):

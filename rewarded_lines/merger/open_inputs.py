@@ -42,7 +42,7 @@ def plan_as(
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
-            f"the method {method} gives no adapter: its residual is no sum of the policies'",
+            f"the method {method} gives no adapter: its residual is no weighted sum",
             where="--as",
             expected=f"with adapters as policies one of {', '.join(linear)}",
             remedy="pass --as full to fold the adapters into the base and merge whole models",
@@ -138,7 +138,7 @@ def _check_fit(
     if problems:
         raise UserError(problems)
     # A second copy of tied embeddings is not merged, so an adapter's change to it would be lost.
-    merged, what = set(names), "the adapter changes a tensor that is not merged by itself"
+    merged, what = set(names), "the adapter changes a copy of another tensor, and copies are not merged"
     problems = [
         Problem(what, f"policy `{name}`: {tensor}", remedy=KEEP_APART)
         for name, adapter in adapters.items()
