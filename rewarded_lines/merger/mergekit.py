@@ -74,7 +74,7 @@ def _check_parameters(file: MergekitFile, row: MergekitMethod) -> None:
     """Refuse parameters that the method does not have, or that mergekit ignores at their place."""
     problems = []
     levels = [(f"{file.path}: parameters", level, (*row.shared, *row.beside, *row.idle)) for level in file.shared]
-    levels += [(one.where, one.parameters, (*row.beside, *row.idle)) for one in file.inputs]
+    levels += [(f"{file.path}: {one.model}", one.parameters, (*row.beside, *row.idle)) for one in file.inputs]
     for where, parameters, known in levels:
         for name in [name for name in parameters if name not in known]:
             what, remedy = f"{file.method} has no parameter `{name}`", did_you_mean(str(name), known)
@@ -90,12 +90,12 @@ def _check_base(file: MergekitFile, base: str | None) -> None:
         raise file.fault(f"no `base_model`, which {file.method} needs", expected="base_model: SFT model")
     if base is not None and file.base is not None:
         raise fail("the file names the base", where="--base", got=base, remedy="leave --base out")
-    if file.method == "linear" and file.base and file.base not in [one.reference for one in file.inputs]:
+    if file.method == "linear" and file.base and file.base not in [one.model for one in file.inputs]:
         raise file.fault(
             "linear sums models, and mergekit adds `base_model` to them",
             "base_model",
             expected="none, or one of the models, with its weight",
-            remedy=f"take `base_model` out, and pass --base {file.base.model}",
+            remedy=f"take `base_model` out, and pass --base {file.base.path}",
         )
 
 

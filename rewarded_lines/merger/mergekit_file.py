@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,83 +23,12 @@ Parameters = Mapping[str, Any]
 class Reference:
     """A model in mergekit's terms: a folder or Hub id, and a LoRA adapter on it ("" for none)."""
 
-    model: str
+    path: str
     lora: str = ""
 
     def __str__(self) -> str:
-        """Return `model`, or `model+adapter`."""
-        return f"{self.model}+{self.lora}" if self.lora else self.model
-
-
-@dataclass(frozen=True)
-class Input:
-    """One of the models, with its own parameters."""
-
-    reference: Reference
-    parameters: Parameters
-    where: str
-
-
-@dataclass(frozen=True)
-class MergekitFile:
-    """The content of a file.
-
-    Attributes:
-        shared: parameters for all models: the slice's, then the top level's.
-        blocks: the number of blocks in its slice, None without a slice.
-    """
-
-    path: str
-    method: str
-    base: Reference | None
-    inputs: tuple[Input, ...]
-    shared: tuple[Parameters, ...]
-    dtype: str
-    blocks: int | None
-
-    def fault(self, what: str, key: str = "", **parts: str) -> UserError:
-        """Return an error about a key of this file."""
-        return fail(what, where=f"{self.path}: {key}" if key else self.path, **parts)
-
-    def number(self, name: str, default: float | bool | None = None, of: Input | None = None) -> Any:
-        """Return a parameter by mergekit's lookup: the model's own, then the shared ones, then `default`."""
-        places = [(of.where, of.parameters)] if of else []
-        for where, parameters in [*places, *((self.path, level) for level in self.shared)]:
-            if name in parameters:
-                return _unconditional(parameters[name], f"{where}: {name}")
-        if default is None:
-            where, expected = of.where if of else self.path, f"`{name}` in `parameters:`, as mergekit needs it"
-            raise fail(f"no `{name}`", where=where, expected=expected)
-        return default
-
-    def line(self, name: str, default: float | None = None, of: Input | None = None) -> Line:
-        """Return a parameter over depth; refuse a list that is not on a straight line."""
-        setting = self.number(name, default, of)
-        line = line_of(setting)
-        if line is None:
-            what, where = f"`{name}` is no straight line over depth", of.where if of else self.path
-            raise fail(what, where=where, expected="a number, or a list such as [0.7, 1.6]", got=str(setting))
-        return line
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return a switch."""
-        value = self.number(name, default)
-        if not isinstance(value, bool | int):
-            raise self.fault(f"`{name}` is no switch", expected="true or false", got=str(value))
-        return bool(value)
-
-
-def _unconditional(setting: Any, where: str) -> Any:
-    """Return a setting; refuse mergekit's filters, unless all of them give the same value."""
-    cases = setting if isinstance(setting, list) else [setting]
-    if not any(isinstance(case, dict) for case in cases):
-        return setting
-    values = [case.get("value") for case in cases if isinstance(case, dict)]
-    rest = any(isinstance(case, dict) and case.get("filter") in (None, "*") for case in cases)
-    if len(values) == len(cases) and rest and all(value == values[0] for value in values):
-        return values[0]
-    what = "a value that depends on the tensor's name has no counterpart here"
-    raise fail(what, where=where, expected="one value for all tensors, or a list over depth", got=str(setting))
+        """Return `path`, or `path+adapter`."""
+        return f"{self.path}+{self.lora}" if self.lora else self.path
 
 
 def _reference(value: Any) -> Reference:
@@ -112,8 +41,8 @@ def _reference(value: Any) -> Reference:
         what = "not a model that can be opened here: give a folder, a Hub id organisation/name, or MODEL+ADAPTER"
         revision = "; download a revision (MODEL@REVISION) first, and name its folder" if "@" in str(value) else ""
         raise ValueError(what + revision)
-    model, _, lora = value.partition("+")
-    return Reference(model, lora)
+    path, _, lora = value.partition("+")
+    return Reference(path, lora)
 
 
 def _is_base(value: Any, base: Reference | None) -> bool:
@@ -134,11 +63,13 @@ class _Level(Strict):
     parameters: Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)] = {}
 
 
-class _Model(_Level):
+class Model(_Level):
+    """A model with its own parameters."""
+
     model: Annotated[Reference, BeforeValidator(_reference)]
 
 
-class _Source(_Model):
+class _Source(Model):
     layer_range: tuple[int, int]
 
 
@@ -158,7 +89,7 @@ class _Slice(_Level):
 class _Content(_Level):
     base_model: Annotated[Reference | None, BeforeValidator(lambda value: _reference(value) if value else None)] = None
     merge_method: str
-    models: list[_Model] | None = None
+    models: list[Model] | None = None
     slices: Annotated[list[_Slice] | None, Field(max_length=1)] = None
     modules: Any = None
     dtype: Annotated[str, BeforeValidator(_dtype)] = ""
@@ -183,6 +114,66 @@ class _Content(_Level):
         return value
 
 
+@dataclass(frozen=True)
+class MergekitFile:
+    """The content of a file.
+
+    Attributes:
+        shared: parameters for all models: the slice's, then the top level's.
+        blocks: the number of blocks in its slice, None without a slice.
+    """
+
+    path: str
+    method: str
+    base: Reference | None
+    inputs: Sequence[Model]
+    shared: Sequence[Parameters]
+    dtype: str
+    blocks: int | None
+
+    def fault(self, what: str, key: str = "", **parts: str) -> UserError:
+        """Return an error about a key of this file."""
+        return fail(what, where=f"{self.path}: {key}" if key else self.path, **parts)
+
+    def number(self, name: str, default: float | bool | None = None, of: Model | None = None) -> Any:
+        """Return a parameter by mergekit's lookup: the model's own, then the shared ones, then `default`."""
+        place = f"{of.model}: " if of else ""
+        for level in [*([of.parameters] if of else []), *self.shared]:
+            if name in level:
+                return self._unconditional(level[name], place + name)
+        if default is None:
+            raise self.fault(f"no `{name}`", place + name, expected="a number in `parameters:`, as mergekit needs it")
+        return default
+
+    def line(self, name: str, default: float | None = None, of: Model | None = None) -> Line:
+        """Return a parameter over depth; refuse a list that is not on a straight line."""
+        setting = self.number(name, default, of)
+        line = line_of(setting)
+        if line is None:
+            what, key = f"`{name}` is no straight line over depth", f"{of.model}: {name}" if of else name
+            raise self.fault(what, key, expected="a number, or a list such as [0.7, 1.6]", got=str(setting))
+        return line
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return a switch."""
+        value = self.number(name, default)
+        if not isinstance(value, bool | int):
+            raise self.fault(f"`{name}` is no switch", name, expected="true or false", got=str(value))
+        return bool(value)
+
+    def _unconditional(self, setting: Any, key: str) -> Any:
+        """Return a setting; refuse mergekit's filters, unless all of them give the same value."""
+        cases = setting if isinstance(setting, list) else [setting]
+        if not any(isinstance(case, dict) for case in cases):
+            return setting
+        values = [case.get("value") for case in cases if isinstance(case, dict)]
+        rest = any(isinstance(case, dict) and case.get("filter") in (None, "*") for case in cases)
+        if len(values) == len(cases) and rest and all(value == values[0] for value in values):
+            return values[0]
+        what = "a value that depends on the tensor's name has no counterpart here"
+        raise self.fault(what, key, expected="one value for all tensors, or a list over depth", got=str(setting))
+
+
 def read_file(path: Path) -> MergekitFile:
     """Read a mergekit YAML; refuse every key and value that is not mergekit's, or has no counterpart here."""
     content, name = read_yaml(path), str(path)
@@ -196,21 +187,20 @@ def read_file(path: Path) -> MergekitFile:
         found = _Content.model_validate(content)
     except ValidationError as error:
         raise UserError([*problems, *(_problem(detail, name) for detail in error.errors())]) from error
-    top, blocks, shared, where = found.models or [], None, [found.parameters], f"{name}: models"
+    top, blocks, shared = found.models or [], None, [found.parameters]
     for part in found.slices or []:
-        top, blocks, where = list(part.sources), part.sources[0].layer_range[1], f"{name}: slices: sources"
+        top, blocks = list(part.sources), part.sources[0].layer_range[1]
         shared.insert(0, part.parameters)
     references = [one.model for one in top]
     twice = dict.fromkeys(one for one in references if references.count(one) > 1)
-    problems += [Problem("a model is named twice", where, got=str(one)) for one in twice]
+    problems += [Problem("a model is named twice", name, got=str(one)) for one in twice]
     if found.base_model and found.base_model.lora:
         what = "the base has an adapter"
         problems.append(Problem(what, f"{name}: base_model", got=str(found.base_model), remedy="fold it"))
     if problems:
         raise UserError(problems)
-    inputs = tuple(Input(one.model, one.parameters, f"{where}[{index}]") for index, one in enumerate(top))
     dtype = found.out_dtype or found.dtype or "auto"
-    return MergekitFile(name, found.merge_method, found.base_model, inputs, tuple(shared), dtype, blocks)
+    return MergekitFile(name, found.merge_method, found.base_model, top, shared, dtype, blocks)
 
 
 def _problem(detail: ErrorDetails, name: str) -> Problem:
@@ -219,7 +209,7 @@ def _problem(detail: ErrorDetails, name: str) -> Problem:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above).lstrip(".")
     where = f"{name}: {place}" if place else name
     if detail["type"] == "extra_forbidden":
-        level: dict[str, type[_Level]] = {"models": _Model, "sources": _Source, "slices": _Slice}
+        level: dict[str, type[_Level]] = {"models": Model, "sources": _Source, "slices": _Slice}
         owner = level[next(part for part in reversed(above) if isinstance(part, str))] if above else _Content
         return unknown_key(str(key), list(owner.model_fields), where)
     if detail["type"] == "missing":

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.merger.mergekit_file import Input, MergekitFile
+from rewarded_lines.merger.mergekit_file import MergekitFile, Model
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.merger.methods import OptionValue
 from rewarded_lines.merger.spec import TOLERANCE, MergeSpec, on_simplex
@@ -62,10 +62,10 @@ def _linear(file: MergekitFile) -> Translation:
         shares = weights if max(abs(whole.first - 1), abs(whole.last - 1)) <= TOLERANCE else None
     if shares is None:
         raise _no_schedule(file, weights, "that sum to 1 at every depth")
-    common = {one.reference.model for one in file.inputs if one.reference.lora}
-    first = common.pop() if len(common) == 1 else file.inputs[0].reference.model
-    origin = file.base.model if file.base else first
-    kept = [index for index, one in enumerate(file.inputs) if one.reference.lora or one.reference.model != origin]
+    common = {one.model.path for one in file.inputs if one.model.lora}
+    first = common.pop() if len(common) == 1 else file.inputs[0].model.path
+    origin = file.base.path if file.base else first
+    kept = [index for index, one in enumerate(file.inputs) if one.model.lora or one.model.path != origin]
     if not kept:
         raise file.fault("one model: there is nothing to merge", expected="two models or more")
     product = factor([shares[index] for index in kept])
@@ -142,15 +142,15 @@ MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
 }
 
 
-def _policies(file: MergekitFile) -> list[Input]:
+def _policies(file: MergekitFile) -> list[Model]:
     """Return the models with a residual: mergekit leaves out the base among them."""
-    found = [one for one in file.inputs if one.reference != file.base]
+    found = [one for one in file.inputs if one.model != file.base]
     if not found:
         raise file.fault("no model beside the base", expected="one policy or more")
     return found
 
 
-def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
+def _sum_of_residuals(file: MergekitFile, policies: Sequence[Model]) -> Product:
     """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
     weights = [file.line("weight", of=one) for one in policies]
     lines = normalized(weights) if file.flag("normalize", False) else weights
@@ -160,7 +160,7 @@ def _sum_of_residuals(file: MergekitFile, policies: Sequence[Input]) -> Product:
     return product
 
 
-def _proportional(file: MergekitFile, policies: Sequence[Input]) -> Product:
+def _proportional(file: MergekitFile, policies: Sequence[Model]) -> Product:
     """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0."""
     weights = [file.line("weight", of=one) for one in policies]
     whole = total(weights)
@@ -187,7 +187,7 @@ def _scaled(file: MergekitFile, product: Product) -> Product:
     return Product(product.weights, schedule)
 
 
-def _density(file: MergekitFile, policies: Sequence[Input]) -> float:
+def _density(file: MergekitFile, policies: Sequence[Model]) -> float:
     """Return the one density of all policies."""
     lines = [file.line("density", 1.0, of=one) for one in policies]
     if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
@@ -204,7 +204,7 @@ def _random(file: MergekitFile, product: Product, density: float) -> tuple[Produ
 
 
 def _soup(
-    file: MergekitFile, policies: Sequence[Input], product: Product, notes: list[str], base: str = ""
+    file: MergekitFile, policies: Sequence[Model], product: Product, notes: list[str], base: str = ""
 ) -> Translation:
     """Return Σ λᵢτᵢ by the method that takes such weights here."""
     method = "soup"
@@ -216,25 +216,25 @@ def _soup(
 
 def _translation(
     file: MergekitFile,
-    policies: Sequence[Input],
+    policies: Sequence[Model],
     product: Product,
     method: str,
     options: Options,
     notes: Sequence[str],
     base: str = "",
 ) -> Translation:
-    base = base or (file.base.model if file.base else "")
-    if wrong := [one for one in policies if one.reference.lora and one.reference.model != base]:
+    base = base or (file.base.path if file.base else "")
+    if wrong := [one for one in policies if one.model.lora and one.model.path != base]:
         raise fail(
             "an adapter on another model than the base",
-            where=wrong[0].where,
-            expected=f"{base}+{wrong[0].reference.lora}",
-            got=str(wrong[0].reference),
+            where=file.path,
+            expected=f"{base}+{wrong[0].model.lora}",
+            got=str(wrong[0].model),
             remedy="fold it into its own model first: merge --as full",
         )
-    places = [one.reference.lora or one.reference.model for one in policies]
+    places = [one.model.lora or one.model.path for one in policies]
     spec = MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options)
-    full = all(one.reference.lora for one in policies)
+    full = all(one.model.lora for one in policies)
     return Translation(base, _named(places), spec, file.dtype, full, file.blocks, tuple(notes))
 
 
