@@ -332,7 +332,7 @@ def test_patterns_of_the_output_match_one_module_each(tiny):
 def test_adapters_and_whole_models_together_give_a_whole_model(two):
     merge("sft", ["plain", "first"], 0.5, out="out")
     assert (two / "out/model.safetensors").is_file()
-    with pytest.raises(UserError, match="a whole model, whose difference"):
+    with pytest.raises(UserError, match="a whole model: no adapter"):
         merge("sft", ["plain", "first"], 0.5, as_="adapter", out="other")
 
 

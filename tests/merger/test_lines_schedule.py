@@ -38,7 +38,7 @@ def test_outside_the_blocks_by_depth_the_next_block_decides():
 
 
 def test_an_unknown_side_is_refused_by_depth_and_shown_the_way_out():
-    with pytest.raises(UserError, match="odd.weight: whether .*(?s:.)*--outside alpha"):
+    with pytest.raises(UserError, match="odd.weight: unknown whether .*(?s:.)*--outside alpha"):
         tensor_scale(at("unknown"), 1.0, 1.0, "depth", name="odd.weight")
-    with pytest.raises(UserError, match="model.layers: whether"):
+    with pytest.raises(UserError, match="model.layers: unknown whether"):
         tensor_scale(at("unknown"), 1.0, 1.0, "depth")
