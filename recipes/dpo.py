@@ -6,10 +6,10 @@
     accelerate launch recipes/dpo.py --pairs given --train_file pairs.jsonl --validation_file prompts.jsonl \\
         --reward helpful --output_dir policies/helpful
 
-With `pairs: sampled` several responses are sampled to every training prompt (by vLLM where it is installed) and scored
-by rewards of the project; the best and the worst make a pair where they differ enough. Responses are kept as Parquet in
-`samples_file` for the policies of the other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
-hold prompt, chosen and rejected in any published form (recipes/README.md). The policy joins the project.
+With `pairs: sampled` the recipe samples several responses to every training prompt (by vLLM if installed) and scores
+them by rewards of the project. The best and the worst make a pair if they differ enough. Responses are kept as Parquet
+in `samples_file` for the policies of other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
+hold prompt, chosen and rejected in any published form (recipes/README.md). The policy is added to the project.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
-from rewarded_lines.training.policy_gain import choose_engine, sample
-from rewarded_lines.training.policy_task import PolicyTask, load_task, prompts_of
+from rewarded_lines.training.load_task import load_task
+from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions, SamplingOptions
-from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.sampling import choose_engine, sample
+from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import from_main, say, training_run
 
 
@@ -40,24 +41,22 @@ class DPORecipe:
 
     pairs: str = field(default="sampled", metadata={"help": "sampled or given", "choices": ["sampled", "given"]})
     pairs_file: str | None = field(
-        default=None, metadata={"help": "where sampled pairs are kept; OUTPUT_DIR.pairs.parquet by default"}
+        default=None, metadata={"help": "file for sampled pairs; by default OUTPUT_DIR.pairs.parquet"}
     )
     samples_file: str | None = field(
         default=None,
-        metadata={"help": "where sampled responses are kept; samples.parquet beside OUTPUT_DIR by default"},
+        metadata={"help": "file for sampled responses; by default samples.parquet beside OUTPUT_DIR"},
     )
     responses: int = field(default=8, metadata={"help": "responses to every training prompt"})
-    margin: float = field(default=0.5, metadata={"help": "least gap of a pair, in standard deviations of the reward"})
+    margin: float = field(
+        default=0.5, metadata={"help": "least difference in a pair, in standard deviations of the reward"}
+    )
     max_response_tokens: int = field(default=64, metadata={"help": "longest response"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make or read the pairs, train the policy, measure what it gained.
-
-    Args:
-        argv: `--config FILE` and overrides.
-    """
+    """Sample or read the pairs, train the policy, measure its gain; `argv` is `--config FILE` and overrides."""
     parts = (DPORecipe, RunOptions, DataOptions, RewardOptions, SamplingOptions, ModelConfig, DPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")
     recipe, options, data, rewards, sampling, model_options, training = arguments
@@ -77,8 +76,7 @@ def main(argv: Sequence[str]) -> None:
             seed=training.seed,
             dtype=generation_dtype(model_options, policy),
         )
-        sampler = task.sampler(spec)
-        task.measure_base(sampler, policy)
+        task.measure_base(spec, policy)
         if recipe.pairs == "sampled":
             output = Path(run.output)
             samples = Path(recipe.samples_file or output.with_name("samples.parquet"))
@@ -88,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
             pairs = task.rows
         say(task.heading("DPO", f"{len(pairs)} pairs"))
 
-        lora = lora_config(model_options, policy)
+        lora = lora_config(model_options)
         with trainer_settings():
             trainer = TokenDPOTrainer(
                 model=policy,
@@ -103,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(
-            lambda: {**metrics, **task.measure_gain(sampler, policy, run.folder), "pairs": len(pairs)},
+            lambda: {**metrics, **task.measure_gain(spec, policy, run.folder), "pairs": len(pairs)},
             lambda: task.add_to_project(run),
         )
 
@@ -118,10 +116,10 @@ def sampled_pairs(
     engine: str,
     policy: object,
 ) -> list[Row]:
-    """Return the pairs in `path`, or make them of the responses in `samples`, or sample those first."""
-    prompts = prompts_of(task.rows)
+    """Return the pairs in `path`; else make them from the responses in `samples`, which are sampled if absent."""
+    prompts = task.train_prompts
     repeated = [prompt for prompt in prompts for _ in range(recipe.responses)]
-    # What decides the responses is the same for all rewards.
+    # The same for all rewards, so their policies share the responses.
     settings = {key: value for key, value in decides(spec).items() if key != "stop_token_ids"}
     sampled_from = {
         **{name: task.inputs[name] for name in ("train", "base", "generation") if name in task.inputs},

@@ -1,4 +1,4 @@
-"""A policy for one reward: PPO from the SFT model, held to it by a KL penalty.
+"""A policy for one reward: PPO from the SFT model, with a KL penalty.
 
     accelerate launch recipes/ppo.py --config recipes/configs/demo/ppo.yaml --reward positive
     accelerate launch recipes/ppo.py --config recipes/configs/demo/ppo.yaml --reward detailed \\
@@ -8,11 +8,11 @@
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/ppo.py \\
         --config recipes/configs/summary/ppo.yaml --reward faithful
 
-Rewards are those that the project file declares, classifiers with tokenizers of their own or functions, the same that
-the sweep will score by; a weighted sum of several is the multi-objective baseline. Each is standardized on the SFT
-model's responses, so one set of hyperparameters serves rewards of any unit. A response ends at any end token of the
-base's generation config or tokenizer, and at the project's `stop_token_ids`. The policy joins the project. TRL 1.12 is
-the last release with PPO; `recipes/rloo.py` trains a policy without a critic.
+The project file declares the rewards, classifiers or functions; the sweep scores by the same ones. A weighted sum of
+several makes the multi-objective baseline. Each reward is standardized on the SFT model's responses, so one set of
+hyperparameters serves rewards of any unit. A response ends at any end token of the base's generation config or
+tokenizer, and at the project's `stop_token_ids`. The policy is added to the project. TRL 1.12 is the last release with
+PPO; `recipes/rloo.py` trains a policy without a critic.
 """
 
 from __future__ import annotations
@@ -21,23 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
-from rewarded_lines.training.generation_ends import usable_padding
-from rewarded_lines.training.load_models import (
-    generation_dtype,
-    load_critic,
-    load_policy,
-    lora_config,
-    with_lora,
-)
-from rewarded_lines.training.policy_task import load_task, prompts_of
+from rewarded_lines.training.generation_config import usable_padding
+from rewarded_lines.training.load_models import generation_dtype, load_critic, load_policy, lora_config
+from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.reward_module import RewardModule, make_queries
-from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import say, training_run
 
 
@@ -47,17 +42,13 @@ class PPORecipe:
 
     max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
     target_kl: float | None = field(
-        default=None, metadata={"help": "KL to the SFT model, in nats, that `kl_coef` is adapted to"}
+        default=None, metadata={"help": "adapt `kl_coef` until the KL to the SFT model, in nats, is this"}
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "episodes that such an adaptation takes"})
+    kl_horizon: int = field(default=10_000, metadata={"help": "pace of that adaptation, in episodes"})
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a policy and measure what it gained.
-
-    Args:
-        argv: `--config FILE` and overrides.
-    """
+    """Train a policy and measure its gain; `argv` is `--config FILE` and overrides."""
     from rewarded_lines.training.ppo_trainer import AdaptiveKL, PPOConfig, ResumablePPOTrainer
 
     parts = (PPORecipe, RunOptions, DataOptions, RewardOptions, ModelConfig, PPOConfig)
@@ -72,21 +63,20 @@ def main(argv: Sequence[str]) -> None:
 
         task.fit(recipe.max_prompt_tokens, training.response_length)
         reader, penalty = task.reader, training.missing_eos_penalty
-        # TRL knows one end token; all of them, and what it costs to miss them, are the reader's and the reward's here.
+        # TRL knows one end token. Here the reader knows them all, and the reward module applies the penalty.
         training.stop_token = training.stop_token_id = training.missing_eos_penalty = None
-        tokenizer, prompts = task.tokenizer, prompts_of(task.rows)
+        tokenizer, prompts = task.tokenizer, task.train_prompts
         usable_padding(tokenizer, task.base, reader.ends, encode(tokenizer, prompts))
         policy, critic = task.load_policy(model_options), load_critic(task.base, model_options)
         dtype = generation_dtype(model_options, policy)
         spec = task.spec(
             temperature=training.temperature, max_tokens=training.response_length, seed=training.seed, dtype=dtype
         )
-        sampler = task.sampler(spec)
-        task.measure_base(sampler, policy)
+        task.measure_base(spec, policy)
         queries = make_queries(prompts, tokenizer)
         say(task.heading("PPO", f"{len(queries.ids)} prompts"))
 
-        lora = lora_config(model_options, policy)
+        lora = lora_config(model_options)
         dataset = Dataset.from_dict({"input_ids": queries.padded(tokenizer.pad_token_id)})
         adaptive = [AdaptiveKL(recipe.target_kl, recipe.kl_horizon)] if recipe.target_kl else []
         with trainer_settings():
@@ -94,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
                 args=training,
                 reader=reader,
                 processing_class=tokenizer,
-                model=with_lora(policy, lora) if lora else policy,
+                model=get_peft_model(policy, lora) if lora else policy,
                 ref_model=None if lora else load_policy(task.base, model_options),
                 reward_model=RewardModule(task.reward, reader, queries, penalty),
                 value_model=critic,
@@ -105,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         trainer.train(resume_from_checkpoint=run.checkpoint)
         task.save(trainer.save_model, run, training)
         run.finish(
-            lambda: task.measure_gain(sampler, trainer.policy_model, run.folder),
+            lambda: task.measure_gain(spec, trainer.policy_model, run.folder),
             lambda: task.add_to_project(run),
         )
 

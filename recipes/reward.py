@@ -1,4 +1,4 @@
-"""A reward model from pairs: which of two texts is the better one.
+"""A reward model from preference pairs.
 
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml
     accelerate launch recipes/reward.py --config recipes/configs/demo/reward.yaml --learning_rate 1e-4
@@ -7,8 +7,8 @@
 
 A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
 logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected in any published form
-(recipes/README.md). Chats are read in the tokenizer's chat template, texts as `{prompt}{response}`; `template` says
-otherwise. Its accuracy is measured on pairs it was not trained on. It becomes a reward of the project, under
+(recipes/README.md). By default it reads chats in the tokenizer's chat template, texts as `{prompt}{response}`;
+`template` changes that. Its accuracy is measured on the validation pairs. It is added to the project's rewards as
 `reward_name`.
 """
 
@@ -36,6 +36,7 @@ from rewarded_lines.pareto.bootstrap import wilson
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+from rewarded_lines.training.generation_config import generation_of
 from rewarded_lines.training.load_models import (
     absolute,
     fold_classifier,
@@ -43,12 +44,13 @@ from rewarded_lines.training.load_models import (
     load_tokenizer,
     lora_config,
     reference_hash,
+    save_tokenizer,
 )
-from rewarded_lines.training.policy_task import shorten_pair
-from rewarded_lines.training.project_entry import generation_of, register
+from rewarded_lines.training.preference_pairs import shorten_pair
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions
-from rewarded_lines.training.training_log import MetricsCallback
-from rewarded_lines.training.training_run import from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.register_model import register
+from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_run import from_main, say, training_run
 
 SIDES = ("chosen", "rejected")
 
@@ -60,19 +62,15 @@ class RewardRecipe:
     template: str | None = field(
         default=None,
         metadata={
-            "help": "what the reward model reads: chat (the whole conversation, by its chat template), or a text with "
+            "help": "text for the reward model: chat (the whole conversation in its chat template), or a text with "
             "{prompt} and {response}; by default chat for chats and {prompt}{response} for texts"
         },
     )
-    reward_name: str | None = field(default=None, metadata={"help": "its name in the project; the folder's by default"})
+    reward_name: str | None = field(default=None, metadata={"help": "its name in the project; by default the folder's"})
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train the reward model and measure it.
-
-    Args:
-        argv: `--config FILE` and overrides.
-    """
+    """Train the reward model and measure it; `argv` is `--config FILE` and overrides."""
     arguments = parse_recipe((RewardRecipe, RunOptions, DataOptions, ModelConfig, RewardConfig), argv, __doc__ or "")
     recipe, options, data, model_options, training = arguments
     with training_run("reward", arguments) as run:
@@ -98,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
         pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
         held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
         model = load_classifier(base, model_options)
-        lora = lora_config(model_options, model, task="SEQ_CLS")
+        lora = lora_config(model_options, task="SEQ_CLS")
         if lora:
             lora.modules_to_save = ["score"]
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
@@ -128,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def set_own_template(tokenizer: Any, training: RewardConfig, generation: GenerationSpec) -> None:
-    """Give the reward model's tokenizer the template of `chat_template_path`, or the project's; it keeps it."""
+    """Give the reward model's tokenizer the template of `chat_template_path`, or the project's."""
     own, path = training.chat_template_path, training.chat_template_path or generation.chat_template
     if training.eos_token is not None:
         raise fail("`eos_token` has no effect: texts to be scored get no end token", where="eos_token")
@@ -137,7 +135,7 @@ def set_own_template(tokenizer: Any, training: RewardConfig, generation: Generat
 
 
 def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> None:
-    """Refuse pairs of which the reward model would not read all that is declared or said."""
+    """Refuse pairs that the reward model would not read whole."""
     if reading.template == CHAT:
         whole = [[*row["prompt"], *row[side]] for row in pairs for side in SIDES if isinstance(row["prompt"], list)]
         check_template(reading.tokenizer, whole, "training and validation pairs")
@@ -158,9 +156,9 @@ def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> No
 
 
 def tokens(reading: ClassifierReading, pairs: list[Row], side: str) -> list[list[int]]:
-    """Return one side of the pairs as token ids, exactly those of a response to be scored.
+    """Return one side of the pairs as token ids, the same as when a response is scored.
 
-    TRL would put an end-of-sequence token after each text, which texts to be scored do not have.
+    TRL would add an end-of-sequence token to each text, which scored texts do not have.
     """
     ids, types = reading.tokens(*last_answers(pairs, side))
     if types is not None:
@@ -170,15 +168,15 @@ def tokens(reading: ClassifierReading, pairs: list[Row], side: str) -> list[list
 
 
 def lengths(reading: ClassifierReading, pairs: list[Row]) -> list[int]:
-    """Return the tokens of the longer side of each pair."""
+    """Return the number of tokens of the longer side of each pair."""
     both = (map(len, tokens(reading, pairs, side)) for side in SIDES)
     return [max(one) for one in zip(*both, strict=True)]
 
 
 def accuracy(spec: RewardSpec, pairs: list[Row]) -> dict[str, object]:
-    """Return the share of pairs that the saved model ranks rightly, its 95% Wilson interval, and both means.
+    """Return the saved model's accuracy on pairs, its 95% Wilson interval, and both mean scores.
 
-    The model is loaded and used as recipes and evaluator will use it.
+    The model is loaded as recipes and evaluator load it.
     """
     reward = load_reward("reward", spec, Path())
     chosen, rejected = (reward.score(*last_answers(pairs, side)) for side in SIDES)

@@ -1,4 +1,4 @@
-"""A policy for one reward without a critic: RLOO, several responses to each prompt, each measured against the others.
+"""A policy for one reward without a critic: RLOO, several responses to each prompt, each compared with the others.
 
     accelerate launch recipes/rloo.py --config recipes/configs/demo/rloo.yaml --reward positive
     accelerate launch recipes/rloo.py --config recipes/configs/demo/rloo.yaml --reward detailed \\
@@ -6,8 +6,8 @@
     accelerate launch recipes/rloo.py --config recipes/configs/demo/rloo.yaml --reward null \\
         --rewards positive=0.5,detailed=0.5 --output_dir runs/demo/baselines/morl-rloo
 
-Rewards, standardization and what is left behind are as in `recipes/ppo.py`; this is the path that outlives TRL's PPO.
-Less memory than PPO: no critic, and with LoRA no reference model either. The KL penalty, `beta`, is part of the reward.
+Rewards, standardization and outputs are as in `recipes/ppo.py`; use this recipe with TRL releases that have no PPO. It
+needs less memory: no critic, and with LoRA no reference model. The KL penalty, `beta`, is part of the reward.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from trl import ModelConfig, RLOOConfig
 
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
-from rewarded_lines.training.policy_task import load_task, prompts_of
+from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.rloo_trainer import ReadRLOOTrainer, packed
-from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_reward import RewardFunction
 from rewarded_lines.training.training_run import say, training_run
 
@@ -35,16 +35,12 @@ class RLOORecipe:
 
     max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "taken off the reward of a response that does not end"}
+        default=None, metadata={"help": "subtracted from the reward of a response that does not end"}
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a policy and measure what it gained.
-
-    Args:
-        argv: `--config FILE` and overrides.
-    """
+    """Train a policy and measure its gain; `argv` is `--config FILE` and overrides."""
     parts = (RLOORecipe, RunOptions, DataOptions, RewardOptions, ModelConfig, RLOOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")
     recipe, options, data, rewards, model_options, training = arguments
@@ -67,13 +63,12 @@ def main(argv: Sequence[str]) -> None:
             seed=training.seed,
             dtype=generation_dtype(model_options, policy),
         )
-        sampler = task.sampler(spec)
-        task.measure_base(sampler, policy)
+        task.measure_base(spec, policy)
         say(task.heading("RLOO", f"{len(task.rows)} prompts, {training.num_generations} responses each"))
 
-        # TRL loads the reference model by itself, and has to be told how.
+        # TRL loads the reference model itself, with these arguments.
         training.model_init_kwargs = reference_loading(model_options)
-        # The tokenizer has the project's variables of the chat template in it.
+        # The tokenizer's template already contains the project's variables.
         training.chat_template_kwargs = None
         with trainer_settings():
             trainer = ReadRLOOTrainer(
@@ -82,16 +77,16 @@ def main(argv: Sequence[str]) -> None:
                 reader=task.reader,
                 chats=task.chats,
                 reward_funcs=RewardFunction(task.reward, task.reader, task.chats, recipe.missing_eos_penalty),
-                train_dataset=Dataset.from_dict({"prompt": [packed(prompt) for prompt in prompts_of(task.rows)]}),
+                train_dataset=Dataset.from_dict({"prompt": [packed(prompt) for prompt in task.train_prompts]}),
                 processing_class=task.tokenizer,
-                peft_config=lora_config(model_options, policy),
+                peft_config=lora_config(model_options),
                 callbacks=[MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(
-            lambda: task.measure_gain(sampler, policy, run.folder),
+            lambda: task.measure_gain(spec, policy, run.folder),
             lambda: task.add_to_project(run),
         )
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the model that every policy starts from.
+"""Supervised fine-tuning: trains the model that every policy starts from.
 
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml
     accelerate launch recipes/sft.py --config recipes/configs/demo/sft.yaml --seed 1 --output_dir runs/sft-1
@@ -9,8 +9,8 @@
 
 The data hold prompt and completion (the loss is on the completion), messages (`assistant_only_loss` as in TRL), or
 text. The token that ends a chat's turns becomes an end token in the model's generation config. Without
-`model_name_or_path` a tokenizer and a small Llama are made from nothing on the corpus. What LoRA or QLoRA has learned
-is folded into the base at the end. The model becomes the project's `base`.
+`model_name_or_path`, a tokenizer and a small Llama are trained from scratch. At the end an adapter (LoRA, QLoRA) is
+folded into the base. The model becomes the project's `base`.
 """
 
 from __future__ import annotations
@@ -28,28 +28,30 @@ from rewarded_lines.data.dataset_formats import read_demonstrations
 from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.demonstrations import Demonstrations
-from rewarded_lines.training.generation_ends import keep_generation_config, plain_generation
+from rewarded_lines.training.generation_config import (
+    generation_inputs,
+    generation_of,
+    keep_generation_config,
+    plain_generation,
+)
 from rewarded_lines.training.load_models import (
     absolute,
     load_policy,
     load_tokenizer,
     lora_config,
     reference_hash,
+    save_tokenizer,
 )
 from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.project_entry import generation_inputs, generation_of, register
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions
-from rewarded_lines.training.tiny_llama import ScratchModel, make_llama, train_tokenizer
-from rewarded_lines.training.training_log import MetricsCallback
-from rewarded_lines.training.training_run import TrainingRun, from_main, save_tokenizer, say, training_run
+from rewarded_lines.training.register_model import register
+from rewarded_lines.training.scratch_model import ScratchModel, make_llama, train_tokenizer
+from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_run import TrainingRun, from_main, say, training_run
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train the SFT model.
-
-    Args:
-        argv: `--config FILE` and overrides.
-    """
+    """Train the SFT model; `argv` is `--config FILE` and overrides."""
     arguments = parse_recipe((RunOptions, DataOptions, ScratchModel, ModelConfig, SFTConfig), argv, __doc__ or "")
     options, data, scratch, model_options, training = arguments
     with training_run("sft", arguments) as run:
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         validation = rows.fit(validation, data.too_long, "validation rows", say) if validation else []
         if base:
             model = load_policy(base, model_options)
-            lora, optimizer = lora_config(model_options, model), None
+            lora, optimizer = lora_config(model_options), None
         else:
             model = make_llama(tokenizer, scratch)
             lora, optimizer = None, MuonAdamW(model, training.learning_rate, training.weight_decay)
@@ -111,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def perplexity(trainer: SFTTrainer) -> dict[str, float]:
-    """Return the loss on the validation rows and the perplexity that it is."""
+    """Return the loss on the validation rows and its perplexity."""
     metrics = trainer.evaluate()
     metrics["validation_perplexity"] = math.exp(metrics["eval_loss"])
     say(f"validation perplexity {metrics['validation_perplexity']:.1f}")
@@ -124,7 +126,7 @@ def add_to_project(options: RunOptions, run: TrainingRun) -> None:
 
 
 def fold(base: str, folder: Path) -> None:
-    """Fold the adapter in `folder/adapter` into the base, and put the whole model into `folder`."""
+    """Fold the adapter in `folder/adapter` into the base, and move the whole model into `folder`."""
     say("folding the adapter into the base")
     merge(base, {"sft": folder / "adapter"}, 1.0, alpha=1.0, beta=0.0, as_="full", out=folder / "folded")
     for path in sorted((folder / "folded").iterdir()):

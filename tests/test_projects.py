@@ -8,7 +8,7 @@ import yaml
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
-from rewarded_lines.training.project_entry import register
+from rewarded_lines.training.register_model import register
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "eval" / "results" / "packages"

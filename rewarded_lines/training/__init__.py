@@ -1,1 +1,1 @@
-"""What makes a script a recipe: arguments, models, trainers, rewards as trainers take them, the run and its folder."""
+"""The parts of a recipe: arguments, data, models, rewards, trainers, and the run with its folder."""

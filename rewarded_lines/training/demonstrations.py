@@ -1,4 +1,4 @@
-"""Demonstrations for SFT as tokens: those that a policy of the model will be asked with, and where its answers end."""
+"""Demonstrations for SFT, tokenized like the prompts and responses of the trained model."""
 
 from __future__ import annotations
 
@@ -28,32 +28,21 @@ _ANSWER = "yes"
 
 
 class Demonstrations:
-    """Turns rows into what SFTTrainer takes.
+    """Turns rows into the data set of SFTTrainer.
 
     Attributes:
-        tokenizer: of the model, with the project's chat template.
-        own: what the trained model is saved with.
-        ends: the ids that end a response of the model that is trained.
+        tokenizer: the model's, with the project's chat template.
+        own: the tokenizer to save with the trained model.
+        ends: the ids that end a response of the trained model.
     """
 
     def __init__(self, tokenizer: Any, base: str | None, generation: GenerationSpec, training: SFTConfig) -> None:
-        """Remember what decides the tokens.
-
-        Args:
-            tokenizer: of the model; it stays as it is.
-            base: the model to start from; None for one that is made from nothing.
-            generation: the project's settings.
-            training: says how long rows may be, and on what the loss is. `completion_only_loss` is set as TRL would
-                set it for rows that it tokenizes itself.
-
-        Raises:
-            UserError: the chat template cannot be read.
-        """
+        """Set up tokenizers and end tokens; `base` is None for a model from scratch."""
         self.tokenizer = copy.deepcopy(tokenizer)
         if training.eos_token is not None:
             self.tokenizer.eos_token = training.eos_token
         template = training.chat_template_path
-        # A template with tokens of another model: TRL gives both to model and tokenizer when the model is there.
+        # A model's name: TRL copies that model's template and special tokens to the trained one.
         cloned = template is not None and not Path(template).is_file()
         if template is not None and not cloned:
             self.tokenizer.chat_template = read_template(template, "chat_template_path")
@@ -70,21 +59,17 @@ class Demonstrations:
             set_template(self.tokenizer, generation)
         self._cloned, self._by_trl = cloned, cloned or training.assistant_only_loss
         config = load_generation_config(base) if base else None
-        self._named = end_tokens(tokenizer, config)
+        self._base_ends = end_tokens(tokenizer, config)
         self.ends = end_tokens(self.tokenizer, config, generation.stop_token_ids)
         self._training, self._positions = training, positions_of(load_config(base)) if base else None
 
     @property
     def added_ends(self) -> frozenset[int]:
-        """Those of the ends that the base does not name: a new eos token, what ends a turn in the chat template."""
-        return (self.ends | {self.own.eos_token_id}) - self._named - {None}
+        """End tokens that the base lacks: a new eos token, the end of a turn in a chat."""
+        return (self.ends | {self.own.eos_token_id}) - self._base_ends - {None}
 
     def fit(self, rows: Sequence[Row], too_long: TooLong, where: str, tell: Tell) -> list[Row]:
-        """Return the rows that the model can be trained on; see `rewarded_lines.data.lengths.fit`.
-
-        Raises:
-            UserError: a row is too long and shall be refused, or the chat template leaves something of a chat out.
-        """
+        """Return the rows that the model can be trained on; see `rewarded_lines.data.lengths.fit`."""
         if (chats := [chat for row in rows if (chat := _whole_chat(row))]) and self.tokenizer.chat_template:
             check_template(self.tokenizer, chats, where)
             self._find_turn_end(tell)
@@ -94,20 +79,18 @@ class Demonstrations:
         if most is None or wrapped or self._cloned:
             return list(rows)
         if "text" in rows[0]:
-            over = sum(len(ids) > most for ids in self._ids(rows))
+            over = sum(length > most for length in self._lengths(rows))
             if over:
                 tell(f"{where}: {over} of {len(rows)} texts are longer than {most} tokens and are cut there")
             self._training.max_length = most
             return list(rows)
-        limit = Limit(
-            "the model", most, "max_length, or its positions", lambda some: [len(ids) for ids in self._ids(some)]
-        )
+        limit = Limit("the model", most, "max_length, or its positions", self._lengths)
         return fit(rows, [limit], too_long, where, _shorten, tell)
 
     def dataset(self, rows: Sequence[Row]) -> Dataset:
-        """Return rows as token ids, and which of them are the completion's.
+        """Return rows as token ids, with a mask of the completion's tokens.
 
-        With `assistant_only_loss`, or the chat template of another model, TRL tokenizes.
+        TRL tokenizes for `assistant_only_loss` and for another model's chat template.
         """
         training = self._training
         if self._by_trl:
@@ -141,10 +124,8 @@ class Demonstrations:
             end = self.tokenizer.eos_token or ""
             texts = [row["text"] if end and row["text"].endswith(end) else row["text"] + end for row in rows]
             return [one_bos(self.tokenizer, ids) for ids in self.tokenizer(texts)["input_ids"]]
-        made = [
-            render(self.tokenizer, [row["messages"]], tools=_tools(row), tokenize=True, return_dict=True)
-            for row in rows
-        ]
+        options = {"tokenize": True, "return_dict": True}
+        made = [render(self.tokenizer, [row["messages"]], tools=_tools(row), **options) for row in rows]
         return [list(one["input_ids"][0]) for one in made]
 
     def _parts(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]]]:
@@ -152,43 +133,40 @@ class Demonstrations:
         return encode_answers(self.tokenizer, prompts, completions, self.ends)
 
     def _check_tools(self, rows: Sequence[Row], where: str) -> None:
-        """Refuse tools where they would not reach the model."""
+        """Refuse tools that would not reach the model."""
         for at, row in enumerate(rows):
-            if not row.get("tools") and not (self._by_trl and _has_more(row)):
+            if not row.get("tools") and not (self._by_trl and more_than_text(_whole_chat(row) or [])):
                 continue
-            chat = row.get("messages")
+            chat, place = row.get("messages"), f"{where}, row {at}"
             if chat is None or self._by_trl:
                 raise fail(
-                    "tools and tool calls are for rows of messages, trained on as a whole",
-                    where=f"{where}, row {at}",
+                    "tools and tool calls need rows of messages that are trained on as a whole",
+                    where=place,
                     remedy="name the column `messages`, and set `assistant_only_loss: false`",
                 )
-            with_tools, without = (
-                render(self.tokenizer, [chat], tools=tools, tokenize=False)[0] for tools in (_tools(row), None)
+            shown, hidden = (
+                render(self.tokenizer, [chat], tools=tools, tokenize=False) for tools in (_tools(row), None)
             )
-            if with_tools == without:
-                got = str(row["tools"])[:120]
-                raise fail("the chat template leaves out `tools`", where=f"{where}, row {at}", got=got)
+            if shown == hidden:
+                raise fail("the chat template leaves out `tools`", where=place, got=str(row["tools"])[:120])
 
     def _find_turn_end(self, tell: Tell) -> None:
-        """Learn with which special token the chat template ends an assistant's turn."""
+        """Add the special token that ends an assistant's turn in the chat template to `ends`."""
         prompt: Messages = [{"role": "user", "content": "a"}]
         try:
             _, (tail,) = encode_answers(self.tokenizer, [prompt], [[{"role": "assistant", "content": _ANSWER}]], ())
         except UserError:
-            # Rows of messages need no prompt that is the same with and without an answer.
+            # The template renders the prompt differently before an answer; rows of messages allow that.
             return
         special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        # Behind the answer: some templates begin it with special tokens.
-        said = next((n for n in range(len(tail) + 1) if _ANSWER in self.tokenizer.decode(tail[:n])), len(tail))
-        end = next((token for token in tail[said:] if token in special), None)
+        # Only tokens after the answer count: some templates begin an answer with special tokens.
+        after = next((n for n in range(len(tail) + 1) if _ANSWER in self.tokenizer.decode(tail[:n])), len(tail))
+        end = next((token for token in tail[after:] if token in special), None)
         if end is None or end in self.ends:
             return
         self.ends |= {end}
         token = self.tokenizer.convert_ids_to_tokens(end)
-        tell(
-            f"the chat template ends turns with {token}, which the model's generation config will name as an end token"
-        )
+        tell(f"the chat template ends turns with {token}, which becomes an end token of the model's generation config")
 
 
 def _whole_chat(row: Row) -> Messages | None:
@@ -200,19 +178,17 @@ def _whole_chat(row: Row) -> Messages | None:
     return None
 
 
-def _has_more(row: Row) -> bool:
-    return bool(more_than_text(_whole_chat(row) or []))
-
-
 def _tools(row: Row) -> Any:
     return row.get("tools") or None
 
 
 def _shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:
-    """Return a demonstration with the longest end of what comes before its answer that lets it fit."""
-    if "messages" in row:
-        *before, last = row["messages"]
-        shorter = shorten_prompt(before, lambda prompt: fits({**row, "messages": [*prompt, last]})) if before else None  # type: ignore[misc]
-        return None if shorter is None else {**row, "messages": [*shorter, last]}
-    shorter = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
-    return None if shorter is None else {**row, "prompt": shorter}
+    """Return a demonstration with the longest end of the turns before its answer that fits."""
+    if "messages" not in row:
+        shorter = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
+        return None if shorter is None else {**row, "prompt": shorter}
+    *before, last = row["messages"]
+    if not before:
+        return None
+    shorter = shorten_prompt(before, lambda prompt: fits({**row, "messages": [*prompt, last]}))  # type: ignore[misc]
+    return None if shorter is None else {**row, "messages": [*shorter, last]}

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on pairs that are tokens already, those of measuring and generating."""
+"""TRL's DPOTrainer on pairs tokenized here, with the tokens that measuring and generating use."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ class TokenDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
-    """Return pairs as token ids: the prompt as a model is given it, each answer up to its end.
-
-    Args:
-        tokenizer: of the policy.
-        pairs: rows of prompt, chosen and rejected; of sampled ones `chosen_end` and `rejected_end` name the token that
-            ended the answer, −1 where it was cut short.
-        ends: the ids that end a response.
-    """
+    """Return pairs as token ids; `chosen_end` and `rejected_end` are sampled end tokens, −1 for none."""
     prompts, columns = [row["prompt"] for row in pairs], {}
     for side in ("chosen", "rejected"):
         answers = [row[side] for row in pairs]
@@ -38,6 +31,6 @@ def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> 
 
 
 def _ended_by(tail: list[int], end: int, ends: Collection[int]) -> list[int]:
-    """Return an answer's tokens with the end that it was sampled with, which may be none."""
-    said = tail[:-1] if tail and tail[-1] in ends else tail
-    return [*said, end] if end >= 0 else said
+    """Return an answer's tokens with the end token that it was sampled with, or with none (−1)."""
+    answer = tail[:-1] if tail and tail[-1] in ends else tail
+    return [*answer, end] if end >= 0 else answer

@@ -11,62 +11,61 @@ from torch import Tensor, nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon and PyTorch's AdamW as one optimizer, which is what a Trainer takes.
+    """Muon and PyTorch's AdamW as one optimizer, since a Trainer takes only one.
 
-    Muon (Jordan et al., 2024) orthogonalizes the update of a matrix. A small Llama learns from scratch with
-    about half the tokens that AdamW needs; fine-tuning an existing model has no use for it.
+    Muon (Jordan et al., 2024) orthogonalizes the update of a matrix. From scratch, a small Llama needs about
+    half the tokens that it needs with AdamW; fine-tuning gains nothing.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
-        """Share the parameters of `model` out.
+        """Divide the parameters of a causal language model, whose blocks are in `model.layers`.
 
-        Args:
-            model: a causal language model whose blocks are in `model.layers`.
-            learning_rate: for both; Muon's updates are scaled to the size of AdamW's.
-            weight_decay: for both.
+        Muon's updates are scaled to the size of AdamW's, so one learning rate serves both.
         """
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        matrices = [p for name, p in named if ".layers." in name and p.dim() == 2]
-        others = [p for name, p in named if ".layers." not in name or p.dim() != 2]
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (matrices if ".layers." in name and parameter.dim() == 2 else others).append(parameter)
         muon = _Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
-        self._parts = (muon, adamw)
+        self._parts = {"muon": muon, "adamw": adamw}
         super().__init__(muon.param_groups + adamw.param_groups, {})
-        # The very groups of the two, not copies: a scheduler sets the learning rate there.
-        self.param_groups = muon.param_groups + adamw.param_groups
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Use the two optimizers' own groups, not copies: a scheduler sets the learning rate there."""
+        self.param_groups = [group for part in self._parts.values() for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let both take their step."""
+        """Step both optimizers."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        for part in self._parts:
+        for part in self._parts.values():
             part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return both states."""
-        return {"muon": self._parts[0].state_dict(), "adamw": self._parts[1].state_dict()}
+        return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both states, as a resumed run does."""
-        for name, part in zip(("muon", "adamw"), self._parts, strict=True):
+        """Restore both states."""
+        for name, part in self._parts.items():
             part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self._share_groups()
 
 
 class _Muon(torch.optim.Muon):
-    """PyTorch's Muon with Nesterov's momentum and the scale of AdamW, orthogonalizing in the parameters' own type.
+    """PyTorch's Muon with Nesterov's momentum and AdamW's scale, in the parameters' own dtype.
 
-    PyTorch's does it in bfloat16: faster where there are instructions for it, and twenty times as long as in float32
-    on a CPU that has none.
+    PyTorch's works in bfloat16, which takes 20 times as long on a CPU that does not support it.
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every matrix: W ← (1 − ηw)W − 0.2η√max(m, n) · orthogonalized(g + µ(b − g)), b the gradient's mean."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
         for group in self.param_groups:
             rate, inertia = group["lr"], group["momentum"]
             for matrix in group["params"]:
@@ -80,7 +79,6 @@ class _Muon(torch.optim.Muon):
                 update = _orthogonalized(gradient.lerp(mean, inertia), group)
                 matrix.mul_(1 - rate * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * rate * math.sqrt(max(matrix.shape)))
-        return loss
 
 
 def _orthogonalized(matrix: Tensor, group: dict[str, Any]) -> Tensor:

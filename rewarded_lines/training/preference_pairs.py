@@ -1,4 +1,4 @@
-"""The SFT model's own responses and preference pairs of them, best against worst; kept as Parquet and used again."""
+"""Preference pairs of the SFT model's own responses, the best against the worst, cached as Parquet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rewarded_lines.data.lengths import shorten_prompt
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
@@ -21,17 +22,8 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def kept_rows(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[Row]]) -> tuple[list[Row], bool]:
-    """Return the responses or pairs in a file, or make and keep them there; and whether they were there already.
-
-    Args:
-        path: a Parquet file; rows that were made from something else are made again.
-        made_from: all that decides them.
-        make: makes them.
-
-    Raises:
-        UserError: the file is none of ours.
-    """
-    told = json.dumps(made_from, sort_keys=True)
+    """Return the rows in a Parquet file and True, if made from `made_from`; else make and keep them."""
+    origin = json.dumps(made_from, sort_keys=True)
     if path.exists():
         try:
             table = pq.read_table(path)
@@ -43,10 +35,10 @@ def kept_rows(path: Path, made_from: Mapping[str, Any], make: Callable[[], list[
                 got=f"{type(error).__name__}: {error}",
                 remedy="remove it, or name another `pairs_file` or `samples_file`",
             ) from error
-        if metadata == told:
+        if metadata == origin:
             return [_unpacked(row) for row in table.to_pylist()], True
     rows = make()
-    table = pa.Table.from_pylist([_packed(row) for row in rows]).replace_schema_metadata({_METADATA: told})
+    table = pa.Table.from_pylist([_packed(row) for row in rows]).replace_schema_metadata({_METADATA: origin})
     with atomic_file(path) as partial:
         pq.write_table(table, partial)
     return rows, False
@@ -60,35 +52,37 @@ def best_and_worst(
     margin: float,
     ends: Sequence[int] = (),
 ) -> list[Row]:
-    """Return the best against the worst response of each prompt, with their scores.
+    """Return a pair of the best and the worst response to each prompt, with their scores.
 
     Args:
-        prompts: each `count` times in a row.
-        responses: one for each entry of `prompts`.
+        prompts: one for each response, so each prompt stands `count` times in a row.
+        responses: the responses.
         scores: of the responses.
-        count: responses of a prompt.
-        margin: least gap, in standard deviations of all scores; prompts with less make no pair.
-        ends: the token that ended each response, −1 for one that none ended; kept with the pairs.
-
-    Raises:
-        UserError: no prompt makes a pair.
+        count: responses to a prompt.
+        margin: least difference of a pair's scores, in standard deviations of all scores.
+        ends: the token that ended each response, −1 for none; kept with the pairs.
     """
     least = margin * statistics.pstdev(scores)
     rows = []
     for start in range(0, len(prompts), count):
-        of_prompt = range(start, start + count)
-        best, worst = max(of_prompt, key=scores.__getitem__), min(of_prompt, key=scores.__getitem__)
+        prompt, places = prompts[start], range(start, start + count)
+        best, worst = max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
         if scores[best] - scores[worst] > least:
-            prompt = prompts[start]
             sides = {"chosen": best, "rejected": worst}
             row: Row = {"prompt": prompt}
-            row |= {side: _as_answer(prompt, responses[index]) for side, index in sides.items()}
-            row |= {f"{side}_score": scores[index] for side, index in sides.items()}
-            row |= {f"{side}_end": ends[index] for side, index in sides.items()} if ends else {}
+            row |= {side: _as_answer(prompt, responses[place]) for side, place in sides.items()}
+            row |= {f"{side}_score": scores[place] for side, place in sides.items()}
+            row |= {f"{side}_end": ends[place] for side, place in sides.items()} if ends else {}
             rows.append(row)
     if not rows:
         raise fail("no two responses to a prompt differ enough in reward", remedy="lower `margin`")
     return rows
+
+
+def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
+    """Return a pair with the longest end of its prompt that fits; see `shorten_prompt`."""
+    prompt = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
+    return None if prompt is None else {**row, "prompt": prompt}
 
 
 def _as_answer(prompt: Prompt, response: str) -> Prompt:
@@ -96,10 +90,9 @@ def _as_answer(prompt: Prompt, response: str) -> Prompt:
 
 
 def _packed(row: Row) -> Row:
-    """Return a row with chats as JSON, so that a column has one type whatever it holds."""
-    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} | {
-        "chat": isinstance(row["prompt"], list)
-    }
+    """Return a row with chats as JSON: a Parquet column has one type, for texts and chats."""
+    content = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+    return content | {"chat": isinstance(row["prompt"], list)}
 
 
 def _unpacked(row: Row) -> Row:

@@ -1,7 +1,6 @@
-"""The keys that recipes share, beside TRL's own: the project, the data, the rewards, and how the run is repeated.
+"""The keys that recipes share beside TRL's own: the run, the data, the rewards, the sampling.
 
-TRL's names are kept where TRL has one (`dataset_name`, `dataset_train_split` …), and TRL's `ModelConfig` is used as it
-is. Each class is a part of a recipe's YAML file and of its command line.
+Each class is a part of a recipe's YAML file and command line. Where TRL has the same key, it has TRL's name.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +16,26 @@ from pydantic import ValidationError
 from rewarded_lines.config import DataSpec, TooLong
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.projects import PROJECT_FILE, problems_of
+from rewarded_lines.training.arguments import WHERE
 
 
 class KeyValues(dict[str, Any]):
     """`key=value,key=value` or a JSON object on the command line; a mapping in YAML."""
 
-    def __init__(self, content: str | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
-        """Read the text, or take the mapping.
-
-        Raises:
-            argparse.ArgumentTypeError: the text is neither.
-        """
+    def __init__(self, content: Any = ()) -> None:
+        """Parse a text, or copy a mapping."""
         super().__init__(_parse_pairs(content) if isinstance(content, str) else content)
 
 
 class Columns(KeyValues):
-    """Column of the data for each role, where the names differ: `prompt=post,completion=summary`."""
+    """Column of the data for each role that has another name: `prompt=post,completion=summary`."""
 
 
 class Weights(KeyValues):
     """Weight of each reward: `helpful=0.5,brief=0.5`."""
 
-    def __init__(self, content: str | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
-        """Read the weights as numbers; see `KeyValues`."""
+    def __init__(self, content: Any = ()) -> None:
+        """Parse the weights as finite numbers."""
         super().__init__(content)
         try:
             self.update({name: float(value) for name, value in self.items()})
@@ -50,68 +45,57 @@ class Weights(KeyValues):
             raise argparse.ArgumentTypeError(f"weights are numbers, as in helpful=0.5,brief=0.5 ({error})") from error
 
 
+def _key(help: str, default: Any = None, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass
 class RunOptions:
-    """Where a run belongs, and how it may be repeated."""
+    """The project of a run, its batch, and whether it may replace another one."""
 
-    project_file: str = field(
-        default=PROJECT_FILE, metadata={"help": "project file that the run reads and adds its model to"}
+    project_file: str = _key("project file that the run reads and adds its model to", PROJECT_FILE)
+    effective_batch_size: int | None = _key(
+        "examples (PPO: episodes) of an update over all processes; sets the gradient accumulation"
     )
-    effective_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "examples (episodes for PPO) of one optimizer update over all processes; gradient accumulation "
-            "follows from it"
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace another run's output, or start anew"})
+    overwrite: bool = _key("replace another run's output, or start again", False)
 
 
 @dataclass
 class DataOptions:
     """Training and validation data: local files, or a data set of the Hub."""
 
-    train_file: str | None = field(default=None, metadata={"help": "JSONL, Parquet or CSV"})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL, Parquet or CSV"})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, instead of files"})
-    dataset_config: str | None = field(default=None, metadata={"help": "subset of that data set"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "its branch, tag or commit"})
-    dataset_train_split: str = field(default="train", metadata={"help": "its split to train on"})
-    dataset_test_split: str = field(default="test", metadata={"help": "its split to validate on"})
-    columns: Columns = field(default_factory=Columns, metadata={"help": "role=column, where a column has another name"})
-    row_function: str | None = field(
-        default=None,
-        metadata={"help": "file.py:function that makes a row (or rows, or None) with the roles of a row of the data"},
+    train_file: str | None = _key("JSONL, Parquet or CSV")
+    validation_file: str | None = _key("JSONL, Parquet or CSV")
+    dataset_name: str | None = _key("Hub id, instead of files")
+    dataset_config: str | None = _key("subset of that data set")
+    dataset_revision: str | None = _key("its branch, tag or commit")
+    dataset_train_split: str = _key("its split to train on", "train")
+    dataset_test_split: str = _key("its split to validate on", "test")
+    columns: Columns = field(
+        default_factory=Columns, metadata={"help": "role=column, for roles whose column has another name"}
     )
-    train_limit: int | None = field(default=None, metadata={"help": "use the first rows only"})
-    validation_limit: int | None = field(default=None, metadata={"help": "use the first rows only"})
-    chat: bool = field(default=False, metadata={"help": "texts are turns of a chat; the tokenizer's template is used"})
-    system_prompt: str | None = field(default=None, metadata={"help": "first turn of every chat"})
-    too_long: TooLong = field(
-        default="leave_out",
-        metadata={
-            "help": "rows that the model or a reward cannot read: refuse, leave_out, or truncate (the prompt, from its "
-            "beginning; a response is never cut)",
-            "choices": ["refuse", "leave_out", "truncate"],
-        },
+    row_function: str | None = _key("file.py:function from a row of the data to rows with roles, or None")
+    train_limit: int | None = _key("use only so many rows, the first ones")
+    validation_limit: int | None = _key("use only so many rows, the first ones")
+    chat: bool = _key("texts are turns of a chat, in the tokenizer's template", False)
+    system_prompt: str | None = _key("first turn of every chat")
+    too_long: TooLong = _key(
+        "rows too long for the model or a reward: refuse, leave_out, or truncate (the prompt's beginning)",
+        "leave_out",
     )
 
     def train(self) -> DataSpec:
-        """Return where the training rows are.
-
-        Raises:
-            UserError: neither a file nor a data set is named, or both are.
-        """
+        """Return the source of the training rows."""
         if (self.train_file is None) == (self.dataset_name is None):
             raise fail(
                 "no training data" if self.train_file is None else "two sources of training data",
-                where="arguments of the recipe",
+                where=WHERE,
                 expected="either `train_file` or `dataset_name`",
             )
         return self._spec(self.train_file, self.dataset_train_split, self.train_limit)
 
     def validation(self) -> DataSpec | None:
-        """Return where the validation rows are, if any are named."""
+        """Return the source of the validation rows, if one is named."""
         if self.validation_file is None and self.dataset_name is None:
             return None
         return self._spec(self.validation_file, self.dataset_test_split, self.validation_limit)
@@ -132,35 +116,26 @@ class DataOptions:
                 too_long=self.too_long,
             )
         except ValidationError as error:
-            raise UserError(problems_of(error, "arguments of the recipe")) from error
+            raise UserError(problems_of(error, WHERE)) from error
 
 
 @dataclass
 class RewardOptions:
-    """What a policy is trained for: one reward of the project, or a weighted sum of several (multi-objective RL)."""
+    """The reward to train for: one of the project, or a weighted sum of several."""
 
-    reward: str | None = field(default=None, metadata={"help": "name of one reward of the project"})
+    reward: str | None = _key("name of one reward of the project")
     rewards: Weights = field(
         default_factory=Weights, metadata={"help": "weighted sum of several, helpful=0.5,brief=0.5 (MORL)"}
     )
-    normalize_rewards: bool = field(
-        default=True,
-        metadata={"help": "each reward in standard deviations of its scores on the SFT model's responses"},
-    )
-    policy_name: str | None = field(
-        default=None, metadata={"help": "name of the policy in the project; the reward's by default"}
-    )
+    normalize_rewards: bool = _key("standardize each reward on the SFT model's responses", True)
+    policy_name: str | None = _key("name of the policy in the project; by default the reward's")
 
     def weights(self) -> dict[str, float]:
-        """Return the weight of each reward.
-
-        Raises:
-            UserError: neither `reward` nor `rewards` is given, or both are, or every weight is 0.
-        """
+        """Return the weight of each reward."""
         if (self.reward is None) == (not self.rewards):
             raise fail(
                 "no reward to train for" if self.reward is None else "`reward` and `rewards` are both given",
-                where="arguments of the recipe",
+                where=WHERE,
                 expected="`reward: NAME`, or `rewards: {NAME: WEIGHT, ...}`",
             )
         weights = {self.reward: 1.0} if self.reward is not None else dict(self.rewards or {})
@@ -169,7 +144,7 @@ class RewardOptions:
         return weights
 
     def name(self) -> str:
-        """Return what the policy is called: `policy_name`, or its reward, or its weights."""
+        """Return the policy's name, by default made of its rewards and their weights."""
         weights = self.weights()
         return self.policy_name or "+".join(
             name if len(weights) == 1 else f"{weight:g}-{name}" for name, weight in weights.items()
@@ -178,21 +153,18 @@ class RewardOptions:
 
 @dataclass
 class SamplingOptions:
-    """How responses are sampled outside of the trainer: before and after training, and for preference pairs."""
+    """How responses for preference pairs are sampled."""
 
-    sampling_engine: str = field(
-        default="auto", metadata={"help": "auto (vLLM when installed), vllm or hf", "choices": ["auto", "vllm", "hf"]}
-    )
-    max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
+    sampling_engine: str = _key("auto (vLLM if installed), vllm or hf", "auto", choices=["auto", "vllm", "hf"])
+    max_prompt_tokens: int = _key("longest prompt; see too_long", 512)
 
 
 def _parse_pairs(text: str) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
-            content = json.loads(text)
+            return dict(json.loads(text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"not a mapping: {error}") from error
-        return dict(content)
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if not all(separator and key.strip() for key, separator, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value,key=value")

@@ -1,10 +1,10 @@
-"""TRL's RLOOTrainer on the prompts and end tokens that measuring has."""
+"""TRL's RLOOTrainer with the prompts and end tokens that measuring uses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Collection
+from typing import Any
 
 from trl import RLOOConfig, RLOOTrainer
 
@@ -14,37 +14,27 @@ from rewarded_lines.errors import fail
 
 
 def packed(prompt: Prompt) -> str:
-    """Return a prompt as a data set holds it: Arrow would give every turn of a chat the keys of all others."""
+    """Return a prompt as text, a chat as JSON: Arrow would give every turn the keys of all others."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
 class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
-    """RLOOTrainer whose responses end where a `ResponseReader` says: what follows is neither rewarded nor trained on.
+    """RLOOTrainer whose responses end where a `ResponseReader` ends them.
 
     TRL knows one end token, the tokenizer's. Chat models have several, in their generation config.
     """
 
     def __init__(self, *, args: RLOOConfig, reader: ResponseReader, chats: bool, **parts: Any) -> None:
-        """Build TRL's trainer.
-
-        Args:
-            args: the configuration.
-            reader: of the policy's responses.
-            chats: whether the prompts are chats, packed by `packed`.
-            **parts: everything else that RLOOTrainer takes.
-
-        Raises:
-            UserError: responses may end at a text, and truncated ones shall be masked: TRL would mask all of those.
-        """
+        """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
         if args.mask_truncated_completions and reader.stop:
             raise fail(
                 "the trainer takes a response that ends at a stop text for a truncated one",
                 where="mask_truncated_completions",
                 remedy="set it to false, or leave `stop:` out of the project's `generation:`",
             )
-        ends = sorted(reader.ends)
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
-        args.generation_kwargs = {name: ends, **cast(dict[str, Any], args.generation_kwargs or {})}
+        given: Any = args.generation_kwargs or {}
+        args.generation_kwargs = {name: sorted(reader.ends), **given}
         super().__init__(args=args, **parts)
         self._reader, self._chats = reader, chats
         self._tokenizer = _ManyEnds(self._tokenizer, reader.ends)
@@ -55,16 +45,16 @@ class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> list[list[int]]:
         completions = super()._generate_single_turn(prompt_ids, *rest)
-        # TRL's own vLLM answers each prompt several times in a row.
+        # TRL's own vLLM returns several responses to each prompt, one after another.
         times = len(completions) // len(prompt_ids)
         heads = [ids for ids in prompt_ids for _ in range(times)]
         return [list(self._reader.cut(head, row)[0]) for head, row in zip(heads, completions, strict=True)]
 
 
 class _ManyEnds:
-    """A tokenizer whose end token equals each of several ids: TRL asks whether a response's last token is it."""
+    """A tokenizer whose end token, which TRL compares with a response's last one, equals several ids."""
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int] | frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
         self._held = tokenizer
         self.eos_token_id = _AnyOf(tokenizer.eos_token_id, ends)
 
@@ -77,7 +67,7 @@ class _AnyOf(int):
 
     _ends: frozenset[int]
 
-    def __new__(cls, value: int | None, ends: Sequence[int] | frozenset[int]) -> _AnyOf:
+    def __new__(cls, value: int | None, ends: Collection[int]) -> _AnyOf:
         made = super().__new__(cls, min(ends) if value is None else value)
         made._ends = frozenset(ends)
         return made

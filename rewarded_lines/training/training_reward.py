@@ -1,10 +1,10 @@
-"""What a policy is trained for: the weighted sum of rewards of the project, in units of their spread on the SFT model.
+"""The reward to train for: a weighted sum of the project's rewards, standardized on the SFT model.
 
     R(x, y) = Σ wᵢ·(rᵢ(x, y) − mᵢ)/sᵢ
 
-One reward with weight 1 is a rewarded policy; several are the multi-objective baseline (MORL). mᵢ and sᵢ are mean and
-standard deviation on the SFT model's responses (Ziegler et al., Fine-Tuning Language Models from Human Preferences,
-2019, section 2.1.1), so that step size, KL coefficient and value loss mean the same for rewards of any unit; without
+One reward with weight 1 makes a policy to merge; several make the multi-objective baseline (MORL). mᵢ and sᵢ
+are mean and standard deviation on the SFT model's responses (Ziegler et al., Fine-Tuning Language Models from
+Human Preferences, 2019, section 2.1.1), so that hyperparameters mean the same for rewards of any unit. Without
 normalization they are 0 and 1. Records keep each reward's own unit.
 """
 
@@ -24,29 +24,24 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.projects import Project
 from rewarded_lines.rewards.load_rewards import Reward, load_rewards
 
-Scale = tuple[float, float]
-
 
 class WeightedReward:
-    """Σ wᵢ·(rᵢ − mᵢ)/sᵢ; it scores as a `Reward` does."""
+    """Σ wᵢ·(rᵢ − mᵢ)/sᵢ; it has the `score` of a `Reward`.
+
+    Attributes:
+        scales: mᵢ and sᵢ by name; 0 and 1 until `standardize` is called.
+        shortened: by name, prompts that were shortened to fit the reward model.
+        unread: by name, responses too long to be scored even so.
+    """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        """Sum `rewards` as they are, until `standardize` is called.
-
-        Args:
-            rewards: by name.
-            weights: of each.
-        """
+        """Sum `rewards` with `weights`, both by name."""
         self.rewards = {name: rewards[name] for name in weights}
         self.weights = dict(weights)
-        self.scales: dict[str, Scale] = dict.fromkeys(weights, (0.0, 1.0))
-        # How many prompts were shortened for each reward model's sake.
-        self.shortened = dict.fromkeys(weights, 0)
-        # And how many responses could not be read even so.
-        self.unread = dict.fromkeys(weights, 0)
-        self._lowest: dict[str, float] = {}
+        self.scales: dict[str, tuple[float, float]] = dict.fromkeys(weights, (0.0, 1.0))
+        self.shortened, self.unread = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+        self._lowest = dict.fromkeys(weights, math.inf)
         self.name = next(iter(weights)) if list(weights.values()) == [1.0] else "+".join(weights)
-        self.unit = next(iter(self.rewards.values())).unit if len(weights) == 1 else ""
         self.fingerprint = "+".join(f"{weights[name]}*{reward.fingerprint}" for name, reward in self.rewards.items())
 
     def parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
@@ -54,43 +49,42 @@ class WeightedReward:
         return {name: self._scores(name, prompts, responses) for name in self.rewards}
 
     def _scores(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return one reward's scores; see `_readable` for what does not fit it."""
-        reward, asked = self.rewards[name], self._readable(name, prompts, responses)
-        read = [(at, prompt) for at, prompt in enumerate(asked) if prompt is not None]
-        scores = reward.score([prompt for _, prompt in read], [responses[at] for at, _ in read])
-        if len(read) < len(asked):
-            lowest = min([*scores, self._lowest.get(name, math.inf)])
-            if lowest == math.inf:
-                raise fail("no response is short enough for the reward model", where=f"reward `{name}`")
-            found = {at: score for (at, _), score in zip(read, scores, strict=True)}
-            scores = [found.get(at, lowest) for at in range(len(asked))]
-        self._lowest[name] = min([*scores, self._lowest.get(name, math.inf)])
-        return scores
+        """Return one reward's scores; a response that it cannot read gets the lowest score so far."""
+        fitting = self._readable(name, prompts, responses)
+        read = [(at, prompt) for at, prompt in enumerate(fitting) if prompt is not None]
+        scores = self.rewards[name].score([prompt for _, prompt in read], [responses[at] for at, _ in read])
+        lowest = self._lowest[name] = min([*scores, self._lowest[name]])
+        if len(read) == len(fitting):
+            return scores
+        if lowest == math.inf:
+            raise fail("no response is short enough for the reward model", where=f"reward `{name}`")
+        found = {at: score for (at, _), score in zip(read, scores, strict=True)}
+        return [found.get(at, lowest) for at in range(len(fitting))]
 
     def _readable(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Prompt | None]:
-        """Return the prompts, those shortened that leave a reward model no room for the response.
+        """Return the prompts, shortened where prompt and response are too long for a reward model.
 
-        Prompts were checked for the longest response before training; by another tokenizer a response may still be
-        longer than was reckoned. A run is not lost to that: the prompt gives way, or the response gets the lowest score
-        (None). Both are counted and told.
+        Before training, prompts were checked with an estimate of the longest response in the reward model's
+        tokens. A longer one must not stop the run: its prompt is shortened, or becomes None.
         """
-        limit = self.rewards[name].limit
+        reward = self.rewards[name]
+        limit = reward.limit
         if limit is None:
             return prompts
-        own: list[Prompt | None] = list(prompts)
-        for at, length in enumerate(self.rewards[name].lengths(prompts, responses)):
+        fitting: list[Prompt | None] = list(prompts)
+        for at, length in enumerate(reward.lengths(prompts, responses)):
             if length > limit:
-                shorter = shorten_prompt(prompts[at], lambda prompt: self._fits(name, prompt, responses[at], limit))  # noqa: B023 - called at once
-                own[at] = shorter
-                self.shortened[name] += shorter is not None
-                self.unread[name] += shorter is None
-        return own
 
-    def _fits(self, name: str, prompt: Prompt, response: str, limit: int) -> bool:
-        return self.rewards[name].lengths([prompt], [response])[0] <= limit
+                def fits(prompt: Prompt, response: str = responses[at]) -> bool:
+                    return reward.lengths([prompt], [response])[0] <= limit
+
+                fitting[at] = shorten_prompt(prompts[at], fits)
+                counts = self.unread if fitting[at] is None else self.shortened
+                counts[name] += 1
+        return fitting
 
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
-        """Return the sum for scores that `parts` gave."""
+        """Return the weighted sum of the scores that `parts` returned."""
         columns = []
         for name, weight in self.weights.items():
             mean, deviation = self.scales[name]
@@ -102,11 +96,7 @@ class WeightedReward:
         return self.total(self.parts(prompts, responses))
 
     def standardize(self, parts: Mapping[str, Sequence[float]]) -> None:
-        """Take mean and deviation of each reward from its scores on the SFT model's responses.
-
-        Raises:
-            UserError: all scores of a reward are equal, so there is nothing to learn from.
-        """
+        """Take each reward's mean and deviation from its scores on the SFT model's responses."""
         for name, scores in parts.items():
             mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
             if not deviation > 0:
@@ -120,39 +110,29 @@ class WeightedReward:
 
 
 def load_training_reward(project: Project, weights: Mapping[str, float], device: str) -> WeightedReward:
-    """Return the weighted sum of rewards that the project declares.
-
-    Raises:
-        UserError: a reward of the role "audit"; an unknown name, or a reward that cannot be loaded; all faults at once.
-    """
+    """Return the weighted sum of the project's rewards; an audit reward is refused."""
     declared = project.config.rewards
     audits = [name for name in weights if name in declared and declared[name].role == "audit"]
     if audits:
-        raise UserError(_held_out(name, project) for name in audits)
+        raise UserError(
+            Problem(
+                "an audit reward cannot be trained on",
+                where=project.where("rewards", name),
+                expected="a reward of the role objective",
+                got="role: audit; a reward that a policy was trained on cannot judge it",
+                remedy="train on another reward, or remove `role: audit`",
+            )
+            for name in audits
+        )
     return WeightedReward(load_rewards(project, list(weights), device), weights)
-
-
-def _held_out(name: str, project: Project) -> Problem:
-    return Problem(
-        "an audit reward cannot be trained on",
-        where=project.where("rewards", name),
-        expected="a reward of the role objective",
-        got="role: audit, which holds it out: what a policy was trained on cannot judge it",
-        remedy="train on another reward, or take `role: audit` away",
-    )
 
 
 @dataclass
 class RewardFunction:
-    """A reward in the form that TRL's RLOOTrainer calls: prompts and the ids of completions in, scores out.
+    """A reward as TRL's RLOOTrainer calls it: prompts and the token ids of completions in, scores out.
 
-    The response is read as the evaluator reads it, together with its prompt, so both score the same text.
-
-    Attributes:
-        reward: what scores.
-        reader: of the policy's responses.
-        chats: whether prompts are chats, packed as JSON.
-        missing_eos_penalty: taken off the score of a response that does not end.
+    It reads a completion as the evaluator does, so both score the same text. `chats` means that prompts are chats,
+    packed as JSON. `missing_eos_penalty` is subtracted from the score of a response that does not end.
     """
 
     reward: WeightedReward
@@ -162,10 +142,10 @@ class RewardFunction:
     __name__ = "reward"
 
     def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """Return one score for each completion; without an end the penalty is taken off."""
-        asked: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
-        heads = encode(self.reader.tokenizer, asked)
+        """Return one score for each completion."""
+        own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
+        heads = encode(self.reader.tokenizer, own)
         responses = [self.reader.read(head, ids) for head, ids in zip(heads, completion_ids, strict=True)]
-        scores = self.reward.score(asked, [response.judged for response in responses])
+        scores = self.reward.score(own, [response.judged for response in responses])
         penalty = self.missing_eos_penalty or 0.0
         return [score - (0.0 if response.ended else penalty) for score, response in zip(scores, responses, strict=True)]

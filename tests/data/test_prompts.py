@@ -14,7 +14,7 @@ from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import encode, encode_answers, prompt_key, prompt_text, split_text
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
-from rewarded_lines.training.tiny_llama import ScratchModel, train_tokenizer
+from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 
 TEMPLATE = """\
 {% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}\

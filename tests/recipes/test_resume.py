@@ -8,7 +8,7 @@ from small_recipes import PROJECT, record, run, start, words_for
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback
 
 OUTPUT = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 # Times, and TRL's count of tokens, which begins anew when a run is resumed.

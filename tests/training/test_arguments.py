@@ -1,4 +1,4 @@
-"""Recipes' arguments: YAML first, then the command line, and no typo survives."""
+"""Recipes' arguments: YAML first, then the command line; unknown keys are refused."""
 
 from dataclasses import dataclass, field
 
@@ -132,7 +132,7 @@ def test_gradient_accumulation_follows_from_the_effective_batch(monkeypatch, pro
         assert batches.effective_batch_size == steps * batches.per_device_train_batch_size * int(processes or 1)
 
 
-def test_the_last_word_on_the_effective_batch_counts(tmp_path, monkeypatch):
+def test_the_command_line_overrides_the_effective_batch_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "recipe.yaml").write_text("effective_batch_size: 99\nper_device_train_batch_size: 4\n")
     (batches,) = parse_recipe((Batches,), ["--config", str(tmp_path / "recipe.yaml"), "--effective_batch_size", "24"])
@@ -153,7 +153,7 @@ def test_the_last_word_on_the_effective_batch_counts(tmp_path, monkeypatch):
         (["--effective_batch_size=many"], "invalid int value: 'many'"),
     ],
 )
-def test_an_effective_batch_that_cannot_be_is_refused(monkeypatch, words, said):
+def test_an_impossible_effective_batch_is_refused(monkeypatch, words, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as caught:
         parse_recipe((Batches,), words)
@@ -171,7 +171,7 @@ def test_an_effective_batch_that_cannot_be_is_refused(monkeypatch, words, said):
     ],
     ids=["no GPU", "an old GPU", "a GPU", "told otherwise", "told fp16"],
 )
-def test_what_nobody_says_follows_the_machine(monkeypatch, gpu, supported, words, expected):
+def test_keys_that_are_not_set_follow_the_machine(monkeypatch, gpu, supported, words, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: supported)
     made = parse_recipe((Machine,), [*words, "--report_to", "none"])
@@ -179,7 +179,7 @@ def test_what_nobody_says_follows_the_machine(monkeypatch, gpu, supported, words
     assert made == (expected,) and not made.given & {"dataloader_pin_memory"}
 
 
-def test_what_the_file_says_does_not_follow_the_machine(tmp_path, monkeypatch):
+def test_keys_of_the_file_do_not_follow_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "recipe.yaml").write_text("bf16: true\nuse_cpu: false\nreport_to: none\n")
     (machine,) = parse_recipe((Machine,), ["--config", str(tmp_path / "recipe.yaml")])
@@ -194,7 +194,7 @@ def test_metrics_go_to_tensorboard_where_it_is_installed(monkeypatch, installed)
     assert machine.report_to == (["tensorboard"] if installed else [])
 
 
-def test_trackers_that_are_not_there_are_named_all_at_once(monkeypatch):
+def test_unknown_and_missing_trackers_are_refused_all_at_once(monkeypatch):
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     for words in (["tensorboard"], ["none"], ["all"]):
         assert parse_recipe((Machine,), ["--report_to", *words])[0].report_to == words
@@ -235,7 +235,7 @@ def test_help_says_how_to_start_and_what_the_recipe_does(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"), [(["--rate", "-1"], "the rate is negative"), (["--steps", "10"], "too many steps")]
 )
-def test_what_a_configuration_refuses_is_a_user_error(words, said):
+def test_an_error_of_a_configuration_is_a_user_error(words, said):
     with pytest.raises(UserError, match=f"arguments of the recipe: {said}"):
         parse_recipe((Strict,), words)
 
@@ -258,9 +258,20 @@ def test_a_missing_config_is_a_user_error(tmp_path):
         parse_recipe((Mine, Trainer), ["--config", str(tmp_path / "none.yaml")])
 
 
-def test_a_config_without_a_name_is_a_user_error():
+@pytest.mark.parametrize("words", [["--config"], ["--config", "a", "b"], ["--config=a", "--config=b"]])
+def test_a_config_is_one_file(words):
     with pytest.raises(UserError, match="--config names no file"):
-        parse_recipe((Mine, Trainer), ["--config"])
+        parse_recipe((Mine, Trainer), words)
+
+
+def test_a_value_without_a_key_is_a_user_error():
+    with pytest.raises(UserError, match=r"values that belong to no key\n  got: a"):
+        parse_recipe((Mine, Trainer), ["a", "--train_file", "b"])
+
+
+def test_a_value_may_begin_with_dashes():
+    (mine,) = parse_recipe((Mine,), ["--train_file=--a", "--model=--b=c", "--names", "x", "y"])
+    assert (mine.train_file, mine.model, mine.names) == ("--a", "--b=c", ["x", "y"])
 
 
 def test_a_user_error_ends_the_program_with_its_text(monkeypatch, capsys):
@@ -279,9 +290,7 @@ def test_a_user_error_ends_the_program_with_its_text(monkeypatch, capsys):
         ("1", "2", [5.0], "process 1: here: it went wrong\n"),
     ],
 )
-def test_the_first_process_speaks_for_all_and_the_others_only_if_it_does_not(
-    monkeypatch, capsys, rank, processes, waited, said
-):
+def test_the_first_process_prints_the_error_and_the_others_wait(monkeypatch, capsys, rank, processes, waited, said):
     sleeps, exits = [], []
 
     def leave(code):
@@ -297,12 +306,12 @@ def test_the_first_process_speaks_for_all_and_the_others_only_if_it_does_not(
     monkeypatch.setattr(arguments.os, "_exit", leave)
     with pytest.raises(SystemExit) as caught:
         run_recipe(main)
-    # At once with several processes: an ordinary exit would wait for the others.
+    # With several processes the exit is immediate: an ordinary one would wait for the others.
     assert (caught.value.code, exits) == (1, [1] if processes == "2" else [])
     assert (sleeps, capsys.readouterr().err) == (waited, said)
 
 
-def test_what_is_not_the_users_mistake_is_not_caught(monkeypatch):
+def test_other_errors_are_not_caught(monkeypatch):
     def main(argv):
         raise ZeroDivisionError
 

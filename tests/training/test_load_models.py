@@ -1,4 +1,4 @@
-"""Models for training: LoRA and what it refuses, critics, classifiers, QLoRA on a CPU, padding, and the start."""
+"""Models for training: LoRA and its refusals, critics, classifiers, QLoRA on a CPU, padding, the SFT model."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_adapters import save_adapter
 from tiny_models import make_model, make_tokenizer, save_model
@@ -33,7 +33,7 @@ from trl.experimental.utils import get_reward
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.generation_ends import usable_padding
+from rewarded_lines.training.generation_config import usable_padding
 from rewarded_lines.training.load_models import (
     absolute,
     check_quantization,
@@ -47,7 +47,6 @@ from rewarded_lines.training.load_models import (
     lora_config,
     reference_hash,
     reference_loading,
-    with_lora,
 )
 
 FULL, LORA = ModelConfig(), ModelConfig(use_peft=True)
@@ -71,17 +70,23 @@ def trained(model):
     return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def adapted(model):
+    """Return the last part of the name of every adapted layer."""
+    layers = {name.split(".lora_")[0] for name in trained(model) if "lora_" in name}
+    return sorted(name.rpartition(".")[2] for name in layers)
+
+
 def test_lora_is_off_unless_asked_for(sft):
     model = load_policy(str(sft), FULL)
-    assert lora_config(FULL, model) is None and trained(model) == set(dict(model.named_parameters()))
+    assert lora_config(FULL) is None and trained(model) == set(dict(model.named_parameters()))
 
 
 def test_lora_adapts_every_linear_layer_of_the_blocks(sft):
     model = load_policy(str(sft), LORA)
-    config = lora_config(LORA, model)
+    config = lora_config(LORA)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (16, 32, 0.05, "CAUSAL_LM")
-    names = {name.split(".lora_")[0] for name in trained(with_lora(model, config))}
-    assert {name.rpartition(".")[2] for name in names} == set(LINEAR) and len(names) == 2 * len(LINEAR)
+    names = adapted(get_peft_model(model, config))
+    assert names == sorted(LINEAR * 2)
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj"]])
@@ -89,19 +94,18 @@ def test_loras_settings_are_the_users(sft, modules):
     options = ModelConfig(use_peft=True, lora_r=4, lora_alpha=6, lora_dropout=0.0, lora_target_modules=modules)
     for task in ("CAUSAL_LM", "SEQ_CLS"):
         model = load_policy(str(sft), options)
-        config = lora_config(options, model, task)
+        config = lora_config(options, task)
         assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (4, 6, 0.0, task)
     config.task_type = None
-    names = {name.split(".lora_")[0].rpartition(".")[2] for name in trained(with_lora(model, config))}
-    assert names == set(modules)
+    assert set(adapted(get_peft_model(model, config))) == set(modules)
 
 
 def test_a_classifiers_head_is_not_adapted_but_trained(sft, tmp_path):
-    config = lora_config(LORA, load_classifier(str(sft), LORA), task="SEQ_CLS")
-    assert sorted(config.target_modules) == LINEAR
+    config = lora_config(LORA, task="SEQ_CLS")
+    assert adapted(get_peft_model(load_classifier(str(sft), LORA), config)) == sorted(LINEAR * 2)
     save_model(GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)), tmp_path / "gpt2")
-    config = lora_config(LORA, load_classifier(str(tmp_path / "gpt2"), LORA), task="SEQ_CLS")
-    assert sorted(config.target_modules) == ["c_attn", "c_fc", "c_proj"]
+    gpt2 = get_peft_model(load_classifier(str(tmp_path / "gpt2"), LORA), lora_config(LORA, task="SEQ_CLS"))
+    assert adapted(gpt2) == ["c_attn", "c_fc", "c_proj", "c_proj"]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +116,9 @@ def test_a_classifiers_head_is_not_adapted_but_trained(sft, tmp_path):
         ({"load_in_8bit": True, "use_dora": True}, ["quantized weights", "use_dora: DoRA"]),
     ],
 )
-def test_what_cannot_be_trained_or_merged_is_refused_all_at_once(settings, said):
+def test_quantized_weights_without_lora_and_dora_are_refused_all_at_once(settings, said):
     with pytest.raises(UserError) as caught:
-        lora_config(ModelConfig(**settings), make_model(0, blocks=1))
+        lora_config(ModelConfig(**settings))
     assert len(caught.value.problems) == len(said)
     assert all(str(problem).startswith(text) for problem, text in zip(caught.value.problems, said, strict=True))
     assert all("set `use_" in problem.remedy for problem in caught.value.problems)
@@ -200,7 +204,7 @@ def test_a_reward_model_may_start_from_an_encoder(tmp_path, kind):
 
 
 def quantized(bits, folder, load=load_policy, dtype="bfloat16"):
-    """Return a quantized model; where bitsandbytes cannot, it must say so in its one message."""
+    """Return a quantized model; skip the test if bitsandbytes does not work here, after checking its message."""
     options = ModelConfig(use_peft=True, lora_dropout=0.0, dtype=dtype, **{f"load_in_{bits}bit": True})
     try:
         return load(str(folder), options), options
@@ -228,12 +232,12 @@ def step(model):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_models_train_right_after_they_were_evaluated(sft, bits):
-    """bitsandbytes packs 4-bit weights in evaluation mode on some CPUs, into a layout that has no gradient."""
+    """On some CPUs bitsandbytes packs 4-bit weights in evaluation mode into a layout without a gradient."""
     policy, options = quantized(bits, sft)
     kinds = {kind for name, kind in linear(policy).items() if name != "lm_head"}
     assert kinds == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
     torch.manual_seed(0)
-    model = with_lora(policy, lora_config(options, policy))
+    model = get_peft_model(policy, lora_config(options))
     before, gradient = step(model)
     model.eval()
     with torch.no_grad():
@@ -257,7 +261,7 @@ def test_a_quantized_critic_keeps_its_head_whole(sft, bits):
 
 
 class Broken(torch.nn.Linear):
-    """A quantized layer whose kernel gives nonsense."""
+    """A quantized layer whose kernel returns NaN."""
 
     def __init__(self, *sizes, **_):
         super().__init__(*sizes)
@@ -325,7 +329,7 @@ def test_a_vocabulary_without_an_entry_to_pad_with_is_refused(pad, tmp_path):
     GPT2Config(vocab_size=2).save_pretrained(tmp_path)
     problem = problem_of(usable_padding, tokenizer, str(tmp_path), [tokenizer.eos_token_id])
     assert problem.where == str(tmp_path) and problem.got == f"pad {pad!r}, end tokens ['<|endoftext|>']"
-    # A model with a row to spare has a token for it.
+    # A model whose embedding has an unused row gets a new token.
     GPT2Config(vocab_size=3).save_pretrained(tmp_path)
     usable_padding(tokenizer, str(tmp_path), [tokenizer.eos_token_id])
     assert tokenizer.pad_token_id == 2
@@ -336,7 +340,7 @@ def test_ppos_padding_ends_no_response_and_is_in_no_prompt():
     tokenizer = words(*vocabulary, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_pad|>"]})
     for prompts in ([[4, 1]], [[4]]):
-        # Made for padding, it comes before an entry that may be anything.
+        # A token made for padding is chosen first.
         usable_padding(tokenizer, "base", [0, 3], prompts)
         assert tokenizer.pad_token == "<|vision_pad|>"
         tokenizer.pad_token = "<|endoftext|>"
@@ -350,7 +354,7 @@ def test_a_policy_may_start_from_the_base_by_whatever_name(sft, tmp_path, monkey
 
 
 def renamed(sft, folder):
-    """The same model with two words of its vocabulary exchanged."""
+    """Copy the model with two words of its vocabulary exchanged."""
     text = (copied(sft, folder) / "tokenizer.json").read_text()
     content = json.loads(text)
     vocabulary = content["model"]["vocab"]
@@ -373,7 +377,7 @@ def larger(sft, folder):
         (larger, "the policy and the SFT model have different vocabularies", 302),
     ],
 )
-def test_a_policy_that_would_start_elsewhere_is_refused(sft, tmp_path, make, what, entries):
+def test_a_policy_that_would_not_start_from_the_base_is_refused(sft, tmp_path, make, what, entries):
     other = str(make(sft, tmp_path / "other"))
     problem = problem_of(check_start, str(sft), ModelConfig(model_name_or_path=other), "p.yaml")
     assert (problem.what, problem.where) == (what, "model_name_or_path, and `base` of p.yaml")
@@ -394,7 +398,7 @@ def test_a_folded_classifier_gives_the_logits_that_the_adapter_gave(sft, tmp_pat
         target_modules=LINEAR,
         modules_to_save=["score"],
     )
-    # PEFT saves the two labels of a model that was not told otherwise; a reward model has one.
+    # By default the classifier has two labels; a reward model has one.
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({n: w[:1] if "score" in n else w for n, w in weights.items()}, folder / "adapter_model.safetensors")
     kind = AutoModelForSequenceClassification
@@ -419,7 +423,7 @@ def test_a_folded_classifier_gives_the_logits_that_the_adapter_gave(sft, tmp_pat
     ],
     ids=["tokenizer", "policy", "classifier", "critic"],
 )
-def test_what_is_not_there_is_one_message(tmp_path, load, what):
+def test_a_missing_model_is_one_message(tmp_path, load, what):
     (tmp_path / "file").write_text("")
     for name in (str(tmp_path / "none"), str(tmp_path / "file"), "none"):
         problem = problem_of(load, name)
@@ -441,7 +445,7 @@ def test_a_model_cut_short_is_one_message(sft, tmp_path, file):
     assert (problem.where, problem.what) == (str(tmp_path / "cut"), "the model cannot be loaded")
 
 
-def test_a_policy_has_the_type_and_attention_that_were_asked_for(sft):
+def test_a_policy_has_the_dtype_and_attention_of_its_options(sft):
     policy = load_policy(str(sft), ModelConfig(dtype="bfloat16", attn_implementation="eager"))
     assert policy.dtype == torch.bfloat16 and policy.config._attn_implementation == "eager"
     assert "none of these" in str(problem_of(load_policy, str(sft), ModelConfig(attn_implementation="none of these")))

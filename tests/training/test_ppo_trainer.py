@@ -1,4 +1,4 @@
-"""PPO: resumed runs have the numbers of uninterrupted ones, adapters are their own reference, KL meets its target."""
+"""PPO: resumed runs equal uninterrupted ones, adapters are their own reference, the KL reaches its target."""
 
 import copy
 import json
@@ -7,20 +7,18 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerControl, TrainerState, set_seed
 
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.training.load_models import with_lora
 from rewarded_lines.training.ppo_trainer import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
 from rewarded_lines.training.reward_module import RewardModule, make_queries
-from rewarded_lines.training.training_log import MetricsCallback
-from rewarded_lines.training.training_run import last_checkpoint
+from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
 
 class Vowels:
-    """A reward that any response moves."""
+    """A reward that differs between responses."""
 
     def score(self, prompts, responses):
         return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
@@ -52,7 +50,7 @@ def trainer(folder, lora=False, target=None, **settings):
     policy = make_model(0, blocks=2)
     critic = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
     if lora:
-        policy = with_lora(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     dataset = Dataset.from_dict({"input_ids": queries.padded(tokenizer.pad_token_id)})
     adaptive = [AdaptiveKL(target, 100)] if target else []
     return ResumablePPOTrainer(
@@ -80,12 +78,12 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if key not in ("seconds", "eps")} for line in lines]
 
 
-# 15 prompts in batches of 8 make one batch an epoch: the checkpoint lies whole epochs behind the start.
+# 15 prompts in batches of 8 make one batch an epoch, so the checkpoint is two epochs after the start.
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, lora):
     whole = trainer(tmp_path / "whole", lora, target=0.01, save_strategy="steps", save_steps=2)
     whole.train()
-    # What a kill after three of five updates leaves.
+    # The state after a kill at the third of five updates.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
     shutil.rmtree(tmp_path / "killed" / "checkpoint-5", ignore_errors=True)
@@ -98,14 +96,16 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, lora):
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
-    # The resumed run says once more where it begins.
+    # The resumed run adds a line for its beginning.
     assert [line for line in found if len(line) > 2] == [line for line in expected if len(line) > 2]
     assert [line["step"] for line in found if len(line) > 2] == [1, 2, 3, 4, 5]
     assert found[1]["objective/kl_coef"] != found[-1]["objective/kl_coef"]
 
 
 def test_an_adapter_switched_off_is_the_base(tmp_path):
-    policy = with_lora(make_model(0, blocks=2), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    policy = get_peft_model(
+        make_model(0, blocks=2), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     ids = torch.tensor([[5, 6, 7]])
     reference = AdapterOff(policy)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Preference pairs: the best against the worst of each prompt, kept in a file and used again only as what they were."""
+"""Preference pairs: the best against the worst of each prompt, cached by everything that determines them."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +49,7 @@ CHATS = best_and_worst([CHAT] * 2 + ["Plain?"] * 2, ["So.", "No.", "Aye.", "Nay.
 
 
 class Maker:
-    """Makes pairs, and counts how often it is asked."""
+    """Makes pairs and counts its calls."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -1,4 +1,4 @@
-"""The keys that recipes share: columns and weights in every spelling, where the data are, what a policy is called."""
+"""The keys that recipes share: columns and weights in every form, sources of data, names of policies."""
 
 import argparse
 from dataclasses import asdict
@@ -36,7 +36,7 @@ def test_only_the_first_sign_of_equality_counts():
 
 
 @pytest.mark.parametrize("text", ["prompt", "a=b,c", "=b", '{"a": ', '{"a"}'])
-def test_what_is_no_mapping_is_refused(text):
+def test_texts_of_another_form_are_refused(text):
     for kind in (Columns, Weights):
         with pytest.raises(argparse.ArgumentTypeError, match="not of the form key=value|not a mapping"):
             kind(text)

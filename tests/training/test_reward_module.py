@@ -1,4 +1,4 @@
-"""Any reward as the module PPO wants: what TRL computes through it is what the reward says of the texts."""
+"""Any reward as PPO's module: TRL computes the scores that the reward gives to the texts."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.training.reward_module import RewardModule, make_queries
-from rewarded_lines.training.tiny_llama import ScratchModel, train_tokenizer
+from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import WeightedReward
 
 PROMPTS = ["a film", "the quiet end of it all, says", "it"]
@@ -19,7 +19,7 @@ RESPONSES = [" that moves.", " he, and goes on and on", ""]
 
 
 class Recorder:
-    """A reward that keeps what it was given and tells pairs apart."""
+    """A reward that records its pairs and scores them differently."""
 
     limit = None
     name = "recorder"
@@ -43,7 +43,7 @@ def tokenizer():
 
 
 def query_responses(tokenizer, queries, ended=True, responses=RESPONSES):
-    """What PPOTrainer hands over: prompts padded left, responses padded right after their EOS."""
+    """Return the ids that PPOTrainer passes: prompts padded left, responses padded right after their EOS."""
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
     answers = [ids + [tokenizer.eos_token_id] * ended for ids in answers]
     width = max(map(len, answers))
@@ -96,7 +96,7 @@ def test_prompts_are_padded_left_to_one_length(tokenizer):
     assert queries.ids == [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
-def test_what_follows_an_end_is_not_rewarded_and_a_response_without_one_pays(tokenizer):
+def test_tokens_after_an_end_are_not_rewarded_and_a_missing_end_costs_the_penalty(tokenizer):
     reward, end = Recorder(), tokenizer("q", add_special_tokens=False)["input_ids"][0]
     queries = make_queries(PROMPTS, tokenizer)
     rows = query_responses(tokenizer, queries, False, [" that q it", " he", " q"])
@@ -136,7 +136,7 @@ def test_the_module_has_nothing_to_train(tokenizer):
 
 
 def save_bert(folder):
-    """A classifier of another family than the policy, with a WordPiece tokenizer of its own."""
+    """Save a classifier of another family than the policy, with its own WordPiece tokenizer."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film", "quiet", "##ing", ",", "."]
     vocabulary = {word: index for index, word in enumerate([*words, *letters, *(f"##{letter}" for letter in letters)])}
@@ -161,8 +161,8 @@ def save_bert(folder):
     return model, tokenizer
 
 
-def test_ppo_is_given_what_a_reward_model_of_another_kind_says_of_the_text(tmp_path):
-    """The policy's own samples, cut at their end as PPOTrainer does it, through a BERT with WordPiece tokens."""
+def test_ppo_gets_the_score_that_a_reward_model_of_another_kind_gives_to_the_text(tmp_path):
+    """A BERT with WordPiece tokens scores the policy's samples, cut at their end as PPOTrainer cuts them."""
     from trl.experimental.ppo.ppo_trainer import truncate_response
 
     bert, words = save_bert(tmp_path / "bert")

@@ -1,4 +1,4 @@
-"""Weighted rewards by hand, standardized on the SFT model's scores, and in the form that RLOO calls them."""
+"""Weighted rewards computed by hand, standardized on the SFT model's scores, and as RLOO calls them."""
 
 import inspect
 import statistics
@@ -10,7 +10,7 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.training.rloo_trainer import packed
-from rewarded_lines.training.tiny_llama import ScratchModel, train_tokenizer
+from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import RewardFunction, WeightedReward, load_training_reward
 
 PROMPTS = ["A Film", "the quiet End of it all, says", "IT"]
@@ -19,12 +19,12 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 class Scores:
-    """A reward from a function of one pair, which keeps what it was given."""
+    """A reward from a function of one pair; it records the pairs."""
 
     limit = None
 
-    def __init__(self, name, score, unit="points"):
-        self.name, self.unit, self.fingerprint = name, unit, f"<{name}>"
+    def __init__(self, name, score):
+        self.name, self.fingerprint = name, f"<{name}>"
         self.seen = []
         self._score = score
 
@@ -34,7 +34,7 @@ class Scores:
 
 
 def length():
-    return Scores("length", lambda prompt, response: len(response), "characters")
+    return Scores("length", lambda prompt, response: len(response))
 
 
 def capitals():
@@ -55,13 +55,13 @@ def test_a_sum_is_the_weights_times_the_scores():
 def test_one_reward_of_weight_one_is_the_reward_itself():
     reward = both({"length": 1.0})
     assert reward.score(PROMPTS, RESPONSES) == [12.0, 23.0, 0.0]
-    assert (reward.name, reward.unit, reward.fingerprint) == ("length", "characters", "1.0*<length>")
+    assert (reward.name, reward.fingerprint) == ("length", "1.0*<length>")
     assert list(reward.rewards) == ["length"]
 
 
 def test_a_sum_has_a_name_of_its_own_and_a_fingerprint_that_tells_weights_apart():
     reward = both()
-    assert (reward.name, reward.unit) == ("length+capitals", "")
+    assert reward.name == "length+capitals"
     prints = {
         one.fingerprint for one in (reward, both({"length": 1.0}), both({"length": 0.5}), both({"capitals": 1.0}))
     }
@@ -108,7 +108,7 @@ class Short(Scores):
         return [len(f"{one} {two}".split()) for one, two in zip(prompts, responses, strict=True)]
 
 
-def test_a_prompt_gives_way_to_a_response_that_is_longer_than_was_reckoned():
+def test_a_prompt_is_shortened_for_a_response_that_is_longer_than_estimated():
     reward = WeightedReward({"short": Short("short", lambda *pair: len(pair[1]))}, {"short": 1.0})
     long = "a b c d e f g h i"
     assert reward.score([long, "a", long], ["x y z", "x y z", "x"]) == [5.0, 5.0, 1.0]
@@ -158,7 +158,7 @@ def test_rloo_scores_what_the_evaluator_scores(lowercase):
     reward = WeightedReward({"capitals": capitals()}, {"capitals": 1.0})
     function = RewardFunction(reward, reader(tokenizer))
     scores = function(prompts=PROMPTS, completions=["x"] * 3, completion_ids=completions(tokenizer), trainer_state=None)
-    # The prompts as the data have them, though the tokenizer may have lower-cased what the policy sees.
+    # The original prompts, even if the tokenizer lower-cases them for the policy.
     assert reward.rewards["capitals"].seen == list(zip(PROMPTS, RESPONSES, strict=True))
     assert scores == capitals().score(PROMPTS, RESPONSES)
 

@@ -1,4 +1,4 @@
-"""A recipe's run: absent, unfinished or complete; resumed only as what it was; nobody else's folder is ever touched."""
+"""A recipe's run: absent, unfinished or complete; resumed only by the same run; foreign folders stay untouched."""
 
 import gc
 import json
@@ -16,15 +16,10 @@ from transformers import AutoTokenizer, TrainingArguments
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import hold_folder
 from rewarded_lines.training.arguments import Arguments
+from rewarded_lines.training.load_models import save_tokenizer
 from rewarded_lines.training.recipe_options import Columns, RunOptions
-from rewarded_lines.training.training_run import (
-    from_main,
-    last_checkpoint,
-    read_record,
-    save_tokenizer,
-    say,
-    training_run,
-)
+from rewarded_lines.training.training_record import last_checkpoint, read_record
+from rewarded_lines.training.training_run import from_main, say, training_run
 
 
 @dataclass
@@ -55,7 +50,7 @@ def checkpoint(folder, step, state="{}"):
 
 
 def train(out, recipe="sft", inputs=INPUTS, **settings):
-    """Run to the end; return whether there was anything to do, and from which checkpoint it went on."""
+    """Run to the end; return whether there was work to do, and the checkpoint that it resumed from."""
     with training_run(recipe, arguments(out, **settings)) as run:
         begun = run.begin(**inputs)
         if begun:
@@ -104,7 +99,7 @@ def test_a_run_works_beside_its_output_and_takes_its_name_at_the_end(tmp_path):
 @pytest.mark.parametrize(
     ("cores", "processes", "threads", "share"), [(4, 1, 1, 4), (8, 2, 1, 4), (4, 4, 1, 0), (8, 1, 4, 0)]
 )
-def test_idle_cores_are_told(tmp_path, monkeypatch, capsys, cores, processes, threads, share):
+def test_idle_cores_make_a_hint(tmp_path, monkeypatch, capsys, cores, processes, threads, share):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -112,7 +107,7 @@ def test_idle_cores_are_told(tmp_path, monkeypatch, capsys, cores, processes, th
     said = capsys.readouterr().out
     assert ("1 thread" in said) == ("_per_process" in said) == bool(share)
     assert not share or f"{share} cores" in said and f"_per_process {share}" in said
-    # Nor where there is nothing to do, or the demo has shared out the cores.
+    # There is no hint if the run is finished, or if the demo divides the cores.
     assert train(tmp_path / "sft") == (False, None)
     monkeypatch.setenv("REWARDED_LINES_PROGRESS", str(tmp_path / "progress.jsonl"))
     assert train(tmp_path / "other") == (True, None)
@@ -120,7 +115,7 @@ def test_idle_cores_are_told(tmp_path, monkeypatch, capsys, cores, processes, th
 
 
 def test_collecting_garbage_spares_what_was_imported(tmp_path):
-    # TRL's PPO collects twice in each update: at half a second each time, most of the time of a small model's update.
+    # TRL's PPO collects twice in each update. Without this, that is most of the time of a small model's update.
     gc.unfreeze()
     gc.collect()
     imported = len(gc.get_objects())
@@ -179,7 +174,7 @@ def test_a_key_that_is_no_longer_given_is_a_difference(tmp_path):
 
 
 def test_a_key_that_was_never_given_is_no_difference(tmp_path, monkeypatch):
-    """Defaults follow the machine: gradient accumulation from the number of processes, for one."""
+    """Some defaults follow the machine, such as gradient accumulation, from the number of processes."""
     stop(tmp_path / "sft", 5)
     path = tmp_path / "sft.unfinished" / "training.json"
     record = json.loads(path.read_text())
@@ -208,7 +203,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("key", FREE)
-def test_what_a_run_says_and_where_may_change(tmp_path, key):
+def test_keys_that_change_no_result_may_change(tmp_path, key):
     if key == "report_to":
         pytest.importorskip("tensorboard")
     stop(tmp_path / "sft", 5)
@@ -240,7 +235,7 @@ def foreign_file(path):
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("name", ["sft", "sft.unfinished"])
 @pytest.mark.parametrize("make", [foreign_folder, foreign_record, foreign_file])
-def test_what_no_recipe_made_is_never_touched(tmp_path, make, name, overwrite):
+def test_folders_that_no_recipe_made_are_never_touched(tmp_path, make, name, overwrite):
     make(tmp_path / name)
     before = snapshot(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -251,7 +246,7 @@ def test_what_no_recipe_made_is_never_touched(tmp_path, make, name, overwrite):
     assert snapshot(tmp_path) == before and names(tmp_path) == [name]
 
 
-def test_what_appears_while_a_run_lasts_is_not_replaced_and_the_run_is_not_lost(tmp_path):
+def test_a_folder_that_appears_during_a_run_is_not_replaced_and_the_run_is_not_lost(tmp_path):
     with pytest.raises(UserError, match="meanwhile"), training_run("sft", arguments(tmp_path / "sft")) as run:
         run.begin(**INPUTS)
         (run.folder / "model").write_text("hours of work")
@@ -323,8 +318,6 @@ def test_a_hold_ends_with_its_process_however_that_ends(tmp_path):
     try:
         assert child.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process"), hold_folder(tmp_path / "deep" / "out"):
-            pass
-        with hold_folder(tmp_path / "deep" / "out", enabled=False):
             pass
     finally:
         child.send_signal(signal.SIGKILL)
@@ -438,7 +431,7 @@ def test_a_model_is_not_lost_to_a_fault_in_measuring_it(tmp_path):
     assert (out / "model").read_text() == "trained" and registered == [out] and names(tmp_path) == ["sft"]
     record = read_record(out)
     assert record["complete"] and record["seed"] == 3 and "a text is too long" in record["metrics"]["fault"]
-    # And the same command does not train again.
+    # The same command does not train again.
     assert train(out) == (False, None)
 
 
@@ -451,7 +444,7 @@ def test_a_trained_model_outlives_an_end_before_it_is_measured(tmp_path, saved):
         run.saved() if saved else run.keep()
         raise KeyboardInterrupt
     assert (tmp_path / "sft.unfinished" / "model").read_text() == "trained"
-    # Whole, it takes its name; before, the run begins anew in its folder.
+    # A saved model is published; otherwise the run starts again in its folder.
     assert train(out) == (not saved, None)
     assert names(tmp_path) == ["sft"]
     assert (out / "model").read_text() == ("trained" if saved else json.dumps(INPUTS))

@@ -1,8 +1,8 @@
 """Control texts for the packages: `python recipes/configs/smollm2/controls.py SFT FOLDER`, after recipes/sft.py.
 
-FOLDER gets chat.jsonl, small talk in the model's own template with the answers that the SFT model gives it greedily,
-and reviews.jsonl, critics' sentences on films out of the demo's corpus. A policy that finds them less likely than SFT
-does has forgotten something.
+FOLDER gets chat.jsonl, small talk in the model's own template with the SFT model's greedy answers, and reviews.jsonl,
+critics' sentences on films from the demo's corpus. A policy that finds these texts less likely than the SFT model does
+has forgotten something.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUESTIONS = (
 
 
 def chats(sft: str) -> list[str]:
-    """Return one conversation for each question, with the answer of a model, as text in its template."""
+    """Return one conversation for each question, with the model's answer, as text in its template."""
     from transformers import AutoTokenizer
 
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -73,7 +73,7 @@ def write(path: Path, texts: Sequence[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sft", help="folder of the SFT model")
-    parser.add_argument("folder", type=Path, help="where the two files go")
+    parser.add_argument("folder", type=Path, help="folder for the two files")
     arguments = parser.parse_args()
     write(arguments.folder / "chat.jsonl", chats(arguments.sft))
     write(arguments.folder / "reviews.jsonl", reviews())

@@ -12,17 +12,17 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of a hundred packages; the rest are for training.
+# Percent of the packages; the rest are for training.
 PARTS = {"validation": 5, "test": 5}
-# Letters of a description: short ones, so that a laptop can train and measure.
+# Characters of a description: short ones, so that a laptop can train and measure.
 SHORTEST, LONGEST = 100, 200
 
 
 def packages(index: str) -> Iterator[dict[str, str]]:
-    """Yield package, synopsis and description of every stanza whose description has 100 to 200 letters.
+    """Yield package, synopsis and description of every stanza whose description has 100 to 200 characters.
 
-    A stanza's field `Description-en` has the synopsis in its first line; the lines after it begin with a space, and a
-    line of a single dot is an empty one. Bullets and other text set apart by more spaces are joined as they are.
+    The first line of the field `Description-en` is the synopsis. The lines of the description begin with a space; a
+    single dot is an empty line. Bullets and other indented lines are joined as they are.
     """
     for stanza in index.split("\n\n"):
         head, _, body = stanza.partition("\nDescription-en: ")
@@ -35,7 +35,7 @@ def packages(index: str) -> Iterator[dict[str, str]]:
 
 
 def part(description: str) -> str:
-    """Return the split of a description: the same text always lands in the same one."""
+    """Return the split of a description; it depends only on the text."""
     number = zlib.crc32(description.encode()) % 100
     for name, share in PARTS.items():
         if number < share:
@@ -45,7 +45,7 @@ def part(description: str) -> str:
 
 
 def write(index: Path, folder: Path) -> dict[str, int]:
-    """Write the three files, every description once, and return how many rows each has."""
+    """Write the three files, every description once; return the number of rows of each."""
     rows: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     once = {row["description"]: row for row in packages(index.read_text(encoding="utf-8"))}
     for description, row in once.items():

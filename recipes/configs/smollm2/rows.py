@@ -1,4 +1,4 @@
-"""Pairs for a reward model out of packages: a description's own synopsis against another package's.
+"""Pairs for a reward model from packages: a description's own synopsis against another package's.
 
 A row of the data: `description` and `synopsis`.
 """
@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections import deque
 
 Row = dict[str, str]
-# Packages that stand close together in a list are often made from one source and have almost the same synopsis.
+# Neighbours in the list are often built from one source and have almost the same synopsis.
 DISTANCE = 50
 
 
 class Contrast:
-    """A package's synopsis against that of the package `distance` rows before it, or of the first one until then.
+    """Pairs a package's synopsis with that of the package `distance` rows before, or of the first package.
 
-    The pairs follow from the order of the rows alone. What was seen is kept for one reading of the data, since this
-    file is loaded anew for each.
+    The pairs depend only on the order of the rows. This file is loaded again for every reading of the data, so each
+    reading starts without memory.
     """
 
     def __init__(self, distance: int = DISTANCE) -> None:
-        """Begin a reading."""
+        """Start a reading of the data."""
         self._before: deque[str] = deque(maxlen=distance)
 
     def __call__(self, row: Row) -> Row | None:
-        """Return the pair; None for the first package, and where the two synopses are the same."""
+        """Return the pair; None for the first package and for equal synopses."""
         own, other = row["synopsis"], self._before[0] if self._before else row["synopsis"]
         self._before.append(own)
         if own == other:

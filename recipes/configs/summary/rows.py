@@ -1,7 +1,7 @@
-"""Rows of openai/summarize_from_feedback, subset `comparisons`, in our roles: posts of Reddit and summaries of them.
+"""Rows of openai/summarize_from_feedback, subset `comparisons`, in our roles: Reddit posts and their summaries.
 
-A row of the data: `info` with `id`, `post`, `title` (of news articles, which have no post, only `article`), `summaries`
-(two, each with a `text`), and `choice`, the index of the better one.
+A row of the data: `info` with `id`, `post` and `title`; `summaries`, two with a `text` each; `choice`, the index of the
+better one. News articles have no post, only `article`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
-# Rewarded Soups (tasks/summary.py: MIN_SIZE, max_size) and RiC (build_dataset_summary) take posts of this many letters.
+# Posts of this many characters, as in Rewarded Soups (tasks/summary.py: MIN_SIZE, max_size) and RiC
+# (build_dataset_summary).
 SHORTEST, LONGEST = 100, 1200
 
 
 def demonstrations(row: Row) -> Row | None:
-    """Return a post and the summary that was liked better, to be imitated."""
+    """Return a post and its better summary, as a demonstration."""
     post = _post(row)
     return None if post is None else {"prompt": post, "completion": _summaries(row)[0]}
 
 
 def preferences(row: Row) -> Row | None:
-    """Return a post, the summary that was liked better, and the other one."""
+    """Return a post, its better summary, and the other one."""
     post = _post(row)
     if post is None:
         return None
@@ -29,17 +30,17 @@ def preferences(row: Row) -> Row | None:
 
 
 class Posts:
-    """Each post once: the data has as many rows of a post as there are comparisons of its summaries.
+    """Returns each post once: the data has one row for each comparison of its summaries.
 
-    What was seen is kept for one reading of the data, since this file is loaded anew for each.
+    This file is loaded again for every reading of the data, so each reading starts without memory.
     """
 
     def __init__(self) -> None:
-        """Begin a reading."""
+        """Start a reading of the data."""
         self._seen: set[str] = set()
 
     def __call__(self, row: Row) -> Row | None:
-        """Return the post, or None when it was there before."""
+        """Return the post, or None if it came before."""
         post = _post(row)
         if post is None or post in self._seen:
             return None
@@ -51,7 +52,7 @@ posts = Posts()
 
 
 def _post(row: Row) -> str | None:
-    """Return the post in one line; None without one, or when it is not of the length that is used."""
+    """Return the post in one line; None if there is none or its length is out of range."""
     post = row["info"]["post"]
     if post is None or not SHORTEST < len(post) < LONGEST:
         return None

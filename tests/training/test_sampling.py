@@ -1,4 +1,4 @@
-"""Responses outside of the trainer: the evaluator's own, from a model that is given back as it was; what was gained."""
+"""Responses outside of the trainer: equal to the evaluator's, from an unchanged model; and a policy's gain."""
 
 import math
 import statistics
@@ -14,9 +14,8 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import load_engine as load
 from rewarded_lines.engines.isolated_engine import generate_isolated
 from rewarded_lines.errors import UserError
-from rewarded_lines.training import policy_gain as sampling
-from rewarded_lines.training.policy_gain import Sampler, choose_engine, describe, gains, paired_gain, sample, summary
-from rewarded_lines.training.training_reward import WeightedReward
+from rewarded_lines.training import sampling
+from rewarded_lines.training.sampling import choose_engine, describe, gains, paired_gain, sample, summary
 
 SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]
@@ -34,7 +33,7 @@ def answers(model, prompts=PROMPTS, spec=SPEC, tokenizer=None):
 
 
 def test_the_loaded_model_answers_as_a_process_of_its_own_would(tiny):
-    """Texts and chats, also where the trainer has left the model in training mode."""
+    """Texts and chats, from a model in training mode."""
     (tiny / "sft" / "chat_template.jinja").write_text(TEMPLATE)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("sft").train(), AutoTokenizer.from_pretrained("sft")
     prompts = [*CHATS, *PROMPTS]
@@ -97,7 +96,7 @@ def test_an_answer_depends_on_its_place_and_seed_only(model):
 
 
 def test_a_tokenizer_without_padding_serves_as_well(model):
-    """As GPT-2's and Llama's own tokenizers are, before a trainer has looked at them."""
+    """GPT-2's and Llama's own tokenizers have none."""
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     assert answers(model, tokenizer=tokenizer) == answers(model)
@@ -124,7 +123,7 @@ def test_vllm_and_models_in_pieces_get_a_process_of_their_own(monkeypatch, model
 
 
 class OnGpu:
-    """A model that says where it is moved to."""
+    """A model that records its moves."""
 
     def __init__(self, **attributes):
         self.device, self.moves = torch.device("cuda"), []
@@ -157,33 +156,17 @@ def test_a_single_process_is_not_sharded():
     ("wanted", "installed", "engine"),
     [("auto", True, "vllm"), ("auto", False, "hf"), ("hf", True, "hf"), ("hf", False, "hf"), ("vllm", True, "vllm")],
 )
-def test_vllm_answers_where_it_is_installed_unless_told_otherwise(monkeypatch, wanted, installed, engine):
+def test_vllm_is_used_if_installed_unless_an_engine_is_named(monkeypatch, wanted, installed, engine):
     for module in (sampling, load):
         monkeypatch.setattr(module, "find_spec", lambda name: object() if installed and name == "vllm" else None)
     assert choose_engine(wanted) == engine
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("vllm", "vLLM is not installed"), ("vlm", "unknown engine `vlm`")])
-def test_an_engine_that_is_not_there_is_a_fault(monkeypatch, wanted, said):
+def test_a_missing_engine_is_refused(monkeypatch, wanted, said):
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=said):
         choose_engine(wanted)
-
-
-class Length:
-    limit = None
-    name, unit, fingerprint = "length", "characters", ""
-
-    def score(self, prompts, responses):
-        return [float(len(prompt) + 100 * len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def test_a_sampler_scores_every_reward_of_its_own_answers(model):
-    reward = WeightedReward({"length": Length()}, {"length": 2.0})
-    sampler = Sampler(reward, make_tokenizer(), SPEC)
-    responses = [response.text for response in sampler.responses(model, "no such folder", PROMPTS)]
-    assert responses == answers(model)
-    assert sampler.measure(model, "no such folder", PROMPTS) == {"length": Length().score(PROMPTS, responses)}
 
 
 def test_a_gain_is_the_mean_difference_over_the_same_prompts():
@@ -207,7 +190,7 @@ def test_one_prompt_has_no_interval():
     assert summary([2.0]) == "2.00 (s.e. nan)"
 
 
-def test_gains_and_scores_are_told():
+def test_gains_and_scores_as_text():
     assert summary([1.0, 3.0]) == f"2.00 (s.e. {statistics.stdev([1, 3]) / 2**0.5:.2f})" == "2.00 (s.e. 1.00)"
     found = {"brief": paired_gain([1.0, 2.0, 6.0], [2.0, 5.0, 5.0]), "kind": paired_gain([0.0, 0.0], [-1.0, -1.0])}
     assert describe(found) == (

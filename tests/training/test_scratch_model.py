@@ -1,4 +1,4 @@
-"""The tokenizer and the Llama made from nothing, and the optimizer that trains it."""
+"""The tokenizer and the Llama from scratch, the optimizer that trains it, and the metrics file."""
 
 import copy
 import json
@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
 from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.tiny_llama import ScratchModel, make_llama, train_tokenizer
-from rewarded_lines.training.training_log import MetricsCallback
+from rewarded_lines.training.scratch_model import ScratchModel, make_llama, train_tokenizer
+from rewarded_lines.training.training_record import MetricsCallback
 
 TEXTS = ["A film of Great beauty", "and of little else – naïve, too"]
 SMALL = ScratchModel(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=1)
@@ -68,7 +68,7 @@ def test_the_optimizer_has_every_parameter_once_and_lowers_the_loss(tokenizer):
 
 
 class Types(TorchDispatchMode):
-    """Note the type of every tensor that is made."""
+    """Records the dtype of every new tensor."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ def test_matrices_move_as_by_pytorchs_muon_but_in_their_own_type(tokenizer):
     twin, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     named = {name: p for name, p in twin.named_parameters() if ".layers." in name and p.dim() == 2}
     matrices = list(named.values())
-    # They are square, wide and tall.
+    # Square, wide and tall ones.
     assert len({tuple(matrix.shape) for matrix in matrices}) == 3
     theirs = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     ours = MuonAdamW(model, learning_rate=1e-2, weight_decay=0.1)
@@ -97,7 +97,7 @@ def test_matrices_move_as_by_pytorchs_muon_but_in_their_own_type(tokenizer):
         with Types() as types:
             ours.step()
         theirs.step()
-        # In bfloat16 a CPU without instructions for it takes twenty times as long.
+        # bfloat16 takes 20 times as long on a CPU that does not support it.
         assert types.seen == {torch.float32}
     for name in named:
         moved, reference = (state.state_dict()[name] - before[name] for state in (model, twin))

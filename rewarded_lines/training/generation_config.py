@@ -1,4 +1,4 @@
-"""What a policy generates with while it is trained, and keeps: padding, end tokens, the base's generation config."""
+"""Generation settings in training: the project's, padding, and the saved generation config."""
 
 from __future__ import annotations
 
@@ -6,57 +6,62 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+import blake3
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from rewarded_lines.config import GenerationSpec, decides
+from rewarded_lines.engines.tokenizers import read_template
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
+from rewarded_lines.projects import load_project
 
+_CHANGES_TRAINING = ("stop", "stop_token_ids", "chat_template", "chat_template_kwargs", "strip")
 # Entries of well-known vocabularies that are made for padding, or that no text contains.
 _PADDING = (
-    "<|finetune_right_pad_id|>",
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|endoftext|>",
-    "<unk>",
-    "[UNK]",
+    "<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "[UNK]",
     "<|reserved_special_token_0|>",
-)
-_NEW_PADDING = "<|padding|>"
+)  # fmt: skip
+
+
+def generation_of(project_file: str) -> GenerationSpec:
+    """Return a project's generation settings; the defaults if there is no project file."""
+    return load_project(project_file).generation if Path(project_file).is_file() else GenerationSpec()
+
+
+def generation_inputs(spec: GenerationSpec) -> dict[str, str]:
+    """Return the hash of the generation settings that change training, as one of a run's inputs.
+
+    Without such settings there is no entry, so runs recorded before they existed stay the same runs.
+    """
+    content = {name: value for name, value in decides(spec).items() if name in _CHANGES_TRAINING and value}
+    if spec.chat_template is not None:
+        content["chat_template"] = read_template(spec.chat_template)
+    text = json.dumps(content, sort_keys=True)
+    return {"generation": blake3.blake3(text.encode("utf-8", "surrogatepass")).hexdigest()} if content else {}
 
 
 def usable_padding(
     tokenizer: PreTrainedTokenizerBase, base: str, ends: Collection[int], prompts: Sequence[Sequence[int]] = ()
 ) -> None:
-    """Give the tokenizer a padding token that ends no response and is in no prompt: PPO's masks are made from it.
+    """Give the tokenizer in memory a padding token that ends no response and is in no prompt.
 
-    Only the tokenizer in memory is changed; the policy keeps the base's files.
-
-    Args:
-        tokenizer: of the policy.
-        base: its model, for messages.
-        ends: the ids that end a response.
-        prompts: as tokens.
-
-    Raises:
-        UserError: its vocabulary has no entry that could serve.
+    PPO's masks depend on it. The policy keeps the base's tokenizer files.
     """
     taken = {*ends, *(token for row in prompts for token in row)}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return
     vocabulary = tokenizer.get_vocab()
     special = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    # Those made for padding come first, then entries that no text makes, then whatever special token nobody uses here.
+    # First tokens made for padding, then entries that no text contains, then unused special tokens.
     made = [name for name in _PADDING if name in special] + [name for name in special if "pad" in name.lower()]
     for token in (*made, *_PADDING, *special):
         if token in vocabulary and vocabulary[token] not in taken:
             tokenizer.pad_token = token
             return
-    rows = AutoConfig.from_pretrained(base).get_text_config().vocab_size
-    if len(tokenizer) < rows:
-        # The model has rows for more tokens than its tokenizer has, as many do.
-        tokenizer.add_special_tokens({"pad_token": _NEW_PADDING})
+    if len(tokenizer) < AutoConfig.from_pretrained(base).get_text_config().vocab_size:
+        # The model's embedding has a row that the tokenizer does not use.
+        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
         return
     raise fail(
         "PPO needs a padding token that ends no response",
@@ -67,18 +72,11 @@ def usable_padding(
 
 
 def plain_generation(model: PreTrainedModel, ends: Collection[int], pad: int | None) -> Callable[[], None]:
-    """Let a model generate as it is told, without sampling settings of its own.
+    """Remove a model's sampling settings before training; return a function to call before saving.
 
-    transformers fills in what a trainer leaves open (top_k, a repetition penalty) from the model's generation config.
-    Trainers, for their part, write the tokenizer's special tokens over those of the model's config.
-
-    Args:
-        model: to be trained.
-        ends: the ids that end a response.
-        pad: what follows the end in a batch.
-
-    Returns:
-        What undoes the trainer's changes, before the model is saved and measured.
+    transformers fills in settings that a trainer leaves open (top_k, a repetition penalty) from the model's
+    generation config. Trainers write the tokenizer's special tokens into the model's config; the function
+    undoes that.
     """
     config = model.config.get_text_config()
     ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -88,27 +86,23 @@ def plain_generation(model: PreTrainedModel, ends: Collection[int], pad: int | N
     def restore() -> None:
         for name, value in ids.items():
             setattr(config, name, value)
-        # PPO has let padding end a response, too.
+        # PPO made padding an end token, too.
         model.generation_config = GenerationConfig(**plain)
 
     return restore
 
 
 def keep_generation_config(base: str, folder: Path, ends: Collection[int] = ()) -> None:
-    """Give a trained model the generation config of the model that it started from.
+    """Copy the base's generation config into a trained model's folder, with `ends` as more end tokens.
 
-    Args:
-        base: that model.
-        folder: the trained one's; an adapter has no generation config, and gets none.
-        ends: ids that end a response beside those that the base names.
+    A folder that holds only an adapter gets none.
     """
     target = folder / "generation_config.json"
     if not (folder / "config.json").is_file():
         return
     source = cached_file(base, target.name, _raise_exceptions_for_missing_entries=False)
     if source is None:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
-        content = config.to_diff_dict()
+        content = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
     else:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
     known = content.get("eos_token_id")

@@ -1,4 +1,4 @@
-"""A model is added to the project: only its entry changes, whoever else writes, and only in a project file."""
+"""A model is added to the project file: only its entry changes, and parallel writers lose nothing."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
-from rewarded_lines.training.project_entry import register
+from rewarded_lines.training.register_model import register
 
 TEXT = """\
 # My project.
@@ -37,7 +37,7 @@ def path(tmp_path):
 
 
 def words(text):
-    """Return the lines without what they are aligned with."""
+    """Return the words of each line, without its indentation."""
     return [line.split() for line in text.splitlines()]
 
 
@@ -51,13 +51,13 @@ def test_comments_order_and_quotes_survive(path):
     assert load_project(path).config.policies == {"brief": "brief", "kind": "kind"}
 
 
-def test_what_is_there_already_changes_nothing(path):
+def test_an_entry_with_the_same_value_changes_nothing(path):
     before = path.stat()
     assert register(str(path), {("base",): "sft", ("policies", "brief"): path.parent / "brief"}) == []
     assert path.read_text() == TEXT and path.stat() == before
 
 
-def test_a_changed_entry_is_said_with_what_it_was(path):
+def test_a_changed_entry_is_reported_with_its_old_value(path):
     assert register(str(path), {("base",): "organisation/model"}) == [f"{path}: base: organisation/model (was sft)"]
     assert load_project(path).config.base == "organisation/model"
 
@@ -108,14 +108,14 @@ def test_paths_are_relative_to_the_file_where_they_lie_below_it(path, tmp_path, 
 
 MANY = """
 import sys
-from rewarded_lines.training.project_entry import register
+from rewarded_lines.training.register_model import register
 first = int(sys.argv[2])
 for number in range(first, first + 8):
     register(sys.argv[1], {("policies", f"p{number}"): f"x{number}"})
 """
 
 
-def test_policies_that_are_trained_side_by_side_are_all_there(path):
+def test_policies_trained_side_by_side_are_all_registered(path):
     children = [subprocess.Popen([sys.executable, "-c", MANY, path, str(first)]) for first in (0, 8)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: register(str(path), {("policies", f"p{number}"): f"x{number}"}), range(16, 40)))

