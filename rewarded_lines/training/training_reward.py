@@ -3,9 +3,10 @@
     R(x, y) = Σ wᵢ·(rᵢ(x, y) − mᵢ)/sᵢ
 
 One reward with weight 1 makes a policy to merge; several make the multi-objective baseline (MORL). mᵢ and sᵢ
-are mean and standard deviation on the SFT model's responses (Ziegler et al., Fine-Tuning Language Models from
-Human Preferences, 2019, section 2.1.1), so that hyperparameters mean the same for rewards of any unit. Without
-normalization they are 0 and 1. Records keep each reward's own unit.
+are mean and standard deviation on the SFT model's responses, so hyperparameters mean the same for rewards of any
+unit. Without normalization they are 0 and 1. Records keep each reward's own unit.
+
+Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.1.1.
 """
 
 from __future__ import annotations
