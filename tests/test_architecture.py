@@ -13,8 +13,8 @@ PACKAGES = [
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
-    *("config", "config_values", "doctor", "doctor_probes", "errors", "folders", "processes", "progress", "projects"),
-    *("references", "signatures"),
+    *("config", "config_values", "doctor", "doctor_probes", "errors", "folders", "options", "processes", "progress"),
+    *("projects", "references"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

@@ -18,8 +18,8 @@ from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
 from rewarded_lines.cli.push_command import Destination, MergePublishing
 from rewarded_lines.errors import fail, printable
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.spec import METHODS_PANEL, MergeOptions, option
-from rewarded_lines.signatures import takes_fields
+from rewarded_lines.merger.spec import METHODS_PANEL, MergeOptions
+from rewarded_lines.options import option, takes_fields
 
 if TYPE_CHECKING:
     from rewarded_lines.merger.merge import MergeResult

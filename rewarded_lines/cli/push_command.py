@@ -11,7 +11,7 @@ import typer
 from rewarded_lines.cli.display import show_json, show_line, stdout_for_results
 from rewarded_lines.cli.parameters import AsJson, Quiet, run_folders
 from rewarded_lines.errors import fail
-from rewarded_lines.merger.spec import option
+from rewarded_lines.options import option
 
 _PANEL = "Publishing"
 _PRIVATE = "Upload into a repository that only its owner sees."

@@ -5,20 +5,11 @@ Importing this module loads no heavy library, because the command line reads it 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
-from dataclasses import Field, dataclass, field, fields, replace
-from functools import wraps
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass
 
 from rewarded_lines.errors import fail
-
-Result = TypeVar("Result")
-
-
-def _option(default: Any, about: str, **more: Any) -> Any:
-    """Return a field with what `typer.Option` takes: its help and more; `offers` are the words that shells offer."""
-    return field(default=default, metadata={"help": about, **more})
+from rewarded_lines.options import Annotate, Result, option, takes_fields
 
 
 @dataclass(frozen=True)
@@ -29,19 +20,19 @@ class SweepOptions:
         UserError: an option has a value that it cannot have, or does not go with another one.
     """
 
-    engine: str = _option(
+    engine: str = option(
         "vllm", "vllm, hf (transformers; slower), or the URL of a server that takes adapters.", offers=("vllm", "hf")
     )
-    device: str = _option("auto", "Where reward models run: auto, cpu, cuda.", offers=("auto", "cpu", "cuda"))
-    layers: str | None = _option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
-    tensor_parallel: int = _option(1, "Devices that vLLM spreads the model over.", min=1)
-    offload: str = _option(
+    device: str = option("auto", "Where reward models run: auto, cpu, cuda.", offers=("auto", "cpu", "cuda"))
+    layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
+    tensor_parallel: int = option(1, "Devices that vLLM spreads the model over.", min=1)
+    offload: str = option(
         "auto", "Reward models leave memory when idle: auto, always, never.", offers=("auto", "always", "never")
     )
-    ray: str | None = _option(
+    ray: str | None = option(
         None, "Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"
     )
-    workers: int | None = _option(
+    workers: int | None = option(
         None, "With --ray: how many. By default one for each GPU (or --tensor-parallel of them) or machine.", min=1
     )
 
@@ -58,35 +49,7 @@ class SweepOptions:
 
 
 def takes_sweep_options(
-    without: Collection[str] = (), annotation: Callable[[Field[Any], Any], Any] = lambda one, kind: kind
+    without: Collection[str] = (), annotate: Annotate = lambda one, annotation: annotation
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a function take the options one by one, too, in the place of its parameter `options`, which gets them whole.
-
-    A parameter of the function that has the name of an option is left to the function.
-
-    Args:
-        without: options that it does not take.
-        annotation: what the signature says of an option, given its field and its type.
-    """
-
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        signature = inspect.signature(function, eval_str=True)
-        kinds = get_type_hints(SweepOptions)
-        taken = {one.name: one for one in fields(SweepOptions) if one.name not in {*without, *signature.parameters}}
-
-        @wraps(function)
-        def call(*args: Any, options: SweepOptions | None = None, **given: Any) -> Result:
-            each = {name: given.pop(name) for name in taken if name in given}
-            return function(*args, options=replace(options or SweepOptions(), **each), **given)
-
-        parameters: list[inspect.Parameter] = []
-        for one in signature.parameters.values():
-            each = [
-                one.replace(name=name, default=option.default, annotation=annotation(option, kinds[name]))
-                for name, option in taken.items()
-            ]
-            parameters += each if one.name == "options" else [one]
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return call
-
-    return decorate
+    """Let callers pass the options one by one, or whole as `options`; see `takes_fields`."""
+    return takes_fields(SweepOptions, "options", without, annotate)

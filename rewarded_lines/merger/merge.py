@@ -24,7 +24,7 @@ from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
 from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
 from rewarded_lines.merger.spec import MergeOptions, MergeSpec, folder_name, parse_weights
-from rewarded_lines.signatures import takes_fields
+from rewarded_lines.options import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
+from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
 
 Score = str | Callable[[Path], float]
@@ -186,11 +187,6 @@ def _named(name: str, place: str) -> str:
 
 def _text(value: float) -> str:
     return repr(int(value)) if value == int(value) else repr(value)
-
-
-def option(default: Any, about: str, **more: Any) -> Any:
-    """Return a dataclass field with the help of its command-line option, and `more` for `as_option`."""
-    return field(default=default, metadata={"help": about, **more})
 
 
 def _methods_that_begin(incomplete: str) -> list[tuple[str, str]]:

@@ -21,13 +21,13 @@ LIGHT = {
     "rewarded_lines",
     "rewarded_lines.cli",
     "rewarded_lines.errors",
-    # Of which `sweep_options` only.
+    # `sweep_options` only.
     "rewarded_lines.evaluator",
-    # Of which `merge_options` only.
+    # `spec`, and the files that it reads.
     "rewarded_lines.merger",
+    "rewarded_lines.options",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
-    "rewarded_lines.signatures",
 }
 ASK = """\
 import contextlib, io, json, sys

@@ -1,10 +1,10 @@
-"""Functions that take the fields of a dataclass as parameters of their own, and get them as one object."""
+"""Options declared once, as fields of a dataclass: for Python's callers and for the command line."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, Field, field, fields, replace
 from functools import wraps
 from typing import Any, TypeVar, get_type_hints
 
@@ -12,22 +12,26 @@ Result = TypeVar("Result")
 Annotate = Callable[[Field[Any], Any], Any]
 
 
+def option(default: Any, about: str, **more: Any) -> Any:
+    """Return a field with the help text of its command-line option, and more that `as_option` takes."""
+    return field(default=default, metadata={"help": about, **more})
+
+
 def takes_fields(
     kind: type[Any],
     whole: str,
     without: Collection[str] = (),
-    annotate: Annotate = lambda field, annotation: annotation,
+    annotate: Annotate = lambda one, annotation: annotation,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let callers give the fields of a dataclass one by one, in the place of a parameter that gets them whole.
+    """Let callers of a function pass the fields of a dataclass one by one, or the whole object, or both.
 
-    Callers may give the parameter itself, too: what they give one by one replaces its fields. A parameter that has
-    the name of a field is left to the function.
+    Single fields replace those of the object. A parameter of the function with the name of a field stays its own.
 
     Args:
         kind: the dataclass; each field needs a default.
-        whole: the name of the parameter.
-        without: fields that callers do not give.
-        annotate: what the signature says of a field, given the field and its type.
+        whole: the function's parameter that receives the object.
+        without: fields that callers cannot pass.
+        annotate: returns the annotation in the signature, for a field and its type.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -52,5 +56,5 @@ def takes_fields(
     return decorate
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
