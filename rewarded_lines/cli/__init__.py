@@ -1,4 +1,4 @@
-"""The command line: one thin file per command, which parses, calls and prints. Heavy imports wait for the call."""
+"""The command line: one file per command, which parses, calls and prints. Heavy imports wait for the call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rewarded_lines.cli.sweep_command import sweep
 from rewarded_lines.errors import Problem, UserError, did_you_mean
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
-# As other tools have it: 1 is work that failed, 2 a command line that could not be read.
+# The exit code of a command line that cannot be parsed; failed work exits with 1.
 _USAGE = 2
 
 app = typer.Typer(
@@ -55,36 +55,35 @@ def _root(
     """Merge policies aligned with several rewards (Rewarded Soups, LiNeS) and measure every point of their front.
 
     \b
-    rewarded-lines demo               the whole job on an embedded default
+    rewarded-lines demo               train, merge and measure an example
     rewarded-lines merge --lam 0.5    merge the policies of rewarded-lines.yaml
     rewarded-lines sweep              generate and score along λ
     rewarded-lines report sweep       tables and figures of a sweep
     rewarded-lines choose sweep --at-least detailed=15
                                       the policy to ship, and its command
-    rewarded-lines score merged       one model, beside SFT
+    rewarded-lines score merged       score one model beside SFT
     rewarded-lines inspect merged --base sft
                                       how far its blocks moved
     rewarded-lines push merged OWNER/NAME
                                       upload it to the Hub
-    rewarded-lines doctor             what works here, and what to install
+    rewarded-lines doctor             what works here and what to install
     """
     if ctx.invoked_subcommand is None:
-        # Help for whoever looks around; a script that lost its command must not go on.
+        # A script whose command is missing must fail, too.
         typer.echo(ctx.get_help())
         raise typer.Exit(_USAGE)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake prints one message and exits with 1 or 2, without a traceback."""
+    """Run the command line; a user's mistake prints one message without a traceback and exits with 1 or 2."""
     die_with_parent()
-    # The Hub's library reads this when it is first imported, which comes later.
+    # The Hub's library reads this at its import, which comes later.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Libraries make millions of objects that stay: looking through them again and again takes seconds, and so does
-    # looking through them a last time.
+    # Libraries make millions of lasting objects: collecting among them, also at exit, takes seconds.
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal without Greek letters, or the name of a file that is no text, must not end the work.
+        # A terminal without Greek letters or a file name in another encoding must not end the work.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -95,7 +94,7 @@ def main() -> None:
     except UserError as error:
         _complain(error)
     except OSError as error:
-        # A full disk, a folder that cannot be written: the system's own words name the place.
+        # For example a full disk: the system's message names the place.
         _complain(Problem(str(error)))
     except MemoryError as error:
         _complain(Problem(f"not enough memory: {error}"))
@@ -104,7 +103,7 @@ def main() -> None:
 
 
 def _usage_problem(error: Any) -> Problem:
-    """Return what is wrong with a command line that could not be read."""
+    """Return what is wrong with a command line that typer cannot parse."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     command = context.command_path if context else "rewarded-lines"
     remedy = f"see {command} --help"
@@ -116,19 +115,19 @@ def _usage_problem(error: Any) -> Problem:
     if commands and given and given not in commands:
         what, expected = f"no command `{given}`", ", ".join(commands)
         return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, commands, remedy))
-    said = str(error.message if parameter else error.format_message()).rstrip(".")
+    message = str(error.message if parameter else error.format_message()).rstrip(".")
     if parameter is None:
-        return Problem(said[:1].lower() + said[1:], where=command, remedy=remedy)
+        return Problem(message[:1].lower() + message[1:], where=command, remedy=remedy)
     option = parameter.opts[0].startswith("-")
     where = f"{command} {parameter.opts[0] if option else parameter.name.upper()}"
-    if not said:
+    if not message:
         return Problem("missing", where=where, expected=parameter.help or "", remedy=remedy)
-    expected, got = said.removeprefix("Input should be ").partition(",")[0], _typed(parameter.opts)
-    return Problem("not a value that it takes", where=where, expected=expected, got=got, remedy=remedy)
+    expected = message.removeprefix("Input should be ").partition(",")[0]
+    return Problem("not a valid value", where=where, expected=expected, got=_typed(parameter.opts), remedy=remedy)
 
 
 def _typed(names: list[str]) -> str:
-    """Return what was given for an option, as far as the command line shows it."""
+    """Return the value of an option on the command line, "" where none is found."""
     for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
         if word in names:
             return following

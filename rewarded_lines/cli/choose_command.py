@@ -22,29 +22,29 @@ def choose(
     at_least: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="Least mean of a reward, in its unit (repeat).", autocompletion=run_minima
+            metavar="NAME=VALUE", help="Minimum of a reward's mean, in its unit (repeat).", autocompletion=run_minima
         ),
     ] = None,
     maximize: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Reward to be as high as can be.", autocompletion=run_rewards)
+        str | None, typer.Option(metavar="NAME", help="Reward to maximize.", autocompletion=run_rewards)
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="NAME=W,...", help="Most of the weighted sum, standardized on SFT.")
+        str | None, typer.Option(metavar="NAME=W,...", help="Maximize this weighted sum, standardized on SFT.")
     ] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="The point that gives up least of everything.")] = False,
+    knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
     method: Annotated[
-        list[str] | None, typer.Option(help="That may be chosen (repeat); all by default.", autocompletion=run_methods)
+        list[str] | None, typer.Option(help="Method to choose from (repeat).", autocompletion=run_methods)
     ] = None,
     interpolate: Annotated[
-        bool, typer.Option("--interpolate", help="Consider λ between evaluated points, too (two policies).")
+        bool, typer.Option("--interpolate", help="Also consider λ between evaluated points (two policies).")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which method, α, β and λ of a run meet constraints best, and the merge command that makes the policy.
+    """Choose the policy of a run that meets constraints best; print its merge command.
 
     With two rewards and a minimum for one, the other is maximized. Rewards
-    of the role `audit` have no say.
+    of the role `audit` do not count.
 
     \b
     rewarded-lines choose runs/demo/sweep --at-least detailed=15
@@ -82,11 +82,7 @@ def _show(chosen: Chosen) -> None:
 
 
 def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
-    """Return NAME=VALUE texts as a mapping.
-
-    Raises:
-        UserError: one that is not of that form, or a name that comes twice.
-    """
+    """Return NAME=VALUE texts as a mapping."""
     found: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.partition("=")

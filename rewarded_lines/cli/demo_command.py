@@ -16,7 +16,7 @@ from rewarded_lines.cli.parameters import Quiet, engines, offer
 from rewarded_lines.cli.report_command import show
 from rewarded_lines.progress import Progress
 
-# Those of `pipeline.STAGES`, which loads heavy libraries.
+# `pipeline.STAGES`, whose module loads heavy libraries.
 _STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 
 
@@ -27,17 +27,15 @@ def demo(
     ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; runs/demo, runs/demo-dpo, runs/demo-seed1 … by default.")
+        Path | None, typer.Option(help="Run folder; by default runs/demo, runs/demo-dpo, runs/demo-seed1 …")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="What generates in the sweep: vllm or hf.", autocompletion=engines)
-    ] = "vllm",
+    engine: Annotated[str, typer.Option(help="Engine of the sweep: vllm or hf.", autocompletion=engines)] = "vllm",
     until: Annotated[
         str,
         typer.Option(help=f"Last stage: {', '.join(_STAGES)}.", autocompletion=offer(*_STAGES)),
     ] = "merge",
     corpus: Annotated[
-        Path | None, typer.Option(help="Your own corpus: a folder with the JSONL files that --until data makes.")
+        Path | None, typer.Option(help="Your own corpus: a folder with JSONL files as --until data writes them.")
     ] = None,
     suite: Annotated[Path | None, typer.Option(help="Your own rewards, prompts and generation (YAML).")] = None,
     configs: Annotated[Path | None, typer.Option(help="Your own sft.yaml, reward.yaml, ppo.yaml …")] = None,
@@ -57,7 +55,7 @@ def demo(
     """
     from rewarded_lines.demo.pipeline import DemoSettings, default_out, run_demo
 
-    # Read when torch is loaded, which is later: see `jobs.py` for why.
+    # torch reads this at its import, which comes later; see `recipe_jobs.py` for the reason.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = out or default_out(algo, seed)
     quiet_libraries()
@@ -75,7 +73,7 @@ def demo(
 
 
 class _Display:
-    """Prints a line for every stage, and below it live bars where there is a terminal to draw them on."""
+    """Prints a line for every stage; on a terminal also live bars below."""
 
     def __init__(self, console: Console, heading: str) -> None:
         self._console, self._heading = console, heading
@@ -92,9 +90,8 @@ class _Display:
         self._live.stop()
 
     def started(self, stage: str) -> None:
-        if self._heading:
+        if stage == _STAGES[0]:
             self._console.print(self._heading, soft_wrap=True)
-            self._heading = ""
         self._stage, self._parts = [Work(stage, "step")], []
 
     def part(self, name: str) -> Progress:

@@ -1,6 +1,6 @@
-"""What commands show: results on stdout, and on stderr a bar while they work, or a line each minute in a log.
+"""What commands show: results on stdout; on stderr a progress bar, or in a log a line each minute.
 
-The bar of work that is over at once is not shown.
+Short work shows no bar.
 """
 
 from __future__ import annotations
@@ -39,18 +39,16 @@ def show_json(content: Any) -> None:
 
 
 def show_line(text: str) -> None:
-    """Print a path, an address or a command on one line, however long it is: it is for copying."""
+    """Print a path, an address or a command without folding it, so that it can be copied."""
     Console(highlight=False).print(Text(text), soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iterator[Progress]:
-    """Yield a `Progress` that is shown with the rate and the time left.
-
-    Until the block ends, stdout leads to stderr: what libraries and users' functions print is not a result.
+    """Show a `Progress` with its rate and the time left; within the block, stdout goes to stderr.
 
     Args:
-        title: what is being done.
+        title: the name of the work.
         quiet: show nothing.
         unit: what is counted, in the singular; "byte" shows sizes.
     """
@@ -65,7 +63,7 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
         while not over.wait(SECONDS_BETWEEN_LINES):
             console.print(work.line(), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
-    # In a thread, because the first step may take long before it tells anything.
+    # A thread, because the first step may take long before it reports.
     thread = threading.Thread(target=show, daemon=True)
     with stdout_for_results():
         if not quiet:
@@ -80,14 +78,14 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
 
 
 def tell_rows(header: Mapping[str, Any], quiet: bool) -> None:
-    """Say on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
+    """Print on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
     for sentence in () if quiet else header["prompts"].get("told", ()):
         typer.echo(sentence, err=True)
 
 
 @contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """Send all that is printed in the block to stderr, by Python, by C libraries and by child processes."""
+    """Send to stderr what Python, C libraries and child processes print to stdout in the block."""
     kept = None
     with suppress(OSError):
         sys.stdout.flush()
@@ -103,44 +101,41 @@ def stdout_for_results() -> Iterator[None]:
 
 
 class Work(Progress):
-    """How far some work is, and how that looks.
-
-    The rate is that of counted steps: the seconds of steps that prepare, and what was there before, have no part in it.
-    """
+    """The progress of some work, and its look; the rate is that of counted steps alone."""
 
     def __init__(self, title: str, unit: str) -> None:
-        """Begin now; see `progress_bar`."""
+        """Start the clock; see `progress_bar`."""
         self._title, self._unit = title, unit
         self._lock = threading.Lock()
         self._spinner = Spinner("dots")
         self._step, self._began, self._counted = "starting", monotonic(), False
         self._total = self._done = self._made = 0
-        # Seconds of the counted steps before this one, and of all of them when something was finished last.
+        # Seconds of the counted steps: before this step, and at the last `advance`.
         self._before = self._until = 0.0
 
     def expect(self, total: int) -> None:
-        """Take note of how much there is in all."""
+        """Set the total."""
         self._total = total
 
     def start(self, step: str, counted: bool = False) -> None:
-        """Show this step from now on."""
+        """Show this step."""
         with self._lock:
             self._before = self._seconds()
             self._step, self._began, self._counted = step, monotonic(), counted
 
     def advance(self, count: int, name: str = "") -> None:
-        """Add what is done."""
+        """Add to what is done."""
         with self._lock:
             self._done += count
             if self._counted:
                 self._made, self._until = self._made + count, self._seconds()
 
     def rate(self) -> float | None:
-        """Return how much is finished in a second; None as long as that is not known."""
+        """Return how much is done per second, or None while it is unknown."""
         return self._made / self._until if self._made and self._until > 0 else None
 
     def left(self) -> float | None:
-        """Return the seconds that are left at this rate."""
+        """Return the seconds left at this rate."""
         rate = self.rate()
         return rate and max(0.0, (self._total - self._done) / rate - (self._seconds() - self._until))
 
@@ -151,9 +146,9 @@ class Work(Progress):
             return f"{self._title}: {cells}{self._step} {_clock(monotonic() - self._began)}"
 
     def __rich__(self) -> RenderableType:
-        """Return a line with the step, below a bar where something is counted."""
+        """Return a line with the step, and a bar above it if there is a total."""
         with self._lock:
-            # Where there is a bar, it has the title.
+            # A bar shows the title itself.
             named = Text(self._step if self._total else f"{self._title}: {self._step}")
             since = Text(_clock(monotonic() - self._began), style="dim")
             step = _row((self._spinner, {"width": 1}), (named, {**_WIDE, "overflow": "ellipsis"}), (since, _RIGHT))
@@ -164,7 +159,7 @@ class Work(Progress):
             return Group(_row((Text(self._title), {}), (bar, _WIDE), *((cell, _RIGHT) for cell in cells)), step)
 
     def _cells(self) -> list[str]:
-        """Return the count and, once they are known, the rate and the time left."""
+        """Return the count and, once known, the rate and the time left."""
         rate, left = self.rate(), self.left()
         if self._unit == "byte":
             count, pace = f"{decimal(self._done)}/{decimal(self._total)}", f"{decimal(round(rate or 0))}/s"
@@ -179,8 +174,8 @@ class Work(Progress):
 
 
 def quiet_libraries() -> None:
-    """Turn off the bars and notices of the libraries below, so that ours is the only voice on the terminal."""
-    # Set before the next line imports torch, which reads it then.
+    """Turn off the bars and notices of torch and transformers."""
+    # torch reads this at its import, which the next line causes.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from transformers.utils import logging
 
@@ -189,7 +184,7 @@ def quiet_libraries() -> None:
 
 
 def _row(*cells: tuple[RenderableType, Mapping[str, Any]]) -> Table:
-    """Return cells side by side, each with what `Table.add_column` takes."""
+    """Return cells side by side, each with the arguments of its `Table.add_column`."""
     row = Table.grid(padding=(0, 1), expand=True)
     for _, look in cells:
         row.add_column(no_wrap=True, **look)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewarded_lines.cli.display import progress_bar
+from rewarded_lines.cli.display import progress_bar, show_json
 from rewarded_lines.cli.parameters import AsJson, Quiet
 
 if TYPE_CHECKING:
     from rewarded_lines.doctor import Finding
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", "red")}
-_COUNTED = {"warning": "to know of", "broken": "broken"}
 _NAME_WIDTH = 14
 
 
@@ -29,17 +27,17 @@ def doctor(
         typer.Option("--thorough", help="Also import torch, transformers and vLLM, and start an engine (a minute)."),
     ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="The project file to look at; ./rewarded-lines.yaml where there is one.")
+        Path | None, typer.Option(help="Project file to check; by default ./rewarded-lines.yaml, if it exists.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what works here, what does not, and the command that mends it.
+    """Show what works here, what does not, and the command that repairs it.
 
-    ✓ works; ! is missing or may hurt, but breaks nothing that is there; ✗
-    makes a command fail. With a ✗ the exit code is 1. Nothing is installed
-    or changed, and no network is used. Without --thorough, no library is
-    imported: versions come from the packages' metadata.
+    ✓ works; ! is missing or may hurt; ✗ makes a command fail. With a ✗ the
+    exit code is 1. Nothing is installed or changed, and no network is used.
+    Without --thorough no library is imported: versions come from the
+    packages' metadata.
 
     \b
     rewarded-lines doctor
@@ -52,8 +50,7 @@ def doctor(
         findings = diagnose(config, thorough=thorough, progress=bar)
     ok = all(one.state != "broken" for one in findings)
     if as_json:
-        told = {"ok": ok, "checks": [vars(one) for one in findings]}
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        show_json({"ok": ok, "checks": [vars(one) for one in findings]})
     else:
         _show(findings, Console(highlight=False))
     if not ok:
@@ -70,9 +67,9 @@ def _show(findings: list[Finding], console: Console) -> None:
         row.add_row(Text(mark, style=style), Text(finding.name), Text(finding.found))
         console.print(row)
         for line in finding.remedy.splitlines():
-            # Never folded: a command is for copying.
+            # Commands are not folded, so that they can be copied.
             console.print(Text(" " * (_NAME_WIDTH + 3) + line, style="bold"), soft_wrap=True)
     count = Counter[str](finding.state for finding in findings)
-    told = [f"{count['ok']} of {len(findings)} checks are fine"]
-    told += [f"{count[state]} {name}" for state, name in _COUNTED.items() if count[state]]
-    console.print(Text(f"\n{', '.join(told)}.", style="dim"))
+    parts = [f"{count['ok']} of {len(findings)} checks are fine"]
+    parts += [f"{count[state]} {state}" for state in ("warning", "broken") if count[state]]
+    console.print(Text(f"\n{', '.join(parts)}.", style="dim"))

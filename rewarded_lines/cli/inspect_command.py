@@ -20,22 +20,20 @@ def inspect(
     outside: Annotated[
         str,
         typer.Option(
-            help="What embeddings, norm and head get: alpha, or depth (as the block beside them).",
+            help="Scale of embeddings, norm and head: alpha, or depth (that of the nearest block).",
             autocompletion=outsides,
         ),
     ] = "alpha",
     layers: Layers = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw scale and norm over depth into a .png, .svg or .pdf file.")
-    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Show a row for every tensor.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw scale and norm over depth; .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a checkpoint by depth: its blocks, their LiNeS scale, and how far they lie from the base.
+    """Show a checkpoint by depth: its blocks, their LiNeS scales and their distance from the base.
 
     τ = θ − θ_base is the residual, s = α + β·(ℓ−1)/(L−1) its LiNeS scale
-    in block ℓ of L, ‖·‖ the L2 norm. Without --base only headers are read.
+    in block ℓ of L, ‖·‖ the L2 norm. Without --base, only headers are read.
     Inputs are never changed.
 
     \b
@@ -52,9 +50,8 @@ def inspect(
 
         check_figure_file(plot)
     with progress_bar("Reading", quiet=quiet or as_json, unit="byte") as bar:
-        # `outside` is checked there.
-        how: Any = {"alpha": alpha, "beta": beta, "outside": outside, "layers": layers}
-        found = run(checkpoint, base, progress=bar, **how)
+        schedule: Any = {"alpha": alpha, "beta": beta, "outside": outside, "layers": layers}
+        found = run(checkpoint, base, progress=bar, **schedule)
         if plot:
             bar.start("drawing")
             write_depth_figure(found, plot)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
-from rewarded_lines.cli.push_command import Destination, MergePublishing
+from rewarded_lines.cli.push_command import MergePublishing, upload
 from rewarded_lines.errors import fail, printable
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import METHODS_PANEL, MergeOptions
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
     from rewarded_lines.merger.mergekit_methods import Translation
 
 METHODS_HELP = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
-# What may stand beside --from: where things are now, and how to write.
+# Options that may stand beside --from: where the inputs are now, and how to write.
 _WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json", "quiet"}
 _WITH_RECORD |= {"run", "push_to_hub", "private", "revision"}
-# Beside --from-mergekit: the file says what is merged, these say how it is written.
+# Options that may stand beside --from-mergekit.
 _WITH_MERGEKIT = _WITH_RECORD - {"record", "policy"}
 _WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers"}
+_FOR_MERGEKIT = ("out", "device", "max_shard_size", "overwrite", "dry_run", "layers", "allow_nonfinite")
+_FOR_MERGEKIT += ("additions", "progress")
 
 
 @dataclass(frozen=True)
 class MergeSource:
-    """What is merged: base, policies and weights, a project that names them, or a file that says it all."""
+    """What is merged: base, policies and weights, a project that names them, or a file that decides all."""
 
     base: str | None = option(None, "SFT model: folder or Hub id.")
     policy: list[str] | None = option(None, "A policy, \\[NAME=]FOLDER or Hub id; repeat for each.", show_default=False)
     lam: list[str] | None = option(
         None, "λ of the first of two policies, or weights 0.2,0.3,0.5; repeat for several outputs."
     )
-    config: Path = option(Path("rewarded-lines.yaml"), "Names base and policies.")
+    config: Path = option(Path("rewarded-lines.yaml"), "Project file with base and policies.")
     record: Path | None = option(
-        None, "A merge.json: make that merge again, the same bits, from the same inputs.", flag="--from"
+        None, "A merge.json: repeat that merge, bit for bit, from the same inputs.", flag="--from"
     )
-    from_mergekit: Path | None = option(
-        None, "A mergekit YAML: make the merge that it asks for, and print the command."
-    )
+    from_mergekit: Path | None = option(None, "A mergekit YAML: make its merge and print the command.")
 
 
 def _method_options() -> type[Any]:
-    """Return a dataclass with a field for each option that a method of the table has, None by default."""
+    """Return a dataclass with a field, None by default, for each option of the methods."""
     made = []
     for name in dict.fromkeys(name for row in METHODS.values() for name in row.options):
         takers = {method: row.options[name] for method, row in METHODS.items() if name in row.options}
@@ -103,7 +103,7 @@ def merge(
         --as full folds it into the base
     rewarded-lines merge --from merged/merge.json --out again
     rewarded-lines merge --from-mergekit config.yaml --out merged
-        the same merge as mergekit's; what has no exact counterpart is refused
+        the same merge as mergekit's, or a refusal
     rewarded-lines merge --lam 0.3 --push-to-hub me/my-merge --private
         the token comes from HF_TOKEN or `hf auth login`
     """
@@ -111,7 +111,7 @@ def merge(
     from rewarded_lines.kernels.thread_pool import use_wide_vectors
 
     _check_source(ctx, source)
-    hub = Destination.checked(publishing, outputs=len(source.lam or [""]))
+    publishing.check(outputs=len(source.lam or [""]))
     given = {name: value for name, value in vars(options).items() if value is not None}
     additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
     use_wide_vectors()
@@ -119,38 +119,43 @@ def merge(
         how = replace(how, alpha=_alpha(how.alpha), options=given, additions=additions, progress=bar)
         results, equal = _merged(source, how)
     if equal is not None:
-        _tell_equal(equal, str(how.out or results[0].out or "merged"), Console(stderr=as_json))
-    _show(results, how.alpha == "auto", hub, as_json, quiet)
+        console = Console(stderr=as_json)
+        command = equal.command(str(how.out or results[0].out or "merged"))
+        # Not folded, so that it can be copied.
+        console.print(_plain(command), soft_wrap=True)
+        for note in equal.notes:
+            console.print(_plain(f"  {note}"))
+    _show(results, how.alpha == "auto", publishing, as_json, quiet)
 
 
 def _check_source(ctx: typer.Context, source: MergeSource) -> None:
-    """Refuse what would say otherwise beside a record or a file, which say all about a merge."""
-    if source.record is not None:
-        _refuse_beside(ctx, "--from", "makes a merge again as it was", _WITH_RECORD)
-    if source.from_mergekit is not None:
-        _refuse_beside(ctx, "--from-mergekit", "makes the merge of the file", _WITH_MERGEKIT)
-
-
-def _refuse_beside(ctx: typer.Context, option: str, does: str, allowed: set[str]) -> None:
-    names = {param.name: param.opts[0] for param in ctx.command.params if param.name in ctx.params}
-    given = [name for name in names if getattr(ctx.get_parameter_source(str(name)), "name", "") == "COMMANDLINE"]
-    if wrong := [names[name] for name in given if name not in allowed]:
-        beside = [spelled for name, spelled in names.items() if name in allowed and spelled != option]
-        raise fail(
-            f"{option} {does}",
-            where=", ".join(wrong),
-            expected=f"beside it only {', '.join(beside)}",
-            remedy=f"leave these out, or merge without {option}",
-        )
+    """Refuse options whose values a record or a mergekit file decides."""
+    files = {"--from": (source.record, _WITH_RECORD), "--from-mergekit": (source.from_mergekit, _WITH_MERGEKIT)}
+    names = {str(param.name): param.opts[0] for param in ctx.command.params if param.name in ctx.params}
+    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    for flag, (file, allowed) in files.items():
+        if wrong := [names[name] for name in given if file is not None and name not in allowed]:
+            beside = [option for name, option in names.items() if name in allowed and option != flag]
+            raise fail(
+                f"{flag} names a file that decides this",
+                where=", ".join(wrong),
+                expected=f"beside it only {', '.join(beside)}",
+                remedy=f"leave these out, or merge without {flag}",
+            )
 
 
 def _merged(source: MergeSource, how: MergeOptions) -> tuple[list[MergeResult], Translation | None]:
-    """Merge what the source says; beside the results return what a mergekit file comes to."""
+    """Make the merges; of a mergekit file also return its translation."""
     from rewarded_lines.merger.merge import merge as run_merge
     from rewarded_lines.merger.merge import name_policies, replay
 
     if source.from_mergekit is not None:
-        return _like_mergekit(source.from_mergekit, source.base, how)
+        from rewarded_lines.merger.mergekit import merge_like_mergekit
+
+        passed = {name: getattr(how, name) for name in _FOR_MERGEKIT}
+        seed: Any = how.options.get("seed")
+        asked, results = merge_like_mergekit(source.from_mergekit, base=source.base, seed=seed, **passed)
+        return results, asked
     named = name_policies([_name(text) for text in source.policy]) if source.policy else {}
     if source.record is not None:
         return [replay(source.record, base=source.base, policies=named, how=how)], None
@@ -158,26 +163,8 @@ def _merged(source: MergeSource, how: MergeOptions) -> tuple[list[MergeResult], 
     return run_merge(base, policies, source.lam, how=how), None
 
 
-def _like_mergekit(path: Path, base: str | None, how: MergeOptions) -> tuple[list[MergeResult], Translation]:
-    from rewarded_lines.merger.mergekit import merge_like_mergekit
-
-    names = ("out", "device", "max_shard_size", "overwrite", "layers", "allow_nonfinite", "additions", "progress")
-    told = {name: getattr(how, name) for name in names}
-    seed: Any = how.options.get("seed")
-    asked, results = merge_like_mergekit(path, base=base, seed=seed, dry_run=how.dry_run, **told)
-    return results, asked
-
-
-def _tell_equal(asked: Translation, out: str, console: Console) -> None:
-    """Print the command that a mergekit file equals, and where the two tools part."""
-    # Never folded: it is for copying.
-    console.print(_plain(asked.command(out)), soft_wrap=True)
-    for note in asked.notes:
-        console.print(_plain(f"  {note}"))
-
-
 def _inputs(base: str | None, named: Mapping[str, str], config: Path) -> tuple[str, Mapping[str, str]]:
-    """Return base and policies; the project file says what the command line leaves out."""
+    """Return base and policies; the project file fills what the command line leaves out."""
     from rewarded_lines.projects import load_project
 
     if base and named:
@@ -201,12 +188,13 @@ def _name(text: str) -> tuple[str, str]:
     return (name, path) if separator else (Path(text).name, text)
 
 
-def _show(results: list[MergeResult], automatic: bool, hub: Destination | None, as_json: bool, quiet: bool) -> None:
+def _show(results: list[MergeResult], automatic: bool, to: MergePublishing, as_json: bool, quiet: bool) -> None:
     """Print what was merged, and upload it if the user asked for that."""
     if not as_json:
         _print(results, automatic)
-    out = results[0].out
-    address = hub.push(out, quiet=quiet or as_json) if hub and out else ""
+    address, out = "", results[0].out
+    if to.push_to_hub and out:
+        address = upload(out, to.push_to_hub, to.private, to.revision, quiet or as_json)
     if as_json:
         more = {"commit": address} if address else {}
         show_json([{**_as_dict(result), **more} for result in results])
@@ -226,7 +214,7 @@ def _as_dict(result: MergeResult) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Text:
-    """Return text in which brackets are brackets: names come from users and from files of others."""
+    """Return text without markup or control characters: names may come from others' files."""
     return Text(printable(text))
 
 

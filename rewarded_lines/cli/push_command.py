@@ -1,4 +1,4 @@
-"""`rewarded-lines push`, and the upload of what `merge` has made."""
+"""`rewarded-lines push`, and the upload after a merge."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rewarded_lines.errors import fail
 from rewarded_lines.options import option
 
 _PANEL = "Publishing"
-_PRIVATE = "Upload into a repository that only its owner sees."
+_PRIVATE = "Make the repository private."
 _REVISION = "Upload to this branch; main by default."
 
 
 @dataclass(frozen=True)
 class MergePublishing:
-    """What the model card of a merge shows beside it, and where the merged folder is uploaded."""
+    """The run that a merge's model card shows, and the repository that receives the merged folder."""
 
     run: Path | None = option(
         None,
-        "A run of these policies: the model card shows the scores of this merge, and the figure. "
-        "Default: `sweep` beside the project file, if it is one and has its report.",
+        "A run of these policies: its scores and figure appear on the model card. "
+        "Default: `sweep` beside the project file, if it has a report.",
         rich_help_panel=_PANEL,
         offers=run_folders,
     )
@@ -35,49 +35,38 @@ class MergePublishing:
     private: bool = option(False, _PRIVATE, rich_help_panel=_PANEL)
     revision: str | None = option(None, _REVISION, metavar="BRANCH", rich_help_panel=_PANEL)
 
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a merged folder is uploaded."""
-
-    repository: str
-    private: bool
-    revision: str | None
-
-    @classmethod
-    def checked(cls, asked: MergePublishing, outputs: int) -> Destination | None:
-        """Return where the output of a merge is uploaded; None where it is not.
-
-        Raises:
-            UserError: everything that can be known to be wrong before the merge.
-        """
-        if asked.push_to_hub is None:
-            if asked.private or asked.revision:
-                where = "--private" if asked.private else "--revision"
+    def check(self, outputs: int) -> None:
+        """Refuse before the merge what would fail after it."""
+        if self.push_to_hub is None:
+            if self.private or self.revision:
+                where = "--private" if self.private else "--revision"
                 raise fail("nothing is uploaded", where=where, remedy="add --push-to-hub OWNER/NAME")
-            return None
+            return
         if outputs > 1:
-            where, remedy = "--push-to-hub", "upload each folder afterwards: rewarded-lines push FOLDER OWNER/NAME"
             raise fail(
-                "one repository holds one model", where=where, expected="one --lam", got=str(outputs), remedy=remedy
+                "one repository holds one model",
+                where="--push-to-hub",
+                expected="one --lam",
+                got=str(outputs),
+                remedy="upload each folder afterwards: rewarded-lines push FOLDER OWNER/NAME",
             )
         from rewarded_lines.hub.push import check_ready, check_repository
 
-        check_repository(asked.push_to_hub)
+        check_repository(self.push_to_hub)
         check_ready()
-        return cls(asked.push_to_hub, asked.private, asked.revision)
 
-    def push(self, folder: Path, quiet: bool) -> str:
-        """Upload a merged folder; return the address of the commit."""
-        from rewarded_lines.hub.push import push as upload
 
-        with stdout_for_results():
-            return upload(folder, self.repository, private=self.private, revision=self.revision, quiet=quiet)
+def upload(folder: Path, repository: str, private: bool, revision: str | None, quiet: bool) -> str:
+    """Upload a merged folder; return the address of the commit."""
+    from rewarded_lines.hub.push import push as run_push
+
+    with stdout_for_results():
+        return run_push(folder, repository, private=private, revision=revision, quiet=quiet)
 
 
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.", show_default=False)],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the Hub.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the Hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help=_PRIVATE)] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help=_REVISION)] = None,
     as_json: AsJson = False,
@@ -85,15 +74,15 @@ def push(
 ) -> None:
     """Upload a merged folder to the Hub: model, card and figure.
 
-    An upload that failed goes on where it stopped: files that arrived are
-    not sent again. The token comes from HF_TOKEN or `hf auth login`. All
-    files but hidden ones are uploaded; merge.json names the inputs' folders.
+    A failed upload goes on where it stopped: files that arrived are not
+    sent again. The token comes from HF_TOKEN or `hf auth login`. All files
+    but hidden ones are uploaded; merge.json names the inputs' folders.
 
     \b
     rewarded-lines push merged me/my-merge
     rewarded-lines push merged me/my-merge --private --revision second-try
     """
-    address = Destination(repository, private, revision).push(folder, quiet=quiet or as_json)
+    address = upload(folder, repository, private, revision, quiet or as_json)
     if as_json:
         show_json({"folder": str(folder), "repository": repository, "commit": address})
     else:

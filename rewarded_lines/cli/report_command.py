@@ -21,36 +21,36 @@ def report(
     more: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Runs with policies of other training seeds, averaged with it.",
+            help="Runs of other training seeds, averaged with RUN.",
             show_default=False,
             autocompletion=run_folders,
         ),
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Of the figures: png, svg, pdf; repeatable; png and svg by default."),
+        typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
     ] = None,
     style: Annotated[
-        str, typer.Option(help="Of the figures: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+        str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
     ] = "paper",
     depth: Annotated[
-        bool, typer.Option("--depth", help="Draw scales and residuals by block; reads all weights once.")
+        bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Show a sweep: every point with its interval, hypervolumes, figures.
 
-    Hypervolume is taken above two reference points: SFT's own scores, and
-    the worst score of any point on each axis. Intervals are by bootstrap
-    over prompts. Of an unfinished sweep the points that exist are shown.
+    Hypervolumes have two reference points: the scores of SFT, and the worst
+    score of any point on each axis. Intervals are bootstrapped over
+    prompts. An unfinished sweep is shown as far as it has points.
 
-    RUN/report gets summary.json, table.md, points.csv and figures: front;
-    kl (each reward over KL to SFT); forgetting (over the perplexity of
-    control texts, if there are any); simplex (three policies); parallel
-    (four rewards or more); training (the recipes' logs, if they still
-    exist); with --depth also depth. report.html shows the front to
-    explore, every response and the merge commands; it needs no network.
+    RUN/report receives summary.json, table.md, points.csv and figures:
+    front; kl (each reward over KL to SFT); forgetting (over the perplexity
+    of control texts); simplex (three policies); parallel (four rewards or
+    more); training (the recipes' logs); depth (with --depth). report.html
+    is an interactive front with every response and the merge commands; it
+    needs no network.
 
     \b
     rewarded-lines report runs/demo/sweep
@@ -75,7 +75,7 @@ def report(
 
 
 def show(run: Path, summary: Summary | None = None) -> None:
-    """Print the tables of a run, and the paths of its report's files; `summary` is computed again by default."""
+    """Print the tables of a run and the paths of its report; `summary` is computed by default."""
     from rewarded_lines.evaluator.records import load_run
     from rewarded_lines.reports.report import report_files
     from rewarded_lines.reports.summary import summarise

@@ -10,22 +10,22 @@ import typer
 from rich.console import Console
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
-from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, with_sweep_options
-from rewarded_lines.evaluator.sweep_options import SweepOptions
+from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, as_option
+from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
 
-@with_sweep_options(without=("ray", "workers"))
+@takes_sweep_options(without=("ray", "workers"), annotate=as_option)
 def score(
     *,
     model: Annotated[str, typer.Argument(help="Folder of a model or LoRA adapter, or a Hub id.", show_default=False)],
     config: Config = Path("rewarded-lines.yaml"),
-    out: Annotated[Path | None, typer.Option(help="Run folder that keeps the records; none by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder for the records; none by default.")] = None,
     options: SweepOptions,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score one model with the project's rewards, beside its SFT model on the same prompts.
+    """Score one model and the SFT model with the project's rewards, on the same prompts.
 
     \b
     rewarded-lines score merged/lam=0.30

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
-from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, with_sweep_options
-from rewarded_lines.evaluator.sweep_options import SweepOptions
+from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, as_option
+from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
 
-@with_sweep_options()
+@takes_sweep_options(annotate=as_option)
 def sweep(
     *,
     config: Config = Path("rewarded-lines.yaml"),
     points: Annotated[int | None, typer.Option(min=2, help="λ values from 0 to 1; the project's by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; `sweep` beside the project file by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default `sweep` beside the project file.")] = None,
     options: SweepOptions,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -26,8 +26,8 @@ def sweep(
     """Merge, generate and score along λ, for every method and the SFT model, in one engine.
 
     Existing points are kept: a killed sweep goes on where it stopped.
-    `sweep.methods` of the project says what is compared; with `sweep.tune`
-    α and β are searched first, on validation prompts.
+    The project's `sweep.methods` are compared; with `sweep.tune`, α and β
+    are searched first, on validation prompts.
 
     \b
     rewarded-lines sweep
@@ -48,4 +48,4 @@ def sweep(
     if as_json:
         show_json({"folder": str(done.folder), **done.header})
     else:
-        typer.echo(f"{len(done.points)} points in {done.folder}; look at them: rewarded-lines report {done.folder}")
+        typer.echo(f"{len(done.points)} points in {done.folder}; show them: rewarded-lines report {done.folder}")

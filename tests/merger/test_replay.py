@@ -75,7 +75,7 @@ def test_inputs_that_moved_are_named(cli, merged):
 @pytest.mark.parametrize("option", [("--lam", "0.4"), ("--beta", "1"), ("--dtype", "auto"), ("--dry-run",)])
 def test_what_would_say_otherwise_is_refused(cli, merged, option):
     answer = again(cli, *option)
-    assert answer.code == 1 and f"{option[0]}: --from makes a merge again as it was" in answer.err
+    assert answer.code == 1 and f"{option[0]}: --from names a file that decides this" in answer.err
 
 
 @pytest.mark.parametrize(
