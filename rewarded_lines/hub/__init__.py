@@ -1,1 +1,1 @@
-"""What a run adds to a model card, and uploads to the Hub."""
+"""The scores of a run on model cards, and uploads to the Hub."""

@@ -1,6 +1,6 @@
-"""What the command line adds to the cards of a merge: a run that knows it, and the Hub id that it will have.
+"""What the command line adds to the cards of merges: the scores of a run, and the Hub id.
 
-It stands apart from `run_card` because most merges have no run, and must not load the libraries that read runs.
+This file is apart from `run_card` so that merges without a run load no library that reads runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rewarded_lines.errors import UserError
 from rewarded_lines.merger.model_card import Additions, CardAddition
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -17,21 +18,24 @@ RUN_FOLDER = "sweep"
 
 
 def card_additions(run: Path | None, project: Path, repository: str | None) -> Additions | None:
-    """Return what the cards of a merge show beside what the merge knows, for `merge` and `replay`; None for nothing.
+    """Return the additions to the cards of a merge, or None.
 
     Args:
-        run: a run that the user named; it must have the same base and policies.
-        project: the project file. A finished run in the folder `sweep` beside it is taken if it has the same models.
+        run: the user's run; it must have the same base and policies.
+        project: the project file; a finished run in `sweep` beside it counts if it has the same models.
         repository: the Hub id that the merged folder will have.
-
-    Raises:
-        UserError: the user named something that is no run.
     """
-    card = None
-    if run is not None or (project.is_file() and (project.parent / RUN_FOLDER).is_dir()):
-        from rewarded_lines.hub.run_card import run_card
+    card, usual = None, project.parent / RUN_FOLDER
+    if run is not None or (project.is_file() and usual.is_dir()):
+        from rewarded_lines.hub.run_card import RunCard
 
-        card = run_card(run, project.parent / RUN_FOLDER)
+        try:
+            card = RunCard(run or usual, required=run is not None)
+        except UserError:
+            if run is not None:
+                raise
+        if card and run is None and card.header.get("complete") is not True:
+            card = None
     if card is None and repository is None:
         return None
 

@@ -1,6 +1,6 @@
-"""The verb `push`: upload a merged folder to the Hub; what has arrived there is not sent again.
+"""The verb `push`: upload a merged folder to the Hub without sending again what has arrived.
 
-The Hub's library reads the token from HF_TOKEN or its login file; no token is taken, shown or kept here.
+The Hub's library reads the token from HF_TOKEN or its login file; this file takes, shows and keeps no token.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rewarded_lines.merger.input_cards import CARD_FILE
 from rewarded_lines.merger.record import RECORD_FILE
 
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
-# Files of an earlier model in the repository, which would be loaded in place of ours or beside them.
+# Files of an earlier model in the repository, which readers would load.
 _REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json"]
 _REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-    403: "take a token that may write there, and an owner that it belongs to",
+    403: "use a token that may write there, and its owner's name",
     404: "check the owner's name, and that your token may see the repository",
 }
 
@@ -30,26 +30,21 @@ _REMEDIES = {
 def push(
     folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, quiet: bool = False
 ) -> str:
-    """Upload a merged folder, with its card and figure, to a model repository of the Hub, made if it does not exist.
+    """Upload a merged folder to a model repository of the Hub; return the address of the commit.
 
-    All files are uploaded except hidden ones; `merge.json` has the paths of the inputs on this machine. An upload that
-    failed or was killed goes on when it is started again: files that have arrived are not sent a second time, nor are
-    pieces of files if hf-xet is installed. The branch changes only when everything has arrived; the weights of an
-    earlier model are deleted in the same commit.
+    All files are uploaded except hidden ones; `merge.json` has the paths of the inputs on this machine. A failed or
+    killed upload goes on when started again: files that have arrived (with hf-xet, pieces of files) are not sent again.
+    The branch changes only when everything has arrived; the same commit deletes the weights of an earlier model.
 
     Args:
-        folder: that `merge` wrote.
-        repository: its Hub id, `owner/name`.
-        private: make a repository that only its owner sees; an existing repository stays as it is.
+        folder: a folder that `merge` wrote.
+        repository: its Hub id, `owner/name`; made if it does not exist.
+        private: make the repository private; an existing one is not changed.
         revision: the branch, made if it does not exist; by default `main`.
         quiet: show no progress.
 
-    Returns:
-        The address of the commit.
-
     Raises:
-        UserError: the folder is no merged folder, there is no token, or the Hub refuses; the message has the command
-            that goes on.
+        UserError: not a merged folder, no token, or a refusal of the Hub; the message has the command that goes on.
     """
     folder = Path(folder).expanduser()
     check_repository(repository)
@@ -58,16 +53,12 @@ def push(
     with _quiet_library(quiet):
         try:
             return _upload(folder, repository, private, revision)
-        except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
+        except Exception as error:  # noqa: BLE001 - four libraries raise their own errors for networks
             raise _failed(error, folder, repository, private, revision) from None
 
 
 def check_repository(repository: str, option: str = "--push-to-hub") -> None:
-    """Refuse a text that cannot be the id of a repository.
-
-    Raises:
-        UserError: it is no id; the message names the `option` that the user wrote it for.
-    """
+    """Refuse a text that cannot be the id of a repository; the message names the user's `option`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -82,20 +73,16 @@ def check_repository(repository: str, option: str = "--push-to-hub") -> None:
 
 
 def check_ready() -> None:
-    """Refuse to begin without a token, or when the Hub's library must stay offline.
-
-    Raises:
-        UserError: one of both.
-    """
+    """Refuse to start without a token, or when the Hub's library must stay offline."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise fail("the Hub's library is told to stay offline", where="HF_HUB_OFFLINE", remedy="unset it, to upload")
+        raise fail("the Hub's library must stay offline", where="HF_HUB_OFFLINE", remedy="unset it to upload")
     if not get_token():
         raise fail(
             "no token for the Hub",
             where="--push-to-hub",
-            expected="a token that may write, in HF_TOKEN or in the login file; it is no option",
+            expected="a token that may write, in HF_TOKEN or in the login file, not as an option",
             remedy="log in with `hf auth login`",
         )
 
@@ -121,7 +108,7 @@ def _upload(folder: Path, repository: str, private: bool, revision: str | None) 
     from huggingface_hub import HfApi
 
     hub = HfApi(library_name="rewarded-lines")
-    # None leaves it to the owner's own setting.
+    # None is the owner's default.
     hub.create_repo(repository, private=private or None, exist_ok=True)
     if revision and revision != "main":
         hub.create_branch(repository, branch=revision, exist_ok=True)
@@ -138,7 +125,7 @@ def _upload(folder: Path, repository: str, private: bool, revision: str | None) 
 
 @contextmanager
 def _quiet_library(quiet: bool) -> Iterator[None]:
-    """Let the Hub's library show only its progress: its notices hold addresses that let others in."""
+    """Let the Hub's library show only its progress: its notices hold signed addresses."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     silent, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
@@ -156,22 +143,22 @@ def _quiet_library(quiet: bool) -> Iterator[None]:
 
 
 def _failed(error: Exception, folder: Path, repository: str, private: bool, revision: str | None) -> UserError:
-    """Return one message: what the Hub said, and how to go on."""
+    """Return one error: the Hub's message, and how to go on."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else None
-    said = [masked(_first_line(one)) for one in (error, cause) if one is not None]
+    messages = [masked(_first_line(one)) for one in (error, cause) if one is not None]
     response = getattr(cause or error, "response", None)
     remedy = _REMEDIES.get(getattr(response, "status_code", 0), "what has arrived is not sent again")
     return fail(
         "the upload failed; the merged folder is whole",
         where=repository,
-        got="; ".join(said),
+        got="; ".join(messages),
         remedy=f"{remedy}; go on with: {push_command(folder, repository, private, revision)}",
     )
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what an error says in one line, addresses without their queries, which may let others in."""
+    """Return an error's message in one line, without the queries of addresses, which may be signatures."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # The last line of the Hub's errors is what the Hub itself says.
+    # The last line of the Hub's errors is the server's message.
     text = " ".join(dict.fromkeys([*lines[:1], *lines[-1:]])) or type(error).__name__
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)

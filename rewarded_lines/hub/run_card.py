@@ -1,6 +1,6 @@
-"""What a run adds to the card of a merge: the scores of that merge or of the nearest points, and the run's figure.
+"""The scores of a run on a merge's model card: those of the merge or of the nearest points, and the run's figure.
 
-A run is used only if its base and policies have the same hashes.
+A run counts only if its base and policies have the hashes of the merge's.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +27,27 @@ from rewarded_lines.reports.texts import scope_note, weights_text, with_unit
 
 FIGURE = "front.png"
 _SAME = 1e-9
-
-
 Place = tuple[PointSummary | None, list[PointSummary]]
-"""The point of a run that a merge is, or None if it was not evaluated, and the points near it."""
+"""The evaluated point that equals a merge, if there is one, and the points near it."""
 
 
 class RunCard:
-    """One run, ready to say what it knows of merges."""
+    """One run, for the cards of merges.
+
+    A run that the user named is `required`: it must fit the merge, and numbers that its report lacks are computed. A
+    run found beside the project adds only what its report has.
+    """
 
     def __init__(self, folder: Path, required: bool) -> None:
-        """Read the run's header.
-
-        Args:
-            folder: of the run.
-            required: the user named the run, so it must belong to the merge, and its numbers are computed if its report
-                does not have them. A run that was found beside the project adds only what its report has.
-
-        Raises:
-            UserError: the folder is no run.
-        """
+        """Read the run's header; a folder that is no run raises UserError."""
         self._folder, self._required = folder, required
         self.header = read_header(folder)
 
     def additions(self, plan: Plan) -> Callable[[MergeSpec], CardAddition]:
-        """Return what the run adds to the card of each merge of a plan; see `rewarded_lines.merger.model_card`.
+        """Return a function from each merge of a plan to what the run adds to its card.
 
         Raises:
-            UserError: the user named the run, and it is one of other models.
+            UserError: a required run is one of other models.
         """
         if self._required:
             self._names(plan)
@@ -67,25 +61,24 @@ class RunCard:
         summary, figure = found
         weights = dict(zip(plan.policies, spec.weights, strict=True))
         spec = replace(spec, weights=tuple(weights[names[name]] for name in self.header["policies"]))
-        place = locate(spec, listed_points(self.header), summary)
+        place = _locate(spec, listed_points(self.header), summary)
         parts = ["## Scores", _opening(place, self.header, summary), _table(place, summary)]
         if figure:
-            parts += [f"![The fronts of the run]({FIGURE})", _caption(place, summary)]
+            parts += [f"![The fronts of the run]({FIGURE})", _caption(place[0], summary)]
         return CardAddition("\n\n".join(parts), {FIGURE: figure} if figure else {})
 
     def _names(self, plan: Plan) -> dict[str, str] | None:
-        """Return the plan's name of every policy of the run, or None where the run is one of other models."""
-        policies = {name: entry.get("hash") for name, entry in self.header["policies"].items()}
+        """Return the plan's name of every policy of the run, or None for a run of other models."""
         left = {name: policy_hash(policy.folder) for name, policy in plan.policies.items()}
         names: dict[str, str] = {}
-        for name, wanted in policies.items():
-            same = [other for other, found in left.items() if found == wanted]
+        for name, entry in self.header["policies"].items():
+            same = [other for other, found in left.items() if found == entry.get("hash")]
             # Of equal policies, the one with the same name first.
             if chosen := (name if name in same else next(iter(same), "")):
                 names[name] = chosen
                 del left[chosen]
-        strange = [*left, *(["the base"] if not self._same_base(plan) else [])]
-        if not strange and len(names) == len(policies):
+        strange = [*left, *([] if self._same_base(plan) else ["the base"])]
+        if not strange and len(names) == len(self.header["policies"]):
             return names
         if not self._required:
             return None
@@ -94,27 +87,27 @@ class RunCard:
             where=f"--run {self._folder}",
             expected=f"a run of this base and these policies, by the hashes in its {RUN_FILE}",
             got=f"not in it: {', '.join(strange)}" if strange else "it has more policies",
-            remedy="name the run that was made of these, or leave --run out",
+            remedy="name the run of these models, or leave --run out",
         )
 
     def _same_base(self, plan: Plan) -> bool:
-        told = self.header.get("base", {})
-        bare = not plan.reads_base
-        if bare and located(str(told.get("path")), self._folder) in (plan.reference, str(plan.base.folder.resolve())):
-            # The adapters' own hashes say the rest: a base that is not read for the merge is not read for the card.
-            return True
-        if bare and not self._required:
-            return False
+        base = self.header.get("base", {})
+        if not plan.reads_base:
+            # A merge of adapters reads no base; the card should not either, and compares paths first.
+            path = located(str(base.get("path")), self._folder)
+            same = path in (plan.reference, str(plan.base.folder.resolve()))
+            if same or not self._required:
+                return same
         try:
-            return bool(model_hash(plan.base.folder) == told.get("hash"))
+            return bool(model_hash(plan.base.folder) == base.get("hash"))
         except UserError:
             return False
 
     def _numbers(self) -> tuple[Summary, bytes] | None:
-        """Return the run's numbers and its figure (empty where there is none): the report's, else computed."""
+        """Return the run's numbers and its figure, b"" for none: from its report, or else computed."""
         report = self._folder / "report"
-        summary = read_summary(report / "summary.json")
-        if summary and is_current(summary, report / "summary.json", self._folder, self.header):
+        summary = _read_summary(report / "summary.json")
+        if summary and _is_current(summary, report / "summary.json", self._folder, self.header):
             figure = report / FIGURE
             return summary, figure.read_bytes() if figure.is_file() else b""
         if not self._required:
@@ -123,46 +116,33 @@ class RunCard:
         return summary, _drawn(summary)
 
 
-def run_card(run: Path | None, usual: Path) -> RunCard | None:
-    """Return the run that a merge's card shows: the one that was named, else a finished one in its usual place.
+def _locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Summary) -> Place:
+    """Return the point that equals a merge, and the two nearest points of its curve, or else of its rule.
 
-    Args:
-        run: as the user named it.
-        usual: the folder where a project has its run, there or not.
-
-    Raises:
-        UserError: the user named something that is no run.
+    The distance is Σ|Δλᵢ| + |Δα| + |Δβ|; the merge's weights are in the order of the run's policies.
     """
-    if run is not None:
-        return RunCard(run, required=True)
-    try:
-        found = RunCard(usual, required=False)
-    except UserError:
-        return None
-    return found if found.header.get("complete") is True else None
-
-
-def locate(spec: MergeSpec, points: Sequence[tuple[PointSpec, str]], summary: Summary) -> Place:
-    """Return where a merge, its weights in the order of the run's policies, lies among the points that the run lists.
-
-    If the merge was evaluated, its neighbours on its own curve are near it. If not, near it are the two points of its
-    rule with the least Σ|Δλᵢ| + |Δα| + |Δβ|.
-    """
-    specs = {_name(point): point for point, _ in points}
-    alike = [point for point in summary.points if _same_rule(spec, specs[_name(point)])]
-    near = sorted(alike, key=lambda point: _distance(spec, specs[_name(point)]))
-    if not near or _distance(spec, specs[_name(near[0])]) > _SAME or spec.outside != "alpha":
+    specs = {_key(point): point for point, _ in points}
+    far = {id(point): _distance(spec, specs[_key(point)]) for point in summary.points}
+    near = sorted((point for point in summary.points if far[id(point)] < inf), key=lambda point: far[id(point)])
+    if not near or far[id(near[0])] > _SAME or spec.outside != "alpha":
         return None, near[:2]
-    curve = [point for point in summary.methods()[near[0].method] if point.weights]
-    if len(summary.policies) == 2:
-        here = curve.index(near[0])
-        return near[0], [*curve[max(0, here - 1) : here], *curve[here + 1 : here + 2]]
-    others = [point for point in curve if point is not near[0]]
-    return near[0], sorted(others, key=lambda point: _distance(spec, specs[_name(point)]))[:2]
+    return near[0], [point for point in near[1:] if point.method == near[0].method][:2]
 
 
-def read_summary(path: Path) -> Summary | None:
-    """Return the points of a report's summary.json; None where it is missing or of another version."""
+def _distance(spec: MergeSpec, point: PointSpec) -> float:
+    """Return how far a point is from a merge: ∞ for another rule, and for SFT and baselines."""
+    merge = point.merge
+    one, other = METHODS[spec.method], METHODS[merge.method]
+    if (one.rule, one.weigh, dict(spec.options)) != (other.rule, other.weigh, dict(merge.options)):
+        return inf
+    if len(merge.weights) != len(spec.weights):
+        return inf
+    steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]
+    return sum(steps) + abs(spec.alpha - merge.alpha) + abs(spec.beta - merge.beta)
+
+
+def _read_summary(path: Path) -> Summary | None:
+    """Return the points of a report's summary.json, or None for a missing file or another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = [PointSummary.from_dict(entry) for entry in content["points"]]
@@ -171,44 +151,33 @@ def read_summary(path: Path) -> Summary | None:
         return None
 
 
-def is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, Any]) -> bool:
-    """Say whether a summary has this run alone, all its points, and none that was written later."""
-    told = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point in summary.points)
-    listed = sorted((*_name(point), point.merge.alpha, point.merge.beta) for point, _ in listed_points(header))
+def _is_current(summary: Summary, path: Path, folder: Path, header: Mapping[str, Any]) -> bool:
+    """True if a summary is of this run alone, has all its points and is not older than their records."""
+    specs = [point for point, _ in listed_points(header)]
+    shown, listed = (
+        sorted((*_key(point), point.merge.alpha, point.merge.beta) for point in points)
+        for points in (summary.points, specs)
+    )
     written = path.stat().st_mtime_ns
     older = all(file.stat().st_mtime_ns <= written for file in (folder / "points").glob("*.parquet"))
-    return summary.runs == 1 and told == listed and older
+    return summary.runs == 1 and shown == listed and older
 
 
-def _name(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]:
+def _key(point: PointSpec | PointSummary) -> tuple[str, tuple[float, ...], str]:
     return point.method, tuple(point.weights), point.checkpoint
 
 
-def _same_rule(spec: MergeSpec, point: PointSpec) -> bool:
-    """Say whether a point's residuals are joined by the merge's rule; SFT and baselines have no residuals joined."""
-    one, other = METHODS[spec.method], METHODS[point.merge.method]
-    same = (one.rule, one.weigh) == (other.rule, other.weigh) and dict(spec.options) == dict(point.merge.options)
-    return same and len(point.merge.weights) == len(spec.weights)
-
-
-def _distance(spec: MergeSpec, point: PointSpec) -> float:
-    merge = point.merge
-    steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]
-    return sum(steps) + abs(spec.alpha - merge.alpha) + abs(spec.beta - merge.beta)
-
-
 def _opening(place: Place, header: Mapping[str, Any], summary: Summary) -> str:
-    """Say what was measured, and how."""
+    """Return the sentence that tells what was evaluated, and how."""
     exact, near = place
+    first = "This merge was not evaluated, nor any by its rule. The SFT model was evaluated"
     if exact:
         first = "This merge was evaluated"
     elif near:
         first = "This very merge was not evaluated. These points, the nearest to it, were evaluated"
-    else:
-        first = "This merge was not evaluated, nor any by its rule. The SFT model was evaluated"
-    told, generation = header.get("identity", {}).get("engine", {}), header["generation"]
-    versions = [f"{name} {version}" for name, version in told.get("versions", {}).items()]
-    how = [*(versions or [str(told.get("kind", ""))]), str(told.get("as", "")), str(generation.get("dtype", ""))]
+    engine, generation = header.get("identity", {}).get("engine", {}), header["generation"]
+    versions = [f"{name} {version}" for name, version in engine.get("versions", {}).items()]
+    how = [*(versions or [str(engine.get("kind", ""))]), str(engine.get("as", "")), str(generation.get("dtype", ""))]
     how.append(f"temperature {generation.get('temperature', 1.0):g}")
     how.append(f"at most {generation.get('max_tokens')} tokens")
     title = f" of the run “{escaped(summary.title)}”" if summary.title else ""
@@ -216,7 +185,7 @@ def _opening(place: Place, header: Mapping[str, Any], summary: Summary) -> str:
 
 
 def _table(place: Place, summary: Summary) -> str:
-    """Return the scores of SFT, of the merge, and of the points near it, with half their intervals, and the notes."""
+    """Return the scores of SFT, the merge and the points near it, with half their intervals, and the notes."""
     exact, near = place
     shown = [summary.sft, exact, *near]
     ordered = [point for point in summary.points if any(point is one for one in shown)]
@@ -229,9 +198,8 @@ def _table(place: Place, summary: Summary) -> str:
     return table([headings, *rows], right=range(1, len(headings))) + f"\n\n{notes}"
 
 
-def _caption(place: Place, summary: Summary) -> str:
-    """Say where in the figure the merge lies."""
-    exact, _ = place
+def _caption(exact: PointSummary | None, summary: Summary) -> str:
+    """Return the figure's caption: where the merge lies in it."""
     if not exact:
         return "*The fronts of the run; this merge is none of its points.*"
     scores = [
@@ -242,7 +210,7 @@ def _caption(place: Place, summary: Summary) -> str:
 
 
 def _drawn(summary: Summary) -> bytes:
-    """Return the figure; nothing where matplotlib is not installed, since a card can do without it."""
+    """Return the figure, or b"" without matplotlib."""
     from rewarded_lines.reports.figures.figure_style import figure_bytes, house_style
     from rewarded_lines.reports.figures.front_figures import front_figure
 

@@ -169,7 +169,7 @@ def test_what_is_known_before_is_refused_before_anything_is_merged(hub, inputs, 
     assert "one repository holds one model" in refusal(cli(*args, "--push-to-hub", ID, "--lam", "0.2", "--lam", "0.3"))
     assert "nothing is uploaded" in refusal(cli(*args, "--private"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "told to stay offline" in refusal(cli(*args, "--push-to-hub", ID))
+    assert "must stay offline" in refusal(cli(*args, "--push-to-hub", ID))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     said = refusal(cli(*args, "--push-to-hub", ID))

@@ -1,4 +1,4 @@
-"""What a run adds to a card: only a run of the same weights, and the row of this very merge or the nearest ones."""
+"""The scores of a run on a card: only of a run of the same models; the row of the merge and of the nearest points."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ def test_the_projects_own_run(project, card):
 
 
 def test_the_end_of_a_curve_and_another_schedule(project, card):
-    assert [row[1] for row in rows(card("--lam", "1", "--beta", "0"))] == ["", "0.75", "**1.00**"]
+    assert [row[1] for row in rows(card("--lam", "1", "--beta", "0"))] == ["", "0.50", "0.75", "**1.00**"]
 
 
 def test_a_merge_that_was_not_evaluated(project, card):
