@@ -1,4 +1,4 @@
-"""What a project says: base, policies, rewards, prompts, generation, sweep. `projects.py` reads it from YAML."""
+"""The settings of a project: base, policies, rewards, prompts, generation, sweep; `projects.py` reads them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rewarded_lines.config_values import (
 
 
 class Strict(BaseModel):
-    """Base of every config section: frozen, its numbers finite, and a key it does not know is an error."""
+    """Base of every config section: frozen, with finite numbers and no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 TooLong = Literal["refuse", "leave_out", "truncate"]
-# Settings that came later, with the values that earlier records had.
+# Later settings, with the values that earlier records had.
 _LATER: dict[str, Any] = {
     "messages": False, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [],
     "chat_template_kwargs": {}, "strip": None,
@@ -35,14 +35,14 @@ _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "wor
 
 
 class RewardSpec(Strict):
-    """One reward, declared once for recipes and evaluator: a model with a format, or a Python function.
+    """One reward, for recipes and evaluator: a model with a format, or a Python function.
 
-    `format` says which logits make the score, as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of
-    class 0, "1-0" a difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list
-    of two is the pair for a cross-encoder; "chat" is the conversation in the reward model's own chat template.
-    `messages` gives a function the turns of a chat in place of their text. The role "audit" is for a reward that is
-    reported, but not trained on, chosen by, or part of a hypervolume. `max_tokens` is the longest text, by default all
-    that the model can read. `backend` runs a model and `device` is where; `workers` are processes for a function.
+    `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
+    difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
+    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. With `messages`, a function
+    receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
+    or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
+    run a model; `workers` are processes for a function.
     """
 
     model: str | None = None
@@ -67,7 +67,7 @@ class RewardSpec(Strict):
         if self.model is None and self.backend != "hf":
             raise ValueError("`backend:` is for models")
         if self.function is None and self.workers:
-            raise ValueError("`workers:` is for functions; a model's batches are its own")
+            raise ValueError("`workers:` is for functions, not for models")
         if self.function is None and self.messages:
             raise ValueError("`messages:` is for functions; a model reads a chat with `template: chat`")
         return self
@@ -76,10 +76,10 @@ class RewardSpec(Strict):
 class DataSpec(Strict):
     """Rows of data: a local file (JSONL, Parquet or CSV), or a split of a data set of the Hub.
 
-    `columns` gives the column of a role (prompt, completion, chosen, rejected, messages, text) that has another name;
-    dots lead into nested columns. `rows` names a Python function that makes of each row one (or several, or None) with
-    these roles. With `chat`, texts are turns of a chat, whose first turn is `system`. A row that is too long for a
-    model is refused, left out, or its prompt is cut from the beginning: `too_long`.
+    `columns` maps a role (prompt, completion, chosen, rejected, messages, text) to the column of another name; dots
+    lead into nested columns. `rows` names a Python function that maps each row to a row with these roles, to several or
+    to None. With `chat`, texts are turns of a chat that starts with `system`. `too_long` rows are refused, left
+    out, or lose the beginning of their prompt.
     """
 
     file: str | None = None
@@ -104,20 +104,19 @@ class DataSpec(Strict):
 
 
 class PromptSpec(DataSpec):
-    """Where the prompts of the evaluation come from, and how many of them."""
+    """The rows with the prompts of the evaluation."""
 
     split: str = "test"
 
 
 class GenerationSpec(Strict):
-    """How every point of a sweep answers: `n` responses to each prompt, each with its own seed, derived from `seed`.
+    """How every point of a sweep responds: `n` responses to each prompt, each with its own seed derived from `seed`.
 
     Temperature 0 is greedy. A response ends at an end token (of the model's generation config, of its tokenizer, or in
-    `stop_token_ids`), before the first of the `stop` texts, or after `max_tokens`. Every engine samples with
+    `stop_token_ids`), before the first of the `stop` texts, or after `max_tokens`. Every engine applies
     `repetition_penalty`, the temperature, `min_p`, `top_k` (0: all tokens) and `top_p`, in this order. The Jinja file
-    `chat_template` replaces the tokenizer's own, and `chat_template_kwargs` are its variables (such as
-    `enable_thinking`). `strip`, for example "<think>…</think>", hides a part of a response from rewards, length and
-    audits.
+    `chat_template` replaces the tokenizer's own; `chat_template_kwargs` are its variables (such as `enable_thinking`).
+    `strip`, for example "<think>…</think>", hides a part of a response from rewards, length and audits.
     """
 
     temperature: float = Field(1.0, ge=0)
@@ -145,12 +144,12 @@ class GenerationSpec(Strict):
 
 
 class MethodSpec(Strict):
-    """One curve of a sweep: how residuals become one, and the LiNeS schedule that scales the result by depth.
+    """One curve of a sweep: the method that joins residuals, and the LiNeS schedule that scales the result by depth.
 
-    beta = 0 with alpha = 1 is the merge method as its paper has it. `match` names another method of the sweep: alpha
-    is then chosen at every λ so that the scaled residual has that method's norm. `edit` is for a single policy: alpha
-    goes from 0 to 1 over the grid and beta is 1 − alpha, so that early blocks go back to the base first. `checkpoints`
-    makes the curve of models that are there already instead, by their names in `baselines:`.
+    alpha = 1, beta = 0 is the method as in its paper. `match` names another method of the sweep: at every λ, alpha
+    gives the scaled residual that method's norm. `edit` is for a single policy: alpha goes from 0 to 1 over the grid
+    and beta is 1 − alpha, so that early blocks return to the base first. A curve of `checkpoints` merges nothing: they
+    are names in `baselines:`.
     """
 
     alpha: float = 1.0
@@ -165,7 +164,7 @@ class MethodSpec(Strict):
     def _one_kind(self) -> MethodSpec:
         given = self.model_fields_set
         if self.checkpoints and given != {"checkpoints"}:
-            raise ValueError("`checkpoints:` are not merged; it takes no other key beside it")
+            raise ValueError("`checkpoints:` are not merged; they take no other key beside them")
         if self.match is not None and given & {"alpha", "beta"}:
             raise ValueError("`match:` sets alpha, and beta to 0; leave both out")
         if self.edit and given - {"edit"}:
@@ -180,19 +179,19 @@ PRESETS: dict[str, MethodSpec] = {
     "reversed": MethodSpec(alpha=2.0, beta=-1.0),
     "edit": MethodSpec(edit=True),
 }
-"""Methods that a project may name without saying what they are."""
+"""Methods that a project may name without defining them."""
 SFT, POLICIES, TUNED, BASELINES = "sft", "policies", "tuned", "baselines"
-# The name of control texts to which the project gives none.
+# The name of control texts without a name.
 CONTROL = "control"
 _RESERVED = {
-    SFT: "the base model itself, always evaluated",
+    SFT: "the base model, which is always evaluated",
     TUNED: "the method that `tune:` adds",
     BASELINES: "the list of the baselines that no method names",
 }
 
 
 class TuneSpec(Strict):
-    """The search for alpha and beta that `tuned` gets: `trials` of them, by hypervolume on validation prompts."""
+    """The search for the alpha and beta of `tuned`: the best of `trials` by hypervolume on validation prompts."""
 
     trials: int = Field(ge=1)
     prompts: PromptSpec
@@ -215,10 +214,10 @@ def _check_methods(value: dict[str, MethodSpec | None]) -> None:
 
 
 class SweepSpec(Strict):
-    """What a sweep compares, at how many λ, and the bootstrap that makes its intervals.
+    """The methods that a sweep compares, its grid of λ, and the bootstrap of its intervals.
 
-    `methods` is a list of names (those of `PRESETS`, merge methods, `policies`) or a mapping from names to what they
-    are, null for the names of that list. The grid has λ in steps of 1/(points − 1), or of `step`.
+    `methods` is a list of names (of `PRESETS`, merge methods, `policies`) or a mapping from names to their definitions,
+    null for such a name. The grid has λ in steps of 1/(points − 1), or of `step`.
     """
 
     points: int = Field(11, ge=2)
@@ -230,7 +229,7 @@ class SweepSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _forms(cls, content: Any) -> Any:
-        """Turn a list of methods into a mapping without details, and a step into the number of points."""
+        """Convert a list of methods into a mapping, and a step into a number of points."""
         if not isinstance(content, Mapping):
             return content
         content = dict(content)
@@ -247,23 +246,22 @@ class SweepSpec(Strict):
 
 
 def is_one_set(control: Mapping[str, Any]) -> bool:
-    """Say whether `control:` is one set without a name: it has a key of a set, or no value that is a mapping."""
+    """True if `control:` is one set without a name: it has a key of a set, or no value is a mapping."""
     plain = [key for key, one in control.items() if key == "columns" or not isinstance(one, Mapping)]
     return bool(control) and (any(key in DataSpec.model_fields for key in plain) or len(plain) == len(control))
 
 
 def _named_sets(value: Any) -> Any:
-    """Name a single set of control texts that has no name."""
     if not isinstance(value, Mapping):
         return value or {}
     return {CONTROL: value} if is_one_set(value) else value
 
 
 class ProjectConfig(Strict):
-    """A whole `rewarded-lines.yaml`; a suite is the same file before it has a base and policies.
+    """A whole `rewarded-lines.yaml`; a suite is such a file without base and policies.
 
-    `baselines` are models to compare with, never merged. `control` are texts that have nothing to do with the task, one
-    set or several by name: how much worse a policy predicts them is what it has forgotten.
+    `baselines` are models to compare with, never merged. `control` are texts unrelated to the task, one set or several
+    by name: forgetting is how much worse a policy predicts them.
     """
 
     version: int = 1
@@ -279,9 +277,9 @@ class ProjectConfig(Strict):
 
 
 def decides(spec: RewardSpec | GenerationSpec) -> dict[str, Any]:
-    """Return the settings that decide responses or scores; those that came later only where they are used."""
+    """Return the settings that decide responses or scores; later settings only where they are used."""
     content = spec.model_dump(mode="json", exclude=_DECIDES_NO_SCORE if isinstance(spec, RewardSpec) else None)
     if isinstance(spec, RewardSpec):
-        # Texts of another length are refused or read whole, so the limit decides no score.
+        # Longer texts are refused or read whole, so the limit decides no score.
         content["max_tokens"] = spec.max_tokens or _FIRST_MAX_TOKENS
     return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}

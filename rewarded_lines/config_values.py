@@ -1,6 +1,6 @@
-"""Values in a project file that need more than a type: formats, markers, templates, ranges, steps.
+"""Checks of values in a project file that need more than a type: formats, markers, templates, ranges, steps.
 
-A check raises ValueError, which pydantic turns into the problem of a key.
+pydantic turns the ValueError of a check into the problem of a key.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ from typing import Any
 
 from pydantic import AfterValidator
 
-# The template of a reward model that reads conversations by its own chat template.
+# The template of a reward model that formats conversations with its own chat template.
 CHAT = "chat"
-_SMALLEST_STEP = 1e-6
 
 
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:
-    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4".
-
-    Raises:
-        ValueError: when `text` is not a signed sum of CLASS or CLASSxWEIGHT.
-    """
+    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4"."""
     term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
     if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
         raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
@@ -31,11 +26,7 @@ def parse_format(text: str) -> tuple[tuple[int, float], ...]:
 
 
 def parse_strip(text: str) -> tuple[str, str]:
-    """Return the two markers of `strip:`, for instance "<think>" and "</think>".
-
-    Raises:
-        ValueError: when `text` is not two markers with … (or ...) between them.
-    """
+    """Return the two markers of `strip:`, for instance "<think>" and "</think>"."""
     opening, dots, closing = text.replace("...", "…").partition("…")
     if not (dots and opening and closing):
         raise ValueError(f"{text!r} is not two markers with … between them, such as '<think>…</think>'")
@@ -43,7 +34,7 @@ def parse_strip(text: str) -> tuple[str, str]:
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Return a validator that keeps every value which `check` does not refuse."""
+    """Return a validator that returns the value unchanged unless `check` raises."""
 
     def keep(value: Any) -> Any:
         check(value)
@@ -53,16 +44,16 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def check_template(value: str | tuple[str, str]) -> None:
-    """Refuse a template that shows no response."""
+    """Refuse a template without a response."""
     if value != CHAT and "{response}" not in "".join(value):
         raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
 
 
 def check_variables(value: dict[str, Any]) -> None:
-    """Refuse variables of a chat template that JSON cannot hold, or whose names are not names."""
+    """Refuse variables of a chat template that JSON cannot hold, or with other names than identifiers."""
     for name, one in value.items():
         if not name.isidentifier():
-            raise ValueError(f"{name!r} is not the name of a template's variable")
+            raise ValueError(f"{name!r} is not a variable's name")
         try:
             json.dumps(one, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -76,8 +67,8 @@ def check_range(value: tuple[float, float]) -> None:
 
 
 def points_of(step: Any) -> int:
-    """Return how many λ a step makes on each edge of the simplex."""
-    count = round(1 / step) if isinstance(step, int | float) and _SMALLEST_STEP <= step <= 1 else 0
+    """Return the number of λ that a step gives on each edge of the simplex."""
+    count = round(1 / step) if isinstance(step, int | float) and 1e-6 <= step <= 1 else 0
     if not count or abs(count * step - 1) > 1e-9:
         raise ValueError(f"a step of {step!r} does not divide 1; take 0.1, 0.2, 0.25 ...")
     return count + 1

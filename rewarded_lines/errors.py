@@ -1,7 +1,6 @@
-"""A user's errors: one exception, made of problems that each say what, where, expected, got and remedy.
+"""Errors of users: one exception with problems, each with what, where, expected, got and remedy.
 
-Nothing here knows about files, tensors or terminals. The command line prints a `UserError` and exits with 1; Python
-callers catch it. `assert` is for our own bugs.
+The command line prints a `UserError` and exits with 1; Python callers catch it. `assert` is for our own bugs.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any
 
 _LONGEST = 1000
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-# Anything shorter is not a token, and may be part of a word.
+# A shorter text is no token and may be part of a word.
 _SHORTEST_TOKEN = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault in what the user gave us, with the way out of it."""
+    """One fault in the user's input, with its remedy."""
 
     what: str
     where: str = ""
@@ -30,32 +29,32 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        """Return the problem as text: a headline, then one indented line for each part that is known."""
+        """Return a headline, then an indented line for each known part."""
         headline = f"{self.where}: {self.what}" if self.where else self.what
         parts = (("expected", self.expected), ("got", self.got), ("remedy", self.remedy))
         return printable("\n".join([_brief(headline), *(f"  {name}: {_brief(text)}" for name, text in parts if text)]))
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; carries every problem found, not only the first."""
+    """A mistake that the user can correct, with all its problems."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        """Keep one problem, or all that were found together, in their order."""
+        """Keep one problem, or several in their order."""
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let the error travel between processes."""
+        """Let the error be pickled."""
         return UserError, (self.problems,)
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters escaped: names and values from others' files could steer a terminal."""
+    """Escape control characters: names and values from others' files could control a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def masked(text: str) -> str:
-    """Return `text` without access tokens for the Hub, so that it may be kept or shown."""
+    """Return `text` without access tokens for the Hub."""
     for name in _TOKENS:
         token = os.environ.get(name, "").strip()
         text = text.replace(token, f"${name}") if len(token) >= _SHORTEST_TOKEN else text
@@ -67,11 +66,11 @@ def _brief(text: str) -> str:
 
 
 def fail(what: str, **parts: str) -> UserError:
-    """Return a `UserError` with a single `Problem`; `parts` are its where, expected, got and remedy."""
+    """Return a `UserError` with one `Problem`; `parts` are its where, expected, got and remedy."""
     return UserError(Problem(what, **parts))
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return a remedy that names the known word most like `word`, or `otherwise` when none is alike."""
+    """Return a remedy with the known word most similar to `word`, or `otherwise` if none is similar."""
     alike = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean `{alike[0]}`?" if alike else otherwise

@@ -1,7 +1,4 @@
-"""Output folders and files that are complete or absent: written beside their place under another name, then renamed.
-
-Also the names of files that several packages know.
-"""
+"""Output folders and files that are complete or absent: written under another name beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ from typing import Any
 from rewarded_lines.errors import Problem, UserError, fail
 
 TRAINING_FILE = "training.json"
-"""How a recipe made the model beside it."""
+"""How a recipe made the model in the same folder."""
 METRICS_FILE = "metrics.jsonl"
-"""What the trainer logged of the model beside it, a JSON line for each log."""
+"""The trainer's log of the model in the same folder, in JSON lines."""
 _LOCK = ".lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
@@ -32,15 +29,11 @@ _RENAME_EXCHANGE = 2
 def existing_output(out: Path, overwrite: bool, mark: str = "") -> list[Problem]:
     """Return the problem of an output that exists already or cannot be made, if there is one.
 
-    Args:
-        out: the folder to make.
-        overwrite: it may be replaced.
-        mark: a file that every output of ours holds. Folders with other content are not replaced. A link may be: the
-            folder behind it stays.
+    Folders without the file `mark` are never replaced. A link may be replaced: the folder behind it stays.
     """
     where = str(out)
     if out.name in ("", ".."):
-        # Neither can be built under another name and renamed.
+        # No folder can be renamed to these.
         return [Problem("not a name for a new folder", where, remedy="pass another --out")]
     if not os.path.lexists(out):
         return []
@@ -54,14 +47,12 @@ def existing_output(out: Path, overwrite: bool, mark: str = "") -> list[Problem]
 
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that becomes `out` if the block succeeds, and is removed if it fails.
 
-    Args:
-        out: the folder to make; its parents are made too.
-        overwrite: replace an existing folder, once the new one is whole.
+    Parents are made, too. With `overwrite`, the complete new folder replaces an existing one.
 
     Raises:
-        UserError: `out` exists, or another process made it meanwhile; nothing is changed then.
+        UserError: `out` exists, or another process made it meanwhile; nothing has changed.
     """
     if problems := existing_output(out, overwrite):
         raise UserError(problems)
@@ -72,11 +63,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write beside `path`, whose place it takes at the end: readers see the old or the new.
-
-    Args:
-        path: the file; its parents are made.
-    """
+    """Yield the name of a file beside `path` that replaces it at the end: readers see the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -87,42 +74,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file, whole or not at all."""
+    """Write an indented JSON file, complete or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    # Half characters, from a file's name for example, become the escapes that JSON has for them.
+    # Surrogates, for example from a file's name, become JSON escapes.
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, complete or not at all."""
     with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
 def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename a finished folder to `out`, beside it, once its files are on the disk.
-
-    Args:
-        folder: what is finished.
-        out: its new name.
-        overwrite: replace a folder that has the name.
-    """
+    """Flush a finished folder to the disk, then rename it to `out` beside it."""
     sync_folder(folder)
     with locked(out.parent):
         _put_in_place(folder, out, overwrite)
-        # Before what was replaced is removed, the new name must be on the disk.
+        # The new name must be on the disk before the old folder is removed.
         _sync(out.parent)
-    # What was replaced has changed places with it.
+    # After a swap, the old folder has this name.
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from making `folder`, which need not exist, until the block or this process ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Keep other processes from making `folder`, which need not exist, until the block or this process ends."""
     held = folder.with_name(f".{folder.name}.lock")
     with _parents(folder), _alone(held, folder, "another process is at work on this output", "name another output"):
         try:
@@ -133,11 +110,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an existing folder for the block, or until this process ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold an existing folder until the block or this process ends."""
     remedy = "name another folder with --out"
     with _alone(folder / _LOCK, folder, "another process is at work in this folder", remedy):
         yield
@@ -145,11 +118,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _alone(lock: Path, folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Hold a lock file; refuse the folder that it stands for while another process holds it."""
+    """Hold the lock file of a folder, or raise UserError if another process holds it."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process that held it may have removed the file between the two calls.
+            # Its last holder may have removed the file between the two calls.
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError
         except OSError as error:
@@ -159,13 +132,13 @@ def _alone(lock: Path, folder: Path, what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`, removed at the end of the block or, after a kill, by the next one."""
+    """Yield an empty folder beside `out`, removed at the end of the block or, after a kill, by the next call."""
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     with _parents(out):
         with locked(out.parent):
             _clean_up(out)
             partial.mkdir()
-            # Held as long as this process lives, so that a folder which can be locked was left by one that died.
+            # Locked while this process lives: a folder that can be locked was left by a dead one.
             holder = _lock(partial, wait=False)
         try:
             yield partial
@@ -175,13 +148,9 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(folder: Path, mark: str) -> None:
-    """Refuse a folder that is not empty and holds neither the file `mark` of a run nor the lock that a run takes first.
-
-    Raises:
-        UserError: likewise.
-    """
+    """Refuse a folder that is not empty and has neither the file `mark` of a run nor a run's lock."""
     if folder.exists() and not folder.is_dir():
-        raise fail("a file stands where the run folder should be", where=str(folder), remedy="pass another --out")
+        raise fail("a file is in the place of the run folder", where=str(folder), remedy="pass another --out")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {mark, _LOCK}:
         raise fail(
@@ -194,7 +163,7 @@ def refuse_foreign(folder: Path, mark: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    """Flush every file and folder below `folder` to the disk."""
     for directory, _, files in os.walk(folder):
         for path in [*(Path(directory, name) for name in files), Path(directory)]:
             _sync(path)
@@ -210,7 +179,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Make the folders above `out`; at the end remove those that were made and are empty."""
+    """Make the folders above `out`; at the end remove the new ones that are empty."""
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +191,7 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
-    """Rename `partial` to `out`; a folder that has the name is removed last."""
+    """Rename `partial` to `out`; remove the folder that had the name last."""
     if overwrite and out.is_dir() and not out.is_symlink() and _swap(partial, out):
         return
     replaced = out.with_name(f".{out.name}.replaced")
@@ -241,14 +210,14 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step, which a kill cannot cut in two; say whether the system can."""
+    """Swap two folders in one step that a kill cannot interrupt; return False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     names = os.fsencode(os.path.abspath(first)), os.fsencode(os.path.abspath(second))
     return renameat2 is not None and renameat2(-1, names[0], -1, names[1], _RENAME_EXCHANGE) == 0
 
 
 def _clean_up(out: Path) -> None:
-    """Remove the half-written folders that killed processes left of this output, and undo a replacement cut short."""
+    """Remove what killed processes left of this output, and undo an interrupted replacement."""
     replaced = out.with_name(f".{out.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(out):
         os.rename(replaced, out)
@@ -257,7 +226,7 @@ def _clean_up(out: Path) -> None:
         try:
             holder = _lock(leftover, wait=False)
         except (BlockingIOError, FileNotFoundError):
-            # At work still, or gone meanwhile.
+            # Still in use, or already removed.
             continue
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(holder)
@@ -272,7 +241,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process holds a lock on this folder, and hold one for the block."""
+    """Wait for a lock on this folder, and hold it for the block."""
     descriptor = _lock(folder, wait=True)
     try:
         yield
@@ -281,11 +250,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, wait: bool) -> int:
-    """Return a descriptor that holds a lock on the folder itself until it is closed.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and this one was not to wait.
-    """
+    """Return a descriptor that locks the folder until it is closed; without `wait`, may raise BlockingIOError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Processes and their ends: children that must not outlive their parent, and a termination that cleans up."""
+"""Processes: children that end with their parent, a termination that cleans up, vLLM's environment, memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NoReturn
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
 VLLM_SETTINGS = {
-    # In this process an engine is built quickly, plans are opened once, and a kill leaves nothing behind.
+    # In this process, an engine starts quickly and a kill leaves no other process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -26,10 +26,10 @@ VLLM_SETTINGS = {
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, if REWARDED_LINES_DIE_WITH_PARENT is set (Linux).
+    """Let the kernel kill this process when its parent dies, if REWARDED_LINES_DIE_WITH_PARENT is set (Linux).
 
-    The variable holds "1", or the pid of an ancestor: this process ends at once if that one has died before the call.
-    It is removed from the environment, because the children of this process must not read it.
+    The variable is "1" or the pid of an ancestor; if that ancestor is already dead, this process exits at once. The
+    call removes the variable, because children must not read it.
     """
     asked = os.environ.pop(DIE_WITH_PARENT, "")
     if not asked.isdecimal() or not sys.platform.startswith("linux"):
@@ -42,7 +42,7 @@ def die_with_parent() -> None:
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the block as `sys.exit` does, so that half-done work is cleaned up on the way out."""
+    """Turn SIGTERM in the block into `sys.exit`, so that `finally` clauses clean up."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
@@ -58,13 +58,13 @@ def termination_as_exit() -> Iterator[None]:
 
 
 def prepare_vllm() -> None:
-    """Keep vLLM in this process: set the environment that it reads when it is imported; a user's own settings stay."""
+    """Set the environment that vLLM reads at its import; the user's own settings stay."""
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the system, where the C library can: glibc keeps more with every point of a sweep."""
+    """Return freed memory to the system: glibc keeps more with every point of a sweep."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -1,27 +1,22 @@
-"""How far long work is: verbs tell a `Progress`, and whoever wants to see it derives from that class."""
+"""The progress of long work: verbs report to a `Progress`; subclasses show it."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """Hears how far some work is, and shows nothing. Any thread may call it.
+    """Receives the progress of some work and shows nothing; any thread may call it.
 
-    What is counted are bytes, points or checks; see the verb.
+    The counted units are bytes, points or checks; see the verb.
     """
 
     def expect(self, total: int) -> None:
-        """Say how much there is to do in all. Later calls correct earlier ones."""
+        """Set or correct the total."""
 
     def start(self, step: str, counted: bool = False) -> None:
-        """Say which step begins.
-
-        Args:
-            step: its name.
-            counted: whether the step does what is counted. Steps that only prepare are left out of the rate.
-        """
+        """Start a step; steps that are not `counted` only prepare and are left out of the rate."""
 
     def advance(self, count: int, name: str = "") -> None:
-        """Say that `count` more are done; `name` is the point or check that was finished, if it has a name."""
+        """Add finished units; `name` is the finished point or check, if it has a name."""
 
 
 SILENT = Progress()

@@ -1,8 +1,8 @@
-"""Project files: read with what they extend, checked as a whole, written.
+"""Project files: read with the files that they extend, checked as a whole, written.
 
-Unknown keys are refused at every depth with the nearest known key. All paths are relative to the folder of the
-project file, those in a file that it extends too, so that a project can be moved as a whole; only `extends:` itself is
-relative to the file that says it. Nothing here opens a model.
+Unknown keys are refused at every depth, with the nearest known key. All paths, also those in an extended file, are
+relative to the project file's folder, so that a project can be moved as a whole. Only `extends:` is relative to its own
+file. Nothing here opens a model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_KEYS_SHOWN = 20
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that is given twice, where PyYAML silently keeps the last."""
+    """Reads YAML and refuses a repeated key; PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -40,7 +40,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Project:
-    """A parsed project file; `files` holds each file that was read and its content, first this one, last the lowest."""
+    """A parsed project file; `files` are this file and those that it extends, with their contents."""
 
     path: Path
     config: ProjectConfig
@@ -53,46 +53,33 @@ class Project:
 
     @property
     def generation(self) -> GenerationSpec:
-        """Return the generation settings, the chat template's path made usable from here."""
+        """Return the generation settings, with a chat template's path from the working directory."""
         spec = self.config.generation
         if spec.chat_template is None:
             return spec
         return spec.model_copy(update={"chat_template": str(local_path(spec.chat_template, self.root))})
 
     def where(self, *keys: str) -> str:
-        """Return the place of an entry, for messages: its keys, and its file, which the project may extend."""
-        said_in = (path for path, content in self.files if _says(content, keys))
-        return f"{next(said_in, self.path)}: {'.'.join(keys)}"
+        """Return the file and the keys of an entry, for messages."""
+        found = (path for path, content in self.files if _has(content, keys))
+        return f"{next(found, self.path)}: {'.'.join(keys)}"
 
     def resolve(self, reference: str) -> str:
-        """Return a path of the project as one usable from here; a Hub id (no such folder) stays as it is.
+        """Return a project's path as one from the working directory; a Hub id (no such folder) stays as it is.
 
-        A folder of the working directory is not meant: its name is looked for, and missed, in the project.
+        A name that only the working directory has is taken for a path of the project, where it is missing.
         """
         local = looks_local(reference, self.root) or Path(reference).exists()
         return str(local_path(reference, self.root)) if local else reference
 
     def require(self, *keys: str) -> None:
-        """Refuse a project that lacks one of the top-level `keys`.
-
-        Raises:
-            UserError: naming every missing key at once.
-        """
-        missing = [key for key in keys if not getattr(self.config, key)]
-        if missing:
+        """Refuse a project that lacks top-level `keys`, with every missing key at once."""
+        if missing := [key for key in keys if not getattr(self.config, key)]:
             raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
 
 
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Args:
-        path: the file.
-        remedy: what to do where it is missing or no mapping.
-
-    Raises:
-        UserError: the file is missing, cannot be read, is not YAML, or holds something other than a mapping.
-    """
+    """Return the mapping in a YAML file; `remedy` is for a file that is missing or no mapping."""
     if not path.is_file():
         raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
     try:
@@ -101,9 +88,8 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
         raise fail("cannot be read", where=str(path), got=str(error)) from error
     # PyYAML raises ValueError for an impossible date or number, and for text in another encoding.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # `where` names the file already.
-        said = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
-        raise fail("not readable as YAML", where=str(path), got=said) from error
+        got = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+        raise fail("not readable as YAML", where=str(path), got=got) from error
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
         raise fail("not a mapping", where=str(path), expected="key: value lines", got=got, remedy=remedy)
@@ -111,14 +97,7 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def load_project(path: Path | str = PROJECT_FILE) -> Project:
-    """Read and check a project file.
-
-    Args:
-        path: a `rewarded-lines.yaml` or a suite.
-
-    Raises:
-        UserError: with every fault of the file at once.
-    """
+    """Read a `rewarded-lines.yaml` or a suite; a UserError has every fault of a file at once."""
     path = Path(path)
     remedy = f"name it with --config, or work in a folder that has a {PROJECT_FILE}"
     files = _files(read_yaml(path, remedy), path)
@@ -126,20 +105,12 @@ def load_project(path: Path | str = PROJECT_FILE) -> Project:
 
 
 def check_project(content: Mapping[str, Any], path: Path) -> ProjectConfig:
-    """Return what the content of a project file says, with what it extends.
-
-    Args:
-        content: the parsed YAML.
-        path: the file, for messages and to find the file that it extends.
-
-    Raises:
-        UserError: with every fault of the content at once, or of the extended file.
-    """
+    """Check the content of a project file at `path`, with the files that it extends; see `load_project`."""
     return _combined(_files(content, path))
 
 
 def _files(content: Mapping[str, Any], path: Path) -> tuple[tuple[Path, Mapping[str, Any]], ...]:
-    """Return a file and its content, then the file that it `extends:`, if any, and so on."""
+    """Return a file and its content, then those of the file that it `extends:`, and so on."""
     files = [(path, content)]
     while EXTENDS in content:
         source, seen = _source(content[EXTENDS], path), [one.resolve() for one, _ in files]
@@ -153,17 +124,20 @@ def _files(content: Mapping[str, Any], path: Path) -> tuple[tuple[Path, Mapping[
 
 
 def _combined(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> ProjectConfig:
-    """Return what the files say together: each overrides those after it."""
+    """Return the configuration of the files: each overrides those after it."""
     below: Mapping[str, Any] = {}
     for path, content in reversed(files):
         below = _over(below, {key: value for key, value in content.items() if key != EXTENDS})
-        # Checked at each step, so that a fault is reported for the file that has it.
-        config = _validated(below, str(path))
+        try:
+            config = ProjectConfig.model_validate(below)
+        except ValidationError as error:
+            # Each step is checked, so that a fault is reported for its own file.
+            raise UserError(problems_of(error, str(path))) from error
     return config
 
 
-def _says(content: Any, keys: Sequence[str]) -> bool:
-    """Say whether a file has an entry at `keys`; the last may be an element of a list."""
+def _has(content: Any, keys: Sequence[str]) -> bool:
+    """True if a file has an entry at `keys`; the last key may be an element of a list."""
     for key in keys:
         if isinstance(content, list):
             return key in content
@@ -171,13 +145,6 @@ def _says(content: Any, keys: Sequence[str]) -> bool:
             return False
         content = content[key]
     return True
-
-
-def _validated(content: Mapping[str, Any], where: str) -> ProjectConfig:
-    try:
-        return ProjectConfig.model_validate(content)
-    except ValidationError as error:
-        raise UserError(problems_of(error, where)) from error
 
 
 def _source(name: Any, path: Path) -> Path:
@@ -195,17 +162,17 @@ def _source(name: Any, path: Path) -> Path:
 
 
 def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file, `own`, over that of the file that it extends."""
+    """Return the content of a file, `own`, merged over that of the file that it extends."""
     merged = _merged(under, own)
     both = {key for key in own if isinstance(under.get(key), Mapping) and isinstance(own[key], Mapping)}
     if CONTROL in both and (is_one_set(under[CONTROL]) or is_one_set(own[CONTROL])):
         merged[CONTROL] = own[CONTROL]
     if "sweep" in both:
         sweep = own["sweep"]
-        # A mapping of methods replaces the other one, as a list does.
+        # Methods are replaced, not merged.
         if sweep.get("methods") is not None:
             merged["sweep"]["methods"] = sweep["methods"]
-        # Two ways to say the same.
+        # `points` and `step` exclude each other.
         for one, other in (("points", "step"), ("step", "points")):
             if one in sweep and other not in sweep:
                 merged["sweep"].pop(other, None)
@@ -227,31 +194,31 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def problems_of(error: ValidationError, where: str) -> list[Problem]:
-    """Return the faults that pydantic found in a section as problems of the place `where`."""
+    """Return pydantic's errors as problems of the place `where`."""
     return [_problem(where, detail) for detail in error.errors()]
 
 
 def save_project(path: Path, config: ProjectConfig) -> None:
-    """Write `config` as YAML, leaving out what has its default value."""
+    """Write `config` as YAML, without default values."""
     content = config.model_dump(mode="json", exclude_defaults=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def unknown_key(key: str, known: list[str], where: str) -> Problem:
-    """Return the problem of a key that a config file does not have, naming the nearest one that it has."""
+    """Return the problem of an unknown key, with the nearest known one."""
     return Problem(
         f"unknown key `{key}`",
         where=where,
-        # A trainer's configuration has almost two hundred keys: too many to list.
+        # A trainer has almost two hundred keys: too many to list.
         expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
-        remedy=did_you_mean(key, known, "remove it, or see --help for the keys there are"),
+        remedy=did_you_mean(key, known, "remove it, or see --help for the known keys"),
     )
 
 
 def _problem(place: str, detail: ErrorDetails) -> Problem:
     location = [str(part) for part in detail["loc"]]
     if location[:2] == [CONTROL, CONTROL]:
-        # The name that we gave to a set without one.
+        # The user gave this set no name.
         del location[1]
     if detail["type"] == "extra_forbidden":
         known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
@@ -265,7 +232,7 @@ def _problem(place: str, detail: ErrorDetails) -> Problem:
 
 
 def _section(location: list[str]) -> type[Strict]:
-    """Return the model whose keys live at `location`, e.g. ["rewards", "positive"] → RewardSpec."""
+    """Return the model of the keys at `location`, e.g. ["rewards", "positive"] → RewardSpec."""
     section: type[Strict] = ProjectConfig
     for key in location:
         if key in section.model_fields:

@@ -1,4 +1,4 @@
-"""What users refer to: a folder or a Hub id, and a function as `module:name` or `file.py:name`.
+"""Users' references: a folder or a Hub id, and a function as `module:name` or `file.py:name`.
 
 Loading a function runs the code of its module, so only the user's own references are loaded.
 """
@@ -19,14 +19,14 @@ from rewarded_lines.errors import UserError, did_you_mean, fail
 
 
 def looks_local(reference: str, root: Path = Path()) -> bool:
-    """Say whether `reference` means a place on disk, below `root`, rather than a Hub id `organisation/name`."""
+    """True if `reference` is a path, absolute or below `root`, rather than a Hub id `organisation/name`."""
     if not re.fullmatch(r"\w[\w.\-]*/[\w.\-]+", reference):
         return True
     return (root / reference.split("/")[0]).is_dir()
 
 
 def local_path(reference: str, root: Path) -> Path:
-    """Return the place on disk that `reference` names: below `root`, absolute, or in a home folder (`~`)."""
+    """Return the path of `reference`: below `root`, absolute, or in a home folder (`~`)."""
     return root / os.path.expanduser(reference)
 
 
@@ -38,17 +38,13 @@ def relative(reference: str, folder: Path) -> str:
 
 
 def located(reference: str, folder: Path) -> str:
-    """Return the absolute path of what `relative` made relative to a folder; a Hub id stays as it is."""
+    """Return the absolute path of a path relative to a folder; a Hub id stays as it is."""
     path = Path(os.path.realpath(folder), reference)
     return os.path.realpath(path) if path.exists() else reference
 
 
 def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
-    """Return the function that `module:name` or `file.py:name` means; files are relative to `root`.
-
-    Raises:
-        UserError: no such file, module or function, or the import fails; the message names the module's functions.
-    """
+    """Return the function `module:name` or `file.py:name`; files are relative to `root`."""
     source, separator, name = reference.rpartition(":")
     if not separator or not source or not name:
         raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
@@ -72,11 +68,11 @@ def _import_file(path: Path, where: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Registered before it runs, as `import` does: pickling and dataclasses inside it need that.
+    # Pickling and dataclasses need the module registered before it runs.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; it is reported
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
         raise _import_failed(str(path), where, error) from error
     return module
 
@@ -84,7 +80,7 @@ def _import_file(path: Path, where: str) -> ModuleType:
 def _import_module(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - likewise
+    except Exception as error:  # noqa: BLE001 - a user's module may raise anything
         raise _import_failed(name, where, error) from error
 
 

@@ -5,10 +5,11 @@ A shell waits for completions at each key press: they open no file but a run's `
 
 from __future__ import annotations
 
+import glob
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import Field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +32,18 @@ outsides = offer("alpha", "depth")
 
 def run_folders(incomplete: str) -> list[str]:
     """Return the run folders below the half-typed folder; without any, a shell offers files."""
-    start, begun = os.path.split(incomplete)
-    found = [folder for folder in _folders(Path(start or "."), begun) if (folder / _RUN_FILE).is_file()]
-    return sorted(os.path.join(start, os.path.relpath(folder, start or ".")) for folder in found)
+    start = f"{glob.escape(incomplete)}*"
+    folders = chain.from_iterable(glob.iglob(start + "/*" * depth + "/") for depth in range(_DEPTH))
+    found = (folder.rstrip("/") for folder in islice(folders, _MOST_FOLDERS))
+    return sorted(folder for folder in found if Path(folder, _RUN_FILE).is_file())
 
 
 def run_methods(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the methods of the run on the command line."""
     points = _header(ctx).get("points", [])
-    names = [entry.get("method", "") for entry in points if isinstance(entry, dict)] if isinstance(points, list) else []
-    return [name for name in dict.fromkeys(names) if name and name != "sft" and name.startswith(incomplete)]
+    entries = [entry for entry in points if isinstance(entry, dict)] if isinstance(points, list) else []
+    names = dict.fromkeys(entry.get("method", "") for entry in entries)
+    return [name for name in names if name and name != "sft" and name.startswith(incomplete)]
 
 
 def run_rewards(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -78,30 +81,6 @@ def as_option(field: Field[Any], kind: Any) -> Any:
     flag = facts.pop("flag", f"--{field.name.strip('_').replace('_', '-')}")
     completion = offer(*words) if isinstance(words, tuple) else words
     return Annotated[kind, typer.Option(flag, **facts, autocompletion=completion)]
-
-
-def _folders(start: Path, begun: str) -> Iterator[Path]:
-    """Yield the folders whose first part begins with `begun`, near ones first, up to the limits."""
-    level: Sequence[Path] = [start]
-    left = _MOST_FOLDERS
-    for depth in range(_DEPTH):
-        following: list[Path] = []
-        for path in (path for folder in level for path in _inside(folder)):
-            if (depth == 0 and not path.name.startswith(begun)) or (not begun and path.name.startswith(".")):
-                continue
-            left -= 1
-            if left < 0:
-                return
-            following.append(path)
-            yield path
-        level = following
-
-
-def _inside(folder: Path) -> list[Path]:
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
 
 
 def _header(ctx: typer.Context) -> dict[str, Any]:

@@ -253,6 +253,7 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
     # A recipe resumes its own killed run and overwrites another one.
     own = {"seed": str(settings.seed), "output_dir": str(output), "overwrite": "true"}
     arguments = [word for key, value in {**moved, **own, **options}.items() for word in (f"--{key}", value)]
+    # Without --quiet, the launcher prints a traceback below the recipe's own message.
     command = (sys.executable, *_LAUNCH.split(), "--quiet", str(script), "--config", str(config), *arguments)
     # The inputs' hash does not depend on the run folder's path.
     wanted = [word.replace(str(settings.out), "") for word in arguments]
