@@ -16,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rewarded_lines import doctor_probes as probes
 from rewarded_lines.errors import UserError
@@ -265,27 +265,19 @@ def _project(config: Path | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("project", "broken", str(error), "correct it there")
         return
-    places = _places(project.config.model_dump(mode="json"), project)
-    missing = [f"{key}: {place}" for key, place in places if not place.exists()]
+    missing = [f"{key}: {place}" for key, place in _places(project) if not place.exists()]
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
 
 
-def _places(value: Any, project: Project, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Path]]:
-    """Yield every path that a part of a project names, with the keys that lead to it."""
+def _places(project: Project) -> Iterator[tuple[str, Path]]:
+    """Yield every path that a project names, with its key."""
+    from rewarded_lines.projects import named_places
     from rewarded_lines.references import local_path, looks_local
 
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _places(one, project, (*keys, key))
-    if not isinstance(value, str):
-        return
-    name, file = ".".join(keys), value.rpartition(":")[0]
-    if keys[0] in ("base", "policies", "baselines") or keys[-1] == "model":
-        if looks_local(value, project.root):
-            yield name, Path(project.resolve(value))
-    elif keys[-1] in ("file", "chat_template"):
-        yield name, local_path(value, project.root)
-    elif keys[-1] in ("function", "rows") and file.endswith(".py"):
-        yield name, local_path(file, project.root)
+    for key, kind, name in named_places(project.config.model_dump(mode="json")):
+        if kind != "model":
+            yield key, local_path(name, project.root)
+        elif looks_local(name, project.root):
+            yield key, Path(project.resolve(name))

@@ -7,7 +7,7 @@ file. Nothing here opens a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -191,6 +191,24 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         else:
             merged[key] = value
     return merged
+
+
+def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """Yield every place that a configuration, or the part at `keys`, names: its key, its kind and its name.
+
+    The kinds are "model" (a folder or Hub id), "code" (a Python file or a chat template) and "data" (a file).
+    """
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from named_places(one, (*keys, str(key)))
+    elif isinstance(value, str):
+        key, last, file = ".".join(keys), keys[-1], value.rpartition(":")[0]
+        if keys[0] in ("base", "policies", "baselines") or last == "model":
+            yield key, "model", value
+        elif last in ("function", "rows") and file.endswith(".py"):
+            yield key, "code", file
+        elif last in ("file", "chat_template"):
+            yield key, "data" if last == "file" else "code", value
 
 
 def problems_of(error: ValidationError, where: str) -> list[Problem]:

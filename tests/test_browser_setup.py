@@ -1,4 +1,4 @@
-"""What CI does where no browser is installed, with commands that stand in for the package manager."""
+"""CI without a browser, with stand-ins for the package manager's commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASH = "/bin/bash"
 
 
 def run(folder: Path, **commands: str) -> subprocess.CompletedProcess[str]:
-    """Run the script where only some commands exist, each a line of bash."""
+    """Run the script with only these commands, each a line of bash."""
     folder.mkdir()
     for name, line in ({"env": '"${@:2}"'} | commands).items():
         command = folder / name.replace("_", "-")

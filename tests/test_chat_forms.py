@@ -1,4 +1,4 @@
-"""The tiny chat models of chat_forms.py have the form of the published ones, and answer in it."""
+"""The tiny chat models of chat_forms.py have the form of the published ones and respond in it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_template(chat):
     text = tokenizer.apply_chat_template([USER, ANSWER, USER], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.apply_chat_template([USER, ANSWER, USER], add_generation_prompt=True)["input_ids"]
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    # A text gets BOS from the tokenizer itself, whether or not the template has written one.
+    # The tokenizer adds BOS to a text, with or without one from the template.
     assert tokenizer(text)["input_ids"] == ([] if form == "qwen3" else [tokenizer.bos_token_id]) + ids
     assert [len(tokenizer.tokenize(f" {word}")) for word in ("yes", "no", "paris")] == [1, 1, 1]
 

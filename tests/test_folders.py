@@ -1,4 +1,4 @@
-"""Output folders after every kind of accident."""
+"""Output folders after kills and other accidents."""
 
 import fcntl
 import json
@@ -39,7 +39,7 @@ def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_not(t
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_replacement_cut_short_is_mended(tmp_path, finished):
-    """Killed between the two renames the old folder comes back; killed after them it goes."""
+    """After a kill between the two renames the old folder returns; after both it is removed."""
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced/old").write_text("old")
     if finished:
@@ -69,7 +69,7 @@ def test_foreign_folders(tmp_path):
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_a_folder_that_is_replaced_is_never_absent(tmp_path, monkeypatch, swaps):
-    """Where the system cannot swap two folders there is a moment without either, which the next run mends."""
+    """Without a swap of folders there is a moment without either; the next run repairs it."""
     if not swaps:
         monkeypatch.setattr("rewarded_lines.folders._swap", lambda first, second: False)
     out, over, absent = tmp_path / "out", threading.Event(), []

@@ -1,4 +1,4 @@
-"""A child that was told to die with its parent does; another does not."""
+"""A child dies with its parent if the environment asks for it."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_the_child_goes_with_its_parent_when_asked(asked):
 
 
 def test_memory_that_was_freed_goes_back():
-    # In a process of its own: what others of this one hold decides what can be given back.
+    # In its own process: other memory of this one decides what can be returned.
     script = (
         "from rewarded_lines.processes import give_back_memory\n"
         "size = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"

@@ -1,4 +1,4 @@
-"""A project file that extends another is that one with its own keys over it; a fault is told of its own file."""
+"""A project file overrides the keys of the file that it extends; a fault names its own file."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ sweep:
 
 @pytest.fixture
 def write(tmp_path):
-    """Write files of a folder, `suite.yaml` among them."""
+    """Write the files of a folder, with a `suite.yaml`."""
 
     def write(**files):
         for name, text in {"suite": SUITE, **files}.items():

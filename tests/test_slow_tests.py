@@ -1,4 +1,4 @@
-"""Which slow tests `.ci/run` adds to the others: those whose subject has changed."""
+"""`.ci/run` adds the slow tests of the files that have changed."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""The Hub of our own gives the Hub's libraries data sets, as subsets and splits, and models, and takes models."""
+"""The stand-in hub serves data sets, with subsets and splits, and models to the Hub's libraries, and accepts models."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def write_rows(path, *texts):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A hub with data sets of three layouts and a model; the environment of a process that knows no other hub."""
+    """A hub with data sets of three layouts and a model; the environment of a process that knows only this hub."""
     root = tmp_path_factory.mktemp("hub")
     for name in ("with-card", "folders"):
         for subset, split in (("first", "train"), ("first", "test"), ("second", "train")):
@@ -66,7 +66,7 @@ def places(tmp_path_factory):
 
 
 def python(environment, program, *arguments):
-    """Run a program where the Hub's libraries, which read their environment when imported, find our hub."""
+    """Run a program in a process: the Hub's libraries read their environment at import."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_data_sets(places):
         "revision": {"path": "org/with-card", "name": "second", "split": "train", "revision": PARQUET_BRANCH},
         "slices": {"path": "org/plain", "split": "train[:1%]+train[50%:52%]"},
         "folder": {"path": "org/folders", "data_dir": "first", "split": "test", "revision": PARQUET_BRANCH},
-        # Without a card the branch of Parquet files has no subsets but one, all folders together; so it is at the Hub.
+        # As at the Hub: without a card, the branch of Parquet files has one subset with all folders.
         "no card": {"path": "org/folders", "name": "first", "split": "test", "revision": PARQUET_BRANCH},
         "no split": {"path": "org/plain", "split": "test"},
         "nothing": {"path": "org/none", "split": "train"},
@@ -108,7 +108,7 @@ def test_models(places):
 
 @pytest.mark.parametrize("xet", ["1", "0"], ids=["lfs", "xet"])
 def test_uploads(places, tmp_path, xet):
-    """What the Hub's own library uploads is there, and what has been deleted is gone."""
+    """Files that the Hub's library uploads exist, deleted ones do not."""
     hub, environment = places
     (tmp_path / "config.json").write_text(json.dumps({"xet": xet}))
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 1000)

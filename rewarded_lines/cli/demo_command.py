@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 
 from rewarded_lines.cli.display import Work, quiet_libraries
 from rewarded_lines.cli.parameters import Quiet, engines, offer
@@ -67,7 +66,7 @@ def demo(
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
         show(folder / "sweep")
-    console.print(_times(seconds))
+    console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)
 
@@ -104,14 +103,3 @@ class _Display:
 
     def _shown(self) -> Group:
         return Group(*(self._parts or self._stage))
-
-
-def _times(seconds: dict[str, float]) -> Table:
-    table = Table(title="time of each stage (installation apart)")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    for stage, value in seconds.items():
-        table.add_row(stage, f"{value:.1f}")
-    table.add_section()
-    table.add_row("pipeline", f"{sum(seconds.values()):.1f}")
-    return table

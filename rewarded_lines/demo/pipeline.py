@@ -24,7 +24,7 @@ from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
-from rewarded_lines.projects import PROJECT_FILE, load_project, read_yaml, save_project
+from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
 from rewarded_lines.references import local_path
 
 ALGORITHMS = ("ppo", "dpo", "rloo")
@@ -145,12 +145,8 @@ def _check_inputs(settings: DemoSettings) -> None:
 
 def _brought(suite: ProjectConfig) -> list[str]:
     """Return the files that a suite names, relative to its folder: functions, and a chat template."""
-    tune = [suite.sweep.tune.prompts] if suite.sweep.tune else []
-    data = [one.rows for one in (suite.prompts, *suite.control.values(), *tune) if one]
-    functions = [*(spec.function for spec in suite.rewards.values()), *data]
-    files = [(function or "").rpartition(":")[0] for function in functions]
-    named = [*(name for name in files if name.endswith(".py")), suite.generation.chat_template]
-    return [name for name in dict.fromkeys(named) if name]
+    places = named_places(suite.model_dump(mode="json"))
+    return list(dict.fromkeys(name for _, kind, name in places if kind == "code"))
 
 
 def _is_shared(name: str, source: Path, out: Path) -> bool:

@@ -10,7 +10,7 @@ def quick(cli, monkeypatch):
     from rewarded_lines import cli as module
 
     monkeypatch.setattr(module, "app", typer.main.get_command(module.app))
-    # Nobody pulls the plug here, and waiting for the disk is most of what is left.
+    # No power fails here, and flushing is most of the remaining time.
     monkeypatch.setattr("rewarded_lines.folders.sync_folder", lambda folder: None)
     return cli
 

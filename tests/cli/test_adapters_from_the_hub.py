@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 def test_only_the_config_of_the_base_is_fetched(tiny):
     place = tiny / "models/org"
-    # In shards: their index comes along with the config, they do not.
+    # In shards: the index is fetched with the config, the shards are not.
     AutoModelForCausalLM.from_pretrained(tiny / "sft").save_pretrained(place / "sft", max_shard_size="100KB")
     for seed, name in enumerate(("one", "two")):
         edit_settings(save_adapter(tiny / "sft", place / name, seed), base_model_name_or_path="org/sft")

@@ -30,7 +30,7 @@ def adapted(tiny, adapted_source):
 
 @pytest.fixture
 def refused(cli, adapted):
-    """Run a merge that must be refused, and return what it said."""
+    """Run a merge that must be refused; return its message."""
 
     def run(*more, base="sft", one="one", two="two"):
         before = snapshot(adapted)

@@ -1,4 +1,4 @@
-"""Every mistake a user makes: one clear message, exit code 1, nothing written, no input touched."""
+"""Mistakes of users: one clear message, exit code 1, nothing written, no input touched."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from tiny_models import make_model, save_model, snapshot
 
 @pytest.fixture
 def refused(cli, tiny):
-    """Run a command that must be refused, and return what it said."""
+    """Run a command that must be refused; return its message."""
 
     def run(*args):
         before = snapshot(tiny)

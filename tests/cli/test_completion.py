@@ -1,4 +1,4 @@
-"""What a shell is told when a value is half typed, through the protocol that its completion script speaks."""
+"""The words that a shell offers for a half-typed value, through the protocol of its completion script."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ from rewarded_lines.merger.methods import METHODS
 
 @pytest.fixture
 def complete(monkeypatch, capsys):
-    """Ask as bash does: what may follow `rewarded-lines TEXT`, the last word half typed."""
+    """Complete the last word of `rewarded-lines TEXT` as bash does."""
 
     def ask(text):
         words = f"rewarded-lines {text}"
@@ -93,7 +93,7 @@ def test_each_shell_gets_a_script_and_an_answer(tmp_path, shell):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_itself_completes(tmp_path, runs):
-    """The script, the command and a shell together: what Tab would offer."""
+    """The completions at Tab, by the script, the command and a shell together."""
     command = tmp_path / "bin/rewarded-lines"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')

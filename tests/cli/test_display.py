@@ -1,4 +1,4 @@
-"""What the command line shows while it works: a bar on a terminal, lines in a log, nothing of what is over at once."""
+"""The progress that the command line shows: a bar on a terminal, lines in a log, nothing for short work."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_rate_and_time_left_are_those_of_the_points_alone(clock):
     for name in "ab":
         work.advance(1, name)
     clock.now = 110
-    # What is begun is no news of how fast things are finished.
+    # A started point does not change the rate.
     work.start("scoring", counted=True)
     work.start("generating lines λ=0.6", counted=True)
     clock.now = 112
@@ -111,7 +111,7 @@ def test_it_fits_the_terminal(clock, width):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Take stderr for a terminal, and show at once what otherwise comes after two seconds."""
+    """Treat stderr as a terminal, and show the bar at once, not after two seconds."""
     console = Console(stderr=True, force_terminal=True, width=80)
     monkeypatch.setattr(display, "Console", lambda stderr: console)
     monkeypatch.setattr(display, "PATIENCE", 0.0)
@@ -125,7 +125,7 @@ def test_long_work_is_shown_and_wiped_away_at_the_end(terminal, capsys):
         time.sleep(0.5)
     captured = capsys.readouterr()
     assert "Sweep" in captured.err and "3/4 points" in captured.err and captured.out == ""
-    # The last thing that a terminal is told is to erase the lines.
+    # The last output erases the lines.
     assert captured.err.rstrip().endswith("\x1b[2K")
 
 
@@ -145,7 +145,7 @@ def test_quiet_shows_nothing(terminal, capsys):
 
 def test_a_stderr_that_is_no_terminal_gets_no_bar(capsys, monkeypatch):
     monkeypatch.setattr(display, "PATIENCE", 0.0)
-    # A line comes later than this is over.
+    # The work ends before the first line.
     with progress_bar("Sweep") as work:
         work.advance(1, "a")
         time.sleep(0.1)
@@ -216,7 +216,7 @@ def test_an_interrupt_gives_the_terminal_back(terminal, capsys):
         work.start("generating", counted=True)
         time.sleep(0.3)
         raise KeyboardInterrupt
-    # The cursor is there again.
+    # The cursor is visible again.
     assert capsys.readouterr().err.count("\x1b[?25h") == 1
 
 
@@ -234,7 +234,7 @@ letters = words
 
 
 def on_a_terminal(folder, *args):
-    """Run a command with its stderr on a terminal; return the exit code, stdout, and what the terminal was told."""
+    """Run a command with its stderr on a terminal; return the exit code, stdout and the terminal's text."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [*COMMAND, *args], env=ENVIRONMENT | {"COLUMNS": "80"}, cwd=folder, stdout=subprocess.PIPE, stderr=theirs
@@ -261,7 +261,7 @@ def test_stages_are_named_on_a_terminal_unless_it_is_to_be_quiet(tiny):
     args = ("merge", "--method", "greedy", "--score", "score.py:best", "--overwrite", "--out", "out")
     code, out, told = on_a_terminal(tiny, *args)
     assert code == 0 and out.startswith("merged\n") and "scoring" not in out
-    # The third candidate comes when two seconds are over.
+    # The third candidate starts after two seconds.
     assert "Merging: trying first + second" in told and "and from below Python" in told
     code, out, told = on_a_terminal(tiny, *args, "--quiet")
     assert code == 0 and out.startswith("merged\n") and "Merging" not in told
@@ -280,7 +280,7 @@ def test_json_is_one_document_whatever_libraries_print(tiny, capfd, monkeypatch)
 def test_json_is_one_document_whatever_vllm_prints(tiny):
     (tiny / "rewards.py").write_text(NOISY)
     args = ("sweep", "--engine", "vllm", "--points", "2", "--json")
-    # vLLM's own voice, which a user may ask for.
+    # A user may turn on vLLM's own messages.
     loud = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
     done = subprocess.run([*COMMAND, *args], env=loud, cwd=tiny, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

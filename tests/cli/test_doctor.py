@@ -33,7 +33,7 @@ def doctor(folder, *args, **environment):
 
 
 def package(place, name, version, code="", **modules):
-    """Install a package by hand, as far as Python can tell."""
+    """Write the files of an installed package."""
     (place / name).mkdir(parents=True)
     (place / name / "__init__.py").write_text(code)
     information = place / f"{name}-{version}.dist-info"
@@ -48,7 +48,7 @@ def diagnosis(folder, *args):
     package(packages, "vllm", "0.27.1", "raise ImportError('libcudart.so.13: cannot open shared object file')")
     package(packages, "trl", "1.13.0")
     package(packages, "rich", "13.0.0")
-    # Only what says which version it is: the real one is imported.
+    # Only the metadata stays: the real package is imported.
     (packages / "rich/__init__.py").unlink()
     (packages / "rich").rmdir()
     tools.mkdir()
@@ -56,7 +56,7 @@ def diagnosis(folder, *args):
     (tools / "nvidia-smi").chmod(0o755)
     (folder / "file").write_text("where a folder should be")
     (folder / "rewarded-lines.yaml").write_text(FAULTY_PROJECT)
-    # A stranger in the current folder, which is not on the path of the command either.
+    # The current folder is not on the command's path.
     (folder / "torch.py").write_text("raise SystemExit('not torch')")
     done = doctor(
         folder,
@@ -127,7 +127,7 @@ def test_here_all_that_is_needed_works(tiny):
     marks = {line[2:17].strip(): line[0] for line in lines if line[:1] in "✓!✗" and line[:1]}
     assert all(marks[name] == "✓" for name in ("Python", "packages", "torch", "transformers", "vllm", "project"))
     assert "✗" not in done.stdout and re.search(r"\d+ of \d+ checks are fine", lines[-1])
-    # Commands stand below their finding, in one piece however long.
+    # Commands are below their finding and not folded.
     assert all(len(line) <= 80 for line in lines if not line.startswith(" " * 17))
 
 
@@ -168,7 +168,7 @@ def test_thoroughly_vllm_answers(tiny):
 
 @pytest.fixture
 def quick(cli, tiny, monkeypatch):
-    """The doctor in this process."""
+    """Run the doctor in this process."""
     monkeypatch.setattr(probes, "attempt", lambda code: pytest.fail("a library is imported without --thorough"))
 
     def run(*args):

@@ -1,4 +1,4 @@
-"""Single forgeries, each of which once came through or would do harm: what is said, and what must not happen."""
+"""Forged files that once passed or would do harm: each is refused with its message, and does no harm."""
 
 import json
 import os
@@ -25,21 +25,21 @@ NAMES = ("sft", "first", "second")
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A base and two policies, in a folder of their own, which is where we are."""
+    """A base and two policies in the working directory."""
     monkeypatch.chdir(save_family(tmp_path / "place"))
     return tmp_path / "place"
 
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
-    """The same in two files each."""
+    """The same models in two files each."""
     monkeypatch.chdir(save_family(tmp_path / "place", shards=2))
     return tmp_path / "place"
 
 
 @pytest.fixture
 def refused(cli):
-    """Run a merge that must be refused with one message, all files left as they were."""
+    """Run a merge that must be refused with one message and change no file."""
 
     def run(*args):
         before = snapshot(Path())
@@ -83,14 +83,14 @@ def test_the_length_of_a_header(refused, place, length):
     ],
 )
 def test_what_only_a_lenient_parser_takes(refused, place, old, new):
-    """Python reads these; the format's library refuses the first four, a terminal had better not see the others."""
+    """Python reads these headers; the format's library refuses the first four, the others could control a terminal."""
     for name in NAMES:
         edit_header(place / name, lambda header: json.dumps(header).replace(old, new, 1))
     assert "damaged" in refused()
 
 
 def test_a_size_that_no_zero_excuses(refused, place):
-    """The format's library multiplies from the left, and refuses what no number of its holds on the way."""
+    """The format's library multiplies from the left, and refuses a product that overflows on the way."""
     for name in NAMES:
         header, data = unpack((place / name / SINGLE).read_bytes())
         header["empty"] = {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [len(data)] * 2}
@@ -147,7 +147,7 @@ def test_half_a_character_in_the_config_is_copied_as_it_stands(cli, place):
 
 
 class TestIndex:
-    """The index of a sharded checkpoint sends nobody out of its folder, and fits its files."""
+    """The index of a sharded checkpoint names no file outside its folder, and fits its files."""
 
     FILE = "model-00001-of-00002.safetensors"
 
@@ -204,7 +204,7 @@ class TestIndex:
         check_formula(sharded / "out", sharded / "sft", [sharded / "first", sharded / "second"], [0.5, 0.5], 1, 0)
 
     def test_beside_a_single_file_it_is_not_looked_at(self, cli, sharded):
-        """As transformers does it: what is merged is what the policy's user has been running."""
+        """Read as transformers does, so that the merge uses the weights that the policy's users run."""
         for name in NAMES:
             tensors = {key: values for key, (_, values) in read_plain(sharded / name).items()}
             save_plain(sharded / "whole" / name, {key: 2 * values for key, values in tensors.items()})
@@ -214,7 +214,7 @@ class TestIndex:
 
 
 def test_brackets_in_names_are_brackets(cli, place):
-    """For the terminal's library `[/red]` ends a colour, which fails where none was begun."""
+    """rich reads `[/red]` as the end of a colour, and fails without its start."""
     tensors = {name: values for name, (_, values) in read_plain(place / "first").items()}
     save_plain(place / "[/red]", tensors | {"v_head.[/red]": np.zeros(3, np.float32)})
     answer = cli(*ARGS[:3], "--policy", "[/b]=[/red]", "--policy", "second", "--out", "[/i]")
@@ -270,7 +270,7 @@ def test_a_refusal_leaves_no_empty_parents(refused, place):
 
 
 def limited(memory):
-    """Return what a child does first: never hold more than `memory` bytes."""
+    """Return a child's first function, which limits its memory to `memory` bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
@@ -291,7 +291,7 @@ def test_a_header_of_very_many_small_values(place, size, memory, start, item, en
 
 
 def test_buffers_are_compared_piece_by_piece(cli, place):
-    """A file with holes may declare more than memory holds; here 256 MB, in pieces of 2 MB."""
+    """A sparse file may declare more than fits in memory; here 256 MB, in pieces of 2 MB."""
     size = 1 << 28
     for name in NAMES:
         header, data = unpack((place / name / SINGLE).read_bytes())
@@ -308,7 +308,7 @@ def test_buffers_are_compared_piece_by_piece(cli, place):
 
 
 def test_very_many_tensors_alike_cost_no_pairs(cli, place):
-    """A row for every token each, as embeddings have them: which of them are tied?"""
+    """Several tensors have a row for every token, like embeddings: which of them are tied?"""
     random = np.random.default_rng(0)
     tensors = {name: values for name, (_, values) in read_plain(place / "sft").items()}
     tensors |= {f"m{i}": random.standard_normal((8, 1), np.float32) for i in range(4000)}
@@ -322,7 +322,7 @@ def test_very_many_tensors_alike_cost_no_pairs(cli, place):
 
 
 class Harm:
-    """Unpickled, this makes a file."""
+    """Writes a file when unpickled."""
 
     def __init__(self, path):
         self.path = path

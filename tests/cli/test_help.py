@@ -1,4 +1,4 @@
-"""Help and version: at once, because nothing heavy is loaded; readable in 80 columns; typos are understood."""
+"""Help and version load nothing heavy and fit 80 columns; typos name the nearest word."""
 
 import json
 import os
@@ -50,7 +50,7 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def asked():
-    """What each command line printed, and the modules that it loaded beside those before it."""
+    """The output of each command line, and the modules that it loaded in addition to earlier ones."""
     lines = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["sweep", "-h"], []]
     done = subprocess.run([sys.executable, "-c", ASK, json.dumps(lines)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A base and two adapters of it, in a folder of their own, which is where we are."""
+    """A base and two adapters in the working directory."""
     place = save_family(tmp_path / "place", names=("sft",))
     random = np.random.default_rng(1)
     for name in NAMES:
@@ -65,7 +65,7 @@ def place(tmp_path, monkeypatch):
 
 
 def changes(folder: Path) -> dict[str, np.ndarray]:
-    """Return what an adapter adds to each matrix, and under "=" before the name what it puts in its place."""
+    """Return what an adapter adds to each matrix; a name after "=" has the tensor that replaces it."""
     config = json.loads((folder / CONFIG).read_text())
     tensors = read_plain(folder, WEIGHTS)
     found = {}
@@ -76,7 +76,7 @@ def changes(folder: Path) -> dict[str, np.ndarray]:
         elif ".lora_embedding_A" in name:
             raise AssertionError("the base has no embeddings that were adapted")
         elif ".lora_A." in name:
-            # A null is PEFT's default, a 0 is none.
+            # A null is PEFT's default, a 0 is not.
             alpha = 8 if config.get("lora_alpha") is None else config["lora_alpha"]
             for pattern, value in (config.get("alpha_pattern") or {}).items():
                 if re.match(rf"(.*\.)?({pattern})$", module):
@@ -90,13 +90,13 @@ def changes(folder: Path) -> dict[str, np.ndarray]:
 
 
 def scale(name: str) -> float:
-    """Return the LiNeS scale of a tensor of a model of two blocks."""
+    """Return the LiNeS scale of a tensor in a model of two blocks."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return ALPHA + BETA * (int(match[1]) / (BLOCKS - 1) if match else 0)
 
 
 def expected(place: Path) -> dict[str, np.ndarray]:
-    """Return the residual of every tensor that one of the adapters touches."""
+    """Return the residual of every tensor that an adapter changes."""
     base, residuals = read_plain(place / "sft"), {}
     for name, weight in zip(NAMES, (LAM, 1 - LAM), strict=True):
         for tensor, change in changes(place / name).items():
@@ -107,7 +107,7 @@ def expected(place: Path) -> dict[str, np.ndarray]:
 
 
 def check(place: Path, printed: str, dry: bool) -> None:
-    """Hold a merged adapter, or a base with the adapters folded in, against the sum."""
+    """Compare a merged adapter, or a base with folded adapters, with the sum."""
     residuals, base = expected(place), read_plain(place / "sft")
     if dry:
         return

@@ -1,7 +1,7 @@
-"""Files that somebody damaged: refused with one message, or merged to exactly what the format's library reads.
+"""Damaged files are refused with one message, or merged exactly as the format's library reads them.
 
-For each mutated input `merge` either ends with exit code 1 and one message, leaving nothing, or succeeds, and then
-every tensor is the formula's on what the `safetensors` library itself reads of the same files.
+For each mutated input, `merge` either exits with 1 and one message and leaves nothing, or every tensor equals the
+formula on the tensors that the `safetensors` library reads from the same files.
 """
 
 import json
@@ -40,7 +40,7 @@ def test_thousands_of_files_are_tried_every_night():
 
 
 def check_merged(place: Path, printed: str, dry: bool) -> None:
-    """Hold a success against the library's reading of the inputs, and `merge.json` against their bytes."""
+    """Compare a merge with the library's reading of the inputs, and `merge.json` with their bytes."""
     inputs = {name: read_plain(place / name) for name in NAMES}
     notes = json.loads(printed)[0]["notes"]
     left_out = {note.split()[2].rstrip(",") for note in notes if note.startswith("left out: ")}
@@ -56,13 +56,13 @@ def check_merged(place: Path, printed: str, dry: bool) -> None:
     configs = [json.loads((place / folder / "config.json").read_text()) for folder in ("out", "sft")]
     for config in configs:
         config.pop("dtype", None), config.pop("torch_dtype", None)
-    # As text, in which NaN equals itself.
+    # As text, because NaN does not equal itself.
     assert json.dumps(configs[0], sort_keys=True) == json.dumps(configs[1], sort_keys=True)
 
 
 @pytest.fixture
 def family(tmp_path, monkeypatch):
-    """Make a base and two policies, in one file each or in two, and stand beside them."""
+    """Make a base and two policies, in one file each or in two, in the working directory."""
 
     def make(shards: int = 1) -> Path:
         place = save_family(tmp_path / "place", shards=shards)
@@ -79,7 +79,7 @@ def family(tmp_path, monkeypatch):
 def test_refused_or_right(quick, family, file):
     place = family(shards=2 if file in (SHARD, INDEX) else 1)
     tried, merged = try_all(quick, ARGS, check_merged, attempts(place, NAMES, file, TRIED[file], "default"))
-    # Neither everything refused nor everything let through.
+    # Some files are refused and some merged.
     assert tried == TRIED[file] and tried / 50 < merged < tried * 0.9
 
 
@@ -92,7 +92,7 @@ def test_refused_or_right_many_times(quick, family, file):
 
 
 def check_replayed(place: Path, printed: str, dry: bool) -> None:
-    """Hold a merge made from a record against the formula with the numbers that were printed."""
+    """Compare a merge from a record with the formula and the printed numbers."""
     (told,) = json.loads(printed)
     policies = [place / name for name in told["weights"]]
     check_formula(place / "out", place / "sft", policies, list(told["weights"].values()), told["alpha"], told["beta"])

@@ -1,4 +1,4 @@
-"""Hub ids in place of folders, against a hub on the loopback interface; local folders, which need no hub."""
+"""Hub ids as inputs, with a hub on the loopback interface; local folders need no hub."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def hub(request, tmp_path):
 
 @pytest.fixture
 def merge(hub, tmp_path):
-    """Run a merge as a process whose only hub is ours."""
+    """Run a merge in a process that knows only this hub."""
     (tmp_path / "work").mkdir()
 
     def run(base, first, second, out, **environment):
@@ -59,7 +59,7 @@ def refusal(done):
 def test_ids_give_the_same_bits_as_folders_and_again_from_the_cache(hub, merge, tmp_path):
     folders = [tmp_path / "models" / name for name in IDS]
     assert merge(*folders, "local").returncode == 0
-    # Nobody was asked for what is a folder.
+    # Folders cause no request.
     assert hub.asked == []
     done = merge(*IDS, "fetched")
     assert done.returncode == 0, done
@@ -71,7 +71,7 @@ def test_ids_give_the_same_bits_as_folders_and_again_from_the_cache(hub, merge, 
     assert weights(work / "local") == weights(work / "fetched") == weights(work / "offline")
     local, fetched = (json.loads((work / out / "merge.json").read_text()) for out in ("local", "fetched"))
     assert local["base"]["files"] == fetched["base"]["files"]
-    # What the cache holds are links to its blobs.
+    # The cache has links to its blobs.
     (snapshot,) = (tmp_path / "home/hub").glob(f"models--org--first/snapshots/{COMMIT}")
     assert all(path.is_symlink() for path in snapshot.iterdir())
 
@@ -96,7 +96,7 @@ def test_a_hub_out_of_order(hub, merge, tmp_path, fault):
     said = refusal(merge(*inputs, "out"))
     assert "neither a folder here nor a model that the Hub gives us" in said
     assert not list(tmp_path.rglob("outside.json")) and not (tmp_path / "work/out").exists()
-    # What was fetched by half is not taken for a checkpoint later.
+    # A half-fetched model does not pass for a checkpoint later.
     hub.fault = ""
     assert (merge(*inputs, "out").returncode == 0) == (fault != "outside")
 

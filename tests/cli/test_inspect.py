@@ -1,4 +1,4 @@
-"""`rewarded-lines inspect` through its own door."""
+"""`rewarded-lines inspect` through the command line."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_values_the_base_shares_are_not_changed(cli, tiny):
     table = rows(cli("inspect", "first", "--base", "sft").out)
     assert next(row for row in table if row[0] == "0")[5:] == ["0", "0%", "0%", "0"]
     assert next(row for row in table if row[0] == "after")[7] == "1.6%"
-    # One of 183,616: little, but not nothing.
+    # One of 183,616: small, but not zero.
     assert next(row for row in table if row[0] == "total")[6] == "0.1%"
 
 

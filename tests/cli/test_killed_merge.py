@@ -1,4 +1,4 @@
-"""A merge that ends before its time: killed, interrupted, out of space, outrun by another. Complete outputs or none."""
+"""A merge that is killed or interrupted, runs out of space or loses a race leaves a complete output or none."""
 
 import json
 import multiprocessing
@@ -29,13 +29,13 @@ NAMES = ["first", "second", "sft"]
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Checkpoints large enough for a merge to take some tenths of a second."""
+    """Checkpoints so large that a merge takes some tenths of a second."""
     return save_family(tmp_path_factory.mktemp("family") / "place", **SIZES)
 
 
 @pytest.fixture
 def place(family, monkeypatch):
-    """The family's folder as the working directory; whatever else a test leaves there goes."""
+    """The family's folder as the working directory; other files are removed after each test."""
     monkeypatch.chdir(family)
     before = {name: hashes(Path(name)) for name in NAMES}
     yield family
@@ -46,7 +46,7 @@ def place(family, monkeypatch):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Makes processes that have the imports behind them, so that kills fall into the merge."""
+    """Makes processes that have finished their imports, so that a kill hits the merge."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["command", "rewarded_lines.cli", "rewarded_lines.merger.merge"])
     return context
@@ -54,7 +54,7 @@ def processes():
 
 @pytest.fixture
 def begin(place, processes, tmp_path):
-    """Begin a merge in a process of its own."""
+    """Start a merge in its own process."""
 
     def run(*args):
         process = processes.Process(target=command.run, args=(tmp_path / f"log-{time.monotonic_ns()}", *args))
@@ -74,7 +74,7 @@ def names():
 
 
 def finished(begin, *args):
-    """Run a merge to its end; return what it made and how many seconds it took."""
+    """Run a merge to its end; return its output and its seconds."""
     begun, process = time.monotonic(), begin(*args)
     process.join(60)
     assert process.exitcode == 0, process.log.read_text()
@@ -83,7 +83,7 @@ def finished(begin, *args):
 
 
 def kill(begin, random, longest, args):
-    """Kill a merge at a random moment, of its whole time or of the time since it began to write; return its folders."""
+    """Kill a merge at a random moment, from its start or from its first write; return its folders."""
     there = set(names())
     process = begin(*args)
     if random.random() < 0.6:
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_an_output_is_complete_or_absent(begin, kills):
     for number in range(kills):
         remains = kill(begin, random, longest, ARGS)
         left += bool(remains)
-        # What the one before left is gone as soon as the next begins to write.
+        # The next merge removes what the killed one left before it writes.
         assert len(remains) <= 2, remains
         assert {name: hashes(Path(name)) for name in NAMES} == inputs
         if Path("out").exists():
@@ -178,7 +178,7 @@ def test_interrupted_it_cleans_up(place, number, code):
 
 
 def refused(*prefix, args=ARGS, **options):
-    """Run a merge as a process that must end with one message; return it."""
+    """Run a merge in a process that must fail with one message; return the message."""
     done = subprocess.run([*prefix, *COMMAND, *args], env=ENVIRONMENT, capture_output=True, text=True, **options)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done
     return done.stderr
@@ -194,7 +194,7 @@ def test_a_limit_on_the_size_of_files(place):
 
 
 def mounted(folder, *options):
-    """Return a command's prefix that gives it a small disk of its own at `folder`; skip where that is not allowed."""
+    """Return a command's prefix that mounts a small disk at `folder`; skip where that is not allowed."""
     mount = f'mount -t tmpfs -o "{",".join(options)}" tmpfs "{folder}" && exec "$@"'
     prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh"]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
@@ -209,7 +209,7 @@ def mounted(folder, *options):
 )
 def test_a_full_disk(place, tmp_path, options, before):
     (tmp_path / "disk").mkdir()
-    # Run below a shell, which looks what is left before the disk goes with it.
+    # The shell lists what is left before the disk is unmounted.
     look = ["sh", "-c", f'"$@"; code=$?; ls -A "{tmp_path}/disk" >"{tmp_path}/left"; exit $code', "sh"]
     said = refused(*mounted(tmp_path / "disk", *options), *look, args=(*ARGS[:-1], tmp_path / "disk/out"))
     assert said.count("not enough disk space") == 1 and f"expected: {NEEDED:,} bytes" in said

@@ -1,4 +1,4 @@
-"""`rewarded-lines merge` through its own door."""
+"""`rewarded-lines merge` through the command line."""
 
 import json
 

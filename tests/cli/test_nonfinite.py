@@ -1,4 +1,4 @@
-"""NaN and infinity, in an input or only in the result: refused with tensor and count, unless they are meant."""
+"""NaN and infinity, in an input or only in the result: refused with tensor and count, unless allowed."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ TENSOR = "model.layers.1.input_layernorm.weight"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A base and two policies, in a folder of their own, which is where we are."""
+    """A base and two policies in the working directory."""
     monkeypatch.chdir(save_family(tmp_path / "place"))
     return tmp_path / "place"
 
 
 def poison(folder, *values, tensor=TENSOR):
-    """Put values into a tensor of a checkpoint."""
+    """Write values into a tensor of a checkpoint."""
     tensors = {name: np.array(array) for name, (_, array) in read_plain(folder).items()}
     tensors[tensor].flat[: len(values)] = values
     save_file(tensors, folder / SINGLE, {"format": "pt"})
@@ -57,7 +57,7 @@ def test_in_an_input(cli, place, name, method):
     ids=str,
 )
 def test_in_a_policy_without_weight(cli, place, how):
-    """Nothing of it gets into the result, but something is wrong with it."""
+    """The value is not in the result, but its input is faulty."""
     poison(place / "first", np.nan)
     assert f"{TENSOR}: 1 values are not finite in policy `first`" in refusal(cli(*ARGS, *how))
 
@@ -72,7 +72,7 @@ def test_in_every_input_and_in_many_tensors(cli, place):
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_in_the_result_alone(cli, place, kind):
-    """Each input fits its type, what is extrapolated from them does not."""
+    """Each input fits its type, their extrapolation does not."""
     for name in NAMES:
         tensors = {key: values.astype(kind) for key, (_, values) in read_plain(place / name).items()}
         if name == "first":
@@ -103,20 +103,20 @@ def test_let_pass_where_they_are_meant(cli, place):
     assert cli(*ARGS, "--allow-nonfinite", "--alpha", 1, "--beta", 0).code == 0
     merged = read_plain(place / "out")[TENSOR][1]
     assert np.isnan(merged[0]) and merged[1] == np.inf and np.isfinite(merged[2:]).all()
-    # Every other value is what it would have been.
+    # All other values are unchanged.
     poison(place / "first", 0, 0)
     poison(place / "out", *cleaned(place))
     check_formula(place / "out", place / "sft", [place / "first", place / "second"], [0.5, 0.5], 1, 0)
 
 
 def cleaned(place):
-    """Return what the two poisoned values are without poison."""
+    """Return the two values of a merge without NaN or infinity."""
     base, second = (read_plain(place / name)[TENSOR][1][:2].astype(float) for name in ("sft", "second"))
     return base + 0.5 * (0 - base) + 0.5 * (second - base)
 
 
 def test_several_outputs_all_or_none(cli, place):
-    """At λ = 0.1 all is finite, at 0.9 not: neither is written."""
+    """The merge is finite at λ = 0.1 and not at 0.9: neither is written."""
     for name in NAMES:
         tensors = {key: values.astype(np.float16) for key, (_, values) in read_plain(place / name).items()}
         if name == "first":

@@ -1,4 +1,4 @@
-"""What commands print fits 80 columns; only paths and commands, which are for copying, are longer."""
+"""Output fits 80 columns; only paths and commands, which users copy, are longer."""
 
 import re
 
@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def cut(text):
-    """Return what is left over of numbers that were folded: it stands alone on its line."""
+    """Return the parts of folded numbers: each stands alone on its line."""
     return re.findall(r"^\s*(?:±[\d.]+|\[[-\d.]+,|[-\d.]+\])\s*$|\[[-\d.]+,\s*$", text, re.MULTILINE)
 
 
@@ -49,7 +49,7 @@ def test_tables_fit_and_cut_no_number(make_run, kind):
                 console.print(sheet)
         text = capture.get()
         assert too_long(text, width) == [] and cut(text) == []
-        # Whatever the shape, every point is there with every reward: one row for each table that it takes.
+        # Every table has a row for every point.
         assert all(f"{point.ended:.0%}" in text for point in summary.points)
 
 

@@ -56,7 +56,7 @@ def miniature(tmp_path_factory):
     suite["generation"]["max_tokens"] = 8
     suite["prompts"]["limit"] = 8
     suite["sweep"]["points"] = 3
-    # Beside the demo's own: a reward that no policy is trained for, and functions in further files.
+    # In addition: a reward without a policy, and functions in more files.
     suite["rewards"]["plain"] = {"function": "further/plain.py:plain", "role": "audit"}
     suite["control"]["rows"] = "further/rows.py:whole"
     (folder / "suite").mkdir()
@@ -83,14 +83,14 @@ SIGNS = {
 
 
 def in_this_process(commands, logs, watch):
-    """Do as `run_jobs` does, in this process."""
+    """Run the jobs in this process."""
     for command in commands.values():
         script = next(at for at, word in enumerate(command) if word.endswith(".py"))
         load_recipe(Path(command[script]).stem).main(list(command[script + 1 :]))
 
 
 def finished(out):
-    """Return the parts that the run's account says are finished."""
+    """Return the finished parts in the run's `demo.json`."""
     return set(json.loads((out / "demo.json").read_text()))
 
 
@@ -110,7 +110,7 @@ def check_whole(out, engine):
 
 def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeypatch):
     class Ended(BaseException):
-        """What a signal would do."""
+        """Ends the process as a signal does."""
 
     def until_the_second_policy(commands, logs, watch):
         in_this_process(dict(list(commands.items())[:1]), logs, watch)
@@ -146,7 +146,7 @@ def test_killed_anywhere_and_started_again_it_ends_whole(miniature, tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert finished(out) == parts
-        # The recipe dies with the pipeline that was killed, so nobody else writes into the folder.
+        # The recipe dies with the killed pipeline, so no process writes into the folder.
         wait_for(lambda: not running(str(out)), None)
     kept = (out / "sft/model.safetensors").stat().st_mtime_ns
 
@@ -196,7 +196,7 @@ def test_run_folders_by_algorithm_and_seed():
 
 
 def running(text):
-    """Return the processes whose command line names `text`."""
+    """Return the processes with `text` in their command line."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     return [line for line in lines if text.encode() in line]
 

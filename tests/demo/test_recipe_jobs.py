@@ -1,4 +1,4 @@
-"""Commands as child processes: their steps are told, a failure stops the others, a killed pipeline leaves none."""
+"""Child processes report their steps, stop when one fails and end with a killed pipeline."""
 
 import os
 import signal

@@ -15,7 +15,7 @@ WHERE = ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_TOKEN_PATH")
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that is the only one that this process knows, and takes uploads with the token."""
+    """The only hub that this process knows; it accepts uploads with the token."""
     from huggingface_hub import constants
 
     (tmp_path / "hub").mkdir()

@@ -1,4 +1,4 @@
-"""`push` and `merge --push-to-hub` against a hub on the loopback interface: what is sent, and what is told."""
+"""`push` and `merge --push-to-hub` with a hub on the loopback interface: requests and messages."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def sent(hub, command, part):
 
 
 def uploaded(hub):
-    """Return how many large files were sent."""
+    """Return the number of large files sent."""
     return len(sent(hub, "PUT", "/storage/"))
 
 
@@ -53,7 +53,7 @@ def test_json_names_the_commit(hub, merged, cli):
 
 
 def test_a_failed_upload_goes_on(hub, inputs, cli, tmp_path):
-    """All shards but one arrive; the second time that one is sent, and no other."""
+    """All shards but one arrive; the second upload sends that one alone."""
     args = ("merge", *inputs, "--max-shard-size", "17KB", "--out", "merged")
     assert cli(*args).code == 0
     shards = sorted(Path("merged").glob("*.safetensors"))
@@ -62,7 +62,7 @@ def test_a_failed_upload_goes_on(hub, inputs, cli, tmp_path):
     hub.refused = {stuck: 403}
     failed = cli(*args, "--overwrite", "--push-to-hub", ID)
     assert failed.code == 1 and "Traceback" not in failed.err and TOKEN not in failed.err
-    # What was merged is there, and said to be.
+    # The merged folder exists, and the output names it.
     assert "merged" in failed.out and (tmp_path / "work/merged/merge.json").is_file()
     command = re.search(r"go on with: rewarded-lines (push .*)", failed.err)[1].split()
     assert command == ["push", "merged", ID]
@@ -73,7 +73,7 @@ def test_a_failed_upload_goes_on(hub, inputs, cli, tmp_path):
     assert len(hub.commits) == 1
     there = tmp_path / "hub" / ID
     assert all((there / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
-    # And a third time there is nothing left to send.
+    # The third time nothing is sent.
     hub.sent = []
     assert cli(*command).code == 0
     assert uploaded(hub) == 0 and len(hub.commits) == 1
@@ -104,7 +104,7 @@ def test_a_branch(hub, merged, cli, tmp_path):
         assert cli("push", merged, ID, "--revision", "second").code == 0
     assert (tmp_path / "hub" / ID / ".branches/second/model.safetensors.index.json").is_file()
     assert not (tmp_path / "hub" / ID / "README.md").exists()
-    # The Hub's names of branches may have a slash.
+    # Branch names may have a slash.
     assert cli("push", merged, ID, "--revision", "a/b").code == 0
 
 
@@ -129,7 +129,7 @@ def test_what_lies_beside_stays(hub, merged, cli, tmp_path):
     ],
 )
 def test_a_hub_that_refuses_is_one_message(hub, merged, cli, part, code, remedy):
-    """The stand-in's answers repeat the token; nothing of it may come out."""
+    """The hub's answers repeat the token; no message may show it."""
     hub.refused = {part: code}
     said = refusal(cli("push", "merged", ID))
     assert remedy in said and said.count("remedy") == 1 and "rewarded-lines push merged me/merge" in said
@@ -150,7 +150,7 @@ def test_no_hub_there(hub, merged, cli, monkeypatch):
 
 
 def test_a_disk_that_fails(hub, merged, cli, monkeypatch):
-    """As hf-xet may tell of it, which keeps pieces of files on the disk while it sends them."""
+    """hf-xet writes pieces of files to the disk while it sends them."""
     from huggingface_hub import HfApi
 
     def fail(*args, **options):
@@ -189,7 +189,7 @@ def test_only_merged_folders(hub, inputs, cli, tmp_path):
 
 
 def test_the_login_file_and_a_process_of_its_own(hub, merged, tmp_path):
-    """Everything from the environment, as a user has it; the file's token is sent, and shown nowhere."""
+    """All settings come from the environment; the login file's token is sent and not shown."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "token").write_text(TOKEN)
@@ -202,7 +202,7 @@ def test_the_login_file_and_a_process_of_its_own(hub, merged, tmp_path):
 
 
 def test_xet(hub, merged, tmp_path):
-    """hf-xet sends pieces of files; those that have arrived are not sent again, also by another process."""
+    """hf-xet sends pieces of files; a later process does not send again those that arrived."""
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     environment = ENVIRONMENT | home | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
 
@@ -225,7 +225,7 @@ def test_xet(hub, merged, tmp_path):
 
 
 def test_a_token_in_a_command_is_not_kept(inputs, cli, tmp_path, monkeypatch):
-    """A score's command is kept in merge.json; a token in it is not."""
+    """merge.json keeps a score's command without a token in it."""
     monkeypatch.setenv("HF_TOKEN", "token-of-another-form")
     score = f"sh -c 'echo 1 # {TOKEN} token-of-another-form' {{model}}"
     assert cli("merge", *inputs, "--method", "greedy", "--score", score, "--out", "merged").code == 0

@@ -43,7 +43,7 @@ def reported(tmp_path_factory):
 @pytest.fixture
 def project(reported, tmp_path, monkeypatch):
     """A copy of the project, as the working directory."""
-    # Times are kept: the report must not be older than the records.
+    # copytree keeps times: the report must not be older than the records.
     shutil.copytree(reported, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
@@ -98,7 +98,7 @@ def test_a_merge_that_was_not_evaluated(project, card):
     assert "This very merge was not evaluated. These points, the nearest to it" in text
     assert [row[:2] for row in rows(text)] == [["sft", ""], ["lines", "0.50"], ["lines", "0.75"]]
     assert "this merge is none of its points" in text and ", this model" not in text
-    # The same numbers, but another rule for embeddings: not what was evaluated.
+    # The same numbers with another rule for embeddings were not evaluated.
     assert "This very merge was not evaluated" in card("--lam", "0.5", "--outside", "depth")
 
 
@@ -158,7 +158,7 @@ def test_a_report_that_is_not_the_runs_is_not_taken(project, card, why):
     else:
         path.write_text("{")
     assert "## Scores" not in card("--lam", "0.5")
-    # Named, the run is read itself, and its figure drawn.
+    # A named run is read itself, and its figure drawn.
     text = card("--lam", "0.5", "--run", "sweep")
     assert "**lines, this model**" in text and (project / "out/front.png").read_bytes().startswith(b"\x89PNG")
 
@@ -179,7 +179,7 @@ def test_a_named_run_must_belong(project, cli, tmp_path):
 
 
 def test_adapters_over_a_base_that_is_not_read(tiny, card, monkeypatch):
-    """The base's weights are part of the run's hash, and no part of the merge: its place stands for it."""
+    """The run hashes the base, the merge does not read it: its path is compared."""
     for seed, name in enumerate(NAMES[:2]):
         save_adapter(tiny / "sft", tiny / name, seed=seed)
     run = synthetic_run(tiny / "sweep", prompts=40, points=5, resamples=100)
@@ -204,7 +204,7 @@ def test_three_policies(tmp_path, card, monkeypatch):
 
 
 def test_from_python_without_a_run(project):
-    """The library adds nothing that it is not given."""
+    """Python's `merge` adds no run to the card."""
     merge("sft", ["cheerful", "detailed"], 0.5, out="out")
     assert "## Scores" not in (project / "out/README.md").read_text()
 
