@@ -7,6 +7,7 @@ file. Nothing here opens a model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,12 +152,9 @@ def _source(name: Any, path: Path) -> Path:
     where, expected = f"{path}: {EXTENDS}", "one project file or suite, its path from the folder of this file"
     if not isinstance(name, str) or not name:
         raise fail("not the name of a file", where=where, expected=expected, got=repr(name))
-    try:
-        source = path.parent / Path(name).expanduser()
-        there = source.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise fail("not the name of a file", where=where, expected=expected, got=str(error)) from error
-    if not there:
+    source = local_path(name, path.parent)
+    # Not Path.is_file, which raises for names that the system refuses.
+    if not os.path.isfile(source):
         raise fail("no such file", where=where, expected=expected, got=str(source))
     return source
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from rewarded_lines.errors import UserError, did_you_mean, fail
+from rewarded_lines.errors import did_you_mean, fail
 
 
 def looks_local(reference: str, root: Path = Path()) -> bool:
@@ -48,7 +48,7 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     source, separator, name = reference.rpartition(":")
     if not separator or not source or not name:
         raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
-    module = _import_file(local_path(source, root), where) if source.endswith(".py") else _import_module(source, where)
+    module = _imported(source, root, where)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -61,28 +61,23 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
-def _import_file(path: Path, where: str) -> ModuleType:
-    if not path.is_file():
-        raise fail("no such file", where=where, got=str(path), remedy="check the path")
-    name = "rewarded_lines_user_" + path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
+def _imported(source: str, root: Path, where: str) -> ModuleType:
+    file = local_path(source, root) if source.endswith(".py") else None
+    if file and not file.is_file():
+        raise fail("no such file", where=where, got=str(file), remedy="check the path")
+    try:
+        return _run(file) if file else importlib.import_module(source)
+    except Exception as error:  # noqa: BLE001 - a user's code may raise anything
+        got = f"{type(error).__name__}: {error}"
+        raise fail(f"importing {file or source} failed", where=where, got=got) from error
+
+
+def _run(file: Path) -> ModuleType:
+    name = "rewarded_lines_user_" + file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Pickling and dataclasses need the module registered before it runs.
     sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-        raise _import_failed(str(path), where, error) from error
+    spec.loader.exec_module(module)
     return module
-
-
-def _import_module(name: str, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - a user's module may raise anything
-        raise _import_failed(name, where, error) from error
-
-
-def _import_failed(source: str, where: str, error: Exception) -> UserError:
-    return fail(f"importing {source} failed", where=where, got=f"{type(error).__name__}: {error}")

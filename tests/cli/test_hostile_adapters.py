@@ -1,6 +1,6 @@
-"""Adapters that somebody damaged: refused with one message, or merged to exactly the sum of what they add.
+"""Damaged adapters are refused with one message, or merged to the exact sum of their residuals.
 
-What an adapter adds is worked out anew here, from what the `safetensors` library reads and from the JSON.
+The tests compute an adapter's residual anew, from the tensors that the `safetensors` library reads and the JSON.
 """
 
 import json

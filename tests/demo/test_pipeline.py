@@ -1,4 +1,4 @@
-"""The whole pipeline in miniature, through the command line: a corpus of one's own, recipes, sweep, report, merge.
+"""The whole pipeline in miniature, through the command line: a user's corpus, recipes, sweep, report, merge.
 
 The quick test runs the recipes in this process. The slow one starts them as users do; each imports torch and TRL.
 """
