@@ -19,6 +19,8 @@ HEAVY = {
 }  # fmt: skip
 LIGHT = {
     "rewarded_lines",
+    # `tensor_depth` and `families` only.
+    "rewarded_lines.checkpoints",
     "rewarded_lines.cli",
     "rewarded_lines.errors",
     # `sweep_options` only.
