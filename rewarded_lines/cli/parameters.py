@@ -72,8 +72,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 def as_option(field: Field[Any], kind: Any) -> Any:
     """Return the annotation of a command-line option for a field.
 
-    The field's metadata are arguments of `typer.Option`, and two more: `typed`, the type on the command line if it
-    differs, and `offers`, the words that shells offer or a function that returns them.
+    The field's metadata are arguments of `typer.Option`, and two more. `typed` is the type on the command line if it
+    differs. `offers` are the words that shells offer, or a function that returns them.
     """
     facts = dict(field.metadata)
     kind, words = facts.pop("typed", kind), facts.pop("offers", None)

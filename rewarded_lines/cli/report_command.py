@@ -45,12 +45,12 @@ def report(
     score of any point on each axis. Intervals are bootstrapped over
     prompts. An unfinished sweep is shown as far as it has points.
 
-    RUN/report receives summary.json, table.md, points.csv and figures:
-    front; kl (each reward over KL to SFT); forgetting (over the perplexity
-    of control texts); simplex (three policies); parallel (four rewards or
-    more); training (the recipes' logs); depth (with --depth). report.html
-    is an interactive front with every response and the merge commands; it
-    needs no network.
+    RUN/report receives summary.json, table.md, points.csv and figures.
+    The figures are front, kl (each reward over KL to SFT), forgetting (over
+    the perplexity of control texts) and training (the recipes' logs).
+    Three policies add simplex, four rewards parallel, and --depth depth.
+    report.html is an interactive front with every response and the merge
+    commands; it needs no network.
 
     \b
     rewarded-lines report runs/demo/sweep
