@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, as_option, engines, run_methods
@@ -56,5 +58,5 @@ def search(
         why = "the budget is spent" if one.reason == "points" else "no λ can gain more"
         line = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
         line += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
-        typer.echo(f"{line}; {why}: the next could add {one.potential:.2g} at most")
+        Console().print(Text(f"{line}; {why}: the next could add {one.potential:.2g} at most"))
     typer.echo(f"show them: rewarded-lines report {done.folder}")
