@@ -14,8 +14,8 @@ from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, load_run
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
-from rewarded_lines.pareto.choice import best_under, best_weighted, knee
-from rewarded_lines.pareto.interpolation import best_interpolated, interpolate
+from rewarded_lines.pareto.choice import Choice, best_candidate, knee
+from rewarded_lines.pareto.interpolation import InterpolatedChoice, best_interpolated, interpolate
 from rewarded_lines.references import located
 
 NOTE = (
@@ -30,11 +30,11 @@ class Chosen:
 
     Attributes:
         point: method, weights and schedule.
-        interpolated: whether it lies between evaluated λ, so that its scores are a guess.
-        scores: expected mean of every reward, audits too, with its interval over prompts.
-        meets: by reward with a minimum, the share of resamples of the prompts in which it is met.
-        rule: what was asked for, in words.
-        command: that makes the policy.
+        interpolated: whether λ lies between evaluated ones, so that the scores are a guess.
+        scores: the expected mean of every reward, audits too, with its interval over prompts.
+        meets: by reward with a minimum, the share of resamples that meet it.
+        rule: the constraints and the aim, in words.
+        command: makes the policy.
     """
 
     point: PointSpec
@@ -45,15 +45,21 @@ class Chosen:
     command: str
 
     def as_dict(self) -> dict[str, object]:
-        """Return the choice as JSON can hold it."""
-        scores = {name: vars(score) for name, score in self.scores.items()}
-        told = {"interpolated": self.interpolated, "scores": scores, "meets": self.meets, "rule": self.rule}
-        return {**self.point.as_dict(), **told, "command": self.command, "note": NOTE}
+        """Return the choice for JSON."""
+        return {
+            **self.point.as_dict(),
+            "interpolated": self.interpolated,
+            "scores": {name: vars(score) for name, score in self.scores.items()},
+            "meets": self.meets,
+            "rule": self.rule,
+            "command": self.command,
+            "note": NOTE,
+        }
 
 
 @dataclass(frozen=True)
 class _Wish:
-    """The arguments of `choose` that say what is asked for."""
+    """The constraints and the aim that `choose` was called with."""
 
     at_least: Mapping[str, float]
     maximize: str | None
@@ -76,22 +82,23 @@ def choose(
 ) -> Chosen:
     """Return the policy of a run that meets constraints best; pass one of `maximize`, `weights` and `knee`.
 
-    Audits do not count, and the SFT model is not a candidate. With two rewards and a minimum for one, the other is
-    maximized by default.
+    Audits do not count, and the SFT model is not a candidate. With two rewards and a minimum for
+    one, the other is maximized by default.
 
     Args:
         run: the run folder that `sweep` wrote.
         at_least: the least mean score by reward, in its unit.
-        maximize: the reward to be as high as can be.
+        maximize: the reward to maximize.
         weights: by reward; maximizes the weighted sum of standardized scores.
         knee: take the point of the front that gives up least of everything.
-        methods: that may be chosen; all by default.
-        interpolate: consider λ between evaluated ones, too, where scores are taken to be linear (two policies).
+        methods: to choose among; all by default.
+        interpolate: with two policies, also try λ between evaluated ones, where scores are
+            taken to be linear.
         level: of the intervals.
 
     Raises:
-        UserError: the folder is not a run, a reward or method is unknown, nothing or several things are asked for, or
-            no point meets every minimum; the message then names the nearest.
+        UserError: the folder is not a run, a reward or method is unknown, there is no aim or
+            more than one, or no point meets every minimum; the message then names the nearest.
     """
     read = load_run(run)
     wish = _checked(read, _Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
@@ -99,81 +106,63 @@ def choose(
 
 
 class _Chooser:
-    """The points of one run, and what is asked of them."""
+    """Chooses among the points of one run."""
 
     def __init__(self, run: Run, wish: _Wish, level: float) -> None:
         self._run, self._wish, self._level = run, wish, level
         self._table = tabulate([run])
-        # [1 + resamples, points, rewards]; row 0 is the data themselves.
+        # [1 + resamples, points, rewards]; row 0 is measured.
         self._all = self._table.means[..., : len(self._table.rewards)]
         # [points, objectives]
         self._means = self._all[0][:, self._table.objectives]
-        self._names = [self._table.rewards[index] for index in self._table.objectives]
-        sft = np.stack([run.sft.scores[name] for name in self._names], axis=1)
+        names = [self._table.rewards[index] for index in self._table.objectives]
+        sft = np.stack([run.sft.scores[name] for name in names], axis=1)
         spread = sft.std(axis=0)
-        self._centre, self._scale = sft.mean(axis=0), np.where(spread > 0, spread, 1.0)
-        self._minima = {self._names.index(name): bound for name, bound in wish.at_least.items()}
-        # The weight of each reward; 1 for one that is to be maximized.
-        given = wish.weights or {wish.maximize or "": 1.0}
-        self._slopes = [float(given.get(name, 0.0)) for name in self._names]
+        self._units = {"centre": sft.mean(axis=0), "scale": np.where(spread > 0, spread, 1.0)}
+        self._minima = {names.index(name): bound for name, bound in wish.at_least.items()}
+        # A single reward to maximize has the weight 1. For a knee, these find the nearest point.
+        given = wish.weights or {wish.maximize or names[0]: 1.0}
+        self._weights = [float(given.get(name, 0.0)) for name in names]
+        self._names = names
 
     def choose(self) -> Chosen:
         methods = self._table.methods()
-        groups = {name: rows for name, rows in methods.items() if name in (self._wish.methods or methods)}
-        rows = [row for group in groups.values() for row in group]
-        qualified = [row for row in rows if all(self._means[row, at] >= bound for at, bound in self._minima.items())]
-        best = qualified[self._best(self._means[qualified])] if qualified else None
-        between = self._between(groups, best) if self._wish.interpolate else None
-        if between is not None:
+        groups = [rows for name, rows in methods.items() if name in (self._wish.methods or methods)]
+        rows = np.concatenate(groups)
+        means = self._means[rows]
+        found = best_candidate(means, self._weights, self._minima, **self._units)
+        best = rows[found.index]
+        if found.qualifies and self._wish.knee:
+            meets = [(means[:, at] >= bound) for at, bound in self._minima.items()]
+            rows = rows[np.all(meets, axis=0)] if meets else rows
+            best = rows[knee(self._means[rows])]
+        if self._wish.interpolate and (between := self._between(groups, found)):
             return between
-        if best is None:
-            raise self._nothing(rows)
+        if not found.qualifies:
+            raise self._nothing(best, found.shortfalls)
         return self._chosen(self._spec(best), self._all[:, best], False)
 
-    def _best(self, means: np.ndarray) -> int:
-        if self._wish.knee:
-            return knee(means).index
-        if self._wish.weights:
-            return best_weighted(means, self._slopes, centre=self._centre, scale=self._scale).index
-        assert self._wish.maximize is not None
-        return best_under(means, self._minima, self._names.index(self._wish.maximize), scale=self._scale).index
-
-    def _between(self, groups: Mapping[str, list[int]], best: int | None) -> Chosen | None:
-        """Return the optimum of a method's piecewise linear curve, if it is better than the best evaluated point."""
-        found: list[tuple[float, str, float]] = []
-        for name, rows in groups.items():
-            specs = [self._spec(row) for row in rows]
-            if len(rows) < 2 or not self._steady(specs):
-                continue
-            lams = [spec.weights[0] for spec in specs]
-            optimum = best_interpolated(
-                lams, self._means[rows], self._slopes, self._minima, centre=self._centre, scale=self._scale
-            )
-            if optimum.qualifies:
-                found.append((optimum.value, name, optimum.lam))
+    def _between(self, groups: Sequence[list[int]], evaluated: Choice) -> Chosen | None:
+        """Return the optimum of the methods' curves, if it is better than the best evaluated point."""
+        found: list[tuple[InterpolatedChoice, list[int]]] = []
+        for rows in groups:
+            if len(rows) > 1 and _is_curve([self._spec(row) for row in rows]):
+                lams = [self._spec(row).weights[0] for row in rows]
+                optimum = best_interpolated(lams, self._means[rows], self._weights, self._minima, **self._units)
+                found += [(optimum, rows)] if optimum.qualifies else []
         if not found:
             return None
-        value, name, lam = max(found, key=lambda one: one[0])
-        rows = groups[name]
-        if best is not None and self._value(best) >= value - 1e-12:
+        best, rows = max(found, key=lambda one: one[0].value)
+        if evaluated.qualifies and evaluated.value >= best.value - 1e-12:
             return None
         lams = [self._spec(row).weights[0] for row in rows]
-        if lam in lams:
+        if best.lam in lams:
             # The evaluated point misses a minimum by rounding only.
-            evaluated = rows[lams.index(lam)]
-            return self._chosen(self._spec(evaluated), self._all[:, evaluated], False)
+            row = rows[lams.index(best.lam)]
+            return self._chosen(self._spec(row), self._all[:, row], False)
         first = self._spec(rows[0])
-        spec = replace(first, merge=replace(first.merge, weights=(lam, 1.0 - lam)))
-        return self._chosen(spec, interpolate(lams, self._all[:, rows], lam), True)
-
-    def _steady(self, specs: Sequence[PointSpec]) -> bool:
-        """Say whether a method has one schedule for every λ of two policies, so that it has points in between."""
-        first = specs[0].merge
-        alike = all(replace(spec.merge, weights=first.weights) == first for spec in specs)
-        return alike and all(len(spec.weights) == 2 and not spec.checkpoint for spec in specs)
-
-    def _value(self, row: int) -> float:
-        return float((np.array(self._slopes) * (self._means[row] - self._centre) / self._scale).sum())
+        spec = replace(first, merge=replace(first.merge, weights=(best.lam, 1.0 - best.lam)))
+        return self._chosen(spec, interpolate(lams, self._all[:, rows], best.lam), True)
 
     def _spec(self, row: int) -> PointSpec:
         return self._table.rows[row][0].spec
@@ -187,35 +176,40 @@ class _Chooser:
         }
         return Chosen(spec, interpolated, scores, meets, self._rule(), command_for(self._run, spec))
 
-    def _rule(self) -> str:
-        wish = self._wish
-        bounds = [f"{name} ≥ {bound:g}" for name, bound in wish.at_least.items()]
-        if wish.knee:
-            aim = "the knee of the front"
-        elif wish.weights:
-            aim = "most of " + " + ".join(f"{weight:g}·{name}" for name, weight in wish.weights.items())
-            aim += " (standardized)"
-        else:
-            aim = f"most {wish.maximize}"
-        return aim + (" with " + ", ".join(bounds) if bounds else "")
+    def _bounds(self) -> list[str]:
+        return [f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()]
 
-    def _nothing(self, rows: list[int]) -> UserError:
-        """Say that no point qualifies, and which comes nearest."""
-        choice = best_under(self._means[rows], self._minima, 0, scale=self._scale)
-        nearest = rows[choice.index]
-        reached = ", ".join(f"{self._names[at]} = {self._means[nearest, at]:.4g}" for at in choice.shortfalls)
+    def _rule(self) -> str:
+        aim = f"most {self._wish.maximize}"
+        if self._wish.knee:
+            aim = "the knee of the front"
+        elif self._wish.weights:
+            terms = (f"{weight:g}·{name}" for name, weight in self._wish.weights.items())
+            aim = f"most of {' + '.join(terms)} (standardized)"
+        return aim + (" with " + ", ".join(bounds) if (bounds := self._bounds()) else "")
+
+    def _nothing(self, nearest: int, shortfalls: Mapping[int, float]) -> UserError:
+        """Return the error that no point qualifies, with the nearest one."""
+        reached = ", ".join(f"{self._names[at]} = {self._means[nearest, at]:.4g}" for at in shortfalls)
         between = "" if self._wish.interpolate else "look between the points with --interpolate, "
         return fail(
             "no evaluated policy meets every minimum",
             where=str(self._run.folder),
-            expected=", ".join(f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()),
+            expected=", ".join(self._bounds()),
             got=f"the nearest is {self._spec(nearest)}, with {reached}",
             remedy=f"lower a minimum, {between}or add points with `search`",
         )
 
 
+def _is_curve(specs: Sequence[PointSpec]) -> bool:
+    """True if one schedule holds for every λ of two policies, so that λ in between exist."""
+    first = specs[0].merge
+    alike = all(replace(spec.merge, weights=first.weights) == first for spec in specs)
+    return alike and all(len(spec.weights) == 2 and not spec.checkpoint for spec in specs)
+
+
 def command_for(run: Run, spec: PointSpec) -> str:
-    """Return the command that makes a point's policy; for a model that is there already, where it lies."""
+    """Return the command that makes a point's policy, or a comment with the path of a model that exists."""
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
@@ -223,7 +217,7 @@ def command_for(run: Run, spec: PointSpec) -> str:
     policies = {name: located(policy["path"], run.folder) for name, policy in header["policies"].items()}
     how = {"layers": header["options"]["layers"]}
     if header["identity"]["engine"]["as"] == "whole models":
-        # What was evaluated: adapters folded into their base, in the type that the engine computes in.
+        # The sweep evaluated adapters folded into their base, in the engine's dtype.
         how |= {"as_": "full", "dtype": header["generation"]["dtype"]}
     return spec.merge.command(located(header["base"]["path"], run.folder), policies, "chosen", **how)
 
@@ -232,7 +226,7 @@ def _checked(run: Run, wish: _Wish) -> _Wish:
     """Return the wish with its default filled in.
 
     Raises:
-        UserError: unknown names, an audit, none or several things to look for, or numbers that make no sense.
+        UserError: unknown names, an audit, no aim or more than one, or unusable numbers.
     """
     _check_names(run, wish)
     aims = sum([wish.maximize is not None, bool(wish.weights), wish.knee])
@@ -252,10 +246,12 @@ def _checked(run: Run, wish: _Wish) -> _Wish:
 
 
 def _check_names(run: Run, wish: _Wish) -> None:
-    """Refuse rewards and methods that the run does not have, all of them at once."""
+    """Refuse unknown rewards and methods, all together."""
     problems = []
-    asked = [*wish.at_least, *(wish.weights or {}), *([] if wish.maximize is None else [wish.maximize])]
-    for name in dict.fromkeys(name for name in asked if name not in run.objectives):
+    asked = dict.fromkeys([*wish.at_least, *(wish.weights or {})])
+    if wish.maximize is not None:
+        asked[wish.maximize] = None
+    for name in (name for name in asked if name not in run.objectives):
         what, remedy = f"no reward `{name}`", did_you_mean(name, run.objectives)
         if name in run.rewards:
             what, remedy = f"`{name}` is an audit, which nothing is chosen by", "look at it in the answer"
@@ -271,7 +267,7 @@ def _check_names(run: Run, wish: _Wish) -> None:
 
 
 def _check_numbers(run: Run, wish: _Wish) -> None:
-    """Refuse minima and weights that are not usable numbers, and --interpolate where no λ lies between two points."""
+    """Refuse unusable minima and weights, and --interpolate without two policies or with --knee."""
     if wrong := [f"{name}={bound:g}" for name, bound in wish.at_least.items() if not np.isfinite(bound)]:
         raise fail("not a minimum", where="--at-least", expected="finite numbers", got=", ".join(wrong))
     weights = wish.weights or {}

@@ -1,4 +1,4 @@
-"""Points turned into records: what does it, and how it is done in this process with one engine and its rewards."""
+"""Evaluators make the records of points; this one does it in this process, with one engine and its rewards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.scorer import Scorer
 
-# Where weights are swapped, the SFT model returns after this many points or seconds. A kill loses what came since.
+# Where weights are swapped, the SFT model returns after this many points or seconds.
+# A killed run loses the points since then.
 _POINTS_A_SPELL = 16
 _SPELL_SECONDS = 20.0
 Keys = Mapping[PointSpec, str]
@@ -31,26 +32,20 @@ Result = TypeVar("Result")
 
 
 class Evaluator(Protocol):
-    """Makes records of points, in this process or on workers elsewhere."""
+    """Makes records of points, in this process or on workers."""
 
     @property
     def width(self) -> int:
         """How many points it works on at the same time."""
-        ...
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
         """Yield (key, point) for every key in `missing`, in any order.
 
-        Args:
-            setup: the project, with the prompts to answer.
-            keys: all points that belong together, in order.
-            missing: the keys whose records are wanted.
+        `keys` holds all points that belong together, in order; they decide the batches.
         """
-        ...
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds spent so far on each kind of work."""
-        ...
 
 
 class LocalEvaluator:
@@ -59,18 +54,13 @@ class LocalEvaluator:
     width = 1
 
     def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
-        """Load nothing yet: engine and reward models are loaded when the first point needs them.
+        """Load nothing yet: the first point loads the engine and the reward models.
 
-        Args:
-            setup: the project.
-            folder: the run's; responses wait there for their scores, and scores are kept.
-            also: further prompts that the engine must have room for.
-            progress: is told of the steps.
+        `folder` keeps drafts, which are responses without scores, and the cache of scores. The engine
+        has room for the prompts `also`, too.
         """
-        self._setup = setup
-        self._progress = progress
-        self._folder = folder
-        self._also = also
+        self._setup, self._folder = setup, folder
+        self._also, self._progress = also, progress
         self._clock = {"engine": 0.0, "generate": 0.0}
 
     def close(self) -> None:
@@ -80,11 +70,7 @@ class LocalEvaluator:
                 getattr(self, name).close()
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
-        """See `Evaluator.evaluate`.
-
-        The batches are the same whatever is missing, so a run that was killed ends with the same records as one that
-        was not.
-        """
+        """Yield the missing points; batches do not depend on what is missing, so resumed runs are equal."""
         wanted = set(missing)
         specs = list({key: spec for spec, key in keys.items()}.items())
         together = self._generator.at_once
@@ -96,7 +82,7 @@ class LocalEvaluator:
             give_back_memory()
 
     def seconds(self) -> dict[str, float]:
-        """Return seconds of building the engine, generating, swapping and scoring."""
+        """Return the seconds of building the engine, generating, swapping and scoring."""
         built = "_generator" in self.__dict__
         scored = self._scorer.seconds if "_scorer" in self.__dict__ else 0.0
         swap = self._generator.swap_seconds if built else 0.0
@@ -114,7 +100,7 @@ class LocalEvaluator:
     def _batches(
         self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str], size: int
     ) -> Iterator[dict[str, Point]]:
-        """Yield drafts of points whose models share a batch: if one of a batch is missing, all are generated again."""
+        """Yield drafts of points that share a batch; one that is missing makes the whole batch again."""
         for start in range(0, len(specs), size):
             batch = specs[start : start + size]
             todo = [key for key, _ in batch if key in wanted]
@@ -127,7 +113,7 @@ class LocalEvaluator:
                     (key, spec, responses, self._control(setup, model) if key in todo else None)
                     for (key, spec), responses, model in zip(batch, answers, models, strict=True)
                 ]
-                # All of them take part in the KL, too: the other sequences of a batch change a score's last bits.
+                # The KL needs the whole batch, too: its other sequences change the last bits.
                 points = self._points(setup, made)
                 drafts = {key: self._kept(key, points[key]) for key in todo}
             if drafts:
@@ -136,18 +122,15 @@ class LocalEvaluator:
     def _spells(
         self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str]
     ) -> Iterator[dict[str, Point]]:
-        """Yield drafts of points whose weights are swapped in one after the other, so that none depends on others.
-
-        The SFT model, which gives the responses' base probabilities, is swapped in after several points at once.
-        """
+        """Yield drafts of points swapped in one by one, then the SFT model once for the KL of several."""
         todo = [(key, spec) for key, spec in specs if key in wanted]
         while todo:
             began = time.perf_counter()
             waiting: list[Made] = []
             drafts: dict[str, Point] = {}
-            while (
-                todo and len(waiting) + len(drafts) < _POINTS_A_SPELL and time.perf_counter() - began < _SPELL_SECONDS
-            ):
+            while todo and len(waiting) + len(drafts) < _POINTS_A_SPELL:
+                if time.perf_counter() - began >= _SPELL_SECONDS:
+                    break
                 key, spec = todo.pop(0)
                 if draft := whole_point(draft_path(self._folder, key)):
                     drafts[key] = draft
@@ -163,12 +146,12 @@ class LocalEvaluator:
         return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
 
     def _kept(self, key: str, draft: Point) -> Point:
-        """Write a point that has no scores yet to the disk, in case scoring takes long, and return it."""
+        """Write a draft, since scoring may take long, and return it."""
         write_point(draft_path(self._folder, key), draft)
         return draft
 
     def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
-        """Return each control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]."""
+        """Return each control text's negative log-likelihood in nats and its predicted tokens, [texts, 2]."""
         if not setup.control:
             return None
         windows = setup.control_windows(self._generator.encode(setup.control_texts))
@@ -180,7 +163,7 @@ class LocalEvaluator:
         return sums
 
     def _log_ratios(self, setup: Setup, made: Sequence[Made]) -> list[np.ndarray]:
-        """Return log π(y|x) − log π_SFT(y|x) of every response of some points, which the SFT model scores together."""
+        """Return log π(y|x) − log π_SFT(y|x) of every response; the SFT model scores all points together."""
         heads = [head for head in self._generator.encode(setup.prompts) for _ in range(setup.generation.n)]
         is_base = [spec.model(setup.checkpoints) is None for _, spec, _, _ in made]
         pairs = [
@@ -200,7 +183,7 @@ class LocalEvaluator:
         return ratios
 
     def _points(self, setup: Setup, made: Sequence[Made]) -> dict[str, Point]:
-        """Return points without scores, by key."""
+        """Return drafts by key."""
         count, samples = len(setup.prompts), setup.generation.n
         index = np.repeat(np.arange(count), samples)
         texts = [prompt_text(prompt) for prompt in setup.prompts]
@@ -222,7 +205,7 @@ class LocalEvaluator:
         }
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
-        """Yield points with their scores; the responses of all are scored in one call, which fills batches better."""
+        """Yield the points with scores; one call scores the responses of all, which fills batches better."""
         prompts = [setup.prompts[index] for draft in drafts.values() for index in draft.prompt_index]
         responses = [response for draft in drafts.values() for response in draft.judged]
         scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}

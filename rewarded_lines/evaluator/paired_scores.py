@@ -1,4 +1,4 @@
-"""The records of one or more runs as arrays, paired prompt by prompt, and their resamples. Touches no files."""
+"""The records of one or more runs as arrays, paired prompt by prompt, and their resamples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Table:
     """The records of one or more runs as arrays, and their resamples.
 
     Attributes:
-        rows: the points that every run has, the SFT model's first; for each the record of every run.
+        rows: the points that every run has, the SFT model's first; each with one record per run.
         rewards: names, in the order of the columns.
         objectives: the columns that make the front.
         samples: means of the rewards, then KL and words.
@@ -35,7 +35,7 @@ class Table:
 
     @property
     def means(self) -> np.ndarray:
-        """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is the data themselves."""
+        """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is measured."""
         return run_average(self.samples.means, self.samples.drawn)
 
     def methods(self) -> dict[str, list[int]]:
@@ -48,15 +48,11 @@ class Table:
 
 
 def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
-    """Return the records of runs as arrays.
-
-    Args:
-        runs: of one project; more than one differ in the policies' training seed.
-        seed: of the bootstrap.
+    """Return the records of runs, which differ in the policies' training seed, as arrays.
 
     Raises:
-        UserError: runs of different projects or without a common point, or points that cannot be compared, with other
-            prompts or scores that are not finite.
+        UserError: runs of different projects or without a common point, records with other
+            prompts, or scores that are not finite.
     """
     rewards = list(runs[0].rewards)
     rows = _common_points(runs)
@@ -72,7 +68,7 @@ def resamples_of(run: Run) -> int:
 
 
 def control_sets(run: Run) -> dict[str, int]:
-    """Return how many control texts a run has of each set; older runs have one without a name."""
+    """Return the number of control texts in each set; older runs have one set without a name."""
     told = (run.header.get("control") or {}).get("texts", 0 if run.sft.control is None else len(run.sft.control))
     return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
 
@@ -83,10 +79,7 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
-    """Return the point's numbers for each prompt, [prompts, rewards + 2]: its scores, then KL and words.
-
-    Several responses to a prompt are averaged, since the bootstrap resamples prompts.
-    """
+    """Return each prompt's mean scores, KL and words, [prompts, rewards + 2]: the bootstrap resamples prompts."""
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
     values = np.stack(columns, axis=1).astype(np.float64)
     prompts = len(np.unique(point.prompt_index))
@@ -94,7 +87,7 @@ def _measures(point: Point, rewards: list[str]) -> np.ndarray:
 
 
 def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
-    """Return the points that every run has, the SFT model's first, then method by method in the order of λ."""
+    """Return the points that every run has: the SFT model's, then each method's in the order of λ."""
     _check_runs(runs)
     ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
     by_place = [{_place(point.spec): point for point in points} for points in ordered]
@@ -105,7 +98,7 @@ def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
 
 
 def _check_runs(runs: Sequence[Run]) -> None:
-    """Refuse the same run twice, and runs with different rewards, policies, prompts or control texts."""
+    """Refuse a run named twice, and runs with different rewards, policies, prompts or control texts."""
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
     first, *others = (_facts(run) for run in runs)
@@ -121,7 +114,7 @@ def _check_runs(runs: Sequence[Run]) -> None:
 
 
 def _facts(run: Run) -> dict[str, list[str]]:
-    """Return what runs that are averaged have in common."""
+    """Return what averaged runs must have in common."""
     roles = {name: "" if name in run.objectives else " (audit)" for name in run.rewards}
     return {
         "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
@@ -136,12 +129,12 @@ def _folders(runs: Sequence[Run]) -> str:
 
 
 def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
-    """Return what identifies a point in every run; a matched or tuned schedule may differ between runs."""
+    """Return what identifies a point in every run; a matched or tuned schedule may differ."""
     return spec.method, spec.weights, spec.checkpoint
 
 
 def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
-    """Refuse records that cannot be compared, naming every one of them."""
+    """Refuse records that cannot be compared, all together."""
     faults = [(point, fault) for point in points for fault in _faults(point, points[0].prompts, rewards)]
     if faults:
         remedy = "delete its file in points/ and run the sweep again"
@@ -149,7 +142,7 @@ def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
 
 
 def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
-    """Return why a point cannot be compared; nothing for a whole record of these prompts."""
+    """Return why a point cannot be compared; empty for a whole record of these prompts."""
     faults = [] if point.prompts == prompts else ["was not asked the same prompts as the SFT model"]
     if missing := [name for name in rewards if name not in point.scores]:
         return [*faults, f"has no score for {', '.join(missing)}"]

@@ -1,4 +1,4 @@
-"""The points of a sweep: the merge that each method makes at each λ, and the hash that names a point's records."""
+"""The points of a sweep: the merge of each method at each λ, and the hash that names a point's records."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import blake3
+import numpy as np
 
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.base import Model
@@ -23,13 +24,13 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True)
 class PointSpec:
-    """What a point of a sweep is.
+    """A point of a sweep.
 
     Attributes:
-        method: the curve that it belongs to, by its name in the run; `sft` is the SFT model's own.
-        merge: its numbers; without weights for a model that is not merged.
-        checkpoint: the name of a policy (which has weights, too) or baseline that stands for itself.
-        edit: whether a single policy is edited: the curve goes along α.
+        method: the curve that it belongs to, by its name in the run; `sft` for the SFT model.
+        merge: weights and schedule; without weights for a model that is not merged.
+        checkpoint: the name of the policy (which has weights, too) or baseline evaluated as it is.
+        edit: a single policy is edited, and the curve goes along α.
     """
 
     method: str
@@ -39,7 +40,7 @@ class PointSpec:
 
     @property
     def weights(self) -> Weights:
-        """Where the point stands on its curve: the weights of the policies, or α where a single policy is edited."""
+        """The weights of the policies, or α where a single policy is edited."""
         return (self.merge.alpha,) if self.edit else self.merge.weights
 
     @property
@@ -54,7 +55,7 @@ class PointSpec:
         return f"{self.method} λ={','.join(f'{w:g}' for w in self.weights)}" if self.weights else self.method
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the point as JSON can hold it."""
+        """Return the point for JSON."""
         merge = self.merge
         return {
             "method": self.method,
@@ -69,23 +70,17 @@ class PointSpec:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSpec:
-        """Return the point that `as_dict` described."""
+        """Return the point that `as_dict` described; a TypeError for unknown keys."""
         edit, weights = content.get("edit", False), tuple(content["weights"])
-        merge = MergeSpec(
-            (1.0,) if edit else weights,
-            content["alpha"],
-            content["beta"],
-            content["merge"],
-            dict(content["options"]),
-        )
-        return cls(content["method"], merge, content.get("checkpoint", ""), edit)
+        numbers = content["alpha"], content["beta"], content["merge"], dict(content["options"])
+        merge = MergeSpec((1.0,) if edit else weights, *numbers)
+        spec = cls(content["method"], merge, content.get("checkpoint", ""), edit)
+        if unknown := content.keys() - spec.as_dict().keys():
+            raise TypeError(f"a point has no {', '.join(sorted(unknown))}")
+        return spec
 
     def model(self, checkpoints: Sequence[str]) -> Model:
-        """Return who answers at this point.
-
-        Args:
-            checkpoints: the names of the engine's plan, policies first, then baselines.
-        """
+        """Return the model to generate with; `checkpoints` are the plan's, policies first, then baselines."""
         if self.method == SFT:
             return None
         if self.checkpoint and not self.weights:
@@ -98,52 +93,40 @@ class Methods:
     """The methods of a project; each gives its points at any weights."""
 
     def __init__(self, project: Project, plan: Plan) -> None:
-        """Read the methods and check them against policies and baselines.
-
-        Args:
-            project: with its `sweep:` section.
-            plan: policies, then baselines.
-
-        Raises:
-            UserError: unknown or impossible methods; all of them at once.
-        """
-        self._plan = plan
+        """Check the methods in `sweep:`; one UserError names all that are unknown or impossible."""
+        self._plan, self._where = plan, project.where
         self._policies = list(project.config.policies)
-        self._checkpoints = {*project.config.policies, *project.config.baselines}
-        self._where = project.where
-        self.specs = self._named(project.config.sweep, list(project.config.baselines))
+        self._baselines = list(project.config.baselines)
+        self.specs = self._named(project.config.sweep)
         problems: list[Problem] = []
         for name, spec in self.specs.items():
             try:
-                self._check(name, spec, list(project.config.baselines))
+                if spec is not None:
+                    self._check(self._where("sweep", "methods", name), spec)
             except UserError as error:
                 problems += error.problems
         if problems:
             raise UserError(problems)
 
     def points(self, count: int) -> list[PointSpec]:
-        """Return what a sweep evaluates, in order: the SFT model, then each method over its grid of weights.
-
-        Args:
-            count: λ on each edge of the simplex.
-        """
-        grids = {name: self.grid(name, count) for name in self.specs}
-        return [PointSpec(SFT), *(point for grid in grids.values() for point in grid)]
+        """Return the SFT model, then each method's points, with `count` λ on each edge of the simplex."""
+        return [PointSpec(SFT), *(point for name in self.specs for point in self.grid(name, count))]
 
     def grid(self, name: str, count: int) -> list[PointSpec]:
         """Return one method's points."""
         spec = self.specs[name]
         if spec is None:
+            alone = np.eye(len(self._policies)).tolist()
             return [
-                PointSpec(name, MergeSpec(tuple(float(one == policy) for one in self._policies), 1.0, 0.0), policy)
-                for policy in self._policies
+                PointSpec(name, MergeSpec(tuple(weights), 1.0, 0.0), policy)
+                for policy, weights in zip(self._policies, alone, strict=True)
             ]
         if spec.checkpoints:
             return [PointSpec(name, checkpoint=checkpoint) for checkpoint in spec.checkpoints]
         return [self.at(name, weights) for weights in self._weights(spec, count)]
 
     def at(self, name: str, weights: Weights) -> PointSpec:
-        """Return one method's point at some weights; a matched method's α is worked out for them."""
+        """Return one method's point at some weights; for a matched method, with the matched α."""
         spec = self.specs[name]
         assert spec is not None and not spec.checkpoints
         if spec.edit:
@@ -156,11 +139,11 @@ class Methods:
         return PointSpec(name, MergeSpec(weights, alpha, 0.0))
 
     def declares(self, spec: PointSpec) -> bool:
-        """Say whether a point is still what its method makes at its weights.
+        """True if the project still defines this point this way.
 
-        True for a point whose method the project does not list; False if the project no longer names its model.
+        Also true for methods that it does not list; false for a checkpoint that it no longer names.
         """
-        if spec.checkpoint and spec.checkpoint not in self._checkpoints:
+        if spec.checkpoint and spec.checkpoint not in self._policies + self._baselines:
             return False
         if spec.method not in self.specs:
             return True
@@ -169,15 +152,15 @@ class Methods:
         return bool(spec.weights) and not spec.checkpoint and spec == self.at(spec.method, spec.weights)
 
     def merged(self, name: str) -> bool:
-        """Say whether a method's points are merges over a grid of weights, so that more of them can be made."""
+        """True if a method's points are merges over a grid of weights, so that a search can add points."""
         spec = self.specs[name]
         return spec is not None and not spec.checkpoints and METHODS[spec.merge].weights != "none"
 
-    def _named(self, sweep: SweepSpec, baselines: list[str]) -> dict[str, MethodSpec | None]:
+    def _named(self, sweep: SweepSpec) -> dict[str, MethodSpec | None]:
         """Return the methods with presets filled in; baselines that no method names become one."""
         found = {name: spec if spec or name == POLICIES else self._preset(name) for name, spec in sweep.methods.items()}
         taken = {name for spec in found.values() if spec for name in spec.checkpoints}
-        if left := [name for name in baselines if name not in taken]:
+        if left := [name for name in self._baselines if name not in taken]:
             found[BASELINES] = MethodSpec(checkpoints=tuple(left))
         return found
 
@@ -194,12 +177,10 @@ class Methods:
             remedy=did_you_mean(name, known),
         )
 
-    def _check(self, name: str, spec: MethodSpec | None, baselines: list[str]) -> None:
-        where = self._where("sweep", "methods", name)
-        if spec is None:
-            return
-        if unknown := [one for one in spec.checkpoints if one not in baselines]:
-            expected = "names of `baselines:`" + (f" ({', '.join(baselines)})" if baselines else ", which has none")
+    def _check(self, where: str, spec: MethodSpec) -> None:
+        if unknown := [one for one in spec.checkpoints if one not in self._baselines]:
+            known = f" ({', '.join(self._baselines)})" if self._baselines else ", which has none"
+            expected = f"names of `baselines:`{known}"
             raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
         if not spec.checkpoints:
             check_merge(where, spec.merge, spec.options, len(self._policies))
@@ -215,7 +196,7 @@ class Methods:
         other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
         if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
-        # An unknown merge method is refused with the method that names it.
+        # The method that names an unknown merge method is refused elsewhere.
         if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
             raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
 
@@ -229,11 +210,7 @@ class Methods:
 
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:
-    """Check a merge method.
-
-    Raises:
-        UserError: the method does not exist, or its options or the number of policies do not fit it.
-    """
+    """Raise a UserError at `where` if the method, its options or the number of policies do not fit."""
     try:
         MergeSpec((), method=merge, options=options).complete(policies)
     except UserError as error:
@@ -243,7 +220,7 @@ def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], poli
 
 
 def needs_whole_models(project: Project) -> bool:
-    """Say whether a method is not linear in the policies' residuals, so that adapters must be folded into the base."""
+    """True if a method is not linear in the residuals, so that adapters must be folded into the base."""
     specs = [spec or PRESETS.get(name) or MethodSpec(merge=name) for name, spec in project.config.sweep.methods.items()]
     merges = [spec.merge for spec in specs if not spec.checkpoints]
     if project.config.sweep.tune:
@@ -254,10 +231,10 @@ def needs_whole_models(project: Project) -> bool:
 def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:
     """Return the name of a point's records: the BLAKE3 hash, 16 hex digits, of all that determines them.
 
-    A method's name is no part of it: two methods that come to the same merge share its records.
+    Two methods with the same merge share its records, since the method's name is not hashed.
 
     Args:
-        shared: what all points of a run have in common.
+        shared: the identity that all points of a run share.
         spec: the point.
         hashes: of the weights of policies and baselines, by name.
     """

@@ -1,4 +1,4 @@
-"""Points shared out over Ray workers. Each has its own engine and rewards; only this process writes the records."""
+"""Points shared out over Ray workers, each with its own engine; only this process writes the records."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 
 LOCAL = "local"
-# A point that has killed so many workers would kill the next one too.
+# A point that has killed this many workers would kill the next one, too.
 _MOST_DEATHS = 3
 _CONNECT_SECONDS = 10
 
 
 class Worker:
-    """Runs in a Ray actor: evaluates points with an engine that is built when the first point comes."""
+    """Evaluates points in a Ray actor; the first point builds the engine."""
 
     def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt]) -> None:
         """Keep the project, whose paths must exist on every machine of the cluster."""
@@ -61,7 +61,7 @@ class Worker:
 
 @dataclass
 class _Hand:
-    """A worker as this process sees it: its actor, and the seconds that it has reported."""
+    """A worker's actor, and the seconds that it has reported."""
 
     actor: Any
     seconds: dict[str, float] = field(default_factory=dict)
@@ -71,12 +71,7 @@ class RayEvaluator:
     """Makes points on the workers of a Ray cluster."""
 
     def __init__(self, setup: Setup, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
-        """Join the cluster and start the workers.
-
-        Args:
-            setup: the project, with the options `ray` and `workers`.
-            also: further prompts that engines must have room for.
-            progress: is told of the steps.
+        """Join the cluster and start the workers; engines have room for the prompts `also`, too.
 
         Raises:
             UserError: Ray is not installed, or no cluster answers.
@@ -90,7 +85,7 @@ class RayEvaluator:
         resources, parallel = ray.cluster_resources(), setup.options.tensor_parallel
         gpus = int(resources.get("GPU", 0)) // parallel
         machines = sum(name.startswith("node:") and "head" not in name for name in resources)
-        # By default one worker for each `parallel` GPUs, without GPUs one for each machine.
+        # By default one worker for each `parallel` GPUs, or without GPUs for each machine.
         count = setup.options.workers or gpus or max(1, machines)
         cpus = max(1, int(resources.get("CPU", 1)) // count)
         share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
@@ -98,7 +93,7 @@ class RayEvaluator:
         self._hands = [self._hire() for _ in range(count)]
 
     def close(self) -> None:
-        """Stop the workers and leave the cluster; a cluster that was started here ends."""
+        """Stop the workers and leave the cluster; a cluster started here ends."""
         import ray
 
         with suppress(Exception):
@@ -118,7 +113,7 @@ class RayEvaluator:
         return [int(ray.get(hand.actor.process.remote())) for hand in self._hands]
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
-        """See `Evaluator.evaluate`: each worker has one point at a time; if it dies, another worker gets the point."""
+        """Give each worker one point at a time; if it dies, another worker gets the point."""
         import ray
 
         specs = {key: spec for spec, key in reversed(list(keys.items()))}
@@ -160,16 +155,12 @@ class RayEvaluator:
         return _Hand(self._kind.remote(project, self._setup.options, self._also))
 
     def _replace(self, hand: _Hand, point: str, deaths: int) -> None:
-        """Put a new worker in the place of one that died.
-
-        Raises:
-            UserError: the point has killed too many workers.
-        """
+        """Replace a dead worker; a UserError if its point has killed too many."""
         if deaths >= _MOST_DEATHS:
             raise fail(
                 f"{deaths} workers died over the same point",
                 where=f"--ray {self._setup.options.ray}, {point}",
-                remedy="look at Ray's logs; for want of memory, give each worker more or lower the batch",
+                remedy="look at Ray's logs; if memory ran out, give each worker more or lower the batch",
             )
         self._past.append(hand.seconds)
         self._hands.remove(hand)
@@ -180,7 +171,7 @@ def _join(address: str) -> None:
     if find_spec("ray") is None:
         raise fail("Ray is not installed", where="--ray", remedy="pip install 'rewarded-lines[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A worker that asks for no GPU still sees those there are, as a later Ray will do by default.
+    # A worker without a GPU request still sees the machine's GPUs, as in later versions of Ray.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -202,7 +193,7 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Connect to the cluster's port and disconnect: if nobody answers, Ray would end this process without a message.
+    """Connect to the cluster's port once: without an answer, Ray would exit without a message.
 
     Raises:
         OSError: nobody answers.

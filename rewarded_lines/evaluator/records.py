@@ -1,8 +1,8 @@
-"""A run folder on disk: `run.json` and one Parquet file for each evaluated point, all written atomically.
+"""A run folder on disk: `run.json` and one Parquet file for each evaluated point, written atomically.
 
-A row is one response: its prompt, the unrounded score of every reward, and the log-probability ratio to the SFT model.
-The file's metadata holds the point's schedule, weights and merge method, its sums over the control texts, and a
-checksum of the whole. `run.json` says which method each point belongs to.
+A row is one response: its prompt, every reward's unrounded score, the log-probability ratio to
+the SFT model. The metadata holds the point, its sums over the control texts, and a checksum of
+the whole. `run.json` lists the points and their methods.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from rewarded_lines.folders import atomic_file
 
 RUN_FILE = "run.json"
 FORMAT = 2
-"""Raise it whenever a record's meaning changes, so that old points are not mistaken for new ones."""
+"""Raise it whenever a record's meaning changes, so that old points are made again."""
 _METADATA = b"rewarded_lines"
 _SCORE = "score."
-# Columns of a file, each with the attribute of `Point` that it fills.
+# Column → attribute of `Point`.
 _ARRAYS = {"prompt_index": "prompt_index", "seed": "seeds", "tokens": "tokens", "ended": "ended", "kl": "kl"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluated point: every array has one entry for each response, those to one prompt next to each other.
+    """An evaluated point; arrays have one entry per response, those to one prompt adjacent.
 
-    `kl` is the log-probability ratio of the response, log π(y|x) − log π_SFT(y|x) in nats, at temperature 1: the k1
-    estimator of KL(π‖π_SFT), unbiased when responses were sampled at temperature 1 and top_p 1. `control` holds each
-    control text's negative log-likelihood in nats and its number of predicted tokens, [texts, 2]. `seen` holds the
-    part of each response that rewards see, if the project strips responses.
+    Attributes:
+        kl: log π(y|x) − log π_SFT(y|x) of the response, in nats, at temperature 1: the k1
+            estimator of KL(π‖π_SFT), unbiased if sampled at temperature 1 and top_p 1.
+        control: each control text's negative log-likelihood in nats and its number of
+            predicted tokens, [texts, 2].
+        seen: the part of each response that rewards see, if the project strips responses.
     """
 
     spec: PointSpec
@@ -61,7 +63,7 @@ class Point:
 
     @property
     def words(self) -> np.ndarray:
-        """Length of each response in words (separated by white space)."""
+        """Words in each response, separated by white space."""
         return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
 
     def means(self, rewards: Sequence[str]) -> list[float]:
@@ -71,7 +73,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that has been read: its `run.json` and its points in the order of the sweep."""
+    """A run folder in memory: its `run.json` and its points in the order of the sweep."""
 
     folder: Path
     header: Mapping[str, Any]
@@ -79,12 +81,12 @@ class Run:
 
     @property
     def rewards(self) -> dict[str, str]:
-        """The rewards in the order declared, each with its unit ("" when none was declared)."""
+        """Each reward's unit, or "", in the order declared."""
         return {name: spec.get("unit", "") for name, spec in self.header["rewards"].items()}
 
     @property
     def objectives(self) -> list[str]:
-        """The rewards that policies are judged by: all but those of the role `audit`."""
+        """The rewards that policies are judged by: all but audits."""
         rewards = self.header["rewards"]
         return [name for name, spec in rewards.items() if spec.get("role", "objective") != "audit"]
 
@@ -94,12 +96,12 @@ class Run:
         return next(point for point in self.points if point.spec.method == SFT)
 
     def methods(self) -> dict[str, list[Point]]:
-        """Return the points by method, ordered by λ of the first policy, without the SFT model's."""
-        names = dict.fromkeys(point.spec.method for point in self.points if point.spec.method != SFT)
-        return {
-            name: sorted((p for p in self.points if p.spec.method == name), key=lambda p: p.spec.weights)
-            for name in names
-        }
+        """Return the points by method, ordered by weights, without the SFT model's."""
+        found: dict[str, list[Point]] = {}
+        for point in self.points:
+            if point.spec.method != SFT:
+                found.setdefault(point.spec.method, []).append(point)
+        return {name: sorted(points, key=lambda point: point.spec.weights) for name, points in found.items()}
 
 
 def write_point(path: Path, point: Point) -> None:
@@ -131,39 +133,35 @@ def write_point(path: Path, point: Point) -> None:
 
 
 def read_point(path: Path) -> Point:
-    """Return the point in one file of a run, without a method's name, since several methods may share it.
+    """Return the point in one file, without a method's name, since several methods may share it.
 
     Raises:
-        UserError: the file is not a whole Parquet file of ours, or its content is not what was written.
+        UserError: the file is damaged or is not one of ours.
     """
     try:
         table = pq.read_table(path)
         content = json.loads(table.schema.metadata[_METADATA])
-        checksum = content.pop("checksum")
-        whole = checksum == _checksum(table, content)
+        if content.pop("checksum") != _checksum(table, content):
+            raise ValueError("its checksum does not fit")
         spec = PointSpec.from_dict(content["point"])
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-    if not whole:
-        raise _damaged(path, "its checksum does not fit")
-    control = content["control"]
+        remedy = "run the sweep again; it is made anew"
+        raise fail("not a whole point record", where=str(path), got=str(error), remedy=remedy) from error
+    control, columns = content["control"], table.column_names
+    scores = [name for name in columns if name.startswith(_SCORE)]
     return Point(
         spec=spec,
         prompts=table.column("prompt").to_pylist(),
         responses=table.column("response").to_pylist(),
         **{field: table.column(name).to_numpy() for name, field in _ARRAYS.items()},
-        scores={
-            name.removeprefix(_SCORE): table.column(name).to_numpy()
-            for name in table.column_names
-            if name.startswith(_SCORE)
-        },
+        scores={name.removeprefix(_SCORE): table.column(name).to_numpy() for name in scores},
         control=None if control is None else np.array(control, dtype=np.float64).reshape(-1, 2),
-        seen=table.column("seen").to_pylist() if "seen" in table.column_names else None,
+        seen=table.column("seen").to_pylist() if "seen" in columns else None,
     )
 
 
 def whole_point(path: Path) -> Point | None:
-    """Return the point in a file, or None where there is none; a damaged file is removed."""
+    """Return the point in a file, or None if there is none; a damaged file is removed."""
     if not path.is_file():
         return None
     try:
@@ -181,39 +179,30 @@ def _checksum(table: pa.Table, content: Mapping[str, Any]) -> str:
     return str(digest.hexdigest())
 
 
-def _damaged(path: Path, why: str) -> UserError:
-    return fail("not a whole point record", where=str(path), got=why, remedy="run the sweep again; it is made anew")
-
-
 def point_path(folder: Path, key: str) -> Path:
-    """Return where the point named `key` is kept."""
+    """Return the path of a point's records."""
     return folder / "points" / f"{key}.parquet"
 
 
 def draft_path(folder: Path, key: str) -> Path:
-    """Return where the responses of a point wait for their scores."""
+    """Return the path of a point's responses until they have scores."""
     return folder / "drafts" / f"{key}.parquet"
 
 
 def point_entries(specs: Iterable[tuple[PointSpec, str]]) -> list[dict[str, Any]]:
-    """Return the list of points as `run.json` holds it."""
+    """Return the list of points for `run.json`."""
     return [{**spec.as_dict(), "key": key} for spec, key in specs]
 
 
 def listed_points(header: Mapping[str, Any]) -> list[tuple[PointSpec, str]]:
-    """Return the points that a run lists, each with its key."""
-    return [
-        (PointSpec.from_dict({name: value for name, value in entry.items() if name != "key"}), entry["key"])
-        for entry in header["points"]
-    ]
+    """Return the points in `run.json` with their keys."""
+    entries = [dict(entry) for entry in header["points"]]
+    keys = [entry.pop("key") for entry in entries]
+    return list(zip(map(PointSpec.from_dict, entries), keys, strict=True))
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Return a run's `run.json`.
-
-    Raises:
-        UserError: there is none, or one of another version of this format.
-    """
+    """Return a run's `run.json`; a UserError if there is none, or one of another format."""
     path = folder / RUN_FILE
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -233,10 +222,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Read a finished or unfinished run; `run.json` lists the points that belong to it.
+    """Read a run, finished or not, with the points that its `run.json` lists.
 
     Raises:
-        UserError: the folder is not a run, a record is damaged, or none of its points has been evaluated yet.
+        UserError: the folder is not a run, a record is damaged, or fewer than two points exist.
     """
     folder = Path(folder)
     header = read_header(folder)
@@ -244,7 +233,7 @@ def load_run(folder: Path | str) -> Run:
     points = []
     for spec, key in listed_points(header):
         path = point_path(folder, key)
-        # Points of several methods may share one file.
+        # Methods may share a file.
         if key not in read and path.is_file():
             read[key] = read_point(path)
         if key in read:

@@ -1,4 +1,4 @@
-"""A run folder in use: one process holds it for one configuration and fills it with the points that are missing."""
+"""A run folder in use: one process holds it for one configuration and makes the missing points."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import relative
 
-_OURS = ("points", "drafts", "report", RUN_FILE)
 _SHOWN = 12
 
 
@@ -39,33 +38,21 @@ class RunFolder:
     """A run folder that this process holds."""
 
     def __init__(self, folder: Path, setup: Setup, progress: Progress = SILENT) -> None:
-        """Bind the folder; see `open_run`.
-
-        `before` is what its `run.json` said when it was opened, `evaluated` how many points have been made since.
-        """
-        self.folder = folder
-        self.setup = setup
-        self.before: dict[str, Any] = {}
-        self.progress = progress
+        """Bind the folder, see `open_run`; `before` is its `run.json` when it was opened."""
+        self.folder, self.setup, self.progress = folder, setup, progress
+        self.before = read_header(folder) if (folder / RUN_FILE).exists() else {}
         self._read: dict[str, Point] = {}
         self._counted: set[str] = set()
-        self._expected = 0
+        self._expected = self._evaluated = 0
         self._started = time.perf_counter()
-        self.evaluated = 0
 
     def expect(self, count: int) -> None:
-        """Say how many points there will be in all, those of searches included, so that the time left can be told."""
+        """Set how many points there will be in all, searches included, for the time left."""
         self._expected = count
         self.progress.expect(max(len(self._counted), count))
 
     def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> list[Point]:
-        """Return the points; those that are missing or damaged are made first.
-
-        Args:
-            setup: with the prompts that they answer.
-            specs: of the points.
-            evaluator: makes what is missing.
-        """
+        """Return the points for the prompts of `setup`; missing or damaged ones are made first."""
         self.progress.start("reading what is there")
         keys = {spec: setup.key(spec) for spec in specs}
         new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
@@ -79,16 +66,16 @@ class RunFolder:
             for key, point in evaluator.evaluate(setup, keys, missing):
                 write_point(point_path(self.folder, key), point)
                 self._read[key] = point
-                self.evaluated += 1
+                self._evaluated += 1
                 self.progress.advance(1, names[key])
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
     def listed(self) -> list[PointSpec]:
-        """Return the points that `run.json` lists, without those of methods that the project has changed meanwhile."""
+        """Return the points in `run.json`, without those that the project now defines otherwise."""
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
     def added(self) -> list[PointSpec]:
-        """Return the points that searches have added to the run, likewise."""
+        """Return the points that searches added, without those that the project now defines otherwise."""
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
@@ -109,12 +96,12 @@ class RunFolder:
         """Write `run.json`.
 
         Args:
-            specs: the points that belong to the run.
+            specs: the points of the run.
             added: those of them that searches added.
-            tuned: what the search for α and β found.
+            tuned: the result of the search for α and β.
             account: of the work, when all of it is done.
         """
-        # Without `tuned`, the search for α and β is still to be done, and the run is not complete.
+        # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
         content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
         points = point_entries((spec, self.setup.key(spec)) for spec in dict.fromkeys(specs))
@@ -127,35 +114,35 @@ class RunFolder:
         added: Sequence[PointSpec],
         tuned: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make the points that are missing, and write `run.json` with an account of the work; see `write`."""
+        """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
         self.fill(self.setup, specs, evaluator)
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
-        self.write(specs, added, tuned, evaluated_last=self.evaluated, seconds_last=seconds)
+        self.write(specs, added, tuned, evaluated_last=self._evaluated, seconds_last=seconds)
 
     def _is_there(self, key: str) -> bool:
-        """Say whether a point's record is there and whole; a damaged one is removed."""
+        """True if a point's record exists and is whole; a damaged one is removed."""
         if key not in self._read and (point := whole_point(point_path(self.folder, key))):
             self._read[key] = point
-            # A kill may have come after the record was written and before its draft was removed.
+            # A run may be killed after it wrote the record and before it removed the draft.
             draft_path(self.folder, key).unlink(missing_ok=True)
         return key in self._read
 
 
 @contextmanager
 def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
-    """Hold a run folder, made if it is not there.
+    """Hold a run folder, which is created if it does not exist.
 
     Args:
         folder: of the run.
-        setup: the project; a folder that was filled for another one is refused.
+        setup: the project; the run of another configuration is refused.
         overwrite: empty such a folder instead.
-        progress: is told of the steps, and of the points that are made.
+        progress: receives the steps and the finished points.
 
     Raises:
-        UserError: the folder holds something else, another configuration's run, or is held by another process.
+        UserError: the folder holds other files or another configuration's run, or another process holds it.
     """
     refuse_foreign(folder, RUN_FILE)
     progress.start("hashing checkpoints")
@@ -163,48 +150,40 @@ def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Prog
     with folder_lock(folder):
         if (folder / RUN_FILE).exists():
             _check_identity(folder, setup, overwrite)
-        _remove_partials(folder)
-        run = RunFolder(folder, setup, progress)
-        if (folder / RUN_FILE).exists():
-            run.before = read_header(folder)
-        yield run
-
-
-def _remove_partials(folder: Path) -> None:
-    """Remove half-written files of a killed run; only the process that holds the folder writes there."""
-    for partial in (*folder.glob("points/.*.parquet.*"), *folder.glob("drafts/.*.parquet.*")):
-        partial.unlink(missing_ok=True)
+        # Half-written files of a killed run: only the lock's holder writes here.
+        for place in ("points", "drafts"):
+            for partial in (folder / place).glob(".*.parquet.*"):
+                partial.unlink(missing_ok=True)
+        yield RunFolder(folder, setup, progress)
 
 
 def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
+    """Refuse another configuration's run, or empty its folder if `overwrite`."""
+    now = setup.identity
     try:
         before = read_header(folder)["identity"]
+        differences = list(_differences(before, now))
+        orders = [", ".join(one["policies"]) for one in (before, now)]
+        if not differences and orders[0] != orders[1]:
+            # A point's λ belong to the policies by order.
+            differences = [f"the order of the policies: {orders[0]} → {orders[1]}"]
+        if not differences:
+            return
+        more = [f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else []
+        raise fail(
+            "the run folder belongs to another configuration",
+            where=str(folder),
+            got="\n    ".join(["what is different now:", *differences[:_SHOWN], *more]),
+            remedy="name another --out, or pass --overwrite to begin this run anew",
+        )
     except UserError:
         if not overwrite:
             raise
         _clear(folder)
-        return
-    differences = list(_differences(before, setup.identity))
-    orders = [", ".join(one["policies"]) for one in (before, setup.identity)]
-    if not differences and orders[0] != orders[1]:
-        # λ of a point belongs to policies by their order.
-        differences = [f"the order of the policies: {orders[0]} → {orders[1]}"]
-    if not differences:
-        return
-    if overwrite:
-        _clear(folder)
-        return
-    shown = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else [])
-    raise fail(
-        "the run folder belongs to another configuration",
-        where=str(folder),
-        got="\n    ".join(["what is different now:", *shown]),
-        remedy="name another --out, or pass --overwrite to begin this run anew",
-    )
 
 
 def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
-    """Yield one line for every value that is not the same."""
+    """Yield one line for every value that differs."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(name), now.get(name), f"{place}.{name}" if place else name)
@@ -218,9 +197,8 @@ def _short(value: Any) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run wrote. Cached scores stay, since their keys say what they belong to."""
-    for name in _OURS:
-        path = folder / name
+    """Remove the run's files. Cached scores stay, since their keys identify them."""
+    for path in (folder / name for name in ("points", "drafts", "report", RUN_FILE)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -228,7 +206,7 @@ def _clear(folder: Path) -> None:
 
 
 def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
-    """Return what `run.json` says of the project, with paths relative to the run: both can be moved together."""
+    """Return the project's part of `run.json`; paths are relative, so that both can be moved together."""
     config = setup.project.config
     checkpoints = {
         name: {"path": relative(setup.plan.references[name], folder), "hash": setup.hashes[name]}

@@ -27,12 +27,12 @@ def score(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Evaluate one model as a sweep does: a merged policy, a trained one, or a LoRA adapter over the project's base.
+    """Evaluate one model as a sweep does: a merged or trained policy, or a LoRA adapter over the base.
 
     Args:
         model: its folder, from the working directory, or a Hub id.
-        config: the project file, or a project already loaded: base, rewards, prompts and generation settings.
-        out: a run folder that keeps the records, which `report` reads; by default nothing is kept.
+        config: the project file, or a loaded project: base, rewards, prompts, generation.
+        out: a run folder that keeps the records for `report`; by default nothing is kept.
         options: see `sweep`; all but `ray` and `workers`.
         overwrite: see `sweep`.
         progress: see `sweep`.
@@ -54,6 +54,5 @@ def score(
     alone = project.config.model_copy(update={"policies": {name: reference}, "baselines": {}, "sweep": settings})
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else Path(out)
-        return sweep(
-            replace(project, config=alone), out=folder, overwrite=overwrite, progress=progress, options=options
-        )
+        project = replace(project, config=alone)
+        return sweep(project, out=folder, options=options, overwrite=overwrite, progress=progress)

@@ -1,4 +1,4 @@
-"""The verb `search`: λ points added to a run where they raise a method's front most."""
+"""The verb `search`: adds λ points to a run where they raise a method's front most."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluator.evaluate import Evaluator
-from rewarded_lines.evaluator.points import PointSpec, Weights
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, Run, load_run, read_header
 from rewarded_lines.evaluator.run_folder import RunFolder, open_run
 from rewarded_lines.evaluator.sweep import open_evaluator, sweep
@@ -28,15 +28,16 @@ _FIRST = 3
 
 @dataclass(frozen=True)
 class Found:
-    """Where the search of one method ended.
+    """The result of the search of one method.
 
     Attributes:
         method: its name.
-        points: how many λ it has now.
-        added: how many of them this search made.
+        points: its λ now.
+        added: λ that this search added.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
-        mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for two policies.
-        potential: the most that the next point might have added; 0 if nothing more can be gained.
+        mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for
+            two policies.
+        potential: the most that the next point could add; 0 if nothing more can be gained.
         reason: why the search ended: "points" or "gain".
     """
 
@@ -63,22 +64,23 @@ def search(
 ) -> tuple[Run, list[Found]]:
     """Add λ points to a run, one after the other where the front may gain most.
 
-    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.pareto.next_point`. The added points
-    stay in the run, and a later `sweep` keeps them.
+    The next λ lies midway between two evaluated neighbours; see `rewarded_lines.pareto.next_point`.
+    The added points stay in the run, and a later `sweep` keeps them.
 
     Args:
-        run: the run folder that `sweep` wrote; with `config` one that is not there yet begins with three λ.
-        config: the project file; the one that the run was made from by default.
+        run: the run folder that `sweep` wrote; with `config`, a new one begins with three λ.
+        config: the project file; by default the run's own.
         methods: whose fronts; by default all that are merges.
-        points: λ that each method has at most in the end.
-        gain: end where no λ can raise the hypervolume by more than this share of it.
-        engine: see `sweep`; the run's own by default.
-        options: see `sweep`; `layers` are the run's own by default, and as many λ as there are `workers` are tried at
-            once.
-        progress: see `sweep`; the total is the most that there can be.
+        points: the most λ that each method has in the end.
+        gain: end when no λ can raise the hypervolume by more than this share of it.
+        engine: see `sweep`; by default the run's own.
+        options: see `sweep`; `layers` are by default the run's own, and as many λ are tried at
+            once as there are `workers`.
+        progress: see `sweep`; the total is an upper limit.
 
     Raises:
-        UserError: the folder is not a run, belongs to another configuration, or a method is not one of its merges.
+        UserError: the folder is not a run, belongs to another configuration, or a method is
+            not one of its merges.
     """
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
@@ -107,7 +109,7 @@ def _begin(
     options: SweepOptions,
     progress: Progress,
 ) -> None:
-    """Sweep three λ of each method, once it is certain that there is something to search."""
+    """Sweep three λ of each method, after the check that there is something to search."""
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
@@ -139,8 +141,13 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     while True:
         places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
         volume, room = hypervolume(means, reference), points - len(front)
-        # One proposal even when the budget is spent, to report what it might have brought.
-        proposals = _proposals(places, means, reference, max(1, min(evaluator.width, room)))
+        proposals: list[Proposal] = []
+        # One proposal even when the budget is spent, to report its potential.
+        while len(proposals) < max(1, min(evaluator.width, room)):
+            taken = [one.weights for one in proposals]
+            if (proposal := next_weights(places, means, reference, taken)) is None:
+                break
+            proposals.append(proposal)
         potential = max((proposal.potential for proposal in proposals), default=0.0)
         worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
         if room <= 0 or not worth:
@@ -153,16 +160,3 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     if len(setup.project.config.policies) == 2 and len(front) > 1:
         mixed = mixed_hypervolume([place[0] for place in places], means, reference)
     return Found(name, len(front), added, volume, mixed, potential, "points" if room <= 0 else "gain")
-
-
-def _proposals(
-    places: Sequence[Weights], means: Sequence[Sequence[float]], reference: Sequence[float], count: int
-) -> list[Proposal]:
-    """Return up to `count` preferences to evaluate at once."""
-    found: list[Proposal] = []
-    while len(found) < count:
-        proposal = next_weights(places, means, reference, [one.weights for one in found])
-        if proposal is None:
-            break
-        found.append(proposal)
-    return found

@@ -1,4 +1,4 @@
-"""The verb `sweep`: generates and scores every λ of every method, and the SFT model, in one engine; can resume."""
+"""The verb `sweep`: generates and scores every λ of every method and the SFT model; can resume."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ def sweep(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Evaluate every method of a project along λ, and its SFT model, on the same prompts with the same seeds.
+    """Evaluate every method of a project along λ, and its SFT model, on the same prompts and seeds.
 
-    Merged weights stream from the policies into the running engine, and merged adapters share its batches; no merged
-    checkpoint is kept. Each point is one Parquet file, named by the hash of all that determines it, and is made only
-    if that file is missing or damaged. With `sweep.tune` α and β are searched first, on validation prompts only.
+    Merged weights stream from the policies into the running engine, and merged adapters share its
+    batches; no merged checkpoint is kept. Each point is one Parquet file, named by the hash of all
+    that determines it, and is made only if that file is missing or damaged. With `sweep.tune` α and
+    β are searched first, on validation prompts only.
 
     Args:
-        config: the project file, or a project already loaded.
-        points: how many λ on each edge of the simplex; the project's `sweep.points` by default.
-        out: the run folder; `sweep` beside the project file by default.
-        options: how it runs; each of `SweepOptions` is a keyword of this function, such as `engine`.
-        overwrite: begin anew where the folder holds a run of another configuration.
-        progress: is told of the steps, and of the points that are made.
+        config: the project file, or a loaded project.
+        points: λ on each edge of the simplex; by default the project's `sweep.points`.
+        out: the run folder; by default `sweep` beside the project file.
+        options: each of `SweepOptions` is also a keyword of this function, such as `engine`.
+        overwrite: begin anew if the folder holds the run of another configuration.
+        progress: receives the steps and the finished points.
 
     Returns:
         The complete run.
 
     Raises:
-        UserError: anything wrong with project, checkpoints, rewards or prompts, before anything is generated; or a
-            reward that fails on a response.
+        UserError: a fault of project, checkpoints, rewards or prompts, before anything is
+            generated; or a reward that fails on a response.
     """
     project = config if isinstance(config, Project) else load_project(config)
     count = project.config.sweep.points if points is None else points
@@ -73,7 +74,7 @@ def sweep(
 def open_evaluator(
     setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
 ) -> Iterator[Evaluator]:
-    """Yield what makes records: an engine in this process, or the workers of a Ray cluster."""
+    """Yield an evaluator in this process, or one with the workers of a Ray cluster."""
     if setup.options.ray is None:
         with closing(LocalEvaluator(setup, folder, also, progress)) as local:
             yield local

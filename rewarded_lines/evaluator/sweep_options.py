@@ -1,4 +1,4 @@
-"""The options that `sweep`, `search` and `score` share: declared once, for Python and for the command line.
+"""The options that `sweep`, `search` and `score` share, for Python and for the command line.
 
 Importing this module loads no heavy library, because the command line reads it at its start.
 """
@@ -14,11 +14,7 @@ from rewarded_lines.options import Annotate, Result, option, takes_fields
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep runs, beside what its project says.
-
-    Raises:
-        UserError: an option has a value that it cannot have, or does not go with another one.
-    """
+    """How a sweep runs; a UserError for values that are wrong or do not go together."""
 
     engine: str = option(
         "vllm", "vllm, hf (transformers; slower), or the URL of a server that takes adapters.", offers=("vllm", "hf")

@@ -1,4 +1,4 @@
-"""A project opened and checked before anything is generated, and the identity that its records depend on."""
+"""A project opened and checked before anything is generated, and the identity of its records."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Setup:
     """A project that has been opened for evaluation.
 
     Attributes:
-        project: what the user wrote.
+        project: the project file.
         options: how it runs.
-        plan: the merges of its policies; baselines stand in it after them.
+        plan: the merges of its policies, followed by the baselines.
         rewards: by name.
-        prompts: that every point answers.
+        prompts: the prompts of every point.
         control: sets of texts for the perplexity, by name.
-        told: sentences on how rows were read, which were left out, and what a reward does not read.
+        told: notes on how rows were read, which were left out, and what a reward does not read.
     """
 
     project: Project
@@ -68,12 +68,12 @@ class Setup:
 
     @property
     def objectives(self) -> list[str]:
-        """The rewards that make the front: all but those of the role `audit`."""
+        """The rewards that make the front: all but audits."""
         return [name for name, spec in self.project.config.rewards.items() if spec.role != "audit"]
 
     @property
     def generation(self) -> GenerationSpec:
-        """The generation settings, the chat template's path made usable from here."""
+        """The generation settings with a usable path of the chat template."""
         return self.project.generation
 
     @cached_property
@@ -88,7 +88,7 @@ class Setup:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that the records of all points depend on, apart from the point itself."""
+        """Everything that the records of all points depend on, apart from the point."""
         config = self.project.config
         generation = decides(config.generation)
         if self.generation.chat_template:
@@ -128,16 +128,12 @@ class Setup:
         return replace(self, prompts=prompts, control=control or {})
 
     def readable(self, spec: DataSpec, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts that the model and every reward can read together with the longest response.
+        """Return the prompts that the model and every reward can read with the longest response.
 
-        What was found and changed is added to `told`.
-
-        Args:
-            spec: of the prompts; says what becomes of those that are too long.
-            prompts: to be answered.
+        `spec.too_long` decides on longer ones, and `told` gets a note on every change.
 
         Raises:
-            UserError: prompts are too long and shall be refused, or something of a chat would be lost.
+            UserError: prompts are too long and `spec` refuses them, or part of a chat would be lost.
         """
         base = str(self.plan.base.folder)
         tokenizer = load_tokenizer(base, self.generation)
@@ -149,18 +145,14 @@ class Setup:
         longest = self.generation.max_tokens
         limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
         if (room := positions_of(load_config(base))) is not None:
-            # One position more than generation needs: the log-probability of the last token takes one step beyond it.
+            # One position more than generation needs, for the last token's log-probability.
             option = f"its {room} positions, less generation.max_tokens and one"
             most = room - longest - 1
             limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
         return fit(prompts, limits, spec.too_long, where, shorten_prompt, self.told.append)
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
-        """Build the engine.
-
-        Args:
-            also: further prompts that it must have room for.
-        """
+        """Build the engine, with room for the prompts `also`, too."""
         return load_generator(
             self.options.engine,
             str(self.plan.base.folder),
@@ -172,18 +164,15 @@ class Setup:
         )
 
     def scorer(self, cache: Path | None, progress: Progress = SILENT) -> Scorer:
-        """Return what scores; its cache is a file, or in memory."""
+        """Return the scorer; its cache is a file, or in memory."""
         declared = self.project.config.rewards
         return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, progress=progress)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
-        """Return (text, head, tail) for every window of every control text.
+        """Return (text, head, tail) for every window of the control texts' tokens.
 
-        A text longer than the model can hold is cut into windows that do not overlap. The first token of a window has
-        nothing before it and is not predicted, so a window of one token is left out.
-
-        Args:
-            ids: tokens of each text.
+        A text longer than the model's positions is cut into windows that do not overlap. The first
+        token of a window, its head, is not predicted, so a window of one token is left out.
         """
         room = (positions_of(load_config(str(self.plan.base.folder))) or 2048) - 1
         windows = [
@@ -195,7 +184,7 @@ class Setup:
 
     @cached_property
     def _longest_control(self) -> int:
-        """The tokens of the longest window of the control texts, by the base's own tokenizer."""
+        """The tokens of the longest window, by the base's own tokenizer."""
         if not self.control:
             return 0
         from transformers import AutoTokenizer
@@ -205,16 +194,7 @@ class Setup:
 
 
 def open_setup(project: Project, options: SweepOptions, progress: Progress = SILENT) -> Setup:
-    """Open a project for evaluation.
-
-    Args:
-        project: what to open.
-        options: how it runs.
-        progress: is told of the steps.
-
-    Raises:
-        UserError: anything wrong with engine, prompts, control texts, rewards, checkpoints or methods.
-    """
+    """Open a project; a UserError for any fault of engine, prompts, rewards, checkpoints or methods."""
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
     _check_rewards(project)
@@ -235,7 +215,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("measuring prompts")
     setup = Setup(project, options, plan, rewards, prompts, control, told)
     setup = setup.on(setup.readable(project.config.prompts, prompts), control)
-    _ = setup.methods  # Refuses methods that cannot be.
+    _ = setup.methods  # Refuses impossible methods.
     return setup
 
 
@@ -267,7 +247,7 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
+    """Return the versions of the installed packages among these."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):

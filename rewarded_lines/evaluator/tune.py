@@ -1,4 +1,4 @@
-"""The search for α and β: trials by optuna, judged by their hypervolume on validation prompts only."""
+"""The search for α and β: optuna's trials, scored by their hypervolume on validation prompts only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 from rewarded_lines.pareto.hypervolume import hypervolume
 
-# α and β to the hundredth: finer differences are below what a few hundred prompts can tell apart.
+# A few hundred prompts cannot tell finer differences in α and β apart.
 _STEP = 0.01
 # Where the search starts: Rewarded Soups, LiNeS, and LiNeS for a single task.
 _KNOWN = ((1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
@@ -28,7 +28,7 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
     """Return the prompts that α and β are chosen on.
 
     Raises:
-        UserError: optuna is missing, the merge method does not fit, or the prompts are those of the test.
+        UserError: optuna is missing, the merge method does not fit, or all are test prompts.
     """
     where = setup.project.where("sweep", "tune")
     if find_spec("optuna") is None:
@@ -49,9 +49,10 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
 
 
 def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
-    """Return how many points `tune` makes at most, those of its best trial on the test prompts included."""
+    """Return the most points that `tune` makes, with its best trial on the test prompts."""
     policies = len(setup.project.config.policies)
-    return 1 + spec.trials * len(simplex_grid(policies, spec.points or count)) + len(simplex_grid(policies, count))
+    trial, best = (len(simplex_grid(policies, points)) for points in (spec.points or count, count))
+    return 1 + spec.trials * trial + best
 
 
 def tune(
@@ -59,19 +60,13 @@ def tune(
 ) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
-    Every trial's points are kept like any other. A killed search continues where it stopped, because the same seed
-    proposes the same trials.
-
-    Args:
-        run: the run folder.
-        evaluator: makes points.
-        spec: the project's `sweep.tune`.
-        prompts: see `validation_prompts`.
-        count: λ on each edge of the simplex, of the points that are returned.
+    Every trial's points are kept like any other. A killed search continues where it stopped,
+    because the same seed proposes the same trials.
 
     Returns:
-        What `run.json` says of the search, with α, β and hypervolume above the SFT model's scores of the best trial
-        and of all trials in order; and the best trial's points, to be evaluated on the test prompts.
+        The search's part of `run.json`: α, β and hypervolume above the SFT model's scores of the
+        best trial and of all trials in order; and the best trial's points for the test prompts,
+        with `count` λ on each edge of the simplex.
     """
     import optuna
 
@@ -83,7 +78,7 @@ def tune(
         if spec.alpha[0] <= alpha <= spec.alpha[1] and spec.beta[0] <= beta <= spec.beta[1]:
             study.enqueue_trial({"alpha": alpha, "beta": beta})
 
-    # Not `study.optimize`: it prints a traceback of an error that the user is told in one message.
+    # Not `study.optimize`, which prints a traceback beside the error message.
     for _ in range(spec.trials):
         trial = study.ask()
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))

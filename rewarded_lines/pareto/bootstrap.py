@@ -1,6 +1,9 @@
-"""Seeded bootstrap: how far a number would move with other prompts, or other training runs and prompts. Pure.
+"""Seeded bootstrap: how far a number would move with other prompts or other training runs.
 
-Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 6 and 13; Davison and Hinkley,
+Functions raise ValueError for shapes that do not fit, for no runs, prompts or resamples,
+and for a level outside (0, 1).
+
+Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 6 and 13; Davison and Hinkley,
 "Bootstrap Methods and their Application", 1997, section 3.8 (two levels).
 """
 
@@ -18,7 +21,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its interval, all in the value's own unit."""
+    """A value and the ends of its interval."""
 
     value: float
     low: float
@@ -27,9 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class RunSamples:
-    """Mean scores of several training runs: row 0 as measured, the further rows resampled by runs and prompts.
-
-    Compute a statistic from `means` for each run, then average it over the runs with `run_average` and `drawn`.
+    """Mean scores of several training runs; row 0 is measured, the further rows are resamples.
 
     Attributes:
         means: [1 + resamples, runs, points, rewards], in the units of the scores.
@@ -41,19 +42,16 @@ class RunSamples:
 
 
 def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
-    """Return the mean scores of every point in bootstrap resamples of the prompts: [resamples, points, rewards].
+    """Return mean scores in resamples of the prompts: [resamples, points, rewards].
 
-    m*_b = (1/n) Σ_j c_bj · s_j with c_b ~ Multinomial(n; 1/n, …, 1/n): how often each prompt comes up when n
-    are drawn with replacement. The counts are the same for every point and reward, so differences between
-    points are paired by prompt.
+    m*_b = (1/n) Σ_j c_bj · s_j with c_b ~ Multinomial(n; 1/n, …, 1/n): how often each of n prompts is drawn with
+    replacement. All points share the draws, so differences between points are paired by prompt. The same seed and
+    number of prompts give the same draws.
 
     Args:
-        scores: [points, prompts, rewards].
+        scores: s, [points, prompts, rewards].
         resamples: how many, B.
-        seed: of the draws; the same seed and number of prompts give the same resamples.
-
-    Raises:
-        ValueError: `scores` has another shape or no prompts, or `resamples` is less than 1.
+        seed: of the draws.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 3 or values.shape[1] == 0:
@@ -68,26 +66,21 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
 
 
 def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> RunSamples:
-    """Return the mean scores of every point of every run in two-level bootstrap resamples.
+    """Return mean scores of every run in two-level resamples.
 
-    Level 1 draws S of the S runs with replacement, level 2 draws the prompts as `resample_means` does. All runs answer
-    the same prompts, so a resample uses one draw of prompts for every run. A run with another number of prompts than
-    the first cannot have answered the same ones and gets a draw of its own.
+    Level 1 draws S of the S runs with replacement, level 2 draws the prompts as `resample_means` does. Runs with as
+    many prompts as the first share one draw of prompts; a run with another number gets its own.
 
-    With one run this is the bootstrap over prompts: `means[1:, 0]` is `resample_means(scores[0], resamples, seed)`.
-    The draws depend on `seed` and the numbers of runs, prompts and resamples only. Methods that are resampled in
-    separate calls are therefore still paired by run and prompt.
+    The draws depend only on `seed` and the numbers of runs, prompts and resamples, so methods that are resampled in
+    separate calls are still paired. With one run, `means[1:, 0]` is `resample_means(scores[0], resamples, seed)`.
 
-    An interval from S runs is too narrow by about √((S − 1)/S) in the part that comes from training. With 2 or 3 runs
-    read it as a lower limit of the uncertainty.
+    With S runs an interval is too narrow by about √((S − 1)/S) in the part that comes from training. With 2 or 3
+    runs read it as a lower limit.
 
     Args:
-        scores: one [points, prompts, rewards] for each run, with the same points and rewards in the same order.
+        scores: one [points, prompts, rewards] for each run; points and rewards in the same order.
         resamples: how many.
         seed: of the draws.
-
-    Raises:
-        ValueError: no runs, runs with other points or rewards, or what `resample_means` refuses.
     """
     runs = [np.asarray(run, dtype=np.float64) for run in scores]
     if len({(run.shape[0], *run.shape[2:]) if run.ndim else () for run in runs}) != 1:
@@ -96,22 +89,14 @@ def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> Run
     seeds = [seed if run.shape[1:2] == prompts else [seed, *run.shape[1:2]] for run in runs]
     resampled = [resample_means(run, resamples, own) for run, own in zip(runs, seeds, strict=True)]
     means = [np.concatenate([run.mean(axis=1)[None], again]) for run, again in zip(runs, resampled, strict=True)]
-    # The runs have their own random stream: the prompts drawn must not depend on how many runs there are.
+    # A random stream of its own: the prompts drawn must not depend on the number of runs.
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     drawn = stream.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
     return RunSamples(np.stack(means, axis=1), np.concatenate([np.ones((1, len(runs)), np.int64), drawn]))
 
 
 def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:
-    """Return the average of a statistic over the drawn runs, Σ_s c_bs · t_bs / Σ_s c_bs: [samples, …].
-
-    Args:
-        statistics: [samples, runs, …], t.
-        drawn: [samples, runs], c, how often each run was drawn.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
+    """Return the average of [samples, runs, …] over the drawn runs, Σ_s c_bs · t_bs / Σ_s c_bs."""
     values, counts = np.asarray(statistics, dtype=np.float64), np.asarray(drawn, dtype=np.float64)
     if counts.ndim != 2 or values.shape[:2] != counts.shape:
         raise ValueError(f"statistics of shape {values.shape} for draws of shape {counts.shape}")
@@ -121,29 +106,21 @@ def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:
 
 
 def interval(samples: ArrayLike, level: float = LEVEL) -> NDArray[np.float64]:
-    """Return the percentile interval of bootstrap samples, the (1 − level)/2 and (1 + level)/2 quantiles: [2, …].
-
-    Args:
-        samples: [resamples, …].
-        level: the share of the samples inside.
-
-    Raises:
-        ValueError: `level` is not between 0 and 1.
-    """
+    """Return the (1 − level)/2 and (1 + level)/2 quantiles: [resamples, …] → [2, …]."""
     if not 0 < level < 1:
         raise ValueError(f"a level of {level}; expected one between 0 and 1")
     return np.asarray(np.quantile(np.asarray(samples), [(1 - level) / 2, (1 + level) / 2], axis=0))
 
 
 def estimate_samples(samples: ArrayLike, level: float = LEVEL) -> Estimate:
-    """Return the value in row 0 of `samples`, [1 + resamples], with the interval of the rows after it."""
+    """Return the value in row 0 of [1 + resamples] with the interval of the rows after it."""
     values = np.asarray(samples, dtype=np.float64)
     low, high = interval(values[1:], level)
     return Estimate(float(values[0]), float(low), float(high))
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, 95% by default."""
+    """Return Wilson's score interval of a proportion; the default z gives 95%."""
     share, weight = successes / trials, z * z / trials
     centre = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)

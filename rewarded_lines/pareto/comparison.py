@@ -1,4 +1,4 @@
-"""Methods compared by the hypervolume of their fronts, resampled together. Pure: numbers in, dataclasses out."""
+"""Methods compared by the hypervolume of their fronts, resampled together; ValueError if shapes do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, run_average
 from rewarded_lines.pareto.hypervolume import Array, hypervolumes
 
-# Method → reference → hypervolume in the data themselves, then in each resample, [1 + resamples].
+# Method → reference → [1 + resamples] hypervolumes; row 0 is measured.
 Volumes = dict[str, dict[str, Array]]
 
 
@@ -28,8 +28,8 @@ class MethodVolume:
 class VolumeDifference:
     """Hypervolume of `method` minus that of `other`, resampled together.
 
-    `share_positive` is the share of resamples in which the difference is above 0; `relative` is the
-    difference over the other's hypervolume, None when that is 0.
+    `share_positive` is the share of resamples with a difference above 0. `relative` is the difference over the other's
+    hypervolume, None when that is 0.
     """
 
     method: str
@@ -43,22 +43,17 @@ class VolumeDifference:
 def sample_volumes(
     fronts: Mapping[str, ArrayLike], references: Mapping[str, ArrayLike], drawn: ArrayLike | None = None
 ) -> Volumes:
-    """Return the hypervolume of each method above each reference, in the data and in every resample.
+    """Return the hypervolume of each method above each reference, as measured and in every resample.
 
-    A reference is a statistic of the same prompts as the points, so each sample has its own. Noise in the means
-    stretches a front outwards: hypervolumes lie a little high and those of the resamples a little higher. For
-    differences between methods with as many points this bias is much smaller.
+    A reference is measured on the same prompts as the points, so each sample has its own. Noise stretches a front
+    outwards, so hypervolumes lie a little high and those of resamples a little higher. The bias is much smaller in
+    differences between methods with as many points.
 
     Args:
-        fronts: by method, mean scores; row 0 is the data themselves, the rows after it their resamples:
-            [samples, points, rewards], or with several training runs [samples, runs, points, rewards]. Methods
-            may have different numbers of points.
+        fronts: mean scores by method, [samples, points, rewards], or with several training runs
+            [samples, runs, points, rewards]; row 0 is measured, the rows after it are resamples.
         references: by name, [samples, rewards], or with runs [samples, runs, rewards].
-        drawn: with runs only, how often each was drawn, [samples, runs] as in `RunSamples`; the result is then
-            the average of the runs' hypervolumes, each above its own reference.
-
-    Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
+        drawn: with runs only, `RunSamples.drawn`; the result is then the average over the drawn runs.
     """
     found: Volumes = {}
     for method, front in fronts.items():
@@ -73,7 +68,7 @@ def sample_volumes(
 
 
 def method_volumes(volumes: Volumes, level: float = LEVEL) -> list[MethodVolume]:
-    """Return the hypervolume of each method above each reference with its interval, in the order of `volumes`."""
+    """Return each method's hypervolume above each reference with its interval."""
     return [
         MethodVolume(method, reference, estimate_samples(values, level))
         for method, by_reference in volumes.items()
@@ -84,16 +79,8 @@ def method_volumes(volumes: Volumes, level: float = LEVEL) -> list[MethodVolume]
 def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
     """Return later method minus earlier, for each pair in the order of `volumes` and each reference.
 
-    Δ_b = HV_b(method) − HV_b(other) in every resample b. Both come from the same prompts (and runs), so what
-    moves both alike cancels. The interval is that of the Δ_b.
-
-    Args:
-        volumes: from `sample_volumes`; every method above the same references.
-        level: of the intervals.
-
-    Raises:
-        KeyError: a method lacks a reference that another has.
-        ValueError: methods with different numbers of samples.
+    Δ_b = HV_b(method) − HV_b(other) in every resample b, and the interval is that of the Δ_b. Both come from the same
+    prompts and runs, so a change that moves both alike cancels.
     """
     found = []
     for other, method in combinations(volumes, 2):

@@ -1,4 +1,8 @@
-"""Dominance and hypervolume of points when every reward is maximised. Pure: arrays in, new arrays out."""
+"""Dominance and hypervolume of points when every reward is maximised.
+
+Points are [points, rewards], each reward in its own unit; a reference is [rewards].
+Functions raise ValueError for arrays that are not finite or do not fit.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,7 @@ Array = NDArray[np.float64]
 
 
 def finite(values: ArrayLike, axes: str) -> Array:
-    """Return `values` as float64.
-
-    Args:
-        values: any array.
-        axes: the names that its axes must have, such as "points, rewards".
-
-    Raises:
-        ValueError: another number of axes, an empty last axis, or a number that is not finite.
-    """
+    """Return `values` as float64, checked to be finite and to have `axes`, such as "points, rewards"."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != axes.count(",") + 1 or array.shape[-1] == 0:
         raise ValueError(f"expected [{axes}], got an array of shape {array.shape}")
@@ -28,16 +24,9 @@ def finite(values: ArrayLike, axes: str) -> Array:
 
 
 def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Return a mask, [points], of the points that no other point dominates.
+    """Return a mask of the points that no other point dominates: [points, rewards] → [points].
 
-    p dominates q when p_i ≥ q_i for every reward i and p_i > q_i for one. Equal points do not dominate each
-    other, so all copies of a nondominated point are kept.
-
-    Args:
-        points: [points, rewards], each reward in its own unit.
-
-    Raises:
-        ValueError: `points` is not a finite array of that shape.
+    p dominates q when p_i ≥ q_i for every reward i and p_i > q_i for one. Copies of a nondominated point are all kept.
     """
     values = finite(points, "points, rewards")
     if not len(values):
@@ -48,18 +37,11 @@ def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Return the volume that `points` dominate above `reference`, in the product of the rewards' units.
 
-    HV(P; r) = Λ( ⋃_{p ∈ P, p > r} [r_1, p_1] × … × [r_m, p_m] ), Λ the Lebesgue measure. A point that is not
-    better than the reference on every reward adds nothing; no points have the hypervolume 0. Exact, by moocore.
+    HV(P; r) = Λ( ⋃_{p ∈ P, p > r} [r_1, p_1] × … × [r_m, p_m] ), Λ the Lebesgue measure. A point adds nothing unless it
+    is better than the reference on every reward. Exact, by moocore.
 
-    Source: Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study and the
-    Strength Pareto Approach", IEEE Transactions on Evolutionary Computation 3(4), 1999.
-
-    Args:
-        points: [points, rewards], each reward in its own unit.
-        reference: [rewards], in the same units.
-
-    Raises:
-        ValueError: the arrays are not finite, or their shapes do not fit.
+    Source: Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study and the Strength
+    Pareto Approach", IEEE Transactions on Evolutionary Computation 3(4), 1999.
     """
     return _volume(*_pair(points, reference))
 
@@ -71,11 +53,8 @@ def hypervolumes(fronts: ArrayLike, references: ArrayLike) -> Array:
     reward down, HV = Σ_k (p_k1 − p_(k+1)1) · max_(j ≤ k) p_j2, with p relative to the reference.
 
     Args:
-        fronts: [samples, …, points, rewards]; any number of axes, or none, before the points.
+        fronts: [samples, …, points, rewards], with any number of axes before the points.
         references: [samples, …, rewards].
-
-    Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
     """
     values, origins = np.asarray(fronts, dtype=np.float64), np.asarray(references, dtype=np.float64)
     if values.ndim < 2 or values.shape[-1] == 0 or origins.shape != (*values.shape[:-2], values.shape[-1]):
@@ -94,19 +73,12 @@ def hypervolumes(fronts: ArrayLike, references: ArrayLike) -> Array:
 def contributions(points: ArrayLike, reference: ArrayLike) -> Array:
     """Return how much hypervolume each point alone brings: [points], none negative.
 
-    c(p) = HV(P; r) − HV(P ∖ {p}; r), computed as HV({p}; r) − HV({min(p, q) : q ∈ P ∖ {p}}; r), the box of p less
-    what the others dominate of it. This form stays precise where c(p) is far smaller than HV(P). Dominated points,
-    points not better than the reference on every reward, and points that occur twice bring 0.
+    c(p) = HV(P; r) − HV(P ∖ {p}; r), computed as HV({p}; r) − HV({min(p, q) : q ∈ P ∖ {p}}; r). This form stays precise
+    where c(p) is far smaller than HV(P). Dominated points, copies, and points not better than the reference on every
+    reward bring 0.
 
     Source: While, Bradstreet and Barone, "A Fast Way of Calculating Exact Hypervolumes", IEEE Transactions on
     Evolutionary Computation 16(1), 2012 (the exclusive hypervolume).
-
-    Args:
-        points: [points, rewards], each reward in its own unit.
-        reference: [rewards], in the same units.
-
-    Raises:
-        ValueError: the arrays are not finite, or their shapes do not fit.
     """
     values, origin = _pair(points, reference)
     found = np.zeros(len(values))

@@ -1,6 +1,8 @@
-"""Between the evaluated λ of two policies: piecewise linear mean scores and their exact optimum. Pure.
+"""Between the evaluated λ of two policies: piecewise linear mean scores and their optimum.
 
-A score between two evaluated points is a guess: a merged model's score need not be linear in λ. Evaluate it to be sure.
+A score between two evaluated points is a guess: merged models need not score linearly in λ.
+`lams` are [points], two or more, all different, in any order; `means` are [points, rewards].
+Functions raise ValueError for arrays that are not finite or do not fit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from numpy.typing import ArrayLike
 from rewarded_lines.pareto.choice import Choice, weighted_rule
 from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
-# A mean this close to its minimum, relative to the largest, counts as on it: crossings are rounded.
+# Crossings are rounded: a mean this close to its minimum, relative to the largest, counts as on it.
 TOLERANCE = 1e-10
 DENSE = 2000
 
@@ -39,15 +41,9 @@ def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> Array:
     s(λ) = (1 − t) s_k + t s_(k+1), with t = (λ − λ_k)/(λ_(k+1) − λ_k) and λ_k ≤ λ ≤ λ_(k+1).
 
     Args:
-        lams: [points], at least two, all different, in any order.
+        lams: [points].
         means: [..., points, rewards].
-        lam: a number, or [k] of them, within the range of `lams`.
-
-    Returns:
-        [..., rewards] for a number, [..., k, rewards] for several.
-
-    Raises:
-        ValueError: arrays that are not finite or do not fit, equal λ, or a λ outside the range.
+        lam: within the range of `lams`: a number, for [..., rewards], or [k] numbers, for [..., k, rewards].
     """
     places, values = _curve(lams, means)
     wanted = np.asarray(lam, dtype=np.float64)
@@ -60,19 +56,12 @@ def interpolate(lams: ArrayLike, means: ArrayLike, lam: ArrayLike) -> Array:
 
 
 def mixed_hypervolume(lams: ArrayLike, means: ArrayLike, reference: ArrayLike) -> float:
-    """Return the hypervolume of the whole piecewise linear curve, not only of its evaluated points.
+    """Return the hypervolume of the whole piecewise linear curve, not only of its points.
 
-    Every point of the curve can be reached without a merge in between: of two neighbouring policies let the first
-    answer a prompt with probability t, else the second. The mean scores are then t·s_k + (1 − t)·s_(k+1) exactly.
-    The curve is taken at `DENSE` equal steps of λ and its corners, which gives a little less than the true value.
-
-    Args:
-        lams: [points], at least two, all different, in any order.
-        means: [points, rewards], each reward in its own unit.
-        reference: [rewards].
-
-    Raises:
-        ValueError: arrays that are not finite or do not fit, or equal λ.
+    Every point of the curve can be reached without a merge in between: let the first of two
+    neighbouring policies answer a prompt with probability t, else the second. The mean scores
+    are then t·s_k + (1 − t)·s_(k+1) exactly. The curve is taken at `DENSE` equal steps of λ and
+    at its corners, which gives a little less than the true value.
     """
     places, values = _curve(lams, means)
     tried = np.union1d(places, np.linspace(places[0], places[-1], DENSE + 1))
@@ -93,19 +82,9 @@ def best_interpolated(
     argmax_λ Σ_i w_i (s_i(λ) − c_i)/d_i subject to s_i(λ) ≥ b_i; when no λ qualifies,
     argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment each of these is linear or a maximum of linear functions. The
     optimum therefore lies at an evaluated λ, where a mean crosses its minimum, or where two shortfalls cross; only
-    these λ are tried. Equal ones are ordered as in `rewarded_lines.pareto.choice`, then by λ.
+    these λ are tried. Ties are broken as in `rewarded_lines.pareto.choice`, then by λ.
 
-    Args:
-        lams: [points], at least two, all different, in any order.
-        means: [points, rewards], s, each reward in its own unit.
-        weights: [rewards], w, none negative and one above 0; one-hot to maximise one reward.
-        minima: by the reward's index, b in that reward's unit.
-        centre: [rewards], c; 0 by default.
-        scale: [rewards], d, above 0; 1 by default.
-
-    Raises:
-        ValueError: arrays that are not finite or do not fit, equal λ, an index without a reward, wrong weights or
-            a scale not above 0.
+    `weights`, `minima`, `centre` and `scale` are those of `best_candidate`.
     """
     places, values = _curve(lams, means)
     finite(values, "points, rewards")
@@ -117,7 +96,7 @@ def best_interpolated(
 
 
 def _crossings(lams: Array, lacks: Array) -> Iterator[float]:
-    """Yield the λ inside segments where one of `lacks`, [points, minima], crosses 0 or two of them cross."""
+    """Yield the λ inside segments where one of [points, minima] shortfalls crosses 0 or two cross."""
     pairs = [lacks[:, one] - lacks[:, other] for one, other in combinations(range(lacks.shape[1]), 2)]
     for line in [*lacks.T, *pairs]:
         for start in np.flatnonzero(line[:-1] * line[1:] < 0):

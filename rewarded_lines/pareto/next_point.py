@@ -1,4 +1,4 @@
-"""Which preference to evaluate next, so that few evaluations show the front. Pure: numbers in, a proposal out."""
+"""Which preference to evaluate next, so that few evaluations show the front."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
 # Weights are proposed in steps of 1/STEPS, four decimals.
 STEPS = 10_000
-# On simulated fronts of two and three policies 0.1 to 0.2 did best overall. With 0, noise can close a gap for good;
-# with 0.5, three policies' fronts lost up to a sixth of what was found.
+# 0.1 to 0.2 did best on simulated fronts of two and three policies. With 0, noise can close a gap for good;
+# with 0.5, three policies' fronts lost up to a sixth of their volume.
 SLACK = 0.15
-# How far a sum of weights may lie from 1, and a gain from 0 relative to the hypervolume, by rounding.
+# Allowed for rounding: a sum of weights off 1, and a gain relative to the hypervolume.
 TOLERANCE = 1e-6
 ROUNDING = 1e-12
 
@@ -27,9 +27,9 @@ class Proposal:
 
     Attributes:
         weights: one for each policy, with four decimals and a sum of 1.
-        potential: the hypervolume that evaluating it may bring, in the product of the rewards' units. It is a bound
-            that tells when to stop, not a forecast: the middle of a straight front of two rewards brings a quarter.
-        between: the indices of the two evaluated points that it lies between.
+        potential: an upper bound of the hypervolume that it brings, in the product of the rewards' units. It tells
+            when to stop and is no forecast: the middle of a straight front of two rewards brings a quarter.
+        between: the indices of its two evaluated neighbours.
     """
 
     weights: tuple[float, ...]
@@ -46,34 +46,34 @@ def next_weights(
     min_gap: float = 0.01,
     slack: float = SLACK,
 ) -> Proposal | None:
-    """Return the middle between the two evaluated neighbours where the front may still gain most.
+    """Return the middle between the two evaluated neighbours where the front may gain most.
 
     The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with
-    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The maximum is the most
-    that a monotone front could reach between them. The slack term allows for noisy scores and for merges that beat
-    both ends: without it a wide gap, one end of which seems to dominate the other, would never be entered. It
-    shrinks with the gap, so nearly equal points close together promise next to nothing.
+    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The
+    maximum is the most that a monotone front could reach between them. The slack allows for
+    noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a
+    wide gap is never entered if one end seems to dominate the other.
 
-    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. To evaluate several at
-    once, pass those under way in `taken`: the next best gap is proposed. In simulations with two policies a grid of
-    as many λ was behind by about 1 % of the hypervolume or less. With three policies the search found a sixth to a
-    third more with 15 points, a tenth more with 28.
+    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In
+    simulations with two policies, a grid of as many λ had at most about 1 % less hypervolume.
+    With three policies the search found a sixth to a third more with 15 points, a tenth more
+    with 28.
 
     Args:
         weights: [points, policies], each evaluated preference, on the simplex.
         means: [points, rewards], its mean scores, each reward in its own unit.
-        reference: [rewards], below which nothing counts, such as the SFT model's means.
-        taken: further preferences not to be proposed.
+        reference: [rewards], such as the SFT model's means; nothing counts below it.
+        taken: further preferences not to be proposed, such as those being evaluated.
         min_gap: neighbours whose weights differ by no more are left alone.
-        slack: ≥ 0, how much of the range of the scores seen may be gained per unit of weight.
+        slack: ≥ 0, the share of the scores' range that a unit of weight may gain.
 
     Returns:
-        The proposal, or None when no neighbours lie far enough apart or nothing can be gained between them.
+        The proposal, or None when no neighbours are far enough apart or no gain is possible.
         Equal potentials: the widest gap, then the weights in lexical order.
 
     Raises:
-        ValueError: arrays that are not finite or do not fit, weights off the simplex, fewer than two policies, a
-            negative `min_gap` or `slack`.
+        ValueError: arrays that are not finite or do not fit, fewer than two policies, weights
+            off the simplex, or a negative `min_gap` or `slack`.
     """
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
@@ -92,7 +92,7 @@ def next_weights(
         return None
 
     def order(proposal: Proposal) -> tuple[float, float, tuple[float, ...]]:
-        # Differences that rounding makes count as none.
+        # Rounded, so that differences in the last bits count as none.
         gap = _gap(places, *proposal.between)
         return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
 
@@ -102,11 +102,11 @@ def next_weights(
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
     """Yield the pairs farther apart than `min_gap` with no other point inside the ball that they span.
 
-    These are the edges of the Gabriel graph; with two policies, the consecutive λ. A point that mixes in a policy
-    that neither end has does not count as between them: otherwise the middle of the simplex would hide its edges.
+    These are the edges of the Gabriel graph; with two policies, the consecutive λ. A point with a policy that neither
+    end has does not count as between them: otherwise the middle of the simplex would hide its edges.
 
-    Source: Gabriel and Sokal, "A New Statistical Approach to Geographic Variation Analysis", Systematic Zoology 18,
-    1969.
+    Source: Gabriel and Sokal, "A New Statistical Approach to Geographic Variation Analysis", Systematic Zoology
+    18, 1969.
     """
     used = places > 0
     for one, other in combinations(range(len(places)), 2):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.pareto.choice import best_under, best_weighted
+from rewarded_lines.pareto.choice import best_candidate
 from rewarded_lines.pareto.hypervolume import hypervolume
 from rewarded_lines.pareto.interpolation import best_interpolated, interpolate, mixed_hypervolume
 
@@ -74,14 +74,14 @@ def test_no_grid_finds_better(seed: int, first: int, second: int) -> None:
     found = best_interpolated(lams, means, weights, minima, scale=scale)
     assert interpolate(lams, means, found.lam) == pytest.approx(np.array(found.means))
     grid = interpolate(lams, means, np.linspace(0, 1, 2001))
-    best = best_weighted(grid, weights, scale=scale)
+    best = best_candidate(grid, weights, scale=scale)
     within = grid[(grid[:, 0] >= first) & (grid[:, 2] >= second)]
     if len(within):
         assert found.qualifies
-        assert found.value >= best_weighted(within, weights, scale=scale).value - 1e-9
+        assert found.value >= best_candidate(within, weights, scale=scale).value - 1e-9
         assert found.value <= best.value + 0.1
     elif not found.qualifies:
-        nearest = best_under(grid, minima, 1, scale=scale)
+        nearest = best_candidate(grid, weights, minima, scale=scale)
         worst = max(found.shortfalls[0], found.shortfalls[2] / 3)
         assert worst <= max(nearest.shortfalls[0], nearest.shortfalls[2] / 3) + 1e-9
 
@@ -102,7 +102,10 @@ def test_relaxing_a_minimum_never_lowers_the_optimum(seed: int, bound: float, sl
 @given(st.integers(0, 2**32 - 1), st.integers(-5, 5))
 def test_the_curve_is_never_worse_than_its_points(seed: int, bound: int) -> None:
     lams, means = curve(seed)
-    points, between = best_under(means, {0: bound}, 1), best_interpolated(lams, means, [0, 1, 0], {0: bound})
+    points, between = (
+        best_candidate(means, [0, 1, 0], {0: bound}),
+        best_interpolated(lams, means, [0, 1, 0], {0: bound}),
+    )
     if points.qualifies:
         assert between.qualifies
         assert between.value >= points.value
