@@ -1,1 +1,1 @@
-"""The verbs that evaluate: sweep, search, tune, score, choose; their points, records, run folders and Ray workers."""
+"""The verbs that evaluate, with their points, records, run folders and Ray workers."""

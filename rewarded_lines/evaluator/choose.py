@@ -80,10 +80,10 @@ def choose(
     interpolate: bool = False,
     level: float = LEVEL,
 ) -> Chosen:
-    """Return the policy of a run that meets constraints best; pass one of `maximize`, `weights` and `knee`.
+    """Return the policy of a run that meets constraints best.
 
-    Audits do not count, and the SFT model is not a candidate. With two rewards and a minimum for
-    one, the other is maximized by default.
+    Pass one of `maximize`, `weights` and `knee`. Audits do not count, and the SFT model is not a
+    candidate. With two rewards and a minimum for one, the other is maximized by default.
 
     Args:
         run: the run folder that `sweep` wrote.
@@ -98,7 +98,7 @@ def choose(
 
     Raises:
         UserError: the folder is not a run, a reward or method is unknown, there is no aim or
-            more than one, or no point meets every minimum; the message then names the nearest.
+            more than one, or no point meets every minimum; the message names the nearest.
     """
     read = load_run(run)
     wish = _checked(read, _Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
@@ -143,7 +143,7 @@ class _Chooser:
         return self._chosen(self._spec(best), self._all[:, best], False)
 
     def _between(self, groups: Sequence[list[int]], evaluated: Choice) -> Chosen | None:
-        """Return the optimum of the methods' curves, if it is better than the best evaluated point."""
+        """Return the optimum of the methods' curves, if it beats the best evaluated point."""
         found: list[tuple[InterpolatedChoice, list[int]]] = []
         for rows in groups:
             if len(rows) > 1 and _is_curve([self._spec(row) for row in rows]):
@@ -209,7 +209,7 @@ def _is_curve(specs: Sequence[PointSpec]) -> bool:
 
 
 def command_for(run: Run, spec: PointSpec) -> str:
-    """Return the command that makes a point's policy, or a comment with the path of a model that exists."""
+    """Return the command that makes a point's policy, or a comment with an existing model's path."""
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
@@ -223,17 +223,14 @@ def command_for(run: Run, spec: PointSpec) -> str:
 
 
 def _checked(run: Run, wish: _Wish) -> _Wish:
-    """Return the wish with its default filled in.
-
-    Raises:
-        UserError: unknown names, an audit, no aim or more than one, or unusable numbers.
-    """
+    """Return the wish with its default filled in; a UserError if it does not fit the run."""
     _check_names(run, wish)
+    _check_numbers(run, wish)
     aims = sum([wish.maximize is not None, bool(wish.weights), wish.knee])
     left = [name for name in run.objectives if name not in wish.at_least]
     if not aims and wish.at_least and len(left) == 1:
-        wish = replace(wish, maximize=left[0])
-    elif aims != 1:
+        return replace(wish, maximize=left[0])
+    if aims != 1:
         rewards = ", ".join(run.objectives)
         raise fail(
             "say what to look for",
@@ -241,7 +238,6 @@ def _checked(run: Run, wish: _Wish) -> _Wish:
             expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: {rewards})",
             got="more than one" if aims else "none",
         )
-    _check_numbers(run, wish)
     return wish
 
 
@@ -254,7 +250,7 @@ def _check_names(run: Run, wish: _Wish) -> None:
     for name in (name for name in asked if name not in run.objectives):
         what, remedy = f"no reward `{name}`", did_you_mean(name, run.objectives)
         if name in run.rewards:
-            what, remedy = f"`{name}` is an audit, which nothing is chosen by", "look at it in the answer"
+            what, remedy = f"`{name}` is an audit, which `choose` ignores", "its score is in the answer"
         expected = "one of " + ", ".join(run.objectives)
         problems.append(Problem(what, where=str(run.folder), expected=expected, remedy=remedy))
     methods = list(run.methods())
@@ -267,7 +263,7 @@ def _check_names(run: Run, wish: _Wish) -> None:
 
 
 def _check_numbers(run: Run, wish: _Wish) -> None:
-    """Refuse unusable minima and weights, and --interpolate without two policies or with --knee."""
+    """Refuse unusable minima and weights, and --interpolate where it cannot work."""
     if wrong := [f"{name}={bound:g}" for name, bound in wish.at_least.items() if not np.isfinite(bound)]:
         raise fail("not a minimum", where="--at-least", expected="finite numbers", got=", ".join(wrong))
     weights = wish.weights or {}

@@ -1,4 +1,4 @@
-"""Evaluators make the records of points; this one does it in this process, with one engine and its rewards."""
+"""Evaluators make the records of points; the local one uses one engine in this process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from rewarded_lines.config import SFT
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
 from rewarded_lines.evaluator.points import PointSpec
@@ -56,8 +57,8 @@ class LocalEvaluator:
     def __init__(self, setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT) -> None:
         """Load nothing yet: the first point loads the engine and the reward models.
 
-        `folder` keeps drafts, which are responses without scores, and the cache of scores. The engine
-        has room for the prompts `also`, too.
+        `folder` keeps drafts (responses without scores) and cached scores. The engine also has
+        room for the prompts `also`.
         """
         self._setup, self._folder = setup, folder
         self._also, self._progress = also, progress
@@ -70,7 +71,7 @@ class LocalEvaluator:
                 getattr(self, name).close()
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
-        """Yield the missing points; batches do not depend on what is missing, so resumed runs are equal."""
+        """Yield the missing points in batches that do not depend on what is missing."""
         wanted = set(missing)
         specs = list({key: spec for spec, key in keys.items()}.items())
         together = self._generator.at_once
@@ -100,7 +101,7 @@ class LocalEvaluator:
     def _batches(
         self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str], size: int
     ) -> Iterator[dict[str, Point]]:
-        """Yield drafts of points that share a batch; one that is missing makes the whole batch again."""
+        """Yield drafts of points that share a batch; a missing one makes the whole batch again."""
         for start in range(0, len(specs), size):
             batch = specs[start : start + size]
             todo = [key for key, _ in batch if key in wanted]
@@ -114,8 +115,7 @@ class LocalEvaluator:
                     for (key, spec), responses, model in zip(batch, answers, models, strict=True)
                 ]
                 # The KL needs the whole batch, too: its other sequences change the last bits.
-                points = self._points(setup, made)
-                drafts = {key: self._kept(key, points[key]) for key in todo}
+                drafts = self._drafts(setup, made, wanted)
             if drafts:
                 yield drafts
 
@@ -139,19 +139,15 @@ class LocalEvaluator:
                 self._progress.start(f"generating {spec}", counted=True)
                 (responses,) = self._answers(setup, [model])
                 waiting.append((key, spec, responses, self._control(setup, model)))
-            points = [self._points(setup, [one]) for one in waiting]
-            yield drafts | {key: self._kept(key, point) for one in points for key, point in one.items()}
+            for one in waiting:
+                drafts |= self._drafts(setup, [one], wanted)
+            yield drafts
 
     def _answers(self, setup: Setup, models: Sequence[Model]) -> list[list[Response]]:
         return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
 
-    def _kept(self, key: str, draft: Point) -> Point:
-        """Write a draft, since scoring may take long, and return it."""
-        write_point(draft_path(self._folder, key), draft)
-        return draft
-
     def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
-        """Return each control text's negative log-likelihood in nats and its predicted tokens, [texts, 2]."""
+        """Return each control text's nats and predicted tokens, [texts, 2]."""
         if not setup.control:
             return None
         windows = setup.control_windows(self._generator.encode(setup.control_texts))
@@ -163,32 +159,30 @@ class LocalEvaluator:
         return sums
 
     def _log_ratios(self, setup: Setup, made: Sequence[Made]) -> list[np.ndarray]:
-        """Return log π(y|x) − log π_SFT(y|x) of every response; the SFT model scores all points together."""
+        """Return log π(y|x) − log π_SFT(y|x) of every response of these points."""
         heads = [head for head in self._generator.encode(setup.prompts) for _ in range(setup.generation.n)]
-        is_base = [spec.model(setup.checkpoints) is None for _, spec, _, _ in made]
-        pairs = [
-            pair
-            for (_, _, responses, _), base in zip(made, is_base, strict=True)
-            if not base
-            for pair in zip(heads, (response.tokens for response in responses), strict=True)
-        ]
+        pairs: list[tuple[Sequence[int], Sequence[int]]] = []
+        for _, spec, responses, _ in made:
+            if spec.method != SFT:
+                pairs += zip(heads, (response.tokens for response in responses), strict=True)
         if pairs:
             what = made[0][1] if len(made) == 1 else f"{len(made)} points"
             self._progress.start(f"KL of {what}", counted=True)
         found = iter(self._timed("generate", lambda: self._generator.logprobs(pairs)) if pairs else [])
         ratios = []
-        for (_, _, responses, _), base in zip(made, is_base, strict=True):
+        for _, spec, responses, _ in made:
             own = np.array([response.logprob for response in responses])
-            ratios.append(own - (own if base else np.fromiter(islice(found, len(own)), float, len(own))))
+            base = own if spec.method == SFT else np.fromiter(islice(found, len(own)), float, len(own))
+            ratios.append(own - base)
         return ratios
 
-    def _points(self, setup: Setup, made: Sequence[Made]) -> dict[str, Point]:
-        """Return drafts by key."""
+    def _drafts(self, setup: Setup, made: Sequence[Made], wanted: set[str]) -> dict[str, Point]:
+        """Write the wanted drafts, since scoring may take long, and return them by key."""
         count, samples = len(setup.prompts), setup.generation.n
         index = np.repeat(np.arange(count), samples)
         texts = [prompt_text(prompt) for prompt in setup.prompts]
         seeds = [prompt_seed(setup.generation, i, k) for i in range(count) for k in range(samples)]
-        return {
+        drafts = {
             key: Point(
                 spec=spec,
                 prompts=[texts[i] for i in index],
@@ -202,10 +196,14 @@ class LocalEvaluator:
                 control=control,
             )
             for (key, spec, responses, control), ratios in zip(made, self._log_ratios(setup, made), strict=True)
+            if key in wanted
         }
+        for key, draft in drafts.items():
+            write_point(draft_path(self._folder, key), draft)
+        return drafts
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
-        """Yield the points with scores; one call scores the responses of all, which fills batches better."""
+        """Yield the points with scores; one call scores all, which fills batches better."""
         prompts = [setup.prompts[index] for draft in drafts.values() for index in draft.prompt_index]
         responses = [response for draft in drafts.values() for response in draft.judged]
         scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}

@@ -1,8 +1,8 @@
-"""The records of one or more runs as arrays, paired prompt by prompt, and their resamples."""
+"""The records of runs as arrays, paired prompt by prompt, and their resamples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +74,12 @@ def control_sets(run: Run) -> dict[str, int]:
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """Return exp(Σ −log π(token) / tokens) for the control texts' sums of nats and of tokens, [..., 2]."""
+    """Return exp(Σ −log π(token) / tokens) of sums of nats and of tokens, [..., 2]."""
     return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
 
 
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
-    """Return each prompt's mean scores, KL and words, [prompts, rewards + 2]: the bootstrap resamples prompts."""
+    """Return each prompt's mean scores, KL and words: [prompts, rewards + 2]."""
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
     values = np.stack(columns, axis=1).astype(np.float64)
     prompts = len(np.unique(point.prompt_index))
@@ -87,18 +87,21 @@ def _measures(point: Point, rewards: list[str]) -> np.ndarray:
 
 
 def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
-    """Return the points that every run has: the SFT model's, then each method's in the order of λ."""
+    """Return the points of every run: the SFT model's, then each method's in the order of λ."""
     _check_runs(runs)
-    ordered = [[run.sft, *(point for method in run.methods().values() for point in method)] for run in runs]
-    by_place = [{_place(point.spec): point for point in points} for points in ordered]
-    shared = [place for place in by_place[0] if all(place in points for points in by_place)]
+    found: list[dict[Hashable, Point]] = []
+    for run in runs:
+        points = [run.sft, *(point for method in run.methods().values() for point in method)]
+        # Not the whole spec: a matched or tuned schedule may differ between runs.
+        found.append({(one.spec.method, one.spec.weights, one.spec.checkpoint): one for one in points})
+    shared = [place for place in found[0] if all(place in points for points in found)]
     if len(shared) < 2:
         raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
-    return [[points[place] for points in by_place] for place in shared]
+    return [[points[place] for points in found] for place in shared]
 
 
 def _check_runs(runs: Sequence[Run]) -> None:
-    """Refuse a run named twice, and runs with different rewards, policies, prompts or control texts."""
+    """Refuse a run named twice, and runs that cannot be averaged."""
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise fail("a run is named twice", where=_folders(runs), expected="runs of different training seeds")
     first, *others = (_facts(run) for run in runs)
@@ -128,11 +131,6 @@ def _folders(runs: Sequence[Run]) -> str:
     return " and ".join(str(run.folder) for run in runs)
 
 
-def _place(spec: PointSpec) -> tuple[str, tuple[float, ...], str]:
-    """Return what identifies a point in every run; a matched or tuned schedule may differ."""
-    return spec.method, spec.weights, spec.checkpoint
-
-
 def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
     """Refuse records that cannot be compared, all together."""
     faults = [(point, fault) for point in points for fault in _faults(point, points[0].prompts, rewards)]
@@ -143,7 +141,7 @@ def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
 
 def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
     """Return why a point cannot be compared; empty for a whole record of these prompts."""
-    faults = [] if point.prompts == prompts else ["was not asked the same prompts as the SFT model"]
+    faults = [] if point.prompts == prompts else ["has other prompts than the SFT model"]
     if missing := [name for name in rewards if name not in point.scores]:
         return [*faults, f"has no score for {', '.join(missing)}"]
     for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:

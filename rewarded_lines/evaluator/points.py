@@ -80,7 +80,7 @@ class PointSpec:
         return spec
 
     def model(self, checkpoints: Sequence[str]) -> Model:
-        """Return the model to generate with; `checkpoints` are the plan's, policies first, then baselines."""
+        """Return the model to generate with; `checkpoints` are the plan's, in order."""
         if self.method == SFT:
             return None
         if self.checkpoint and not self.weights:
@@ -198,7 +198,7 @@ class Methods:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
         # The method that names an unknown merge method is refused elsewhere.
         if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
-            raise fail("norms are matched between linear methods", where=where, expected="merge: soup in both")
+            raise fail("only linear methods can match norms", where=where, expected="merge: soup in both")
 
     def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
         kind, policies = METHODS[spec.merge].weights, len(self._policies)

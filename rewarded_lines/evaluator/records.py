@@ -145,7 +145,7 @@ def read_point(path: Path) -> Point:
             raise ValueError("its checksum does not fit")
         spec = PointSpec.from_dict(content["point"])
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-        remedy = "run the sweep again; it is made anew"
+        remedy = "run the sweep again, which makes it again"
         raise fail("not a whole point record", where=str(path), got=str(error), remedy=remedy) from error
     control, columns = content["control"], table.column_names
     scores = [name for name in columns if name.startswith(_SCORE)]

@@ -53,7 +53,7 @@ class RunFolder:
 
     def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> list[Point]:
         """Return the points for the prompts of `setup`; missing or damaged ones are made first."""
-        self.progress.start("reading what is there")
+        self.progress.start("reading earlier points")
         keys = {spec: setup.key(spec) for spec in specs}
         new = [key for key in dict.fromkeys(keys.values()) if key not in self._counted]
         missing = [key for key in dict.fromkeys(keys.values()) if not self._is_there(key)]
@@ -71,11 +71,11 @@ class RunFolder:
         return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
 
     def listed(self) -> list[PointSpec]:
-        """Return the points in `run.json`, without those that the project now defines otherwise."""
+        """Return the points in `run.json` that the project still defines this way."""
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
     def added(self) -> list[PointSpec]:
-        """Return the points that searches added, without those that the project now defines otherwise."""
+        """Return the points that searches added and the project still defines this way."""
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
@@ -93,14 +93,7 @@ class RunFolder:
         tuned: Mapping[str, Any] | None = None,
         **account: Any,
     ) -> None:
-        """Write `run.json`.
-
-        Args:
-            specs: the points of the run.
-            added: those of them that searches added.
-            tuned: the result of the search for α and β.
-            account: of the work, when all of it is done.
-        """
+        """Write `run.json`; `account` describes the work once all of it is done."""
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
         content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
@@ -142,7 +135,7 @@ def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Prog
         progress: receives the steps and the finished points.
 
     Raises:
-        UserError: the folder holds other files or another configuration's run, or another process holds it.
+        UserError: the folder holds other files, another process holds it, or see `setup`.
     """
     refuse_foreign(folder, RUN_FILE)
     progress.start("hashing checkpoints")

@@ -35,7 +35,7 @@ class SweepOptions:
     def __post_init__(self) -> None:
         """Refuse options that do not fit."""
         if self.workers is not None and self.ray is None:
-            raise fail("there are workers with Ray only", where="--workers", remedy="add --ray local, or leave it out")
+            raise fail("workers need Ray", where="--workers", remedy="add --ray local, or leave it out")
         if self.tensor_parallel < 1:
             raise fail("not a number of devices", where="--tensor-parallel", got=str(self.tensor_parallel))
         if self.tensor_parallel > 1 and self.engine != "vllm":

@@ -222,7 +222,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
 def _check_rewards(project: Project) -> None:
     objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
     if not objectives:
-        raise fail("every reward is an audit", where=project.where("rewards"), expected="one that makes the front")
+        raise fail("every reward is an audit", where=project.where("rewards"), expected="one with `role: objective`")
     for label, at in project.config.sweep.references.items():
         if label in ("sft", "worst") or sorted(at) != sorted(objectives):
             raise fail(

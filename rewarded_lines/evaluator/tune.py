@@ -41,8 +41,8 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
         raise fail(
             "the validation prompts are test prompts",
             where=f"{where}.prompts",
-            expected="prompts that `prompts:` does not hold",
-            got=f"{len(prompts)}, all of them among the test prompts",
+            expected="prompts that are not in `prompts:`",
+            got=f"{len(prompts)}, all of them test prompts",
             remedy="name another file or split",
         )
     return prompts

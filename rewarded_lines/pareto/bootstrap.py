@@ -3,8 +3,8 @@
 Functions raise ValueError for shapes that do not fit, for no runs, prompts or resamples,
 and for a level outside (0, 1).
 
-Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 6 and 13; Davison and Hinkley,
-"Bootstrap Methods and their Application", 1997, section 3.8 (two levels).
+Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 6 and 13; Davison
+and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8 (two levels).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class RunSamples:
 def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
     """Return mean scores in resamples of the prompts: [resamples, points, rewards].
 
-    m*_b = (1/n) Σ_j c_bj · s_j with c_b ~ Multinomial(n; 1/n, …, 1/n): how often each of n prompts is drawn with
-    replacement. All points share the draws, so differences between points are paired by prompt. The same seed and
-    number of prompts give the same draws.
+    m*_b = (1/n) Σ_j c_bj · s_j with c_b ~ Multinomial(n; 1/n, …, 1/n): how often each of n prompts
+    is drawn with replacement. All points share the draws, so differences between points are paired
+    by prompt. The same seed and number of prompts give the same draws.
 
     Args:
         scores: s, [points, prompts, rewards].
@@ -68,14 +68,16 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
 def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> RunSamples:
     """Return mean scores of every run in two-level resamples.
 
-    Level 1 draws S of the S runs with replacement, level 2 draws the prompts as `resample_means` does. Runs with as
-    many prompts as the first share one draw of prompts; a run with another number gets its own.
+    Level 1 draws S of the S runs with replacement, level 2 draws the prompts as `resample_means`
+    does. Runs with as many prompts as the first share one draw of prompts; a run with another
+    number gets its own.
 
-    The draws depend only on `seed` and the numbers of runs, prompts and resamples, so methods that are resampled in
-    separate calls are still paired. With one run, `means[1:, 0]` is `resample_means(scores[0], resamples, seed)`.
+    The draws depend only on `seed` and the numbers of runs, prompts and resamples, so methods that
+    are resampled in separate calls are still paired. With one run, `means[1:, 0]` is
+    `resample_means(scores[0], resamples, seed)`.
 
-    With S runs an interval is too narrow by about √((S − 1)/S) in the part that comes from training. With 2 or 3
-    runs read it as a lower limit.
+    With S runs an interval is too narrow by about √((S − 1)/S) in the part that comes from
+    training. With 2 or 3 runs read it as a lower limit.
 
     Args:
         scores: one [points, prompts, rewards] for each run; points and rewards in the same order.

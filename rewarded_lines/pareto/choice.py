@@ -1,13 +1,13 @@
 """One policy chosen among candidates by their mean scores.
 
-Every rule has the same order: the smallest largest shortfall (0 if all minima are met), the largest objective, the
-largest scores reward by reward, the first candidate. So ties are always broken the same way, and a dominated
-candidate is chosen only if the objective and the minima cannot tell it apart.
+Every rule has the same order: the smallest largest shortfall (0 if all minima are met), the
+largest objective, the largest scores reward by reward, the first candidate.
 
-The best of many candidates was also lucky: its value and interval lie a little high. Fresh prompts remove this bias.
+The best of many candidates was also lucky: its value and interval lie a little high. Fresh
+prompts remove this bias.
 
-Functions raise ValueError for no candidates, arrays that are not finite or do not fit, a minimum of no reward,
-weights that are negative or all 0, and a scale not above 0.
+Functions raise ValueError for no candidates, arrays that are not finite or do not fit, a
+minimum of no reward, weights that are negative or all 0, and a scale not above 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Rule:
         return np.asarray(np.array(list(self.minima.values()), dtype=np.float64) - means[:, list(self.minima)])
 
     def choose(self, means: Array) -> Choice:
-        """Return the best of [candidates, rewards], in the order that this module's docstring states."""
+        """Return the best of [candidates, rewards] in the order in this module's docstring."""
         # Not `@`: its sums depend on the array's shape, and equal candidates need equal values.
         values = (means * self.slopes).sum(axis=-1) - self.offset
         short = np.maximum(0.0, self.lacks(means))
@@ -100,12 +100,12 @@ def best_candidate(
 def knee(means: ArrayLike) -> int:
     """Return the index of the nondominated point farthest above the plane through the front's extremes.
 
-    For means s, [points, rewards], n_p,i = (s_p,i − nadir_i)/(ideal_i − nadir_i) over the nondominated points, 0 where
-    these are equal; the knee is argmax_p Σ_i n_p,i. Of equal sums the most even point, with the largest smallest n, is
-    taken.
+    For means s, [points, rewards], n_p,i = (s_p,i − nadir_i)/(ideal_i − nadir_i) over the
+    nondominated points, 0 where these are equal; the knee is argmax_p Σ_i n_p,i. Of equal sums the
+    most even point, with the largest smallest n, is taken.
 
-    Source: Das, "On characterizing the 'knee' of the Pareto curve based on Normal-Boundary Intersection",
-    Structural Optimization 18, 1999.
+    Source: Das, "On characterizing the 'knee' of the Pareto curve based on Normal-Boundary
+    Intersection", Structural Optimization 18, 1999.
     """
     values = _candidates(means)
     front = np.flatnonzero(nondominated(values))

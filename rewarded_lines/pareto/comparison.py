@@ -1,4 +1,4 @@
-"""Methods compared by the hypervolume of their fronts, resampled together; ValueError if shapes do not fit."""
+"""Methods compared by the hypervolume of their fronts, resampled together."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class MethodVolume:
 class VolumeDifference:
     """Hypervolume of `method` minus that of `other`, resampled together.
 
-    `share_positive` is the share of resamples with a difference above 0. `relative` is the difference over the other's
-    hypervolume, None when that is 0.
+    `share_positive` is the share of resamples with a difference above 0. `relative` is the
+    difference over the other's hypervolume, None when that is 0.
     """
 
     method: str
@@ -43,17 +43,20 @@ class VolumeDifference:
 def sample_volumes(
     fronts: Mapping[str, ArrayLike], references: Mapping[str, ArrayLike], drawn: ArrayLike | None = None
 ) -> Volumes:
-    """Return the hypervolume of each method above each reference, as measured and in every resample.
+    """Return the hypervolume of each method above each reference in every sample.
 
-    A reference is measured on the same prompts as the points, so each sample has its own. Noise stretches a front
-    outwards, so hypervolumes lie a little high and those of resamples a little higher. The bias is much smaller in
-    differences between methods with as many points.
+    A reference is measured on the same prompts as the points, so each sample has its own. Noise
+    stretches a front outwards, so hypervolumes lie a little high and those of resamples a little
+    higher. The bias is much smaller in differences between methods with as many points.
 
     Args:
         fronts: mean scores by method, [samples, points, rewards], or with several training runs
-            [samples, runs, points, rewards]; row 0 is measured, the rows after it are resamples.
+            [samples, runs, points, rewards]; row 0 is measured, the further rows are resamples.
         references: by name, [samples, rewards], or with runs [samples, runs, rewards].
-        drawn: with runs only, `RunSamples.drawn`; the result is then the average over the drawn runs.
+        drawn: `RunSamples.drawn`, with runs only; the result is their average.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
     """
     found: Volumes = {}
     for method, front in fronts.items():
@@ -79,8 +82,8 @@ def method_volumes(volumes: Volumes, level: float = LEVEL) -> list[MethodVolume]
 def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
     """Return later method minus earlier, for each pair in the order of `volumes` and each reference.
 
-    Δ_b = HV_b(method) − HV_b(other) in every resample b, and the interval is that of the Δ_b. Both come from the same
-    prompts and runs, so a change that moves both alike cancels.
+    Δ_b = HV_b(method) − HV_b(other) in every resample b, and the interval is that of the Δ_b. Both
+    come from the same prompts and runs, so a change that moves both alike cancels.
     """
     found = []
     for other, method in combinations(volumes, 2):

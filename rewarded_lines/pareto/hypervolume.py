@@ -37,11 +37,11 @@ def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Return the volume that `points` dominate above `reference`, in the product of the rewards' units.
 
-    HV(P; r) = Λ( ⋃_{p ∈ P, p > r} [r_1, p_1] × … × [r_m, p_m] ), Λ the Lebesgue measure. A point adds nothing unless it
-    is better than the reference on every reward. Exact, by moocore.
+    HV(P; r) = Λ( ⋃_{p ∈ P, p > r} [r_1, p_1] × … × [r_m, p_m] ), Λ the Lebesgue measure. A point
+    adds nothing unless it is better than the reference on every reward. Exact, by moocore.
 
-    Source: Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study and the Strength
-    Pareto Approach", IEEE Transactions on Evolutionary Computation 3(4), 1999.
+    Source: Zitzler and Thiele, "Multiobjective Evolutionary Algorithms: A Comparative Case Study
+    and the Strength Pareto Approach", IEEE Transactions on Evolutionary Computation 3(4), 1999.
     """
     return _volume(*_pair(points, reference))
 
@@ -49,8 +49,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 def hypervolumes(fronts: ArrayLike, references: ArrayLike) -> Array:
     """Return the `hypervolume` of each front above its own reference, [samples, …].
 
-    Two rewards are computed for all fronts at once, ten times as fast as one call for each: from the largest first
-    reward down, HV = Σ_k (p_k1 − p_(k+1)1) · max_(j ≤ k) p_j2, with p relative to the reference.
+    Two rewards are computed for all fronts at once, ten times as fast as one call for each: from
+    the largest first reward down, HV = Σ_k (p_k1 − p_(k+1)1) · max_(j ≤ k) p_j2, with p relative to
+    the reference.
 
     Args:
         fronts: [samples, …, points, rewards], with any number of axes before the points.
@@ -73,12 +74,12 @@ def hypervolumes(fronts: ArrayLike, references: ArrayLike) -> Array:
 def contributions(points: ArrayLike, reference: ArrayLike) -> Array:
     """Return how much hypervolume each point alone brings: [points], none negative.
 
-    c(p) = HV(P; r) − HV(P ∖ {p}; r), computed as HV({p}; r) − HV({min(p, q) : q ∈ P ∖ {p}}; r). This form stays precise
-    where c(p) is far smaller than HV(P). Dominated points, copies, and points not better than the reference on every
-    reward bring 0.
+    c(p) = HV(P; r) − HV(P ∖ {p}; r), computed as HV({p}; r) − HV({min(p, q) : q ∈ P ∖ {p}}; r).
+    This form stays precise where c(p) is far smaller than HV(P). Dominated points, copies, and
+    points not better than the reference on every reward bring 0.
 
-    Source: While, Bradstreet and Barone, "A Fast Way of Calculating Exact Hypervolumes", IEEE Transactions on
-    Evolutionary Computation 16(1), 2012 (the exclusive hypervolume).
+    Source: While, Bradstreet and Barone, "A Fast Way of Calculating Exact Hypervolumes", IEEE
+    Transactions on Evolutionary Computation 16(1), 2012 (the exclusive hypervolume).
     """
     values, origin = _pair(points, reference)
     found = np.zeros(len(values))

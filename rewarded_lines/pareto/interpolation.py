@@ -77,12 +77,13 @@ def best_interpolated(
     centre: ArrayLike | None = None,
     scale: ArrayLike | None = None,
 ) -> InterpolatedChoice:
-    """Return the exact optimum of a linear objective under minima along the piecewise linear curve.
+    """Return the exact optimum of a linear objective under minima along the curve.
 
     argmax_λ Σ_i w_i (s_i(λ) − c_i)/d_i subject to s_i(λ) ≥ b_i; when no λ qualifies,
-    argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment each of these is linear or a maximum of linear functions. The
-    optimum therefore lies at an evaluated λ, where a mean crosses its minimum, or where two shortfalls cross; only
-    these λ are tried. Ties are broken as in `rewarded_lines.pareto.choice`, then by λ.
+    argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment each of these is linear or a maximum of
+    linear functions. The optimum therefore lies at an evaluated λ, where a mean crosses its
+    minimum, or where two shortfalls cross; only these λ are tried. Ties are broken as in
+    `rewarded_lines.pareto.choice`, then by λ.
 
     `weights`, `minima`, `centre` and `scale` are those of `best_candidate`.
     """

@@ -27,8 +27,9 @@ class Proposal:
 
     Attributes:
         weights: one for each policy, with four decimals and a sum of 1.
-        potential: an upper bound of the hypervolume that it brings, in the product of the rewards' units. It tells
-            when to stop and is no forecast: the middle of a straight front of two rewards brings a quarter.
+        potential: an upper bound of the hypervolume that it brings, in the product of the
+            rewards' units. It tells when to stop and is no forecast: the middle of a straight
+            front of two rewards brings a quarter.
         between: the indices of its two evaluated neighbours.
     """
 
@@ -102,11 +103,12 @@ def next_weights(
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
     """Yield the pairs farther apart than `min_gap` with no other point inside the ball that they span.
 
-    These are the edges of the Gabriel graph; with two policies, the consecutive λ. A point with a policy that neither
-    end has does not count as between them: otherwise the middle of the simplex would hide its edges.
+    These are the edges of the Gabriel graph; with two policies, the consecutive λ. A point with a
+    policy that neither end has does not count as between them: otherwise the middle of the simplex
+    would hide its edges.
 
-    Source: Gabriel and Sokal, "A New Statistical Approach to Geographic Variation Analysis", Systematic Zoology
-    18, 1969.
+    Source: Gabriel and Sokal, "A New Statistical Approach to Geographic Variation Analysis",
+    Systematic Zoology 18, 1969.
     """
     used = places > 0
     for one, other in combinations(range(len(places)), 2):

@@ -1,4 +1,4 @@
-"""What `choose` chooses, by hand on invented scores, and that its command makes the very policy that was evaluated."""
+"""`choose` by hand on invented scores; its command makes the very policy that was evaluated."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run(tmp_path, monkeypatch) -> str:
 
 
 def asked(cli, *words):
-    """Return the answer to a question as JSON: nothing but JSON may stand there."""
+    """Return the JSON answer of `choose`, which prints nothing else."""
     answer = cli("choose", *words, "--json")
     assert answer.code == 0 and answer.err == "", answer.err
     return json.loads(answer.out)
@@ -238,7 +238,7 @@ def test_audits_are_shown_and_choose_nothing(tmp_path, monkeypatch, cli):
     invented(tmp_path / "run", curve("soup", means), audits=["c"])
     for words in (["--maximize", "c"], ["--at-least", "c=1"], ["--weights", "a=1,c=1"]):
         said = refused(cli, "run", *words)
-        assert "`c` is an audit, which nothing is chosen by" in said and "one of a, b" in said
+        assert "`c` is an audit, which `choose` ignores" in said and "one of a, b" in said
     found = asked(cli, "run", "--at-least", "a=2")
     assert place(found) == ("soup", 0.5) and found["scores"]["c"]["value"] == pytest.approx(4.5)
 

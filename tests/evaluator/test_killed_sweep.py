@@ -1,4 +1,4 @@
-"""Sweeps that die: by SIGKILL at any moment, by Ctrl-C, by a full disk. What is left is gone on with."""
+"""Sweeps that die by SIGKILL, Ctrl-C or a full disk, and are continued."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def contents(folder):
-    """Return every record by its name, column by column."""
+    """Return every record by name, column by column."""
     return {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "points").iterdir())}
 
 
@@ -38,7 +38,7 @@ def run_in_child(folder, out):
 
 
 def write_slowly(table, path):
-    """Write a record so that it is half there for a while: most kills fall on a write, or between two."""
+    """Write a record slowly, so that most kills hit a write or the time between two."""
     WRITE_TABLE(table, buffer := io.BytesIO())
     content = buffer.getvalue()
     path.write_bytes(content[: len(content) // 2])

@@ -1,4 +1,4 @@
-"""Points shared out over the workers of a cluster: the same records, deaths survived, nothing left behind.
+"""Points on Ray workers: the same records, dead workers replaced, nothing left behind.
 
 Each time the workers are in this process, behind a stand-in for Ray; those of a real cluster are slow to start.
 """
@@ -31,7 +31,7 @@ def greedy(tiny):
 
 
 def same(alone, shared):
-    """Hold two runs against each other, point by point and file by file."""
+    """Compare two runs point by point and file by file."""
     assert [point.spec for point in shared.points] == [point.spec for point in alone.points]
     for one, other in zip(alone.points, shared.points, strict=True):
         assert one.responses == other.responses and (one.kl == other.kl).all()
@@ -86,7 +86,7 @@ def test_two_real_workers_give_the_scores_of_none_and_a_death_costs_one_point(gr
 
 
 def spoil(folder, line):
-    """Put a line at the head of the reward's function."""
+    """Insert a line at the start of the reward's function."""
     path = folder / "rewards.py"
     path.write_text("import os\n\n\n" + path.read_text().replace("    return [len(", f"    {line}\n    return [len("))
 

@@ -3,12 +3,14 @@
 import socket
 
 import pyarrow.parquet as pq
+import pytest
 
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import load_run
 
 
 def test_records_load_with_datasets(make_run, tmp_path, monkeypatch):
-    """As `datasets.load_dataset` reads Parquet: every response of every point, plain columns, without a network."""
+    """`datasets.load_dataset` reads every response of every point without a network."""
     import datasets
 
     def refuse(*args, **options):
@@ -28,3 +30,10 @@ def test_records_load_with_datasets(make_run, tmp_path, monkeypatch):
         for point in points
         for prompt, score in zip(point.prompts, point.scores["positive"].tolist(), strict=True)
     }
+
+
+def test_a_point_with_unknown_keys_is_refused():
+    content = PointSpec("sft").as_dict()
+    assert PointSpec.from_dict(content) == PointSpec("sft")
+    with pytest.raises(TypeError, match="gamma"):
+        PointSpec.from_dict({**content, "gamma": 1.0})

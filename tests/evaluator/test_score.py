@@ -1,4 +1,4 @@
-"""One model scored: as the sweep scores the same weights, and leaving nothing behind unless asked to."""
+"""`score` equals the sweep's scores of the same weights and leaves no files unless `out` is given."""
 
 from __future__ import annotations
 

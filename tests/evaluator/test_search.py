@@ -1,4 +1,4 @@
-"""The search for λ with the reference engine: what it adds, where it stops, and that what it added stays."""
+"""The search for λ with the reference engine: what it adds, where it stops, what it keeps."""
 
 from __future__ import annotations
 

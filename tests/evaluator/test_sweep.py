@@ -154,19 +154,14 @@ def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
     assert len(load_run(tiny / "sweep").points) == 2
     assert list((tiny / "sweep/drafts").iterdir())
     monkeypatch.setattr(LocalEvaluator, "_scored", scored)
-    monkeypatch.setattr(LocalEvaluator, "_points", no_generation(LocalEvaluator._points))
+    monkeypatch.setattr(LocalEvaluator, "_drafts", no_generation)
     run = sweep(engine="hf", points=2)
     assert run.header["evaluated_last"] == 3 and not list((tiny / "sweep/drafts").iterdir())
 
 
-def no_generation(points):
-    """Let nothing be generated: all responses wait for their scores already."""
-
-    def checked(evaluator, setup, made):
-        assert not list(made)
-        return points(evaluator, setup, made)
-
-    return checked
+def no_generation(*_):
+    """Fail if a response is generated: all drafts exist already."""
+    raise AssertionError("a response was generated")
 
 
 def test_a_damaged_record_is_told_and_made_again(tiny):
@@ -497,4 +492,4 @@ def test_a_chat_template_that_is_not_there_is_told_by_its_key(tiny, cli):
 @pytest.mark.parametrize("command", ["sweep", "search"])
 def test_workers_are_for_ray(tiny, cli, command):
     answer = cli(command, *(["sweep"] if command == "search" else []), "--workers", 2)
-    assert answer.code == 1 and "--workers: there are workers with Ray only" in answer.err
+    assert answer.code == 1 and "--workers: workers need Ray" in answer.err

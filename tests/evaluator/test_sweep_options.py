@@ -1,4 +1,4 @@
-"""The options that sweep, search and score share: one declaration, the same in Python and on the command line."""
+"""The options that sweep, search and score share, in Python and on the command line."""
 
 import inspect
 from dataclasses import fields
@@ -39,7 +39,7 @@ def test_options_are_taken_one_by_one_or_whole():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"workers": 2}, "there are workers with Ray only"),
+        ({"workers": 2}, "workers need Ray"),
         ({"tensor_parallel": 0}, "not a number of devices"),
         ({"tensor_parallel": 2, "engine": "hf"}, "only vLLM spreads a model"),
         ({"offload": "sometimes"}, "unknown value `sometimes`"),

@@ -1,4 +1,4 @@
-"""Sweeps in vLLM: whole models swapped in place, adapters together in one batch, both as the reference has it."""
+"""Sweeps in vLLM equal the reference: whole models swapped in place, adapters in one batch."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Methods compared: numbers by hand, pairing, several runs, and what one run must reduce to."""
+"""Methods compared: numbers by hand, pairing, several runs, and the case of one run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ORIGIN = {"origin": np.zeros((3, 2))}
 
 
 def boxes(*sides: float) -> np.ndarray:
-    """One point for each sample, whose hypervolume above 0 is the square of its side."""
+    """Return one point per sample, whose hypervolume above 0 is the square of its side."""
     return np.array(sides)[:, None, None] * np.ones((1, 1, 2))
 
 

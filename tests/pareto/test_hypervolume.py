@@ -14,7 +14,7 @@ from rewarded_lines.pareto.hypervolume import contributions, hypervolume, hyperv
 
 
 def clouds(rewards: int, largest: int = 7) -> st.SearchStrategy[np.ndarray]:
-    """Points on a coarse grid, so that ties and copies come up often; some lie below the reference 0."""
+    """Draw points on a coarse grid: ties and copies are frequent, and some lie below the reference 0."""
     numbers = st.integers(-2, 8).map(float)
     return st.integers(1, largest).flatmap(lambda count: arrays(np.float64, (count, rewards), elements=numbers))
 

@@ -1,4 +1,4 @@
-"""Between evaluated λ: values by hand, and the optimum against a fine grid that it must beat."""
+"""Between evaluated λ: values by hand, and the optimum against a fine grid."""
 
 from __future__ import annotations
 

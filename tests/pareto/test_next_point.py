@@ -1,4 +1,4 @@
-"""The next preference: by hand, on the simplex, against noise, and how much of a grid's front few points reach."""
+"""The next preference: by hand, on the simplex, against noise, and compared with grids."""
 
 from __future__ import annotations
 

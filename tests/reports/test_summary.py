@@ -172,7 +172,7 @@ def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
     with pytest.raises(UserError) as caught:
         summarise(replace(small_run, points=broken))
     assert [problem.what for problem in caught.value.problems] == [
-        "was not asked the same prompts as the SFT model",
+        "has other prompts than the SFT model",
         "has no score for b",
         "b is not finite for 1 of 2 responses",
         "KL is not finite for 2 of 2 responses",

@@ -115,7 +115,7 @@ def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
         "measures": _measures(runs[0], summary),
         "methods": _methods(summary),
         "points": [_point(runs, summary, point) for point in summary.points],
-        "start": merged[knee(means).index],
+        "start": merged[knee(means)],
     }
 
 
