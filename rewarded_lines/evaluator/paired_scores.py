@@ -9,7 +9,6 @@ import numpy as np
 
 from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
 
