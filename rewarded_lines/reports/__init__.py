@@ -1,1 +1,1 @@
-"""From the records of runs to numbers with intervals, tables, figures and one HTML page."""
+"""Reports of runs: numbers with intervals, tables, figures and one HTML page."""

@@ -1,4 +1,4 @@
-"""An inspection as a person or a program reads it: lines and tables for the terminal, plain data for JSON."""
+"""An inspection as tables for the terminal and as data for JSON."""
 
 from __future__ import annotations
 
@@ -27,38 +27,43 @@ _NAMED = 3
 
 
 def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
-    """Return an inspection for JSON: null for values that are not finite, single tensors only if asked for."""
+    """Return an inspection for JSON: null if not finite; `tensors` keeps single tensors."""
     return {key: _plain(value) for key, value in vars(found).items() if tensors or key != "tensors"}
 
 
 def on_terminal(found: Inspection, tensors: bool, width: int = 80) -> Iterator[RenderableType]:
-    """Yield what the terminal shows: a heading, a table for each list of blocks, notes.
+    """Yield a heading, a table for each list of blocks, and notes.
 
     Args:
         found: the inspection.
-        tensors: a row for each tensor, not for each block.
-        width: of the terminal; names of tensors are folded to fit it.
+        tensors: show a row for each tensor instead of each block.
+        width: of the terminal; tensor names are folded to fit.
     """
     yield Text("\n".join(_heading(found)) + "\n")
-    if tensors:
-        headings = _TENSORS + (_RESIDUAL[:1] if found.base is not None else ())
-        rows = {name: [_tensor_row(one) for one in found.tensors if one.stack == name] for name in found.stacks}
-    else:
-        headings = _LEVELS + (_RESIDUAL if found.base is not None else ())
-        rows = {name: [_level_row(one) for one in found.levels if one.stack == name] for name in found.stacks}
-        rows[""] = [("total", *_sum_cells(found.total, ""))]
-    titles = {name: printable(f"{name}: {_count(blocks, 'block')}") for name, blocks in found.stacks.items()}
-    # Without a base there are no cells for the residual's columns.
-    parts = {titles.get(name, ""): [row[: len(headings)] for row in part] for name, part in rows.items()}
+    headings = _TENSORS + _RESIDUAL[:1] if tensors else _LEVELS + _RESIDUAL
+    if found.base is None:
+        headings = _TENSORS if tensors else _LEVELS
+    rows: list[tuple[str, Row]] = (
+        [(one.stack, _tensor_row(one)) for one in found.tensors]
+        if tensors
+        else [(one.stack, _level_row(one)) for one in found.levels]
+    )
+    parts = {}
+    for stack, blocks in found.stacks.items():
+        title = printable(f"{stack}: {_count(blocks, 'block')}")
+        # Without a base the rows lose the cells of the residual.
+        parts[title] = [row[: len(headings)] for name, row in rows if name == stack]
+    if not tensors:
+        parts[""] = [("total", *_sum_cells(found.total, ""))[: len(headings)]]
     yield from _tables(headings, parts, width)
     yield Text("\n" + "\n".join(_notes(found)), style="dim")
 
 
 def _tables(headings: Row, parts: Mapping[str, Sequence[Row]], width: int) -> Iterator[RenderableType]:
-    """Yield tables that share one row of headings and its widths; a part without a title follows a rule."""
+    """Yield a table for each part, all with the widths of the first; a rule replaces an empty title."""
     everything = [headings, *(row for rows in parts.values() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
-    # One column gives way where the terminal is narrow: long names and several types are folded.
+    # On a narrow terminal one column folds: the names of tensors, or the types.
     folded, least = (headings.index("tensor"), 16) if "tensor" in headings else (headings.index("type"), 4)
     left = width - sum(widths) + widths[folded] - len(widths) + 1
     widths[folded] = max(least, min(widths[folded], left))
@@ -69,7 +74,7 @@ def _tables(headings: Row, parts: Mapping[str, Sequence[Row]], width: int) -> It
             justify: JustifyMethod = "left" if heading in _LEFT else "right"
             table.add_column(Text(heading), justify=justify, width=wide, overflow="fold")
         for row in rows:
-            # Text, not str: a name may look like rich's markup.
+            # Text, not str: rich reads brackets in a name as markup.
             table.add_row(*map(Text, row))
         length = sum(widths) + gap * (len(widths) - 1)
         yield Text(("\n" if index else "") + title, style="bold") if title else Text("─" * length, style="dim")
@@ -103,7 +108,7 @@ def _notes(found: Inspection) -> Iterator[str]:
 
 
 def _level_row(level: Level) -> Row:
-    return (_place(level), *_sum_cells(level, _number(level.scale)))
+    return (_place(level), *_sum_cells(level, f"{level.scale:.4g}"))
 
 
 def _sum_cells(whole: Sum, scale: str) -> Row:
@@ -113,15 +118,18 @@ def _sum_cells(whole: Sum, scale: str) -> Row:
 
 def _tensor_row(tensor: InspectedTensor) -> Row:
     shape = "×".join(map(str, tensor.shape)) or "scalar"
-    name, scale = printable(tensor.name), _number(tensor.scale)
+    name, scale = printable(tensor.name), f"{tensor.scale:.4g}"
     return (_place(tensor), name, shape, _type(tensor.dtype), scale, *_residual_cells(tensor.residual))
 
 
 def _residual_cells(residual: Residual | None) -> Row:
     if residual is None:
         return ("",) * len(_RESIDUAL)
-    norms = (_norm(residual.norm), _percent(residual.relative, "#.3g"))
-    return (*norms, _share(residual.changed, residual.values), _norm(residual.scaled_norm))
+    relative = "–"
+    if math.isfinite(residual.relative):
+        relative = f"{100 * residual.relative:#.3g}".rstrip(".") + "%" if residual.relative else "0%"
+    changed = _share(residual.changed, residual.values)
+    return (_norm(residual.norm), relative, changed, _norm(residual.scaled_norm))
 
 
 def _place(one: InspectedTensor | Level) -> str:
@@ -129,26 +137,16 @@ def _place(one: InspectedTensor | Level) -> str:
 
 
 def _type(name: str) -> str:
-    """Return a type as safetensors' own files write it: F32, BF16."""
+    """Return a type's name in safetensors files, such as BF16."""
     return FLOATS[name].name if name in FLOATS else name
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def _norm(value: float) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:#.4g}".rstrip(".")
-
-
-def _percent(share: float, form: str) -> str:
-    return "0%" if share == 0 else f"{format(100 * share, form).rstrip('.')}%" if math.isfinite(share) else "–"
+    return f"{value:#.4g}".rstrip(".") if value and math.isfinite(value) else f"{value:g}"
 
 
 def _share(part: int, whole: int) -> str:
-    """Return a percentage; only none is 0% and only all is 100%."""
+    """Return a percentage: 0% only for 0, 100% only for the whole."""
     if part in (0, whole):
         return "0%" if part == 0 else "100%"
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f}%"

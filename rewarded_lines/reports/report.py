@@ -1,4 +1,4 @@
-"""The verb `report`: a run folder's numbers, tables and figures, written into its `report/` folder."""
+"""`report` writes the numbers, tables, figures and page of a run into its folder `report/`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TABLES = ("summary.json", "table.md", "points.csv")
 PAGE = "report.html"
 FIGURES = ("front", "kl", "forgetting", "simplex", "parallel", "training", "depth")
-"""Every figure that a report may have; "depth" only when it is asked for, as the weights are read for it."""
+"""All figures of a report; "depth" reads the weights and is drawn only on request."""
 
 
 def report(
@@ -37,27 +37,30 @@ def report(
     style: str = PAPER,
     depth: bool = False,
 ) -> Summary:
-    """Summarise a run and write its tables and figures into the `report/` folder in it.
+    """Summarise a run and write its numbers, tables, figures and page into its folder `report/`.
 
-    An unfinished run is summarised on the points that it has. Every file is replaced whole. The numbers are written
-    first, then the figures (see `figures`), then the page, unless plotly is missing.
+    An unfinished run is summarised from its finished points. Each file is replaced atomically.
+    The page is written last, and only if plotly is installed.
 
     Args:
         run: the folder that `sweep` wrote.
-        more: runs of the same project with policies of other training seeds; all are averaged, and training is a
-            second level of the bootstrap.
+        more: runs of the same project with other training seeds. All runs are averaged;
+            training becomes a second level of the bootstrap.
         formats: of the figures: "png", "svg", "pdf".
         style: of the figures: "paper", "slides", "grey", or the path of a matplotlib style file.
-        depth: also draw scales and residuals by block, which reads the weights of SFT and the policies.
+        depth: also draw scales and residuals by block; this reads the weights.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
 
     Raises:
-        UserError: the folder is no run or its points cannot be compared; a format or the style is unknown; matplotlib
-            is not installed; or, with `depth`, SFT or a policy is not where the run says.
+        UserError: the folder is not a run, its points cannot be compared, a format or the style is
+            unknown, matplotlib is missing, or `depth` does not find SFT or a policy.
     """
-    _check_formats(formats)
+    for kind in formats:
+        if kind not in FORMATS:
+            remedy, known = did_you_mean(kind, FORMATS), ", ".join(FORMATS)
+            raise fail(f"unknown format `{kind}`", where="--format", expected=known, remedy=remedy)
     check_style(style)
     runs = [load_run(folder) for folder in (run, *more)]
     summary = summarise(runs)
@@ -66,7 +69,8 @@ def report(
     write_bytes(folder / "table.md", markdown(summary).encode())
     write_bytes(folder / "points.csv", points_csv(summary).encode())
     with house_style(style):
-        for name, figure in figures(summary, read_trainings(runs), _inspections(runs[0]) if depth else {}):
+        inspections = _inspections(runs[0]) if depth else {}
+        for name, figure in figures(summary, read_trainings(runs), inspections):
             for kind in formats:
                 write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind))
     if not lacking():
@@ -75,16 +79,16 @@ def report(
 
 
 def figures(
-    summary: Summary, trainings: Sequence[Training] = (), inspections: Mapping[str, Inspection] | None = None
+    summary: Summary,
+    trainings: Sequence[Training] = (),
+    inspections: Mapping[str, Inspection] | None = None,
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield the figures of a run in the style that is held, each with its name in `FIGURES`.
+    """Yield the name (see `FIGURES`) and figure of everything that the run has data for.
 
-    The front comes always. The others come where the run has the data: each reward over KL, over the perplexity of
-    control texts, over the weights of three policies; parallel coordinates of four rewards or more; the training of its
-    policies; and depth, if there are inspections of the policies against the SFT model.
+    Each is drawn in the current style, see `house_style`.
     """
     yield "front", front_figure(summary)
-    # The front of a single reward is drawn over KL already.
+    # With a single reward the front already shows KL.
     if len(summary.rewards) > 1:
         yield "kl", kl_figure(summary)
     if summary.controls:
@@ -100,21 +104,14 @@ def figures(
 
 
 def report_files(run: Path | str) -> list[Path]:
-    """Return the files that reports of a run folder have written, tables first."""
-    names = [*TABLES, PAGE, *(f"{name}.{kind}" for name in FIGURES for kind in FORMATS)]
-    paths = [Path(run) / "report" / name for name in names]
+    """Return the existing files of a run's report, tables first."""
+    drawings = [f"{name}.{kind}" for name in FIGURES for kind in FORMATS]
+    paths = [Path(run) / "report" / name for name in (*TABLES, PAGE, *drawings)]
     return [path for path in paths if path.is_file()]
 
 
-def _check_formats(formats: Sequence[str]) -> None:
-    for kind in formats:
-        if kind not in FORMATS:
-            remedy = did_you_mean(kind, FORMATS)
-            raise fail(f"unknown format `{kind}`", where="--format", expected=", ".join(FORMATS), remedy=remedy)
-
-
 def _inspections(run: Run) -> Mapping[str, Inspection]:
-    """Return the inspection of every policy against the SFT model."""
+    """Inspect every policy against the SFT model."""
     policies = run.header.get("policies", {})
     if not policies:
         raise fail("the run names no policies", where=str(run.folder), remedy="leave --depth out")

@@ -1,13 +1,15 @@
-"""From the records of runs to their numbers: means, hypervolumes and differences, each with an interval.
+"""The numbers of a run: means, hypervolumes and differences, each with an interval.
 
-Every interval is a percentile bootstrap over prompts, with the same resamples for all points: it says how far a number
-would move with other prompts. Several runs of one project, with policies of other training seeds, are resampled too.
+Every interval is a percentile bootstrap over prompts, with the same resamples for all points.
+It shows how far a number would move with other prompts.
+Several runs of one project, which differ in their training seed, are resampled too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,16 @@ from rewarded_lines.pareto.hypervolume import contributions
 
 @dataclass(frozen=True)
 class PointSummary:
-    """One point: mean scores in the rewards' units, KL to the SFT model in nats, response length in words.
+    """One point: mean scores in the rewards' units, KL to SFT in nats, response length in words.
 
-    `weights` are the point's place on its curve, see `PointSpec`; α and β of its `merge` are averages over the runs.
-    `ended` is the share of responses that end by themselves. `distinct2`: see the function of this name.
-    `perplexities` are those of the sets of control texts, `forgetting` those over the SFT model's, paired by text.
-    `contribution` is what the hypervolume of its method above SFT would lose without the point.
+    Attributes:
+        weights: λ, see `PointSpec`.
+        merge: its α and β are averages over the runs.
+        ended: share of the responses that end with an end token.
+        distinct2: see the function `distinct2`.
+        perplexities: of each set of control texts.
+        forgetting: these perplexities divided by SFT's, paired by text.
+        contribution: hypervolume above SFT that the method would lose without this point.
     """
 
     method: str
@@ -48,31 +54,33 @@ class PointSummary:
 
     @property
     def lam(self) -> float | None:
-        """The first policy's weight, λ; None for a model that is not merged."""
+        """The first policy's weight λ, or None for a model that is not merged."""
         return self.weights[0] if self.weights else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the point as `summary.json` has it, the merge's numbers among the others."""
+        """Return the point as `summary.json` holds it."""
         merge = self.merge
-        told = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta, "merge": merge.method}
-        return told | {name: value for name, value in asdict(self).items() if name not in told}
+        first = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta}
+        first["merge"] = merge.method
+        return first | {key: value for key, value in asdict(self).items() if key not in first}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSummary:
-        """Return the point that `as_dict` described."""
-        told = dict(content)
-        weights = tuple(told.pop("weights"))
-        merged = (1.0,) if told.get("edit") else weights
-        merge = MergeSpec(merged, told.pop("alpha"), told.pop("beta"), told.pop("merge"))
-        told |= {name: Estimate(**told[name]) for name in ("kl", "words")}
+        """Return the point that `as_dict` wrote."""
+        fields = dict(content)
+        weights = tuple(fields.pop("weights"))
+        merged = (1.0,) if fields.get("edit") else weights
+        schedule = (fields.pop("alpha"), fields.pop("beta"))
+        merge = MergeSpec(merged, *schedule, fields.pop("merge"))
+        fields |= {name: Estimate(**fields[name]) for name in ("kl", "words")}
         for name in ("rewards", "perplexities", "forgetting"):
-            told[name] = {key: Estimate(**one) for key, one in told[name].items()}
-        return cls(weights=weights, merge=merge, **told)
+            fields[name] = {key: Estimate(**one) for key, one in fields[name].items()}
+        return cls(weights=weights, merge=merge, **fields)
 
 
 @dataclass(frozen=True)
 class PolicyGain:
-    """Paired mean difference between a policy itself, unmerged, and the SFT model, on every reward."""
+    """Mean score of an unmerged policy minus SFT's for each reward, paired by prompt."""
 
     policy: str
     rewards: dict[str, Estimate]
@@ -80,7 +88,7 @@ class PolicyGain:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a run, as `report/summary.json` holds them; `runs` counts those that were averaged."""
+    """The content of `report/summary.json`; `runs` is the number of averaged runs."""
 
     title: str
     runs: int
@@ -102,54 +110,61 @@ class Summary:
 
     @property
     def objectives(self) -> dict[str, str]:
-        """The rewards that make the front, with their units: all but those of the role `audit`."""
+        """The units of the rewards that form the front: all rewards except audits."""
         return {name: unit for name, unit in self.rewards.items() if name not in self.audits}
 
     @property
     def sft(self) -> PointSummary:
-        """The SFT model's own point."""
+        """The point of the SFT model."""
         return next(point for point in self.points if point.method == SFT)
 
     @property
     def controls(self) -> list[str]:
-        """The names of the sets of control texts."""
+        """Names of the sets of control texts."""
         return list(self.points[0].perplexities)
 
     def methods(self) -> dict[str, list[PointSummary]]:
-        """Return the points by method, in the order of λ; the SFT model is none of them."""
-        names = dict.fromkeys(point.method for point in self.points if point.method != SFT)
-        return {name: [point for point in self.points if point.method == name] for name in names}
+        """Return the points of each method in the order of λ, without the SFT model."""
+        found: dict[str, list[PointSummary]] = {}
+        for point in self.points:
+            if point.method != SFT:
+                found.setdefault(point.method, []).append(point)
+        return found
 
     def merged_methods(self) -> dict[str, list[PointSummary]]:
-        """Return the methods that make a front, with their points: all but the single policies."""
+        """Return the points of each method that forms a front: all but single policies."""
         return {name: points for name, points in self.methods().items() if name != POLICIES}
 
     def policy_points(self) -> list[tuple[PointSummary, str]]:
-        """Return the point of each policy that was evaluated unmerged, with the policy's name."""
-        found = [next((point for point in self.points if is_policy(point, i)), None) for i in range(len(self.policies))]
-        return [(point, name) for point, name in zip(found, self.policies, strict=True) if point is not None]
+        """Return each policy that was evaluated unmerged: its first point and its name."""
+        found = []
+        for index, name in enumerate(self.policies):
+            alone = [point for point in self.points if is_policy(point, index)]
+            found += [(point, name) for point in alone[:1]]
+        return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the summary as what JSON can hold."""
+        """Return the summary for JSON."""
         return {**asdict(self), "points": [point.as_dict() for point in self.points]}
 
 
 def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
-    """Return the numbers of a run, or the average of several.
+    """Return the numbers of a run, or averages over several runs.
 
     Args:
-        runs: finished or unfinished; methods are compared on the points that all of them have.
+        runs: finished or not; only points that all runs have are compared.
         seed: of the bootstrap.
         level: of every interval.
 
     Raises:
-        UserError: points answered different prompts, or scores are not finite.
+        UserError: the points answer different prompts, or a score is not finite.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, seed), list(first.header.get("policies", {}))
     references = _references(table, first.header.get("sweep", {}).get("references", {}))
-    fronts = {name: table.samples.means[:, :, rows][..., table.objectives] for name, rows in table.methods().items()}
+    scores = table.samples.means[..., table.objectives]
+    fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
     volumes = sample_volumes(fronts, references, table.samples.drawn)
     objectives = [table.rewards[index] for index in table.objectives]
     return Summary(
@@ -178,15 +193,15 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
 def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
     """Return each reference point in every run and resample, [1 + resamples, runs, objectives].
 
-    "sft" and "worst" are statistics of the same prompts as the points, so each resample has its own: the SFT model's
-    mean scores, and the worst mean score of any point, SFT included, on each axis. Declared references are constant.
+    Each resample has its own "sft" (SFT's mean scores) and "worst" (the lowest mean of any point).
+    Declared references are constant.
     """
     scores = table.samples.means[..., table.objectives]
-    names = [table.rewards[index] for index in table.objectives]
-    fixed = {
-        label: np.broadcast_to([at[name] for name in names], scores[:, :, 0].shape) for label, at in declared.items()
-    }
-    return {"sft": scores[:, :, 0], "worst": scores.min(axis=2), **fixed}
+    found = {"sft": scores[:, :, 0], "worst": scores.min(axis=2)}
+    for label, at in declared.items():
+        place = [at[table.rewards[index]] for index in table.objectives]
+        found[label] = np.broadcast_to(place, found["sft"].shape)
+    return found
 
 
 def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float) -> list[PointSummary]:
@@ -221,33 +236,36 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
 
 
 def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
-    """Return the merge of a point in several runs: a matched or tuned schedule may differ between them."""
-    alpha, beta = (float(np.mean([getattr(merge, name) for merge in merges])) for name in ("alpha", "beta"))
+    """Return the mean schedule of a point; a matched or tuned schedule differs between runs."""
+    alpha = float(np.mean([merge.alpha for merge in merges]))
+    beta = float(np.mean([merge.beta for merge in merges]))
     return replace(merges[0], alpha=alpha, beta=beta)
 
 
 def distinct2(responses: Iterable[str]) -> float:
-    """Return the share of different pairs of neighbouring words among all such pairs; 0 where there are none.
+    """Return the number of different pairs of neighbouring words over that of all pairs; 0 without pairs.
 
     Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
     """
-    pairs = [pair for text in responses for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for text in responses for pair in pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _control_sets(run: Run) -> dict[str, slice]:
-    """Return where each set of control texts stands among all of a point's."""
+    """Return the slice of each set of control texts among all control texts of a point."""
     if run.sft.control is None:
         return {}
-    counts = control_sets(run)
-    ends = np.cumsum(list(counts.values())).tolist()
-    return {name: slice(end - count, end) for (name, count), end in zip(counts.items(), ends, strict=True)}
+    found, start = {}, 0
+    for name, count in control_sets(run).items():
+        found[name] = slice(start, start + count)
+        start += count
+    return found
 
 
 def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
-    """Return the perplexity of some control texts at each point, [1 + resamples of the texts, points].
+    """Return the perplexity of some control texts at each point, [1 + resamples, points].
 
-    It is None where no token is predicted at some point.
+    None if no token is predicted at some point.
     """
     sums = [[_predicted(point, texts) for point in row] for row in table.rows]
     if not all(len(one) for row in sums for one in row):
@@ -258,13 +276,13 @@ def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.n
 
 
 def _predicted(point: Point, texts: slice) -> np.ndarray:
-    """Return the sums of the control texts of which at least one token is predicted."""
+    """Return the sums of the control texts with at least one predicted token, [texts, 2]."""
     sums = np.zeros((0, 2)) if point.control is None else point.control[texts]
     return sums[sums[:, 1] > 0]
 
 
 def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:
-    """Compare each policy that was evaluated unmerged with SFT."""
+    """Return the gains of each policy that was evaluated unmerged."""
     gains = []
     for index, policy in enumerate(policies):
         place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)
@@ -276,7 +294,7 @@ def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[P
 
 
 def is_policy(point: PointSpec | PointSummary, index: int) -> bool:
-    """Tell whether a point is policy `index` itself: all weight on it, scale 1 at every depth."""
-    one_hot = tuple(float(place == index) for place in range(len(point.weights)))
-    plain = point.merge.method == "soup" and not point.merge.scaled
-    return bool(point.weights) and plain and point.weights == one_hot
+    """True if a point is policy `index` itself: all weight on it, scale 1 at every depth."""
+    if not point.weights or point.merge.method != "soup" or point.merge.scaled:
+        return False
+    return point.weights == tuple(float(place == index) for place in range(len(point.weights)))

@@ -1,4 +1,4 @@
-"""The tables of a summary: cells made once, shown on a terminal with rich, as Markdown, or as CSV."""
+"""The tables of a summary, for a terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -16,35 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.config import SFT
+from rewarded_lines.reports import texts
 from rewarded_lines.reports.summary import Summary
-from rewarded_lines.reports.texts import (
-    bracketed,
-    plus_minus,
-    points_note,
-    reference_text,
-    scope_note,
-    volume_unit,
-    weights_text,
-    with_unit,
-)
 
-# With more methods than this, the differences above every reference would fill a screen.
+# With more methods, the differences above all references fill a screen.
 _FEW = 3
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table that fits itself to a terminal: `console.print(sheet)` shows its title, its rows and its note.
+    """A table that adapts to the terminal's width: `console.print(sheet)`.
 
-    On a terminal that is too narrow methods become headings, and columns that still find no room go to another table: a
-    number is never cut in two.
-
-    Attributes:
-        title: above the table.
-        headings: of the columns.
-        rows: of cells.
-        note: what the numbers are.
-        labels: how many of the first columns name a row.
+    On a narrow terminal methods become headings, and columns without room go to another table.
+    A number is never split. `labels` is the number of first columns that name a row.
     """
 
     title: str
@@ -54,18 +38,18 @@ class Sheet:
     labels: int = 1
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield what rich prints."""
+        """Yield the title, the tables and the note."""
         yield Text(self.title, style="bold")
         yield from self._tables(options.max_width)
         yield Text(self.note + "\n", style="dim")
 
     @cached_property
     def _widths(self) -> list[int]:
-        """The least width of each column: headings may be folded between words, cells not."""
+        """The least width of each column: headings fold between words, cells do not."""
         columns = zip(self.headings, *self.rows, strict=True)
         return [max(*map(len, cells), *map(len, head.split() or [""])) for head, *cells in columns]
 
-    @cached_property
+    @property
     def _grouped(self) -> bool:
         return len({row[0] for row in self.rows}) < len(self.rows)
 
@@ -79,7 +63,7 @@ class Sheet:
             yield from self._headed(part) if headed else [self._table(part, self.rows)]
 
     def _headed(self, columns: list[int]) -> Iterator[RenderableType]:
-        """Yield a table whose rows stand below the first of their labels."""
+        """Yield a table with the first label of its rows as headings."""
         yield ""
         yield Padding(self._table(columns, [], alone=False), (0, 1), expand=False)
         for name, rows in groupby(self.rows, key=lambda row: row[0]):
@@ -88,7 +72,7 @@ class Sheet:
         yield ""
 
     def _parts(self, labels: list[int], columns: list[int], width: int) -> list[list[int]]:
-        """Return the columns of each table: as many as fit, the labels before them."""
+        """Return the columns of each table: the labels, then as many as fit."""
         parts = [list(labels)]
         for column in columns:
             if len(parts[-1]) > len(labels) and self._room([*parts[-1], column]) > width:
@@ -97,18 +81,12 @@ class Sheet:
         return parts
 
     def _room(self, columns: list[int]) -> int:
-        """Return the least width of a table: a space after each cell, and one for each line between."""
+        """Return the least width of a table: each cell adds a space and a line."""
         return sum(self._widths[column] + 2 for column in columns) + 1
 
     def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True) -> Table:
-        """Return a table of some columns.
-
-        Args:
-            columns: by their indices.
-            rows: whole ones.
-            alone: False for one of several tables, which have fixed widths, and either a head or rows.
-        """
-        # Text, not str: rich would take the unit "[logit]" for its own markup.
+        """Return a table of some columns; with `alone=False`, one of several of equal widths."""
+        # Text, not str: rich reads the unit "[logit]" as markup.
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=alone or not rows, show_edge=alone)
         for column in columns:
             least = self._widths[column]
@@ -124,81 +102,83 @@ class Sheet:
 
 
 def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
-    """Return the tables that have rows: points, hypervolumes, differences, policies against SFT, other measures.
+    """Return all tables that have rows.
 
     Args:
         summary: the numbers.
-        brief: of more than three methods, show the differences above SFT only.
+        brief: with more than three methods, show only the differences above SFT.
     """
-    made = [
-        points_sheet(summary),
-        hypervolume_sheet(summary),
-        difference_sheet(summary, brief and len(summary.methods()) > _FEW),
-        policy_sheet(summary),
-        side_sheet(summary),
-    ]
-    return [sheet for sheet in made if sheet.rows]
+    first = [points_sheet(summary), hypervolume_sheet(summary)]
+    differences = difference_sheet(summary, brief and len(summary.methods()) > _FEW)
+    every = [*first, differences, policy_sheet(summary), side_sheet(summary)]
+    return [sheet for sheet in every if sheet.rows]
 
 
 def points_sheet(summary: Summary) -> Sheet:
-    """Return every point's mean scores, KL and length, each ± half the width of its interval."""
+    """Return the mean scores, KL and length of every point."""
     points = summary.points
     columns = [
-        (with_unit(name, unit), plus_minus(point.rewards[name] for point in points))
+        (texts.with_unit(name, unit), texts.plus_minus(point.rewards[name] for point in points))
         for name, unit in summary.objectives.items()
     ]
-    columns.append(("KL [nats]", plus_minus(point.kl for point in points)))
-    columns.append(("words", plus_minus(point.words for point in points)))
+    columns.append(("KL [nats]", texts.plus_minus(point.kl for point in points)))
+    columns.append(("words", texts.plus_minus(point.words for point in points)))
     columns.append(("ended", [f"{point.ended:.0%}" for point in points]))
-    return _by_point("Points", summary, columns, points_note(summary))
+    return _by_point("Points", summary, columns, texts.points_note(summary))
 
 
 def side_sheet(summary: Summary) -> Sheet:
-    """Return what else is measured at every point: audits, forgetting, diversity, its share of the hypervolume."""
+    """Return the audits, forgetting, diversity and hypervolume contribution of every point."""
     points = summary.points
     columns = [
-        (with_unit(f"audit {name}", summary.rewards[name]), plus_minus(point.rewards[name] for point in points))
+        (
+            texts.with_unit(f"audit {name}", summary.rewards[name]),
+            texts.plus_minus(point.rewards[name] for point in points),
+        )
         for name in summary.audits
     ]
-    # Over SFT's, paired by text: texts differ far more than models, and would hide what was forgotten.
+    # Paired with SFT by text: texts differ more than models, which would hide forgetting.
     columns += [
-        (f"{name} perplexity ÷ SFT", plus_minus(point.forgetting[name] for point in points))
+        (f"{name} perplexity ÷ SFT", texts.plus_minus(point.forgetting[name] for point in points))
         for name in summary.controls
     ]
     columns.append(("distinct-2", [f"{point.distinct2:.2f}" for point in points]))
     columns.append(("adds", [f"{point.contribution:.3g}" for point in points]))
     note = (
-        "distinct-2: different pairs of words among all pairs. adds: what its method's hypervolume above SFT would "
-        "lose without the point."
+        "distinct-2: different pairs of words among all pairs. "
+        "adds: what its method's hypervolume above SFT would lose without the point."
     )
     if summary.audits:
         note += " audit: rewards that nothing was trained on or chosen by."
     if summary.controls:
-        of_sft = ", ".join(f"{one.value:.3g} ({name})" for name, one in summary.sft.perplexities.items())
-        note += f" perplexity: of texts of no task, SFT's is {of_sft}; above 1 is forgotten, ± paired by text."
+        sft = summary.sft.perplexities.items()
+        of_sft = ", ".join(f"{one.value:.3g} ({name})" for name, one in sft)
+        note += f" perplexity: of texts of no task, SFT's is {of_sft}; "
+        note += "above 1 is forgotten, ± paired by text."
     return _by_point("Beside the front", summary, columns, note)
 
 
 def _by_point(title: str, summary: Summary, columns: Sequence[tuple[str, Sequence[str]]], note: str) -> Sheet:
-    """Return a table with a row for every point, from the heading and the cells of each column."""
+    """Return a table with a row for every point from the (heading, cells) of each column."""
     headings = ("method", "λ", *(heading for heading, _ in columns))
-    names = ((point.method, weights_text(point)) for point in summary.points)
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Sheet(title, headings, [(*name, *row) for name, row in zip(names, cells, strict=True)], note, labels=2)
+    methods = [point.method for point in summary.points]
+    rows = zip(methods, map(texts.weights_text, summary.points), *(cells for _, cells in columns), strict=True)
+    return Sheet(title, headings, list(rows), note, labels=2)
 
 
 def hypervolume_sheet(summary: Summary) -> Sheet:
-    """Return each method's hypervolume above each reference, the reference's coordinates beside it."""
+    """Return each method's hypervolume above each reference, with the reference's coordinates."""
     rows = summary.hypervolumes
-    cells = bracketed([row.hypervolume for row in rows])
-    places = [(row.method, row.reference, reference_text(summary, row.reference)) for row in rows]
+    cells = texts.bracketed([row.hypervolume for row in rows])
+    places = [(row.method, row.reference, texts.reference_text(summary, row.reference)) for row in rows]
     return Sheet(
-        f"Hypervolume [{volume_unit(summary)}]",
+        f"Hypervolume [{texts.volume_unit(summary)}]",
         ("method", "reference", "at", "hypervolume"),
         [(*place, cell) for place, cell in zip(places, cells, strict=True)],
-        f"Higher is better. at: the reference's coordinates ({', '.join(summary.objectives)}). sft: the SFT "
-        "model's mean scores, so that only what beats SFT on every reward counts. worst: the worst mean "
-        "score of any point on each axis. Both come from the points' own prompts, anew in each resample"
+        f"Higher is better. at: the reference's coordinates ({', '.join(summary.objectives)}). "
+        "sft: the SFT model's mean scores, so that only what beats SFT on every reward counts. "
+        "worst: the worst mean score of any point on each axis. "
+        "Both come from the points' own prompts, anew in each resample"
         + ("; others are as declared. " if len(summary.references) > 2 else ". ")
         + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
         labels=2,
@@ -206,19 +186,16 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
 
 
 def difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
-    """Return the difference between the hypervolumes of each pair of methods.
-
-    Args:
-        summary: the numbers.
-        brief: above the SFT model's scores only.
-    """
+    """Return the hypervolume differences of each pair of methods; `brief` keeps those above SFT."""
     differences = [row for row in summary.differences if row.reference == SFT or not brief]
+    cells = texts.bracketed([row.difference for row in differences])
     rows: list[tuple[str, ...]] = []
-    for row, cell in zip(differences, bracketed([row.difference for row in differences]), strict=True):
+    for row, cell in zip(differences, cells, strict=True):
+        pair = (f"{row.method} − {row.other}", row.reference)
         relative = "–" if row.relative is None else f"{row.relative:+.0%}"
-        rows.append((f"{row.method} − {row.other}", row.reference, cell, relative, f"{row.share_positive:.1%}"))
+        rows.append((*pair, cell, relative, f"{row.share_positive:.1%}"))
     return Sheet(
-        f"Difference in hypervolume [{volume_unit(summary)}]",
+        f"Difference in hypervolume [{texts.volume_unit(summary)}]",
         ("methods", "reference", "difference", "relative", "above 0 in"),
         rows,
         "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one."
@@ -227,12 +204,12 @@ def difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
 
 
 def policy_sheet(summary: Summary) -> Sheet:
-    """Return what each policy, unmerged, gains over the SFT model on every reward."""
+    """Return the gain of each unmerged policy over SFT for every reward."""
     gains = summary.policy_gains
-    columns = [bracketed([gain.rewards[name] for gain in gains]) for name in summary.rewards]
+    columns = [texts.bracketed([gain.rewards[name] for gain in gains]) for name in summary.rewards]
     return Sheet(
         "Policies against SFT",
-        ("policy", *(with_unit(f"Δ {name}", unit) for name, unit in summary.rewards.items())),
+        ("policy", *(texts.with_unit(f"Δ {name}", unit) for name, unit in summary.rewards.items())),
         [(gain.policy, *cells) for gain, *cells in zip(gains, *columns, strict=True)],
         "Mean score of the policy itself minus that of SFT, paired by prompt.",
     )
@@ -240,7 +217,7 @@ def policy_sheet(summary: Summary) -> Sheet:
 
 def markdown(summary: Summary) -> str:
     """Return all tables as one Markdown text."""
-    parts = [f"# {_escape(summary.title) or 'Front'}", scope_note(summary)]
+    parts = [f"# {_escape(summary.title) or 'Front'}", texts.scope_note(summary)]
     for sheet in sheets(summary):
         ruler = [":--", *["--:"] * (len(sheet.headings) - 1)]
         lines = [f"| {' | '.join(map(_escape, cells))} |" for cells in (sheet.headings, ruler, *sheet.rows)]
@@ -249,14 +226,17 @@ def markdown(summary: Summary) -> str:
 
 
 def points_csv(summary: Summary) -> str:
-    """Return one line per point with unrounded numbers: NAME, NAME.low and NAME.high for every measure."""
-    schedule, shares = ["method", "checkpoint", "merge", "alpha", "beta"], ["ended", "distinct2", "contribution"]
+    """Return unrounded numbers as CSV, a line per point: NAME, NAME.low, NAME.high per measure."""
+    schedule = ["method", "checkpoint", "merge", "alpha", "beta"]
+    shares = ["ended", "distinct2", "contribution"]
     measures = ["kl", "words", *(f"{name} perplexity" for name in summary.controls)]
     measures += [f"{name} perplexity over SFT" for name in summary.controls]
-    # A reward may have the name of a column that every table has.
-    rewards = [f"reward {name}" if name in (*schedule, *measures, *shares) else name for name in summary.rewards]
+    # A reward may have the name of another column.
+    used = {*schedule, *measures, *shares}
+    rewards = [f"reward {name}" if name in used else name for name in summary.rewards]
     heading = [*schedule, *(f"weight.{policy}" for policy in summary.policies)]
-    heading += [f"{measure}{end}" for measure in (*rewards, *measures) for end in ("", ".low", ".high")]
+    for measure in (*rewards, *measures):
+        heading += [measure, f"{measure}.low", f"{measure}.high"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*heading, *shares])

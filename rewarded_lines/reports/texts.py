@@ -1,4 +1,4 @@
-"""How methods, points, numbers and what they mean are written: in tables, in legends, on the page and on cards."""
+"""Labels, numbers and notes for tables, legends, the page and model cards."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ from rewarded_lines.reports.summary import PointSummary, Summary
 
 
 def method_label(points: Sequence[PointSummary]) -> str:
-    """Return what the method of some points is called in a legend, e.g. "LiNeS (α = β = 1)"."""
+    """Return the legend label of a method from its points, e.g. "LiNeS (α = β = 1)"."""
     name, merge = points[0].method, points[0].merge
     alpha, beta = merge.alpha, merge.beta
     if any(point.checkpoint for point in points):
         return name
-    low, high = (end(point.merge.alpha for point in points) for end in (min, max))
+    alphas = sorted(point.merge.alpha for point in points)
+    low, high = _number(alphas[0], ".2f"), _number(alphas[-1], ".2f")
     if any(point.edit for point in points):
-        return f"LiNeS, edited (α = {_number(low, '.2f')} to {_number(high, '.2f')}, β = 1 − α)"
-    if low < high:
-        ends = dict.fromkeys([_number(low, ".2f"), _number(high, ".2f")])
-        return f"{name} (α = {' to '.join(ends)}, β = {_number(beta)})"
+        return f"LiNeS, edited (α = {low} to {high}, β = 1 − α)"
+    if alphas[0] < alphas[-1]:
+        ends = low if low == high else f"{low} to {high}"
+        return f"{name} (α = {ends}, β = {_number(beta)})"
     kind = "Rewarded Soups" if beta == 0 else "LiNeS"
     if merge.method != "soup":
-        kind = _label(merge.method) + (" + LiNeS" if beta != 0 else "")
+        # An old run may have a method that no longer exists.
+        known = METHODS.get(merge.method)
+        kind = (known.label if known else "") or merge.method
+        kind += " + LiNeS" if beta != 0 else ""
     if name == TUNED:
         kind += ", tuned"
-    if beta == 0:
-        return f"{kind} (β = 0)" if alpha == 1 else f"{kind} (α = {_number(alpha)}, β = 0)"
-    schedule = f"α = β = {_number(alpha)}" if alpha == beta else f"α = {_number(alpha)}, β = {_number(beta)}"
-    return f"{kind} ({schedule})"
-
-
-def _label(method: str) -> str:
-    """Return the label of a merge method; an old run may have a method that no longer exists."""
-    return (METHODS[method].label if method in METHODS else "") or method
+    if beta == 0 and alpha == 1:
+        return f"{kind} (β = 0)"
+    if alpha == beta != 0:
+        return f"{kind} (α = β = {_number(alpha)})"
+    return f"{kind} (α = {_number(alpha)}, β = {_number(beta)})"
 
 
 def method_labels(summary: Summary) -> dict[str, str]:
-    """Return what every method is called; methods of one label have their own names before it."""
+    """Return the label of every method; equal labels get the method's name in front."""
     labels = {name: method_label(points) for name, points in summary.methods().items()}
     times = Counter(labels.values())
     return {name: label if times[label] == 1 else f"{name}: {label}" for name, label in labels.items()}
 
 
 def weights_text(point: PointSummary) -> str:
-    """Return λ of two policies, the weights of more, the name of a model that is not merged, or "" for SFT."""
+    """Return λ (two policies), all weights (more), a baseline's name, or "" for SFT."""
     if point.checkpoint:
         return point.checkpoint
-    return _weight(point.weights[0]) if len(point.weights) == 2 else ",".join(map(_weight, point.weights))
+    shown = point.weights[:1] if len(point.weights) == 2 else point.weights
+    return ",".join(map(_weight, shown))
 
 
 def with_unit(name: str, unit: str) -> str:
@@ -60,56 +61,60 @@ def with_unit(name: str, unit: str) -> str:
 
 
 def volume_unit(summary: Summary) -> str:
-    """Return the product of the rewards' units; a reward without a unit is there by its name."""
+    """Return the product of the rewards' units; a reward without a unit contributes its name."""
     return " × ".join(unit or name for name, unit in summary.objectives.items())
 
 
 def reference_text(summary: Summary, reference: str) -> str:
-    """Return the coordinates of a reference point, in the order of the rewards."""
-    return "(" + ", ".join(f"{value:.3g}" for value in summary.references[reference].values()) + ")"
+    """Return the coordinates of a reference point in the order of the rewards."""
+    values = summary.references[reference].values()
+    return f"({', '.join(f'{value:.3g}' for value in values)})"
 
 
 def interval_text(estimate: Estimate) -> str:
-    """Return `value [low, high]` with as many decimals as the interval deserves."""
+    """Return `value [low, high]`, with decimals that fit the interval's width."""
     return bracketed([estimate])[0]
 
 
 def bracketed(estimates: Sequence[Estimate]) -> list[str]:
-    """Return `value [low, high]` of every estimate of a column, all with the same decimals."""
+    """Return `value [low, high]` for a column of estimates, all with the same decimals."""
     places = _decimals(estimates)
-    return [f"{_fixed(e.value, places)} [{_fixed(e.low, places)}, {_fixed(e.high, places)}]" for e in estimates]
+    rows = [[_fixed(x, places) for x in (e.value, e.low, e.high)] for e in estimates]
+    return [f"{value} [{low}, {high}]" for value, low, high in rows]
 
 
 def plus_minus(estimates: Iterable[Estimate]) -> list[str]:
-    """Return `value ±half`, half the width of its interval, of every estimate of a column with the same decimals."""
+    """Return `value ±half the interval's width` for a column, all with the same decimals."""
     column = list(estimates)
     places = _decimals(column)
     return [f"{_fixed(e.value, places)} ±{(e.high - e.low) / 2:.{places}f}" for e in column]
 
 
 def scope_note(summary: Summary) -> str:
-    """Return what the intervals cover, what was tuned, and how many points are still missing."""
+    """Return the note on intervals, tuning and missing points."""
     single = summary.runs == 1
-    over = f"{summary.prompts} prompts" if single else f"{summary.runs} training runs and {summary.prompts} prompts"
+    over = "" if single else f"{summary.runs} training runs and "
     note = (
-        f"{summary.level:.0%} intervals: percentile bootstrap over {over}, "
+        f"{summary.level:.0%} intervals: percentile bootstrap over {over}{summary.prompts} prompts, "
         f"{summary.resamples} resamples, seed {summary.seed}. "
     )
-    several = "Means and hypervolumes are averages over the runs; so few make intervals rather too narrow."
-    note += "They do not cover another training run." if single else several
+    if single:
+        note += "They do not cover another training run."
+    else:
+        note += "Means and hypervolumes are averages over the runs; "
+        note += "so few make intervals rather too narrow."
     if found := summary.tuned:
-        note += (
-            f" tuned: α = {found['alpha']:g}, β = {found['beta']:g}, chosen in {len(found['trials'])} trials on "
-            f"{found['prompts']['count']} validation prompts."
-        )
+        note += f" tuned: α = {found['alpha']:g}, β = {found['beta']:g}, chosen in "
+        note += f"{len(found['trials'])} trials on {found['prompts']['count']} validation prompts."
     if summary.missing_points:
         total = len(summary.points) + summary.missing_points
-        note += f" {summary.missing_points} of {total} points are not {'evaluated yet' if single else 'in every run'}."
+        missing = "evaluated yet" if single else "in every run"
+        note += f" {summary.missing_points} of {total} points are not {missing}."
     return note
 
 
 def points_note(summary: Summary) -> str:
-    """Return what ±, λ and KL in the table of points are."""
+    """Return the note that explains ±, λ and KL in the table of points."""
     note = "± is half the interval's width; all points share their prompts, so differences are surer than that."
     first, *others = summary.policies or [""]
     if len(others) > 1:
@@ -123,12 +128,13 @@ def points_note(summary: Summary) -> str:
     settings = {name: summary.generation.get(name, 1.0) for name in ("temperature", "top_p")}
     if any(value != 1.0 for value in settings.values()):
         sampled = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-        note += f" of responses sampled at {sampled}, where it is not an unbiased estimate of KL(π‖π_SFT)"
+        note += f" of responses sampled at {sampled}, "
+        note += "where it is not an unbiased estimate of KL(π‖π_SFT)"
     return note + "."
 
 
 def _number(value: float, form: str = "g") -> str:
-    """Return a number with the minus sign that axes have, not a hyphen."""
+    """Return a number with the minus sign of matplotlib's axes."""
     return format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
@@ -137,12 +143,12 @@ def _weight(weight: float) -> str:
 
 
 def _fixed(value: float, places: int) -> str:
-    """Return a number that never reads −0.00."""
+    """Return a rounded number, 0.00 instead of -0.00."""
     return f"{round(value, places) + 0.0:.{places}f}"
 
 
 def _decimals(estimates: Iterable[Estimate]) -> int:
-    """Return the decimals at which the middle one of a column's half-widths shows two digits."""
+    """Return the decimals at which the median half-width of a column shows two digits."""
     widths = sorted((e.high - e.low) / 2 for e in estimates if e.high > e.low)
     if not widths:
         return 2

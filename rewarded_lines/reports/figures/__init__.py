@@ -1,1 +1,1 @@
-"""Figures of fronts, simplices, depth and training. They need matplotlib."""
+"""Figures of fronts, simplices, depth and training; drawing needs matplotlib."""

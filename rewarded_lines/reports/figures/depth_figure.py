@@ -1,4 +1,4 @@
-"""Figures over depth: LiNeS scales and residual norms by block, of a checkpoint or of a run. Needs matplotlib."""
+"""Figures of LiNeS scales and residual norms by block. Need matplotlib."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
     from rewarded_lines.reports.summary import Summary
 
-# Blue before orange: most models have one list of blocks, and blue is the darker of the two in grey.
+# Blue first: most models have one list of blocks, and blue is darker in grey.
 _ORDER = (1, 0, 2, 3, 4, 5)
 _LINE: dict[str, Any] = dict(linewidth=1.5, markersize=5, markeredgecolor="auto", markeredgewidth=1.0)
-# Before the schedule lines are hollow and dashed, so that the two differ in grey too.
+# Unscaled lines are hollow and dashed, so that they also differ in grey.
 _BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", linewidth=1.2)
-# The most markers on a line, and the most characters of a folder's name.
+# At most this many markers on a line and characters of a folder's name.
 _MARKED, _LONGEST = 16, 18
-# The first looks are those of the methods; policies have others.
+# Policies skip the first looks, which the methods have.
 _SKIPPED = 4
 Schedule = tuple[float, float, float, bool]
-"""A schedule of a method: its least α, its greatest α, β, and whether β is 1 − α instead."""
+"""Least α, greatest α, β of a method; True if β is 1 − α instead."""
 
 
 def check_figure_file(file: str | Path) -> str:
-    """Return the format of a figure's file, before any work is done for it.
+    """Return the format that a figure's file name names.
 
     Raises:
-        UserError: its name has no known ending, its folder does not exist, or matplotlib is not installed.
+        UserError: the ending is unknown, the folder does not exist, or matplotlib is not installed.
     """
     path = Path(file)
     kind = path.suffix.removeprefix(".").lower()
@@ -54,7 +54,7 @@ def check_figure_file(file: str | Path) -> str:
         raise fail(
             "no format of a figure",
             where=str(file),
-            expected="a file name ending on .png, .svg or .pdf",
+            expected="a file name ending in .png, .svg or .pdf",
             got=path.suffix or "no ending",
             remedy=did_you_mean(kind, FORMATS),
         )
@@ -66,7 +66,7 @@ def check_figure_file(file: str | Path) -> str:
 
 
 def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
-    """Draw a checkpoint by depth into a .png, .svg or .pdf file; an existing file is replaced whole.
+    """Write `depth_figure` to a .png, .svg or .pdf file, atomically.
 
     Raises:
         UserError: see `check_figure_file`.
@@ -77,9 +77,9 @@ def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
 
 
 def depth_figure(inspection: Inspection) -> Figure:
-    """Draw the LiNeS scale over depth and, where there is a base, each block's residual norm before and after scaling.
+    """Draw the LiNeS scale by block and, with a base, the residual norm before and after scaling.
 
-    There is a line for each list of blocks. Tensors outside the blocks have no depth and are not drawn.
+    Each list of blocks has a line. Tensors outside the blocks are not drawn.
     """
     panels = 1 if inspection.base is None else 2
     figure = blank_figure(3.5 * panels, 3.0)
@@ -97,7 +97,6 @@ def depth_figure(inspection: Inspection) -> Figure:
     for one, title in zip(axes, [schedule, f"residual τ of {names[0]} over {names[1]}"], strict=False):
         one.set_title(title, loc="left")
     _finish(axes)
-    # Above the panels: which list has which look, and how lines before and after scaling differ.
     several = len(styles) > 1
     if several:
         legend_above(figure, styles.items(), columns=1)
@@ -109,10 +108,14 @@ def depth_figure(inspection: Inspection) -> Figure:
 
 
 def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) -> Figure:
-    """Draw the scale of every method by block, and the norm of every policy's residual by block.
+    """Draw the scale of every method and the residual norm of every policy by block.
 
-    Methods of one schedule share a line; it has a band where α differs between points. Tensors outside the blocks have
-    no depth and are not drawn. The inspections are of every policy against the SFT model.
+    Methods with equal schedules share a line, with a band where α differs between points.
+    Tensors outside the blocks are not drawn.
+
+    Args:
+        summary: the numbers of the run.
+        inspections: of each policy against the SFT model.
     """
     figure = blank_figure(WIDE, 3.6)
     scales, norms = figure.subplots(1, 2)
@@ -120,18 +123,18 @@ def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) ->
     _draw_norms(norms, inspections)
     _finish([scales, norms])
     for axes in (scales, norms):
-        # Above, where it covers no line.
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, borderaxespad=0.2)
     return settled(figure)
 
 
 def schedules(summary: Summary) -> dict[Schedule, list[str]]:
-    """Return the methods of every LiNeS schedule; models that are not merged have none."""
+    """Return the methods of every LiNeS schedule, without models that are not merged."""
     found: dict[Schedule, list[str]] = {}
     for name, points in summary.merged_methods().items():
         if not any(point.checkpoint for point in points):
             alphas = [point.merge.alpha for point in points]
-            schedule = (min(alphas), max(alphas), points[0].merge.beta, any(point.edit for point in points))
+            edit = any(point.edit for point in points)
+            schedule = (min(alphas), max(alphas), points[0].merge.beta, edit)
             found.setdefault(schedule, []).append(name)
     return found
 
@@ -159,7 +162,7 @@ def _draw_norms(axes: Axes, inspections: Mapping[str, Inspection]) -> None:
 
 
 def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
-    """Return the keywords of every list's line."""
+    """Return the keywords of the line of each list of blocks."""
     palette = looks(len(_ORDER))
     return {
         stack: palette[index].keywords(markevery=_every(_blocks(inspection, stack)[0]), **_LINE)
@@ -168,12 +171,12 @@ def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
 
 
 def _every(blocks: Sequence[int]) -> int:
-    """Return which blocks of a line have a marker: every one, or every second, third and so on."""
+    """Return the step between the blocks with a marker."""
     return -(-len(blocks) // _MARKED)
 
 
 def _blocks(inspection: Inspection, stack: str) -> tuple[list[int], list[Level]]:
-    """Return the blocks of a list, counted from 0, and their levels."""
+    """Return the block numbers of a list, from 0, and their levels."""
     found = {one.block: one for one in inspection.levels if one.stack == stack and one.block is not None}
     return list(found), list(found.values())
 
@@ -184,7 +187,7 @@ def _norms(levels: Sequence[Level], scaled: bool = False) -> list[float]:
 
 
 def _finish(panels: Sequence[Axes]) -> None:
-    """Give the panels their grid, labels and axes: whole blocks below, heights from zero."""
+    """Set the grid, labels and limits of the panels."""
     from matplotlib.ticker import MaxNLocator
 
     for axes, label in zip(panels, ("scale s of the residual [×]", "L2 norm [units of the weights]"), strict=False):
@@ -192,5 +195,5 @@ def _finish(panels: Sequence[Axes]) -> None:
         axes.set(xlabel="block [index from 0]", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         low, high = axes.get_ylim()
-        # From zero, so that heights can be compared; a little room above, where a constant would touch the frame.
+        # Heights start at zero; the room above keeps a constant line off the frame.
         axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)

@@ -1,4 +1,4 @@
-"""How figures look: named styles, the palette, sizes, and the bytes of a file. Needs matplotlib."""
+"""Styles, palette, sizes and files of figures. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,84 +16,52 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg", "pdf")
 PAPER = "paper"
-# Orange, blue, green, sky, vermillion and pink are those of Okabe and Ito, "Color Universal Design", 2008; wine,
-# indigo, olive and red were added. The first four differ in lightness, so also in grey; all ten differ in their marker.
-COLOURS = tuple("#E69F00 #0072B2 #009E73 #882255 #56B4E9 #D55E00 #CC79A7 #332288 #999933 #A50026".split())
+STYLES = (PAPER, "slides", "grey")
+_PAPER, _SLIDES = (str(Path(__file__).with_name(f"{name}.mplstyle")) for name in STYLES[:2])
+# Okabe and Ito, "Color Universal Design", 2008, with wine, indigo, olive and red added.
+# The first four also differ in grey; all ten differ in their marker.
+COLOURS = (
+    "#E69F00",  # orange
+    "#0072B2",  # blue
+    "#009E73",  # green
+    "#882255",  # wine
+    "#56B4E9",  # sky
+    "#D55E00",  # vermillion
+    "#CC79A7",  # pink
+    "#332288",  # indigo
+    "#999933",  # olive
+    "#A50026",  # red
+)
 MARKERS = ("s", "o", "^", "v", "P", "X", "D", "<", ">", "p")
 _LINES = ("-",) * 6 + ("--",) * 4
 _GREYS = ("0.68", "0.22", "0.50", "0.36", "0.78", "0.10", "0.60", "0.44", "0.30", "0.72")
 _GREY_LINES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-", "--")
-# Widths in inches: WIDE fills the text of a page, PLANE is for a figure of one plane.
+# Widths in inches: of a page's text, and of a figure with one plane.
 WIDE = 7.0
 PLANE = 4.6
-_SETTINGS: dict[str, Any] = {
-    "figure.figsize": (PLANE, PLANE),
-    "figure.dpi": 300,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5.5,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.5,
-    "image.cmap": "cividis",
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-}
-# For a screen at the other end of a room: text and lines are enlarged more than the figure.
-_SLIDES: dict[str, Any] = {
-    "figure.figsize": (6.4, 6.4),
-    "figure.dpi": 200,
-    "font.size": 14,
-    "axes.labelsize": 14,
-    "axes.titlesize": 14,
-    "axes.linewidth": 1.2,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 12,
-    "legend.title_fontsize": 12,
-    "lines.linewidth": 2.6,
-    "lines.markersize": 8.5,
-    "grid.linewidth": 0.8,
-}
-# These win over every style: the salt makes SVG files repeatable, and TeX cannot set texts with λ and α.
+# Applied over every style: the salt makes SVG files repeatable, and TeX cannot set λ and α.
 _FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False}
-STYLES: Mapping[str, dict[str, Any]] = {
-    PAPER: {},
-    "slides": _SLIDES,
-    "grey": {"image.cmap": "gray", "colours": _GREYS, "lines": _GREY_LINES},
-}
 
 
 @dataclass(frozen=True)
 class Look:
-    """The colour, marker and line style of one method or policy, by matplotlib's names."""
+    """Colour, marker and line style of a method or policy, as matplotlib names them."""
 
     colour: str
     marker: str
     line: str
 
     def keywords(self, **more: Any) -> dict[str, Any]:
-        """Return the keywords of `Axes.plot` for a line of this look with white edges; those in `more` go over them."""
+        """Return keywords of `Axes.plot` for a line with white marker edges; `more` overrides them."""
         look = dict(color=self.colour, marker=self.marker, linestyle=self.line)
         return look | dict(markeredgecolor="white", markeredgewidth=0.5) | more
 
 
 def check_style(style: str) -> None:
-    """Refuse an unknown style before any work is done for it; without matplotlib a style file is not read.
+    """Refuse an unknown style; a style file is read only if matplotlib is installed.
 
     Raises:
-        UserError: it is neither one of `STYLES` nor a file, or matplotlib does not know a line of the file.
+        UserError: `style` is neither in `STYLES` nor a file, or matplotlib refuses a line of the file.
     """
     if style in STYLES:
         return
@@ -111,40 +78,41 @@ def check_style(style: str) -> None:
 
 @contextmanager
 def house_style(style: str = PAPER) -> Iterator[None]:
-    """Hold a style while figures are drawn and saved; the user's own matplotlib settings play no part.
+    """Apply a style while figures are drawn and saved; the user's matplotlib settings are ignored.
 
     Args:
-        style: one of `STYLES`, or the path of a matplotlib style file, whose settings go over those of "paper". TeX
-            and the salt of SVG files cannot be set.
+        style: one of `STYLES`, or the path of a matplotlib style file, applied over "paper".
 
     Raises:
         UserError: matplotlib is not installed, or see `check_style`.
     """
     try:
+        from cycler import cycler
         from matplotlib import style as styles
     except ImportError as error:
         remedy = "pip install 'rewarded-lines[report]'"
         raise fail("the figure needs matplotlib, which is not installed", remedy=remedy) from error
     check_style(style)
-    named = dict(STYLES.get(style, {}))
-    palette = _palette(named.pop("colours", COLOURS), named.pop("lines", _LINES))
-    own = [] if style in STYLES else [_read_style(Path(style))]
-    with styles.context(["default", _SETTINGS | palette | named, *own, _FIXED]):
+    colours, lines = (_GREYS, _GREY_LINES) if style == "grey" else (COLOURS, _LINES)
+    palette = {"axes.prop_cycle": cycler(color=colours, marker=MARKERS, linestyle=lines)}
+    over: dict[str, Any] = {PAPER: {}, "grey": {"image.cmap": "gray"}, "slides": _SLIDES}
+    own = over[style] if style in STYLES else _read_style(Path(style))
+    with styles.context(["default", _PAPER, palette, own, _FIXED]):
         yield
 
 
 def looks(count: int) -> list[Look]:
-    """Return the looks of `count` lines in the style that is held; they repeat after ten."""
+    """Return the looks of `count` lines in the current style; they repeat after ten."""
     from matplotlib import rcParams
 
     given = rcParams["axes.prop_cycle"].by_key()
     usual = {"color": COLOURS, "marker": MARKERS, "linestyle": _LINES}
-    parts = [cycle(given.get(name, values)) for name, values in usual.items()]
-    return [Look(*one) for one in islice(zip(*parts, strict=False), count)]
+    parts = [given.get(name, values) for name, values in usual.items()]
+    return [Look(*(part[index % len(part)] for part in parts)) for index in range(count)]
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """Return an empty figure in the style that is held; its sides are inches on paper, other styles enlarge them."""
+    """Return an empty figure with sides in inches on paper; other styles scale them."""
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -156,15 +124,18 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def columns_of(count: int, most: int) -> tuple[int, int]:
-    """Return rows and columns of a grid for `count` panels, at most `most` beside each other."""
+    """Return rows and columns of a grid for `count` panels with at most `most` columns."""
     columns = min(count, most)
     return -(-count // columns), columns
 
 
 def legend_above(
-    figure: Figure, lines: Iterable[tuple[str, Mapping[str, Any]]], columns: int, side: str = "left"
+    figure: Figure,
+    lines: Iterable[tuple[str, Mapping[str, Any]]],
+    columns: int,
+    side: str = "left",
 ) -> None:
-    """Put a legend above the panels, at their "left" or "right" side: a label and a line's keywords for each entry."""
+    """Add a legend above the panels from (label, keywords of the line), at the left or right."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=label, **look) for label, look in lines]
@@ -173,14 +144,14 @@ def legend_above(
 
 
 def settled(figure: Figure) -> Figure:
-    """Lay a finished figure out, and return it with every part fixed in its place."""
+    """Lay out a finished figure, fix the layout, and return the figure."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
 
 
 def figure_bytes(figure: Figure, format: str) -> bytes:
-    """Return a figure, drawn in the style that is held, as a file of one of `FORMATS`: the same bytes every time."""
+    """Return the deterministic bytes of a figure in one of `FORMATS`."""
     metadata = {
         "png": {"Software": "rewarded-lines"},
         "svg": {"Date": None, "Creator": "rewarded-lines"},
@@ -192,26 +163,21 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
 
 
 def mix(colour: str, other: str, share: float) -> tuple[float, float, float]:
-    """Return `colour` with a share of another in it, as red, green and blue from 0 to 1."""
+    """Return a mix of two colours as (red, green, blue), 0 to 1; `share` is that of `other`."""
     from matplotlib.colors import to_rgb
 
-    red, green, blue = ((1 - share) * a + share * b for a, b in zip(to_rgb(colour), to_rgb(other), strict=True))
+    pairs = zip(to_rgb(colour), to_rgb(other), strict=True)
+    red, green, blue = ((1 - share) * a + share * b for a, b in pairs)
     return red, green, blue
 
 
 def pixels_per_point(figure: Figure | SubFigure) -> float:
-    """Return how many pixels a typographic point, 1/72 inch, is in a figure."""
+    """Return the pixels of a typographic point (1/72 inch) in a figure."""
     return float(figure.dpi) / 72
 
 
-def _palette(colours: tuple[str, ...], lines: tuple[str, ...]) -> dict[str, Any]:
-    from cycler import cycler
-
-    return {"axes.prop_cycle": cycler(color=colours, marker=MARKERS, linestyle=lines)}
-
-
 def _read_style(path: Path) -> dict[str, Any]:
-    """Return the settings of a style file, and refuse unknown keys, of which matplotlib itself only warns."""
+    """Return the settings of a style file; unknown keys, of which matplotlib only warns, are refused."""
     import matplotlib
 
     try:
@@ -222,6 +188,11 @@ def _read_style(path: Path) -> dict[str, Any]:
                 raise fail(f"matplotlib has no setting `{key}`", where=str(path), remedy=remedy)
         found = matplotlib.rc_params_from_file(path, fail_on_error=True, use_default_template=False)
     except (OSError, ValueError) as error:
-        what = "not a matplotlib style file"
-        raise fail(what, where=str(path), expected="lines of KEY: VALUE", got=" ".join(str(error).split())) from error
+        raise fail(
+            "not a matplotlib style file",
+            where=str(path),
+            expected="lines of KEY: VALUE",
+            got=" ".join(str(error).split()),
+        ) from error
+    # Settings of the session, not of a figure.
     return {key: value for key, value in found.items() if not key.startswith(("backend", "savefig.directory"))}

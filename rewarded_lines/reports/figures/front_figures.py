@@ -1,4 +1,4 @@
-"""Figures made of planes: the front, and each reward over what it costs in KL or perplexity. Needs matplotlib."""
+"""Figures of planes: the front, and each reward over KL or perplexity. Need matplotlib."""
 
 from __future__ import annotations
 
@@ -33,34 +33,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-# The scale of markers and lines in a matrix, and the least side of its panels in inches.
+# Scale of markers and lines in a matrix, and the least side of its panels in inches.
 _SMALL, _PANEL = 0.75, 2.0
-# The least distance between two numbers at an axis, as a share of its length.
+# Least distance between two numbers at an axis, as a share of its length.
 _APART = 0.12
-# Perplexities are drawn on a logarithmic scale when the highest is this many times the lowest, or more.
+# From this ratio of highest to lowest on, perplexities have a logarithmic scale.
 _FAR = 3.0
-# The most characters of a method's name in the legend, and of a line of the legend's title.
+# At most this many characters of a method in the legend, and of a line of its title.
 _LONGEST, _WRAPPED = 40, 70
 
 
 def front_figure(summary: Summary) -> Figure:
-    """Draw the fronts of a run.
+    """Draw the fronts: one plane for two rewards, a matrix of planes for more, KL for one.
 
-    Two rewards make one plane, more make a matrix with a plane for each pair; a single reward is drawn over KL to SFT.
-    Points are mean scores, joined in the order of λ when two policies were merged; crosses are intervals of some.
-    Shaded: what a method's nondominated points dominate above the SFT model, whose area is the hypervolume in the
-    legend. Of more than four methods only the first and the best are shaded and have their λ written.
+    Points are mean scores, joined in the order of λ for two policies; crosses are intervals of some.
+    The shaded area is the hypervolume above SFT in the legend.
+    With more than four methods, only the first and the best are shaded and labelled with λ.
     """
     return _matrix(summary) if len(summary.objectives) > 2 else _one_plane(summary)
 
 
 def kl_figure(summary: Summary) -> Figure:
-    """Draw a panel for every reward, audits too: its mean over KL to the SFT model in nats per response."""
+    """Draw the mean of every reward, audits included, over KL to SFT in nats per response."""
     return _over([KL], summary)
 
 
 def forgetting_figure(summary: Summary) -> Figure:
-    """Draw the mean of every reward over the perplexity of control texts, a row of panels for each set of texts."""
+    """Draw the mean of every reward over the perplexity of each set of control texts."""
     return _over([f"{name}{PERPLEXITY}" for name in summary.controls], summary)
 
 
@@ -69,7 +68,7 @@ def _one_plane(summary: Summary) -> Figure:
     plane = (names[0], names[1]) if len(names) == 2 else (KL, names[0])
     drawn = prepare(summary)
     many = len(drawn.methods) > FEW
-    # The legend of many methods needs two columns, and the plane more room.
+    # Many methods need a wider legend and plane.
     figure = blank_figure(WIDE, 6.2) if many else blank_figure(PLANE, PLANE)
     axes = figure.add_subplot()
     axes.set(xlabel=axis_label(plane[0], summary), ylabel=axis_label(plane[1], summary))
@@ -79,7 +78,7 @@ def _one_plane(summary: Summary) -> Figure:
 
 
 def _matrix(summary: Summary) -> Figure:
-    """Draw the plane of each pair of rewards: those in a column share their x axis, those in a row their y axis."""
+    """Draw the plane of each pair of rewards; columns share their x axis, rows their y axis."""
     names = list(summary.objectives)
     side = len(names) - 1
     drawn = prepare(summary, _SMALL)
@@ -90,14 +89,14 @@ def _matrix(summary: Summary) -> Figure:
     planes: list[tuple[Axes, Plane]] = []
     for row in range(side):
         for column in range(row + 1):
-            # The first panel of a column, and that of a row, are drawn before the others share their axes.
+            # The first panel of a column or row has axes of its own, which the others share.
             above = panels.get((column, column)) if row > column else None
             left = panels.get((row, 0)) if column else None
             axes = panels[row, column] = figure.add_subplot(grid[row, column], sharex=above, sharey=left)
             planes.append((axes, (names[column], names[row + 1])))
     for (row, column), (axes, plane) in zip(panels, planes, strict=True):
         draw_plane(axes, drawn, plane)
-        # Labels and numbers stand only at the outer axes.
+        # Only the outer axes have labels and numbers.
         axes.tick_params(labelbottom=row == side - 1, labelleft=column == 0)
         if row == side - 1:
             axes.set_xlabel(axis_label(plane[0], summary, lines=2))
@@ -126,26 +125,27 @@ def _over(costs: Sequence[str], summary: Summary) -> Figure:
 
 
 def _below(cost: str, summary: Summary, scale: str, columns: int) -> str:
-    """Return the label of the costs' axis, on as many lines as panels of this width need."""
-    name, *rest = [*axis_label(cost, summary, lines=2).split("\n"), *([scale] if scale else [])]
+    """Return the label of the costs' axis, with the lines that panels of this width need."""
+    name, *rest = axis_label(cost, summary, lines=2).split("\n")
+    rest += [scale] if scale else []
     if columns <= 2:
         return f"{name}\n{', '.join(rest)}"
-    # In three columns the name of a perplexity and its unit need a line each.
+    # In three columns the unit of a perplexity needs its own line.
     return "\n".join([name if cost == KL else name.replace(" [", "\n["), *rest])
 
 
 def _stretch(axes: Axes, summary: Summary, cost: str) -> str:
-    """Scale the costs' axis so that a few points far from SFT do not press the others together; return its name.
+    """Set a scale of the costs' axis that keeps points near SFT apart, and return its name.
 
-    KL grows with the square of a small step, so its root is drawn, as by Gao et al., "Scaling Laws for Reward Model
-    Overoptimization", 2023. An estimate of KL may be below 0.
+    For KL this is the square root, as in Gao et al., "Scaling Laws for Reward Model
+    Overoptimization", 2023. An estimate of KL may be negative.
     """
-    values = [measure(point, cost).value for point in summary.points]
     if cost == KL:
         signed_root = (lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda root: np.sign(root) * root**2)
         axes.set_xscale("function", functions=signed_root)
         _number(axes, [0.0, *_decades(1, 2, 5)])
         return "square-root scale"
+    values = [measure(point, cost).value for point in summary.points]
     if max(values) / min(values) < _FAR:
         return ""
     axes.set_xscale("log")
@@ -154,12 +154,12 @@ def _stretch(axes: Axes, summary: Summary, cost: str) -> str:
 
 
 def _decades(*steps: float) -> list[float]:
-    """Return round numbers from 10⁶ to 10⁻², the largest first."""
+    """Return the steps times 10⁶ to 10⁻², the largest first."""
     return [step * 10.0**power for power in range(6, -3, -1) for step in reversed(steps)]
 
 
 def _number(axes: Axes, candidates: Sequence[float]) -> None:
-    """Write those of `candidates` at the x axis that lie on it and apart from those before them."""
+    """Number the x axis with the candidates that fit, the first candidates first."""
     low, high = axes.get_xlim()
     kept: dict[float, float] = {}
     for value in candidates:
@@ -172,14 +172,14 @@ def _number(axes: Axes, candidates: Sequence[float]) -> None:
 
 
 def _draw_legend(figure: Figure, drawn: Drawn, volumes: bool, shaded: bool, corner: bool = False) -> None:
-    """Put the legend above the panels in as many columns as fit.
+    """Add the legend above the panels, in up to three columns.
 
     Args:
         figure: with its panels.
         drawn: how the methods are drawn.
-        volumes: whether each method's hypervolume stands beside its name, and its reference point in the title.
-        shaded: whether areas are tinted.
-        corner: whether the upper right corner is free; the legend stands there if it fits.
+        volumes: add each method's hypervolume, and the reference point in the title.
+        shaded: areas are tinted.
+        corner: use the upper right corner if the legend fits there.
     """
     from matplotlib.legend_handler import HandlerTuple
 
@@ -205,16 +205,16 @@ def _draw_legend(figure: Figure, drawn: Drawn, volumes: bool, shaded: bool, corn
 
 
 def _title(summary: Summary, lines: int) -> str:
-    """Return what the numbers in the legend are: hypervolume, its unit, its reference point; on 2 or 3 lines."""
+    """Return the legend's title on at least 2 or 3 lines: hypervolume, unit, reference point."""
     at = reference_text(summary, SFT).replace("-", "\N{MINUS SIGN}")
     what = f"Hypervolume above SFT{' ' if lines == 2 else chr(10)}[{volume_unit(summary)}]"
-    # The names of rewards without a unit may be long.
+    # Rewards without a unit contribute their names, which may be long.
     whole = f"{what} and its {summary.level:.0%} interval\nreference point: {at}"
     return "\n".join(part for line in whole.splitlines() for part in wrap(line, _WRAPPED))
 
 
 def _entries(drawn: Drawn, volumes: bool, shaded: bool) -> tuple[list[Any], list[str]]:
-    """Return the handles of the legend and their labels: methods, policies, intervals, and what λ is."""
+    """Return the legend's handles and labels: methods, policies, intervals, and λ."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -236,7 +236,7 @@ def _entries(drawn: Drawn, volumes: bool, shaded: bool) -> tuple[list[Any], list
 
 
 def _collides(figure: Figure, legend: Legend) -> bool:
-    """Say whether a legend leaves the figure or lies over a panel."""
+    """True if a legend leaves the figure or covers part of a panel."""
     box = legend.get_window_extent()
     panels = [axes.get_tightbbox() for axes in figure.axes]
     return box.x0 < 0 or box.y0 < 0 or any(panel is not None and box.overlaps(panel) for panel in panels)

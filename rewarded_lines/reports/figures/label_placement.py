@@ -1,4 +1,4 @@
-"""Text in figures: names cut to a length, and labels put near their points over nothing else. Geometry is in pixels."""
+"""Shortened names, and labels near their points that cover nothing. Geometry is in pixels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from rewarded_lines.reports.figures.figure_style import pixels_per_point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Directions from a point to its label, the best first: up and to the right, where a front is open.
+# Directions from a point to its label, the best first: fronts are open at the upper right.
 _ANGLES = np.radians([45, 22, 68, 0, 90, -22, 112, -45, 135, 180, 225, 270, 202, 158, 248, 292])
-# Further distances from the point to try, in typographic points.
-_STEPS = (0, 3, 6, 12)
-# Room around a label, in typographic points.
-_ROOM = 1.4
+# In typographic points: further distances to try, and the room around a label.
+_STEPS, _ROOM = (0, 3, 6, 12), 1.4
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text for the point `anchor`, [2], at least `clearance` away; only one that `must` be written may cover another.
+    """A text at least `clearance` away from its point `anchor`, [2].
 
-    `size` is one of matplotlib's names for sizes, which are relative to the style's.
+    With `must` the label is always written, even over another one.
+    `size` is a name of matplotlib's, relative to the style's size.
     """
 
     text: str
@@ -37,13 +36,13 @@ class Label:
 
 
 def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: np.ndarray) -> None:
-    """Write labels in turn, each where it covers nothing; a label without a free place is left out.
+    """Write labels where they cover nothing; a label without a free place is left out.
 
     Args:
-        axes: drawn once, so that its size is final.
+        axes: with its final layout.
         labels: the most important first.
         taken: boxes that no label may touch, [boxes, 4].
-        thin: boxes that a label touches only if it has no other place, [boxes, 4].
+        thin: boxes that a label may touch if no other place is free, [boxes, 4].
     """
     from matplotlib.text import Text
 
@@ -53,10 +52,11 @@ def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: n
         style: dict[str, Any] = dict(fontsize=label.size, color=label.colour, ha="center", va="center", zorder=7)
         extent = Text(0, 0, label.text, figure=axes.figure, **style).get_window_extent()
         size = (extent.width + _ROOM * unit, extent.height + _ROOM * unit)
-        # First over nothing, then over thin lines; a label that must be written covers marks, at worst other labels.
+        # Try free places, then thin lines; a `must` label also covers marks, at worst labels.
         tries = [np.concatenate([taken, thin]), taken, *([written, taken[:0]] if label.must else [])]
         distances = [label.clearance + step * unit for step in _STEPS]
-        boxes = (place(label.anchor, size, obstacles, axes.bbox.extents, distances) for obstacles in tries)
+        frame = axes.bbox.extents
+        boxes = (place(label.anchor, size, obstacles, frame, distances) for obstacles in tries)
         box = next((box for box in boxes if box is not None), None)
         if box is not None:
             taken, written = (np.concatenate([boxes, box[None]]) for boxes in (taken, written))
@@ -65,7 +65,7 @@ def write_labels(axes: Axes, labels: Iterable[Label], taken: np.ndarray, thin: n
 
 
 def shorten(text: str, longest: int) -> str:
-    """Return a name of at most `longest` characters: its beginning and its end, where names of one family differ."""
+    """Return the beginning and end of a name in at most `longest` characters."""
     if len(text) <= longest:
         return text
     end = (longest - 1) // 2
@@ -73,7 +73,7 @@ def shorten(text: str, longest: int) -> str:
 
 
 def boxes_along(line: np.ndarray, step: float = 3.0) -> np.ndarray:
-    """Return small boxes, `step` apart at most, that cover a polyline: [vertices, 2] → [boxes, 4]."""
+    """Return small boxes at most `step` apart along a polyline: [vertices, 2] → [boxes, 4]."""
     centres = [line[:1]]
     for start, end in zip(line[:-1], line[1:], strict=True):
         count = max(1, int(np.hypot(*(end - start)) / step))
@@ -82,12 +82,12 @@ def boxes_along(line: np.ndarray, step: float = 3.0) -> np.ndarray:
 
 
 def boxes_around(points: np.ndarray, radius: float) -> np.ndarray:
-    """Return square boxes (left, bottom, right, top) of half-width `radius`: [points, 2] → [points, 4]."""
+    """Return squares of half-width `radius` as (left, bottom, right, top): [points, 2] → [points, 4]."""
     return np.concatenate([points - radius, points + radius], axis=1)
 
 
 def overlaps(box: Sequence[float] | np.ndarray, boxes: np.ndarray) -> int:
-    """Return how many of `boxes`, [boxes, 4], share area with `box`."""
+    """Return the number of `boxes`, [boxes, 4], that share area with `box`."""
     left, bottom, right, top = box
     apart = (boxes[:, 0] >= right) | (boxes[:, 2] <= left) | (boxes[:, 1] >= top) | (boxes[:, 3] <= bottom)
     return int((~apart).sum())
@@ -100,9 +100,9 @@ def place(
     frame: Sequence[float],
     distances: Iterable[float],
 ) -> np.ndarray | None:
-    """Return the first box for a label near its point that is inside the frame and free of obstacles, [boxes, 4].
+    """Return the first free box for a label inside the frame, or None.
 
-    The distances from the point to the box's edge are tried in turn; None when no box is free.
+    Obstacles are boxes, [boxes, 4]; distances go from the point to the box's edge, in order.
     """
     half = np.array(size) / 2
     directions = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)

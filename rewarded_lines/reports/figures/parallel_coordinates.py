@@ -1,4 +1,4 @@
-"""Parallel coordinates for four rewards or more, a panel for each method. Needs matplotlib."""
+"""Parallel coordinates of four or more rewards, a panel per method. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The most characters of a name below an axis.
+# At most this many characters of a name below an axis.
 _LONGEST = 10
-# Up to this many rewards fit three panels beside each other, and from that many on a panel needs the whole width.
+# Three panels fit side by side up to _FEW_REWARDS, and one from _MANY on.
 _FEW_REWARDS, _MANY = 4, 7
 _PALE = "0.82"
 
 
 def parallel_figure(summary: Summary) -> Figure:
-    """Draw every point as a line over the rewards, each axis from the lowest mean of any point to the highest.
+    """Draw every point as a line over the rewards, each axis from its lowest to its highest mean.
 
-    A point that no other point of its method beats on all rewards has the colour of the policy of its greatest weight.
+    A point that its own method does not dominate has the colour of its heaviest policy.
     """
     methods, labels = summary.merged_methods(), method_labels(summary)
-    narrow = len(summary.objectives) <= _FEW_REWARDS and len(methods) > FEW
-    rows, columns = columns_of(len(methods), 3 if narrow else 2 if len(summary.objectives) < _MANY else 1)
+    rewards = len(summary.objectives)
+    narrow = rewards <= _FEW_REWARDS and len(methods) > FEW
+    rows, columns = columns_of(len(methods), 3 if narrow else 2 if rewards < _MANY else 1)
     figure = blank_figure(WIDE, (2.2 if narrow else 2.7) * rows + 0.6)
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, points) in zip(panels.flat, methods.items(), strict=False):
@@ -60,7 +61,7 @@ def _draw_method(axes: Axes, points: list[PointSummary], summary: Summary) -> No
 
 
 def _draw_axes(axes: Axes, summary: Summary, low: np.ndarray, high: np.ndarray) -> None:
-    """Draw an upright axis for each reward, its lowest and its highest mean at its ends."""
+    """Draw a vertical axis for each reward, with the lowest and highest mean at its ends."""
     for place, (least, most) in enumerate(zip(low, high, strict=True)):
         axes.plot([place, place], [0, 1], color="0.4", linewidth=0.7, linestyle="-", marker="", zorder=1)
         for height, value, side in ((-0.04, least, "top"), (1.04, most, "bottom")):

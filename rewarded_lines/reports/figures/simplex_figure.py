@@ -1,4 +1,4 @@
-"""The triangle of three policies' weights, coloured by each reward, a row for each method. Needs matplotlib."""
+"""Triangles of three policies' weights, coloured by reward, a row per method. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The corners, where the weight of one policy is 1: left, right, top.
+# The corners: left, right, top.
 _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
 _GRID: dict[str, Any] = dict(color="white", linewidth=0.5, alpha=0.6, marker="", linestyle="-", zorder=2)
-# How many colours and numbers the bar has, at most.
-_LEVELS, _TICKS = 9, 5
-# The most characters of a line of a method's label.
-_LONGEST_LINE = 20
-# A triangle of the triangulation with a smaller ratio of its inner to its outer circle is left out: it is a sliver
-# along an edge.
+# At most this many colours and numbers of the bar, and characters of a line of a label.
+_LEVELS, _TICKS, _LONGEST_LINE = 9, 5, 20
+# Slivers with a smaller ratio of inner to outer circle are left out of the triangulation.
 _FLAT = 0.02
 
 
 def simplex_figure(summary: Summary) -> Figure | None:
     """Draw the mean of every reward over the weights of three policies.
 
-    Between the evaluated λ, which are dots, means are interpolated linearly on a triangulation. The colours of a reward
-    mean the same for all methods. Rings: the best λ. Dashed: where the mean is that of the SFT model.
+    Dots are the evaluated λ; means between them are interpolated linearly on a triangulation.
+    All methods share the colours of a reward. A ring marks the best λ, a dashed line SFT's mean.
 
     Returns:
-        The figure, or None where no method has three λ or more that span the triangle.
+        The figure, or None if no method has λ that span a triangle.
     """
     methods = {name: points for name, points in summary.merged_methods().items() if _spans(points)}
     if not methods:
@@ -57,18 +54,20 @@ def simplex_figure(summary: Summary) -> Figure | None:
     for axes, name in zip(panels[:, 0], methods, strict=True):
         axes.set_ylabel(_lines(shorten(labels[name], 36)))
     dashed = dict(color="black", linestyle="--", linewidth=1.0, marker="")
-    kinds = {"λ, evaluated; a corner is one policy alone": _dot(), "highest mean": _ring()}
-    legend_above(figure, [*kinds.items(), ("mean of the SFT model", dashed)], columns=3)
+    dot, ring = _marks()
+    evaluated = ("λ, evaluated; a corner is one policy alone", dot)
+    kinds = [evaluated, ("highest mean", ring), ("mean of the SFT model", dashed)]
+    legend_above(figure, kinds, columns=3)
     return settled(figure)
 
 
 def triangle_points(weights: np.ndarray) -> np.ndarray:
-    """Return where weights lie in the triangle, Σ λᵢ·cornerᵢ: [points, 3] → [points, 2]."""
+    """Return the places of weights in the triangle, Σ λᵢ·cornerᵢ: [points, 3] → [points, 2]."""
     return weights @ _CORNERS
 
 
 def _spans(points: list[PointSummary]) -> bool:
-    """Say whether some weights of three policies do not all lie on one line."""
+    """True if the weights of three policies do not lie on one line."""
     weights = np.array([point.weights for point in points if len(point.weights) == 3])
     return len(weights) >= 3 and np.linalg.matrix_rank(weights - weights[0], tol=1e-9) == 2
 
@@ -80,7 +79,7 @@ def _limits(methods: dict[str, list[PointSummary]], reward: str) -> tuple[float,
 
 
 def _lines(label: str) -> str:
-    """Return a method's name above its schedule, which is broken where it is longer than a triangle is high."""
+    """Return a method's name above its schedule; a long schedule has two lines."""
     name, separator, schedule = label.partition(" (")
     if len(schedule) > _LONGEST_LINE:
         schedule = schedule.replace(", ", ",\n")
@@ -104,28 +103,25 @@ def _draw_triangle(
     level = measure(sft, reward).value
     if values.min() < level < values.max():
         axes.tricontour(triangles, values, levels=[level], colors="black", linestyles="--", linewidths=1.0, zorder=3)
-    axes.plot(*at.T, **_dot(), zorder=4, clip_on=False)
-    axes.plot(*at[[values.argmax()]].T, **_ring(), zorder=5, clip_on=False)
+    dot, ring = _marks()
+    axes.plot(*at.T, **dot, zorder=4, clip_on=False)
+    axes.plot(*at[[values.argmax()]].T, **ring, zorder=5, clip_on=False)
     return mapped
 
 
-def _mark(size: float, **look: Any) -> dict[str, Any]:
-    """Return how a dot or a ring is drawn, `size` times as large as the style's markers."""
+def _marks() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keywords of a dot and of a ring."""
     from matplotlib import rcParams
 
-    return dict(linestyle="none", marker="o", markersize=size * rcParams["lines.markersize"], color="black") | look
-
-
-def _dot() -> dict[str, Any]:
-    return _mark(0.45, markeredgecolor="white", markeredgewidth=0.4)
-
-
-def _ring() -> dict[str, Any]:
-    return _mark(1.6, markerfacecolor="none", markeredgewidth=1.0)
+    size = rcParams["lines.markersize"]
+    both = dict(linestyle="none", marker="o", color="black")
+    dot = dict(markersize=0.45 * size, markeredgecolor="white", markeredgewidth=0.4)
+    ring = dict(markersize=1.6 * size, markerfacecolor="none", markeredgewidth=1.0)
+    return both | dot, both | ring
 
 
 def _draw_grid(axes: Axes) -> None:
-    """Draw the triangle, and lines where a weight is a quarter, a half and three quarters."""
+    """Draw the triangle, and lines at weights of a quarter, a half and three quarters."""
     outline = np.concatenate([_CORNERS, _CORNERS[:1]])
     axes.plot(*outline.T, color="black", linewidth=0.7, marker="", linestyle="-", zorder=3)
     for share in (0.25, 0.5, 0.75):
@@ -138,7 +134,7 @@ def _draw_grid(axes: Axes) -> None:
 
 
 def _write_corners(axes: Axes, policies: list[str]) -> None:
-    """Write each policy's name at the corner where its weight is 1."""
+    """Write each policy's name at its corner."""
     left, right, top = policies
     axes.text(-0.08, -0.05, left, ha="left", va="top", size="medium")
     axes.text(1.08, -0.05, right, ha="right", va="top", size="medium")

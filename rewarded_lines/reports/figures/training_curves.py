@@ -1,7 +1,4 @@
-"""Training curves: the logs that recipes leave beside their policies, and the figure of them.
-
-The figure needs matplotlib.
-"""
+"""Training curves from the logs beside the policies. The figure needs matplotlib."""
 
 from __future__ import annotations
 
@@ -30,10 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The most markers on a line.
+# At most this many markers on a line.
 _MARKED = 12
-# The label of each measure's axis, and its names in trainers' logs. PPO logs the KL of whole responses, RLOO that of
-# single tokens, so they are two measures.
+# Axis label → names in trainers' logs. PPO logs KL per response, RLOO KL per token.
 _PANELS = {
     "reward in training\n[{unit}], higher is better →": ("objective/scores", "reward"),
     "KL to SFT\n[nats per response], lower is closer": ("objective/kl",),
@@ -45,14 +41,13 @@ _PANELS = {
 
 @dataclass(frozen=True)
 class Training:
-    """What a recipe logged of one policy.
+    """The log of one policy's training.
 
     Attributes:
-        policy: its name.
-        run: the run that it belongs to, counted from 0.
-        steps: of the optimizer, one for each line of the log.
-        values: by the trainer's own name, one for each line; NaN where a line has none.
-        standardized: whether rewards were in units of their standard deviation over the SFT model's responses.
+        run: index of its run.
+        steps: of the optimizer, one per line of the log.
+        values: by the trainer's name, one per line; NaN if the line has none.
+        standardized: rewards are in standard deviations over SFT's responses.
     """
 
     policy: str
@@ -62,32 +57,33 @@ class Training:
     standardized: bool
 
     def measured(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
-        """Return steps and values of the first of `names` that was logged, lines without a finite value left out."""
+        """Return the steps and finite values of the first of `names` that was logged."""
         values = next((self.values[name] for name in names if name in self.values), [])
         kept = [(step, value) for step, value in zip(self.steps, values, strict=False) if math.isfinite(value)]
         return [step for step, _ in kept], [value for _, value in kept]
 
 
 def read_trainings(runs: Sequence[Run]) -> list[Training]:
-    """Return the logs beside the policies that runs of one project name; a missing or damaged log is left out."""
+    """Return the logs beside the policies of runs; a missing or damaged log is left out."""
     found = []
     for index, run in enumerate(runs):
         for name, policy in run.header.get("policies", {}).items():
-            folder = Path(located(str(policy.get("path", "")), run.folder)) if isinstance(policy, Mapping) else None
-            lines = _lines(folder / METRICS_FILE) if folder else []
-            if folder and lines:
-                found.append(_training(name, index, lines, _standardized(folder / TRAINING_FILE)))
+            if isinstance(policy, Mapping):
+                folder = Path(located(str(policy.get("path", "")), run.folder))
+                if lines := _lines(folder / METRICS_FILE):
+                    standardized = _standardized(folder / TRAINING_FILE)
+                    found.append(_training(name, index, lines, standardized))
     return found
 
 
 def training_figure(trainings: Sequence[Training]) -> Figure | None:
-    """Draw what was logged in the training of each policy: reward and KL of PPO and RLOO, margin and accuracy of DPO.
+    """Draw reward and KL of PPO and RLOO, margin and accuracy of DPO, over training steps.
 
-    Policies of further training seeds have the colour of the first, their lines thinner. "SD on SFT": rewards in units
-    of their standard deviation over the SFT model's responses.
+    Other training seeds have thinner lines of the same colour.
+    "SD on SFT": rewards are in standard deviations over SFT's responses.
 
     Returns:
-        The figure, or None where none of these measures was logged.
+        The figure, or None if no log has one of these measures.
     """
     panels = {label: names for label, names in _PANELS.items() if any(one.measured(names)[0] for one in trainings)}
     if not panels:
@@ -129,7 +125,7 @@ def _training(policy: str, run: int, lines: Sequence[Mapping[str, Any]], standar
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log that have a step and a measure; none of a file that is no such log."""
+    """Return the lines of a log that have a step and a measure; [] if the file is not a log."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if isinstance(line.get("step"), int) and len(line) > 1]

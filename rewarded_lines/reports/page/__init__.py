@@ -1,1 +1,1 @@
-"""The page of a report: one HTML file with a run's fronts and every response."""
+"""The page of a report: one HTML file with fronts and responses."""

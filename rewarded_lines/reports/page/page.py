@@ -1,8 +1,8 @@
-"""The page of a report, one HTML file: a template filled with its style, its script, plotly and the run.
+"""The page of a report: a template filled with its style, its script, plotly and the run.
 
-A text that a model wrote is on the page only inside JSON, as ASCII without a `<`, and is shown only as text: the script
-makes text nodes of it and nothing else. Responses and plotly are compressed; the page unpacks a point's responses when
-it is chosen, and plotly after the first paint.
+A model's text stands only inside JSON, as ASCII without `<`, and the script shows it only in text nodes.
+Responses and plotly are compressed. The page unpacks the responses of a chosen point, and plotly after
+the first paint.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ from rewarded_lines.evaluator.choose import command_for
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.pareto.choice import knee
 from rewarded_lines.references import located
+from rewarded_lines.reports import texts
 from rewarded_lines.reports.figures.figure_style import COLOURS, MARKERS
 from rewarded_lines.reports.summary import PointSummary, Summary
-from rewarded_lines.reports.texts import (
-    interval_text,
-    method_labels,
-    points_note,
-    scope_note,
-    volume_unit,
-    weights_text,
-)
 
-# Joined in this order they are one script.
+# Joined in this order.
 SCRIPTS = ("numbers.js", "state.js", "front.js", "controls.js", "responses.js", "start.js")
-# The names that plotly has for the markers of the figures.
-_NAMES = "square circle triangle-up triangle-down cross x diamond triangle-left triangle-right pentagon".split()
-_MARKS = dict(zip(MARKERS, _NAMES, strict=True))
-# As many digits as a float32 has.
-_DIGITS = 9
+# Plotly's names of the figures' markers.
+_MARKS = {
+    "s": "square",
+    "o": "circle",
+    "^": "triangle-up",
+    "v": "triangle-down",
+    "P": "cross",
+    "X": "x",
+    "D": "diamond",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "p": "pentagon",
+}
 
 
 def lacking() -> str:
-    """Return what must be installed before a page can be made, in one line; "" if nothing."""
+    """Return a message if plotly is missing, or ""."""
     if find_spec("plotly"):
         return ""
     return "No report.html: it needs plotly, which is not installed (pip install 'rewarded-lines[report]')."
 
 
 def page(runs: Sequence[Run], summary: Summary) -> bytes:
-    """Return the report of runs as one HTML file, the same bytes every time.
+    """Return the report of runs as a deterministic HTML file.
 
     Args:
-        runs: those that were summarised.
+        runs: the summarised runs.
         summary: their numbers.
 
     Raises:
-        ImportError: plotly is not installed; see `lacking`.
+        ImportError: plotly is not installed, see `lacking`.
     """
     from plotly.offline import get_plotlyjs
 
@@ -76,7 +77,7 @@ def page(runs: Sequence[Run], summary: Summary) -> bytes:
         script="\n".join(map(_template, SCRIPTS)),
         blocks="\n".join([*blocks, _block("plotly", get_plotlyjs())]),
     )
-    # UTF-8 cannot hold half a surrogate pair in a title; a browser shows its reference as U+FFFD.
+    # UTF-8 cannot encode a lone surrogate in a title; a browser shows its reference as U+FFFD.
     return filled.encode("utf-8", "xmlcharrefreplace")
 
 
@@ -85,55 +86,61 @@ def _template(name: str) -> str:
 
 
 def _json(content: Any) -> str:
-    """Return content as JSON in ASCII: half a surrogate pair, which no encoding takes, is an escape then."""
+    """Return JSON in ASCII, which escapes lone surrogates."""
     return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def _unmarked(text: str) -> str:
-    """Return JSON without the characters that could end a script element or begin a comment in it."""
+    """Escape the characters of JSON that could end a script element or begin a comment."""
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def _block(name: str, text: str) -> str:
-    """Return an element that holds a text gzipped, in base64, which no browser runs."""
-    packed = base64.b64encode(gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0)).decode("ascii")
-    return f'<script type="text/plain" id="{name}">{packed}</script>'
+    """Return an element that browsers do not run, with a text gzipped in base64."""
+    packed = gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0)
+    encoded = base64.b64encode(packed).decode("ascii")
+    return f'<script type="text/plain" id="{name}">{encoded}</script>'
 
 
 def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
-    """Return all that the page shows except the responses; it opens with the point that `choose --knee` takes."""
-    merged = [index for index, point in enumerate(summary.points) if point.method != SFT]
-    means = [[summary.points[index].rewards[name].value for name in summary.objectives] for index in merged]
+    """Return the page's data without responses; it opens at the point of `choose --knee`."""
+    points, names = summary.points, summary.objectives
+    merged = [index for index, point in enumerate(points) if point.method != SFT]
+    means = [[points[index].rewards[name].value for name in names] for index in merged]
     return {
-        "scope": scope_note(summary),
-        "note": points_note(summary),
+        "scope": texts.scope_note(summary),
+        "note": texts.points_note(summary),
         "level": f"{summary.level:.0%}",
-        "volume": volume_unit(summary),
+        "volume": texts.volume_unit(summary),
         "runs": [str(run.folder) for run in runs],
         "measures": _measures(runs[0], summary),
         "methods": _methods(summary),
-        "points": [_point(runs, summary, point) for point in summary.points],
+        "points": [_point(runs, point) for point in points],
         "start": merged[knee(means)],
     }
 
 
 def _measures(run: Run, summary: Summary) -> list[dict[str, str]]:
-    """Return what can be an axis: rewards, then what they cost. A point's `values` have the same order."""
-    about = {name: str(reward.get("description", "")) for name, reward in run.header["rewards"].items()}
-    roles = {name: "audit" if name in summary.audits else "reward" for name in summary.rewards}
-    rows = [(name, unit, roles[name], "higher", about[name]) for name, unit in summary.rewards.items()]
+    """Return the axes, rewards before costs, in the order of a point's `values`."""
+    rows = []
+    for name, unit in summary.rewards.items():
+        about = str(run.header["rewards"][name].get("description", ""))
+        role = "audit" if name in summary.audits else "reward"
+        rows.append((name, unit, role, "higher", about))
     rows.append(("KL to SFT", "nats", "cost", "lower", "of the sampled responses, k1"))
     rows.append(("length", "words", "cost", "", "of the responses"))
-    rows += [(f"{name} perplexity", "", "cost", "lower", "of texts of no task") for name in summary.controls]
-    return [dict(zip(("name", "unit", "role", "better", "about"), row, strict=True)) for row in rows]
+    for name in summary.controls:
+        rows.append((f"{name} perplexity", "", "cost", "lower", "of texts of no task"))
+    keys = ("name", "unit", "role", "better", "about")
+    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def _methods(summary: Summary) -> list[dict[str, Any]]:
-    """Return the methods with the colours and marks of the figures; single policies are rings in both."""
+    """Return the methods with the colours and marks of the figures; single policies are rings."""
     volumes = {row.method: row.hypervolume for row in summary.hypervolumes if row.reference == SFT}
-    labels, merged = method_labels(summary), list(summary.merged_methods())
+    labels, merged = texts.method_labels(summary), list(summary.merged_methods())
     found = []
     for name, points in summary.methods().items():
         place = merged.index(name) % len(COLOURS) if name in merged else None
@@ -145,7 +152,7 @@ def _methods(summary: Summary) -> list[dict[str, Any]]:
                 "colours": None if place is None else _light_and_dark(COLOURS[place]),
                 "mark": "circle-open" if place is None else _MARKS[MARKERS[place]],
                 "line": joined and place is not None,
-                "volume": interval_text(volumes[name]),
+                "volume": texts.interval_text(volumes[name]),
                 "points": [index for index, point in enumerate(summary.points) if point.method == name],
             }
         )
@@ -153,25 +160,25 @@ def _methods(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _light_and_dark(colour: str) -> list[str]:
-    """Return a colour of the figures, and its like on a dark page: nearer to white the darker it is."""
+    """Return a colour of the figures and its variant for a dark page, lighter if it is dark."""
     channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    # Relative luminance by WCAG 2, which asks for a contrast of 3 between marks and their background.
+    # Relative luminance by WCAG 2, which requires a contrast of 3 between marks and background.
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
     share = max(0.0, 0.5 * (1 - luminance / 0.25))
     return [colour, "#" + "".join(f"{round(255 * (c + share * (1 - c))):02x}" for c in channels)]
 
 
-def _point(runs: Sequence[Run], summary: Summary, point: PointSummary) -> dict[str, Any]:
+def _point(runs: Sequence[Run], point: PointSummary) -> dict[str, Any]:
     estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
     values = [[one.value, one.low, one.high] for one in estimates]
-    weights = weights_text(point)
+    weights = texts.weights_text(point)
     place = weights if point.checkpoint or not weights else f"λ = {weights}"
     return {
         "method": point.method,
         "place": place,
         "label": f"{point.method} {place}" if place else "SFT",
-        # A perplexity may be infinite, which JSON cannot hold.
+        # JSON cannot hold an infinite perplexity.
         "values": [one if all(map(math.isfinite, one)) else None for one in values],
         "ended": point.ended,
         "distinct2": point.distinct2,
@@ -187,19 +194,21 @@ def _command(run: Run, point: PointSummary) -> str:
 
 
 def _record(run: Run, point: PointSummary) -> Point:
-    """Return what a run recorded of a point of the summary."""
+    """Return a run's record of a point of the summary."""
     place = (point.method, point.weights, point.checkpoint)
-    return next(one for one in run.points if (one.spec.method, one.spec.weights, one.spec.checkpoint) == place)
+    specs = ((one, one.spec) for one in run.points)
+    return next(one for one, spec in specs if (spec.method, spec.weights, spec.checkpoint) == place)
 
 
 def _prompts(run: Run) -> dict[str, Any]:
-    """Return the prompts of a run, each once, and for every response the index of its prompt."""
-    _, first, which = np.unique(run.sft.prompt_index, return_index=True, return_inverse=True)
-    return {"texts": [run.sft.prompts[row] for row in first], "which": which.tolist()}
+    """Return the different prompts of a run, and the index of each response's prompt."""
+    sft = run.sft
+    _, first, which = np.unique(sft.prompt_index, return_index=True, return_inverse=True)
+    return {"texts": [sft.prompts[row] for row in first], "which": which.tolist()}
 
 
 def _responses(run: Run, point: PointSummary) -> dict[str, Any]:
-    """Return the responses of a point in one run, with every score to nine digits."""
+    """Return the responses of a point in one run."""
     record = _record(run, point)
     return {
         "responses": record.responses,
@@ -212,4 +221,5 @@ def _responses(run: Run, point: PointSummary) -> dict[str, Any]:
 
 
 def _numbers(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in values.tolist()]
+    """Return numbers with nine digits, which distinguish all float32 values."""
+    return [float(f"{value:.9g}") for value in values.tolist()]
