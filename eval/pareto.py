@@ -1,10 +1,10 @@
-"""Trace the Pareto front of a project and report it: the sweep and its report in one command.
+"""Sweep the Pareto front of a project and report it in one command.
 
     python eval/pareto.py --config runs/demo/rewarded-lines.yaml --out runs/front
     python eval/pareto.py --config runs/demo/rewarded-lines.yaml --points 5 --engine hf --out runs/quick
     python eval/pareto.py --config runs/demo/rewarded-lines.yaml --search 15 --out runs/adaptive
 
-Points that are there already are not evaluated again, so it can be stopped and started.
+A restarted command skips the points that are already evaluated.
 """
 
 from __future__ import annotations
@@ -21,22 +21,20 @@ from rewarded_lines.reports.report import report
 
 
 def main(argv: Sequence[str]) -> None:
-    """Sweep along λ, search for more λ if asked to, then write the report into the run folder.
-
-    Args:
-        argv: the arguments shown above.
-    """
+    """Sweep along λ, search for more λ with `--search`, then write the report into the run folder."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", default="rewarded-lines.yaml", help="the project file")
     parser.add_argument("--out", required=True, help="the run folder")
-    parser.add_argument("--points", type=int, help="λ values from 0 to 1; the project's by default")
+    parser.add_argument("--points", type=int, help="number of λ from 0 to 1; the project's by default")
     parser.add_argument("--engine", default="vllm", help="vllm, hf, or the URL of a server that takes adapters")
-    parser.add_argument("--search", type=int, metavar="N", help="then add λ where they raise the front, up to N")
-    parser.add_argument("--ray", metavar="ADDRESS", help="share the points out over Ray workers")
-    parser.add_argument("--workers", type=int, help="with --ray: how many")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that vLLM spreads the model over")
+    parser.add_argument("--search", type=int, metavar="N", help="then add λ that raise the front, up to N per method")
+    parser.add_argument("--ray", metavar="ADDRESS", help="distribute the points over Ray workers")
+    parser.add_argument("--workers", type=int, help="with --ray: number of workers")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices per vLLM engine")
     options = parser.parse_args(argv)
 
     how = {"engine": options.engine, "ray": options.ray, "workers": options.workers}
@@ -52,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class _Names(Progress):
-    """Prints the steps, and the points that are made."""
+    """Prints the steps and the finished points."""
 
     def start(self, step: str, counted: bool = False) -> None:
         print(step, file=sys.stderr)

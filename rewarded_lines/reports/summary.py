@@ -31,7 +31,7 @@ class PointSummary:
     Attributes:
         weights: λ, see `PointSpec`.
         merge: its α and β are averages over the runs.
-        ended: share of the responses that end with an end token.
+        ended: share of the responses that end before the token limit.
         distinct2: see the function `distinct2`.
         perplexities: of each set of control texts.
         forgetting: these perplexities divided by SFT's, paired by text.
