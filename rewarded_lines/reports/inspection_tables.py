@@ -32,27 +32,17 @@ def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
 
 
 def on_terminal(found: Inspection, tensors: bool, width: int = 80) -> Iterator[RenderableType]:
-    """Yield a heading, a table for each list of blocks, and notes.
-
-    Args:
-        found: the inspection.
-        tensors: show a row for each tensor instead of each block.
-        width: of the terminal; tensor names are folded to fit.
-    """
+    """Yield a heading, a table for each list of blocks with a row per block or tensor, and notes."""
     yield Text("\n".join(_heading(found)) + "\n")
-    headings = _TENSORS + _RESIDUAL[:1] if tensors else _LEVELS + _RESIDUAL
-    if found.base is None:
-        headings = _TENSORS if tensors else _LEVELS
-    rows: list[tuple[str, Row]] = (
-        [(one.stack, _tensor_row(one)) for one in found.tensors]
-        if tensors
-        else [(one.stack, _level_row(one)) for one in found.levels]
-    )
+    headings = _TENSORS if tensors else _LEVELS
+    if found.base is not None:
+        headings += _RESIDUAL[:1] if tensors else _RESIDUAL
+    rows: Sequence[InspectedTensor | Level] = found.tensors if tensors else found.levels
     parts = {}
     for stack, blocks in found.stacks.items():
         title = printable(f"{stack}: {_count(blocks, 'block')}")
         # Without a base the rows lose the cells of the residual.
-        parts[title] = [row[: len(headings)] for name, row in rows if name == stack]
+        parts[title] = [_row(one)[: len(headings)] for one in rows if one.stack == stack]
     if not tensors:
         parts[""] = [("total", *_sum_cells(found.total, ""))[: len(headings)]]
     yield from _tables(headings, parts, width)
@@ -107,19 +97,19 @@ def _notes(found: Inspection) -> Iterator[str]:
     yield from map(printable, found.notes)
 
 
-def _level_row(level: Level) -> Row:
-    return (_place(level), *_sum_cells(level, f"{level.scale:.4g}"))
+def _row(one: InspectedTensor | Level) -> Row:
+    place = _SIDES[one.side] if one.block is None else str(one.block)
+    scale = f"{one.scale:.4g}"
+    if isinstance(one, Level):
+        return (place, *_sum_cells(one, scale))
+    shape = "×".join(map(str, one.shape)) or "scalar"
+    cells = (printable(one.name), shape, _type(one.dtype), scale)
+    return (place, *cells, *_residual_cells(one.residual))
 
 
 def _sum_cells(whole: Sum, scale: str) -> Row:
     types = " ".join(map(_type, whole.dtypes))
     return (f"{whole.tensors:,}", f"{whole.parameters:,}", types, scale, *_residual_cells(whole.residual))
-
-
-def _tensor_row(tensor: InspectedTensor) -> Row:
-    shape = "×".join(map(str, tensor.shape)) or "scalar"
-    name, scale = printable(tensor.name), f"{tensor.scale:.4g}"
-    return (_place(tensor), name, shape, _type(tensor.dtype), scale, *_residual_cells(tensor.residual))
 
 
 def _residual_cells(residual: Residual | None) -> Row:
@@ -130,10 +120,6 @@ def _residual_cells(residual: Residual | None) -> Row:
         relative = f"{100 * residual.relative:#.3g}".rstrip(".") + "%" if residual.relative else "0%"
     changed = _share(residual.changed, residual.values)
     return (_norm(residual.norm), relative, changed, _norm(residual.scaled_norm))
-
-
-def _place(one: InspectedTensor | Level) -> str:
-    return _SIDES[one.side] if one.block is None else str(one.block)
 
 
 def _type(name: str) -> str:

@@ -111,7 +111,6 @@ def report_files(run: Path | str) -> list[Path]:
 
 
 def _inspections(run: Run) -> Mapping[str, Inspection]:
-    """Inspect every policy against the SFT model."""
     policies = run.header.get("policies", {})
     if not policies:
         raise fail("the run names no policies", where=str(run.folder), remedy="leave --depth out")

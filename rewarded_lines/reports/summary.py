@@ -282,7 +282,6 @@ def _predicted(point: Point, texts: slice) -> np.ndarray:
 
 
 def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:
-    """Return the gains of each policy that was evaluated unmerged."""
     gains = []
     for index, policy in enumerate(policies):
         place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)

@@ -102,12 +102,7 @@ class Sheet:
 
 
 def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
-    """Return all tables that have rows.
-
-    Args:
-        summary: the numbers.
-        brief: with more than three methods, show only the differences above SFT.
-    """
+    """Return all tables with rows; `brief` shortens the differences of more than three methods."""
     first = [points_sheet(summary), hypervolume_sheet(summary)]
     differences = difference_sheet(summary, brief and len(summary.methods()) > _FEW)
     every = [*first, differences, policy_sheet(summary), side_sheet(summary)]

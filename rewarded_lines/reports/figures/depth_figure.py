@@ -111,11 +111,7 @@ def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) ->
     """Draw the scale of every method and the residual norm of every policy by block.
 
     Methods with equal schedules share a line, with a band where α differs between points.
-    Tensors outside the blocks are not drawn.
-
-    Args:
-        summary: the numbers of the run.
-        inspections: of each policy against the SFT model.
+    The inspections compare each policy with SFT; tensors outside the blocks are not drawn.
     """
     figure = blank_figure(WIDE, 3.6)
     scales, norms = figure.subplots(1, 2)
@@ -162,7 +158,6 @@ def _draw_norms(axes: Axes, inspections: Mapping[str, Inspection]) -> None:
 
 
 def _styles(inspection: Inspection) -> dict[str, dict[str, Any]]:
-    """Return the keywords of the line of each list of blocks."""
     palette = looks(len(_ORDER))
     return {
         stack: palette[index].keywords(markevery=_every(_blocks(inspection, stack)[0]), **_LINE)
@@ -187,7 +182,6 @@ def _norms(levels: Sequence[Level], scaled: bool = False) -> list[float]:
 
 
 def _finish(panels: Sequence[Axes]) -> None:
-    """Set the grid, labels and limits of the panels."""
     from matplotlib.ticker import MaxNLocator
 
     for axes, label in zip(panels, ("scale s of the residual [×]", "L2 norm [units of the weights]"), strict=False):

@@ -78,10 +78,9 @@ def check_style(style: str) -> None:
 
 @contextmanager
 def house_style(style: str = PAPER) -> Iterator[None]:
-    """Apply a style while figures are drawn and saved; the user's matplotlib settings are ignored.
+    """Apply a style while figures are drawn and saved, without the user's matplotlib settings.
 
-    Args:
-        style: one of `STYLES`, or the path of a matplotlib style file, applied over "paper".
+    A style file is applied over "paper".
 
     Raises:
         UserError: matplotlib is not installed, or see `check_style`.

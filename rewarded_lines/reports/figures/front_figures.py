@@ -172,14 +172,9 @@ def _number(axes: Axes, candidates: Sequence[float]) -> None:
 
 
 def _draw_legend(figure: Figure, drawn: Drawn, volumes: bool, shaded: bool, corner: bool = False) -> None:
-    """Add the legend above the panels, in up to three columns.
+    """Add the legend above the panels, or with `corner` in the upper right corner if it fits there.
 
-    Args:
-        figure: with its panels.
-        drawn: how the methods are drawn.
-        volumes: add each method's hypervolume, and the reference point in the title.
-        shaded: areas are tinted.
-        corner: use the upper right corner if the legend fits there.
+    `volumes` adds each method's hypervolume, and the reference point in the title.
     """
     from matplotlib.legend_handler import HandlerTuple
 

@@ -147,10 +147,7 @@ def coordinates(points: Sequence[PointSummary], plane: Plane) -> np.ndarray:
 
 
 def staircase(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the outline, [corners, 2], of the area that points dominate above a reference.
-
-    Points are [points, 2], both measures maximised. Without a point above the reference, the area is empty.
-    """
+    """Return the outline, [corners, 2], of the area that maximised points, [points, 2], dominate."""
     above = points[(points > reference).all(axis=1)]
     corners = [tuple(reference)]
     for x, y in np.unique(above[nondominated(above)], axis=0):
@@ -188,7 +185,6 @@ def _shade(axes: Axes, drawn: Drawn, plane: Plane) -> None:
 
 
 def _crossed(drawn: Drawn, name: str) -> list[PointSummary]:
-    """Return the points of a method that have a cross."""
     return spread(drawn.methods[name], 5 if name in drawn.chosen else 1)
 
 

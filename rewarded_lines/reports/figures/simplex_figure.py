@@ -30,9 +30,7 @@ def simplex_figure(summary: Summary) -> Figure | None:
 
     Dots are the evaluated λ; means between them are interpolated linearly on a triangulation.
     All methods share the colours of a reward. A ring marks the best λ, a dashed line SFT's mean.
-
-    Returns:
-        The figure, or None if no method has λ that span a triangle.
+    None if no method has λ that span a triangle.
     """
     methods = {name: points for name, points in summary.merged_methods().items() if _spans(points)}
     if not methods:
@@ -134,7 +132,6 @@ def _draw_grid(axes: Axes) -> None:
 
 
 def _write_corners(axes: Axes, policies: list[str]) -> None:
-    """Write each policy's name at its corner."""
     left, right, top = policies
     axes.text(-0.08, -0.05, left, ha="left", va="top", size="medium")
     axes.text(1.08, -0.05, right, ha="right", va="top", size="medium")

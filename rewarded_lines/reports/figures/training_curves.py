@@ -81,9 +81,7 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
 
     Other training seeds have thinner lines of the same colour.
     "SD on SFT": rewards are in standard deviations over SFT's responses.
-
-    Returns:
-        The figure, or None if no log has one of these measures.
+    None if no log has one of these measures.
     """
     panels = {label: names for label, names in _PANELS.items() if any(one.measured(names)[0] for one in trainings)}
     if not panels:

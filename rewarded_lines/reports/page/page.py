@@ -54,15 +54,7 @@ def lacking() -> str:
 
 
 def page(runs: Sequence[Run], summary: Summary) -> bytes:
-    """Return the report of runs as a deterministic HTML file.
-
-    Args:
-        runs: the summarised runs.
-        summary: their numbers.
-
-    Raises:
-        ImportError: plotly is not installed, see `lacking`.
-    """
+    """Return the report of the summarised runs as a deterministic HTML file; needs plotly."""
     from plotly.offline import get_plotlyjs
 
     packed = {f"prompts-{index}": _prompts(run) for index, run in enumerate(runs)}
