@@ -43,7 +43,7 @@ def score(
     tell_rows(done.header, quiet or as_json)
     if as_json:
         sft, policy = summary.points
-        found = {"model": asdict(policy), "sft": asdict(sft), "gain": asdict(summary.policy_gains[0])["rewards"]}
+        found = {"model": policy.as_dict(), "sft": sft.as_dict(), "gain": asdict(summary.policy_gains[0])["rewards"]}
         show_json(found)
         return
     from rewarded_lines.reports.tables import points_sheet, policy_sheet, side_sheet

@@ -48,6 +48,8 @@ def test_nothing_is_kept_without_out(tiny, merged, cli, monkeypatch):
     assert files(tiny) == before
     told = json.loads(answer.out)
     assert list(told) == ["model", "sft", "gain"] and told["model"]["checkpoint"] == "lam=0.50"
+    # As in `summary.json`: the method's name and its schedule, side by side.
+    assert [told["model"][key] for key in ("merge", "alpha", "beta")] == ["soup", 1.0, 0.0]
     for name in ("words", "letters"):
         change = told["model"]["rewards"][name]["value"] - told["sft"]["rewards"][name]["value"]
         assert told["gain"][name]["value"] == pytest.approx(change)
