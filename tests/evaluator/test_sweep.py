@@ -321,7 +321,7 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
         ("{mine: {match: lines, merge: sooup}}", "sweep.methods.mine: method"),
         ("{mine: {checkpoints: [absent]}}", "no such checkpoint"),
         ("{baselines: {alpha: 1}}", "`baselines` is the list of the baselines"),
-        ("{sft: {alpha: 1}}", "`sft` is the base model itself"),
+        ("{sft: {alpha: 1}}", "`sft` is the base model, which is always evaluated"),
         ("[soup, soup]", "named twice"),
     ],
 )
