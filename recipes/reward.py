@@ -42,8 +42,8 @@ from rewarded_lines.training.load_models import (
     fold_classifier,
     load_classifier,
     load_tokenizer,
-    lora_config,
     reference_hash,
+    reward_lora,
     save_tokenizer,
 )
 from rewarded_lines.training.preference_pairs import shorten_pair
@@ -96,9 +96,7 @@ def main(argv: Sequence[str]) -> None:
         pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
         held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
         model = load_classifier(base, model_options)
-        lora = lora_config(model_options, task="SEQ_CLS")
-        if lora:
-            lora.modules_to_save = ["score"]
+        lora = reward_lora(model_options, model)
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
 
         own = copy.deepcopy(tokenizer)

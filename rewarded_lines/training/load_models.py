@@ -110,6 +110,17 @@ def lora_config(options: ModelConfig, task: str = "CAUSAL_LM") -> LoraConfig | N
     return config
 
 
+def reward_lora(options: ModelConfig, model: PreTrainedModel) -> LoraConfig | None:
+    """Return PEFT's configuration for a reward model, whose head is trained whole; None without LoRA."""
+    config = lora_config(options, task="SEQ_CLS")
+    if config is not None:
+        config.modules_to_save = ["score"]
+        if config.target_modules == "all-linear" and hasattr(model, "pre_classifier"):
+            # PEFT trains this layer of DistilBERT's head whole, since its name ends with "classifier".
+            config.exclude_modules = ["pre_classifier"]
+    return config
+
+
 def reference_loading(options: ModelConfig) -> dict[str, Any] | None:
     """Return arguments for TRL to load the reference model like the policy; None for its defaults."""
     wanted = {

@@ -47,6 +47,7 @@ from rewarded_lines.training.load_models import (
     lora_config,
     reference_hash,
     reference_loading,
+    reward_lora,
 )
 
 FULL, LORA = ModelConfig(), ModelConfig(use_peft=True)
@@ -106,6 +107,16 @@ def test_a_classifiers_head_is_not_adapted_but_trained(sft, tmp_path):
     save_model(GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)), tmp_path / "gpt2")
     gpt2 = get_peft_model(load_classifier(str(tmp_path / "gpt2"), LORA), lora_config(LORA, task="SEQ_CLS"))
     assert adapted(gpt2) == ["c_attn", "c_fc", "c_proj", "c_proj"]
+
+
+def test_both_layers_of_distilberts_head_are_trained_whole(tmp_path):
+    config = DistilBertConfig(vocab_size=300, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
+    save_model(DistilBertForMaskedLM(config), tmp_path / "distilbert")
+    model = load_classifier(str(tmp_path / "distilbert"), LORA)
+    model = get_peft_model(model, reward_lora(LORA, model))
+    assert adapted(model) == ["k_lin", "lin1", "lin2", "out_lin", "q_lin", "v_lin"]
+    head = {name.partition(".modules_to_save.")[0] for name in trained(model) if "lora_" not in name}
+    assert head == {"base_model.model.classifier", "base_model.model.pre_classifier"}
 
 
 @pytest.mark.parametrize(
