@@ -175,6 +175,8 @@ def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> Non
         return
     where, got = "effective_batch_size", str(effective)
     each, processes = values.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if each is None:
+        raise fail("not a batch", where="per_device_train_batch_size", expected="1 or more examples", got="null")
     if min(each, effective) < 1:
         raise fail("not a batch", where=where, expected="1 or more examples", got=got)
     remedy = "change `per_device_train_batch_size`, or leave `gradient_accumulation_steps` out"

@@ -149,6 +149,7 @@ def test_the_command_line_overrides_the_effective_batch_of_the_file(tmp_path, mo
             "contradict each other\n  expected: 8 × 4 × 2 = 64\n  got: 32",
         ),
         (["--effective_batch_size=0"], "effective_batch_size"),
+        (["--effective_batch_size=16", "--per_device_train_batch_size=null"], "per_device_train_batch_size"),
         (["--effective_batch_size=-16"], "effective_batch_size"),
         (["--effective_batch_size=many"], "invalid int value: 'many'"),
     ],
