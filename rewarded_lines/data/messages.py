@@ -99,11 +99,12 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
     for chat in chats:
         for place, turn in enumerate(chat):
             for what in [f"role: {turn['role']}", *filter(turn.get, _CONTENT_KEYS)]:
-                places[what].append((chat, place))
+                if len(places[what]) < _TRIED:
+                    places[what].append((chat, place))
     hidden = [
         what
         for what, found in places.items()
-        if not any(_is_shown(tokenizer, chat, place, what) for chat, place in found[:_TRIED])
+        if not any(_is_shown(tokenizer, chat, place, what) for chat, place in found)
     ]
     if hidden:
         raise UserError(_hidden(what, tokenizer, where) for what in hidden)

@@ -1,5 +1,7 @@
 """Messages are kept whole or refused, and a chat template must show all of them."""
 
+import sys
+
 import pytest
 from chat_forms import FORMS, make_tokenizer
 
@@ -80,6 +82,16 @@ def test_a_template_that_leaves_something_out_is_found(form, key):
         check_template(tokenizer, [chats], "rows")
 
 
+def test_few_chats_are_kept_to_be_tried():
+    chat = [ASKED, said()]
+
+    def chats():
+        yield from (chat for _ in range(1000))
+        assert sys.getrefcount(chat) < 100
+
+    check_template(make_tokenizer("qwen3"), chats(), "rows")
+
+
 def test_reasoning_of_earlier_turns_is_the_templates_to_drop():
     history = [ASKED, said(reasoning_content="it is so"), ASKED]
     check_template(make_tokenizer("qwen3"), [history], "rows")
@@ -120,7 +132,7 @@ def test_a_system_turn_beside_the_last_users_is_shown_in_prompts_and_hidden_in_w
 
 @pytest.mark.parametrize("value", [{"date": __import__("datetime").date(2024, 7, 26)}, {"enable-thinking": True}])
 def test_settings_that_no_template_takes_are_refused(value):
-    with pytest.raises(ValueError, match="quote it|not the name of a template's variable"):
+    with pytest.raises(ValueError, match="quote it|not a variable's name"):
         GenerationSpec(chat_template_kwargs=value)
 
 
