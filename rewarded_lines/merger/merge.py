@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rewarded_lines.checkpoints.reader import total_bytes
@@ -29,6 +29,8 @@ from rewarded_lines.options import takes_fields
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
 Addition = Callable[[MergeSpec], CardAddition] | None
+# The options that a record leaves open.
+_REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "additions", "progress")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -89,7 +91,7 @@ def merge(
     return _write(plan, specs, targets, how, addition)
 
 
-@takes_fields(MergeOptions, "how")
+@takes_fields(MergeOptions, "how", [one.name for one in fields(MergeOptions) if one.name not in _REPLAYED])
 def replay(
     record: str | Path,
     *,

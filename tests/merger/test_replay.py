@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from rewarded_lines.merger.merge import replay
+
 
 def again(cli, *more):
     return cli("merge", "--from", "out/merge.json", "--out", "again", *more)
@@ -76,6 +78,13 @@ def test_inputs_that_moved_are_named(cli, merged):
 def test_what_would_say_otherwise_is_refused(cli, merged, option):
     answer = again(cli, *option)
     assert answer.code == 1 and f"{option[0]}: --from names a file that decides this" in answer.err
+
+
+@pytest.mark.parametrize("argument", [{"alpha": 0.5}, {"dtype": "float32"}, {"dry_run": True}])
+def test_python_refuses_what_would_say_otherwise(merged, argument):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(argument))}'"):
+        replay("out", out="again", **argument)
+    assert not (merged / "again").exists()
 
 
 @pytest.mark.parametrize(
