@@ -97,6 +97,7 @@ def diagnose(config: Path | None = None, *, thorough: bool = False, progress: Pr
         "GPU": lambda: _gpu(cards, thorough),
         "processor": _processor,
         "disks": lambda: _disks(config.parent if config else Path()),
+        "caches": _caches,
         "Hub": _hub,
         "project": lambda: _project(config),
     }
@@ -215,12 +216,9 @@ def _processor() -> Iterator[Finding]:
 
 
 def _disks(root: Path) -> Iterator[Finding]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    hub = Path(HF_HUB_CACHE)
     places = {
         "project": (root, f"du -sh {root.absolute()}/* | sort -h"),
-        "Hub cache": (hub, "hf cache ls\nexport HF_HOME=/a/larger/disk"),
+        "Hub cache": (_hub_cache(), "hf cache ls\nexport HF_HOME=/a/larger/disk"),
         "temporary files": (Path(tempfile.gettempdir()), "export TMPDIR=/a/larger/disk"),
     }
     free = {name: shutil.disk_usage(_existing(path)).free for name, (path, _) in places.items()}
@@ -228,12 +226,39 @@ def _disks(root: Path) -> Iterator[Finding]:
     least = min(free, key=lambda name: free[name])
     state: State = "broken" if free[least] < _DISK_FULL else "warning"
     yield _judge("disk", found, found if free[least] < _DISK_LOW else "", places[least][1], state)
-    why = ""
+
+
+def _caches() -> Iterator[Finding]:
+    hub = _hub_cache()
+    wrong = f"{hub}: {why}; models cannot be fetched" if (why := _refusal(hub)) else ""
+    yield _judge("Hub cache", str(hub), wrong, "export HF_HOME=/a/folder/of/yours", "broken")
+    # numba keeps compiled kernels here, or else in the user's cache.
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numba"
+    chosen, beside = os.environ.get("NUMBA_CACHE_DIR"), Path(__file__).parent / "kernels/__pycache__"
+    places = [Path(chosen)] if chosen else [beside, user]
+    usable = next((str(place) for place in places if not _refusal(place)), "")
+    wrong = f"{places[0]}: {_refusal(places[0])}; every merge compiles its kernels anew, some seconds each"
+    yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
+    # Last, because it raises if no folder for temporary files can be used.
+    asked, used = os.environ.get("TMPDIR"), tempfile.gettempdir()
+    other = asked and os.path.realpath(asked) != os.path.realpath(used)
+    wrong = f"{asked} takes no files, {used} is used instead" if other else ""
+    yield _judge("TMPDIR", used, wrong, "export TMPDIR=/a/folder/of/yours")
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def _refusal(folder: Path) -> str:
+    """Return why no file can be made in a folder, or in the nearest above it that exists; "" if one can."""
     try:
-        tempfile.TemporaryFile(dir=_existing(hub)).close()
+        tempfile.TemporaryFile(dir=_existing(folder)).close()
     except OSError as error:
-        why = f"{hub}: {error.strerror}; models cannot be fetched"
-    yield _judge("Hub cache", str(hub), why, "export HF_HOME=/a/folder/of/yours", "broken")
+        return error.strerror or type(error).__name__
+    return ""
 
 
 def _existing(path: Path) -> Path:
