@@ -168,7 +168,8 @@ def _wrong_values(error: ValidationError, content: Mapping[str, Any], path: Path
     for detail in error.errors():
         name, *entry = map(str, detail["loc"])
         place = f"{name}: {entry[0][:80]}" if entry and isinstance(content[name], dict) else name
-        what, expected, remedy = f"not a value of `{place}`", detail["msg"].removeprefix("Value error, "), ""
+        what, remedy = f"not a value of `{place}`", ""
+        expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if name == "init_lora_weights":
             what = "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in an unknown way"
             expected = "init_lora_weights true, false, gaussian or eva"

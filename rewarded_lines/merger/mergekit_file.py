@@ -151,7 +151,8 @@ class MergekitFile:
         line = line_of(setting)
         if line is None:
             what, key = f"`{name}` is no straight line over depth", f"{of.model}: {name}" if of else name
-            raise self.fault(what, key, expected="a number, or a list such as [0.7, 1.6]", got=str(setting))
+            expected, remedy = "a number, or a list such as [0.7, 1.6]", "take the first and last value only"
+            raise self.fault(what, key, expected=expected, got=str(setting), remedy=remedy)
         return line
 
     def flag(self, name: str, default: bool) -> bool:
@@ -171,7 +172,8 @@ class MergekitFile:
         if len(values) == len(cases) and rest and all(value == values[0] for value in values):
             return values[0]
         what = "a value that depends on the tensor's name has no counterpart here"
-        raise self.fault(what, key, expected="one value for all tensors, or a list over depth", got=str(setting))
+        expected, remedy = "one value for all tensors, or a list over depth", "give all tensors the same value"
+        raise self.fault(what, key, expected=expected, got=str(setting), remedy=remedy)
 
 
 def read_file(path: Path) -> MergekitFile:

@@ -177,10 +177,10 @@ REFUSED = {
     "a parameter that is none": (TASK + models("wieght: 1", "weight: 1"), "did you mean `weight`?"),
     "no weight": (TASK + "models: [{model: first}]\n", "no `weight`"),
     "a parameter where mergekit overlooks it": (TASK + models("weight: 1, lambda: 2"), "mergekit ignores `lambda`"),
-    "a gradient with corners": (TASK + models("weight: [0, 0.3, 1]"), "no straight line"),
+    "a gradient with corners": (TASK + models("weight: [0, 0.3, 1]"), "take the first and last value only"),
     "gradients against each other": (TASK + models("weight: [0, 1]", "weight: [1, 0]"), "same ratio at every depth"),
     "two gradients": (TASK + models("weight: [1, 2]") + "\nparameters: {lambda: [1, 2]}\n", "both change with depth"),
-    "weights by name": (TASK + models("weight: [{filter: mlp, value: 1}, {value: 0}]"), "depends on the tensor's name"),
+    "weights by name": (TASK + models("weight: [{filter: mlp, value: 1}, {value: 0}]"), "the same value"),
     "a name alone": (TASK + models("weight: {filter: mlp, value: 1}"), "depends on the tensor's name"),
     "no sum to divide by": (
         TASK + models("weight: 1", "weight: -1") + "\nparameters: {normalize: true}\n",
