@@ -221,7 +221,7 @@ def _disks(root: Path) -> Iterator[Finding]:
         "Hub cache": (_hub_cache(), "hf cache ls\nexport HF_HOME=/a/larger/disk"),
         "temporary files": (Path(tempfile.gettempdir()), "export TMPDIR=/a/larger/disk"),
     }
-    free = {name: shutil.disk_usage(_existing(path)).free for name, (path, _) in places.items()}
+    free = {name: shutil.disk_usage(probes.existing(path)).free for name, (path, _) in places.items()}
     found = ", ".join(f"{size / _GB:.1f} GB for {name}" for name, size in free.items()) + " free"
     least = min(free, key=lambda name: free[name])
     state: State = "broken" if free[least] < _DISK_FULL else "warning"
@@ -230,14 +230,14 @@ def _disks(root: Path) -> Iterator[Finding]:
 
 def _caches() -> Iterator[Finding]:
     hub = _hub_cache()
-    wrong = f"{hub}: {why}; models cannot be fetched" if (why := _refusal(hub)) else ""
+    wrong = f"{hub}: {why}; models cannot be fetched" if (why := probes.refusal(hub)) else ""
     yield _judge("Hub cache", str(hub), wrong, "export HF_HOME=/a/folder/of/yours", "broken")
     # numba keeps compiled kernels here, or else in the user's cache.
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numba"
     chosen, beside = os.environ.get("NUMBA_CACHE_DIR"), Path(__file__).parent / "kernels/__pycache__"
     places = [Path(chosen)] if chosen else [beside, user]
-    usable = next((str(place) for place in places if not _refusal(place)), "")
-    wrong = f"{places[0]}: {_refusal(places[0])}; every merge compiles its kernels anew, some seconds each"
+    usable = next((str(place) for place in places if not probes.refusal(place)), "")
+    wrong = f"{places[0]}: {probes.refusal(places[0])}; every merge compiles its kernels anew, some seconds each"
     yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
     # Last, because it raises if no folder for temporary files can be used.
     asked, used = os.environ.get("TMPDIR"), tempfile.gettempdir()
@@ -250,21 +250,6 @@ def _hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
-
-
-def _refusal(folder: Path) -> str:
-    """Return why no file can be made in a folder, or in the nearest above it that exists; "" if one can."""
-    try:
-        tempfile.TemporaryFile(dir=_existing(folder)).close()
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    return ""
-
-
-def _existing(path: Path) -> Path:
-    """Return the path, or the nearest above it that exists."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _hub() -> Iterator[Finding]:

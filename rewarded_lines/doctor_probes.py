@@ -1,4 +1,4 @@
-"""Probes of the doctor: installed packages, GPUs, and libraries tried in a child process. They judge nothing."""
+"""Probes of the doctor: packages, GPUs, folders, and libraries tried in a child process. They judge nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewarded_lines.processes import VLLM_SETTINGS
@@ -90,3 +91,18 @@ def attempt(code: str, seconds: float = 300.0) -> str:
     # Libraries print their own advice below the error.
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return (errors or lines or [f"exit code {status}"])[-1][:160] if status else ""
+
+
+def refusal(folder: Path) -> str:
+    """Return why no file can be made in a folder, or in the nearest above it that exists; "" if one can."""
+    try:
+        tempfile.TemporaryFile(dir=existing(folder)).close()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())

@@ -23,6 +23,7 @@ MERGER = [
     *("mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks", "model_checks"),
     "lora_folding",
 ]
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
 def files():
@@ -84,6 +85,13 @@ def test_no_two_files_have_one_name_and_none_is_a_verb_as_a_package():
     names = [path.name for path in files() if path.name != "__init__.py"]
     assert sorted(set(names)) == sorted(names)
     assert not set(PACKAGES) & {"choose", "inspect", "merge", "push", "report", "score", "search", "sweep"}
+
+
+def test_files_and_functions_are_short():
+    long_files = [path.name for path in files() if len(path.read_text().splitlines()) > LONGEST_FILE]
+    functions = (node for tree in files().values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    long_functions = [one.name for one in functions if one.end_lineno - one.lineno >= LONGEST_FUNCTION]
+    assert (long_files, long_functions) == ([], [])
 
 
 def test_heavy_libraries_wait_until_they_are_needed(tiny):
