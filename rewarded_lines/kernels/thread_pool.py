@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from threading import Lock
+from threading import Lock, Thread
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,6 +25,7 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
         threads: 0 for one on each core that this process may use; never more than items.
     """
     waiting = deque(items)
+    errors: list[BaseException] = []
 
     def attend() -> None:
         try:
@@ -38,21 +38,30 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
                     except IndexError:
                         return
                     work(item)
-        except BaseException:
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             waiting.clear()
-            raise
+            errors.append(error)
 
-    wanted = min(threads or cores(), len(waiting))
-    if wanted <= 1:
-        return attend()
-    # The end of the block waits for the threads: none still writes when the caller cleans up after an error.
-    with ThreadPoolExecutor(wanted) as pool:
-        try:
-            for done in as_completed([pool.submit(attend) for _ in range(wanted)]):
-                done.result()
-        except BaseException:
-            waiting.clear()
-            raise
+    # No ThreadPoolExecutor: an interrupt during its `submit` may leave a lock held, so that it waits for ever.
+    others = [Thread(target=attend, daemon=True) for _ in range(min(threads or cores(), len(waiting)) - 1)]
+    try:
+        for thread in others:
+            thread.start()
+        attend()
+        _join(others)
+    except BaseException as error:  # noqa: BLE001 - likewise
+        waiting.clear()
+        errors.append(error)
+        # No thread still writes when the caller cleans up.
+        _join(others)
+    if errors:
+        raise errors[0]
+
+
+def _join(threads: Iterable[Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
 
 
 def cores() -> int:

@@ -32,6 +32,25 @@ def test_a_fault_ends_it_and_is_raised(threads):
     assert threading.active_count() <= before
 
 
+INTERRUPTED = """
+import signal, sys, time
+from rewarded_lines.kernels.thread_pool import share_out
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for turn in range(400):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 * (turn + 1))
+        share_out(range(10), lambda: lambda item: time.sleep(0.0005), 4)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_an_interrupt_at_any_moment_ends_it():
+    subprocess.run([sys.executable, "-c", INTERRUPTED], timeout=60, check=True)
+
+
 def test_a_relay_keeps_the_order_of_both_steps():
     relay, first, second = Relay(range(60)), [], []
 
