@@ -198,7 +198,9 @@ def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     """
     if isinstance(value, Mapping):
         for key, one in value.items():
-            yield from named_places(one, (*keys, str(key)))
+            # A template's variable may be called `model` or `file`.
+            if key != "chat_template_kwargs":
+                yield from named_places(one, (*keys, str(key)))
     elif isinstance(value, str):
         key, last, file = ".".join(keys), keys[-1], value.rpartition(":")[0]
         if keys[0] in ("base", "policies", "baselines") or last == "model":

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.projects import load_project
+from rewarded_lines.projects import load_project, named_places
 from rewarded_lines.training.register_model import register
 
 ROOT = Path(__file__).parents[1]
@@ -247,3 +247,8 @@ def test_a_circle_is_told(write):
     folder = write(one="extends: two.yaml\n", two="extends: one.yaml\n")
     message = refused(folder / "one.yaml")
     assert "extends itself" in message and "one.yaml → " in message
+
+
+def test_a_templates_variable_is_no_place():
+    content = {"base": "sft", "generation": {"chat_template": "t.jinja", "chat_template_kwargs": {"file": "a"}}}
+    assert list(named_places(content)) == [("base", "model", "sft"), ("generation.chat_template", "code", "t.jinja")]
