@@ -269,6 +269,7 @@ def test_two_set_ups_wait_for_each_other(clone: Path) -> None:
 # ---- pip
 
 
+@pytest.mark.slow
 def test_a_failing_pip_gives_one_message_and_can_be_repeated(clone: Path) -> None:
     (clone / "rewarded_lines").mkdir()
     for _ in range(2):  # the second run meets what the first left behind

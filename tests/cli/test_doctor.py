@@ -100,6 +100,7 @@ def test_a_fault_is_found_and_has_its_command(faulty, check, state, found, remed
     assert finding["state"] == state and found in finding["found"] and remedy in finding["remedy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "found", "remedy"),
     [
