@@ -52,6 +52,7 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
         # A kill loses the work of one call: if models do not share a batch anyway, a call gets few of them.
         worth = self._worth_mixing(len(work.prompts) * work.spec.n)
         self.at_once = min(self.at_once, max(_FEW_AT_ONCE, worth))
+        self._core.call("group_adapters")
         self._folders = AdapterFolders(plan)
 
     def close(self) -> None:
