@@ -6,37 +6,46 @@ import atexit
 import gc
 import os
 import sys
+from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from rewarded_lines import __version__
-from rewarded_lines.cli.choose_command import choose
-from rewarded_lines.cli.demo_command import demo
-from rewarded_lines.cli.doctor_command import doctor
-from rewarded_lines.cli.inspect_command import inspect
-from rewarded_lines.cli.merge_command import METHODS_HELP, merge
-from rewarded_lines.cli.push_command import push
-from rewarded_lines.cli.report_command import report
-from rewarded_lines.cli.score_command import score
-from rewarded_lines.cli.search_command import search
-from rewarded_lines.cli.sweep_command import sweep
 from rewarded_lines.errors import Problem, UserError, did_you_mean
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
 # The exit code of a command line that cannot be parsed; failed work exits with 1.
 _USAGE = 2
 
+COMMANDS = ("merge", "push", "sweep", "score", "search", "choose", "report", "inspect", "demo", "doctor")
+
+
+class _Commands(TyperGroup):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"rewarded_lines.cli.{cmd_name}_command")
+        alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+        alone.command(cmd_name, epilog=getattr(module, "EPILOG", None))(getattr(module, cmd_name))
+        return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="rewarded-lines",
+    cls=_Commands,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, push, sweep, score, search, choose, report, inspect, demo, doctor):
-    app.command(epilog=METHODS_HELP if command is merge else None)(command)
 
 
 def _version(asked: bool) -> None:
@@ -110,11 +119,10 @@ def _usage_problem(error: Any) -> Problem:
     if hasattr(error, "possibilities"):
         known, given = [name for one in error.ctx.command.params for name in one.opts], error.option_name
         return Problem(f"no option `{given}`", where=command, remedy=did_you_mean(given, known, remedy))
-    commands = list(getattr(context.command, "commands", ())) if context else []
     given = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if commands and given and given not in commands:
-        what, expected = f"no command `{given}`", ", ".join(commands)
-        return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, commands, remedy))
+    if context and context.parent is None and given and given not in COMMANDS:
+        what, expected = f"no command `{given}`", ", ".join(COMMANDS)
+        return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, COMMANDS, remedy))
     message = str(error.message if parameter else error.format_message()).rstrip(".")
     if parameter is None:
         return Problem(message[:1].lower() + message[1:], where=command, remedy=remedy)

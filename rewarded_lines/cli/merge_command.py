@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rewarded_lines.merger.merge import MergeResult
     from rewarded_lines.merger.mergekit_methods import Translation
 
-METHODS_HELP = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+EPILOG = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
 # Options that may stand beside --from: where the inputs are now, and how to write.
 _WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json", "quiet"}
 _WITH_RECORD |= {"run", "push_to_hub", "private", "revision"}

@@ -6,16 +6,20 @@ from dataclasses import fields
 import pytest
 
 from rewarded_lines import score, search, sweep
-from rewarded_lines.cli import app
+from rewarded_lines.cli.score_command import score as typed_score
+from rewarded_lines.cli.search_command import search as typed_search
+from rewarded_lines.cli.sweep_command import sweep as typed_sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
-COMMANDS = {command.callback.__name__: command.callback for command in app.registered_commands}
 
-
-@pytest.mark.parametrize("verb", [sweep, search, score])
-def test_every_option_is_one_of_the_verb_and_of_its_command(verb):
-    ours, typed = (inspect.signature(one).parameters for one in (verb, COMMANDS[verb.__name__]))
+@pytest.mark.parametrize(
+    ("verb", "command"),
+    [(sweep, typed_sweep), (search, typed_search), (score, typed_score)],
+    ids=["sweep", "search", "score"],
+)
+def test_every_option_is_one_of_the_verb_and_of_its_command(verb, command):
+    ours, typed = inspect.signature(verb).parameters, inspect.signature(command).parameters
     for option in fields(SweepOptions):
         if verb is score and option.name in ("ray", "workers"):
             assert option.name not in ours and option.name not in typed
