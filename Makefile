@@ -9,6 +9,8 @@ OUT ?=
 BENCH ?=
 
 VENV := .venv/bin
+# A file's tests share what is slow to make. Three workers for two cores: many tests wait for a process of their own.
+PYTEST := $(VENV)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow bench bench-merge bench-sweep bench-recipes lint format clean
@@ -33,10 +35,10 @@ demo: setup ## train, merge, measure and report on a small example: the whole jo
 	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(OUT),--out '$(OUT)')
 
 test: setup ## run the tests
-	$(VENV)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-slow: setup ## run the tests that `make test` leaves out because they are slow (some hours)
-	$(VENV)/python -m pytest -n 2 --dist loadfile -m '(slow or nightly) and not gpu and not network'
+	$(PYTEST) -m '(slow or nightly) and not gpu and not network'
 
 bench: bench-merge bench-sweep ## measure merge and sweep against their peers
 

@@ -21,6 +21,22 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_US
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
+LONGEST = [
+    *("evaluator/test_vllm_sweep.py", "engines/test_generation.py", "recipes/test_chats.py", "cli/test_hub.py"),
+    *("evaluator/test_killed_sweep.py", "rewards/test_vllm_classifier.py", "recipes/test_resume.py"),
+    *("engines/test_vllm_adapters.py", "training/test_sampling.py", "demo/test_pipeline.py"),
+    *("reports/figures/test_figures.py", "cli/test_killed_merge.py", "evaluator/test_sweep.py"),
+    *("engines/test_responses.py", "engines/test_adapters.py", "cli/test_hostile_files.py"),
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files."""
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 PROJECT = """\
 title: tiny

@@ -55,7 +55,7 @@ def refusal(done):
     return done.stderr
 
 
-@pytest.mark.parametrize("hub", [1, 2], ids=["one file", "shards"], indirect=True)
+@pytest.mark.parametrize("hub", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["one file", "shards"], indirect=True)
 def test_ids_give_the_same_bits_as_folders_and_again_from_the_cache(hub, merge, tmp_path):
     folders = [tmp_path / "models" / name for name in IDS]
     assert merge(*folders, "local").returncode == 0

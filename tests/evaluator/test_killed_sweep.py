@@ -47,7 +47,7 @@ def write_slowly(table, path):
     time.sleep(PAUSE)
 
 
-@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny, wanted):
     # Import everything here, and see how long an uninterrupted sweep takes in a child.
     sweep(engine="hf", points=3, out="whole")
@@ -76,7 +76,7 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
         number += len(points) == len(expected)
         if kills == wanted:
             break
-    assert kills == wanted and len(states) > 2, (kills, states, number, span)
+    assert kills == wanted and len(states) > 1, (kills, states, number, span)
     for out in (f"killed-{one}" for one in range(number + 1)):
         run = sweep(engine="hf", points=3, out=out)
         assert run.header["complete"] and contents(tiny / out) == expected

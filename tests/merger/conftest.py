@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from zlib import crc32
 
 import pytest
 from hostile import Family, make_family
@@ -31,7 +32,7 @@ def families(tmp_path_factory):
     def family(formats, gentle=False) -> Family:
         key = (tuple(formats), gentle)
         if key not in made:
-            made[key] = make_family(tmp_path_factory.mktemp("family"), key[0], len(made), gentle)
+            made[key] = make_family(tmp_path_factory.mktemp("family"), key[0], crc32(repr(key).encode()), gentle)
         return made[key]
 
     return family

@@ -1,7 +1,7 @@
 """Every ready config is run by its recipe for two steps, and so is every command of the ready configs' README.
 
 A hub on the loopback interface has tiny models and data under the ids of the real ones; only sizes are overridden.
-One task, which has all five recipes, is run each time; the other two are slow.
+All are slow: recipes with small settings are run by test_recipes.py each time.
 """
 
 import json
@@ -21,7 +21,6 @@ from rewarded_lines.projects import load_project
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
-EACH_TIME = "summary"
 SUITES = {"assistant": "assistant", "smollm2": "packages", "summary": "summary"}
 # The demo's configs are run in test_recipes.py.
 READY = [path for task in SUITES for path in sorted((CONFIGS / task).glob("*.yaml"))]
@@ -30,11 +29,6 @@ SHOWN = [line for block in BLOCKS for line in block.splitlines() if line.startsw
 # A config says itself how it is run.
 REST = [path.read_text().splitlines()[0].removeprefix("# ") for path in READY]
 COMMANDS = SHOWN + [command for command in REST if not any(command.split()[4] in shown for shown in SHOWN)]
-
-
-def of_tasks(values, task_of):
-    """Return the values as parameters of a test, those of slow tasks marked so."""
-    return [pytest.param(one, marks=() if task_of(one) == EACH_TIME else pytest.mark.slow) for one in values]
 
 
 def task_of(command):
@@ -82,15 +76,15 @@ def run(task, place, environment):
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("command", of_tasks(COMMANDS, task_of))
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(ran, command):
     _, faults = ran(task_of(command))
     assert not faults[command], faults[command]
 
 
-@pytest.mark.parametrize(
-    "path", of_tasks(READY, lambda path: path.parent.name), ids=[f"{path.parent.name}/{path.stem}" for path in READY]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", READY, ids=[f"{path.parent.name}/{path.stem}" for path in READY])
 def test_a_config_leaves_a_model_in_its_place(ran, path):
     place, _ = ran(path.parent.name)
     config = yaml.safe_load(path.read_text())
@@ -106,7 +100,8 @@ def test_a_config_leaves_a_model_in_its_place(ran, path):
         assert config["reward"] in project.policies and config["output_dir"].endswith("/" + config["reward"])
 
 
-@pytest.mark.parametrize("task", of_tasks(SUITES, str))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SUITES)
 def test_a_task_ends_in_a_report(ran, task):
     place, _ = ran(task)
     folder = place / "runs" / task
@@ -114,6 +109,7 @@ def test_a_task_ends_in_a_report(ran, task):
     assert (folder / "merged" / "merge.json").is_file() and (folder / "sweep" / "report" / "table.md").is_file()
 
 
+@pytest.mark.slow
 def test_the_summary_model_keeps_the_template(ran):
     place, _ = ran("summary")
     template = (CONFIGS / "summary" / "template.jinja").read_text()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 RECIPES = ("sft", "reward", "ppo", "dpo", "rloo")
 NAMES = [f"{recipe}-{kind}" for recipe in RECIPES for kind in ("full", "lora")]
+pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
 
 
@@ -34,7 +35,7 @@ def fork(folder):
     debug_launcher(run_as_one_of_two, (folder, NAMES), num_processes=2)
 
 
-@pytest.fixture(scope="module", params=[fork, pytest.param(launch, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[fork, launch])
 def two(request, tmp_path_factory):
     """The project after both processes have run every recipe."""
     folder = make_project(tmp_path_factory.mktemp("two"))

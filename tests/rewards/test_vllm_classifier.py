@@ -25,11 +25,18 @@ def test_logits_equal_those_of_transformers(wide_classifier):
     assert scores == pytest.approx(expected.score(prompts, responses), abs=1e-5)
     assert max(map(abs, scores)) > 1.0, "no sigmoid"
     assert reward.fingerprint == expected.fingerprint and reward.size == pytest.approx(expected.size, rel=0.1)
-    reward.free()
-    assert not reward.loaded
-    assert reward.score(prompts, responses) == pytest.approx(scores, abs=1e-5) and reward.loaded
     with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
         reward.score(["a", "b"], ["c", "q" * 600])
+    reward.free()
+    assert not reward.loaded
+
+
+@pytest.mark.slow
+def test_a_freed_one_is_loaded_again(wide_classifier):
+    reward = load_reward("r", RewardSpec(model=str(wide_classifier), backend="vllm"), device="cpu")
+    scores = reward.score(WORDS, WORDS)
+    reward.free()
+    assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5) and reward.loaded
     reward.free()
 
 

@@ -236,6 +236,7 @@ def large(write: Callable[..., Any]) -> Any:
     return write(points=12, prompts=500, words=60)
 
 
+@pytest.mark.slow
 def test_thousands_of_responses_are_painted_at_once(opening: Opening, large: Any, capsys: Any) -> None:
     opened = opening(large)
     page = opened.drawn()
