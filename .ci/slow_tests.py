@@ -16,7 +16,7 @@ TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/rewards/")
 MORE = {
     "recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"),
     "demo": (*TRAINING, "eval/suites/"),
-    "cli": ("rewarded_lines/doctor.py", "rewarded_lines/doctor_probes.py"),
+    "cli": ("rewarded_lines/doctor.py",),
 }
 EVERYBODYS = "constraints.txt"
 

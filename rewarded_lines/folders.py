@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,6 +161,21 @@ def refuse_foreign(folder: Path, mark: str) -> None:
             got=", ".join(sorted(names)[:5]),
             remedy="pass another --out",
         )
+
+
+def refusal(folder: Path) -> str:
+    """Return why no file can be made in a folder, or in the nearest above it that exists; "" if one can."""
+    try:
+        tempfile.TemporaryFile(dir=existing(folder)).close()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,14 +1,16 @@
-"""Processes: children that end with their parent, a termination that cleans up, vLLM's environment, memory."""
+"""Processes: children that end with their parent or time, a termination that cleans up, vLLM's environment, memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -55,6 +57,38 @@ def termination_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def attempt(code: str, seconds: float = 300.0) -> str:
+    """Run Python code in a child process; return why it failed in one line, "" if it ended well.
+
+    The child and its own children are killed after some seconds: vLLM needs half a minute on two slow cores. The
+    current folder is not on the child's path: a `torch.py` there is not torch.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=os.environ | VLLM_SETTINGS,
+            start_new_session=True,
+        )
+        try:
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"no answer in {seconds:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        output.seek(0)
+        lines = [line.strip() for line in output if line.strip()]
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    # Libraries print their own advice below the error.
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    return (errors or lines or [f"exit code {status}"])[-1][:160] if status else ""
 
 
 def prepare_vllm() -> None:

