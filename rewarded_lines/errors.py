@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,12 @@ def _brief(text: str) -> str:
 def fail(what: str, **parts: str) -> UserError:
     """Return a `UserError` with one `Problem`; `parts` are its where, expected, got and remedy."""
     return UserError(Problem(what, **parts))
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """Return at most so many names, such as "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -149,13 +149,11 @@ def _has(content: Any, keys: Sequence[str]) -> bool:
 
 
 def _source(name: Any, path: Path) -> Path:
-    where, expected = f"{path}: {EXTENDS}", "one project file or suite, its path from the folder of this file"
-    if not isinstance(name, str) or not name:
-        raise fail("not the name of a file", where=where, expected=expected, got=repr(name))
-    source = local_path(name, path.parent)
+    source = local_path(name, path.parent) if isinstance(name, str) else None
     # Not Path.is_file, which raises for names that the system refuses.
-    if not os.path.isfile(source):
-        raise fail("no such file", where=where, expected=expected, got=str(source))
+    if source is None or not os.path.isfile(source):
+        expected = "one project file or suite, its path from the folder of this file"
+        raise fail("no such file", where=f"{path}: {EXTENDS}", expected=expected, got=str(source or repr(name)))
     return source
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from rewarded_lines.config import TooLong
 from rewarded_lines.data.messages import Prompt
 from rewarded_lines.data.rows import Tell, silent
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import Problem, UserError, fail, listed
 
 T = TypeVar("T")
 _OFFSET_POSITIONS = (
@@ -81,14 +81,12 @@ def fit(
     for limit, lengths in measured:
         tell(f"{where}: up to {max(lengths)} of {limit.most} tokens ({limit.option}) for {limit.what}")
     places = sorted({at for limit, lengths in measured for at in limit.exceeded(lengths)})
-    made: dict[int, T] = {}
-    if too_long == "truncate":
 
-        def fits(row: T) -> bool:
-            return not any(limit.exceeded(limit.lengths([row])) for limit in limits)
+    def fits(row: T) -> bool:
+        return not any(limit.exceeded(limit.lengths([row])) for limit in limits)
 
-        found = {at: shorten(rows[at], fits) for at in places}
-        made = {at: row for at, row in found.items() if row is not None}
+    found = {at: shorten(rows[at], fits) for at in places if too_long == "truncate"}
+    made = {at: row for at, row in found.items() if row is not None}
     left_out = [at for at in places if at not in made]
     if left_out and (too_long == "refuse" or len(left_out) == len(rows)):
         faults = [(limit, lengths) for limit, lengths in measured if limit.exceeded(lengths)]
@@ -97,7 +95,7 @@ def fit(
     if made:
         tell(f"{where}: {len(made)} {too_many}; their prompts are shortened from the beginning")
     if left_out:
-        tell(f"{where}: {len(left_out)} {too_many} and left out: {_named(left_out)}")
+        tell(f"{where}: {len(left_out)} {too_many} and left out: {listed(left_out, _SHOWN)}")
     gone = set(left_out)
     return [made.get(at, row) for at, row in enumerate(rows) if at not in gone]
 
@@ -151,11 +149,6 @@ def _problem(rows: Sequence[Any], limit: Limit, lengths: Sequence[int], where: s
         f"{len(over)} of {len(rows)} rows are too long for {limit.what}",
         where=where,
         expected=f"at most {limit.most} tokens ({limit.option})",
-        got=f"up to {max(lengths)} tokens, in rows {_named(over)}; the first begins {beginning}",
+        got=f"up to {max(lengths)} tokens, in rows {listed(over, _SHOWN)}; the first begins {beginning}",
         remedy=f"{way if too_long == 'refuse' else ''}raise the limit if the model can read more",
     )
-
-
-def _named(places: Sequence[int]) -> str:
-    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    return ", ".join(map(str, places[:_SHOWN])) + more

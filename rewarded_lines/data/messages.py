@@ -21,17 +21,8 @@ _SPEAKERS = {
     "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 # Keys that belong to a turn's content. Templates show no other keys (a date, a language).
-_CONTENT_KEYS = (
-    "name",
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "tools",
-    "documents",
-)
 _CALLS = ("tool_calls", "function_call")
+_CONTENT_KEYS = ("name", *_CALLS, "reasoning_content", "reasoning", "thinking", "tools", "documents")
 # The turns to try with each key before the template counts as hiding it.
 _TRIED = 16
 # The turns of a single text, as in Anthropic's hh-rlhf.
@@ -101,11 +92,7 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
             for what in [f"role: {turn['role']}", *filter(turn.get, _CONTENT_KEYS)]:
                 if len(places[what]) < _TRIED:
                     places[what].append((chat, place))
-    hidden = [
-        what
-        for what, found in places.items()
-        if not any(_is_shown(tokenizer, chat, place, what) for chat, place in found)
-    ]
+    hidden = [what for what, tried in places.items() if not any(_is_shown(tokenizer, *one, what) for one in tried)]
     if hidden:
         raise UserError(_hidden(what, tokenizer, where) for what in hidden)
 
@@ -178,9 +165,7 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
 def _part_text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
-    kind, text = "?", None
-    if isinstance(part, Mapping):
-        kind, text = part.get("type", "text"), part.get("text")
+    kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, Mapping) else ("?", None)
     if kind != "text" or not isinstance(text, str):
         raise fail(
             f"a content part of the type `{kind}`",

@@ -17,7 +17,7 @@ import blake3
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.messages import check_text, is_chat, read_messages
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
@@ -70,15 +70,15 @@ def _shape(
     function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
     layout: tuple[str, ...] | None = None
     for where, row in raw:
-        made = row if function is None else _call(function, row, where)
-        for one in made if isinstance(made, list) else [made] if made is not None else []:
+        for one in [row] if function is None else _call(function, row, where):
             named = _rename(one, spec.columns, where)
             layout = layout or _choose(named, layouts, where)
             kept = {name: named[name] for name in beside if named.get(name)}
             yield {role: _check(named, role, where, layouts) for role in layout} | kept
 
 
-def _call(function: Any, row: Row, where: str) -> Any:
+def _call(function: Any, row: Row, where: str) -> list[Mapping[str, Any]]:
+    """Return the rows that a user's function makes of one."""
     try:
         made = function(row)
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything
@@ -87,10 +87,10 @@ def _call(function: Any, row: Row, where: str) -> Any:
             where=where,
             got=json.dumps(row, ensure_ascii=False, default=str)[:_BRIEF],
         ) from error
-    several = made if isinstance(made, list) else [made]
-    if not all(one is None or isinstance(one, Mapping) for one in several):
+    rows = made if isinstance(made, list) else [] if made is None else [made]
+    if not all(isinstance(one, Mapping) for one in rows):
         raise fail("the row function returned no row", where=where, expected="a dict, a list of dicts or None")
-    return made
+    return rows
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Row:
@@ -144,9 +144,7 @@ def _expected(layouts: Layouts) -> str:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    names = list(row)
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return "columns " + (", ".join(names[:_MOST_NAMES]) + more if names else "none")
+    return "columns " + (listed(list(row), _MOST_NAMES) or "none")
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Row]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rewarded_lines.pareto.hypervolume import Array, nondominated
+from rewarded_lines.pareto.hypervolume import Array, finite, nondominated
 
 # Normalised scores are compared at this many decimals, so that rounding makes no difference.
 DECIMALS = 12
@@ -119,15 +119,15 @@ def weighted_rule(
     rewards: int, weights: ArrayLike, minima: Mapping[int, float], centre: ArrayLike | None, scale: ArrayLike | None
 ) -> Rule:
     """Return the rule Σ_i w_i (s_i − c_i)/d_i under minima; see `best_candidate`."""
-    shares = np.asarray(weights, dtype=np.float64)
-    if shares.shape != (rewards,) or not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
-        raise ValueError(f"expected {rewards} weights, none negative and one above 0, got {shares.tolist()}")
-    middle = np.zeros(rewards) if centre is None else np.asarray(centre, dtype=np.float64)
-    if middle.shape != (rewards,) or not np.isfinite(middle).all():
-        raise ValueError(f"expected {rewards} finite centres, got {middle.tolist()}")
-    spread = np.ones(rewards) if scale is None else np.asarray(scale, dtype=np.float64)
-    if spread.shape != (rewards,) or not (np.isfinite(spread) & (spread > 0)).all():
-        raise ValueError(f"expected {rewards} scales above 0, got {spread.tolist()}")
+    shares = finite(weights, "weights")
+    middle = np.zeros(rewards) if centre is None else finite(centre, "centres")
+    spread = np.ones(rewards) if scale is None else finite(scale, "scales")
+    if any(array.shape != (rewards,) for array in (shares, middle, spread)):
+        raise ValueError(f"expected a weight, centre and scale for each of {rewards} rewards")
+    if (shares < 0).any() or not shares.any():
+        raise ValueError(f"expected weights of which none is negative and one above 0, got {shares.tolist()}")
+    if (spread <= 0).any():
+        raise ValueError(f"expected scales above 0, got {spread.tolist()}")
     if wrong := [index for index in minima if not 0 <= index < rewards]:
         raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")
     if not np.isfinite(list(minima.values())).all():
@@ -137,7 +137,7 @@ def weighted_rule(
 
 
 def _candidates(means: ArrayLike) -> Array:
-    values = np.asarray(means, dtype=np.float64)
-    if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
-        raise ValueError(f"expected finite [candidates, rewards] with one of each, got shape {values.shape}")
+    values = finite(means, "candidates, rewards")
+    if not len(values):
+        raise ValueError("expected a candidate")
     return values

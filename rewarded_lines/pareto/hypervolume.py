@@ -14,9 +14,12 @@ Array = NDArray[np.float64]
 
 
 def finite(values: ArrayLike, axes: str) -> Array:
-    """Return `values` as float64, checked to be finite and to have `axes`, such as "points, rewards"."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != axes.count(",") + 1 or array.shape[-1] == 0:
+    """Return `values` as float64, checked to be finite and to have `axes`, such as "points, rewards".
+
+    A "…" among the axes stands for any number of axes.
+    """
+    array, wanted = np.asarray(values, dtype=np.float64), axes.count(",") + 1
+    if (array.ndim < wanted - 1 if "…" in axes else array.ndim != wanted) or array.shape[-1] == 0:
         raise ValueError(f"expected [{axes}], got an array of shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"the [{axes}] are not all finite")
@@ -57,12 +60,9 @@ def hypervolumes(fronts: ArrayLike, references: ArrayLike) -> Array:
         fronts: [samples, …, points, rewards], with any number of axes before the points.
         references: [samples, …, rewards].
     """
-    values, origins = np.asarray(fronts, dtype=np.float64), np.asarray(references, dtype=np.float64)
-    if values.ndim < 2 or values.shape[-1] == 0 or origins.shape != (*values.shape[:-2], values.shape[-1]):
-        shapes = f"shapes {values.shape} and {origins.shape}"
-        raise ValueError(f"expected [samples, …, points, rewards] and [samples, …, rewards], got {shapes}")
-    if not (np.isfinite(values).all() and np.isfinite(origins).all()):
-        raise ValueError("the points and references are not all finite")
+    values, origins = finite(fronts, "samples, …, points, rewards"), finite(references, "samples, …, rewards")
+    if origins.shape != (*values.shape[:-2], values.shape[-1]):
+        raise ValueError(f"expected a reference for each front, got shapes {values.shape} and {origins.shape}")
     if values.shape[-1] == 2:
         return _two_reward_volumes(values - origins[..., None, :])
     volumes = np.zeros(values.shape[:-2])

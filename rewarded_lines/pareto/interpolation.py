@@ -117,11 +117,9 @@ def _on_their_minima(means: Array, minima: Mapping[int, float]) -> Array:
 
 
 def _curve(lams: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
-    places, values = np.asarray(lams, dtype=np.float64), np.asarray(means, dtype=np.float64)
-    if places.ndim != 1 or len(places) < 2 or values.ndim < 2 or values.shape[-2] != len(places):
+    places, values = finite(lams, "points"), finite(means, "…, points, rewards")
+    if len(places) < 2 or values.shape[-2] != len(places):
         raise ValueError(f"expected two λ or more and a mean for each, got shapes {places.shape} and {values.shape}")
-    if not (np.isfinite(places).all() and np.isfinite(values).all()):
-        raise ValueError("the λ and means are not all finite")
     order = np.argsort(places, kind="stable")
     if (np.diff(places[order]) == 0).any():
         raise ValueError(f"λ evaluated twice: {places.tolist()}")
