@@ -102,7 +102,7 @@ def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:
 def hold_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from making `folder`, which need not exist, until the block or this process ends."""
     held = folder.with_name(f".{folder.name}.lock")
-    with _parents(folder), _alone(held, folder, "another process is at work on this output", "name another output"):
+    with _parents(folder), folder_lock(folder, held):
         try:
             yield
         finally:
@@ -110,16 +110,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an existing folder until the block or this process ends."""
-    remedy = "name another folder with --out"
-    with _alone(folder / _LOCK, folder, "another process is at work in this folder", remedy):
-        yield
-
-
-@contextmanager
-def _alone(lock: Path, folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Hold the lock file of a folder, or raise UserError if another process holds it."""
+def folder_lock(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Hold a folder until the block or this process ends, by its lock file, by default one in the folder."""
+    lock = lock or folder / _LOCK
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +120,8 @@ def _alone(lock: Path, folder: Path, what: str, remedy: str) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError
         except OSError as error:
-            raise fail(what, where=str(folder), remedy=f"wait for it to finish, or {remedy}") from error
+            what, remedy = "another process is at work in this folder", "wait for it to finish, or name another folder"
+            raise fail(what, where=str(folder), remedy=remedy) from error
         yield
 
 

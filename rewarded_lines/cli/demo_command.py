@@ -62,7 +62,8 @@ def demo(
     own = {"configs": configs, "suite": suite, "corpus": corpus}
     settings = DemoSettings(folder, algo, seed, engine, **{key: path for key, path in own.items() if path})
     heading = f"demo: {algo}, seed {seed}, in {folder}"
-    with _Display(Console(quiet=True) if quiet else console, heading) as display:
+    display = _Display(Console(quiet=True) if quiet else console, heading)
+    with display.live:
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
         show(folder / "sweep")
@@ -78,15 +79,8 @@ class _Display:
         self._console, self._heading = console, heading
         self._stage: list[Work] = []
         self._parts: list[Work] = []
-        self._live = Live(console=console, transient=True, get_renderable=self._shown)
-
-    def __enter__(self) -> _Display:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self._live.stop()
+        # Shows nothing where there is no terminal.
+        self.live = Live(console=console, transient=True, get_renderable=self._shown)
 
     def started(self, stage: str) -> None:
         if stage == _STAGES[0]:

@@ -86,16 +86,13 @@ def _split_texts(sides: Sequence[str], where: str) -> Parts:
     if cut >= 0:
         cut += len(ASSISTANT)
     else:
-        cut, how = _common_words(common, sides), "prompt taken from the words that both sides begin with"
+        # Without a word that is common in part, and without the space after the last one.
+        inside_word = any(side[len(common) :][:1].strip() for side in sides)
+        cut = len((re.sub(r"\S+$", "", common) if inside_word else common).rstrip())
+        how = "prompt taken from the words that both sides begin with"
     if cut <= 0 or sides[0] == sides[1]:
         raise _different_prompts(sides, where)
     return common[:cut], [side[cut:] for side in sides], how
-
-
-def _common_words(common: str, sides: Sequence[str]) -> int:
-    """Return the length of the common words, without the space after them."""
-    inside_word = any(side[len(common) :][:1].strip() for side in sides)
-    return len((re.sub(r"\S+$", "", common) if inside_word else common).rstrip())
 
 
 def _same(one: Message, two: Message) -> bool:

@@ -296,7 +296,7 @@ def test_two_runs_into_one_output_are_refused_and_the_first_goes_on(tmp_path):
         run.begin(**INPUTS)
         checkpoint(run.folder, 5)
         for overwrite in (True, False):
-            with pytest.raises(UserError, match=r"sft\.unfinished: another process is at work on this output"):
+            with pytest.raises(UserError, match=r"sft\.unfinished: another process is at work in this folder"):
                 train(tmp_path / "sft", overwrite=overwrite)
         assert train(tmp_path / "other") == (True, None)
         run.finish(dict)
