@@ -34,8 +34,9 @@ _WIDE, _RIGHT = {"ratio": 1}, {"justify": "right"}
 
 
 def show_json(content: Any) -> None:
-    """Print a command's result as JSON."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print a command's result as JSON; other characters than ASCII are escaped where stdout cannot print them."""
+    escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=escaped))
 
 
 def show_line(text: str) -> None:

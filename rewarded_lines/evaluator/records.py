@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rewarded_lines.checkpoints.headers import parse_json
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import PointSpec
@@ -195,17 +196,21 @@ def point_entries(specs: Iterable[tuple[PointSpec, str]]) -> list[dict[str, Any]
 
 
 def listed_points(header: Mapping[str, Any]) -> list[tuple[PointSpec, str]]:
-    """Return the points in `run.json` with their keys."""
-    entries = [dict(entry) for entry in header["points"]]
-    keys = [entry.pop("key") for entry in entries]
-    return list(zip(map(PointSpec.from_dict, entries), keys, strict=True))
+    """Return the points in `run.json` with their keys; a UserError for entries that are no points."""
+    try:
+        entries = [dict(entry) for entry in header["points"]]
+        keys = [str(entry.pop("key")) for entry in entries]
+        return list(zip(map(PointSpec.from_dict, entries), keys, strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = "run the sweep again, into another --out or with --overwrite"
+        raise fail("its points cannot be read", where=RUN_FILE, got=repr(error)[:200], remedy=remedy) from error
 
 
 def read_header(folder: Path) -> dict[str, Any]:
     """Return a run's `run.json`; a UserError if there is none, or one of another format."""
     path = folder / RUN_FILE
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        header = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         expected = f"a {RUN_FILE} written by `rewarded-lines sweep`"
         raise fail("not a run folder", where=str(folder), expected=expected, got=str(error)) from error

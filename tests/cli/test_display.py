@@ -1,5 +1,6 @@
 """The progress that the command line shows: a bar on a terminal, lines in a log, nothing for short work."""
 
+import io
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ from command import COMMAND, ENVIRONMENT
 from rich.console import Console
 
 from rewarded_lines.cli import display, main
-from rewarded_lines.cli.display import Work, progress_bar
+from rewarded_lines.cli.display import Work, progress_bar, show_json
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -274,6 +275,15 @@ def test_json_is_one_document_whatever_libraries_print(tiny, capfd, monkeypatch)
     captured = capfd.readouterr()
     assert len(json.loads(captured.out)["points"]) == 5
     assert "and from below Python" in captured.err and "scoring" in captured.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_every_encoding(monkeypatch, encoding):
+    buffer = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(buffer, encoding, errors="backslashreplace"))
+    show_json({"λ": "é"})
+    sys.stdout.flush()
+    assert json.loads(buffer.getvalue().decode(encoding)) == {"λ": "é"}
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Point records as other tools read them."""
 
+import json
 import socket
 
 import pyarrow.parquet as pq
 import pytest
 
+from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import load_run
 
@@ -37,3 +39,26 @@ def test_a_point_with_unknown_keys_is_refused():
     assert PointSpec.from_dict(content) == PointSpec("sft")
     with pytest.raises(TypeError, match="gamma"):
         PointSpec.from_dict({**content, "gamma": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("points", "why"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "not a run folder"),
+        ('[{"method": "sft"}]', "its points cannot be read"),
+        ('[{"key": "a", "method": "sft", "weights": 1}]', "its points cannot be read"),
+        ("[1]", "its points cannot be read"),
+        ("{}", "too few"),
+    ],
+    ids=["deep", "no key", "no weights", "no point", "none"],
+)
+def test_a_forged_run_is_refused(tmp_path, points, why):
+    (tmp_path / "run.json").write_text(f'{{"format": 2, "points": {points}}}')
+    with pytest.raises(UserError, match=why):
+        load_run(tmp_path)
+
+
+def test_a_run_without_points_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(UserError, match="its points cannot be read"):
+        load_run(tmp_path)
