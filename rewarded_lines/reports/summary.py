@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -253,13 +253,9 @@ def distinct2(responses: Iterable[str]) -> float:
 
 def _control_sets(run: Run) -> dict[str, slice]:
     """Return the slice of each set of control texts among all control texts of a point."""
-    if run.sft.control is None:
-        return {}
-    found, start = {}, 0
-    for name, count in control_sets(run).items():
-        found[name] = slice(start, start + count)
-        start += count
-    return found
+    counts = control_sets(run)
+    ends = accumulate(counts.values())
+    return {name: slice(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
 
 
 def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:

@@ -21,17 +21,9 @@ _PAPER, _SLIDES = (str(Path(__file__).with_name(f"{name}.mplstyle")) for name in
 # Okabe and Ito, "Color Universal Design", 2008, with wine, indigo, olive and red added.
 # The first four also differ in grey; all ten differ in their marker.
 COLOURS = (
-    "#E69F00",  # orange
-    "#0072B2",  # blue
-    "#009E73",  # green
-    "#882255",  # wine
-    "#56B4E9",  # sky
-    "#D55E00",  # vermillion
-    "#CC79A7",  # pink
-    "#332288",  # indigo
-    "#999933",  # olive
-    "#A50026",  # red
-)
+    "#E69F00", "#0072B2", "#009E73", "#882255", "#56B4E9",  # orange, blue, green, wine, sky
+    "#D55E00", "#CC79A7", "#332288", "#999933", "#A50026",  # vermillion, pink, indigo, olive, red
+)  # fmt: skip
 MARKERS = ("s", "o", "^", "v", "P", "X", "D", "<", ">", "p")
 _LINES = ("-",) * 6 + ("--",) * 4
 _GREYS = ("0.68", "0.22", "0.50", "0.36", "0.78", "0.10", "0.60", "0.44", "0.30", "0.72")

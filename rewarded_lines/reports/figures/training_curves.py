@@ -45,21 +45,19 @@ class Training:
 
     Attributes:
         run: index of its run.
-        steps: of the optimizer, one per line of the log.
-        values: by the trainer's name, one per line; NaN if the line has none.
+        lines: of the log: the step of the optimizer and measures, by the trainer's names.
         standardized: rewards are in standard deviations over SFT's responses.
     """
 
     policy: str
     run: int
-    steps: list[int]
-    values: Mapping[str, list[float]]
+    lines: list[dict[str, Any]]
     standardized: bool
 
     def measured(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
         """Return the steps and finite values of the first of `names` that was logged."""
-        values = next((self.values[name] for name in names if name in self.values), [])
-        kept = [(step, value) for step, value in zip(self.steps, values, strict=False) if math.isfinite(value)]
+        name = next((name for name in names if any(name in line for line in self.lines)), "")
+        kept = [(line["step"], line[name]) for line in self.lines if math.isfinite(line.get(name, math.nan))]
         return [step for step, _ in kept], [value for _, value in kept]
 
 
@@ -71,8 +69,7 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
             if isinstance(policy, Mapping):
                 folder = Path(located(str(policy.get("path", "")), run.folder))
                 if lines := _lines(folder / METRICS_FILE):
-                    standardized = _standardized(folder / TRAINING_FILE)
-                    found.append(_training(name, index, lines, standardized))
+                    found.append(Training(name, index, lines, _standardized(folder / TRAINING_FILE)))
     return found
 
 
@@ -116,19 +113,14 @@ def _draw_lines(
     axes.margins(0.05)
 
 
-def _training(policy: str, run: int, lines: Sequence[Mapping[str, Any]], standardized: bool) -> Training:
-    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float))
-    values = {name: [float(line.get(name, math.nan)) for line in lines] for name in names if name != "step"}
-    return Training(policy, run, [int(line["step"]) for line in lines], values, standardized)
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log that have a step and a measure; [] if the file is not a log."""
+    """Return the numbers in the lines of a log that have a step and a measure; [] if the file is not a log."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if isinstance(line.get("step"), int) and len(line) > 1]
+        lines = [json.loads(line).items() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, AttributeError):
         return []
+    numbers = [{key: value for key, value in line if isinstance(value, int | float)} for line in lines]
+    return [line for line in numbers if isinstance(line.get("step"), int) and len(line) > 1]
 
 
 def _standardized(path: Path) -> bool:

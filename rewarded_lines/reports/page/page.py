@@ -26,24 +26,16 @@ from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.pareto.choice import knee
 from rewarded_lines.references import located
 from rewarded_lines.reports import texts
-from rewarded_lines.reports.figures.figure_style import COLOURS, MARKERS
+from rewarded_lines.reports.figures.figure_style import COLOURS
 from rewarded_lines.reports.summary import PointSummary, Summary
 
 # Joined in this order.
 SCRIPTS = ("numbers.js", "state.js", "front.js", "controls.js", "responses.js", "start.js")
-# Plotly's names of the figures' markers.
-_MARKS = {
-    "s": "square",
-    "o": "circle",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "P": "cross",
-    "X": "x",
-    "D": "diamond",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "p": "pentagon",
-}
+# Plotly's names of the figures' markers, in their order.
+_MARKS = (
+    "square", "circle", "triangle-up", "triangle-down", "cross", "x", "diamond", "triangle-left", "triangle-right",
+    "pentagon",
+)  # fmt: skip
 
 
 def lacking() -> str:
@@ -142,7 +134,7 @@ def _methods(summary: Summary) -> list[dict[str, Any]]:
                 "name": name,
                 "label": labels[name],
                 "colours": None if place is None else _light_and_dark(COLOURS[place]),
-                "mark": "circle-open" if place is None else _MARKS[MARKERS[place]],
+                "mark": "circle-open" if place is None else _MARKS[place],
                 "line": joined and place is not None,
                 "volume": texts.interval_text(volumes[name]),
                 "points": [index for index, point in enumerate(summary.points) if point.method == name],

@@ -16,7 +16,7 @@ from rewarded_lines.reports.report import FIGURES, figures
 from rewarded_lines.reports.summary import Summary
 
 MakeSummary = Callable[..., Summary]
-LOG = Training("cheerful", 0, [1, 2], {"reward": [0.1, 0.5], "kl": [0.0, 0.1]}, True)
+LOG = Training("cheerful", 0, [{"step": 1, "reward": 0.1, "kl": 0.0}, {"step": 2, "reward": 0.5, "kl": 0.1}], True)
 
 
 def renamed(summary: Summary, reward: str, policy: str) -> Summary:

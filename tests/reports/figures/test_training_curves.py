@@ -17,7 +17,8 @@ DPO = {"rewards/margins": [math.nan, 0.1, 0.5], "rewards/accuracies": [math.nan,
 
 
 def training(values: dict[str, list[float]], policy: str = "positive", run: int = 0, standardized=True) -> Training:
-    return Training(policy, run, [0, 1, 2], values, standardized)
+    lines = [{"step": step, **{name: column[step] for name, column in values.items()}} for step in range(3)]
+    return Training(policy, run, lines, standardized)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -40,9 +39,10 @@ def test_values_stand_beside_their_steps(run: Run, tmp_path: Path) -> None:
     run.folder.mkdir()
     write(tmp_path / "kind", [json.dumps(line) for line in LINES], {"kind": {"mean": 0.0, "deviation": 2.0}})
     found = read(run)
-    assert (found.policy, found.run, found.steps, found.standardized) == ("kind", 0, [0, 1, 2], True)
-    assert found.values["reward"][1:] == [-0.5, 0.5] and math.isnan(found.values["reward"][0])
-    assert math.isnan(found.values["kl"][2])
+    assert (found.policy, found.run, found.standardized) == ("kind", 0, True)
+    assert [line["step"] for line in found.lines] == [0, 1, 2]
+    assert found.measured(["other", "reward"]) == ([1, 2], [-0.5, 0.5])
+    assert found.measured(["kl"]) == ([1], [0.0])
 
 
 def test_rewards_as_they_are_are_not_standardized(run: Run, tmp_path: Path) -> None:
