@@ -31,7 +31,7 @@ from rewarded_lines.training.generation_config import usable_padding
 from rewarded_lines.training.load_models import generation_dtype, load_critic, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.reward_module import RewardModule, make_queries
+from rewarded_lines.training.reward_module import RewardModule
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import say, training_run
 
@@ -73,11 +73,11 @@ def main(argv: Sequence[str]) -> None:
             temperature=training.temperature, max_tokens=training.response_length, seed=training.seed, dtype=dtype
         )
         task.measure_base(spec, policy)
-        queries = make_queries(prompts, tokenizer)
-        say(task.heading("PPO", f"{len(queries.ids)} prompts"))
+        say(task.heading("PPO", f"{len(prompts)} prompts"))
 
         lora = lora_config(model_options)
-        dataset = Dataset.from_dict({"input_ids": queries.padded(tokenizer.pad_token_id)})
+        module = RewardModule(task.reward, reader, prompts, penalty)
+        dataset = Dataset.from_dict({"input_ids": module.padded(tokenizer.pad_token_id)})
         adaptive = [AdaptiveKL(recipe.target_kl, recipe.kl_horizon)] if recipe.target_kl else []
         with trainer_settings():
             trainer = ResumablePPOTrainer(
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
                 processing_class=tokenizer,
                 model=get_peft_model(policy, lora) if lora else policy,
                 ref_model=None if lora else load_policy(task.base, model_options),
-                reward_model=RewardModule(task.reward, reader, queries, penalty),
+                reward_model=module,
                 value_model=critic,
                 train_dataset=dataset,
                 eval_dataset=dataset.select(range(1)),

@@ -128,12 +128,29 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
     return WeightedReward(load_rewards(project, list(weights), device), weights)
 
 
+def score_tokens(
+    reward: WeightedReward,
+    reader: ResponseReader,
+    prompts: Sequence[Prompt],
+    heads: Sequence[Sequence[int]],
+    tails: Sequence[Sequence[int]],
+    penalty: float | None,
+) -> list[float]:
+    """Return the scores of responses, given as the tokens of the prompts and of the responses.
+
+    They are read as the evaluator reads them, so both score the same text. `penalty` (`missing_eos_penalty`) is
+    subtracted from the score of a response that does not end.
+    """
+    responses = [reader.read(head, tail) for head, tail in zip(heads, tails, strict=True)]
+    scores = reward.score(prompts, [response.judged for response in responses])
+    return [score - (0.0 if one.ended else penalty or 0.0) for score, one in zip(scores, responses, strict=True)]
+
+
 @dataclass
 class RewardFunction:
     """A reward as TRL's RLOOTrainer calls it: prompts and the token ids of completions in, scores out.
 
-    It reads a completion as the evaluator does, so both score the same text. `chats` means that prompts are chats,
-    packed as JSON. `missing_eos_penalty` is subtracted from the score of a response that does not end.
+    `chats` means that prompts are chats, packed as JSON. For `missing_eos_penalty` see `score_tokens`.
     """
 
     reward: WeightedReward
@@ -146,7 +163,4 @@ class RewardFunction:
         """Return one score for each completion."""
         own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
         heads = encode(self.reader.tokenizer, own)
-        responses = [self.reader.read(head, ids) for head, ids in zip(heads, completion_ids, strict=True)]
-        scores = self.reward.score(own, [response.judged for response in responses])
-        penalty = self.missing_eos_penalty or 0.0
-        return [score - (0.0 if response.ended else penalty) for score, response in zip(scores, responses, strict=True)]
+        return score_tokens(self.reward, self.reader, own, heads, completion_ids, self.missing_eos_penalty)

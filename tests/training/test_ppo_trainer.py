@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCon
 
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.training.ppo_trainer import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
-from rewarded_lines.training.reward_module import RewardModule, make_queries
+from rewarded_lines.training.reward_module import RewardModule
 from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
 
@@ -45,13 +45,13 @@ def trainer(folder, lora=False, target=None, **settings):
     )
     set_seed(0)
     tokenizer = make_tokenizer()
-    queries = make_queries(PROMPTS * 3, tokenizer)
     reader = ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
+    module = RewardModule(Vowels(), reader, PROMPTS * 3)
     policy = make_model(0, blocks=2)
     critic = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
     if lora:
         policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    dataset = Dataset.from_dict({"input_ids": queries.padded(tokenizer.pad_token_id)})
+    dataset = Dataset.from_dict({"input_ids": module.padded(tokenizer.pad_token_id)})
     adaptive = [AdaptiveKL(target, 100)] if target else []
     return ResumablePPOTrainer(
         args=arguments,
@@ -59,7 +59,7 @@ def trainer(folder, lora=False, target=None, **settings):
         processing_class=tokenizer,
         model=policy,
         ref_model=None if lora else copy.deepcopy(policy),
-        reward_model=RewardModule(Vowels(), reader, queries),
+        reward_model=module,
         value_model=critic,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(1)),

@@ -10,7 +10,7 @@ from trl.experimental.utils import get_reward
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.rewards.load_rewards import load_reward
-from rewarded_lines.training.reward_module import RewardModule, make_queries
+from rewarded_lines.training.reward_module import RewardModule
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import WeightedReward
 
@@ -57,52 +57,48 @@ def query_responses(tokenizer, queries, ended=True, responses=RESPONSES):
 @pytest.mark.parametrize("ended", [True, False])
 def test_scores_through_trl_are_the_rewards_own(tokenizer, ended):
     reward = Recorder()
-    queries = make_queries(PROMPTS, tokenizer)
-    rows = query_responses(tokenizer, queries, ended)
-    module = RewardModule(reward, reader(tokenizer), queries)
-    logits, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
+    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    rows = query_responses(tokenizer, module, ended)
+    logits, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(PROMPTS, RESPONSES, strict=True))
     assert scores.tolist() == Recorder().score(PROMPTS, RESPONSES)
     assert logits.shape == (*rows.shape, 1)
 
 
 def test_batches_come_in_any_order_and_with_responses_of_any_width(tokenizer):
-    queries = make_queries(PROMPTS, tokenizer)
-    rows = query_responses(tokenizer, queries)
-    module = RewardModule(Recorder(), reader(tokenizer), queries)
+    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
+    rows = query_responses(tokenizer, module)
     expected = Recorder().score(PROMPTS, RESPONSES)
     for order in ([2, 0], [1], [1, 1, 2]):
         width = max(int((rows[index] != tokenizer.pad_token_id).nonzero().max()) for index in order) + 1
-        _, scores, _ = get_reward(module, rows[order, :width], tokenizer.pad_token_id, queries.length)
+        _, scores, _ = get_reward(module, rows[order, :width], tokenizer.pad_token_id, module.length)
         assert scores.tolist() == [expected[index] for index in order]
 
 
 def test_padding_is_no_text(tokenizer):
     reward = Recorder()
-    queries = make_queries(PROMPTS, tokenizer)
-    rows = query_responses(tokenizer, queries)
+    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    rows = query_responses(tokenizer, module)
     padding = torch.full((3, 5), tokenizer.pad_token_id)
-    module = RewardModule(reward, reader(tokenizer), queries)
-    get_reward(module, torch.cat([rows, padding], 1), tokenizer.pad_token_id, queries.length)
+    get_reward(module, torch.cat([rows, padding], 1), tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(PROMPTS, RESPONSES, strict=True))
 
 
 def test_prompts_are_padded_left_to_one_length(tokenizer):
-    queries = make_queries(PROMPTS, tokenizer)
-    rows = queries.padded(tokenizer.pad_token_id)
-    assert {len(row) for row in rows} == {queries.length} and queries.prompts == PROMPTS
+    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
+    rows = module.padded(tokenizer.pad_token_id)
+    assert {len(row) for row in rows} == {module.length}
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == PROMPTS
     assert rows[0][0] == tokenizer.pad_token_id and rows[0][-1] != tokenizer.pad_token_id
-    assert queries.ids == [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert module.ids == [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
 def test_tokens_after_an_end_are_not_rewarded_and_a_missing_end_costs_the_penalty(tokenizer):
     reward, end = Recorder(), tokenizer("q", add_special_tokens=False)["input_ids"][0]
-    queries = make_queries(PROMPTS, tokenizer)
-    rows = query_responses(tokenizer, queries, False, [" that q it", " he", " q"])
     ends = ResponseReader(tokenizer, frozenset([end, tokenizer.eos_token_id]))
-    module = RewardModule(reward, ends, queries, missing_eos_penalty=7.5)
-    _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
+    module = RewardModule(reward, ends, PROMPTS, penalty=7.5)
+    rows = query_responses(tokenizer, module, False, [" that q it", " he", " q"])
+    _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, module.length)
     assert [response.strip() for _, response in reward.seen] == ["that", "he", ""]
     wanted = Recorder().score(PROMPTS, [response for _, response in reward.seen])
     assert scores.tolist() == [wanted[0], wanted[1] - 7.5, wanted[2]]
@@ -111,11 +107,10 @@ def test_tokens_after_an_end_are_not_rewarded_and_a_missing_end_costs_the_penalt
 def test_the_reward_reads_the_prompt_as_the_data_have_it(tokenizer):
     prompts = ["A Film", "THE  quiet\tend </s>", "It"]
     reward = Recorder()
-    queries = make_queries(prompts, tokenizer)
-    decoded = tokenizer.batch_decode(queries.ids, skip_special_tokens=True)
+    module = RewardModule(reward, reader(tokenizer), prompts)
+    decoded = tokenizer.batch_decode(module.ids, skip_special_tokens=True)
     assert decoded == ["a film", "the  quiet\tend ", "it"]
-    module = RewardModule(reward, reader(tokenizer), queries)
-    get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
+    get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(prompts, RESPONSES, strict=True))
 
 
@@ -124,14 +119,13 @@ def test_chats_are_handed_to_the_reward_as_chats():
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     reward = Recorder()
-    queries = make_queries(chats, tokenizer)
-    module = RewardModule(reward, reader(tokenizer), queries)
-    get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
+    module = RewardModule(reward, reader(tokenizer), chats)
+    get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(chats, RESPONSES, strict=True))
 
 
 def test_the_module_has_nothing_to_train(tokenizer):
-    module = RewardModule(Recorder(), reader(tokenizer), make_queries(PROMPTS, tokenizer))
+    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
     assert list(module.parameters()) == [] and module.base_model_prefix == "backbone"
 
 
@@ -170,17 +164,16 @@ def test_ppo_gets_the_score_that_a_reward_model_of_another_kind_gives_to_the_tex
     reward = WeightedReward({"bert": load_reward("bert", spec, tmp_path, "cpu")}, {"bert": 1.0})
     prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(4)]
     policy, tokenizer = make_model(0, blocks=2), make_tokenizer()
-    queries = make_queries(prompts, tokenizer)
-    ids = torch.tensor(queries.padded(tokenizer.pad_token_id))
+    module = RewardModule(reward, reader(tokenizer), prompts)
+    ids = torch.tensor(module.padded(tokenizer.pad_token_id))
     torch.manual_seed(0)
     rows = policy.generate(
         input_ids=ids, attention_mask=ids != tokenizer.pad_token_id, max_new_tokens=12, do_sample=True, temperature=3.0
     )
-    rows[0, queries.length + 3] = tokenizer.eos_token_id
-    answers = truncate_response(tokenizer.eos_token_id, tokenizer.pad_token_id, rows[:, queries.length :])
+    rows[0, module.length + 3] = tokenizer.eos_token_id
+    answers = truncate_response(tokenizer.eos_token_id, tokenizer.pad_token_id, rows[:, module.length :])
     rows = torch.cat([ids, answers], 1)
-    module = RewardModule(reward, reader(tokenizer), queries)
-    _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, queries.length)
+    _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, module.length)
 
     outside = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -196,9 +189,8 @@ def test_ppo_gets_the_score_that_a_reward_model_of_another_kind_gives_to_the_tex
 def test_standardized_scores_reach_ppo(tokenizer):
     reward = WeightedReward({"recorder": Recorded()}, {"recorder": 2.0})
     reward.standardize({"recorder": [0.0, 2000.0]})
-    queries = make_queries(PROMPTS, tokenizer)
-    module = RewardModule(reward, reader(tokenizer), queries)
-    _, scores, _ = get_reward(module, query_responses(tokenizer, queries), tokenizer.pad_token_id, queries.length)
+    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    _, scores, _ = get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert scores.tolist() == pytest.approx(
         [2 * (612 - 1000) / 1000, 2 * (2923 - 1000) / 1000, 2 * (200 - 1000) / 1000]
     )
