@@ -123,12 +123,7 @@ def reward_lora(options: ModelConfig, model: PreTrainedModel) -> LoraConfig | No
 
 def reference_loading(options: ModelConfig) -> dict[str, Any] | None:
     """Return arguments for TRL to load the reference model like the policy; None for its defaults."""
-    wanted = {
-        "revision": options.model_revision,
-        "dtype": options.dtype,
-        "attn_implementation": options.attn_implementation,
-    }
-    given = {key: value for key, value in wanted.items() if value is not None}
+    given = {key: value for key, value in _wanted(options).items() if value is not None}
     return None if given == {"revision": "main", "dtype": "float32"} else given
 
 
@@ -217,13 +212,14 @@ def absolute(reference: str | None, revision: str = "main") -> str:
     return reference if revision == "main" else str(resolve_folder(reference, revision=revision))
 
 
+def _wanted(options: ModelConfig) -> dict[str, Any]:
+    names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
+    return {key: getattr(options, name) for key, name in names.items()}
+
+
 def _loading(options: ModelConfig) -> dict[str, Any]:
     check_quantization(options)
-    arguments: dict[str, Any] = {
-        "revision": options.model_revision,
-        "dtype": options.dtype if options.dtype in (None, "auto") else getattr(torch, options.dtype),
-        "attn_implementation": options.attn_implementation,
-    }
+    arguments = _wanted(options)
     if (quantization := get_quantization_config(options)) is not None:
         arguments["quantization_config"] = quantization
         if torch.cuda.is_available():

@@ -22,7 +22,7 @@ from rewarded_lines.training.load_models import load_policy, load_tokenizer, sav
 from rewarded_lines.training.preference_pairs import shorten_pair
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
-from rewarded_lines.training.sampling import Scores, describe, gains, sample, summary
+from rewarded_lines.training.sampling import Scores, describe, paired_gain, sample, summary
 from rewarded_lines.training.training_reward import WeightedReward
 from rewarded_lines.training.training_run import TrainingRun, from_main, say
 
@@ -34,12 +34,9 @@ class PolicyTask:
     Attributes:
         base: absolute path or Hub id of the SFT model.
         tokenizer: the base's, with the project's chat template.
-        reader: reads the policy's responses.
-        generation: the project's generation settings.
-        reward: the reward to train for.
         rows: training rows, prompts or pairs.
         prompts: validation prompts.
-        inputs: hashes of all of these.
+        inputs: hashes of all that the policy is made from.
         counted: number of training rows before `fit`.
         before: scores of the SFT model's responses to the validation prompts.
     """
@@ -141,7 +138,9 @@ class PolicyTask:
     def measure_gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
         """Return and print the policy's gain over the SFT model, by reward and for the weighted sum."""
         after = from_main(lambda: self.measure(spec, model, str(folder)))
-        found = gains(self.before, after)
+        found: dict[str, dict[str, Any]] = {
+            name: paired_gain(scores, after[name]) for name, scores in self.before.items()
+        }
         say(describe(found))
         counts = (
             (self.reward.shortened, "prompts were shortened from the beginning to leave room for a response"),
@@ -150,8 +149,7 @@ class PolicyTask:
         say(*(f"reward `{name}`: {n} {what}" for by_reward, what in counts for name, n in by_reward.items() if n))
         if len(found) == 1:
             return next(iter(found.values()))
-        total = gains({"sum": self.reward.total(self.before)}, {"sum": self.reward.total(after)})["sum"]
-        return {**total, "rewards": found}
+        return {**paired_gain(self.reward.total(self.before), self.reward.total(after)), "rewards": found}
 
     def _prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         lengths = [len(ids) for ids in encode(self.tokenizer, prompts)]

@@ -56,9 +56,6 @@ def best_and_worst(
 
     Args:
         prompts: one for each response, so each prompt stands `count` times in a row.
-        responses: the responses.
-        scores: of the responses.
-        count: responses to a prompt.
         margin: least difference of a pair's scores, in standard deviations of all scores.
         ends: the token that ended each response, −1 for none; kept with the pairs.
     """

@@ -27,10 +27,6 @@ class KeyValues(dict[str, Any]):
         super().__init__(_parse_pairs(content) if isinstance(content, str) else content)
 
 
-class Columns(KeyValues):
-    """Column of the data for each role that has another name: `prompt=post,completion=summary`."""
-
-
 class Weights(KeyValues):
     """Weight of each reward: `helpful=0.5,brief=0.5`."""
 
@@ -46,7 +42,12 @@ class Weights(KeyValues):
 
 
 def _key(help: str, default: Any = None, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
+    metadata = {"help": help, **more}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass
@@ -71,9 +72,7 @@ class DataOptions:
     dataset_revision: str | None = _key("its branch, tag or commit")
     dataset_train_split: str = _key("its split to train on", "train")
     dataset_test_split: str = _key("its split to validate on", "test")
-    columns: Columns = field(
-        default_factory=Columns, metadata={"help": "role=column, for roles whose column has another name"}
-    )
+    columns: KeyValues = _key("role=column, for roles whose column has another name", KeyValues)
     row_function: str | None = _key("file.py:function from a row of the data to rows with roles, or None")
     train_limit: int | None = _key("use only so many rows, the first ones")
     validation_limit: int | None = _key("use only so many rows, the first ones")
@@ -124,9 +123,7 @@ class RewardOptions:
     """The reward to train for: one of the project, or a weighted sum of several."""
 
     reward: str | None = _key("name of one reward of the project")
-    rewards: Weights = field(
-        default_factory=Weights, metadata={"help": "weighted sum of several, helpful=0.5,brief=0.5 (MORL)"}
-    )
+    rewards: Weights = _key("weighted sum of several, helpful=0.5,brief=0.5 (MORL)", Weights)
     normalize_rewards: bool = _key("standardize each reward on the SFT model's responses", True)
     policy_name: str | None = _key("name of the policy in the project; by default the reward's")
 

@@ -81,11 +81,6 @@ def summary(scores: Sequence[float]) -> str:
     return f"{statistics.fmean(scores):.2f} (s.e. {error:.2f})"
 
 
-def gains(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Return the `paired_gain` of each reward."""
-    return {name: paired_gain(before[name], after[name]) for name in before}
-
-
 def describe(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return gains as text, one reward per line."""
     return "\n".join(

@@ -33,8 +33,7 @@ class TrainingRun:
     """A run of a recipe, from `training_run`.
 
     Attributes:
-        folder: the folder that it writes to.
-        output: the name that the folder gets at the end.
+        output: the name that `folder`, which it writes to, gets at the end.
         checkpoint: the last whole checkpoint of an earlier start, to resume from.
         begun: this run made or resumed `folder`.
         trained: the training is done, so `folder` is kept whatever happens.

@@ -9,8 +9,8 @@ from rewarded_lines.config import DataSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.training.arguments import parse_recipe
 from rewarded_lines.training.recipe_options import (
-    Columns,
     DataOptions,
+    KeyValues,
     RewardOptions,
     RunOptions,
     SamplingOptions,
@@ -28,16 +28,16 @@ from rewarded_lines.training.recipe_options import (
     ],
 )
 def test_columns_come_as_pairs_as_json_or_as_a_mapping(content):
-    assert Columns(content) == {"prompt": "post", "completion": "best.text"}
+    assert KeyValues(content) == {"prompt": "post", "completion": "best.text"}
 
 
 def test_only_the_first_sign_of_equality_counts():
-    assert Columns("prompt=a=b") == {"prompt": "a=b"} and Columns("") == Columns() == {}
+    assert KeyValues("prompt=a=b") == {"prompt": "a=b"} and KeyValues("") == KeyValues() == {}
 
 
 @pytest.mark.parametrize("text", ["prompt", "a=b,c", "=b", '{"a": ', '{"a"}'])
 def test_texts_of_another_form_are_refused(text):
-    for kind in (Columns, Weights):
+    for kind in (KeyValues, Weights):
         with pytest.raises(argparse.ArgumentTypeError, match="not of the form key=value|not a mapping"):
             kind(text)
 
@@ -57,7 +57,7 @@ def test_weights_that_are_no_numbers_are_refused(content):
 
 
 def test_a_record_of_options_has_plain_values():
-    assert asdict(DataOptions(columns=Columns("a=b")))["columns"] == {"a": "b"}
+    assert asdict(DataOptions(columns=KeyValues("a=b")))["columns"] == {"a": "b"}
     assert asdict(RewardOptions(rewards=Weights("a=1")))["rewards"] == {"a": 1.0}
 
 
@@ -65,7 +65,7 @@ def test_training_and_validation_data_are_files_or_splits_of_a_data_set():
     shared = {"columns": {"prompt": "post"}, "rows": "rows.py:made", "chat": True, "system": "Be brief."}
     shared["too_long"] = "leave_out"
     options = {
-        "columns": Columns("prompt=post"),
+        "columns": KeyValues("prompt=post"),
         "row_function": "rows.py:made",
         "chat": True,
         "system_prompt": "Be brief.",
@@ -91,7 +91,7 @@ def test_validation_data_may_be_missing_or_a_file_beside_a_data_set():
         ({"validation_file": "b.csv"}, "no training data"),
         ({"train_file": "a.csv", "dataset_name": "a/b"}, "two sources of training data"),
         ({"train_file": "a.csv", "train_limit": 0}, "limit"),
-        ({"train_file": "a.csv", "columns": Columns({"prompt": 5})}, "columns"),
+        ({"train_file": "a.csv", "columns": KeyValues({"prompt": 5})}, "columns"),
         ({"train_file": "a.csv", "system_prompt": "Be brief."}, "chat"),
     ],
 )

@@ -15,7 +15,7 @@ from rewarded_lines.engines import load_engine as load
 from rewarded_lines.engines.isolated_engine import generate_isolated
 from rewarded_lines.errors import UserError
 from rewarded_lines.training import sampling
-from rewarded_lines.training.sampling import choose_engine, describe, gains, paired_gain, sample, summary
+from rewarded_lines.training.sampling import choose_engine, describe, paired_gain, sample, summary
 
 SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]
@@ -176,10 +176,7 @@ def test_a_gain_is_the_mean_difference_over_the_same_prompts():
     half = 1.96 * 2 / math.sqrt(3)
     assert (found["before"], found["after"], found["gain"]) == (3.0, 4.0, 1.0)
     assert found["gain_interval"] == pytest.approx([1 - half, 1 + half])
-    assert gains({"a": before, "b": after}, {"a": after, "b": after, "c": []}) == {
-        "a": found,
-        "b": {"before": 4.0, "after": 4.0, "gain": 0.0, "gain_interval": [0.0, 0.0]},
-    }
+    assert paired_gain(after, after) == {"before": 4.0, "after": 4.0, "gain": 0.0, "gain_interval": [0.0, 0.0]}
     with pytest.raises(ValueError, match="shorter"):
         paired_gain(before, after[:2])
 

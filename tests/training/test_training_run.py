@@ -17,7 +17,7 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import hold_folder
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.load_models import save_tokenizer
-from rewarded_lines.training.recipe_options import Columns, RunOptions
+from rewarded_lines.training.recipe_options import KeyValues, RunOptions
 from rewarded_lines.training.training_record import last_checkpoint, read_record
 from rewarded_lines.training.training_run import from_main, say, training_run
 
@@ -25,7 +25,7 @@ from rewarded_lines.training.training_run import from_main, say, training_run
 @dataclass
 class Recipe:
     margin: float = 0.5
-    columns: Columns = field(default_factory=Columns)
+    columns: KeyValues = field(default_factory=KeyValues)
     model_name_or_path: str | None = None
     policy_name: str | None = None
     sampling_engine: str = "auto"
@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_from_its_last_checkpoint(tmp_path, capsys):
     [
         ({"margin": 2.0}, "margin: 1.0, not 2.0"),
         ({"learning_rate": 0.5}, "learning_rate: 0.25, not 0.5"),
-        ({"columns": Columns("prompt=post")}, "columns: {}, not {'prompt': 'post'}"),
+        ({"columns": KeyValues("prompt=post")}, "columns: {}, not {'prompt': 'post'}"),
         ({"recipe": "dpo"}, "recipe sft, not dpo"),
         ({"seed": 1, "margin": 2.0}, "margin: 1.0, not 2.0; seed: 42, not 1"),
         ({"inputs": {"train": "7", "base": "2"}}, "other train"),
