@@ -62,12 +62,12 @@ def check_repository(repository: str, option: str = "--push-to-hub") -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    why = ""
     try:
         validate_repo_id(repository)
-    except HFValidationError as error:
-        why = str(error).splitlines()[0]
-    if why or not _ID.fullmatch(repository):
+        valid = bool(_ID.fullmatch(repository))
+    except HFValidationError:
+        valid = False
+    if not valid:
         expected = "owner/name, of letters, digits, `-`, `_` and `.`, the name at most 96 of them"
         raise fail("not the id of a repository", where=option, expected=expected, got=masked(repository))
 
