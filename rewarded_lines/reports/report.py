@@ -37,7 +37,7 @@ def report(
     style: str = PAPER,
     depth: bool = False,
 ) -> Summary:
-    """Summarise a run and write its numbers, tables, figures and page into its folder `report/`.
+    """Summarise a run, write its numbers, tables, figures and page into its folder `report/`, return the summary.
 
     An unfinished run is summarised from its finished points. Each file is replaced atomically.
     The page is written last, and only if plotly is installed.
@@ -49,9 +49,6 @@ def report(
         formats: of the figures: "png", "svg", "pdf".
         style: of the figures: "paper", "slides", "grey", or the path of a matplotlib style file.
         depth: also draw scales and residuals by block; this reads the weights.
-
-    Returns:
-        The content of summary.json.
 
     Raises:
         UserError: the folder is not a run, its points cannot be compared, a format or the style is

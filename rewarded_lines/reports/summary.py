@@ -29,10 +29,8 @@ class PointSummary:
     """One point: mean scores in the rewards' units, KL to SFT in nats, response length in words.
 
     Attributes:
-        weights: λ, see `PointSpec`.
         merge: its α and β are averages over the runs.
         ended: share of the responses that end before the token limit.
-        distinct2: see the function `distinct2`.
         perplexities: of each set of control texts.
         forgetting: these perplexities divided by SFT's, paired by text.
         contribution: hypervolume above SFT that the method would lose without this point.
@@ -149,12 +147,9 @@ class Summary:
 
 
 def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
-    """Return the numbers of a run, or averages over several runs.
+    """Return the numbers of a run, or averages over several runs, with intervals at `level`.
 
-    Args:
-        runs: finished or not; only points that all runs have are compared.
-        seed: of the bootstrap.
-        level: of every interval.
+    Runs may be unfinished; only points that all of them have are compared.
 
     Raises:
         UserError: the points answer different prompts, or a score is not finite.

@@ -66,11 +66,7 @@ def check_figure_file(file: str | Path) -> str:
 
 
 def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
-    """Write `depth_figure` to a .png, .svg or .pdf file, atomically.
-
-    Raises:
-        UserError: see `check_figure_file`.
-    """
+    """Write `depth_figure` to a file, atomically; its name must pass `check_figure_file`."""
     path, kind = Path(file), check_figure_file(file)
     with house_style():
         write_bytes(path, figure_bytes(depth_figure(inspection), kind))

@@ -86,13 +86,6 @@ def boxes_around(points: np.ndarray, radius: float) -> np.ndarray:
     return np.concatenate([points - radius, points + radius], axis=1)
 
 
-def overlaps(box: Sequence[float] | np.ndarray, boxes: np.ndarray) -> int:
-    """Return the number of `boxes`, [boxes, 4], that share area with `box`."""
-    left, bottom, right, top = box
-    apart = (boxes[:, 0] >= right) | (boxes[:, 2] <= left) | (boxes[:, 1] >= top) | (boxes[:, 3] <= bottom)
-    return int((~apart).sum())
-
-
 def place(
     anchor: np.ndarray,
     size: tuple[float, float],
@@ -109,8 +102,9 @@ def place(
     for distance in distances:
         for direction in directions:
             centre = anchor + direction * (distance + np.abs(direction) @ half)
-            box = np.concatenate([centre - half, centre + half])
-            inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
-            if inside and not overlaps(box, obstacles):
-                return box
+            low, high = centre - half, centre + half
+            inside = (low >= frame[:2]).all() and (high <= frame[2:]).all()
+            apart = (obstacles[:, :2] >= high) | (obstacles[:, 2:] <= low)
+            if inside and apart.any(axis=1).all():
+                return np.concatenate([low, high])
     return None

@@ -76,9 +76,7 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
 def training_figure(trainings: Sequence[Training]) -> Figure | None:
     """Draw reward and KL of PPO and RLOO, margin and accuracy of DPO, over training steps.
 
-    Other training seeds have thinner lines of the same colour.
-    "SD on SFT": rewards are in standard deviations over SFT's responses.
-    None if no log has one of these measures.
+    Other training seeds have thinner lines of the same colour. None if no log has one of these measures.
     """
     panels = {label: names for label, names in _PANELS.items() if any(one.measured(names)[0] for one in trainings)}
     if not panels:
