@@ -22,7 +22,7 @@ from rewarded_lines.demo import movie_reviews as reviews
 from rewarded_lines.demo.recipe_jobs import Watch, run_jobs
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
+from rewarded_lines.folders import folder_lock, read_json_object, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
 from rewarded_lines.references import local_path
@@ -159,7 +159,8 @@ def _objectives(suite: ProjectConfig) -> list[str]:
 
 
 def _run_stage(stage: str, parts: list[_Part], settings: DemoSettings, observer: Observer) -> float:
-    finished = _finished(settings)
+    # Each finished part's hash of inputs and seconds.
+    finished = read_json_object(settings.out / STATE_FILE)
     missing = [part for part in parts if _seconds(part, finished) is None]
     observer.started(stage)
     started = time.perf_counter()
@@ -178,14 +179,6 @@ def _run_stage(stage: str, parts: list[_Part], settings: DemoSettings, observer:
     seconds = max(_seconds(part, finished) or 0.0 for part in parts)
     observer.finished(stage, seconds, reused=not missing)
     return seconds
-
-
-def _finished(settings: DemoSettings) -> dict[str, Any]:
-    """Return the entries of `demo.json`: each finished part's hash of inputs and seconds."""
-    try:
-        return dict(json.loads((settings.out / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _seconds(part: _Part, finished: dict[str, Any]) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, read_json_object
 from rewarded_lines.training.arguments import Arguments
 
 PROGRESS = "REWARDED_LINES_PROGRESS"
@@ -43,11 +43,8 @@ def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a recipe in a folder; None if there is none or it cannot be read."""
-    try:
-        content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "recipe" in content else None
+    content = read_json_object(folder / TRAINING_FILE)
+    return content if "recipe" in content else None
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -65,12 +62,9 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the latest checkpoint whose trainer state, which is written last, can be read."""
-    numbers = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    for number in sorted((name for name in numbers if name.isdecimal()), key=int, reverse=True):
-        with suppress(OSError, ValueError):
-            json.loads((numbers[number] / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(numbers[number])
-    return None
+    whole = [path for path in folder.glob("checkpoint-*") if read_json_object(path / "trainer_state.json")]
+    numbers = [number for path in whole if (number := path.name.removeprefix("checkpoint-")).isdecimal()]
+    return str(folder / f"checkpoint-{max(numbers, key=int)}") if numbers else None
 
 
 class MetricsCallback(TrainerCallback):

@@ -43,7 +43,7 @@ def arguments(out, overwrite=False, project_file="p.yaml", **settings):
     return made
 
 
-def checkpoint(folder, step, state="{}"):
+def checkpoint(folder, step, state='{"global_step": 1}'):
     (folder / f"checkpoint-{step}").mkdir()
     if state is not None:
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)

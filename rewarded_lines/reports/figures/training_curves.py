@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.evaluator.records import Run
-from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, read_json_object
 from rewarded_lines.references import located
 from rewarded_lines.reports.figures.figure_style import (
     PLANE,
@@ -24,7 +24,6 @@ from rewarded_lines.reports.figures.figure_style import (
 from rewarded_lines.reports.figures.label_placement import shorten
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # At most this many markers on a line.
@@ -69,7 +68,8 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
             if isinstance(policy, Mapping):
                 folder = Path(located(str(policy.get("path", "")), run.folder))
                 if lines := _lines(folder / METRICS_FILE):
-                    found.append(Training(name, index, lines, _standardized(folder / TRAINING_FILE)))
+                    standardized = bool(read_json_object(folder / TRAINING_FILE).get("standardized"))
+                    found.append(Training(name, index, lines, standardized))
     return found
 
 
@@ -88,27 +88,20 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
     units = sorted({"SD on SFT" if one.standardized else "own unit" for one in trainings})
     for index, (label, names) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_lines(axes, trainings, names, styles)
-        axes.set_ylabel(label.format(unit=" or ".join(units)))
+        for one in trainings:
+            steps, values = one.measured(names)
+            if steps:
+                thin = dict(linewidth=0.6, marker="", alpha=0.7) if one.run else {}
+                every = max(1, len(steps) // _MARKED)
+                axes.plot(steps, values, label=one.policy, markevery=every, **(styles[one.policy] | thin))
+        axes.grid(True)
+        axes.margins(0.05)
+        axes.set(xlabel="training step", ylabel=label.format(unit=" or ".join(units)))
     lines = [(shorten(name, 24), style) for name, style in styles.items()]
     if any(one.run for one in trainings):
         lines.append(("other training seeds", dict(color="0.4", linewidth=0.6, marker="")))
     legend_above(figure, lines, columns=4)
     return settled(figure)
-
-
-def _draw_lines(
-    axes: Axes, trainings: Sequence[Training], names: Sequence[str], styles: Mapping[str, dict[str, Any]]
-) -> None:
-    axes.grid(True)
-    for one in trainings:
-        steps, values = one.measured(names)
-        if steps:
-            thin = dict(linewidth=0.6, marker="", alpha=0.7) if one.run else {}
-            every = max(1, len(steps) // _MARKED)
-            axes.plot(steps, values, label=one.policy, markevery=every, **(styles[one.policy] | thin))
-    axes.set_xlabel("training step")
-    axes.margins(0.05)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -119,10 +112,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     numbers = [{key: value for key, value in line if isinstance(value, int | float)} for line in lines]
     return [line for line in numbers if isinstance(line.get("step"), int) and len(line) > 1]
-
-
-def _standardized(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("standardized"))
-    except (OSError, ValueError, AttributeError):
-        return False
