@@ -81,11 +81,11 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def json_object_in(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; {} if the file is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -22,7 +22,7 @@ from rewarded_lines.demo import movie_reviews as reviews
 from rewarded_lines.demo.recipe_jobs import Watch, run_jobs
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import folder_lock, read_json_object, refuse_foreign, write_json
+from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
 from rewarded_lines.references import local_path
@@ -160,7 +160,7 @@ def _objectives(suite: ProjectConfig) -> list[str]:
 
 def _run_stage(stage: str, parts: list[_Part], settings: DemoSettings, observer: Observer) -> float:
     # Each finished part's hash of inputs and seconds.
-    finished = read_json_object(settings.out / STATE_FILE)
+    finished = json_object_in(settings.out / STATE_FILE)
     missing = [part for part in parts if _seconds(part, finished) is None]
     observer.started(stage)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, read_json_object
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.training.arguments import Arguments
 
 PROGRESS = "REWARDED_LINES_PROGRESS"
@@ -43,7 +43,7 @@ def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a recipe in a folder; None if there is none or it cannot be read."""
-    content = read_json_object(folder / TRAINING_FILE)
+    content = json_object_in(folder / TRAINING_FILE)
     return content if "recipe" in content else None
 
 
@@ -62,7 +62,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the latest checkpoint whose trainer state, which is written last, can be read."""
-    whole = [path for path in folder.glob("checkpoint-*") if read_json_object(path / "trainer_state.json")]
+    whole = [path for path in folder.glob("checkpoint-*") if json_object_in(path / "trainer_state.json")]
     numbers = [number for path in whole if (number := path.name.removeprefix("checkpoint-")).isdecimal()]
     return str(folder / f"checkpoint-{max(numbers, key=int)}") if numbers else None
 

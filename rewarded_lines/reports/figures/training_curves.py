@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.evaluator.records import Run
-from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, read_json_object
+from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.references import located
 from rewarded_lines.reports.figures.figure_style import (
     PLANE,
@@ -68,7 +68,7 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
             if isinstance(policy, Mapping):
                 folder = Path(located(str(policy.get("path", "")), run.folder))
                 if lines := _lines(folder / METRICS_FILE):
-                    standardized = bool(read_json_object(folder / TRAINING_FILE).get("standardized"))
+                    standardized = bool(json_object_in(folder / TRAINING_FILE).get("standardized"))
                     found.append(Training(name, index, lines, standardized))
     return found
 
