@@ -44,13 +44,32 @@ class AdapterGenerator(Generator):
         return self.at_once
 
     def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
-        return chunks(self._plan, models, min(self.at_once, self._worth_mixing(requests)))
+        most = min(self.at_once, self._worth_mixing(requests))
+        chunk: list[Model] = []
+        adapters = 0
+        for model in models:
+            one = int(self._needs_adapter(model))
+            if adapters + one > most:
+                yield chunk
+                chunk, adapters = [], 0
+            chunk.append(model)
+            adapters += one
+        if chunk:
+            yield chunk
+
+    def _needs_adapter(self, model: Model) -> bool:
+        """Return whether a model is a merge that differs from the base."""
+        if model is None:
+            return False
+        assert self._plan is not None, "without a plan there is only the SFT model"
+        output = self._plan.output(model)
+        return bool(output.whole) or any(stack.parts for stack in output.stacks.values())
 
     @contextmanager
     def _loaded(self, models: Sequence[Model], layer: str = "") -> Iterator[list[Any]]:
         """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
         started = time.perf_counter()
-        wanted = [model for model in models if model is not None and needs_adapter(self._plan, model)]
+        wanted = [model for model in models if model is not None and self._needs_adapter(model)]
         written = self._folders.write(wanted, layer) if self._folders and wanted else []
         names: list[Any] = []
         try:
@@ -58,7 +77,7 @@ class AdapterGenerator(Generator):
                 names.append(self._load(folder))
             self.swap_seconds += time.perf_counter() - started
             left = iter(names)
-            yield [next(left) if needs_adapter(self._plan, model) else None for model in models]
+            yield [next(left) if self._needs_adapter(model) else None for model in models]
         finally:
             for name in names:
                 self._unload(name)
@@ -100,30 +119,6 @@ class AdapterFolders:
         plan.prepare(specs)
         plan.write(specs, folders, max_shard_size=1 << 62).refuse()
         return folders
-
-
-def needs_adapter(plan: AdapterPlan | None, model: Model) -> bool:
-    """Return whether a model needs an adapter: it is a merge that differs from the base."""
-    if model is None:
-        return False
-    assert plan is not None, "without a plan there is only the SFT model"
-    output = plan.output(model)
-    return bool(output.whole) or any(stack.parts for stack in output.stacks.values())
-
-
-def chunks(plan: AdapterPlan | None, models: Sequence[Model], at_once: int) -> Iterator[list[Model]]:
-    """Yield the models in order, in chunks with at most `at_once` adapters."""
-    chunk: list[Model] = []
-    adapters = 0
-    for model in models:
-        one = int(needs_adapter(plan, model))
-        if adapters + one > at_once:
-            yield chunk
-            chunk, adapters = [], 0
-        chunk.append(model)
-        adapters += one
-    if chunk:
-        yield chunk
 
 
 def adapted_layers(plan: AdapterPlan) -> list[str]:

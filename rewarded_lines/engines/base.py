@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -81,10 +81,12 @@ class Generator(ABC):
 
     at_once: int = 1
     swap_seconds: float = 0.0
+    _tokenizer: Any
+    _ends: frozenset[int]
 
-    @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the tokens that the model gets for each prompt."""
+        return encode(self._tokenizer, prompts)
 
     def generate(
         self, prompts: Sequence[Prompt], spec: GenerationSpec, models: Sequence[Model] = (None,)
@@ -108,9 +110,9 @@ class Generator(ABC):
     def close(self) -> None:
         """Free the engine, its memory and its processes."""
 
-    @abstractmethod
     def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
         """Yield the models in order, in groups that share a batch of `requests` for each model."""
+        return ([model] for model in models)
 
     @abstractmethod
     def _loaded(self, models: Sequence[Model]) -> AbstractContextManager[list[Any]]:
@@ -132,9 +134,6 @@ class SwappingGenerator(Generator):
         """Start with the SFT model's weights; a plan must be one of whole models."""
         self._plan = cast(ModelPlan | None, work.plan)
         self._in_use: Model | str = None
-
-    def _chunks(self, models: Sequence[Model], requests: int) -> Iterator[list[Model]]:
-        return ([model] for model in models)
 
     @contextmanager
     def _loaded(self, models: Sequence[Model]) -> Iterator[list[Any]]:

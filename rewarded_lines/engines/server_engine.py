@@ -15,12 +15,12 @@ from typing import Any, cast
 import httpx2
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers
 from rewarded_lines.engines.base import Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.server_connection import Server, describe
-from rewarded_lines.engines.tokenizers import ModelTokens
+from rewarded_lines.engines.tokenizers import load_tokens
 from rewarded_lines.engines.vllm_adapters import refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response, sampling_settings
 from rewarded_lines.errors import UserError, fail
@@ -53,23 +53,19 @@ class RemoteGenerator(AdapterGenerator):
         if self._plan is not None:
             refuse_unserved(self._plan, url)
             slot_rank(self._plan, url)
-        self._tokens = ModelTokens.load(work)
+        self._tokenizer, self._ends, longest = load_tokens(work)
         self._server = Server(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
         self._name, self._count = f"rewarded-lines-{secrets.token_hex(4)}", 0
         try:
-            self._check_room(self._tokens.longest)
+            self._check_room(longest)
             if self._plan is not None:
                 place = os.environ.get(FOLDER)
                 self._folders = AdapterFolders(self._plan, Path(place).expanduser().absolute() if place else None)
-                self._try_adapters(self._plan, self._tokens.longest)
+                self._try_adapters(self._plan, longest)
         except BaseException:
             self.close()
             raise
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return encode(self._tokens.tokenizer, prompts)
 
     def close(self) -> None:
         """See `Generator.close`. The server itself keeps running."""
@@ -91,7 +87,7 @@ class RemoteGenerator(AdapterGenerator):
         return [found[name] for name in loaded]
 
     def _answer(self, name: str | None, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
-        reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         choice = self._server.complete(
             model=name or self._server.model,
             prompt=list(row),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
@@ -76,23 +76,15 @@ def _base(model: str) -> str:
     return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 
 
-class ModelTokens(NamedTuple):
-    """A model's tokenizer, the ids that end a response, and the tokens of the longest sequence."""
+def load_tokens(work: Workload) -> tuple[Any, frozenset[int], int]:
+    """Return a model's tokenizer, the ids that end a response, and the tokens of the longest sequence.
 
-    tokenizer: Any
-    ends: frozenset[int]
-    longest: int
-
-    @classmethod
-    def load(cls, work: Workload) -> ModelTokens:
-        """Read the model's tokenizer and configs.
-
-        Raises:
-            UserError: the chat template cannot be read, or prompts do not fit the model.
-        """
-        tokenizer = load_tokenizer(work.model, work.spec)
-        ends = end_tokens(tokenizer, load_generation_config(work.model))
-        return cls(tokenizer, ends, longest_sequence(tokenizer, load_config(work.model), work))
+    Raises:
+        UserError: the chat template cannot be read, or prompts do not fit the model.
+    """
+    tokenizer = load_tokenizer(work.model, work.spec)
+    ends = end_tokens(tokenizer, load_generation_config(work.model))
+    return tokenizer, ends, longest_sequence(tokenizer, load_config(work.model), work)
 
 
 def longest_sequence(tokenizer: Any, config: Any, work: Workload) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
@@ -44,10 +44,6 @@ class HfGenerator(SwappingGenerator):
         except BaseException:
             self.close()
             raise
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return encode(self._tokenizer, prompts)
 
     def close(self) -> None:
         """See `Generator.close`."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
 from rewarded_lines.engines.base import Workload
-from rewarded_lines.engines.vllm_core import CoreGenerator, VllmCore
+from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 
@@ -23,7 +23,7 @@ _ENGINE = "--engine vllm"
 _REMEDY = "use --engine hf, which folds adapters into their base"
 
 
-class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
+class VllmAdapterGenerator(VllmCore, AdapterGenerator):
     """Merged adapters are written to memory or a temporary folder and loaded into slots of the engine.
 
     One slot stays spare: with none free, vLLM applies the last adapter to requests without an adapter.
@@ -40,7 +40,7 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
         rank = slot_rank(plan)
         self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * _free_memory() / adapter_bytes(plan, rank))))
         self._number = 0
-        self._core = VllmCore(
+        self._start(
             work,
             enable_lora=True,
             max_lora_rank=rank,
@@ -52,7 +52,7 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
         # A kill loses the work of one call: if models do not share a batch anyway, a call gets few of them.
         worth = self._worth_mixing(len(work.prompts) * work.spec.n)
         self.at_once = min(self.at_once, max(_FEW_AT_ONCE, worth))
-        self._core.call("group_adapters")
+        self.call("group_adapters")
         self._folders = AdapterFolders(plan)
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
 
         if torch.cuda.is_available():
             return self.at_once
-        most: int = self._core.engine.vllm_config.scheduler_config.max_num_seqs
+        most: int = self.engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))
 
     def _load(self, folder: Path) -> Any:
@@ -77,8 +77,8 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
         # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
         request = LoRARequest(str(self._number), self._number, str(folder))
         try:
-            self._core.engine.add_lora(request)
-            unserved = self._core.call("unserved_modules", self._number)[0]
+            self.engine.add_lora(request)
+            unserved = self.call("unserved_modules", self._number)[0]
         except Exception as error:  # noqa: BLE001 - the user can fold an adapter, whatever vLLM's reason is
             what = "vLLM does not take the merged adapters"
             raise fail(what, where=_ENGINE, got=str(error), remedy=_REMEDY) from error
@@ -88,7 +88,7 @@ class VllmAdapterGenerator(CoreGenerator, AdapterGenerator):
         return request
 
     def _unload(self, name: Any) -> None:
-        self._core.engine.remove_lora(name.lora_int_id)
+        self.engine.remove_lora(name.lora_int_id)
 
 
 def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:

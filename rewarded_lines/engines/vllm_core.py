@@ -1,4 +1,4 @@
-"""One vLLM engine in this process: it answers requests with a seed each, and scores texts."""
+"""One vLLM engine as a generator: it answers requests with a seed each, and scores texts."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import ModelTokens
+from rewarded_lines.engines.tokenizers import load_tokens
 from rewarded_lines.processes import prepare_vllm
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
 
 
-class VllmCore:
-    """One engine. Responses do not depend on earlier requests."""
+class VllmCore(Generator):
+    """One engine. Responses do not depend on earlier requests. `loaded`: LoRA requests, or None for the model."""
 
-    def __init__(self, work: Workload, **options: Any) -> None:
+    def _start(self, work: Workload, **options: Any) -> None:
         """Start the engine; `options` go to vLLM's `LLM`."""
         prepare_vllm()
-        self._tokens = ModelTokens.load(work)
+        self._tokenizer, self._ends, longest = load_tokens(work)
         from vllm import LLM
 
         self._llm: Any = LLM(
             model=work.model,
             dtype=work.spec.dtype,
-            max_model_len=self._tokens.longest,
+            max_model_len=longest,
             tensor_parallel_size=work.tensor_parallel,
             enforce_eager=True,
             seed=0,
@@ -51,38 +51,29 @@ class VllmCore:
         """Return vLLM's own engine, which loads and drops adapters."""
         return self._llm.llm_engine
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return encode(self._tokens.tokenizer, prompts)
-
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `MergingWorker` on every worker; return what each returns."""
         return list(self._llm.collective_rpc(method, args=args))
 
-    def generate(
-        self, prompts: Sequence[Prompt], spec: GenerationSpec, adapters: Sequence[Any] = (None,)
-    ) -> list[list[Response]]:
-        """Return for each adapter `spec.n` responses to each prompt; all requests share one batch.
-
-        An adapter is a `LoRARequest`, or None for the model itself.
-        """
+    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
+        """See `Generator.generate`; all requests share one batch."""
         from vllm import SamplingParams
 
         rows = seeded_rows(self.encode(prompts), spec)
-        reader = ResponseReader.of(self._tokens.tokenizer, self._tokens.ends, spec)
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         settings = [sampling_settings(spec, seed, reader) for _, seed in rows]
         # vLLM needs the text only to find stop texts; responses are decoded from the tokens.
-        params = [SamplingParams(**one, detokenize=bool(spec.stop)) for one in settings] * len(adapters)
-        heads = [row for row, _ in rows] * len(adapters)
-        outputs = self._run(heads, params, [adapter for adapter in adapters for _ in rows])
+        params = [SamplingParams(**one, detokenize=bool(spec.stop)) for one in settings] * len(loaded)
+        heads = [row for row, _ in rows] * len(loaded)
+        outputs = self._run(heads, params, [adapter for adapter in loaded for _ in rows])
         made = []
         for head, output in zip(heads, outputs, strict=True):
             (one,) = output.outputs
             logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
             made.append(make_response(reader, head, one.token_ids, logprobs, one.finish_reason))
-        return [made[k * len(rows) : (k + 1) * len(rows)] for k in range(len(adapters))]
+        return [made[k * len(rows) : (k + 1) * len(rows)] for k in range(len(loaded))]
 
-    def logprobs(self, pairs: Pairs, adapter: Any = None) -> list[float]:
+    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
         """See `Generator.logprobs`. A prefill reads head and tail together; the token generated after it is ignored.
 
         Pairs are sorted, so that a shared head is computed once; equal pairs are scored once.
@@ -95,7 +86,7 @@ class VllmCore:
         prefixes: dict[tuple[int, int], int] = {}
         seen: dict[int, float] = {}
         paths: dict[Row, list[int]] = {}
-        for (head, tail), (cached, logprobs) in zip(asked, self._score(asked, adapter, shared=True), strict=True):
+        for (head, tail), (cached, logprobs) in zip(asked, self._score(asked, loaded, shared=True), strict=True):
             prefix, path = 0, []
             for place, token in enumerate(head + tail):
                 prefix = prefixes.setdefault((prefix, token), len(prefixes) + 1)
@@ -105,7 +96,7 @@ class VllmCore:
             paths[head, tail] = path[len(head) :]
         # Score again the rows whose first token after a cached block was never computed.
         left = [row for row in asked if any(prefix not in seen for prefix in paths[row])]
-        for (head, tail), (_, logprobs) in zip(left, self._score(left, adapter, shared=False), strict=True):
+        for (head, tail), (_, logprobs) in zip(left, self._score(left, loaded, shared=False), strict=True):
             seen |= dict(zip(paths[head, tail], logprobs[len(head) :], strict=True))
         totals = {row: sum(seen[prefix] for prefix in path) for row, path in paths.items()}
         return [totals[key] for key in keys]
@@ -129,7 +120,7 @@ class VllmCore:
         return found
 
     def close(self) -> None:
-        """Free the engine, its memory and its processes."""
+        """See `Generator.close`."""
         self._shut_down()
         self.__dict__.pop("_llm", None)
         gc.collect()
@@ -147,26 +138,6 @@ class VllmCore:
         # On a CPU torch would compile a small function: that takes seconds, and needs a C++ compiler.
         with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
             return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
-
-
-class CoreGenerator(Generator):
-    """A generator over one `VllmCore`. `loaded`: LoRA requests, or None for the model itself."""
-
-    _core: VllmCore
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """See `Generator.encode`."""
-        return self._core.encode(prompts)
-
-    def close(self) -> None:
-        """See `Generator.close`."""
-        self._core.close()
-
-    def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
-        return self._core.generate(prompts, spec, loaded)
-
-    def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
-        return self._core.logprobs(pairs, loaded)
 
 
 def make_response(

@@ -13,7 +13,7 @@ from typing import Any
 
 from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
 from rewarded_lines.engines.cpu_adapters import group_adapters
-from rewarded_lines.engines.vllm_core import CoreGenerator, VllmCore
+from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.open_inputs import plan_merge
@@ -23,23 +23,23 @@ from rewarded_lines.merger.spec import MergeSpec
 _plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
 
 
-class VllmGenerator(CoreGenerator, SwappingGenerator):
+class VllmGenerator(VllmCore, SwappingGenerator):
     """Every process that holds a part of the model merges that part itself."""
 
     def __init__(self, work: Workload) -> None:
         """Start the engine; see `load_generator`."""
         super().__init__(work)
-        self._core = VllmCore(work)
+        self._start(work)
         if self._plan is not None:
             try:
-                self._core.call("open_plan", plan_message(self._plan))
+                self.call("open_plan", plan_message(self._plan))
             except BaseException:
                 self.close()
                 raise
 
     def _swap(self, spec: MergeSpec) -> None:
         message = {**asdict(spec), "weights": list(spec.weights), "options": dict(spec.options)}
-        if problems := self._core.call("use_merge", message)[0]:
+        if problems := self.call("use_merge", message)[0]:
             raise UserError(Problem(**problem) for problem in problems)
 
 

@@ -218,7 +218,7 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         check_stops(vllm)
         check_shared_heads(vllm, hf)
         # More tokens than one batch holds; it ends inside a prompt.
-        limit = vllm._core.engine.vllm_config.scheduler_config.max_num_batched_tokens
+        limit = vllm.engine.vllm_config.scheduler_config.max_num_batched_tokens
         many = [" ".join(PROMPTS[:5])] * (limit // 20)
         assert sum(map(len, vllm.encode(many))) > limit
         assert len(answers(vllm, SAMPLED.model_copy(update={"max_tokens": 2}), many)) == len(many)
@@ -244,11 +244,10 @@ def check_shared_heads(vllm, hf):
     # These differ from the first after a block of 32: the probability of their next token was not computed.
     tails += [[*range(10, 29), 90, 91], [*range(10, 29), 92]]
     pairs = [(head[:cut], tail) for tail in tails for cut in (length, 5)]
-    core, calls = vllm._core, []
-    score = core._score
-    core._score = lambda rows, *rest, **named: calls.append(score(rows, *rest, **named)) or calls[-1]
+    calls, score = [], vllm._score
+    vllm._score = lambda rows, *rest, **named: calls.append(score(rows, *rest, **named)) or calls[-1]
     found = vllm.logprobs([*pairs, *pairs])
-    del core._score
+    del vllm._score
     first, again = calls
     # Equal pairs are scored once; most of the long heads and some of the tails were cached.
     assert len(first) == len(pairs) and sorted(cached for cached, _ in first)[-6:] == [32, 32, 32, 64, 64, 64]

@@ -15,9 +15,10 @@ from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines import adapter_folders, vllm_adapters
-from rewarded_lines.engines.adapter_folders import AdapterFolders, chunks
+from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load_engine import load_generator
+from rewarded_lines.engines.server_engine import RemoteGenerator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, slot_rank
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
@@ -60,9 +61,9 @@ def tokens_of(answers):
 def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch):
     """One test, since the engine is slow to build; the fixture checks that closing it leaves nothing behind."""
     assert vllm.at_once == 3
-    calls, generate = [], vllm._core._llm.generate
+    calls, generate = [], vllm._llm.generate
     monkeypatch.setattr(
-        vllm._core._llm,
+        vllm._llm,
         "generate",
         lambda rows, *args, **options: calls.append(len(rows)) or generate(rows, *args, **options),
     )
@@ -102,12 +103,12 @@ def check_scores(generator, reference):
 
 def check_nothing_stays(generator, monkeypatch):
     """Check that adapters are removed from engine and disk, also after an error."""
-    assert generator._core.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
     with monkeypatch.context() as broken:
-        broken.setattr(generator._core, "generate", lambda *_: 1 / 0)
+        broken.setattr(generator, "_generate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generator.generate(PROMPTS, GREEDY, LINE[:2])
-    assert generator._core.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
     assert generator.swap_seconds > 0
 
 
@@ -198,12 +199,13 @@ def test_slots_hold_the_sum_of_the_ranks(policies, tiny):
 
 
 def test_chunks_hold_as_many_adapters_as_there_are_slots(policies):
-    plan, zero = plan_adapters("sft", policies), MergeSpec((0.0, 0.0))
-    assert list(chunks(plan, [None, LINE[0], zero, LINE[1], LINE[2]], 2)) == [
+    generator, zero = object.__new__(RemoteGenerator), MergeSpec((0.0, 0.0))
+    generator._plan, generator.at_once = plan_adapters("sft", policies), 2
+    assert list(generator._chunks([None, LINE[0], zero, LINE[1], LINE[2]], 1)) == [
         [None, LINE[0], zero, LINE[1]],
         [LINE[2]],
     ]
-    assert list(chunks(plan, [None] * 3, 1)) == [[None] * 3] and list(chunks(plan, [], 2)) == []
+    assert list(generator._chunks([None] * 3, 1)) == [[None] * 3] and list(generator._chunks([], 1)) == []
 
 
 def test_adapters_go_to_the_disk_where_memory_is_short(policies, tiny, monkeypatch):
@@ -223,5 +225,5 @@ def test_adapters_are_mixed_only_until_the_engines_batch_is_full(monkeypatch, re
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=256))
     generator = object.__new__(VllmAdapterGenerator)
-    generator._core = SimpleNamespace(engine=SimpleNamespace(vllm_config=scheduler))
+    generator._llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=scheduler))
     assert generator._worth_mixing(requests) == adapters

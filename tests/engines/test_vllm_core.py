@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 
-from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.vllm_models import VllmGenerator
 
 BLOCK = 4
 
@@ -17,7 +17,7 @@ def logprob(prefix, token):
     return -random.Random(repr((tuple(prefix), token))).random()
 
 
-class FakeCore(VllmCore):
+class Fake(VllmGenerator):
     """Caches whole blocks of earlier rows, as vLLM does, and computes no probabilities for them."""
 
     def __init__(self, computed_only):
@@ -47,10 +47,10 @@ def test_shared_prefixes_change_no_score(computed_only):
     draw = random.Random(0)
     heads = [[draw.randrange(3) for _ in range(length)] for length in (1, 3, 4, 6, 9, 13)]
     pairs = [(draw.choice(heads), [draw.randrange(3) for _ in range(draw.randrange(8))]) for _ in range(200)]
-    core = FakeCore(computed_only)
+    core = Fake(computed_only)
     expected = [sum(logprob((head + tail)[:i], (head + tail)[i]) for i in range(len(head), len(head + tail)))
                 for head, tail in pairs]  # fmt: skip
-    assert core.logprobs(pairs) == pytest.approx(expected)
+    assert core._logprobs(pairs, None) == pytest.approx(expected)
     # Some tokens were cached, and some rows were scored again.
     rows = len({(tuple(head), tuple(tail)) for head, tail in pairs})
     assert sum(core.cached[:rows]) > 200 and rows < len(core.cached) < 1.5 * rows

@@ -28,25 +28,24 @@ class Worker(MergingWorker):
         return SimpleNamespace()
 
 
-class StandIn:
+class StandIn(VllmGenerator):
     """Sends messages as JSON, and answers with the worker's weights."""
 
-    def __init__(self, work):
+    def _start(self, work):
         self.worker = Worker()
 
     def call(self, method, *args):
         return [json.loads(json.dumps(getattr(self.worker, method)(*json.loads(json.dumps(args)))))]
 
-    def generate(self, prompts, spec, adapters):
-        assert adapters == [None]
+    def _generate(self, prompts, spec, loaded):
+        assert loaded == [None]
         return [self.worker.weights]
 
 
 @pytest.fixture
-def generator(tiny, monkeypatch):
-    monkeypatch.setattr(vllm_models, "VllmCore", StandIn)
+def generator(tiny):
     plan = plan_merge("sft", {"first": "first", "second": "second"})
-    return VllmGenerator(Workload("sft", GREEDY, PROMPTS, plan))
+    return StandIn(Workload("sft", GREEDY, PROMPTS, plan))
 
 
 def check(generator, plan):
@@ -59,16 +58,15 @@ def check(generator, plan):
 
 
 def test_a_worker_in_this_process_uses_the_plan_itself(generator):
-    assert generator._core.worker.merge_plan is generator._plan
+    assert generator.worker.merge_plan is generator._plan
     check(generator, generator._plan)
 
 
 def test_a_worker_in_another_process_opens_the_plan_again(tiny, monkeypatch):
-    monkeypatch.setattr(vllm_models, "VllmCore", StandIn)
     monkeypatch.setattr(vllm_models, "plan_message", lambda plan: {**plan_message(plan), "process": 0})
     plan = plan_merge("sft", {"first": "first", "second": "second"}, layers=r"model\.layers\.(\d+)\.")
-    generator = VllmGenerator(Workload("sft", GREEDY, PROMPTS, plan))
-    assert generator._core.worker.merge_plan is not plan
+    generator = StandIn(Workload("sft", GREEDY, PROMPTS, plan))
+    assert generator.worker.merge_plan is not plan
     check(generator, plan)
 
 
