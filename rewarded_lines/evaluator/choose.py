@@ -48,11 +48,8 @@ class Chosen:
         """Return the choice for JSON."""
         return {
             **self.point.as_dict(),
-            "interpolated": self.interpolated,
+            **{name: value for name, value in vars(self).items() if name != "point"},
             "scores": {name: vars(score) for name, score in self.scores.items()},
-            "meets": self.meets,
-            "rule": self.rule,
-            "command": self.command,
             "note": NOTE,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -60,7 +61,7 @@ class LocalEvaluator:
         `folder` keeps drafts (responses without scores) and cached scores. The engine also has
         room for the prompts `also`.
         """
-        self._setup, self._folder = setup, folder
+        self.setup, self._folder = setup, folder
         self._also, self._progress = also, progress
         self._clock = {"engine": 0.0, "generate": 0.0}
 
@@ -72,12 +73,8 @@ class LocalEvaluator:
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
         """Yield the missing points in batches that do not depend on what is missing."""
-        wanted = set(missing)
-        specs = list({key: spec for spec, key in keys.items()}.items())
-        together = self._generator.at_once
-        turns = self._batches(setup, specs, wanted, together) if together > 1 else self._spells(setup, specs, wanted)
-        for turn in turns:
-            for key, point in self._scored(setup, turn):
+        for drafts in self._turns(setup, keys, set(missing)):
+            for key, point in self._scored(setup, drafts):
                 yield key, point
                 draft_path(self._folder, key).unlink(missing_ok=True)
             give_back_memory()
@@ -91,60 +88,50 @@ class LocalEvaluator:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return self._setup.scorer(self._folder / "scores.sqlite", self._progress)
+        return self.setup.scorer(self._folder / "scores.sqlite", self._progress)
 
     @cached_property
     def _generator(self) -> Generator:
         self._progress.start("building the engine")
-        return self._timed("engine", lambda: self._setup.generator(self._also))
+        return self._timed("engine", lambda: self.setup.generator(self._also))
 
-    def _batches(
-        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str], size: int
-    ) -> Iterator[dict[str, Point]]:
-        """Yield drafts of points that share a batch; a missing one makes the whole batch again."""
-        for start in range(0, len(specs), size):
-            batch = specs[start : start + size]
-            todo = [key for key, _ in batch if key in wanted]
-            drafts = {key: draft for key in todo if (draft := whole_point(draft_path(self._folder, key)))}
-            if len(drafts) < len(todo):
-                models = [spec.model(setup.checkpoints) for _, spec in batch]
-                self._progress.start(f"generating {len(batch)} points together", counted=True)
-                answers = self._answers(setup, models)
-                made = [
-                    (key, spec, responses, self._control(setup, model) if key in todo else None)
-                    for (key, spec), responses, model in zip(batch, answers, models, strict=True)
-                ]
-                # The KL needs the whole batch, too: its other sequences change the last bits.
-                drafts = self._drafts(setup, made, wanted)
-            if drafts:
-                yield drafts
+    def _turns(self, setup: Setup, keys: Keys, wanted: set[str]) -> Iterator[dict[str, Point]]:
+        """Yield the drafts of wanted points in turns; a missing draft makes its whole batch again.
 
-    def _spells(
-        self, setup: Setup, specs: Sequence[tuple[str, PointSpec]], wanted: set[str]
-    ) -> Iterator[dict[str, Point]]:
-        """Yield drafts of points swapped in one by one, then the SFT model once for the KL of several."""
-        todo = [(key, spec) for key, spec in specs if key in wanted]
-        while todo:
+        Where weights are swapped, a batch is one point, and the SFT model returns once for the KL of several.
+        """
+        specs = list({key: spec for spec, key in keys.items()}.items())
+        size = self._generator.at_once
+        batches = [specs[start : start + size] for start in range(0, len(specs), size)]
+        left = deque(batch for batch in batches if any(key in wanted for key, _ in batch))
+        most = _POINTS_A_SPELL if size == 1 else 1
+        while left:
             began = time.perf_counter()
-            waiting: list[Made] = []
+            waiting: list[list[Made]] = []
             drafts: dict[str, Point] = {}
-            while todo and len(waiting) + len(drafts) < _POINTS_A_SPELL:
-                if time.perf_counter() - began >= _SPELL_SECONDS:
-                    break
-                key, spec = todo.pop(0)
-                if draft := whole_point(draft_path(self._folder, key)):
-                    drafts[key] = draft
-                    continue
-                model = spec.model(setup.checkpoints)
-                self._progress.start(f"generating {spec}", counted=True)
-                (responses,) = self._answers(setup, [model])
-                waiting.append((key, spec, responses, self._control(setup, model)))
-            for one in waiting:
-                drafts |= self._drafts(setup, [one], wanted)
+            while left and len(waiting) + len(drafts) < most and time.perf_counter() - began < _SPELL_SECONDS:
+                batch = left.popleft()
+                todo = [key for key, _ in batch if key in wanted]
+                found = {key: draft for key in todo if (draft := whole_point(draft_path(self._folder, key)))}
+                if len(found) == len(todo):
+                    drafts |= found
+                else:
+                    waiting.append(self._made(setup, batch, todo))
+            # The KL needs the whole batch, too: its other sequences change the last bits.
+            for made in waiting:
+                drafts |= self._drafts(setup, made, wanted)
             yield drafts
 
-    def _answers(self, setup: Setup, models: Sequence[Model]) -> list[list[Response]]:
-        return self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
+    def _made(self, setup: Setup, batch: Sequence[tuple[str, PointSpec]], todo: Sequence[str]) -> list[Made]:
+        """Generate a batch of points, and read the control texts with the points in `todo`."""
+        models = [spec.model(setup.checkpoints) for _, spec in batch]
+        what = str(batch[0][1]) if len(batch) == 1 else f"{len(batch)} points together"
+        self._progress.start(f"generating {what}", counted=True)
+        answers = self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))
+        return [
+            (key, spec, responses, self._control(setup, model) if key in todo else None)
+            for (key, spec), responses, model in zip(batch, answers, models, strict=True)
+        ]
 
     def _control(self, setup: Setup, model: Model) -> np.ndarray | None:
         """Return each control text's nats and predicted tokens, [texts, 2]."""

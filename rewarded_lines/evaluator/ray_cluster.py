@@ -9,7 +9,8 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,36 +36,24 @@ class Worker:
 
     def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt]) -> None:
         """Keep the project, whose paths must exist on every machine of the cluster."""
-        self._project, self._options, self._also = project, options, list(also)
-        self._setup: Setup | None = None
-        self._evaluator: LocalEvaluator | None = None
+        self._project, self._options, self._also = project, options, also
         self._scratch = tempfile.TemporaryDirectory()
+
+    @cached_property
+    def _evaluator(self) -> LocalEvaluator:
+        setup = open_setup(self._project, self._options)
+        return LocalEvaluator(setup, Path(self._scratch.name), self._also)
 
     def evaluate(
         self, spec: PointSpec, prompts: list[Prompt], control: dict[str, Sequence[str]]
     ) -> tuple[Point | None, list[Problem], dict[str, float]]:
         """Return the point's record or the problems that prevented it, and the seconds spent so far."""
         try:
-            if self._setup is None or self._evaluator is None:
-                self._setup = open_setup(self._project, self._options)
-                self._evaluator = LocalEvaluator(self._setup, Path(self._scratch.name), self._also)
-            setup = self._setup.on(prompts, control)
+            setup = self._evaluator.setup.on(prompts, control)
             ((_, point),) = self._evaluator.evaluate(setup, {spec: "point"}, ["point"])
         except UserError as error:
             return None, list(error.problems), {}
         return point, [], self._evaluator.seconds()
-
-    def process(self) -> int:
-        """Return the id of the process, so that a test can kill it."""
-        return os.getpid()
-
-
-@dataclass
-class _Hand:
-    """A worker's actor, and the seconds that it has reported."""
-
-    actor: Any
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class RayEvaluator:
@@ -76,8 +65,7 @@ class RayEvaluator:
         Raises:
             UserError: Ray is not installed, or no cluster answers.
         """
-        self._setup, self._also, self._progress = setup, list(also), progress
-        self._past: list[dict[str, float]] = []
+        self._progress, self._ray = progress, f"--ray {setup.options.ray}"
         progress.start("joining the cluster")
         _join(str(setup.options.ray))
         import ray
@@ -89,28 +77,27 @@ class RayEvaluator:
         count = setup.options.workers or gpus or max(1, machines)
         cpus = max(1, int(resources.get("CPU", 1)) // count)
         share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
-        self._kind: Any = ray.remote(**share)(Worker)
-        self._hands = [self._hire() for _ in range(count)]
+        # Workers have other working directories, so the path must be absolute.
+        project = replace(setup.project, path=setup.project.path.resolve())
+        kind: Any = ray.remote(**share)(Worker)
+        self._hire = partial(kind.remote, project, setup.options, list(also))
+        self._workers = [self._hire() for _ in range(count)]
+        # What each worker has reported, dead ones included.
+        self._seconds: dict[Any, dict[str, float]] = {}
 
     def close(self) -> None:
         """Stop the workers and leave the cluster; a cluster started here ends."""
         import ray
 
         with suppress(Exception):
-            for hand in self._hands:
-                ray.kill(hand.actor)
+            for worker in self._workers:
+                ray.kill(worker)
         ray.shutdown()
 
     @property
     def width(self) -> int:
         """How many points are made at the same time."""
-        return len(self._hands)
-
-    def processes(self) -> list[int]:
-        """Return the process ids of the workers."""
-        import ray
-
-        return [int(ray.get(hand.actor.process.remote())) for hand in self._hands]
+        return len(self._workers)
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
         """Give each worker one point at a time; if it dies, another worker gets the point."""
@@ -120,51 +107,45 @@ class RayEvaluator:
         queue = deque(missing)
         deaths = dict.fromkeys(queue, 0)
         shared = ray.put(list(setup.prompts)), ray.put(dict(setup.control))
-        at_work: dict[Any, tuple[_Hand, str]] = {}
-        idle = list(self._hands)
+        at_work: dict[Any, tuple[Any, str]] = {}
+        idle = list(self._workers)
         self._progress.start(f"waiting for the first of {len(idle)} workers")
         while queue or at_work:
             while queue and idle:
-                hand, key = idle.pop(), queue.popleft()
-                at_work[hand.actor.evaluate.remote(specs[key], *shared)] = hand, key
+                worker, key = idle.pop(), queue.popleft()
+                at_work[worker.evaluate.remote(specs[key], *shared)] = worker, key
             (done, *_), _ = ray.wait(list(at_work))
-            hand, key = at_work.pop(done)
+            worker, key = at_work.pop(done)
             try:
-                point, problems, hand.seconds = ray.get(done)
+                point, problems, self._seconds[worker] = ray.get(done)
             except ray.exceptions.RayActorError:
                 deaths[key] += 1
-                self._replace(hand, str(specs[key]), deaths[key])
-                idle.append(self._hands[-1])
+                idle.append(self._replace(worker, str(specs[key]), deaths[key]))
                 queue.appendleft(key)
                 continue
             if problems:
                 raise UserError(problems)
-            idle.append(hand)
+            idle.append(worker)
             yield key, point
-            self._progress.start(f"{len(self._hands)} workers at work", counted=True)
+            self._progress.start(f"{len(self._workers)} workers at work", counted=True)
 
     def seconds(self) -> dict[str, float]:
         """Return the workers' seconds, summed."""
-        parts = [*self._past, *(hand.seconds for hand in self._hands)]
+        parts = list(self._seconds.values())
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
-    def _hire(self) -> _Hand:
-        # Workers have other working directories, so the path must be absolute.
-        project = replace(self._setup.project, path=self._setup.project.path.resolve())
-        return _Hand(self._kind.remote(project, self._setup.options, self._also))
-
-    def _replace(self, hand: _Hand, point: str, deaths: int) -> None:
-        """Replace a dead worker; a UserError if its point has killed too many."""
+    def _replace(self, worker: Any, point: str, deaths: int) -> Any:
+        """Return a worker in the place of a dead one; a UserError if its point has killed too many."""
         if deaths >= _MOST_DEATHS:
             raise fail(
                 f"{deaths} workers died over the same point",
-                where=f"--ray {self._setup.options.ray}, {point}",
+                where=f"{self._ray}, {point}",
                 remedy="look at Ray's logs; if memory ran out, give each worker more or lower the batch",
             )
-        self._past.append(hand.seconds)
-        self._hands.remove(hand)
-        self._hands.append(self._hire())
+        self._workers.remove(worker)
+        self._workers.append(self._hire())
+        return self._workers[-1]
 
 
 def _join(address: str) -> None:

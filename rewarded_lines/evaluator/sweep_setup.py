@@ -153,13 +153,14 @@ class Setup:
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
         """Build the engine, with room for the prompts `also`, too."""
+        ids = encode(load_tokenizer(str(self.plan.base.folder), self.generation), self.control_texts)
         return load_generator(
             self.options.engine,
             str(self.plan.base.folder),
             self.generation,
             [*self.prompts, *also],
             plan=self.plan,
-            longest=self._longest_control,
+            longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             tensor_parallel=self.options.tensor_parallel,
         )
 
@@ -181,16 +182,6 @@ class Setup:
             for start in range(0, len(row), room)
         ]
         return [(text, window[:1], window[1:]) for text, window in windows if len(window) > 1]
-
-    @cached_property
-    def _longest_control(self) -> int:
-        """The tokens of the longest window, by the base's own tokenizer."""
-        if not self.control:
-            return 0
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(self.control_texts)["input_ids"]
-        return max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0)
 
 
 def open_setup(project: Project, options: SweepOptions, progress: Progress = SILENT) -> Setup:

@@ -13,14 +13,12 @@ import blake3
 
 from rewarded_lines.config import RewardSpec, decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
-from rewarded_lines.errors import fail
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.load_rewards import Reward, free_all
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
-OFFLOADS = ("auto", "always", "never")
 # Pairs between two writes to the cache. A model needs many texts of like length for full batches.
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
@@ -49,8 +47,6 @@ class Scorer:
         `offload` frees a model after scoring the pairs of a call: "always", "never", or "auto", which frees models
         only if those needed do not fit into memory together.
         """
-        if offload not in OFFLOADS:
-            raise fail("no such way to offload", where="offload", expected=", ".join(OFFLOADS), got=repr(offload))
         self._rewards = dict(rewards)
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
         self._cache = cache

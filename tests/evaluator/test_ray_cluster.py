@@ -66,13 +66,15 @@ def test_a_point_that_ends_worker_after_worker_ends_the_run(greedy, monkeypatch)
 @pytest.mark.slow
 def test_two_real_workers_give_the_scores_of_none_and_a_death_costs_one_point(greedy, monkeypatch):
     """One test, since a cluster takes seconds to start."""
+    import ray
+
     alone = sweep(engine="hf", out="alone")
     evaluate, killed = RayEvaluator.evaluate, []
 
     def murderous(cluster, setup, keys, missing):
         made = evaluate(cluster, setup, keys, missing)
         yield next(made)
-        killed.append(cluster.processes()[-1])
+        killed.append(ray.get(cluster._workers[-1].__ray_call__.remote(lambda worker: os.getpid())))
         os.kill(killed[0], signal.SIGKILL)
         yield from made
 
@@ -80,8 +82,6 @@ def test_two_real_workers_give_the_scores_of_none_and_a_death_costs_one_point(gr
     shared = sweep(engine="hf", out="shared", ray="local", workers=2)
     assert killed
     same(alone, shared)
-    import ray
-
     assert not ray.is_initialized()
 
 
