@@ -1,9 +1,10 @@
-"""Processes: children that end with their parent or time, a termination that cleans up, vLLM's environment, memory."""
+"""Processes: children that end with their parent or time, a termination that cleans up, engines of vLLM, memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
@@ -92,10 +93,37 @@ def attempt(code: str, seconds: float = 300.0) -> str:
     return (errors or lines or [f"exit code {status}"])[-1][:160] if status else ""
 
 
-def prepare_vllm() -> None:
-    """Set the environment that vLLM reads at its import; the user's own settings stay."""
+def start_vllm(size: float = 0, **options: Any) -> Any:
+    """Start a vLLM engine in this process.
+
+    Args:
+        size: bytes of a GPU that it may take; 0 means most of the free ones.
+        options: of vLLM's `LLM`.
+    """
+    # vLLM reads the environment at its import; the user's own settings stay.
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
+    import torch
+    from vllm import LLM
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
+    return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+
+
+def available_memory(device: str) -> int:
+    """Return the bytes that can be allocated without swapping; on a GPU, with torch's unused reserve."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+)", facts.read_text()) if facts.is_file() else None
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def give_back_memory() -> None:

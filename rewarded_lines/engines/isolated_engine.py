@@ -39,7 +39,9 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
         content = {"engine": engine, "model": model, "spec": spec.model_dump(), "prompts": list(prompts)}
         task.write_text(json.dumps(content), encoding="utf-8")
         command = (sys.executable, "-m", "rewarded_lines.engines.isolated_engine", str(task), str(answer))
-        environment = _plain_environment() | {DIE_WITH_PARENT: str(os.getpid())}
+        others = {name for name in os.environ if name.startswith(_LAUNCHER)} | _LAUNCHER_NAMES
+        environment = {name: value for name, value in os.environ.items() if name not in others}
+        environment[DIE_WITH_PARENT] = str(os.getpid())
         with log.open("wb") as output:
             code = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -54,14 +56,6 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
             )
         found = json.loads(answer.read_text(encoding="utf-8"))
         return [Response(**{**one, "tokens": tuple(one["tokens"])}) for one in found]
-
-
-def _plain_environment() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_LAUNCHER) and name not in _LAUNCHER_NAMES
-    }
 
 
 def _answer(task: Path, answer: Path) -> None:

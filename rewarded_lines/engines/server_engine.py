@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import httpx2
 
@@ -81,8 +80,9 @@ class RemoteGenerator(AdapterGenerator):
         found: dict[str | None, list[Response]] = {}
         # Base requests go first and apart: in a batch that fills all slots, vLLM applies an adapter to them.
         for group in ([None] if None in loaded else [], [name for name in loaded if name is not None]):
-            asked = [partial(self._answer, name, row, seed, spec) for name in group for row, seed in rows]
-            made = iter(self._all(asked))
+            asked = [(name, row, seed) for name in group for row, seed in rows]
+            # A failure cancels the requests that wait.
+            made = self._pool.map(lambda one: self._answer(*one, spec), asked)
             found |= {name: list(islice(made, len(rows))) for name in group}
         return [found[name] for name in loaded]
 
@@ -103,7 +103,7 @@ class RemoteGenerator(AdapterGenerator):
         return make_response(reader, row, tokens, logprobs, choice.get("finish_reason"))
 
     def _logprobs(self, pairs: Pairs, loaded: str | None) -> list[float]:
-        return self._all([partial(self._score, loaded, head, tail) for head, tail in pairs])
+        return list(self._pool.map(lambda pair: self._score(loaded, *pair), pairs))
 
     def _score(self, name: str | None, head: Tokens, tail: Tokens) -> float:
         row, model = [*head, *tail], name or self._server.model
@@ -112,16 +112,6 @@ class RemoteGenerator(AdapterGenerator):
         if not isinstance(found, list) or len(found) != len(row):
             raise self._server.strange("/v1/completions", choice)
         return float(sum(one[str(token)]["logprob"] for one, token in zip(found[len(head) :], tail, strict=True)))
-
-    def _all(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return the answers of several requests, in order. A failure cancels the requests that wait."""
-        futures = [self._pool.submit(one) for one in asked]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
 
     def _load(self, folder: Path) -> str:
         self._count += 1

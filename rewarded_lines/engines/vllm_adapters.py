@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.processes import available_memory
 
 # The values that vLLM's max_lora_rank can take.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,10 +35,13 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         Raises:
             UserError: vLLM cannot serve such adapters.
         """
+        import torch
+
         self._plan = plan = cast(AdapterPlan, work.plan)
         refuse_unserved(plan)
         rank = slot_rank(plan)
-        self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * _free_memory() / adapter_bytes(plan, rank))))
+        free = available_memory("cuda" if torch.cuda.is_available() else "cpu")
+        self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * free / adapter_bytes(plan, rank))))
         self._number = 0
         self._start(
             work,
@@ -116,12 +119,3 @@ def slot_rank(plan: AdapterPlan, where: str = _ENGINE) -> int:
             remedy=_REMEDY,
         )
     return next(allowed for allowed in RANKS if allowed >= rank)
-
-
-def _free_memory() -> int:
-    """Return the free bytes of the GPU, or of the machine without one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Sequence
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_tokens
-from rewarded_lines.processes import prepare_vllm
+from rewarded_lines.processes import start_vllm
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
@@ -24,22 +27,20 @@ class VllmCore(Generator):
 
     def _start(self, work: Workload, **options: Any) -> None:
         """Start the engine; `options` go to vLLM's `LLM`."""
-        prepare_vllm()
-        self._tokenizer, self._ends, longest = load_tokens(work)
-        from vllm import LLM
+        import torch
 
-        self._llm: Any = LLM(
+        self._tokenizer, self._ends, longest = load_tokens(work)
+        # On a CPU blocks are short, since prompts share only whole blocks. No prompt is split between two batches: vLLM
+        # would have to rewind the request's generator, and a CPU's generator cannot be rewound.
+        blocks = {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
+        self._llm: Any = start_vllm(
             model=work.model,
             dtype=work.spec.dtype,
             max_model_len=longest,
             tensor_parallel_size=work.tensor_parallel,
-            enforce_eager=True,
-            seed=0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
             # By name: a worker may be another process.
             worker_extension_cls="rewarded_lines.engines.vllm_models.MergingWorker",
-            **_device_options(),
+            **blocks,
             **options,
         )
         # The worker processes end when this object is collected or Python exits.
@@ -80,29 +81,23 @@ class VllmCore(Generator):
         """
         keys = [(tuple(head), tuple(tail)) for head, tail in pairs]
         assert all(head for head, _ in keys), "a first token has no probability"
-        asked = sorted(set(keys))
-        # vLLM reports no probability for cached tokens: the row that computed them has it. So each prefix of a row gets
-        # a number, and `seen` keeps the log-probability of the prefix's last token.
-        prefixes: dict[tuple[int, int], int] = {}
-        seen: dict[int, float] = {}
-        paths: dict[Row, list[int]] = {}
-        for (head, tail), (cached, logprobs) in zip(asked, self._score(asked, loaded, shared=True), strict=True):
-            prefix, path = 0, []
-            for place, token in enumerate(head + tail):
-                prefix = prefixes.setdefault((prefix, token), len(prefixes) + 1)
-                path.append(prefix)
-                if place > cached:
-                    seen[prefix] = logprobs[place]
-            paths[head, tail] = path[len(head) :]
+        asked = sorted(set(keys), key=lambda row: row[0] + row[1])
+        totals: dict[Row, float] = {}
+        before: tuple[int, ...] = ()
+        logprobs: list[float] = []
+        for (head, tail), own in zip(asked, self._score(asked, loaded, shared=True), strict=True):
+            # vLLM reports no probability for cached tokens. Of all earlier rows, the last shares most tokens with this.
+            shared = logprobs[: len(commonprefix([before, head + tail]))]
+            logprobs = [old if math.isnan(new) else new for old, new in zip_longest(shared, own, fillvalue=math.nan)]
+            before, totals[head, tail] = head + tail, sum(logprobs[len(head) :])
         # Score again the rows whose first token after a cached block was never computed.
-        left = [row for row in asked if any(prefix not in seen for prefix in paths[row])]
-        for (head, tail), (_, logprobs) in zip(left, self._score(left, loaded, shared=False), strict=True):
-            seen |= dict(zip(paths[head, tail], logprobs[len(head) :], strict=True))
-        totals = {row: sum(seen[prefix] for prefix in path) for row, path in paths.items()}
+        left = [row for row in asked if math.isnan(totals[row])]
+        for (head, tail), own in zip(left, self._score(left, loaded, shared=False), strict=True):
+            totals[head, tail] = sum(own[len(head) :])
         return [totals[key] for key in keys]
 
-    def _score(self, rows: Sequence[Row], adapter: Any, shared: bool) -> list[tuple[int, list[float]]]:
-        """Return each row's number c of cached tokens and its log-probabilities: 0 for the first c + 1 tokens."""
+    def _score(self, rows: Sequence[Row], adapter: Any, shared: bool) -> list[list[float]]:
+        """Return the log-probabilities of each row's tokens; NaN for its first token and those after cached ones."""
         if not rows:
             return []
         from vllm import SamplingParams
@@ -113,10 +108,11 @@ class VllmCore(Generator):
         outputs = self._run([head + tail for head, tail in rows], [params] * len(rows), [adapter] * len(rows))
         found = []
         for (head, tail), output in zip(rows, outputs, strict=True):
-            row, cached = head + tail, output.num_cached_tokens
+            row, known = head + tail, output.num_cached_tokens + 1
             # Counted from the end: some of vLLM's runners return no entries for cached tokens.
-            entries = {place: output.prompt_logprobs[place - len(row)] for place in range(cached + 1, len(row))}
-            found.append((cached, [entries[i][t].logprob if i in entries else 0.0 for i, t in enumerate(row)]))
+            entries = output.prompt_logprobs[known - len(row) :] if known < len(row) else []
+            own = [entry[token].logprob for entry, token in zip(entries, row[known:], strict=True)]
+            found.append([math.nan] * (len(row) - len(own)) + own)
         return found
 
     def close(self) -> None:
@@ -146,21 +142,6 @@ def make_response(
     """Return a response from what vLLM returns, here or from a server; each token has a logprob."""
     own, ended = reader.cut(prompt, tokens)
     return reader.response(prompt, own, ended or finish_reason == "stop", float(sum(logprobs[: len(own)])))
-
-
-def _device_options() -> dict[str, Any]:
-    """Return vLLM's options for a GPU or a CPU.
-
-    GPU: vLLM takes most of the free memory; reward models may use the rest.
-    CPU: blocks are short, since prompts share only whole blocks of keys and values. No prompt is split between two
-    batches: vLLM would have to rewind the request's generator, and a CPU's generator cannot be rewound.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return {"block_size": 32, "enable_chunked_prefill": False}
-    free, total = torch.cuda.mem_get_info()
-    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
 
 
 def sampling_settings(spec: GenerationSpec, seed: int, reader: ResponseReader) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def score(
     name = Path(reference).name
     settings = project.config.sweep.model_copy(update={"methods": {POLICIES: None}, "tune": None})
     alone = project.config.model_copy(update={"policies": {name: reference}, "baselines": {}, "sweep": settings})
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else Path(out)
-        project = replace(project, config=alone)
-        return sweep(project, out=folder, options=options, overwrite=overwrite, progress=progress)
+    project = replace(project, config=alone)
+    with tempfile.TemporaryDirectory() as scratch:
+        return sweep(project, out=out or scratch, options=options, overwrite=overwrite, progress=progress)

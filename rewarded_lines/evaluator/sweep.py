@@ -43,9 +43,6 @@ def sweep(
         overwrite: begin anew if the folder holds the run of another configuration.
         progress: receives the steps and the finished points.
 
-    Returns:
-        The complete run.
-
     Raises:
         UserError: a fault of project, checkpoints, rewards or prompts, before anything is
             generated; or a reward that fails on a response.

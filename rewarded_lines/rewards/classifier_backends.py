@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
@@ -76,17 +73,3 @@ def find_device(device: str, where: str) -> str:
             remedy="change the reward's `device:`; if it has none, change --device",
         ) from error
     return device
-
-
-def available_memory(device: str) -> int:
-    """Return the bytes that can be allocated without swapping; on a GPU, with torch's unused reserve."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    facts = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: +(\d+)", facts.read_text()) if facts.is_file() else None
-    if found:
-        return int(found[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

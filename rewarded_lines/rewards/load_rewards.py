@@ -15,9 +15,9 @@ from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import Limit
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path, looks_local
-from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
 

@@ -13,8 +13,8 @@ import blake3
 
 from rewarded_lines.config import RewardSpec, decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
+from rewarded_lines.processes import available_memory
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rewards.classifier_backends import available_memory
 from rewarded_lines.rewards.load_rewards import Reward, free_all
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError

@@ -11,7 +11,7 @@ from typing import Any
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
-from rewarded_lines.processes import prepare_vllm
+from rewarded_lines.processes import start_vllm
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
@@ -35,7 +35,9 @@ class VllmClassifier:
         self.longest: int | None = min(limit for limit in limits if limit)
         self.size = _weights_size(reference, spec, config)
         cache = _cache_size(config, spec, self.longest)
-        self._llm = _build(where, spec, reference, self.longest, self.size + cache if self.size else 0)
+        self._llm = _build(
+            where, spec, reference, self.longest, self.size + cache + _WORKING_MEMORY if self.size else 0
+        )
         # The engine ends when this object is collected or Python exits.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
@@ -98,21 +100,9 @@ def _read_config(where: str, reference: str) -> Any:
 
 
 def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int) -> Any:
-    prepare_vllm()
-    from vllm import LLM
-
     try:
-        return LLM(
-            model=reference,
-            runner="pooling",
-            convert="classify",
-            dtype=spec.dtype,
-            max_model_len=longest,
-            enforce_eager=True,
-            seed=0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **_share_of_gpu(size),
+        return start_vllm(
+            size, model=reference, runner="pooling", convert="classify", dtype=spec.dtype, max_model_len=longest
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise cannot_load(where, reference, error, "use `backend: hf`") from error
@@ -136,14 +126,3 @@ def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
     heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
     width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
     return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)
-
-
-def _share_of_gpu(size: int) -> dict[str, Any]:
-    """Return vLLM's share of a GPU for `size` bytes; if unknown (0), most of the free memory."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    wanted = min(0.9 * free, size + _WORKING_MEMORY) if size else 0.9 * free
-    return {"gpu_memory_utilization": round(wanted / total, 3)}

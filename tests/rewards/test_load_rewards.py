@@ -8,9 +8,10 @@ import torch
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.config_values import parse_format
 from rewarded_lines.errors import UserError
+from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards import load_rewards as rewards_module
-from rewarded_lines.rewards.classifier_backends import available_memory, find_device
+from rewarded_lines.rewards.classifier_backends import find_device
 from rewarded_lines.rewards.classifier_inputs import fill_template
 from rewarded_lines.rewards.load_rewards import load_reward, load_rewards
 
