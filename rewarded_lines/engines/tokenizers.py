@@ -55,13 +55,12 @@ def load_generation_config(model: str) -> Any:
 
 def read_template(path: str, key: str = "generation.chat_template") -> str:
     """Return the chat template in a file; `key` is the setting that names it."""
-    where, expected = f"{key}: {path}", "a Jinja template, in UTF-8"
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise fail("the chat template cannot be read", where=where, expected=expected, got=str(error)) from error
-    except UnicodeDecodeError as error:
-        raise fail("the chat template is not text", where=where, expected=expected, got=str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        what = "the chat template " + ("cannot be read" if isinstance(error, OSError) else "is not text")
+        expected = "a Jinja template, in UTF-8"
+        raise fail(what, where=f"{key}: {path}", expected=expected, got=str(error)) from error
 
 
 def load_config(model: str) -> Any:

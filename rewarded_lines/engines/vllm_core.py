@@ -22,6 +22,10 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
 
 
+# Settings with the same name and meaning in vLLM.
+_SAME = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+
+
 class VllmCore(Generator):
     """One engine. Responses do not depend on earlier requests. `loaded`: LoRA requests, or None for the model."""
 
@@ -147,12 +151,7 @@ def make_response(
 def sampling_settings(spec: GenerationSpec, seed: int, reader: ResponseReader) -> dict[str, Any]:
     """Return the settings of a request, for vLLM here or on a server."""
     return {
-        "temperature": spec.temperature,
-        "top_p": spec.top_p,
-        "top_k": spec.top_k,
-        "min_p": spec.min_p,
-        "repetition_penalty": spec.repetition_penalty,
-        "max_tokens": spec.max_tokens,
+        **spec.model_dump(include=_SAME),
         "stop": list(spec.stop),
         # The same end tokens in every engine; they include vLLM's own.
         "stop_token_ids": sorted(reader.ends),

@@ -21,6 +21,7 @@ from rewarded_lines.evaluator.records import Point, draft_path, whole_point, wri
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
 
 # Where weights are swapped, the SFT model returns after this many points or seconds.
@@ -88,7 +89,8 @@ class LocalEvaluator:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return self.setup.scorer(self._folder / "scores.sqlite", self._progress)
+        setup, cache = self.setup, ScoreCache(self._folder / "scores.sqlite")
+        return Scorer(setup.rewards, setup.project.config.rewards, cache, setup.options.offload, self._progress)
 
     @cached_property
     def _generator(self) -> Generator:
@@ -124,7 +126,7 @@ class LocalEvaluator:
 
     def _made(self, setup: Setup, batch: Sequence[tuple[str, PointSpec]], todo: Sequence[str]) -> list[Made]:
         """Generate a batch of points, and read the control texts with the points in `todo`."""
-        models = [spec.model(setup.checkpoints) for _, spec in batch]
+        models = [spec.model(list(setup.plan.policies)) for _, spec in batch]
         what = str(batch[0][1]) if len(batch) == 1 else f"{len(batch)} points together"
         self._progress.start(f"generating {what}", counted=True)
         answers = self._timed("generate", partial(self._generator.generate, setup.prompts, setup.generation, models))

@@ -84,7 +84,7 @@ class PointSpec:
         if self.method == SFT:
             return None
         if self.checkpoint and not self.weights:
-            index = list(checkpoints).index(self.checkpoint)
+            index = checkpoints.index(self.checkpoint)
             return MergeSpec((0.0,) * index + (1.0,), 1.0, 0.0)
         return self.merge
 

@@ -203,7 +203,7 @@ def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
     config = setup.project.config
     checkpoints = {
         name: {"path": relative(setup.plan.references[name], folder), "hash": setup.hashes[name]}
-        for name in setup.checkpoints
+        for name in setup.plan.policies
     }
     control = {"texts": {name: len(texts) for name, texts in setup.control.items()}, "hash": setup.identity["control"]}
     return {

@@ -35,8 +35,6 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import Reward, load_rewards, reward_limits
-from rewarded_lines.rewards.score_cache import ScoreCache
-from rewarded_lines.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,6 @@ class Setup:
     prompts: Sequence[Prompt]
     control: Mapping[str, Sequence[str]]
     told: list[str] = field(default_factory=list)
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """The names of policies, then baselines."""
-        return list(self.plan.policies)
 
     @property
     def objectives(self) -> list[str]:
@@ -163,11 +156,6 @@ class Setup:
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             tensor_parallel=self.options.tensor_parallel,
         )
-
-    def scorer(self, cache: Path | None, progress: Progress = SILENT) -> Scorer:
-        """Return the scorer; its cache is a file, or in memory."""
-        declared = self.project.config.rewards
-        return Scorer(self.rewards, declared, ScoreCache(cache), offload=self.options.offload, progress=progress)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.

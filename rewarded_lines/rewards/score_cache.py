@@ -31,11 +31,6 @@ class ScoreCache:
     def __init__(self, path: Path | None = None) -> None:
         """Open or create the file; without a path, keep the scores in memory."""
         self.path = path
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise fail("the folder cannot be made", where=str(path.parent), got=str(error)) from error
         self._connection: sqlite3.Connection | None = None
         self._run(lambda connection: None)
 
@@ -48,7 +43,12 @@ class ScoreCache:
     def put(self, key: str, scores: Mapping[Pair, float]) -> None:
         """Keep the scores of a reward; after a kill, the file holds all of them or none."""
         rows = [(_hash(key, pair), score) for pair, score in scores.items()]
-        self._run(lambda connection: _insert(connection, rows))
+
+        def insert(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?)", rows)
+
+        self._run(insert)
 
     def close(self) -> None:
         """Close the file; scores in memory are lost."""
@@ -73,6 +73,8 @@ class ScoreCache:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path or ":memory:", timeout=_TIMEOUT)
             with self._connection:
                 self._connection.execute(_TABLE)
@@ -92,11 +94,6 @@ def _select(connection: sqlite3.Connection, hashes: Sequence[bytes]) -> Iterator
         some = hashes[start : start + _HASHES_PER_QUERY]
         marks = ",".join("?" * len(some))
         yield from connection.execute(f"SELECT pair, score FROM scores_1 WHERE pair IN ({marks})", some)
-
-
-def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[bytes, float]]) -> None:
-    with connection:
-        connection.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?)", rows)
 
 
 def _rename_damaged(path: Path) -> None:

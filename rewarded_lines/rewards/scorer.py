@@ -30,8 +30,6 @@ class Scorer:
 
     Attributes:
         seconds: time spent in `score` so far.
-        scored: the number of scores computed.
-        hits: the number of scores from the cache; equal pairs in a call count once.
     """
 
     def __init__(
@@ -53,8 +51,6 @@ class Scorer:
         self._offload = offload
         self._progress = progress
         self.seconds = 0.0
-        self.scored = 0
-        self.hits = 0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
         """Return every reward's scores in order; after a failure, the cache keeps earlier scores."""
@@ -73,7 +69,6 @@ class Scorer:
     def _score(self, pairs: list[Pair], prompts: Mapping[Pair, Prompt]) -> dict[str, list[float]]:
         unique = list(dict.fromkeys(pairs))
         known = {name: self._cache.get(key, unique) for name, key in self._keys.items()}
-        self.hits += sum(len(scores) for scores in known.values())
         missing = {name: [pair for pair in unique if pair not in scores] for name, scores in known.items()}
         missing = {name: wanted for name, wanted in missing.items() if wanted}
         one_by_one = self._one_by_one(list(missing))
@@ -102,15 +97,11 @@ class Scorer:
             try:
                 values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])
             except PairError as error:
-                self._keep(key, {chunk[index]: score for index, score in error.known.items()})
+                self._cache.put(key, {chunk[index]: score for index, score in error.known.items()})
                 raise PairError(error.problem, pairs.index(chunk[error.index]), error.pair) from error
             scores = dict(zip(chunk, values, strict=True))
-            self._keep(key, scores)
+            self._cache.put(key, scores)
             yield scores
-
-    def _keep(self, key: str, scores: dict[Pair, float]) -> None:
-        self._cache.put(key, scores)
-        self.scored += len(scores)
 
     def _one_by_one(self, names: Sequence[str]) -> bool:
         """Return whether the models among `names` must take turns in memory."""

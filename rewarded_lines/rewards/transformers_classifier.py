@@ -35,18 +35,21 @@ class Batch:
     width: int
 
 
-def make_batches(lengths: Sequence[int], batch_size: int, longest: int | None = None) -> Iterator[Batch]:
+def make_batches(
+    lengths: Sequence[int], batch_size: int, longest: int | None = None, apart: Sequence[int] = ()
+) -> Iterator[Batch]:
     """Yield batches of all texts, short texts first; equal lengths always get the same rows and width.
 
     Args:
         lengths: tokens of each text, at least 1.
         batch_size: rows for texts up to 16 tokens; longer texts get fewer rows, for a like number of tokens.
         longest: the model's positions, or None without a limit.
+        apart: a number for each text; texts with different numbers share no batch.
     """
-    by_width: dict[int, list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        by_width[_width(lengths[index], longest)].append(index)
-    for width, members in by_width.items():
+        alike[_width(lengths[index], longest), apart[index] if apart else 0].append(index)
+    for (width, _), members in alike.items():
         # A power of two: kernels split other numbers of rows unevenly.
         wanted = max(min(batch_size, _TOKENS_PER_ROW * batch_size // width), 1)
         rows = max(1 << (wanted.bit_length() - 1), _FEWEST_ROWS)
@@ -94,14 +97,13 @@ class HuggingFaceClassifier:
         if self._alone:
             return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
         found: list[list[float]] = [[]] * len(ids)
-        for group in self._groups(ids):
-            lengths = [len(ids[index]) for index in group]
-            for batch in make_batches(lengths, self._batch_size, self._positions):
-                members = [group[place] for place in batch.members]
-                own = None if types is None else [types[index] for index in members]
-                rows = self._batch([ids[index] for index in members], own, batch.rows, batch.width)
-                for index, row in zip(members, rows, strict=False):
-                    found[index] = row
+        # BART needs equally many end tokens in every row.
+        ends = [list(row).count(self._config.eos_token_id) for row in ids] if self._counts_ends else ()
+        for batch in make_batches([len(row) for row in ids], self._batch_size, self._positions, ends):
+            own = None if types is None else [types[index] for index in batch.members]
+            rows = self._batch([ids[index] for index in batch.members], own, batch.rows, batch.width)
+            for index, row in zip(batch.members, rows, strict=False):
+                found[index] = row
         return found
 
     def close(self) -> None:
@@ -113,13 +115,6 @@ class HuggingFaceClassifier:
             # A model from the Hub may hold cyclic references. Collecting them is slow.
             gc.collect()
             torch.cuda.empty_cache()
-
-    def _groups(self, ids: Ids) -> list[list[int]]:
-        """Return the texts that may share a batch: BART needs equally many end tokens in every row."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for index, row in enumerate(ids):
-            groups[list(row).count(self._config.eos_token_id) if self._counts_ends else 0].append(index)
-        return list(groups.values())
 
     def _single(self, text: Sequence[int], types: Sequence[int] | None) -> list[float]:
         """Return the logits of a text without padding."""

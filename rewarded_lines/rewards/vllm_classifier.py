@@ -34,10 +34,12 @@ class VllmClassifier:
         limits = (spec.max_tokens, positions_of(config), _LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
         self.size = _weights_size(reference, spec, config)
-        cache = _cache_size(config, spec, self.longest)
-        self._llm = _build(
-            where, spec, reference, self.longest, self.size + cache + _WORKING_MEMORY if self.size else 0
-        )
+        needed = self.size + _cache_size(config, spec, self.longest) + _WORKING_MEMORY if self.size else 0
+        options = {"dtype": spec.dtype, "max_model_len": self.longest}
+        try:
+            self._llm = start_vllm(needed, model=reference, runner="pooling", convert="classify", **options)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise cannot_load(where, reference, error, "use `backend: hf`") from error
         # The engine ends when this object is collected or Python exits.
         self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
@@ -97,15 +99,6 @@ def _read_config(where: str, reference: str) -> Any:
             remedy="use `backend: hf`",
         )
     return config
-
-
-def _build(where: str, spec: RewardSpec, reference: str, longest: int, size: int) -> Any:
-    try:
-        return start_vllm(
-            size, model=reference, runner="pooling", convert="classify", dtype=spec.dtype, max_model_len=longest
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise cannot_load(where, reference, error, "use `backend: hf`") from error
 
 
 def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
