@@ -35,14 +35,7 @@ def check_engine(engine: str, option: str = "--engine") -> None:
 
 
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:
-    """Start an engine on a model's folder.
-
-    Args:
-        engine: "vllm", "hf", or the URL of an OpenAI-compatible server.
-        model: the SFT model's folder or Hub id; its architecture and tokenizer serve every point.
-        spec: dtype, chat template and response length.
-        prompts: the longest prompt decides the longest sequence.
-        more: `plan`, `longest` and `tensor_parallel`; see `Workload`.
+    """Start "vllm", "hf", or the engine at the URL of an OpenAI-compatible server; see `Workload` for the rest.
 
     Raises:
         UserError: no such engine, a plan that it does not support, or prompts that are too long.

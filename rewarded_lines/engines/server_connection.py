@@ -106,13 +106,12 @@ class Server:
     def _served(self) -> tuple[str, int | None]:
         """Return the base model's name, and the largest number of tokens of a sequence."""
         content = self.ask("GET", "/v1/models")
-        cards = content.get("data") if isinstance(content, dict) else None
-        cards = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
-        own = [card for card in cards if isinstance(card.get("id"), str) and not card.get("parent")]
-        if not own:
-            raise self.strange("/v1/models", content)
-        room = own[0].get("max_model_len")
-        return own[0]["id"], room if isinstance(room, int) else None
+        try:
+            own = next(card for card in content["data"] if not card.get("parent"))
+            room = own.get("max_model_len")
+            return str(own["id"]), room if isinstance(room, int) else None
+        except (AttributeError, LookupError, StopIteration, TypeError) as error:
+            raise self.strange("/v1/models", content) from error
 
 
 def describe(response: httpx2.Response) -> str:

@@ -55,7 +55,6 @@ class RemoteGenerator(AdapterGenerator):
         self._tokenizer, self._ends, longest = load_tokens(work)
         self._server = Server(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
-        self._name, self._count = f"rewarded-lines-{secrets.token_hex(4)}", 0
         try:
             self._check_room(longest)
             if self._plan is not None:
@@ -114,8 +113,7 @@ class RemoteGenerator(AdapterGenerator):
         return float(sum(one[str(token)]["logprob"] for one, token in zip(found[len(head) :], tail, strict=True)))
 
     def _load(self, folder: Path) -> str:
-        self._count += 1
-        name, path = f"{self._name}-{self._count}", "/v1/load_lora_adapter"
+        name, path = f"rewarded-lines-{secrets.token_hex(8)}", "/v1/load_lora_adapter"
         response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
         if response.status_code == httpx2.codes.OK:
             return name

@@ -10,7 +10,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
+from rewarded_lines.engines.tokenizers import end_tokens, load_tokens, longest_sequence, set_template
 from rewarded_lines.engines.transformers_sampling import SeededSampling, StopTexts
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.spec import MergeSpec
@@ -35,11 +35,15 @@ class HfGenerator(SwappingGenerator):
         """
         super().__init__(work)
         self._model, self._tokenizer = loaded or _load_model(work)
-        self._remember()
+        tokenizer, model = self._tokenizer, self._model
+        # PEFT's wrapper passes its generation config on to the model inside.
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._configs = [(one, one.generation_config) for one in (inner, model)]
+        self._before = model.training, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)
         try:
             if loaded:
-                set_template(self._tokenizer, work.spec)
-                longest_sequence(self._tokenizer, self._model.config, work)
+                set_template(tokenizer, work.spec)
+                longest_sequence(tokenizer, model.config, work)
             self._set_up()
         except BaseException:
             self.close()
@@ -53,14 +57,6 @@ class HfGenerator(SwappingGenerator):
             holder.generation_config = config
         del self._model, self._configs
         gc.collect()
-
-    def _remember(self) -> None:
-        """Keep the settings that `close` restores."""
-        tokenizer, model = self._tokenizer, self._model
-        # PEFT's wrapper passes its generation config on to the model inside.
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._configs = [(one, one.generation_config) for one in (inner, model)]
-        self._before = model.training, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)
 
     def _set_up(self) -> None:
         """Stop at the tokenizer's end token, too, and drop the model's sampling defaults, as vLLM does."""
@@ -159,8 +155,7 @@ def _load_model(work: Workload) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(work.model, work.spec)
     # Before the weights, which take a while.
-    longest_sequence(tokenizer, load_config(work.model), work)
+    tokenizer, *_ = load_tokens(work)
     model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.spec.dtype))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

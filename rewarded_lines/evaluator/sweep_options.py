@@ -5,11 +5,11 @@ Importing this module loads no heavy library, because the command line reads it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 from rewarded_lines.errors import fail
-from rewarded_lines.options import Annotate, Result, option, takes_fields
+from rewarded_lines.options import option, takes_fields
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,5 @@ class SweepOptions:
             raise fail(f"unknown value `{self.offload}`", where="--offload", expected="auto, always, never")
 
 
-def takes_sweep_options(
-    without: Collection[str] = (), annotate: Annotate = lambda one, annotation: annotation
-) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let callers pass the options one by one, or whole as `options`; see `takes_fields`."""
-    return takes_fields(SweepOptions, "options", without, annotate)
+takes_sweep_options = partial(takes_fields, SweepOptions, "options")
+"""Lets callers pass the options one by one, or whole as `options`; see `takes_fields`."""

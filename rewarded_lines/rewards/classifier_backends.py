@@ -1,34 +1,13 @@
-"""What a classifier runs on: the methods of every backend, the device, and its free memory."""
+"""What both backends of a classifier share: its device, and the errors of loading it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from rewarded_lines.errors import UserError, fail
 
 # The token ids of several texts, or their token types.
 Ids = Sequence[Sequence[int]]
-
-
-class Backend(Protocol):
-    """A classifier in memory.
-
-    Attributes:
-        classes: the number of logits.
-        size: bytes of the weights.
-        longest: the most tokens of a text, or None without a limit.
-    """
-
-    classes: int
-    size: int
-    longest: int | None
-
-    def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
-        """Return the logits of each text; `types` are the token types of pairs of texts."""
-
-    def close(self) -> None:
-        """Free the memory."""
 
 
 def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") -> UserError:

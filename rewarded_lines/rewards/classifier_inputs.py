@@ -47,7 +47,7 @@ class ClassifierReading:
         return made["input_ids"], made.get("token_type_ids")
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """See `Reward.check`."""
+        """See `ModelReward.check`."""
         if self.template != CHAT:
             return check_texts(prompts, self.where, "template: chat")
         check_template(self.tokenizer, [as_turns(prompt) for prompt in prompts], self.where)

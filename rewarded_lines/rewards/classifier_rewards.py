@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, fail
 from rewarded_lines.references import looks_local
-from rewarded_lines.rewards.classifier_backends import Backend, cannot_load, find_device
+from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
 from rewarded_lines.rewards.score_checks import PairError, check_scores
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
@@ -21,14 +21,19 @@ from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
 # Marks classifiers that older versions read with other tokens; their cached scores do not count.
 _READ_ANEW = ":2"
-_BACKENDS: Mapping[str, Callable[[str, RewardSpec, str, str], Backend]] = {
-    "hf": HuggingFaceClassifier,
-    "vllm": VllmClassifier,
-}
+Backend = HuggingFaceClassifier | VllmClassifier
+_BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": VllmClassifier}
 
 
 class ModelReward:
-    """A sequence classifier with a declared template and format; see `Reward` for the attributes."""
+    """A sequence classifier with a declared template and format; a higher score is better.
+
+    Attributes:
+        unit: of the scores, for figures.
+        fingerprint: a hash of the weights or the source file; "" if unknown.
+        size: bytes of the weights; 0 for a function.
+        device: where the weights are while in memory.
+    """
 
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str = "auto") -> None:
         """Load the classifier; check that it has the classes of the format."""
@@ -58,18 +63,18 @@ class ModelReward:
 
     @property
     def loaded(self) -> bool:
-        """Whether the weights are in memory."""
+        """Whether the weights, if any, are in memory."""
         return self._backend is not None
 
     def free(self) -> None:
-        """Free the weights; the next score loads them again."""
+        """Free memory and processes; the next score loads the reward again."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
 
     @property
     def limit(self) -> int | None:
-        """The least of `max_tokens` (or the model's positions) and the backend's limit."""
+        """The most tokens of a prompt with its response, or None without a limit."""
         limits = [self._spec.max_tokens or self._positions, self._longest]
         return min((limit for limit in limits if limit), default=None)
 
@@ -78,13 +83,17 @@ class ModelReward:
         return [len(row) for row in self._reading.tokens(prompts, responses)[0]]
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """See `Reward.check`."""
+        """Return a sentence on what the reward skips of prompts, or ""; refuse prompts that it misreads."""
         return self._reading.check(prompts)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return the format's combination of logits for each pair; see `Reward.score`.
+        """Return the format's combination of logits for each pair; a prompt is a text or the turns of a chat.
 
         With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
+
+        Raises:
+            PairError: the reward failed on a pair, or its score is not finite.
+            UserError: the reward failed otherwise.
         """
         if not prompts:
             return []

@@ -20,7 +20,7 @@ from rewarded_lines.rewards.score_checks import ScoreFunction, call_function
 
 
 class FunctionReward:
-    """A Python function `(prompts, responses) -> scores`; see `Reward` for the attributes."""
+    """A Python function `(prompts, responses) -> scores`; see `ModelReward` for the attributes."""
 
     size = 0
     device = "cpu"
@@ -48,11 +48,11 @@ class FunctionReward:
         return [0] * len(prompts)
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """See `Reward.check`."""
+        """See `ModelReward.check`."""
         return "" if self._messages else check_texts(prompts, self._where, "messages: true")
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """See `Reward.score`."""
+        """See `ModelReward.score`."""
         first: list[Any]
         second: list[Any]
         if self._messages:

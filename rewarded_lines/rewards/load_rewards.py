@@ -1,4 +1,4 @@
-"""Rewards: what each offers, how a project's rewards are loaded, and the prompts that they can read.
+"""Rewards: how a project's rewards are loaded, and the prompts that they can read.
 
 A reward is a classifier or a Python function. A score is a float per (prompt, response) pair, never rounded. Texts are
 never stripped here, and only tokenizers treat special tokens.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import Limit
@@ -21,52 +21,12 @@ from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
 
+Reward = ModelReward | FunctionReward
+"""What scores responses to prompts; `ModelReward` says what both have."""
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
 # The border between prompt and response may need other tokens than each side alone.
 _SLACK = 2
-
-
-class Reward(Protocol):
-    """Anything that scores responses to prompts; higher is better.
-
-    Attributes:
-        unit: of the scores, for figures.
-        fingerprint: a hash of the weights or the source file; "" if unknown.
-        size: bytes of the weights; 0 for a function.
-        device: where the weights are while in memory.
-    """
-
-    name: str
-    unit: str
-    fingerprint: str
-    size: int
-    device: str
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of a prompt with its response, or None without a limit."""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights, if any, are in memory."""
-
-    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
-        """Return the tokens of each prompt with its response."""
-
-    def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return a sentence on what the reward skips of prompts, or ""; refuse prompts that it misreads."""
-
-    def free(self) -> None:
-        """Free memory and processes; the next score loads the reward again."""
-
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return one finite float per pair; a prompt is a text or the turns of a chat.
-
-        Raises:
-            PairError: the reward failed on a pair, or its score is not finite.
-            UserError: the reward failed otherwise.
-        """
 
 
 def load_rewards(project: Project, names: Sequence[str] = (), device: str = "auto") -> dict[str, Reward]:

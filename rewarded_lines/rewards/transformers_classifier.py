@@ -66,7 +66,13 @@ def _width(length: int, longest: int | None) -> int:
 
 
 class HuggingFaceClassifier:
-    """A classifier in transformers; see `Backend`."""
+    """A classifier in transformers.
+
+    Attributes:
+        classes: the number of logits.
+        size: bytes of the weights.
+        longest: the most tokens of a text, or None without a limit.
+    """
 
     def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
         """Load the model; raise a `UserError` if it is missing or not a classifier."""
@@ -90,7 +96,7 @@ class HuggingFaceClassifier:
         self._alone = self._padding_leaks()
 
     def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
-        """Return the logits of each text."""
+        """Return the logits of each text; `types` are the token types of pairs of texts."""
         if not self._has_types:
             # Such a model fails on the second text's type.
             types = None
@@ -107,7 +113,7 @@ class HuggingFaceClassifier:
         return found
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Free the memory."""
         import torch
 
         del self._model

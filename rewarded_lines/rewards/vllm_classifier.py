@@ -21,7 +21,7 @@ _WORKING_MEMORY = 2 << 30
 
 
 class VllmClassifier:
-    """A classifier in vLLM; see `Backend`.
+    """A classifier in vLLM; with the attributes of `HuggingFaceClassifier`.
 
     vLLM chooses its batches itself, so the other texts can change the last bits of a score.
     """
@@ -54,7 +54,7 @@ class VllmClassifier:
         return [[float(logit) for logit in output.outputs.probs] for output in outputs]
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Free the memory."""
         self._shut_down()
         del self._llm
         gc.collect()

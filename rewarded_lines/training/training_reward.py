@@ -93,7 +93,7 @@ class WeightedReward:
         return [sum(row) for row in zip(*columns, strict=True)]
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return the weighted sum for each pair; see `Reward.score`."""
+        """Return the weighted sum for each pair; see `ModelReward.score`."""
         return self.total(self.parts(prompts, responses))
 
     def standardize(self, parts: Mapping[str, Sequence[float]]) -> None:
