@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import FORMAT, Point, point_entries, point_path, write_point
+from rewarded_lines.evaluator.records import FORMAT, Point, point_path, write_point
 from rewarded_lines.folders import write_json
 from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 
@@ -103,7 +103,7 @@ def synthetic_run(
         "sweep": {} if resamples is None else {"resamples": resamples},
         "options": {"engine": "vllm", "layers": None},
         "identity": {"engine": {"as": "adapters"}},
-        "points": point_entries(zip(specs, keys, strict=True)),
+        "points": [{**spec.as_dict(), "key": key} for spec, key in zip(specs, keys, strict=True)],
         "complete": drop == 0,
     }
     write_json(folder / "run.json", header)

@@ -70,7 +70,7 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
 
         if torch.cuda.is_available():
             return self.at_once
-        most: int = self.engine.vllm_config.scheduler_config.max_num_seqs
+        most: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))
 
     def _load(self, folder: Path) -> Any:
@@ -80,7 +80,7 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
         request = LoRARequest(str(self._number), self._number, str(folder))
         try:
-            self.engine.add_lora(request)
+            self._llm.llm_engine.add_lora(request)
             unserved = self.call("unserved_modules", self._number)[0]
         except Exception as error:  # noqa: BLE001 - the user can fold an adapter, whatever vLLM's reason is
             what = "vLLM does not take the merged adapters"
@@ -91,7 +91,7 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         return request
 
     def _unload(self, name: Any) -> None:
-        self.engine.remove_lora(name.lora_int_id)
+        self._llm.llm_engine.remove_lora(name.lora_int_id)
 
 
 def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:

@@ -51,11 +51,6 @@ class VllmCore(Generator):
         shared = self.call("shared_memory_name")[0] if work.tensor_parallel > 1 else ""
         self._shut_down = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, shared)
 
-    @property
-    def engine(self) -> Any:
-        """Return vLLM's own engine, which loads and drops adapters."""
-        return self._llm.llm_engine
-
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `MergingWorker` on every worker; return what each returns."""
         return list(self._llm.collective_rpc(method, args=args))

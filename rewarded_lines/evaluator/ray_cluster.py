@@ -81,6 +81,7 @@ class RayEvaluator:
         project = replace(setup.project, path=setup.project.path.resolve())
         kind: Any = ray.remote(**share)(Worker)
         self._hire = partial(kind.remote, project, setup.options, list(also))
+        self.width = count
         self._workers = [self._hire() for _ in range(count)]
         # What each worker has reported, dead ones included.
         self._seconds: dict[Any, dict[str, float]] = {}
@@ -93,11 +94,6 @@ class RayEvaluator:
             for worker in self._workers:
                 ray.kill(worker)
         ray.shutdown()
-
-    @property
-    def width(self) -> int:
-        """How many points are made at the same time."""
-        return len(self._workers)
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
         """Give each worker one point at a time; if it dies, another worker gets the point."""

@@ -8,7 +8,7 @@ the whole. `run.json` lists the points and their methods.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,11 +188,6 @@ def point_path(folder: Path, key: str) -> Path:
 def draft_path(folder: Path, key: str) -> Path:
     """Return the path of a point's responses until they have scores."""
     return folder / "drafts" / f"{key}.parquet"
-
-
-def point_entries(specs: Iterable[tuple[PointSpec, str]]) -> list[dict[str, Any]]:
-    """Return the list of points for `run.json`."""
-    return [{**spec.as_dict(), "key": key} for spec, key in specs]
 
 
 def listed_points(header: Mapping[str, Any]) -> list[tuple[PointSpec, str]]:

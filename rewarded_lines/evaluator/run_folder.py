@@ -20,7 +20,6 @@ from rewarded_lines.evaluator.records import (
     Point,
     draft_path,
     listed_points,
-    point_entries,
     point_path,
     read_header,
     whole_point,
@@ -97,7 +96,7 @@ class RunFolder:
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
         content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
-        points = point_entries((spec, self.setup.key(spec)) for spec in dict.fromkeys(specs))
+        points = [{**spec.as_dict(), "key": self.setup.key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
     def finish(

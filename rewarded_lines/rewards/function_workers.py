@@ -39,9 +39,12 @@ class WorkerPool:
         size = max(1, math.ceil(len(prompts) / (self._workers * _SLICES)))
         starts = range(0, len(prompts), size)
         try:
-            executor = self._start()
+            if self._executor is None:
+                # Not forked: a child would inherit locks that threads of torch and tokenizers hold.
+                spawn = multiprocessing.get_context("spawn")
+                self._executor = ProcessPoolExecutor(self._workers, spawn, _begin, (os.getpid(),))
             futures = [
-                executor.submit(_score, *self._task, list(prompts[i : i + size]), list(responses[i : i + size]))
+                self._executor.submit(_score, *self._task, list(prompts[i : i + size]), list(responses[i : i + size]))
                 for i in starts
             ]
             return _gather(starts, futures)
@@ -73,13 +76,6 @@ class WorkerPool:
             process.kill()
         for process in processes:
             process.join()
-
-    def _start(self) -> ProcessPoolExecutor:
-        if self._executor is None:
-            # Not forked: a child would inherit locks that threads of torch and tokenizers hold.
-            spawn = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self._workers, spawn, _begin, (os.getpid(),))
-        return self._executor
 
 
 def _gather(starts: Sequence[int], futures: Sequence[Future[list[float]]]) -> list[float]:

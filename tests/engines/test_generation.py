@@ -219,7 +219,7 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
         check_stops(vllm)
         check_shared_heads(vllm, hf)
         # More tokens than one batch holds; it ends inside a prompt.
-        limit = vllm.engine.vllm_config.scheduler_config.max_num_batched_tokens
+        limit = vllm._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
         many = [" ".join(PROMPTS[:5])] * (limit // 20)
         assert sum(map(len, vllm.encode(many))) > limit
         assert len(answers(vllm, SAMPLED.model_copy(update={"max_tokens": 2}), many)) == len(many)

@@ -103,12 +103,12 @@ def check_scores(generator, reference):
 
 def check_nothing_stays(generator, monkeypatch):
     """Check that adapters are removed from engine and disk, also after an error."""
-    assert generator.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator._llm.llm_engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
     with monkeypatch.context() as broken:
         broken.setattr(generator, "_generate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generator.generate(PROMPTS, GREEDY, LINE[:2])
-    assert generator.engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator._llm.llm_engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
     assert generator.swap_seconds > 0
 
 

@@ -23,7 +23,6 @@ from rewarded_lines.evaluator.records import (
     FORMAT,
     Point,
     load_run,
-    point_entries,
     point_path,
     write_point,
 )
@@ -70,7 +69,7 @@ def invented(folder, points, audits=(), policies=("first", "second")):
         "options": {"engine": "vllm", "layers": None},
         "identity": {"engine": {"as": "whole models"}},
         "sweep": {"resamples": 200},
-        "points": point_entries(zip(points, keys, strict=True)),
+        "points": [{**spec.as_dict(), "key": key} for spec, key in zip(points, keys, strict=True)],
     }
     write_json(folder / "run.json", header)
     return folder
