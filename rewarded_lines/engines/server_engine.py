@@ -81,11 +81,11 @@ class RemoteGenerator(AdapterGenerator):
         for group in ([None] if None in loaded else [], [name for name in loaded if name is not None]):
             asked = [(name, row, seed) for name in group for row, seed in rows]
             # A failure cancels the requests that wait.
-            made = self._pool.map(lambda one: self._answer(*one, spec), asked)
+            made = self._pool.map(lambda one: self._answer(spec, *one), asked)
             found |= {name: list(islice(made, len(rows))) for name in group}
         return [found[name] for name in loaded]
 
-    def _answer(self, name: str | None, row: Tokens, seed: int, spec: GenerationSpec) -> Response:
+    def _answer(self, spec: GenerationSpec, name: str | None, row: Tokens, seed: int) -> Response:
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         choice = self._server.complete(
             model=name or self._server.model,
@@ -152,7 +152,7 @@ class RemoteGenerator(AdapterGenerator):
         row = range(3, 3 + min(8, length - 1))
         for layer in adapted_layers(plan):
             with self._loaded([None, trial], layer) as names:
-                plain, changed = (self._answer(name, row, 0, greedy) for name in names)
+                plain, changed = (self._answer(greedy, name, row, 0) for name in names)
             if plain.logprob == changed.logprob and not _is_zero(plan, layer):
                 raise fail(
                     f"the server leaves out the layers {layer} of adapters",
