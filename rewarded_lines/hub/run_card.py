@@ -135,7 +135,7 @@ def _reported(folder: Path, header: Mapping[str, Any]) -> Summary | None:
     return summary if same and older and summary.runs == 1 else None
 
 
-def _key(point: PointSpec) -> tuple[Any, ...]:
+def _key(point: PointSpec | PointSummary) -> tuple[Any, ...]:
     return point.method, point.weights, point.checkpoint, point.merge.alpha, point.merge.beta
 
 

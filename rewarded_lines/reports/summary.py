@@ -8,9 +8,8 @@ Several runs of one project, which differ in their training seed, are resampled 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,28 @@ from rewarded_lines.config import POLICIES, SFT
 from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, perplexity, resamples_of, tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.pareto.hypervolume import contributions
 
 
-@dataclass(frozen=True, kw_only=True)
-class PointSummary(PointSpec):
+@dataclass(frozen=True)
+class PointSummary:
     """One point: mean scores in the rewards' units, KL to SFT in nats, response length in words.
 
-    Over several runs, its α and β are averages.
-
     Attributes:
+        merge: its α and β are averages over the runs.
         ended: share of the responses that end before the token limit.
         perplexities: of each set of control texts.
         forgetting: these perplexities divided by SFT's, paired by text.
         contribution: hypervolume above SFT that the method would lose without this point.
     """
 
+    method: str
+    weights: tuple[float, ...]
+    merge: MergeSpec
+    checkpoint: str
     rewards: dict[str, Estimate]
     kl: Estimate
     words: Estimate
@@ -45,22 +48,32 @@ class PointSummary(PointSpec):
     perplexities: dict[str, Estimate]
     forgetting: dict[str, Estimate]
     contribution: float
+    edit: bool = False
+
+    @property
+    def lam(self) -> float | None:
+        """The first policy's weight λ, or None for a model that is not merged."""
+        return self.weights[0] if self.weights else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the point as `summary.json` holds it."""
-        place = super().as_dict()
-        del place["options"]
-        return asdict(self) | place
+        merge = self.merge
+        first = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta}
+        first["merge"] = merge.method
+        return first | {key: value for key, value in asdict(self).items() if key not in first}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSummary:
         """Return the point that `as_dict` wrote."""
-        place = {"options": {}, **content}
-        numbers: dict[str, Any] = {one.name: place.pop(one.name) for one in fields(cls)[len(fields(PointSpec)) :]}
-        numbers |= {name: Estimate(**numbers[name]) for name in ("kl", "words")}
+        fields = dict(content)
+        weights = tuple(fields.pop("weights"))
+        merged = (1.0,) if fields.get("edit") else weights
+        schedule = (fields.pop("alpha"), fields.pop("beta"))
+        merge = MergeSpec(merged, *schedule, fields.pop("merge"))
+        fields |= {name: Estimate(**fields[name]) for name in ("kl", "words")}
         for name in ("rewards", "perplexities", "forgetting"):
-            numbers[name] = {key: Estimate(**one) for key, one in numbers[name].items()}
-        return cls(**vars(PointSpec.from_dict(place)), **numbers)
+            fields[name] = {key: Estimate(**one) for key, one in fields[name].items()}
+        return cls(weights=weights, merge=merge, **fields)
 
 
 @dataclass(frozen=True)
@@ -196,9 +209,13 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
     points = []
     for index, row in enumerate(table.rows):
         *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
+        spec = row[0].spec
         points.append(
             PointSummary(
-                **vars(_average([point.spec for point in row])),
+                method=spec.method,
+                weights=spec.weights,
+                merge=_average_merge([point.spec.merge for point in row]),
+                checkpoint=spec.checkpoint,
                 rewards=dict(zip(table.rewards, scores, strict=True)),
                 kl=kl,
                 words=words,
@@ -207,15 +224,17 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 perplexities={name: estimate_samples(at[:, index], level) for name, at in controls.items()},
                 forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
                 contribution=float(shares[index]),
+                edit=spec.edit,
             )
         )
     return points
 
 
-def _average(specs: Sequence[PointSpec]) -> PointSpec:
-    """Return a point with the mean schedule; a matched or tuned schedule differs between runs."""
-    alpha, beta = (mean(getattr(spec.merge, name) for spec in specs) for name in ("alpha", "beta"))
-    return replace(specs[0], merge=replace(specs[0].merge, alpha=alpha, beta=beta))
+def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
+    """Return the mean schedule of a point; a matched or tuned schedule differs between runs."""
+    alpha = float(np.mean([merge.alpha for merge in merges]))
+    beta = float(np.mean([merge.beta for merge in merges]))
+    return replace(merges[0], alpha=alpha, beta=beta)
 
 
 def distinct2(responses: Iterable[str]) -> float:
@@ -264,7 +283,7 @@ def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[P
     return gains
 
 
-def is_policy(point: PointSpec, index: int) -> bool:
+def is_policy(point: PointSpec | PointSummary, index: int) -> bool:
     """True if a point is policy `index` itself: all weight on it, scale 1 at every depth."""
     if not point.weights or point.merge.method != "soup" or point.merge.scaled:
         return False

@@ -126,7 +126,7 @@ def full(summary: Summary) -> Summary:
             yield replace(point, rewards={**point.rewards, "watch": Estimate(0.25, 0.2, 0.3)})
         for method, weights, name in (("policies", (1.0, 0.0), "cheerful"), ("baselines", (), "morl")):
             merge = replace(summary.points[3].merge, weights=weights)
-            like = replace(summary.points[3], method=method, merge=merge, checkpoint=name)
+            like = replace(summary.points[3], method=method, weights=weights, merge=merge, checkpoint=name)
             yield replace(like, rewards={**like.rewards, "watch": Estimate(0.5, 0.4, 0.6)})
 
     return replace(
