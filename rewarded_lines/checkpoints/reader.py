@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ SINGLE_FILE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _LARGEST_JSON = 64_000_000
+_NUMBER = re.compile(r"\.[0-9]+\.")
 
 
 class TensorFiles:
@@ -55,6 +57,12 @@ class TensorFiles:
         """Fill `values`, a flat array of the storage type, with a tensor from its `start`-th value on."""
         info = self.tensors[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
+        for piece in info.pieces or (info,):
+            count = max(0, min(values.size, piece.elements - start))
+            self._fill(piece, start, values[:count])
+            start, values = max(0, start - piece.elements), values[count:]
+
+    def _fill(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
         view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
         while len(view):
             count = os.preadv(self._descriptors[info.file], [view], place)
@@ -69,7 +77,11 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """A model folder opened for reading."""
+    """A model folder opened for reading.
+
+    Attributes:
+        absent: tensors that the index lists and no file has, and that the model does not need.
+    """
 
     def __init__(self, folder: Path, name: str = "") -> None:
         """Open every weight file of `folder`; messages call the checkpoint `name`, by default the folder."""
@@ -81,8 +93,14 @@ class Checkpoint(TensorFiles):
         files = _weight_files(folder, weight_map)
         self.config = read_config(folder)
         super().__init__(files)
-        if weight_map is not None:
-            _check_index(index, weight_map, self.tensors)
+        self.absent = _absent(index, weight_map, self.tensors) if weight_map is not None else []
+
+    def hold(self, base: Checkpoint, names: Iterable[str]) -> None:
+        """Hold some of the base's tensors, which this checkpoint has not, so that their residual is zero."""
+        self.tensors |= {name: base.tensors[name] for name in names}
+        self._descriptors |= base._descriptors
+        # The base closes its files when it is collected.
+        self._base = base
 
 
 def _close(descriptors: list[int]) -> None:
@@ -234,8 +252,13 @@ def _check_entry(index: Path, name: str) -> None:
     )
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+def _absent(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return what an index lists and no file has; refuse an index that says otherwise than its files."""
     wrong = [name for name, info in tensors.items() if weight_map.get(name) != info.file.name]
-    wrong += [name for name in weight_map if name not in tensors]
+    absent = [name for name in weight_map if name not in tensors]
+    # A block has the tensors of the other blocks, so these are lost; others a model may do without (tied heads, masks).
+    kinds = {_NUMBER.sub(".#.", name) for name in tensors}
+    wrong += [name for name in absent if _NUMBER.sub(".#.", name) in kinds]
     if wrong:
         raise damaged(index, f"it does not fit its files: {', '.join(name[:80] for name in wrong[:3])}")
+    return absent
