@@ -38,6 +38,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # With the adapter's name in it (`lora_A.default.weight`) if a trainer saved its own state instead of PEFT's.
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])(?:\.[^.]+)?)")
+_REPLACING = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _SHOWN = 3
 
 
@@ -130,13 +131,15 @@ class Adapter(TensorFiles):
         """Return the factors by module; put other tensors into `saved` or `copies`, refuse the rest."""
         pairs: dict[str, dict[str, TensorInfo]] = {}
         strange = []
+        inside = {name: inner for name in self.tensors if (inner := _inner(name)) is not None}
         for name, info in self.tensors.items():
-            inner = _inner(name)
-            match = _FACTOR.fullmatch(inner)
-            if match:
-                embedding = "E" if match[3] else ""
-                pairs.setdefault(match[1], {})[(match[2] or match[3]) + embedding] = info
-            elif not self._put_whole(inner, info):
+            # A state that a trainer saved itself may lack the prefix, but then in all names.
+            inner = inside.get(name, "" if inside else without_compilers(name))
+            if match := _FACTOR.fullmatch(inner):
+                known = pairs.setdefault(match[1], {}).setdefault(match[2] or f"{match[3]}E", info) is info
+            else:
+                known = self._put_whole(inner, info)
+            if not known:
                 strange.append(name)
         if strange:
             raise _refuse_strange(strange, path)
@@ -144,13 +147,18 @@ class Adapter(TensorFiles):
 
     def _put_whole(self, inner: str, info: TensorInfo) -> bool:
         """Put a tensor into `saved` or `copies`; return whether it belongs there."""
-        original = inner.replace(".base_layer.", ".")
+        # A state that a trainer saved itself has both values of a module that PEFT replaces.
+        inner = _REPLACING.sub("", inner)
+        original = inner.replace(".base_layer.", ".").replace(".original_module.", ".")
         module, _, kind = original.rpartition(".")
+        of_base = module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS
+        if original in (self.saved if original == inner else self.copies):
+            return False
         if original == inner and self._is_saved(module):
             self.saved[original] = info
         elif kind == "bias" and self.config.bias != "none":
             self.saved[original] = info
-        elif kind == "weight" and (module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS):
+        elif ".original_module." in inner or (kind == "weight" and of_base):
             self.copies[original] = info
         else:
             return False
@@ -189,11 +197,10 @@ class BareBase(TensorFiles):
         self.files = [folder / "config.json"]
 
 
-def _inner(name: str) -> str:
-    """Return a tensor's name in the model: without PEFT's prefix, and without what trainers and compilers add."""
-    plain = without_compilers(name)
-    around, found, inner = plain.partition(PREFIX)
-    return inner if found and set(around.split(".")) <= {"", *WRAPPERS, *ROOTS} else plain
+def _inner(name: str) -> str | None:
+    """Return a tensor's name behind PEFT's prefix, without what trainers and compilers add; None without the prefix."""
+    around, found, inner = without_compilers(name).partition(PREFIX)
+    return inner if found and set(around.split(".")) <= {"", *WRAPPERS, *ROOTS} else None
 
 
 def names_adapter(reference: str) -> bool:

@@ -1,0 +1,322 @@
+"""Policies whose tensors have other names than the base's: merged as what transformers loads from both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, LLAMA, MIXTRAL, QWEN3_EYE, QWEN_EYE, QWEN_MOE, TOKENS
+from safetensors.torch import load_file, save_file
+from tiny_models import perturb
+
+from rewarded_lines import merge
+from rewarded_lines.errors import UserError
+from rewarded_lines.merger.lines_schedule import lines_scale
+
+WEIGHTS, ALPHA, BETA = (0.25, 0.75), 0.5, 0.75
+LINEAR = {
+    **{f"linear_{name}_head_dim": 16 for name in ("key", "value")},
+    **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
+}
+MTP = {"mtp.fc.weight": (64, 128), "mtp.layers.0.mlp.down_proj.weight": (64, 96), "mtp.norm.weight": (64,)}
+PHIMOE = {**MIXTRAL, "num_key_value_heads": 2, "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}
+QWEN35 = {
+    "text_config": {**LLAMA, **LINEAR, "num_hidden_layers": 4, "tie_word_embeddings": True},
+    "vision_config": {**QWEN_EYE, **QWEN3_EYE, "num_position_embeddings": 16},
+    "tie_word_embeddings": True,
+}
+
+
+def build(model, config, settings):
+    """Return a function that makes a model of transformers."""
+
+    def made():
+        import transformers
+
+        torch.manual_seed(0)
+        return getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+
+    return made
+
+
+MODELS = {
+    **ARCHITECTURES,
+    "phimoe": build("PhimoeForCausalLM", "PhimoeConfig", PHIMOE),
+    "bloom": build("BloomForCausalLM", "BloomConfig", {**TOKENS, "hidden_size": 64, "n_layer": 3, "n_head": 2}),
+    "qwen3-next": build(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {**QWEN_MOE, **LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3.5": build("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", QWEN35),
+    "glm4-moe": build(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {
+            **QWEN_MOE,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+
+
+def save_family(folder, model, change=None, kind=None):
+    """Save a model as a base whose file `change` edits, and two policies, loaded from it as class `kind`.
+
+    Returns the three models.
+    """
+    first = perturb(MODELS[model](), 9)
+    first.save_pretrained(folder / "base")
+    edit(folder / "base", change)
+    kind = kind or type(first)
+    models = [kind.from_pretrained(folder / "base")]
+    for seed in (1, 2):
+        models.append(perturb(kind.from_pretrained(folder / "base"), seed))
+        models[-1].save_pretrained(folder / f"p{seed}")
+    return models
+
+
+def edit(folder, change):
+    """Rewrite the tensors of a checkpoint."""
+    if change:
+        file = folder / "model.safetensors"
+        content = {name: value.contiguous() for name, value in change(load_file(file)).items()}
+        save_file(content, file, metadata={"format": "pt"})
+
+
+def edit_config(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def run(folder, **more):
+    """Merge p1 and p2 over the base, and return the result."""
+    policies = [folder / "p1", folder / "p2"]
+    (result,) = merge(folder / "base", policies, WEIGHTS[0], alpha=ALPHA, beta=BETA, out=folder / "out", **more)
+    return result
+
+
+def check_values(folder, models, part=None):
+    """Compare what transformers loads from the output with base + s·Σ λ·τ, tensor by tensor as transformers names them.
+
+    `part`: the names of text models, where a base has more.
+    """
+    kind, states = type(models[0]), [model.state_dict() for model in models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        loaded, report = kind.from_pretrained(folder / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    found = loaded.state_dict()
+    assert set(found) == set(states[0])
+    for name, base in states[0].items():
+        scale = scale_of(name, models[0].config)
+        residual = sum(w * (one[name].double() - base.double()) for w, one in zip(WEIGHTS, states[1:], strict=True))
+        torch.testing.assert_close(found[name], (base.double() + scale * residual).float(), rtol=2e-7, atol=0)
+
+
+def scale_of(name, config):
+    """Return the scale of a tensor by the number after its block list; towers have their own length."""
+    places = [int(part) for part in name.split(".") if part.isdigit()]
+    inside = ".layers." in f".{name}" or ".h." in f".{name}" or ".blocks." in f".{name}"
+    vision = getattr(config, "vision_config", None)
+    of_tower = vision is not None and ("vis" in name)
+    text = config.get_text_config()
+    blocks = (getattr(vision, "depth", None) or vision.num_hidden_layers) if of_tower else text.num_hidden_layers
+    return lines_scale(places[0] if inside and places else None, blocks, ALPHA, BETA)
+
+
+def without(prefix):
+    return lambda tensors: {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def with_prefix(prefix):
+    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
+
+
+def inside_blocks(module):
+    """Put a module between every block and what it has."""
+
+    def change(tensors):
+        parts = {name: name.split(".") for name in tensors}
+        return {
+            ".".join([*part[:3], module, *part[3:]] if part[1] == "layers" else part): tensors[name]
+            for name, part in parts.items()
+        }
+
+    return change
+
+
+def memory(model):
+    """Return a change into the names that a model has in memory, as trainers save them that shard the model."""
+    return lambda _: {name: value.clone() for name, value in model.state_dict().items()}
+
+
+WRAPPERS = ["_orig_mod.", "module.", "policy.", "pretrained_model.", "base_model.", "actor.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_before_every_name(wrapper, tmp_path):
+    models = save_family(tmp_path, "llama")
+    edit(tmp_path / "p1", with_prefix(wrapper))
+    result = run(tmp_path)
+    check_values(tmp_path, models)
+    assert any(f"{wrapper}lm_head.weight is the base's lm_head.weight" in note for note in result.notes)
+    assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(tmp_path / "base/model.safetensors"))
+
+
+@pytest.mark.parametrize("module", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_a_wrapper_around_every_block(module, tmp_path):
+    models = save_family(tmp_path, "llama")
+    for policy in ("p1", "p2"):
+        edit(tmp_path / policy, inside_blocks(module))
+    run(tmp_path)
+    check_values(tmp_path, models)
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix"), [("gpt2", "transformer."), ("bloom", "transformer."), ("bert-masked", "bert.")]
+)
+def test_the_prefix_of_a_base_model(model, prefix, tmp_path):
+    """The Hub's gpt2 has none, and what transformers saves has one."""
+    models = save_family(tmp_path, model, without(prefix))
+    run(tmp_path)
+    if model != "bert-masked":
+        check_values(tmp_path, models)
+    assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(tmp_path / "base/model.safetensors"))
+
+
+@pytest.mark.parametrize("model", ["gemma3-images", "llava", "qwen2-vl", "qwen3-vl", "mixtral", "qwen3-moe", "phimoe"])
+@pytest.mark.parametrize("in_memory", ["base", "p1"])
+def test_names_in_memory(model, in_memory, tmp_path):
+    """Trainers that shard a model save its names in memory: other prefixes, and all experts in one tensor."""
+    models = save_family(tmp_path, model)
+    row = ("base", "p1").index(in_memory)
+    edit(tmp_path / in_memory, memory(models[row]))
+    if model == "llava" or models[0].config.tie_word_embeddings:
+        edit(tmp_path / in_memory, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    run(tmp_path)
+    check_values(tmp_path, models)
+    assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(tmp_path / "base/model.safetensors"))
+
+
+def test_a_text_model_over_a_base_that_sees(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    models = save_family(tmp_path, "qwen3.5", kind=AutoModelForCausalLM)
+    result = run(tmp_path)
+    check_values(tmp_path, models)
+    base, out = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    towers = [name for name in base if ".visual." in name]
+    assert towers and set(base) == set(out) and all(torch.equal(base[name], out[name]) for name in towers)
+    assert any("which policy `p1` lacks: it is a model of text only" in note for note in result.notes)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3_5"
+
+
+def test_a_text_model_must_be_whole(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_family(tmp_path, "qwen3.5", kind=AutoModelForCausalLM)
+    edit(tmp_path / "p1", lambda tensors: {name: tensors[name] for name in tensors if "layers.2" not in name})
+    with pytest.raises(UserError, match="tensors of the base are missing"):
+        run(tmp_path)
+
+
+def with_mtp(tensors):
+    generator = torch.Generator().manual_seed(3)
+    return tensors | {name: torch.randn(shape, generator=generator) for name, shape in MTP.items()}
+
+
+def with_block_after_the_last(tensors):
+    last = {name: value for name, value in tensors.items() if ".layers.2." in name}
+    more = {name.replace(".layers.2.", ".layers.3."): value.clone() for name, value in last.items()}
+    return tensors | more | {"model.layers.3.eh_proj.weight": torch.ones(64, 128)}
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [("qwen3-next", with_mtp), ("qwen3.5", with_mtp), ("glm4-moe", with_block_after_the_last), ("llama", with_mtp)],
+)
+def test_what_transformers_never_loads(model, change, tmp_path):
+    """Kept from the base if the policies lack it, merged with α if all have it."""
+    models = save_family(tmp_path, model, change)
+    result = run(tmp_path)
+    check_values(tmp_path, models)
+    base, out = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    unloaded = [name for name in base if name.startswith(("mtp.", "model.layers.3.eh_proj"))]
+    assert unloaded and all(torch.equal(base[name], out[name]) for name in unloaded)
+    assert any("transformers loads them in no model" in note for note in result.notes)
+    for policy in ("p1", "p2"):
+        edit(tmp_path / policy, lambda tensors: tensors | {name: base[name] + 1 for name in unloaded})
+    run(tmp_path, overwrite=True)
+    out = load_file(tmp_path / "out/model.safetensors")
+    for name in unloaded:
+        torch.testing.assert_close(out[name], base[name] + ALPHA)
+
+
+def test_what_only_a_policy_has_and_transformers_never_loads(tmp_path):
+    models = save_family(tmp_path, "qwen3-next")
+    edit(tmp_path / "p1", with_mtp)
+    assert any(note.startswith("left out: mtp.") for note in run(tmp_path).notes)
+    check_values(tmp_path, models)
+
+
+@pytest.mark.parametrize(
+    ("base", "policy"),
+    [
+        ({}, {"architectures": None}),
+        ({}, {"architectures": ["FSDPLlamaForCausalLM"]}),
+        ({"architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"rope_theta": 10000.0, "rope_parameters": None, "rope_scaling": None}, {}),
+        ({"torch_dtype": "float32", "dtype": None}, {}),
+    ],
+)
+def test_a_config_that_is_spelled_otherwise(base, policy, tmp_path):
+    models = save_family(tmp_path, "llama")
+    edit_config(tmp_path / "base", **base)
+    edit_config(tmp_path / "p1", **policy)
+    run(tmp_path)
+    check_values(tmp_path, models)
+
+
+@pytest.mark.parametrize(
+    ("base", "policy", "key"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": None}, {}, "rope rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, {}, "rope rope_type"),
+        ({}, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({}, {"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({}, {"model_type": "mistral"}, "model_type"),
+    ],
+)
+def test_a_config_that_means_something_else(base, policy, key, tmp_path):
+    save_family(tmp_path, "llama")
+    edit_config(tmp_path / "base", **base)
+    edit_config(tmp_path / "p1", **policy)
+    with pytest.raises(UserError, match=f"`{key}` differs"):
+        run(tmp_path)
+
+
+def test_an_index_that_lists_what_no_file_has(tmp_path):
+    models = save_family(tmp_path, "llama-tied")
+    shutil.rmtree(tmp_path / "base")
+    models[0].save_pretrained(tmp_path / "base", max_shard_size="50kB")
+    path = tmp_path / "base/model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = next(iter(index["weight_map"].values()))
+    lost = {"lm_head.weight": file, "model.layers.0.self_attn.rotary_emb.inv_freq": file}
+    path.write_text(json.dumps({**index, "weight_map": index["weight_map"] | lost}))
+    result = run(tmp_path)
+    check_values(tmp_path, models)
+    assert any("the index of base lists tensors that no file has: lm_head.weight" in note for note in result.notes)
+    path.write_text(
+        json.dumps({**index, "weight_map": index["weight_map"] | {"model.layers.3.mlp.up_proj.weight": file}})
+    )
+    with pytest.raises(UserError, match="does not fit its files"):
+        run(tmp_path, overwrite=True)
