@@ -53,8 +53,13 @@ def under_names_of(base: Tensors, tensors: Tensors) -> dict[str, TensorInfo]:
     wanted = {name: info for name, info in base.items() if name not in tensors}
     if not rest or not wanted:
         return dict(tensors)
-    attempts = (_resolved(wanted, rest, key) for key in _keys(wanted, rest))
-    renamed, left = min(attempts, key=lambda attempt: len(attempt[1]))
+    renamed, left = dict[str, TensorInfo](), rest
+    for key in _keys(wanted, rest):
+        attempt = _resolved(wanted, rest, key)
+        if len(attempt[1]) < len(left):
+            renamed, left = attempt
+        if not left:
+            break
     return found | renamed | left
 
 
@@ -68,18 +73,6 @@ def names_in(base: Collection[str], names: Iterable[str]) -> dict[str, str]:
         mine = _unique(key, rest)
         attempts.append({name: theirs[found] for found, name in mine.items() if found in theirs})
     return {name: name for name in names if name in base} | max(attempts, key=len, default={})
-
-
-def pieces_in(base: Tensors, name: str, shape: tuple[int, ...]) -> list[TensorInfo]:
-    """Return the base's tensors that a tensor holds one after another, e.g. those of all experts; [] if there are none.
-
-    `name` is a name in memory; see `FUSIONS`.
-    """
-    for key in _keys(base, [name]):
-        theirs = {found: base[each] for found, each in _unique(key, base).items()}
-        if parts := _parts(key(name), shape, theirs):
-            return [theirs[part] for part in parts]
-    return []
 
 
 def same_modules(lists: Iterable[Iterable[str]]) -> list[dict[str, str]]:
