@@ -14,7 +14,7 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import as_float64
-from rewarded_lines.checkpoints.families import HEADS
+from rewarded_lines.checkpoints.families import HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
@@ -23,6 +23,11 @@ from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY, RESIZE, compare_configs, cut, of_text
 
+# A trainer may save names that only its own loading translates, and with them values in another order.
+SAVE_AGAIN = (
+    f"{REMEDY}; if this one was, and has the names of memory, give it those of a file: load it with transformers' "
+    "from_pretrained and write it with save_pretrained"
+)
 SHOWN = 3
 # Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
 # initialisations are orthogonal.
@@ -78,6 +83,17 @@ def _is_head(name: str) -> bool:
     return any(name.startswith(f"{head}.") for head in HEADS)
 
 
+def _vocabulary(source: Checkpoint) -> Any:
+    """Return the number of tokens; a release's config may lack it where it is its class's default."""
+    rows = (
+        info.shape[0]
+        for info in source.tensors.values()
+        if len(info.shape) == 2 and info.name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS
+    )
+    given = of_text(source.config, "vocab_size")
+    return next(rows, None) if given is None else given
+
+
 def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:
     """Return the tensors among `names` that repeat another one byte for byte, with the one that is kept.
 
@@ -99,7 +115,7 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
         holders = tuple(row for row, source in enumerate(inputs) if name in source.tensors)
         first = inputs[holders[0]]
         shape = first.tensors[name].shape
-        if len(shape) == 2 and shape[0] == of_text(first.config, "vocab_size"):
+        if len(shape) == 2 and shape[0] == _vocabulary(first):
             groups.setdefault((holders, shape), []).append(name)
     found: dict[str, str] = {}
     for (holders, shape), members in groups.items():
@@ -130,7 +146,8 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[
     missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
     added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=REMEDY) for what, names in rows if names]
+    remedy = SAVE_AGAIN if missing and added else REMEDY
+    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=remedy) for what, names in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
@@ -139,7 +156,7 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
         info, other = base.tensors[tensor], policy.tensors[tensor]
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
-            rows = of_text(base.config, "vocab_size")
+            rows = _vocabulary(base)
             resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
             problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:

@@ -173,7 +173,8 @@ def test_every_class_of_transformers():
         own = {id(value): key for key, value in memory.items()}
         places = {info.start: key for key, info in mine.items()}
         found = under_names_of(theirs, mine)
-        moved = [key for key, value in file.items() if id(value) in own and places[found[key].start] != own[id(value)]]
+        held = {key: own[id(value)] for key, value in file.items() if id(value) in own}
+        moved = [key for key, name in held.items() if key not in found or places[found[key].start] != name]
         if moved or set(found) != set(theirs) or set(under_names_of(mine, theirs)) != set(mine):
             wrong[name] = [*moved, *(key for key in found if key not in theirs)][:3]
     assert not wrong
