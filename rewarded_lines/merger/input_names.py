@@ -57,13 +57,10 @@ def depths_of(names: Iterable[str], config: Mapping[str, Any], layers: str | Non
 def _rename(base: Checkpoint, policy: Checkpoint, name: str) -> list[str]:
     own = policy.tensors
     policy.tensors = under_names_of(base.tensors, own)
-    places = {(info.file, info.start): mine for mine, info in own.items()}
-    pairs = ((places.get((info.file, info.start)), theirs) for theirs, info in policy.tensors.items())
-    found = {mine: theirs for mine, theirs in pairs if mine is not None and mine != theirs}
-    for theirs, info in policy.tensors.items():
-        if info.pieces:
-            found[f"{info.pieces[0].name} and others"] = theirs
-    return _renamed(name, found)
+    starts = {(info.file, info.start): each for each, info in own.items() if each not in policy.tensors}
+    # A tensor that is cut stands for its first part, and one that is joined has the name of its first piece.
+    firsts = ((each, (info.pieces or (info,))[0]) for each, info in policy.tensors.items() if each not in own)
+    return _renamed(name, {starts[key]: each for each, info in firsts if (key := (info.file, info.start)) in starts})
 
 
 def _renamed(name: str, found: Mapping[str, str]) -> list[str]:
@@ -77,17 +74,16 @@ def _fill(base: Checkpoint, policy: Checkpoint, name: str) -> list[str]:
     """Drop what transformers never loads and the base lacks; hold the base's tensors that the policy cannot have."""
     notes = []
     added = [each for each in policy.tensors if each not in base.tensors]
-    if surplus := [each for each in added if each in never_loaded(added, policy.config)]:
-        policy.tensors = {each: info for each, info in policy.tensors.items() if each not in set(surplus)}
-        notes.append(f"left out: {some(surplus)} of policy `{name}`, which transformers loads in no model")
+    if surplus := never_loaded(added, policy.config):
+        policy.tensors = {each: info for each, info in policy.tensors.items() if each not in surplus}
+        listed = some(each for each in added if each in surplus)
+        notes.append(f"left out: {listed} of policy `{name}`, which transformers loads in no model")
     lacking = [each for each in base.tensors if each not in policy.tensors]
     unloaded = never_loaded(lacking, base.config)
     towers = of_towers(lacking) - unloaded if is_text_of(policy.config, base.config) else set[str]()
-    for reason, some_of in (
-        ("transformers loads them in no model", unloaded),
-        ("it is a model of text only", towers),
-    ):
-        if held := [each for each in lacking if each in some_of]:
-            notes.append(f"the base's: {some(held)}, which policy `{name}` lacks: {reason}")
+    reasons = {"transformers loads them in no model": unloaded, "it is a model of text only": towers}
+    for reason, group in reasons.items():
+        if held := [each for each in lacking if each in group]:
+            notes.append(f"kept from the base: {some(held)}; policy `{name}` lacks them: {reason}")
             policy.hold(base, held)
     return notes

@@ -84,14 +84,14 @@ def _is_head(name: str) -> bool:
 
 
 def _vocabulary(source: Checkpoint) -> Any:
-    """Return the number of tokens; a release's config may lack it where it is its class's default."""
+    """Return the number of tokens; the config of a text model inside another leaves out its class's defaults."""
     rows = (
         info.shape[0]
         for info in source.tensors.values()
         if len(info.shape) == 2 and info.name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS
     )
     given = of_text(source.config, "vocab_size")
-    return next(rows, None) if given is None else given
+    return next(rows, None) if given is None and "text_config" in source.config else given
 
 
 def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:

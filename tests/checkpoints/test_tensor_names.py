@@ -110,9 +110,10 @@ def test_modules_of_two_adapters():
 
 # ---- against transformers -------------------------------------------------------------------------------------------
 
-# What their conversions do beside joining: transposing, interleaving, permuting. Their names in memory are refused.
+# Their conversions transpose, interleave or permute, or have words of their own: names of memory are refused.
 REFUSED = {
-    *("Cosmos3EdgeForConditionalGeneration", "Ernie4_5_VLMoeForConditionalGeneration"),
+    *("Cosmos3EdgeForConditionalGeneration", "Cosmos3OmniForConditionalGeneration", "PI0ForConditionalGeneration"),
+    "Ernie4_5_VLMoeForConditionalGeneration",
     *("Kimi_K25ForConditionalGeneration", "NemotronH_Omni_Reasoning_V3", "Step3p7ForConditionalGeneration"),
     *("InklingForConditionalGeneration", "InklingForCausalLM"),
 }
@@ -166,7 +167,7 @@ def test_every_class_of_transformers():
         except Exception:  # noqa: BLE001 - a default config that cannot be built is no matter of names
             continue
         built += 1
-        if set(memory) == set(file) or name in REFUSED:
+        if set(memory) == set(file):
             continue
         renamed += 1
         mine, theirs = (infos({key: value.shape for key, value in state.items()}) for state in (memory, file))
@@ -175,7 +176,9 @@ def test_every_class_of_transformers():
         found = under_names_of(theirs, mine)
         held = {key: own[id(value)] for key, value in file.items() if id(value) in own}
         moved = [key for key, name in held.items() if key not in found or places[found[key].start] != name]
-        if moved or set(found) != set(theirs) or set(under_names_of(mine, theirs)) != set(mine):
+        if name in REFUSED:
+            assert set(found) != set(theirs), name
+        elif moved or set(found) != set(theirs) or set(under_names_of(mine, theirs)) != set(mine):
             wrong[name] = [*moved, *(key for key in found if key not in theirs)][:3]
     assert not wrong
     assert built >= 150 and renamed >= 50

@@ -15,6 +15,8 @@ from tiny_models import perturb
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
 
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
 
 def save_family(folder, model, change=None, kind=None):
     """Save a model as a base whose file `change` edits, and two policies, loaded from it as class `kind`.
@@ -80,12 +82,25 @@ def memory(model):
     return lambda _: {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, save_family(folder, "llama")
+
+
+@pytest.fixture
+def models(saved, tmp_path):
+    """Llamas in `tmp_path`: a base and two policies, as files, and as models."""
+    folder, models = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return models
+
+
 WRAPPERS = ["_orig_mod.", "module.", "policy.", "pretrained_model.", "base_model.", "actor.", "module._orig_mod."]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_before_every_name(wrapper, tmp_path):
-    models = save_family(tmp_path, "llama")
+def test_a_wrapper_before_every_name(wrapper, models, tmp_path):
     edit(tmp_path / "p1", with_prefix(wrapper))
     result = run(tmp_path)
     check_values(tmp_path, models)
@@ -94,8 +109,7 @@ def test_a_wrapper_before_every_name(wrapper, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
-def test_a_wrapper_around_every_block(module, tmp_path):
-    models = save_family(tmp_path, "llama")
+def test_a_wrapper_around_every_block(module, models, tmp_path):
     for policy in ("p1", "p2"):
         edit(tmp_path / policy, inside_blocks(module))
     run(tmp_path)
@@ -137,7 +151,7 @@ def test_a_text_model_over_a_base_that_sees(tmp_path):
     base, out = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     towers = [name for name in base if ".visual." in name]
     assert towers and set(base) == set(out) and all(torch.equal(base[name], out[name]) for name in towers)
-    assert any("which policy `p1` lacks: it is a model of text only" in note for note in result.notes)
+    assert any("policy `p1` lacks them: it is a model of text only" in note for note in result.notes)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3_5"
 
 
@@ -163,7 +177,7 @@ def with_block_after_the_last(tensors):
 
 @pytest.mark.parametrize(
     ("model", "change"),
-    [("qwen3-next", with_mtp), ("qwen3.5", with_mtp), ("glm4-moe", with_block_after_the_last), ("llama", with_mtp)],
+    [("qwen3-next", with_mtp), ("qwen3.5", with_mtp), ("glm4-moe", with_block_after_the_last)],
 )
 def test_what_transformers_never_loads(model, change, tmp_path):
     """Kept from the base if the policies lack it, merged with α if all have it."""
@@ -199,8 +213,7 @@ def test_what_only_a_policy_has_and_transformers_never_loads(tmp_path):
         ({"torch_dtype": "float32", "dtype": None}, {}),
     ],
 )
-def test_a_config_that_is_spelled_otherwise(base, policy, tmp_path):
-    models = save_family(tmp_path, "llama")
+def test_a_config_that_is_spelled_otherwise(base, policy, models, tmp_path):
     edit_config(tmp_path / "base", **base)
     edit_config(tmp_path / "p1", **policy)
     run(tmp_path)
@@ -217,12 +230,37 @@ def test_a_config_that_is_spelled_otherwise(base, policy, tmp_path):
         ({}, {"model_type": "mistral"}, "model_type"),
     ],
 )
-def test_a_config_that_means_something_else(base, policy, key, tmp_path):
-    save_family(tmp_path, "llama")
+def test_a_config_that_means_something_else(base, policy, key, models, tmp_path):
     edit_config(tmp_path / "base", **base)
     edit_config(tmp_path / "p1", **policy)
     with pytest.raises(UserError, match=f"`{key}` differs"):
         run(tmp_path)
+
+
+def test_the_value_model_of_ppo(models, tmp_path):
+    """TRL's PPO trains policy and value model as parts of one module."""
+    critic = {"value_model.score.weight": torch.ones(1, 64), "value_model.model.norm.weight": torch.ones(64)}
+    edit(tmp_path / "p1", lambda tensors: with_prefix("policy.")(tensors) | critic)
+    notes = run(tmp_path).notes
+    check_values(tmp_path, models)
+    assert any("value_model.score.weight, the value head of policy" in note for note in notes)
+
+
+def test_a_config_that_leaves_out_defaults(tmp_path):
+    """The Hub's Gemma 3 has neither vocabulary nor heads in its config."""
+    save_family(tmp_path, "gemma3-images")
+    run(tmp_path)
+    one = load_file(tmp_path / "out/model.safetensors")
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters"):
+        config["text_config"].pop(key)
+    path.write_text(json.dumps(config))
+    # As a trainer saves it that does not know of the tie.
+    edit(tmp_path / "p1", lambda tensors: tensors | {HEAD: tensors[EMBEDDING].clone()})
+    run(tmp_path, overwrite=True)
+    two = load_file(tmp_path / "out/model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_an_index_that_lists_what_no_file_has(tmp_path):
