@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 
@@ -93,7 +94,7 @@ class Checkpoint(TensorFiles):
         files = _weight_files(folder, weight_map)
         self.config = read_config(folder)
         super().__init__(files)
-        self.absent = _absent(index, weight_map, self.tensors) if weight_map is not None else []
+        self.absent = _absent(index, weight_map, self.tensors, self.config) if weight_map is not None else []
 
     def hold(self, base: Checkpoint, names: Iterable[str]) -> None:
         """Hold some of the base's tensors, which this checkpoint has not, so that their residual is zero."""
@@ -252,13 +253,15 @@ def _check_entry(index: Path, name: str) -> None:
     )
 
 
-def _absent(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _absent(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> list[str]:
     """Return what an index lists and no file has; refuse an index that says otherwise than its files."""
     wrong = [name for name, info in tensors.items() if weight_map.get(name) != info.file.name]
     absent = [name for name in weight_map if name not in tensors]
     # A block has the tensors of the other blocks, so these are lost; others a model may do without (tied heads, masks).
-    kinds = {_NUMBER.sub(".#.", name) for name in tensors}
-    wrong += [name for name in absent if _NUMBER.sub(".#.", name) in kinds]
+    kinds, unloaded = {_NUMBER.sub(".#.", name) for name in tensors}, never_loaded(absent, config)
+    wrong += [name for name in absent if _NUMBER.sub(".#.", name) in kinds and name not in unloaded]
     if wrong:
         raise damaged(index, f"it does not fit its files: {', '.join(name[:80] for name in wrong[:3])}")
     return absent

@@ -67,12 +67,14 @@ def names_in(base: Collection[str], names: Iterable[str]) -> dict[str, str]:
     """Return for each name the one of the base that means the same; names without one are left out."""
     names = list(names)
     rest = [name for name in names if name not in base]
-    attempts = []
+    best: dict[str, str] = {}
     for key in _keys(base, rest) if rest else ():
-        theirs = _unique(key, base)
-        mine = _unique(key, rest)
-        attempts.append({name: theirs[found] for found, name in mine.items() if found in theirs})
-    return {name: name for name in names if name in base} | max(attempts, key=len, default={})
+        theirs, mine = _unique(key, base), _unique(key, rest)
+        attempt = {name: theirs[found] for found, name in mine.items() if found in theirs}
+        best = max(best, attempt, key=len)
+        if len(best) == len(rest):
+            break
+    return {name: name for name in names if name in base} | best
 
 
 def same_modules(lists: Iterable[Iterable[str]]) -> list[dict[str, str]]:
@@ -208,14 +210,16 @@ def _parts(key: str, shape: tuple[int, ...], tensors: Tensors) -> list[str]:
         if not f".{key}".endswith(f".{fused}"):
             continue
         stem, experts = key.removesuffix(fused), "*" in parts[0]
-        if f"{stem}{parts[0]}".replace("*", "0") not in tensors:
+        if len(shape) <= experts or f"{stem}{parts[0]}".replace("*", "0") not in tensors:
             continue
         rounds = range(shape[0] if experts else 1)
+        # A header may declare any number of experts.
+        if not 0 < len(rounds) <= len(tensors):
+            continue
         names = [f"{stem}{part}".replace("*", str(index)) for index in rounds for part in parts]
         held = [tensors[name] for name in names if name in tensors]
-        rows = [
-            info.shape[0] for info in held if info.shape[1:] == shape[1 + experts :] and info.dtype == held[0].dtype
-        ]
+        dtype, columns = held[0].dtype, shape[1 + experts :]
+        rows = [info.shape[0] for info in held if info.shape and (info.dtype, info.shape[1:]) == (dtype, columns)]
         if len(rows) == len(names) and _fill(rows, len(parts), shape[int(experts)]):
             return names
     return []

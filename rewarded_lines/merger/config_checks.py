@@ -107,7 +107,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         place = f"{kind}." if isinstance(settings, Mapping) else ""
         for key, value in nested.items():
             if key in ("type", "rope_type"):
-                found.setdefault(f"rope {place}rope_type", _ROPE_TYPES.get(value, value))
+                found.setdefault(f"rope {place}rope_type", _ROPE_TYPES.get(str(value), value))
             else:
                 found[f"rope {place}{key}"] = value
     return found

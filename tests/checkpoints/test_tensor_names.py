@@ -75,6 +75,7 @@ def test_experts_one_by_one_and_all_in_one():
         {"model.layers.0.mlp.experts.gate_up_proj": (4, 3, 4)},
         {"model.layers.0.mlp.experts.gate_up_proj": (5, 4, 3)},
         {"model.layers.0.mlp.experts.gate_up_proj": (4, 6, 3)},
+        *({"model.layers.0.mlp.experts.gate_up_proj": shape} for shape in ((), (4,), (0, 4, 3), (2**40, 4, 0))),
     ],
 )
 def test_experts_of_other_shapes_stay(shapes):
