@@ -62,10 +62,10 @@ def of_text(config: Mapping[str, Any], key: str) -> Any:
 
 def is_text_of(policy: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     """True if a policy is the text model alone of a base that also sees or hears."""
-    text, kind = base.get("text_config"), policy.get("model_type")
-    if not isinstance(text, Mapping) or not kind or kind == base.get("model_type"):
-        return False
-    return kind == text.get("model_type", f"{base.get('model_type')}_text")
+    text, kind, whole = base.get("text_config"), policy.get("model_type"), base.get("model_type")
+    named = text.get("model_type") if isinstance(text, Mapping) else None
+    # Releases before version 4.52 of transformers do not name the text model.
+    return bool(kind) and kind != whole and kind in (named, f"{whole}_text")
 
 
 def cut(value: object) -> str:

@@ -23,11 +23,6 @@ from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY, RESIZE, compare_configs, cut, of_text
 
-# A trainer may save names that only its own loading translates, and with them values in another order.
-SAVE_AGAIN = (
-    f"{REMEDY}; if this one was, and has the names of memory, give it those of a file: load it with transformers' "
-    "from_pretrained and write it with save_pretrained"
-)
 SHOWN = 3
 # Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
 # initialisations are orthogonal.
@@ -146,8 +141,7 @@ def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[
     missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
     added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
     rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    remedy = SAVE_AGAIN if missing and added else REMEDY
-    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=remedy) for what, names in rows if names]
+    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=REMEDY) for what, names in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
