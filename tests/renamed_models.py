@@ -17,6 +17,7 @@ LINEAR = {
 }
 MTP = {"mtp.fc.weight": (64, 128), "mtp.layers.0.mlp.down_proj.weight": (64, 96), "mtp.norm.weight": (64,)}
 PHIMOE = {**MIXTRAL, "num_key_value_heads": 2, "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 QWEN35 = {
     "text_config": {**LLAMA, **LINEAR, "num_hidden_layers": 4, "tie_word_embeddings": True},
     "vision_config": {**QWEN_EYE, **QWEN3_EYE, "num_position_embeddings": 16},
@@ -44,6 +45,14 @@ MODELS = {
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
         {**QWEN_MOE, **LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3-vl-moe": build(
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": {**QWEN_MOE, "num_experts": 3, "rope_parameters": MROPE},
+            "vision_config": {**QWEN_EYE, **QWEN3_EYE, "num_position_embeddings": 16},
+        },
     ),
     "qwen3.5": build("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", QWEN35),
     "glm4-moe": build(

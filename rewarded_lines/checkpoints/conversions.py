@@ -149,6 +149,9 @@ FUSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
 )
 
+# Transformers 5 exchanges the last two axes of the fused experts when it loads a release of these families.
+TRANSPOSED = frozenset(("qwen3_vl_moe", "qwen3_vl_moe_text"))
+
 # A count that starts at zero in one spelling and at one in the other, in one release (Kimi-K2.5): if a file has the
 # first name of a row, its names are those on the left.
 SHIFTS: tuple[tuple[tuple[str, str], ...], ...] = (

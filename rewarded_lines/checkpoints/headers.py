@@ -31,7 +31,8 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 class TensorInfo:
     """Name, type and shape of a tensor, and where its bytes start in the file.
 
-    A tensor whose values the file stores under several names has `pieces`: they follow one another in it.
+    A tensor whose values the file stores under several names has `pieces`: they follow one another in it. `transposed`:
+    the file stores each matrix of the last two axes with rows and columns exchanged.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TensorInfo:
     file: Path = Path()
     start: int = 0
     pieces: tuple[TensorInfo, ...] = ()
+    transposed: bool = False
 
     @property
     def elements(self) -> int:

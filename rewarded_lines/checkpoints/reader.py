@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ SINGLE_FILE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _LARGEST_JSON = 64_000_000
+_KEPT_MATRICES = 4
 _NUMBER = re.compile(r"\.[0-9]+\.")
 
 
@@ -45,6 +48,8 @@ class TensorFiles:
         if problems:
             raise UserError(problems)
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+        self._matrices: dict[tuple[TensorInfo, int], np.ndarray[Any, Any]] = {}
+        self._lock = Lock()
         weakref.finalize(self, _close, list(self._descriptors.values()))
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
@@ -58,9 +63,10 @@ class TensorFiles:
         """Fill `values`, a flat array of the storage type, with a tensor from its `start`-th value on."""
         info = self.tensors[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
+        fill = self._fill_transposed if info.transposed else self._fill
         for piece in info.pieces or (info,):
             count = max(0, min(values.size, piece.elements - start))
-            self._fill(piece, start, values[:count])
+            fill(piece, start, values[:count])
             start, values = max(0, start - piece.elements), values[count:]
 
     def _fill(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
@@ -70,6 +76,27 @@ class TensorFiles:
             if count == 0:
                 raise damaged(info.file, f"no bytes at {place}: it changed while it was read")
             view, place = view[count:], place + count
+
+    def _fill_transposed(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
+        size, done = math.prod(info.shape[-2:]), 0
+        while done < values.size:
+            number, inside = divmod(start + done, size)
+            count = min(size - inside, values.size - done)
+            values[done : done + count] = self._matrix(info, number)[inside : inside + count]
+            done += count
+
+    def _matrix(self, info: TensorInfo, number: int) -> np.ndarray[Any, Any]:
+        """Return a matrix of a transposed tensor, flat; the last few are kept, since each has many blocks."""
+        with self._lock:
+            if (kept := self._matrices.get((info, number))) is not None:
+                return kept
+            rows, columns = info.shape[-2:]
+            stored = np.empty(rows * columns, info.dtype.storage)
+            self._fill(info, number * stored.size, stored)
+            while len(self._matrices) >= _KEPT_MATRICES:
+                del self._matrices[next(iter(self._matrices))]
+            self._matrices[info, number] = stored.reshape(columns, rows).T.flatten()
+            return self._matrices[info, number]
 
     def header_bytes(self, file: Path) -> bytes:
         """Return the bytes before the tensors in one of the files."""

@@ -22,6 +22,7 @@ from rewarded_lines.checkpoints.conversions import (
     SHIFTS,
     SYNONYMS,
     TOWERS,
+    TRANSPOSED,
     WRAPPERS,
 )
 from rewarded_lines.checkpoints.families import HEADS
@@ -61,6 +62,18 @@ def under_names_of(base: Tensors, tensors: Tensors) -> dict[str, TensorInfo]:
         if not left:
             break
     return found | renamed | left
+
+
+def in_shapes_of(base: Tensors, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Return tensors with the base's shapes where a version of transformers exchanged two axes, see `TRANSPOSED`."""
+    if config.get("model_type") not in TRANSPOSED:
+        return dict(tensors)
+    found = dict(tensors)
+    for name, info in tensors.items():
+        *outer, rows, columns = base[name].shape if name in base and len(base[name].shape) == 3 else (0, 0)
+        if ".experts." in name and rows != columns and info.shape == (*outer, columns, rows) and not info.pieces:
+            found[name] = replace(info, shape=base[name].shape, transposed=True)
+    return found
 
 
 def names_in(base: Collection[str], names: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.checkpoints.tensor_depth import Depths, Place, find_depths
 from rewarded_lines.checkpoints.tensor_names import (
+    in_shapes_of,
     names_in,
     never_loaded,
     of_towers,
@@ -56,7 +57,7 @@ def depths_of(names: Iterable[str], config: Mapping[str, Any], layers: str | Non
 
 def _rename(base: Checkpoint, policy: Checkpoint, name: str) -> list[str]:
     own = policy.tensors
-    policy.tensors = under_names_of(base.tensors, own)
+    policy.tensors = in_shapes_of(base.tensors, under_names_of(base.tensors, own), base.config)
     starts = {(info.file, info.start): each for each, info in own.items() if each not in policy.tensors}
     # A tensor that is cut stands for its first part, and one that is joined has the name of its first piece.
     firsts = ((each, (info.pieces or (info,))[0]) for each, info in policy.tensors.items() if each not in own)

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 
+import blake3
 import pytest
 import torch
 from renamed_models import ALPHA, BETA, MODELS, MTP, WEIGHTS, edit, edit_config, scale_of, without
@@ -140,6 +141,29 @@ def test_names_in_memory(model, in_memory, tmp_path):
     check_values(tmp_path, models)
     kept = set(load_file(tmp_path / "base/model.safetensors")) - ({"lm_head.weight"} if tied else set())
     assert set(load_file(tmp_path / "out/model.safetensors")) == kept
+
+
+def exchanged(tensors):
+    """Exchange the last two axes of fused experts, as in releases of Qwen3-VL."""
+    return {name: value.transpose(1, 2) if ".experts." in name else value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("old", [["base"], ["p1"], ["base", "p2"]])
+def test_experts_whose_axes_a_version_exchanged(old, tmp_path):
+    models = save_family(tmp_path, "qwen3-vl-moe")
+    for folder in old:
+        edit(tmp_path / folder, exchanged)
+    run(tmp_path)
+    check_values(tmp_path, models)
+    shapes = [
+        {name: value.shape for name, value in load_file(tmp_path / folder / "model.safetensors").items()}
+        for folder in ("base", "out")
+    ]
+    assert shapes[0] == shapes[1]
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    for name in ("p1", "p2"):
+        digest = blake3.blake3((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+        assert record["policies"][name]["files"]["model.safetensors"] == digest
 
 
 def test_a_text_model_over_a_base_that_sees(tmp_path):
