@@ -13,8 +13,9 @@ from renamed_models import ALPHA, BETA, MODELS, MTP, WEIGHTS, edit, edit_config,
 from safetensors.torch import load_file
 from tiny_models import perturb
 
-from rewarded_lines import merge
+from rewarded_lines import inspect, merge
 from rewarded_lines.errors import UserError
+from rewarded_lines.merger.merge import replay
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
@@ -143,6 +144,21 @@ def test_names_in_memory(model, in_memory, tmp_path):
     assert set(load_file(tmp_path / "out/model.safetensors")) == kept
 
 
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare-ties", "consensus"])
+def test_other_methods_and_a_replay(method, tmp_path):
+    """The same bits as with the base's own names, whatever the method reads of whole tensors."""
+    models = save_family(tmp_path, "qwen3-moe")
+    run(tmp_path, method=method)
+    plain = (tmp_path / "out/model.safetensors").read_bytes()
+    edit(tmp_path / "p1", memory(models[1]))
+    edit(tmp_path / "p2", with_prefix("_orig_mod."))
+    run(tmp_path, method=method, overwrite=True)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == plain
+    replay(tmp_path / "out", out=tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == plain
+    assert all(one.residual.norm > 0 for one in inspect(tmp_path / "p1", tmp_path / "base").tensors)
+
+
 def exchanged(tensors):
     """Exchange the last two axes of fused experts, as in releases of Qwen3-VL."""
     return {name: value.transpose(1, 2) if ".experts." in name else value for name, value in tensors.items()}
@@ -177,6 +193,22 @@ def test_a_text_model_over_a_base_that_sees(tmp_path):
     assert towers and set(base) == set(out) and all(torch.equal(base[name], out[name]) for name in towers)
     assert any("policy `p1` lacks them: it is a model of text only" in note for note in result.notes)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3_5"
+
+
+def test_a_text_model_beside_a_whole_one(tmp_path):
+    """The tower of the policy that has one is merged; the other's residual is zero there."""
+    from transformers import AutoModelForCausalLM
+
+    save_family(tmp_path, "qwen3.5", kind=AutoModelForCausalLM)
+    kind = type(MODELS["qwen3.5"]())
+    base = kind.from_pretrained(tmp_path / "base")
+    perturb(kind.from_pretrained(tmp_path / "base"), 5).save_pretrained(tmp_path / "p2")
+    run(tmp_path)
+    found, second = kind.from_pretrained(tmp_path / "out"), kind.from_pretrained(tmp_path / "p2")
+    name = "model.visual.merger.norm.weight"
+    start, moved = base.state_dict()[name].double(), second.state_dict()[name].double()
+    expected = start + ALPHA * WEIGHTS[1] * (moved - start)
+    torch.testing.assert_close(found.state_dict()[name], expected.float(), rtol=2e-7, atol=0)
 
 
 def test_a_text_model_must_be_whole(tmp_path):
