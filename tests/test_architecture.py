@@ -20,8 +20,8 @@ GROUND = [
 MERGER = [
     *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "record"),
     *("open_inputs", "adapter_plan", "lora_stacking", "model_plan", "plan", "mergekit_methods", "mergekit_file"),
-    *("mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks", "model_checks"),
-    "lora_folding",
+    *("mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks", "input_names"),
+    *("model_checks", "config_checks", "lora_folding"),
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rewarded_lines.checkpoints.adapter_config import (
     match_patterns,
     read_adapter_config,
 )
+from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
 from rewarded_lines.checkpoints.reader import (
@@ -29,12 +30,15 @@ from rewarded_lines.checkpoints.reader import (
     read_json_object,
     resolve_folder,
 )
+from rewarded_lines.checkpoints.tensor_names import without_compilers
 from rewarded_lines.errors import Problem, UserError, fail
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # PEFT puts this before the names of the model's modules.
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+# With the adapter's name in it (`lora_A.default.weight`) if a trainer saved its own state instead of PEFT's.
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])(?:\.[^.]+)?)")
+_REPLACING = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _SHOWN = 3
 
 
@@ -48,6 +52,7 @@ class LowRank:
         b: B in the file, [out, r]; for embeddings [width, r].
         scaling: α/r, or α/√r.
         embedding: the module is an embedding.
+        stored: the base's name for the matrix, if it is not the module's.
     """
 
     module: str
@@ -55,6 +60,7 @@ class LowRank:
     b: TensorInfo
     scaling: float
     embedding: bool
+    stored: str = ""
 
     @property
     def rank(self) -> int:
@@ -63,8 +69,8 @@ class LowRank:
 
     @property
     def tensor(self) -> str:
-        """Return the name of the matrix in a checkpoint."""
-        return f"{self.module}.weight"
+        """Return the name of the matrix in the base's checkpoint."""
+        return self.stored or f"{self.module}.weight"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,6 +86,7 @@ class Adapter(TensorFiles):
         modules: the residuals, by module.
         saved: tensors that replace the base's, by the base's name (`modules_to_save`, trained biases).
         copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
+        own_names: the model's names for tensors that the base names otherwise, by the base's name.
     """
 
     def __init__(self, folder: Path, name: str = "") -> None:
@@ -95,24 +102,44 @@ class Adapter(TensorFiles):
         self.files = [path, folder / ADAPTER_CONFIG]
         self.saved: dict[str, TensorInfo] = {}
         self.copies: dict[str, TensorInfo] = {}
+        self.own_names: dict[str, str] = {}
         pairs = self._sort_out(path)
         self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
         if not self.modules and not self.saved:
             raise damaged(path, "no LoRA tensors in it")
 
+    def targets(self) -> list[str]:
+        """Return the tensors of a checkpoint that the adapter changes or repeats."""
+        return [*(module.tensor for module in self.modules.values()), *self.saved, *self.copies]
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Take the base's names for the `targets`, where `names` has one; modules keep their own."""
+        self.modules = {
+            name: replace(module, stored=names.get(module.tensor, module.tensor))
+            for name, module in self.modules.items()
+        }
+        self.own_names |= {theirs: mine for mine, theirs in names.items()}
+        self.saved = {names.get(name, name): info for name, info in self.saved.items()}
+        self.copies = {names.get(name, name): info for name, info in self.copies.items()}
+
+    def rename_modules(self, names: Mapping[str, str]) -> None:
+        """Take other names for modules."""
+        renamed = [replace(module, module=names.get(name, name)) for name, module in self.modules.items()]
+        self.modules = {module.module: module for module in renamed}
+
     def _sort_out(self, path: Path) -> dict[str, dict[str, TensorInfo]]:
         """Return the factors by module; put other tensors into `saved` or `copies`, refuse the rest."""
         pairs: dict[str, dict[str, TensorInfo]] = {}
         strange = []
+        inside = {name: inner for name in self.tensors if (inner := _inner(name)) is not None}
         for name, info in self.tensors.items():
-            inner = name.removeprefix(PREFIX)
-            match = _FACTOR.fullmatch(inner)
-            if inner == name:
-                strange.append(name)
-            elif match:
-                embedding = "E" if match[3] else ""
-                pairs.setdefault(match[1], {})[(match[2] or match[3]) + embedding] = info
-            elif not self._put_whole(inner, info):
+            # A state that a trainer saved itself may lack the prefix, but then in all names.
+            inner = inside.get(name, "" if inside else without_compilers(name))
+            if match := _FACTOR.fullmatch(inner):
+                known = pairs.setdefault(match[1], {}).setdefault(match[2] or f"{match[3]}E", info) is info
+            else:
+                known = self._put_whole(inner, info)
+            if not known:
                 strange.append(name)
         if strange:
             raise _refuse_strange(strange, path)
@@ -120,13 +147,18 @@ class Adapter(TensorFiles):
 
     def _put_whole(self, inner: str, info: TensorInfo) -> bool:
         """Put a tensor into `saved` or `copies`; return whether it belongs there."""
-        original = inner.replace(".base_layer.", ".")
+        # A state that a trainer saved itself has both values of a module that PEFT replaces.
+        inner = _REPLACING.sub("", inner)
+        original = inner.replace(".base_layer.", ".").replace(".original_module.", ".")
         module, _, kind = original.rpartition(".")
+        of_base = module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS
+        if original in (self.saved if original == inner else self.copies):
+            return False
         if original == inner and self._is_saved(module):
             self.saved[original] = info
         elif kind == "bias" and self.config.bias != "none":
             self.saved[original] = info
-        elif kind == "weight" and (module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS):
+        elif ".original_module." in inner or (kind == "weight" and of_base):
             self.copies[original] = info
         else:
             return False
@@ -163,6 +195,12 @@ class BareBase(TensorFiles):
         self.folder = folder
         self.config = config
         self.files = [folder / "config.json"]
+
+
+def _inner(name: str) -> str | None:
+    """Return a tensor's name behind PEFT's prefix, without what trainers and compilers add; None without the prefix."""
+    around, found, inner = without_compilers(name).partition(PREFIX)
+    return inner if found and set(around.split(".")) <= {"", *WRAPPERS, *ROOTS} else None
 
 
 def names_adapter(reference: str) -> bool:

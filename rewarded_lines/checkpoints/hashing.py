@@ -51,10 +51,10 @@ class RunningHashes:
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
     def take(self, runs: Iterable[tuple[TensorInfo, int, np.ndarray[Any, Any]]]) -> None:
-        """Add runs of values, each from a tensor's `start`-th on; a run out of order is ignored."""
+        """Add runs of values, each from a tensor's `start`-th on; a run that the file has not is ignored."""
         for info, start, values in runs:
             place = info.start + start * info.dtype.itemsize
-            if self._places.get(info.file) == place:
+            if self._places.get(info.file) == place and not info.transposed:
                 self._digests[info.file].update(values.view(np.uint8).data)
                 self._places[info.file] += values.nbytes
 

@@ -29,13 +29,19 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, type and shape of a tensor, and where its bytes start in the file."""
+    """Name, type and shape of a tensor, and where its bytes start in the file.
+
+    A tensor whose values the file stores under several names has `pieces`: they follow one another in it. `transposed`:
+    the file stores each matrix of the last two axes with rows and columns exchanged.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     file: Path = Path()
     start: int = 0
+    pieces: tuple[TensorInfo, ...] = ()
+    transposed: bool = False
 
     @property
     def elements(self) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 
@@ -20,6 +24,8 @@ SINGLE_FILE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _LARGEST_JSON = 64_000_000
+_KEPT_MATRICES = 4
+_NUMBER = re.compile(r"\.[0-9]+\.")
 
 
 class TensorFiles:
@@ -42,6 +48,8 @@ class TensorFiles:
         if problems:
             raise UserError(problems)
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+        self._matrices: dict[tuple[TensorInfo, int], np.ndarray[Any, Any]] = {}
+        self._lock = Lock()
         weakref.finalize(self, _close, list(self._descriptors.values()))
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
@@ -55,12 +63,40 @@ class TensorFiles:
         """Fill `values`, a flat array of the storage type, with a tensor from its `start`-th value on."""
         info = self.tensors[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
+        fill = self._fill_transposed if info.transposed else self._fill
+        for piece in info.pieces or (info,):
+            count = max(0, min(values.size, piece.elements - start))
+            fill(piece, start, values[:count])
+            start, values = max(0, start - piece.elements), values[count:]
+
+    def _fill(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
         view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
         while len(view):
             count = os.preadv(self._descriptors[info.file], [view], place)
             if count == 0:
                 raise damaged(info.file, f"no bytes at {place}: it changed while it was read")
             view, place = view[count:], place + count
+
+    def _fill_transposed(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
+        size, done = math.prod(info.shape[-2:]), 0
+        while done < values.size:
+            number, inside = divmod(start + done, size)
+            count = min(size - inside, values.size - done)
+            values[done : done + count] = self._matrix(info, number)[inside : inside + count]
+            done += count
+
+    def _matrix(self, info: TensorInfo, number: int) -> np.ndarray[Any, Any]:
+        """Return a matrix of a transposed tensor, flat; the last few are kept, since each has many blocks."""
+        with self._lock:
+            if (kept := self._matrices.get((info, number))) is not None:
+                return kept
+            rows, columns = info.shape[-2:]
+            stored = np.empty(rows * columns, info.dtype.storage)
+            self._fill(info, number * stored.size, stored)
+            while len(self._matrices) >= _KEPT_MATRICES:
+                del self._matrices[next(iter(self._matrices))]
+            self._matrices[info, number] = stored.reshape(columns, rows).T.flatten()
+            return self._matrices[info, number]
 
     def header_bytes(self, file: Path) -> bytes:
         """Return the bytes before the tensors in one of the files."""
@@ -69,7 +105,11 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """A model folder opened for reading."""
+    """A model folder opened for reading.
+
+    Attributes:
+        absent: tensors that the index lists and no file has, and that the model does not need.
+    """
 
     def __init__(self, folder: Path, name: str = "") -> None:
         """Open every weight file of `folder`; messages call the checkpoint `name`, by default the folder."""
@@ -81,8 +121,14 @@ class Checkpoint(TensorFiles):
         files = _weight_files(folder, weight_map)
         self.config = read_config(folder)
         super().__init__(files)
-        if weight_map is not None:
-            _check_index(index, weight_map, self.tensors)
+        self.absent = _absent(index, weight_map, self.tensors, self.config) if weight_map is not None else []
+
+    def hold(self, base: Checkpoint, names: Iterable[str]) -> None:
+        """Hold some of the base's tensors, which this checkpoint has not, so that their residual is zero."""
+        self.tensors |= {name: base.tensors[name] for name in names}
+        self._descriptors |= base._descriptors
+        # The base closes its files when it is collected.
+        self._base = base
 
 
 def _close(descriptors: list[int]) -> None:
@@ -234,8 +280,15 @@ def _check_entry(index: Path, name: str) -> None:
     )
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+def _absent(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> list[str]:
+    """Return what an index lists and no file has; refuse an index that says otherwise than its files."""
     wrong = [name for name, info in tensors.items() if weight_map.get(name) != info.file.name]
-    wrong += [name for name in weight_map if name not in tensors]
+    absent = [name for name in weight_map if name not in tensors]
+    # A block has the tensors of the other blocks, so these are lost; others a model may do without (tied heads, masks).
+    kinds, unloaded = {_NUMBER.sub(".#.", name) for name in tensors}, never_loaded(absent, config)
+    wrong += [name for name in absent if _NUMBER.sub(".#.", name) in kinds and name not in unloaded]
     if wrong:
         raise damaged(index, f"it does not fit its files: {', '.join(name[:80] for name in wrong[:3])}")
+    return absent

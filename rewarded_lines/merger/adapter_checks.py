@@ -18,10 +18,9 @@ from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import Problem
 from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
+from rewarded_lines.merger.config_checks import LANGUAGE_MODELS, REMEDY, RESIZE
 from rewarded_lines.merger.lora_folding import is_transposed, stored_shape
 from rewarded_lines.merger.model_checks import (
-    REMEDY,
-    RESIZE,
     compare_hashes,
     compare_tokenizers,
     few,
@@ -37,7 +36,6 @@ _OTHER_NAMES = (
     f"{REMEDY}; if transformers names layers differently from the checkpoint (LLaVA, Gemma 3, Qwen2-VL), give as "
     "base a folder with only its config.json"
 )
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
 def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
@@ -151,7 +149,7 @@ def _is_tied(base: Checkpoint) -> bool:
     """True if the base's head and embeddings are one tensor."""
     names = base.config.get("architectures")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    if names and not any(name.endswith(_LANGUAGE_MODELS) for name in names):
+    if names and not any(name.endswith(LANGUAGE_MODELS) for name in names):
         return False
     return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
 

@@ -68,6 +68,9 @@ class AdapterPlan(Plan):
                 modules.setdefault(name, {})[index] = module
         self.modules = {name: modules[name] for name in sorted(modules, key=_natural)}
         saved = sorted({name for adapter in self.adapters for name in adapter.saved}, key=_natural)
+        self._own_names = {
+            theirs: mine for adapter in reversed(self.adapters) for theirs, mine in adapter.own_names.items()
+        }
         self.whole = ModelPlan(base, policies, saved, depths, dtype)
         self.reads_base = bool(saved)
         self._repeats = True
@@ -96,7 +99,7 @@ class AdapterPlan(Plan):
         return self._outputs[key]
 
     def _output(self, spec: MergeSpec) -> AdapterOutput:
-        scales = {name: self.scale(f"{name}.weight", spec) for name in self.modules}
+        scales = {name: self.scale(next(iter(alike.values())).tensor, spec) for name, alike in self.modules.items()}
         copied = self._copied(spec, scales)
         whole = self._whole(spec, copied)
         stacks = {name: self._stack(name, scale, spec, copied) for name, scale in scales.items()}
@@ -105,7 +108,7 @@ class AdapterPlan(Plan):
             stacks = {name: replace(stack, rank=1) for name, stack in stacks.items()}
         else:
             stacks = {name: stack for name, stack in stacks.items() if stack.parts}
-        return AdapterOutput(self._output_dtype(stacks), stacks, whole, copied)
+        return AdapterOutput(self._output_dtype(stacks), stacks, whole, copied, self._own_names)
 
     def outputs(self, spec: MergeSpec) -> list[TensorInfo]:
         """See `Plan.outputs`."""

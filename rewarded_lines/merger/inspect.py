@@ -11,11 +11,12 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, resolve_folder, total_bytes
-from rewarded_lines.checkpoints.tensor_depth import Depths, Side, find_depths
+from rewarded_lines.checkpoints.tensor_depth import Depths, Side
 from rewarded_lines.errors import Problem, UserError, fail, printable
 from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.kernels.norms import Distance, distances
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
+from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
@@ -157,7 +158,7 @@ def inspect(
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
-    depths = find_depths(infos, subject.config, layers)
+    depths = depths_of(infos, subject.config, layers)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
     tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
@@ -201,9 +202,11 @@ def _open(checkpoint: str, base: str | None) -> _Subject:
         raise UserError(problems)
     if isinstance(opened, Adapter):
         return _adapted(opened, origin, base)
+    renamed = under_base_names(origin, {opened.folder.name: opened}) if origin else []
     names, notes = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
     tensors = {name: opened.tensors[name] for name in names}
-    return _Subject(opened.folder, opened.config, tensors, opened, origin, notes)
+    config = origin.config if origin else opened.config
+    return _Subject(opened.folder, config, tensors, opened, origin, renamed + notes)
 
 
 def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> _Subject:
@@ -212,12 +215,13 @@ def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -
         what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
         raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
     adapters = {adapter.folder.name: adapter}
+    renamed = under_base_names(base, adapters)
     if problems := check_adapters(base, reference, adapters, folded=True):
         raise UserError(problems)
     names, left_out = check(base, {})
     tensors = {name: base.tensors[name] for name in names}
     count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
-    notes = [f"an adapter: {count}; the rest is the base's", *left_out, *notes_on(base, adapters)]
+    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, adapters)]
     return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base.config), base, notes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -56,12 +56,14 @@ class AdapterOutput:
         stacks: by module.
         whole: the merges of tensors that replace the base's, by the base's name.
         copied: the policy that is repeated with its settings; None if the output is computed.
+        own_names: the model's names for tensors that the base names otherwise, by the base's name.
     """
 
     dtype: DType
     stacks: Mapping[str, Stack]
     whole: Mapping[str, TensorMerge]
     copied: int | None = None
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self, base: Mapping[str, TensorInfo]) -> list[TensorInfo]:
         """Return name, type and shape of every tensor in the file, given the base's tensors."""
@@ -73,6 +75,7 @@ class AdapterOutput:
 
     def key(self, name: str) -> str:
         """Return the name in the file for a tensor that replaces the base's."""
+        name = self.own_names.get(name, name)
         module, _, kind = name.rpartition(".")
         # PEFT moves a wrapped layer and its bias one level deeper.
         return f"{PREFIX}{module}.base_layer.{kind}" if module in self.stacks else PREFIX + name
@@ -236,7 +239,7 @@ def _targets(contents: Sequence[Mapping[str, Any]], names: list[str], modules: i
 
 def _modules_to_save(adapters: Sequence[Adapter], output: AdapterOutput) -> list[str] | None:
     """Return the policies' entries for a tensor saved whole, or for a module that contains one."""
-    parts = [name.split(".")[:-1] for name in output.whole]
+    parts = [output.own_names.get(name, name).split(".")[:-1] for name in output.whole]
     around = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
     entries = sorted({entry for adapter in adapters for entry in adapter.config.modules_to_save})
     return [entry for entry in entries if any(name.endswith(entry) for name in around)] or None

@@ -14,34 +14,23 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import as_float64
-from rewarded_lines.checkpoints.families import HEADS
+from rewarded_lines.checkpoints.families import HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
+from rewarded_lines.merger.config_checks import REMEDY, RESIZE, compare_configs, cut, of_text
 
-REMEDY = "merge policies that were all trained from this base"
-RESIZE = (
-    "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
-    "or cut the added rows off the policy"
-)
-# Settings that change the meaning of weights without changing their shapes.
-_MEANING = (
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation"),
-    *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct"),
-    *("partial_rotary_factor", "num_experts_per_tok"),
-)
 SHOWN = 3
-_LONGEST = 100
 # Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
 # initialisations are orthogonal.
 _LEAST_COSINE = 0.5
 _SAMPLED_TENSORS = 8
 _SAMPLED_VALUES = 65_536
 # The critic's head of PPO, which trainers save with a policy.
-_VALUE_HEAD = re.compile(r"(v_head|value_head)\.")
+_VALUE_HEAD = re.compile(r"(v_head|value_head|value_model)\.")
 # Constants that only some versions of transformers write: masks, positions, rotary frequencies.
 _CONSTANT = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
 _CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
@@ -79,20 +68,25 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
             reasons[name] = "a constant that not all inputs hold"
     # An untied model needs its own head, so a head that some inputs lack counts as no copy.
     # If the config has no `tie_word_embeddings`, transformers ties the head to the embeddings.
-    tied = _of_text(base.config, "tie_word_embeddings") is not False
+    tied = of_text(base.config, "tie_word_embeddings") is not False
     considered = names if tied else [name for name in partial if not _is_head(name)]
     copies = _copies(inputs, [name for name in considered if name not in reasons])
     return reasons | {name: f"tied to {copies[name]}" for name in considered if name in copies}
 
 
-def _of_text(config: Mapping[str, Any], key: str) -> Any:
-    """Return a setting of the language model; vision-language models have it in `text_config`."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
-
-
 def _is_head(name: str) -> bool:
     return any(name.startswith(f"{head}.") for head in HEADS)
+
+
+def _vocabulary(source: Checkpoint) -> Any:
+    """Return the number of tokens; the config of a text model inside another leaves out its class's defaults."""
+    rows = (
+        info.shape[0]
+        for info in source.tensors.values()
+        if len(info.shape) == 2 and info.name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS
+    )
+    given = of_text(source.config, "vocab_size")
+    return next(rows, None) if given is None and "text_config" in source.config else given
 
 
 def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str]:
@@ -116,7 +110,7 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
         holders = tuple(row for row, source in enumerate(inputs) if name in source.tensors)
         first = inputs[holders[0]]
         shape = first.tensors[name].shape
-        if len(shape) == 2 and shape[0] == _of_text(first.config, "vocab_size"):
+        if len(shape) == 2 and shape[0] == _vocabulary(first):
             groups.setdefault((holders, shape), []).append(name)
     found: dict[str, str] = {}
     for (holders, shape), members in groups.items():
@@ -135,24 +129,12 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     where = f"policy `{name}` ({policy.folder})"
     structure = [
-        *_compare_configs(base.config, policy.config, where),
+        *compare_configs(base.config, policy.config, where),
         *_compare_names(base, policy, where, extra),
         *_compare_tensors(base, policy, name, extra),
         *compare_tokenizers(base.folder, policy.folder, where),
     ]
     return structure or _compare_origin(base, policy, where)
-
-
-def _compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: str) -> list[Problem]:
-    remedies = {"model_type": REMEDY, "architectures": REMEDY, "num_hidden_layers": REMEDY, "vocab_size": RESIZE}
-    # Other versions of transformers may write fewer of these settings, so only those in both are compared.
-    both = [key for key in _MEANING if _of_text(base, key) is not None and _of_text(policy, key) is not None]
-    rows = [(key, remedies.get(key, REMEDY), _of_text(base, key), _of_text(policy, key)) for key in [*remedies, *both]]
-    return [
-        Problem(f"`{key}` differs from the base's", where, _cut(ours), _cut(theirs), remedy)
-        for key, remedy, ours, theirs in rows
-        if ours != theirs
-    ]
 
 
 def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[str]) -> list[Problem]:
@@ -168,7 +150,7 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
         info, other = base.tensors[tensor], policy.tensors[tensor]
         if info.shape != other.shape:
             what = f"shape {info.shape} in base, {other.shape} in {name}"
-            rows = _of_text(base.config, "vocab_size")
+            rows = _vocabulary(base)
             resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
             problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:
@@ -228,7 +210,9 @@ def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str
 @np.errstate(all="ignore")
 def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     """Return the cosine between the leading values of some matrices of two checkpoints; 1 without any."""
-    shared = [info for info in first.tensors.values() if info.name in second.tensors]
+    # A policy may hold tensors of its base, which say nothing.
+    pairs = [(info, second.tensors[info.name]) for info in first.tensors.values() if info.name in second.tensors]
+    shared = [info for info, other in pairs if info is not other]
     matrices = [info for info in shared if len(info.shape) > 1 and info.dtype.floating]
     dot = square_first = square_second = 0.0
     for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
@@ -250,15 +234,10 @@ def some(names: Iterable[object]) -> str:
     """Return the first names, shortened, and the number of the others."""
     listed = list(names)
     rest = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(map(_cut, listed[:SHOWN])) + rest
+    return ", ".join(map(cut, listed[:SHOWN])) + rest
 
 
 def few(problems: list[Problem], where: str, shown: int, more: str = "more likewise") -> list[Problem]:
     """Return the first `shown` problems, and one with the number of the others."""
     rest = len(problems) - shown
     return problems[:shown] + ([Problem(f"{rest} {more}", where)] if rest > 0 else [])
-
-
-def _cut(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

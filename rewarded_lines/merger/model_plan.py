@@ -65,7 +65,11 @@ class ModelPlan(Plan):
             FoldedAdapter(policy, base.config) if isinstance(policy, Adapter) else policy
             for policy in policies.values()
         ]
-        self._floats = [name for name in names if base.tensors[name].dtype.floating]
+        everyone = [1.0] * len(policies)
+        floats = [name for name in names if base.tensors[name].dtype.floating]
+        # Whole models may lack some of them; adapters change few, and count as they would as whole models.
+        adapted = any(isinstance(policy, Adapter) for policy in policies.values())
+        self._floats = [name for name in floats if adapted or self._touched(name, everyone)]
         self.facts = Facts(base, self._sources, self._floats)
 
     def workspace(self) -> Workspace:
@@ -228,9 +232,16 @@ class ModelPlan(Plan):
         share_out(queue, worker)
 
     def _touched(self, name: str, weights: Sequence[float]) -> bool:
-        """True if a policy with a weight may differ from the base: adapters change few tensors."""
+        """True if a policy with a weight may differ from the base: adapters change few tensors.
+
+        A model that lacks a tensor holds the base's.
+        """
+        mine = self.base.tensors[name]
         taken = (source for source, weight in zip(self._sources, weights, strict=False) if weight)
-        return any(isinstance(source, TensorFiles) or source.touches(name) for source in taken)
+        return any(
+            source.tensors[name] is not mine if isinstance(source, TensorFiles) else source.touches(name)
+            for source in taken
+        )
 
     def _order(self, name: str, weights: Sequence[float]) -> list[int]:
         """Return the order of summation: by content, so that permuting the policies changes no bit."""

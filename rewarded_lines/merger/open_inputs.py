@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
-from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_blocks
+from rewarded_lines.checkpoints.tensor_depth import with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
@@ -63,10 +64,11 @@ def plan_merge(
     opened = _open_policies(policies, problems)
     if problems:
         raise UserError(problems)
+    renamed = under_base_names(origin, opened)
     names, notes = _check_fit(origin, base, opened)
-    depths = find_depths(names, origin.config, layers)
+    depths = depths_of(names, origin.config, layers)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
-    plan.notes += notes
+    plan.notes += renamed + notes
     # These may contain a second, unknown block list.
     if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
         plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
@@ -88,6 +90,7 @@ def plan_adapters(
     problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy="pass --as full") for name in whole]
     with collected(problems):
         origin = _open_base(base, any(adapter.saved for adapter in adapters.values()))
+        renamed = under_base_names(origin, adapters)
         problems += check_adapters(origin, base, adapters, folded=False)
     if problems:
         raise UserError(problems)
@@ -95,8 +98,8 @@ def plan_adapters(
     names |= dict.fromkeys(name for adapter in adapters.values() for name in adapter.saved)
     known = [*origin.tensors, *(name for name in names if name not in origin.tensors)]
     known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
-    plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers), dtype)
-    plan.notes += notes_on(origin, adapters)
+    plan = AdapterPlan(origin, adapters, depths_of(known, origin.config, layers), dtype)
+    plan.notes += renamed + notes_on(origin, adapters)
     plan.reference, plan.references = base, dict(policies)
     return plan
 
