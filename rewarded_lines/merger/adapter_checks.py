@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import as_float64
-from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.checkpoints.target_parameters import outermost_first
 from rewarded_lines.errors import Problem
-from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
+from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
 from rewarded_lines.merger.config_checks import REMEDY, RESIZE
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
 from rewarded_lines.merger.model_checks import (
-    compare_hashes,
     compare_tokenizers,
     few,
-    recorded_base,
     some,
 )
 from rewarded_lines.merger.tied_layers import stored_name, unsettled
@@ -50,18 +45,18 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
     problems: list[Problem] = []
     for name, adapter in adapters.items():
         where = f"policy `{name}` ({adapter.folder})"
-        found = [*_fit(base, adapter, where), *_compare_origin(base, reference, adapter, where)]
+        found = [*_fit(base, adapter, where), *compare_origin(base, reference, adapter, where)]
         if folded and isinstance(base, Checkpoint):
             found += _fold(base, adapter, where)
         found += compare_tokenizers(base.folder, adapter.folder, where)
         problems += few(found, where, _SHOWN)
-    return problems + few([*_agree(adapters, folded), *_same_bases(adapters)], "policies", _SHOWN)
+    return problems + few([*_agree(adapters, folded), *same_bases(adapters)], "policies", _SHOWN)
 
 
-def notes_on(base: Base, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Return notes on the tensors that are left out."""
+def notes_on(base: Base, reference: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Return notes on the tensors that are left out, and on adapters that name another copy of the base."""
     compared = "equal to the base's" if isinstance(base, Checkpoint) else "not compared, the base has no weights"
-    return [
+    return notes_on_origins(reference, adapters) + [
         f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
         for name, adapter in adapters.items()
         if adapter.copies
@@ -189,23 +184,21 @@ def _agree(adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
             if (other.shape, other.embedding) != (module.shape, module.embedding):
                 what = f"B·A has shape {other.shape} in {first}, {module.shape} in {name}"
                 problems.append(Problem(what, where=module.module, remedy=REMEDY))
-    return problems if folded else problems + _loadable(adapters, list(seen))
+    return problems if folded else problems + _loadable(adapters)
 
 
-def _loadable(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> list[Problem]:
+def _loadable(adapters: Mapping[str, Adapter]) -> list[Problem]:
     """Refuse what PEFT could not load as one adapter: a matrix changed in two ways, an unknown order of nesting."""
-    kinds: dict[str, set[str]] = {}
+    modules = {name: module for adapter in adapters.values() for name, module in adapter.modules.items()}
+    kinds: dict[str, set[str]] = {module.tensor: {"target_modules"} for module in modules.values()}
     for adapter in adapters.values():
         for kind, names in (("modules_to_save", adapter.saved), ("trainable_token_indices", adapter.rows)):
             for tensor in names:
                 kinds.setdefault(tensor, set()).add(kind)
-    for module in modules:
-        kinds.setdefault(f"{module}.weight", set()).add("target_modules")
     both = {tensor: sorted(found) for tensor, found in kinds.items() if len(found) > 1}
     problems = [f"{name}: changed by {' of one policy and '.join(found)} of another" for name, found in both.items()]
-    bare = {module.module for adapter in adapters.values() for module in adapter.modules.values() if module.experts}
     within: dict[str, set[str]] = {}
-    for name in bare:
+    for name in (name for name, module in modules.items() if module.experts):
         within.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
     problems += [
         f"{owner}: the order in which PEFT nests {', '.join(sorted(names))} is not known"
@@ -215,51 +208,3 @@ def _loadable(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> list[P
     apart = [owner for owner in within if any(re.match(rf"{re.escape(owner)}\.[0-9]+\.", name) for name in modules)]
     problems += [f"{owner}: fused in one policy, a module for each expert in another" for owner in apart]
     return [Problem(what, "--as adapter", remedy="pass --as full") for what in problems]
-
-
-def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> list[Problem]:
-    """Find adapters of another base by the hash in their training.json, else by the name of their base."""
-    whole = isinstance(base, Checkpoint)
-    recorded, named = recorded_base(adapter.folder), adapter.config.base
-    if recorded and whole:
-        return compare_hashes(base.folder, recorded, TRAINING_FILE, where)
-    if not named or named == reference:
-        return []
-    if not _is_model(named):
-        # The folder may be a download of the named model, or a path of the machine that trained the adapter.
-        if _is_model(reference) or _last_part(named) == _last_part(reference):
-            return []
-        got = f"{named[:_LONGEST]} ({ADAPTER_CONFIG})"
-        return [Problem("trained from another base", where, reference, got, REMEDY)]
-    folder = Path(named)
-    if whole and folder.resolve() != base.folder.resolve() and any(folder.glob("*.safetensors")):
-        return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
-    return []
-
-
-def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
-    """Compare the adapters' bases with one another; bases on this machine were compared before."""
-    recorded = {name: recorded_base(adapter.folder) for name, adapter in adapters.items()}
-    if len({value for value in recorded.values() if value}) > 1:
-        got = ", ".join(f"{value[:12]}… for {name}" for name, value in recorded.items() if value)
-        return [Problem("the adapters were trained from different bases", got=got, remedy=REMEDY)]
-    named = {name: adapter.config.base for name, adapter in adapters.items() if adapter.config.base}
-    known = all(recorded.values()) or all(map(_is_model, named.values()))
-    if known or len(set(map(_last_part, named.values()))) < 2:
-        return []
-    got = ", ".join(f"{base[:_LONGEST]} for {name}" for name, base in named.items())
-    remedy = f"{REMEDY}; if they are one model, name it alike in each {ADAPTER_CONFIG}"
-    return [Problem("the adapters name different bases", got=got, remedy=remedy)]
-
-
-def _last_part(reference: str) -> str:
-    """Return the last part of a path or Hub id; the rest differs between machines."""
-    return os.path.basename(os.path.normpath(reference))
-
-
-def _is_model(reference: str) -> bool:
-    """True if a name is the folder of a model on this machine."""
-    try:
-        return (Path(reference) / "config.json").is_file()
-    except (OSError, ValueError):
-        return False

@@ -222,7 +222,7 @@ def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -
     names, left_out = check(base, {})
     tensors = {name: base.tensors[name] for name in names}
     count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
-    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, adapters)]
+    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, reference, adapters)]
     return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base), base, notes)
 
 

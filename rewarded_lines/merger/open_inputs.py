@@ -111,7 +111,7 @@ def plan_adapters(
     # Fused experts lie where the base's tensors of each expert lie.
     place = {**depths.place, **{name: depths.place[part] for name, part in apart.items()}}
     plan = AdapterPlan(origin, adapters, Depths(place, depths.stacks), dtype)
-    plan.notes += renamed + notes_on(origin, adapters)
+    plan.notes += renamed + notes_on(origin, base, adapters)
     plan.reference, plan.references = base, dict(policies)
     return plan
 
@@ -164,7 +164,7 @@ def _check_fit(
     ]
     if problems:
         raise UserError(problems)
-    return names, notes + notes_on(base, adapters)
+    return names, notes + notes_on(base, reference, adapters)
 
 
 @contextmanager

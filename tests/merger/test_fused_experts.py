@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from architectures import LLAMA, MIXTRAL, QWEN_MOE
 from peft import PeftModel
 from tiny_adapters import edit_settings, factors, save_adapter, settings_of
 
-import transformers
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.lines_schedule import lines_scale
