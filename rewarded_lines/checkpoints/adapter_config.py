@@ -46,6 +46,10 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
+# PEFT cannot merge these into the base, or makes another architecture of it.
+_NEVER_MERGED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
+
+
 def _matchable(pattern: str) -> str:
     """Return the pattern; refuse one that is not a regular expression or may take too long to match."""
     if len(pattern) > _LONGEST_PATTERN:
@@ -173,7 +177,7 @@ def _unknown(content: Mapping[str, Any], path: Path) -> list[Problem]:
     for name, value in content.items():
         if not value or name in _KNOWN:
             continue
-        what, remedy = f"`{name}`: {_REFUSED.get(name)}", MERGE_IN_PEFT
+        what, remedy = f"`{name}`: {_REFUSED.get(name)}", "" if name in _NEVER_MERGED else MERGE_IN_PEFT
         if name not in _REFUSED:
             what = f"`{name[:80]}` is not known here, and may change what the adapter computes"
             remedy = "remove the key if it does not; otherwise " + MERGE_IN_PEFT

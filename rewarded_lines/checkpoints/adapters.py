@@ -54,6 +54,7 @@ class Adapter(TensorFiles):
         saved: tensors that replace the base's, by the base's name (`modules_to_save`, trained biases).
         rows: rows that replace the base's (`trainable_token_indices`), by the base's name.
         copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
+        enlarged: copies with rows for added tokens, which the base lacks; by the base's name.
         own_names: the model's names for tensors that the base names otherwise, by the base's name.
     """
 
@@ -71,6 +72,7 @@ class Adapter(TensorFiles):
         self.saved: dict[str, TensorInfo] = {}
         self.rows: dict[str, TokenRows] = {}
         self.copies: dict[str, TensorInfo] = {}
+        self.enlarged: dict[str, TensorInfo] = {}
         self.own_names: dict[str, str] = {}
         pairs = self._sort_out(path)
         self.modules: dict[str, LowRank] = self._pair_up(pairs, path)

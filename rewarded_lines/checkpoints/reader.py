@@ -8,6 +8,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -97,6 +98,13 @@ class TensorFiles:
                 del self._matrices[next(iter(self._matrices))]
             self._matrices[info, number] = stored.reshape(columns, rows).T.flatten()
             return self._matrices[info, number]
+
+    def borrow(self, source: TensorFiles, tensors: Mapping[str, TensorInfo]) -> None:
+        """Take tensors of other files for one's own, by the name that they get here."""
+        self.tensors |= {name: replace(info, name=name) for name, info in tensors.items()}
+        self._descriptors |= source._descriptors
+        # The other object closes its files when it is collected.
+        self._lenders = [*getattr(self, "_lenders", []), source]
 
     def header_bytes(self, file: Path) -> bytes:
         """Return the bytes before the tensors in one of the files."""

@@ -26,9 +26,13 @@ from rewarded_lines.merger.model_checks import (
 )
 from rewarded_lines.merger.tied_layers import stored_name, unsettled
 
-KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does; or untie them in the base"
+KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
 # Earlier ones took [experts, out, in] for [experts, in, out].
 _FIRST_FOR_EXPERTS = (0, 19)
+_ENLARGE = (
+    "give as base one with as many rows: base.resize_token_embeddings(N), saved; "
+    "its new rows count as those from which the policies started"
+)
 _SHOWN = 6
 _LONGEST = 200
 _OTHER_NAMES = (
@@ -132,7 +136,8 @@ def _fit_whole(base: Checkpoint, name: str, info: TensorInfo, where: str) -> Pro
         return Problem(f"{name} is not in the base", where, remedy=REMEDY)
     theirs, where = base.tensors[stored], f"{where}: {name}"
     if theirs.shape != info.shape:
-        return Problem(f"shape {theirs.shape} in base, {info.shape} in the adapter", where, remedy=RESIZE)
+        remedy = _ENLARGE if theirs.shape[1:] == info.shape[1:] and theirs.shape < info.shape else RESIZE
+        return Problem(f"shape {theirs.shape} in base, {info.shape} in the adapter", where, remedy=remedy)
     if not (theirs.dtype.floating and info.dtype.floating):
         return Problem("only floating-point tensors are merged", where, got=info.dtype.torch)
     return None

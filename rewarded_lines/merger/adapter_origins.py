@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem
 from rewarded_lines.folders import TRAINING_FILE
+from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY, of_text
 from rewarded_lines.merger.lora_folding import Base
 from rewarded_lines.merger.model_checks import compare_hashes, recorded_base
@@ -47,6 +50,8 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
     if (copied := _quantized(folder)) and all(of_text(copied, key) == of_text(base.config, key) for key in _SIZES):
         # The weights of a quantized copy have no values to compare.
         return []
+    if isinstance(base, Checkpoint) and _is_enlarged(base, Checkpoint(folder)):
+        return []
     return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
 
 
@@ -75,6 +80,24 @@ def notes_on_origins(reference: str, adapters: Mapping[str, Adapter]) -> list[st
         and not recorded_base(adapter.folder)
         and (_quantized(Path(adapter.config.base)) or not _is_model(adapter.config.base))
     ]
+
+
+def _is_enlarged(base: Checkpoint, smaller: Checkpoint) -> bool:
+    """True if a base is another with rows for added tokens, and the same values in all others."""
+    if base.tensors.keys() != smaller.tensors.keys():
+        return False
+    grown = [name for name, info in smaller.tensors.items() if base.tensors[name].shape != info.shape]
+    for name, info in smaller.tensors.items():
+        mine = base.tensors[name]
+        rows = mine.shape[:1] > info.shape[:1] and mine.shape[1:] == info.shape[1:]
+        if mine.dtype != info.dtype or (name in grown and not rows):
+            return False
+    pairs = (
+        (base.read(info.name, *block), smaller.read(info.name, *block))
+        for info in smaller.tensors.values()
+        for block in blocks_of(info.elements)
+    )
+    return bool(grown) and all(np.array_equal(*pair) for pair in pairs)
 
 
 def _model(reference: str) -> str:

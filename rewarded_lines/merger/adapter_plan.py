@@ -77,9 +77,10 @@ class AdapterPlan(Plan):
         for name, one in ((name, one) for adapter in self.adapters for name, one in adapter.rows.items()):
             rows.setdefault(name, set()).update(one.tokens)
         self.rows = {name: tuple(sorted(tokens)) for name, tokens in rows.items()}
+        self.enlarged = [name for name in base.tensors if any(name in adapter.enlarged for adapter in self.adapters)]
         saved = sorted({*self.rows, *(name for adapter in self.adapters for name in adapter.saved)}, key=_natural)
         source = SelectedRows(base, self.rows) if self.rows else base
-        self.whole = ModelPlan(source, policies, saved, depths, dtype)
+        self.whole = ModelPlan(source, policies, [*self.enlarged, *saved], depths, dtype)
         self.reads_base = bool(saved)
         self._repeats = True
         self._outputs: dict[tuple[object, ...], AdapterOutput] = {}
@@ -185,13 +186,15 @@ class AdapterPlan(Plan):
         return Stack(next(iter(modules.values())), rank, tuple(parts))
 
     def _whole(self, spec: MergeSpec, copied: int | None) -> dict[str, TensorMerge]:
-        """Return the merges of the tensors saved whole; an empty dict if all results equal the base's."""
+        """Return the merges of the tensors saved whole; only enlarged embeddings if all results equal the base's."""
+        tensors = self.whole.base.tensors
+        kept = {name: TensorMerge(self._dtype or tensors[name].dtype, copy=0) for name in self.enlarged}
         if copied is not None:
             adapter = self.adapters[copied]
             kinds = adapter.saved | {name: rows.info for name, rows in adapter.rows.items()}
-            return {name: TensorMerge(self._dtype or kinds[name].dtype, copied + 1) for name in sorted(kinds)}
-        steps = {name: self.whole.step(name, spec) for name in self.whole.names}
-        return steps if any(step.copy != 0 for step in steps.values()) else {}
+            return kept | {name: TensorMerge(self._dtype or kinds[name].dtype, copied + 1) for name in sorted(kinds)}
+        steps = {name: self.whole.step(name, spec) for name in self.whole.names if name not in kept}
+        return kept | (steps if any(step.copy != 0 for step in steps.values()) else {})
 
     def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
         """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""

@@ -12,6 +12,7 @@ from rewarded_lines.checkpoints.tensor_depth import Depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
@@ -92,6 +93,7 @@ def plan_adapters(
     with collected(problems):
         origin = _open_base(base, any(adapter.saved or adapter.rows for adapter in adapters.values()))
         renamed = under_base_names(origin, adapters)
+        renamed += enlarge(origin, adapters)
         if isinstance(origin, Checkpoint):
             name_apart(origin, adapters.values())
         problems += check_adapters(origin, base, adapters, folded=False)
@@ -146,7 +148,7 @@ def _check_fit(
     whole, adapters = _separated(policies)
     problems: list[Problem] = []
     with collected(problems):
-        untied = settle(base, policies)
+        untied = [*(enlarge(base, adapters) if not whole else []), *settle(base, policies)]
         names, notes = check(base, whole)
         notes = untied + notes
     if not adapters and not problems:

@@ -53,6 +53,14 @@ def is_tied(base: Checkpoint) -> bool:
     return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
 
 
+def same_values(first: Adapter, one: TensorInfo, second: Adapter, other: TensorInfo) -> bool:
+    """True if two tensors of adapters have one type, one shape and the same bytes."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pairs = ((first.read(one.name, *block), second.read(other.name, *block)) for block in blocks_of(one.elements))
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
 def unsettled(base: Checkpoint, adapter: Adapter) -> list[str]:
     """Return the tensors that an adapter changes, and that other layers share which cannot get a tensor of their own.
 
@@ -152,7 +160,7 @@ def _alike(adapter: Adapter, head: str, embeddings: str) -> bool:
     if embeddings in adapter.rows:
         return head not in changed_tensors(adapter)
     if head in adapter.saved and embeddings in adapter.saved:
-        return _same(adapter, adapter.saved[head], adapter.saved[embeddings])
+        return same_values(adapter, adapter.saved[head], adapter, adapter.saved[embeddings])
     modules = {module.tensor: module for module in adapter.modules.values()}
     return head in modules and embeddings in modules and _transposes(adapter, modules[head], modules[embeddings])
 
@@ -167,12 +175,3 @@ def _transposes(adapter: Adapter, head: LowRank, embeddings: LowRank) -> bool:
 
 def _read(adapter: Adapter, info: TensorInfo) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     return as_float64(adapter.read(info.name), info.dtype).reshape(info.shape)
-
-
-def _same(adapter: Adapter, first: TensorInfo, second: TensorInfo) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    pairs = (
-        (adapter.read(first.name, *block), adapter.read(second.name, *block)) for block in blocks_of(first.elements)
-    )
-    return all(np.array_equal(*pair) for pair in pairs)
