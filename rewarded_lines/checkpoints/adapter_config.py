@@ -47,7 +47,7 @@ _REFUSED: Mapping[str, str] = {
 
 
 # PEFT cannot merge these into the base, or makes another architecture of it.
-_NEVER_MERGED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
+_NEVER_MERGED = ("use_qalora", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
 
 
 def _matchable(pattern: str) -> str:

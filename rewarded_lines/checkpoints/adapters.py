@@ -12,6 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rewarded_lines.checkpoints.adapter_config import (
     ADAPTER_CONFIG,
     MERGE_IN_PEFT,
@@ -40,9 +42,11 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # With the adapter's name in it (`lora_A.default.weight`) if a trainer saved its own state instead of PEFT's.
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])(?:\.[^.]+)?)")
-_REPLACING = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_REPLACING = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.)|(?=\.weight$))")
 # What PEFT puts after the name of an embedding of which it trains some rows.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# Before the base's own tensor in a layer that PEFT wraps.
+_WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
 
 
@@ -55,6 +59,7 @@ class Adapter(TensorFiles):
         rows: rows that replace the base's (`trainable_token_indices`), by the base's name.
         copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
         enlarged: copies with rows for added tokens, which the base lacks; by the base's name.
+        before: the size of the base's vocabulary.
         own_names: the model's names for tensors that the base names otherwise, by the base's name.
     """
 
@@ -73,6 +78,7 @@ class Adapter(TensorFiles):
         self.rows: dict[str, TokenRows] = {}
         self.copies: dict[str, TensorInfo] = {}
         self.enlarged: dict[str, TensorInfo] = {}
+        self.before = 0
         self.own_names: dict[str, str] = {}
         pairs = self._sort_out(path)
         self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
@@ -117,6 +123,8 @@ class Adapter(TensorFiles):
         for name, info in self.tensors.items():
             # A state that a trainer saved itself may lack the prefix, but then in all names.
             inner = inside.get(name, "" if inside else without_compilers(name))
+            if self._repeats(name):
+                continue
             if match := _FACTOR.fullmatch(inner):
                 known = pairs.setdefault(match[1], {}).setdefault(match[2] or f"{match[3]}E", info) is info
             else:
@@ -127,6 +135,15 @@ class Adapter(TensorFiles):
             raise _refuse_strange(strange, path)
         return pairs
 
+    def _repeats(self, name: str) -> bool:
+        """Return whether a tensor repeats another: PEFT writes enlarged embeddings that it replaces under two names."""
+        first, found, kind = name.rpartition(".modules_to_save.weight")
+        other = self.tensors.get(f"{first}.weight") if found and not kind else None
+        mine = self.tensors[name]
+        if other is None or (other.shape, other.dtype) != (mine.shape, mine.dtype):
+            return False
+        return bool(np.array_equal(self.read(name), self.read(other.name)))
+
     def _put_whole(self, inner: str, info: TensorInfo) -> bool:
         """Put a tensor into `saved`, `rows` or `copies`; return whether it belongs there."""
         module, rows, _ = inner.partition(TOKEN_ROWS)
@@ -134,7 +151,7 @@ class Adapter(TensorFiles):
             return self.rows.setdefault(f"{module}.weight", TokenRows(info, self._tokens(module))).info is info
         # A state that a trainer saved itself has both values of a module that PEFT replaces.
         inner = _REPLACING.sub("", inner)
-        original = inner.replace(".base_layer.", ".").replace(".original_module.", ".")
+        original = _WRAPPED.sub(".", inner)
         module, _, kind = original.rpartition(".")
         of_base = module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS
         if original in (self.saved if original == inner else self.copies):

@@ -210,6 +210,19 @@ def _loadable(adapters: Mapping[str, Adapter]) -> list[Problem]:
         for owner, names in within.items()
         if outermost_first(names) is None
     ]
+    problems += [
+        f"{name}: the base lacks rows of other tokens than those of trainable_token_indices"
+        for name in {name for adapter in adapters.values() for name in adapter.rows}
+        if _lacks_rows(adapters, name)
+    ]
     apart = [owner for owner in within if any(re.match(rf"{re.escape(owner)}\.[0-9]+\.", name) for name in modules)]
     problems += [f"{owner}: fused in one policy, a module for each expert in another" for owner in apart]
     return [Problem(what, "--as adapter", remedy="pass --as full") for what in problems]
+
+
+def _lacks_rows(adapters: Mapping[str, Adapter], name: str) -> bool:
+    """True if added tokens are not all among those whose rows a merged adapter would replace."""
+    added = next((one.enlarged[name].shape[0] for one in adapters.values() if name in one.enlarged), 0)
+    before = next((one.before for one in adapters.values() if name in one.enlarged), added)
+    tokens = {token for one in adapters.values() if name in one.rows for token in one.rows[name].tokens}
+    return not set(range(before, added)) <= tokens

@@ -50,7 +50,7 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
     if (copied := _quantized(folder)) and all(of_text(copied, key) == of_text(base.config, key) for key in _SIZES):
         # The weights of a quantized copy have no values to compare.
         return []
-    if isinstance(base, Checkpoint) and _is_enlarged(base, Checkpoint(folder)):
+    if isinstance(base, Checkpoint) and _is_enlarged(Checkpoint(base.folder), Checkpoint(folder)):
         return []
     return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
 

@@ -77,8 +77,9 @@ class AdapterPlan(Plan):
         for name, one in ((name, one) for adapter in self.adapters for name, one in adapter.rows.items()):
             rows.setdefault(name, set()).update(one.tokens)
         self.rows = {name: tuple(sorted(tokens)) for name, tokens in rows.items()}
-        self.enlarged = [name for name in base.tensors if any(name in adapter.enlarged for adapter in self.adapters)]
         saved = sorted({*self.rows, *(name for adapter in self.adapters for name in adapter.saved)}, key=_natural)
+        enlarged = {name for adapter in self.adapters for name in adapter.enlarged} - set(saved)
+        self.enlarged = [name for name in base.tensors if name in enlarged]
         source = SelectedRows(base, self.rows) if self.rows else base
         self.whole = ModelPlan(source, policies, [*self.enlarged, *saved], depths, dtype)
         self.reads_base = bool(saved)

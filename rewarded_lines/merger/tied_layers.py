@@ -76,10 +76,15 @@ def unsettled(base: Checkpoint, adapter: Adapter) -> list[str]:
 
 def name_apart(base: Checkpoint, adapters: Iterable[Adapter]) -> None:
     """Give the base a second name for a tied tensor where adapters store the head or its rows."""
-    for name in [name for adapter in adapters for name in [*adapter.saved, *adapter.rows]]:
-        stored = stored_name(base, name)
-        if stored is not None and name not in base.tensors:
-            base.tensors[name] = replace(base.tensors[stored], name=name)
+    for adapter in adapters:
+        for head in [name for name in adapter.rows if name in TIED_HEADS and is_tied(base)]:
+            embeddings = stored_name(base, head)
+            if embeddings in adapter.rows and _same_rows(adapter, head, embeddings):
+                adapter.rows.pop(head)
+        for name in [*adapter.saved, *adapter.rows]:
+            stored = stored_name(base, name)
+            if stored is not None and name not in base.tensors:
+                base.tensors[name] = replace(base.tensors[stored], name=name)
 
 
 def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> list[str]:
@@ -152,17 +157,26 @@ def _is_of_pair(name: str) -> bool:
 def _forget(adapter: Adapter, head: str) -> None:
     """Drop an adapter's change of the head, which repeats that of the embeddings."""
     adapter.saved.pop(head, None)
+    adapter.rows.pop(head, None)
     adapter.modules.pop(head.removesuffix(".weight"), None)
 
 
 def _alike(adapter: Adapter, head: str, embeddings: str) -> bool:
     """True if an adapter changes head and embeddings by the same values."""
     if embeddings in adapter.rows:
-        return head not in changed_tensors(adapter)
+        return head not in changed_tensors(adapter) or _same_rows(adapter, head, embeddings)
     if head in adapter.saved and embeddings in adapter.saved:
         return same_values(adapter, adapter.saved[head], adapter, adapter.saved[embeddings])
     modules = {module.tensor: module for module in adapter.modules.values()}
     return head in modules and embeddings in modules and _transposes(adapter, modules[head], modules[embeddings])
+
+
+def _same_rows(adapter: Adapter, head: str, embeddings: str) -> bool:
+    """True if an adapter replaces rows of the head by those of the embeddings: PEFT may write both."""
+    if head not in adapter.rows:
+        return False
+    one, other = adapter.rows[head], adapter.rows[embeddings]
+    return one.tokens == other.tokens and same_values(adapter, one.info, adapter, other.info)
 
 
 def _transposes(adapter: Adapter, head: LowRank, embeddings: LowRank) -> bool:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
-from rewarded_lines.merger.lines_schedule import lines_scale
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = 307
@@ -92,46 +91,87 @@ def enlarged(tiny, name, seed, rows=1, **settings):
         model.save_pretrained(tiny / name)
 
 
-@pytest.mark.parametrize("as_", ["adapter", "full"])
-def test_added_tokens_that_all_policies_have_alike(tiny, as_):
-    for seed, name in enumerate(("one", "two"), start=1):
-        enlarged(tiny, name, seed)
-    assert factors(tiny / "one")[f"base_model.model.{EMBEDDINGS}"].shape[0] == TOKENS
-    (result,) = merge("sft", ["one", "two"], 0.3, beta=0, as_=as_, out="out")
-    assert any("grows from 300 to 307 tokens" in note for note in result.notes)
+def embeddings(out, as_):
+    """Return embeddings and head of a merged model, or of the enlarged base with a merged adapter."""
     if as_ == "full":
-        model = AutoModelForCausalLM.from_pretrained("out")
+        model = AutoModelForCausalLM.from_pretrained(out)
     else:
         base = AutoModelForCausalLM.from_pretrained("sft")
         base.resize_token_embeddings(TOKENS)
-        model = PeftModel.from_pretrained(base, "out").merge_and_unload()
-    assert model.config.vocab_size == TOKENS and model.get_input_embeddings().weight.shape[0] == TOKENS
-    expected = factors(tiny / "two")[f"base_model.model.{EMBEDDINGS}"]
-    assert torch.equal(model.get_input_embeddings().weight, expected)
-    assert torch.equal(model.get_output_embeddings().weight, expected)
+        model = PeftModel.from_pretrained(base, out).merge_and_unload()
+    assert model.config.vocab_size == TOKENS
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
-def test_added_tokens_that_policies_train_need_a_base_that_has_them(tiny):
-    both = ["embed_tokens", "lm_head"]
+ADDED = {
+    "frozen": {},
+    "tied": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": list(range(300, TOKENS))},
+}
+
+
+@pytest.mark.parametrize("kind", list(ADDED))
+def test_added_tokens_that_start_alike_in_all_policies(tiny, kind):
     for seed, name in enumerate(("one", "two"), start=1):
-        enlarged(tiny, name, seed, rows=seed, modules_to_save=both, ensure_weight_tying=True)
+        enlarged(tiny, name, seed, **ADDED[kind])
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained("sft")
+    base.resize_token_embeddings(TOKENS)
+    start, parts = base.get_input_embeddings().weight, []
+    for name in ("one", "two"):
+        file = factors(tiny / name)
+        saved = file.get(f"base_model.model.{EMBEDDINGS}", start)
+        if kind == "rows":
+            rows = file["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+            saved = torch.cat([start[:300], rows])
+        parts.append(saved - start)
+    assert bool(parts[0].any()) == (kind != "frozen")
+    exact = start + 0.5 * (0.3 * parts[0] + 0.7 * parts[1])
     for as_ in ("adapter", "full"):
-        with pytest.raises(UserError, match="give as base one with as many rows"):
+        (result,) = merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_=as_, out=as_)
+        assert any("grows from 300 to 307 tokens" in note for note in result.notes)
+        for found in embeddings(as_, as_):
+            assert torch.allclose(found, exact, atol=1e-6)
+
+
+def test_added_tokens_that_start_apart(tiny):
+    for seed, name in enumerate(("one", "two"), start=1):
+        enlarged(tiny, name, seed, rows=seed, **ADDED["tied"])
+    for as_ in ("adapter", "full"):
+        with pytest.raises(UserError, match="resize_token_embeddings"):
             merge("sft", ["one", "two"], 0.3, as_=as_, out="out")
     base = AutoModelForCausalLM.from_pretrained("sft")
     base.resize_token_embeddings(TOKENS)
     base.save_pretrained("grown")
+    for seed, name in enumerate(("one", "two"), start=1):
+        save_adapter(tiny / "grown", tiny / f"{name}-again", seed, **ADDED["tied"])
+    merge("grown", ["one-again", "two-again"], 0.3, as_="full", out="out")
+
+
+def test_added_tokens_without_their_start_need_a_base_that_has_them(tiny):
+    for seed, name in enumerate(("one", "two"), start=1):
+        enlarged(tiny, name, seed, **ADDED["tied"])
+        # PEFT leaves the start out if it cannot see the base's config.
+        file = factors(tiny / name)
+        kept = {key: value for key, value in file.items() if "original_module" not in key and "to_save" not in key}
+        save_file(kept, tiny / name / "adapter_model.safetensors", {"format": "pt"})
     for as_ in ("adapter", "full"):
-        merge("grown", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_=as_, out=as_)
+        with pytest.raises(UserError, match="give as base one with as many rows"):
+            merge("sft", ["one", "two"], 0.3, as_=as_, out="out")
+    base = AutoModelForCausalLM.from_pretrained("sft")
+    torch.manual_seed(1)
+    base.resize_token_embeddings(TOKENS)
+    base.save_pretrained("grown")
     start = load_file("grown/model.safetensors")[EMBEDDINGS]
     parts = [factors(tiny / name)[f"base_model.model.{EMBEDDINGS}"] - start for name in ("one", "two")]
     exact = start + 0.5 * (0.3 * parts[0] + 0.7 * parts[1])
-    assert torch.allclose(load_file("full/model.safetensors")[EMBEDDINGS], exact, atol=1e-6)
-    assert torch.allclose(factors(tiny / "adapter")[f"base_model.model.{EMBEDDINGS}"], exact, atol=1e-6)
+    for as_ in ("adapter", "full"):
+        merge("grown", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_=as_, out=as_)
+        assert all(torch.allclose(found, exact, atol=1e-6) for found in embeddings(as_, as_))
 
 
 def test_a_base_that_differs_otherwise_is_still_another_base(tiny):
-    enlarged(tiny, "one", 1, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    enlarged(tiny, "one", 1, **ADDED["tied"])
     base = AutoModelForCausalLM.from_pretrained("first")
     base.resize_token_embeddings(TOKENS)
     base.save_pretrained("grown")
@@ -174,8 +214,8 @@ def test_a_whole_model_and_an_adapter_make_a_whole_model(tiny):
         merge("sft", ["one", "first"], 0.3, as_="adapter", out="out")
     merge("sft", ["one", "first"], 0.3, as_="full", out="out")
     with pytest.raises(UserError, match="pass --as full to fold the adapters"):
-        merge("sft", ["one", "one"], 0.3, method="ties", as_="adapter", out="ties")
-    merge("sft", ["one", "one"], 0.3, method="ties", as_="full", out="ties")
+        merge("sft", ["one"], method="ties", lam=1, as_="adapter", out="ties")
+    merge("sft", ["one"], method="ties", lam=1, as_="full", out="ties")
 
 
 def test_a_module_that_one_policy_replaces_and_another_adapts(tiny):
@@ -188,4 +228,3 @@ def test_a_module_that_one_policy_replaces_and_another_adapts(tiny):
     with pytest.raises(UserError, match="changed by modules_to_save of one policy and target_modules of another"):
         merge("sft", ["one", "two"], 0.3, out="out")
     merge("sft", ["one", "two"], 0.3, as_="full", out="out")
-    assert lines_scale(None, 4, 1, 1) == 1
