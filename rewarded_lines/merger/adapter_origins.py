@@ -47,9 +47,11 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
     folder = Path(named)
     if not whole or folder.resolve() == base.folder.resolve() or not any(folder.glob("*.safetensors")):
         return []
-    if (copied := _quantized(folder)) and all(of_text(copied, key) == of_text(base.config, key) for key in _SIZES):
+    if copied := _quantized(folder):
         # The weights of a quantized copy have no values to compare.
-        return []
+        if all(of_text(copied, key) == of_text(base.config, key) for key in _SIZES):
+            return []
+        return [Problem("trained from another base", where, reference, f"{named[:_LONGEST]}, of other sizes", REMEDY)]
     if isinstance(base, Checkpoint) and _is_enlarged(Checkpoint(base.folder), Checkpoint(folder)):
         return []
     return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)

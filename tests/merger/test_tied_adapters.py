@@ -10,8 +10,11 @@ from tiny_adapters import edit_settings, factors, load_adapter, save_adapter, se
 from transformers import AutoModelForCausalLM
 
 from rewarded_lines import merge
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.lines_schedule import lines_scale
+from rewarded_lines.merger.open_inputs import plan_merge
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 PROMPT = torch.tensor([[1, 5, 9, 33, 120]])
@@ -103,6 +106,15 @@ def test_policies_of_several_kinds(tiny):
     for name in (HEAD, EMBEDDINGS):
         exact = start[name] + 0.5 * sum(w * (part[name] - start[name]) for w, part in zip(weights, moved, strict=True))
         assert torch.allclose(found[name], exact, rtol=1e-6, atol=1e-7), name
+
+
+def test_engines_that_hold_the_tied_base_refuse_untied_merges(tiny):
+    save_two(tiny, **APART["low-rank"])
+    plan = plan_merge("sft", {"one": "one", "two": "two"})
+    with pytest.raises(UserError, match="the head has weights of its own"):
+        load_generator("hf", "sft", GenerationSpec(max_tokens=4), [], plan=plan)
+    save_two(tiny, **TIED["low-rank"])
+    assert plan_merge("sft", {"one": "one", "two": "two"}).fits_base()
 
 
 def test_rows_of_several_tokens_become_rows_of_all(tiny):
