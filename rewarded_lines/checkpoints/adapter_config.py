@@ -18,6 +18,7 @@ from rewarded_lines.errors import Problem, UserError, fail
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_IN_PEFT = "merge it into its base with PEFT's merge_and_unload, save that, and merge the full checkpoints"
 _LARGEST = 1 << 20
+_MOST_ROWS = 1 << 30
 _LONGEST_PATTERN = 2000
 _SECONDS_OF_MATCHING = 20.0
 # A quantifier on a group, a lookaround, a back reference: these can make the time of a match explode.
@@ -29,7 +30,8 @@ _KNOWN = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r lora_alpha "
     "lora_dropout rank_pattern alpha_pattern use_rslora fan_in_fan_out bias modules_to_save init_lora_weights "
     "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
-    "eva_config corda_config loftq_config lora_ga_config".split()
+    "eva_config corda_config loftq_config lora_ga_config target_parameters trainable_token_indices "
+    "ensure_weight_tying".split()
 )
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns by learned magnitudes: a sum of adapters is not an adapter",
@@ -37,14 +39,15 @@ _REFUSED: Mapping[str, str] = {
     "lora_bias": "B has a bias, which no matrix of the base can hold",
     "layer_replication": "it repeats the base's blocks: another architecture",
     "megatron_config": "its tensors are cut for Megatron",
-    "trainable_token_indices": "it replaces single rows of the embeddings",
-    "target_parameters": "it changes bare parameters (fused experts), which have no module",
     "alora_invocation_tokens": "aLoRA works from an invocation on, not on every token",
-    "ensure_weight_tying": "it ties the adapters of embeddings and head to each other",
     "use_bdlora": "its factors are block-diagonal",
     "arrow_config": "it routes between adapters token by token",
     "kasa_config": "KaSA changes the base's own weights",
 }
+
+
+# PEFT cannot merge these into the base, or makes another architecture of it.
+_NEVER_MERGED = ("use_qalora", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
 
 
 def _matchable(pattern: str) -> str:
@@ -63,6 +66,8 @@ def _matchable(pattern: str) -> str:
 _Rank = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Limits = Field(ge=-_LARGEST, le=_LARGEST)
 _Pattern = Annotated[str, AfterValidator(_matchable)]
+_Name = Annotated[str, Field(min_length=1)]
+_Row = Annotated[int, Field(ge=0, le=_MOST_ROWS)]
 
 
 class AdapterConfig(BaseModel):
@@ -76,6 +81,10 @@ class AdapterConfig(BaseModel):
         rslora: the scaling is α/√r instead of α/r.
         fan_in_fan_out: the layers store [in, out].
         modules_to_save: ends of the names of modules that the adapter replaces as a whole.
+        target_modules: ends of the names of modules with a matrix that the adapter changes, or one pattern.
+        target_parameters: ends of the names of bare parameters that it changes, such as the fused experts of a mixture.
+        tokens: the rows that it replaces in an embedding; in several, by the end of the embedding's name.
+        tied: it changes head and embeddings alike.
         start: the initialization. Other ways change the base; True and False are PEFT's own.
     """
 
@@ -91,12 +100,18 @@ class AdapterConfig(BaseModel):
     rslora: bool = Field(False, alias="use_rslora")
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: list[Annotated[str, Field(min_length=1)]] = []
+    modules_to_save: list[_Name] = []
+    target_modules: list[_Name] | str = []
+    target_parameters: list[_Name] = []
+    tokens: list[_Row] | dict[_Name, list[_Row]] = Field([], alias="trainable_token_indices")
+    tied: bool = Field(False, alias="ensure_weight_tying")
     start: bool | Literal["gaussian", "eva"] = Field(True, alias="init_lora_weights")
 
     def computes(self) -> dict[str, Any]:
         """Return the settings that determine what the adapter computes, for its hash."""
-        return self.model_dump(exclude={"content", "base", "start"})
+        # Settings that later versions read count only if they are set, so that hashes in run folders stay.
+        later = {name for name in ("target_parameters", "tokens", "tied") if not getattr(self, name)}
+        return self.model_dump(exclude={"content", "base", "start", "target_modules", *later})
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor of B·A: α/r, or α/√r for rsLoRA (arXiv 2312.03732)."""
@@ -148,13 +163,21 @@ def match_patterns(
     return found
 
 
+def is_matchable(pattern: str) -> bool:
+    """Return whether a pattern is a regular expression that cannot take too long to match."""
+    try:
+        return bool(_matchable(pattern))
+    except ValueError:
+        return False
+
+
 def _unknown(content: Mapping[str, Any], path: Path) -> list[Problem]:
     """Return the problems of settings that change the meaning of A and B, or may change it."""
     problems = []
     for name, value in content.items():
         if not value or name in _KNOWN:
             continue
-        what, remedy = f"`{name}`: {_REFUSED.get(name)}", MERGE_IN_PEFT
+        what, remedy = f"`{name}`: {_REFUSED.get(name)}", "" if name in _NEVER_MERGED else MERGE_IN_PEFT
         if name not in _REFUSED:
             what = f"`{name[:80]}` is not known here, and may change what the adapter computes"
             remedy = "remove the key if it does not; otherwise " + MERGE_IN_PEFT

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import (
     ADAPTER_CONFIG,
@@ -21,6 +23,7 @@ from rewarded_lines.checkpoints.adapter_config import (
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
+from rewarded_lines.checkpoints.low_rank import LowRank, TokenRows, refuse_pair, refuse_rows
 from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -30,6 +33,7 @@ from rewarded_lines.checkpoints.reader import (
     read_json_object,
     resolve_folder,
 )
+from rewarded_lines.checkpoints.target_parameters import parts_in, targets_of
 from rewarded_lines.checkpoints.tensor_names import without_compilers
 from rewarded_lines.errors import Problem, UserError, fail
 
@@ -38,54 +42,24 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # With the adapter's name in it (`lora_A.default.weight`) if a trainer saved its own state instead of PEFT's.
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])(?:\.[^.]+)?)")
-_REPLACING = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_REPLACING = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.)|(?=\.weight$))")
+# What PEFT puts after the name of an embedding of which it trains some rows.
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# Before the base's own tensor in a layer that PEFT wraps.
+_WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The residual of an adapter for one matrix: scaling·B·A, for embeddings scaling·(B·A)ᵀ.
-
-    Attributes:
-        module: the name in the model, e.g. `model.layers.0.self_attn.q_proj`.
-        a: A in the file, [r, in]; for embeddings [r, tokens].
-        b: B in the file, [out, r]; for embeddings [width, r].
-        scaling: α/r, or α/√r.
-        embedding: the module is an embedding.
-        stored: the base's name for the matrix, if it is not the module's.
-    """
-
-    module: str
-    a: TensorInfo
-    b: TensorInfo
-    scaling: float
-    embedding: bool
-    stored: str = ""
-
-    @property
-    def rank(self) -> int:
-        """Return r."""
-        return self.a.shape[0]
-
-    @property
-    def tensor(self) -> str:
-        """Return the name of the matrix in the base's checkpoint."""
-        return self.stored or f"{self.module}.weight"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return the matrix's shape: [out, in], for embeddings [tokens, width]."""
-        out, columns = self.b.shape[0], self.a.shape[1]
-        return (columns, out) if self.embedding else (out, columns)
 
 
 class Adapter(TensorFiles):
     """A PEFT folder opened for reading.
 
     Attributes:
-        modules: the residuals, by module.
+        modules: the residuals, by module or bare parameter.
         saved: tensors that replace the base's, by the base's name (`modules_to_save`, trained biases).
+        rows: rows that replace the base's (`trainable_token_indices`), by the base's name.
         copies: the base's own tensors, which PEFT saves beside adapters of embeddings; by the base's name.
+        enlarged: copies with rows for added tokens, which the base lacks; by the base's name.
+        before: the size of the base's vocabulary.
         own_names: the model's names for tensors that the base names otherwise, by the base's name.
     """
 
@@ -101,16 +75,19 @@ class Adapter(TensorFiles):
         # The settings are an input, too.
         self.files = [path, folder / ADAPTER_CONFIG]
         self.saved: dict[str, TensorInfo] = {}
+        self.rows: dict[str, TokenRows] = {}
         self.copies: dict[str, TensorInfo] = {}
+        self.enlarged: dict[str, TensorInfo] = {}
+        self.before = 0
         self.own_names: dict[str, str] = {}
         pairs = self._sort_out(path)
         self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
-        if not self.modules and not self.saved:
+        if not (self.modules or self.saved or self.rows):
             raise damaged(path, "no LoRA tensors in it")
 
     def targets(self) -> list[str]:
         """Return the tensors of a checkpoint that the adapter changes or repeats."""
-        return [*(module.tensor for module in self.modules.values()), *self.saved, *self.copies]
+        return [*(module.tensor for module in self.modules.values()), *self.saved, *self.rows, *self.copies]
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Take the base's names for the `targets`, where `names` has one; modules keep their own."""
@@ -120,7 +97,18 @@ class Adapter(TensorFiles):
         }
         self.own_names |= {theirs: mine for mine, theirs in names.items()}
         self.saved = {names.get(name, name): info for name, info in self.saved.items()}
+        self.rows = {names.get(name, name): rows for name, rows in self.rows.items()}
         self.copies = {names.get(name, name): info for name, info in self.copies.items()}
+
+    def find_parts(self, base: Mapping[str, TensorInfo]) -> None:
+        """Look up the base's tensors of each fused parameter that the base stores expert by expert."""
+        shapes = {
+            module.tensor: (module.experts, *module.shape[-2:]) for module in self.modules.values() if module.experts
+        }
+        parts = parts_in(base, shapes)
+        self.modules = {
+            name: replace(module, parts=parts.get(module.tensor, ())) for name, module in self.modules.items()
+        }
 
     def rename_modules(self, names: Mapping[str, str]) -> None:
         """Take other names for modules."""
@@ -135,6 +123,8 @@ class Adapter(TensorFiles):
         for name, info in self.tensors.items():
             # A state that a trainer saved itself may lack the prefix, but then in all names.
             inner = inside.get(name, "" if inside else without_compilers(name))
+            if self._repeats(name):
+                continue
             if match := _FACTOR.fullmatch(inner):
                 known = pairs.setdefault(match[1], {}).setdefault(match[2] or f"{match[3]}E", info) is info
             else:
@@ -145,11 +135,23 @@ class Adapter(TensorFiles):
             raise _refuse_strange(strange, path)
         return pairs
 
+    def _repeats(self, name: str) -> bool:
+        """Return whether a tensor repeats another: PEFT writes enlarged embeddings that it replaces under two names."""
+        first, found, kind = name.rpartition(".modules_to_save.weight")
+        other = self.tensors.get(f"{first}.weight") if found and not kind else None
+        mine = self.tensors[name]
+        if other is None or (other.shape, other.dtype) != (mine.shape, mine.dtype):
+            return False
+        return bool(np.array_equal(self.read(name), self.read(other.name)))
+
     def _put_whole(self, inner: str, info: TensorInfo) -> bool:
-        """Put a tensor into `saved` or `copies`; return whether it belongs there."""
+        """Put a tensor into `saved`, `rows` or `copies`; return whether it belongs there."""
+        module, rows, _ = inner.partition(TOKEN_ROWS)
+        if rows:
+            return self.rows.setdefault(f"{module}.weight", TokenRows(info, self._tokens(module))).info is info
         # A state that a trainer saved itself has both values of a module that PEFT replaces.
         inner = _REPLACING.sub("", inner)
-        original = inner.replace(".base_layer.", ".").replace(".original_module.", ".")
+        original = _WRAPPED.sub(".", inner)
         module, _, kind = original.rpartition(".")
         of_base = module.rpartition(".")[2] in TOKEN_EMBEDDINGS or original in TIED_HEADS
         if original in (self.saved if original == inner else self.copies):
@@ -164,22 +166,42 @@ class Adapter(TensorFiles):
             return False
         return True
 
+    def _tokens(self, module: str) -> tuple[int, ...]:
+        """Return the tokens whose rows of an embedding are replaced."""
+        given = self.config.tokens
+        if isinstance(given, dict):
+            given = next((tokens for end, tokens in given.items() if module.endswith(end)), [])
+        return tuple(given)
+
     def _is_saved(self, module: str) -> bool:
         """Return whether PEFT saves the module, or one around it: an end of the name is in `modules_to_save`."""
+        # With `ensure_weight_tying` PEFT writes the head, too, and only names the embeddings.
+        if self.config.tied and self.config.modules_to_save and f"{module}.weight" in TIED_HEADS:
+            return True
         around = accumulate(module.split("."), "{}.{}".format)
         return any(name.endswith(end) for name in around for end in self.config.modules_to_save)
 
     def _pair_up(self, pairs: Mapping[str, Mapping[str, TensorInfo]], path: Path) -> dict[str, LowRank]:
         config, settings = self.config, path.parent / ADAPTER_CONFIG
-        ranks = match_patterns(config.rank_pattern, pairs, config.rank, settings)
-        alphas = match_patterns(config.alpha_pattern, pairs, config.alpha, settings)
+        targets = targets_of(pairs, config, str(path))
+        names = [name for name, _ in targets.values()]
+        ranks = match_patterns(config.rank_pattern, names, config.rank, settings)
+        alphas = match_patterns(config.alpha_pattern, names, config.alpha, settings)
         modules, problems = {}, []
         for module, factors in pairs.items():
-            if what := _refuse_pair(factors, int(ranks[module])):
+            name, bare = targets[module]
+            rank = int(ranks[name])
+            if what := refuse_pair(factors, rank, bare):
                 problems.append(Problem(what, f"{path}: {module}", remedy="copy or download the adapter again"))
                 continue
             a, b = (factors[name] for name in sorted(factors))
-            modules[module] = LowRank(module, a, b, config.scaling(a.shape[0], alphas[module]), "AE" in factors)
+            experts = a.shape[0] // rank if bare else 0
+            modules[name] = LowRank(name, a, b, config.scaling(rank, alphas[name]), "AE" in factors, experts)
+        problems += [
+            Problem(what, f"{path}: {name}", remedy="copy or download the adapter again")
+            for name, rows in self.rows.items()
+            if (what := refuse_rows(rows))
+        ]
         if problems:
             more = [Problem(f"{len(problems) - _SHOWN} more modules likewise")] if len(problems) > _SHOWN else []
             raise UserError(problems[:_SHOWN] + more)
@@ -255,17 +277,3 @@ def _refuse_strange(names: list[str], path: Path) -> UserError:
         got=shown,
         remedy=MERGE_IN_PEFT,
     )
-
-
-def _refuse_pair(factors: Mapping[str, TensorInfo], rank: int) -> str:
-    """Return why the factors of one module are refused, or ""."""
-    if set(factors) not in ({"A", "B"}, {"AE", "BE"}):
-        return "A or B is missing, or there are two of them"
-    a, b = (factors[name] for name in sorted(factors))
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        return f"A has shape {a.shape}, B {b.shape}: only matrices are merged, no convolutions"
-    if not a.dtype.floating or not b.dtype.floating:
-        return f"A is of type {a.dtype.torch}, B of {b.dtype.torch}: weights are floating-point numbers"
-    if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
-        return f"A has shape {a.shape}, B {b.shape}: B·A does not exist"
-    return "" if a.shape[0] == rank else f"A has rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}"

@@ -8,6 +8,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -50,6 +51,7 @@ class TensorFiles:
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
         self._matrices: dict[tuple[TensorInfo, int], np.ndarray[Any, Any]] = {}
         self._lock = Lock()
+        self._lenders: list[TensorFiles] = []
         weakref.finalize(self, _close, list(self._descriptors.values()))
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
@@ -98,6 +100,13 @@ class TensorFiles:
             self._matrices[info, number] = stored.reshape(columns, rows).T.flatten()
             return self._matrices[info, number]
 
+    def borrow(self, source: TensorFiles, tensors: Mapping[str, TensorInfo]) -> None:
+        """Take tensors of other files for one's own, by the name that they get here."""
+        self.tensors |= {key: info if info.name == key else replace(info, name=key) for key, info in tensors.items()}
+        self._descriptors |= source._descriptors
+        # The other object closes its files when it is collected.
+        self._lenders.append(source)
+
     def header_bytes(self, file: Path) -> bytes:
         """Return the bytes before the tensors in one of the files."""
         length = int.from_bytes(os.pread(self._descriptors[file], 8, 0), "little")
@@ -125,10 +134,7 @@ class Checkpoint(TensorFiles):
 
     def hold(self, base: Checkpoint, names: Iterable[str]) -> None:
         """Hold some of the base's tensors, which this checkpoint has not, so that their residual is zero."""
-        self.tensors |= {name: base.tensors[name] for name in names}
-        self._descriptors |= base._descriptors
-        # The base closes its files when it is collected.
-        self._base = base
+        self.borrow(base, {name: base.tensors[name] for name in names})
 
 
 def _close(descriptors: list[int]) -> None:

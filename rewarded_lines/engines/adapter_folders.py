@@ -131,7 +131,8 @@ def adapter_bytes(plan: AdapterPlan, rank: int = 0) -> int:
     size = 0
     for modules in plan.modules.values():
         like = next(iter(modules.values()))
-        size += (rank or sum(one.rank for one in modules.values())) * sum(like.shape)
+        width = (rank or sum(one.rank for one in modules.values())) * max(1, like.experts)
+        size += width * (like.a.shape[1] + like.b.shape[0])
     return size * F32.itemsize
 
 

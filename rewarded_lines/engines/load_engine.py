@@ -43,6 +43,12 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
     check_engine(engine)
     work = Workload(model, spec, prompts, **more)
     kind = "" if work.plan is None else work.plan.kind
+    if work.plan is not None and not work.plan.fits_base():
+        raise fail(
+            "the merged models do not fit into the base's: the head has weights of its own, or tokens were added",
+            where=f"--engine {engine}",
+            remedy="merge the points that you want into folders with `rewarded-lines merge`",
+        )
     if is_url(engine):
         from rewarded_lines.engines.server_engine import RemoteGenerator
 

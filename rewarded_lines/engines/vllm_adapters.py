@@ -97,11 +97,13 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
 def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:
     """Refuse adapters that vLLM does not serve: those of other than linear layers. `where`: the engine."""
     embeddings = [name for name, modules in plan.modules.items() if next(iter(modules.values())).embedding]
+    experts = [name for name, modules in plan.modules.items() if next(iter(modules.values())).experts > 1]
     heads = [name for name in plan.modules if f"{name}.weight" in TIED_HEADS]
     for what, names in (
         ("tensors that are saved whole (modules_to_save, biases)", list(plan.whole.names)),
         ("adapters of embeddings", embeddings),
         ("adapters of the head", heads),
+        ("merged adapters of fused experts (target_parameters)", experts),
     ):
         if names:
             raise fail(f"vLLM serves no {what}", where=where, got=", ".join(names[:3]), remedy=_REMEDY)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
-from rewarded_lines.checkpoints.adapters import Adapter, BareBase, LowRank
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import as_float64
-from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
-from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.checkpoints.target_parameters import outermost_first
 from rewarded_lines.errors import Problem
-from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
-from rewarded_lines.merger.config_checks import LANGUAGE_MODELS, REMEDY, RESIZE
-from rewarded_lines.merger.lora_folding import is_transposed, stored_shape
+from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
+from rewarded_lines.merger.config_checks import REMEDY, RESIZE
+from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
 from rewarded_lines.merger.model_checks import (
-    compare_hashes,
     compare_tokenizers,
     few,
-    recorded_base,
     some,
 )
+from rewarded_lines.merger.tied_layers import stored_name, unsettled
 
-Base = Checkpoint | BareBase
-KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does; or untie them in the base"
+KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
+# Earlier ones took [experts, out, in] for [experts, in, out].
+_FIRST_FOR_EXPERTS = (0, 19)
+_ENLARGE = (
+    "give as base one with as many rows: base.resize_token_embeddings(N), saved; "
+    "its new rows count as those from which the policies started"
+)
 _SHOWN = 6
 _LONGEST = 200
 _OTHER_NAMES = (
@@ -46,85 +49,119 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
     problems: list[Problem] = []
     for name, adapter in adapters.items():
         where = f"policy `{name}` ({adapter.folder})"
-        found = [*_fit(base, adapter, where), *_compare_origin(base, reference, adapter, where)]
+        found = [*_fit(base, adapter, where), *compare_origin(base, reference, adapter, where)]
         if folded and isinstance(base, Checkpoint):
             found += _fold(base, adapter, where)
         found += compare_tokenizers(base.folder, adapter.folder, where)
         problems += few(found, where, _SHOWN)
-    return problems + few([*_agree(adapters, folded), *_same_bases(adapters)], "policies", _SHOWN)
+    return problems + few([*_agree(adapters, folded), *same_bases(adapters)], "policies", _SHOWN)
 
 
-def notes_on(base: Base, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Return notes on the tensors that are left out."""
+def notes_on(base: Base, reference: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Return notes on the tensors that are left out, and on adapters that name another copy of the base."""
     compared = "equal to the base's" if isinstance(base, Checkpoint) else "not compared, the base has no weights"
-    return [
+    return notes_on_origins(reference, adapters) + [
         f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
         for name, adapter in adapters.items()
         if adapter.copies
     ]
 
 
-def changed_tensors(adapter: Adapter) -> list[str]:
-    """Return the base's tensors that an adapter changes."""
-    return [module.tensor for module in adapter.modules.values()] + list(adapter.saved)
-
-
 def _fit(base: Base, adapter: Adapter, where: str) -> list[Problem]:
     """Compare names, shapes and types with the base's tensors."""
     if isinstance(base, BareBase):
-        if not adapter.saved:
+        whole = [*adapter.saved, *adapter.rows]
+        if not whole:
             return []
-        what = f"{len(adapter.saved)} tensors are saved whole (modules_to_save), their residuals need the base's"
+        what = f"{len(whole)} tensors are saved whole (modules_to_save), their residuals need the base's"
         remedy = "give a base with its weights, not quantized"
-        return [Problem(what, where, got=some(adapter.saved), remedy=remedy)]
-    missing = [name for name, module in adapter.modules.items() if _stored_name(base, module.tensor) is None]
+        return [Problem(what, where, got=some(whole), remedy=remedy)]
+    missing = [module.tensor for module in adapter.modules.values() if not _is_there(base, module)]
     if missing and len(missing) == len(adapter.modules):
         what = f"none of the adapter's {len(missing)} modules is in the base"
         return [Problem(what, where, got=some(missing), remedy=_OTHER_NAMES)]
     found = [_fit_module(base, adapter, module, where) for module in adapter.modules.values()]
-    found += [_fit_whole(base, name, name, info, where) for name, info in adapter.saved.items()]
+    found += [_fit_whole(base, name, info, where) for name, info in adapter.saved.items()]
+    found += [_fit_rows(base, adapter, name, where) for name in adapter.rows]
     found += [_fit_copy(base, adapter, name, info, where) for name, info in adapter.copies.items()]
     return [problem for problem in found if problem]
 
 
+def _is_there(base: Checkpoint, module: LowRank) -> bool:
+    return stored_name(base, module.tensor) is not None or bool(stored_parts(module, base))
+
+
 def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str) -> Problem | None:
-    stored = _stored_name(base, module.tensor)
-    if stored is None:
+    if not _is_there(base, module):
         return Problem(f"{module.module} is not in the base", where, got=module.tensor, remedy=REMEDY)
     where = f"{where}: {module.tensor}"
-    shape, expected = base.tensors[stored].shape, stored_shape(module, base.config)
-    if shape != expected:
+    stored = stored_name(base, module.tensor)
+    names = list(stored_parts(module, base)) if stored is None else [stored]
+    # A mixture of one expert may be stored as a matrix, or as a stack of one.
+    shape, expected = base.tensors[names[0]].shape, stored_shape(module, base)
+    if stored is not None and shape not in (expected, (1, *expected) if module.experts else expected):
         remedy = RESIZE if module.embedding or stored != module.tensor else REMEDY
         return Problem(f"shape {shape} in base, {expected} by A and B", where, remedy=remedy)
-    if not base.tensors[stored].dtype.floating:
+    if not all(base.tensors[name].dtype.floating for name in names):
         return Problem("the base's tensor holds no floating-point numbers", where)
-    square = shape[0] == shape[1] and not module.embedding
-    if adapter.config.fan_in_fan_out and square and not is_transposed(module, base.config):
-        what = "this square matrix may be stored as [in, out] or [out, in] (fan_in_fan_out is true)"
+    return _fit_square(base, adapter, module, where)
+
+
+def _fit_square(base: Checkpoint, adapter: Adapter, module: LowRank, where: str) -> Problem | None:
+    """Refuse a square matrix if nothing says whether it is stored as [in, out] or [out, in]."""
+    if module.shape[-1] != module.shape[-2] or module.embedding:
+        return None
+    what = "this square matrix may be stored as [in, out] or [out, in]"
+    if module.experts > 1 and _version(adapter) < _FIRST_FOR_EXPERTS:
+        remedy = f"if PEFT 0.19 or later saved the adapter, write its version as peft_version into {ADAPTER_CONFIG}"
+        return Problem(
+            f"{what}: PEFT before 0.19 took the experts of most families for the former", where, remedy=remedy
+        )
+    if adapter.config.fan_in_fan_out and not module.experts and not is_transposed(module, base):
         remedy = f"set fan_in_fan_out to false in {ADAPTER_CONFIG} if the layer is an nn.Linear"
-        return Problem(what, where, remedy=remedy)
+        return Problem(f"{what} (fan_in_fan_out is true)", where, remedy=remedy)
     return None
 
 
-def _fit_whole(base: Checkpoint, name: str, stored: str | None, info: TensorInfo, where: str) -> Problem | None:
-    """Compare a tensor that the adapter stores whole with the base's tensor `stored`."""
-    if stored is None or stored not in base.tensors:
-        if _stored_name(base, name) is None:
-            return Problem(f"{name} is not in the base", where, remedy=REMEDY)
-        remedy = "untie them in the base (tie_word_embeddings false), save it, and train from that"
-        return Problem(f"{name} is tied to the embeddings in the base", where, remedy=remedy)
+def _version(adapter: Adapter) -> tuple[int, int]:
+    """Return the major and minor version of the PEFT that saved an adapter; zeros if it does not say."""
+    match = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", str(adapter.config.content.get("peft_version")))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _fit_whole(base: Checkpoint, name: str, info: TensorInfo, where: str) -> Problem | None:
+    """Compare a tensor that the adapter stores whole with the base's."""
+    stored = stored_name(base, name)
+    if stored is None:
+        return Problem(f"{name} is not in the base", where, remedy=REMEDY)
     theirs, where = base.tensors[stored], f"{where}: {name}"
     if theirs.shape != info.shape:
-        return Problem(f"shape {theirs.shape} in base, {info.shape} in the adapter", where, remedy=RESIZE)
+        remedy = _ENLARGE if theirs.shape[1:] == info.shape[1:] and theirs.shape < info.shape else RESIZE
+        return Problem(f"shape {theirs.shape} in base, {info.shape} in the adapter", where, remedy=remedy)
     if not (theirs.dtype.floating and info.dtype.floating):
         return Problem("only floating-point tensors are merged", where, got=info.dtype.torch)
     return None
 
 
+def _fit_rows(base: Checkpoint, adapter: Adapter, name: str, where: str) -> Problem | None:
+    """Compare the rows that replace those of an embedding with the embedding."""
+    rows, stored = adapter.rows[name], stored_name(base, name)
+    where = f"{where}: {name}"
+    if stored is None or len(base.tensors[stored].shape) != 2:
+        return Problem("these embeddings are not in the base", where, remedy=REMEDY)
+    if any(module.tensor == name for module in adapter.modules.values()):
+        return Problem("one adapter both replaces rows of these embeddings and adds to all of them", where)
+    shape = base.tensors[stored].shape
+    if max(rows.tokens) >= shape[0] or rows.info.shape[1] != shape[1]:
+        what = f"shape {shape} in base, rows of {rows.info.shape[1]} for tokens up to {max(rows.tokens)} in the adapter"
+        return Problem(what, where, remedy=RESIZE)
+    return None
+
+
 def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, where: str) -> Problem | None:
     """Compare the adapter's copy of a base tensor with the base's: shape, type and every value."""
-    stored = _stored_name(base, name)
-    if (problem := _fit_whole(base, name, stored, info, where)) or stored is None:
+    stored = stored_name(base, name)
+    if (problem := _fit_whole(base, name, info, where)) or stored is None:
         return problem
     theirs = base.tensors[stored]
     for start, count in blocks_of(theirs.elements):
@@ -135,32 +172,10 @@ def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, w
     return None
 
 
-def _stored_name(base: Checkpoint, name: str) -> str | None:
-    """Return the base's tensor for a name; a head without a tensor is tied to the embeddings."""
-    if name in base.tensors:
-        return name
-    if name not in TIED_HEADS or not _is_tied(base):
-        return None
-    ends = tuple(f".{end}.weight" for end in TOKEN_EMBEDDINGS)
-    return next((other for other in base.tensors if f".{other}".endswith(ends)), None)
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    """True if the base's head and embeddings are one tensor."""
-    names = base.config.get("architectures")
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    if names and not any(name.endswith(LANGUAGE_MODELS) for name in names):
-        return False
-    return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
-
-
 def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:
-    """Refuse a change to only one of two tied layers: both share one tensor."""
-    # In T5 and BART several layers share one tensor; PEFT changes only its target layers.
-    ends = tuple(f".{end}.weight" for end in (TOKEN_EMBEDDINGS if _is_tied(base) else ("shared",)))
-    heads = TIED_HEADS if _is_tied(base) else ()
-    tied = [name for name in changed_tensors(adapter) if f".{name}".endswith(ends) or name in heads]
-    what = "the adapter changes one of the layers (head, embeddings) that are one tensor in the base"
+    """Refuse a change to only one of several layers that share one tensor."""
+    tied = unsettled(base, adapter)
+    what = "the adapter changes one of several layers that are one tensor in the base"
     return [Problem(what, where, got=some(tied), remedy=KEEP_APART)] if tied else []
 
 
@@ -174,57 +189,40 @@ def _agree(adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:
             if (other.shape, other.embedding) != (module.shape, module.embedding):
                 what = f"B·A has shape {other.shape} in {first}, {module.shape} in {name}"
                 problems.append(Problem(what, where=module.module, remedy=REMEDY))
-    saved = {tensor for adapter in adapters.values() for tensor in adapter.saved}
-    both = [module for module in seen if f"{module}.weight" in saved]
-    if both and not folded:
-        what = f"{some(both)}: adapted by one policy, replaced as a whole (modules_to_save) by another"
-        problems.append(Problem(what, "--as adapter", remedy="pass --as full"))
-    return problems
+    return problems if folded else problems + _loadable(adapters)
 
 
-def _compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> list[Problem]:
-    """Find adapters of another base by the hash in their training.json, else by the name of their base."""
-    whole = isinstance(base, Checkpoint)
-    recorded, named = recorded_base(adapter.folder), adapter.config.base
-    if recorded and whole:
-        return compare_hashes(base.folder, recorded, TRAINING_FILE, where)
-    if not named or named == reference:
-        return []
-    if not _is_model(named):
-        # The folder may be a download of the named model, or a path of the machine that trained the adapter.
-        if _is_model(reference) or _last_part(named) == _last_part(reference):
-            return []
-        got = f"{named[:_LONGEST]} ({ADAPTER_CONFIG})"
-        return [Problem("trained from another base", where, reference, got, REMEDY)]
-    folder = Path(named)
-    if whole and folder.resolve() != base.folder.resolve() and any(folder.glob("*.safetensors")):
-        return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
-    return []
+def _loadable(adapters: Mapping[str, Adapter]) -> list[Problem]:
+    """Refuse what PEFT could not load as one adapter: a matrix changed in two ways, an unknown order of nesting."""
+    modules = {name: module for adapter in adapters.values() for name, module in adapter.modules.items()}
+    kinds: dict[str, set[str]] = {module.tensor: {"target_modules"} for module in modules.values()}
+    for adapter in adapters.values():
+        for kind, names in (("modules_to_save", adapter.saved), ("trainable_token_indices", adapter.rows)):
+            for tensor in names:
+                kinds.setdefault(tensor, set()).add(kind)
+    both = {tensor: sorted(found) for tensor, found in kinds.items() if len(found) > 1}
+    problems = [f"{name}: changed by {' of one policy and '.join(found)} of another" for name, found in both.items()]
+    within: dict[str, set[str]] = {}
+    for name in (name for name, module in modules.items() if module.experts):
+        within.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    problems += [
+        f"{owner}: the order in which PEFT nests {', '.join(sorted(names))} is not known"
+        for owner, names in within.items()
+        if outermost_first(names) is None
+    ]
+    problems += [
+        f"{name}: the base lacks rows of other tokens than those of trainable_token_indices"
+        for name in {name for adapter in adapters.values() for name in adapter.rows}
+        if _lacks_rows(adapters, name)
+    ]
+    apart = [owner for owner in within if any(re.match(rf"{re.escape(owner)}\.[0-9]+\.", name) for name in modules)]
+    problems += [f"{owner}: fused in one policy, a module for each expert in another" for owner in apart]
+    return [Problem(what, "--as adapter", remedy="pass --as full") for what in problems]
 
 
-def _same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
-    """Compare the adapters' bases with one another; bases on this machine were compared before."""
-    recorded = {name: recorded_base(adapter.folder) for name, adapter in adapters.items()}
-    if len({value for value in recorded.values() if value}) > 1:
-        got = ", ".join(f"{value[:12]}… for {name}" for name, value in recorded.items() if value)
-        return [Problem("the adapters were trained from different bases", got=got, remedy=REMEDY)]
-    named = {name: adapter.config.base for name, adapter in adapters.items() if adapter.config.base}
-    known = all(recorded.values()) or all(map(_is_model, named.values()))
-    if known or len(set(map(_last_part, named.values()))) < 2:
-        return []
-    got = ", ".join(f"{base[:_LONGEST]} for {name}" for name, base in named.items())
-    remedy = f"{REMEDY}; if they are one model, name it alike in each {ADAPTER_CONFIG}"
-    return [Problem("the adapters name different bases", got=got, remedy=remedy)]
-
-
-def _last_part(reference: str) -> str:
-    """Return the last part of a path or Hub id; the rest differs between machines."""
-    return os.path.basename(os.path.normpath(reference))
-
-
-def _is_model(reference: str) -> bool:
-    """True if a name is the folder of a model on this machine."""
-    try:
-        return (Path(reference) / "config.json").is_file()
-    except (OSError, ValueError):
-        return False
+def _lacks_rows(adapters: Mapping[str, Adapter], name: str) -> bool:
+    """True if added tokens are not all among those whose rows a merged adapter would replace."""
+    added = next((one.enlarged[name].shape[0] for one in adapters.values() if name in one.enlarged), 0)
+    before = next((one.before for one in adapters.values() if name in one.enlarged), added)
+    tokens = {token for one in adapters.values() if name in one.rows for token in one.rows[name].tokens}
+    return not set(range(before, added)) <= tokens

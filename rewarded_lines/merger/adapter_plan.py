@@ -14,18 +14,21 @@ from functools import cached_property
 from pathlib import Path
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
-from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter, BareBase, LowRank
+from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import BF16, F16, F32, DType, widest
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.checkpoints.target_parameters import paths_of
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.blocks import TensorMerge
 from rewarded_lines.kernels.nonfinite import NonFinite
-from rewarded_lines.merger.lora_folding import ZeroBase, stored_shape
-from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack, adapter_config
+from rewarded_lines.merger.adapter_settings import adapter_config
+from rewarded_lines.merger.lora_folding import SelectedRows, ZeroBase, stored_shape
+from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import Plan, copy_companions
 from rewarded_lines.merger.spec import MergeSpec
@@ -67,11 +70,18 @@ class AdapterPlan(Plan):
             for name, module in adapter.modules.items():
                 modules.setdefault(name, {})[index] = module
         self.modules = {name: modules[name] for name in sorted(modules, key=_natural)}
-        saved = sorted({name for adapter in self.adapters for name in adapter.saved}, key=_natural)
         self._own_names = {
             theirs: mine for adapter in reversed(self.adapters) for theirs, mine in adapter.own_names.items()
         }
-        self.whole = ModelPlan(base, policies, saved, depths, dtype)
+        rows: dict[str, set[int]] = {}
+        for name, one in ((name, one) for adapter in self.adapters for name, one in adapter.rows.items()):
+            rows.setdefault(name, set()).update(one.tokens)
+        self.rows = {name: tuple(sorted(tokens)) for name, tokens in rows.items()}
+        saved = sorted({*self.rows, *(name for adapter in self.adapters for name in adapter.saved)}, key=_natural)
+        enlarged = {name for adapter in self.adapters for name in adapter.enlarged} - set(saved)
+        self.enlarged = [name for name in base.tensors if name in enlarged]
+        source = SelectedRows(base, self.rows) if self.rows else base
+        self.whole = ModelPlan(source, policies, [*self.enlarged, *saved], depths, dtype)
         self.reads_base = bool(saved)
         self._repeats = True
         self._outputs: dict[tuple[object, ...], AdapterOutput] = {}
@@ -108,11 +118,13 @@ class AdapterPlan(Plan):
             stacks = {name: replace(stack, rank=1) for name, stack in stacks.items()}
         else:
             stacks = {name: stack for name, stack in stacks.items() if stack.parts}
-        return AdapterOutput(self._output_dtype(stacks), stacks, whole, copied, self._own_names)
+        paths = paths_of({name: stack.like.experts > 0 for name, stack in stacks.items()})
+        stacks = {name: replace(stack, path=paths[name]) for name, stack in stacks.items()}
+        return AdapterOutput(self._output_dtype(stacks), stacks, whole, copied, self._own_names, self.rows)
 
     def outputs(self, spec: MergeSpec) -> list[TensorInfo]:
         """See `Plan.outputs`."""
-        return self.output(spec).tensors(self.base.tensors)
+        return self.output(spec).tensors(self.whole.base.tensors)
 
     def rank(self, spec: MergeSpec) -> int:
         """See `Plan.rank`."""
@@ -138,7 +150,7 @@ class AdapterPlan(Plan):
         with ExitStack() as stack:
             files = []
             for folder, output in zip(folders, outputs, strict=True):
-                file = CheckpointWriter(folder, output.tensors(self.base.tensors), _ONE_FILE, ADAPTER_FILE)
+                file = CheckpointWriter(folder, output.tensors(self.whole.base.tensors), _ONE_FILE, ADAPTER_FILE)
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()
@@ -154,7 +166,7 @@ class AdapterPlan(Plan):
     def _residuals(self) -> ModelPlan:
         """Return a plan whose residuals are the adapters' B·A, over a base of zeros."""
         modules = [next(iter(alike.values())) for alike in self.modules.values()]
-        infos = {one.tensor: TensorInfo(one.tensor, F32, stored_shape(one, self.base.config)) for one in modules}
+        infos = {one.tensor: TensorInfo(one.tensor, F32, stored_shape(one, self.base)) for one in modules}
         names = list(dict.fromkeys([*infos, *self.whole.names]))
         return ModelPlan(ZeroBase(self.base, infos), self.policies, names, self.depths)
 
@@ -175,12 +187,15 @@ class AdapterPlan(Plan):
         return Stack(next(iter(modules.values())), rank, tuple(parts))
 
     def _whole(self, spec: MergeSpec, copied: int | None) -> dict[str, TensorMerge]:
-        """Return the merges of the tensors saved whole; an empty dict if all results equal the base's."""
+        """Return the merges of the tensors saved whole; only enlarged embeddings if all results equal the base's."""
+        tensors = self.whole.base.tensors
+        kept = {name: TensorMerge(self._dtype or tensors[name].dtype, copy=0) for name in self.enlarged}
         if copied is not None:
-            saved = self.adapters[copied].saved
-            return {name: TensorMerge(self._dtype or saved[name].dtype, copied + 1) for name in sorted(saved)}
-        steps = {name: self.whole.step(name, spec) for name in self.whole.names}
-        return steps if any(step.copy != 0 for step in steps.values()) else {}
+            adapter = self.adapters[copied]
+            kinds = adapter.saved | {name: rows.info for name, rows in adapter.rows.items()}
+            return kept | {name: TensorMerge(self._dtype or kinds[name].dtype, copied + 1) for name in sorted(kinds)}
+        steps = {name: self.whole.step(name, spec) for name in self.whole.names if name not in kept}
+        return kept | (steps if any(step.copy != 0 for step in steps.values()) else {})
 
     def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
         """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""
@@ -188,7 +203,11 @@ class AdapterPlan(Plan):
         if len(active) != 1 or not self._repeats:
             return None
         adapter = self.adapters[active[0]]
-        own = [*(self.scale(name, spec) for name in adapter.saved), *(scales[name] for name in adapter.modules)]
+        # The file has the rows of all policies, in order.
+        if {name: rows.tokens for name, rows in adapter.rows.items()} != self.rows:
+            return None
+        whole = [*adapter.saved, *adapter.rows]
+        own = [*(self.scale(name, spec) for name in whole), *(scales[name] for name in adapter.modules)]
         return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in own) else None
 
     def _output_dtype(self, stacks: Mapping[str, Stack]) -> DType:

@@ -35,6 +35,7 @@ def under_base_names(base: Checkpoint | BareBase, policies: Mapping[str, Checkpo
             named = names_in(base.tensors, policy.targets())
             notes += _renamed(name, {mine: theirs for mine, theirs in named.items() if mine != theirs})
             policy.rename(named)
+            policy.find_parts(base.tensors)
     adapters = [policy for policy in policies.values() if isinstance(policy, Adapter)]
     for adapter, modules in zip(adapters, same_modules([list(one.modules) for one in adapters]), strict=True):
         adapter.rename_modules(modules)

@@ -24,6 +24,7 @@ from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
 from rewarded_lines.merger.record import RECORD_FILE
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown")
@@ -215,14 +216,14 @@ def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -
         what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
         raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
     adapters = {adapter.folder.name: adapter}
-    renamed = under_base_names(base, adapters)
+    renamed = under_base_names(base, adapters) + settle(base, adapters)
     if problems := check_adapters(base, reference, adapters, folded=True):
         raise UserError(problems)
     names, left_out = check(base, {})
     tensors = {name: base.tensors[name] for name in names}
     count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
-    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, adapters)]
-    return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base.config), base, notes)
+    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, reference, adapters)]
+    return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base), base, notes)
 
 
 def _tensor(

@@ -1,18 +1,17 @@
-"""Merged adapters on disk: stacked factors in one file, and the settings that PEFT reads."""
+"""Merged adapters on disk: stacked factors in one file."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.adapters import PREFIX, Adapter, LowRank
+from rewarded_lines.checkpoints.adapters import PREFIX, TOKEN_ROWS, Adapter
 from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.kernels import kernels
@@ -26,7 +25,10 @@ Item = Callable[[Workspace], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One policy's part of a stacked module: B times `factor`, from row `first` of A and column `first` of B on."""
+    """One policy's part of a stacked module: B times `factor`, from row `first` of A and column `first` of B on.
+
+    The fused experts of a mixture have such parts each; see `LowRank`.
+    """
 
     policy: int
     factor: float
@@ -35,16 +37,34 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """A module of the merged adapter, of rank Σr; zero without parts. Its factors are named as those of `like`."""
+    """A module of the merged adapter, of rank Σr; zero without parts.
+
+    Attributes:
+        like: a policy's module of the same kind.
+        rank: Σr.
+        parts: the policies' parts.
+        path: the module's name in the file; see `paths_of`.
+    """
 
     like: LowRank
     rank: int
     parts: tuple[Part, ...]
+    path: str = ""
+
+    @property
+    def experts(self) -> int:
+        """Return how many matrices the module has."""
+        return max(1, self.like.experts)
+
+    @property
+    def width(self) -> int:
+        """Return the rows of A and the columns of B."""
+        return self.rank * self.experts
 
     def key(self, factor: str) -> str:
         """Return the name of A or B in the file."""
         kind = f"lora_embedding_{factor}" if self.like.embedding else f"lora_{factor}.weight"
-        return f"{PREFIX}{self.like.module}.{kind}"
+        return f"{PREFIX}{self.path}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class AdapterOutput:
         whole: the merges of tensors that replace the base's, by the base's name.
         copied: the policy that is repeated with its settings; None if the output is computed.
         own_names: the model's names for tensors that the base names otherwise, by the base's name.
+        rows: the tokens of those of `whole` that are rows of an embedding.
     """
 
     dtype: DType
@@ -64,21 +85,24 @@ class AdapterOutput:
     whole: Mapping[str, TensorMerge]
     copied: int | None = None
     own_names: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self, base: Mapping[str, TensorInfo]) -> list[TensorInfo]:
-        """Return name, type and shape of every tensor in the file, given the base's tensors."""
+        """Return name, type and shape of every tensor in the file, given the base's tensors, or the rows of them."""
         infos = []
         for stack in self.stacks.values():
-            infos.append(TensorInfo(stack.key("A"), self.dtype, (stack.rank, stack.like.a.shape[1])))
-            infos.append(TensorInfo(stack.key("B"), self.dtype, (stack.like.b.shape[0], stack.rank)))
+            infos.append(TensorInfo(stack.key("A"), self.dtype, (stack.width, stack.like.a.shape[1])))
+            infos.append(TensorInfo(stack.key("B"), self.dtype, (stack.like.b.shape[0], stack.width)))
         return infos + [TensorInfo(self.key(name), step.dtype, base[name].shape) for name, step in self.whole.items()]
 
     def key(self, name: str) -> str:
         """Return the name in the file for a tensor that replaces the base's."""
-        name = self.own_names.get(name, name)
-        module, _, kind = name.rpartition(".")
+        own = self.own_names.get(name, name)
+        module, _, kind = own.rpartition(".")
+        if name in self.rows:
+            return f"{PREFIX}{module}{TOKEN_ROWS}"
         # PEFT moves a wrapped layer and its bias one level deeper.
-        return f"{PREFIX}{module}.base_layer.{kind}" if module in self.stacks else PREFIX + name
+        return f"{PREFIX}{module}.base_layer.{kind}" if module in self.stacks else PREFIX + own
 
 
 class AdapterWriter:
@@ -118,7 +142,7 @@ class AdapterWriter:
                 for start, count in blocks_of(module.a.elements):
                     yield partial(self._write_a, name, index, module, start, count)
             rows = next(iter(modules.values())).b.shape[0]
-            step = max(1, BLOCK // sum(module.rank for module in modules.values()))
+            step = max(1, BLOCK // sum(module.b.shape[1] for module in modules.values()))
             for first in range(0, rows, step):
                 yield partial(self._write_b, name, first, min(step, rows - first))
         for name in self._whole.names:
@@ -127,25 +151,31 @@ class AdapterWriter:
 
     def _write_a(self, name: str, index: int, module: LowRank, start: int, count: int, _: Workspace) -> None:
         """Write a block of one policy's A below the A of the policies before it."""
-        raw = self._read(index, module.a, start, count)
+        raw, size = self._read(index, module.a, start, count), module.rank * module.a.shape[1]
         cast = {module.a.dtype: raw}
         for writer, output, stack in self._stacks(name):
             for part in (part for part in stack.parts if part.policy == index):
                 if output.dtype not in cast:
                     cast[output.dtype] = np.empty(count, output.dtype.storage)
                     self._count_overflow(module.a.name, int(kernels.cast(raw, cast[output.dtype])), index)
-                writer.write(stack.key("A"), part.first * module.a.shape[1] + start, cast[output.dtype])
+                above = part.first * module.a.shape[1]
+                # An expert's rows follow those of the other policies for it.
+                for expert in range(start // size, (start + count - 1) // size + 1):
+                    first, last = max(start, expert * size), min(start + count, (expert + 1) * size)
+                    place = expert * (stack.rank * module.a.shape[1] - size) + above + first
+                    writer.write(stack.key("A"), place, cast[output.dtype][first - start : last - start])
         self._progress.advance(raw.nbytes)
 
     def _write_b(self, name: str, first: int, rows: int, _: Workspace) -> None:
         """Write some rows of every policy's B side by side."""
         raw = {}
         for index, module in self._modules[name].items():
-            raw[index] = self._read(index, module.b, first * module.rank, rows * module.rank)
+            width = module.b.shape[1]
+            raw[index] = self._read(index, module.b, first * width, rows * width)
         for writer, output, stack in self._stacks(name):
             if stack.parts:
                 values = self._side_by_side(name, raw, rows, stack, output.dtype)
-                writer.write(stack.key("B"), first * stack.rank, values)
+                writer.write(stack.key("B"), first * stack.width, values)
         self._progress.advance(sum(read.nbytes for read in raw.values()))
 
     def _side_by_side(self, name: str, raw: Mapping[int, Array], rows: int, stack: Stack, dtype: DType) -> Array:
@@ -153,10 +183,10 @@ class AdapterWriter:
         only = stack.parts[0]
         if len(stack.parts) == 1 and only.factor == 1 and modules[only.policy].b.dtype == dtype:
             return raw[only.policy]
-        out = np.empty(rows * stack.rank, dtype.storage)
+        out = np.empty(rows * stack.width, dtype.storage)
         for part in stack.parts:
-            width, values = modules[part.policy].rank, raw[part.policy]
-            bad = int(kernels.place_columns(values, width, part.factor, part.first, stack.rank, out))
+            width, values, place = modules[part.policy].b.shape[1], raw[part.policy], part.first * stack.experts
+            bad = int(kernels.place_columns(values, width, part.factor, place, stack.width, out))
             self._count_overflow(modules[part.policy].b.name, bad, part.policy)
         return out
 
@@ -187,71 +217,3 @@ class AdapterWriter:
         for writer, output in self._outputs:
             if name in output.stacks:
                 yield writer, output, output.stacks[name]
-
-
-def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: int, base: str) -> dict[str, Any]:
-    """Return the adapter_config.json of an output: α = r for every module, so that its scaling is 1.
-
-    r is the largest rank, by which engines allocate memory. `rank_pattern` and `alpha_pattern` name modules of another
-    rank, anchored and in full. An output that repeats a policy keeps that policy's settings. `modules` is the number
-    of modules of all policies; `base` is recorded if the policies name different bases or none.
-    """
-    if output.copied is not None:
-        return dict(adapters[output.copied].config.content)
-    rank = max((stack.rank for stack in output.stacks.values()), default=1)
-    # PEFT adds `(.*\.)?(` before a pattern and `)$` after it.
-    others = {f"^{re.escape(name)}": stack.rank for name, stack in output.stacks.items() if stack.rank != rank}
-    contents = [adapter.config.content for adapter in adapters]
-    shared: dict[str, Any] = {}
-    for key in ("auto_mapping", "base_model_name_or_path", "revision", "task_type"):
-        first, *rest = (content.get(key) for content in contents)
-        shared[key] = first if all(value == first for value in rest) else None
-    return {
-        "auto_mapping": shared["auto_mapping"],
-        "base_model_name_or_path": shared["base_model_name_or_path"] or base,
-        "bias": _bias(adapters, output),
-        "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in adapters),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": _modules_to_save(adapters, output),
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "revision": shared["revision"],
-        "task_type": shared["task_type"],
-        "use_dora": False,
-        "use_rslora": False,
-        **_targets(contents, list(output.stacks), modules),
-    }
-
-
-def _targets(contents: Sequence[Mapping[str, Any]], names: list[str], modules: int) -> dict[str, Any]:
-    """Return the keys that choose modules: the policies' own if they are equal, else every module by name."""
-    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    wanted = [[_sorted(content.get(key)) for key in keys] for content in contents]
-    if all(other == wanted[0] for other in wanted) and len(names) == modules:
-        return dict(zip(keys, wanted[0], strict=True))
-    return dict.fromkeys(keys) | {"target_modules": names}
-
-
-def _modules_to_save(adapters: Sequence[Adapter], output: AdapterOutput) -> list[str] | None:
-    """Return the policies' entries for a tensor saved whole, or for a module that contains one."""
-    parts = [output.own_names.get(name, name).split(".")[:-1] for name in output.whole]
-    around = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
-    entries = sorted({entry for adapter in adapters for entry in adapter.config.modules_to_save})
-    return [entry for entry in entries if any(name.endswith(entry) for name in around)] or None
-
-
-def _bias(adapters: Sequence[Adapter], output: AdapterOutput) -> str:
-    """Return the widest of the policies' settings, "none" if the output has no biases."""
-    kinds = {adapter.config.bias for adapter in adapters}
-    if not any(name.endswith(".bias") for name in output.whole):
-        return "none"
-    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value

@@ -62,8 +62,7 @@ class ModelPlan(Plan):
         self.dtype_name = dtype
         self._device = device
         self._sources: list[Source] = [
-            FoldedAdapter(policy, base.config) if isinstance(policy, Adapter) else policy
-            for policy in policies.values()
+            FoldedAdapter(policy, base) if isinstance(policy, Adapter) else policy for policy in policies.values()
         ]
         everyone = [1.0] * len(policies)
         floats = [name for name in names if base.tensors[name].dtype.floating]

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
-from rewarded_lines.checkpoints.tensor_depth import with_declared_blocks
+from rewarded_lines.checkpoints.tensor_depth import Depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
+from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import DTYPES, Plan, check_device, choose
+from rewarded_lines.merger.tied_layers import changed_tensors, name_apart, settle
 
 KINDS = ("auto", "full", "adapter")
 
@@ -89,17 +91,29 @@ def plan_adapters(
     what = "a whole model: no adapter can store its difference from the base"
     problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy="pass --as full") for name in whole]
     with collected(problems):
-        origin = _open_base(base, any(adapter.saved for adapter in adapters.values()))
+        origin = _open_base(base, any(adapter.saved or adapter.rows for adapter in adapters.values()))
         renamed = under_base_names(origin, adapters)
+        renamed += enlarge(origin, adapters)
+        if isinstance(origin, Checkpoint):
+            name_apart(origin, adapters.values())
         problems += check_adapters(origin, base, adapters, folded=False)
     if problems:
         raise UserError(problems)
     names = dict.fromkeys(module.tensor for adapter in adapters.values() for module in adapter.modules.values())
-    names |= dict.fromkeys(name for adapter in adapters.values() for name in adapter.saved)
-    known = [*origin.tensors, *(name for name in names if name not in origin.tensors)]
+    names |= dict.fromkeys(name for adapter in adapters.values() for name in [*adapter.saved, *adapter.rows])
+    apart = {
+        module.tensor: module.parts[0]
+        for adapter in adapters.values()
+        for module in adapter.modules.values()
+        if module.parts
+    }
+    known = [*origin.tensors, *(name for name in names if name not in origin.tensors and name not in apart)]
     known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
-    plan = AdapterPlan(origin, adapters, depths_of(known, origin.config, layers), dtype)
-    plan.notes += renamed + notes_on(origin, adapters)
+    depths = depths_of(known, origin.config, layers)
+    # Fused experts lie where the base's tensors of each expert lie.
+    place = {**depths.place, **{name: depths.place[part] for name, part in apart.items()}}
+    plan = AdapterPlan(origin, adapters, Depths(place, depths.stacks), dtype)
+    plan.notes += renamed + notes_on(origin, base, adapters)
     plan.reference, plan.references = base, dict(policies)
     return plan
 
@@ -134,7 +148,9 @@ def _check_fit(
     whole, adapters = _separated(policies)
     problems: list[Problem] = []
     with collected(problems):
+        untied = [*(enlarge(base, adapters) if not whole else []), *settle(base, policies)]
         names, notes = check(base, whole)
+        notes = untied + notes
     if not adapters and not problems:
         return names, notes
     problems += check_adapters(base, reference, adapters, folded=True)
@@ -150,7 +166,7 @@ def _check_fit(
     ]
     if problems:
         raise UserError(problems)
-    return names, notes + notes_on(base, adapters)
+    return names, notes + notes_on(base, reference, adapters)
 
 
 @contextmanager

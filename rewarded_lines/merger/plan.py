@@ -12,7 +12,7 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint
+from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint, read_json_object
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.kernels.nonfinite import NonFinite
@@ -93,6 +93,11 @@ class Plan(ABC):
 
         `max_shard_size` is in bytes; an adapter has only one file. The caller refuses the values that are not finite.
         """
+
+    def fits_base(self) -> bool:
+        """Return whether the base's model in memory has room for an output: no head of its own, no added tokens."""
+        path = self.base.folder / "config.json"
+        return self.kind == "adapter" or self.base.config == read_json_object(path)
 
     def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
         """Return the LiNeS scale of every block, first to last, for each list of blocks."""

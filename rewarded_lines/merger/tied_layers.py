@@ -1,0 +1,191 @@
+"""Head and embeddings that are one tensor in the base: changes that keep it one, and bases where each gets its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.dtypes import as_float64
+from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
+from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.low_rank import LowRank
+from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.kernels.blocks import blocks_of
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OTHER_TIED_MODELS = ("ForMaskedLM", "ForPreTraining")
+_EMBEDDINGS = tuple(f".{end}.weight" for end in TOKEN_EMBEDDINGS)
+
+
+def changed_tensors(adapter: Adapter) -> list[str]:
+    """Return the base's tensors that an adapter changes."""
+    modules = (module.parts or [module.tensor] for module in adapter.modules.values())
+    return [*(name for names in modules for name in names), *adapter.saved, *adapter.rows]
+
+
+def stored_name(base: Checkpoint, name: str) -> str | None:
+    """Return the base's tensor for a name; a head without a tensor is tied to the embeddings, or they to it."""
+    if name in base.tensors:
+        return name
+    if not is_tied(base):
+        return None
+    others: Iterable[str] = ()
+    if name in TIED_HEADS:
+        others = (other for other in base.tensors if is_embedding(other))
+    elif is_embedding(name) and not any(map(is_embedding, base.tensors)):
+        others = (other for other in base.tensors if other in TIED_HEADS)
+    return next(iter(others), None)
+
+
+def is_embedding(name: str) -> bool:
+    """True if a tensor holds the embeddings of tokens."""
+    return f".{name}".endswith(_EMBEDDINGS)
+
+
+def is_tied(base: Checkpoint) -> bool:
+    """True if the base's head and embeddings are one tensor."""
+    names = _architectures(base)
+    if names and not any(name.endswith(_LANGUAGE_MODELS + _OTHER_TIED_MODELS) for name in names):
+        return False
+    return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
+
+
+def same_values(first: Adapter, one: TensorInfo, second: Adapter, other: TensorInfo) -> bool:
+    """True if two tensors of adapters have one type, one shape and the same bytes."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pairs = ((first.read(one.name, *block), second.read(other.name, *block)) for block in blocks_of(one.elements))
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
+def unsettled(base: Checkpoint, adapter: Adapter) -> list[str]:
+    """Return the tensors that an adapter changes, and that other layers share which cannot get a tensor of their own.
+
+    In T5 and BART several layers share one tensor, and PEFT changes only some of them.
+    """
+    tied = is_tied(base) and _head(base) is None
+    return [
+        name
+        for name in changed_tensors(adapter)
+        if f".{name}".endswith(".shared.weight") or (tied and _is_of_pair(name))
+    ]
+
+
+def name_apart(base: Checkpoint, adapters: Iterable[Adapter]) -> None:
+    """Give the base a second name for a tied tensor where adapters store the head or its rows."""
+    for adapter in adapters:
+        for head in [name for name in adapter.rows if name in TIED_HEADS and is_tied(base)]:
+            embeddings = stored_name(base, head)
+            if embeddings in adapter.rows and _same_rows(adapter, head, embeddings):
+                adapter.rows.pop(head)
+        for name in [*adapter.saved, *adapter.rows]:
+            stored = stored_name(base, name)
+            if stored is not None and name not in base.tensors:
+                base.tensors[name] = replace(base.tensors[stored], name=name)
+
+
+def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> list[str]:
+    """Prepare the merge of adapters into a base with tied head and embeddings; return notes.
+
+    If all adapters change both alike (`ensure_weight_tying`, `trainable_token_indices`), the tensor stays one.
+    Otherwise the base and whole models get a head of their own, and the output is untied: PEFT, too, keeps the two
+    apart after training one of them.
+    """
+    adapters = {name: policy for name, policy in policies.items() if isinstance(policy, Adapter)}
+    changing = {name: adapter for name, adapter in adapters.items() if any(map(_is_of_pair, changed_tensors(adapter)))}
+    head = _head(base)
+    if not changing or head is None or _ties(base) is False:
+        return []
+    embeddings = stored_name(base, head) if head not in base.tensors else next(filter(is_embedding, base.tensors), None)
+    if embeddings is None:
+        return []
+    apart = [name for name, adapter in changing.items() if not _alike(adapter, head, embeddings)]
+    for adapter in changing.values():
+        if not apart:
+            _forget(adapter, head)
+        elif embeddings in adapter.rows and head not in adapter.rows:
+            adapter.rows[head] = adapter.rows[embeddings]
+    if not apart:
+        return []
+    for source in [base, *(policy for policy in policies.values() if isinstance(policy, Checkpoint))]:
+        if head not in source.tensors and embeddings in source.tensors:
+            source.tensors[head] = replace(source.tensors[embeddings], name=head)
+    _untie(base)
+    return [
+        f"{head} and {embeddings} are one tensor in the base and two in the output (tie_word_embeddings false): "
+        f"{', '.join(apart)} changes them apart"
+    ]
+
+
+def _architectures(base: Checkpoint) -> list[str]:
+    names = base.config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _ties(base: Checkpoint) -> object:
+    """Return what the config says of tied embeddings; vision-language models say it in `text_config`, too."""
+    text = base.config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    return base.config.get("tie_word_embeddings", inner)
+
+
+def _untie(base: Checkpoint) -> None:
+    """Let the output's config say that the head has a tensor of its own."""
+    text = base.config.get("text_config")
+    if isinstance(text, Mapping):
+        base.config["text_config"] = {**text, "tie_word_embeddings": False}
+    base.config["tie_word_embeddings"] = False
+
+
+def _head(base: Checkpoint) -> str | None:
+    """Return the name of the base's head; None if the model has none, or one that this file does not know."""
+    if any(name.endswith(".shared.weight") for name in (f".{name}" for name in base.tensors)):
+        return None
+    if stored := next((head for head in TIED_HEADS if head in base.tensors), None):
+        return stored
+    names = _architectures(base)
+    return TIED_HEADS[0] if not names or any(name.endswith(_LANGUAGE_MODELS) for name in names) else None
+
+
+def _is_of_pair(name: str) -> bool:
+    return name in TIED_HEADS or is_embedding(name)
+
+
+def _forget(adapter: Adapter, head: str) -> None:
+    """Drop an adapter's change of the head, which repeats that of the embeddings."""
+    adapter.saved.pop(head, None)
+    adapter.rows.pop(head, None)
+    adapter.modules.pop(head.removesuffix(".weight"), None)
+
+
+def _alike(adapter: Adapter, head: str, embeddings: str) -> bool:
+    """True if an adapter changes head and embeddings by the same values."""
+    if embeddings in adapter.rows:
+        return head not in changed_tensors(adapter) or _same_rows(adapter, head, embeddings)
+    if head in adapter.saved and embeddings in adapter.saved:
+        return same_values(adapter, adapter.saved[head], adapter, adapter.saved[embeddings])
+    modules = {module.tensor: module for module in adapter.modules.values()}
+    return head in modules and embeddings in modules and _transposes(adapter, modules[head], modules[embeddings])
+
+
+def _same_rows(adapter: Adapter, head: str, embeddings: str) -> bool:
+    """True if an adapter replaces rows of the head by those of the embeddings: PEFT may write both."""
+    if head not in adapter.rows:
+        return False
+    one, other = adapter.rows[head], adapter.rows[embeddings]
+    return one.tokens == other.tokens and same_values(adapter, one.info, adapter, other.info)
+
+
+def _transposes(adapter: Adapter, head: LowRank, embeddings: LowRank) -> bool:
+    """True if B·A of the head is (B·A)ᵀ of the embeddings, as `ensure_weight_tying` keeps it."""
+    if head.scaling != embeddings.scaling or head.a.shape != embeddings.b.shape[::-1]:
+        return False
+    (a, b), (other_a, other_b) = ([_read(adapter, info) for info in (one.a, one.b)] for one in (head, embeddings))
+    return np.array_equal(a, other_b.T) and np.array_equal(b, other_a.T)
+
+
+def _read(adapter: Adapter, info: TensorInfo) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return as_float64(adapter.read(info.name), info.dtype).reshape(info.shape)
