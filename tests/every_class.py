@@ -1,0 +1,366 @@
+"""Every language and image-text class of transformers, tiny and merged: right, refused, or wrong, as a table.
+
+    python tests/every_class.py                      # every class, whole models and LoRA
+    python tests/every_class.py LlamaForCausalLM     # one
+
+What a merge must be is computed in memory from transformers' own modules: the depth of a weight is its place in a
+module's list of blocks, the values are float64. Nothing of the library's tables or names is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_configs import tiny_config
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+WEIGHT, ALPHA, BETA = 0.3, 0.5, 1.0
+LARGEST = 12_000_000
+LONGEST = 120
+_COUNT = re.compile(r"layers?$|^depth|blocks?$")
+_LAYERS = re.compile(r"--layers '([^']+)'")
+_SHOWN = 3
+KINDS = ("whole", "adapter", "full")
+
+
+@dataclass
+class Verdict:
+    """What came out for one class and one kind of policies.
+
+    Attributes:
+        name: the class.
+        group: "text" or "image".
+        policies: "whole", "adapter" (LoRA into LoRA) or "full" (LoRA folded).
+        outcome: "right", "layers" (right with the `--layers` of the refusal), "refused", "wrong", or "not built".
+        why: what was refused, where it is wrong, or why it was not built.
+    """
+
+    name: str
+    group: str
+    policies: str
+    outcome: str
+    why: str = ""
+
+
+def classes() -> dict[str, str]:
+    """Return the names of all classes, with their groups."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    images = set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    causal = {name for name in dir(transformers) if name.endswith("ForCausalLM") and not name.startswith("Auto")}
+    texts = (causal | set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) - images
+    return {name: "image" if name in images else "text" for name in sorted(texts | images, key=str.lower)}
+
+
+def build(name: str) -> Any:
+    """Return a tiny random model of a class; raise what transformers raises."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    config = tiny_config(name)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in kind(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters are not tiny")
+    torch.manual_seed(0)
+    return move(kind(config), seed=9, size=1.0)
+
+
+def move(model: Any, seed: int, size: float = 0.05) -> Any:
+    """Move every weight a little, also those that begin as zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                step = size * (weight.float().abs().nan_to_num(posinf=0).mean() + 0.01)
+                weight.add_((torch.randn(weight.shape, generator=generator) * step).to(weight.dtype))
+    return model
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    """Return a model's tensors; of tied ones only the first, whose place in the model counts."""
+    seen: set[tuple[int, torch.Size]] = set()
+    found = {}
+    for name, value in model.state_dict().items():
+        key = (value.data_ptr(), value.shape)
+        if value.numel() and key in seen:
+            continue
+        seen.add(key)
+        found[name] = value.detach().clone()
+    return found
+
+
+def scales(model: Any) -> Callable[[str], float]:
+    """Return λ^(ℓ) of each tensor by the model's own modules: lists whose length the config declares are blocks."""
+    lists = block_lists(model)
+
+    def scale(name: str) -> float:
+        for path, count in lists.items():
+            if name.startswith(f"{path}."):
+                block = int(name.removeprefix(f"{path}.").split(".")[0])
+                return ALPHA + (BETA * block / (count - 1) if count > 1 else 0.0)
+        return ALPHA
+
+    return scale
+
+
+def block_lists(model: Any) -> dict[str, int]:
+    """Return the outermost lists of modules with modules inside, of a length that the config declares."""
+    declared = set(counts(model.config.to_dict()))
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
+            continue
+        holds = [block for block in module if any(True for _ in block.parameters())]
+        if len(module) in declared and holds and any(any(True for _ in block.children()) for block in holds):
+            found[path] = len(module)
+    return found
+
+
+def counts(config: Any) -> Iterator[int]:
+    """Yield every number of layers or blocks of a config, at every depth."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from counts(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and _COUNT.search(str(key)):
+            yield value
+
+
+def differing(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], slack: dict[str, float]) -> list[str]:
+    """Return the names whose values are not the expected ones, to float32."""
+    wrong = []
+    for name, value in expected.items():
+        if name not in got:
+            wrong.append(f"{name} is missing")
+        elif not value.is_floating_point():
+            wrong += [] if torch.equal(got[name], value) else [name]
+        elif not torch.allclose(got[name].double(), value, rtol=2.0**-22, atol=slack.get(name, 1e-30), equal_nan=True):
+            wrong.append(name)
+    return wrong
+
+
+def expected_values(base: Any, residuals: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return base + s·(λ·τ₁ + (1 − λ)·τ₂) in float64; what is equal everywhere stays."""
+    scale, result = scales(base), {}
+    for name, value in state(base).items():
+        if not value.is_floating_point():
+            result[name] = value
+            continue
+        step = WEIGHT * residuals[0][name] + (1 - WEIGHT) * residuals[1][name]
+        result[name] = torch.where(step == 0, value.double(), value.double() + scale(name) * step)
+    return result
+
+
+def residual(policy: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return τ in float64, 0 where both are equal, infinities too."""
+    return {
+        name: torch.where(policy[name] == value, 0.0, policy[name].double() - value.double())
+        for name, value in base.items()
+        if value.is_floating_point()
+    }
+
+
+def load(name: str, folder: Path, **settings: Any) -> Any:
+    """Return a model as transformers loads it; refuse one of which tensors are missing."""
+    import transformers
+
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **settings)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"transformers loads {folder.name} without {sorted(map(str, info['missing_keys']))[:_SHOWN]}")
+    return model
+
+
+def attempt(run: Callable[..., Any], check: Callable[[], list[str]]) -> tuple[str, str]:
+    """Return outcome and reason of a merge; a refusal's own `--layers` is tried."""
+    from rewarded_lines.errors import UserError
+
+    why, layers = "", None
+    while True:
+        try:
+            run(layers)
+        except UserError as error:
+            said = " ".join(str(error).split())
+            found = _LAYERS.search(said)
+            if layers is not None or not found:
+                return "refused", why or said
+            why, layers = said, found[1]
+            continue
+        if wrong := check():
+            return "wrong", f"{len(wrong)} tensors, {', '.join(wrong[:_SHOWN])}"
+        return ("layers", f"--layers {layers}") if layers else ("right", "")
+
+
+def save_policies(name: str, folder: Path) -> None:
+    """Save a base and two policies of a class."""
+    model = build(name)
+    model.save_pretrained(folder / "base")
+    origin = {key: value.clone() for key, value in model.state_dict().items()}
+    for seed, policy in enumerate(("first", "second"), start=1):
+        model.load_state_dict(origin)
+        move(model, seed).save_pretrained(folder / policy)
+
+
+def try_whole(name: str, folder: Path) -> tuple[str, str]:
+    """Merge two whole policies of a class."""
+    from rewarded_lines import merge
+
+    base = load(name, folder / "base")
+    origin = state(base)
+    policies = [state(load(name, folder / policy)) for policy in ("first", "second")]
+    exact = expected_values(base, [residual(policy, origin) for policy in policies])
+
+    def run(layers: str | None) -> None:
+        given = [folder / "first", folder / "second"]
+        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "layers": layers, "allow_nonfinite": True}
+        merge(folder / "base", given, WEIGHT, out=folder / "whole", **how)
+
+    def check() -> list[str]:
+        return differing(state(load(name, folder / "whole")), exact, {})
+
+    return attempt(run, check)
+
+
+def save_adapters(name: str, folder: Path) -> None:
+    """Save two LoRA adapters by PEFT's `all-linear`, as a trainer would."""
+    from peft import LoraConfig, get_peft_model
+
+    for seed, policy in enumerate(("first-lora", "second-lora"), start=1):
+        model = load(name, folder / "base")
+        task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights=False, task_type=task)
+        get_peft_model(model, settings).save_pretrained(folder / policy)
+
+
+def folded(name: str, folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return a model's tensors in float64 with an adapter folded in by PEFT."""
+    from peft import PeftModel
+
+    base = load(name, folder / "base", dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
+    return state(model.merge_and_unload())
+
+
+def try_adapters(name: str, folder: Path) -> dict[str, tuple[str, str]]:
+    """Merge two adapters into an adapter, and into a whole model."""
+    from rewarded_lines import merge
+
+    base = load(name, folder / "base", dtype=torch.float64)
+    origin = state(base)
+    steps = [residual(folded(name, folder, folder / policy), origin) for policy in ("first-lora", "second-lora")]
+    exact = expected_values(base, steps)
+    # The factors are rounded to float32, so the error is relative to the change, not to the value.
+    slack = {key: 1e-6 * float((abs(steps[0][key]) + abs(steps[1][key])).max()) for key in steps[0] if steps[0][key].numel()}
+    if not any(bool(step.any()) for step in steps[0].values()):
+        raise ValueError("PEFT changes nothing")
+
+    def run(kind: str, layers: str | None) -> None:
+        given = [folder / "first-lora", folder / "second-lora"]
+        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "layers": layers, "allow_nonfinite": True}
+        merge(folder / "base", given, WEIGHT, out=folder / kind, as_=kind, **how)
+
+    checks: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+        "adapter": lambda: folded(name, folder, folder / "adapter"),
+        "full": lambda: state(load(name, folder / "full", dtype=torch.float64)),
+    }
+    return {
+        kind: attempt(lambda layers, kind=kind: run(kind, layers), lambda made=made: differing(made(), exact, slack))
+        for kind, made in checks.items()
+    }
+
+
+def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdict]:
+    """Return the verdicts on one class."""
+    folder = Path(tempfile.mkdtemp(prefix="every-class-"))
+
+    def guarded(work: Callable[[], dict[str, tuple[str, str]]], kinds: Sequence[str]) -> list[Verdict]:
+        try:
+            return [Verdict(name, group, kind, *found) for kind, found in work().items()]
+        except Exception as error:  # noqa: BLE001 -- whatever transformers or PEFT cannot do is told
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return [Verdict(name, group, kind, "not built", why) for kind in kinds]
+
+    def whole() -> dict[str, tuple[str, str]]:
+        return {"whole": try_whole(name, folder)}
+
+    def adapters() -> dict[str, tuple[str, str]]:
+        save_adapters(name, folder)
+        return try_adapters(name, folder)
+
+    try:
+        if failed := guarded(lambda: save_policies(name, folder) or {}, kinds):
+            return failed
+        found = guarded(whole, KINDS[:1]) if "whole" in kinds else []
+        return found + (guarded(adapters, KINDS[1:]) if "adapter" in kinds else [])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_a_process(work: Callable[[], None]) -> bool:
+    """Run some work in a fork of this process; return whether it ended by itself and in time."""
+    child = os.fork()
+    if child == 0:
+        # Unhandled, so that they also end what waits for a lock; seconds of work count, not of a busy machine.
+        signal.setitimer(signal.ITIMER_PROF, LONGEST)
+        signal.alarm(10 * LONGEST)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def write(verdicts: list[Verdict], path: Path) -> None:
+    """Print verdicts, and add them to a file."""
+    with path.open("a") as file:
+        for verdict in verdicts:
+            file.write(json.dumps(asdict(verdict)) + "\n")
+            print(f"{verdict.name:45}{verdict.policies:9}{verdict.outcome:10}{verdict.why}", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Try the classes, each in a process, and write the verdicts to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--verdicts", type=Path, default=Path("every_class.jsonl"))
+    parser.add_argument("--policies", nargs="*", default=KINDS, help=f"some of {', '.join(KINDS)}")
+    parser.add_argument("--skip", nargs="*", default=(), help="classes to leave out")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    known = classes()
+    names = [name for name in chosen.names or known if name not in chosen.skip]
+    _warm_up()
+    for name in names:
+        if not in_a_process(lambda name=name: write(try_class(name, known[name], chosen.policies), chosen.verdicts)):
+            late = f"not done in {LONGEST} s"
+            failed = [Verdict(name, known[name], kind, "not built", late) for kind in chosen.policies]
+            write(failed, chosen.verdicts)
+
+
+def _warm_up() -> None:
+    """Import and compile what every class needs, once for all processes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try_class("LlamaForCausalLM", "text")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
