@@ -122,13 +122,15 @@ def scales(model: Any) -> Callable[[str], float]:
 def block_lists(model: Any) -> dict[str, int]:
     """Return the outermost lists of modules with modules inside, of a length that the config declares."""
     declared = set(counts(model.config.to_dict()))
+    lists = [path for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     found: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
-            continue
-        holds = [block for block in module if any(True for _ in block.parameters())]
-        if len(module) in declared and holds and any(any(True for _ in block.children()) for block in holds):
-            found[path] = len(module)
+    for path in lists:
+        blocks = [block for block in model.get_submodule(path) if any(True for _ in block.parameters())]
+        nested = any(path.startswith(f"{other}.") for other in lists)
+        composed = any(any(True for _ in block.children()) for block in blocks)
+        length = len(model.get_submodule(path))
+        if length in declared and composed and not nested:
+            found[path] = length
     return found
 
 
@@ -306,7 +308,7 @@ def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdi
         if failed := guarded(lambda: save_policies(name, folder) or {}, kinds):
             return failed
         found = guarded(whole, KINDS[:1]) if "whole" in kinds else []
-        return found + (guarded(adapters, KINDS[1:]) if "adapter" in kinds else [])
+        return found + (guarded(adapters, KINDS[1:]) if set(KINDS[1:]) & set(kinds) else [])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -35,10 +35,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("dim_head", "hidden_size_per_layer_input"), 16),
     **dict.fromkeys(("base_channels", "latent_channels", "expert_ffn_hidden_size"), 32),
     "zero_expert_num": 2,
-    "depth": 3,
+    "depth": 6,
 }
 # In the config of a tower.
-TOWER: dict[str, Any] = {**SIZES, "num_hidden_layers": 3, "num_layers": 3, "n_layers": 3}
+TOWER: dict[str, Any] = {**SIZES, "num_hidden_layers": 6, "num_layers": 6, "n_layers": 6}
 _GEMMA_TEXT = {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY}
 _GEMMA_ASSISTANT = {
     **{key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
@@ -102,7 +102,7 @@ MORE: dict[str, dict[str, Any]] = {
         **{"pronunciation_vocab_size": 50, "shape_vocab_size": 50, "pronunciation_embed_dim": 64, "shape_embed_dim": 64}
     },
     "VisionEncoderDecoderModel": {
-        "encoder": {"model_type": "vit", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
+        "encoder": {"model_type": "vit", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6},
         "decoder": {"model_type": "gpt2", "add_cross_attention": True, "n_embd": 64, "n_layer": 4, "n_head": 4},
     },
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
