@@ -1,36 +1,27 @@
-"""Every language and image-text class of transformers, tiny and merged: right, refused, or wrong, as a table.
-
-    python tests/every_class.py                      # every class, whole models and LoRA
-    python tests/every_class.py LlamaForCausalLM     # one
+"""Every language and image-text class of transformers, tiny and merged: right, refused, or wrong.
 
 What a merge must be is computed in memory from transformers' own modules: the depth of a weight is its place in a
 module's list of blocks, the values are float64. Nothing of the library's tables or names is used.
+`every_class_table.py` is the command.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_configs import tiny_config
+from tiny_configs import tiny_model
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 WEIGHT, ALPHA, BETA = 0.3, 0.5, 1.0
-LARGEST = 12_000_000
-LONGEST = 120
 _COUNT = re.compile(r"layers?$|^depth|blocks?$")
 _LAYERS = re.compile(r"--layers '([^']+)'")
 _SHOWN = 3
@@ -65,20 +56,6 @@ def classes() -> dict[str, str]:
     causal = {name for name in dir(transformers) if name.endswith("ForCausalLM") and not name.startswith("Auto")}
     texts = (causal | set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) - images
     return {name: "image" if name in images else "text" for name in sorted(texts | images, key=str.lower)}
-
-
-def build(name: str) -> Any:
-    """Return a tiny random model of a class; raise what transformers raises."""
-    import transformers
-
-    kind = getattr(transformers, name)
-    config = tiny_config(name)
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in kind(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters are not tiny")
-    torch.manual_seed(0)
-    return move(kind(config), seed=9, size=1.0)
 
 
 def move(model: Any, seed: int, size: float = 0.05) -> Any:
@@ -195,21 +172,25 @@ def attempt(run: Callable[..., Any], check: Callable[[], list[str]]) -> tuple[st
     while True:
         try:
             run(layers)
+            wrong = check()
         except UserError as error:
-            said = " ".join(str(error).split())
-            found = _LAYERS.search(said)
+            first = error.problems[0]
+            found = _LAYERS.search(first.remedy)
+            why = why or f"{first.what} | {first.where} | got {first.got} | {first.remedy}"
             if layers is not None or not found:
-                return "refused", why or said
-            why, layers = said, found[1]
+                return "refused", why
+            layers = found[1]
             continue
-        if wrong := check():
+        except Exception as error:  # noqa: BLE001 -- inputs that load must not crash the merge, nor give what does not
+            return "wrong", " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if wrong:
             return "wrong", f"{len(wrong)} tensors, {', '.join(wrong[:_SHOWN])}"
         return ("layers", f"--layers {layers}") if layers else ("right", "")
 
 
 def save_policies(name: str, folder: Path) -> None:
     """Save a base and two policies of a class."""
-    model = build(name)
+    model = move(tiny_model(name), seed=9, size=1.0)
     model.save_pretrained(folder / "base")
     origin = {key: value.clone() for key, value in model.state_dict().items()}
     for seed, policy in enumerate(("first", "second"), start=1):
@@ -267,7 +248,9 @@ def try_adapters(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     steps = [residual(folded(name, folder, folder / policy), origin) for policy in ("first-lora", "second-lora")]
     exact = expected_values(base, steps)
     # The factors are rounded to float32, so the error is relative to the change, not to the value.
-    slack = {key: 1e-6 * float((abs(steps[0][key]) + abs(steps[1][key])).max()) for key in steps[0] if steps[0][key].numel()}
+    slack = {
+        key: 1e-6 * float((abs(steps[0][key]) + abs(steps[1][key])).max()) for key in steps[0] if steps[0][key].numel()
+    }
     if not any(bool(step.any()) for step in steps[0].values()):
         raise ValueError("PEFT changes nothing")
 
@@ -311,58 +294,3 @@ def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdi
         return found + (guarded(adapters, KINDS[1:]) if set(KINDS[1:]) & set(kinds) else [])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def in_a_process(work: Callable[[], None]) -> bool:
-    """Run some work in a fork of this process; return whether it ended by itself and in time."""
-    child = os.fork()
-    if child == 0:
-        # Unhandled, so that they also end what waits for a lock; seconds of work count, not of a busy machine.
-        signal.setitimer(signal.ITIMER_PROF, LONGEST)
-        signal.alarm(10 * LONGEST)
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
-
-
-def write(verdicts: list[Verdict], path: Path) -> None:
-    """Print verdicts, and add them to a file."""
-    with path.open("a") as file:
-        for verdict in verdicts:
-            file.write(json.dumps(asdict(verdict)) + "\n")
-            print(f"{verdict.name:45}{verdict.policies:9}{verdict.outcome:10}{verdict.why}", flush=True)
-
-
-def main(arguments: list[str]) -> None:
-    """Try the classes, each in a process, and write the verdicts to a file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--verdicts", type=Path, default=Path("every_class.jsonl"))
-    parser.add_argument("--policies", nargs="*", default=KINDS, help=f"some of {', '.join(KINDS)}")
-    parser.add_argument("--skip", nargs="*", default=(), help="classes to leave out")
-    chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    known = classes()
-    names = [name for name in chosen.names or known if name not in chosen.skip]
-    _warm_up()
-    for name in names:
-        if not in_a_process(lambda name=name: write(try_class(name, known[name], chosen.policies), chosen.verdicts)):
-            late = f"not done in {LONGEST} s"
-            failed = [Verdict(name, known[name], kind, "not built", late) for kind in chosen.policies]
-            write(failed, chosen.verdicts)
-
-
-def _warm_up() -> None:
-    """Import and compile what every class needs, once for all processes."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try_class("LlamaForCausalLM", "text")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

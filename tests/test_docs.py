@@ -23,6 +23,7 @@ from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
 LONGEST_SENTENCE = 30
+READ = ["how-it-works", "from-other-tools", "merge-what-you-have"]
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
 # What these set up is downloaded and trained for hours: their commands are parsed here.
@@ -95,7 +96,7 @@ def sentences(text: str) -> list[str]:
     return [sentence for block in plain for sentence in re.split(r"(?<=[.?!])\s+", block)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "docs/from-other-tools.md", "docs/merge-what-you-have.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in READ)])
 def test_no_sentence_is_too_long_to_read_once(name):
     page = next(page for page in PAGES if page.name == name)
     found = sentences(page.text)

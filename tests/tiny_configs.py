@@ -1,4 +1,4 @@
-"""A tiny config for any language or image-text class of transformers: the class's own defaults, with small sizes.
+"""A tiny config, and model, for any language or image-text class of transformers: the class's own defaults, with small sizes.
 
 Most classes need nothing but the sizes; what a class needs besides is in `MORE`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY = 320
+LARGEST = 12_000_000
 # Lists of blocks of different kinds have different lengths, so that none passes for another.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
@@ -61,6 +62,7 @@ MORE: dict[str, dict[str, Any]] = {
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": _SECTIONS}},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": _SECTIONS}},
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters": _SECTIONS},
+    "CsmDepthDecoderForCausalLM": {"backbone_hidden_size": 64},
     "DbrxForCausalLM": {"attn_config.rope_theta": 1e4, "ffn_config.hidden_size": 64},
     "DeepseekOcr2ForConditionalGeneration": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "Dots1ForCausalLM": {"n_shared_experts": 1},
@@ -128,6 +130,20 @@ def tiny_config(name: str) -> Any:
         else:
             place[last] = value
     return config(**settings)
+
+
+def tiny_model(name: str) -> Any:
+    """Return a tiny random model of a class; raise what transformers raises."""
+    import torch
+    import transformers
+
+    kind, config = getattr(transformers, name), tiny_config(name)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in kind(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters are not tiny")
+    torch.manual_seed(0)
+    return kind(config)
 
 
 def _settings(config: type, sizes: dict[str, Any]) -> dict[str, Any]:
