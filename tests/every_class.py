@@ -24,6 +24,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 WEIGHT, ALPHA, BETA = 0.3, 0.5, 1.0
 _COUNT = re.compile(r"layers?$|^depth|blocks?$")
 _LAYERS = re.compile(r"--layers '([^']+)'")
+# Lists that run side by side, not one after the other.
+_PARALLEL = re.compile(r"projectors$|merger_list$")
 _SHOWN = 3
 KINDS = ("whole", "adapter", "full")
 
@@ -106,7 +108,7 @@ def block_lists(model: Any) -> dict[str, int]:
         nested = any(path.startswith(f"{other}.") for other in lists)
         composed = any(any(True for _ in block.children()) for block in blocks)
         length = len(model.get_submodule(path))
-        if length in declared and composed and not nested:
+        if length in declared and composed and not nested and not _PARALLEL.search(path):
             found[path] = length
     return found
 
@@ -188,12 +190,12 @@ def attempt(run: Callable[..., Any], check: Callable[[], list[str]]) -> tuple[st
         return ("layers", f"--layers {layers}") if layers else ("right", "")
 
 
-def save_policies(name: str, folder: Path) -> None:
-    """Save a base and two policies of a class."""
+def save_policies(name: str, folder: Path, kinds: Sequence[str]) -> None:
+    """Save a base and, of whole models, two policies of a class."""
     model = move(tiny_model(name), seed=9, size=1.0)
     model.save_pretrained(folder / "base")
     origin = {key: value.clone() for key, value in model.state_dict().items()}
-    for seed, policy in enumerate(("first", "second"), start=1):
+    for seed, policy in enumerate(("first", "second") if "whole" in kinds else (), start=1):
         model.load_state_dict(origin)
         move(model, seed).save_pretrained(folder / policy)
 
@@ -288,7 +290,7 @@ def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdi
         return try_adapters(name, folder)
 
     try:
-        if failed := guarded(lambda: save_policies(name, folder) or {}, kinds):
+        if failed := guarded(lambda: save_policies(name, folder, kinds) or {}, kinds):
             return failed
         found = guarded(whole, KINDS[:1]) if "whole" in kinds else []
         return found + (guarded(adapters, KINDS[1:]) if set(KINDS[1:]) & set(kinds) else [])

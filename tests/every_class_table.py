@@ -22,6 +22,7 @@ import torch
 from every_class import KINDS, Verdict, classes, try_class
 
 LONGEST = 120
+PAGE = Path(__file__).parents[1] / "docs" / "every-class.md"
 _LONGEST_REASON = 110
 HEAD = """\
 # Every class of transformers
@@ -119,15 +120,18 @@ def main(arguments: list[str]) -> None:
     if chosen.table:
         sys.stdout.write(table(read(chosen.table)))
         return
+    try_all([name for name in chosen.names or classes() if name not in chosen.skip], chosen.policies, chosen.verdicts)
+
+
+def try_all(names: Sequence[str], kinds: Sequence[str], path: Path) -> None:
+    """Try classes, each in a process, and add the verdicts to a file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     known = classes()
-    names = [name for name in chosen.names or known if name not in chosen.skip]
     _warm_up()
     for name in names:
-        if not in_a_process(lambda name=name: write(try_class(name, known[name], chosen.policies), chosen.verdicts)):
-            late = f"not done in {LONGEST} s"
-            write([Verdict(name, known[name], kind, "not built", late) for kind in chosen.policies], chosen.verdicts)
+        if not in_a_process(lambda name=name: write(try_class(name, known[name], kinds), path)):
+            write([Verdict(name, known[name], kind, "not built", f"not done in {LONGEST} s") for kind in kinds], path)
 
 
 def _warm_up() -> None:

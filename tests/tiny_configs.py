@@ -1,4 +1,4 @@
-"""A tiny config, and model, for any language or image-text class of transformers: the class's own defaults, with small sizes.
+"""A tiny model of any language or image-text class of transformers: the class's own defaults, with small sizes.
 
 Most classes need nothing but the sizes; what a class needs besides is in `MORE`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY = 320
-LARGEST = 12_000_000
+LARGEST = 16_000_000
 # Lists of blocks of different kinds have different lengths, so that none passes for another.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
@@ -74,7 +74,11 @@ MORE: dict[str, dict[str, Any]] = {
         "text_config": {
             **{**_GEMMA_ASSISTANT, "model_type": "diffusion_gemma_text", "num_experts": 4, "top_k_experts": 2},
             "moe_intermediate_size": 32,
-        }
+        },
+        "vision_config": {
+            **{key: TOWER[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")},
+            **{"num_attention_heads": 4, "num_key_value_heads": 4, "patch_size": 8, "model_type": "gemma4_vision"},
+        },
     },
     "Florence2ForConditionalGeneration": {f"vision_config.{key}": value for key, value in _FLORENCE_EYE.items()},
     "Gemma3nForCausalLM": {
