@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tiny_adapters import save_adapter
 from tiny_models import PROMPTS, make_model, perturb, save_model
+from trainer_outputs import save_everything
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -113,6 +114,7 @@ def make_stage(folder: Path) -> None:
         save_model(perturb(make_model(0), seed), folder / name)
     for seed, name in enumerate(("lora-a", "lora-b"), start=1):
         save_adapter(folder / "my-sft", folder / name, seed)
+    save_everything(folder)
     rows = (json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * 2)
     texts = {
         "test.jsonl": "".join(rows),

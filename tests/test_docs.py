@@ -23,6 +23,7 @@ from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
 LONGEST_SENTENCE = 30
+READ = ["how-it-works", "from-other-tools", "merge-what-you-have"]
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
 # What these set up is downloaded and trained for hours: their commands are parsed here.
@@ -40,6 +41,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "README.md": 25,
         "docs/from-other-tools.md": 3,
         "docs/how-it-works.md": 3,
+        "docs/merge-what-you-have.md": 10,
         "docs/the-merge-in-numpy.md": 3,
         "eval/README.md": 7,
         "eval/results/README.md": 20,
@@ -94,7 +96,7 @@ def sentences(text: str) -> list[str]:
     return [sentence for block in plain for sentence in re.split(r"(?<=[.?!])\s+", block)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/how-it-works.md", "docs/from-other-tools.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in READ)])
 def test_no_sentence_is_too_long_to_read_once(name):
     page = next(page for page in PAGES if page.name == name)
     found = sentences(page.text)

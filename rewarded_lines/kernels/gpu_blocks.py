@@ -58,7 +58,9 @@ class DeviceWorkspace(Workspace):
     def _residual(self, row: int, base: torch.Tensor) -> torch.Tensor:
         if self.raw(row + 1) is None:
             return self._moved(self.residuals()[row])
-        return self._wide(row + 1) - base
+        policy = self._wide(row + 1)
+        # The difference of equal infinities would be NaN.
+        return torch.where(policy == base, 0.0, policy - base)
 
     def _moved(self, values: Any) -> torch.Tensor:
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values

@@ -98,6 +98,24 @@ def test_infinities_that_meet(cli, place):
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("method", [*METHODS, ("--alpha", "auto")], ids=str)
+def test_infinities_that_all_inputs_share_are_kept(cli, place, method):
+    """Gemma 4 has bounds that are infinite; every other value is as if they were not."""
+    for name in NAMES:
+        poison(place / name, 0, 0)
+    assert cli(*ARGS[:-1], "plain", *method).code == 0
+    for name in NAMES:
+        poison(place / name, np.inf, -np.inf)
+    assert cli(*ARGS, "--allow-nonfinite", *method).code == 0
+    poison(place / "plain", np.inf, -np.inf)
+    plain, merged = read_plain(place / "plain"), read_plain(place / "out")
+    # The random masks of DARE are drawn from a digest of the values.
+    compared = [tensor for tensor in plain if tensor != TENSOR or "dare" not in str(method)]
+    assert all(np.array_equal(plain[tensor][1], merged[tensor][1]) for tensor in compared)
+    assert merged[TENSOR][1].flat[0] == np.inf and merged[TENSOR][1].flat[1] == -np.inf
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_let_pass_where_they_are_meant(cli, place):
     poison(place / "first", np.nan, np.inf)
     assert cli(*ARGS, "--allow-nonfinite", "--alpha", 1, "--beta", 0).code == 0

@@ -204,6 +204,27 @@ def test_linear_counts_what_is_not_finite():
 
 
 @FORMATS
+def test_a_value_that_is_equal_everywhere_stays(format_):
+    """Inf − inf is NaN; of equal values it is no change."""
+    generator = np.random.default_rng(6)
+    for length in LENGTHS:
+        base, wide = stored(generator, length, format_)
+        policies = np.stack([stored(generator, length, format_)[0] for _ in range(3)])
+        expected = np.empty((2, length), base.dtype)
+        args = (np.array([0, 2, 1]), np.array([[0.5, 0.25, 0.75], [1.0, -2.0, 0.5]]))
+        kernels.linear(base, policies, *args, expected, np.zeros(2, np.int64))
+        infinite = encode(np.array([np.inf, -np.inf]), format_).view(base.dtype)
+        for place, value in zip(range(0, length, 7), np.resize(infinite, length), strict=False):
+            base[place], policies[:, place], expected[:, place] = value, value, value
+        out, bad = np.empty_like(expected), np.zeros(2, np.int64)
+        kernels.linear(base, policies, *args, out, bad)
+        assert np.array_equal(out, expected) and (bad == len(range(0, length, 7))).all()
+        residual = np.empty(length)
+        kernels.residual(base, policies[0], residual)
+        assert np.isfinite(residual).all() and (residual[::7] == 0).all()
+
+
+@FORMATS
 def test_residual_and_finish(format_):
     generator = np.random.default_rng(5)
     for length in LENGTHS:
