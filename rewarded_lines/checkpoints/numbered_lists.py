@@ -1,0 +1,222 @@
+"""Numbered modules in tensor names: which of them are a model's blocks, by their names and the config's numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from rewarded_lines.checkpoints.block_counts import Declared, declared_for, further_blocks, words_of
+from rewarded_lines.checkpoints.families import BLOCK_LISTS, BLOCK_NAMES, OTHER_NAMES
+from rewarded_lines.errors import Problem, fail
+
+# Bounded and ASCII: `\d` matches the digits of every script, `int` accepts any length.
+_INDEX = re.compile("[0-9]{1,6}")
+_TABLE = [blocks.path for blocks in BLOCK_LISTS]
+_LISTED = re.compile(rf"({'|'.join(map(re.escape, _TABLE))})\.([^.]*)")
+_NUMBERED = re.compile(r"\.([0-9]{1,6})(?=\.)")
+_PARTS_OF_MODELS = frozenset(("vision", "audio", "text", "encoder", "decoder"))
+
+By = Literal["user", "table", "nobody"]
+Verdict = Literal["blocks", "no blocks", "unsure"]
+
+
+@dataclass
+class NumberedList:
+    """The modules `path.0` to `path.{n-1}`.
+
+    Attributes:
+        path: the name before the number.
+        by: who says that these are blocks: the user, the table of families, or nobody.
+        declared: the numbers of blocks that the config declares for this path.
+        further: how many modules may follow the last block, which only predict further tokens.
+        index: the number of each tensor's module, by the tensor's name.
+        below: the names below each module, with # for numbers.
+        longest: no other list of this part of the model is longer.
+        partial: some of its modules may not be among the tensors, as in an adapter.
+    """
+
+    path: str
+    by: By
+    declared: Sequence[Declared]
+    further: int = 0
+    index: dict[str, int] = field(default_factory=dict)
+    below: dict[int, set[str]] = field(default_factory=dict)
+    longest: bool = True
+    partial: bool = False
+
+    def add(self, name: str, index: int, below: str) -> None:
+        """Add a tensor of the module with this number."""
+        self.index[name] = index
+        self.below.setdefault(index, set()).add(re.sub("[0-9]+", "#", below))
+
+    @property
+    def found(self) -> int:
+        """Return the number of modules in the tensors' names."""
+        return len(self.below)
+
+    @property
+    def counts(self) -> list[int]:
+        """Return the declared numbers, without values that can be none."""
+        return [one.value for one in self.declared if one.valid]
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks L."""
+        fewer = self.found - self.further
+        return fewer if fewer in self.counts and self.found not in self.counts else self.found
+
+    @property
+    def complete(self) -> bool:
+        """Return whether the modules are numbered from 0 without a gap."""
+        return max(self.below) == self.found - 1
+
+    @property
+    def part(self) -> tuple[object, ...]:
+        """Return what the lists of one part of a model have in common, such as the vision tower's."""
+        return (*(one.key for one in self.declared), words_of(self.path) & _PARTS_OF_MODELS)
+
+    @property
+    def named_as_blocks(self) -> bool:
+        """Return whether the list has a usual name, such as layers."""
+        return self.by != "nobody" or bool(BLOCK_NAMES.fullmatch(self.path.rpartition(".")[2]))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return whether these are blocks, by their names, the config, and the lengths of the lists beside."""
+        if self.by != "nobody":
+            return "blocks"
+        # Blocks have modules of their own; the layers of a small network have none.
+        simple = any("." not in below for each in self.below.values() for below in each)
+        if simple or any(OTHER_NAMES.fullmatch(part) for part in self.path.split(".")[-2:]):
+            return "no blocks"
+        if self.complete and self.blocks in self.counts and (self.named_as_blocks or self.longest):
+            return "blocks"
+        if self.partial:
+            return "blocks" if self.named_as_blocks else "unsure"
+        # Blocks have a part in common, such as a norm. The steps of an audio codec have none, and there are gaps.
+        alike = bool(set.intersection(*self.below.values()))
+        if self.found == 1 or not (self.complete or alike):
+            return "no blocks"
+        return "blocks" if self.named_as_blocks and self.longest and alike else "unsure"
+
+    def problem(self) -> Problem | None:
+        """Return what is wrong with the numbers if they are not 0 to L-1, L as the config declares it."""
+        if wrong := [one for one in self.declared if not one.valid and one.value is not None]:
+            if self.blocks not in self.counts:
+                what = "the config's number of blocks is not a positive whole number"
+                expected, got = f"{wrong[0].key}: {self.found}", f"{wrong[0].key}: {shown(wrong[0].value)}"
+                return Problem(what, where=shown(self.path), expected=expected, got=got)
+        # The user may mean a list beside the main one, for which the config has no number.
+        counts = [] if self.by == "user" and not self.longest else list(dict.fromkeys(self.counts))
+        if self.complete and (not counts or self.blocks in counts):
+            return None
+        said = " or ".join(map(str, counts))
+        return Problem(
+            f"the config declares {said} blocks, the tensors show others" if counts else "blocks are missing",
+            where=shown(self.path),
+            expected=f"blocks 0 to {max(counts, default=max(self.below) + 1) - 1}",
+            got=f"{self.found} blocks, {min(self.below)} to {max(self.below)}",
+            remedy="copy the checkpoint again, or correct the pattern of --layers",
+        )
+
+
+def find_lists(
+    names: Sequence[str], config: Mapping[str, Any], pattern: str | None = None, partial: bool = False
+) -> list[NumberedList]:
+    """Return the lists of blocks, and those of which it is not sure: the user's, the table's, and all others.
+
+    Of lists inside each other the outermost counts. A list that is none of blocks is looked into, since it may hold
+    lists of blocks: two towers, for example. `partial` names may leave out blocks.
+    """
+    users = [] if pattern is None else _gather(_matched(names, pattern), config, "user")
+    # What the user's pattern leaves out of its own lists is outside the blocks.
+    own = tuple(f"{one.path}." for one in users)
+    taken = {name for one in users for name in one.index}
+    left = [name for name in names if name not in taken and not name.startswith(own)]
+    known = _gather(_listed(left), config, "table")
+    found = [*users, *sorted(known, key=lambda one: _TABLE.index(one.path))]
+    taken = {name for one in known for name in one.index}
+    left, depth = [name for name in left if name not in taken], 0
+    while left:
+        level = _gather(_numbered(left, depth), config, "nobody", partial)
+        _compare_lengths([*found, *level], level)
+        left, depth = [name for one in level if one.verdict == "no blocks" for name in one.index], depth + 1
+        found += [one for one in level if one.verdict != "no blocks"]
+    _compare_lengths(found, found)
+    return found
+
+
+def _gather(
+    entries: Iterable[tuple[str, str, int, str]], config: Mapping[str, Any], by: By, partial: bool = False
+) -> list[NumberedList]:
+    """Return the lists of tensors, each given by its name, its list's path, its index and the name below."""
+    lists: dict[str, NumberedList] = {}
+    for name, path, index, below in entries:
+        if path not in lists:
+            lists[path] = NumberedList(path, by, declared_for(path, config), further_blocks(config), partial=partial)
+        lists[path].add(name, index, below)
+    return list(lists.values())
+
+
+def _compare_lengths(lists: Sequence[NumberedList], compared: Sequence[NumberedList]) -> None:
+    longest: dict[tuple[object, ...], int] = {}
+    for one in lists:
+        longest[one.part] = max(one.found, longest.get(one.part, 0))
+    for one in compared:
+        one.longest = one.found == longest[one.part]
+
+
+def _listed(names: Iterable[str]) -> Iterator[tuple[str, str, int, str]]:
+    """Yield the tensors in lists of the table."""
+    for name in names:
+        if match := _LISTED.match(name):
+            yield name, match[1], _index(name, match[2]), name[match.end() + 1 :]
+
+
+def _numbered(names: Iterable[str], depth: int) -> Iterator[tuple[str, str, int, str]]:
+    """Yield the tensors in any numbered module, by the outermost number or, with a depth, by one inside."""
+    for name in names:
+        if number := next(islice(_NUMBERED.finditer(name), depth, None), None):
+            yield name, name[: number.start()], int(number[1]), name[number.end() + 1 :]
+
+
+def _matched(names: Iterable[str], pattern: str) -> list[tuple[str, str, int, str]]:
+    """Return the tensors that match the user's pattern, in one list or in one for each name before the number."""
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise fail("not a regular expression", where="--layers", got=f"{pattern!r}: {error}") from error
+    if compiled.groups < 1:
+        raise fail("the pattern has no group", where="--layers", expected=r"(\d+) for the index", got=pattern)
+    entries, paths = [], dict[str, set[int]]()
+    for name in names:
+        match = compiled.match(name)
+        if match and (group := next((i for i in range(1, compiled.groups + 1) if match[i] is not None), 0)):
+            path, index = name[: match.start(group)].rstrip("."), _index(name, match[group])
+            entries.append((name, path, index, name[match.end(group) :]))
+            paths.setdefault(path, set()).add(index)
+    # Blocks of two kinds may share one row of numbers: mamba.0, attention.1, mamba.2.
+    if all(path and max(indices) == len(indices) - 1 for path, indices in paths.items()):
+        return entries
+    return [(name, pattern, index, below) for name, _, index, below in entries]
+
+
+def _index(name: str, text: str) -> int:
+    if not _INDEX.fullmatch(text):
+        raise fail(
+            "the number of the block is not a number",
+            where=shown(name),
+            expected="up to six digits",
+            got=shown(text),
+            remedy="copy the checkpoint again, or correct the pattern of --layers",
+        )
+    return int(text)
+
+
+def shown(value: object) -> str:
+    """Return a name or value from a file, short and printable, for an error."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
