@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 # Keys such as num_hidden_layers, n_layer, depth, vision_layers, resampler_depth.
 _COUNT = re.compile(
-    r"(?:n|nb|num|number_of)_(?:\w+_)?(?:layers?|blocks?)|(?:\w+_)?(?:layers|depth)|num_layers_per_stack"
+    r"(?:n|nb|num|number_of)_(?:\w+_)?(?:layers?|blocks?)|(?:\w+_)?(?:layers|depth)|num_\w+_per_(?:stack|block)"
 )
 # Keys that match, but count something else.
 _NO_COUNT = re.compile(
@@ -21,12 +21,28 @@ _NO_COUNT = re.compile(
     r"upscale|res|feature|proj|full_attention|postnet|prenet|no_rope|lstm|transition|head|max|min)_(?:layers?|blocks?|depth)"
 )
 # Keys with a list that has one entry for each block.
-_KINDS = re.compile(r"layer_types|layers_block_type|layer_block_types?|block_types?")
+_KINDS = re.compile(r"layer_types|layers_block_type")
 # Words of keys that say nothing on which list is meant.
-_PLAIN = {"num", "number", "of", "n", "nb", "hidden", "layer", "layers", "block", "blocks", "depth", "config", "model"}
+_PLAIN = {
+    "num",
+    "number",
+    "of",
+    "n",
+    "nb",
+    "hidden",
+    "layer",
+    "layers",
+    "block",
+    "blocks",
+    "depth",
+    "config",
+    "model",
+    "per",
+    "stack",
+}
 # Words for one thing. The first names it, also for --tower.
 _SYNONYMS = (
-    ("vision", "visual", "vit", "image", "img", "siglip", "clip", "eye"),
+    ("vision", "visual", "vit", "image", "img", "video", "siglip", "clip", "eye"),
     ("audio", "speech", "sound"),
     ("text", "language", "llm", "lm"),
 )
@@ -76,6 +92,11 @@ def declared_for(path: str, config: Mapping[str, Any]) -> list[Declared]:
         if found or any(one.section - {"text"} for one in level):
             return found
     return []
+
+
+def all_counts(config: Mapping[str, Any]) -> frozenset[int]:
+    """Return every number of blocks that the config declares."""
+    return frozenset(one.value for one in _declarations(config, "", frozenset(), 0) if one.valid)
 
 
 def _declarations(config: Mapping[str, Any], prefix: str, section: frozenset[str], level: int) -> Iterator[Declared]:

@@ -113,6 +113,16 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
         after="layernorm pooler",
         roots=("", "bert.", "roberta.", "electra.", "vit.", "deit."),
     ),
+    # XLM and FlauBERT number the parts of a block in lists of their own.
+    *_family(
+        "attentions",
+        before="embeddings position_embeddings lang_embeddings layer_norm_emb",
+        after="",
+        roots=("", "transformer."),
+    ),
+    *_family("layer_norm1", before="", after="", roots=("", "transformer.")),
+    *_family("ffns", before="", after="pred_layer", roots=("", "transformer.")),
+    *_family("layer_norm2", before="", after="", roots=("", "transformer.")),
     *_family("transformer.layer", before="embeddings", after="", roots=("", "distilbert.")),
     # Llama, Mistral, Mixtral, Qwen, Gemma, Phi and GPT-NeoX (Pythia); the text of LLaVA, Gemma 3 and Qwen-VL.
     *_family(
@@ -131,10 +141,11 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
 )
 
 # The names that models give their blocks' lists, at the end of the list's path.
-BLOCK_NAMES = re.compile(r"(?:\w+_)?(?:layers?|blocks?)|h|resblocks")
-# Numbered modules that are no blocks, by the end of the path: they run once, or side by side, before or after blocks.
-OTHER_NAMES = re.compile(
-    r"\w*(?:conv|expert|merger|head|norm|proj|mlp|embed|quantizer|codebook|downsampl|upsampl|pool|classifier|mtp)\w*"
+BLOCK_NAMES = re.compile(r"(?:\w+_)?(?:layers?|blocks?)|h|resblocks|encoders")
+# Numbered modules that are no blocks, by the path: they run once, side by side, or beside the blocks.
+OTHER_LISTS = re.compile(
+    r"(?:^|\.)(?:\w*(?:conv|expert|merger|head|norm|proj|mlp|embed|bias|downsampl|upsampl|pool|classifier)\w*|down|up|ups)$|"
+    r"(?:^|\.)(?:mtp|\w*quantizer\w*|\w*codebook\w*)(?:\.|$)"
 )
 # Usual modules before and after blocks, for lists without a row.
 BEFORE_BLOCKS = re.compile(r"\w*embed\w*|wte|wpe|shared|patch\w*|conv1|pre_layrnorm|ln_pre|layernorm_pre|cls_token")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from rewarded_lines.checkpoints.block_counts import Declared, declared_for, further_blocks, words_of
-from rewarded_lines.checkpoints.families import BLOCK_LISTS, BLOCK_NAMES, OTHER_NAMES
+from rewarded_lines.checkpoints.block_counts import Declared, all_counts, declared_for, further_blocks, words_of
+from rewarded_lines.checkpoints.families import BLOCK_LISTS, BLOCK_NAMES, OTHER_LISTS
 from rewarded_lines.errors import Problem, fail
 
 # Bounded and ASCII: `\d` matches the digits of every script, `int` accepts any length.
@@ -17,10 +17,12 @@ _INDEX = re.compile("[0-9]{1,6}")
 _TABLE = [blocks.path for blocks in BLOCK_LISTS]
 _LISTED = re.compile(rf"({'|'.join(map(re.escape, _TABLE))})\.([^.]*)")
 _NUMBERED = re.compile(r"\.([0-9]{1,6})(?=\.)")
+_STAGED = re.compile(r"(?:(?:layers|blocks)\.)?#\.")
+_MOST = 10**6
 _PARTS_OF_MODELS = frozenset(("vision", "audio", "text", "encoder", "decoder"))
 
 By = Literal["user", "table", "nobody"]
-Verdict = Literal["blocks", "no blocks", "unsure"]
+Verdict = Literal["blocks", "no blocks", "look inside", "unsure"]
 
 
 @dataclass
@@ -31,6 +33,7 @@ class NumberedList:
         path: the name before the number.
         by: who says that these are blocks: the user, the table of families, or nobody.
         declared: the numbers of blocks that the config declares for this path.
+        elsewhere: the numbers that it declares anywhere.
         further: how many modules may follow the last block, which only predict further tokens.
         index: the number of each tensor's module, by the tensor's name.
         below: the names below each module, with # for numbers.
@@ -41,6 +44,7 @@ class NumberedList:
     path: str
     by: By
     declared: Sequence[Declared]
+    elsewhere: frozenset[int] = frozenset()
     further: int = 0
     index: dict[str, int] = field(default_factory=dict)
     below: dict[int, set[str]] = field(default_factory=dict)
@@ -61,6 +65,18 @@ class NumberedList:
     def counts(self) -> list[int]:
         """Return the declared numbers, without values that can be none."""
         return [one.value for one in self.declared if one.valid]
+
+    @property
+    def missing(self) -> range | None:
+        """Return the blocks to add to an adapter's, or None if config and names do not say how many there are."""
+        numbers = set(self.counts)
+        if self.complete and (self.found in numbers or (self.by != "nobody" and not numbers)):
+            return range(0)
+        # In a list without a row the number may be that of another list.
+        doubtful = self.by == "nobody" and (not self.longest or (self.complete and self.found in self.elsewhere))
+        if len(numbers) != 1 or doubtful or not self.named_as_blocks or not max(self.below) < max(numbers) < _MOST:
+            return None
+        return range(max(numbers))
 
     @property
     def blocks(self) -> int:
@@ -84,21 +100,32 @@ class NumberedList:
         return self.by != "nobody" or bool(BLOCK_NAMES.fullmatch(self.path.rpartition(".")[2]))
 
     @property
+    def confirmed(self) -> bool:
+        """Return whether the config declares this number of blocks; for a list without a row, wherever it does."""
+        numbers = self.counts if self.by != "nobody" or not self.named_as_blocks else [*self.counts, *self.elsewhere]
+        return self.complete and self.blocks in numbers
+
+    @property
     def verdict(self) -> Verdict:
         """Return whether these are blocks, by their names, the config, and the lengths of the lists beside."""
         if self.by != "nobody":
             return "blocks"
         # Blocks have modules of their own; the layers of a small network have none.
-        simple = any("." not in below for each in self.below.values() for below in each)
-        if simple or any(OTHER_NAMES.fullmatch(part) for part in self.path.split(".")[-2:]):
+        simple = not any("." in rest for each in self.below.values() for rest in each)
+        if simple or OTHER_LISTS.search(self.path):
             return "no blocks"
-        if self.complete and self.blocks in self.counts and (self.named_as_blocks or self.longest):
+        # Stages hold numbered blocks themselves, so no one number says how deep a block lies.
+        if all(any(map(_STAGED.match, each)) for each in self.below.values()):
+            return "look inside" if self.found == 1 else "unsure"
+        if self.confirmed and (self.named_as_blocks or self.longest):
             return "blocks"
         if self.partial:
             return "blocks" if self.named_as_blocks else "unsure"
+        if self.found == 1:
+            return "look inside"
         # Blocks have a part in common, such as a norm. The steps of an audio codec have none, and there are gaps.
         alike = bool(set.intersection(*self.below.values()))
-        if self.found == 1 or not (self.complete or alike):
+        if not (self.complete or alike):
             return "no blocks"
         return "blocks" if self.named_as_blocks and self.longest and alike else "unsure"
 
@@ -111,7 +138,7 @@ class NumberedList:
                 return Problem(what, where=shown(self.path), expected=expected, got=got)
         # The user may mean a list beside the main one, for which the config has no number.
         counts = [] if self.by == "user" and not self.longest else list(dict.fromkeys(self.counts))
-        if self.complete and (not counts or self.blocks in counts):
+        if self.confirmed or (self.complete and not counts):
             return None
         said = " or ".join(map(str, counts))
         return Problem(
@@ -128,8 +155,8 @@ def find_lists(
 ) -> list[NumberedList]:
     """Return the lists of blocks, and those of which it is not sure: the user's, the table's, and all others.
 
-    Of lists inside each other the outermost counts. A list that is none of blocks is looked into, since it may hold
-    lists of blocks: two towers, for example. `partial` names may leave out blocks.
+    Of lists inside each other the outermost counts. Only a single module is looked into, since it may hold a list of
+    blocks. `partial` names may leave out blocks.
     """
     users = [] if pattern is None else _gather(_matched(names, pattern), config, "user")
     # What the user's pattern leaves out of its own lists is outside the blocks.
@@ -143,8 +170,8 @@ def find_lists(
     while left:
         level = _gather(_numbered(left, depth), config, "nobody", partial)
         _compare_lengths([*found, *level], level)
-        left, depth = [name for one in level if one.verdict == "no blocks" for name in one.index], depth + 1
-        found += [one for one in level if one.verdict != "no blocks"]
+        left, depth = [name for one in level if one.verdict == "look inside" for name in one.index], depth + 1
+        found += [one for one in level if one.verdict in ("blocks", "unsure")]
     _compare_lengths(found, found)
     return found
 
@@ -154,9 +181,10 @@ def _gather(
 ) -> list[NumberedList]:
     """Return the lists of tensors, each given by its name, its list's path, its index and the name below."""
     lists: dict[str, NumberedList] = {}
+    shared = {"elsewhere": all_counts(config), "further": further_blocks(config), "partial": partial}
     for name, path, index, below in entries:
         if path not in lists:
-            lists[path] = NumberedList(path, by, declared_for(path, config), further_blocks(config), partial=partial)
+            lists[path] = NumberedList(path, by, declared_for(path, config), **shared)
         lists[path].add(name, index, below)
     return list(lists.values())
 

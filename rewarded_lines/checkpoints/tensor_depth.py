@@ -25,7 +25,6 @@ Side = Literal["before", "in", "after", "unknown", "flat", "base"]
 
 _ROWS = {blocks.path: blocks for blocks in BLOCK_LISTS}
 _TOWER_RULES = ("base", "flat", "depth")
-_MOST_BLOCKS = 10**6
 # Towers and encoders run before the text or the decoder.
 _EARLY = frozenset(("vision", "audio", "encoder"))
 
@@ -88,17 +87,30 @@ def find_depths(
     return Depths({name: places.of(name) for name in names}, places.stacks)
 
 
-def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Return the names with stand-ins for the blocks that the config declares and for the embeddings.
+def with_declared_blocks(
+    names: Iterable[str], config: Mapping[str, Any], pattern: str | None = None, towers: str | None = None
+) -> list[str]:
+    """Return an adapter's names with stand-ins for the blocks that the config declares and for the embeddings.
 
-    Adapters may leave out some of them, but a depth counts all blocks.
+    Adapters may leave out some of them, but a depth counts all blocks; see `find_depths`.
+
+    Raises:
+        UserError: only the base's tensors can say how many blocks a list has.
     """
     found = list(names)
-    for one in find_lists(found, config, partial=True):
-        likely = {count for count in one.counts if max(one.below) < count < _MOST_BLOCKS}
-        # Which of several numbers is meant, or whether a shorter list is meant at all, only the base's names say.
-        if one.named_as_blocks and one.longest and len(likely) == 1:
-            found += [f"{one.path}.{index}.declared.block" for index in range(*likely)]
+    lists = find_lists(found, config, pattern, partial=True)
+    rules = _tower_rules(towers, lists)
+    problems = []
+    for one in lists:
+        missing = range(0) if one.by == "user" or _rule(one.path, rules) in ("flat", "base") else one.missing
+        if missing is None:
+            what, expected = "the adapters alone do not show how many blocks the model has", "the base with its weights"
+            got = f"{one.found} modules, {min(one.below)} to {max(one.below)}"
+            problems.append(Problem(what, shown(one.path), expected, got, "pass --base with the full-precision model"))
+        else:
+            found += [f"{one.path}.{index}.declared.block" for index in missing]
+    if problems:
+        raise UserError(problems)
     return [*found, f"{TOKEN_EMBEDDINGS[0]}.declared.{TOKEN_EMBEDDINGS[0]}"]
 
 

@@ -25,7 +25,7 @@ from rewarded_lines.merger.record import RECORD_FILE
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
-_SIDES: Sequence[Side] = ("before", "in", "after", "unknown")
+_SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN = 3
 _LONGEST = 200
 
@@ -133,6 +133,7 @@ def inspect(
     beta: float = 1.0,
     outside: Outside = "alpha",
     layers: str | None = None,
+    tower: str | None = None,
     progress: Progress = SILENT,
 ) -> Inspection:
     """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
@@ -147,6 +148,7 @@ def inspect(
         beta: β, added by the last block.
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
         layers: the pattern of the block list, for unknown layouts.
+        tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
         progress: receives the bytes read.
 
     Raises:
@@ -157,7 +159,7 @@ def inspect(
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
-    depths = find_depths(infos, subject.config, layers)
+    depths = find_depths(infos, subject.config, layers, tower)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
     tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)

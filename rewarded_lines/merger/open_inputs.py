@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
-from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_blocks
+from rewarded_lines.checkpoints.tensor_depth import Depths, find_depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
@@ -30,15 +30,17 @@ def plan_as(
     dtype: str = "auto",
     device: str = "cpu",
     layers: str | None = None,
+    tower: str | None = None,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
     "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
-    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts.
+    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
+    other lists, e.g. `vision=flat`.
     """
     choose("--as", kind, KINDS)
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers)
+        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers, tower=tower)
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
@@ -48,11 +50,17 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)
-    return plan_adapters(base, policies, dtype=dtype, layers=layers)
+    return plan_adapters(base, policies, dtype=dtype, layers=layers, tower=tower)
 
 
 def plan_merge(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layers: str | None = None,
+    tower: str | None = None,
 ) -> ModelPlan:
     """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
     choose("--dtype", dtype, DTYPES)
@@ -64,18 +72,20 @@ def plan_merge(
     if problems:
         raise UserError(problems)
     names, notes = _check_fit(origin, base, opened)
-    depths = find_depths(names, origin.config, layers)
+    depths = find_depths(names, origin.config, layers, tower)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
-    plan.notes += notes
-    # These may contain a second, unknown block list.
-    if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
-        plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
-    plan.reference, plan.references, plan.layers = base, dict(policies), layers
+    plan.notes += [*notes, *_on_depth(depths, names)]
+    plan.reference, plan.references, plan.layers, plan.tower = base, dict(policies), layers, tower
     return plan
 
 
 def plan_adapters(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    layers: str | None = None,
+    tower: str | None = None,
 ) -> AdapterPlan:
     """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
@@ -94,11 +104,18 @@ def plan_adapters(
     names = dict.fromkeys(module.tensor for adapter in adapters.values() for module in adapter.modules.values())
     names |= dict.fromkeys(name for adapter in adapters.values() for name in adapter.saved)
     known = [*origin.tensors, *(name for name in names if name not in origin.tensors)]
-    known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
-    plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers), dtype)
-    plan.notes += notes_on(origin, adapters)
+    known = with_declared_blocks(known, origin.config, layers, tower) if isinstance(origin, BareBase) else known
+    plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers, tower), dtype)
+    plan.notes += [*notes_on(origin, adapters), *_on_depth(plan.depths, names)]
     plan.reference, plan.references = base, dict(policies)
     return plan
+
+
+def _on_depth(depths: Depths, names: Iterable[str]) -> list[str]:
+    """Return notes on the merged tensors that get no scale by depth, apart from embeddings, norms and heads."""
+    sides = {"unknown": "outside the known blocks, so scaled by α", "flat": "scaled by α", "base": "kept from the base"}
+    found = {side: [name for name in names if depths.place[name].side == side] for side in sides}
+    return [f"{what}: {some(found[side])}" for side, what in sides.items() if found[side]]
 
 
 def _open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[str, Checkpoint | Adapter]:
