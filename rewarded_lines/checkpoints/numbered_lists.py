@@ -18,7 +18,7 @@ _TABLE = [blocks.path for blocks in BLOCK_LISTS]
 _LISTED = re.compile(rf"({'|'.join(map(re.escape, _TABLE))})\.([^.]*)")
 _NUMBERED = re.compile(r"\.([0-9]{1,6})(?=\.)")
 _STAGED = re.compile(r"(?:(?:layers|blocks)\.)?#\.")
-_MOST = 10**6
+_FEW, _MOST = 2, 10**6
 _PARTS_OF_MODELS = frozenset(("vision", "audio", "text", "encoder", "decoder"))
 
 By = Literal["user", "table", "nobody"]
@@ -110,10 +110,13 @@ class NumberedList:
         """Return whether these are blocks, by their names, the config, and the lengths of the lists beside."""
         if self.by != "nobody":
             return "blocks"
-        # Blocks have modules of their own; the layers of a small network have none.
+        # Blocks have modules of their own; the two layers of a projector, or the steps of a network, have none.
         simple = not any("." in rest for each in self.below.values() for rest in each)
-        if simple or OTHER_LISTS.search(self.path):
+        long = self.named_as_blocks and self.complete and self.found > _FEW
+        if OTHER_LISTS.search(self.path) or (simple and not long):
             return "no blocks"
+        if simple:
+            return "blocks" if self.blocks in self.counts else "unsure"
         # Stages hold numbered blocks themselves, so no one number says how deep a block lies.
         if all(any(map(_STAGED.match, each)) for each in self.below.values()):
             return "look inside" if self.found == 1 else "unsure"
