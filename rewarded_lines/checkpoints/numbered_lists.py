@@ -193,11 +193,14 @@ def _gather(
 
 
 def _compare_lengths(lists: Sequence[NumberedList], compared: Sequence[NumberedList]) -> None:
+    """Set `longest`: a list is that of a part of the model if no other is longer or has the part's number of blocks."""
     longest: dict[tuple[object, ...], int] = {}
     for one in lists:
         longest[one.part] = max(one.found, longest.get(one.part, 0))
+    taken = {entry.key for one in lists if one.confirmed for entry in one.declared if entry.value == one.blocks}
     for one in compared:
-        one.longest = one.found == longest[one.part]
+        others = not one.confirmed and any(entry.key in taken for entry in one.declared)
+        one.longest = one.found == longest[one.part] and not others
 
 
 def _listed(names: Iterable[str]) -> Iterator[tuple[str, str, int, str]]:

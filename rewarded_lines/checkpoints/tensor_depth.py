@@ -75,8 +75,12 @@ def find_depths(
     if not lists or (pattern is not None and not any(one.by == "user" for one in lists)):
         raise _unknown_layout(names, config, pattern)
     rules = _tower_rules(towers, lists)
-    unsure = [one for one in lists if one.verdict == "unsure" and not _rule(one.path, rules)]
-    scheduled = [one for one in lists if one not in unsure and _rule(one.path, rules) in ("", "depth")]
+    for one in lists:
+        if one.verdict == "unsure" and _rule(one.path, rules) == "depth":
+            one.by, one.longest = "user", False
+    scheduled = [one for one in lists if _rule(one.path, rules) in ("", "depth")]
+    unsure = [one for one in scheduled if one.verdict == "unsure"]
+    scheduled = [one for one in scheduled if one.verdict == "blocks"]
     problems = [problem for one in scheduled if (problem := one.problem())]
     if problems or unsure:
         raise UserError([*problems, *_unsure(unsure, pattern)])
@@ -194,10 +198,10 @@ def _tower_rules(towers: str | None, lists: Sequence[NumberedList]) -> dict[str,
 
 def _root(path: str, name: str) -> str:
     """Return the module of a list's path that a tower's name means, or ""."""
-    if name and f"{path}.".startswith(f"{name}."):
+    if f"{path}.".startswith(f"{name}."):
         return name
-    parts = path.split(".")
-    around = [end for end, part in enumerate(parts, start=1) if words_of(name) & words_of(part)]
+    parts = [] if "." in name or not name else path.split(".")
+    around = [end for end, part in enumerate(parts, start=1) if words_of(name) <= words_of(part)]
     return ".".join(parts[: around[0]]) if around else ""
 
 
