@@ -73,7 +73,7 @@ class Declared(NamedTuple):
 
 def words_of(text: str) -> frozenset[str]:
     """Return the words of a dotted name, `visual` and `vision` as one word, without digits at the end."""
-    parts = (part.rstrip("0123456789") for part in re.split(r"[._]", text.lower()))
+    parts = (part.rstrip("0123456789") for part in re.split(r"[._-]", text.lower()))
     return frozenset(_MEANING.get(part, part) for part in parts if part)
 
 

@@ -19,6 +19,10 @@ _LISTED = re.compile(rf"({'|'.join(map(re.escape, _TABLE))})\.([^.]*)")
 _NUMBERED = re.compile(r"\.([0-9]{1,6})(?=\.)")
 _STAGED = re.compile(r"(?:(?:layers|blocks)\.)?#\.")
 _FEW, _MOST = 2, 10**6
+# Words in the path of any model's main list.
+_PLAIN_WORDS = words_of(
+    "base.model.transformer.backbone.text.vision.tower.encoder.decoder.bert.layers.layer.blocks.block.h"
+)
 _PARTS_OF_MODELS = frozenset(("vision", "audio", "text", "encoder", "decoder"))
 
 By = Literal["user", "table", "nobody"]
@@ -37,6 +41,7 @@ class NumberedList:
         further: how many modules may follow the last block, which only predict further tokens.
         index: the number of each tensor's module, by the tensor's name.
         below: the names below each module, with # for numbers.
+        family: the words of the config's model_type.
         longest: no other list of this part of the model is longer.
         partial: some of its modules may not be among the tensors, as in an adapter.
     """
@@ -46,6 +51,7 @@ class NumberedList:
     declared: Sequence[Declared]
     elsewhere: frozenset[int] = frozenset()
     further: int = 0
+    family: frozenset[str] = frozenset()
     index: dict[str, int] = field(default_factory=dict)
     below: dict[int, set[str]] = field(default_factory=dict)
     longest: bool = True
@@ -72,8 +78,12 @@ class NumberedList:
         numbers = set(self.counts)
         if self.complete and (self.found in numbers or (self.by != "nobody" and not numbers)):
             return range(0)
-        # In a list without a row the number may be that of another list.
-        doubtful = self.by == "nobody" and (not self.longest or (self.complete and self.found in self.elsewhere))
+        # In a list without a row the number may be that of another list, as the number of the text's blocks is for a
+        # projector with blocks of its own.
+        said = {word for one in self.declared for word in one.section | one.words}
+        own = words_of(self.path) - said - self.family - _PLAIN_WORDS
+        short = self.complete and self.found in self.elsewhere
+        doubtful = self.by == "nobody" and (bool(own) or not self.longest or short)
         if len(numbers) != 1 or doubtful or not self.named_as_blocks or not max(self.below) < max(numbers) < _MOST:
             return None
         return range(max(numbers))
@@ -184,7 +194,8 @@ def _gather(
 ) -> list[NumberedList]:
     """Return the lists of tensors, each given by its name, its list's path, its index and the name below."""
     lists: dict[str, NumberedList] = {}
-    shared = {"elsewhere": all_counts(config), "further": further_blocks(config), "partial": partial}
+    shared: dict[str, Any] = {"elsewhere": all_counts(config), "further": further_blocks(config), "partial": partial}
+    shared["family"] = words_of(str(config.get("model_type", "")))
     for name, path, index, below in entries:
         if path not in lists:
             lists[path] = NumberedList(path, by, declared_for(path, config), **shared)
