@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,6 @@ class BlockList:
 
     path: str
     """The list, e.g. `model.layers` for `model.layers.0.` to `model.layers.{L-1}.`."""
-    counts: tuple[str, ...]
-    """Keys of L in the config, with dots for nested configs; the first key that exists counts."""
     before: tuple[str, ...] = ()
     """Modules that run before the first block."""
     after: tuple[str, ...] = ()
@@ -35,12 +34,11 @@ TIED_HEADS: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight"
 TOKEN_EMBEDDINGS: tuple[str, ...] = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared")
 
 
-def _family(path: str, counts: str, before: str, after: str, roots: Sequence[str] = ("",)) -> tuple[BlockList, ...]:
+def _family(path: str, before: str, after: str, roots: Sequence[str] = ("",)) -> tuple[BlockList, ...]:
     """Return the list below each root, the prefix of a wrapping class; heads come after the blocks."""
     return tuple(
         BlockList(
             root + path,
-            tuple(counts.split()),
             tuple(root + name for name in before.split()),
             (*(root + name for name in after.split()), *HEADS),
         )
@@ -53,34 +51,29 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # CLIP and SigLIP; "pre_layrnorm" is how CLIP spells it.
     *_family(
         "text_model.encoder.layers",
-        counts="text_config.num_hidden_layers num_hidden_layers",
         before="text_model.embeddings",
         after="text_model.final_layer_norm text_model.head text_projection",
     ),
     *_family(
         "vision_model.encoder.layers",
-        counts="vision_config.num_hidden_layers num_hidden_layers",
         before="vision_model.embeddings vision_model.pre_layrnorm",
         after="vision_model.post_layernorm vision_model.head visual_projection",
     ),
     # Vision towers of LLaVA and Gemma 3, by their present and former names, and of Qwen-VL.
     *_family(
         "vision_tower.encoder.layers",
-        counts="vision_config.num_hidden_layers",
         before="vision_tower.embeddings vision_tower.pre_layrnorm",
         after="vision_tower.post_layernorm vision_tower.head multi_modal_projector",
         roots=("", "model."),
     ),
     *_family(
         "vision_tower.vision_model.encoder.layers",
-        counts="vision_config.num_hidden_layers",
         before="vision_tower.vision_model.embeddings vision_tower.vision_model.pre_layrnorm",
         after="vision_tower.vision_model.post_layernorm vision_tower.vision_model.head multi_modal_projector",
         roots=("", "model."),
     ),
     *_family(
         "visual.blocks",
-        counts="vision_config.depth",
         before="visual.patch_embed visual.pos_embed",
         after="visual.merger visual.deepstack_merger_list",
         roots=("", "model."),
@@ -88,14 +81,12 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # T5 and mT5.
     *_family(
         "encoder.block",
-        counts="num_layers",
         before="shared encoder.embed_tokens",
         after="encoder.final_layer_norm",
         roots=("", "transformer."),
     ),
     *_family(
         "decoder.block",
-        counts="num_decoder_layers num_layers",
         before="shared decoder.embed_tokens",
         after="decoder.final_layer_norm",
         roots=("", "transformer."),
@@ -103,7 +94,6 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # BART's encoder; without a root also each of CLIP's encoders, saved alone.
     *_family(
         "encoder.layers",
-        counts="encoder_layers num_hidden_layers",
         before="shared encoder.embed_tokens encoder.embed_positions encoder.layernorm_embedding "
         "embeddings pre_layrnorm",
         after="encoder.layer_norm final_layer_norm post_layernorm head",
@@ -112,7 +102,6 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # BART's decoder, and OPT.
     *_family(
         "decoder.layers",
-        counts="decoder_layers num_hidden_layers",
         before="shared decoder.embed_tokens decoder.embed_positions decoder.layernorm_embedding decoder.project_in",
         after="decoder.layer_norm decoder.final_layer_norm decoder.project_out",
         roots=("", "model."),
@@ -120,16 +109,24 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # BERT, RoBERTa, ELECTRA and ViT; DistilBERT.
     *_family(
         "encoder.layer",
-        counts="num_hidden_layers",
         before="embeddings embeddings_project",
         after="layernorm pooler",
         roots=("", "bert.", "roberta.", "electra.", "vit.", "deit."),
     ),
-    *_family("transformer.layer", counts="n_layers", before="embeddings", after="", roots=("", "distilbert.")),
+    # XLM and FlauBERT number the parts of a block in lists of their own.
+    *_family(
+        "attentions",
+        before="embeddings position_embeddings lang_embeddings layer_norm_emb",
+        after="",
+        roots=("", "transformer."),
+    ),
+    *_family("layer_norm1", before="", after="", roots=("", "transformer.")),
+    *_family("ffns", before="", after="pred_layer", roots=("", "transformer.")),
+    *_family("layer_norm2", before="", after="", roots=("", "transformer.")),
+    *_family("transformer.layer", before="embeddings", after="", roots=("", "distilbert.")),
     # Llama, Mistral, Mixtral, Qwen, Gemma, Phi and GPT-NeoX (Pythia); the text of LLaVA, Gemma 3 and Qwen-VL.
     *_family(
         "layers",
-        counts="text_config.num_hidden_layers num_hidden_layers",
         before="embed_tokens embed_in",
         after="norm final_layernorm final_layer_norm",
         roots=("", "model.", "gpt_neox.", "transformer.", "model.language_model.", "language_model.model."),
@@ -137,9 +134,22 @@ BLOCK_LISTS: tuple[BlockList, ...] = (
     # GPT-2, Falcon, GPT-J and BLOOM.
     *_family(
         "h",
-        counts="n_layer num_hidden_layers",
         before="wte wpe word_embeddings word_embeddings_layernorm",
         after="ln_f",
         roots=("", "transformer."),
     ),
+)
+
+# The names that models give their blocks' lists, at the end of the list's path.
+BLOCK_NAMES = re.compile(r"(?:\w+_)?(?:layers?|blocks?)|h|resblocks|encoders")
+# Numbered modules that are no blocks, by the path: they run once, side by side, or beside the blocks.
+OTHER_LISTS = re.compile(
+    r"(?:^|\.)(?:\w*(?:conv|expert|merger|head|norm|proj|mlp|embed|bias|downsampl|upsampl|pool|classifier)\w*|down|up|ups)$|"
+    r"(?:^|\.)(?:mtp|\w*quantizer\w*|\w*codebook\w*)(?:\.|$)"
+)
+# Usual modules before and after blocks, for lists without a row.
+BEFORE_BLOCKS = re.compile(r"\w*embed\w*|wte|wpe|shared|patch\w*|conv1|pre_layrnorm|ln_pre|layernorm_pre|cls_token")
+AFTER_BLOCKS = re.compile(
+    r"(?:final_|post_|out_|output_)?(?:layer_?)?norm|norm_f|ln_f|ln_post|layernorm_post|"
+    r"pooler|head|\w*project\w*|connector|merger|aligner"
 )

@@ -1,4 +1,4 @@
-"""Tensor name → depth: the block that a tensor belongs to, from a declared table, never guessed."""
+"""Tensor name → depth: the block that a tensor belongs to; a list of blocks that is not known is refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, Literal
 
-from rewarded_lines.checkpoints.families import BLOCK_LISTS, TIED_HEADS, TOKEN_EMBEDDINGS, BlockList
+from rewarded_lines.checkpoints.block_counts import words_of
+from rewarded_lines.checkpoints.families import (
+    AFTER_BLOCKS,
+    BEFORE_BLOCKS,
+    BLOCK_LISTS,
+    HEADS,
+    TIED_HEADS,
+    TOKEN_EMBEDDINGS,
+    BlockList,
+)
+from rewarded_lines.checkpoints.numbered_lists import NumberedList, find_lists, shown
 from rewarded_lines.errors import Problem, UserError, fail
 
-Side = Literal["before", "in", "after", "unknown"]
+Side = Literal["before", "in", "after", "unknown", "flat", "base"]
 
-# Keys of the number of blocks in the config, for a list that the user's pattern describes.
-_COUNTS_OF_A_PATTERN = ("num_hidden_layers", "n_layer", "num_layers")
-# Bounded and ASCII: `\d` matches the digits of every script, `int` accepts any length.
-_INDEX = re.compile("[0-9]{1,6}")
-_MOST_BLOCKS = 10**6
-_LISTED = re.compile(rf"({'|'.join(re.escape(blocks.path) for blocks in BLOCK_LISTS)})\.([^.]*)")
+_ROWS = {blocks.path: blocks for blocks in BLOCK_LISTS}
+_TOWER_RULES = ("base", "flat", "depth")
+# Towers and encoders run before the text or the decoder.
+_EARLY = frozenset(("vision", "audio", "encoder"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,10 @@ class Place:
     blocks: int
     """The number of blocks L of that list."""
     side: Side
-    """before: runs before the first block; after: final norm, pooler, heads; unknown: not in the table."""
+    """before: runs before the first block; after: final norm, pooler, heads; unknown: not in the table.
+
+    By the user's word: flat: in blocks that all get α; base: in a tower that stays as the base has it.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,144 +54,194 @@ class Depths:
     stacks: Mapping[str, int]
 
 
-def find_depths(names: Iterable[str], config: Mapping[str, Any], pattern: str | None = None) -> Depths:
+def find_depths(
+    names: Iterable[str], config: Mapping[str, Any], pattern: str | None = None, towers: str | None = None
+) -> Depths:
     """Return the place of every tensor of a model; each block list has a depth of its own.
 
     Args:
         names: the checkpoint's tensor names.
-        config: its config.json; it must declare the number of blocks found.
+        config: its config.json; the numbers of blocks that it declares must be those found.
         pattern: for layouts that are not known here: a regular expression, matched from the start of the name, whose
-            first group is the block index. The model then has one block list, named by the pattern, and the side of
-            the tensors outside it is unknown.
+            first group is the block index. The names before the index are the lists' names.
+        towers: what becomes of other lists, e.g. `vision=flat,audio=base`; see `_towers`.
 
     Raises:
-        UserError: no list matches, the pattern is wrong, an index is not a number, or a count disagrees with the
-            config.
+        UserError: no list is known, a list may be one of blocks or not, the pattern is wrong, an index is not a
+            number, or a count disagrees with the config.
     """
     names = list(names)
-    lists = BLOCK_LISTS if pattern is None else (BlockList(pattern, _COUNTS_OF_A_PATTERN),)
-    inside = _listed(names) if pattern is None else _matched(names, pattern)
-    if not inside:
+    lists = find_lists(names, config, pattern)
+    if not lists or (pattern is not None and not any(one.by == "user" for one in lists)):
         raise _unknown_layout(names, config, pattern)
-    indices: dict[str, set[int]] = {}
-    for path, index in inside.values():
-        indices.setdefault(path, set()).add(index)
-    found = {blocks: len(indices[blocks.path]) for blocks in lists if blocks.path in indices}
-    problems = [problem for blocks in found for problem in _miscounted(blocks, indices[blocks.path], config)]
-    if problems:
-        raise UserError(problems)
-    stacks = {blocks.path: count for blocks, count in found.items()}
-    places = {name: Place(path, index, stacks[path], "in") for name, (path, index) in inside.items()}
-    tied = not any(name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS for name in names)
-    return Depths({name: places.get(name) or _outside(name, found, tied) for name in names}, stacks)
+    rules = _tower_rules(towers, lists)
+    for one in lists:
+        if one.verdict == "unsure" and _rule(one.path, rules) == "depth":
+            one.by, one.longest = "user", False
+    scheduled = [one for one in lists if _rule(one.path, rules) in ("", "depth")]
+    unsure = [one for one in scheduled if one.verdict == "unsure"]
+    scheduled = [one for one in scheduled if one.verdict == "blocks"]
+    problems = [problem for one in scheduled if (problem := one.problem())]
+    if problems or unsure:
+        raise UserError([*problems, *_unsure(unsure, pattern)])
+    if not scheduled:
+        raise fail("no list of blocks is left", where=f"--tower {towers}", remedy="for α alone pass --beta 0")
+    scheduled.sort(key=_rank)
+    places = _Places(scheduled, rules, names)
+    return Depths({name: places.of(name) for name in names}, places.stacks)
 
 
-def with_declared_blocks(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Return the names with stand-ins for the blocks that the config declares and for the embeddings.
+def with_declared_blocks(
+    names: Iterable[str], config: Mapping[str, Any], pattern: str | None = None, towers: str | None = None
+) -> list[str]:
+    """Return an adapter's names with stand-ins for the blocks that the config declares and for the embeddings.
 
-    Adapters may leave out some of them, but a depth counts all blocks.
+    Adapters may leave out some of them, but a depth counts all blocks; see `find_depths`.
+
+    Raises:
+        UserError: only the base's tensors can say how many blocks a list has.
     """
     found = list(names)
-    inside = {path for path, _ in _listed(found).values()}
-    for blocks in BLOCK_LISTS:
-        _, declared = _declared(blocks.counts, config) if blocks.path in inside else ("", None)
-        if isinstance(declared, int) and 0 < declared < _MOST_BLOCKS:
-            found += [f"{blocks.path}.{index}.declared" for index in range(declared)]
+    lists = find_lists(found, config, pattern, partial=True)
+    rules = _tower_rules(towers, lists)
+    problems = []
+    for one in lists:
+        missing = range(0) if one.by == "user" or _rule(one.path, rules) in ("flat", "base") else one.missing
+        if missing is None:
+            what, expected = "the adapters alone do not show how many blocks the model has", "the base with its weights"
+            got = f"{one.found} modules, {min(one.below)} to {max(one.below)}"
+            problems.append(Problem(what, shown(one.path), expected, got, "pass --base with the full-precision model"))
+        else:
+            found += [f"{one.path}.{index}.declared.block" for index in missing]
+    if problems:
+        raise UserError(problems)
     return [*found, f"{TOKEN_EMBEDDINGS[0]}.declared.{TOKEN_EMBEDDINGS[0]}"]
 
 
-def _listed(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Return list and index of the tensors in the lists of the table."""
-    found = ((name, _LISTED.match(name)) for name in names)
-    return {name: (match[1], _index(name, match[2])) for name, match in found if match}
+class _Places:
+    """Finds the place of one tensor after the other."""
+
+    def __init__(self, lists: Sequence[NumberedList], rules: Mapping[str, str], names: Sequence[str]) -> None:
+        self.stacks = {one.path: one.blocks for one in lists}
+        self._rules = rules
+        self._inside = {name: (one, index) for one in lists for name, index in one.index.items()}
+        self._rows = [
+            _ROWS.get(one.path) or BlockList(one.path, (), HEADS if one.by == "nobody" else ()) for one in lists
+        ]
+        self._generic = {one.path for one in lists if one.by == "nobody"}
+        self._tied = not any(name.removesuffix(".weight").rpartition(".")[2] in TOKEN_EMBEDDINGS for name in names)
+
+    def of(self, name: str) -> Place:
+        """Return the place of a tensor."""
+        if name in self._inside:
+            one, index = self._inside[name]
+            # Modules after the last block predict further tokens from its output.
+            inner = index < one.blocks
+            return Place(one.path, index if inner else None, one.blocks, "in" if inner else "after")
+        nearest = self._nearest(name)
+        rule = _rule(name, self._rules)
+        if rule == "flat" or rule == "base":
+            return self._outside(nearest, rule)
+        for row in self._rows:
+            if _is_of(name, row.before):
+                return self._outside(row.path, "before")
+        # Heads belong to the last list.
+        for row in reversed(self._rows):
+            if _is_of(name, row.after):
+                return self._outside(row.path, "before" if self._tied and name in TIED_HEADS else "after")
+        return self._outside(nearest, self._usual_side(name, nearest) if nearest in self._generic else "unknown")
+
+    def _outside(self, path: str, side: Side) -> Place:
+        return Place(path, None, self.stacks[path], side)
+
+    def _nearest(self, name: str) -> str:
+        parts = name.split(".")
+        return max(self.stacks, key=lambda path: len(commonprefix([parts, path.split(".")])))
+
+    def _usual_side(self, name: str, path: str) -> Side:
+        """Return the side by the usual names of embeddings and norms, beside the list or beside a module around it."""
+        parts = name.split(".")
+        module = "".join(parts[len(commonprefix([parts, path.split(".")])) :][:1])
+        if BEFORE_BLOCKS.fullmatch(module):
+            return "before"
+        return "after" if AFTER_BLOCKS.fullmatch(module) else "unknown"
 
 
-def _matched(names: Sequence[str], pattern: str) -> dict[str, tuple[str, int]]:
-    """Return list (the pattern itself) and index of the tensors that match the user's pattern."""
-    try:
-        compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise fail("not a regular expression", where="--layers", got=f"{pattern!r}: {error}") from error
-    if compiled.groups < 1:
-        raise fail("the pattern has no group", where="--layers", expected=r"(\d+) for the index", got=pattern)
-    found = ((name, compiled.match(name)) for name in names)
-    return {name: (pattern, _index(name, match[1])) for name, match in found if match and match[1] is not None}
+def _rank(one: NumberedList) -> int:
+    """Return a key that puts unknown towers and encoders first, and other unknown lists last."""
+    if one.by != "nobody":
+        return 0
+    return -1 if words_of(one.path) & _EARLY else 1
 
 
-def _index(name: str, text: str) -> int:
-    if not _INDEX.fullmatch(text):
-        raise fail(
-            "the number of the block is not a number",
-            where=_shown(name),
-            expected="up to six digits",
-            got=_shown(text),
-            remedy="copy the checkpoint again, or correct the pattern of --layers",
-        )
-    return int(text)
+def _tower_rules(towers: str | None, lists: Sequence[NumberedList]) -> dict[str, str]:
+    """Return what becomes of parts of the model, each by the module that it lies in.
+
+    `vision=flat` scales a part's tensors by α, `vision=base` keeps the base's, `vision=depth` gives its list of blocks
+    a depth of its own. The part is named by a word, such as vision, audio or text, or by a module, such as
+    `model.vision_tower`.
+    """
+    rules: dict[str, str] = {}
+    for text in (towers or "").split(",") if towers else ():
+        name, _, rule = text.strip().partition("=")
+        roots = {root for one in lists if (root := _root(one.path, name))}
+        if rule not in _TOWER_RULES or not roots:
+            raise fail(
+                "no list of blocks lies there" if rule in _TOWER_RULES else "not a rule for a tower",
+                where=f"--tower {shown(text)}",
+                expected=f"NAME=base, flat or depth; NAME a word or module of {', '.join(one.path for one in lists)}",
+                got=shown(text),
+            )
+        rules |= dict.fromkeys(roots, rule)
+    return rules
 
 
-def _miscounted(blocks: BlockList, found: set[int], config: Mapping[str, Any]) -> list[Problem]:
-    """Return the problem of the indices of one list if they are not 0 to L-1, L as the config declares."""
-    key, declared = _declared(blocks.counts, config)
-    if declared is None:
-        declared = len(found)
-    if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
-        what = "the config's number of blocks is not a positive whole number"
-        return [Problem(what, where=blocks.path, expected=f"{key}: {len(found)}", got=f"{key}: {_shown(declared)}")]
-    # Not list(range(declared)): the config may declare any number.
-    if len(found) == declared and max(found) == declared - 1:
-        return []
-    return [
-        Problem(
-            f"the config declares {declared} blocks, the tensors show others" if key else "blocks are missing",
-            where=blocks.path,
-            expected=f"blocks 0 to {declared - 1}",
-            got=f"{len(found)} blocks, {min(found)} to {max(found)}",
-            remedy="copy the checkpoint again, or correct the pattern of --layers",
-        )
-    ]
+def _root(path: str, name: str) -> str:
+    """Return the module of a list's path that a tower's name means, or ""."""
+    if f"{path}.".startswith(f"{name}."):
+        return name
+    parts = [] if "." in name or not name else path.split(".")
+    around = [end for end, part in enumerate(parts, start=1) if words_of(name) <= words_of(part)]
+    return ".".join(parts[: around[0]]) if around else ""
 
 
-def _declared(keys: Sequence[str], config: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the first of the dotted keys that the config has, with its value; otherwise "" and None."""
-    for key in keys:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            return key, value
-    return "", None
-
-
-def _outside(name: str, found: dict[BlockList, int], tied: bool) -> Place:
-    """Return the place of a tensor outside the blocks; heads belong to the last list."""
-    for blocks, count in found.items():
-        if _is_of(name, blocks.before):
-            return Place(blocks.path, None, count, "before")
-    for blocks, count in reversed(found.items()):
-        if _is_of(name, blocks.after):
-            return Place(blocks.path, None, count, "before" if tied and name in TIED_HEADS else "after")
-    parts = name.split(".")
-    nearest = max(found, key=lambda blocks: len(commonprefix([parts, blocks.path.split(".")])))
-    return Place(nearest.path, None, found[nearest], "unknown")
+def _rule(name: str, rules: Mapping[str, str]) -> str:
+    """Return the rule of the innermost tower that a name lies in, or ""."""
+    around = [root for root in rules if name == root or name.startswith(f"{root}.")]
+    return rules[max(around, key=len)] if around else ""
 
 
 def _is_of(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def _unsure(lists: Sequence[NumberedList], pattern: str | None) -> list[Problem]:
+    """Return a problem for each list that may be one of blocks or not, all with the options that settle it."""
+    patterns = [*([pattern] if pattern else []), *(rf"{re.escape(one.path)}\.(\d+)\." for one in lists)]
+    flat = ",".join(f"{one.path}=flat" for one in lists)
+    remedy = f"if these are blocks that run one after the other, pass --layers '{'|'.join(patterns)}'; if not, "
+    return [
+        Problem(
+            "a list of numbered modules that may be blocks or not",
+            where=shown(one.path),
+            expected="a list that the config declares" + (f": {_declarations(one)}" if one.declared else ""),
+            got=f"{one.found} modules, {min(one.below)} to {max(one.below)}",
+            remedy=f"{remedy}pass --tower {flat}",
+        )
+        for one in lists
+    ]
+
+
+def _declarations(one: NumberedList) -> str:
+    return ", ".join(f"{entry.key}: {shown(entry.value)}" for entry in one.declared)
+
+
 def _unknown_layout(names: Sequence[str], config: Mapping[str, Any], pattern: str | None) -> UserError:
     seen = [name for name in names if re.search(r"\.[0-9]+\.", name)] or names
     return fail(
         "the model's layout is not known" if pattern is None else f"`--layers {pattern}` matches no tensor",
-        where=_shown(config.get("model_type", "model")),
+        where=shown(config.get("model_type", "model")),
         expected="names such as model.layers.0.mlp.up_proj.weight",
-        got=", ".join(map(_shown, seen[:3])) + (", ..." if len(seen) > 3 else "") if names else "no tensors",
+        got=", ".join(map(shown, seen[:3])) + (", ..." if len(seen) > 3 else "") if names else "no tensors",
         remedy=r"pass --layers with the block list's pattern, e.g. --layers 'decoder\.blocks\.(\d+)\.'",
     )
-
-
-def _shown(value: object) -> str:
-    """Return a name or value from a file, short and printable, for an error."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
-from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, outsides
+from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, Tower, outsides
+from rewarded_lines.merger.spec import joined_towers
 
 
 def inspect(
@@ -25,6 +26,7 @@ def inspect(
         ),
     ] = "alpha",
     layers: Layers = None,
+    tower: Tower = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="Show a row for every tensor.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw scale and norm over depth; .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
@@ -51,6 +53,7 @@ def inspect(
         check_figure_file(plot)
     with progress_bar("Reading", quiet=quiet or as_json, unit="byte") as bar:
         schedule: Any = {"alpha": alpha, "beta": beta, "outside": outside, "layers": layers}
+        schedule["tower"] = joined_towers(tower)
         found = run(checkpoint, base, progress=bar, **schedule)
         if plot:
             bar.start("drawing")

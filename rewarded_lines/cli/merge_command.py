@@ -31,8 +31,8 @@ _WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow
 _WITH_RECORD |= {"run", "push_to_hub", "private", "revision"}
 # Options that may stand beside --from-mergekit.
 _WITH_MERGEKIT = _WITH_RECORD - {"record", "policy"}
-_WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers"}
-_FOR_MERGEKIT = {"out", "device", "max_shard_size", "overwrite", "dry_run", "layers", "allow_nonfinite"}
+_WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers", "tower"}
+_FOR_MERGEKIT = {"out", "device", "max_shard_size", "overwrite", "dry_run", "layers", "tower", "allow_nonfinite"}
 _FOR_MERGEKIT |= {"additions", "progress"}
 
 

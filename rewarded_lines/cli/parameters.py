@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rewarded_lines.merger.spec import TOWER_HELP
+
 _RUN_FILE = "run.json"
 # Limits of the search for runs below the half-typed folder.
 _MOST_FOLDERS = 2000
@@ -64,6 +66,7 @@ Run = Annotated[
 ]
 Config = Annotated[Path, typer.Option(help="The project file.")]
 Layers = Annotated[str | None, typer.Option(help=r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")]
+Tower = Annotated[list[str] | None, typer.Option(help=TOWER_HELP)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run of another configuration.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

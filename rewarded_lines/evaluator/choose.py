@@ -212,7 +212,7 @@ def command_for(run: Run, spec: PointSpec) -> str:
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
     header = run.header
     policies = {name: located(policy["path"], run.folder) for name, policy in header["policies"].items()}
-    how = {"layers": header["options"]["layers"]}
+    how = {name: header["options"].get(name) for name in ("layers", "tower")}
     if header["identity"]["engine"]["as"] == "whole models":
         # The sweep evaluated adapters folded into their base, in the engine's dtype.
         how |= {"as_": "full", "dtype": header["generation"]["dtype"]}

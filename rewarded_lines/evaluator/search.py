@@ -74,7 +74,7 @@ def search(
         points: the most λ that each method has in the end.
         gain: end when no λ can raise the hypervolume by more than this share of it.
         engine: see `sweep`; by default the run's own.
-        options: see `sweep`; `layers` are by default the run's own, and as many λ are tried at
+        options: see `sweep`; `layers` and `tower` are by default the run's own, and as many λ are tried at
             once as there are `workers`.
         progress: see `sweep`; the total is an upper limit.
 
@@ -88,6 +88,7 @@ def search(
     header = read_header(folder)
     made_with = header["options"]
     options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
+    options = replace(options, tower=options.tower or made_with.get("tower"))
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
     with (

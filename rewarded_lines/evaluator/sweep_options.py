@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from rewarded_lines.errors import fail
+from rewarded_lines.merger.spec import TOWER_HELP, joined_towers
 from rewarded_lines.options import option, takes_fields
 
 
@@ -21,6 +22,7 @@ class SweepOptions:
     )
     device: str = option("auto", "Where reward models run: auto, cpu, cuda.", offers=("auto", "cpu", "cuda"))
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
+    tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
     tensor_parallel: int = option(1, "Devices that vLLM spreads the model over.", min=1)
     offload: str = option(
         "auto", "Reward models leave memory when idle: auto, always, never.", offers=("auto", "always", "never")
@@ -33,7 +35,8 @@ class SweepOptions:
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
+        """Join the towers if they are several; refuse options that do not fit."""
+        object.__setattr__(self, "tower", joined_towers(self.tower))
         if self.workers is not None and self.ray is None:
             raise fail("workers need Ray", where="--workers", remedy="add --ray local, or leave it out")
         if self.tensor_parallel < 1:

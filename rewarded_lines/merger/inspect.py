@@ -27,7 +27,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
-_SIDES: Sequence[Side] = ("before", "in", "after", "unknown")
+_SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN = 3
 _LONGEST = 200
 
@@ -135,6 +135,7 @@ def inspect(
     beta: float = 1.0,
     outside: Outside = "alpha",
     layers: str | None = None,
+    tower: str | None = None,
     progress: Progress = SILENT,
 ) -> Inspection:
     """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
@@ -149,6 +150,7 @@ def inspect(
         beta: β, added by the last block.
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
         layers: the pattern of the block list, for unknown layouts.
+        tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
         progress: receives the bytes read.
 
     Raises:
@@ -159,7 +161,7 @@ def inspect(
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
-    depths = depths_of(infos, subject.config, layers)
+    depths = depths_of(infos, subject.config, layers, tower)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
     tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)

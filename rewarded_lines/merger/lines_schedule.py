@@ -48,6 +48,7 @@ def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "al
     Inside the blocks this is `lines_scale`, L the length of the tensor's own block list: an encoder and a decoder each
     run from α to α + β. The paper does not define it outside the blocks. There "alpha" gives α, as in the authors'
     code. "depth" gives the scale of the nearest block: α for embeddings, α + β for final norm and head (α if L = 1).
+    Towers are as the user says: kept as the base has them, so scaled by 0, or flat, so scaled by α.
 
     Args:
         place: of the tensor.
@@ -61,7 +62,9 @@ def tensor_scale(place: Place, alpha: float, beta: float, outside: Outside = "al
     """
     if place.block is not None:
         return lines_scale(place.block, place.blocks, alpha, beta)
-    if outside == "alpha" or place.side == "before":
+    if place.side == "base":
+        return 0.0
+    if outside == "alpha" or place.side in ("before", "flat"):
         return alpha
     if place.side == "after":
         return lines_scale(place.blocks - 1, place.blocks, alpha, beta)

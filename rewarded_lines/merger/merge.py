@@ -127,7 +127,8 @@ def replay(
     _check_targets([target], [origin, *named.values()], how.overwrite)
     size = recorded.max_shard_size
     parse_size(size)
-    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size, layers=recorded.layers)
+    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size)
+    how = replace(how, layers=recorded.layers, tower=recorded.tower)
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
     how.progress.start("hashing inputs")
@@ -137,7 +138,8 @@ def replay(
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
-    return plan_as(how.as_, base, policies, how.method, dtype=how.dtype, device=how.device, layers=how.layers)
+    named = {name: getattr(how, name) for name in ("dtype", "device", "layers", "tower")}
+    return plan_as(how.as_, base, policies, how.method, **named)
 
 
 def _write(
@@ -170,7 +172,8 @@ def _fill(
     how.progress.start("hashing inputs")
     inputs = hash_inputs(plan)
     settings = {
-        **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers},
+        **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size},
+        **{"layers": how.layers, "tower": how.tower},
         # `--score` may contain an access token.
         "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
     }

@@ -244,7 +244,7 @@ def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Map
     names = ", ".join(map(literal, dict.fromkeys(local)))
     note = f"In it {names} {'stand for folders' if len(local) > 1 else 'stands for a folder'}." if local else ""
     policies = {name: inputs[name].title for name in plan.policies}
-    how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "as") if name in settings}
+    how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "tower", "as") if name in settings}
     return [_fenced("bash", spec.command(inputs[""].title, policies, **how)), note, record]
 
 

@@ -59,6 +59,7 @@ class ModelPlan(Plan):
         self.names = names
         # With the references, these let another process make the same plan.
         self.layers: str | None = None
+        self.tower: str | None = None
         self.dtype_name = dtype
         self._device = device
         self._sources: list[Source] = [

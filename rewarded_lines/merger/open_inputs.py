@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,15 +33,17 @@ def plan_as(
     dtype: str = "auto",
     device: str = "cpu",
     layers: str | None = None,
+    tower: str | None = None,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
     "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
-    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts.
+    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
+    other lists, e.g. `vision=flat`.
     """
     choose("--as", kind, KINDS)
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers)
+        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers, tower=tower)
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
@@ -51,11 +53,17 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)
-    return plan_adapters(base, policies, dtype=dtype, layers=layers)
+    return plan_adapters(base, policies, dtype=dtype, layers=layers, tower=tower)
 
 
 def plan_merge(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layers: str | None = None,
+    tower: str | None = None,
 ) -> ModelPlan:
     """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
     choose("--dtype", dtype, DTYPES)
@@ -68,18 +76,20 @@ def plan_merge(
         raise UserError(problems)
     renamed = under_base_names(origin, opened)
     names, notes = _check_fit(origin, base, opened)
-    depths = depths_of(names, origin.config, layers)
+    depths = depths_of(names, origin.config, layers, tower)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
-    plan.notes += renamed + notes
-    # These may contain a second, unknown block list.
-    if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
-        plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
-    plan.reference, plan.references, plan.layers = base, dict(policies), layers
+    plan.notes += [*renamed, *notes, *_on_depth(depths, names)]
+    plan.reference, plan.references, plan.layers, plan.tower = base, dict(policies), layers, tower
     return plan
 
 
 def plan_adapters(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    layers: str | None = None,
+    tower: str | None = None,
 ) -> AdapterPlan:
     """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
@@ -108,14 +118,21 @@ def plan_adapters(
         if module.parts
     }
     known = [*origin.tensors, *(name for name in names if name not in origin.tensors and name not in apart)]
-    known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
-    depths = depths_of(known, origin.config, layers)
+    known = with_declared_blocks(known, origin.config, layers, tower) if isinstance(origin, BareBase) else known
+    depths = depths_of(known, origin.config, layers, tower)
     # Fused experts lie where the base's tensors of each expert lie.
     place = {**depths.place, **{name: depths.place[part] for name, part in apart.items()}}
     plan = AdapterPlan(origin, adapters, Depths(place, depths.stacks), dtype)
-    plan.notes += renamed + notes_on(origin, base, adapters)
+    plan.notes += [*renamed, *notes_on(origin, base, adapters), *_on_depth(plan.depths, names)]
     plan.reference, plan.references = base, dict(policies)
     return plan
+
+
+def _on_depth(depths: Depths, names: Iterable[str]) -> list[str]:
+    """Return notes on the merged tensors that get no scale by depth, apart from embeddings, norms and heads."""
+    sides = {"unknown": "outside the known blocks, so scaled by α", "flat": "scaled by α", "base": "kept from the base"}
+    found = {side: [name for name in names if depths.place[name].side == side] for side in sides}
+    return [f"{what}: {some(found[side])}" for side, what in sides.items() if found[side]]
 
 
 def _open_policies(policies: Mapping[str, str], problems: list[Problem]) -> dict[str, Checkpoint | Adapter]:

@@ -46,6 +46,8 @@ class Record(BaseModel):
     dtype: str
     max_shard_size: str
     layers: str | None
+    # Records that are older than towers lack it.
+    tower: str | None = None
     # Records that are older than merges of adapters lack it.
     kind: str = Field("full", alias="as")
 

@@ -20,6 +20,7 @@ from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
 
 Score = str | Callable[[Path], float]
+TOWER_HELP = "vision=base keeps a tower as the base has it, =flat gives it α, =depth a depth of its own; repeat."
 METHODS_PANEL = "Options of the methods"
 TOLERANCE = 1e-6
 # The defaults of `merge`, which a command need not repeat.
@@ -164,7 +165,7 @@ class MergeSpec:
             base: folder or Hub id.
             policies: likewise, by name, in the order of the weights.
             out: the output folder.
-            how: other arguments of `merge`: dtype, as_, layers, max_shard_size.
+            how: other arguments of `merge`: dtype, as_, layers, tower, max_shard_size.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
@@ -177,6 +178,11 @@ class MergeSpec:
         words = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
         extrapolate = ["--extrapolate"] if self.extrapolates else []
         return shlex.join(["rewarded-lines", "merge", *words, *extrapolate, "--out", out])
+
+
+def joined_towers(towers: str | Sequence[str] | None) -> str | None:
+    """Return several texts such as `vision=flat` as one, separated by commas; None without any."""
+    return towers if isinstance(towers, str) else ",".join(towers or ()) or None
 
 
 def _named(name: str, place: str) -> str:
@@ -244,6 +250,11 @@ class MergeOptions:
     extrapolate: bool = option(False, "Allow λ outside the simplex.")
     allow_nonfinite: bool = option(False, "Let NaN and infinite values pass.")
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
+    tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
     # Importing the type `Additions` would load numpy.
     additions: Callable[[Any], Any] | None = None
     progress: Progress = SILENT
+
+    def __post_init__(self) -> None:
+        """Join the towers if they are several."""
+        object.__setattr__(self, "tower", joined_towers(self.tower))

@@ -21,8 +21,9 @@ _LEVELS: Row = ("block", "tensors", "parameters", "type", "s")
 _TENSORS: Row = ("block", "tensor", "shape", "type", "s")
 _RESIDUAL: Row = ("‖τ‖", "‖τ‖/‖θ‖", "changed", "‖s·τ‖")
 _LEFT = ("block", "tensor")
-_SIDES = {"before": "before", "after": "after", "unknown": "other"}
+_SIDES = {"before": "before", "after": "after", "unknown": "other", "flat": "flat", "base": "base"}
 _WHERE = {"before": "before the blocks", "after": "after the blocks", "unknown": "other, place not known"}
+_WHERE |= {"flat": "in towers scaled by α", "base": "in towers kept from the base"}
 _NAMED = 3
 
 

@@ -112,8 +112,6 @@ def _inspections(run: Run) -> Mapping[str, Inspection]:
     if not policies:
         raise fail("the run names no policies", where=str(run.folder), remedy="leave --depth out")
     base = located(str(run.header["base"]["path"]), run.folder)
-    layers = run.header.get("options", {}).get("layers")
-    return {
-        name: inspect(located(str(policy["path"]), run.folder), base, layers=layers)
-        for name, policy in policies.items()
-    }
+    options = run.header.get("options", {})
+    how = {name: options.get(name) for name in ("layers", "tower")}
+    return {name: inspect(located(str(policy["path"]), run.folder), base, **how) for name, policy in policies.items()}
