@@ -23,7 +23,6 @@ from rewarded_lines.merger.model_checks import (
     REMEDY,
     RESIZE,
     compare_hashes,
-    compare_tokenizers,
     few,
     recorded_base,
     some,
@@ -51,7 +50,6 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
         found = [*_fit(base, adapter, where), *_compare_origin(base, reference, adapter, where)]
         if folded and isinstance(base, Checkpoint):
             found += _fold(base, adapter, where)
-        found += compare_tokenizers(base.folder, adapter.folder, where)
         problems += few(found, where, _SHOWN)
     return problems + few([*_agree(adapters, folded), *_same_bases(adapters)], "policies", _SHOWN)
 

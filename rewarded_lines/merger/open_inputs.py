@@ -12,6 +12,7 @@ from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_b
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.carried_files import AUTO, choose_files
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
@@ -30,15 +31,19 @@ def plan_as(
     dtype: str = "auto",
     device: str = "cpu",
     layers: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
     "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
-    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts.
+    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts. `tokenizer` and `config_from`
+    say whose files the output gets, see `choose_files`.
     """
     choose("--as", kind, KINDS)
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers)
+        carried = {"tokenizer": tokenizer, "config_from": config_from}
+        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers, **carried)
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
@@ -48,11 +53,18 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)
-    return plan_adapters(base, policies, dtype=dtype, layers=layers)
+    return plan_adapters(base, policies, dtype=dtype, layers=layers, tokenizer=tokenizer, config_from=config_from)
 
 
 def plan_merge(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", device: str = "cpu", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layers: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> ModelPlan:
     """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
     choose("--dtype", dtype, DTYPES)
@@ -63,10 +75,16 @@ def plan_merge(
     opened = _open_policies(policies, problems)
     if problems:
         raise UserError(problems)
-    names, notes = _check_fit(origin, base, opened)
+    with collected(problems):
+        names, notes = _check_fit(origin, base, opened)
+    with collected(problems):
+        carried = choose_files(origin, opened, tokenizer, config_from)
+    if problems:
+        raise UserError(problems)
     depths = find_depths(names, origin.config, layers)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
-    plan.notes += notes
+    plan.carried = carried
+    plan.notes += [*notes, *carried.notes]
     # These may contain a second, unknown block list.
     if unplaced := [name for name, place in depths.place.items() if place.side == "unknown"]:
         plan.notes.append(f"outside the known blocks, so scaled by α: {some(unplaced)}")
@@ -75,7 +93,13 @@ def plan_merge(
 
 
 def plan_adapters(
-    base: str, policies: Mapping[str, str], *, dtype: str = "auto", layers: str | None = None
+    base: str,
+    policies: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    layers: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> AdapterPlan:
     """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
@@ -89,6 +113,7 @@ def plan_adapters(
     with collected(problems):
         origin = _open_base(base, any(adapter.saved for adapter in adapters.values()))
         problems += check_adapters(origin, base, adapters, folded=False)
+        carried = choose_files(origin, adapters, tokenizer, config_from, adapter=True)
     if problems:
         raise UserError(problems)
     names = dict.fromkeys(module.tensor for adapter in adapters.values() for module in adapter.modules.values())
@@ -96,7 +121,8 @@ def plan_adapters(
     known = [*origin.tensors, *(name for name in names if name not in origin.tensors)]
     known = with_declared_blocks(known, origin.config) if isinstance(origin, BareBase) else known
     plan = AdapterPlan(origin, adapters, find_depths(known, origin.config, layers), dtype)
-    plan.notes += notes_on(origin, adapters)
+    plan.carried = carried
+    plan.notes += [*notes_on(origin, adapters), *carried.notes]
     plan.reference, plan.references = base, dict(policies)
     return plan
 
