@@ -90,8 +90,8 @@ class ModelTokens(NamedTuple):
         Raises:
             UserError: the chat template cannot be read, or prompts do not fit the model.
         """
-        tokenizer = load_tokenizer(work.model, work.spec)
-        ends = end_tokens(tokenizer, load_generation_config(work.model))
+        tokenizer = load_tokenizer(work.texts, work.spec)
+        ends = end_tokens(tokenizer, load_generation_config(work.texts))
         return cls(tokenizer, ends, longest_sequence(tokenizer, load_config(work.model), work))
 
 

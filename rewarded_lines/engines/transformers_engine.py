@@ -10,7 +10,14 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import end_tokens, load_config, load_tokenizer, longest_sequence, set_template
+from rewarded_lines.engines.tokenizers import (
+    end_tokens,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    longest_sequence,
+    set_template,
+)
 from rewarded_lines.engines.transformers_sampling import SeededSampling, StopTexts
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.spec import MergeSpec
@@ -163,8 +170,10 @@ def _load_model(work: Workload) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(work.model, work.spec)
+    tokenizer = load_tokenizer(work.texts, work.spec)
     # Before the weights, which take a while.
     longest_sequence(tokenizer, load_config(work.model), work)
     model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.spec.dtype))
+    if work.texts != work.model:
+        model.generation_config = load_generation_config(work.texts)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

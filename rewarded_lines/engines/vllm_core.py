@@ -30,6 +30,7 @@ class VllmCore:
 
         self._llm: Any = LLM(
             model=work.model,
+            tokenizer=work.texts,
             dtype=work.spec.dtype,
             max_model_len=self._tokens.longest,
             tensor_parallel_size=work.tensor_parallel,

@@ -53,6 +53,7 @@ def plan_message(plan: ModelPlan) -> dict[str, Any]:
         "policies": dict(plan.references),
         "dtype": plan.dtype_name,
         "layers": plan.layers,
+        "carried": {"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
     }
 
 
@@ -65,7 +66,8 @@ class MergingWorker:
             plan = _plans[message["key"]]
         else:
             assert message["base"], "only a plan from plan_merge can be opened again"
-            plan = plan_merge(message["base"], message["policies"], dtype=message["dtype"], layers=message["layers"])
+            how = {"dtype": message["dtype"], "layers": message["layers"], **message["carried"]}
+            plan = plan_merge(message["base"], message["policies"], **how)
         self.merge_plan = plan
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name

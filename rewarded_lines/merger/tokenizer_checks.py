@@ -243,4 +243,9 @@ def _opened(path: Path) -> Any:
 
 def shown(text: str) -> str:
     """Return a text in quotes, shortened."""
-    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
+    return repr(shortened(text))
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a long text."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
