@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
+from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, resolve_folder
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
 from rewarded_lines.errors import Problem, UserError, fail
@@ -165,8 +166,13 @@ def _compare(
     if choice in folders and choice not in holders and holders:
         problems.append(Problem("no tokenizer there", f"--tokenizer {choice}", got=str(folders[choice])))
     found: dict[str, Differences] = {}
+    alike: dict[tuple[str, ...], Differences] = {}
     for name in holders[1:]:
-        found[name] = one = compare_tokenizers(folders[holders[0]], folders[name])
+        # Policies often have the same file, and large ones take a while.
+        same = tuple(file_hash(path) for path in sorted(_found(folders[name], _TOKENIZER)))
+        if same not in alike:
+            alike[same] = compare_tokenizers(folders[holders[0]], folders[name])
+        found[name] = one = alike[same]
         title = f"policy `{name}`" if name in policies else "--tokenizer"
         where, other = f"{title} ({folders[name]})", "the base's" if holders[0] == BASE else f"that of `{holders[0]}`"
         if one.vocabulary:

@@ -59,7 +59,8 @@ def generation_settings(folder: Path, config: Mapping[str, Any] | None) -> Setti
     if config is None and not path.is_file():
         return None
     content, config = _json(path), config or {}
-    found = {key: value for key, value in content.items() if key not in _IGNORED and value != _DEFAULTS.get(key)}
+    said = {key: value for key, value in content.items() if key not in _IGNORED and value is not False}
+    found = {key: value for key, value in said.items() if value != _DEFAULTS.get(key)}
     for key in IDS:
         found[key] = _ids(content.get(key, of_text(config, key)))
         found[f"{key} of the config"] = _ids(of_text(config, key))
