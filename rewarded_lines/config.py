@@ -260,6 +260,7 @@ def _named_sets(value: Any) -> Any:
 class ProjectConfig(Strict):
     """A whole `rewarded-lines.yaml`; a suite is such a file without base and policies.
 
+    `tokenizer` and `config_from` say whose tokenizer, chat template and end tokens merges get, as for `merge`.
     `baselines` are models to compare with, never merged. `control` are texts unrelated to the task, one set or several
     by name: forgetting is how much worse a policy predicts them.
     """
@@ -268,6 +269,8 @@ class ProjectConfig(Strict):
     title: str = ""
     base: str | None = None
     policies: dict[str, str] = {}
+    tokenizer: str = "auto"
+    config_from: str = "auto"
     baselines: dict[str, str] = {}
     rewards: dict[str, RewardSpec] = {}
     prompts: PromptSpec | None = None

@@ -73,6 +73,13 @@ class Project:
         local = looks_local(reference, self.root) or Path(reference).exists()
         return str(local_path(reference, self.root)) if local else reference
 
+    @property
+    def carried(self) -> dict[str, str]:
+        """Return whose files merges get, as arguments of `merge`, with a usable path of a tokenizer's folder."""
+        given, config_from = self.config.tokenizer, self.config.config_from
+        known = given in ("auto", "base", *self.config.policies)
+        return {"tokenizer": given if known else self.resolve(given), "config_from": config_from}
+
     def require(self, *keys: str) -> None:
         """Refuse a project that lacks top-level `keys`, with every missing key at once."""
         if missing := [key for key in keys if not getattr(self.config, key)]:

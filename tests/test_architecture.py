@@ -19,9 +19,10 @@ GROUND = [
 # The files of merger/, highest first, too.
 MERGER = [
     *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "record"),
-    *("open_inputs", "adapter_plan", "adapter_settings", "lora_stacking", "model_plan", "plan", "mergekit_methods"),
-    *("mergekit_file", "mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule", "adapter_checks"),
-    *("adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks", "tied_layers", "lora_folding"),
+    *("open_inputs", "adapter_plan", "adapter_settings", "lora_stacking", "model_plan", "plan", "carried_files"),
+    *("mergekit_methods", "mergekit_file", "mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule"),
+    *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),
+    *("tied_layers", "lora_folding", "carried_settings", "tokenizer_checks"),
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 

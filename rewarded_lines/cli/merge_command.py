@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 EPILOG = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
 # Options that may stand beside --from: where the inputs are now, and how to write.
-_WITH_RECORD = {"record", "base", "policy", "out", "device", "overwrite", "allow_nonfinite", "as_json", "quiet"}
-_WITH_RECORD |= {"run", "push_to_hub", "private", "revision"}
+_WITH_RECORD = {"record", "base", "policy", "tokenizer", "out", "device", "overwrite", "allow_nonfinite"}
+_WITH_RECORD |= {"as_json", "quiet", "run", "push_to_hub", "private", "revision"}
 # Options that may stand beside --from-mergekit.
 _WITH_MERGEKIT = _WITH_RECORD - {"record", "policy"}
-_WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers", "tower"}
+_WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers", "tower", "config_from"}
 _FOR_MERGEKIT = {"out", "device", "max_shard_size", "overwrite", "dry_run", "layers", "tower", "allow_nonfinite"}
-_FOR_MERGEKIT |= {"additions", "progress"}
+_FOR_MERGEKIT |= {"tokenizer", "config_from", "additions", "progress"}
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,24 @@ def _merged(source: MergeSource, how: MergeOptions) -> tuple[list[MergeResult], 
     named = name_policies([_name(text) for text in source.policy]) if source.policy else {}
     if source.record is not None:
         return [replay(source.record, base=source.base, policies=named, how=how)], None
-    base, policies = _inputs(source.base, named, source.config)
+    base, policies, how = _inputs(source.base, named, source.config, how)
     return run_merge(base, policies, source.lam, how=how), None
 
 
-def _inputs(base: str | None, named: Mapping[str, str], config: Path) -> tuple[str, Mapping[str, str]]:
-    """Return base and policies; the project file fills what the command line leaves out."""
+def _inputs(
+    base: str | None, named: Mapping[str, str], config: Path, how: MergeOptions
+) -> tuple[str, Mapping[str, str], MergeOptions]:
+    """Return base, policies and options; the project file fills what the command line leaves out."""
     from rewarded_lines.projects import load_project
 
     if base and named:
-        return base, named
+        return base, named, how
     project = load_project(config)
     project.require(*([] if base else ["base"]), *([] if named else ["policies"]))
     base = base or project.resolve(str(project.config.base))
-    return base, named or {name: project.resolve(path) for name, path in project.config.policies.items()}
+    carried = {name: value for name, value in project.carried.items() if getattr(how, name) == "auto"}
+    policies = named or {name: project.resolve(path) for name, path in project.config.policies.items()}
+    return base, policies, replace(how, **carried)
 
 
 def _alpha(text: Any) -> Any:

@@ -70,6 +70,13 @@ class Workload:
     longest: int = 0
     tensor_parallel: int = 1
 
+    @property
+    def texts(self) -> str:
+        """The folder or Hub id with the tokenizer and the end tokens: those that the merged outputs get."""
+        if self.plan is None or not self.plan.carried.changed:
+            return self.model
+        return str(self.plan.text_folder)
+
 
 class Generator(ABC):
     """An engine over one SFT model. Each response has its own seed and does not depend on the other prompts.

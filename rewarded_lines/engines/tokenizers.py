@@ -81,8 +81,8 @@ def load_tokens(work: Workload) -> tuple[Any, frozenset[int], int]:
     Raises:
         UserError: the chat template cannot be read, or prompts do not fit the model.
     """
-    tokenizer = load_tokenizer(work.model, work.spec)
-    ends = end_tokens(tokenizer, load_generation_config(work.model))
+    tokenizer = load_tokenizer(work.texts, work.spec)
+    ends = end_tokens(tokenizer, load_generation_config(work.texts))
     return tokenizer, ends, longest_sequence(tokenizer, load_config(work.model), work)
 
 

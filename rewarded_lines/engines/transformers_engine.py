@@ -10,7 +10,13 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import end_tokens, load_tokens, longest_sequence, set_template
+from rewarded_lines.engines.tokenizers import (
+    end_tokens,
+    load_generation_config,
+    load_tokens,
+    longest_sequence,
+    set_template,
+)
 from rewarded_lines.engines.transformers_sampling import SeededSampling, StopTexts
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.spec import MergeSpec
@@ -158,4 +164,6 @@ def _load_model(work: Workload) -> tuple[Any, Any]:
     # Before the weights, which take a while.
     tokenizer, *_ = load_tokens(work)
     model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.spec.dtype))
+    if work.texts != work.model:
+        model.generation_config = load_generation_config(work.texts)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

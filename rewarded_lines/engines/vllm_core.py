@@ -39,6 +39,7 @@ class VllmCore(Generator):
         blocks = {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
         self._llm: Any = start_vllm(
             model=work.model,
+            tokenizer=work.texts,
             dtype=work.spec.dtype,
             max_model_len=longest,
             tensor_parallel_size=work.tensor_parallel,

@@ -54,6 +54,7 @@ def plan_message(plan: ModelPlan) -> dict[str, Any]:
         "dtype": plan.dtype_name,
         "layers": plan.layers,
         "tower": plan.tower,
+        "carried": {"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
     }
 
 
@@ -66,7 +67,7 @@ class MergingWorker:
             plan = _plans[message["key"]]
         else:
             assert message["base"], "only a plan from plan_merge can be opened again"
-            how = {name: message[name] for name in ("dtype", "layers", "tower")}
+            how = {name: message[name] for name in ("dtype", "layers", "tower")} | message["carried"]
             plan = plan_merge(message["base"], message["policies"], **how)
         self.merge_plan = plan
         # Merging the smallest tensor loads the kernels before the first swap.

@@ -212,7 +212,10 @@ def command_for(run: Run, spec: PointSpec) -> str:
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
     header = run.header
     policies = {name: located(policy["path"], run.folder) for name, policy in header["policies"].items()}
-    how = {name: header["options"].get(name) for name in ("layers", "tower")}
+    how = {name: header["options"].get(name, "auto") for name in ("tokenizer", "config_from")}
+    how |= {name: header["options"].get(name) for name in ("layers", "tower")}
+    if how["tokenizer"] not in ("auto", "base", *policies):
+        how["tokenizer"] = located(how["tokenizer"], run.folder)
     if header["identity"]["engine"]["as"] == "whole models":
         # The sweep evaluated adapters folded into their base, in the engine's dtype.
         how |= {"as_": "full", "dtype": header["generation"]["dtype"]}

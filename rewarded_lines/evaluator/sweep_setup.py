@@ -91,8 +91,11 @@ class Setup:
         # Runs that are older than towers have no word on them.
         said = {name: (at.side,) if at.side in ("flat", "base") else () for name, at in places}
         blocks = sorted((name, at.stack, at.block, at.blocks, *said[name]) for name, at in places)
+        texts = {path.name: file_hash(path) for path in sorted(self.plan.text_folder.iterdir())}
         return {
             "format": FORMAT,
+            # Only then, so that earlier runs stay.
+            **({"texts": texts} if self.plan.carried.changed else {}),
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
                 "as": "adapters" if self.plan.kind == "adapter" else "whole models",
@@ -131,8 +134,7 @@ class Setup:
         Raises:
             UserError: prompts are too long and `spec` refuses them, or part of a chat would be lost.
         """
-        base = str(self.plan.base.folder)
-        tokenizer = load_tokenizer(base, self.generation)
+        tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
         where = spec.file or str(spec.dataset)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
@@ -140,7 +142,7 @@ class Setup:
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens
         limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
-        if (room := positions_of(load_config(base))) is not None:
+        if (room := positions_of(load_config(str(self.plan.base.folder)))) is not None:
             # One position more than generation needs, for the last token's log-probability.
             option = f"its {room} positions, less generation.max_tokens and one"
             most = room - longest - 1
@@ -224,9 +226,9 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
     base = project.resolve(str(config.base))
     adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
     if adapters:
-        return plan_adapters(base, policies, layers=options.layers, tower=options.tower)
-    dtype = config.generation.dtype
-    return plan_merge(base, policies, dtype=dtype, layers=options.layers, tower=options.tower)
+        return plan_adapters(base, policies, layers=options.layers, tower=options.tower, **project.carried)
+    how = {"dtype": config.generation.dtype, "layers": options.layers, "tower": options.tower}
+    return plan_merge(base, policies, **how, **project.carried)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -19,11 +19,7 @@ from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
 from rewarded_lines.merger.config_checks import REMEDY, RESIZE
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
-from rewarded_lines.merger.model_checks import (
-    compare_tokenizers,
-    few,
-    some,
-)
+from rewarded_lines.merger.model_checks import few, some
 from rewarded_lines.merger.tied_layers import stored_name, unsettled
 
 KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
@@ -52,7 +48,6 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
         found = [*_fit(base, adapter, where), *compare_origin(base, reference, adapter, where)]
         if folded and isinstance(base, Checkpoint):
             found += _fold(base, adapter, where)
-        found += compare_tokenizers(base.folder, adapter.folder, where)
         problems += few(found, where, _SHOWN)
     return problems + few([*_agree(adapters, folded), *same_bases(adapters)], "policies", _SHOWN)
 

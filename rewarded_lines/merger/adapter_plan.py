@@ -30,7 +30,7 @@ from rewarded_lines.merger.adapter_settings import adapter_config
 from rewarded_lines.merger.lora_folding import SelectedRows, ZeroBase, stored_shape
 from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack
 from rewarded_lines.merger.model_plan import ModelPlan
-from rewarded_lines.merger.plan import Plan, copy_companions
+from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
@@ -154,10 +154,8 @@ class AdapterPlan(Plan):
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()
-        tokenizers = [adapter.folder for adapter in self.adapters if any(adapter.folder.glob("tokenizer*"))]
         for folder, output in zip(folders, outputs, strict=True):
-            for source in tokenizers[:1]:
-                copy_companions(source, folder)
+            self.carried.copy(folder)
             config = adapter_config(self.adapters, output, len(self.modules), str(self.base.folder.resolve()))
             write_json(folder / ADAPTER_CONFIG, config)
         return writer.nonfinite

@@ -30,7 +30,7 @@ Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 Weights = float | str | Sequence[float]
 Addition = Callable[[MergeSpec], CardAddition] | None
 # The options that a record leaves open.
-_REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "additions", "progress")
+_REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "tokenizer", "additions", "progress")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -106,8 +106,8 @@ def replay(
         base: where the base is now, if it has moved.
         policies: where policies are now, by name, if they have moved.
         how: `device`, `overwrite`, `allow_nonfinite`, `additions` and `progress` as in `merge`; only the device "cpu"
-            promises the same bits. `out` is by default FOLDER-again, beside the record's FOLDER. The record decides
-            the rest.
+            promises the same bits. `tokenizer` is where a folder with the tokenizer is now, if it has moved. `out` is
+            by default FOLDER-again, beside the record's FOLDER. The record decides the rest.
 
     Raises:
         UserError: the record is damaged, an input has changed, or any fault that `merge` refuses.
@@ -128,7 +128,7 @@ def replay(
     size = recorded.max_shard_size
     parse_size(size)
     how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size)
-    how = replace(how, layers=recorded.layers, tower=recorded.tower)
+    how = replace(how, layers=recorded.layers, tower=recorded.tower, **recorded.carried(how.tokenizer))
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
     how.progress.start("hashing inputs")
@@ -138,8 +138,8 @@ def replay(
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
-    named = {name: getattr(how, name) for name in ("dtype", "device", "layers", "tower")}
-    return plan_as(how.as_, base, policies, how.method, **named)
+    taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from")
+    return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
 
 
 def _write(
@@ -174,6 +174,7 @@ def _fill(
     settings = {
         **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size},
         **{"layers": how.layers, "tower": how.tower},
+        **{"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
         # `--score` may contain an access token.
         "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
     }

@@ -54,7 +54,7 @@ def merge_like_mergekit(
         base: the SFT model.
         seed: of DARE's masks.
         dry_run: check everything and write nothing.
-        how: arguments of `merge` for writing: out, device, max_shard_size, overwrite, layers, progress ...
+        how: arguments of `merge` for writing: out, device, max_shard_size, overwrite, layers, tokenizer, progress ...
 
     Raises:
         UserError: a fault that `read_mergekit` or `merge` refuses, or a number of blocks for which the tools differ.
@@ -65,6 +65,8 @@ def merge_like_mergekit(
         **{"alpha": spec.alpha, "beta": spec.beta, "method": spec.method, "options": spec.options},
         **{"dtype": asked.dtype, "as_": "full", "extrapolate": spec.extrapolates, **how},
     }
+    if how.get("tokenizer", "auto") == "auto":
+        arguments["tokenizer"] = asked.tokenizer
     checked = merge(asked.base, asked.policies, spec.weights, dry_run=True, **arguments)
     _check_blocks(str(path), asked, checked[0].scales)
     return asked, checked if dry_run else merge(asked.base, asked.policies, spec.weights, **arguments)

@@ -110,7 +110,7 @@ class _Content(_Level):
     @classmethod
     def _none(cls, value: Any) -> Any:
         if value:
-            raise ValueError("a merge keeps the chat template of its base; change it in the merged folder")
+            raise ValueError("a merge takes the chat template of base or policies: leave it out, and pass --tokenizer")
         return value
 
 
@@ -121,6 +121,7 @@ class MergekitFile:
     Attributes:
         shared: parameters for all models: the slice's, then the top level's.
         blocks: the number of blocks in its slice, None without a slice.
+        tokenizer: "base" if the file says so, else "auto".
     """
 
     path: str
@@ -130,6 +131,7 @@ class MergekitFile:
     shared: Sequence[Parameters]
     dtype: str
     blocks: int | None
+    tokenizer: str = "auto"
 
     def fault(self, what: str, key: str = "", **parts: str) -> UserError:
         """Return an error about a key of this file."""
@@ -202,7 +204,8 @@ def read_file(path: Path) -> MergekitFile:
     if problems:
         raise UserError(problems)
     dtype = found.out_dtype or found.dtype or "auto"
-    return MergekitFile(name, found.merge_method, found.base_model, top, shared, dtype, blocks)
+    tokenizer = "base" if found.tokenizer_source or found.tokenizer else "auto"
+    return MergekitFile(name, found.merge_method, found.base_model, top, shared, dtype, blocks, tokenizer)
 
 
 def _problem(detail: ErrorDetails, name: str) -> Problem:

@@ -36,6 +36,7 @@ class Translation:
         full: policies are adapters to fold, since mergekit writes whole models.
         blocks: the number of blocks that the models must have, None for any.
         notes: on differences between the two tools.
+        tokenizer: whose tokenizer files the output gets.
     """
 
     base: str
@@ -45,11 +46,13 @@ class Translation:
     full: bool = False
     blocks: int | None = None
     notes: tuple[str, ...] = ()
+    tokenizer: str = "auto"
 
     def command(self, out: str = "merged") -> str:
         """Return the command line that makes the same merge."""
         kind = "full" if self.full else "auto"
-        return self.merge.command(self.base, self.policies, out, dtype=self.dtype, as_=kind)
+        how = {"dtype": self.dtype, "as_": kind, "tokenizer": self.tokenizer}
+        return self.merge.command(self.base, self.policies, out, **how)
 
 
 def _linear(file: MergekitFile) -> Translation:
@@ -235,7 +238,7 @@ def _translation(
     places = [one.model.lora or one.model.path for one in policies]
     spec = MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options)
     full = all(one.model.lora for one in policies)
-    return Translation(base, _named(places), spec, file.dtype, full, file.blocks, tuple(notes))
+    return Translation(base, _named(places), spec, file.dtype, full, file.blocks, tuple(notes), file.tokenizer)
 
 
 def _named(places: Sequence[str]) -> dict[str, str]:

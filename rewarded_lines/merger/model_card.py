@@ -16,7 +16,7 @@ from rewarded_lines.errors import printable
 from rewarded_lines.merger.input_cards import InputCard, input_cards
 from rewarded_lines.merger.methods import LINES_PAPER, METHODS, SOUPS_PAPER
 from rewarded_lines.merger.plan import Plan
-from rewarded_lines.merger.record import RECORD_FILE
+from rewarded_lines.merger.record import RECORD_FILE, title
 from rewarded_lines.merger.spec import MergeSpec
 
 HERE = "this folder"
@@ -240,12 +240,16 @@ def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Map
     )
     if spec.method == "greedy":
         return [record]
+    carried = dict(plan.carried.asked)
     local = [card.title for card in inputs.values() if card.ids != (card.title,)]
+    if (beside := plan.carried.beside) and title(beside, plan.carried.folders[beside]) != beside:
+        carried["tokenizer"] = title(beside, plan.carried.folders[beside])
+        local.append(carried["tokenizer"])
     names = ", ".join(map(literal, dict.fromkeys(local)))
     note = f"In it {names} {'stand for folders' if len(local) > 1 else 'stands for a folder'}." if local else ""
     policies = {name: inputs[name].title for name in plan.policies}
     how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "tower", "as") if name in settings}
-    return [_fenced("bash", spec.command(inputs[""].title, policies, **how)), note, record]
+    return [_fenced("bash", spec.command(inputs[""].title, policies, **how, **carried)), note, record]
 
 
 def _licences(inputs: Mapping[str, InputCard]) -> str:

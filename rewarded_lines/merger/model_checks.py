@@ -132,7 +132,6 @@ def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -
         *compare_configs(base.config, policy.config, where),
         *_compare_names(base, policy, where, extra),
         *_compare_tensors(base, policy, name, extra),
-        *compare_tokenizers(base.folder, policy.folder, where),
     ]
     return structure or _compare_origin(base, policy, where)
 
@@ -168,16 +167,6 @@ def _compare_buffers(
         return []
     what = f"a buffer of type {info.dtype.torch} that is not the same in base and {name}"
     return [Problem(what, where=info.name, expected="equal values in all inputs", remedy=REMEDY)]
-
-
-def compare_tokenizers(base: Path, policy: Path, where: str) -> list[Problem]:
-    """Compare vocabularies and merges; padding and truncation do not change the meaning of a token."""
-    first, second = (_read_if_there(folder / "tokenizer.json") for folder in (base, policy))
-    if not first or not second:
-        return []
-    meaning = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-    parts = ", ".join(part for part in meaning if first.get(part) != second.get(part))
-    return [Problem(f"the tokenizer differs from the base's in {parts}", where, remedy=REMEDY)] if parts else []
 
 
 def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Problem]:

@@ -28,7 +28,7 @@ from rewarded_lines.kernels.thresholds_and_masks import random_mask
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_rules import consensus, soup
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.plan import Plan, copy_companions
+from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
@@ -189,11 +189,11 @@ class ModelPlan(Plan):
             self._stream(specs, writers, hashes, nonfinite, progress)
         hashes.remember()
         floats = [info.dtype for info in infos if info.dtype.floating]
-        config: dict[str, Any] = {**self.base.config, "dtype": widest(floats).torch if floats else "float32"}
+        config = {**self.carried.config(self.base.config), "dtype": widest(floats).torch if floats else "float32"}
         # Loaders use the type in the config, so it must be the widest that was written.
         config.pop("torch_dtype", None)
         for folder in folders:
-            copy_companions(self.base.folder, folder)
+            self.carried.copy(folder)
             write_json(folder / "config.json", config)
         return nonfinite
 

@@ -13,6 +13,7 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.added_tokens import enlarge
+from rewarded_lines.merger.carried_files import AUTO, choose_files
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
@@ -34,16 +35,20 @@ def plan_as(
     device: str = "cpu",
     layers: str | None = None,
     tower: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
     "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
     folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
-    other lists, e.g. `vision=flat`.
+    other lists, e.g. `vision=flat`. `tokenizer` and `config_from` say whose files the output gets, see `choose_files`.
     """
     choose("--as", kind, KINDS)
+    places = {"layers": layers, "tower": tower}
+    carried = {"tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, layers=layers, tower=tower)
+        return plan_merge(base, policies, dtype=dtype, device=device, **places, **carried)
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
@@ -53,7 +58,7 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)
-    return plan_adapters(base, policies, dtype=dtype, layers=layers, tower=tower)
+    return plan_adapters(base, policies, dtype=dtype, **places, **carried)
 
 
 def plan_merge(
@@ -64,6 +69,8 @@ def plan_merge(
     device: str = "cpu",
     layers: str | None = None,
     tower: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> ModelPlan:
     """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
     choose("--dtype", dtype, DTYPES)
@@ -75,10 +82,16 @@ def plan_merge(
     if problems:
         raise UserError(problems)
     renamed = under_base_names(origin, opened)
-    names, notes = _check_fit(origin, base, opened)
+    with collected(problems):
+        names, notes = _check_fit(origin, base, opened)
+    with collected(problems):
+        carried = choose_files(origin, opened, tokenizer, config_from)
+    if problems:
+        raise UserError(problems)
     depths = depths_of(names, origin.config, layers, tower)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
-    plan.notes += [*renamed, *notes, *_on_depth(depths, names)]
+    plan.carried = carried
+    plan.notes += [*renamed, *notes, *carried.notes, *_on_depth(depths, names)]
     plan.reference, plan.references, plan.layers, plan.tower = base, dict(policies), layers, tower
     return plan
 
@@ -90,6 +103,8 @@ def plan_adapters(
     dtype: str = "auto",
     layers: str | None = None,
     tower: str | None = None,
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
 ) -> AdapterPlan:
     """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
 
@@ -107,6 +122,7 @@ def plan_adapters(
         if isinstance(origin, Checkpoint):
             name_apart(origin, adapters.values())
         problems += check_adapters(origin, base, adapters, folded=False)
+        carried = choose_files(origin, adapters, tokenizer, config_from, adapter=True)
     if problems:
         raise UserError(problems)
     names = dict.fromkeys(module.tensor for adapter in adapters.values() for module in adapter.modules.values())
@@ -123,7 +139,8 @@ def plan_adapters(
     # Fused experts lie where the base's tensors of each expert lie.
     place = {**depths.place, **{name: depths.place[part] for name, part in apart.items()}}
     plan = AdapterPlan(origin, adapters, Depths(place, depths.stacks), dtype)
-    plan.notes += [*renamed, *notes_on(origin, base, adapters), *_on_depth(plan.depths, names)]
+    plan.carried = carried
+    plan.notes += [*renamed, *notes_on(origin, base, adapters), *carried.notes, *_on_depth(plan.depths, names)]
     plan.reference, plan.references = base, dict(policies)
     return plan
 

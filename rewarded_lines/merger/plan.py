@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,18 +17,15 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint, read_json_object
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.merger.carried_files import BASE, Carried, key_of
 from rewarded_lines.merger.lines_schedule import Outside, lines_scale, tensor_scale
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
-# The files that a merge copies beside weights and config.
-_COMPANIONS = (
-    *("generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"),
-)
 
 
 class Plan(ABC):
@@ -39,6 +38,7 @@ class Plan(ABC):
         notes: for the user, on the inputs.
         reference: the user's folder or Hub id of the base.
         references: likewise of each policy.
+        carried: the files that the outputs get beside weights and config.
     """
 
     kind: ClassVar[str]
@@ -53,6 +53,7 @@ class Plan(ABC):
         self.depths = depths
         self.notes: list[str] = []
         self.reference, self.references = "", dict[str, str]()
+        self.carried = Carried({BASE: base.folder})
         self._dtype = FLOATS.get(dtype)
 
     @abstractmethod
@@ -112,26 +113,28 @@ class Plan(ABC):
 
     def input_files(self) -> tuple[list[Path], dict[str, list[Path]]]:
         """Return every file that decides an output: of the base, and of each policy by name."""
-        folder = self.base.folder
-        base = [*_model_files(self.base), *companions(folder)] if self.reads_base else [folder / "config.json"]
-        return base, {name: _model_files(policy) for name, policy in self.policies.items()}
+        base = _model_files(self.base) if self.reads_base else [self.base.folder / "config.json"]
+        own = {name: self.carried.files_of(key_of(name)) for name in self.policies}
+        policies = {name: [*_model_files(policy), *own[name]] for name, policy in self.policies.items()}
+        return [*base, *self.carried.files_of(BASE)], policies
+
+    @cached_property
+    def text_folder(self) -> Path:
+        """Return a folder with the outputs' tokenizer and generation settings: the base's, or a temporary one."""
+        if not self.carried.changed:
+            return self.base.folder
+        made = tempfile.TemporaryDirectory(prefix="rewarded-lines-")
+        # It goes with this object, or at Python's exit.
+        weakref.finalize(self, made.cleanup)
+        self.carried.copy(Path(made.name))
+        write_json(Path(made.name) / "config.json", self.carried.config(self.base.config))
+        return Path(made.name)
 
 
 def _model_files(source: Checkpoint | BareBase | Adapter) -> list[Path]:
     names = (ADAPTER_CONFIG,) if isinstance(source, Adapter) else ("config.json", INDEX_FILE)
     beside = [source.folder / name for name in names]
     return list(dict.fromkeys([*source.files, *(path for path in beside if path.is_file())]))
-
-
-def companions(folder: Path) -> list[Path]:
-    """Return the files that a merge copies beside weights and config: tokenizer, chat template and others."""
-    return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the `companions` to an output's folder."""
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
 
 
 def choose(option: str, value: str, known: Sequence[str]) -> None:

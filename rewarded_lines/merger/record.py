@@ -15,6 +15,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.kernels.thread_pool import share_out
+from rewarded_lines.merger.carried_files import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -50,6 +51,10 @@ class Record(BaseModel):
     tower: str | None = None
     # Records that are older than merges of adapters lack it.
     kind: str = Field("full", alias="as")
+    # Likewise older than this choice: whole models got the base's files, adapters those of the first adapter.
+    tokenizer: str | None = None
+    config_from: str | None = None
+    tokenizer_files: RecordedInput | None = None
 
     @property
     def merge(self) -> MergeSpec:
@@ -57,15 +62,35 @@ class Record(BaseModel):
         weights = tuple(self.weights[name] for name in self.policies)
         return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
 
+    def carried(self, moved: str = AUTO) -> dict[str, str]:
+        """Return the options `tokenizer` and `config_from` of the merge; `moved` is where the tokenizer is now.
+
+        Raises:
+            UserError: no folder beside base and policies gave the tokenizer.
+        """
+        if moved != AUTO and self.tokenizer_files is None:
+            what = "the record takes its tokenizer from base or policies"
+            raise fail(what, where="--tokenizer", got=moved, remedy="leave it out, or merge without --from")
+        default = BASE if self.kind == "full" else AUTO
+        tokenizer = default if self.tokenizer is None else self.tokenizer
+        if self.tokenizer_files is not None:
+            tokenizer = self.tokenizer_files.path if moved == AUTO else moved
+        return {"tokenizer": tokenizer, "config_from": default if self.config_from is None else self.config_from}
+
     def check_inputs(self, path: Path, plan: Plan) -> None:
         """Refuse inputs that differ in any byte from the record at `path`."""
         problems = []
         base, policies = plan.input_files()
         rows = [("base", "--base …", base, self.base)]
         rows += [(f"policy `{name}`", f"--policy {name}=…", policies[name], self.policies[name]) for name in policies]
+        if self.tokenizer_files is not None:
+            files = plan.carried.files_of(plan.carried.beside)
+            rows.append(("the tokenizer", "--tokenizer …", files, self.tokenizer_files))
         for title, option, files, recorded in rows:
             then, now = recorded.files, _hashed(files)
-            if wrong := sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file)):
+            # Older records of adapters do not have the files beside the weights.
+            named = now.keys() & then.keys() if self.tokenizer is None else now.keys() | then.keys()
+            if wrong := sorted(file for file in named if now.get(file) != then.get(file)):
                 what = f"{title} has changed since: {', '.join(wrong[:3])}"
                 remedy = f"find the files of that time, and name them: {option}"
                 problems.append(Problem(what, str(files[0].parent), f"the hashes in {path}", remedy=remedy))
@@ -93,7 +118,9 @@ def hash_inputs(plan: Plan) -> dict[str, Any]:
     """Return path and BLAKE3 hash of every input file, for the base and for each policy by name."""
     base, policies = plan.input_files()
     # Threads fill the cache of `file_hash`; `_hashed` then reads from it.
-    share_out([*base, *chain(*policies.values())], lambda: _hash)
+    beside = plan.carried.beside
+    files = plan.carried.files_of(beside) if beside else []
+    share_out([*base, *chain(*policies.values()), *files], lambda: _hash)
 
     def recorded(reference: str, folder: Path, files: Iterable[Path]) -> dict[str, Any]:
         local = not reference or looks_local(reference)
@@ -105,6 +132,7 @@ def hash_inputs(plan: Plan) -> dict[str, Any]:
             name: recorded(plan.references.get(name, ""), plan.policies[name].folder, files)
             for name, files in policies.items()
         },
+        **({"tokenizer_files": recorded(beside, plan.carried.folders[beside], files)} if beside else {}),
     }
 
 

@@ -25,7 +25,7 @@ METHODS_PANEL = "Options of the methods"
 TOLERANCE = 1e-6
 # The defaults of `merge`, which a command need not repeat.
 _DEFAULTS = {"alpha": "1", "beta": "1", "method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
-_DEFAULTS |= {"max_shard_size": "5GB"}
+_DEFAULTS |= {"max_shard_size": "5GB", "tokenizer": "auto", "config_from": "auto"}
 
 
 def parse_weights(
@@ -165,7 +165,7 @@ class MergeSpec:
             base: folder or Hub id.
             policies: likewise, by name, in the order of the weights.
             out: the output folder.
-            how: other arguments of `merge`: dtype, as_, layers, tower, max_shard_size.
+            how: other arguments of `merge`: dtype, as_, layers, tower, max_shard_size, tokenizer, config_from.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
@@ -251,6 +251,13 @@ class MergeOptions:
     allow_nonfinite: bool = option(False, "Let NaN and infinite values pass.")
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
     tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
+    tokenizer: str = option(
+        "auto",
+        "Whose tokenizer and chat template the output gets: base, a policy's name, a folder; auto: the policies'.",
+    )
+    config_from: str = option(
+        "auto", "Whose generation_config.json and end tokens: base, a policy's name; auto: the policies'."
+    )
     # Importing the type `Additions` would load numpy.
     additions: Callable[[Any], Any] | None = None
     progress: Progress = SILENT

@@ -125,7 +125,7 @@ SAME = {
             "out_dtype: bfloat16",
             "dtype: float32",
         ),
-        f"{BASE} --lam 0.3 --beta 0 --dtype bfloat16",
+        f"{BASE} --lam 0.3 --beta 0 --dtype bfloat16 --tokenizer base",
     ),
 }
 
@@ -202,7 +202,7 @@ REFUSED = {
     "two slices": (TASK + "slices: [{sources: []}, {sources: []}]\n", "not one slice"),
     "tokenizers joined": (TASK + f"models: {TWO}\ntokenizer_source: union\n", "tokenizers are not merged"),
     "tokens added": (TASK + f"models: {TWO}\ntokenizer: {{source: base, tokens: {{}}}}\n", "tokenizers are not merged"),
-    "a chat template": (TASK + f"models: {TWO}\nchat_template: auto\n", "keeps the chat template"),
+    "a chat template": (TASK + f"models: {TWO}\nchat_template: auto\n", "takes the chat template of base or policies"),
     "float64": (TASK + f"models: {TWO}\ndtype: float64\n", "not a type to write"),
     "no base": (said("merge_method: ties", f"models: {TWO}"), "no `base_model`"),
     "only the base": (TASK + "models: [{model: sft}]\n", "no model beside the base"),

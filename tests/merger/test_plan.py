@@ -33,7 +33,9 @@ def test_what_a_plan_announces_is_what_it_writes(plan, tmp_path):
 
 def test_the_bases_weights_are_input_only_where_they_are_read(plan, tiny):
     base, policies = plan.input_files()
-    assert plan.reads_base and {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in base}
+    assert plan.reads_base and {"config.json", "model.safetensors"} <= {file.name for file in base}
+    # An adapter gets no tokenizer from its base.
+    assert ("tokenizer.json" in {file.name for file in base}) == (plan.kind == "full")
     assert {file.name for file in policies["saved"]} == {"adapter_model.safetensors", "adapter_config.json"}
     alone = plan_as(plan.kind, "sft", {"plain": "plain"}, "soup")
     names = {file.name for file in alone.input_files()[0]}

@@ -1,0 +1,296 @@
+"""Whose tokenizer, chat template and generation settings an output gets: the base's, a policy's, or a folder's.
+
+Without the user's word it is what all policies share. Inputs whose tokens differ are refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.adapters import Adapter, BareBase
+from rewarded_lines.checkpoints.hashing import file_hash
+from rewarded_lines.checkpoints.reader import Checkpoint, resolve_folder
+from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
+from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.merger.carried_settings import IDS, Settings, generation_settings, of_text, tokenizer_settings
+from rewarded_lines.merger.model_checks import REMEDY
+from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shortened, shown
+from rewarded_lines.references import looks_local
+
+BASE, AUTO = "base", "auto"
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    "*.model",
+)
+_GENERATION, _PROCESSOR = ("generation_config.json",), ("*processor_config.json",)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The files that an output gets beside weights and config.
+
+    Attributes:
+        folders: of the base and the policies, by name; with the folder of `tokenizer` if that is none of them.
+        tokenizer: whose tokenizer files: "base", a policy's name, a folder or Hub id, or "" for none.
+        config_from: likewise whose generation_config.json and token ids in config.json.
+        processor: likewise whose image and audio processors.
+        beside: the tokenizer's folder or Hub id if it is neither the base's nor a policy's, else "".
+        token_ids: for config.json.
+        changed: whether tokenizer or generation settings are not the base's in meaning.
+        asked: the user's options, for the command that makes the merge again.
+        notes: for the user.
+    """
+
+    folders: Mapping[str, Path]
+    tokenizer: str = BASE
+    config_from: str = BASE
+    processor: str = BASE
+    beside: str = ""
+    token_ids: Mapping[str, Any] = field(default_factory=dict)
+    changed: bool = False
+    asked: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files that come from one of the folders."""
+        sources = ((self.tokenizer, _TOKENIZER), (self.config_from, _GENERATION), (self.processor, _PROCESSOR))
+        found = [_found(self.folders[name], patterns) for source, patterns in sources if source == name]
+        return sorted({path for paths in found for path in paths})
+
+    def copy(self, folder: Path) -> None:
+        """Copy the files to an output's folder."""
+        for name in self.folders:
+            for path in self.files_of(name):
+                shutil.copyfile(path, folder / path.name)
+
+    def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the base's config with the token ids."""
+        config = dict(base)
+        for key, value in self.token_ids.items():
+            inner = config.get("text_config")
+            if isinstance(inner, Mapping) and key not in config and key in inner:
+                config["text_config"] = {**inner, key: value}
+            else:
+                config[key] = value
+        return config
+
+
+def choose_files(
+    base: Checkpoint | BareBase,
+    policies: Mapping[str, Checkpoint | Adapter],
+    tokenizer: str = AUTO,
+    config_from: str = AUTO,
+    adapter: bool = False,
+) -> Carried:
+    """Compare the tokenizers of all inputs, and return the files that the output gets.
+
+    Args:
+        base: the SFT model.
+        policies: by name.
+        tokenizer: "auto", "base", a policy's name, a folder or a Hub id.
+        config_from: "auto", "base" or a policy's name.
+        adapter: whether the output is an adapter, which gets nothing from its base unless the user says so.
+
+    Raises:
+        UserError: tokens differ, or policies disagree and the user did not choose.
+    """
+    policies = {key_of(name): policy for name, policy in policies.items()}
+    folders = {BASE: base.folder, **{name: policy.folder for name, policy in policies.items()}}
+    if tokenizer not in (AUTO, "", *folders):
+        folders[tokenizer] = _other_folder(tokenizer, list(folders))
+    if config_from not in (AUTO, "", BASE, *policies):
+        raise fail("no such policy", where="--config-from", expected=f"base, {', '.join(policies)}", got=config_from)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    compared = _compare(folders, policies, tokenizer, problems, notes)
+    _check_rows(base, policies, compared, tokenizer, problems)
+    settings = {name: tokenizer_settings(folders[name], compared.get(name)) for name in (BASE, *policies)}
+    chosen = _choose(settings, tokenizer, "--tokenizer", "tokenizer and chat template", adapter, problems, notes)
+    configs = {BASE: generation_settings(base.folder, base.config)}
+    for name, policy in policies.items():
+        configs[name] = generation_settings(policy.folder, policy.config if isinstance(policy, Checkpoint) else None)
+    source = _choose(configs, config_from, "--config-from", "generation settings", adapter, problems, notes)
+    if problems:
+        raise UserError(problems)
+    policy = policies.get(source)
+    ids = (
+        {}
+        if source == BASE or not isinstance(policy, Checkpoint)
+        else {key: of_text(policy.config, key) for key in IDS}
+    )
+    beside = "" if chosen in ("", BASE, *policies) else chosen
+    asked = {"tokenizer": tokenizer, "config_from": config_from}
+    return Carried(
+        folders,
+        chosen,
+        source,
+        chosen if adapter else BASE,
+        beside,
+        {key: value for key, value in ids.items() if value is not None},
+        bool(beside) or _differs(settings, chosen) or _differs(configs, source),
+        {key: value for key, value in asked.items() if value not in (AUTO, "")},
+        notes,
+    )
+
+
+def key_of(name: str) -> str:
+    """Return the key of a policy among `Carried.folders`: its name, which may be that of the base."""
+    return f"policy {BASE}" if name == BASE else name
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+
+
+def _other_folder(reference: str, known: Sequence[str]) -> Path:
+    """Return the folder that `--tokenizer` names; it may be a Hub id."""
+    if looks_local(reference) and not Path(reference).expanduser().is_dir():
+        expected = f"{', '.join(known)}, or a folder with a tokenizer"
+        raise fail("no such policy or folder", where="--tokenizer", expected=expected, got=reference)
+    return resolve_folder(reference, weights=False)
+
+
+def _compare(
+    folders: Mapping[str, Path],
+    policies: Collection[str],
+    choice: str,
+    problems: list[Problem],
+    notes: list[str],
+) -> dict[str, Differences]:
+    """Compare every tokenizer with the base's or, if it has none, with the first policy's; return the differences."""
+    holders = [name for name, folder in folders.items() if tokenizer_file(folder)]
+    if choice in folders and choice not in holders and holders:
+        problems.append(Problem("no tokenizer there", f"--tokenizer {choice}", got=str(folders[choice])))
+    found: dict[str, Differences] = {}
+    alike: dict[tuple[str, ...], Differences] = {}
+    for name in holders[1:]:
+        # Policies often have the same file, and large ones take a while.
+        same = tuple(file_hash(path) for path in sorted(_found(folders[name], _TOKENIZER)))
+        if same not in alike:
+            alike[same] = compare_tokenizers(folders[holders[0]], folders[name])
+        found[name] = one = alike[same]
+        title = f"policy `{name}`" if name in policies else "--tokenizer"
+        where, other = f"{title} ({folders[name]})", "the base's" if holders[0] == BASE else f"that of `{holders[0]}`"
+        if one.vocabulary:
+            what = f"the tokenizer differs from {other} in its tokens: {'; '.join(one.vocabulary)}"
+            problems.append(Problem(what, where, remedy=REMEDY))
+        lost = [f"{shown(token)} ({number}) is missing" for token, number in list(one.missing.items())[:SHOWN]]
+        if choice == AUTO and (one.behaviour or lost):
+            what = f"the tokenizer differs from {other}: {'; '.join([*one.behaviour, *lost])}"
+            problems.append(Problem(what, where, remedy=_remedy("--tokenizer", holders)))
+    notes += [f"tokenizer of {', '.join(names)}: {text}" for text, names in _by_text(found).items()]
+    return found
+
+
+def _by_text(found: Mapping[str, Differences]) -> dict[str, list[str]]:
+    """Return what to tell about tokenizers of one meaning, with the inputs that it is about."""
+    said: dict[str, list[str]] = {}
+    for name, one in found.items():
+        parts = [f"written otherwise than the base's, with the same meaning: {', '.join(one.form)}"] if one.form else []
+        for text in [*(parts if not one.behaviour else []), *one.unsure]:
+            said.setdefault(text, []).append(f"`{name}`")
+    return said
+
+
+def _check_rows(
+    base: Checkpoint | BareBase,
+    policies: Mapping[str, Checkpoint | Adapter],
+    compared: Mapping[str, Differences],
+    choice: str,
+    problems: list[Problem],
+) -> None:
+    """Refuse tokens that two policies added at one id, and added tokens without a row in the embeddings."""
+    seen: dict[int, tuple[str, str]] = {}
+    for name, one in compared.items():
+        for token, number in one.extra.items():
+            other, first = seen.setdefault(number, (token, name))
+            if other != token:
+                what = f"the tokenizers differ: token {number} is {shown(other)} in {first}, {shown(token)} in {name}"
+                problems.append(Problem(what, "policies", remedy=REMEDY))
+        policy = policies.get(name)
+        rows = of_text(policy.config, "vocab_size") if isinstance(policy, Checkpoint) else None
+        without = [f"{shown(token)} ({number})" for token, number in one.extra.items() if rows and number >= rows]
+        if choice == AUTO and without:
+            what = f"its tokenizer has tokens that the model has no row for: {', '.join(without[:SHOWN])}"
+            problems.append(
+                Problem(what, f"policy `{name}`", f"ids below {rows}", remedy=_remedy("--tokenizer", [BASE]))
+            )
+
+
+def _choose(
+    settings: Mapping[str, Settings | None],
+    choice: str,
+    option: str,
+    what: str,
+    adapter: bool,
+    problems: list[Problem],
+    notes: list[str],
+) -> str:
+    """Return whose files the output gets: the user's choice, or those that all policies agree on."""
+    told = {name: one for name, one in settings.items() if name != BASE}
+    holders = {name: one for name, one in told.items() if one is not None}
+    if choice != AUTO:
+        return choice
+    if not holders:
+        return "" if adapter else BASE
+    first = next(iter(holders))
+    base = settings[BASE] or {}
+    # Only padding differs: it changes no answer.
+    agreed = [
+        key for key in _keys(holders) if "pad" not in key or len({repr(one.get(key)) for one in holders.values()}) == 1
+    ]
+    own = [key for one in holders.values() for key in agreed if one.get(key) not in (None, base.get(key))]
+    if not own and settings[BASE] is not None:
+        return first if adapter else BASE
+    apart = [key for key in agreed if len({repr(one.get(key)) for one in holders.values()}) > 1]
+    if apart or len(holders) < len(told):
+        got = [f"{name}: {_listed(one, apart or own)}" for name, one in told.items()]
+        differ = ", ".join(dict.fromkeys(apart or own))
+        expected = "the same in all policies, or a choice"
+        remedy = _remedy(option, [*([BASE] if settings[BASE] is not None else []), *holders])
+        problems.append(
+            Problem(f"the policies differ in {what}: {differ}", "policies", expected, "; ".join(got), remedy)
+        )
+    elif settings[BASE] is None:
+        notes.append(f"{what} of `{first}`, the base has none")
+    else:
+        listed = ", ".join(
+            f"{key} {_short(holders[first].get(key))}, not {_short(base.get(key))}" for key in dict.fromkeys(own)
+        )
+        notes.append(f"{what} of `{first}`, as all policies have: {listed}; {option} base keeps the base's")
+    return first
+
+
+def _keys(holders: Mapping[str, Settings]) -> list[str]:
+    return list(dict.fromkeys(key for one in holders.values() for key in one))
+
+
+def _listed(settings: Settings | None, keys: Sequence[str]) -> str:
+    if settings is None:
+        return "none"
+    return ", ".join(f"{key} {_short(settings.get(key))}" for key in dict.fromkeys(keys))
+
+
+def _short(value: Any) -> str:
+    """Return a value on one line; templates are long."""
+    return shown(value) if isinstance(value, str) else "none" if value is None else shortened(repr(value))
+
+
+def _differs(settings: Mapping[str, Settings | None], chosen: str) -> bool:
+    """True if the chosen settings differ from the base's in more than padding, which changes no answer."""
+    one, base = settings.get(chosen) or {}, settings[BASE] or {}
+    return any(value is not None and value != base.get(key) for key, value in one.items() if "pad" not in key)
+
+
+def _remedy(option: str, names: Sequence[str]) -> str:
+    """Return the remedy that lists the choices."""
+    choices = [f"{option} {name}" for name in names]
+    return (
+        f"choose whose the output gets: {', '.join(choices[:-1])} or {choices[-1]}"
+        if len(choices) > 1
+        else f"pass {choices[0]}"
+    )
