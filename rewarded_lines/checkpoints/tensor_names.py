@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 from rewarded_lines.checkpoints.conversions import (
@@ -31,7 +32,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 Tensors = Mapping[str, TensorInfo]
 Key = Callable[[str], str]
 
-_FURTHER = re.compile(r"mtp(_layers|_block)?\.")
+_FURTHER = re.compile(r"mtp(_\w+)?\.")
 _LEFT_OVER = re.compile("|".join(LEFT_OVER))
 _BLOCK = re.compile(r"layers\.([0-9]{1,6})\.(.*)")
 _SHARED = re.compile(r"self_attn\.[kv]_(proj|norm)\.")
@@ -144,12 +145,12 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 
 def _keys(first: Iterable[str], second: Iterable[str]) -> Iterator[Key]:
-    """Yield ways of making keys: with known wrappers, then also without the prefix of a base model (`bert.`)."""
+    """Yield ways of making keys: without known wrappers, then without what all names of a side begin with (`bert.`)."""
     yield partial(_key, roots=ROOTS)
     for names in (first, second):
-        starts = {name.partition(".")[0] for name in names if not name.startswith(HEADS)}
-        if len(starts) == 1:
-            yield partial(_key, roots=ROOTS | starts)
+        # Heads lie beside a base model, so they do not have its prefix.
+        modules = [name.split(".")[:-1] for name in names if not name.startswith(HEADS)]
+        yield partial(_key, roots=ROOTS.union(commonprefix(modules)))
 
 
 def _key(name: str, roots: Collection[str]) -> str:

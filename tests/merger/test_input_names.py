@@ -98,7 +98,16 @@ def models(saved, tmp_path):
     return models
 
 
-WRAPPERS = ["_orig_mod.", "module.", "policy.", "pretrained_model.", "base_model.", "actor.", "module._orig_mod."]
+WRAPPERS = [
+    "_orig_mod.",
+    "module.",
+    "policy.",
+    "pretrained_model.",
+    "base_model.",
+    "actor.",
+    "module._orig_mod.",
+    "student.net.",
+]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -264,6 +273,7 @@ def test_what_only_a_policy_has_and_transformers_never_loads(tmp_path):
     [
         ({}, {"architectures": None}),
         ({}, {"architectures": ["FSDPLlamaForCausalLM"]}),
+        ({"architectures": ["LlamaModel"]}, {}),
         ({"architectures": ["LLaMAForCausalLM"]}, {}),
         ({"rope_theta": 10000.0, "rope_parameters": None, "rope_scaling": None}, {}),
         ({"torch_dtype": "float32", "dtype": None}, {}),
