@@ -39,6 +39,14 @@ _SHARED = re.compile(r"self_attn\.[kv]_(proj|norm)\.")
 _COMPILERS = frozenset(name for name in WRAPPERS if name.startswith("_"))
 
 
+def _dotted(modules: str) -> str:
+    """Return modules with the dots around them, "^." before them at the start of a name."""
+    return f"^.{modules[1:]}." if modules.startswith("^") else f".{modules}." if modules else "."
+
+
+_RULES = tuple((_dotted(old), _dotted(old[:1] + new if old[0] == "^" else new)) for old, new in SYNONYMS)
+
+
 def without_compilers(name: str) -> str:
     """Return a name without the modules that compilers and FSDP put around others."""
     return _without(name, _COMPILERS)
@@ -158,20 +166,15 @@ def _key(name: str, roots: Collection[str]) -> str:
     parts = _without(name, WRAPPERS).split(".")
     while len(parts) > 1 and parts[0] in roots:
         parts = parts[1:]
-    text = f"^{'.'.join(parts)}."
-    for old, new in SYNONYMS:
-        text = _replaced(text, old, new)
-    return text.strip("^.")
+    return _replaced(".".join(parts), _RULES)
 
 
-def _replaced(text: str, old: str, new: str) -> str:
-    """Replace whole modules in a name that begins with ^ and ends with a dot."""
-    if old.startswith("^"):
-        return f"^{new}." + text.removeprefix(f"{old}.") if text.startswith(f"{old}.") else text
-    if f"{old}." not in text:
-        return text
-    inner = f"{new}." if new else ""
-    return re.sub(rf"(?<=[.^]){re.escape(old)}\.", lambda _: inner, text)
+def _replaced(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    text = f"^.{name}."
+    for old, new in rules:
+        if old in text:
+            text = text.replace(old, new)
+    return text[2:-1]
 
 
 def _without(name: str, modules: Collection[str]) -> str:
@@ -180,13 +183,9 @@ def _without(name: str, modules: Collection[str]) -> str:
 
 def _unique(key: Key, names: Collection[str]) -> dict[str, str]:
     """Return the name of each key; a key that several names have is left out."""
-    rows = [row for row in SHIFTS if any(f".{row[0][0]}." in name for name in names)]
-    keys = {}
-    for name in names:
-        shifted = f"^{name}."
-        for old, new in (pair for row in rows for pair in reversed(row)):
-            shifted = _replaced(shifted, old, new)
-        keys[name] = key(shifted.strip("^."))
+    starting_at_zero = [row for row in SHIFTS if any(f".{row[0][0]}." in name for name in names)]
+    rules = [(_dotted(old), _dotted(new)) for row in starting_at_zero for old, new in reversed(row)]
+    keys = {name: key(_replaced(name, rules) if rules else name) for name in names}
     counts = Counter(keys.values())
     return {found: name for name, found in keys.items() if counts[found] == 1}
 
