@@ -44,7 +44,7 @@ def _dotted(modules: str) -> str:
     return f"^.{modules[1:]}." if modules.startswith("^") else f".{modules}." if modules else "."
 
 
-_RULES = tuple((_dotted(old), _dotted(old[:1] + new if old[0] == "^" else new)) for old, new in SYNONYMS)
+_RULES = tuple((_dotted(old), _dotted(f"^{new}" if old.startswith("^") else new)) for old, new in SYNONYMS)
 
 
 def without_compilers(name: str) -> str:
