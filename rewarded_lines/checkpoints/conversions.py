@@ -8,7 +8,8 @@ from __future__ import annotations
 
 # Modules that trainers and compilers put around others, and the ones that a wrapping class puts around a text model.
 WRAPPERS = frozenset(
-    "_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module module model language_model text_model llm".split()
+    ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    + ("module", "model", "language_model", "text_model", "llm")
 )
 # Modules around a whole model; further inside, the name may mean another thing.
 ROOTS = frozenset("transformer policy pretrained_model base_model actor actor_module backbone".split())

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 from rewarded_lines.checkpoints.conversions import (
@@ -31,11 +32,19 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 Tensors = Mapping[str, TensorInfo]
 Key = Callable[[str], str]
 
-_FURTHER = re.compile(r"mtp(_layers|_block)?\.")
+_FURTHER = re.compile(r"mtp(_\w+)?\.")
 _LEFT_OVER = re.compile("|".join(LEFT_OVER))
 _BLOCK = re.compile(r"layers\.([0-9]{1,6})\.(.*)")
 _SHARED = re.compile(r"self_attn\.[kv]_(proj|norm)\.")
 _COMPILERS = frozenset(name for name in WRAPPERS if name.startswith("_"))
+
+
+def _dotted(modules: str) -> str:
+    """Return modules with the dots around them, "^." before them at the start of a name."""
+    return f"^.{modules[1:]}." if modules.startswith("^") else f".{modules}." if modules else "."
+
+
+_RULES = tuple((_dotted(old), _dotted(f"^{new}" if old.startswith("^") else new)) for old, new in SYNONYMS)
 
 
 def without_compilers(name: str) -> str:
@@ -144,12 +153,12 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 
 def _keys(first: Iterable[str], second: Iterable[str]) -> Iterator[Key]:
-    """Yield ways of making keys: with known wrappers, then also without the prefix of a base model (`bert.`)."""
+    """Yield ways of making keys: without known wrappers, then without what all names of a side begin with (`bert.`)."""
     yield partial(_key, roots=ROOTS)
     for names in (first, second):
-        starts = {name.partition(".")[0] for name in names if not name.startswith(HEADS)}
-        if len(starts) == 1:
-            yield partial(_key, roots=ROOTS | starts)
+        # Heads lie beside a base model, so they do not have its prefix.
+        modules = [name.split(".")[:-1] for name in names if not name.startswith(HEADS)]
+        yield partial(_key, roots=ROOTS.union(commonprefix(modules)))
 
 
 def _key(name: str, roots: Collection[str]) -> str:
@@ -157,20 +166,15 @@ def _key(name: str, roots: Collection[str]) -> str:
     parts = _without(name, WRAPPERS).split(".")
     while len(parts) > 1 and parts[0] in roots:
         parts = parts[1:]
-    text = f"^{'.'.join(parts)}."
-    for old, new in SYNONYMS:
-        text = _replaced(text, old, new)
-    return text.strip("^.")
+    return _replaced(".".join(parts), _RULES)
 
 
-def _replaced(text: str, old: str, new: str) -> str:
-    """Replace whole modules in a name that begins with ^ and ends with a dot."""
-    if old.startswith("^"):
-        return f"^{new}." + text.removeprefix(f"{old}.") if text.startswith(f"{old}.") else text
-    if f"{old}." not in text:
-        return text
-    inner = f"{new}." if new else ""
-    return re.sub(rf"(?<=[.^]){re.escape(old)}\.", lambda _: inner, text)
+def _replaced(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    text = f"^.{name}."
+    for old, new in rules:
+        if old in text:
+            text = text.replace(old, new)
+    return text[2:-1]
 
 
 def _without(name: str, modules: Collection[str]) -> str:
@@ -179,13 +183,9 @@ def _without(name: str, modules: Collection[str]) -> str:
 
 def _unique(key: Key, names: Collection[str]) -> dict[str, str]:
     """Return the name of each key; a key that several names have is left out."""
-    rows = [row for row in SHIFTS if any(f".{row[0][0]}." in name for name in names)]
-    keys = {}
-    for name in names:
-        shifted = f"^{name}."
-        for old, new in (pair for row in rows for pair in reversed(row)):
-            shifted = _replaced(shifted, old, new)
-        keys[name] = key(shifted.strip("^."))
+    starting_at_zero = [row for row in SHIFTS if any(f".{row[0][0]}." in name for name in names)]
+    rules = [(_dotted(old), _dotted(new)) for row in starting_at_zero for old, new in reversed(row)]
+    keys = {name: key(_replaced(name, rules) if rules else name) for name in names}
     counts = Counter(keys.values())
     return {found: name for name, found in keys.items() if counts[found] == 1}
 

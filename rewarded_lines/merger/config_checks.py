@@ -85,8 +85,10 @@ def _same_class(base: str, policy: str) -> bool:
     """True if both have one task: `model_type` tells families apart, and releases spell a class in several ways."""
     if not base or not policy or base == policy:
         return True
-    tasks = [tuple(name for name in LANGUAGE_MODELS if one.endswith(name.lower())) for one in (base, policy)]
-    return all(tasks)
+    languages = [one.endswith(tuple(map(str.lower, LANGUAGE_MODELS))) for one in (base, policy)]
+    # A class without a head has no task, and heads have tensors of their own.
+    bare = [one.endswith("model") and not language for one, language in zip((base, policy), languages, strict=True)]
+    return all(languages) or any(bare)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

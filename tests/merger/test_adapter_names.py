@@ -81,7 +81,12 @@ def check_both(folder, kind):
     return result
 
 
-@pytest.mark.parametrize("model", CASES)
+SLOW = ("qwen3-vl", "mixtral", "bloom")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.slow) if model in SLOW else model for model in CASES]
+)
 def test_names_in_memory_and_on_disk(model, tmp_path):
     """Of the Hub's gpt2 and bloom, too, which have no prefix."""
     change = without("transformer.") if model in ("gpt2", "bloom") else None

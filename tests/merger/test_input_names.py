@@ -98,7 +98,16 @@ def models(saved, tmp_path):
     return models
 
 
-WRAPPERS = ["_orig_mod.", "module.", "policy.", "pretrained_model.", "base_model.", "actor.", "module._orig_mod."]
+WRAPPERS = [
+    "_orig_mod.",
+    "module.",
+    "policy.",
+    "pretrained_model.",
+    "base_model.",
+    "actor.",
+    "module._orig_mod.",
+    "student.net.",
+]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -130,7 +139,10 @@ def test_the_prefix_of_a_base_model(model, prefix, tmp_path):
     assert set(load_file(tmp_path / "out/model.safetensors")) == set(load_file(tmp_path / "base/model.safetensors"))
 
 
-@pytest.mark.parametrize("model", ["gemma3-images", "llava", "qwen2-vl", "qwen3-vl", "mixtral", "qwen3-moe", "phimoe"])
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in ("llava", "qwen3-vl", "mixtral")]
+
+
+@pytest.mark.parametrize("model", ["gemma3-images", "qwen2-vl", "qwen3-moe", "phimoe", *SLOW])
 @pytest.mark.parametrize("in_memory", ["base", "p1"])
 def test_names_in_memory(model, in_memory, tmp_path):
     """Trainers that shard a model save its names in memory: other prefixes, and all experts in one tensor."""
@@ -264,6 +276,7 @@ def test_what_only_a_policy_has_and_transformers_never_loads(tmp_path):
     [
         ({}, {"architectures": None}),
         ({}, {"architectures": ["FSDPLlamaForCausalLM"]}),
+        ({"architectures": ["LlamaModel"]}, {}),
         ({"architectures": ["LLaMAForCausalLM"]}, {}),
         ({"rope_theta": 10000.0, "rope_parameters": None, "rope_scaling": None}, {}),
         ({"torch_dtype": "float32", "dtype": None}, {}),
