@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.tensor_names import names_in
 from rewarded_lines.errors import fail
 
 # PEFT wraps parameters in the order in which a model's code declares them; the last one is the outermost.
-_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+_ORDER = ("gate_proj", "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 _NESTED = ".base_layer"
 _FIRST = re.compile(r"\.experts\.0\.(?=[^.]+\.weight$)")
 

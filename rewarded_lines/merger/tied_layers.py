@@ -12,7 +12,7 @@ from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.low_rank import LowRank
-from rewarded_lines.checkpoints.reader import Checkpoint
+from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
 from rewarded_lines.kernels.blocks import blocks_of
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -53,8 +53,8 @@ def is_tied(base: Checkpoint) -> bool:
     return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
 
 
-def same_values(first: Adapter, one: TensorInfo, second: Adapter, other: TensorInfo) -> bool:
-    """True if two tensors of adapters have one type, one shape and the same bytes."""
+def same_values(first: TensorFiles, one: TensorInfo, second: TensorFiles, other: TensorInfo) -> bool:
+    """True if two tensors have one type, one shape and the same bytes."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     pairs = ((first.read(one.name, *block), second.read(other.name, *block)) for block in blocks_of(one.elements))
@@ -102,6 +102,10 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     embeddings = stored_name(base, head) if head not in base.tensors else next(filter(is_embedding, base.tensors), None)
     if embeddings is None:
         return []
+    stored, own = base.tensors[embeddings], base.tensors.get(head)
+    if own is not None and _ties(base) is not True and not same_values(base, own, base, stored):
+        # The config does not say it, but the head has values of its own.
+        return []
     apart = [name for name, adapter in changing.items() if not _alike(adapter, head, embeddings)]
     for adapter in changing.values():
         if not apart:
@@ -111,7 +115,8 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     if not apart:
         return []
     for source in [base, *(policy for policy in policies.values() if isinstance(policy, Checkpoint))]:
-        if head not in source.tensors and embeddings in source.tensors:
+        # With tied embeddings transformers ignores the head of a file.
+        if embeddings in source.tensors and (head not in source.tensors or _ties(base) is True):
             source.tensors[head] = replace(source.tensors[embeddings], name=head)
     _untie(base)
     return [

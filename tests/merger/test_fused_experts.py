@@ -28,6 +28,7 @@ MIXTURES = {
     "DeepseekV3": DEEPSEEK,
     "GraniteMoe": {**MIXTRAL, "num_local_experts": 3},
 }
+SLOW = ("DeepseekV3", "GraniteMoe")
 
 
 def build(name, **changes):
@@ -84,7 +85,9 @@ def save_two(here, model, **settings):
     return kind
 
 
-@pytest.mark.parametrize("name", list(MIXTURES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MIXTURES]
+)
 def test_all_linear_of_a_mixture(here, name):
     targets = "all-linear"
     if name in ("GptOss", "GraniteMoe"):

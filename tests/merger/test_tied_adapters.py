@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import edit_settings, factors, load_adapter, save_adapter, settings_of
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +33,7 @@ APART = {
     "low-rank-head": {"target_modules": ["q_proj", "lm_head"]},
     "low-rank-embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
 }
+SLOW = ("embeddings", "low-rank-embeddings")
 
 
 def matrices(base, adapter=None):
@@ -82,7 +83,9 @@ def test_what_changes_both_alike_stays_tied(tiny, kind):
     assert settings_of(tiny / "end") == settings_of(tiny / "one")
 
 
-@pytest.mark.parametrize("kind", list(APART))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in APART]
+)
 def test_what_changes_them_apart_is_untied(tiny, kind):
     save_two(tiny, **APART[kind])
     for as_ in ("adapter", "full"):
@@ -106,6 +109,25 @@ def test_policies_of_several_kinds(tiny):
     for name in (HEAD, EMBEDDINGS):
         exact = start[name] + 0.5 * sum(w * (part[name] - start[name]) for w, part in zip(weights, moved, strict=True))
         assert torch.allclose(found[name], exact, rtol=1e-6, atol=1e-7), name
+
+
+def test_a_head_with_values_of_its_own_is_not_tied_whatever_the_config_leaves_out(tiny):
+    config = json.loads((tiny / "sft/config.json").read_text())
+    tensors = load_file("sft/model.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDINGS] + 1}, "sft/model.safetensors", {"format": "pt"})
+    (tiny / "sft/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    save_two(tiny, **APART["low-rank"])
+    merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_="full", out="out")
+    check("sft", ["one", "two"], (0.3, 0.7), "out")
+    del config["tie_word_embeddings"]
+    (tiny / "sft/config.json").write_text(json.dumps(config))
+    (result,) = merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_="full", out="silent")
+    assert not any("two in the output" in note for note in result.notes)
+    assert (tiny / "out/model.safetensors").read_bytes() == (tiny / "silent/model.safetensors").read_bytes()
+    # In a tied model transformers ignores what the file has for the head.
+    (tiny / "sft/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_="full", out="tied")
+    check("sft", ["one", "two"], (0.3, 0.7), "tied")
 
 
 def test_engines_that_hold_the_tied_base_refuse_untied_merges(tiny):
