@@ -145,6 +145,12 @@ def test_other_options_are_in_the_command(family, cli, monkeypatch, options):
     assert (family / "merged/model.safetensors").read_bytes() == (family / "out/model.safetensors").read_bytes()
 
 
+def test_the_formula_says_what_tensors_outside_the_blocks_get(family):
+    assert "embeddings, final norm and head: α" in make(family)[1]
+    beside = make(family, "beside", outside="depth")[1]
+    assert "embeddings, final norm and head: that of the block beside them" in beside
+
+
 def test_plain_soups_are_not_called_lines(family):
     data, text = make(family, alpha=1.0, beta=0.0)
     assert "lines" not in data.tags and text.count("# Rewarded Soup of first, second") == 1
