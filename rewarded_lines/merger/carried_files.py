@@ -247,7 +247,7 @@ def _choose(
     if not own and settings[BASE] is not None:
         return first if adapter else BASE
     apart = [key for key in agreed if len({repr(one.get(key)) for one in holders.values()}) > 1]
-    if apart or len(holders) < len(told):
+    if apart or (own and settings[BASE] is not None and len(holders) < len(told)):
         got = [f"{name}: {_listed(one, apart or own)}" for name, one in told.items()]
         differ = ", ".join(dict.fromkeys(apart or own))
         expected = "the same in all policies, or a choice"

@@ -223,6 +223,15 @@ def test_a_base_without_a_tokenizer(chats):
     assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
 
 
+def test_only_one_input_has_a_tokenizer(chats):
+    for path in [path for name in ("sft", "second") for path in Path(name).glob("*token*")]:
+        path.unlink()
+    assert "tokenizer and chat template of `first`, the base has none" in notes(
+        merge("sft", ["first", "second"], 0.5, out="out")
+    )
+    assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
+
+
 def add_token(folder, token, number):
     content = json.loads(Path(folder, "tokenizer.json").read_text())
     more = {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
