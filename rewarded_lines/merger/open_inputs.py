@@ -12,7 +12,8 @@ from rewarded_lines.checkpoints.tensor_depth import find_depths, with_declared_b
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, changed_tensors, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
-from rewarded_lines.merger.carried_files import AUTO, choose_files
+from rewarded_lines.merger.carried_files import choose_files
+from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some

@@ -84,6 +84,15 @@ def test_a_chat_template_in_the_settings_is_the_same_as_one_in_a_file(chats):
     assert AutoTokenizer.from_pretrained("other").chat_template == TEMPLATE
 
 
+def test_what_a_policy_leaves_open_is_the_bases(chats):
+    content = json.loads(Path("second/tokenizer_config.json").read_text())
+    del content["bos_token"]
+    Path("second/tokenizer_config.json").write_text(json.dumps(content))
+    Path("second/generation_config.json").unlink()
+    merge("sft", ["first", "second"], 0.5, out="out")
+    assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
+
+
 @pytest.mark.parametrize("template", [None, OTHER])
 def test_policies_with_different_templates_are_a_choice(chats, template):
     save_template("second", template)
