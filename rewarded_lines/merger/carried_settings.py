@@ -122,10 +122,11 @@ class Question:
         elif base is None:
             notes.append(f"{self.what} of `{first}`, the base has none")
         else:
-            listed = ", ".join(f"{key} {_short(values[key][0])}, not {_short(base.get(key))}" for key in own)
-            notes.append(
-                f"{self.what} of `{first}`, as all policies have: {listed}; {self.option} base keeps the base's"
-            )
+            lost = [key for key, value in base.items() if value is not None and (told[first] or {}).get(key) is None]
+            parts = [f"{key} {_short(values[key][0])}, not {_short(base.get(key))}" for key in own]
+            parts += [f"without the base's {', '.join(lost)}"] if lost else []
+            listed = "; ".join([*parts, f"{self.option} base keeps the base's"])
+            notes.append(f"{self.what} of `{first}`, as all policies have: {listed}")
         return first
 
     def _disagreement(
@@ -145,8 +146,11 @@ def _filled(settings: Settings, base: Settings) -> Settings:
 
 
 def _short(value: Any) -> str:
-    """Return a value on one line; templates are long."""
-    return shown(value) if isinstance(value, str) else "none" if value is None else shortened(repr(value))
+    """Return a value on one line. Templates are long, and often begin alike."""
+    if isinstance(value, str):
+        length = f" ({len(value):,} characters)" if shortened(value) != value else ""
+        return shown(value) + length
+    return "none" if value is None else shortened(repr(value))
 
 
 def choices(option: str, names: Sequence[str]) -> str:

@@ -194,6 +194,16 @@ def test_an_end_token_and_sampling_that_all_policies_share(tiny):
     assert json.loads(Path("plain/config.json").read_text())["eos_token_id"] == 2
 
 
+def test_what_the_policies_lack_is_told(tiny):
+    edit("sft/generation_config.json", temperature=0.6, do_sample=True)
+    for name in ("first", "second"):
+        end_with(name, "<s>")
+    results = merge("sft", ["first", "second"], 0.5, out="out")
+    assert "without the base's temperature, do_sample; --config-from base keeps the base's" in notes(results)
+    merge("sft", ["first", "second"], 0.5, out="plain", config_from="base")
+    assert GenerationConfig.from_pretrained("plain").temperature == 0.6
+
+
 def test_policies_with_different_end_tokens_are_a_choice(tiny):
     number = end_with("second", "<s>")
     with pytest.raises(UserError) as caught:
