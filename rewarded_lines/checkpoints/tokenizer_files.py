@@ -58,8 +58,11 @@ def tokenizer_file(folder: Path) -> Path | None:
     """Return the file that says most about a folder's tokenizer; None without any."""
     places = [folder / name for name in (FAST, "vocab.json", "vocab.txt")]
     places += [path for path in sorted(folder.glob("*.model")) if path.is_file()]
-    # A pipe of such a name must be refused, not passed over.
-    return next((path for path in places if os.path.lexists(path)), None)
+    found = next((path for path in places if os.path.lexists(path)), None)
+    # Reading a pipe may never end.
+    if found is not None and not found.is_file():
+        raise damaged(found, "not a file")
+    return found
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles:

@@ -16,12 +16,21 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, resolve_folder
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.merger.carried_settings import IDS, Settings, generation_settings, of_text, tokenizer_settings
+from rewarded_lines.merger.carried_settings import (
+    AUTO,
+    BASE,
+    IDS,
+    Question,
+    Settings,
+    choices,
+    generation_settings,
+    of_text,
+    tokenizer_settings,
+)
 from rewarded_lines.merger.model_checks import REMEDY
-from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shortened, shown
+from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shown
 from rewarded_lines.references import looks_local
 
-BASE, AUTO = "base", "auto"
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
     "*.model",
@@ -109,11 +118,13 @@ def choose_files(
     compared = _compare(folders, policies, tokenizer, problems, notes)
     _check_rows(base, policies, compared, tokenizer, problems)
     settings = {name: tokenizer_settings(folders[name], compared.get(name)) for name in (BASE, *policies)}
-    chosen = _choose(settings, tokenizer, "--tokenizer", "tokenizer and chat template", adapter, problems, notes)
+    tokens = Question("--tokenizer", "tokenizer and chat template", settings)
+    chosen = tokens.answer(adapter, problems, notes) if tokenizer == AUTO else tokenizer
     configs = {BASE: generation_settings(base.folder, base.config)}
     for name, policy in policies.items():
         configs[name] = generation_settings(policy.folder, policy.config if isinstance(policy, Checkpoint) else None)
-    source = _choose(configs, config_from, "--config-from", "generation settings", adapter, problems, notes)
+    generation = Question("--config-from", "generation settings", configs)
+    source = generation.answer(adapter, problems, notes) if config_from == AUTO else config_from
     if problems:
         raise UserError(problems)
     policy = policies.get(source)
@@ -181,7 +192,7 @@ def _compare(
         lost = [f"{shown(token)} ({number}) is missing" for token, number in list(one.missing.items())[:SHOWN]]
         if choice == AUTO and (one.behaviour or lost):
             what = f"the tokenizer differs from {other}: {'; '.join([*one.behaviour, *lost])}"
-            problems.append(Problem(what, where, remedy=_remedy("--tokenizer", holders)))
+            problems.append(Problem(what, where, remedy=choices("--tokenizer", holders)))
     notes += [f"tokenizer of {', '.join(names)}: {text}" for text, names in _by_text(found).items()]
     return found
 
@@ -217,80 +228,11 @@ def _check_rows(
         if choice == AUTO and without:
             what = f"its tokenizer has tokens that the model has no row for: {', '.join(without[:SHOWN])}"
             problems.append(
-                Problem(what, f"policy `{name}`", f"ids below {rows}", remedy=_remedy("--tokenizer", [BASE]))
+                Problem(what, f"policy `{name}`", f"ids below {rows}", remedy=choices("--tokenizer", [BASE]))
             )
-
-
-def _choose(
-    settings: Mapping[str, Settings | None],
-    choice: str,
-    option: str,
-    what: str,
-    adapter: bool,
-    problems: list[Problem],
-    notes: list[str],
-) -> str:
-    """Return whose files the output gets: the user's choice, or those that all policies agree on."""
-    told = {name: one for name, one in settings.items() if name != BASE}
-    holders = {name: one for name, one in told.items() if one is not None}
-    if choice != AUTO:
-        return choice
-    if not holders:
-        return "" if adapter else BASE
-    first = next(iter(holders))
-    base = settings[BASE] or {}
-    # Only padding differs: it changes no answer.
-    agreed = [
-        key for key in _keys(holders) if "pad" not in key or len({repr(one.get(key)) for one in holders.values()}) == 1
-    ]
-    own = [key for one in holders.values() for key in agreed if one.get(key) not in (None, base.get(key))]
-    if not own and settings[BASE] is not None:
-        return first if adapter else BASE
-    apart = [key for key in agreed if len({repr(one.get(key)) for one in holders.values()}) > 1]
-    if apart or len(holders) < len(told):
-        got = [f"{name}: {_listed(one, apart or own)}" for name, one in told.items()]
-        differ = ", ".join(dict.fromkeys(apart or own))
-        expected = "the same in all policies, or a choice"
-        remedy = _remedy(option, [*([BASE] if settings[BASE] is not None else []), *holders])
-        problems.append(
-            Problem(f"the policies differ in {what}: {differ}", "policies", expected, "; ".join(got), remedy)
-        )
-    elif settings[BASE] is None:
-        notes.append(f"{what} of `{first}`, the base has none")
-    else:
-        listed = ", ".join(
-            f"{key} {_short(holders[first].get(key))}, not {_short(base.get(key))}" for key in dict.fromkeys(own)
-        )
-        notes.append(f"{what} of `{first}`, as all policies have: {listed}; {option} base keeps the base's")
-    return first
-
-
-def _keys(holders: Mapping[str, Settings]) -> list[str]:
-    return list(dict.fromkeys(key for one in holders.values() for key in one))
-
-
-def _listed(settings: Settings | None, keys: Sequence[str]) -> str:
-    if settings is None:
-        return "none"
-    return ", ".join(f"{key} {_short(settings.get(key))}" for key in dict.fromkeys(keys))
-
-
-def _short(value: Any) -> str:
-    """Return a value on one line; templates are long."""
-    return shown(value) if isinstance(value, str) else "none" if value is None else shortened(repr(value))
 
 
 def _differs(settings: Mapping[str, Settings | None], chosen: str) -> bool:
     """True if the chosen settings differ from the base's in more than padding, which changes no answer."""
     one, base = settings.get(chosen) or {}, settings[BASE] or {}
     return any(value is not None and value != base.get(key) for key, value in one.items() if "pad" not in key)
-
-
-def _remedy(option: str, names: Sequence[str]) -> str:
-    """Return the remedy that lists the choices."""
-    choices = [f"{option} {name}" for name in names]
-    return (
-        f"choose whose the output gets: {', '.join(choices[:-1])} or {choices[-1]}"
-        if len(choices) > 1
-        else f"pass {choices[0]}"
-    )

@@ -1,16 +1,19 @@
-"""What a folder's tokenizer and generation settings say, in one form: chat template, special tokens, sampling."""
+"""What tokenizer and generation settings of the inputs say, in one form, and whether the policies agree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
-from rewarded_lines.merger.tokenizer_checks import Differences
+from rewarded_lines.errors import Problem
+from rewarded_lines.merger.tokenizer_checks import Differences, shortened, shown
 
 Settings = Mapping[str, Any]
+BASE, AUTO = "base", "auto"
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _SPECIAL = ("eos_token", "bos_token", "pad_token")
 _GENERATION = "generation_config.json"
@@ -82,3 +85,79 @@ def _ids(value: Any) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose files of one kind the output gets.
+
+    Attributes:
+        option: the user's, which answers it.
+        what: the kind of files.
+        settings: what base and policies say in them; None for an input that has none.
+    """
+
+    option: str
+    what: str
+    settings: Mapping[str, Settings | None]
+
+    def answer(self, adapter: bool, problems: list[Problem], notes: list[str]) -> str:
+        """Return the first policy if all policies agree on something that is not the base's, else the base."""
+        told = {name: one for name, one in self.settings.items() if name != BASE}
+        base = self.settings[BASE]
+        holders = {name: _filled(one, base or {}) for name, one in told.items() if one is not None}
+        if not holders:
+            return "" if adapter else BASE
+        first = next(iter(holders))
+        values = {key: [one.get(key) for one in holders.values()] for one in holders.values() for key in one}
+        apart = [key for key, all_ in values.items() if any(one != all_[0] for one in all_)]
+        # Where only padding differs, no answer changes.
+        apart = [key for key in apart if "pad" not in key]
+        shared = [key for key, all_ in values.items() if all(one == all_[0] for one in all_)]
+        own = [*apart, *(key for key in shared if values[key][0] != (base or {}).get(key))]
+        if base is not None and not own:
+            return first if adapter else BASE
+        if apart or (base is not None and len(holders) < len(told)):
+            problems.append(self._disagreement(apart or own, told, holders))
+        elif base is None:
+            notes.append(f"{self.what} of `{first}`, the base has none")
+        else:
+            lost = [key for key, value in base.items() if value is not None and (told[first] or {}).get(key) is None]
+            parts = [f"{key} {_short(values[key][0])}, not {_short(base.get(key))}" for key in own]
+            parts += [f"without the base's {', '.join(lost)}"] if lost else []
+            listed = "; ".join([*parts, f"{self.option} base keeps the base's"])
+            notes.append(f"{self.what} of `{first}`, as all policies have: {listed}")
+        return first
+
+    def _disagreement(
+        self, keys: Sequence[str], told: Mapping[str, Settings | None], holders: Mapping[str, Settings]
+    ) -> Problem:
+        given = {name: ", ".join(f"{key} {_short(one.get(key))}" for key in keys) for name, one in holders.items()}
+        got = "; ".join(f"{name}: {given.get(name, 'none')}" for name in told)
+        remedy = choices(self.option, [*([] if self.settings[BASE] is None else [BASE]), *holders])
+        what = f"the policies differ in {self.what}: {', '.join(keys)}"
+        return Problem(what, "policies", "the same in all policies, or a choice", got, remedy)
+
+
+def _filled(settings: Settings, base: Settings) -> Settings:
+    """Return a policy's settings, those that it leaves open filled in from the base's."""
+    said = {key: value for key, value in settings.items() if value is not None}
+    return {**base, **said}
+
+
+def _short(value: Any) -> str:
+    """Return a value on one line. Templates are long, and often begin alike."""
+    if isinstance(value, str):
+        length = f" ({len(value):,} characters)" if shortened(value) != value else ""
+        return shown(value) + length
+    return "none" if value is None else shortened(repr(value))
+
+
+def choices(option: str, names: Sequence[str]) -> str:
+    """Return the remedy that lists the choices."""
+    choices = [f"{option} {name}" for name in names]
+    return (
+        f"choose whose the output gets: {', '.join(choices[:-1])} or {choices[-1]}"
+        if len(choices) > 1
+        else f"pass {choices[0]}"
+    )

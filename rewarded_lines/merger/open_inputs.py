@@ -13,7 +13,8 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.added_tokens import enlarge
-from rewarded_lines.merger.carried_files import AUTO, choose_files
+from rewarded_lines.merger.carried_files import choose_files
+from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS

@@ -19,7 +19,8 @@ from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.nonfinite import NonFinite
-from rewarded_lines.merger.carried_files import BASE, Carried, key_of
+from rewarded_lines.merger.carried_files import Carried, key_of
+from rewarded_lines.merger.carried_settings import BASE
 from rewarded_lines.merger.lines_schedule import Outside, lines_scale, tensor_scale
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress

@@ -15,7 +15,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.kernels.thread_pool import share_out
-from rewarded_lines.merger.carried_files import AUTO, BASE
+from rewarded_lines.merger.carried_settings import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec

@@ -84,6 +84,15 @@ def test_a_chat_template_in_the_settings_is_the_same_as_one_in_a_file(chats):
     assert AutoTokenizer.from_pretrained("other").chat_template == TEMPLATE
 
 
+def test_what_a_policy_leaves_open_is_the_bases(chats):
+    content = json.loads(Path("second/tokenizer_config.json").read_text())
+    del content["bos_token"]
+    Path("second/tokenizer_config.json").write_text(json.dumps(content))
+    Path("second/generation_config.json").unlink()
+    merge("sft", ["first", "second"], 0.5, out="out")
+    assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
+
+
 @pytest.mark.parametrize("template", [None, OTHER])
 def test_policies_with_different_templates_are_a_choice(chats, template):
     save_template("second", template)
@@ -185,6 +194,16 @@ def test_an_end_token_and_sampling_that_all_policies_share(tiny):
     assert json.loads(Path("plain/config.json").read_text())["eos_token_id"] == 2
 
 
+def test_what_the_policies_lack_is_told(tiny):
+    edit("sft/generation_config.json", temperature=0.6, do_sample=True)
+    for name in ("first", "second"):
+        end_with(name, "<s>")
+    results = merge("sft", ["first", "second"], 0.5, out="out")
+    assert "without the base's temperature, do_sample; --config-from base keeps the base's" in notes(results)
+    merge("sft", ["first", "second"], 0.5, out="plain", config_from="base")
+    assert GenerationConfig.from_pretrained("plain").temperature == 0.6
+
+
 def test_policies_with_different_end_tokens_are_a_choice(tiny):
     number = end_with("second", "<s>")
     with pytest.raises(UserError) as caught:
@@ -220,6 +239,15 @@ def test_a_base_without_a_tokenizer(chats):
     for path in Path("sft").glob("*token*"):
         path.unlink()
     merge("sft", ["first", "second"], 0.5, out="out")
+    assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
+
+
+def test_only_one_input_has_a_tokenizer(chats):
+    for path in [path for name in ("sft", "second") for path in Path(name).glob("*token*")]:
+        path.unlink()
+    assert "tokenizer and chat template of `first`, the base has none" in notes(
+        merge("sft", ["first", "second"], 0.5, out="out")
+    )
     assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
 
 
