@@ -151,7 +151,10 @@ class Workspace:
         out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
         weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
         counts = np.zeros(len(indices), np.int64)
-        kernels.linear(base, stack, np.array(first.rows), weights, out, counts)
+        rows = np.array(first.rows)
+        kernels.linear(base, stack, rows, weights, out, counts)
+        if counts.any():
+            kernels.restore(base, stack, rows, weights, out)
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
 
     def _alike(self) -> bool:

@@ -123,34 +123,8 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
 
 @compiled
-def _add(origin: Array, residuals: Array, weights: Array, total: Array, size: int, out: Array) -> int:
-    """Write origin + Σ_j w_j·τ_j of one chunk; return how many results are not finite."""
-    residual, weight, count = residuals[0], weights[0], 0
-    for i in range(size):
-        total[i] = residual[i] * weight
-    for j in range(1, residuals.shape[0]):
-        residual, weight = residuals[j], weights[j]
-        for i in range(size):
-            total[i] += residual[i] * weight
-    for i in range(size):
-        count += _store(out, i, origin[i] + total[i])
-    return count
-
-
-@compiled
-def _clear_unchanged(base: Array, policy: Array, residual: Array) -> None:
-    """Set τ to 0 where base and policy are the same infinity or both NaN: their difference is NaN."""
-    for i in range(base.size):
-        one, other = _widen(base[i]), _widen(policy[i])
-        if one == other or (one != one and other != other):
-            residual[i] = 0.0
-
-
-@compiled
 def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
     """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k; count results that are not finite.
-
-    A value that is equal in base and policy adds nothing, also an infinity.
 
     Args:
         base: n stored values.
@@ -171,13 +145,39 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
             for i in range(source.size):
                 residual[i] = _widen(policy[i]) - origin[i]
         for k in range(weights.shape[0]):
-            target = out[k, start : start + _CHUNK]
-            count = _add(origin, residuals, weights[k], total, source.size, target)
-            if count:
-                for j in range(rows.size):
-                    _clear_unchanged(source, policies[rows[j], start : start + _CHUNK], residuals[j])
-                count = _add(origin, residuals, weights[k], total, source.size, target)
+            residual, weight = residuals[0], weights[k, 0]
+            for i in range(source.size):
+                total[i] = residual[i] * weight
+            for j in range(1, rows.size):
+                residual, weight = residuals[j], weights[k, j]
+                for i in range(source.size):
+                    total[i] += residual[i] * weight
+            target, count = out[k, start : start + _CHUNK], 0
+            for i in range(source.size):
+                count += _store(target, i, origin[i] + total[i])
             counts[k] += count
+
+
+@compiled
+def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
+    """Do `linear` again where the base is not finite: a policy that is equal there adds nothing, not inf − inf = NaN."""
+    for i in range(base.size):
+        origin = _widen(base[i])
+        if abs(origin) < np.inf:
+            continue
+        for k in range(weights.shape[0]):
+            total = 0.0
+            for j in range(rows.size):
+                value = _widen(policies[rows[j], i])
+                if not _equal(value, origin):
+                    total += weights[k, j] * (value - origin)
+            _store(out[k], i, origin + total)
+
+
+@compiled
+def _equal(one: float, other: float) -> bool:
+    """Return whether two values are the same, NaN too."""
+    return one == other or (one != one and other != other)
 
 
 @compiled
@@ -187,8 +187,11 @@ def residual(base: Array, policy: Array, out: Array) -> None:
     for i in range(base.size):
         out[i] = _widen(policy[i]) - _widen(base[i])
         undefined += out[i] != out[i]
+    # Inf − inf is NaN; of equal values it is no change.
     if undefined:
-        _clear_unchanged(base, policy, out)
+        for i in range(base.size):
+            if _equal(_widen(base[i]), _widen(policy[i])):
+                out[i] = 0.0
 
 
 @compiled

@@ -218,6 +218,7 @@ def test_a_value_that_is_equal_everywhere_stays(format_):
             base[place], policies[:, place], expected[:, place] = value, value, value
         out, bad = np.empty_like(expected), np.zeros(2, np.int64)
         kernels.linear(base, policies, *args, out, bad)
+        kernels.restore(base, policies, *args, out)
         assert np.array_equal(out, expected) and (bad == len(range(0, length, 7))).all()
         residual = np.empty(length)
         kernels.residual(base, policies[0], residual)

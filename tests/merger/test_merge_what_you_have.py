@@ -10,7 +10,10 @@ import pytest
 import torch
 from documents import pages
 from safetensors.torch import load_file
-from trainer_outputs import BASE, save_everything
+from tiny_models import TEXT
+from trainer_outputs import BASE, STATE, save_everything
+
+from rewarded_lines import merge
 
 BLOCKS = 4
 COMMANDS = [line for page in pages() if page.name == "docs/merge-what-you-have.md" for line in page.lines]
@@ -74,3 +77,44 @@ def test_a_whole_merge_has_the_names_and_the_config_of_the_base(had, cli, monkey
         theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (had / BASE, out))
         theirs["dtype"] = theirs.pop("torch_dtype")
         assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_trl_leaves_what_is_imitated_here(lora, had, tmp_path):
+    """The other tests make folders in the form of a trainer's; TRL's own have the same files and tensors, and merge."""
+    pytest.importorskip("trl", reason="TRL is not installed in this environment")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    imitated, run = had / ("trl/helpful-lora" if lora else "trl/helpful"), tmp_path / "run"
+    settings = {"max_steps": 1, "save_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "seed": 1}
+    trainer = SFTTrainer(
+        model=str(had / BASE),
+        args=SFTConfig(output_dir=str(run), per_device_train_batch_size=2, learning_rate=1e-2, **settings),
+        train_dataset=Dataset.from_dict({"text": TEXT * 2}),
+        processing_class=AutoTokenizer.from_pretrained(had / BASE),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert files(run) - {"README.md"} == files(imitated) - {"README.md"}
+    assert files(run / "checkpoint-1") >= files(imitated) | set(STATE) - {"README.md"}
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    shapes = [{name: value.shape for name, value in load_file(folder / weights).items()} for folder in (run, imitated)]
+    assert shapes[0] == shapes[1]
+    for trained in (run, run / "checkpoint-1"):
+        out = tmp_path / f"merged-{trained.name}"
+        merge(had / BASE, {"trained": trained, "other": imitated}, 0.5, out=out)
+        base, merged, one, two = (tensors(folder, had / BASE) for folder in (had / BASE, out, trained, imitated))
+        name = "model.layers.3.mlp.up_proj.weight"
+        assert not torch.equal(one[name], base[name])
+        step = one[name] + two[name] - 2 * base[name]
+        assert torch.allclose(merged[name], base[name] + step, rtol=2.0**-8, atol=1e-6)
+
+
+def files(folder):
+    """Return the names of the files of a folder."""
+    return {path.name for path in folder.iterdir() if path.is_file()}
