@@ -55,6 +55,8 @@ class Record(BaseModel):
     tokenizer: str | None = None
     config_from: str | None = None
     tokenizer_files: RecordedInput | None = None
+    # What of these the user chose, for the command on the card.
+    asked: dict[str, str] = {}
 
     @property
     def merge(self) -> MergeSpec:
