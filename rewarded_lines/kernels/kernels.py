@@ -160,7 +160,7 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
 
 @compiled
 def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
-    """Do `linear` again where the base is not finite: a policy that is equal there adds nothing, not inf − inf = NaN."""
+    """Do `linear` again where the base is not finite: an equal policy adds nothing, in place of inf − inf = NaN."""
     for i in range(base.size):
         origin = _widen(base[i])
         if abs(origin) < np.inf:

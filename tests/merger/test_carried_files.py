@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load_engine import load_generator
-from rewarded_lines.engines.tokenizers import ModelTokens
+from rewarded_lines.engines.tokenizers import load_tokens
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.choose import command_for
 from rewarded_lines.evaluator.sweep import sweep
@@ -383,8 +383,8 @@ def test_a_sweep_asks_as_the_merge_will_be_asked(chats):
     merged = AutoTokenizer.from_pretrained("out")
     engine = load_generator("hf", "sft", generation, ASKED, plan=plan)
     assert engine.encode(ASKED)[0] == merged("<s>the quick</s>")["input_ids"]
-    tokens = ModelTokens.load(Workload("sft", generation, ASKED, plan))
-    assert tokens.ends == engine._ends == {merged.convert_tokens_to_ids("<s>")}
+    _, ends, _ = load_tokens(Workload("sft", generation, ASKED, plan))
+    assert ends == engine._ends == {merged.convert_tokens_to_ids("<s>")}
     engine.close()
 
 
