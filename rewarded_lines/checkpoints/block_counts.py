@@ -88,6 +88,8 @@ def declared_for(path: str, config: Mapping[str, Any]) -> list[Declared]:
     for most in sorted({len((one.section | one.words) & words) for one in fitting}, reverse=True):
         level = [one for one in fitting if len((one.section | one.words) & words) == most]
         found = [one for one in level if one.value is not None]
+        least = min((len(one.words - words) for one in found), default=0)
+        found = [one for one in found if len(one.words - words) == least]
         # Configs of older versions declare the text's number outside of the text's section.
         if found or any(one.section - {"text"} for one in level):
             return found

@@ -147,6 +147,8 @@ OTHER_LISTS = re.compile(
     r"(?:^|\.)(?:\w*(?:conv|expert|merger|head|norm|proj|mlp|embed|bias|downsampl|upsampl|pool|classifier)\w*|down|up|ups)$|"
     r"(?:^|\.)(?:mtp|\w*quantizer\w*|\w*codebook\w*)(?:\.|$)"
 )
+# Modules whose layers are single matrices.
+SMALL_NETWORKS = re.compile(r"(?:aligner|connector|adapter|merger|head|mlp|proj\w*)\.\w+$")
 # Usual modules before and after blocks, for lists without a row.
 BEFORE_BLOCKS = re.compile(r"\w*embed\w*|wte|wpe|shared|patch\w*|conv1|pre_layrnorm|ln_pre|layernorm_pre|cls_token")
 AFTER_BLOCKS = re.compile(

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from rewarded_lines.checkpoints.block_counts import Declared, all_counts, declared_for, further_blocks, words_of
-from rewarded_lines.checkpoints.families import BLOCK_LISTS, BLOCK_NAMES, OTHER_LISTS
+from rewarded_lines.checkpoints.families import BLOCK_LISTS, BLOCK_NAMES, OTHER_LISTS, SMALL_NETWORKS
 from rewarded_lines.errors import Problem, fail
 
 # Bounded and ASCII: `\d` matches the digits of every script, `int` accepts any length.
@@ -95,6 +95,11 @@ class NumberedList:
         return fewer if fewer in self.counts and self.found not in self.counts else self.found
 
     @property
+    def pattern(self) -> str:
+        """Return the pattern for --layers that names this list."""
+        return rf"{re.escape(self.path)}\.(\d+)\."
+
+    @property
     def complete(self) -> bool:
         """Return whether the modules are numbered from 0 without a gap."""
         return max(self.below) == self.found - 1
@@ -111,19 +116,20 @@ class NumberedList:
 
     @property
     def confirmed(self) -> bool:
-        """Return whether the config declares this number of blocks; for a list without a row, wherever it does."""
-        numbers = self.counts if self.by != "nobody" or not self.named_as_blocks else [*self.counts, *self.elsewhere]
-        return self.complete and self.blocks in numbers
+        """Return whether the config declares this number of blocks, for a list of its own name or for any other."""
+        specific = any((one.section | one.words) & words_of(self.path) for one in self.declared)
+        anywhere = self.by == "user" or (self.by == "nobody" and self.named_as_blocks and not specific)
+        return self.complete and self.blocks in (*self.counts, *(self.elsewhere if anywhere else ()))
 
     @property
     def verdict(self) -> Verdict:
         """Return whether these are blocks, by their names, the config, and the lengths of the lists beside."""
         if self.by != "nobody":
             return "blocks"
-        # Blocks have modules of their own; the two layers of a projector, or the steps of a network, have none.
+        # Blocks have modules of their own; the layers of a projector have none.
         simple = not any("." in rest for each in self.below.values() for rest in each)
         long = self.named_as_blocks and self.complete and self.found > _FEW
-        if OTHER_LISTS.search(self.path) or (simple and not long):
+        if OTHER_LISTS.search(self.path) or (simple and (not long or SMALL_NETWORKS.search(self.path))):
             return "no blocks"
         if simple:
             return "blocks" if self.blocks in self.counts else "unsure"
@@ -154,12 +160,15 @@ class NumberedList:
         if self.confirmed or (self.complete and not counts):
             return None
         said = " or ".join(map(str, counts))
+        remedy = "copy the checkpoint again, or correct the pattern of --layers"
+        if self.complete and self.blocks in self.elsewhere:
+            remedy = f"if the config's other number is meant, pass --layers '{self.pattern}'"
         return Problem(
             f"the config declares {said} blocks, the tensors show others" if counts else "blocks are missing",
             where=shown(self.path),
             expected=f"blocks 0 to {max(counts, default=max(self.below) + 1) - 1}",
             got=f"{self.found} blocks, {min(self.below)} to {max(self.below)}",
-            remedy="copy the checkpoint again, or correct the pattern of --layers",
+            remedy=remedy,
         )
 
 

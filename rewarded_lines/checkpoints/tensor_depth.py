@@ -217,7 +217,7 @@ def _is_of(name: str, modules: Iterable[str]) -> bool:
 
 def _unsure(lists: Sequence[NumberedList], pattern: str | None) -> list[Problem]:
     """Return a problem for each list that may be one of blocks or not, all with the options that settle it."""
-    patterns = [*([pattern] if pattern else []), *(rf"{re.escape(one.path)}\.(\d+)\." for one in lists)]
+    patterns = [*([pattern] if pattern else []), *(one.pattern for one in lists)]
     flat = ",".join(f"{one.path}=flat" for one in lists)
     remedy = f"if these are blocks that run one after the other, pass --layers '{'|'.join(patterns)}'; if not, "
     return [

@@ -226,6 +226,53 @@ def test_an_index_that_is_not_a_number_is_refused(index):
         assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("further", [1, 2])
+def test_modules_that_only_predict_further_tokens_come_after_the_blocks(further):
+    """DeepSeek-V3 and GLM-4.5 number them after the last block."""
+    names = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(4 + further)] + ["lm_head.weight"]
+    config = {"num_hidden_layers": 4, "num_nextn_predict_layers": further}
+    depths = find_depths(names, config)
+    assert depths.stacks == {"model.layers": 4}
+    assert [depths.place[name].block for name in names] == [0, 1, 2, 3, *[None] * further, None]
+    assert {depths.place[name].side for name in names[4:-1]} == {"after"}
+    # Policies without them are as deep.
+    assert find_depths(names[:4], config).place[names[3]] == Place("model.layers", 3, 4, "in")
+    with pytest.raises(UserError, match="config declares 4 blocks"):
+        find_depths(names[:3], config)
+
+
+def test_a_number_in_the_config_is_that_of_the_list_with_its_words():
+    config = {
+        **{"num_hidden_layers": 3, "decoder_layers": 2, "vision_layers": 4, "audio_config": {"encoder_layers": 6}},
+        **{"vision_config": {"num_hidden_layers": 4, "num_global_layers": 1}, "max_window_layers": 9},
+        "thinker_config": {"text_config": {"layer_types": ["full"] * 7}},
+    }
+    counts = {"layers": 3, "model.decoder.layers": 2, "eye.visual.blocks": 4, "vision.global_trunk.layers": 1}
+    counts |= {"sound_tower.layers": 6, "thinker.model.layers": 7}
+    names = [f"{path}.{index}.fc.weight" for path, count in counts.items() for index in range(count)]
+    assert dict(find_depths(names, config).stacks) == counts
+    for path, count in counts.items():
+        if count > 1:
+            with pytest.raises(UserError, match=f"{re.escape(path)}: "):
+                find_depths([name for name in names if not name.startswith(f"{path}.{count - 1}.")], config)
+
+
+def test_modules_with_numbers_that_are_no_blocks():
+    names = [f"model.layers.{block}.mlp.experts.{expert}.up.weight" for block in range(3) for expert in range(4)]
+    beside = [f"{path}.{index}.{end}" for index in range(3) for path, end in (
+        ("model.feature_extractor.conv_layers", "conv.weight"), ("model.visual.deepstack_merger_list", "norm.weight"),
+        ("lm_heads", "weight"), ("connector.layers", "weight"), ("codec.quantizer.layers", "codebook.embed"),
+    )]  # fmt: skip
+    steps = [
+        "codec.encoder.layers.0.conv.weight",
+        "codec.encoder.layers.1.block.1.conv.weight",
+        "mtp.layers.0.fc.weight",
+    ]
+    depths = find_depths([*names, *beside, *steps, "codec.encoder.layers.3.down.weight"], {"num_hidden_layers": 3})
+    assert depths.stacks == {"model.layers": 3}
+    assert all(depths.place[name].block is None for name in [*beside, *steps])
+
+
 def test_unknown_layout_and_the_way_out():
     names = ["embed.weight", "decoder.blocks.0.w", "decoder.blocks.1.w"]
     pattern = r"decoder\.blocks\.(\d+)\."
