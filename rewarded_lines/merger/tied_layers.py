@@ -103,8 +103,8 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     if embeddings is None:
         return []
     stored, own = base.tensors[embeddings], base.tensors.get(head)
-    if own is not None and _ties(base) is not True and not same_values(base, own, base, stored):
-        # The config does not say it, but the head has values of its own.
+    if own is not None and not same_values(base, own, base, stored):
+        # transformers ties no head that has values of its own, whatever the config says.
         return []
     apart = [name for name, adapter in changing.items() if not _alike(adapter, head, embeddings)]
     for adapter in changing.values():
@@ -115,8 +115,7 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     if not apart:
         return []
     for source in [base, *(policy for policy in policies.values() if isinstance(policy, Checkpoint))]:
-        # With tied embeddings transformers ignores the head of a file.
-        if embeddings in source.tensors and (head not in source.tensors or _ties(base) is True):
+        if embeddings in source.tensors and head not in source.tensors:
             source.tensors[head] = replace(source.tensors[embeddings], name=head)
     _untie(base)
     return [
