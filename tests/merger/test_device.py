@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32
 from hostile import SHAPES, load_codes, widest
+from plain_checkpoints import SINGLE, read_plain, save_family
+from safetensors.numpy import save_file
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
@@ -100,6 +102,19 @@ def test_a_result_that_is_not_finite_is_refused_there_too(families, tmp_path, sh
     family = families((FLOAT32,) * 3)
     with device_without_gpu(), pytest.raises(UserError, match="values are not finite in the result"):
         merge(family.base, family.policies, (0.3, 0.7), dtype="float16", out=tmp_path / "out")
+
+
+def test_infinities_that_all_inputs_share_are_kept_there_too(tmp_path):
+    place = save_family(tmp_path / "place")
+    for name in ("sft", "first", "second"):
+        tensors = {key: np.array(values) for key, (_, values) in read_plain(place / name).items()}
+        tensors["model.norm.weight"][:2] = np.inf, -np.inf
+        save_file(tensors, place / name / SINGLE, {"format": "pt"})
+    with device_without_gpu():
+        merge(place / "sft", [place / "first", place / "second"], out=tmp_path / "out", allow_nonfinite=True)
+    merged = read_plain(tmp_path / "out")
+    assert merged["model.norm.weight"][1][:2].tolist() == [np.inf, -np.inf]
+    assert all(np.isfinite(values.flat[2:]).all() for _, values in merged.values())
 
 
 @pytest.mark.parametrize(("device", "expected"), [("graphics", "not a device"), ("cuda", "no GPU that torch can use")])
