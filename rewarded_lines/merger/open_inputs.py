@@ -197,7 +197,7 @@ def _check_fit(
         Problem(what, f"policy `{name}`: {tensor}", remedy=KEEP_APART)
         for name, adapter in adapters.items()
         for tensor in changed_tensors(adapter)
-        if tensor in base.tensors and tensor not in merged
+        if tensor not in merged
     ]
     if problems:
         raise UserError(problems)

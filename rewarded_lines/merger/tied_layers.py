@@ -96,17 +96,12 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     """
     adapters = {name: policy for name, policy in policies.items() if isinstance(policy, Adapter)}
     changing = {name: adapter for name, adapter in adapters.items() if any(map(_is_of_pair, changed_tensors(adapter)))}
-    head = _head(base)
-    if not changing or head is None or _ties(base) is False:
+    pair = _pair(base, changing.values())
+    if pair is None:
         return []
-    embeddings = stored_name(base, head) if head not in base.tensors else next(filter(is_embedding, base.tensors), None)
-    if embeddings is None:
-        return []
-    stored, own = base.tensors[embeddings], base.tensors.get(head)
-    if own is not None and not same_values(base, own, base, stored):
-        # transformers ties no head that has values of its own, whatever the config says.
-        return []
-    apart = [name for name, adapter in changing.items() if not _alike(adapter, head, embeddings)]
+    head, embeddings = pair
+    known = embeddings in base.tensors
+    apart = [name for name, adapter in changing.items() if not known or not _alike(adapter, head, embeddings)]
     for adapter in changing.values():
         if not apart:
             _forget(adapter, head)
@@ -115,13 +110,34 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     if not apart:
         return []
     for source in [base, *(policy for policy in policies.values() if isinstance(policy, Checkpoint))]:
-        if embeddings in source.tensors and head not in source.tensors:
-            source.tensors[head] = replace(source.tensors[embeddings], name=head)
+        _name_both(source, head, embeddings)
     _untie(base)
     return [
         f"{head} and {embeddings} are one tensor in the base and two in the output (tie_word_embeddings false): "
         f"{', '.join(apart)} changes them apart"
     ]
+
+
+def _pair(base: Checkpoint, changing: Iterable[Adapter]) -> tuple[str, str] | None:
+    """Return the names of head and embeddings if the base has one tensor for both, and adapters change it."""
+    changed = [name for adapter in changing for name in changed_tensors(adapter)]
+    head = _head(base)
+    # Some files have the tensor under the head's name only.
+    embeddings = next(filter(is_embedding, [*base.tensors, *changed]), None)
+    if not changed or head is None or embeddings is None or _ties(base) is False:
+        return None
+    own, stored = base.tensors.get(head), base.tensors.get(embeddings)
+    if own and stored and not same_values(base, own, base, stored):
+        # transformers ties no head that has values of its own, whatever the config says.
+        return None
+    return head, embeddings
+
+
+def _name_both(source: Checkpoint, head: str, embeddings: str) -> None:
+    """Give the tensor of head and embeddings both names."""
+    for name, other in ((head, embeddings), (embeddings, head)):
+        if name not in source.tensors and other in source.tensors:
+            source.tensors[name] = replace(source.tensors[other], name=name)
 
 
 def _architectures(base: Checkpoint) -> list[str]:

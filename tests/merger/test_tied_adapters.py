@@ -128,6 +128,15 @@ def test_a_head_with_values_of_its_own_is_not_tied_whatever_the_config_says(tiny
         assert (tiny / "out/model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
 
 
+def test_a_file_may_have_the_tied_tensor_under_the_name_of_the_head(tiny):
+    tensors = load_file("sft/model.safetensors")
+    save_file({HEAD if name == EMBEDDINGS else name: value for name, value in tensors.items()}, "sft/model.safetensors")
+    save_two(tiny, **APART["low-rank-embeddings"])
+    for as_ in ("adapter", "full"):
+        merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_=as_, out=as_)
+        check("sft", ["one", "two"], (0.3, 0.7), as_, adapter=as_ == "adapter")
+
+
 def test_engines_that_hold_the_tied_base_refuse_untied_merges(tiny):
     save_two(tiny, **APART["low-rank"])
     plan = plan_merge("sft", {"one": "one", "two": "two"})
