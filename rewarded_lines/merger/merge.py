@@ -128,9 +128,11 @@ def replay(
     size = recorded.max_shard_size
     parse_size(size)
     how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size, layers=recorded.layers)
-    how = replace(how, **recorded.carried(how.tokenizer))
+    tokenizer, config_from = recorded.carried(how.tokenizer)
+    how = replace(how, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
+    plan.carried = replace(plan.carried, asked=recorded.chosen)
     how.progress.start("hashing inputs")
     recorded.check_inputs(path, plan)
     return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
@@ -174,6 +176,7 @@ def _fill(
     settings = {
         **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size, "layers": how.layers},
         **{"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
+        "chosen": dict(plan.carried.asked),
         # `--score` may contain an access token.
         "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
     }
