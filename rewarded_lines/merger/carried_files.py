@@ -127,12 +127,8 @@ def choose_files(
     source = generation.answer(adapter, problems, notes) if config_from == AUTO else config_from
     if problems:
         raise UserError(problems)
-    policy = policies.get(source)
-    ids = (
-        {}
-        if source == BASE or not isinstance(policy, Checkpoint)
-        else {key: of_text(policy.config, key) for key in IDS}
-    )
+    config_of = policies.get(source)
+    ids = {key: of_text(config_of.config, key) for key in IDS} if isinstance(config_of, Checkpoint) else {}
     beside = "" if chosen in ("", BASE, *policies) else chosen
     asked = {"tokenizer": tokenizer, "config_from": config_from}
     return Carried(

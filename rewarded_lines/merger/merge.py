@@ -128,10 +128,11 @@ def replay(
     size = recorded.max_shard_size
     parse_size(size)
     how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size)
-    how = replace(how, layers=recorded.layers, tower=recorded.tower, **recorded.carried(how.tokenizer))
+    tokenizer, config_from = recorded.carried(how.tokenizer)
+    how = replace(how, layers=recorded.layers, tower=recorded.tower, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
-    plan.carried = replace(plan.carried, asked=recorded.asked)
+    plan.carried = replace(plan.carried, asked=recorded.chosen)
     how.progress.start("hashing inputs")
     recorded.check_inputs(path, plan)
     return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
@@ -176,7 +177,7 @@ def _fill(
         **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size},
         **{"layers": how.layers, "tower": how.tower},
         **{"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
-        "asked": dict(plan.carried.asked),
+        "chosen": dict(plan.carried.asked),
         # `--score` may contain an access token.
         "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
     }

@@ -54,9 +54,9 @@ class Record(BaseModel):
     # Likewise older than this choice: whole models got the base's files, adapters those of the first adapter.
     tokenizer: str | None = None
     config_from: str | None = None
+    # Those of the two that the user chose.
+    chosen: dict[str, str] = {}
     tokenizer_files: RecordedInput | None = None
-    # What of these the user chose, for the command on the card.
-    asked: dict[str, str] = {}
 
     @property
     def merge(self) -> MergeSpec:
@@ -64,7 +64,7 @@ class Record(BaseModel):
         weights = tuple(self.weights[name] for name in self.policies)
         return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
 
-    def carried(self, moved: str = AUTO) -> dict[str, str]:
+    def carried(self, moved: str = AUTO) -> tuple[str, str]:
         """Return the options `tokenizer` and `config_from` of the merge; `moved` is where the tokenizer is now.
 
         Raises:
@@ -77,7 +77,7 @@ class Record(BaseModel):
         tokenizer = default if self.tokenizer is None else self.tokenizer
         if self.tokenizer_files is not None:
             tokenizer = self.tokenizer_files.path if moved == AUTO else moved
-        return {"tokenizer": tokenizer, "config_from": default if self.config_from is None else self.config_from}
+        return tokenizer, default if self.config_from is None else self.config_from
 
     def check_inputs(self, path: Path, plan: Plan) -> None:
         """Refuse inputs that differ in any byte from the record at `path`."""
