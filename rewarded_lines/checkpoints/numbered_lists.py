@@ -84,9 +84,11 @@ class NumberedList:
         own = words_of(self.path) - said - self.family - _PLAIN_WORDS
         short = self.complete and self.found in self.elsewhere
         doubtful = self.by == "nobody" and (bool(own) or not self.longest or short)
-        if len(numbers) != 1 or doubtful or not self.named_as_blocks or not max(self.below) < max(numbers) < _MOST:
+        if len(numbers) != 1 or doubtful or not self.named_as_blocks:
             return None
-        return range(max(numbers))
+        (declared,) = numbers
+        # A number that is too small or absurd is refused later, as a whole model's would be.
+        return range(declared if max(self.below) < declared < _MOST else 0)
 
     @property
     def blocks(self) -> int:

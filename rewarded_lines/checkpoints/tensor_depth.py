@@ -25,6 +25,7 @@ Side = Literal["before", "in", "after", "unknown", "flat", "base"]
 
 _ROWS = {blocks.path: blocks for blocks in BLOCK_LISTS}
 _TOWER_RULES = ("base", "flat", "depth")
+_SAID: Mapping[str, Side] = {"flat": "flat", "base": "base"}
 # Towers and encoders run before the text or the decoder.
 _EARLY = frozenset(("vision", "audio", "encoder"))
 
@@ -139,9 +140,8 @@ class _Places:
             inner = index < one.blocks
             return Place(one.path, index if inner else None, one.blocks, "in" if inner else "after")
         nearest = self._nearest(name)
-        rule = _rule(name, self._rules)
-        if rule == "flat" or rule == "base":
-            return self._outside(nearest, rule)
+        if said := _SAID.get(_rule(name, self._rules)):
+            return self._outside(nearest, said)
         for row in self._rows:
             if _is_of(name, row.before):
                 return self._outside(row.path, "before")
