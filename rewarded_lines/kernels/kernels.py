@@ -169,29 +169,18 @@ def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Arra
             total = 0.0
             for j in range(rows.size):
                 value = _widen(policies[rows[j], i])
-                if not _equal(value, origin):
+                if value != origin:
                     total += weights[k, j] * (value - origin)
             _store(out[k], i, origin + total)
 
 
 @compiled
-def _equal(one: float, other: float) -> bool:
-    """Return whether two values are the same, NaN too."""
-    return one == other or (one != one and other != other)
-
-
-@compiled
 def residual(base: Array, policy: Array, out: Array) -> None:
     """Write policy − base to the float64 array `out`, 0 where both are equal; each input may be of any stored type."""
-    undefined = 0
     for i in range(base.size):
-        out[i] = _widen(policy[i]) - _widen(base[i])
-        undefined += out[i] != out[i]
-    # Inf − inf is NaN; of equal values it is no change.
-    if undefined:
-        for i in range(base.size):
-            if _equal(_widen(base[i]), _widen(policy[i])):
-                out[i] = 0.0
+        one, other = _widen(policy[i]), _widen(base[i])
+        # Inf − inf would be NaN.
+        out[i] = one - other if one != other else 0.0
 
 
 @compiled
