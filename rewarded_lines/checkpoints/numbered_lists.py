@@ -17,6 +17,7 @@ _INDEX = re.compile("[0-9]{1,6}")
 _TABLE = [blocks.path for blocks in BLOCK_LISTS]
 _LISTED = re.compile(rf"({'|'.join(map(re.escape, _TABLE))})\.([^.]*)")
 _NUMBERED = re.compile(r"\.([0-9]{1,6})(?=\.)")
+_UNDERSCORED = re.compile(r".*?\.[a-z]\w*?_([0-9]{1,6})(?=\.)")
 _STAGED = re.compile(r"(?:(?:layers|blocks)\.)?#\.")
 _FEW, _MOST = 2, 10**6
 # Words in the path of any model's main list.
@@ -25,7 +26,7 @@ _PLAIN_WORDS = words_of(
 )
 _PARTS_OF_MODELS = frozenset(("vision", "audio", "text", "encoder", "decoder"))
 
-By = Literal["user", "table", "nobody"]
+By = Literal["user", "table", "nobody", "underscores"]
 Verdict = Literal["blocks", "no blocks", "look inside", "unsure"]
 
 
@@ -35,7 +36,8 @@ class NumberedList:
 
     Attributes:
         path: the name before the number.
-        by: who says that these are blocks: the user, the table of families, or nobody.
+        by: who says that these are blocks: the user, the table of families, or nobody; of modules such as linear_0
+            nobody can be sure.
         declared: the numbers of blocks that the config declares for this path.
         elsewhere: the numbers that it declares anywhere.
         further: how many modules may follow the last block, which only predict further tokens.
@@ -126,6 +128,8 @@ class NumberedList:
     @property
     def verdict(self) -> Verdict:
         """Return whether these are blocks, by their names, the config, and the lengths of the lists beside."""
+        if self.by == "underscores":
+            return "unsure"
         if self.by != "nobody":
             return "blocks"
         # Blocks have modules of their own; the layers of a projector have none.
@@ -191,6 +195,8 @@ def find_lists(
     found = [*users, *sorted(known, key=lambda one: _TABLE.index(one.path))]
     taken = {name for one in known for name in one.index}
     left, depth = [name for name in left if name not in taken], 0
+    spelled = _gather(_underscored(left), config, "underscores")
+    found += [one for one in spelled if one.complete and one.found > _FEW and one.found in one.counts]
     while left:
         level = _gather(_numbered(left, depth), config, "nobody", partial)
         _compare_lengths([*found, *level], level)
@@ -237,6 +243,13 @@ def _numbered(names: Iterable[str], depth: int) -> Iterator[tuple[str, str, int,
     for name in names:
         if number := next(islice(_NUMBERED.finditer(name), depth, None), None):
             yield name, name[: number.start()], int(number[1]), name[number.end() + 1 :]
+
+
+def _underscored(names: Iterable[str]) -> Iterator[tuple[str, str, int, str]]:
+    """Yield the tensors in modules such as linear_0, if no module around them is a number."""
+    for name in names:
+        if not _NUMBERED.search(name) and (match := _UNDERSCORED.match(name)):
+            yield name, name[: match.start(1)], int(match[1]), name[match.end() + 1 :]
 
 
 def _matched(names: Iterable[str], pattern: str) -> list[tuple[str, str, int, str]]:

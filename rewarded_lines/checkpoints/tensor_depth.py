@@ -218,15 +218,21 @@ def _is_of(name: str, modules: Iterable[str]) -> bool:
 def _unsure(lists: Sequence[NumberedList], pattern: str | None) -> list[Problem]:
     """Return a problem for each list that may be one of blocks or not, all with the options that settle it."""
     patterns = [*([pattern] if pattern else []), *(one.pattern for one in lists)]
-    flat = ",".join(f"{one.path}=flat" for one in lists)
-    remedy = f"if these are blocks that run one after the other, pass --layers '{'|'.join(patterns)}'; if not, "
+    spelled = [one.by == "underscores" for one in lists]
+    roots = [one.path.rpartition(".")[0] if joined else one.path for one, joined in zip(lists, spelled, strict=True)]
+    remedy = f"pass --tower {','.join(f'{root}=flat' for root in dict.fromkeys(roots))}"
+    # linear_0 and norm_0 stand side by side, so no pattern has whole blocks.
+    if not any(spelled):
+        remedy = (
+            f"if these are blocks that run one after the other, pass --layers '{'|'.join(patterns)}'; if not, {remedy}"
+        )
     return [
         Problem(
             "a list of numbered modules that may be blocks or not",
             where=shown(one.path),
             expected="a list that the config declares" + (f": {_declarations(one)}" if one.declared else ""),
             got=f"{one.found} modules, {min(one.below)} to {max(one.below)}",
-            remedy=f"{remedy}pass --tower {flat}",
+            remedy=remedy,
         )
         for one in lists
     ]

@@ -303,6 +303,19 @@ def test_bad_patterns(pattern, message):
         find_depths(["decoder.blocks.0.w"], {}, pattern)
 
 
+def test_numbers_behind_underscores_are_not_flat_in_silence():
+    names = [f"model.layers.{index}.mlp.w" for index in range(3)]
+    tower = [f"model.visual.layers.{kind}_{index}.weight" for kind in ("linear", "norm") for index in range(4)]
+    config = {"num_hidden_layers": 3, "vision_config": {"n_layers": 4}}
+    with pytest.raises(UserError, match="may be blocks or not") as refused:
+        find_depths([*names, *tower], config)
+    assert refused.value.problems[0].remedy == "pass --tower model.visual.layers=flat"
+    depths = find_depths([*names, *tower], config, None, "model.visual.layers=flat")
+    assert {depths.place[name].side for name in tower} == {"flat"} and depths.stacks == {"model.layers": 3}
+    # Two layers of a projector are no list of four blocks.
+    assert find_depths([*names, *tower[:2]], config).stacks == {"model.layers": 3}
+
+
 ODD = st.text(max_size=8) | st.sampled_from(["0", "1", "07", "٣", "9" * 30, "norm", "weight", "\n", "\ud800"])
 NAMES = st.builds(
     lambda path, parts: ".".join([path, *parts]),
