@@ -132,7 +132,7 @@ def replay(
     how = replace(how, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
-    plan.carried = replace(plan.carried, asked=dict(recorded.chosen))
+    plan.carried = replace(plan.carried, asked=recorded.chosen)
     how.progress.start("hashing inputs")
     recorded.check_inputs(path, plan)
     return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
