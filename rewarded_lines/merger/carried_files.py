@@ -61,7 +61,7 @@ class Carried:
     beside: str = ""
     token_ids: Mapping[str, Any] = field(default_factory=dict)
     changed: bool = False
-    asked: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[Any, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     def files_of(self, name: str) -> list[Path]:

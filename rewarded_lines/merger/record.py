@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.kernels.thread_pool import share_out
+from rewarded_lines.merger.carried_files import key_of
 from rewarded_lines.merger.carried_settings import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
@@ -55,7 +56,7 @@ class Record(BaseModel):
     tokenizer: str | None = None
     config_from: str | None = None
     # Those of the two that the user chose.
-    chosen: dict[str, str] = {}
+    chosen: dict[Literal["tokenizer", "config_from"], str] = {}
     tokenizer_files: RecordedInput | None = None
 
     @property
@@ -73,6 +74,8 @@ class Record(BaseModel):
         if moved != AUTO and self.tokenizer_files is None:
             what = "the record takes its tokenizer from base or policies"
             raise fail(what, where="--tokenizer", got=moved, remedy="leave it out, or merge without --from")
+        if self.tokenizer_files is None and self.tokenizer not in (None, "", BASE, *map(key_of, self.policies)):
+            raise fail("no hash of this tokenizer's files", where=RECORD_FILE, got=str(self.tokenizer)[:100])
         default = BASE if self.kind == "full" else AUTO
         tokenizer = default if self.tokenizer is None else self.tokenizer
         if self.tokenizer_files is not None:

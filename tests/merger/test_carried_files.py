@@ -137,6 +137,7 @@ def test_a_folder_beside_base_and_policies(chats, cli):
 def test_a_merge_again_takes_the_same_files(chats):
     merge("sft", ["first", "second"], 0.25, out="out")
     replay("out", out="again")
+    assert Path("again/README.md").read_text() == Path("out/README.md").read_text()
     for name in (
         "tokenizer.json",
         "chat_template.jinja",
