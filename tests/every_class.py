@@ -22,10 +22,12 @@ from tiny_configs import tiny_model
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 WEIGHT, ALPHA, BETA = 0.3, 0.5, 1.0
-_COUNT = re.compile(r"layers?$|^depth|blocks?$")
-_LAYERS = re.compile(r"--layers '([^']+)'")
-# Lists that run side by side, not one after the other.
-_PARALLEL = re.compile(r"projectors$|merger_list$")
+_COUNT = re.compile(r"layers?(_per_stack)?$|depth$|blocks?$")
+_KINDS_OF_LAYERS = re.compile(r"layer_types$|layers_block_type$")
+# The user's word that a refusal asks for.
+_WORDS = {"layers": re.compile(r"--layers '([^']+)'"), "tower": re.compile(r"--tower (\S+)")}
+# Lists that run side by side, and the levels of convolutional nets, between which sizes change.
+_NO_BLOCKS = re.compile(r"projectors$|merger_list$|convs$|down$|up$")
 _SHOWN = 3
 KINDS = ("whole", "adapter", "full")
 
@@ -38,7 +40,7 @@ class Verdict:
         name: the class.
         group: "text" or "image".
         policies: "whole", "adapter" (LoRA into LoRA) or "full" (LoRA folded).
-        outcome: "right", "layers" (right with the `--layers` of the refusal), "refused", "wrong", or "not built".
+        outcome: "right", "layers" (right with the option that the refusal names), "refused", "wrong", or "not built".
         why: what was refused, where it is wrong, or why it was not built.
     """
 
@@ -73,15 +75,11 @@ def move(model: Any, seed: int, size: float = 0.05) -> Any:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     """Return a model's tensors; of tied ones only the first, whose place in the model counts."""
-    seen: set[tuple[int, torch.Size]] = set()
-    found = {}
-    for name, value in model.state_dict().items():
-        key = (value.data_ptr(), value.shape)
-        if value.numel() and key in seen:
-            continue
-        seen.add(key)
-        found[name] = value.detach().clone()
-    return found
+    firsts: dict[Any, str] = {}
+    tensors = model.state_dict()
+    for name, value in tensors.items():
+        firsts.setdefault((value.data_ptr(), value.shape) if value.numel() else name, name)
+    return {name: tensors[name].detach().clone() for name in firsts.values()}
 
 
 def scales(model: Any) -> Callable[[str], float]:
@@ -99,18 +97,23 @@ def scales(model: Any) -> Callable[[str], float]:
 
 
 def block_lists(model: Any) -> dict[str, int]:
-    """Return the outermost lists of modules with modules inside, of a length that the config declares."""
+    """Return the outermost lists of modules with modules inside, of a length that the config declares.
+
+    A list of single layers counts beside such a list of the same length: XLM has one for each part of a block.
+    """
     declared = set(counts(model.config.to_dict()))
-    lists = [path for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     found: dict[str, int] = {}
-    for path in lists:
-        blocks = [block for block in model.get_submodule(path) if any(True for _ in block.parameters())]
+    single: dict[str, int] = {}
+    for path, module in lists.items():
+        blocks = [block for block in module if any(True for _ in block.parameters())]
         nested = any(path.startswith(f"{other}.") for other in lists)
+        if not blocks or nested or len(module) not in declared or _NO_BLOCKS.search(path):
+            continue
         composed = any(any(True for _ in block.children()) for block in blocks)
-        length = len(model.get_submodule(path))
-        if length in declared and composed and not nested and not _PARALLEL.search(path):
-            found[path] = length
-    return found
+        (found if composed else single)[path] = len(module)
+    places = {(path.rpartition(".")[0], length) for path, length in found.items()}
+    return found | {path: n for path, n in single.items() if (path.rpartition(".")[0], n) in places}
 
 
 def counts(config: Any) -> Iterator[int]:
@@ -120,6 +123,8 @@ def counts(config: Any) -> Iterator[int]:
             yield from counts(value)
         elif isinstance(value, int) and not isinstance(value, bool) and _COUNT.search(str(key)):
             yield value
+        elif isinstance(value, list) and _KINDS_OF_LAYERS.search(str(key)):
+            yield len(value)
 
 
 def differing(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], slack: dict[str, float]) -> list[str]:
@@ -166,28 +171,30 @@ def load(name: str, folder: Path, **settings: Any) -> Any:
     return model
 
 
-def attempt(run: Callable[..., Any], check: Callable[[], list[str]]) -> tuple[str, str]:
-    """Return outcome and reason of a merge; a refusal's own `--layers` is tried."""
+def attempt(run: Callable[[dict[str, str]], Any], check: Callable[[], list[str]]) -> tuple[str, str]:
+    """Return outcome and reason of a merge; the options that a refusal names are tried, one after the other."""
     from rewarded_lines.errors import UserError
 
-    why, layers = "", None
-    while True:
+    words, why, outcome = [{}], "", ("", "")
+    for word in words:
+        said = " ".join(f"--{key} {value}" for key, value in word.items())
         try:
-            run(layers)
+            run(word)
             wrong = check()
         except UserError as error:
             first = error.problems[0]
-            found = _LAYERS.search(first.remedy)
             why = why or f"{first.what} | {first.where} | got {first.got} | {first.remedy}"
-            if layers is not None or not found:
-                return "refused", why
-            layers = found[1]
-            continue
+            outcome = outcome if word else ("refused", why)
+            named = {key: pattern.search(first.remedy) for key, pattern in _WORDS.items()}
+            words += [{key: match[1]} for key, match in named.items() if match and not word]
         except Exception as error:  # noqa: BLE001 -- inputs that load must not crash the merge, nor give what does not
-            return "wrong", " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if wrong:
-            return "wrong", f"{len(wrong)} tensors, {', '.join(wrong[:_SHOWN])}"
-        return ("layers", f"--layers {layers}") if layers else ("right", "")
+            outcome = ("wrong", " ".join(f"{said} {type(error).__name__}: {error}".split())[:300])
+        else:
+            if not wrong:
+                return ("layers", said) if word else ("right", "")
+            # With the user's word alone the tool cannot know better.
+            outcome = outcome if word else ("wrong", f"{len(wrong)} tensors, {', '.join(wrong[:_SHOWN])}")
+    return outcome
 
 
 def save_policies(name: str, folder: Path, kinds: Sequence[str]) -> None:
@@ -209,9 +216,9 @@ def try_whole(name: str, folder: Path) -> tuple[str, str]:
     policies = [state(load(name, folder / policy)) for policy in ("first", "second")]
     exact = expected_values(base, [residual(policy, origin) for policy in policies])
 
-    def run(layers: str | None) -> None:
+    def run(word: dict[str, str]) -> None:
         given = [folder / "first", folder / "second"]
-        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "layers": layers, "allow_nonfinite": True}
+        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "allow_nonfinite": True, "overwrite": True, **word}
         merge(folder / "base", given, WEIGHT, out=folder / "whole", **how)
 
     def check() -> list[str]:
@@ -250,15 +257,13 @@ def try_adapters(name: str, folder: Path) -> dict[str, tuple[str, str]]:
     steps = [residual(folded(name, folder, folder / policy), origin) for policy in ("first-lora", "second-lora")]
     exact = expected_values(base, steps)
     # The factors are rounded to float32, so the error is relative to the change, not to the value.
-    slack = {
-        key: 1e-6 * float((abs(steps[0][key]) + abs(steps[1][key])).max()) for key in steps[0] if steps[0][key].numel()
-    }
-    if not any(bool(step.any()) for step in steps[0].values()):
+    slack = {key: 1e-6 * float(abs(step).max()) for key, step in steps[0].items() if step.numel()}
+    if not any(slack.values()):
         raise ValueError("PEFT changes nothing")
 
-    def run(kind: str, layers: str | None) -> None:
+    def run(kind: str, word: dict[str, str]) -> None:
         given = [folder / "first-lora", folder / "second-lora"]
-        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "layers": layers, "allow_nonfinite": True}
+        how: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "allow_nonfinite": True, "overwrite": True, **word}
         merge(folder / "base", given, WEIGHT, out=folder / kind, as_=kind, **how)
 
     checks: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
@@ -266,7 +271,7 @@ def try_adapters(name: str, folder: Path) -> dict[str, tuple[str, str]]:
         "full": lambda: state(load(name, folder / "full", dtype=torch.float64)),
     }
     return {
-        kind: attempt(lambda layers, kind=kind: run(kind, layers), lambda made=made: differing(made(), exact, slack))
+        kind: attempt(lambda word, kind=kind: run(kind, word), lambda made=made: differing(made(), exact, slack))
         for kind, made in checks.items()
     }
 
@@ -282,9 +287,6 @@ def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdi
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return [Verdict(name, group, kind, "not built", why) for kind in kinds]
 
-    def whole() -> dict[str, tuple[str, str]]:
-        return {"whole": try_whole(name, folder)}
-
     def adapters() -> dict[str, tuple[str, str]]:
         save_adapters(name, folder)
         return try_adapters(name, folder)
@@ -292,7 +294,7 @@ def try_class(name: str, group: str, kinds: Sequence[str] = KINDS) -> list[Verdi
     try:
         if failed := guarded(lambda: save_policies(name, folder, kinds) or {}, kinds):
             return failed
-        found = guarded(whole, KINDS[:1]) if "whole" in kinds else []
+        found = guarded(lambda: {"whole": try_whole(name, folder)}, KINDS[:1]) if "whole" in kinds else []
         return found + (guarded(adapters, KINDS[1:]) if set(KINDS[1:]) & set(kinds) else [])
     finally:
         shutil.rmtree(folder, ignore_errors=True)

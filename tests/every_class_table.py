@@ -34,7 +34,7 @@ What the merge must be is computed in memory, in float64. The depth of a weight 
 of modules, the change by LoRA is PEFT's own.
 
 - *right*: every value of every tensor is the expected one.
-- *layers*: the same with the `--layers` that the refusal names.
+- *layers*: the same with the `--layers` or the `--tower` that the refusal names.
 - *refused*: nothing is written.
 - *not built*: the class needs a library that is not installed here, or transformers or PEFT cannot save and load it.
 
