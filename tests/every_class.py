@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +245,10 @@ def folded(name: str, folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
     from peft import PeftModel
 
     base = load(name, folder / "base", dtype=torch.float64)
-    model = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT does not know some names that it has saved itself, and fills these factors at random.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
     return state(model.merge_and_unload())
 
 
