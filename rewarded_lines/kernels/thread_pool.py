@@ -51,7 +51,9 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
         _join(others)
     except BaseException as error:  # noqa: BLE001 - likewise
         waiting.clear()
-        errors.append(error)
+        # An interrupt inside Python's own locks comes with the RuntimeError of a lock that is not held.
+        inside = error.__context__
+        errors.append(inside if isinstance(inside, KeyboardInterrupt) else error)
         # No thread still writes when the caller cleans up.
         _join(others)
     if errors:
