@@ -174,7 +174,7 @@ def _inputs(
     project = load_project(config)
     project.require(*([] if base else ["base"]), *([] if named else ["policies"]))
     base = base or project.resolve(str(project.config.base))
-    carried = {name: value for name, value in project.carried.items() if getattr(how, name) == "auto"}
+    carried: dict[str, Any] = {name: value for name, value in project.carried.items() if getattr(how, name) == "auto"}
     policies = named or {name: project.resolve(path) for name, path in project.config.policies.items()}
     return base, policies, replace(how, **carried)
 

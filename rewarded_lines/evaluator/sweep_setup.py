@@ -227,7 +227,7 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
     adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
     if adapters:
         return plan_adapters(base, policies, layers=options.layers, tower=options.tower, **project.carried)
-    how = {"dtype": config.generation.dtype, "layers": options.layers, "tower": options.tower}
+    how: dict[str, Any] = {"dtype": config.generation.dtype, "layers": options.layers, "tower": options.tower}
     return plan_merge(base, policies, **how, **project.carried)
 
 

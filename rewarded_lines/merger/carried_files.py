@@ -27,7 +27,7 @@ from rewarded_lines.merger.carried_settings import (
     of_text,
     tokenizer_settings,
 )
-from rewarded_lines.merger.model_checks import REMEDY
+from rewarded_lines.merger.config_checks import REMEDY
 from rewarded_lines.merger.tokenizer_checks import SHOWN, Differences, compare_tokenizers, shown
 from rewarded_lines.references import looks_local
 

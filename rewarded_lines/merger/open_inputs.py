@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase, bare_base, is_adapter, names_adapter
 from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder
@@ -46,10 +47,9 @@ def plan_as(
     other lists, e.g. `vision=flat`. `tokenizer` and `config_from` say whose files the output gets, see `choose_files`.
     """
     choose("--as", kind, KINDS)
-    places = {"layers": layers, "tower": tower}
-    carried = {"tokenizer": tokenizer, "config_from": config_from}
+    how: dict[str, Any] = {"layers": layers, "tower": tower, "tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, **places, **carried)
+        return plan_merge(base, policies, dtype=dtype, device=device, **how)
     linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
     if method not in linear:
         raise fail(
@@ -59,7 +59,7 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)
-    return plan_adapters(base, policies, dtype=dtype, **places, **carried)
+    return plan_adapters(base, policies, dtype=dtype, **how)
 
 
 def plan_merge(
