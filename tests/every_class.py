@@ -28,7 +28,7 @@ _KINDS_OF_LAYERS = re.compile(r"layer_types$|layers_block_type$")
 # The user's word that a refusal asks for.
 _WORDS = {"layers": re.compile(r"--layers '([^']+)'"), "tower": re.compile(r"--tower (\S+)")}
 # Lists that run side by side, and the levels of convolutional nets, between which sizes change.
-_NO_BLOCKS = re.compile(r"projectors$|merger_list$|convs$|down$|up$")
+_NO_BLOCKS = re.compile(r"projectors$|merger_list$|convs$|down$|up$|embed_tokens$")
 _SHOWN = 3
 KINDS = ("whole", "adapter", "full")
 
