@@ -28,7 +28,7 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
     for key in ("auto_mapping", "base_model_name_or_path", "revision", "task_type"):
         first, *rest = (content.get(key) for content in contents)
         shared[key] = first if all(value == first for value in rest) else None
-    return {
+    settings = {
         "auto_mapping": shared["auto_mapping"],
         "base_model_name_or_path": shared["base_model_name_or_path"] or base,
         "bias": _bias(adapters, output),
@@ -49,6 +49,9 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
         "trainable_token_indices": _tokens(output),
         **_targets(adapters, output.stacks, modules),
     }
+    # Earlier versions of PEFT do not know these keys.
+    newer = {"trainable_token_indices", "target_parameters"}
+    return {key: value for key, value in settings.items() if value is not None or key not in newer}
 
 
 def _targets(adapters: Sequence[Adapter], stacks: Mapping[str, Stack], modules: int) -> dict[str, Any]:

@@ -423,3 +423,11 @@ def test_alpha_auto_with_a_tied_head_and_tensors_saved_whole(tiny):
         save_adapter(tiny / "sft", tiny / name, seed, target_modules=["lm_head", "q_proj"], modules_to_save=["norm"])
     (result,) = merge("sft", ["one", "two"], 0.5, alpha="auto", out="out")
     assert result.spec.alpha == pytest.approx(1)
+
+
+def test_settings_that_earlier_versions_of_peft_do_not_know_are_left_out(tiny):
+    for seed, name in enumerate(("one", "two"), start=1):
+        save_adapter(tiny / "sft", tiny / name, seed)
+    merge("sft", ["one", "two"], 0.3, out="out")
+    settings = json.loads((tiny / "out/adapter_config.json").read_text())
+    assert not {"target_parameters", "trainable_token_indices"} & settings.keys()
