@@ -197,8 +197,10 @@ def _by_text(found: Mapping[str, Differences]) -> dict[str, list[str]]:
     """Return what to tell about tokenizers of one meaning, with the inputs that it is about."""
     said: dict[str, list[str]] = {}
     for name, one in found.items():
-        parts = [f"written otherwise than the base's, with the same meaning: {', '.join(one.form)}"] if one.form else []
-        for text in [*(parts if not one.behaviour else []), *one.unsure]:
+        parts = []
+        if one.form and not one.behaviour:
+            parts = [f"written differently from the base's, with the same meaning: {', '.join(one.form)}"]
+        for text in [*parts, *one.unsure]:
             said.setdefault(text, []).append(f"`{name}`")
     return said
 

@@ -57,6 +57,7 @@ def stored_parts(module: LowRank, base: Base) -> dict[str, int]:
     """
     if module.tensor in base.tensors:
         return {module.tensor: 0}
+    # One more than parts: the last is the end of all.
     starts = accumulate((base.tensors[name].elements for name in module.parts), initial=0)
     return dict(zip(module.parts, starts, strict=False))
 

@@ -66,7 +66,7 @@ class Differences:
     Attributes:
         vocabulary: tokens with other ids: rows of the embeddings would be mixed.
         behaviour: the same tokens, but some text gets others of them.
-        form: parts of the files that are written otherwise and mean the same.
+        form: parts of the files that are written differently and mean the same.
         unsure: what could not be compared.
         extra: added tokens that only the second has, with their ids.
         missing: likewise of the first.
@@ -196,7 +196,7 @@ def _probed(first: TokenizerFiles, second: TokenizerFiles, names: Sequence[str],
     """Yield texts that the two split otherwise; `names` are added tokens, `every` asks for all tokens as texts."""
     ours, theirs = _opened(first.file), _opened(second.file)
     if ours is None or theirs is None:
-        yield "it is written otherwise, and the library `tokenizers` cannot read it"
+        yield "it is written differently, and the library `tokenizers` cannot read it"
         return
     around = [f"a{name}b a {name} b{name} {name}" for name in [*names, *islice(first.added, _SAMPLED_TOKENS)]]
     step = 1 if every else max(1, len(first.tokens) // _SAMPLED_TOKENS)

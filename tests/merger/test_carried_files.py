@@ -335,7 +335,7 @@ def test_one_meaning_in_another_form_is_noted(tiny):
         content["added_tokens"][0]["special"] = False
         Path(name, "tokenizer.json").write_text(json.dumps(content))
     results = merge("sft", ["first", "second"], 0.5, out="out")
-    assert "tokenizer of `first`, `second`: written otherwise than the base's" in notes(results)
+    assert "tokenizer of `first`, `second`: written differently from the base's" in notes(results)
     assert "added_tokens" in notes(results)
     assert Path("out/tokenizer.json").read_bytes() == Path("sft/tokenizer.json").read_bytes()
 
