@@ -23,6 +23,7 @@ from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
@@ -125,7 +126,7 @@ def sampled_pairs(
         **{name: task.inputs[name] for name in ("train", "base", "generation") if name in task.inputs},
         **{"spec": settings, "engine": engine, "responses": recipe.responses},
         **{"longest": sampling.max_prompt_tokens, "ends": sorted(task.reader.ends)},
-        **({} if len(task.rows) == task.counted else {"prompts": rows_hash(task.rows)}),
+        **({} if len(task.rows) == task.counted else {"prompts": rows_hash({"prompt": one} for one in prompts)}),
     }
 
     def answer() -> list[Row]:
@@ -140,7 +141,8 @@ def sampled_pairs(
         rows, found = kept_rows(samples, sampled_from, answer)
         say(f"{len(rows)} responses {'found' if found else 'kept'} in {samples}")
         responses, seen, ends = ([row[name] for row in rows] for name in ("response", "seen", "end"))
-        scores = task.reward.score(repeated, seen)
+        columns = [one for one in columns_of(task.rows) for _ in range(recipe.responses)]
+        scores = task.reward.score(repeated, seen, columns)
         return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}

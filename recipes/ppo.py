@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         say(task.heading("PPO", f"{len(prompts)} prompts"))
 
         lora = lora_config(model_options)
-        module = RewardModule(task.reward, reader, prompts, penalty)
+        module = RewardModule(task.reward, reader, task.rows, penalty)
         dataset = Dataset.from_dict({"input_ids": module.padded(tokenizer.pad_token_id)})
         adaptive = [AdaptiveKL(recipe.target_kl, recipe.kl_horizon)] if recipe.target_kl else []
         with trainer_settings():

@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rewarded_lines.config import GenerationSpec, RewardSpec
+from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.dataset_formats import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
@@ -33,6 +33,7 @@ from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.tokenizers import load_config, read_template
 from rewarded_lines.errors import fail
 from rewarded_lines.pareto.bootstrap import wilson
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings

@@ -76,8 +76,10 @@ def main(argv: Sequence[str]) -> None:
                 args=training,
                 reader=task.reader,
                 chats=task.chats,
-                reward_funcs=RewardFunction(task.reward, task.reader, task.chats, recipe.missing_eos_penalty),
-                train_dataset=Dataset.from_dict({"prompt": [packed(prompt) for prompt in task.train_prompts]}),
+                reward_funcs=RewardFunction(task.reward, task.reader, task.rows, recipe.missing_eos_penalty),
+                train_dataset=Dataset.from_dict(
+                    {"prompt": [packed(prompt) for prompt in task.train_prompts], "row": range(len(task.rows))}
+                ),
                 processing_class=task.tokenizer,
                 peft_config=lora_config(model_options),
                 callbacks=[MetricsCallback(run.folder)],

@@ -5,72 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from rewarded_lines.config_values import (
-    check_range,
-    check_template,
-    check_variables,
-    checked,
-    parse_format,
-    parse_strip,
-    points_of,
-)
-
-
-class Strict(BaseModel):
-    """Base of every config section: frozen, with finite numbers and no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+from rewarded_lines.config_values import Strict, check_range, check_variables, checked, parse_strip, points_of
+from rewarded_lines.reward_settings import RewardSpec
 
 TooLong = Literal["refuse", "leave_out", "truncate"]
 # Later settings, with the values that earlier records had.
 _LATER: dict[str, Any] = {
-    "messages": False, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [],
+    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [],
     "chat_template_kwargs": {}, "strip": None,
 }  # fmt: skip
-_FIRST_MAX_TOKENS = 512
-_DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
-
-
-class RewardSpec(Strict):
-    """One reward, for recipes and evaluator: a model with a format, or a Python function.
-
-    `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
-    difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
-    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. With `messages`, a function
-    receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
-    or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
-    run a model; `workers` are processes for a function.
-    """
-
-    model: str | None = None
-    format: Annotated[str, checked(parse_format)] = "0"
-    template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
-    function: str | None = None
-    messages: bool = False
-    role: Literal["objective", "audit"] = "objective"
-    unit: str = ""
-    description: str = ""
-    batch_size: int = Field(64, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str | None = None
-    backend: Literal["hf", "vllm"] = "hf"
-    workers: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> RewardSpec:
-        if (self.model is None) == (self.function is None):
-            raise ValueError("declare either `model:` (a classifier) or `function:` (module:name or file.py:name)")
-        if self.model is None and self.backend != "hf":
-            raise ValueError("`backend:` is for models")
-        if self.function is None and self.workers:
-            raise ValueError("`workers:` is for functions, not for models")
-        if self.function is None and self.messages:
-            raise ValueError("`messages:` is for functions; a model reads a chat with `template: chat`")
-        return self
 
 
 class DataSpec(Strict):
@@ -281,8 +226,7 @@ class ProjectConfig(Strict):
 
 def decides(spec: RewardSpec | GenerationSpec) -> dict[str, Any]:
     """Return the settings that decide responses or scores; later settings only where they are used."""
-    content = spec.model_dump(mode="json", exclude=_DECIDES_NO_SCORE if isinstance(spec, RewardSpec) else None)
     if isinstance(spec, RewardSpec):
-        # Longer texts are refused or read whole, so the limit decides no score.
-        content["max_tokens"] = spec.max_tokens or _FIRST_MAX_TOKENS
+        return spec.decides()
+    content = spec.model_dump(mode="json")
     return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}

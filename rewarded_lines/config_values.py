@@ -10,10 +10,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 # The template of a reward model that formats conversations with its own chat template.
 CHAT = "chat"
+
+
+class Strict(BaseModel):
+    """Base of every config section: frozen, with finite numbers and no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_format(text: str) -> tuple[tuple[int, float], ...]:

@@ -9,12 +9,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rewarded_lines"
 # Highest first: a package imports from those that stand later in the list, never from an earlier one.
 PACKAGES = [
-    *("cli", "demo", "training", "hub", "reports", "evaluator", "engines", "rewards"),
+    *("cli", "demo", "training", "hub", "reports", "evaluator", "rewards", "engines"),
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
     *("config", "config_values", "doctor", "errors", "folders", "options", "processes", "progress"),
-    *("projects", "references"),
+    *("projects", "references", "reward_settings"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

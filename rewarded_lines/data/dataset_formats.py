@@ -14,7 +14,7 @@ from typing import Any
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.messages import ASSISTANT, Messages, Prompt, as_answer, as_turns, split_turns
 from rewarded_lines.data.pair_parts import has_text, split_pair
-from rewarded_lines.data.rows import Layouts, Row, Tell, read_rows, silent
+from rewarded_lines.data.rows import COLUMNS, Layouts, Row, Tell, read_rows, silent
 from rewarded_lines.errors import fail
 
 PAIRS: Layouts = [
@@ -28,16 +28,17 @@ _SYSTEM, _TOOLS, _SETTINGS = "system", "tools", "chat_template_kwargs"
 _LEAVE_OUT = "leave such rows out with a row function"
 
 
-def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Prompt]:
-    """Return the prompts of a source: all texts, or all chats.
+def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
+    """Return a row for each prompt of a source: the prompt, and the columns beside it. All are texts, or all chats.
 
     A pair or a demonstration gives its prompt, a whole chat the turns before its last answer.
     """
-    made = [
-        _pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, "")
-        for where, row in _read(spec, root, PROMPTS, tell)
-    ]
-    return [row["prompt"] for row in _reported(made, spec, tell)]
+    made, columns = [], []
+    for where, row in _read(spec, root, PROMPTS, tell, columns=True):
+        made.append(_pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, ""))
+        columns.append(row[COLUMNS])
+    rows = _reported(made, spec, tell)
+    return [{"prompt": row["prompt"], COLUMNS: beside} for row, beside in zip(rows, columns, strict=True)]
 
 
 def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
@@ -65,10 +66,12 @@ def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[st
     return prompts, responses
 
 
-def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False) -> list[tuple[str, Row]]:
+def _read(
+    spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False, columns: bool = False
+) -> list[tuple[str, Row]]:
     """Return places and rows; refuse chats with template settings or (without `tools`) tools."""
     made, systems = [], 0
-    for at, row in enumerate(read_rows(spec, layouts, root, beside=(_SYSTEM, _TOOLS, _SETTINGS))):
+    for at, row in enumerate(read_rows(spec, layouts, root, (_SYSTEM, _TOOLS, _SETTINGS), columns)):
         where = f"{_name(spec)}, row {at}"
         if isinstance(row.get(_TOOLS), str):
             try:

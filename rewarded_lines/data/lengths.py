@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from rewarded_lines.config import TooLong
 from rewarded_lines.data.messages import Prompt
-from rewarded_lines.data.rows import Tell, silent
+from rewarded_lines.data.rows import Row, Tell, silent
 from rewarded_lines.errors import Problem, UserError, fail, listed
 
 T = TypeVar("T")
@@ -100,6 +100,21 @@ def fit(
     return [made.get(at, row) for at, row in enumerate(rows) if at not in gone]
 
 
+def fit_prompts(
+    rows: Sequence[Row], limits: Sequence[Limit], too_long: TooLong, where: str, tell: Tell = silent
+) -> list[Row]:
+    """Return the rows whose prompts keep every limit; see `fit`. The limits measure prompts."""
+
+    def of_rows(limit: Limit) -> Limit:
+        return replace(limit, lengths=lambda some: limit.lengths([row["prompt"] for row in some]))
+
+    def shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:
+        prompt = shorten_prompt(row["prompt"], lambda shorter: fits({"prompt": shorter}))
+        return None if prompt is None else {**row, "prompt": prompt}
+
+    return fit(rows, [of_rows(limit) for limit in limits], too_long, where, shorten, tell)
+
+
 def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
     """Return the longest end of a prompt that fits; None if not even its last word fits.
 
@@ -142,7 +157,8 @@ def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:
 
 def _problem(rows: Sequence[Any], limit: Limit, lengths: Sequence[int], where: str, too_long: TooLong) -> Problem:
     over = limit.exceeded(lengths)
-    first = repr(rows[over[0]])
+    row = rows[over[0]]
+    first = repr(row["prompt"] if isinstance(row, dict) and "chosen" not in row else row)
     beginning = first if len(first) <= _BEGINNING else f"{first[:_BEGINNING]}…"
     way = "set `too_long: leave_out` or `too_long: truncate` (of prompts, from their beginning), or "
     return Problem(

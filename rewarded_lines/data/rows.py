@@ -21,6 +21,10 @@ from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
+# The key of a row that holds its further columns, by name.
+COLUMNS = "columns"
+# A reward's function gets these from the row's prompt and the response to it.
+_GIVEN = ("prompt", "prompts", "completion", "completions", "response", "responses")
 # The sets of roles that a row may have, in order of preference.
 Layouts = Sequence[tuple[str, ...]]
 # Receives one sentence for the log.
@@ -36,7 +40,9 @@ def silent(sentence: str) -> None:
     """Drop the sentence."""
 
 
-def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = ()) -> list[Row]:
+def read_rows(
+    spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = (), columns: bool = False
+) -> list[Row]:
     """Return the rows of a source with the roles of the first layout that the columns of row 0 allow.
 
     A role holds a text, or a list of messages `{"role": ..., "content": ...}`.
@@ -46,10 +52,11 @@ def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Seq
         layouts: e.g. `[("messages",), ("prompt", "completion")]`.
         root: the folder for relative paths.
         beside: further columns to keep, unchanged, in rows that fill them.
+        columns: keep all columns but prompts and completions under `COLUMNS`, too, for rewards that read them.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
-    rows = list(islice(_shape(raw, spec, layouts, root, beside), spec.limit))
+    rows = list(islice(_shape(raw, spec, layouts, root, beside, columns), spec.limit))
     if not rows:
         raise fail("there are no rows", where=source, expected="at least one")
     return rows
@@ -59,13 +66,18 @@ def rows_hash(rows: Iterable[Row]) -> str:
     """Return the BLAKE3 hash of rows."""
     hasher = blake3.blake3()
     for row in rows:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n"
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) + "\n"
         hasher.update(text.encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()
 
 
 def _shape(
-    raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, root: Path, beside: Sequence[str]
+    raw: Iterable[tuple[str, Row]],
+    spec: DataSpec,
+    layouts: Layouts,
+    root: Path,
+    beside: Sequence[str],
+    columns: bool,
 ) -> Iterator[Row]:
     function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
     layout: tuple[str, ...] | None = None
@@ -74,6 +86,8 @@ def _shape(
             named = _rename(one, spec.columns, where)
             layout = layout or _choose(named, layouts, where)
             kept = {name: named[name] for name in beside if named.get(name)}
+            if columns:
+                kept[COLUMNS] = {name: value for name, value in named.items() if name not in _GIVEN}
             yield {role: _check(named, role, where, layouts) for role in layout} | kept
 
 

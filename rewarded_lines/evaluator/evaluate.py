@@ -21,6 +21,7 @@ from rewarded_lines.evaluator.records import Point, draft_path, whole_point, wri
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
 
@@ -193,9 +194,10 @@ class LocalEvaluator:
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
         """Yield the points with scores; one call scores all, which fills batches better."""
-        prompts = [setup.prompts[index] for draft in drafts.values() for index in draft.prompt_index]
+        rows = [setup.rows[index] for draft in drafts.values() for index in draft.prompt_index]
         responses = [response for draft in drafts.values() for response in draft.judged]
-        scores = {name: np.array(values) for name, values in self._scorer.score(prompts, responses).items()}
+        scored = self._scorer.score([row["prompt"] for row in rows], responses, columns_of(rows))
+        scores = {name: np.array(values) for name, values in scored.items()}
         start = 0
         for key, draft in drafts.items():
             own = slice(start, start + len(draft.responses))

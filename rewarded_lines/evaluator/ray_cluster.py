@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluator.evaluate import Keys, LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
@@ -45,11 +46,11 @@ class Worker:
         return LocalEvaluator(setup, Path(self._scratch.name), self._also)
 
     def evaluate(
-        self, spec: PointSpec, prompts: list[Prompt], control: dict[str, Sequence[str]]
+        self, spec: PointSpec, rows: list[Row], control: dict[str, Sequence[str]]
     ) -> tuple[Point | None, list[Problem], dict[str, float]]:
         """Return the point's record or the problems that prevented it, and the seconds spent so far."""
         try:
-            setup = self._evaluator.setup.on(prompts, control)
+            setup = self._evaluator.setup.on(rows, control)
             ((_, point),) = self._evaluator.evaluate(setup, {spec: "point"}, ["point"])
         except UserError as error:
             return None, list(error.problems), {}
@@ -102,7 +103,7 @@ class RayEvaluator:
         specs = {key: spec for spec, key in reversed(list(keys.items()))}
         queue = deque(missing)
         deaths = dict.fromkeys(queue, 0)
-        shared = ray.put(list(setup.prompts)), ray.put(dict(setup.control))
+        shared = ray.put(list(setup.rows)), ray.put(dict(setup.control))
         at_work: dict[Any, tuple[Any, str]] = {}
         idle = list(self._workers)
         self._progress.start(f"waiting for the first of {len(idle)} workers")

@@ -13,7 +13,7 @@ from rewarded_lines.evaluator.records import Run, load_run
 from rewarded_lines.evaluator.run_folder import open_run
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
-from rewarded_lines.evaluator.tune import most_points, tune, validation_prompts
+from rewarded_lines.evaluator.tune import most_points, tune, validation_rows
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 
@@ -53,7 +53,7 @@ def sweep(
         raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
     setup = open_setup(project, options, progress)
     spec = project.config.sweep.tune
-    validation = validation_prompts(setup, spec) if spec else []
+    validation = validation_rows(setup, spec) if spec else []
     folder = Path(out) if out is not None else project.root / "sweep"
     progress.start("laying out the points")
     specs = setup.methods.points(count)
@@ -61,7 +61,8 @@ def sweep(
         added = [one for one in run.added() if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
         run.write([*specs, *added], added)
-        with open_evaluator(setup, folder, validation, progress) as make:
+        also = [row["prompt"] for row in validation]
+        with open_evaluator(setup, folder, also, progress) as make:
             found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
             run.finish(make, [*specs, *tuned, *added], added, found)
     return load_run(folder)

@@ -17,10 +17,10 @@ from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
 from rewarded_lines.config import DataSpec, GenerationSpec, decides
 from rewarded_lines.data.dataset_formats import read_prompts
-from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.lengths import Limit, fit_prompts, positions_of
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
-from rewarded_lines.data.rows import read_rows, rows_hash
+from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader
@@ -34,7 +34,8 @@ from rewarded_lines.merger.plan import Plan
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
-from rewarded_lines.rewards.load_rewards import Reward, load_rewards, reward_limits
+from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
+from rewarded_lines.rewards.reward import Reward, deciding
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Setup:
         options: how it runs.
         plan: the merges of its policies, followed by the baselines.
         rewards: by name.
-        prompts: the prompts of every point.
+        rows: the prompts of every point, with their columns.
         control: sets of texts for the perplexity, by name.
         told: notes on how rows were read, which were left out, and what a reward does not read.
     """
@@ -55,9 +56,14 @@ class Setup:
     options: SweepOptions
     plan: Plan
     rewards: Mapping[str, Reward]
-    prompts: Sequence[Prompt]
+    rows: Sequence[Row]
     control: Mapping[str, Sequence[str]]
     told: list[str] = field(default_factory=list)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of every point."""
+        return [row["prompt"] for row in self.rows]
 
     @property
     def objectives(self) -> list[str]:
@@ -104,7 +110,7 @@ class Setup:
             "base": model_hash(self.plan.base.folder),
             "blocks": blake3.blake3(json.dumps(blocks).encode()).hexdigest(length=8),
             "policies": {name: self.hashes[name] for name in config.policies},
-            "prompts": rows_hash({"prompt": prompt} for prompt in self.prompts),
+            "prompts": rows_hash(deciding(self.rows, self.rewards.values())),
             "control": rows_hash({"text": text} for text in self.control_texts) if self.control else None,
             "generation": generation,
             "rewards": {
@@ -122,23 +128,27 @@ class Setup:
         """The control texts of all sets, set by set."""
         return [text for texts in self.control.values() for text in texts]
 
-    def on(self, prompts: Sequence[Prompt], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
+    def on(self, rows: Sequence[Row], control: Mapping[str, Sequence[str]] | None = None) -> Setup:
         """Return this setup with other prompts, and with other control texts or none."""
-        return replace(self, prompts=prompts, control=control or {})
+        return replace(self, rows=rows, control=control or {})
 
-    def readable(self, spec: DataSpec, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts that the model and every reward can read with the longest response.
+    def readable(self, spec: DataSpec, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows whose prompts the model and every reward can read with the longest response.
 
         `spec.too_long` decides on longer ones, and `told` gets a note on every change.
 
         Raises:
-            UserError: prompts are too long and `spec` refuses them, or part of a chat would be lost.
+            UserError: prompts are too long and `spec` refuses them, part of a chat would be lost, or a row lacks a
+                column that a reward reads.
         """
+        prompts = [row["prompt"] for row in rows]
         tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
         where = spec.file or str(spec.dataset)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
+        for reward in self.rewards.values():
+            reward.check_columns(rows, where)
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens
         limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))
@@ -147,7 +157,7 @@ class Setup:
             option = f"its {room} positions, less generation.max_tokens and one"
             most = room - longest - 1
             limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
-        return fit(prompts, limits, spec.too_long, where, shorten_prompt, self.told.append)
+        return fit_prompts(rows, limits, spec.too_long, where, self.told.append)
 
     def generator(self, also: Sequence[Prompt] = ()) -> Generator:
         """Build the engine, with room for the prompts `also`, too."""
@@ -187,7 +197,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("reading prompts")
     assert project.config.prompts is not None
     told: list[str] = []
-    prompts = read_prompts(project.config.prompts, project.root, told.append)
+    rows = read_prompts(project.config.prompts, project.root, told.append)
     control = {
         name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
         for name, spec in project.config.control.items()
@@ -197,8 +207,8 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("opening checkpoints")
     plan = _plan(project, options)
     progress.start("measuring prompts")
-    setup = Setup(project, options, plan, rewards, prompts, control, told)
-    setup = setup.on(setup.readable(project.config.prompts, prompts), control)
+    setup = Setup(project, options, plan, rewards, rows, control, told)
+    setup = setup.on(setup.readable(project.config.prompts, rows), control)
     _ = setup.methods  # Refuses impossible methods.
     return setup
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.dataset_formats import read_prompts
-from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.data.rows import rows_hash
+from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec, check_merge
@@ -17,6 +16,7 @@ from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec, simplex_grid
 from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.rewards.reward import deciding
 
 # A few hundred prompts cannot tell finer differences in α and β apart.
 _STEP = 0.01
@@ -24,8 +24,8 @@ _STEP = 0.01
 _KNOWN = ((1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 
-def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
-    """Return the prompts that α and β are chosen on.
+def validation_rows(setup: Setup, spec: TuneSpec) -> list[Row]:
+    """Return the rows with the prompts that α and β are chosen on.
 
     Raises:
         UserError: optuna is missing, the merge method does not fit, or all are test prompts.
@@ -36,16 +36,16 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
-    prompts = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
-    if all(prompt in setup.prompts for prompt in prompts):
+    rows = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
+    if all(row["prompt"] in setup.prompts for row in rows):
         raise fail(
             "the validation prompts are test prompts",
             where=f"{where}.prompts",
             expected="prompts that are not in `prompts:`",
-            got=f"{len(prompts)}, all of them test prompts",
+            got=f"{len(rows)}, all of them test prompts",
             remedy="name another file or split",
         )
-    return prompts
+    return rows
 
 
 def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
@@ -56,7 +56,7 @@ def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
 
 
 def tune(
-    run: RunFolder, evaluator: Evaluator, spec: TuneSpec, prompts: list[Prompt], count: int
+    run: RunFolder, evaluator: Evaluator, spec: TuneSpec, rows: list[Row], count: int
 ) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
@@ -71,7 +71,7 @@ def tune(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    setup = run.setup.on(prompts)
+    setup = run.setup.on(rows)
     (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     for alpha, beta in _KNOWN:
@@ -92,9 +92,9 @@ def tune(
         "beta": beta,
         "hypervolume": float(best.value or 0.0),
         "prompts": {
-            "count": len(prompts),
-            "hash": rows_hash({"prompt": prompt} for prompt in prompts),
-            "in_test": sum(prompt in run.setup.prompts for prompt in prompts),
+            "count": len(rows),
+            "hash": rows_hash(deciding(rows, setup.rewards.values())),
+            "in_test": sum(row["prompt"] in run.setup.prompts for row in rows),
         },
         "trials": [
             {**{name: _rounded(value) for name, value in one.params.items()}, "hypervolume": one.value or 0.0}

@@ -47,7 +47,7 @@ class ClassifierReading:
         return made["input_ids"], made.get("token_type_ids")
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """See `ModelReward.check`."""
+        """See `Reward.check`."""
         if self.template != CHAT:
             return check_texts(prompts, self.where, "template: chat")
         check_template(self.tokenizer, [as_turns(prompt) for prompt in prompts], self.where)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import model_hash
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.config_values import parse_format
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem, fail
 from rewarded_lines.references import looks_local
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
+from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.score_checks import PairError, check_scores
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
@@ -25,15 +26,8 @@ Backend = HuggingFaceClassifier | VllmClassifier
 _BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": VllmClassifier}
 
 
-class ModelReward:
-    """A sequence classifier with a declared template and format; a higher score is better.
-
-    Attributes:
-        unit: of the scores, for figures.
-        fingerprint: a hash of the weights or the source file; "" if unknown.
-        size: bytes of the weights; 0 for a function.
-        device: where the weights are while in memory.
-    """
+class ModelReward(Reward):
+    """A sequence classifier with a declared template and format."""
 
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str = "auto") -> None:
         """Load the classifier; check that it has the classes of the format."""
@@ -63,37 +57,33 @@ class ModelReward:
 
     @property
     def loaded(self) -> bool:
-        """Whether the weights, if any, are in memory."""
+        """See `Reward.loaded`."""
         return self._backend is not None
 
     def free(self) -> None:
-        """Free memory and processes; the next score loads the reward again."""
+        """See `Reward.free`."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of a prompt with its response, or None without a limit."""
+        """See `Reward.limit`."""
         limits = [self._spec.max_tokens or self._positions, self._longest]
         return min((limit for limit in limits if limit), default=None)
 
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
-        """Return the tokens of each prompt with its response."""
+        """See `Reward.lengths`."""
         return [len(row) for row in self._reading.tokens(prompts, responses)[0]]
 
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """Return a sentence on what the reward skips of prompts, or ""; refuse prompts that it misreads."""
+        """See `Reward.check`."""
         return self._reading.check(prompts)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return the format's combination of logits for each pair; a prompt is a text or the turns of a chat.
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """Return the format's combination of logits for each pair; see `Reward.score`.
 
         With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
-
-        Raises:
-            PairError: the reward failed on a pair, or its score is not finite.
-            UserError: the reward failed otherwise.
         """
         if not prompts:
             return []

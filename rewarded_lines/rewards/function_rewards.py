@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.messages import as_answer, as_turns
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.references import find_function, local_path
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
 from rewarded_lines.rewards.function_workers import WorkerPool
+from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.score_checks import ScoreFunction, call_function
 
 
-class FunctionReward:
-    """A Python function `(prompts, responses) -> scores`; see `ModelReward` for the attributes."""
-
-    size = 0
-    device = "cpu"
-    loaded = True
-    limit = None
+class FunctionReward(Reward):
+    """A Python function `(prompts, responses, **columns) -> scores`."""
 
     def __init__(self, name: str, spec: RewardSpec, root: Path) -> None:
         """Find the function; files are relative to `root`."""
@@ -35,6 +31,7 @@ class FunctionReward:
         self._function = find_function(reference, root, self._where)
         source = _source(self._function, reference, root)
         self.fingerprint = file_hash(source) if source else ""
+        self.columns, self.optional = _columns(self._function)
         self._messages = spec.messages
         self._workers = WorkerPool(reference, root, self._where, spec.workers) if spec.workers else None
 
@@ -43,16 +40,12 @@ class FunctionReward:
         if self._workers:
             self._workers.close()
 
-    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
-        """Return zeros: a function has no limit."""
-        return [0] * len(prompts)
-
     def check(self, prompts: Sequence[Prompt]) -> str:
-        """See `ModelReward.check`."""
+        """See `Reward.check`."""
         return "" if self._messages else check_texts(prompts, self._where, "messages: true")
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """See `ModelReward.score`."""
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """See `Reward.score`."""
         first: list[Any]
         second: list[Any]
         if self._messages:
@@ -61,9 +54,20 @@ class FunctionReward:
             second = [as_answer(response) for response in responses]
         else:
             first, second = [text_of(prompt, self._where) for prompt in prompts], list(responses)
+        read = [self.reads(row) for row in columns or [{}] * len(first)]
         if self._workers:
-            return self._workers.score(first, second)
-        return call_function(self._function, self._where, first, second)
+            return self._workers.score(first, second, read)
+        return call_function(self._function, self._where, first, second, read)
+
+
+def _columns(function: ScoreFunction) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the columns that a function needs, and those that it also takes; None for all."""
+    named = list(inspect.signature(function).parameters.values())[2:]
+    columns = [one for one in named if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    needed = tuple(one.name for one in columns if one.default is one.empty)
+    if any(one.kind is one.VAR_KEYWORD for one in named):
+        return needed, None
+    return needed, tuple(one.name for one in columns if one.default is not one.empty)
 
 
 def _source(function: ScoreFunction, reference: str, root: Path) -> Path | None:

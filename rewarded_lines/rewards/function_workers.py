@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
 from rewarded_lines.references import find_function
@@ -34,7 +35,7 @@ class WorkerPool:
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    def score(self, prompts: Sequence[Any], responses: Sequence[Any], columns: Sequence[Row]) -> list[float]:
         """Return the function's scores in the order of the pairs, or raise the first failure."""
         size = max(1, math.ceil(len(prompts) / (self._workers * _SLICES)))
         starts = range(0, len(prompts), size)
@@ -43,10 +44,8 @@ class WorkerPool:
                 # Not forked: a child would inherit locks that threads of torch and tokenizers hold.
                 spawn = multiprocessing.get_context("spawn")
                 self._executor = ProcessPoolExecutor(self._workers, spawn, _begin, (os.getpid(),))
-            futures = [
-                self._executor.submit(_score, *self._task, list(prompts[i : i + size]), list(responses[i : i + size]))
-                for i in starts
-            ]
+            parts = [[list(part[i : i + size]) for part in (prompts, responses, columns)] for i in starts]
+            futures = [self._executor.submit(_score, *self._task, *part) for part in parts]
             return _gather(starts, futures)
         except BrokenProcessPool as error:
             self.close()
@@ -105,5 +104,5 @@ def _begin(parent: int) -> None:
         die_with_parent()
 
 
-def _score(reference: str, root: Path, where: str, prompts: list[Any], responses: list[Any]) -> list[float]:
-    return call_function(_find_function(reference, root, where), where, prompts, responses)
+def _score(reference: str, root: Path, where: str, *parts: Any) -> list[float]:
+    return call_function(_find_function(reference, root, where), where, *parts)

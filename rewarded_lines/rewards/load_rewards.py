@@ -11,18 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import Limit
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path, looks_local
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
+from rewarded_lines.rewards.reward import Reward
 
-Reward = ModelReward | FunctionReward
-"""What scores responses to prompts; `ModelReward` says what both have."""
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
 # The border between prompt and response may need other tokens than each side alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ from rewarded_lines.rewards.score_checks import Pair
 _T = TypeVar("_T")
 # The table's name holds the version of its keys.
 _TABLE = "CREATE TABLE IF NOT EXISTS scores_1 (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID"
+# A REAL cannot be NaN: these pairs have no score, since the reward abstained.
+_ABSTAINED = "CREATE TABLE IF NOT EXISTS abstained_1 (pair BLOB PRIMARY KEY) WITHOUT ROWID"
 _HASHES_PER_QUERY = 500
 # Seconds to wait while another process writes to the file.
 _TIMEOUT = 60.0
 
 
 class ScoreCache:
-    """Scores by the hash of (key of the reward, prompt, response), in full precision.
+    """Scores by the hash of (key of the reward, prompt, response, columns that it reads), in full precision.
 
     SQLite's default journal is as safe as its write-ahead log, and also works on network drives. Several processes may
     share a file. A damaged file is renamed, and a new one begun.
@@ -42,11 +45,13 @@ class ScoreCache:
 
     def put(self, key: str, scores: Mapping[Pair, float]) -> None:
         """Keep the scores of a reward; after a kill, the file holds all of them or none."""
-        rows = [(_hash(key, pair), score) for pair, score in scores.items()]
+        rows = [(_hash(key, pair), score) for pair, score in scores.items() if not math.isnan(score)]
+        abstained = [(_hash(key, pair),) for pair, score in scores.items() if math.isnan(score)]
 
         def insert(connection: sqlite3.Connection) -> None:
             with connection:
                 connection.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?)", rows)
+                connection.executemany("INSERT OR REPLACE INTO abstained_1 VALUES (?)", abstained)
 
         self._run(insert)
 
@@ -78,11 +83,12 @@ class ScoreCache:
             self._connection = sqlite3.connect(self.path or ":memory:", timeout=_TIMEOUT)
             with self._connection:
                 self._connection.execute(_TABLE)
+                self._connection.execute(_ABSTAINED)
         return self._connection
 
 
 def _hash(key: str, pair: Pair) -> bytes:
-    """Return a hash of key, prompt and response; lone surrogates are allowed."""
+    """Return a hash of key and pair; lone surrogates are allowed."""
     parts = [part.encode("utf-8", "surrogatepass") for part in (key, *pair)]
     # The lengths tell ("ab", "c") from ("a", "bc").
     lengths = ",".join(str(len(part)) for part in parts)
@@ -94,6 +100,8 @@ def _select(connection: sqlite3.Connection, hashes: Sequence[bytes]) -> Iterator
         some = hashes[start : start + _HASHES_PER_QUERY]
         marks = ",".join("?" * len(some))
         yield from connection.execute(f"SELECT pair, score FROM scores_1 WHERE pair IN ({marks})", some)
+        for (pair,) in connection.execute(f"SELECT pair FROM abstained_1 WHERE pair IN ({marks})", some):
+            yield pair, math.nan
 
 
 def _rename_damaged(path: Path) -> None:

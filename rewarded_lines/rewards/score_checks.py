@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, UserError, fail
 
-# A prompt (a text or turns) and a response to it.
-Pair = tuple[Any, Any]
-# Takes prompts and responses (texts, or turns with `messages: true`), returns scores.
-ScoreFunction = Callable[[Sequence[Any], Sequence[Any]], Sequence[float]]
-_REMEDY = "return a finite float for every response, the empty one included"
+# A prompt (a text or turns) and a response to it; of a reward that reads columns, also their JSON.
+Pair = tuple[Any, ...]
+# Takes prompts and responses (texts, or turns with `messages: true`) and columns by name, returns scores.
+ScoreFunction = Callable[..., Sequence[float | None]]
+_REMEDY = "return a finite float for every response, the empty one included, or None where the reward has no say"
 
 
 class PairError(UserError):
@@ -38,7 +39,7 @@ class PairError(UserError):
 
 
 def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return finite floats, one for each pair, or raise a `PairError`."""
+    """Return a float for each pair, NaN for None, or raise a `PairError`; other scores must be finite."""
     if len(scores) != len(prompts):
         index = min(len(scores), len(prompts) - 1)
         problem = Problem(
@@ -50,7 +51,7 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
         )
         raise PairError(problem, index, (prompts[index], responses[index]))
     checked = [_as_float(score) for score in scores]
-    finite = {index: score for index, score in enumerate(checked) if math.isfinite(score)}
+    finite = {index: score for index, score in enumerate(checked) if math.isfinite(score) or scores[index] is None}
     if len(finite) == len(checked):
         return checked
     index = next(index for index in range(len(checked)) if index not in finite)
@@ -59,25 +60,44 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
     raise PairError(problem, index, (prompts[index], responses[index]), finite)
 
 
-def call_function(function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Return the checked scores of a function; find the pair on which it raises."""
+def call_function(
+    function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], columns: Sequence[Row]
+) -> list[float]:
+    """Return the checked scores of a function; find the pair on which it raises.
+
+    The function gets each column of `columns`, the rows of the pairs, as a list; None where a row lacks it.
+    """
     if not prompts:
         return []
     try:
-        scores = list(function(list(prompts), list(responses)))
+        scores = _call(function, prompts, responses, columns)
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything
-        raise _find_pair(function, where, prompts, responses, error) from error
+        raise _find_pair(function, where, prompts, responses, columns, error) from error
     return check_scores(where, scores, prompts, responses)
 
 
+def _call(
+    function: ScoreFunction, prompts: Sequence[Any], responses: Sequence[Any], columns: Sequence[Row]
+) -> list[Any]:
+    names = dict.fromkeys(name for row in columns for name in row)
+    return list(
+        function(list(prompts), list(responses), **{name: [row.get(name) for row in columns] for name in names})
+    )
+
+
 def _find_pair(
-    function: ScoreFunction, where: str, prompts: Sequence[Any], responses: Sequence[Any], error: Exception
+    function: ScoreFunction,
+    where: str,
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    columns: Sequence[Row],
+    error: Exception,
 ) -> UserError:
     """Return an error with the first pair that raises alone, and the scores before it."""
     known: dict[int, float] = {}
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for index, (prompt, response, row) in enumerate(zip(prompts, responses, columns, strict=True)):
         try:
-            alone = list(function([prompt], [response]))
+            alone = _call(function, [prompt], [response], [row])
         except Exception as again:  # noqa: BLE001 - likewise
             return PairError(Problem(_raised(again), where=where, remedy=_REMEDY), index, (prompt, response), known)
         try:

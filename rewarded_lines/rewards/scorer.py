@@ -11,11 +11,14 @@ from typing import Any
 
 import blake3
 
-from rewarded_lines.config import RewardSpec, decides
+from rewarded_lines.config import decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
+from rewarded_lines.data.rows import Row
 from rewarded_lines.processes import available_memory
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rewards.load_rewards import Reward, free_all
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.load_rewards import free_all
+from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
@@ -23,6 +26,8 @@ from rewarded_lines.rewards.score_checks import Pair, PairError
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
+# A prompt, a response, and the columns of the prompt's row.
+Item = tuple[Prompt, str, Row]
 
 
 class Scorer:
@@ -52,12 +57,16 @@ class Scorer:
         self._progress = progress
         self.seconds = 0.0
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
-        """Return every reward's scores in order; after a failure, the cache keeps earlier scores."""
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> dict[str, list[float]]:
+        """Return every reward's scores in order, NaN where one abstains; after a failure, the cache keeps earlier ones.
+
+        `columns` are the further columns of each prompt's row.
+        """
         started = time.perf_counter()
         try:
-            pairs = list(zip(map(prompt_key, prompts), responses, strict=True))
-            return self._score(pairs, dict(zip(pairs, prompts, strict=True)))
+            return self._score(list(zip(prompts, responses, columns or [{}] * len(prompts), strict=True)))
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -66,39 +75,42 @@ class Scorer:
         free_all(self._rewards.values())
         self._cache.close()
 
-    def _score(self, pairs: list[Pair], prompts: Mapping[Pair, Prompt]) -> dict[str, list[float]]:
-        unique = list(dict.fromkeys(pairs))
-        known = {name: self._cache.get(key, unique) for name, key in self._keys.items()}
-        missing = {name: [pair for pair in unique if pair not in scores] for name, scores in known.items()}
-        missing = {name: wanted for name, wanted in missing.items() if wanted}
+    def _score(self, items: Sequence[Item]) -> dict[str, list[float]]:
+        pairs = {name: _pairs(reward, items) for name, reward in self._rewards.items()}
+        known = {name: self._cache.get(key, pairs[name]) for name, key in self._keys.items()}
+        # The first place of each pair that has no score yet.
+        missing = {
+            name: {pair: at for at, pair in reversed(list(enumerate(pairs[name]))) if pair not in scores}
+            for name, scores in known.items()
+        }
+        missing = {name: dict(reversed(places.items())) for name, places in missing.items() if places}
         one_by_one = self._one_by_one(list(missing))
-        for name, wanted in missing.items():
+        for name, places in missing.items():
             if one_by_one:
                 free_all(reward for other, reward in self._rewards.items() if other != name and reward.size)
             try:
-                for scores in self._computed(name, wanted, pairs, prompts):
+                for scores in self._computed(name, places, items):
                     known[name] |= scores
             finally:
                 if one_by_one:
                     self._rewards[name].free()
-        return {name: [scores[pair] for pair in pairs] for name, scores in known.items()}
+        return {name: [scores[pair] for pair in pairs[name]] for name, scores in known.items()}
 
-    def _computed(
-        self, name: str, wanted: list[Pair], pairs: list[Pair], prompts: Mapping[Pair, Prompt]
-    ) -> Iterator[dict[Pair, float]]:
-        """Yield the scores of `wanted` in chunks; the cache keeps each chunk first."""
-        reward, key = self._rewards[name], self._keys[name]
+    def _computed(self, name: str, places: dict[Pair, int], items: Sequence[Item]) -> Iterator[dict[Pair, float]]:
+        """Yield the scores of the pairs in `places` in chunks; the cache keeps each chunk first."""
+        reward, key, wanted = self._rewards[name], self._keys[name], list(places)
         size = _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
         if reward.size:
-            wanted = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
+            wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         for start in range(0, len(wanted), size):
             self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
             chunk = wanted[start : start + size]
+            prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
             try:
-                values = reward.score([prompts[pair] for pair in chunk], [response for _, response in chunk])
+                values = reward.score(prompts, responses, columns)
             except PairError as error:
                 self._cache.put(key, {chunk[index]: score for index, score in error.known.items()})
-                raise PairError(error.problem, pairs.index(chunk[error.index]), error.pair) from error
+                raise PairError(error.problem, places[chunk[error.index]], error.pair) from error
             scores = dict(zip(chunk, values, strict=True))
             self._cache.put(key, scores)
             yield scores
@@ -112,6 +124,16 @@ class Scorer:
             if not reward.loaded:
                 absent[reward.device] += reward.size
         return any(size > _SHARE_OF_MEMORY * available_memory(device) for device, size in absent.items())
+
+
+def _pairs(reward: Reward, items: Sequence[Item]) -> list[Pair]:
+    """Return what decides each item's score: the columns only if the reward reads some."""
+    pairs: list[Pair] = []
+    for prompt, response, row in items:
+        read = reward.reads(row)
+        columns = (json.dumps(read, sort_keys=True, ensure_ascii=False, default=str),) if read else ()
+        pairs.append((prompt_key(prompt), response, *columns))
+    return pairs
 
 
 def reward_key(reward: Reward, spec: RewardSpec) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 
 _TOKENS_PER_ROW = 16

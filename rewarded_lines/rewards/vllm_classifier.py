@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import start_vllm
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.

@@ -16,6 +16,7 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config, set_template
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
+from rewarded_lines.rewards.reward import deciding
 from rewarded_lines.training.generation_config import generation_inputs
 from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, reference_hash
 from rewarded_lines.training.policy_task import PolicyTask
@@ -52,22 +53,28 @@ def load_task(
     if pairs:
         rows = read_pairs(data.train(), tell=say)
     else:
-        rows = [{"prompt": prompt} for prompt in read_prompts(data.train(), tell=say)]
-    prompts = read_prompts(validation, tell=say)
-    _check_one_kind(rows[0]["prompt"], prompts[0], validation.file or str(validation.dataset))
+        rows = read_prompts(data.train(), tell=say)
+    measured = read_prompts(validation, tell=say)
+    _check_one_kind(rows[0]["prompt"], measured[0]["prompt"], validation.file or str(validation.dataset))
     reward = load_training_reward(project, weights, str(training.device))
+    sets = [("validation rows", measured)] if pairs else [("training rows", rows), ("validation rows", measured)]
+    for one in reward.rewards.values():
+        for where, some in sets:
+            one.check_columns(some, where)
     inputs = {
-        "train": rows_hash(rows),
-        "validation": rows_hash({"prompt": prompt} for prompt in prompts),
+        "train": rows_hash(deciding(rows)),
+        "validation": rows_hash(deciding(measured)),
         "base": reference_hash(base),
         "reward": reward.fingerprint,
         **generation_inputs(project.generation),
     }
+    if any(one.reads_columns for one in reward.rewards.values()):
+        inputs["columns"] = rows_hash(deciding([*rows, *measured], reward.rewards.values()))
     tokenizer = load_tokenizer(base)
     set_template(tokenizer, project.generation)
     reader = _reader(base, tokenizer, project, training)
     task = PolicyTask(
-        base, tokenizer, reader, project.generation, reward, rows, prompts, inputs, options,
+        base, tokenizer, reader, project.generation, reward, rows, measured, inputs, options,
         data, rewards, len(rows),
     )  # fmt: skip
     _check_readable(task)

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import ModelConfig
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.lengths import Limit, fit, fit_prompts, positions_of
 from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, refuse_empty
 from rewarded_lines.rewards.load_rewards import reward_limits
+from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import load_policy, load_tokenizer, save_tokenizer
 from rewarded_lines.training.preference_pairs import shorten_pair
@@ -34,8 +35,8 @@ class PolicyTask:
     Attributes:
         base: absolute path or Hub id of the SFT model.
         tokenizer: the base's, with the project's chat template.
-        rows: training rows, prompts or pairs.
-        prompts: validation prompts.
+        rows: training rows: prompts with their columns, or pairs.
+        measured: validation prompts with their columns.
         inputs: hashes of all that the policy is made from.
         counted: number of training rows before `fit`.
         before: scores of the SFT model's responses to the validation prompts.
@@ -47,7 +48,7 @@ class PolicyTask:
     generation: GenerationSpec
     reward: WeightedReward
     rows: list[Row]
-    prompts: list[Prompt]
+    measured: list[Row]
     inputs: dict[str, Any]
     options: RunOptions
     data: DataOptions
@@ -65,6 +66,11 @@ class PolicyTask:
     def train_prompts(self) -> list[Prompt]:
         """The prompts of the training rows."""
         return [row["prompt"] for row in self.rows]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The validation prompts."""
+        return [row["prompt"] for row in self.measured]
 
     def fit(self, max_prompt_tokens: int | None, response_tokens: int, max_length: int | None = None) -> None:
         """Refuse, leave out or shorten rows that are too long for the policy or a reward model.
@@ -84,14 +90,13 @@ class PolicyTask:
         most, option = min(limited, key=lambda one: one[0])
         limits = [Limit("the policy", most, option, self._prompt_lengths)]
         limits += reward_limits(self.reward.rewards, self.tokenizer, self.train_prompts, response_tokens)
-        self.prompts = fit(self.prompts, limits, too_long, "validation prompts", shorten_prompt, say)
+        self.measured = fit_prompts(self.measured, limits, too_long, "validation prompts", say)
         if pairs:
             longest = min(limit for limit in (max_length, room, 1 << 30) if limit is not None)
             limits = [Limit("the policy", longest, "max_length, or its positions", self._pair_lengths)]
             self.rows = fit(self.rows, limits, too_long, "training pairs", shorten_pair, say)
         else:
-            kept = fit(self.train_prompts, limits, too_long, "training prompts", shorten_prompt, say)
-            self.rows = [{"prompt": prompt} for prompt in kept]
+            self.rows = fit_prompts(self.rows, limits, too_long, "training prompts", say)
 
     def spec(self, **settings: Any) -> GenerationSpec:
         """Return the project's settings for sampling outside of the trainer, with `settings` on top."""
@@ -127,7 +132,7 @@ class PolicyTask:
     def measure(self, spec: GenerationSpec, model: Any, folder: str) -> Scores:
         """Return the scores of a model's responses to the validation prompts."""
         responses = sample("hf", model, folder, self.tokenizer, spec, self.prompts)
-        return self.reward.parts(self.prompts, [response.judged for response in responses])
+        return self.reward.parts(self.prompts, [one.judged for one in responses], columns_of(self.measured))
 
     def measure_base(self, spec: GenerationSpec, model: Any) -> None:
         """Score the SFT model's responses; standardize the reward on them if that is set."""

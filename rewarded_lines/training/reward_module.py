@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.prompts import encode
+from rewarded_lines.data.rows import COLUMNS, Row
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import fail
+from rewarded_lines.rewards.reward import deciding
 from rewarded_lines.training.training_reward import WeightedReward, score_tokens
+
+# The key of a row for the columns that a reward reads.
+_READ = "read"
 
 
 class RewardModule(nn.Module):
@@ -33,15 +39,29 @@ class RewardModule(nn.Module):
     base_model_prefix = "backbone"
 
     def __init__(
-        self, reward: WeightedReward, reader: ResponseReader, prompts: Sequence[Prompt], penalty: float | None = None
+        self, reward: WeightedReward, reader: ResponseReader, rows: Sequence[Row], penalty: float | None = None
     ) -> None:
-        """Wrap `reward` for all `prompts` of the training; for `penalty` see `score_tokens`."""
+        """Wrap `reward` for all prompts of the training; for `penalty` see `score_tokens`.
+
+        Raises:
+            UserError: two rows have the same prompt, but not the same columns for a reward: TRL passes prompts only.
+        """
         super().__init__()
         self.score = nn.Identity()
         self._reward, self._reader, self._penalty = reward, reader, penalty
-        self.ids = encode(reader.tokenizer, prompts)
+        self.ids = encode(reader.tokenizer, [row["prompt"] for row in rows])
         self.length = max(map(len, self.ids))
-        self._prompts = {tuple(ids): prompt for ids, prompt in zip(self.ids, prompts, strict=True)}
+        self._rows: dict[tuple[int, ...], Row] = {}
+        for ids, row, read in zip(self.ids, rows, deciding(rows, reward.rewards.values()), strict=True):
+            first = self._rows.setdefault(tuple(ids), {**row, _READ: read.get(COLUMNS)})
+            if first[_READ] != read.get(COLUMNS):
+                raise fail(
+                    "PPO cannot tell two rows with one prompt apart, and a reward reads their columns",
+                    where="training rows",
+                    expected="each prompt once, or with the same columns each time",
+                    got=f"{first[_READ]} and {read.get(COLUMNS)} for {str(row['prompt'])[:120]!r}",
+                    remedy="leave one of them out, or train with recipes/rloo.py, which tells them apart",
+                )
 
     def padded(self, pad_token_id: int) -> list[list[int]]:
         """Return the prompts' tokens, all padded on the left to `length`."""
@@ -55,8 +75,8 @@ class RewardModule(nn.Module):
             count, ids = int(mask[: self.length].sum()), row[mask].tolist()
             heads.append(ids[:count])
             tails.append(ids[count:])
-        prompts = [self._prompts[tuple(ids)] for ids in heads]
-        scores = score_tokens(self._reward, self._reader, prompts, heads, tails, self._penalty)
+        rows = [self._rows[tuple(ids)] for ids in heads]
+        scores = score_tokens(self._reward, self._reader, rows, heads, tails, self._penalty)
         column = torch.tensor(scores, dtype=torch.float32, device=input_ids.device)
         states = column[:, None, None].expand(*input_ids.shape, 1)
         return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))

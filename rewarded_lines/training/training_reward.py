@@ -11,7 +11,6 @@ Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,12 @@ from typing import Any
 
 from rewarded_lines.data.lengths import shorten_prompt
 from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.projects import Project
-from rewarded_lines.rewards.load_rewards import Reward, load_rewards
+from rewarded_lines.rewards.load_rewards import load_rewards
+from rewarded_lines.rewards.reward import Columns, Reward, columns_of
 
 
 class WeightedReward:
@@ -45,15 +46,23 @@ class WeightedReward:
         self.name = next(iter(weights)) if list(weights.values()) == [1.0] else "+".join(weights)
         self.fingerprint = "+".join(f"{weights[name]}*{reward.fingerprint}" for name, reward in self.rewards.items())
 
-    def parts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float]]:
-        """Return every reward's own scores, in its own unit."""
-        return {name: self._scores(name, prompts, responses) for name in self.rewards}
+    def parts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> dict[str, list[float]]:
+        """Return every reward's own scores, in its own unit; `columns` are those of each prompt's row."""
+        rows = columns or [{}] * len(prompts)
+        return {name: self._scores(name, prompts, responses, rows) for name in self.rewards}
 
-    def _scores(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def _scores(
+        self, name: str, prompts: Sequence[Prompt], responses: Sequence[str], columns: Sequence[Row]
+    ) -> list[float]:
         """Return one reward's scores; a response that it cannot read gets the lowest score so far."""
         fitting = self._readable(name, prompts, responses)
         read = [(at, prompt) for at, prompt in enumerate(fitting) if prompt is not None]
-        scores = self.rewards[name].score([prompt for _, prompt in read], [responses[at] for at, _ in read])
+        places = [at for at, _ in read]
+        scores = self.rewards[name].score(
+            [prompt for _, prompt in read], [responses[at] for at in places], [columns[at] for at in places]
+        )
         lowest = self._lowest[name] = min([*scores, self._lowest[name]])
         if len(read) == len(fitting):
             return scores
@@ -92,9 +101,9 @@ class WeightedReward:
             columns.append([weight * (score - mean) / deviation for score in parts[name]])
         return [sum(row) for row in zip(*columns, strict=True)]
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return the weighted sum for each pair; see `ModelReward.score`."""
-        return self.total(self.parts(prompts, responses))
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """Return the weighted sum for each pair; see `Reward.score`."""
+        return self.total(self.parts(prompts, responses, columns))
 
     def standardize(self, parts: Mapping[str, Sequence[float]]) -> None:
         """Take each reward's mean and deviation from its scores on the SFT model's responses."""
@@ -131,36 +140,38 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
 def score_tokens(
     reward: WeightedReward,
     reader: ResponseReader,
-    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
     heads: Sequence[Sequence[int]],
     tails: Sequence[Sequence[int]],
     penalty: float | None,
 ) -> list[float]:
-    """Return the scores of responses, given as the tokens of the prompts and of the responses.
+    """Return the scores of responses to the rows' prompts; prompts and responses are also given as tokens.
 
     They are read as the evaluator reads them, so both score the same text. `penalty` (`missing_eos_penalty`) is
     subtracted from the score of a response that does not end.
     """
     responses = [reader.read(head, tail) for head, tail in zip(heads, tails, strict=True)]
-    scores = reward.score(prompts, [response.judged for response in responses])
+    prompts = [row["prompt"] for row in rows]
+    scores = reward.score(prompts, [response.judged for response in responses], columns_of(rows))
     return [score - (0.0 if one.ended else penalty or 0.0) for score, one in zip(scores, responses, strict=True)]
 
 
 @dataclass
 class RewardFunction:
-    """A reward as TRL's RLOOTrainer calls it: prompts and the token ids of completions in, scores out.
+    """A reward as TRL's RLOOTrainer calls it: numbers of rows and the token ids of completions in, scores out.
 
-    `chats` means that prompts are chats, packed as JSON. For `missing_eos_penalty` see `score_tokens`.
+    The trainer's data set has a column `row`, the number of a row in `rows`. For `missing_eos_penalty` see
+    `score_tokens`.
     """
 
     reward: WeightedReward
     reader: ResponseReader
-    chats: bool = False
+    rows: Sequence[Row]
     missing_eos_penalty: float | None = None
     __name__ = "reward"
 
-    def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    def __call__(self, row: Sequence[int], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """Return one score for each completion."""
-        own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
-        heads = encode(self.reader.tokenizer, own)
+        own = [self.rows[number] for number in row]
+        heads = encode(self.reader.tokenizer, [one["prompt"] for one in own])
         return score_tokens(self.reward, self.reader, own, heads, completion_ids, self.missing_eos_penalty)

@@ -450,7 +450,7 @@ def test_a_reward_model_trained_with_padding_that_is_the_end_is_read_as_transfor
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rewarded_lines.config import RewardSpec
+    from rewarded_lines.reward_settings import RewardSpec
     from rewarded_lines.rewards.load_rewards import load_reward
 
     tokenizer = chats("phi")

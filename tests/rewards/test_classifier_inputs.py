@@ -18,8 +18,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 
 PROMPTS = ["why is it good", "two words", "rain"]

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from command import hear_interrupts
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.score_checks import PairError
 
@@ -115,7 +115,7 @@ def test_a_worker_that_dies_is_one_error_and_no_process_stays(load, name):
 
 SCRIPT = """\
 from pathlib import Path
-from rewarded_lines.config import RewardSpec
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 
 if __name__ == "__main__":

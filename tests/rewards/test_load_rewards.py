@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.config_values import parse_format
 from rewarded_lines.errors import UserError
 from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import load_project
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards import load_rewards as rewards_module
 from rewarded_lines.rewards.classifier_backends import find_device
 from rewarded_lines.rewards.classifier_inputs import fill_template

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards import scorer as module
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.score_cache import ScoreCache

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 
 if find_spec("vllm") is None:

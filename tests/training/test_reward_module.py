@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.utils import get_reward
 
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.training.reward_module import RewardModule
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer

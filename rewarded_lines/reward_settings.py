@@ -1,0 +1,67 @@
+"""The settings of one reward in a project: where it comes from, and how its scores are made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rewarded_lines.config_values import Strict, check_template, checked, parse_format
+
+# Where a reward comes from, as messages say it.
+_SOURCES = {"model": "a classifier", "function": "module:name or file.py:name"}
+# Keys that only some sources have.
+_ONLY_FOR = {"backend": ("model",), "workers": ("function",), "messages": ("function",)}
+_DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
+# Later settings, with the values that earlier records had.
+_LATER: dict[str, Any] = {"messages": False}
+_FIRST_MAX_TOKENS = 512
+
+
+class RewardSpec(Strict):
+    """One reward, for recipes and evaluator: a model with a format, or a Python function.
+
+    `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
+    difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
+    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. With `messages`, a function
+    receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
+    or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
+    run a model; `workers` are processes for a function.
+    """
+
+    model: str | None = None
+    format: Annotated[str, checked(parse_format)] = "0"
+    template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
+    function: str | None = None
+    messages: bool = False
+    role: Literal["objective", "audit"] = "objective"
+    unit: str = ""
+    description: str = ""
+    batch_size: int = Field(64, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+    backend: Literal["hf", "vllm"] = "hf"
+    workers: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSpec:
+        given = [source for source in _SOURCES if getattr(self, source) is not None]
+        if len(given) != 1:
+            raise ValueError("declare one of " + ", ".join(f"`{key}:` ({what})" for key, what in _SOURCES.items()))
+        for key, sources in _ONLY_FOR.items():
+            if given[0] not in sources and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where the reward comes from: the key that names it, such as "model" or "function"."""
+        return next(source for source in _SOURCES if getattr(self, source) is not None)
+
+    def decides(self) -> dict[str, Any]:
+        """Return the settings that decide scores; later settings only where they are used."""
+        content = self.model_dump(mode="json", exclude=_DECIDES_NO_SCORE)
+        # Longer texts are refused or read whole, so the limit decides no score.
+        content["max_tokens"] = self.max_tokens or _FIRST_MAX_TOKENS
+        return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}

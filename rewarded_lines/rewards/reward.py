@@ -1,0 +1,105 @@
+"""What a reward is: it scores responses to prompts, and says which columns of a row it reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.rows import COLUMNS, Row
+from rewarded_lines.errors import fail, listed
+
+_MOST_NAMES = 12
+Columns = Sequence[Row] | None
+"""The columns of each prompt's row, by name; None if there are none."""
+
+
+class Reward(ABC):
+    """Scores responses to prompts; a higher score is better.
+
+    Attributes:
+        name: in the project.
+        unit: of the scores, for figures.
+        fingerprint: a hash of all that decides the scores beside the declaration; "" if unknown.
+        columns: names of the columns that a row must have for this reward.
+        optional: names of the columns that it reads from rows that have them; None for all columns.
+        size: bytes of its weights in memory; 0 without weights.
+        device: where the weights are while in memory.
+    """
+
+    name: str
+    unit: str = ""
+    fingerprint: str = ""
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] | None = ()
+    size: int = 0
+    device: str = "cpu"
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights, if any, are in memory."""
+        return True
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a prompt with its response, or None without a limit."""
+        return None
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """Return a score for each prompt (a text or the turns of a chat) with its response.
+
+        A score is NaN where the reward abstains. `columns` are the further columns of each prompt's row.
+
+        Raises:
+            PairError: the reward failed on a pair, or its score is not finite.
+            UserError: the reward failed otherwise.
+        """
+
+    def free(self) -> None:  # noqa: B027
+        """Free memory and processes; the next score loads the reward again."""
+
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+        """Return the tokens of each prompt with its response; zeros without a limit."""
+        return [0] * len(prompts)
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """Return a sentence on what the reward skips of prompts, or ""; refuse prompts that it misreads."""
+        return ""
+
+    @property
+    def reads_columns(self) -> bool:
+        """True if a score may depend on more than prompt and response."""
+        return bool(self.columns) or self.optional != ()
+
+    def reads(self, row: Row) -> Row:
+        """Return those of a row's columns that decide the score."""
+        if self.optional is None:
+            return row
+        return {name: row[name] for name in (*self.columns, *self.optional) if name in row}
+
+    def check_columns(self, rows: Sequence[Row], where: str) -> None:
+        """Refuse rows without a column that the reward needs; `where` names the rows."""
+        for at, row in enumerate(rows):
+            if absent := [name for name in self.columns if name not in row.get(COLUMNS, {})]:
+                raise fail(
+                    f"reward `{self.name}` reads column `{absent[0]}`, which a row does not have",
+                    where=f"{where}, row {at}",
+                    expected=f"columns {', '.join(self.columns)}",
+                    got=f"columns {listed(list(row.get(COLUMNS, {})), _MOST_NAMES) or 'none'} beside the prompt",
+                    remedy=f"add the column, or name yours: `columns: {{{absent[0]}: YOUR_COLUMN}}`",
+                )
+
+
+def columns_of(rows: Iterable[Row]) -> list[Row]:
+    """Return the columns of each row beside its prompt."""
+    return [row.get(COLUMNS, {}) for row in rows]
+
+
+def deciding(rows: Iterable[Row], rewards: Iterable[Reward] = ()) -> Iterator[Row]:
+    """Yield what decides responses and scores: the roles of each row, and the columns that a reward reads."""
+    readers = [reward for reward in rewards if reward.reads_columns]
+    for row in rows:
+        roles = {role: value for role, value in row.items() if role != COLUMNS}
+        read = [reward.reads(row.get(COLUMNS, {})) for reward in readers]
+        yield {**roles, **({COLUMNS: {name: one[name] for one in read for name in one}} if any(read) else {})}
