@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -78,12 +78,8 @@ class Scorer:
     def _score(self, items: Sequence[Item]) -> dict[str, list[float]]:
         pairs = {name: _pairs(reward, items) for name, reward in self._rewards.items()}
         known = {name: self._cache.get(key, pairs[name]) for name, key in self._keys.items()}
-        # The first place of each pair that has no score yet.
-        missing = {
-            name: {pair: at for at, pair in reversed(list(enumerate(pairs[name]))) if pair not in scores}
-            for name, scores in known.items()
-        }
-        missing = {name: dict(reversed(places.items())) for name, places in missing.items() if places}
+        missing = {name: _first_places(own, known[name]) for name, own in pairs.items()}
+        missing = {name: places for name, places in missing.items() if places}
         one_by_one = self._one_by_one(list(missing))
         for name, places in missing.items():
             if one_by_one:
@@ -134,6 +130,15 @@ def _pairs(reward: Reward, items: Sequence[Item]) -> list[Pair]:
         columns = (json.dumps(read, sort_keys=True, ensure_ascii=False, default=str),) if read else ()
         pairs.append((prompt_key(prompt), response, *columns))
     return pairs
+
+
+def _first_places(pairs: Sequence[Pair], known: Container[Pair]) -> dict[Pair, int]:
+    """Return the first place of each pair that is not known."""
+    places: dict[Pair, int] = {}
+    for at, pair in enumerate(pairs):
+        if pair not in known:
+            places.setdefault(pair, at)
+    return places
 
 
 def reward_key(reward: Reward, spec: RewardSpec) -> str:

@@ -94,6 +94,10 @@ FORMS = {
 }  # fmt: skip
 
 
+def prompts_of(spec, **options):
+    return [row["prompt"] for row in read_prompts(spec, **options)]
+
+
 def save(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DataSpec(file=str(path))
@@ -104,7 +108,7 @@ def test_every_published_form_is_one_prompt_and_two_answers(tmp_path, name):
     row, made = FORMS[name]
     told = []
     assert read_pairs(save(tmp_path / "a.jsonl", row), tell=told.append) == [made]
-    assert read_prompts(save(tmp_path / "a.jsonl", row)) == [made["prompt"]]
+    assert prompts_of(save(tmp_path / "a.jsonl", row)) == [made["prompt"]]
     (sentence,) = told
     kind = "chats" if isinstance(made["prompt"], list) else "texts"
     assert sentence.startswith(f"rows of {tmp_path / 'a.jsonl'}: {kind}")
@@ -137,10 +141,10 @@ def test_arrow_fills_gaps_with_nulls_that_are_no_part_of_a_message(tmp_path):
 )
 def test_texts_become_turns_where_the_data_are_chats(tmp_path, text, turns):
     spec = save(tmp_path / "a.jsonl", {"prompt": text})
-    assert read_prompts(spec) == [text]
-    assert read_prompts(spec.model_copy(update={"chat": True})) == [turns]
+    assert prompts_of(spec) == [text]
+    assert prompts_of(spec.model_copy(update={"chat": True})) == [turns]
     with_system = spec.model_copy(update={"chat": True, "system": "Be brief."})
-    assert read_prompts(with_system) == [[SYSTEM, *turns]]
+    assert prompts_of(with_system) == [[SYSTEM, *turns]]
 
 
 def test_hh_rlhf_as_chats_has_the_answers_without_their_spaces(tmp_path):
@@ -155,7 +159,7 @@ def test_a_system_column_is_the_first_turn_of_a_chat(tmp_path):
     assert read_pairs(spec)[0]["prompt"] == "Why is it blue?"
     assert read_pairs(spec.model_copy(update={"chat": True})) == [{**PAIR, "prompt": [SYSTEM, ASKED]}]
     own = {**PAIR, "prompt": [turn("system", "Shout."), ASKED], "system": "Be brief."}
-    assert read_prompts(save(tmp_path / "b.jsonl", own)) == [own["prompt"]]
+    assert prompts_of(save(tmp_path / "b.jsonl", own)) == [own["prompt"]]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_a_system_column_is_the_first_turn_of_a_chat(tmp_path):
     ],
 )
 def test_prompts_are_what_is_answered_in_whole_chats_and_demonstrations(tmp_path, row, prompt):
-    assert read_prompts(save(tmp_path / "a.jsonl", row)) == [prompt]
+    assert prompts_of(save(tmp_path / "a.jsonl", row)) == [prompt]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ def test_arrow_fills_the_arguments_of_calls_with_nulls_that_nobody_wrote(tmp_pat
 def test_tools_may_be_json(tmp_path):
     row = {"messages": [ASKED, SAID]}
     assert read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [row]
-    assert read_prompts(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [[ASKED]]
+    assert prompts_of(save(tmp_path / "a.jsonl", {**row, "tools": "[]"})) == [[ASKED]]
     with pytest.raises(UserError, match="`tools` is not JSON"):
         read_demonstrations(save(tmp_path / "a.jsonl", {**row, "tools": "look"}))
 
@@ -243,7 +247,7 @@ def test_an_empty_answer_is_an_answer(tmp_path):
 
 
 def test_other_columns_may_have_the_names_of_answers(tmp_path):
-    assert read_prompts(save(tmp_path / "a.jsonl", {"prompt": "Why?", "chosen": 0, "rejected": 1})) == ["Why?"]
+    assert prompts_of(save(tmp_path / "a.jsonl", {"prompt": "Why?", "chosen": 0, "rejected": 1})) == ["Why?"]
 
 
 @pytest.mark.parametrize(
@@ -260,4 +264,4 @@ def test_what_is_no_demonstration_is_refused(tmp_path, row, settings, said):
 
 def test_settings_of_a_row_of_texts_are_no_chats(tmp_path):
     row = {"prompt": "Why?", "tools": [{"name": "look"}], "system": "Be brief.", "chat_template_kwargs": {"a": 1}}
-    assert read_prompts(save(tmp_path / "a.jsonl", row)) == ["Why?"]
+    assert prompts_of(save(tmp_path / "a.jsonl", row)) == ["Why?"]

@@ -154,7 +154,7 @@ def test_chats_are_known_by_their_turns_and_texts_by_themselves():
 
 def load_prompts(project):
     project.require("prompts")
-    return read_prompts(project.config.prompts, project.root)
+    return [row["prompt"] for row in read_prompts(project.config.prompts, project.root)]
 
 
 def sentencepiece_like():

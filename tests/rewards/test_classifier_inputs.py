@@ -261,5 +261,5 @@ def test_a_function_may_ask_for_messages(tmp_path):
         reward = load_reward("r", spec, tmp_path)
         assert reward.score([[SYSTEM, *BEFORE, asked("a")], "why"], ["yes", ""]) == [43.0, 10.0]
         reward.free()
-    with pytest.raises(ValueError, match="`messages:` is for functions"):
+    with pytest.raises(ValueError, match="`messages:` is for rewards with `function:`"):
         RewardSpec(model="x", messages=True)

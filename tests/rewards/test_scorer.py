@@ -1,11 +1,15 @@
 """The scorer computes no score twice, loses none, and lets models take turns in memory."""
 
+import math
+import sqlite3
+
 import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards import scorer as module
 from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer, reward_key
 
@@ -102,27 +106,29 @@ def test_a_text_that_is_too_long_stops_after_those_that_are_not(functions, class
     scorer.close()
 
 
-class Spy:
+class Spy(Reward):
     """A model of `size` bytes that logs its calls."""
-
-    unit, device = "", "cpu"
 
     def __init__(self, name, size, log):
         self.name, self.size, self.fingerprint = name, size, name
-        self.loaded = False
+        self._held = False
         self._log = log
 
+    @property
+    def loaded(self):
+        return self._held
+
     def load(self):
-        if not self.loaded:
+        if not self._held:
             self._log.append(f"+{self.name}")
-        self.loaded = True
+        self._held = True
 
     def free(self):
-        if self.loaded:
+        if self._held:
             self._log.append(f"-{self.name}")
-        self.loaded = False
+        self._held = False
 
-    def score(self, prompts, responses):
+    def score(self, prompts, responses, columns=None):
         self.load()
         self._log.append(f"{self.name}:{len(prompts)}")
         return [1.0] * len(prompts)
@@ -176,3 +182,25 @@ def test_offloaded_scores_are_the_same(functions, classifiers):
     assert together.score(prompts, responses) == apart.score(prompts, responses)
     assert [reward.loaded for reward in together._rewards.values()] == [True, True]
     assert [reward.loaded for reward in apart._rewards.values()] == [False, False]
+
+
+def test_columns_decide_a_score_where_a_reward_reads_them(functions, tmp_path):
+    (functions / "answers.py").write_text(
+        "def exact(prompts, completions, answer, level=None):\n"
+        "    return [None if l else float(a in c) for a, c, l in zip(answer, completions, level)]\n"
+        "def nothing(prompts, completions):\n    return [0.5 for _ in prompts]\n"
+    )
+    specs = {name: RewardSpec(function=f"answers.py:{name}") for name in ("exact", "nothing")}
+    cache = ScoreCache(tmp_path / "scores.sqlite")
+    scorer = make(functions, cache=cache, **specs)
+    columns = [{"answer": "4", "level": None}, {"answer": "5", "level": None}, {"answer": "4", "level": 2}]
+    for _ in range(2):
+        found = scorer.score(["2+2?"] * 3, ["4"] * 3, columns)
+        assert found["exact"][:2] == [1.0, 0.0] and math.isnan(found["exact"][2])
+        assert found["nothing"] == [0.5] * 3
+    # One pair for the function of two texts, three for the one that reads a column.
+    connection = sqlite3.connect(tmp_path / "scores.sqlite")
+    assert [connection.execute(f"SELECT count(*) FROM {name}_1").fetchone() for name in ("scores", "abstained")] == [
+        (3,),
+        (1,),
+    ]

@@ -5,6 +5,7 @@ from tiny_models import PROMPTS, make_model, make_tokenizer
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.sampling import sample
@@ -12,12 +13,13 @@ from rewarded_lines.training.training_reward import WeightedReward
 
 SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
 
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 
-class Length:
-    limit = None
+
+class Length(Reward):
     name, fingerprint = "length", ""
 
-    def score(self, prompts, responses):
+    def score(self, prompts, responses, columns=None):
         return [float(len(prompt) + 100 * len(response)) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -28,7 +30,7 @@ def task():
     reward = WeightedReward({"length": Length()}, {"length": 2.0})
     rows = [{"prompt": "dog"}]
     options = (RunOptions(), DataOptions(), RewardOptions(reward="length"))
-    return PolicyTask("base", tokenizer, reader, SPEC, reward, rows, PROMPTS, {}, *options, len(rows))
+    return PolicyTask("base", tokenizer, reader, SPEC, reward, rows, ROWS, {}, *options, len(rows))
 
 
 def test_a_task_scores_its_models_responses_by_every_reward(task):

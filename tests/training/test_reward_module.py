@@ -10,6 +10,7 @@ from trl.experimental.utils import get_reward
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.reward_module import RewardModule
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import WeightedReward
@@ -18,19 +19,23 @@ PROMPTS = ["a film", "the quiet end of it all, says", "it"]
 RESPONSES = [" that moves.", " he, and goes on and on", ""]
 
 
-class Recorder:
+class Recorder(Reward):
     """A reward that records its pairs and scores them differently."""
 
-    limit = None
+    rewards: dict = {}
     name = "recorder"
     unit = "characters"
 
     def __init__(self):
         self.seen = []
 
-    def score(self, prompts, responses):
+    def score(self, prompts, responses, columns=None):
         self.seen += zip(prompts, responses, strict=True)
         return [100.0 * len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def rows_of(prompts):
+    return [{"prompt": prompt} for prompt in prompts]
 
 
 def reader(tokenizer):
@@ -57,7 +62,7 @@ def query_responses(tokenizer, queries, ended=True, responses=RESPONSES):
 @pytest.mark.parametrize("ended", [True, False])
 def test_scores_through_trl_are_the_rewards_own(tokenizer, ended):
     reward = Recorder()
-    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    module = RewardModule(reward, reader(tokenizer), rows_of(PROMPTS))
     rows = query_responses(tokenizer, module, ended)
     logits, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(PROMPTS, RESPONSES, strict=True))
@@ -66,7 +71,7 @@ def test_scores_through_trl_are_the_rewards_own(tokenizer, ended):
 
 
 def test_batches_come_in_any_order_and_with_responses_of_any_width(tokenizer):
-    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
+    module = RewardModule(Recorder(), reader(tokenizer), rows_of(PROMPTS))
     rows = query_responses(tokenizer, module)
     expected = Recorder().score(PROMPTS, RESPONSES)
     for order in ([2, 0], [1], [1, 1, 2]):
@@ -77,7 +82,7 @@ def test_batches_come_in_any_order_and_with_responses_of_any_width(tokenizer):
 
 def test_padding_is_no_text(tokenizer):
     reward = Recorder()
-    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    module = RewardModule(reward, reader(tokenizer), rows_of(PROMPTS))
     rows = query_responses(tokenizer, module)
     padding = torch.full((3, 5), tokenizer.pad_token_id)
     get_reward(module, torch.cat([rows, padding], 1), tokenizer.pad_token_id, module.length)
@@ -85,7 +90,7 @@ def test_padding_is_no_text(tokenizer):
 
 
 def test_prompts_are_padded_left_to_one_length(tokenizer):
-    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
+    module = RewardModule(Recorder(), reader(tokenizer), rows_of(PROMPTS))
     rows = module.padded(tokenizer.pad_token_id)
     assert {len(row) for row in rows} == {module.length}
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == PROMPTS
@@ -96,7 +101,7 @@ def test_prompts_are_padded_left_to_one_length(tokenizer):
 def test_tokens_after_an_end_are_not_rewarded_and_a_missing_end_costs_the_penalty(tokenizer):
     reward, end = Recorder(), tokenizer("q", add_special_tokens=False)["input_ids"][0]
     ends = ResponseReader(tokenizer, frozenset([end, tokenizer.eos_token_id]))
-    module = RewardModule(reward, ends, PROMPTS, penalty=7.5)
+    module = RewardModule(reward, ends, rows_of(PROMPTS), penalty=7.5)
     rows = query_responses(tokenizer, module, False, [" that q it", " he", " q"])
     _, scores, _ = get_reward(module, rows, tokenizer.pad_token_id, module.length)
     assert [response.strip() for _, response in reward.seen] == ["that", "he", ""]
@@ -107,7 +112,7 @@ def test_tokens_after_an_end_are_not_rewarded_and_a_missing_end_costs_the_penalt
 def test_the_reward_reads_the_prompt_as_the_data_have_it(tokenizer):
     prompts = ["A Film", "THE  quiet\tend </s>", "It"]
     reward = Recorder()
-    module = RewardModule(reward, reader(tokenizer), prompts)
+    module = RewardModule(reward, reader(tokenizer), rows_of(prompts))
     decoded = tokenizer.batch_decode(module.ids, skip_special_tokens=True)
     assert decoded == ["a film", "the  quiet\tend ", "it"]
     get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
@@ -119,13 +124,13 @@ def test_chats_are_handed_to_the_reward_as_chats():
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     reward = Recorder()
-    module = RewardModule(reward, reader(tokenizer), chats)
+    module = RewardModule(reward, reader(tokenizer), rows_of(chats))
     get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(chats, RESPONSES, strict=True))
 
 
 def test_the_module_has_nothing_to_train(tokenizer):
-    module = RewardModule(Recorder(), reader(tokenizer), PROMPTS)
+    module = RewardModule(Recorder(), reader(tokenizer), rows_of(PROMPTS))
     assert list(module.parameters()) == [] and module.base_model_prefix == "backbone"
 
 
@@ -164,7 +169,7 @@ def test_ppo_gets_the_score_that_a_reward_model_of_another_kind_gives_to_the_tex
     reward = WeightedReward({"bert": load_reward("bert", spec, tmp_path, "cpu")}, {"bert": 1.0})
     prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(4)]
     policy, tokenizer = make_model(0, blocks=2), make_tokenizer()
-    module = RewardModule(reward, reader(tokenizer), prompts)
+    module = RewardModule(reward, reader(tokenizer), rows_of(prompts))
     ids = torch.tensor(module.padded(tokenizer.pad_token_id))
     torch.manual_seed(0)
     rows = policy.generate(
@@ -189,7 +194,7 @@ def test_ppo_gets_the_score_that_a_reward_model_of_another_kind_gives_to_the_tex
 def test_standardized_scores_reach_ppo(tokenizer):
     reward = WeightedReward({"recorder": Recorded()}, {"recorder": 2.0})
     reward.standardize({"recorder": [0.0, 2000.0]})
-    module = RewardModule(reward, reader(tokenizer), PROMPTS)
+    module = RewardModule(reward, reader(tokenizer), rows_of(PROMPTS))
     _, scores, _ = get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert scores.tolist() == pytest.approx(
         [2 * (612 - 1000) / 1000, 2 * (2923 - 1000) / 1000, 2 * (200 - 1000) / 1000]

@@ -9,7 +9,7 @@ from tiny_models import make_tokenizer
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
-from rewarded_lines.training.rloo_trainer import packed
+from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import RewardFunction, WeightedReward, load_training_reward
 
@@ -17,18 +17,18 @@ PROMPTS = ["A Film", "the quiet End of it all, says", "IT"]
 RESPONSES = [" that moves.", " he, and goes on and on", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 
-class Scores:
+
+class Scores(Reward):
     """A reward from a function of one pair; it records the pairs."""
-
-    limit = None
 
     def __init__(self, name, score):
         self.name, self.fingerprint = name, f"<{name}>"
         self.seen = []
         self._score = score
 
-    def score(self, prompts, responses):
+    def score(self, prompts, responses, columns=None):
         self.seen += zip(prompts, responses, strict=True)
         return [float(self._score(prompt, response)) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -156,8 +156,9 @@ def completions(tokenizer, ended=(True, False, True)):
 def test_rloo_scores_what_the_evaluator_scores(lowercase):
     tokenizer = train_tokenizer(PROMPTS + RESPONSES, ScratchModel(vocab_size=300, lowercase=lowercase))
     reward = WeightedReward({"capitals": capitals()}, {"capitals": 1.0})
-    function = RewardFunction(reward, reader(tokenizer))
-    scores = function(prompts=PROMPTS, completions=["x"] * 3, completion_ids=completions(tokenizer), trainer_state=None)
+    function = RewardFunction(reward, reader(tokenizer), ROWS)
+    given = {"prompts": PROMPTS, "completions": ["x"] * 3, "trainer_state": None}
+    scores = function(row=[0, 1, 2], completion_ids=completions(tokenizer), **given)
     # The original prompts, even if the tokenizer lower-cases them for the policy.
     assert reward.rewards["capitals"].seen == list(zip(PROMPTS, RESPONSES, strict=True))
     assert scores == capitals().score(PROMPTS, RESPONSES)
@@ -167,7 +168,7 @@ def test_rloo_scores_chats_and_their_answers():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     reward = both({"length": 1.0})
-    scores = RewardFunction(reward, reader(tokenizer), chats=True)([packed(CHAT)] * 3, completions(tokenizer))
+    scores = RewardFunction(reward, reader(tokenizer), [{"prompt": CHAT}])([0] * 3, completions(tokenizer))
     assert reward.rewards["length"].seen == [(CHAT, response) for response in RESPONSES]
     assert scores == [12.0, 23.0, 0.0]
 
@@ -175,11 +176,11 @@ def test_rloo_scores_chats_and_their_answers():
 @pytest.mark.parametrize(("penalty", "taken"), [(None, 0.0), (0.0, 0.0), (1.5, 1.5)])
 def test_a_response_without_an_end_pays_the_penalty(penalty, taken):
     tokenizer = make_tokenizer()
-    function = RewardFunction(both({"length": 1.0}), reader(tokenizer), missing_eos_penalty=penalty)
-    assert function(PROMPTS, completions(tokenizer)) == [12.0, 23.0 - taken, 0.0]
-    assert function(PROMPTS, completions(tokenizer, (False, True, False))) == [12.0 - taken, 23.0, -taken]
+    function = RewardFunction(both({"length": 1.0}), reader(tokenizer), ROWS, missing_eos_penalty=penalty)
+    assert function(range(3), completions(tokenizer)) == [12.0, 23.0 - taken, 0.0]
+    assert function(range(3), completions(tokenizer, (False, True, False))) == [12.0 - taken, 23.0, -taken]
 
 
 def test_trl_can_ask_the_function_for_its_name():
-    function = RewardFunction(both(), reader(make_tokenizer()))
+    function = RewardFunction(both(), reader(make_tokenizer()), ROWS)
     assert function.__name__ == "reward" and not inspect.iscoroutinefunction(function)
