@@ -20,7 +20,9 @@ from rewarded_lines.training.training_record import MetricsCallback, last_checkp
 class Vowels:
     """A reward that differs between responses."""
 
-    def score(self, prompts, responses):
+    rewards: dict = {}
+
+    def score(self, prompts, responses, columns=None):
         return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
 
 
@@ -46,7 +48,7 @@ def trainer(folder, lora=False, target=None, **settings):
     set_seed(0)
     tokenizer = make_tokenizer()
     reader = ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
-    module = RewardModule(Vowels(), reader, PROMPTS * 3)
+    module = RewardModule(Vowels(), reader, [{"prompt": prompt} for prompt in PROMPTS * 3])
     policy = make_model(0, blocks=2)
     critic = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
     if lora:
