@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rewarded_lines.config import TooLong
 from rewarded_lines.data.messages import Prompt
-from rewarded_lines.data.rows import Row, Tell, silent
+from rewarded_lines.data.rows import COLUMNS, Row, Tell, silent
 from rewarded_lines.errors import Problem, UserError, fail, listed
 
 T = TypeVar("T")
@@ -158,7 +158,8 @@ def _end_of(text: str, fits: Callable[[str], bool]) -> str | None:
 def _problem(rows: Sequence[Any], limit: Limit, lengths: Sequence[int], where: str, too_long: TooLong) -> Problem:
     over = limit.exceeded(lengths)
     row = rows[over[0]]
-    first = repr(row["prompt"] if isinstance(row, dict) and "chosen" not in row else row)
+    # Of a prompt's row, the columns do not count.
+    first = repr(row["prompt"] if isinstance(row, dict) and row.keys() <= {"prompt", COLUMNS} else row)
     beginning = first if len(first) <= _BEGINNING else f"{first[:_BEGINNING]}…"
     way = "set `too_long: leave_out` or `too_long: truncate` (of prompts, from their beginning), or "
     return Problem(
