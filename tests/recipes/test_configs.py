@@ -38,7 +38,9 @@ def test_all_of_them_are_found():
     assert [path.stem for path in RECIPES] == ["dpo", "ppo", "reward", "rloo", "sft"]
     assert [path.stem for path in CONFIGS if path.parent.name == "demo"] == [path.stem for path in RECIPES]
     assert {path.stem for path in CONFIGS} <= {path.stem for path in RECIPES}
-    assert {path.parent.name for path in CONFIGS} == {"assistant", "demo", "smollm2", "summary"}
+    assert {path.parent.name for path in CONFIGS} == {
+        "assistant", "chat", "demo", "helpsteer", "safety", "smollm2", "summary",
+    }  # fmt: skip
     assert len(SHOWN) >= 20
     assert [path.stem for path in LAUNCHES] == ["cpu", "ddp", "fsdp2", "gpu", "two_nodes", "zero2", "zero3"]
 

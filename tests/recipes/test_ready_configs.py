@@ -21,7 +21,10 @@ from rewarded_lines.projects import load_project
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
-SUITES = {"assistant": "assistant", "smollm2": "packages", "summary": "summary"}
+SUITES = {
+    "assistant": "assistant", "chat": "chat", "helpsteer": "helpsteer", "safety": "safety", "smollm2": "packages",
+    "summary": "summary",
+}  # fmt: skip
 # The demo's configs are run in test_recipes.py.
 READY = [path for task in SUITES for path in sorted((CONFIGS / task).glob("*.yaml"))]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (CONFIGS / "README.md").read_text(), re.DOTALL)
@@ -38,9 +41,9 @@ def task_of(command):
 
 def test_none_is_overlooked():
     found = {path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "demo"}
-    assert found == set(READY) and len(READY) == 14
+    assert found == set(READY) and len(READY) == 19
     assert all(sum(str(path.relative_to(ROOT)) in command for command in COMMANDS) for path in READY)
-    assert len(SHOWN) == 18 and len(COMMANDS) == 26
+    assert len(SHOWN) == 30 and len(COMMANDS) == 40
 
 
 @pytest.fixture(scope="module")
