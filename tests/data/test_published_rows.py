@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+from documents import ROOT
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.dataset_formats import read_demonstrations, read_pairs, read_prompts
+from rewarded_lines.data.published_rows import _FORMS
 from rewarded_lines.errors import UserError
 from rewarded_lines.training.recipe_options import DataOptions
 
@@ -118,6 +120,12 @@ def test_alpacas_rows_are_demonstrations(tmp_path):
 def test_ties_are_left_out(tmp_path, function, tie):
     with pytest.raises(UserError, match="there are no rows"):
         read_pairs(spec_of(tmp_path, tie, rows=f"rewarded_lines.data.published_rows:{function}"))
+
+
+def test_the_page_names_every_function():
+    functions = {name for _, names, _ in _FORMS for name in names}
+    page = (ROOT / "recipes" / "README.md").read_text()
+    assert functions == {name for name in functions if f"| `{name}`" in page or f", `{name}`" in page}
 
 
 def test_an_answer_that_is_not_there_is_refused(tmp_path):
