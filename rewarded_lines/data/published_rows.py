@@ -14,7 +14,7 @@ Row = dict[str, Any]
 _FORMS = (
     (("context", "response1", "response2", "overall_preference"), ("helpsteer3",), "context"),
     (("response_0", "response_1", "better_response_id", "safer_response_id"), ("pku_better", "pku_safer"), "prompt"),
-    (("prompt", "answers"), ("nectar",), "prompt"),
+    (("prompt", "answers", "turns"), ("nectar",), "prompt"),
     (("instruction", "completions"), ("ultrafeedback",), "instruction"),
     (("instruction", "output"), ("alpaca",), ""),
     (("instruction", "chosen", "rejected"), ("alpaca",), ""),

@@ -17,6 +17,7 @@ from pathlib import Path
 from rewarded_lines.data.arrow_rows import read_arrow, read_parquet
 from rewarded_lines.data.text_rows import PACKED, Rows, file_type, read_csv, read_json
 from rewarded_lines.errors import fail, listed
+from rewarded_lines.references import fitting
 
 _MOST_NAMES = 8
 # The words that `datasets` reads as the name of a split.
@@ -70,11 +71,9 @@ def find_files(path: Path, split: str) -> list[Path]:
             expected="a file (JSON, CSV, Parquet, Arrow), a folder of files, or a pattern such as data/*.jsonl",
             remedy="`rewarded-lines demo --until data` makes the demo's corpus",
         )
-    # A folder that exists has a name, not a pattern, even if the name holds brackets.
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    found = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
-    if files := sorted((folder / one for one in found if (folder / one).is_file()), key=_natural):
+    if files := sorted(fitting(path), key=_natural):
         return files
+    folder = next(parent for parent in path.parents if parent.is_dir())
     got = listed(sorted(one.name for one in folder.iterdir()), _MOST_NAMES)
     raise fail("no file fits the pattern", where=str(path), expected="at least one", got=f"{folder} holds {got}")
 
@@ -148,6 +147,11 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _suffixes(file: Path) -> str:
+    kind = file_type(file)
+    return kind if kind == file.suffix.lower() else kind + file.suffix.lower()
+
+
 def _is_no_data(inside: Path) -> bool:
     return inside.name in _NO_DATA or any(part.startswith((".", "__")) for part in inside.parts)
 
@@ -177,7 +181,7 @@ def _choose(names: Sequence[str], split: str, folder: Path) -> str:
 def _check_alike(files: Sequence[Path], folder: Path) -> None:
     """Refuse files of several types, and files of several folders: they may be other data, or the same twice."""
     for what, kinds in (
-        ("files of several types", [file_type(file) for file in files]),
+        ("files of several types", [_suffixes(file) for file in files]),
         ("files in several folders", [str(file.parent.relative_to(folder)) for file in files]),
     ):
         if len(set(kinds)) > 1:
@@ -186,5 +190,5 @@ def _check_alike(files: Sequence[Path], folder: Path) -> None:
                 where=str(folder),
                 expected="rows of one kind",
                 got=listed(list(dict.fromkeys(kinds)), _MOST_NAMES),
-                remedy=f"name the files with a pattern: {folder / '**'}/*{file_type(files[0])}",
+                remedy=f"name a file or a pattern, such as {files[0]}",
             )

@@ -177,8 +177,9 @@ def test_brackets_in_the_name_of_a_folder_or_file_are_no_pattern(tmp_path):
 @pytest.mark.parametrize(
     ("files", "what", "got", "remedy"),
     [
-        (["a.jsonl", "a.csv"], "files of several types", ".csv, .jsonl", "**/*.csv"),
-        (["x/test.jsonl", "y/test.jsonl"], "files in several folders", "x, y", "**/*.jsonl"),
+        (["a.jsonl", "a.csv"], "files of several types", ".csv, .jsonl", "a.csv"),
+        (["a.jsonl", "a.jsonl.gz"], "files of several types", ".jsonl, .jsonl.gz", "a.jsonl"),
+        (["x/test.jsonl", "y/test.jsonl"], "files in several folders", "x, y", "x/test.jsonl"),
         (["train.jsonl", "notes.jsonl"], "no split `test`", "", "`split:`"),
         (["test.txt"], "no file in the folder can be read", "test.txt", ""),
     ],
