@@ -41,6 +41,7 @@ _CONVERSIONS = {
     """for one in sys.stdin.read().splitlines()]" < {file} > {file}.jsonl""",
     ".xlsx": """python -c "import pandas, sys; pandas.read_excel(sys.argv[1])"""
     """.to_json(sys.argv[1] + '.jsonl', orient='records', lines=True)" {file}""",
+    ".xz": "xz -dk {file}",
     ".zip": "python -m zipfile -e {file} {file}.unpacked",
     ".tar": "python -m tarfile -e {file} {file}.unpacked",
 }

@@ -6,16 +6,15 @@ is read whole. A damaged file is an error that names the place.
 
 from __future__ import annotations
 
-import bz2
 import csv
 import gzip
 import io
 import json
-import lzma
 import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from rewarded_lines.errors import UserError, fail, listed
 Rows = Iterator[tuple[str, dict[str, Any]]]
 _BRIEF = 600
 _LONGEST_FIELD = 1 << 27
-_DAMAGES = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_DAMAGES = (EOFError, OSError, zlib.error)
 _SPACE = re.compile(r"\s*")
 # Commands that write the rows of a JSON document, one a line.
 _COLUMNS = (
@@ -180,13 +179,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise fail(what, where=f"{path}, after line {number}", got=got, remedy=remedy) from error
 
 
-def _open_zst(path: Path) -> Any:
+def _open_with_arrow(path: Path, kind: str) -> Any:
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return pa.CompressedInputStream(pa.OSFile(str(path)), kind)
 
 
 # How to open a text by the suffix of its compression.
 PACKED: Mapping[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst,
+    ".gz": gzip.open, ".bz2": partial(_open_with_arrow, kind="bz2"), ".zst": partial(_open_with_arrow, kind="zstd"),
 }  # fmt: skip

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import json
-import lzma
 import os
 import random
 import subprocess
@@ -38,7 +37,7 @@ DOCUMENTS = {
 }
 CSV = 'prompt,id\n"a, ""b""\nc",1\nd,2\n'
 PACK = {
-    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+    "gz": gzip.compress, "bz2": bz2.compress,
     "zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
 }  # fmt: skip
 
@@ -70,7 +69,7 @@ def test_every_form_of_json_gives_the_same_rows(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [("rows.jsonl", "gz"), ("rows.json", "gz"), ("rows.jsonl", "zst"), ("rows.csv", "xz"), ("rows.tsv", "bz2")],
+    [("rows.jsonl", "gz"), ("rows.json", "gz"), ("rows.jsonl", "zst"), ("rows.csv", "zst"), ("rows.tsv", "bz2")],
 )
 def test_packed_texts_in_one_part_or_several_give_their_rows(tmp_path, name, suffix):
     text = {"jsonl": LINES, "json": ARRAY, "csv": CSV, "tsv": CSV.replace(",", "\t")}[name[5:]].encode()
@@ -208,7 +207,7 @@ LONG = "".join(json.dumps({"prompt": RANDOM.randbytes(300).hex()}) + "\n" for _ 
         ("a.jsonl.gz", gzip.compress(LONG)[:-8] + b"01234567", "line 300", "cannot be read to its end"),
         ("a.jsonl.gz", b"", "line 0", "cannot be read to its end"),
         ("a.jsonl.gz", LONG, "line 0", "cannot be read to its end"),
-        ("a.jsonl.xz", lzma.compress(LONG)[:-20], "line ", "cannot be read to its end"),
+        ("a.jsonl.zst", PACK["zst"](LONG) + b"more", "line ", "cannot be read to its end"),
         ("a.csv.bz2", bz2.compress(CSV.encode())[:-4], "line ", "cannot be read to its end"),
         ("a.jsonl.zst", PACK["zst"](LONG)[:-20], "line ", "cannot be read to its end"),
         ("a.json", ARRAY[:-20].encode(), "line 11", "not JSON"),
