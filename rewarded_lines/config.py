@@ -19,8 +19,10 @@ _LATER: dict[str, Any] = {
 
 
 class DataSpec(Strict):
-    """Rows of data: a local file (JSONL, Parquet or CSV), or a split of a data set of the Hub.
+    """Rows of data: local files, or a split of a data set of the Hub.
 
+    `file` is a file (JSON, JSON lines, CSV, TSV, Parquet, Arrow; texts also packed), a pattern such as
+    `data/*.jsonl.gz`, or a folder of files. `split` chooses among the files of a folder that has splits.
     `columns` maps a role (prompt, completion, chosen, rejected, messages, text) to the column of another name; dots
     lead into nested columns. `rows` names a Python function that maps each row to a row with these roles, to several or
     to None. With `chat`, texts are turns of a chat that starts with `system`. `too_long` rows are refused, left

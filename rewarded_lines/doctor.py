@@ -246,7 +246,7 @@ def _caches() -> Iterator[Finding]:
 
 def _project(config: Path | None) -> Iterator[Finding]:
     from rewarded_lines.projects import PROJECT_FILE, load_project, named_places
-    from rewarded_lines.references import local_path, looks_local
+    from rewarded_lines.references import fitting, local_path, looks_local
 
     path = config or Path(PROJECT_FILE)
     if config is None and not path.is_file():
@@ -259,7 +259,7 @@ def _project(config: Path | None) -> Iterator[Finding]:
     named = named_places(project.config.model_dump(mode="json"))
     local = {key: name for key, kind, name in named if kind != "model" or looks_local(name, project.root)}
     places = {key: local_path(name, project.root) for key, name in local.items()}
-    missing = [f"{key}: {place}" for key, place in places.items() if not place.exists()]
+    missing = [f"{key}: {place}" for key, place in places.items() if not (place.exists() or fitting(place))]
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")

@@ -199,7 +199,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """Yield every place that a configuration, or the part at `keys`, names: its key, its kind and its name.
 
-    The kinds are "model" (a folder or Hub id), "code" (a Python file or a chat template) and "data" (a file).
+    The kinds are "model" (a folder or Hub id), "code" (a Python file or a chat template) and "data" (files).
     """
     if isinstance(value, Mapping):
         for key, one in value.items():

@@ -5,6 +5,7 @@ Loading a function runs the code of its module, so only the user's own reference
 
 from __future__ import annotations
 
+import glob
 import importlib
 import importlib.util
 import os
@@ -28,6 +29,14 @@ def looks_local(reference: str, root: Path = Path()) -> bool:
 def local_path(reference: str, root: Path) -> Path:
     """Return the path of `reference`: below `root`, absolute, or in a home folder (`~`)."""
     return root / os.path.expanduser(reference)
+
+
+def fitting(pattern: Path) -> list[Path]:
+    """Return the files that fit a pattern such as `data/*.jsonl`, in no order."""
+    # A folder that exists has a name, not a pattern, even if the name holds brackets.
+    folder = next(parent for parent in pattern.parents if parent.is_dir())
+    found = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)
+    return [folder / one for one in found if (folder / one).is_file()]
 
 
 def relative(reference: str, folder: Path) -> str:

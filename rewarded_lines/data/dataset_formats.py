@@ -14,8 +14,10 @@ from typing import Any
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.messages import ASSISTANT, Messages, Prompt, as_answer, as_turns, split_turns
 from rewarded_lines.data.pair_parts import has_text, split_pair
+from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import COLUMNS, Layouts, Row, Tell, read_rows, silent
 from rewarded_lines.errors import fail
+from rewarded_lines.references import local_path
 
 PAIRS: Layouts = [
     ("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("messages", "chosen", "rejected"),
@@ -24,7 +26,7 @@ PAIRS: Layouts = [
 PROMPTS: Layouts = [*PAIRS, ("prompt", "messages"), ("prompt",), ("messages",), ("conversations",)]
 DEMONSTRATIONS: Layouts = [("messages",), ("prompt", "completion"), ("conversations",), ("text",)]
 # Columns beside the turns of a chat.
-_SYSTEM, _TOOLS, _SETTINGS = "system", "tools", "chat_template_kwargs"
+_SYSTEM, _TOOLS, _SETTINGS, _IMAGES = "system", "tools", "chat_template_kwargs", "images"
 _LEAVE_OUT = "leave such rows out with a row function"
 
 
@@ -71,13 +73,18 @@ def _read(
 ) -> list[tuple[str, Row]]:
     """Return places and rows; refuse chats with template settings or (without `tools`) tools."""
     made, systems = [], 0
-    for at, row in enumerate(read_rows(spec, layouts, root, (_SYSTEM, _TOOLS, _SETTINGS), columns)):
+    if spec.file and (files := describe_files(local_path(spec.file, root), spec.split)):
+        tell(f"rows of {_name(spec)}: {files}")
+    for at, row in enumerate(read_rows(spec, layouts, root, (_SYSTEM, _TOOLS, _SETTINGS, _IMAGES), columns)):
         where = f"{_name(spec)}, row {at}"
         if isinstance(row.get(_TOOLS), str):
             try:
                 row[_TOOLS] = json.loads(row[_TOOLS])
             except ValueError as error:
                 raise fail("`tools` is not JSON", where=where, got=row[_TOOLS][:120]) from error
+        if _IMAGES in row:
+            got = repr(row[_IMAGES])[:120]
+            raise fail("a row has images; models and rewards here read texts", where=where, got=got, remedy=_LEAVE_OUT)
         settings = row.pop(_SETTINGS, None)
         lists = {key for key, value in row.items() if isinstance(value, list)}
         if not spec.chat and not lists - {_TOOLS}:

@@ -18,8 +18,11 @@ Prompt = str | Messages
 # Speakers of turns with `from` and `value` (ShareGPT), and their roles.
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "model": "assistant", "function_call": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+    "function_response": "tool",
 }  # fmt: skip
+# The same words where they stand as roles, which no chat template knows.
+_ROLES = {name: _SPEAKERS[name] for name in ("human", "gpt", "chatgpt")}
 # Keys that belong to a turn's content. Templates show no other keys (a date, a language).
 _CALLS = ("tool_calls", "function_call")
 _CONTENT_KEYS = ("name", *_CALLS, "reasoning_content", "reasoning", "thinking", "tools", "documents")
@@ -59,7 +62,7 @@ def split_turns(text: str) -> Messages:
 def read_messages(value: Any, where: str) -> Messages:
     """Return the messages of a row with every key but null ones, with which Parquet fills gaps.
 
-    Text parts of a content are joined. `from` and `value` become `role` and `content`.
+    Text parts of a content are joined. `from` and `value` become `role` and `content`, also for calls of a function.
     """
     several = [value] if isinstance(value, Mapping) else value
     return [_read(one, where) for one in several]
@@ -148,6 +151,9 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
             what, known = f"unknown speaker `{speaker}`", ", ".join(_SPEAKERS)
             raise fail(what, where=where, expected=known, remedy="use a row function")
         made = {"role": _SPEAKERS[speaker], "content": made.pop("value", None), **made}
+        if speaker == "function_call":
+            made |= {"content": "", "tool_calls": _calls(made["content"], where)}
+    made["role"] = _ROLES.get(made["role"], made["role"])
     content = made.get("content")
     if isinstance(content, (list, tuple)):
         content = "".join(_part_text(part, where) for part in content)
@@ -160,6 +166,18 @@ def _read(message: Mapping[str, Any], where: str) -> Message:
         )
     # Published chats with tool calls hold the key `content` with a null.
     return {**made, "content": content}
+
+
+def _calls(text: Any, where: str) -> list[Message]:
+    """Return the tool calls that LLaMA-Factory writes as JSON, one or a list."""
+    try:
+        calls = json.loads(text)
+        several = calls if isinstance(calls, list) else [calls]
+        functions = [{"name": one["name"], "arguments": one["arguments"]} for one in several]
+    except (ValueError, TypeError, KeyError) as error:
+        expected = 'JSON such as {"name": "look", "arguments": {"place": "Rome"}}'
+        raise fail("not a function call", where=where, expected=expected, got=repr(text)[:120]) from error
+    return [{"type": "function", "function": one} for one in functions]
 
 
 def _part_text(part: Any, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads rows with declared roles from a JSONL, Parquet or CSV file, or from a data set of the Hub.
+"""Reads rows with declared roles from local files, or from a data set of the Hub.
 
 Nothing is repaired or dropped: a row without a role is an error that names the row and its columns.
 `rewarded_lines.data.dataset_formats` turns these rows into prompts, pairs and demonstrations.
@@ -6,7 +6,6 @@ Nothing is repaired or dropped: a row without a role is an error that names the 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,7 +15,10 @@ from typing import Any
 import blake3
 
 from rewarded_lines.config import DataSpec
+from rewarded_lines.data.arrow_rows import without_gaps
 from rewarded_lines.data.messages import check_text, is_chat, read_messages
+from rewarded_lines.data.published_rows import conversion
+from rewarded_lines.data.row_files import read_local
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.references import find_function, local_path
 
@@ -30,10 +32,11 @@ Layouts = Sequence[tuple[str, ...]]
 # Receives one sentence for the log.
 Tell = Callable[[str], None]
 _ANSWERS = ("completion", "chosen", "rejected")
+# Names that published pairs have for the column of their prompt.
+_PROMPT_NAMES = ("instruction", "question", "query", "input", "context", "post")
 _CONVERTED = "refs/convert/parquet"
 _MOST_NAMES = 12
 _BRIEF = 600
-_LONGEST_FIELD = 1 << 27
 
 
 def silent(sentence: str) -> None:
@@ -55,7 +58,7 @@ def read_rows(
         columns: keep all columns but prompts and completions under `COLUMNS`, too, for rewards that read them.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
-    raw = _from_file(Path(source)) if spec.file is not None else _from_hub(spec)
+    raw = read_local(Path(source), spec.split) if spec.file is not None else _from_hub(spec)
     rows = list(islice(_shape(raw, spec, layouts, root, beside, columns), spec.limit))
     if not rows:
         raise fail("there are no rows", where=source, expected="at least one")
@@ -123,18 +126,20 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> R
 def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
     present = [layout for layout in layouts if all(role in row for role in layout)]
     # A column may have a role's name by chance: `chosen` may be the index of an answer.
-    for layout in present:
-        if all(isinstance(row[role], str) or is_chat(row[role]) for role in layout):
-            return layout
-    if present:
-        return present[0]
+    texts = (layout for layout in present if all(isinstance(row[role], str) or is_chat(row[role]) for role in layout))
+    layout = next(texts, present[0] if present else ())
+    # Two texts may begin alike by chance: their beginning is no prompt if a column holds one.
+    asked = next((name for name in _PROMPT_NAMES if name in row), "") if layout == _ANSWERS[1:] else ""
+    if layout and not (asked and isinstance(row["chosen"], str)):
+        return layout
+    other = "name them with `columns: {ROLE: COLUMN}`, or make them with a function: "
+    other += "`rows: file.py:function` in a project file, `row_function` in a recipe"
     raise fail(
-        "the columns do not make a training row",
+        f"`{asked}` may be the prompt of the pair" if asked else "the columns do not make a training row",
         where=where,
         expected=_expected(layouts),
         got=_names(row),
-        remedy="name them with `columns: {ROLE: COLUMN}`, or make them with a function: "
-        "`rows: file.py:function` in a project file, `row_function` in a recipe",
+        remedy=conversion(row) or (f"`columns: {{prompt: {asked}}}`" if asked else other),
     )
 
 
@@ -161,80 +166,6 @@ def _names(row: Mapping[str, Any]) -> str:
     return "columns " + (listed(list(row), _MOST_NAMES) or "none")
 
 
-def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
-    if not path.is_file():
-        remedy = "`rewarded-lines demo --until data` makes the demo's corpus"
-        raise fail("no such file", where=str(path), expected="a JSONL, Parquet or CSV file", remedy=remedy)
-    if path.suffix not in readers:
-        raise fail("not a file type that can be read", where=str(path), expected=", ".join(readers))
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise fail("not UTF-8 text", where=str(path), got=str(error)) from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    expected = "one JSON object a line"
-                    raise fail("not JSON", where=where, expected=expected, got=str(error)) from error
-                if not isinstance(row, dict):
-                    raise fail("not a JSON object", where=where, got=type(row).__name__)
-                yield where, row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(_LONGEST_FIELD)
-        reader = csv.DictReader(file, strict=True)
-        try:
-            _refuse_doubles(reader.fieldnames or [], str(path))
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise fail("another number of fields than in the header", where=where, got=str(row)[:_BRIEF])
-                yield where, dict(row)
-        except csv.Error as error:
-            where = f"{path}, line {reader.line_num + 1}"
-            raise fail("not readable as CSV", where=where, got=str(error)) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        _refuse_doubles(file.schema_arrow.names, str(path))
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield f"{path}, row {number}", _without_gaps(row)
-    except (pa.ArrowException, OSError) as error:
-        raise fail("not readable as Parquet", where=str(path), got=str(error)) from error
-
-
-def _without_gaps(row: Row) -> Row:
-    """Return a row without nested nulls, which Arrow adds to give all rows the same keys."""
-    return {name: _dense(value) for name, value in row.items()}
-
-
-def _dense(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _dense(one) for key, one in value.items() if one is not None}
-    return [_dense(one) for one in value] if isinstance(value, list) else value
-
-
-def _refuse_doubles(names: Sequence[str], where: str) -> None:
-    if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise fail("several columns have one name", where=where, got=", ".join(doubles))
-
-
 def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
@@ -251,13 +182,15 @@ def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # noqa: BLE001 - the library raises dozens of types, from requests to Arrow
         raise _hub_fault(spec, error) from error
     for number, row in enumerate(found):
-        yield f"data set {spec.dataset}, split {spec.split}, row {number}", _without_gaps(dict(row))
+        yield f"data set {spec.dataset}, split {spec.split}, row {number}", without_gaps(dict(row))
 
 
 def _hub_fault(spec: DataSpec, error: Exception) -> UserError:
     got = f"{type(error).__name__}: " + " ".join(str(error).split())[:_BRIEF]
     what = "the data set cannot be loaded"
     remedy = "check the data set's id, and the names of subset, revision and split"
+    if Path(str(spec.dataset)).exists():
+        remedy = f"a local folder or file is named with `file: {spec.dataset}`"
     if any(word in got.lower() for word in ("connect", "offline", "timed out")):
         what = "the data set cannot be reached"
         remedy = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local file"

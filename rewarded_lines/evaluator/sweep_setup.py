@@ -20,6 +20,7 @@ from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.lengths import Limit, fit_prompts, positions_of
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
@@ -202,6 +203,9 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
         name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
         for name, spec in project.config.control.items()
     }
+    for name, spec in project.config.control.items():
+        if spec.file and (files := describe_files(local_path(spec.file, project.root), spec.split)):
+            told.append(f"control {name}, {spec.file}: {files}")
     progress.start("loading rewards")
     rewards = load_rewards(project, device=options.device)
     progress.start("opening checkpoints")

@@ -65,13 +65,13 @@ class RunOptions:
 class DataOptions:
     """Training and validation data: local files, or a data set of the Hub."""
 
-    train_file: str | None = _key("JSONL, Parquet or CSV")
-    validation_file: str | None = _key("JSONL, Parquet or CSV")
+    train_file: str | None = _key("a file (JSON, CSV, Parquet, Arrow, also packed), a folder of files, or a pattern")
+    validation_file: str | None = _key("likewise")
     dataset_name: str | None = _key("Hub id, instead of files")
     dataset_config: str | None = _key("subset of that data set")
     dataset_revision: str | None = _key("its branch, tag or commit")
-    dataset_train_split: str = _key("its split to train on", "train")
-    dataset_test_split: str = _key("its split to validate on", "test")
+    dataset_train_split: str = _key("its split to train on, also in a folder of files", "train")
+    dataset_test_split: str = _key("its split to validate on, also in a folder of files", "test")
     columns: KeyValues = _key("role=column, for roles whose column has another name", KeyValues)
     row_function: str | None = _key("file.py:function from a row of the data to rows with roles, or None")
     train_limit: int | None = _key("use only so many rows, the first ones")

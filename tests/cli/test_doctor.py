@@ -119,6 +119,14 @@ def test_what_works_among_faults_is_said_too(faulty):
         assert key in faulty["project"]["found"]
 
 
+def test_a_pattern_is_missing_if_no_file_fits_it(tmp_path):
+    (tmp_path / "a-1.jsonl").write_text("{}")
+    project = tmp_path / "rewarded-lines.yaml"
+    project.write_text("prompts: {file: a-*.jsonl}\ncontrol: {file: b-*.jsonl}\n")
+    (finding,) = doctor_module._project(project)
+    assert finding.state == "broken" and "b-*.jsonl" in finding.found and "a-*.jsonl" not in finding.found
+
+
 @pytest.mark.slow
 def test_here_all_that_is_needed_works(tiny):
     done = doctor(tiny, COLUMNS="80")

@@ -364,9 +364,10 @@ def test_several_samples_control_texts_and_an_audit(tiny):
     project.write_text(text.replace("function: rewards.py:letters", "function: rewards.py:letters\n    role: audit"))
     (tiny / "control.jsonl").write_text('{"text": "a film of great beauty"}\n{"text": "the lazy dog"}\n')
     with project.open("a") as file:
-        file.write("control: {fables: {file: control.jsonl}, films: {file: control.jsonl, limit: 1}}\n")
+        file.write("control: {fables: {file: cont*.jsonl}, films: {file: control.jsonl, limit: 1}}\n")
     run = sweep(engine="hf", points=2)
     assert run.header["control"]["texts"] == {"fables": 2, "films": 1}
+    assert "control fables, cont*.jsonl: the file control.jsonl" in run.header["prompts"]["told"]
     assert run.objectives == ["words"]
     for point in run.points:
         assert point.prompt_index.tolist() == [index for index in range(15) for _ in range(3)]
