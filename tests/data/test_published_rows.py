@@ -32,6 +32,10 @@ ULTRA = {
 ALPACA = {"instruction": "Why?", "input": "Now?", "output": "So.", "system": ""}
 
 
+def prompts_of(rows):
+    return [row["prompt"] for row in rows]
+
+
 def pair(prompt="Why?", chosen="So.", rejected="No."):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -82,7 +86,7 @@ def test_the_line_of_a_refusal_reads_the_pairs(tmp_path, row, pairs):
     for function, wanted in zip(functions, pairs, strict=False):
         options = DataOptions(train_file=str(tmp_path / "a.jsonl"), row_function=function)
         assert read_pairs(options.train()) == [wanted]
-        assert read_prompts(options.train()) == [wanted["prompt"]]
+        assert prompts_of(read_prompts(options.train())) == [wanted["prompt"]]
 
 
 @pytest.mark.parametrize(
@@ -91,10 +95,10 @@ def test_the_line_of_a_refusal_reads_the_pairs(tmp_path, row, pairs):
 )
 def test_prompts_are_read_or_refused_with_the_column_that_holds_them(tmp_path, row, prompt):
     if "prompt" in row:
-        assert read_prompts(spec_of(tmp_path, row)) == [prompt]
+        assert prompts_of(read_prompts(spec_of(tmp_path, row))) == [prompt]
         return
     columns = next(line for line in remedies(read_prompts, spec_of(tmp_path, row)) if "columns" in line)
-    assert read_prompts(spec_of(tmp_path, row, **columns)) == [prompt]
+    assert prompts_of(read_prompts(spec_of(tmp_path, row, **columns))) == [prompt]
 
 
 def test_nectars_prompt_is_a_chat_where_the_data_are_chats(tmp_path):
@@ -159,7 +163,7 @@ PARTS = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
 )  # fmt: skip
 def test_chats_of_sharegpt_and_of_parts_are_demonstrations_and_prompts(tmp_path, row, messages):
     assert read_demonstrations(spec_of(tmp_path, row)) == [{"messages": messages}]
-    assert read_prompts(spec_of(tmp_path, row)) == [messages[:-1]]
+    assert prompts_of(read_prompts(spec_of(tmp_path, row))) == [messages[:-1]]
 
 
 def test_pairs_of_sharegpt_and_of_parts_are_read(tmp_path):

@@ -89,17 +89,6 @@ def test_the_template_puts_the_instruction_before_the_post_and_ends_the_summary(
     assert template.render(messages=turns, bos_token="<s>", eos_token="</s>") == asked + "So.</s>"
 
 
-SAFE = {"prompt": "How?", "response_0": " So. ", "response_1": "No.", "better_response_id": 0, "safer_response_id": 1}
-
-
-def test_each_preference_for_safe_answers_has_its_own_pair():
-    rows = load(CONFIGS / "safety" / "rows.py")
-    assert rows.helpful(SAFE) == {"prompt": "How?", "chosen": "So.", "rejected": "No."}
-    assert rows.harmless(SAFE) == {"prompt": "How?", "chosen": "No.", "rejected": "So."}
-    assert rows.helpful({**SAFE, "response_1": "So."}) is rows.helpful({**SAFE, "response_0": " "}) is None
-    assert rows.prompts(SAFE) == {"prompt": "How?"}
-
-
 def test_the_safety_template_writes_what_the_reward_models_read():
     template = jinja2.Template((CONFIGS / "safety" / "template.jinja").read_text())
     turns = [{"role": "user", "content": "How?"}]
@@ -113,11 +102,8 @@ def test_the_safety_template_writes_what_the_reward_models_read():
 def test_chats_keep_the_turns_before_the_answer():
     helpsteer, chat = load(CONFIGS / "helpsteer" / "rows.py"), load(CONFIGS / "chat" / "rows.py")
     asked, answer = {"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}
-    row = {"domain": "general", "context": [asked], "response1": "So.", "response2": "No.", "overall_preference": 2}
+    row = {"domain": "general", "context": [asked]}
     assert helpsteer.prompts(row) == {"prompt": [asked]} and helpsteer.prompts({**row, "domain": "code"}) is None
-    assert helpsteer.preferences(row) == {"prompt": [asked], "chosen": "No.", "rejected": "So."}
-    assert helpsteer.preferences({**row, "overall_preference": -1})["chosen"] == "So."
-    assert helpsteer.preferences({**row, "overall_preference": 0}) is None
     assert chat.prompts({"prompt": "How?", "chosen": [asked, answer], "rejected": [asked, answer]}) == {
         "prompt": [asked]
     }
