@@ -25,6 +25,7 @@ from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
+from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.policy_task import PolicyTask
@@ -141,6 +142,8 @@ def sampled_pairs(
         say(f"{len(rows)} responses {'found' if found else 'kept'} in {samples}")
         responses, seen, ends = ([row[name] for row in rows] for name in ("response", "seen", "end"))
         scores = task.reward.score(repeated, seen)
+        if without := len(scores) - len(scored(scores)):
+            say(f"{without} of {len(scores)} responses have no score, and enter no pair")
         return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}

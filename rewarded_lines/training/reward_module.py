@@ -7,6 +7,7 @@ each row's score as its hidden state at every position; `score` is the identity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,7 +17,21 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import fail
 from rewarded_lines.training.training_reward import WeightedReward, score_tokens
+
+
+def refuse_unscored(reward: WeightedReward, scores: Sequence[float], prompts: Sequence[Prompt]) -> None:
+    """Refuse a response without a score: PPO's update cannot leave it out."""
+    if not all(map(math.isfinite, scores)):
+        index = next(index for index, score in enumerate(scores) if not math.isfinite(score))
+        raise fail(
+            "PPO needs a score for every response, and the reward abstained",
+            where=f"reward `{reward.name}`",
+            expected="a number",
+            got=f"None for a response to {prompts[index]!r}",
+            remedy="train with recipes/rloo.py, which leaves such rows out",
+        )
 
 
 class RewardModule(nn.Module):
@@ -57,6 +72,7 @@ class RewardModule(nn.Module):
             tails.append(ids[count:])
         prompts = [self._prompts[tuple(ids)] for ids in heads]
         scores = score_tokens(self._reward, self._reader, prompts, heads, tails, self._penalty)
+        refuse_unscored(self._reward, scores, prompts)
         column = torch.tensor(scores, dtype=torch.float32, device=input_ids.device)
         states = column[:, None, None].expand(*input_ids.shape, 1)
         return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))
