@@ -59,7 +59,7 @@ function sorted(rows, data) {
   const key = sortKey(data);
   const sign = state.order === "down" ? -1 : 1;
   // Rows without a value come last in both orders.
-  const place = (row) => key(row) ?? -sign * Infinity;
+  const place = (row) => key(row) ?? sign * Infinity;
   const compare = (one, other) => (one === other ? 0 : sign * (one - other));
   return rows.sort((one, other) => compare(place(one), place(other)));
 }
