@@ -125,7 +125,7 @@ def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> Run
 
 def _shares(sums: NDArray[np.float64], counts: NDArray[Any]) -> NDArray[np.float64]:
     """Return sums over counts; NaN where nothing was counted."""
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return np.asarray(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
 
 
 def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:

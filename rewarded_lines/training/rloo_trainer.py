@@ -54,11 +54,12 @@ class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
     def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:
         rewards: torch.Tensor = super()._calculate_rewards(*inputs)
         without = int(rewards.isnan().all(dim=1).sum())
-        if self.model.training:
+        model: Any = self.model
+        if model.training:
             self.responses, self.unscored = self.responses + len(rewards), self.unscored + without
         if without:
             # One number, since TRL logs the mean of a list.
-            logged = self._metrics["train" if self.model.training else "eval"]
+            logged = self._metrics["train" if model.training else "eval"]
             logged["unscored"] = [sum(logged["unscored"]) + without]
         return rewards
 
