@@ -15,7 +15,6 @@ import pytest
 from invented_runs import synthetic_run
 
 from rewarded_lines import choose, search, sweep
-from rewarded_lines.config import RewardSpec
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import records
 from rewarded_lines.evaluator.missing_scores import Missing
@@ -23,6 +22,7 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, load_run, read_point, whole_point, write_point
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import resample_means, resample_runs
+from rewarded_lines.projects import load_project
 from rewarded_lines.reports.page.page import page
 from rewarded_lines.reports.summary import summarise
 from rewarded_lines.reports.tables import markdown, points_csv
@@ -203,8 +203,8 @@ def gaps(monkeypatch):
     """Let the reward `words` of the tiny project have no score for every third response; some of them failed."""
     calls, own = [], Scorer.score
 
-    def score(self, prompts, responses):
-        found = own(self, prompts, responses)
+    def score(self, prompts, *others):
+        found = own(self, prompts, *others)
         found["words"] = [NAN if at % 3 == 1 else value for at, value in enumerate(found["words"])]
         self.failed = {"words": 2, "letters": 0} if fails else {}
         calls.append(len(prompts))
@@ -217,7 +217,8 @@ def gaps(monkeypatch):
         nonlocal fails
         fails = True
         # What the reward's key `missing: leave_out` says.
-        monkeypatch.setattr(RewardSpec, "missing", "leave_out", raising=False)
+        declared = type(load_project().config.rewards["words"])
+        monkeypatch.setattr(declared, "missing", "leave_out", raising=False)
 
     return allow, calls
 
@@ -257,9 +258,11 @@ def test_score_tells_what_has_no_score(tiny, gaps, cli):
 
 def test_a_reward_that_scores_nothing_stops_the_sweep_and_keeps_its_responses(tiny, monkeypatch):
     own = Scorer.score
-    monkeypatch.setattr(
-        Scorer, "score", lambda self, prompts, texts: own(self, prompts, texts) | {"words": [NAN] * len(texts)}
-    )
+
+    def score(self, prompts, *others):
+        return own(self, prompts, *others) | {"words": [NAN] * len(prompts)}
+
+    monkeypatch.setattr(Scorer, "score", score)
     with pytest.raises(UserError, match="sft, reward `words`: too few prompts(.|\n)*0 of 15 prompts; 15 of 15"):
         sweep(engine="hf", points=2)
     assert len(list((tiny / "sweep/drafts").iterdir())) == 5 and not list((tiny / "sweep").glob("points/*"))

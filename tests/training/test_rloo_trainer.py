@@ -31,7 +31,7 @@ class Given:
     def __init__(self, scores):
         self.scores = scores
 
-    def score(self, prompts, responses):
+    def score(self, prompts, *others):
         return self.scores[: len(prompts)]
 
 
