@@ -26,6 +26,7 @@ from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
+from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.policy_task import PolicyTask
@@ -143,6 +144,8 @@ def sampled_pairs(
         responses, seen, ends = ([row[name] for row in rows] for name in ("response", "seen", "end"))
         columns = [one for one in columns_of(task.rows) for _ in range(recipe.responses)]
         scores = task.reward.score(repeated, seen, columns)
+        if without := len(scores) - len(scored(scores)):
+            say(f"{without} of {len(scores)} responses have no score, and enter no pair")
         return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
 
     made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}

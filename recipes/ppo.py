@@ -31,7 +31,7 @@ from rewarded_lines.training.generation_config import usable_padding
 from rewarded_lines.training.load_models import generation_dtype, load_critic, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.reward_module import RewardModule
+from rewarded_lines.training.reward_module import RewardModule, refuse_unscored
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import say, training_run
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
             temperature=training.temperature, max_tokens=training.response_length, seed=training.seed, dtype=dtype
         )
         task.measure_base(spec, policy)
+        refuse_unscored(task.reward, task.reward.total(task.before), task.prompts)
         say(task.heading("PPO", f"{len(prompts)} prompts"))
 
         lora = lora_config(model_options)

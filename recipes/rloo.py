@@ -85,6 +85,8 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
+        if trainer.unscored:
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(

@@ -68,6 +68,7 @@ def choose(
 
 def _show(chosen: Chosen) -> None:
     from rewarded_lines.evaluator.choose import NOTE
+    from rewarded_lines.evaluator.missing_scores import missing_lines
 
     point = chosen.point
     schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
@@ -77,6 +78,8 @@ def _show(chosen: Chosen) -> None:
     for name, score in chosen.scores.items():
         meets = f", meets its minimum in {chosen.meets[name]:.0%} of resamples" if name in chosen.meets else ""
         console.print(Text(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}"))
+    for line in missing_lines(chosen.missing):
+        console.print(Text(f"  {line}"))
     console.print(Text(f"\n{NOTE}\n", style="dim"))
     show_line(chosen.command)
 

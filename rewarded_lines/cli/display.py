@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -25,6 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.progress import Progress
+
+if TYPE_CHECKING:
+    from rewarded_lines.evaluator.records import Run
 
 # Seconds.
 PATIENCE = 2.0
@@ -82,6 +85,14 @@ def tell_rows(header: Mapping[str, Any], quiet: bool) -> None:
     """Print on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
     for sentence in () if quiet else header["prompts"].get("told", ()):
         typer.echo(sentence, err=True)
+
+
+def tell_missing(run: Run, quiet: bool) -> None:
+    """Print on stderr how many responses of a run have no score, a line for each reward that lacks some."""
+    from rewarded_lines.evaluator.missing_scores import missing_lines
+
+    for line in () if quiet else missing_lines(run.missing):
+        typer.echo(line, err=True)
 
 
 @contextmanager

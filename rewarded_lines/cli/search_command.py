@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_missing, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, as_option, engines, run_methods
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
@@ -45,14 +45,16 @@ def search(
         --config runs/demo/rewarded-lines.yaml
     """
     with progress_bar("Search", quiet=quiet or as_json, unit="point") as bar:
+        from rewarded_lines.evaluator.missing_scores import missing_json
         from rewarded_lines.evaluator.search import search as run_search
 
         quiet_libraries()
         how: Any = {"config": config, "points": points, "gain": gain, "engine": engine, "options": options}
         done, found = run_search(run, methods=method or (), progress=bar, **how)
     tell_rows(done.header, quiet or as_json)
+    tell_missing(done, quiet or as_json)
     if as_json:
-        show_json({"folder": str(done.folder), "methods": [asdict(one) for one in found]})
+        show_json({"folder": str(done.folder), "methods": [asdict(one) for one in found], **missing_json(done.missing)})
         return
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ can gain more"

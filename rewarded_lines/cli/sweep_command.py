@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_rows
+from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_missing, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Config, Overwrite, Quiet, as_option
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
@@ -40,12 +40,14 @@ def sweep(
         LoRA policies on a running vLLM server
     """
     with progress_bar("Sweep", quiet=quiet or as_json, unit="point") as bar:
+        from rewarded_lines.evaluator.missing_scores import missing_json
         from rewarded_lines.evaluator.sweep import sweep as run
 
         quiet_libraries()
         done = run(config, points=points, out=out, overwrite=overwrite, progress=bar, options=options)
     tell_rows(done.header, quiet or as_json)
+    tell_missing(done, quiet or as_json)
     if as_json:
-        show_json({"folder": str(done.folder), **done.header})
+        show_json({"folder": str(done.folder), **done.header, **missing_json(done.missing)})
     else:
         typer.echo(f"{len(done.points)} points in {done.folder}; show them: rewarded-lines report {done.folder}")

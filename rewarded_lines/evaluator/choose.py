@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.evaluator.missing_scores import Missing, missing_json
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, load_run
@@ -35,6 +36,7 @@ class Chosen:
         meets: by reward with a minimum, the share of resamples that meet it.
         rule: the constraints and the aim, in words.
         command: makes the policy.
+        missing: the rewards that lack scores in the run, with the counts.
     """
 
     point: PointSpec
@@ -43,13 +45,15 @@ class Chosen:
     meets: dict[str, float]
     rule: str
     command: str
+    missing: dict[str, Missing] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the choice for JSON."""
         return {
             **self.point.as_dict(),
-            **{name: value for name, value in vars(self).items() if name != "point"},
+            **{name: value for name, value in vars(self).items() if name not in ("point", "missing")},
             "scores": {name: vars(score) for name, score in self.scores.items()},
+            **missing_json(self.missing),
             "note": NOTE,
         }
 
@@ -114,8 +118,8 @@ class _Chooser:
         self._means = self._all[0][:, self._table.objectives]
         names = [self._table.rewards[index] for index in self._table.objectives]
         sft = np.stack([run.sft.scores[name] for name in names], axis=1)
-        spread = sft.std(axis=0)
-        self._units = {"centre": sft.mean(axis=0), "scale": np.where(spread > 0, spread, 1.0)}
+        spread = np.nanstd(sft, axis=0)
+        self._units = {"centre": np.nanmean(sft, axis=0), "scale": np.where(spread > 0, spread, 1.0)}
         self._minima = {names.index(name): bound for name, bound in wish.at_least.items()}
         # A single reward to maximize has the weight 1. For a knee, these find the nearest point.
         given = wish.weights or {wish.maximize or names[0]: 1.0}
@@ -171,7 +175,8 @@ class _Chooser:
             name: float((samples[1:, rewards.index(name)] >= bound).mean())
             for name, bound in self._wish.at_least.items()
         }
-        return Chosen(spec, interpolated, scores, meets, self._rule(), command_for(self._run, spec))
+        command, missing = command_for(self._run, spec), self._run.missing
+        return Chosen(spec, interpolated, scores, meets, self._rule(), command, missing)
 
     def _bounds(self) -> list[str]:
         return [f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()]

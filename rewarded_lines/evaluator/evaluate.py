@@ -16,6 +16,8 @@ import numpy as np
 from rewarded_lines.config import SFT
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluator.missing_scores import too_few
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, draft_path, whole_point, write_point
 from rewarded_lines.evaluator.sweep_setup import Setup
@@ -29,6 +31,8 @@ from rewarded_lines.rewards.scorer import Scorer
 # A killed run loses the points since then.
 _POINTS_A_SPELL = 16
 _SPELL_SECONDS = 20.0
+# The value of a reward's `missing` that lets a sweep go on where the reward fails.
+_LEAVE_OUT = "leave_out"
 Keys = Mapping[PointSpec, str]
 # A point's key and spec, its responses, and its sums over the control texts.
 Made = tuple[str, PointSpec, list[Response], np.ndarray | None]
@@ -193,16 +197,26 @@ class LocalEvaluator:
         return drafts
 
     def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
-        """Yield the points with scores; one call scores all, which fills batches better."""
-        rows = [setup.rows[index] for draft in drafts.values() for index in draft.prompt_index]
-        responses = [response for draft in drafts.values() for response in draft.judged]
-        scored = self._scorer.score([row["prompt"] for row in rows], responses, columns_of(rows))
-        scores = {name: np.array(values) for name, values in scored.items()}
-        start = 0
-        for key, draft in drafts.items():
-            own = slice(start, start + len(draft.responses))
-            yield key, replace(draft, scores={name: scores[name][own].astype(np.float64) for name in setup.rewards})
-            start = own.stop
+        """Yield the points with scores; a UserError for a point with too few, whose draft stays.
+
+        One call scores all, which fills batches better. Where a reward may fail, each point has its own call, so that
+        its record has its own count of failures.
+        """
+        alone = any(getattr(one, "missing", "") == _LEAVE_OUT for one in setup.project.config.rewards.values())
+        for some in [{key: draft} for key, draft in drafts.items()] if alone else [drafts]:
+            rows = [setup.rows[index] for draft in some.values() for index in draft.prompt_index]
+            responses = [response for draft in some.values() for response in draft.judged]
+            found = self._scorer.score([row["prompt"] for row in rows], responses, columns_of(rows))
+            scores = {name: np.array(found[name], dtype=np.float64) for name in setup.rewards}
+            failed = {name: count for name, count in getattr(self._scorer, "failed", {}).items() if count}
+            start = 0
+            for key, draft in some.items():
+                own = slice(start, start + len(draft.responses))
+                point = replace(draft, scores={name: values[own] for name, values in scores.items()}, failed=failed)
+                if problems := too_few(str(point.spec), point.scores, len(setup.prompts), point.missing):
+                    raise UserError(problems)
+                yield key, point
+                start = own.stop
 
     def _timed(self, what: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()

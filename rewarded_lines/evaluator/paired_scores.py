@@ -1,4 +1,7 @@
-"""The records of runs as arrays, paired prompt by prompt, and their resamples."""
+"""The records of runs as arrays, paired prompt by prompt, and their resamples.
+
+A mean is over the prompts that have a score, and so is every resampled one; see `missing_scores`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.evaluator.missing_scores import prompt_means, too_few
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
 
@@ -25,17 +29,35 @@ class Table:
         rewards: names, in the order of the columns.
         objectives: the columns that make the front.
         samples: means of the rewards, then KL and words.
+        measured: for each run [points, prompts, rewards + 2], what `samples` are means of; NaN for a missing score.
+        resamples: how many were drawn.
+        seed: of the resamples.
     """
 
     rows: list[list[Point]]
     rewards: list[str]
     objectives: list[int]
     samples: RunSamples
+    measured: list[np.ndarray]
+    resamples: int
+    seed: int
 
     @property
     def means(self) -> np.ndarray:
         """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is measured."""
         return run_average(self.samples.means, self.samples.drawn)
+
+    def change(self, row: int, other: int) -> np.ndarray:
+        """Return the means of one point minus those of another, [1 + resamples, rewards + 2], paired by prompt.
+
+        A measure uses the prompts where both points have a score.
+        """
+        if not any(np.isnan(one[[row, other]]).any() for one in self.measured):
+            return np.asarray(self.means[:, row] - self.means[:, other])
+        pairs = [one[[row]] - one[[other]] for one in self.measured]
+        both = f"both {self.rows[row][0].spec} and {self.rows[other][0].spec}"
+        samples = _resampled(pairs, self.resamples, self.seed, [both], self.rewards)
+        return run_average(samples.means, samples.drawn)[:, 0]
 
     def methods(self) -> dict[str, list[int]]:
         """Return the rows of each method."""
@@ -51,14 +73,16 @@ def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
 
     Raises:
         UserError: runs of different projects or without a common point, records with other
-            prompts, or scores that are not finite.
+            prompts, scores that are not finite, or too few prompts with a score.
     """
     rewards = list(runs[0].rewards)
     rows = _common_points(runs)
     _check_points([point for row in rows for point in row], rewards)
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
-    return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
+    resamples = resamples_of(runs[0])
+    samples = _resampled(measures, resamples, seed, [str(point.spec) for point, *_ in rows], rewards)
+    return Table(rows, rewards, objectives, samples, measures, resamples, seed)
 
 
 def resamples_of(run: Run) -> int:
@@ -78,11 +102,32 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
-    """Return each prompt's mean scores, KL and words: [prompts, rewards + 2]."""
+    """Return each prompt's mean scores, KL and words: [prompts, rewards + 2]; NaN for no score."""
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
     values = np.stack(columns, axis=1).astype(np.float64)
     prompts = len(np.unique(point.prompt_index))
-    return values.reshape(prompts, -1, values.shape[1]).mean(axis=1)
+    return prompt_means(values, prompts)
+
+
+def _resampled(
+    measured: Sequence[np.ndarray], resamples: int, seed: int, points: Sequence[str], rewards: Sequence[str]
+) -> RunSamples:
+    """Return the resampled means of [points, prompts, measures]; a UserError if too few prompts have a score.
+
+    At least half of the resamples must draw a score for every mean.
+    """
+    samples = resample_runs(measured, resamples, seed)
+    counts = np.min([(~np.isnan(one)).sum(axis=1) for one in measured], axis=0)
+    if 2 * (len(samples.means) - 1) < resamples or np.isnan(samples.means[0]).any():
+        point, reward = np.unravel_index(counts.argmin(), counts.shape)
+        raise fail(
+            "too few prompts have a score for an interval",
+            where=f"{points[point]}, reward `{rewards[reward]}`",
+            expected="so many that half of the resamples draw a score for every mean",
+            got=f"{counts[point, reward]} of {measured[0].shape[1]} prompts",
+            remedy="score more prompts, or leave the reward out of the project's `rewards:`",
+        )
+    return samples
 
 
 def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
@@ -132,10 +177,15 @@ def _folders(runs: Sequence[Run]) -> str:
 
 def _check_points(points: Sequence[Point], rewards: list[str]) -> None:
     """Refuse records that cannot be compared, all together."""
-    faults = [(point, fault) for point in points for fault in _faults(point, points[0].prompts, rewards)]
-    if faults:
-        remedy = "delete its file in points/ and run the sweep again"
-        raise UserError(Problem(fault, where=str(point.spec), remedy=remedy) for point, fault in faults)
+    remedy = "delete its file in points/ and run the sweep again"
+    problems = []
+    for point in points:
+        faults = _faults(point, points[0].prompts, rewards)
+        problems += [Problem(fault, where=str(point.spec), remedy=remedy) for fault in faults]
+        scores = {name: values for name, values in point.scores.items() if name in rewards}
+        problems += too_few(str(point.spec), scores, len(np.unique(point.prompt_index)), point.missing)
+    if problems:
+        raise UserError(problems)
 
 
 def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
@@ -143,7 +193,8 @@ def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
     faults = [] if point.prompts == prompts else ["has other prompts than the SFT model"]
     if missing := [name for name in rewards if name not in point.scores]:
         return [*faults, f"has no score for {', '.join(missing)}"]
-    for name, values in [*((name, point.scores[name]) for name in rewards), ("KL", point.kl)]:
-        if wrong := int((~np.isfinite(values)).sum()):
+    wrongs = {name: np.isinf(point.scores[name]) for name in rewards} | {"KL": ~np.isfinite(point.kl)}
+    for name, values in wrongs.items():
+        if wrong := int(values.sum()):
             faults.append(f"{name} is not finite for {wrong} of {len(values)} responses")
     return faults

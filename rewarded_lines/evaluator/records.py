@@ -1,8 +1,8 @@
 """A run folder on disk: `run.json` and one Parquet file for each evaluated point, written atomically.
 
-A row is one response: its prompt, every reward's unrounded score, the log-probability ratio to
-the SFT model. The metadata holds the point, its sums over the control texts, and a checksum of
-the whole. `run.json` lists the points and their methods.
+A row is one response: its prompt, every reward's unrounded score (null where it has none), the
+log-probability ratio to the SFT model. The metadata holds the point, its sums over the control
+texts, how often a reward failed, and a checksum of the whole. `run.json` lists the points and their methods.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 import blake3
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rewarded_lines.checkpoints.headers import parse_json
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
+from rewarded_lines.evaluator.missing_scores import Missing, count_missing, prompt_means
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.folders import atomic_file
+from rewarded_lines.pareto.bootstrap import present_mean
 
 RUN_FILE = "run.json"
 FORMAT = 2
@@ -42,6 +45,8 @@ class Point:
             estimator of KL(π‖π_SFT), unbiased if sampled at temperature 1 and top_p 1.
         control: each control text's negative log-likelihood in nats and its number of
             predicted tokens, [texts, 2].
+        scores: by reward, float64, NaN for a response without a score; see `missing_scores`.
+        failed: by reward, how many of its missing scores the reward failed on; it abstained from the others.
         seen: the part of each response that rewards see, if the project strips responses.
     """
 
@@ -56,6 +61,12 @@ class Point:
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     control: np.ndarray | None = None
     seen: list[str] | None = None
+    failed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> dict[str, Missing]:
+        """The rewards that have no score for some responses, with the counts."""
+        return count_missing(self.scores, self.failed)
 
     @property
     def judged(self) -> list[str]:
@@ -68,8 +79,12 @@ class Point:
         return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
 
     def means(self, rewards: Sequence[str]) -> list[float]:
-        """Return the mean score of each of these rewards."""
-        return [float(np.mean(self.scores[name])) for name in rewards]
+        """Return the mean score of each of these rewards, with missing scores over the prompts that have one."""
+        prompts, missing = len(np.unique(self.prompt_index)), self.missing
+        values = (
+            prompt_means(self.scores[name], prompts) if name in missing else self.scores[name] for name in rewards
+        )
+        return [float(present_mean(one, axis=0)) for one in values]
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,11 @@ class Run:
         """The SFT model's own point."""
         return next(point for point in self.points if point.spec.method == SFT)
 
+    @property
+    def missing(self) -> dict[str, Missing]:
+        """The rewards that have no score for some responses of the points, with the counts over all points."""
+        return total_missing(self.points)
+
     def methods(self) -> dict[str, list[Point]]:
         """Return the points by method, ordered by weights, without the SFT model's."""
         found: dict[str, list[Point]] = {}
@@ -103,6 +123,15 @@ class Run:
             if point.spec.method != SFT:
                 found.setdefault(point.spec.method, []).append(point)
         return {name: sorted(points, key=lambda point: point.spec.weights) for name, points in found.items()}
+
+
+def total_missing(points: Sequence[Point]) -> dict[str, Missing]:
+    """Return the rewards that have no score for some responses, with the counts over these points."""
+    found: dict[str, Missing] = {}
+    for name, one in ((name, one) for point in points for name, one in point.missing.items()):
+        before = found.get(name, Missing(sum(len(point.responses) for point in points), 0))
+        found[name] = Missing(before.responses, before.abstained + one.abstained, before.failed + one.failed)
+    return found
 
 
 def write_point(path: Path, point: Point) -> None:
@@ -121,12 +150,13 @@ def write_point(path: Path, point: Point) -> None:
         "tokens": point.tokens,
         "ended": point.ended,
         "kl": point.kl,
-        **{f"{_SCORE}{name}": values for name, values in point.scores.items()},
+        **{f"{_SCORE}{name}": pa.array(values, from_pandas=True) for name, values in point.scores.items()},
     }
     table = pa.table(columns)
     content = {
         "point": {**point.spec.as_dict(), "method": ""},
         "control": None if point.control is None else point.control.tolist(),
+        **({"failed": point.failed} if point.failed else {}),
     }
     metadata = {**content, "checksum": _checksum(table, content)}
     with atomic_file(path) as partial:
@@ -144,6 +174,8 @@ def read_point(path: Path) -> Point:
         content = json.loads(table.schema.metadata[_METADATA])
         if content.pop("checksum") != _checksum(table, content):
             raise ValueError("its checksum does not fit")
+        if any(pc.any(pc.is_nan(table.column(name))).as_py() for name in table.column_names if name.startswith(_SCORE)):
+            raise ValueError("a score is NaN; one that is missing is null")
         spec = PointSpec.from_dict(content["point"])
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         remedy = "run the sweep again, which makes it again"
@@ -158,6 +190,7 @@ def read_point(path: Path) -> Point:
         scores={name.removeprefix(_SCORE): table.column(name).to_numpy() for name in scores},
         control=None if control is None else np.array(control, dtype=np.float64).reshape(-1, 2),
         seen=table.column("seen").to_pylist() if "seen" in columns else None,
+        failed=content.get("failed", {}),
     )
 
 

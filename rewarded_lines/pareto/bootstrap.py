@@ -1,5 +1,8 @@
 """Seeded bootstrap: how far a number would move with other prompts or other training runs.
 
+A score may be missing (NaN). Every mean is then over what is there, in a resample over what the
+resample drew.
+
 Functions raise ValueError for shapes that do not fit, for no runs, prompts or resamples,
 and for a level outside (0, 1).
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,12 +37,22 @@ class RunSamples:
     """Mean scores of several training runs; row 0 is measured, the further rows are resamples.
 
     Attributes:
-        means: [1 + resamples, runs, points, rewards], in the units of the scores.
+        means: [1 + resamples, runs, points, rewards], in the units of the scores. Resamples in which
+            some mean has no score at all are left out.
         drawn: [1 + resamples, runs], how often each run was drawn; every row sums to the number of runs.
     """
 
     means: NDArray[np.float64]
     drawn: NDArray[np.int64]
+
+
+def present_mean(values: ArrayLike, axis: int) -> NDArray[np.float64]:
+    """Return the mean along an axis of what is there, Σ h·s / Σ h with h = 0 where s is NaN; NaN for none."""
+    array = np.asarray(values, dtype=np.float64)
+    there = ~np.isnan(array)
+    if there.all():
+        return np.asarray(array.mean(axis=axis))
+    return _shares(np.where(there, array, 0.0).sum(axis=axis), there.sum(axis=axis))
 
 
 def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
@@ -48,8 +62,11 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
     is drawn with replacement. All points share the draws, so differences between points are paired
     by prompt. The same seed and number of prompts give the same draws.
 
+    Where scores are missing, m*_b = Σ_j c_bj · h_j · s_j / Σ_j c_bj · h_j with h_j = 0 for a missing
+    s_j and else 1; NaN if the resample drew no prompt that has a score.
+
     Args:
-        scores: s, [points, prompts, rewards].
+        scores: s, [points, prompts, rewards], NaN for a missing one.
         resamples: how many, B.
         seed: of the draws.
     """
@@ -61,8 +78,11 @@ def resample_means(scores: ArrayLike, resamples: int, seed: int | Sequence[int])
     points, prompts, rewards = values.shape
     draws = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     columns = values.transpose(1, 0, 2).reshape(prompts, points * rewards)
-    means: NDArray[np.float64] = draws.astype(np.float64) @ columns / prompts
-    return means.reshape(resamples, points, rewards)
+    counts, there = draws.astype(np.float64), ~np.isnan(columns)
+    means = (
+        counts @ columns / prompts if there.all() else _shares(counts @ np.where(there, columns, 0.0), counts @ there)
+    )
+    return np.asarray(means.reshape(resamples, points, rewards))
 
 
 def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> RunSamples:
@@ -79,6 +99,9 @@ def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> Run
     With S runs an interval is too narrow by about √((S − 1)/S) in the part that comes from
     training. With 2 or 3 runs read it as a lower limit.
 
+    With missing scores, a resample in which any mean of any run has no score is left out of all. So
+    intervals hold given that every mean exists, and `means` may have fewer resamples.
+
     Args:
         scores: one [points, prompts, rewards] for each run; points and rewards in the same order.
         resamples: how many.
@@ -90,11 +113,19 @@ def resample_runs(scores: Sequence[ArrayLike], resamples: int, seed: int) -> Run
     prompts = runs[0].shape[1:2]
     seeds = [seed if run.shape[1:2] == prompts else [seed, *run.shape[1:2]] for run in runs]
     resampled = [resample_means(run, resamples, own) for run, own in zip(runs, seeds, strict=True)]
-    means = [np.concatenate([run.mean(axis=1)[None], again]) for run, again in zip(runs, resampled, strict=True)]
+    means = [np.concatenate([present_mean(run, 1)[None], again]) for run, again in zip(runs, resampled, strict=True)]
     # A random stream of its own: the prompts drawn must not depend on the number of runs.
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     drawn = stream.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
-    return RunSamples(np.stack(means, axis=1), np.concatenate([np.ones((1, len(runs)), np.int64), drawn]))
+    samples = np.stack(means, axis=1)
+    whole = ~np.isnan(samples).any(axis=(1, 2, 3))
+    whole[0] = True
+    return RunSamples(samples[whole], np.concatenate([np.ones((1, len(runs)), np.int64), drawn])[whole])
+
+
+def _shares(sums: NDArray[np.float64], counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Return sums over counts; NaN where nothing was counted."""
+    return np.asarray(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
 
 
 def run_average(statistics: ArrayLike, drawn: ArrayLike) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """The numbers of a run: means, hypervolumes and differences, each with an interval.
 
 Every interval is a percentile bootstrap over prompts, with the same resamples for all points.
-It shows how far a number would move with other prompts.
+It shows how far a number would move with other prompts; missing scores are left out, see `missing_scores`.
 Several runs of one project, which differ in their training seed, are resampled too.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
-from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, perplexity, resamples_of, tabulate
+from rewarded_lines.evaluator.missing_scores import Missing, missing_json
+from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, perplexity, tabulate
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.evaluator.records import Point, Run, total_missing
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
@@ -34,6 +35,7 @@ class PointSummary:
         perplexities: of each set of control texts.
         forgetting: these perplexities divided by SFT's, paired by text.
         contribution: hypervolume above SFT that the method would lose without this point.
+        missing: the rewards that have no score for some responses, with the counts over the runs.
     """
 
     method: str
@@ -49,6 +51,7 @@ class PointSummary:
     forgetting: dict[str, Estimate]
     contribution: float
     edit: bool = False
+    missing: dict[str, Missing] = field(default_factory=dict)
 
     @property
     def lam(self) -> float | None:
@@ -60,7 +63,8 @@ class PointSummary:
         merge = self.merge
         first = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta}
         first["merge"] = merge.method
-        return first | {key: value for key, value in asdict(self).items() if key not in first}
+        given = {key: value for key, value in asdict(self).items() if key not in (*first, "missing")}
+        return first | given | missing_json(self.missing)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSummary:
@@ -73,6 +77,7 @@ class PointSummary:
         fields |= {name: Estimate(**fields[name]) for name in ("kl", "words")}
         for name in ("rewards", "perplexities", "forgetting"):
             fields[name] = {key: Estimate(**one) for key, one in fields[name].items()}
+        fields["missing"] = {key: Missing(**one) for key, one in fields.get("missing", {}).items()}
         return cls(weights=weights, merge=merge, **fields)
 
 
@@ -86,7 +91,7 @@ class PolicyGain:
 
 @dataclass(frozen=True)
 class Summary:
-    """The content of `report/summary.json`; `runs` is the number of averaged runs."""
+    """The content of `report/summary.json`; `runs` is the number of averaged runs, `resamples` are those used."""
 
     title: str
     runs: int
@@ -105,6 +110,7 @@ class Summary:
     hypervolumes: list[MethodVolume]
     differences: list[VolumeDifference] = field(default_factory=list)
     policy_gains: list[PolicyGain] = field(default_factory=list)
+    missing: dict[str, Missing] = field(default_factory=dict)
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -143,7 +149,9 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary for JSON."""
-        return {**asdict(self), "points": [point.as_dict() for point in self.points]}
+        points = [point.as_dict() for point in self.points]
+        content = {key: value for key, value in asdict(self).items() if key != "missing"}
+        return content | {"points": points} | missing_json(self.missing)
 
 
 def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
@@ -170,7 +178,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         audits=[name for name in first.rewards if name not in first.objectives],
         policies=policies,
         missing_points=len(first.header["points"]) - len(table.rows),
-        resamples=resamples_of(first),
+        resamples=len(table.samples.means) - 1,
         seed=seed,
         level=level,
         generation=dict(first.header.get("generation", {})),
@@ -182,6 +190,7 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         hypervolumes=method_volumes(volumes, level),
         differences=compare(volumes, level),
         policy_gains=_policy_gains(table, policies, level),
+        missing=total_missing([point for row in table.rows for point in row]),
     )
 
 
@@ -225,6 +234,7 @@ def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: i
                 forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
                 contribution=float(shares[index]),
                 edit=spec.edit,
+                missing=total_missing(row),
             )
         )
     return points
@@ -277,7 +287,7 @@ def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[P
     for index, policy in enumerate(policies):
         place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)
         if place is not None:
-            change = table.means[:, place] - table.means[:, 0]
+            change = table.change(place, 0)
             scores = {name: estimate_samples(change[:, k], level) for k, name in enumerate(table.rewards)}
             gains.append(PolicyGain(policy, scores))
     return gains

@@ -221,7 +221,10 @@ def markdown(summary: Summary) -> str:
 
 
 def points_csv(summary: Summary) -> str:
-    """Return unrounded numbers as CSV, a line per point: NAME, NAME.low, NAME.high per measure."""
+    """Return unrounded numbers as CSV, a line per point: NAME, NAME.low, NAME.high per measure.
+
+    NAME.missing counts responses without a score, for each reward that lacks some.
+    """
     schedule = ["method", "checkpoint", "merge", "alpha", "beta"]
     shares = ["ended", "distinct2", "contribution"]
     measures = ["kl", "words", *(f"{name} perplexity" for name in summary.controls)]
@@ -234,14 +237,15 @@ def points_csv(summary: Summary) -> str:
         heading += [measure, f"{measure}.low", f"{measure}.high"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*heading, *shares])
+    writer.writerow([*heading, *shares, *(f"{name}.missing" for name in summary.missing)])
     for point in summary.points:
         weights = point.merge.weights or ("",) * len(summary.policies)
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
         estimates += point.forgetting.values()
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
         place = [point.method, point.checkpoint, point.merge.method, point.merge.alpha, point.merge.beta]
-        writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution])
+        without = [point.missing[name].count if name in point.missing else 0 for name in summary.missing]
+        writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution, *without])
     return text.getvalue()
 
 

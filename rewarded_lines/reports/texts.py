@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rewarded_lines.config import TUNED
+from rewarded_lines.evaluator.missing_scores import missing_lines
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.pareto.bootstrap import Estimate
 from rewarded_lines.reports.summary import PointSummary, Summary
@@ -114,7 +115,7 @@ def scope_note(summary: Summary) -> str:
 
 
 def points_note(summary: Summary) -> str:
-    """Return the note that explains ±, λ and KL in the table of points."""
+    """Return the note that explains ±, λ, KL and missing scores in the table of points."""
     note = "± is half the interval's width; all points share their prompts, so differences are surer than that."
     first, *others = summary.policies or [""]
     if len(others) > 1:
@@ -130,7 +131,7 @@ def points_note(summary: Summary) -> str:
         sampled = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         note += f" of responses sampled at {sampled}, "
         note += "where it is not an unbiased estimate of KL(π‖π_SFT)"
-    return note + "."
+    return " ".join([note + ".", *(f"{line}." for line in missing_lines(summary.missing))])
 
 
 def _number(value: float, form: str = "g") -> str:

@@ -18,13 +18,14 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, refuse_empty
 from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
+from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import load_policy, load_tokenizer, save_tokenizer
 from rewarded_lines.training.preference_pairs import shorten_pair
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
-from rewarded_lines.training.sampling import Scores, describe, paired_gain, sample, summary
-from rewarded_lines.training.training_reward import WeightedReward
+from rewarded_lines.training.sampling import Scores, sample
+from rewarded_lines.training.training_reward import WeightedReward, tell_all_equal
 from rewarded_lines.training.training_run import TrainingRun, from_main, say
 
 
@@ -135,16 +136,23 @@ class PolicyTask:
         return self.reward.parts(self.prompts, [one.judged for one in responses], columns_of(self.measured))
 
     def measure_base(self, spec: GenerationSpec, model: Any) -> None:
-        """Score the SFT model's responses; standardize the reward on them if that is set."""
+        """Score the SFT model's responses; standardize the reward on them if that is set.
+
+        Raises:
+            UserError: a reward abstains on all but one, or gives all the same score and is to be standardized.
+        """
         self.before = from_main(lambda: self.measure(spec, model, self.base))
+        check_scored(self.before)
         if self.rewards.normalize_rewards:
             self.reward.standardize(self.before)
+        else:
+            say(*tell_all_equal(self.before))
 
     def measure_gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
         """Return and print the policy's gain over the SFT model, by reward and for the weighted sum."""
         after = from_main(lambda: self.measure(spec, model, str(folder)))
         found: dict[str, dict[str, Any]] = {
-            name: paired_gain(scores, after[name]) for name, scores in self.before.items()
+            name: paired_gain(scores, after[name], name) for name, scores in self.before.items()
         }
         say(describe(found))
         counts = (
@@ -154,7 +162,8 @@ class PolicyTask:
         say(*(f"reward `{name}`: {n} {what}" for by_reward, what in counts for name, n in by_reward.items() if n))
         if len(found) == 1:
             return next(iter(found.values()))
-        return {**paired_gain(self.reward.total(self.before), self.reward.total(after)), "rewards": found}
+        totals = paired_gain(self.reward.total(self.before), self.reward.total(after), self.reward.name)
+        return {**totals, "rewards": found}
 
     def _prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         lengths = [len(ids) for ids in encode(self.tokenizer, prompts)]

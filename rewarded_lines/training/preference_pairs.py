@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import atomic_file
+from rewarded_lines.training.gains import scored
 
 _METADATA = b"rewarded_lines"
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -54,15 +56,21 @@ def best_and_worst(
 ) -> list[Row]:
     """Return a pair of the best and the worst response to each prompt, with their scores.
 
+    A response without a score enters no pair, and no deviation.
+
     Args:
         prompts: one for each response, so each prompt stands `count` times in a row.
+        scores: one for each response, NaN if the reward abstained.
         margin: least difference of a pair's scores, in standard deviations of all scores.
         ends: the token that ended each response, −1 for none; kept with the pairs.
     """
-    least = margin * statistics.pstdev(scores)
-    rows = []
+    least = margin * statistics.pstdev(scored(scores) or [0.0])
+    rows, compared = [], 0
     for start in range(0, len(prompts), count):
-        prompt, places = prompts[start], range(start, start + count)
+        prompt, places = prompts[start], [at for at in range(start, start + count) if not math.isnan(scores[at])]
+        if len(places) < 2:
+            continue
+        compared += 1
         best, worst = max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
         if scores[best] - scores[worst] > least:
             sides = {"chosen": best, "rejected": worst}
@@ -71,6 +79,9 @@ def best_and_worst(
             row |= {f"{side}_score": scores[place] for side, place in sides.items()}
             row |= {f"{side}_end": ends[place] for side, place in sides.items()} if ends else {}
             rows.append(row)
+    if not compared:
+        remedy = "train on prompts that the reward scores, or sample more `responses` to each"
+        raise fail("the reward abstains: no prompt has two responses with a score", remedy=remedy)
     if not rows:
         raise fail("no two responses to a prompt differ enough in reward", remedy="lower `margin`")
     return rows

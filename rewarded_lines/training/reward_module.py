@@ -7,6 +7,7 @@ each row's score as its hidden state at every position; `score` is the identity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from rewarded_lines.data.prompts import encode
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.rows import COLUMNS, Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import fail
@@ -23,6 +24,19 @@ from rewarded_lines.training.training_reward import WeightedReward, score_tokens
 
 # The key of a row for the columns that a reward reads.
 _READ = "read"
+
+
+def refuse_unscored(reward: WeightedReward, scores: Sequence[float], prompts: Sequence[Prompt]) -> None:
+    """Refuse a response without a score: PPO's update cannot leave it out."""
+    if not all(map(math.isfinite, scores)):
+        index = next(index for index, score in enumerate(scores) if not math.isfinite(score))
+        raise fail(
+            "PPO needs a score for every response, and the reward abstained",
+            where=f"reward `{reward.name}`",
+            expected="a number",
+            got=f"None for a response to {prompts[index]!r}",
+            remedy="train with recipes/rloo.py, which leaves such rows out",
+        )
 
 
 class RewardModule(nn.Module):
@@ -77,6 +91,7 @@ class RewardModule(nn.Module):
             tails.append(ids[count:])
         rows = [self._rows[tuple(ids)] for ids in heads]
         scores = score_tokens(self._reward, self._reader, rows, heads, tails, self._penalty)
+        refuse_unscored(self._reward, scores, [row["prompt"] for row in rows])
         column = torch.tensor(scores, dtype=torch.float32, device=input_ids.device)
         states = column[:, None, None].expand(*input_ids.shape, 1)
         return BaseModelOutput(hidden_states=(cast(torch.FloatTensor, states),))

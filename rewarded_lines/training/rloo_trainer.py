@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from trl import RLOOConfig, RLOOTrainer
 
 from rewarded_lines.data.prompts import Prompt, encode
@@ -22,6 +24,13 @@ class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
     """RLOOTrainer whose responses end where a `ResponseReader` ends them.
 
     TRL knows one end token, the tokenizer's. Chat models have several, in their generation config.
+
+    A response without a score (NaN) is left out, by TRL: its advantage is 0, and the others of its group are compared
+    without it, A_k = r_k − Σ_(j ≠ k) r_j / (n − 1) over the n that have a score, 0 if n < 2.
+
+    Attributes:
+        responses: how many this start trained on.
+        unscored: how many of them had no score.
     """
 
     def __init__(self, *, args: RLOOConfig, reader: ResponseReader, chats: bool, **parts: Any) -> None:
@@ -38,6 +47,21 @@ class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
         super().__init__(args=args, **parts)
         self._reader, self._chats = reader, chats
         self._tokenizer = _ManyEnds(self._tokenizer, reader.ends)
+        self.responses = self.unscored = 0
+        # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
+        logging.getLogger(RLOOTrainer.__module__).addFilter(_not_about_none)
+
+    def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(*inputs)
+        without = int(rewards.isnan().all(dim=1).sum())
+        model: Any = self.model
+        if model.training:
+            self.responses, self.unscored = self.responses + len(rewards), self.unscored + without
+        if without:
+            # One number, since TRL logs the mean of a list.
+            logged = self._metrics["train" if model.training else "eval"]
+            logged["unscored"] = [sum(logged["unscored"]) + without]
+        return rewards
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self._chats else list(prompts)
@@ -49,6 +73,10 @@ class ReadRLOOTrainer(RLOOTrainer):  # type: ignore[misc]
         times = len(completions) // len(prompt_ids)
         heads = [ids for ids in prompt_ids for _ in range(times)]
         return [list(self._reader.cut(head, row)[0]) for head, row in zip(heads, completions, strict=True)]
+
+
+def _not_about_none(record: logging.LogRecord) -> bool:
+    return "All reward functions returned None" not in record.getMessage()
 
 
 class _ManyEnds:

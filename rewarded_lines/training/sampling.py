@@ -5,8 +5,7 @@ The evaluator's engines sample them with one seed for each prompt, so the gain i
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +21,7 @@ from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.transformers_engine import HfGenerator
 
 Scores = dict[str, list[float]]
-"""The scores of each reward, by its name."""
+"""The scores of each reward, by its name; NaN for a response on which the reward abstained."""
 
 
 def sample(
@@ -73,31 +72,3 @@ def choose_engine(wanted: str) -> str:
     engine = ("vllm" if find_spec("vllm") else "hf") if wanted == "auto" else wanted
     check_engine(engine, "--sampling_engine")
     return engine
-
-
-def summary(scores: Sequence[float]) -> str:
-    """Return mean and standard error as text."""
-    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-    return f"{statistics.fmean(scores):.2f} (s.e. {error:.2f})"
-
-
-def describe(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return gains as text, one reward per line."""
-    return "\n".join(
-        f"`{name}` on validation prompts: {one['before']:.3g} -> {one['after']:.3g}, "
-        f"gain {one['gain']:+.3g} [{one['gain_interval'][0]:.3g}, {one['gain_interval'][1]:.3g}]"
-        for name, one in found.items()
-    )
-
-
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> dict[str, float | list[float]]:
-    """Return both means, the mean paired gain, and its 95% interval (normal approximation)."""
-    differences = [new - old for old, new in zip(before, after, strict=True)]
-    mean = statistics.fmean(differences)
-    half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return {
-        "before": statistics.fmean(before),
-        "after": statistics.fmean(after),
-        "gain": mean,
-        "gain_interval": [mean - half, mean + half],
-    }

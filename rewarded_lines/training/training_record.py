@@ -89,8 +89,8 @@ class MetricsCallback(TrainerCallback):
         self._append(state, {})
 
     def on_log(self, args: Any, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
-        """Append what the trainer logged."""
-        self._append(state, logs or {})
+        """Append what the trainer logged; None, the mean of a reward that scored nothing, is left out."""
+        self._append(state, {name: value for name, value in (logs or {}).items() if value is not None})
 
     def _append(self, state: TrainerState, logs: dict[str, Any]) -> None:
         if not state.is_world_process_zero:

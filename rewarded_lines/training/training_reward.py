@@ -6,6 +6,9 @@ One reward with weight 1 makes a policy to merge; several make the multi-objecti
 are mean and standard deviation on the SFT model's responses, so hyperparameters mean the same for rewards of any
 unit. Without normalization they are 0 and 1. Records keep each reward's own unit.
 
+A reward that abstains on a response (NaN) adds nothing to its sum, as in TRL. A response that no reward scores has no
+sum (NaN): training leaves it out.
+
 Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.1.1.
 """
 
@@ -25,6 +28,10 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.projects import Project
 from rewarded_lines.rewards.load_rewards import load_rewards
 from rewarded_lines.rewards.reward import Columns, Reward, columns_of
+from rewarded_lines.training.gains import scored
+
+_ALL_EQUAL = "every response of the SFT model gets the same score"
+_LOOK_AT = "check what the reward reads, raise `temperature`, or validate on more prompts (`validation_limit`)"
 
 
 class WeightedReward:
@@ -49,7 +56,10 @@ class WeightedReward:
     def parts(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
     ) -> dict[str, list[float]]:
-        """Return every reward's own scores, in its own unit; `columns` are those of each prompt's row."""
+        """Return every reward's own scores, in its own unit, NaN where it abstains.
+
+        `columns` are those of each prompt's row.
+        """
         rows = columns or [{}] * len(prompts)
         return {name: self._scores(name, prompts, responses, rows) for name in self.rewards}
 
@@ -63,7 +73,7 @@ class WeightedReward:
         scores = self.rewards[name].score(
             [prompt for _, prompt in read], [responses[at] for at in places], [columns[at] for at in places]
         )
-        lowest = self._lowest[name] = min([*scores, self._lowest[name]])
+        lowest = self._lowest[name] = min([*scored(scores), self._lowest[name]])
         if len(read) == len(fitting):
             return scores
         if lowest == math.inf:
@@ -94,12 +104,13 @@ class WeightedReward:
         return fitting
 
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
-        """Return the weighted sum of the scores that `parts` returned."""
+        """Return the weighted sum of the scores that `parts` returned; NaN for a response without any."""
         columns = []
         for name, weight in self.weights.items():
             mean, deviation = self.scales[name]
             columns.append([weight * (score - mean) / deviation for score in parts[name]])
-        return [sum(row) for row in zip(*columns, strict=True)]
+        rows = map(scored, zip(*columns, strict=True))
+        return [sum(row) if row else math.nan for row in rows]
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """Return the weighted sum for each pair; see `Reward.score`."""
@@ -108,15 +119,23 @@ class WeightedReward:
     def standardize(self, parts: Mapping[str, Sequence[float]]) -> None:
         """Take each reward's mean and deviation from its scores on the SFT model's responses."""
         for name, scores in parts.items():
-            mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+            there = scored(scores)
+            mean, deviation = statistics.fmean(there), statistics.pstdev(there)
             if not deviation > 0:
                 raise fail(
-                    "every response of the SFT model gets the same score",
+                    _ALL_EQUAL,
                     where=f"reward `{name}`",
                     expected="scores that differ between responses",
                     got=str(mean),
+                    remedy=f"{_LOOK_AT}; or set `normalize_rewards: false`, if the SFT model never earns it yet",
                 )
             self.scales[name] = (mean, deviation)
+
+
+def tell_all_equal(parts: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return a line for each reward that scores all responses alike: training learns nothing until they differ."""
+    same = {name: there[0] for name, scores in parts.items() if len(set(there := scored(scores))) == 1}
+    return [f"reward `{name}`: {_ALL_EQUAL}, {score:g}; {_LOOK_AT}" for name, score in same.items()]
 
 
 def load_training_reward(project: Project, weights: Mapping[str, float], device: str) -> WeightedReward:

@@ -1,6 +1,7 @@
 """Every recipe, from its demo config to a model on disk that the project knows and the merger takes."""
 
 import json
+import math
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
+from rewarded_lines.rewards.function_rewards import FunctionReward
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -192,6 +194,48 @@ def test_dpo_trains_on_given_pairs(work, chat):
         assert chosen == " warm and funny film about a small town</s>"
     else:
         assert (prompt, rejected) == ("this is a", " dull and lifeless film about very little</s>")
+
+
+@pytest.fixture
+def abstains(monkeypatch):
+    """Let the project's functions have no say on the prompts that begin "a dull", a quarter of all."""
+    own = FunctionReward.score
+
+    def score(self, prompts, *others):
+        found = own(self, prompts, *others)
+        return [math.nan if prompt.startswith("a dull") else one for prompt, one in zip(prompts, found, strict=True)]
+
+    monkeypatch.setattr(FunctionReward, "score", score)
+
+
+@pytest.mark.parametrize("name", ["rloo", "dpo"])
+def test_rows_on_which_a_reward_abstains_are_left_out_and_counted(work, abstains, capsys, name):
+    run(name, work, output_dir=work / "policy")
+    metrics, told = record(work / "policy")["metrics"], capsys.readouterr().out
+    assert metrics["abstained"] == {"before": 2, "after": 2} and math.isfinite(metrics["gain"])
+    assert "; 2 of 8 have no score" in told and "no score for 2 responses before, 2 after" in told
+    if name == "dpo":
+        pairs = pq.read_table(work / "policy.pairs.parquet").to_pylist()
+        assert pairs and not any(pair["prompt"].startswith("a dull") for pair in pairs)
+        assert "16 of 64 responses have no score, and enter no pair" in told
+        return
+    lines = [json.loads(line) for line in (work / "policy" / "metrics.jsonl").read_text().splitlines()]
+    unscored = int(sum(line.get("unscored", 0) for line in lines))
+    assert 0 < unscored < 32 and f"{unscored} of 32 training responses had no score, and were left out" in told
+
+
+def test_ppo_refuses_a_reward_that_abstains_before_it_trains(work, abstains):
+    with pytest.raises(UserError, match="PPO needs a score for every response(.|\n)*recipes/rloo.py"):
+        run("ppo", work, output_dir=work / "policy")
+    assert not list(work.glob("policy*/metrics.jsonl"))
+
+
+def test_a_reward_that_scores_all_alike_trains_as_the_refusal_says(work, capsys):
+    with pytest.raises(UserError, match="same score(.|\n)*`normalize_rewards: false`"):
+        run("rloo", work, reward="constant", output_dir=work / "policy")
+    run("rloo", work, reward="constant", output_dir=work / "policy", normalize_rewards="false", max_steps=1)
+    assert record(work / "policy")["metrics"]["after"] == 1.0
+    assert "reward `constant`: every response of the SFT model gets the same score, 1;" in capsys.readouterr().out
 
 
 def test_pairs_that_begin_differently_or_with_nothing_are_refused(work):

@@ -166,7 +166,7 @@ def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
         sft,
         replace(first, prompts=["other", "prompts"]),
         replace(second, scores={"a": second.scores["a"]}),
-        replace(third, scores=third.scores | {"b": np.array([np.nan, 1.0])}),
+        replace(third, scores=third.scores | {"b": np.array([np.inf, 1.0])}),
         replace(lines, kl=np.array([np.inf, np.inf])),
     ]
     with pytest.raises(UserError) as caught:

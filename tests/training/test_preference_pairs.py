@@ -1,5 +1,8 @@
 """Preference pairs: the best against the worst of each prompt, cached by everything that determines them."""
 
+import math
+import statistics
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from rewarded_lines.errors import UserError
 from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
 
+NAN = math.nan
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 PROMPTS = ["a", "a", "a", "b", "b", "b", "c", "c", "c"]
 RESPONSES = ["a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2"]
@@ -30,6 +34,18 @@ def test_equal_scores_make_no_pair():
     assert best_and_worst(["a", "a", "b", "b"], ["w", "x", "y", "z"], [1.0, 1.0, 2.0, 3.0], 2, 0.0) == [
         row("b", "z", "y", 3.0, 2.0)
     ]
+
+
+def test_a_response_without_a_score_is_in_no_pair():
+    """Nor in the deviation, the unit of the margin."""
+    scores = [0.0, 4.0, NAN, 5.0, NAN, 1.0, NAN, NAN, 9.0]
+    there = [0.0, 4.0, 5.0, 1.0, 9.0]
+    least = 4.0 / statistics.pstdev(there)
+    assert best_and_worst(PROMPTS, RESPONSES, scores, 3, least - 0.01) == [A, B]
+    with pytest.raises(UserError, match="differ enough"):
+        best_and_worst(PROMPTS, RESPONSES, scores, 3, least + 0.01)
+    with pytest.raises(UserError, match="no prompt has two responses with a score(.|\n)*`responses`"):
+        best_and_worst(PROMPTS, RESPONSES, [1.0, NAN, NAN, *[NAN] * 6], 3, 0.0)
 
 
 @pytest.mark.parametrize(("scores", "margin"), [(SCORES, 2.0), (SCORES, 99.0), ([1.0] * 9, 0.0)])

@@ -1,5 +1,7 @@
 """Any reward as PPO's module: TRL computes the scores that the reward gives to the texts."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
@@ -8,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from trl.experimental.utils import get_reward
 
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.reward import Reward
@@ -127,6 +130,14 @@ def test_chats_are_handed_to_the_reward_as_chats():
     module = RewardModule(reward, reader(tokenizer), rows_of(chats))
     get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
     assert reward.seen == list(zip(chats, RESPONSES, strict=True))
+
+
+def test_ppo_refuses_a_response_without_a_score(tokenizer):
+    reward = Recorder()
+    reward.score = lambda *given: [1.0, math.nan, 2.0]
+    module = RewardModule(reward, reader(tokenizer), rows_of(PROMPTS))
+    with pytest.raises(UserError, match="reward `recorder`: PPO needs(.|\n)*the quiet end(.|\n)*recipes/rloo.py"):
+        get_reward(module, query_responses(tokenizer, module), tokenizer.pad_token_id, module.length)
 
 
 def test_the_module_has_nothing_to_train(tokenizer):

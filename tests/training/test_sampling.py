@@ -1,7 +1,5 @@
-"""Responses outside of the trainer: equal to the evaluator's, from an unchanged model; and a policy's gain."""
+"""Responses outside of the trainer: equal to the evaluator's, from an unchanged model."""
 
-import math
-import statistics
 from contextlib import nullcontext
 
 import pytest
@@ -15,7 +13,7 @@ from rewarded_lines.engines import load_engine as load
 from rewarded_lines.engines.isolated_engine import generate_isolated
 from rewarded_lines.errors import UserError
 from rewarded_lines.training import sampling
-from rewarded_lines.training.sampling import choose_engine, describe, paired_gain, sample, summary
+from rewarded_lines.training.sampling import choose_engine, sample
 
 SPEC = GenerationSpec(temperature=0.9, top_p=0.95, max_tokens=8, seed=3)
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]
@@ -167,30 +165,3 @@ def test_a_missing_engine_is_refused(monkeypatch, wanted, said):
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=said):
         choose_engine(wanted)
-
-
-def test_a_gain_is_the_mean_difference_over_the_same_prompts():
-    before, after = [1.0, 2.0, 6.0], [2.0, 5.0, 5.0]
-    found = paired_gain(before, after)
-    # Differences 1, 3 and −1: mean 1, standard deviation 2.
-    half = 1.96 * 2 / math.sqrt(3)
-    assert (found["before"], found["after"], found["gain"]) == (3.0, 4.0, 1.0)
-    assert found["gain_interval"] == pytest.approx([1 - half, 1 + half])
-    assert paired_gain(after, after) == {"before": 4.0, "after": 4.0, "gain": 0.0, "gain_interval": [0.0, 0.0]}
-    with pytest.raises(ValueError, match="shorter"):
-        paired_gain(before, after[:2])
-
-
-def test_one_prompt_has_no_interval():
-    found = paired_gain([1.0], [3.0])
-    assert found["gain"] == 2.0 and all(map(math.isnan, found["gain_interval"]))
-    assert summary([2.0]) == "2.00 (s.e. nan)"
-
-
-def test_gains_and_scores_as_text():
-    assert summary([1.0, 3.0]) == f"2.00 (s.e. {statistics.stdev([1, 3]) / 2**0.5:.2f})" == "2.00 (s.e. 1.00)"
-    found = {"brief": paired_gain([1.0, 2.0, 6.0], [2.0, 5.0, 5.0]), "kind": paired_gain([0.0, 0.0], [-1.0, -1.0])}
-    assert describe(found) == (
-        "`brief` on validation prompts: 3 -> 4, gain +1 [-1.26, 3.26]\n"
-        "`kind` on validation prompts: 0 -> -1, gain -1 [-1, -1]"
-    )

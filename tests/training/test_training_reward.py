@@ -1,6 +1,7 @@
 """Weighted rewards computed by hand, standardized on the SFT model's scores, and as RLOO calls them."""
 
 import inspect
+import math
 import statistics
 
 import pytest
@@ -11,8 +12,14 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
-from rewarded_lines.training.training_reward import RewardFunction, WeightedReward, load_training_reward
+from rewarded_lines.training.training_reward import (
+    RewardFunction,
+    WeightedReward,
+    load_training_reward,
+    tell_all_equal,
+)
 
+NAN = math.nan
 PROMPTS = ["A Film", "the quiet End of it all, says", "IT"]
 RESPONSES = [" that moves.", " he, and goes on and on", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -86,11 +93,28 @@ def test_on_its_own_sample_a_standardized_reward_has_mean_zero_and_deviation_one
     assert statistics.fmean(scores) == pytest.approx(0, abs=1e-12) and statistics.pstdev(scores) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [0.5]])
+def test_a_reward_that_abstains_adds_nothing_to_a_sum():
+    reward = both()
+    reward.standardize({"length": [1.0, NAN, 3.0], "capitals": [0.0, 0.0, 4.0, NAN, 4.0]})
+    assert reward.scales == {"length": (2.0, 1.0), "capitals": (2.0, 2.0)}
+    total = reward.total({"length": [12.0, NAN, 5.0, NAN], "capitals": [1.88, 0.5, NAN, NAN]})
+    # 0.5·(r − 2)/1 − 2·(r − 2)/2 over what is there.
+    assert total[:3] == pytest.approx([5.0 + 0.12, 1.5, 1.5]) and math.isnan(total[3])
+
+
+def test_rewards_that_score_all_alike_are_told():
+    told = tell_all_equal({"length": [1.0, NAN, 1.0], "capitals": [1.0, 2.0]})
+    assert len(told) == 1 and told[0].startswith(
+        "reward `length`: every response of the SFT model gets the same score, 1;"
+    )
+
+
+@pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [0.5], [2.0, NAN, 2.0]])
 def test_a_reward_that_never_differs_is_refused_by_name(scores):
     with pytest.raises(UserError, match="reward `capitals`.*the same score") as caught:
         both().standardize({"length": [1.0, 2.0], "capitals": scores})
     assert caught.value.problems[0].got == str(scores[0])
+    assert "`normalize_rewards: false`" in caught.value.problems[0].remedy
 
 
 def test_chats_reach_a_reward_whole():
@@ -123,6 +147,15 @@ def test_a_response_that_cannot_be_read_gets_the_lowest_score_so_far():
         reward.score(["a"], [endless])
     assert reward.score(["a", "a", "a"], ["xx", endless, "xxx"]) == [2.0, 2.0, 3.0]
     assert reward.score(["a", "a"], [endless, "xxx"]) == [2.0, 3.0] and reward.unread == {"short": 3}
+
+
+def test_the_lowest_score_so_far_is_one_that_is_there():
+    reward = WeightedReward(
+        {"short": Short("short", lambda prompt, response: NAN if response == "x" else 7)}, {"short": 1}
+    )
+    endless = " ".join(["x"] * 11)
+    assert reward.score(["a"] * 3, ["x", "xx", endless])[1:] == [7.0, 7.0]
+    assert reward.score(["a"] * 2, [endless, "x"])[0] == 7.0
 
 
 def test_the_projects_rewards_are_found_by_name(tiny):

@@ -204,6 +204,6 @@ def _responses(run: Run, point: PointSummary) -> dict[str, Any]:
     }
 
 
-def _numbers(values: np.ndarray) -> list[float]:
-    """Return numbers with nine digits, which distinguish all float32 values."""
-    return [float(f"{value:.9g}") for value in values.tolist()]
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """Return numbers with nine digits, which distinguish all float32 values; None for a missing score."""
+    return [None if math.isnan(value) else float(f"{value:.9g}") for value in values.tolist()]

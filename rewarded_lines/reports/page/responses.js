@@ -37,14 +37,17 @@ function matching(data, wanted) {
   );
 }
 
+// A score is null where the reward gave none; then there is no difference, either.
+const difference = (one, other) => (one === null || other === null ? null : one - other);
+
 // What rows are sorted by: a measure of the chosen point's response, or its difference to another's.
 function sortKey(data) {
   const [kind, place] = state.sort.split(" ");
   const score = (records, row) => records.scores[Number(place)][row];
   const keys = {
     score: (row) => score(data.chosen, row),
-    gain: (row) => score(data.chosen, row) - score(data.sft, row),
-    lead: (row) => (data.other ? score(data.chosen, row) - score(data.other, row) : 0),
+    gain: (row) => difference(score(data.chosen, row), score(data.sft, row)),
+    lead: (row) => (data.other ? difference(score(data.chosen, row), score(data.other, row)) : 0),
     kl: (row) => data.chosen.kl[row],
     words: (row) => data.chosen.words[row],
   };
@@ -55,7 +58,10 @@ function sorted(rows, data) {
   if (state.sort === "prompt") return rows;
   const key = sortKey(data);
   const sign = state.order === "down" ? -1 : 1;
-  return rows.sort((one, other) => sign * (key(one) - key(other)));
+  // Rows without a value come last in both orders.
+  const place = (row) => key(row) ?? sign * Infinity;
+  const compare = (one, other) => (one === other ? 0 : sign * (one - other));
+  return rows.sort((one, other) => compare(place(one), place(other)));
 }
 
 // A text with what was searched for marked; its direction and marks stay inside.
@@ -74,6 +80,7 @@ function text(written, wanted) {
 const short = (number) => String(Number(number.toPrecision(4))).replace("-", "−");
 
 function scoreItem(name, number, gain, unit = "") {
+  if (number === null) return element("div", {}, element("dt", {}, name), element("dd", { title: "no score" }, "–"));
   const shown = [element("dt", {}, name), element("dd", { title: `${number} ${unit}`.trim() }, short(number))];
   if (gain !== null) {
     const direction = gain > 0 ? "up" : gain < 0 ? "down" : "";
@@ -86,7 +93,8 @@ function answer(row, column, data, wanted) {
   const { records, index } = column;
   const scores = rewards.map((reward, place) => {
     const number = records.scores[place][row];
-    return scoreItem(reward.name, number, index === SFT ? null : number - data.sft.scores[place][row], reward.unit);
+    const gain = index === SFT ? null : difference(number, data.sft.scores[place][row]);
+    return scoreItem(reward.name, number, gain, reward.unit);
   });
   if (index !== SFT) scores.push(scoreItem("KL", records.kl[row], null, "nats"));
   scores.push(scoreItem("words", records.words[row], null));

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rewarded_lines.evaluator.choose import command_for
@@ -131,6 +132,39 @@ def test_responses_are_sorted_by_any_score_or_difference(shown: Any, written: An
             assert answers(page, 1) == expected, label
     page.get_by_label("Beside SFT and").select_option("no other point")
     assert page.get_by_label("Sort by").locator("option").count() == 7
+
+
+def test_a_missing_score_is_a_dash_and_comes_last(opening: Opening, write: Callable[..., Any]) -> None:
+    """The first responses of `lines λ = 0.50` have no score of `positive`, the last ones of SFT have none."""
+
+    def holed(run: Run) -> Run:
+        gaps = {run.sft.spec: slice(-3, None), point(run, "lines", 0.5).spec: slice(0, 4)}
+        for one in run.points:
+            if one.spec in gaps:
+                one.scores["positive"] = one.scores["positive"].copy()
+                one.scores["positive"][gaps[one.spec]] = np.nan
+        return run
+
+    written = write(holed, points=3, prompts=18)
+    opened = opening(written)
+    page = choose(opened, "lines λ = 0.50")
+    run = written.runs[0]
+    chosen, sft = point(run, "lines", 0.5), run.sft
+    shown = page.locator("#list .beside > :nth-child(2) .scores > div").filter(has_text="positive").all_inner_texts()
+    assert [text.split()[-1] == "–" for text in shown] == [True] * 4 + [False] * 14
+    # Without SFT's score there is no difference in brackets.
+    assert ["(" in text for text in shown] == [False] * 4 + [True] * 11 + [False] * 3
+    for label, key in (
+        ("positive of lines λ = 0.50", chosen.scores["positive"]),
+        ("positive, difference to SFT", chosen.scores["positive"] - sft.scores["positive"]),
+    ):
+        page.get_by_label("Sort by").select_option(label)
+        for order, sign in (("largest first", -1), ("smallest first", 1)):
+            page.get_by_role("combobox", name="Order").select_option(order)
+            opened.settled()
+            # NumPy, too, sorts NaN to the end.
+            assert answers(page, 1) == [chosen.responses[row] for row in (sign * key).argsort(kind="stable")], label
+    assert "reward `positive`: 7 of 126 responses have no score (7 abstained)." in page.locator("#note").inner_text()
 
 
 def test_several_responses_to_a_prompt_stand_under_it(opening: Opening, write: Callable[..., Any]) -> None:
