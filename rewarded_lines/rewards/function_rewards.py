@@ -12,8 +12,7 @@ import blake3
 
 from rewarded_lines.data.messages import as_answer, as_turns
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import Problem, fail
+from rewarded_lines.errors import fail
 from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
@@ -65,11 +64,6 @@ class FunctionReward(Reward):
         if self._workers:
             return self._workers.score(first, second, read)
         return call_function(self._function, self._where, first, second, read)
-
-    def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
-        """Return a problem for each column that it needs and no row has; a function gets None where a row lacks one."""
-        known = {name for row in rows for name in row.get(COLUMNS, {})}
-        return [self.no_column(name, where, list(known)) for name in self.columns if name not in known]
 
     def _load_tokenizer(self, reference: str, root: Path) -> Any:
         """Return the tokenizer that makes `completion_ids`."""

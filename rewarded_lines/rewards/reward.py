@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import Problem, UserError, did_you_mean, listed
+from rewarded_lines.errors import Problem, UserError, listed
 
 _MOST_NAMES = 12
 Columns = Sequence[Row] | None
@@ -80,22 +80,18 @@ class Reward(ABC):
 
     def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
         """Return a problem for each column that it needs and a row lacks; `where` names the rows."""
-        problems = {}
+        problems: dict[str, Problem] = {}
         for at, row in enumerate(rows):
-            for name in self.columns:
-                if name not in row.get(COLUMNS, {}) and name not in problems:
-                    problems[name] = self.no_column(name, f"{where}, row {at}", list(row.get(COLUMNS, {})))
-        return list(problems.values())
-
-    def no_column(self, name: str, where: str, known: Sequence[str]) -> Problem:
-        """Return the problem of rows without a column; `known` are those that they have."""
-        return Problem(
-            f"reward `{self.name}` reads column `{name}`, which is not there",
-            where=where,
-            expected=f"columns {', '.join(self.columns)}",
-            got=f"columns {listed(known, _MOST_NAMES) or 'none'} beside the prompt",
-            remedy=f"{did_you_mean(name, known, 'add the column')} Name yours: `columns: {{{name}: YOUR_COLUMN}}`",
-        )
+            known = list(row.get(COLUMNS, {}))
+            for name in set(self.columns) - {*known, *problems}:
+                problems[name] = Problem(
+                    f"reward `{self.name}` reads column `{name}`, which a row does not have",
+                    where=f"{where}, row {at}",
+                    expected=f"columns {', '.join(self.columns)}",
+                    got=f"columns {listed(known, _MOST_NAMES) or 'none'} beside the prompt",
+                    remedy=f"add the column, or name yours: `columns: {{{name}: YOUR_COLUMN}}`",
+                )
+        return [problems[name] for name in self.columns if name in problems]
 
 
 def check_columns(rewards: Iterable[Reward], sets: Mapping[str, Sequence[Row]]) -> None:
