@@ -11,7 +11,7 @@ from typing import Any
 import blake3
 
 from rewarded_lines.data.messages import as_answer, as_turns
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.errors import fail
 from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
@@ -46,16 +46,13 @@ class FunctionReward(Reward):
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""
-        return "" if self._messages or self._as_trl else check_texts(prompts, self._where, "messages: true")
+        whole = self._messages or self._as_trl or not self._function.reads_prompts
+        return "" if whole else check_texts(prompts, self._where, "messages: true")
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """See `Reward.score`."""
         turns = [bool(self._messages) or (self._as_trl and isinstance(prompt, list)) for prompt in prompts]
-        # Copies, since a function may append to them.
-        first = [
-            copy.deepcopy(as_turns(prompt)) if chat else text_of(prompt, self._where)
-            for prompt, chat in zip(prompts, turns, strict=True)
-        ]
+        first = [self._read(prompt, chat) for prompt, chat in zip(prompts, turns, strict=True)]
         second = [as_answer(one) if chat else one for one, chat in zip(responses, turns, strict=True)]
         read = [self.reads(row) for row in columns or [{}] * len(first)]
         if self._tokenizer and responses:
@@ -64,6 +61,13 @@ class FunctionReward(Reward):
         if self._workers:
             return self._workers.score(first, second, read)
         return call_function(self._function, self._where, first, second, read)
+
+    def _read(self, prompt: Prompt, turns: bool) -> Prompt:
+        """Return a prompt as the function gets it: as turns, or as text, which must tell all of a chat."""
+        if turns:
+            # A copy, since a function may append to it.
+            return copy.deepcopy(as_turns(prompt))
+        return text_of(prompt, self._where) if self._function.reads_prompts else prompt_text(prompt)
 
     def _load_tokenizer(self, reference: str, root: Path) -> Any:
         """Return the tokenizer that makes `completion_ids`."""

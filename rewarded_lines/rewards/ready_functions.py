@@ -25,7 +25,7 @@ _INSTALL = "pip install 'rewarded-lines[rewards]'"
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} +[A-Za-z]{2,}\b")
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[", r"\begin")
-_PARSING_SECONDS, _COMPARING_SECONDS = 10, 5
+_MATH_SECONDS = 5
 _FORMULAS = ("automated_readability_index", "coleman_liau_index", "lix", "rix")
 
 
@@ -33,18 +33,18 @@ def math_answer(response: str, answer: Any) -> float | None:
     """Return 1 if the response's final answer equals `answer`, else 0, by math-verify.
 
     `answer` is a number, LaTeX, a text with \\boxed{…}, or one of GSM8K with "####". None if it cannot be read.
+    Reading and comparing may each take 5 seconds; then the answer counts as wrong.
     """
     from math_verify import parse, verify
 
     if answer is None:
         return None
     # math-verify measures time with a signal, which only the main thread may set.
-    in_time = threading.current_thread() is threading.main_thread()
-    parsing, comparing = (_PARSING_SECONDS, _COMPARING_SECONDS) if in_time else (None, None)
-    gold = parse(_as_math(str(answer)), parsing_timeout=parsing)
+    seconds: Any = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+    gold = parse(_as_math(str(answer)), parsing_timeout=seconds)
     if not gold:
         return None
-    return float(verify(gold, parse(response, parsing_timeout=parsing), timeout_seconds=comparing))
+    return float(verify(gold, parse(response, parsing_timeout=seconds), timeout_seconds=seconds))
 
 
 def _as_math(answer: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
@@ -60,6 +61,11 @@ class UserFunction:
     def is_trls(self) -> bool:
         """True if TRL's trainers can call it: with `completions`, and `**kwargs` for all else that they give."""
         return "completions" in self.texts and self.optional is None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """False if it only takes responses."""
+        return not self.texts or "prompts" in self.texts
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[Any], /, **columns: Any) -> Any:
         """Return what the function returns, awaited if it is `async`."""
@@ -165,17 +171,14 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 
 def _check_options(parameters: Sequence[inspect.Parameter] | None, options: Mapping[str, Any], where: str) -> None:
-    known = [one.name for one in parameters or [] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     if parameters is None or any(one.kind is one.VAR_KEYWORD for one in parameters):
         return
+    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    known = [name for name in named if name not in (*_TEXTS, *_TRAINERS_OWN)]
     for name in options:
-        if name not in known or name in _TEXTS:
-            raise fail(
-                f"no option `{name}`",
-                where=where,
-                expected="one of " + ", ".join(one for one in known if one not in _TEXTS),
-                remedy=did_you_mean(name, known),
-            )
+        if name not in known:
+            what, remedy = f"the function has no option `{name}`", did_you_mean(name, known)
+            raise fail(what, where=where, expected=", ".join(known) or "no options", remedy=remedy)
 
 
 def _is_class(function: Callable[..., Any]) -> bool:
@@ -240,6 +243,10 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop
+
+
+# A forked process has no thread of its parent.
+os.register_at_fork(after_in_child=_loop.cache_clear)
 
 
 def _wait(result: Awaitable[Any]) -> Any:
