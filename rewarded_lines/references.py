@@ -5,7 +5,6 @@ Loading a function runs the code of its module, so only the user's own reference
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib
 import importlib.util
@@ -63,7 +62,9 @@ def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
         raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
     module = _imported(source, root, where)
     *owners, last = name.split(".")
-    owner = functools.reduce(lambda found, one: getattr(found, one, None), owners, module)
+    owner: Any = module
+    for one in owners:
+        owner = getattr(owner, one, None)
     function = getattr(owner, last, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -60,6 +60,8 @@ class RewardSpec(Strict):
         for key, sources in _ONLY_FOR.items():
             if given[0] not in sources and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
+        if self.messages and ":" not in str(self.function):
+            raise ValueError("`messages:` is for your own functions; ready ones read the text of a response")
         return self
 
     @property

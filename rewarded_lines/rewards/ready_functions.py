@@ -99,8 +99,8 @@ def length(
     _check_one("unit", unit, ("words", "characters", "lines"))
     if target is not None and maximum is not None:
         raise ValueError("give either `target` or `maximum`")
-    count = {"words": response.split, "characters": lambda: response, "lines": response.splitlines}[unit]
-    n = float(len(count()))
+    parts = {"words": response.split(), "characters": response, "lines": response.splitlines()}
+    n = float(len(parts[unit]))
     if maximum is not None:
         return 0.0 if n <= maximum - margin else -1.0 if n > maximum else (maximum - margin - n) / margin
     return n if target is None else -abs(n - target)
