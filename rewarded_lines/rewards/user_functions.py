@@ -101,7 +101,7 @@ def load_function(reference: str, root: Path, where: str, options: Mapping[str, 
     parameters = _parameters(function)
     _check_options(parameters, options, where)
     if _is_class(function) or _makes_function(parameters, options):
-        function = _made(function, options, where)
+        function, options = _made(function, options, where), {}
         parameters = _parameters(function)
     elif options:
         function = functools.partial(function, **options)

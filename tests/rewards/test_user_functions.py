@@ -50,7 +50,10 @@ def wrapped(function):
     return call
 decorated = wrapped(trl_short)
 def get_scaled(scale):
-    def reward(completions, **kwargs): return [scale * one for one in count(completions)]
+    def reward(completions, **kwargs):
+        # The parameter of the outer function does not hide the row's column of this name.
+        assert kwargs["scale"] == [7, 7, 7]
+        return [scale * one for one in count(completions)]
     return reward
 def an_array(prompts, responses):
     import numpy; return numpy.array(count(responses))
@@ -166,7 +169,7 @@ def test_options_and_trls_published_functions(load, tmp_path, name, options, exp
     import trl.rewards
 
     texts = ["a cat a cat", "<think>\nx\n</think>\n\\boxed{2}", "\\boxed{3}"] if ":" in name else TEXTS
-    more, given = {}, [{"solution": "2"}] * 3
+    more, given = {}, [{"solution": "2", "scale": 7}] * 3
     made = getattr(trl.rewards, name.rpartition(":")[2], None)
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     if made and options:
