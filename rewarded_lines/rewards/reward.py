@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import fail, listed
+from rewarded_lines.errors import Problem, UserError, listed
 
 _MOST_NAMES = 12
 Columns = Sequence[Row] | None
@@ -78,17 +78,27 @@ class Reward(ABC):
             return row
         return {name: row[name] for name in (*self.columns, *self.optional) if name in row}
 
-    def check_columns(self, rows: Sequence[Row], where: str) -> None:
-        """Refuse rows without a column that the reward needs; `where` names the rows."""
+    def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
+        """Return a problem for each column that it needs and a row lacks; `where` names the rows."""
+        problems: dict[str, Problem] = {}
         for at, row in enumerate(rows):
-            if absent := [name for name in self.columns if name not in row.get(COLUMNS, {})]:
-                raise fail(
-                    f"reward `{self.name}` reads column `{absent[0]}`, which a row does not have",
+            known = list(row.get(COLUMNS, {}))
+            for name in set(self.columns) - {*known, *problems}:
+                problems[name] = Problem(
+                    f"reward `{self.name}` reads column `{name}`, which a row does not have",
                     where=f"{where}, row {at}",
                     expected=f"columns {', '.join(self.columns)}",
-                    got=f"columns {listed(list(row.get(COLUMNS, {})), _MOST_NAMES) or 'none'} beside the prompt",
-                    remedy=f"add the column, or name yours: `columns: {{{absent[0]}: YOUR_COLUMN}}`",
+                    got=f"columns {listed(known, _MOST_NAMES) or 'none'} beside the prompt",
+                    remedy=f"add the column, or name yours: `columns: {{{name}: YOUR_COLUMN}}`",
                 )
+        return [problems[name] for name in self.columns if name in problems]
+
+
+def check_columns(rewards: Iterable[Reward], sets: Mapping[str, Sequence[Row]]) -> None:
+    """Refuse rows without a column that a reward needs, all faults together; `sets` has the rows by their names."""
+    faults = [one.column_faults(rows, where) for one in rewards for where, rows in sets.items()]
+    if problems := [problem for some in faults for problem in some]:
+        raise UserError(problems)
 
 
 def columns_of(rows: Iterable[Row]) -> list[Row]:

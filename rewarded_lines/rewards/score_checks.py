@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, UserError, fail
 
-# A prompt (a text or turns) and a response to it; of a reward that reads columns, also their JSON.
+_BRIEF = 300
+# A prompt (a text or turns) and a response to it; of a reward that reads columns, also these or their JSON.
 Pair = tuple[Any, ...]
 # Takes prompts and responses (texts, or turns with `messages: true`) and columns by name, returns scores.
 ScoreFunction = Callable[..., Sequence[float | None]]
@@ -30,7 +32,8 @@ class PairError(UserError):
     def __init__(self, problem: Problem, index: int, pair: Pair, known: Mapping[int, float] | None = None) -> None:
         """Add the pair to the problem's `got`."""
         self.problem, self.index, self.pair, self.known = problem, index, pair, dict(known or {})
-        place = f"prompt {index}: {pair[0]!r} → {pair[1]!r}"
+        columns = f", columns {pair[2]!r:.{_BRIEF}}" if pair[2:] and pair[2] else ""
+        place = f"prompt {index}: {pair[0]!r} → {pair[1]!r}{columns}"
         super().__init__(replace(problem, got=f"{problem.got} {place}" if problem.got else place))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -38,8 +41,11 @@ class PairError(UserError):
         return PairError, (self.problem, self.index, self.pair, self.known)
 
 
-def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+def check_scores(
+    where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any], *columns: Sequence[Row]
+) -> list[float]:
     """Return a float for each pair, NaN for None, or raise a `PairError`; other scores must be finite."""
+    pairs = [prompts, responses, *columns]
     if len(scores) != len(prompts):
         index = min(len(scores), len(prompts) - 1)
         problem = Problem(
@@ -49,7 +55,7 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
             got=f"{len(scores)}, so the first prompt without a score of its own is",
             remedy="return a list with one float for each (prompt, response) pair",
         )
-        raise PairError(problem, index, (prompts[index], responses[index]))
+        raise PairError(problem, index, tuple(part[index] for part in pairs))
     checked = [_as_float(score) for score in scores]
     finite = {index: score for index, score in enumerate(checked) if math.isfinite(score) or scores[index] is None}
     if len(finite) == len(checked):
@@ -57,7 +63,7 @@ def check_scores(where: str, scores: Sequence[Any], prompts: Sequence[Any], resp
     index = next(index for index in range(len(checked)) if index not in finite)
     what, got = "a score is not a finite number", f"{scores[index]!r} for"
     problem = Problem(what, where=where, expected="a float", got=got, remedy=_REMEDY)
-    raise PairError(problem, index, (prompts[index], responses[index]), finite)
+    raise PairError(problem, index, tuple(part[index] for part in pairs), finite)
 
 
 def call_function(
@@ -71,18 +77,30 @@ def call_function(
         return []
     try:
         scores = _call(function, prompts, responses, columns)
+    except _NoScores as error:
+        raise fail(
+            f"the function returned {error}", where=where, expected="a list of scores", remedy=_REMEDY
+        ) from error
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything
         raise _find_pair(function, where, prompts, responses, columns, error) from error
-    return check_scores(where, scores, prompts, responses)
+    return check_scores(where, scores, prompts, responses, columns)
+
+
+class _NoScores(Exception):
+    """What a function returned is no list of scores."""
 
 
 def _call(
     function: ScoreFunction, prompts: Sequence[Any], responses: Sequence[Any], columns: Sequence[Row]
 ) -> list[Any]:
     names = dict.fromkeys(name for row in columns for name in row)
-    return list(
-        function(list(prompts), list(responses), **{name: [row.get(name) for row in columns] for name in names})
-    )
+    # Copies, since a function may change lists and mappings.
+    given = {name: [copy.deepcopy(row.get(name)) for row in columns] for name in names}
+    returned: Any = function(list(prompts), list(responses), **given)
+    # A mapping's or a text's elements are no scores, and a set has no order.
+    if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
+        raise _NoScores("None" if returned is None else f"a {type(returned).__name__}")
+    return list(returned)
 
 
 def _find_pair(
@@ -99,7 +117,9 @@ def _find_pair(
         try:
             alone = _call(function, [prompt], [response], [row])
         except Exception as again:  # noqa: BLE001 - likewise
-            return PairError(Problem(_raised(again), where=where, remedy=_REMEDY), index, (prompt, response), known)
+            return PairError(
+                Problem(_raised(again), where=where, remedy=_REMEDY), index, (prompt, response, row), known
+            )
         try:
             known[index] = check_scores(where, alone, [prompt], [response])[0]
         except PairError:
@@ -113,6 +133,8 @@ def _raised(error: Exception) -> str:
 
 
 def _as_float(score: Any) -> float:
+    if isinstance(score, (str, bytes)):
+        return math.nan
     try:
         return float(score)
     except (TypeError, ValueError, OverflowError):

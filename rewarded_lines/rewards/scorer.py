@@ -13,7 +13,7 @@ import blake3
 
 from rewarded_lines.config import decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
-from rewarded_lines.data.rows import Row
+from rewarded_lines.data.rows import Row, row_text
 from rewarded_lines.processes import available_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
@@ -127,7 +127,7 @@ def _pairs(reward: Reward, items: Sequence[Item]) -> list[Pair]:
     pairs: list[Pair] = []
     for prompt, response, row in items:
         read = reward.reads(row)
-        columns = (json.dumps(read, sort_keys=True, ensure_ascii=False, default=str),) if read else ()
+        columns = (row_text(read),) if read else ()
         pairs.append((prompt_key(prompt), response, *columns))
     return pairs
 

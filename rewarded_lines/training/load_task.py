@@ -16,7 +16,7 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config, set_template
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
-from rewarded_lines.rewards.reward import deciding
+from rewarded_lines.rewards.reward import check_columns, deciding
 from rewarded_lines.training.generation_config import generation_inputs
 from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, reference_hash
 from rewarded_lines.training.policy_task import PolicyTask
@@ -57,10 +57,7 @@ def load_task(
     measured = read_prompts(validation, tell=say)
     _check_one_kind(rows[0]["prompt"], measured[0]["prompt"], validation.file or str(validation.dataset))
     reward = load_training_reward(project, weights, str(training.device))
-    sets = [("validation rows", measured)] if pairs else [("training rows", rows), ("validation rows", measured)]
-    for one in reward.rewards.values():
-        for where, some in sets:
-            one.check_columns(some, where)
+    check_columns(reward.rewards.values(), {**({} if pairs else {"training rows": rows}), "validation rows": measured})
     inputs = {
         "train": rows_hash(deciding(rows)),
         "validation": rows_hash(deciding(measured)),

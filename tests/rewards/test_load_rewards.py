@@ -69,7 +69,8 @@ def test_function_scores(root):
         ("absent.py:words", "no such file"),
         ("broken.py:words", "ModuleNotFoundError"),
         ("no.such.module:words", "ModuleNotFoundError"),
-        ("words", "not a function reference"),
+        ("words", "no ready function `words`"),
+        (":words", "not a function reference"),
     ],
 )
 def test_functions_that_cannot_be_found(root, reference, said):
