@@ -11,22 +11,31 @@ from rewarded_lines.config_values import Strict, check_template, checked, parse_
 # Where a reward comes from, as messages say it.
 _SOURCES = {"model": "a classifier", "function": "module:name or file.py:name"}
 # Keys that only some sources have.
-_ONLY_FOR = {"backend": ("model",), "workers": ("function",), "messages": ("function",)}
+_ONLY_FOR = {
+    **dict.fromkeys(("backend", "tokenizer", "trust_remote_code"), ("model",)),
+    "workers": ("function",),
+    "messages": ("function",),
+}
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 # Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {"messages": False}
+_LATER: dict[str, Any] = {"messages": False, "tokenizer": None, "trust_remote_code": False}
 _FIRST_MAX_TOKENS = 512
 
 
 class RewardSpec(Strict):
     """One reward, for recipes and evaluator: a model with a format, or a Python function.
 
-    `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
-    difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
-    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. With `messages`, a function
-    receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
-    or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
-    run a model; `workers` are processes for a function.
+    `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
+    LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
+    `format` is the score as a signed sum of classes: "0" is the logit of class 0, "1-0" a difference of logits,
+    "0x0.4" a weighted one. Classes of the config's `id2label` also go by name: "helpfulness - 0.2 x verbosity", with
+    spaces around the signs. The code in a model's folder runs only with `trust_remote_code`; the classes are then the
+    output's `rewards`, and "score" for what the code makes of them. `tokenizer` is another folder's or Hub id's.
+    `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
+    conversation in the reward model's own chat template. With `messages`, a function receives the turns of a chat, not
+    their text. A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens`
+    limits the text, by default to what the model can read. `backend` and `device` run a model; `workers` are processes
+    for a function.
     """
 
     model: str | None = None
@@ -42,6 +51,8 @@ class RewardSpec(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
     workers: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -15,14 +15,14 @@ def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") 
     return fail("the model cannot be loaded", where=where, got=f"{reference}: {error}", remedy=remedy)
 
 
-def no_classifier(where: str, got: str) -> UserError:
+def no_classifier(where: str, got: str, remedy: str = "") -> UserError:
     """Return the error for a model without a classification head."""
     return fail(
         "not a classifier: weights of the head are missing",
         where=where,
         expected="a sequence classification checkpoint",
         got=got,
-        remedy="train one with recipes/reward.py",
+        remedy=remedy or "train one with recipes/reward.py",
     )
 
 
