@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rewarded_lines.config_values import Strict, check_template, checked, parse_format
 
@@ -20,6 +20,11 @@ _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "wor
 # Later settings, with the values that earlier records had.
 _LATER: dict[str, Any] = {"messages": False, "tokenizer": None, "trust_remote_code": False}
 _FIRST_MAX_TOKENS = 512
+
+
+def _as_text(value: Any) -> Any:
+    """Return the number of a class as text: YAML reads `format: 0` as a number."""
+    return str(value) if type(value) is int else value
 
 
 class RewardSpec(Strict):
@@ -39,7 +44,7 @@ class RewardSpec(Strict):
     """
 
     model: str | None = None
-    format: Annotated[str, checked(parse_format)] = "0"
+    format: Annotated[str, BeforeValidator(_as_text), checked(parse_format)] = "0"
     template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
     function: str | None = None
     messages: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rewarded_lines.errors import UserError, fail
 
@@ -24,6 +25,19 @@ def no_classifier(where: str, got: str, remedy: str = "") -> UserError:
         got=got,
         remedy=remedy or "train one with recipes/reward.py",
     )
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from warning of a head that it does not find, where the caller puts one there."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def find_device(device: str, where: str) -> str:

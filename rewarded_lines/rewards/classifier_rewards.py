@@ -94,6 +94,7 @@ class ModelReward(Reward):
             return names.index(wanted)
         shared.free()
         signs = "put spaces around the signs between names"
+        alike = signs if any(name in str(wanted) for name in names) else did_you_mean(str(wanted), names, signs)
         raise fail(
             f"format {self._spec.format!r} names a class that the model does not have"
             if wanted not in names
@@ -101,7 +102,7 @@ class ModelReward(Reward):
             where=self._where,
             expected=f"classes 0 to {len(names) - 1}, or one of {listed([repr(name) for name in names], _MOST_NAMES)}",
             got=f"{wanted!r} in {self._spec.model}",
-            remedy="use the number" if wanted in names else did_you_mean(str(wanted), names, signs),
+            remedy="use the number" if wanted in names else alike,
         )
 
     def _check_lengths(self, ids: list[list[int]], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
 from rewarded_lines.errors import UserError, fail, listed
-from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier
+from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
 from rewarded_lines.rewards.reward_checkpoints import FOLD, WRAPPER, RewardCheckpoint
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
@@ -148,14 +148,16 @@ def _load_whole(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: An
         config.num_labels = rows
     wrapped = any(name.startswith(WRAPPER) for name in checkpoint.tensors)
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.base,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **({"key_mapping": {rf"^{re.escape(WRAPPER)}": ""}} if wrapped else {}),
-        )
+        # What is missing is an error below.
+        with without_load_report():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                checkpoint.base,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **({"key_mapping": {rf"^{re.escape(WRAPPER)}": ""}} if wrapped else {}),
+            )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise cannot_load(where, checkpoint.base, error, TRUST if checkpoint.own_code else "") from error
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
@@ -226,7 +228,7 @@ def _set_head(where: str, checkpoint: RewardCheckpoint, model: Any) -> set[str]:
 
 def _attach_adapter(where: str, checkpoint: RewardCheckpoint, model: Any) -> set[str]:
     """Put the adapter's layers and head into the model, as PEFT computes with them; return names that it brings."""
-    from peft import PeftConfig, PeftModelForSequenceClassification
+    from peft import PeftConfig, PeftModel
 
     folder = str(checkpoint.adapter)
     try:
@@ -234,7 +236,7 @@ def _attach_adapter(where: str, checkpoint: RewardCheckpoint, model: Any) -> set
         if str(config.peft_type.value) != "LORA":
             raise ValueError(f"an adapter of type {config.peft_type.value}, not LORA")
         config.inference_mode = True
-        loading = PeftModelForSequenceClassification(model, config).load_adapter(folder, "default")
+        loading = PeftModel(model, config).load_adapter(folder, "default")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise cannot_load(where, checkpoint.reference, error) from error
     strange = [name for name in loading.unexpected_keys if not any(head in name for head in _UNREAD)]

@@ -99,7 +99,7 @@ class HuggingFaceClassifier:
         tables = (
             weight.shape[0]
             for name, weight in self._model.named_parameters()
-            if name.split(".")[-2] in _POSITION_TABLES
+            if f".{name}".split(".")[-2] in _POSITION_TABLES
         )
         self.longest = next((min(rows, self._positions or rows) for rows in tables), None)
         self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
