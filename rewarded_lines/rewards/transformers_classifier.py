@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
@@ -86,7 +87,7 @@ class HuggingFaceClassifier:
         """
         import torch
 
-        self._batch_size = spec.batch_size
+        self._where, self._batch_size = where, spec.batch_size
         loaded = load_model(where, stored, getattr(torch, spec.dtype), spec.trust_remote_code)
         self._model, self._read = loaded.model.to(device), loaded.read
         self._config = self._model.config.get_text_config()
@@ -118,13 +119,25 @@ class HuggingFaceClassifier:
             return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
         found: list[list[float]] = [[]] * len(ids)
         # BART needs equally many end tokens in every row.
-        ends = [list(row).count(self._config.eos_token_id) for row in ids] if self._counts_ends else ()
+        ends = self._ends(ids) if self._counts_ends else ()
         for batch in make_batches([len(row) for row in ids], self._batch_size, self._positions, ends):
             own = None if types is None else [types[index] for index in batch.members]
             rows = self._batch([ids[index] for index in batch.members], own, batch.rows, batch.width)
             for index, row in zip(batch.members, rows, strict=False):
                 found[index] = row
         return found
+
+    def _ends(self, ids: Ids) -> list[int]:
+        """Return the number of end tokens in each text; such a model reads the last one."""
+        ends = [list(row).count(self._config.eos_token_id) for row in ids]
+        if 0 in ends:
+            raise fail(
+                "a text has no end token, at which an encoder-decoder reads its score",
+                where=self._where,
+                expected=f"token {self._config.eos_token_id} in each text",
+                remedy="write the end token into the template, such as `{prompt}{response}</s>`",
+            )
+        return ends
 
     def close(self) -> None:
         """Free the memory."""

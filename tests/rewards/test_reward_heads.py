@@ -301,6 +301,20 @@ def test_own_code_runs_by_the_users_word_alone(armo):
         scores(armo, format="code style", trust_remote_code=True)
 
 
+def test_the_base_and_the_policies_never_run_own_code(armo):
+    from trl import ModelConfig
+
+    from rewarded_lines.engines.tokenizers import load_config
+    from rewarded_lines.training.load_models import load_policy
+
+    # A class that only the folder's code knows, which transformers would ask for.
+    auto_map = {"AutoConfig": "other--modeling_custom.Config", "AutoModelForCausalLM": "other--modeling_custom.Model"}
+    edit(armo / "config.json", model_type="armo", auto_map=auto_map)
+    for load in (lambda: load_config(str(armo)), lambda: load_policy(str(armo), ModelConfig()), lambda: scores(armo)):
+        with pytest.raises(UserError, match="custom code"):
+            load()
+
+
 def test_own_code_without_rewards_is_refused_and_its_text_is_in_the_fingerprint(armo):
     spec = RewardSpec(model=str(armo), template=TEMPLATE, trust_remote_code=True)
     first = load_reward("r", spec, device="cpu").fingerprint
