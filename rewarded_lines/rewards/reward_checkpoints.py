@@ -35,12 +35,6 @@ _CONVERT = (
     "found = [torch.load(file, weights_only=True) for file in sorted(glob.glob({source!r}))]; "
     "save_file({{name: value.clone() for one in found for name, value in one.items()}}, {to!r}, {{'format': 'pt'}})\""
 )
-FOLD = (
-    'python -c "from peft import AutoPeftModelForSequenceClassification as M; from transformers import AutoTokenizer; '
-    "M.from_pretrained('{0}', num_labels=1).merge_and_unload().save_pretrained('{0}-whole'); "
-    "AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}-whole')\""
-)
-"""The command that makes a whole classifier of an adapter."""
 
 
 @dataclass(frozen=True)

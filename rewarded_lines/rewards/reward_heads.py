@@ -11,12 +11,13 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
-from rewarded_lines.rewards.reward_checkpoints import FOLD, WRAPPER, RewardCheckpoint
+from rewarded_lines.rewards.reward_checkpoints import WRAPPER, RewardCheckpoint, tokenizer_of
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
 TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
@@ -28,6 +29,12 @@ _UNREAD = ("lm_head", "embed_out")
 _LAST_LAYER = re.compile(r"(^|\.)(score|classifier|out_proj|logits_proj)(\.modules_to_save(\.[^.]+)?)?\.weight$")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+\.)?")
 _SHOWN = 6
+_FOLD = (
+    'python -c "from peft import PeftModel; from transformers import AutoModelForSequenceClassification as M; '
+    "from transformers import AutoTokenizer as T; model = M.from_pretrained({base!r}, num_labels={rows}); "
+    "PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
+    'T.from_pretrained({tokenizer!r}).save_pretrained({out!r})"'
+)
 
 
 @dataclass
@@ -80,7 +87,7 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
                 "an adapter of a model with code of its own",
                 where=where,
                 got=checkpoint.reference,
-                remedy=FOLD.format(checkpoint.reference),
+                remedy="fold it into its base with that code, and name the folder that comes out",
             )
         model = _load_own(where, checkpoint, dtype)
         return LoadedModel(model, [], _columns_of, pad, own_code=True)
@@ -137,6 +144,20 @@ def _columns_of(output: Any) -> Any:
     if found is None:
         return None
     return (found[:, None] if found.ndim == 1 else found).double()
+
+
+def fold_command(checkpoint: RewardCheckpoint) -> str:
+    """Return the command that makes a whole classifier of an adapter; "" if transformers has no class for that."""
+    if not checkpoint.adapter or checkpoint.head:
+        return ""
+    out = checkpoint.reference if Path(checkpoint.reference).is_dir() else Path(checkpoint.reference).name
+    return _FOLD.format(
+        base=checkpoint.base,
+        rows=_head_rows(checkpoint) or 1,
+        adapter=checkpoint.reference,
+        tokenizer=tokenizer_of(checkpoint),
+        out=f"{out.rstrip('/')}-whole",
+    )
 
 
 def _load_whole(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any) -> tuple[Any, set[str], list[str]]:

@@ -14,7 +14,8 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import start_vllm
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
-from rewarded_lines.rewards.reward_checkpoints import FOLD, RewardCheckpoint
+from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
+from rewarded_lines.rewards.reward_heads import fold_command
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
 _LONGEST = 8192
@@ -91,13 +92,13 @@ def _check_form(where: str, spec: RewardSpec, stored: RewardCheckpoint) -> None:
     """Refuse what vLLM would not read as transformers does."""
     own = "a model with code of its own" if spec.trust_remote_code else ""
     if form := stored.form or own or ("a head that reads the last token" if stored.reads_last else ""):
-        whole = f", or make it whole: {FOLD.format(stored.reference)}" if stored.adapter else ""
+        command = fold_command(stored)
         raise fail(
             "vLLM does not read this reward model",
             where=f"{where}, backend: vllm",
             expected="a whole classifier of transformers",
             got=f"{stored.reference}, {form}",
-            remedy=f"use `backend: hf`{whole}",
+            remedy=f"use `backend: hf`{command and ', or make it a whole model: '}{command}",
         )
 
 
