@@ -71,6 +71,11 @@ class RewardCheckpoint:
         return bool(self.head) or any(name.startswith(_OWN_HEADS) for name in self.tensors)
 
     @property
+    def normalized(self) -> bool:
+        """Whether mean and deviation change the head's value."""
+        return (self.mean, self.deviation) != (0.0, 1.0)
+
+    @property
     def form(self) -> str:
         """What it is beside a whole classifier, for messages; "" if nothing."""
         kinds = {"a LoRA adapter": self.adapter, f"a model with the head `{self.head}`": self.head}

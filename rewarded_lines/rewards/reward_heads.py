@@ -102,8 +102,7 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
 
     def read(output: Any) -> Any:
         logits = output.logits.double()
-        changed = checkpoint.mean or checkpoint.deviation != 1.0
-        return (logits - checkpoint.mean) / checkpoint.deviation if changed else logits
+        return (logits - checkpoint.mean) / checkpoint.deviation if checkpoint.normalized else logits
 
     labels = model.config.id2label
     return LoadedModel(model.eval(), [str(labels[at]) for at in sorted(labels)], read, pad, own_code=False)

@@ -104,11 +104,19 @@ class HuggingFaceClassifier:
         )
         self.longest = next((min(rows, self._positions or rows) for rows in tables), None)
         self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
-        text = example() if loaded.own_code else self._test_text()
-        self.classes = loaded.names or names_of_output(
-            where, self._model, self._run({"input_ids": torch.tensor([text])})
-        )
-        self._alone = self._padding_leaks(text)
+        self.classes = loaded.names
+        try:
+            text = example() if loaded.own_code else self._test_text()
+            if loaded.own_code:
+                self.classes = names_of_output(where, self._model, self._run({"input_ids": torch.tensor([text])}))
+            self._alone = self._padding_leaks(text)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            raise fail(
+                "the model fails on a short text",
+                where=where,
+                got=f"{type(error).__name__}: {error}",
+                remedy="try `dtype: float32`, or the template that the model was trained with, such as `chat`",
+            ) from error
 
     def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text; `types` are the token types of pairs of texts."""

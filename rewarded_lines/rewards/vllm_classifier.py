@@ -38,7 +38,7 @@ class VllmClassifier:
         reference = stored.reference
         config = _read_config(where, reference)
         self.classes = [str(config.id2label[at]) for at in sorted(config.id2label)]
-        self.pad: int | None = config.get_text_config().pad_token_id
+        self.pad: int | None = None if stored.reads_last else config.get_text_config().pad_token_id
         limits = (spec.max_tokens, positions_of(config), _LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
         self.size = _weights_size(reference, spec, config)
@@ -91,7 +91,7 @@ def _check_vllm(where: str, device: str) -> None:
 def _check_form(where: str, spec: RewardSpec, stored: RewardCheckpoint) -> None:
     """Refuse what vLLM would not read as transformers does."""
     own = "a model with code of its own" if spec.trust_remote_code else ""
-    if form := stored.form or own or ("a head that reads the last token" if stored.reads_last else ""):
+    if form := stored.form or own or ("a head whose value is normalized" if stored.normalized else ""):
         command = fold_command(stored)
         raise fail(
             "vLLM does not read this reward model",

@@ -300,6 +300,9 @@ def test_own_code_runs_by_the_users_word_alone(armo):
     forms["beavertails-is_safe - 0.5 x code-style"] = [row[2] - 0.5 * row[1] for row in rows]
     for form, expected in forms.items():
         assert scores(armo, format=form, trust_remote_code=True) == pytest.approx(expected, abs=1e-4)
+    # Some name their class for any model.
+    edit(armo / "config.json", auto_map={"AutoModel": "modeling_custom.LlamaForRewardModelWithGating"})
+    assert scores(armo, format="2", trust_remote_code=True) == pytest.approx([row[2] for row in rows], abs=1e-4)
     with pytest.raises(UserError, match="(?s)format 'code style'.*'code-style'.*did you mean `code-style`"):
         scores(armo, format="code style", trust_remote_code=True)
 
@@ -316,6 +319,12 @@ def test_the_base_and_the_policies_never_run_own_code(armo):
     for load in (lambda: load_config(str(armo)), lambda: load_policy(str(armo), ModelConfig()), lambda: scores(armo)):
         with pytest.raises(UserError, match="custom code"):
             load()
+
+
+def test_own_code_that_misses_its_words_in_the_template_is_refused(armo):
+    spec = RewardSpec(model=str(armo), template="{prompt} {response}", trust_remote_code=True)
+    with pytest.raises(UserError, match="(?s)fails on a short text.*pattern not found.*template that the model"):
+        load_reward("r", spec, device="cpu")
 
 
 def test_own_code_without_rewards_is_refused_and_its_text_is_in_the_fingerprint(armo):
