@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -22,13 +22,49 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def parse_format(text: str) -> tuple[tuple[int, float], ...]:
-    """Return the terms (class, weight) of a reward format such as "0", "1-0" or "0x0.4"."""
-    term = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
-    if not re.fullmatch(rf"-?{term}(?:[+-]{term})*", text):
-        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0' or '0x0.4'")
-    found = re.findall(rf"([+-]?){term}", text)
-    return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
+# A class, perhaps with a weight; signs need no spaces between numbers.
+_TERM = r"(\d+)(?:x(\d+(?:\.\d+)?))?"
+_WEIGHTED = re.compile(r"(?P<first>\d+(?:\.\d+)?) x (?P<name>.+)")
+_WITH_WEIGHT = re.compile(r"(?P<name>.+?)( ?)x\2(?P<last>\d+(?:\.\d+)?)")
+# A sign between spaces, with an even number of quotes after it.
+_SIGN = re.compile(r""" ([+-]) (?=(?:[^"]*"[^"]*")*[^"]*$)""")
+
+
+def parse_format(text: str, names: Sequence[str] = ()) -> tuple[tuple[int | str, float], ...]:
+    """Return the terms (class, weight) of a reward's format, such as "1-0", "0x0.4" or "helpful - 0.2 x verbose".
+
+    A class is its number or its name. Signs between names have spaces around them. Where a text can be read in two
+    ways, one of `names` is the name that it is; quotes (`"a - b"`) make a name of any text.
+    """
+    if re.fullmatch(rf"-?{_TERM}(?:[+-]{_TERM})*", text):
+        found = re.findall(rf"([+-]?){_TERM}", text)
+        return tuple((int(index), (-1.0 if sign == "-" else 1.0) * float(weight or 1)) for sign, index, weight in found)
+    if text in names:
+        return ((text, 1.0),)
+    first, *rest = _SIGN.split(text)
+    signed = [("+", first), *zip(rest[::2], rest[1::2], strict=True)]
+    terms = [_named_term(part, names) for _, part in signed]
+    if None in terms:
+        raise ValueError(f"{text!r} is not a reward format such as '0', '1-0', '0x0.4' or 'NAME - 0.2 x NAME'")
+    return tuple(
+        (one[0], -one[1] if sign == "-" else one[1]) for (sign, _), one in zip(signed, terms, strict=True) if one
+    )
+
+
+def _named_term(text: str, names: Sequence[str]) -> tuple[int | str, float] | None:
+    """Return a class, by number or name, with its weight; None if the text has none."""
+    if text in names:
+        return text, 1.0
+    sign, text = (-1.0, text[1:].lstrip()) if text.startswith("-") else (1.0, text)
+    weight = 1.0
+    if text not in names and (found := _WEIGHTED.fullmatch(text) or _WITH_WEIGHT.fullmatch(text)):
+        text, weight = found["name"], float(found.groupdict().get("first") or found.groupdict()["last"])
+    if text.isdecimal() and text not in names:
+        return int(text), sign * weight
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        return text[1:-1], sign * weight
+    # Without a letter it is a number that is wrongly written.
+    return (text, sign * weight) if re.search(r"[^\d.x+ -]", text) else None
 
 
 def parse_strip(text: str) -> tuple[str, str]:

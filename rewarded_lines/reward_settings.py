@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rewarded_lines.config_values import Strict, check_template, check_variables, checked, parse_format
 
@@ -12,31 +12,44 @@ from rewarded_lines.config_values import Strict, check_template, check_variables
 _SOURCES = {"model": "a classifier", "function": "module:name, file.py:name, or a ready one such as regex"}
 # Keys that only some sources have.
 _ONLY_FOR = {
-    "backend": ("model",), "workers": ("function",), "messages": ("function",), "options": ("function",),
-    "tokenizer": ("function",),
-}  # fmt: skip
+    **dict.fromkeys(("backend", "trust_remote_code"), ("model",)),
+    **dict.fromkeys(("workers", "messages", "options"), ("function",)),
+    "tokenizer": ("model", "function"),
+}
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 # Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {"messages": False, "options": {}, "tokenizer": None}
+_LATER: dict[str, Any] = {"messages": False, "options": {}, "tokenizer": None, "trust_remote_code": False}
 _FIRST_MAX_TOKENS = 512
+
+
+def _as_text(value: Any) -> Any:
+    """Return the number of a class as text: YAML reads `format: 0` as a number."""
+    return str(value) if type(value) is int else value
 
 
 class RewardSpec(Strict):
     """One reward, for recipes and evaluator: a model with a format, or a Python function.
 
-    `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
-    difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
-    for a cross-encoder; "chat" is the conversation in the reward model's own chat template. A function
-    is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`, `regex`, `length`,
-    `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not their text; unset,
-    one that TRL can call (`completions`, `**kwargs`) gets them. `options` are parameters of a function, and a
-    `tokenizer` makes its `completion_ids`. A reward of the role "audit" is reported only: no training, choice
-    or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
-    run a model; `workers` are processes for a function.
+    A `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
+    LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
+    `format` is the score as a signed sum of classes: "0" is the logit of class 0, "1-0" a difference of logits,
+    "0x0.4" a weighted one. Classes of the config's `id2label` also go by name: "helpfulness - 0.2 x verbosity", with
+    spaces around the signs. The code in a model's folder runs only with `trust_remote_code`; the classes are then the
+    output's `rewards`, and "score" for what the code makes of them. `tokenizer` is another folder's or Hub id's.
+    `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
+    conversation in the reward model's own chat template.
+
+    A `function` is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`, `regex`,
+    `length`, `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not their text;
+    unset, one that TRL can call (`completions`, `**kwargs`) gets them. `options` are parameters of a function, and a
+    `tokenizer` makes its `completion_ids`. `workers` are processes for it.
+
+    A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens` limits the
+    text, by default to what the model can read. `backend` and `device` run a model.
     """
 
     model: str | None = None
-    format: Annotated[str, checked(parse_format)] = "0"
+    format: Annotated[str, BeforeValidator(_as_text), checked(parse_format)] = "0"
     template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
     function: str | None = None
     messages: bool | None = None
@@ -50,6 +63,7 @@ class RewardSpec(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
+    trust_remote_code: bool = False
     workers: int = Field(0, ge=0)
 
     @model_validator(mode="after")

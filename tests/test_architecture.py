@@ -1,6 +1,7 @@
 """The house rules: imports point down, light stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -75,6 +76,22 @@ def test_no_file_imports_itself_by_way_of_others():
     with_parents = {module: others - {module} for module, others in imports().items()}
     order = list(TopologicalSorter(with_parents).static_order())
     assert len(order) == len(with_parents)
+
+
+def test_transformers_never_asks_whether_a_models_code_may_run():
+    """Without the argument, transformers asks on stdin."""
+    roots = [PACKAGE, PACKAGE.parent / "recipes", PACKAGE.parent / "eval"]
+    calls = [
+        node
+        for root in roots
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    asking = [node for node in calls if re.match(r"Auto|kind", ast.unparse(node.func))]
+    assert len(asking) > 10
+    for node in asking:
+        assert "trust_remote_code" in [word.arg for word in node.keywords], ast.unparse(node)
 
 
 def test_every_package_is_in_the_list():

@@ -59,7 +59,8 @@ def overlap(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def _encoder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ENCODER), AutoModel.from_pretrained(ENCODER).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ENCODER, trust_remote_code=False)
+    return tokenizer, AutoModel.from_pretrained(ENCODER, trust_remote_code=False).eval()
 
 
 @lru_cache(maxsize=1 << 14)

@@ -92,7 +92,7 @@ def weights_hash(folder: Path) -> str:
 
     Policies keep the hash of the model that they were trained from, so a merge can refuse policies of different models.
     """
-    return _hash(folder, _WEIGHTS)
+    return files_hash(folder, _WEIGHTS)
 
 
 def policy_hash(folder: Path) -> str:
@@ -110,14 +110,15 @@ def policy_hash(folder: Path) -> str:
 def model_hash(folder: Path) -> str:
     """Return one BLAKE3 hash for everything in a model folder that determines its output."""
     weights_hash(folder)
-    return _hash(folder, _MODEL)
+    return files_hash(folder, _MODEL)
 
 
-def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
+def files_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return one BLAKE3 hash for the files of a folder that match the patterns."""
     # Reading a pipe may never end.
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     if not files:
-        raise fail("no weights there", where=str(folder), expected="a folder with *.safetensors files")
+        raise fail("no weights there", where=str(folder), expected=f"a folder with {patterns[0]} files")
     digest = blake3.blake3()
     for path in files:
         digest.update(f"{path.name}:{file_hash(path)}\n".encode())

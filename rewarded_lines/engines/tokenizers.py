@@ -20,7 +20,7 @@ def load_tokenizer(model: str, spec: GenerationSpec) -> Any:
     """Return a model's tokenizer, with the chat template of `spec` if it has one."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_template(tokenizer, spec)
@@ -67,7 +67,11 @@ def load_config(model: str) -> Any:
     """Return a model's configuration; for an adapter, its base's."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(_base(model))
+    try:
+        return AutoConfig.from_pretrained(_base(model), trust_remote_code=False)
+    except ValueError as error:
+        remedy = "name a model of a class that transformers has: the code in a model's folder is not run here"
+        raise fail("the model's config cannot be read", where=model, got=str(error), remedy=remedy) from error
 
 
 def _base(model: str) -> str:

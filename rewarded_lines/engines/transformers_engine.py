@@ -163,7 +163,9 @@ def _load_model(work: Workload) -> tuple[Any, Any]:
 
     # Before the weights, which take a while.
     tokenizer, *_ = load_tokens(work)
-    model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.spec.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=getattr(torch, work.spec.dtype), trust_remote_code=False
+    )
     if work.texts != work.model:
         model.generation_config = load_generation_config(work.texts)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

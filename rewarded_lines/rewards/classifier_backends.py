@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rewarded_lines.errors import UserError, fail
 
@@ -15,15 +16,28 @@ def cannot_load(where: str, reference: str, error: Exception, remedy: str = "") 
     return fail("the model cannot be loaded", where=where, got=f"{reference}: {error}", remedy=remedy)
 
 
-def no_classifier(where: str, got: str) -> UserError:
+def no_classifier(where: str, got: str, remedy: str = "") -> UserError:
     """Return the error for a model without a classification head."""
     return fail(
         "not a classifier: weights of the head are missing",
         where=where,
         expected="a sequence classification checkpoint",
         got=got,
-        remedy="train one with recipes/reward.py",
+        remedy=remedy or "train one with recipes/reward.py",
     )
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from warning of a head that it does not find, where the caller puts one there."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def find_device(device: str, where: str) -> str:

@@ -21,6 +21,7 @@ from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
 from rewarded_lines.rewards.reward import Reward
+from rewarded_lines.rewards.shared_classifier import SharedClassifier, share_classifier
 
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
@@ -37,11 +38,12 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     declared = project.config.rewards
     problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
     rewards: dict[str, Reward] = {}
+    models: dict[str, SharedClassifier] = {}
     for name, spec in declared.items():
         if names and name not in names:
             continue
         try:
-            rewards[name] = load_reward(name, spec, project.root, device)
+            rewards[name] = load_reward(name, spec, project.root, device, models)
         except UserError as error:
             problems += error.problems
         else:
@@ -52,7 +54,13 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     return rewards
 
 
-def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = "auto") -> Reward:
+def load_reward(
+    name: str,
+    spec: RewardSpec,
+    root: Path = Path(),
+    device: str = "auto",
+    models: dict[str, SharedClassifier] | None = None,
+) -> Reward:
     """Return the reward that `spec` declares.
 
     Args:
@@ -60,12 +68,19 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
         spec: its declaration.
         root: the folder for relative paths.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
+        models: the classifiers of other rewards, by what decides a text's logits; a new one is added.
     """
     if spec.function is not None:
         return FunctionReward(name, spec, root)
     assert spec.model is not None
-    reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
-    return ModelReward(name, spec, reference, device)
+    tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
+    where, models = f"reward `{name}`", {} if models is None else models
+    shared = share_classifier(models, where, spec, _located(spec.model, root), tokenizer, device)
+    return ModelReward(name, spec, shared)
+
+
+def _located(reference: str, root: Path) -> str:
+    return str(local_path(reference, root)) if looks_local(reference, root) else reference
 
 
 def free_all(rewards: Iterable[Reward]) -> None:

@@ -41,6 +41,11 @@ class Reward(ABC):
         return True
 
     @property
+    def shared(self) -> object:
+        """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
+        return self
+
+    @property
     def limit(self) -> int | None:
         """The most tokens of a prompt with its response, or None without a limit."""
         return None

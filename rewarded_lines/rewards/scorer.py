@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -81,42 +81,64 @@ class Scorer:
         missing = {name: _first_places(own, known[name]) for name, own in pairs.items()}
         missing = {name: places for name, places in missing.items() if places}
         one_by_one = self._one_by_one(list(missing))
-        for name, places in missing.items():
+        for names in self._together(missing):
+            shared = self._rewards[names[0]].shared
             if one_by_one:
-                free_all(reward for other, reward in self._rewards.items() if other != name and reward.size)
+                free_all(reward for reward in self._rewards.values() if reward.shared is not shared and reward.size)
             try:
-                for scores in self._computed(name, places, items):
+                for name, scores in self._computed({name: missing[name] for name in names}, items):
                     known[name] |= scores
             finally:
                 if one_by_one:
-                    self._rewards[name].free()
+                    self._rewards[names[0]].free()
         return {name: [scores[pair] for pair in pairs[name]] for name, scores in known.items()}
 
-    def _computed(self, name: str, places: dict[Pair, int], items: Sequence[Item]) -> Iterator[dict[Pair, float]]:
-        """Yield the scores of the pairs in `places` in chunks; the cache keeps each chunk first."""
-        reward, key, wanted = self._rewards[name], self._keys[name], list(places)
-        size = _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
-        if reward.size:
+    def _together(self, names: Iterable[str]) -> list[list[str]]:
+        """Return the names of rewards in groups that share what is in memory."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            groups[id(self._rewards[name].shared)].append(name)
+        return list(groups.values())
+
+    def _computed(
+        self, missing: Mapping[str, dict[Pair, int]], items: Sequence[Item]
+    ) -> Iterator[tuple[str, dict[Pair, float]]]:
+        """Yield scores of each reward's missing pairs in chunks; the cache keeps each chunk first.
+
+        Rewards on one model take turns in each chunk, so that the model reads it once.
+        """
+        model = self._rewards[next(iter(missing))].size
+        wanted = list({pair: None for places in missing.values() for pair in places})
+        if model:
             wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        size = _MODEL_CHUNK if model else _FUNCTION_CHUNK
         for start in range(0, len(wanted), size):
-            self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
-            chunk = wanted[start : start + size]
-            prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
-            try:
-                values = reward.score(prompts, responses, columns)
-            except PairError as error:
-                self._cache.put(key, {chunk[index]: score for index, score in error.known.items()})
-                raise PairError(error.problem, places[chunk[error.index]], error.pair) from error
-            scores = dict(zip(chunk, values, strict=True))
-            self._cache.put(key, scores)
-            yield scores
+            for name, places in missing.items():
+                chunk = [pair for pair in wanted[start : start + size] if pair in places]
+                self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
+                if chunk:
+                    yield name, self._score_chunk(name, chunk, places, items)
+
+    def _score_chunk(
+        self, name: str, chunk: Sequence[Pair], places: Mapping[Pair, int], items: Sequence[Item]
+    ) -> dict[Pair, float]:
+        key = self._keys[name]
+        prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
+        try:
+            values = self._rewards[name].score(prompts, responses, columns)
+        except PairError as error:
+            self._cache.put(key, {chunk[index]: score for index, score in error.known.items()})
+            raise PairError(error.problem, places[chunk[error.index]], error.pair) from error
+        scores = dict(zip(chunk, values, strict=True))
+        self._cache.put(key, scores)
+        return scores
 
     def _one_by_one(self, names: Sequence[str]) -> bool:
         """Return whether the models among `names` must take turns in memory."""
         if self._offload != "auto":
             return self._offload == "always"
         absent: dict[str, int] = defaultdict(int)
-        for reward in (self._rewards[name] for name in names):
+        for reward in (self._rewards[first] for first, *_ in self._together(names)):
             if not reward.loaded:
                 absent[reward.device] += reward.size
         return any(size > _SHARE_OF_MEMORY * available_memory(device) for device, size in absent.items())

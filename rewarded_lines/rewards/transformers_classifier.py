@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
+from rewarded_lines.rewards.classifier_backends import Ids
+from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
+from rewarded_lines.rewards.reward_heads import load_model, names_of_output
 
 _TOKENS_PER_ROW = 16
 _FEWEST_ROWS = 2
@@ -69,19 +72,27 @@ class HuggingFaceClassifier:
     """A classifier in transformers.
 
     Attributes:
-        classes: the number of logits.
+        classes: names of the classes, in the order of a text's logits.
         size: bytes of the weights.
         longest: the most tokens of a text, or None without a limit.
+        pad: the token that ends no text, or None if any token may.
     """
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
-        """Load the model; raise a `UserError` if it is missing or not a classifier."""
-        self._batch_size = spec.batch_size
-        self._model = _load_model(where, spec, reference).to(device)
+    def __init__(
+        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
+    ) -> None:
+        """Load the model; raise a `UserError` if it is missing or not a classifier.
+
+        `example` returns the tokens of a text, which a model with own code can read.
+        """
+        import torch
+
+        self._where, self._batch_size = where, spec.batch_size
+        loaded = load_model(where, stored, getattr(torch, spec.dtype), spec.trust_remote_code)
+        self._model, self._read = loaded.model.to(device), loaded.read
         self._config = self._model.config.get_text_config()
-        self._pad: int | None = self._config.pad_token_id
+        self.pad: int | None = loaded.pad
         self._counts_ends = bool(self._model.config.is_encoder_decoder)
-        self.classes = int(self._model.config.num_labels)
         held = [*self._model.parameters(), *self._model.buffers()]
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
         self._positions = positions_of(self._config)
@@ -89,11 +100,23 @@ class HuggingFaceClassifier:
         tables = (
             weight.shape[0]
             for name, weight in self._model.named_parameters()
-            if name.split(".")[-2] in _POSITION_TABLES
+            if f".{name}".split(".")[-2] in _POSITION_TABLES
         )
         self.longest = next((min(rows, self._positions or rows) for rows in tables), None)
         self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
-        self._alone = self._padding_leaks()
+        self.classes = loaded.names
+        try:
+            text = example() if loaded.own_code else self._test_text()
+            if loaded.own_code:
+                self.classes = names_of_output(where, self._model, self._run({"input_ids": torch.tensor([text])}))
+            self._alone = self._padding_leaks(text)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            raise fail(
+                "the model fails on a short text",
+                where=where,
+                got=f"{type(error).__name__}: {error}",
+                remedy="try `dtype: float32`, or the template that the model was trained with, such as `chat`",
+            ) from error
 
     def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text; `types` are the token types of pairs of texts."""
@@ -104,13 +127,25 @@ class HuggingFaceClassifier:
             return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
         found: list[list[float]] = [[]] * len(ids)
         # BART needs equally many end tokens in every row.
-        ends = [list(row).count(self._config.eos_token_id) for row in ids] if self._counts_ends else ()
+        ends = self._ends(ids) if self._counts_ends else ()
         for batch in make_batches([len(row) for row in ids], self._batch_size, self._positions, ends):
             own = None if types is None else [types[index] for index in batch.members]
             rows = self._batch([ids[index] for index in batch.members], own, batch.rows, batch.width)
             for index, row in zip(batch.members, rows, strict=False):
                 found[index] = row
         return found
+
+    def _ends(self, ids: Ids) -> list[int]:
+        """Return the number of end tokens in each text; such a model reads the last one."""
+        ends = [list(row).count(self._config.eos_token_id) for row in ids]
+        if 0 in ends:
+            raise fail(
+                "a text has no end token, at which an encoder-decoder reads its score",
+                where=self._where,
+                expected=f"token {self._config.eos_token_id} in each text",
+                remedy="write the end token into the template, such as `{prompt}{response}</s>`",
+            )
+        return ends
 
     def close(self) -> None:
         """Free the memory."""
@@ -150,52 +185,40 @@ class HuggingFaceClassifier:
         return self._forward(inputs)
 
     def _forward(self, inputs: dict[str, Any]) -> list[list[float]]:
+        found: list[list[float]] = self._read(self._run(inputs)).tolist()
+        return found
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        """Return the model's output."""
         import torch
 
         device = self._model.device
         with torch.inference_mode():
-            logits = self._model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-        found: list[list[float]] = logits.double().tolist()
-        return found
+            return self._model(**{name: tensor.to(device) for name, tensor in inputs.items()})
 
     def _padding(self, texts: Ids) -> int:
         """Return the padding id: the config's, or else an id that ends no text.
 
         A decoder's head reads the last token that is not padding.
         """
-        if self._pad is not None:
-            return self._pad
+        if self.pad is not None:
+            return self.pad
         last = {text[-1] for text in texts}
         chosen = next(token for token in range(len(last) + 1) if token not in last)
         self._config.pad_token_id = self._model.config.pad_token_id = chosen
         return chosen
 
-    def _padding_leaks(self) -> bool:
+    def _test_text(self) -> list[int]:
+        """Return the tokens of a text that any model of transformers can read."""
+        words = min(self._model.get_input_embeddings().weight.shape[0], _LAST + 1)
+        text = [token for token in range(_FIRST, words) if token != self.pad] or [0]
+        return [*text, int(self._config.eos_token_id or 0)] if self._counts_ends else text
+
+    def _padding_leaks(self, text: list[int]) -> bool:
         """Return whether padding changes a text's logits, as in a Fourier transform over all tokens."""
         import torch
 
-        words = min(self._model.get_input_embeddings().weight.shape[0], _LAST + 1)
-        text = [token for token in range(_FIRST, words) if token != self._pad] or [0]
-        if self._counts_ends:
-            text.append(int(self._config.eos_token_id or 0))
         padded, single = self._batch([text], None, 2, len(text) + 4)[0], self._single(text, None)
         # In 16 bits, the shape of a batch alone changes more digits.
         tolerance = max(1e-4, 8 * torch.finfo(self._model.dtype).eps)
         return not torch.allclose(torch.tensor(padded), torch.tensor(single), rtol=tolerance, atol=tolerance)
-
-
-def _load_model(where: str, spec: RewardSpec, reference: str) -> Any:
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            reference, dtype=getattr(torch, spec.dtype), output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_load(where, reference, error) from error
-    if loading["missing_keys"]:
-        # transformers would initialize the head at random, and its scores would be noise.
-        raise no_classifier(where, f"{reference} without {', '.join(sorted(loading['missing_keys']))}")
-    return model.eval()

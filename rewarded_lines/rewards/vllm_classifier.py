@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import start_vllm
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
+from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
+from rewarded_lines.rewards.reward_heads import fold_command
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
 _LONGEST = 8192
@@ -26,11 +29,16 @@ class VllmClassifier:
     vLLM chooses its batches itself, so the other texts can change the last bits of a score.
     """
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
-        """Build the engine; check first that vLLM can run the model on the device."""
+    def __init__(
+        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
+    ) -> None:
+        """Build the engine; check first that vLLM can run the model on the device; `example` is not needed."""
         _check_vllm(where, device)
+        _check_form(where, spec, stored)
+        reference = stored.reference
         config = _read_config(where, reference)
-        self.classes = int(config.num_labels)
+        self.classes = [str(config.id2label[at]) for at in sorted(config.id2label)]
+        self.pad: int | None = None if stored.reads_last else config.get_text_config().pad_token_id
         limits = (spec.max_tokens, positions_of(config), _LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
         self.size = _weights_size(reference, spec, config)
@@ -80,11 +88,25 @@ def _check_vllm(where: str, device: str) -> None:
         )
 
 
+def _check_form(where: str, spec: RewardSpec, stored: RewardCheckpoint) -> None:
+    """Refuse what vLLM would not read as transformers does."""
+    own = "a model with code of its own" if spec.trust_remote_code else ""
+    if form := stored.form or own or ("a head whose value is normalized" if stored.normalized else ""):
+        command = fold_command(stored)
+        raise fail(
+            "vLLM does not read this reward model",
+            where=f"{where}, backend: vllm",
+            expected="a whole classifier of transformers",
+            got=f"{stored.reference}, {form}",
+            remedy=f"use `backend: hf`{command and ', or make it a whole model: '}{command}",
+        )
+
+
 def _read_config(where: str, reference: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(reference)
+    config = AutoConfig.from_pretrained(reference, trust_remote_code=False)
     architecture = (config.architectures or ["none"])[0]
     # vLLM would classify with a language model's yes and no tokens, or with a random head.
     if not architecture.endswith("ForSequenceClassification"):

@@ -59,7 +59,7 @@ def usable_padding(
         if token in vocabulary and vocabulary[token] not in taken:
             tokenizer.pad_token = token
             return
-    if len(tokenizer) < AutoConfig.from_pretrained(base).get_text_config().vocab_size:
+    if len(tokenizer) < AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size:
         # The model's embedding has a row that the tokenizer does not use.
         tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
         return
@@ -102,7 +102,9 @@ def keep_generation_config(base: str, folder: Path, ends: Collection[int] = ()) 
         return
     source = cached_file(base, target.name, _raise_exceptions_for_missing_entries=False)
     if source is None:
-        content = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
+        content = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(base, trust_remote_code=False)
+        ).to_diff_dict()
     else:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
     known = content.get("eos_token_id")

@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
+from rewarded_lines.rewards.classifier_backends import without_load_report
 
 # The names of the head in transformers' classifiers.
 _HEADS = {"score", "classifier", "pre_classifier", "classification_head", "pooler"}
@@ -57,15 +57,11 @@ def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
     if "quantization_config" in loading:
         # The new head is trained whole.
         loading["quantization_config"].llm_int8_skip_modules = ["score"]
-    # transformers would warn of the missing head; any other missing weight is refused below.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    # The head is missing; any other missing weight is refused below.
+    with without_load_report():
         model, found = _load(
             AutoModelForSequenceClassification, reference, "model", num_labels=1, output_loading_info=True, **loading
         )
-    finally:
-        logging.set_verbosity(verbosity)
     missing = [name for name in found["missing_keys"] if not _HEADS.intersection(name.split("."))]
     if missing:
         raise fail("weights are missing from the model", where=reference, got=", ".join(sorted(missing)[:3]))
@@ -183,7 +179,9 @@ def fold_classifier(folder: Path, base: str, pad: int | None) -> None:
 
     The classifier finds the last token of a text by `pad`, the padding token of its training.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32, trust_remote_code=False
+    )
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
     tuned: Any = PeftModel.from_pretrained(model, folder)
     whole = tuned.merge_and_unload()
@@ -240,7 +238,7 @@ def _load(kind: Any, reference: str, what: str, **arguments: Any) -> Any:
             remedy="train it first, or check the path",
         )
     try:
-        return kind.from_pretrained(reference, **arguments)
+        return kind.from_pretrained(reference, trust_remote_code=False, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         message = " ".join(str(error).split())
         network = not Path(reference).is_dir() and any(word in message.lower() for word in _NETWORK_ERRORS)
@@ -248,8 +246,16 @@ def _load(kind: Any, reference: str, what: str, **arguments: Any) -> Any:
             f"the {what} cannot be reached" if network else f"the {what} cannot be loaded",
             where=reference,
             got=f"{type(error).__name__}: {message[:_LONGEST_MESSAGE]}",
-            remedy="check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local folder" if network else "",
+            remedy=_remedy(message, network),
         ) from error
+
+
+def _remedy(message: str, network: bool) -> str:
+    if network:
+        return "check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local folder"
+    if "trust_remote_code" in message:
+        return "name a model of a class that transformers has: the code in a model's folder is not run here"
+    return ""
 
 
 def _try_quantized(bnb: Any, four_bits: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.transformers_classifier import make_batches
@@ -92,3 +93,9 @@ def test_scores_are_the_models_own_logits(classifiers, architecture):
     spec = RewardSpec(model=str(folder), format="1", template="{prompt}{response}</s>", batch_size=16)
     scores = load_reward("r", spec, device="cpu").score([""] * len(pool), [text[:-4] for text in pool])
     assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_encoder_decoder_needs_an_end_token(classifiers):
+    reward = load_reward("r", RewardSpec(model=str(classifiers["bart"])), device="cpu")
+    with pytest.raises(UserError, match="(?s)a text has no end token.*write the end token into the template"):
+        reward.score(["a"], ["film"])

@@ -53,7 +53,7 @@ def chats(sft: str) -> list[str]:
         answers = [response.text for response in generator.generate(turns, spec)[0]]
     finally:
         generator.close()
-    tokenizer = AutoTokenizer.from_pretrained(sft)
+    tokenizer = AutoTokenizer.from_pretrained(sft, trust_remote_code=False)
     return [
         tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
         for asked, answer in zip(turns, answers, strict=True)

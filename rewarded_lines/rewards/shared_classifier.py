@@ -1,0 +1,142 @@
+"""A classifier that rewards share which declare one model alike: it is loaded once, and reads a text once."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.errors import fail
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device
+from rewarded_lines.rewards.classifier_inputs import ClassifierReading
+from rewarded_lines.rewards.reward_checkpoints import (
+    RewardCheckpoint,
+    fingerprint_of,
+    open_reward_checkpoint,
+    tokenizer_of,
+)
+from rewarded_lines.rewards.reward_heads import TRUST, load_config, runs_own_code
+from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
+from rewarded_lines.rewards.vllm_classifier import VllmClassifier
+
+Backend = HuggingFaceClassifier | VllmClassifier
+_BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": VllmClassifier}
+# Settings of a reward that are its own, whatever reads the texts.
+_OWN = {"format", "role", "unit", "description", "model", "tokenizer", "device"}
+
+
+class SharedClassifier:
+    """A model with its tokenizer; it loads itself again after `free`.
+
+    Attributes:
+        tokenizer: of the model.
+        device: where the model runs.
+        classes: names of the classes, in the order of the rows that `rows` returns.
+        size: bytes of the weights.
+        longest: the most tokens that the model can read, or None without a limit.
+        positions: the config's limit, which `max_tokens` may extend.
+        pad: the token that ends no text, or None if any token may.
+        fingerprint: a hash of the files that decide a text's logits.
+    """
+
+    def __init__(self, where: str, spec: RewardSpec, reference: str, tokenizer: str | None, device: str) -> None:
+        """Load the model and its tokenizer, which is the model's own by default; `where` names the first reward."""
+        self.device, self._where, self._spec = device, where, spec
+        self._reference, self._elsewhere = reference, tokenizer
+        self._stored = self._open()
+        config = load_config(where, self._stored, spec.trust_remote_code)
+        self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
+        self.positions = positions_of(config)
+        self._backend: Backend | None = None
+        self._known: dict[tuple[bytes, bytes], list[float]] = {}
+        self.fingerprint = ""
+        backend = self._load()
+        self.size, self.longest, self.classes, self.pad = backend.size, backend.longest, backend.classes, backend.pad
+        self.fingerprint = self._content()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._backend is not None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the head reads the last token, whatever it is."""
+        return self._stored.reads_last
+
+    def rows(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
+        """Return the logits of each text.
+
+        Texts of the last call are not computed again: the next reward on this model asks for the same ones.
+        """
+        keys = [
+            (array("q", row).tobytes(), b"" if types is None else array("q", types[at]).tobytes())
+            for at, row in enumerate(ids)
+        ]
+        new = {key: at for at, key in reversed(list(enumerate(keys))) if key not in self._known}
+        if new:
+            places = sorted(new.values())
+            found = self._load().logits(
+                [ids[at] for at in places], None if types is None else [types[at] for at in places]
+            )
+            known = {keys[at]: row for at, row in zip(places, found, strict=True)}
+            self._known = {key: known[key] if key in known else self._known[key] for key in keys}
+        return [self._known[key] for key in keys]
+
+    def free(self) -> None:
+        """Free the memory; the next rows load the model again."""
+        backend, self._backend = self._backend, None
+        self._known = {}
+        if backend is not None:
+            backend.close()
+
+    def _open(self) -> RewardCheckpoint:
+        return open_reward_checkpoint(self._where, self._reference)
+
+    def _content(self) -> str:
+        own_code = runs_own_code(self._stored, self._spec.trust_remote_code)
+        return fingerprint_of(self._stored, own_code, self._elsewhere)
+
+    def _load(self) -> Backend:
+        if self._backend is None:
+            if self.fingerprint and self.fingerprint != self._content():
+                raise fail(
+                    "the model changed since it was first loaded",
+                    where=self._where,
+                    got=self._reference,
+                    remedy="start again once it is complete",
+                )
+            build = _BACKENDS[self._spec.backend]
+            self._backend = build(self._where, self._spec, self._stored, self.device, self._example)
+        return self._backend
+
+    def _example(self) -> list[int]:
+        """Return the tokens of a text in the reward's template, which own code may look for."""
+        return ClassifierReading(self.tokenizer, self._spec.template, self._where).tokens(["a"], ["b"])[0][0]
+
+
+def share_classifier(
+    known: dict[str, SharedClassifier],
+    where: str,
+    spec: RewardSpec,
+    reference: str,
+    tokenizer: str | None,
+    device: str,
+) -> SharedClassifier:
+    """Return the classifier in `known` that another reward declared alike, or a new one."""
+    device = find_device(spec.device or device, where)
+    key = repr((reference, tokenizer, device, spec.model_dump(mode="json", exclude=_OWN)))
+    if key not in known:
+        known[key] = SharedClassifier(where, spec, reference, tokenizer, device)
+    return known[key]
+
+
+def _load_tokenizer(where: str, reference: str, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(reference, trust_remote_code=trust)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        remedy = TRUST if "trust_remote_code" in str(error) else "name another folder or Hub id as `tokenizer`"
+        raise cannot_load(where, reference, error, remedy) from error
