@@ -208,7 +208,7 @@ def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, 
                 yield from named_places(one, (*keys, str(key)))
     elif isinstance(value, str):
         key, last, file = ".".join(keys), keys[-1], value.rpartition(":")[0]
-        if keys[0] in ("base", "policies", "baselines") or last == "model":
+        if keys[0] in ("base", "policies", "baselines") or last in ("model", "judge"):
             yield key, "model", value
         elif last in ("function", "rows") and file.endswith(".py"):
             yield key, "code", file

@@ -6,20 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rewarded_lines.config_values import Strict, check_template, checked, parse_format
+from rewarded_lines.config_values import CHAT, Strict, check_template, check_variables, checked, parse_format
+from rewarded_lines.judge_settings import Pattern, Texts, Values, check_judge
 
 # Where a reward comes from, as messages say it.
-_SOURCES = {"model": "a classifier", "function": "module:name or file.py:name"}
+_SOURCES = {"model": "a classifier", "function": "module:name or file.py:name", "judge": "a language model that judges"}
+# Settings of judges, with the values that other rewards have.
+_JUDGE: dict[str, Any] = {
+    "system": None, "plain": False, "chat_template_kwargs": {}, "prefill": "", "token": [], "tokens": {},
+    "pattern": None, "match": "last", "verdicts": {}, "unmatched": "error", "against": None, "temperature": 0.0,
+    "max_new_tokens": 512, "seed": 0,
+}  # fmt: skip
 # Keys that only some sources have.
-_ONLY_FOR = {"backend": ("model",), "workers": ("function",), "messages": ("function",)}
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    **{"backend": ("model", "judge"), "workers": ("function",), "messages": ("function",)},
+    **dict.fromkeys(_JUDGE, ("judge",)),
+}
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 # Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {"messages": False}
+_LATER: dict[str, Any] = {"messages": False, "judge": None, **_JUDGE}
 _FIRST_MAX_TOKENS = 512
 
 
 class RewardSpec(Strict):
-    """One reward, for recipes and evaluator: a model with a format, or a Python function.
+    """One reward, for recipes and evaluator: a classifier with a format, a language model that judges, or a function.
 
     `format` is the score as a signed sum of CLASS or CLASSxWEIGHT terms: "0" is the logit of class 0, "1-0" a
     difference of logits, "0x0.4" a weighted one. `template` is the text that the model reads; a list of two is the pair
@@ -27,6 +37,16 @@ class RewardSpec(Strict):
     receives the turns of a chat, not their text. A reward of the role "audit" is reported only: no training, choice
     or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
     run a model; `workers` are processes for a function.
+
+    A `judge` is a causal model. Its user's turn is the `template`, with {prompt}, {response} and columns of the row such
+    as {rubric}; a `system` turn may stand before it, and its answer begins with `prefill`. The template "chat" is the
+    conversation itself, which guards expect. With `plain`, or without a chat template, the judge continues the text.
+    The score is one of three: the probability Σ P of the texts in `token` as the next token; Σ v·P / Σ P over the texts
+    of `tokens` with their values v (in a list, 1 for the first and 0 for the others); or what `pattern` finds in an
+    answer of up to `max_new_tokens`, the `match` "last" or "first": a number, or its value in `verdicts`. Where the
+    judge gives no verdict, `unmatched` is an "error" that names the row, or the judge may "abstain". `against` a column
+    of answers, or "sft" for the SFT model's responses, both orders are asked: the score is the mean of both shares of
+    a win, where a verdict's value is the share of the answer shown first and "tie" is 0.5.
     """
 
     model: str | None = None
@@ -43,6 +63,21 @@ class RewardSpec(Strict):
     device: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
     workers: int = Field(0, ge=0)
+    judge: str | None = None
+    system: str | None = None
+    plain: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], checked(check_variables)] = {}
+    prefill: str = ""
+    token: Texts = ()
+    tokens: Values = {}
+    pattern: Pattern | None = None
+    match: Literal["last", "first"] = "last"
+    verdicts: Values = {}
+    unmatched: Literal["error", "abstain"] = "error"
+    against: str | None = Field(None, min_length=1)
+    temperature: float = Field(0.0, ge=0)
+    max_new_tokens: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0, lt=1_000_000)
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSpec:
@@ -52,6 +87,10 @@ class RewardSpec(Strict):
         for key, sources in _ONLY_FOR.items():
             if given[0] not in sources and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
+        if self.judge is not None:
+            check_judge(self)
+        elif "{response}" not in self.template and self.template != CHAT:
+            raise ValueError("{a} and {b} in a template are for a judge; this one needs {response}")
         return self
 
     @property
