@@ -38,8 +38,8 @@ class RewardSpec(Strict):
     or hypervolume uses it. `max_tokens` limits the text, by default to what the model can read. `backend` and `device`
     run a model; `workers` are processes for a function.
 
-    A `judge` is a causal model. Its user's turn is the `template`, with {prompt}, {response} and columns of the row such
-    as {rubric}; a `system` turn may stand before it, and its answer begins with `prefill`. The template "chat" is the
+    A `judge` is a causal model. Its user's turn is the `template`, with {prompt}, {response} and columns of the row
+    such as {rubric}; a `system` turn may precede it, and its answer begins with `prefill`. The template "chat" is the
     conversation itself, which guards expect. With `plain`, or without a chat template, the judge continues the text.
     The score is one of three: the probability Σ P of the texts in `token` as the next token; Σ v·P / Σ P over the texts
     of `tokens` with their values v (in a list, 1 for the first and 0 for the others); or what `pattern` finds in an

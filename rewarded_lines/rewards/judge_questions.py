@@ -149,6 +149,11 @@ class QuestionForm:
             )
         return value
 
+    def texts(self, row: Row) -> list[str]:
+        """Return the texts of the columns that go into a row's questions."""
+        own = [self._text(row, name) for name in judge_columns(self.spec.template, self.spec.against)]
+        return own if self.spec.against in (None, SFT_MODEL) else [*own, self.reference(row)]
+
     def _text(self, row: Row, name: str) -> str:
         value = row.get(name)
         if value is None:

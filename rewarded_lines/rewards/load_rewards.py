@@ -1,7 +1,7 @@
 """Rewards: how a project's rewards are loaded, and the prompts that they can read.
 
-A reward is a classifier or a Python function. A score is a float per (prompt, response) pair, never rounded. Texts are
-never stripped here, and only tokenizers treat special tokens.
+A reward is a classifier, a judge or a Python function. A score is a float per (prompt, response) pair, never rounded.
+Texts are never stripped here, and only tokenizers treat special tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
+from rewarded_lines.rewards.judge_rewards import JudgeReward
+from rewarded_lines.rewards.local_judge import LocalJudge
 from rewarded_lines.rewards.reward import Reward
 
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
@@ -63,8 +65,10 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
     """
     if spec.function is not None:
         return FunctionReward(name, spec, root)
-    assert spec.model is not None
-    reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
+    model = str(spec.judge or spec.model)
+    reference = str(local_path(model, root)) if looks_local(model, root) else model
+    if spec.judge is not None:
+        return JudgeReward(name, spec, LocalJudge(name, spec, reference, device))
     return ModelReward(name, spec, reference, device)
 
 
@@ -85,7 +89,8 @@ def reward_limits(
     for name, reward in rewards.items():
         if reward.limit is None:
             continue
-        room = math.ceil(response_tokens * _token_ratio(reward, tokenizer, prompts)) + _SLACK
+        responses = 2 if reward.reads_sft else 1
+        room = math.ceil(responses * response_tokens * _token_ratio(reward, tokenizer, prompts)) + _SLACK
         if room >= reward.limit:
             raise fail(
                 "a response may be longer than the reward model can read",
