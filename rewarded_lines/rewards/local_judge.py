@@ -39,8 +39,6 @@ class LocalJudge:
         except (OSError, ValueError) as error:
             raise cannot_load(self._where, reference, error) from error
         self._refuse_without_template(reference)
-        _ = self._model.engine
-        self.size, self.fingerprint = self._model.size, self._model.fingerprint
         room = spec.max_new_tokens if spec.pattern else 1
         self.limit = None if self._model.longest is None else self._model.longest - room
         if self.limit is not None and self.limit < 1:
@@ -50,6 +48,8 @@ class LocalJudge:
                 expected=f"`max_new_tokens` below the {self._model.longest} tokens that it can read",
                 got=str(room),
             )
+        _ = self._model.engine
+        self.size, self.fingerprint = self._model.size, self._model.fingerprint
 
     @property
     def loaded(self) -> bool:
