@@ -44,7 +44,7 @@ class ModelReward(Reward):
         self._content = ""
         backend = self._load()
         self.size, self._longest = backend.size, backend.longest
-        self._content = fingerprint_of(reference)
+        self._content = _fingerprint(reference)
         self.fingerprint = self._content + (_READ_ANEW if self._reading.is_new(self._pad) else "")
         if max(index for index, _ in self._terms) >= backend.classes:
             self.free()
@@ -107,7 +107,7 @@ class ModelReward(Reward):
 
     def _load(self) -> Backend:
         if self._backend is None:
-            if self._content and self._content != fingerprint_of(self._reference):
+            if self._content and self._content != _fingerprint(self._reference):
                 raise fail(
                     "the model changed since it was first loaded",
                     where=self._where,
@@ -155,7 +155,7 @@ def _read_folder(where: str, reference: str) -> tuple[Any, Any]:
         raise cannot_load(where, reference, error) from error
 
 
-def fingerprint_of(reference: str) -> str:
+def _fingerprint(reference: str) -> str:
     """Return the hash of a folder, or the commit of a Hub model, which names its cache folder."""
     from transformers.utils import cached_file
 

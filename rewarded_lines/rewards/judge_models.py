@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
+from pathlib import Path
 from typing import Any
 
+from rewarded_lines.checkpoints.adapter_config import read_adapter_config
+from rewarded_lines.checkpoints.adapters import is_adapter
+from rewarded_lines.checkpoints.hashing import model_hash
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.engines.base import Workload
@@ -12,7 +15,6 @@ from rewarded_lines.engines.tokenizers import load_config, load_tokenizer
 from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load
-from rewarded_lines.rewards.classifier_rewards import fingerprint_of
 from rewarded_lines.rewards.judge_engines import HfJudge, JudgeEngine, VllmJudge
 from rewarded_lines.rewards.vllm_classifier import LONGEST, WORKING_MEMORY, cache_size, check_vllm, weights_size
 
@@ -33,12 +35,12 @@ class JudgeModel:
     def engine(self) -> JudgeEngine:
         """The engine, which the first call loads."""
         if self._engine is None:
-            content = fingerprint_of(self._reference) if self.fingerprint else ""
+            content = _content(self._reference) if self.fingerprint else ""
             if content != self.fingerprint:
                 what, remedy = "the model changed since it was first loaded", "start again once it is complete"
                 raise fail(what, where=self._where, got=self._reference, remedy=remedy)
             self._engine = self._vllm() if self._spec.backend == "vllm" else self._transformers()
-            self.fingerprint = self.fingerprint or fingerprint_of(self._reference)
+            self.fingerprint = self.fingerprint or _content(self._reference)
         return self._engine
 
     @property
@@ -72,15 +74,13 @@ class JudgeModel:
             raise cannot_load(self._where, self._reference, error, "use `backend: hf`") from error
 
 
-_models: weakref.WeakValueDictionary[tuple[Any, ...], JudgeModel] = weakref.WeakValueDictionary()
-
-
-def shared_model(where: str, spec: RewardSpec, reference: str, device: str) -> JudgeModel:
-    """Return the model of a declaration; rewards that differ only in their questions get the same one."""
-    key = (reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens)
-    model = _models.get(key) or JudgeModel(where, spec, reference, device)
-    _models[key] = model
-    return model
+def share_judge(known: dict[str, Any], where: str, spec: RewardSpec, reference: str, device: str) -> JudgeModel:
+    """Return the model in `known` that another reward asks, too, or a new one."""
+    key = repr(("judge", reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens))
+    if key not in known:
+        known[key] = JudgeModel(where, spec, reference, device)
+    found: JudgeModel = known[key]
+    return found
 
 
 def load_causal(where: str, spec: RewardSpec, reference: str) -> Any:
@@ -90,11 +90,12 @@ def load_causal(where: str, spec: RewardSpec, reference: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            reference, dtype=getattr(torch, spec.dtype), output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            reference, dtype=getattr(torch, spec.dtype), output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise cannot_load(where, reference, error) from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise fail(
             "not a language model: weights are missing",
@@ -104,3 +105,15 @@ def load_causal(where: str, spec: RewardSpec, reference: str) -> Any:
             remedy="declare a classifier with `model:` in place of `judge:`",
         )
     return model.eval()
+
+
+def _content(reference: str) -> str:
+    """Return a hash of a judge's folder, its base's included, or the commit of a Hub model."""
+    from transformers.utils import cached_file
+
+    folder = Path(reference)
+    if not folder.is_dir():
+        # The name of the commit's folder in the Hub's cache.
+        return Path(str(cached_file(reference, "config.json"))).parent.name
+    base = [_content(read_adapter_config(folder).base)] if is_adapter(folder) else []
+    return ":".join([model_hash(folder), *base])

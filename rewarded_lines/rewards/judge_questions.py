@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import blake3
 
 from rewarded_lines.config_values import CHAT
-from rewarded_lines.data.messages import as_turns, is_chat
+from rewarded_lines.data.messages import Messages, as_turns, is_chat
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, fail
@@ -63,8 +63,9 @@ class NextToken:
 class Answerer(Protocol):
     """Answers the questions of one reward, which gave it its settings: temperature, seed, length of answers.
 
-    An answer depends on its question alone, not on the others. A question that fails for good gets a `Problem` in
-    its place, so that the other answers are kept. The attributes are those of a `Reward`, for questions.
+    An answer depends on its question alone, not on the others. Answers come by place, as they are there. A question
+    that fails for good gets a `Problem`, so that the other answers are kept. The attributes are those of a `Reward`,
+    for questions.
 
     Attributes:
         fingerprint: a hash of all that decides the answers beside the declaration; "" if unknown.
@@ -95,11 +96,13 @@ class Answerer(Protocol):
     def lengths(self, questions: Sequence[Question]) -> list[int]:
         """Return the tokens of each question; zeros without a limit."""
 
-    def answers(self, questions: Sequence[Question]) -> list[Answer | Problem]:
-        """Return the judge's answer to each question."""
+    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
+        """Yield the judge's answer to each question."""
 
-    def next_tokens(self, questions: Sequence[Question], texts: Sequence[str]) -> list[NextToken | Problem]:
-        """Return how likely each of `texts` is as the judge's next token after each question.
+    def next_tokens(
+        self, questions: Sequence[Question], texts: Sequence[str]
+    ) -> Iterator[Mapping[int, NextToken | Problem]]:
+        """Yield how likely each of `texts` is as the judge's next token after each question.
 
         A text of several tokens counts by its first; a text whose first token says too little is refused.
         """
@@ -139,7 +142,7 @@ class QuestionForm:
         name = SFT_RESPONSE if self.spec.against == SFT_MODEL else str(self.spec.against)
         value = row.get(name)
         if is_chat(value):
-            value = ([value] if isinstance(value, Mapping) else value)[-1].get("content")
+            value = _as_messages(value)[-1].get("content")
         if not isinstance(value, str):
             raise fail(
                 "a row has no answer to compare with",
@@ -159,7 +162,7 @@ class QuestionForm:
         if value is None:
             raise fail(f"column `{name}` is missing or empty", where=f"{self.where}, template", got=repr(row)[:200])
         if is_chat(value):
-            return prompt_text([value] if isinstance(value, Mapping) else value)
+            return prompt_text(_as_messages(value))
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
     def _filled(self, values: Mapping[str, str]) -> str:
@@ -173,6 +176,11 @@ class QuestionForm:
             return Question(content, self.spec.prefill)
         system = [] if self.spec.system is None else [{"role": "system", "content": self.spec.system}]
         return Question([*system, *as_turns(content)], self.spec.prefill)
+
+
+def _as_messages(value: Any) -> Messages:
+    """Return the turns in a column, which may hold a single one."""
+    return [dict(value)] if isinstance(value, Mapping) else [dict(turn) for turn in value]
 
 
 def _named(pair: tuple[str, str]) -> dict[str, str]:

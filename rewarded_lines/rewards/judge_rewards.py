@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.prompts import Prompt
@@ -42,6 +43,11 @@ class JudgeReward(Reward):
     def loaded(self) -> bool:
         """See `Reward.loaded`."""
         return self._answerer.loaded
+
+    @property
+    def shared(self) -> object:
+        """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
+        return getattr(self._answerer, "model", self)
 
     @property
     def limit(self) -> int | None:
@@ -93,45 +99,58 @@ class JudgeReward(Reward):
         With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
         """
         pairs = list(zip(prompts, responses, strict=True))
-        asked = [self._asked(*pair, row) for pair, row in zip(pairs, columns or [{}] * len(pairs), strict=True)]
-        self._refuse_long(asked, pairs)
-        values = iter(self._values([question for several in asked for question in several]))
-        found = [self._score([next(values) for _ in several]) for several in asked]
-        known = {at: one for at, one in enumerate(found) if not isinstance(one, Problem)}
-        for at, one in enumerate(found):
+        found = {at: one for some in self.verdicts(prompts, responses, columns) for at, one in some.items()}
+        known = {at: one for at, one in found.items() if not isinstance(one, Problem)}
+        for at, one in sorted(found.items()):
             if isinstance(one, Problem):
                 raise PairError(one, at, pairs[at], known)
-        return [known[at] for at in range(len(found))]
+        return [known[at] for at in range(len(pairs))]
+
+    def verdicts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> Iterator[dict[int, float | Problem]]:
+        """Yield scores by place as they come, or why there is none; see `score`."""
+        pairs = list(zip(prompts, responses, strict=True))
+        asked = [self._asked(*pair, row) for pair, row in zip(pairs, columns or [{}] * len(pairs), strict=True)]
+        self._refuse_long(asked, pairs)
+        questions = [(at, question) for at, several in enumerate(asked) for question in several]
+        yield {at: 0.5 for at, several in enumerate(asked) if not several}
+        values: dict[int, dict[int, float | Problem]] = defaultdict(dict)
+        for some in self._answers([question for _, question in questions]):
+            done = {}
+            for place, answer in some.items():
+                at = questions[place][0]
+                values[at][place] = self._value(answer)
+                if len(values[at]) == len(asked[at]):
+                    done[at] = self._score([value for _, value in sorted(values.pop(at).items())])
+            yield done
 
     def _asked(self, prompt: Prompt, response: str, row: Row) -> list[Question]:
         """Return the questions on a response; none where it equals its reference, which is a tie."""
         same = self._spec.against and self._form.reference(row) == response
         return [] if same else self._form.ask(prompt, response, row)
 
-    def _values(self, questions: Sequence[Question]) -> list[float | Problem]:
-        """Return the value of the verdict on each question, NaN where the judge abstains."""
+    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, NextToken | Answer | Problem]]:
         texts = verdict_texts(self._spec)
         if not questions:
-            return []
-        if texts:
-            return [self._value(one) for one in self._answerer.next_tokens(questions, texts)]
-        return [self._value(one) for one in self._answerer.answers(questions)]
+            return iter(())
+        return self._answerer.next_tokens(questions, texts) if texts else self._answerer.answers(questions)
 
     def _value(self, found: NextToken | Answer | Problem) -> float | Problem:
+        """Return the value of one verdict, NaN where the judge may abstain."""
         if isinstance(found, Problem):
             return found
-        read = of_answer if isinstance(found, Answer) else of_next_token
-        value = read(found, self._spec, self._where)  # type: ignore[operator]
+        if isinstance(found, Answer):
+            value = of_answer(found, self._spec, self._where)
+        else:
+            value = of_next_token(found, self._spec, self._where)
         return math.nan if isinstance(value, Problem) and self._spec.unmatched == "abstain" else value
 
     def _score(self, values: Sequence[float | Problem]) -> float | Problem:
-        problem = next((one for one in values if isinstance(one, Problem)), None)
-        if problem is not None:
-            return problem
         numbers = [one for one in values if not isinstance(one, Problem)]
-        if not self._spec.against:
-            return numbers[0]
-        return win_share(numbers) if numbers else 0.5
+        if len(numbers) < len(values):
+            return next(one for one in values if isinstance(one, Problem))
+        return win_share(numbers) if self._spec.against else numbers[0]
 
     def _blank(self, prompts: Sequence[Prompt]) -> list[Row]:
         return [dict.fromkeys((*self.columns, SFT_RESPONSE), "")] * len(prompts)

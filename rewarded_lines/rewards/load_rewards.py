@@ -39,11 +39,12 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     declared = project.config.rewards
     problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
     rewards: dict[str, Reward] = {}
+    models: dict[str, Any] = {}
     for name, spec in declared.items():
         if names and name not in names:
             continue
         try:
-            rewards[name] = load_reward(name, spec, project.root, device)
+            rewards[name] = load_reward(name, spec, project.root, device, models)
         except UserError as error:
             problems += error.problems
         else:
@@ -54,7 +55,13 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     return rewards
 
 
-def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = "auto") -> Reward:
+def load_reward(
+    name: str,
+    spec: RewardSpec,
+    root: Path = Path(),
+    device: str = "auto",
+    models: dict[str, Any] | None = None,
+) -> Reward:
     """Return the reward that `spec` declares.
 
     Args:
@@ -62,13 +69,14 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
         spec: its declaration.
         root: the folder for relative paths.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
+        models: the models of other rewards, which this one may share; a new one is added.
     """
     if spec.function is not None:
         return FunctionReward(name, spec, root)
     model = str(spec.judge or spec.model)
     reference = str(local_path(model, root)) if looks_local(model, root) else model
     if spec.judge is not None:
-        return JudgeReward(name, spec, LocalJudge(name, spec, reference, device))
+        return JudgeReward(name, spec, LocalJudge(name, spec, reference, device, {} if models is None else models))
     return ModelReward(name, spec, reference, device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
-from rewarded_lines.rewards.judge_models import shared_model
+from rewarded_lines.rewards.judge_models import share_judge
 from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of
 from rewarded_lines.rewards.judge_verdicts import verdict_texts
 
@@ -27,38 +27,38 @@ _SHOWN = 120
 class LocalJudge:
     """Answers the questions of one reward with a model in this process; see `Answerer`."""
 
-    def __init__(self, name: str, spec: RewardSpec, reference: str, device: str = "auto") -> None:
-        """Load the judge; refuse one that cannot be asked as `spec` says."""
+    def __init__(self, name: str, spec: RewardSpec, reference: str, device: str, models: dict[str, Any]) -> None:
+        """Load the judge; refuse one that cannot be asked as `spec` says. `models` are those of other rewards."""
         self._where, self._spec = f"reward `{name}`", spec
         _refuse_missing(self._where, reference)
         self.device = find_device(spec.device or device, self._where)
         own = GenerationSpec(chat_template_kwargs=spec.chat_template_kwargs)
         try:
             self.tokenizer = load_tokenizer(reference, own)
-            self._model = shared_model(self._where, spec, reference, self.device)
+            self.model = share_judge(models, self._where, spec, reference, self.device)
         except (OSError, ValueError) as error:
             raise cannot_load(self._where, reference, error) from error
         self._refuse_without_template(reference)
         room = spec.max_new_tokens if spec.pattern else 1
-        self.limit = None if self._model.longest is None else self._model.longest - room
+        self.limit = None if self.model.longest is None else self.model.longest - room
         if self.limit is not None and self.limit < 1:
             raise fail(
                 "the judge's answer leaves no room for a question",
                 where=self._where,
-                expected=f"`max_new_tokens` below the {self._model.longest} tokens that it can read",
+                expected=f"`max_new_tokens` below the {self.model.longest} tokens that it can read",
                 got=str(room),
             )
-        _ = self._model.engine
-        self.size, self.fingerprint = self._model.size, self._model.fingerprint
+        _ = self.model.engine
+        self.size, self.fingerprint = self.model.size, self.model.fingerprint
 
     @property
     def loaded(self) -> bool:
         """See `Answerer.loaded`."""
-        return self._model.loaded
+        return self.model.loaded
 
     def free(self) -> None:
         """See `Answerer.free`; other rewards with this model load it again, too."""
-        self._model.free()
+        self.model.free()
 
     def check(self, questions: Sequence[Question]) -> None:
         """See `Answerer.check`."""
@@ -74,26 +74,29 @@ class LocalJudge:
         """See `Answerer.lengths`."""
         return [len(ids) for ids in self._ids(questions)]
 
-    def answers(self, questions: Sequence[Question]) -> list[Answer | Problem]:
+    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
         """See `Answerer.answers`."""
         spec = GenerationSpec(temperature=self._spec.temperature, max_tokens=self._spec.max_new_tokens)
         seeds = [seed_of(question, self._spec.seed) for question in questions]
-        return list(self._model.engine.answers(self._ids(questions), seeds, spec))
+        yield dict(enumerate(self.model.engine.answers(self._ids(questions), seeds, spec)))
 
-    def next_tokens(self, questions: Sequence[Question], texts: Sequence[str]) -> list[NextToken | Problem]:
+    def next_tokens(
+        self, questions: Sequence[Question], texts: Sequence[str]
+    ) -> Iterator[Mapping[int, NextToken | Problem]]:
         """See `Answerer.next_tokens`."""
         heads, asked = self._asked(questions, texts)
-        found: list[NextToken | Problem] = [ids if isinstance(ids, Problem) else NextToken(()) for ids in asked]
-        read = [(at, ids) for at, ids in enumerate(asked) if not isinstance(ids, Problem)]
-        unique = [list(dict.fromkeys(ids)) for _, ids in read]
-        made = self._model.engine.next_tokens([heads[at] for at, _ in read], unique)
-        for (at, ids), one in zip(read, made, strict=True):
+        yield {at: ids for at, ids in enumerate(asked) if isinstance(ids, Problem)}
+        read = {at: ids for at, ids in enumerate(asked) if not isinstance(ids, Problem)}
+        unique = [list(dict.fromkeys(ids)) for ids in read.values()]
+        made = self.model.engine.next_tokens([heads[at] for at in read], unique)
+        found = {}
+        for (at, ids), one in zip(read.items(), made, strict=True):
             # A token that several texts begin with counts once, for the first.
             shares = [one.shares[token] if token not in ids[:place] else 0.0 for place, token in enumerate(ids)]
             found[at] = NextToken(
                 tuple(shares), "" if one.likeliest in ids else self._written(heads[at], one.likeliest)
             )
-        return found
+        yield found
 
     def _ids(self, questions: Sequence[Question]) -> list[list[int]]:
         """Return the tokens of each question with its prefill."""

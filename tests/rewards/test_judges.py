@@ -27,8 +27,12 @@ RESPONSES = ["brown fox", "jumps over the lazy dog and more of it", ""]
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
 
-def judge(folder, template=TEXT, **settings):
-    return load_reward("judge", RewardSpec(judge=str(folder), template=template, **settings))
+# Models in memory, as one project shares them.
+MODELS = {}
+
+
+def judge(folder, template=TEXT, models=MODELS, **settings):
+    return load_reward("judge", RewardSpec(judge=str(folder), template=template, **settings), models=models)
 
 
 @pytest.fixture(scope="module")
@@ -276,12 +280,12 @@ def test_columns_fill_the_template_and_braces_in_texts_stay(folders):
 def test_rewards_with_one_judge_load_it_once(folders, monkeypatch):
     from rewarded_lines.rewards import judge_models
 
-    loads = []
+    loads, models = [], {}
     monkeypatch.setattr(
         judge_models, "load_causal", lambda *one, real=judge_models.load_causal: loads.append(one) or real(*one)
     )
-    first = judge(folders / "scores", "{response}", pattern=r"\d", device="cpu", batch_size=8)
-    second = judge(folders / "scores", "{prompt} {response}", token="Score: ", device="cpu", batch_size=8)
+    first = judge(folders / "scores", "{response}", models=models, pattern=r"\d", device="cpu")
+    second = judge(folders / "scores", "{prompt} {response}", models=models, token="Score: ", device="cpu")
     assert len(loads) == 1 and first.size == second.size > 0 and first.fingerprint == second.fingerprint
     first.free()
     assert not second.loaded
