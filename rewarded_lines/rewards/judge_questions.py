@@ -80,6 +80,10 @@ class Answerer(Protocol):
     tokenizer: Any
 
     @property
+    def shared(self) -> object:
+        """What is in memory for it, see `Reward.shared`; itself if it shares nothing."""
+
+    @property
     def loaded(self) -> bool:
         """Whether the weights, if any, are in memory."""
 

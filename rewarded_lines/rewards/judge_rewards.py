@@ -47,7 +47,7 @@ class JudgeReward(Reward):
     @property
     def shared(self) -> object:
         """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
-        return getattr(self._answerer, "model", self)
+        return self._answerer.shared
 
     @property
     def limit(self) -> int | None:

@@ -35,30 +35,30 @@ class LocalJudge:
         own = GenerationSpec(chat_template_kwargs=spec.chat_template_kwargs)
         try:
             self.tokenizer = load_tokenizer(reference, own)
-            self.model = share_judge(models, self._where, spec, reference, self.device)
+            self.shared = share_judge(models, self._where, spec, reference, self.device)
         except (OSError, ValueError) as error:
             raise cannot_load(self._where, reference, error) from error
         self._refuse_without_template(reference)
         room = spec.max_new_tokens if spec.pattern else 1
-        self.limit = None if self.model.longest is None else self.model.longest - room
+        self.limit = None if self.shared.longest is None else self.shared.longest - room
         if self.limit is not None and self.limit < 1:
             raise fail(
                 "the judge's answer leaves no room for a question",
                 where=self._where,
-                expected=f"`max_new_tokens` below the {self.model.longest} tokens that it can read",
+                expected=f"`max_new_tokens` below the {self.shared.longest} tokens that it can read",
                 got=str(room),
             )
-        _ = self.model.engine
-        self.size, self.fingerprint = self.model.size, self.model.fingerprint
+        _ = self.shared.engine
+        self.size, self.fingerprint = self.shared.size, self.shared.fingerprint
 
     @property
     def loaded(self) -> bool:
         """See `Answerer.loaded`."""
-        return self.model.loaded
+        return self.shared.loaded
 
     def free(self) -> None:
         """See `Answerer.free`; other rewards with this model load it again, too."""
-        self.model.free()
+        self.shared.free()
 
     def check(self, questions: Sequence[Question]) -> None:
         """See `Answerer.check`."""
@@ -78,7 +78,7 @@ class LocalJudge:
         """See `Answerer.answers`."""
         spec = GenerationSpec(temperature=self._spec.temperature, max_tokens=self._spec.max_new_tokens)
         seeds = [seed_of(question, self._spec.seed) for question in questions]
-        yield dict(enumerate(self.model.engine.answers(self._ids(questions), seeds, spec)))
+        yield dict(enumerate(self.shared.engine.answers(self._ids(questions), seeds, spec)))
 
     def next_tokens(
         self, questions: Sequence[Question], texts: Sequence[str]
@@ -88,7 +88,7 @@ class LocalJudge:
         yield {at: ids for at, ids in enumerate(asked) if isinstance(ids, Problem)}
         read = {at: ids for at, ids in enumerate(asked) if not isinstance(ids, Problem)}
         unique = [list(dict.fromkeys(ids)) for ids in read.values()]
-        made = self.model.engine.next_tokens([heads[at] for at in read], unique)
+        made = self.shared.engine.next_tokens([heads[at] for at in read], unique)
         found = {}
         for (at, ids), one in zip(read.items(), made, strict=True):
             # A token that several texts begin with counts once, for the first.
@@ -156,10 +156,11 @@ class LocalJudge:
         return [whole[len(head)] for whole in wholes]
 
     def _written(self, before: Sequence[int], token: int) -> str:
-        """Return a token as the text that it adds."""
+        """Return a token as the text that it adds; its own name if it adds none."""
         context = list(before[-_CONTEXT:])
         start, whole = self.tokenizer.decode(context), self.tokenizer.decode([*context, token])
-        return str(whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode([token]))
+        text = whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode([token])
+        return str(text or self.tokenizer.convert_ids_to_tokens(token))
 
     def _no_token(self, what: str, expected: str, got: str, remedy: str) -> Problem:
         where = f"{self._where}, {'token' if self._spec.token else 'tokens'}"
