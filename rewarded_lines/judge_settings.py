@@ -27,8 +27,12 @@ def judge_columns(template: Any, against: str | None) -> tuple[str, ...]:
     if template == CHAT:
         return ()
     own = {"prompt", "response"} | ({"a", "b", "reference"} if against else set())
-    names = [found[2] for found in PLACE.finditer(str(template)) if found[2]]
-    return tuple(dict.fromkeys(name for name in names if name not in own))
+    return tuple(name for name in places(str(template)) if name not in own)
+
+
+def places(template: str) -> list[str]:
+    """Return the names of the places in a template, each once."""
+    return list(dict.fromkeys(found[2] for found in PLACE.finditer(template) if found[2]))
 
 
 def _texts(value: Any) -> Any:
@@ -95,6 +99,8 @@ def _check_template(spec: Any) -> None:
             "a judge needs `template:`, the text that it is asked, with {prompt} and {response}; `template: chat` "
             "gives the conversation itself to the judge's chat template, as guards expect"
         )
+    if spec.template != CHAT and not spec.against and "response" not in places(spec.template):
+        raise ValueError("the template must contain {response}; {a} and {b} are for `against:`")
     if spec.template == CHAT and spec.system is not None:
         raise ValueError("`template: chat` has the conversation's own turns; leave out `system:`")
     if spec.plain and (spec.system is not None or spec.template == CHAT):
@@ -102,8 +108,7 @@ def _check_template(spec: Any) -> None:
 
 
 def _check_pair(spec: Any, values: Mapping[str, float]) -> None:
-    names = {found[2] for found in PLACE.finditer(spec.template)}
-    if not (names >= {"a", "b"} or names >= {"response", "reference"}) or len(names & _PAIRED) != 2:
+    if _PAIRED.intersection(places(spec.template)) not in ({"a", "b"}, {"response", "reference"}):
         raise ValueError("`against:` needs a template with {a} and {b}, which hold both answers, in both orders")
     if not values or not all(0 <= value <= 1 for value in values.values()):
         raise ValueError(

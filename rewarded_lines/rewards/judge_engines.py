@@ -48,6 +48,14 @@ class HfJudge(HfGenerator):
         super().__init__(work, loaded)
         self._batch_size = batch_size
 
+    def close(self) -> None:
+        """See `Generator.close`; other models can use the memory."""
+        import torch
+
+        super().close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
         """See `JudgeEngine.answers`."""
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)

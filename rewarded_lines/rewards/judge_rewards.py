@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.prompts import Prompt
@@ -75,8 +76,8 @@ class JudgeReward(Reward):
             if empty := [name for name in self.columns if row[COLUMNS][name] is None]:
                 what = f"reward `{self.name}` reads column `{empty[0]}`, which is empty in a row"
                 raise fail(what, where=f"{where}, row {at}", remedy="fill it, or leave the row out with a row function")
-        if self.columns and self.limit is not None:
-            texts = [self._form.texts(row[COLUMNS]) for row in rows]
+        texts = [self._form.texts(row[COLUMNS]) for row in rows] if self.columns else []
+        if self.limit is not None:
             asked = [Question("\n".join(one)) for one in texts]
             self._column_tokens = max([self._column_tokens, *self._answerer.lengths(asked)])
 
@@ -84,13 +85,9 @@ class JudgeReward(Reward):
         """See `Reward.check`."""
         note = "" if self._spec.template == CHAT else check_texts(prompts, self._where, "template: chat")
         some = prompts[:_TRIED]
-        self._answerer.check(
-            [
-                one
-                for prompt, row in zip(some, self._blank(some), strict=True)
-                for one in self._form.ask(prompt, "", row)
-            ]
-        )
+        # Not empty, since the question's end decides how the judge writes its next token.
+        asked = (self._form.ask(prompt, ".", row) for prompt, row in zip(some, self._blank(some, "."), strict=True))
+        self._answerer.check(list(chain.from_iterable(asked)))
         return note
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
@@ -152,8 +149,8 @@ class JudgeReward(Reward):
             return next(one for one in values if isinstance(one, Problem))
         return win_share(numbers) if self._spec.against else numbers[0]
 
-    def _blank(self, prompts: Sequence[Prompt]) -> list[Row]:
-        return [dict.fromkeys((*self.columns, SFT_RESPONSE), "")] * len(prompts)
+    def _blank(self, prompts: Sequence[Prompt], text: str = "") -> list[Row]:
+        return [dict.fromkeys((*self.columns, SFT_RESPONSE), text)] * len(prompts)
 
     def _refuse_long(self, asked: Sequence[Sequence[Question]], pairs: Sequence[tuple[Prompt, str]]) -> None:
         """Refuse questions over the limit: a cut would remove the answer that is judged."""

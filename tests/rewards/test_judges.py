@@ -327,6 +327,7 @@ def test_a_classifier_is_no_judge(classifiers):
         ({"token": "a", "format": "1"}, "`format:` is for"),
         ({"token": "a", "plain": True, "system": "b"}, "`plain: true` is for"),
         ({"token": "a", "template": "chat", "system": "b"}, "leave out `system:`"),
+        ({"token": "a", "template": "{{response}} {a}{b}"}, "must contain {response}"),
         ({"pattern": "a", "against": "ref"}, "{a} and {b}"),
         ({"pattern": "a", "against": "ref", "template": PAIR}, "what each verdict means"),
         ({"token": "a", "against": "ref", "template": PAIR}, "what each verdict means"),
