@@ -86,8 +86,9 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def check_template(value: str | tuple[str, str]) -> None:
-    """Refuse a template without a response."""
-    if value != CHAT and "{response}" not in "".join(value):
+    """Refuse a template without a response; {a} and {b} are two, for a judge."""
+    text = "".join(value)
+    if value != CHAT and "{response}" not in text and not ("{a}" in text and "{b}" in text):
         raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
 
 

@@ -210,7 +210,7 @@ def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, 
         key, last, file = ".".join(keys), keys[-1], value.rpartition(":")[0]
         if (
             keys[0] in ("base", "policies", "baselines")
-            or last == "model"
+            or last in ("model", "judge")
             or (keys[0], last) == ("rewards", "tokenizer")
         ):
             yield key, "model", value

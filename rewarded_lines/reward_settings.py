@@ -6,19 +6,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rewarded_lines.config_values import Strict, check_template, check_variables, checked, parse_format
+from rewarded_lines.config_values import CHAT, Strict, check_template, check_variables, checked, parse_format
+from rewarded_lines.judge_settings import Pattern, Texts, Values, check_judge
 
 # Where a reward comes from, as messages say it.
-_SOURCES = {"model": "a classifier", "function": "module:name, file.py:name, or a ready one such as regex"}
+_SOURCES = {
+    "model": "a classifier",
+    "function": "module:name, file.py:name, or a ready one such as regex",
+    "judge": "a language model that judges",
+}
+# Settings of judges, with the values that other rewards have.
+_JUDGE: dict[str, Any] = {
+    "system": None, "plain": False, "chat_template_kwargs": {}, "prefill": "", "token": [], "tokens": {},
+    "pattern": None, "match": "last", "verdicts": {}, "unmatched": "error", "against": None, "temperature": 0.0,
+    "max_new_tokens": 512, "seed": 0,
+}  # fmt: skip
 # Keys that only some sources have.
-_ONLY_FOR = {
-    **dict.fromkeys(("backend", "trust_remote_code"), ("model",)),
-    **dict.fromkeys(("workers", "messages", "options"), ("function",)),
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "backend": ("model", "judge"),
     "tokenizer": ("model", "function"),
+    "trust_remote_code": ("model",),
+    **dict.fromkeys(("workers", "messages", "options"), ("function",)),
+    **dict.fromkeys(_JUDGE, ("judge",)),
 }
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
 # Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {"messages": False, "options": {}, "tokenizer": None, "trust_remote_code": False}
+_LATER: dict[str, Any] = {
+    "messages": False, "options": {}, "tokenizer": None, "trust_remote_code": False, "judge": None, **_JUDGE,
+}  # fmt: skip
 _FIRST_MAX_TOKENS = 512
 
 
@@ -28,7 +43,7 @@ def _as_text(value: Any) -> Any:
 
 
 class RewardSpec(Strict):
-    """One reward, for recipes and evaluator: a model with a format, or a Python function.
+    """One reward, for recipes and evaluator: a classifier with a format, a language model that judges, or a function.
 
     A `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
     LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
@@ -39,10 +54,20 @@ class RewardSpec(Strict):
     `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
     conversation in the reward model's own chat template.
 
-    A `function` is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`, `regex`,
-    `length`, `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not their text;
-    unset, one that TRL can call (`completions`, `**kwargs`) gets them. `options` are parameters of a function, and a
-    `tokenizer` makes its `completion_ids`. `workers` are processes for it.
+    A `function` is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`,
+    `regex`, `length`, `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not
+    their text; unset, one that TRL can call (`completions`, `**kwargs`) gets them. `options` are parameters of a
+    function, and a `tokenizer` makes its `completion_ids`. `workers` are processes for it.
+
+    A `judge` is a causal model. Its user's turn is the `template`, with {prompt}, {response} and columns of the row
+    such as {rubric}; a `system` turn may precede it, and its answer begins with `prefill`. The template "chat" is the
+    conversation itself, which guards expect. With `plain`, or without a chat template, the judge continues the text.
+    The score is one of three: the probability Σ P of the texts in `token` as the next token; Σ v·P / Σ P over the texts
+    of `tokens` with their values v (in a list, 1 for the first and 0 for the others); or what `pattern` finds in an
+    answer of up to `max_new_tokens`, the `match` "last" or "first": a number, or its value in `verdicts`. Where the
+    judge gives no verdict, `unmatched` is an "error" that names the row, or the judge may "abstain". `against` a column
+    of answers, or "sft" for the SFT model's responses, both orders are asked: the score is the mean of both shares of
+    a win, where a verdict's value is the share of the answer shown first and "tie" is 0.5.
 
     A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens` limits the
     text, by default to what the model can read. `backend` and `device` run a model.
@@ -65,6 +90,21 @@ class RewardSpec(Strict):
     backend: Literal["hf", "vllm"] = "hf"
     trust_remote_code: bool = False
     workers: int = Field(0, ge=0)
+    judge: str | None = None
+    system: str | None = None
+    plain: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], checked(check_variables)] = {}
+    prefill: str = ""
+    token: Texts = ()
+    tokens: Values = {}
+    pattern: Pattern | None = None
+    match: Literal["last", "first"] = "last"
+    verdicts: Values = {}
+    unmatched: Literal["error", "abstain"] = "error"
+    against: str | None = Field(None, min_length=1)
+    temperature: float = Field(0.0, ge=0)
+    max_new_tokens: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0, lt=1_000_000)
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSpec:
@@ -76,6 +116,10 @@ class RewardSpec(Strict):
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
         if self.messages and ":" not in str(self.function):
             raise ValueError("`messages:` is for your own functions; ready ones read the text of a response")
+        if self.judge is not None:
+            check_judge(self)
+        elif "{response}" not in self.template and self.template != CHAT:
+            raise ValueError("{a} and {b} in a template are for a judge; this one needs {response}")
         return self
 
     @property

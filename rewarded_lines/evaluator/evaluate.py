@@ -19,10 +19,11 @@ from rewarded_lines.engines.base import Generator, Model, Response, prompt_seed
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.missing_scores import too_few
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import Point, draft_path, whole_point, write_point
+from rewarded_lines.evaluator.records import Point, draft_path, point_path, whole_point, write_point
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.rewards.judge_questions import SFT_RESPONSE
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
@@ -70,6 +71,8 @@ class LocalEvaluator:
         self.setup, self._folder = setup, folder
         self._also, self._progress = also, progress
         self._clock = {"engine": 0.0, "generate": 0.0}
+        # Prompts, and the SFT model's responses to them.
+        self._sft: tuple[list[Prompt], list[str]] | None = None
 
     def close(self) -> None:
         """Free engine and rewards."""
@@ -80,7 +83,7 @@ class LocalEvaluator:
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
         """Yield the missing points in batches that do not depend on what is missing."""
         for drafts in self._turns(setup, keys, set(missing)):
-            for key, point in self._scored(setup, drafts):
+            for key, point in self._scored(setup, keys, drafts):
                 yield key, point
                 draft_path(self._folder, key).unlink(missing_ok=True)
             give_back_memory()
@@ -196,7 +199,7 @@ class LocalEvaluator:
             write_point(draft_path(self._folder, key), draft)
         return drafts
 
-    def _scored(self, setup: Setup, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
+    def _scored(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
         """Yield the points with scores; a UserError for a point with too few, whose draft stays.
 
         One call scores all, which fills batches better. Where a reward may fail, each point has its own call, so that
@@ -206,7 +209,11 @@ class LocalEvaluator:
         for some in [{key: draft} for key, draft in drafts.items()] if alone else [drafts]:
             rows = [setup.rows[index] for draft in some.values() for index in draft.prompt_index]
             responses = [response for draft in some.values() for response in draft.judged]
-            found = self._scorer.score([row["prompt"] for row in rows], responses, columns_of(rows))
+            columns = columns_of(rows)
+            if any(reward.reads_sft for reward in setup.rewards.values()):
+                sft = self._sft_responses(setup, keys, drafts) * len(some)
+                columns = [{**row, SFT_RESPONSE: text} for row, text in zip(columns, sft, strict=True)]
+            found = self._scorer.score([row["prompt"] for row in rows], responses, columns)
             scores = {name: np.array(found[name], dtype=np.float64) for name in setup.rewards}
             failed = {name: count for name, count in getattr(self._scorer, "failed", {}).items() if count}
             start = 0
@@ -217,6 +224,19 @@ class LocalEvaluator:
                     raise UserError(problems)
                 yield key, point
                 start = own.stop
+
+    def _sft_responses(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> list[str]:
+        """Return the SFT model's responses as rewards see them: those of its point, or else generated alone."""
+        if self._sft is None or self._sft[0] != setup.prompts:
+            key = keys.get(PointSpec(SFT), "")
+            point = drafts.get(key) or (whole_point(point_path(self._folder, key)) if key else None)
+            if point is None:
+                self._progress.start("generating the SFT model's responses, to compare with", counted=True)
+                answers = self._timed("generate", lambda: self._generator.generate(setup.prompts, setup.generation))
+                self._sft = setup.prompts, [response.judged for response in answers[0]]
+            else:
+                self._sft = setup.prompts, list(point.judged)
+        return self._sft[1]
 
     def _timed(self, what: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()

@@ -53,7 +53,7 @@ class ModelReward(Reward):
         limits = [self._spec.max_tokens or self._shared.positions, self._shared.longest]
         return min((limit for limit in limits if limit), default=None)
 
-    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """See `Reward.lengths`."""
         return [len(row) for row in self._reading.tokens(prompts, responses)[0]]
 

@@ -1,7 +1,7 @@
 """Rewards: how a project's rewards are loaded, and the prompts that they can read.
 
-A reward is a classifier or a Python function. A score is a float per (prompt, response) pair, never rounded. Texts are
-never stripped here, and only tokenizers treat special tokens.
+A reward is a classifier, a judge or a Python function. A score is a float per (prompt, response) pair, never rounded.
+Texts are never stripped here, and only tokenizers treat special tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
+from rewarded_lines.rewards.judge_rewards import JudgeReward
+from rewarded_lines.rewards.local_judge import LocalJudge
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.rewards.shared_classifier import SharedClassifier, share_classifier
+from rewarded_lines.rewards.shared_classifier import share_classifier
 
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
@@ -38,7 +40,7 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     declared = project.config.rewards
     problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
     rewards: dict[str, Reward] = {}
-    models: dict[str, SharedClassifier] = {}
+    models: dict[str, Any] = {}
     for name, spec in declared.items():
         if names and name not in names:
             continue
@@ -59,7 +61,7 @@ def load_reward(
     spec: RewardSpec,
     root: Path = Path(),
     device: str = "auto",
-    models: dict[str, SharedClassifier] | None = None,
+    models: dict[str, Any] | None = None,
 ) -> Reward:
     """Return the reward that `spec` declares.
 
@@ -68,14 +70,16 @@ def load_reward(
         spec: its declaration.
         root: the folder for relative paths.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
-        models: the classifiers of other rewards, by what decides a text's logits; a new one is added.
+        models: the models of other rewards, which this one may share; a new one is added.
     """
+    models = {} if models is None else models
     if spec.function is not None:
         return FunctionReward(name, spec, root)
+    if spec.judge is not None:
+        return JudgeReward(name, spec, LocalJudge(name, spec, _located(spec.judge, root), device, models))
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
-    where, models = f"reward `{name}`", {} if models is None else models
-    shared = share_classifier(models, where, spec, _located(spec.model, root), tokenizer, device)
+    shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)
     return ModelReward(name, spec, shared)
 
 
@@ -100,7 +104,8 @@ def reward_limits(
     for name, reward in rewards.items():
         if reward.limit is None:
             continue
-        room = math.ceil(response_tokens * _token_ratio(reward, tokenizer, prompts)) + _SLACK
+        responses = 2 if reward.reads_sft else 1
+        room = math.ceil(responses * response_tokens * _token_ratio(reward, tokenizer, prompts)) + _SLACK
         if room >= reward.limit:
             raise fail(
                 "a response may be longer than the reward model can read",

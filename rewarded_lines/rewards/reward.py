@@ -23,6 +23,7 @@ class Reward(ABC):
         fingerprint: a hash of all that decides the scores beside the declaration; "" if unknown.
         columns: names of the columns that a row must have for this reward.
         optional: names of the columns that it reads from rows that have them; None for all columns.
+        reads_sft: it compares with the SFT model's response, which a sweep adds to the columns.
         size: bytes of its weights in memory; 0 without weights.
         device: where the weights are while in memory.
     """
@@ -32,6 +33,7 @@ class Reward(ABC):
     fingerprint: str = ""
     columns: tuple[str, ...] = ()
     optional: tuple[str, ...] | None = ()
+    reads_sft: bool = False
     size: int = 0
     device: str = "cpu"
 
@@ -64,8 +66,8 @@ class Reward(ABC):
     def free(self) -> None:  # noqa: B027
         """Free memory and processes; the next score loads the reward again."""
 
-    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
-        """Return the tokens of each prompt with its response; zeros without a limit."""
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
+        """Return the tokens of each prompt with its response and the columns that are read; zeros without a limit."""
         return [0] * len(prompts)
 
     def check(self, prompts: Sequence[Prompt]) -> str:

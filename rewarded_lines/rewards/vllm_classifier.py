@@ -18,9 +18,9 @@ from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import fold_command
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
-_LONGEST = 8192
+LONGEST = 8192
 # Bytes for activations.
-_WORKING_MEMORY = 2 << 30
+WORKING_MEMORY = 2 << 30
 
 
 class VllmClassifier:
@@ -33,16 +33,16 @@ class VllmClassifier:
         self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
     ) -> None:
         """Build the engine; check first that vLLM can run the model on the device; `example` is not needed."""
-        _check_vllm(where, device)
+        check_vllm(where, device)
         _check_form(where, spec, stored)
         reference = stored.reference
         config = _read_config(where, reference)
         self.classes = [str(config.id2label[at]) for at in sorted(config.id2label)]
         self.pad: int | None = None if stored.reads_last else config.get_text_config().pad_token_id
-        limits = (spec.max_tokens, positions_of(config), _LONGEST)
+        limits = (spec.max_tokens, positions_of(config), LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
-        self.size = _weights_size(reference, spec, config)
-        needed = self.size + _cache_size(config, spec, self.longest) + _WORKING_MEMORY if self.size else 0
+        self.size = weights_size(reference, spec, config)
+        needed = self.size + cache_size(config, spec, self.longest) + WORKING_MEMORY if self.size else 0
         options = {"dtype": spec.dtype, "max_model_len": self.longest}
         try:
             self._llm = start_vllm(needed, model=reference, runner="pooling", convert="classify", **options)
@@ -68,7 +68,8 @@ class VllmClassifier:
         gc.collect()
 
 
-def _check_vllm(where: str, device: str) -> None:
+def check_vllm(where: str, device: str) -> None:
+    """Refuse vLLM where it is missing or runs on another device."""
     import torch
 
     if find_spec("vllm") is None:
@@ -123,7 +124,7 @@ def _read_config(where: str, reference: str) -> Any:
     return config
 
 
-def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
+def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     """Return the bytes of the weights in memory; 0 if their files are not downloaded yet."""
     import torch
     from transformers.utils import cached_file
@@ -133,7 +134,7 @@ def _weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     return stored * getattr(torch, spec.dtype).itemsize // (config.dtype or torch.float32).itemsize
 
 
-def _cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
+def cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
     """Return the bytes of the longest text's keys and values."""
     import torch
 

@@ -25,6 +25,7 @@ from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.projects import Project
 from rewarded_lines.rewards.load_rewards import load_rewards
 from rewarded_lines.rewards.reward import Columns, Reward, columns_of
@@ -67,7 +68,7 @@ class WeightedReward:
         self, name: str, prompts: Sequence[Prompt], responses: Sequence[str], columns: Sequence[Row]
     ) -> list[float]:
         """Return one reward's scores; a response that it cannot read gets the lowest score so far."""
-        fitting = self._readable(name, prompts, responses)
+        fitting = self._readable(name, prompts, responses, columns)
         read = [(at, prompt) for at, prompt in enumerate(fitting) if prompt is not None]
         places = [at for at, _ in read]
         scores = self.rewards[name].score(
@@ -81,7 +82,9 @@ class WeightedReward:
         found = {at: score for (at, _), score in zip(read, scores, strict=True)}
         return [found.get(at, lowest) for at in range(len(fitting))]
 
-    def _readable(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Prompt | None]:
+    def _readable(
+        self, name: str, prompts: Sequence[Prompt], responses: Sequence[str], columns: Sequence[Row]
+    ) -> Sequence[Prompt | None]:
         """Return the prompts, shortened where prompt and response are too long for a reward model.
 
         Before training, prompts were checked with an estimate of the longest response in the reward model's
@@ -92,11 +95,11 @@ class WeightedReward:
         if limit is None:
             return prompts
         fitting: list[Prompt | None] = list(prompts)
-        for at, length in enumerate(reward.lengths(prompts, responses)):
+        for at, length in enumerate(reward.lengths(prompts, responses, columns)):
             if length > limit:
 
-                def fits(prompt: Prompt, response: str = responses[at]) -> bool:
-                    return reward.lengths([prompt], [response])[0] <= limit
+                def fits(prompt: Prompt, response: str = responses[at], row: Row = columns[at]) -> bool:
+                    return reward.lengths([prompt], [response], [row])[0] <= limit
 
                 fitting[at] = shorten_prompt(prompts[at], fits)
                 counts = self.unread if fitting[at] is None else self.shortened
@@ -152,6 +155,13 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
                 remedy="train on another reward, or remove `role: audit`",
             )
             for name in audits
+        )
+    if against := [name for name in weights if name in declared and declared[name].against == SFT_MODEL]:
+        raise fail(
+            "a training has no responses of the SFT model to compare with",
+            where=project.where("rewards", against[0]),
+            got="against: sft",
+            remedy="put reference answers into a column of the training rows, and name it: `against: COLUMN`",
         )
     return WeightedReward(load_rewards(project, list(weights), device), weights)
 

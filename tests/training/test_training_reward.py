@@ -128,7 +128,7 @@ class Short(Scores):
 
     limit = 10
 
-    def lengths(self, prompts, responses):
+    def lengths(self, prompts, responses, columns=None):
         return [len(f"{one} {two}".split()) for one, two in zip(prompts, responses, strict=True)]
 
 

@@ -1,0 +1,140 @@
+"""The engines of a judge: those that generate in a sweep, and the probabilities of the next token.
+
+Both take tokens, since a judge's answer may begin with a given text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.base import SwappingGenerator, Tokens, Workload
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.transformers_engine import HfGenerator
+from rewarded_lines.engines.vllm_core import sampling_settings
+from rewarded_lines.engines.vllm_models import VllmGenerator
+from rewarded_lines.rewards.judge_questions import Answer
+from rewarded_lines.rewards.transformers_classifier import make_batches
+
+
+@dataclass(frozen=True)
+class Next:
+    """Probabilities of the next token: of those that were asked for, by id, and of the likeliest."""
+
+    shares: dict[int, float]
+    likeliest: int
+
+
+class JudgeEngine(Protocol):
+    """A causal model that answers rows of tokens."""
+
+    def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
+        """Return the text that the model writes after each row of tokens."""
+
+    def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
+        """Return the probabilities of the ids in `asked`, those of each row, at temperature 1."""
+
+    def close(self) -> None:
+        """Free the memory."""
+
+
+class HfJudge(HfGenerator):
+    """A judge in transformers. A row's length alone decides the shape of its batch, and so its last bits."""
+
+    def __init__(self, work: Workload, loaded: tuple[Any, Any], batch_size: int) -> None:
+        """Take over a model with its tokenizer."""
+        super().__init__(work, loaded)
+        self._batch_size = batch_size
+
+    def close(self) -> None:
+        """See `Generator.close`; other models can use the memory."""
+        import torch
+
+        super().close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
+        """See `JudgeEngine.answers`."""
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
+        found: dict[int, Answer] = {}
+        for members, places in self._batches(heads):
+            rows = [list(heads[at]) for at in places]
+            made, stops = self._sample(rows, [seeds[at] for at in places], spec, reader)
+            for at, row, stop in zip(members, made, stops, strict=False):
+                tokens, ended = reader.cut(heads[at], row[:stop])
+                found[at] = Answer(reader.text(heads[at], tokens)[0], ended)
+        return [found[at] for at in range(len(heads))]
+
+    def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
+        """See `JudgeEngine.next_tokens`."""
+        import torch
+
+        found: dict[int, Next] = {}
+        for members, places in self._batches(heads):
+            rows = self._padded([list(heads[at]) for at in places], "left")
+            with torch.inference_mode():
+                # `generate` knows how each model reads a row that is padded on the left.
+                output = self._model.generate(
+                    **rows, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+                )
+                table = output.logits[0].double().softmax(-1).cpu()
+            for at, row in zip(members, table, strict=False):
+                found[at] = Next({token: float(row[token]) for token in asked[at]}, int(row.argmax()))
+        return [found[at] for at in range(len(heads))]
+
+    def _batches(self, heads: Sequence[Tokens]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+        """Yield the places of the rows of each batch, and those with fillers."""
+        for batch in make_batches([len(head) for head in heads], self._batch_size):
+            fillers = [batch.members[0]] * (batch.rows - len(batch.members))
+            yield batch.members, [*batch.members, *fillers]
+
+    def _padded(self, rows: Sequence[list[int]], side: str) -> Any:
+        (batch,) = make_batches([max(map(len, rows))], 1)
+        padded = self._tokenizer.pad(
+            {"input_ids": rows},
+            padding="max_length",
+            max_length=batch.width,
+            padding_side=side,
+            return_tensors="pt",
+        )
+        return padded.to(self._model.device)
+
+
+class VllmJudge(VllmGenerator):
+    """A judge in vLLM, which chooses its batches itself: other rows can change the last bits."""
+
+    def __init__(self, work: Workload, size: float) -> None:
+        """Start the engine; it may take `size` bytes of a GPU."""
+        SwappingGenerator.__init__(self, work)
+        self._start(work, size=size)
+
+    def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
+        """See `JudgeEngine.answers`."""
+        from vllm import SamplingParams
+
+        reader = ResponseReader.of(self._tokenizer, self._ends, spec)
+        settings = [sampling_settings(spec, seed, reader) for seed in seeds]
+        params = [SamplingParams(**{**one, "logprobs": None}, detokenize=False) for one in settings]
+        found = []
+        for head, output in zip(heads, self._run(heads, params, [None] * len(heads)), strict=True):
+            tokens, ended = reader.cut(head, output.outputs[0].token_ids)
+            found.append(Answer(reader.text(head, tokens)[0], ended))
+        return found
+
+    def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
+        """See `JudgeEngine.next_tokens`."""
+        import math
+
+        from vllm import SamplingParams
+
+        how = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        params = [SamplingParams(**how, logprob_token_ids=list(ids)) for ids in asked]
+        found = []
+        for ids, output in zip(asked, self._run(heads, params, [None] * len(heads)), strict=True):
+            (one,) = output.outputs
+            entry = one.logprobs[0]
+            found.append(Next({token: math.exp(entry[token].logprob) for token in ids}, one.token_ids[0]))
+        return found

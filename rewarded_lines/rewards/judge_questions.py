@@ -1,0 +1,198 @@
+"""What a judge is asked, and who answers: a model in this process, or a server.
+
+A question holds one response, or two to compare. Texts are filled in without reading braces inside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import blake3
+
+from rewarded_lines.config_values import CHAT
+from rewarded_lines.data.messages import Messages, as_turns, is_chat
+from rewarded_lines.data.prompts import Prompt, prompt_text
+from rewarded_lines.data.rows import Row
+from rewarded_lines.errors import Problem, fail
+from rewarded_lines.judge_settings import PLACE, SFT_MODEL, judge_columns
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.classifier_inputs import text_of
+
+SFT_RESPONSE = "@sft"
+"""The column in which a sweep gives a judge the SFT model's response to the same prompt, with the same seed."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to a judge.
+
+    Attributes:
+        prompt: turns for the judge's chat template, or a text that it continues.
+        prefill: the beginning of the judge's answer; it goes on from there.
+    """
+
+    prompt: Prompt
+    prefill: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge wrote after the prefill, without special tokens; `ended` is false if it was cut."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The judge's next token, at temperature 1.
+
+    Attributes:
+        shares: the probability of each text that was asked for, in order.
+        other: the likeliest token as text if it is none of them, else "".
+    """
+
+    shares: tuple[float, ...]
+    other: str = ""
+
+
+class Answerer(Protocol):
+    """Answers the questions of one reward, which gave it its settings: temperature, seed, length of answers.
+
+    An answer depends on its question alone, not on the others. Answers come by place, as they are there. A question
+    that fails for good gets a `Problem`, so that the other answers are kept. The attributes are those of a `Reward`,
+    for questions.
+
+    Attributes:
+        fingerprint: a hash of all that decides the answers beside the declaration; "" if unknown.
+        size: bytes of its weights in memory; 0 without weights.
+        device: where the weights are while in memory.
+        tokenizer: the judge's; None if it is not known here, and then `limit` is None.
+    """
+
+    fingerprint: str
+    size: int
+    device: str
+    tokenizer: Any
+
+    @property
+    def shared(self) -> object:
+        """What is in memory for it, see `Reward.shared`; itself if it shares nothing."""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights, if any, are in memory."""
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a question, with room for the answer; None without a limit."""
+
+    def free(self) -> None:
+        """Free memory and connections; the next question loads the judge again."""
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse questions that the judge would misread, for instance chats that its template cuts."""
+
+    def lengths(self, questions: Sequence[Question]) -> list[int]:
+        """Return the tokens of each question; zeros without a limit."""
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
+        """Yield the judge's answer to each question."""
+
+    def next_tokens(
+        self, questions: Sequence[Question], texts: Sequence[str]
+    ) -> Iterator[Mapping[int, NextToken | Problem]]:
+        """Yield how likely each of `texts` is as the judge's next token after each question.
+
+        A text of several tokens counts by its first; a text whose first token says too little is refused.
+        """
+
+
+@dataclass(frozen=True)
+class QuestionForm:
+    """Makes questions from prompts, responses and the columns of their rows, as a declaration says."""
+
+    spec: RewardSpec
+    where: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row must have."""
+        against = self.spec.against
+        own = judge_columns(self.spec.template, against)
+        return tuple(dict.fromkeys(own if against in (None, SFT_MODEL) else [*own, str(against)]))
+
+    def ask(self, prompt: Prompt, response: str, row: Row) -> list[Question]:
+        """Return the question on a response; against a reference, the one of both orders.
+
+        In the second question the reference is the first answer.
+        """
+        if self.spec.template == CHAT:
+            turns = [*as_turns(prompt), {"role": "assistant", "content": response}]
+            return [self._question(turns)]
+        values = {name: self._text(row, name) for name in judge_columns(self.spec.template, self.spec.against)}
+        values["prompt"] = text_of(prompt, self.where)
+        if self.spec.against is None:
+            return [self._question(self._filled({**values, "response": response}))]
+        pair = response, self.reference(row)
+        return [self._question(self._filled({**values, **_named(one)})) for one in (pair, pair[::-1])]
+
+    def reference(self, row: Row) -> str:
+        """Return the answer of a row to compare with; of a chat, its last turn's text."""
+        name = SFT_RESPONSE if self.spec.against == SFT_MODEL else str(self.spec.against)
+        value = row.get(name)
+        if is_chat(value):
+            value = _as_messages(value)[-1].get("content")
+        if not isinstance(value, str):
+            raise fail(
+                "a row has no answer to compare with",
+                where=f"{self.where}, against: {self.spec.against}",
+                expected="a text, or a chat that ends with it",
+                got=repr(value)[:80],
+            )
+        return value
+
+    def texts(self, row: Row) -> list[str]:
+        """Return the texts of the columns that go into a row's questions."""
+        own = [self._text(row, name) for name in judge_columns(self.spec.template, self.spec.against)]
+        return own if self.spec.against in (None, SFT_MODEL) else [*own, self.reference(row)]
+
+    def _text(self, row: Row, name: str) -> str:
+        value = row.get(name)
+        if value is None:
+            raise fail(f"column `{name}` is missing or empty", where=f"{self.where}, template", got=repr(row)[:200])
+        if is_chat(value):
+            return prompt_text(_as_messages(value))
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    def _filled(self, values: Mapping[str, str]) -> str:
+        def replace(found: re.Match[str]) -> str:
+            return f"{{{found[1]}}}" if found[1] else values[found[2]]
+
+        return PLACE.sub(replace, str(self.spec.template))
+
+    def _question(self, content: Prompt) -> Question:
+        if self.spec.plain:
+            return Question(content, self.spec.prefill)
+        system = [] if self.spec.system is None else [{"role": "system", "content": self.spec.system}]
+        return Question([*system, *as_turns(content)], self.spec.prefill)
+
+
+def _as_messages(value: Any) -> Messages:
+    """Return the turns in a column, which may hold a single one."""
+    return [dict(value)] if isinstance(value, Mapping) else [dict(turn) for turn in value]
+
+
+def _named(pair: tuple[str, str]) -> dict[str, str]:
+    first, second = pair
+    return {"a": first, "b": second, "response": first, "reference": second}
+
+
+def seed_of(question: Question, seed: int) -> int:
+    """Return the seed of a question's answer; it does not depend on other questions."""
+    content = json.dumps([seed, question.prompt, question.prefill], sort_keys=True)
+    return int.from_bytes(blake3.blake3(content.encode("utf-8", "surrogatepass")).digest(4), "big")

@@ -1,0 +1,170 @@
+"""Rewards from a causal model that judges: the probability of a token, a number that it writes, a win rate."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+from rewarded_lines.config_values import CHAT
+from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.rows import COLUMNS, Row
+from rewarded_lines.errors import Problem, fail
+from rewarded_lines.judge_settings import SFT_MODEL
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.classifier_inputs import check_texts
+from rewarded_lines.rewards.judge_questions import SFT_RESPONSE, Answer, Answerer, NextToken, Question, QuestionForm
+from rewarded_lines.rewards.judge_verdicts import of_answer, of_next_token, verdict_texts, win_share
+from rewarded_lines.rewards.reward import Columns, Reward
+from rewarded_lines.rewards.score_checks import PairError
+
+# Prompts that are tried as questions before anything is generated.
+_TRIED = 64
+
+
+class JudgeReward(Reward):
+    """A judge with a template and a form of verdict."""
+
+    def __init__(self, name: str, spec: RewardSpec, answerer: Answerer) -> None:
+        """Ask `answerer`, which was made for `spec`."""
+        self.name = name
+        self.unit = spec.unit or ("win rate" if spec.against else "probability" if spec.token else "")
+        self._where, self._spec, self._answerer = f"reward `{name}`", spec, answerer
+        self._form = QuestionForm(spec, self._where)
+        self.columns = self._form.columns
+        self.reads_sft = spec.against == SFT_MODEL
+        self.optional = (SFT_RESPONSE,) if self.reads_sft else ()
+        self.fingerprint, self.size, self.device = answerer.fingerprint, answerer.size, answerer.device
+        self.tokenizer = answerer.tokenizer
+        # Tokens of the longest columns in the rows that were checked.
+        self._column_tokens = 0
+
+    @property
+    def loaded(self) -> bool:
+        """See `Reward.loaded`."""
+        return self._answerer.loaded
+
+    @property
+    def shared(self) -> object:
+        """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
+        return self._answerer.shared
+
+    @property
+    def limit(self) -> int | None:
+        """See `Reward.limit`; the judge's answer needs room beside it."""
+        return self._answerer.limit
+
+    def free(self) -> None:
+        """See `Reward.free`."""
+        self._answerer.free()
+
+    def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
+        """Return the tokens of each question; without `columns`, those of the longest that were checked count."""
+        if self.limit is None:
+            return [0] * len(prompts)
+        asked = [
+            self._form.ask(*one)[0] for one in zip(prompts, responses, columns or self._blank(prompts), strict=True)
+        ]
+        more = 0 if columns else self._column_tokens
+        return [length + more for length in self._answerer.lengths(asked)]
+
+    def check_columns(self, rows: Sequence[Row], where: str) -> None:
+        """See `Reward.check_columns`; columns must not be empty, either."""
+        super().check_columns(rows, where)
+        for at, row in enumerate(rows):
+            if empty := [name for name in self.columns if row[COLUMNS][name] is None]:
+                what = f"reward `{self.name}` reads column `{empty[0]}`, which is empty in a row"
+                raise fail(what, where=f"{where}, row {at}", remedy="fill it, or leave the row out with a row function")
+        texts = [self._form.texts(row[COLUMNS]) for row in rows] if self.columns else []
+        if self.limit is not None:
+            asked = [Question("\n".join(one)) for one in texts]
+            self._column_tokens = max([self._column_tokens, *self._answerer.lengths(asked)])
+
+    def check(self, prompts: Sequence[Prompt]) -> str:
+        """See `Reward.check`."""
+        note = "" if self._spec.template == CHAT else check_texts(prompts, self._where, "template: chat")
+        some = prompts[:_TRIED]
+        # Not empty, since the question's end decides how the judge writes its next token.
+        asked = (self._form.ask(prompt, ".", row) for prompt, row in zip(some, self._blank(some, "."), strict=True))
+        self._answerer.check(list(chain.from_iterable(asked)))
+        return note
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """Return each response's score; see `RewardSpec` and `Reward.score`.
+
+        With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
+        """
+        pairs = list(zip(prompts, responses, strict=True))
+        found = {at: one for some in self.verdicts(prompts, responses, columns) for at, one in some.items()}
+        known = {at: one for at, one in found.items() if not isinstance(one, Problem)}
+        for at, one in sorted(found.items()):
+            if isinstance(one, Problem):
+                raise PairError(one, at, pairs[at], known)
+        return [known[at] for at in range(len(pairs))]
+
+    def verdicts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> Iterator[dict[int, float | Problem]]:
+        """Yield scores by place as they come, or why there is none; see `score`."""
+        pairs = list(zip(prompts, responses, strict=True))
+        asked = [self._asked(*pair, row) for pair, row in zip(pairs, columns or [{}] * len(pairs), strict=True)]
+        self._refuse_long(asked, pairs)
+        questions = [(at, question) for at, several in enumerate(asked) for question in several]
+        yield {at: 0.5 for at, several in enumerate(asked) if not several}
+        values: dict[int, dict[int, float | Problem]] = defaultdict(dict)
+        for some in self._answers([question for _, question in questions]):
+            done = {}
+            for place, answer in some.items():
+                at = questions[place][0]
+                values[at][place] = self._value(answer)
+                if len(values[at]) == len(asked[at]):
+                    done[at] = self._score([value for _, value in sorted(values.pop(at).items())])
+            yield done
+
+    def _asked(self, prompt: Prompt, response: str, row: Row) -> list[Question]:
+        """Return the questions on a response; none where it equals its reference, which is a tie."""
+        same = self._spec.against and self._form.reference(row) == response
+        return [] if same else self._form.ask(prompt, response, row)
+
+    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, NextToken | Answer | Problem]]:
+        texts = verdict_texts(self._spec)
+        if not questions:
+            return iter(())
+        return self._answerer.next_tokens(questions, texts) if texts else self._answerer.answers(questions)
+
+    def _value(self, found: NextToken | Answer | Problem) -> float | Problem:
+        """Return the value of one verdict, NaN where the judge may abstain."""
+        if isinstance(found, Problem):
+            return found
+        if isinstance(found, Answer):
+            value = of_answer(found, self._spec, self._where)
+        else:
+            value = of_next_token(found, self._spec, self._where)
+        return math.nan if isinstance(value, Problem) and self._spec.unmatched == "abstain" else value
+
+    def _score(self, values: Sequence[float | Problem]) -> float | Problem:
+        numbers = [one for one in values if not isinstance(one, Problem)]
+        if len(numbers) < len(values):
+            return next(one for one in values if isinstance(one, Problem))
+        return win_share(numbers) if self._spec.against else numbers[0]
+
+    def _blank(self, prompts: Sequence[Prompt], text: str = "") -> list[Row]:
+        return [dict.fromkeys((*self.columns, SFT_RESPONSE), text)] * len(prompts)
+
+    def _refuse_long(self, asked: Sequence[Sequence[Question]], pairs: Sequence[tuple[Prompt, str]]) -> None:
+        """Refuse questions over the limit: a cut would remove the answer that is judged."""
+        limit = self.limit
+        if limit is None or not (first := [(at, several[0]) for at, several in enumerate(asked) if several]):
+            return
+        lengths = self._answerer.lengths([question for _, question in first])
+        for (at, _), length in zip(first, lengths, strict=True):
+            if length > limit:
+                problem = Problem(
+                    "a question is too long for the judge",
+                    where=self._where,
+                    expected=f"at most {limit} tokens, with room for its answer",
+                    got=f"{length} tokens for",
+                    remedy="raise `max_tokens` if the judge can read more, or shorten prompts or responses",
+                )
+                raise PairError(problem, at, pairs[at])
