@@ -1,7 +1,7 @@
 """Rewards: how a project's rewards are loaded, and the prompts that they can read.
 
-A reward is a classifier or a Python function. A score is a float per (prompt, response) pair, never rounded. Texts are
-never stripped here, and only tokenizers treat special tokens.
+A reward is a classifier, a Python function or a server. A score is a float per (prompt, response) pair, never rounded.
+Texts are never stripped here, and only tokenizers treat special tokens.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ def load_reward(name: str, spec: RewardSpec, root: Path = Path(), device: str = 
     """
     if spec.function is not None:
         return FunctionReward(name, spec, root)
+    if spec.url is not None:
+        from rewarded_lines.rewards.http_rewards import HttpReward
+
+        return HttpReward(name, spec)
     assert spec.model is not None
     reference = str(local_path(spec.model, root)) if looks_local(spec.model, root) else spec.model
     return ModelReward(name, spec, reference, device)

@@ -16,7 +16,7 @@ from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import server_connection as server
+from rewarded_lines.engines import http_client
 from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 def stand_in(monkeypatch):
     for name in ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY", "REWARDED_LINES_ADAPTER_FOLDER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_client, "_FIRST_WAIT", 0)
     server_ = StandIn()
     thread = threading.Thread(target=server_.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -158,7 +158,7 @@ def test_connections_that_break_and_busy_servers_get_time(stand_in, tiny):
 
 
 def test_nobody_there_is_a_fault(tiny, monkeypatch):
-    monkeypatch.setattr(server.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_client, "_FIRST_WAIT", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
