@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
-import random
 import threading
-import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-import httpx2
+import aiohttp
 
+from rewarded_lines.engines.http_answers import LONGEST_TOLD, SHOWN, HttpAnswer, HttpFailure, backoff, told_wait
 from rewarded_lines.errors import fail, without_secrets
 
 Job, Found, Value = TypeVar("Job"), TypeVar("Found"), TypeVar("Value")
@@ -28,28 +28,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504, 529)
 _TOO_MANY = 429
 # Seconds. A running server accepts a connection at once, even if its answer takes long.
 _CONNECT = 10.0
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
-# A server that asks for a longer wait is not waited for.
-_LONGEST_TOLD = 120.0
-_SHOWN = 300
 _END = object()
-# Its own, since training seeds the global one.
-_random = random.Random()
-
-
-class HttpFailure(Exception):
-    """A request without a usable answer, after all its attempts.
-
-    Attributes:
-        words: what happened: the status and the server's own words, without secrets.
-        status: of the server's last answer; None without an answer.
-        reached: False if nothing listens at the address.
-    """
-
-    def __init__(self, words: str, status: int | None = None, reached: bool = True) -> None:
-        """Keep what happened."""
-        super().__init__(words)
-        self.words, self.status, self.reached = words, status, reached
 
 
 class HttpClient:
@@ -79,26 +58,25 @@ class HttpClient:
         """
         self.url, self._at_once, self._timeout, self._retries = url, at_once, timeout, retries
         self._secrets = {text: name for name, text in (secrets or {}).items() if text}
-        limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+        self._headers = dict(headers or {})
+        self._sessions: list[aiohttp.ClientSession] = []
         try:
-            address = httpx2.URL(url)
-            if address.scheme not in ("http", "https") or not address.host:
-                raise ValueError(f"scheme {address.scheme!r}, host {address.host!r}")
-            self._client = httpx2.AsyncClient(
-                headers=headers, timeout=httpx2.Timeout(None, connect=min(_CONNECT, timeout)), limits=limits
-            )
-        except (httpx2.InvalidURL, ValueError) as error:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
+        except ValueError as error:
             where, expected = without_secrets(url), "http://HOST:PORT"
             raise fail("not the URL of a server", where=where, expected=expected, got=str(error)) from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._lock = threading.Lock()
+        self._finish = weakref.finalize(self, _finish, self._loop, self._thread, self._sessions)
         # Requests that got an answer, from this server, of any kind but "too many requests".
         self._answered = 0
 
     def ask(
         self, method: str, path: str, content: Any = None, retries: int | None = None, within: float | None = None
-    ) -> httpx2.Response:
+    ) -> HttpAnswer:
         """Return the response of any status; wait for it in this thread, `within` so many seconds in all.
 
         Raises:
@@ -119,13 +97,13 @@ class HttpClient:
             HttpFailure: there is none.
         """
         response = await self.response(method, path, content, as_json=True)
-        if not response.is_success:
-            raise HttpFailure(self.described(response), response.status_code)
+        if not response.good:
+            raise HttpFailure(self.described(response), response.status)
         return response.json()
 
     async def response(
         self, method: str, path: str, content: Any = None, as_json: bool = False, retries: int | None = None
-    ) -> httpx2.Response:
+    ) -> HttpAnswer:
         """Return the response of any status; `as_json` repeats a success that is not JSON, such as one cut off."""
         tries, most = 0, self._retries if retries is None else retries
         while True:
@@ -137,12 +115,12 @@ class HttpClient:
                     raise
                 busy = False
             else:
-                busy = response.status_code == _TOO_MANY
+                busy = response.status == _TOO_MANY
                 self._answered += not busy
-                wait = _told(response)
-                if response.status_code not in _BUSY or tries >= most or (wait or 0) > _LONGEST_TOLD:
+                wait = told_wait(response)
+                if response.status not in _BUSY or tries >= most or (wait or 0) > LONGEST_TOLD:
                     return response
-            await asyncio.sleep(_backoff(tries) if wait is None else wait)
+            await asyncio.sleep(backoff(tries) if wait is None else wait)
             # While a server with a limit answers other requests, this one waits for its turn.
             tries += not (busy and self._answered > before)
 
@@ -177,16 +155,9 @@ class HttpClient:
         finally:
             future.cancel()
 
-    def described(self, response: httpx2.Response) -> str:
+    def described(self, response: HttpAnswer) -> str:
         """Return status and message of a response, without secrets."""
-        try:
-            content = response.json()
-            error = content.get("error", content)
-            message = str(error.get("message", error) if isinstance(error, dict) else error)
-        except (ValueError, AttributeError):
-            message = response.text
-        moved = f" (moved to {response.headers['location']})" if "location" in response.headers else ""
-        return self.masked(f"status {response.status_code}: {message[:_SHOWN]}{moved}")
+        return self.masked(response.words)
 
     def masked(self, text: str) -> str:
         """Return a text with the names of secrets in their places."""
@@ -195,14 +166,8 @@ class HttpClient:
         return without_secrets(text)
 
     def close(self) -> None:
-        """End all connections, and the thread."""
-        with self._lock:
-            if self._thread.ident is not None and not self._loop.is_closed():
-                with suppress(TimeoutError):
-                    asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(1.0)
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-            self._loop.close()
+        """End all connections, and the thread; so does the end of this object or of Python."""
+        self._finish()
 
     def _start(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
         with self._lock:
@@ -210,46 +175,63 @@ class HttpClient:
                 self._thread.start()
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
-
-    async def _once(self, method: str, path: str, content: Any, as_json: bool) -> httpx2.Response:
+    async def _once(self, method: str, path: str, content: Any, as_json: bool) -> HttpAnswer:
         # ASCII alone: a response may hold halves of surrogate pairs, which UTF-8 cannot.
         body = None if content is None else json.dumps(content, allow_nan=False).encode()
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            async with asyncio.timeout(self._timeout):
-                response = await self._client.request(method, self.url + path, content=body, headers=headers)
-        except (TimeoutError, httpx2.ReadTimeout) as error:
+            made = self._opened().request(method, self.url + path, data=body, headers=headers, allow_redirects=False)
+            async with made as got:
+                text = (await got.read()).decode(errors="replace")
+                response = HttpAnswer(got.status, {name.lower(): one for name, one in got.headers.items()}, text)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise HttpFailure(self._said(error), reached=False) from error
+        except TimeoutError as error:
             raise HttpFailure(f"no answer in {self._timeout:g} s") from error
-        except httpx2.RequestError as error:
-            reached = not isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
-            raise HttpFailure(self.masked(f"{type(error).__name__}: {error}"), reached=reached) from error
-        if as_json and response.is_success:
+        except (aiohttp.ClientError, OSError) as error:
+            raise HttpFailure(self._said(error)) from error
+        if as_json and response.good:
             try:
                 response.json()
             except ValueError as error:
-                raise HttpFailure(self.masked(f"an answer that is not JSON: {response.text[:_SHOWN]!r}")) from error
+                raise HttpFailure(self.masked(f"an answer that is not JSON: {response.text[:SHOWN]!r}")) from error
         return response
 
+    def _opened(self) -> aiohttp.ClientSession:
+        """Return the session, made in its loop by the first request."""
+        if not self._sessions:
+            session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._at_once),
+                timeout=aiohttp.ClientTimeout(self._timeout, sock_connect=min(_CONNECT, self._timeout)),
+                headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=True,
+            )
+            self._sessions.append(session)
+        return self._sessions[0]
 
-def _backoff(tries: int) -> float:
-    """Return the seconds to wait after an attempt; random, so that not all requests come back together."""
-    return min(_LONGEST_WAIT, _FIRST_WAIT * 2**tries) * _random.uniform(0.5, 1.0)
+    def _said(self, error: Exception) -> str:
+        return self.masked(f"{type(error).__name__}: {error}"[:SHOWN])
 
 
-def _told(response: httpx2.Response) -> float | None:
-    """Return the seconds that a server asks to wait, from a number or a date; None if it does not say."""
-    said = response.headers.get("retry-after", "")
-    with suppress(ValueError):
-        return max(0.0, float(said))
-    with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    return None
+def _finish(loop: asyncio.AbstractEventLoop, thread: threading.Thread, sessions: list[aiohttp.ClientSession]) -> None:
+    """Cancel what runs in a client's thread, close its connections, and end it."""
+
+    async def end() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for session in sessions:
+            await session.close()
+
+    if thread.is_alive() and thread is not threading.current_thread():
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(end(), loop).result(1.0)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(1.0)
+    if not loop.is_running():
+        loop.close()
 
 
 def _all_there(done: queue.SimpleQueue[Any]) -> list[Any]:

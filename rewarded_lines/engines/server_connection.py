@@ -6,9 +6,8 @@ import json
 import os
 from typing import Any
 
-import httpx2
-
-from rewarded_lines.engines.http_client import HttpClient, HttpFailure
+from rewarded_lines.engines.http_answers import HttpAnswer, HttpFailure
+from rewarded_lines.engines.http_client import HttpClient
 from rewarded_lines.errors import UserError, fail
 
 _KEYS = ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY")
@@ -27,9 +26,10 @@ class Server:
             UserError: there is no server, or its answer is not that of a vLLM server.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
-        key = next((os.environ[name] for name in _KEYS if os.environ.get(name)), "")
+        name = next((name for name in _KEYS if os.environ.get(name)), "")
+        key = os.environ.get(name, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = HttpClient(self.url, connections, _TIMEOUT, _RETRIES, headers, {"KEY": key})
+        self._client = HttpClient(self.url, connections, _TIMEOUT, _RETRIES, headers, {name: key})
         try:
             self.model, self.room = self._served()
         except BaseException:
@@ -47,21 +47,21 @@ class Server:
     def ask(self, method: str, path: str, content: Any = None) -> Any:
         """Return the server's answer, JSON or text."""
         response = self.response(method, path, content)
-        if response.status_code != httpx2.codes.OK:
+        if response.status != 200:
             key = f"set {_KEYS[0]} to the server's key"
             raise fail(
                 "the server refuses a request",
                 where=self.url + path,
                 expected="status 200",
                 got=self.described(response),
-                remedy=key if response.status_code in (401, 403) else "look into the server's log",
+                remedy=key if response.status in (401, 403) else "look into the server's log",
             )
         try:
             return response.json()
         except json.JSONDecodeError:
             return response.text
 
-    def response(self, method: str, path: str, content: Any = None) -> httpx2.Response:
+    def response(self, method: str, path: str, content: Any = None) -> HttpAnswer:
         """Return the response of any status; retry if the connection fails or the server is busy."""
         try:
             return self._client.ask(method, path, content)
@@ -74,7 +74,7 @@ class Server:
                 remedy="start it (`vllm serve MODEL --enable-lora …`), or wait until it has loaded its model",
             ) from error
 
-    def described(self, response: httpx2.Response) -> str:
+    def described(self, response: HttpAnswer) -> str:
         """Return status and message of a response, for an error."""
         return self._client.described(response)
 

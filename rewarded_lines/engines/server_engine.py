@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import httpx2
-
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers
@@ -115,7 +113,7 @@ class RemoteGenerator(AdapterGenerator):
     def _load(self, folder: Path) -> str:
         name, path = f"rewarded-lines-{secrets.token_hex(8)}", "/v1/load_lora_adapter"
         response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
-        if response.status_code == httpx2.codes.OK:
+        if response.status == 200:
             return name
         raise fail(
             "the server does not take merged adapters",

@@ -15,8 +15,8 @@ from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
 from rewarded_lines.rewards.failed_scores import Failed
-from rewarded_lines.rewards.http_answers import Places, RewardServer
 from rewarded_lines.rewards.reward import Columns, Reward
+from rewarded_lines.rewards.reward_server import Places, RewardServer
 
 _BATCH = 16
 _SHOWN = 200

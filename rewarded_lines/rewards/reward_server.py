@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from rewarded_lines.engines.http_client import HttpClient, HttpFailure
+from rewarded_lines.engines.http_answers import HttpFailure
+from rewarded_lines.engines.http_client import HttpClient
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.failed_scores import Failed
@@ -53,8 +54,8 @@ class RewardServer:
             if not failure.reached:
                 raise self._unusable(failure) from failure
             return
-        if response.status_code in _WRONG or response.is_redirect:
-            raise self._unusable(HttpFailure(self._connected().described(response), response.status_code))
+        if response.status in _WRONG or 300 <= response.status < 400:
+            raise self._unusable(HttpFailure(self._connected().described(response), response.status))
 
     def answers(self, path: str, groups: Iterator[Places], request: Request, read: Read) -> Iterator[Found]:
         """Yield the answers by place as they come, each a value or `Failed`.
