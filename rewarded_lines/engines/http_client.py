@@ -23,7 +23,9 @@ import aiohttp
 from rewarded_lines.engines.http_answers import LONGEST_TOLD, SHOWN, HttpAnswer, HttpFailure, backoff, told_wait
 from rewarded_lines.errors import fail, without_secrets
 
-Job, Found, Value = TypeVar("Job"), TypeVar("Found"), TypeVar("Value")
+Job = TypeVar("Job")
+Found = TypeVar("Found")
+Value = TypeVar("Value")
 _BUSY = (408, 425, 429, 500, 502, 503, 504, 529)
 _TOO_MANY = 429
 # Seconds. A running server accepts a connection at once, even if its answer takes long.

@@ -109,7 +109,8 @@ class Scorer:
         size = max(1, len(wanted)) if reward.streams else _MODEL_CHUNK if reward.size else _FUNCTION_CHUNK
         if reward.size:
             wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        done, failed = 0, {}
+        done = 0
+        failed: dict[Pair, Failed] = {}
         for start in range(0, len(wanted), size):
             self._tell(name, done, len(wanted))
             chunk = wanted[start : start + size]
