@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from rewarded_lines.errors import has_secret
+
 # The template of a reward model that formats conversations with its own chat template.
 CHAT = "chat"
 
@@ -90,6 +92,14 @@ def check_template(value: str | tuple[str, str]) -> None:
     text = "".join(value)
     if value != CHAT and "{response}" not in text and not ("{a}" in text and "{b}" in text):
         raise ValueError("the template must contain {response} (and usually {prompt}), or be `chat`")
+
+
+def check_url(value: str) -> None:
+    """Refuse what is not http:// or https://, and a URL with a secret: records show it."""
+    if not re.match(r"https?://[^/\s]", value):
+        raise ValueError("a URL begins with http:// or https:// and a host")
+    if has_secret(value):
+        raise ValueError("the URL holds a secret; put it into an environment variable and name that in `key_env:`")
 
 
 def check_variables(value: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ _LONGEST = 1000
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # A shorter text is no token and may be part of a word.
 _SHORTEST_TOKEN = 8
+# A parameter of a URL that is likely to hold a secret, such as "?api_key=".
+_URL_KEY = r"([?&][\w.-]*(?:key|token|secret|password|signature|sig)=)"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ def masked(text: str) -> str:
         token = os.environ.get(name, "").strip()
         text = text.replace(token, f"${name}") if len(token) >= _SHORTEST_TOKEN else text
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_…", text)
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without the passwords and keys of the URLs in it."""
+    return re.sub(rf"{_URL_KEY}([^&#\s'\"]+)", r"\1…", re.sub(r"(?<=://)[^/@\s'\"]+@", "…@", text))
+
+
+def has_secret(url: str) -> bool:
+    """Return whether a URL holds a password or a key."""
+    return without_secrets(url) != url
 
 
 def _brief(text: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rewarded_lines.config import CONTROL, GenerationSpec, ProjectConfig, Strict, is_one_set
-from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.errors import Problem, UserError, did_you_mean, fail, without_secrets
 from rewarded_lines.references import local_path, looks_local
 
 PROJECT_FILE = "rewarded-lines.yaml"
@@ -250,7 +250,7 @@ def _problem(place: str, detail: ErrorDetails) -> Problem:
     if detail["type"] == "extra_forbidden":
         known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
         return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
-    got = repr(detail["input"])
+    got = without_secrets(repr(detail["input"]))
     return Problem(
         detail["msg"].removeprefix("Value error, "),
         where=f"{place}: {'.'.join(location)}" if location else place,

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rewarded_lines.config_values import CHAT, Strict, check_template, check_variables, checked, parse_format
+from rewarded_lines.config_values import (
+    CHAT,
+    Strict,
+    check_template,
+    check_url,
+    check_variables,
+    checked,
+    parse_format,
+)
 from rewarded_lines.judge_settings import Pattern, Texts, Values, check_judge
 
 # Where a reward comes from, as messages say it.
@@ -14,6 +22,7 @@ _SOURCES = {
     "model": "a classifier",
     "function": "module:name, file.py:name, or a ready one such as regex",
     "judge": "a language model that judges",
+    "url": "a server that scores",
 }
 # Settings of judges, with the values that other rewards have.
 _JUDGE: dict[str, Any] = {
@@ -21,18 +30,26 @@ _JUDGE: dict[str, Any] = {
     "pattern": None, "match": "last", "verdicts": {}, "unmatched": "error", "against": None, "temperature": 0.0,
     "max_new_tokens": 512, "seed": 0,
 }  # fmt: skip
-# Keys that only some sources have.
+# Settings of servers: those that decide no score, and those that do.
+_REMOTE = ("key_env", "key_header", "concurrency", "timeout", "retries", "missing")
+_SERVED = {"url": None, "columns": [], "version": ""}
+# Keys that only some sources have. An API is a judge with a URL.
+_API = "judge: and url"
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "backend": ("model", "judge"),
     "tokenizer": ("model", "function"),
     "trust_remote_code": ("model",),
-    **dict.fromkeys(("workers", "messages", "options"), ("function",)),
+    **dict.fromkeys(("workers", "options"), ("function",)),
+    "messages": ("function", "url"),
+    "columns": ("url",),
+    **dict.fromkeys((*_REMOTE, "version"), ("url", _API)),
     **dict.fromkeys(_JUDGE, ("judge",)),
 }
-_DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers"}
+_DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers", *_REMOTE}
 # Later settings, with the values that earlier records had.
 _LATER: dict[str, Any] = {
     "messages": False, "options": {}, "tokenizer": None, "trust_remote_code": False, "judge": None, **_JUDGE,
+    **_SERVED,
 }  # fmt: skip
 _FIRST_MAX_TOKENS = 512
 
@@ -43,7 +60,7 @@ def _as_text(value: Any) -> Any:
 
 
 class RewardSpec(Strict):
-    """One reward, for recipes and evaluator: a classifier with a format, a language model that judges, or a function.
+    """One reward, for recipes and evaluator: a classifier, a language model that judges, a function, or a server.
 
     A `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
     LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
@@ -68,6 +85,13 @@ class RewardSpec(Strict):
     judge gives no verdict, `unmatched` is an "error" that names the row, or the judge may "abstain". `against` a column
     of answers, or "sft" for the SFT model's responses, both orders are asked: the score is the mean of both shares of
     a win, where a verdict's value is the share of the answer shown first and "tie" is 0.5.
+
+    A server at `url` gets {"prompts", "responses", "columns"} of `batch_size` pairs (16 by default) by POST, with the
+    `columns` named here, and answers {"scores": [a number or null for each]}. With a `judge`, the URL is that of an API
+    for chat completions. `concurrency` requests are under way at once; each may take `timeout` seconds and is repeated
+    up to `retries` times. `key_env` names the environment variable with the key, sent in `key_header`. Cached scores
+    belong to the URL and this `version`: change it when the server scores differently. With `missing: leave_out`, a
+    sweep goes on where the server fails on a response.
 
     A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens` limits the
     text, by default to what the model can read. `backend` and `device` run a model.
@@ -105,16 +129,26 @@ class RewardSpec(Strict):
     temperature: float = Field(0.0, ge=0)
     max_new_tokens: int = Field(512, ge=1)
     seed: int = Field(0, ge=0, lt=1_000_000)
+    url: Annotated[str, checked(check_url)] | None = None
+    columns: tuple[str, ...] = ()
+    version: str = ""
+    key_env: str | None = None
+    key_header: str = "Authorization"
+    concurrency: int = Field(64, ge=1, le=1024)
+    timeout: float = Field(60.0, gt=0)
+    retries: int = Field(5, ge=0)
+    missing: Literal["refuse", "leave_out"] = "refuse"
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSpec:
         given = [source for source in _SOURCES if getattr(self, source) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and given != ["judge", "url"]:
             raise ValueError("declare one of " + ", ".join(f"`{key}:` ({what})" for key, what in _SOURCES.items()))
+        kinds = {given[0], _API if len(given) == 2 else given[0]}
         for key, sources in _ONLY_FOR.items():
-            if given[0] not in sources and getattr(self, key) != type(self).model_fields[key].default:
+            if not kinds & {*sources} and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
-        if self.messages and ":" not in str(self.function):
+        if self.messages and self.function is not None and ":" not in self.function:
             raise ValueError("`messages:` is for your own functions; ready ones read the text of a response")
         if self.judge is not None:
             check_judge(self)

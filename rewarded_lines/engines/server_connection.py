@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from typing import Any
 
-import httpx2
-
+from rewarded_lines.engines.http_answers import HttpAnswer, HttpFailure
+from rewarded_lines.engines.http_client import HttpClient
 from rewarded_lines.errors import UserError, fail
 
 _KEYS = ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY")
-_ATTEMPTS = 4
-_BUSY = (429, 502, 503, 504)
-# A request may wait behind many others, but a running server accepts a connection at once.
-_TIMEOUT = httpx2.Timeout(600.0, connect=10.0)
+# A request may wait behind many others.
+_TIMEOUT, _RETRIES = 600.0, 3
 _SHOWN = 300
 
 
@@ -29,14 +26,10 @@ class Server:
             UserError: there is no server, or its answer is not that of a vLLM server.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
-        key = next((os.environ[name] for name in _KEYS if os.environ.get(name)), "")
-        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        name = next((name for name in _KEYS if os.environ.get(name)), "")
+        key = os.environ.get(name, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, limits=limits)
-        except (httpx2.InvalidURL, ValueError) as error:
-            expected = "http://HOST:PORT"
-            raise fail("not the URL of a server", where=url, expected=expected, got=str(error)) from error
+        self._client = HttpClient(self.url, connections, _TIMEOUT, _RETRIES, headers, {name: key})
         try:
             self.model, self.room = self._served()
         except BaseException:
@@ -54,40 +47,36 @@ class Server:
     def ask(self, method: str, path: str, content: Any = None) -> Any:
         """Return the server's answer, JSON or text."""
         response = self.response(method, path, content)
-        if response.status_code != httpx2.codes.OK:
+        if response.status != 200:
             key = f"set {_KEYS[0]} to the server's key"
             raise fail(
                 "the server refuses a request",
                 where=self.url + path,
                 expected="status 200",
-                got=describe(response),
-                remedy=key if response.status_code in (401, 403) else "look into the server's log",
+                got=self.described(response),
+                remedy=key if response.status in (401, 403) else "look into the server's log",
             )
         try:
             return response.json()
         except json.JSONDecodeError:
             return response.text
 
-    def response(self, method: str, path: str, content: Any = None) -> httpx2.Response:
+    def response(self, method: str, path: str, content: Any = None) -> HttpAnswer:
         """Return the response of any status; retry if the connection fails or the server is busy."""
-        for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1
-            try:
-                response = self._client.request(method, path, json=content)
-            except httpx2.TransportError as error:
-                if last:
-                    raise fail(
-                        "the server cannot be reached",
-                        where=self.url,
-                        expected="an OpenAI-compatible server",
-                        got=f"{type(error).__name__}: {error} ({_ATTEMPTS} attempts)",
-                        remedy="start it (`vllm serve MODEL --enable-lora …`), or wait until it has loaded its model",
-                    ) from error
-            else:
-                if last or response.status_code not in _BUSY:
-                    return response
-            time.sleep(0.25 * 2**attempt)
-        raise AssertionError
+        try:
+            return self._client.ask(method, path, content)
+        except HttpFailure as error:
+            raise fail(
+                "the server cannot be reached",
+                where=self.url,
+                expected="an OpenAI-compatible server",
+                got=f"{error.words} ({_RETRIES + 1} attempts)",
+                remedy="start it (`vllm serve MODEL --enable-lora …`), or wait until it has loaded its model",
+            ) from error
+
+    def described(self, response: HttpAnswer) -> str:
+        """Return status and message of a response, for an error."""
+        return self._client.described(response)
 
     def strange(self, path: str, content: Any) -> UserError:
         """Return the error for an answer that is not that of a vLLM server."""
@@ -112,14 +101,3 @@ class Server:
             return str(own["id"]), room if isinstance(room, int) else None
         except (AttributeError, LookupError, StopIteration, TypeError) as error:
             raise self.strange("/v1/models", content) from error
-
-
-def describe(response: httpx2.Response) -> str:
-    """Return status and message of a response, for an error."""
-    try:
-        content = response.json()
-        error = content.get("error", content)
-        message = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (json.JSONDecodeError, AttributeError):
-        message = response.text
-    return f"status {response.status_code}: {message[:_SHOWN]}"

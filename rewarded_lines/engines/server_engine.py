@@ -11,14 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import httpx2
-
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers
 from rewarded_lines.engines.base import Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.server_connection import Server, describe
+from rewarded_lines.engines.server_connection import Server
 from rewarded_lines.engines.tokenizers import load_tokens
 from rewarded_lines.engines.vllm_adapters import refuse_unserved, slot_rank
 from rewarded_lines.engines.vllm_core import make_response, sampling_settings
@@ -115,13 +113,13 @@ class RemoteGenerator(AdapterGenerator):
     def _load(self, folder: Path) -> str:
         name, path = f"rewarded-lines-{secrets.token_hex(8)}", "/v1/load_lora_adapter"
         response = self._server.response("POST", path, {"lora_name": name, "lora_path": str(folder)})
-        if response.status_code == httpx2.codes.OK:
+        if response.status == 200:
             return name
         raise fail(
             "the server does not take merged adapters",
             where=self._server.url + path,
             expected="status 200",
-            got=describe(response),
+            got=self._server.described(response),
             remedy=f"start it with {self._settings()}; if it runs elsewhere, set {FOLDER} to a folder that it sees "
             f"under the same path (now {folder.parent})",
         )

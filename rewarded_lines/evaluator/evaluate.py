@@ -205,7 +205,7 @@ class LocalEvaluator:
         One call scores all, which fills batches better. Where a reward may fail, each point has its own call, so that
         its record has its own count of failures.
         """
-        alone = any(getattr(one, "missing", "") == _LEAVE_OUT for one in setup.project.config.rewards.values())
+        alone = any(one.missing == _LEAVE_OUT for one in setup.project.config.rewards.values())
         for some in [{key: draft} for key, draft in drafts.items()] if alone else [drafts]:
             rows = [setup.rows[index] for draft in some.values() for index in draft.prompt_index]
             responses = [response for draft in some.values() for response in draft.judged]
@@ -215,7 +215,7 @@ class LocalEvaluator:
                 columns = [{**row, SFT_RESPONSE: text} for row, text in zip(columns, sft, strict=True)]
             found = self._scorer.score([row["prompt"] for row in rows], responses, columns)
             scores = {name: np.array(found[name], dtype=np.float64) for name in setup.rewards}
-            failed = {name: count for name, count in getattr(self._scorer, "failed", {}).items() if count}
+            failed = {name: count for name, count in self._scorer.failed.items() if count}
             start = 0
             for key, draft in some.items():
                 own = slice(start, start + len(draft.responses))

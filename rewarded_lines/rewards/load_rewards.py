@@ -1,7 +1,7 @@
 """Rewards: how a project's rewards are loaded, and the prompts that they can read.
 
-A reward is a classifier, a judge or a Python function. A score is a float per (prompt, response) pair, never rounded.
-Texts are never stripped here, and only tokenizers treat special tokens.
+A reward is a classifier, a judge, a Python function or a server. A score is a float per (prompt, response) pair, never
+rounded. Texts are never stripped here, and only tokenizers treat special tokens.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ def load_reward(
         return FunctionReward(name, spec, root)
     if spec.judge is not None:
         return JudgeReward(name, spec, LocalJudge(name, spec, _located(spec.judge, root), device, models))
+    if spec.url is not None:
+        from rewarded_lines.rewards.http_rewards import HttpReward
+
+        return HttpReward(name, spec)
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
     shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)

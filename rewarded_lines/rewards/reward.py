@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
 from rewarded_lines.errors import Problem, UserError, listed
+from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 
 _MOST_NAMES = 12
 Columns = Sequence[Row] | None
@@ -26,6 +27,7 @@ class Reward(ABC):
         reads_sft: it compares with the SFT model's response, which a sweep adds to the columns.
         size: bytes of its weights in memory; 0 without weights.
         device: where the weights are while in memory.
+        streams: whether scores come one after another, so that one call may hold any number of pairs.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Reward(ABC):
     reads_sft: bool = False
     size: int = 0
     device: str = "cpu"
+    streams: bool = False
 
     @property
     def loaded(self) -> bool:
@@ -62,6 +65,29 @@ class Reward(ABC):
             PairError: the reward failed on a pair, or its score is not finite.
             UserError: the reward failed otherwise.
         """
+
+    def stream(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> Iterator[dict[int, float | Failed]]:
+        """Yield the scores by place as they come, `Failed` where the reward gives none after all attempts.
+
+        See `score` for the rest.
+        """
+        yield dict(enumerate(self.score(prompts, responses, columns)))
+
+    def collected(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """Return all scores of `stream`, or raise an error that names the pairs that failed."""
+        found: dict[int, float] = {}
+        failed: dict[int, Failed] = {}
+        for some in self.stream(prompts, responses, columns):
+            for at, score in some.items():
+                if isinstance(score, Failed):
+                    failed[at] = score
+                else:
+                    found[at] = score
+        if failed:
+            raise rows_failed(self.name, failed, prompts, responses)
+        return [found[at] for at in range(len(prompts))]
 
     def free(self) -> None:  # noqa: B027
         """Free memory and processes; the next score loads the reward again."""

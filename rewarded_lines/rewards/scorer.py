@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections import defaultdict
@@ -17,6 +18,7 @@ from rewarded_lines.data.rows import Row, row_text
 from rewarded_lines.processes import available_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.score_cache import ScoreCache
@@ -26,6 +28,10 @@ from rewarded_lines.rewards.score_checks import Pair, PairError
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
 _SHARE_OF_MEMORY = 0.8
+_REMEDY = (
+    "run it again: all other scores are kept, only these are asked for; or say `missing: leave_out` in the reward's "
+    "declaration, and a sweep goes on without them"
+)
 # A prompt, a response, and the columns of the prompt's row.
 Item = tuple[Prompt, str, Row]
 
@@ -35,6 +41,7 @@ class Scorer:
 
     Attributes:
         seconds: time spent in `score` so far.
+        failed: by reward, how many responses of the last call have no score because the reward failed on them.
     """
 
     def __init__(
@@ -55,16 +62,20 @@ class Scorer:
         self._cache = cache
         self._offload = offload
         self._progress = progress
+        self._leave_out = {name for name in rewards if declarations[name].missing == "leave_out"}
         self.seconds = 0.0
+        self.failed = dict.fromkeys(rewards, 0)
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
     ) -> dict[str, list[float]]:
-        """Return every reward's scores in order, NaN where one abstains; after a failure, the cache keeps earlier ones.
+        """Return every reward's scores in order; after a failure, the cache keeps those that came.
 
-        `columns` are the further columns of each prompt's row.
+        A score is NaN where a reward abstains, or fails and the project says `missing: leave_out`. `columns` are the
+        further columns of each prompt's row.
         """
         started = time.perf_counter()
+        self.failed = dict.fromkeys(self._rewards, 0)
         try:
             return self._score(list(zip(prompts, responses, columns or [{}] * len(prompts), strict=True)))
         finally:
@@ -103,35 +114,63 @@ class Scorer:
     def _computed(
         self, missing: Mapping[str, dict[Pair, int]], items: Sequence[Item]
     ) -> Iterator[tuple[str, dict[Pair, float]]]:
-        """Yield scores of each reward's missing pairs in chunks; the cache keeps each chunk first.
+        """Yield scores of each reward's missing pairs as they come; the cache keeps them first.
 
         Rewards on one model take turns in each chunk, so that the model reads it once.
         """
-        model = self._rewards[next(iter(missing))].size
+        first = self._rewards[next(iter(missing))]
         wanted = list({pair: None for places in missing.values() for pair in places})
-        if model:
+        if first.size:
             wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        size = _MODEL_CHUNK if model else _FUNCTION_CHUNK
+        size = max(1, len(wanted)) if first.streams else _MODEL_CHUNK if first.size else _FUNCTION_CHUNK
+        failed: dict[str, dict[Pair, Failed]] = defaultdict(dict)
         for start in range(0, len(wanted), size):
             for name, places in missing.items():
                 chunk = [pair for pair in wanted[start : start + size] if pair in places]
-                self._progress.start(f"scoring {name}: {start:,} of {len(wanted):,} responses", counted=True)
-                if chunk:
-                    yield name, self._score_chunk(name, chunk, places, items)
+                self._tell(name, start, len(wanted))
+                for found in self._streamed(name, chunk, places, items) if chunk else ():
+                    failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Failed)}
+                    yield name, {pair: one for pair, one in found.items() if not isinstance(one, Failed)}
+        for name, lost in failed.items():
+            if lost:
+                yield name, self._without(name, lost, items)
 
-    def _score_chunk(
+    def _streamed(
         self, name: str, chunk: Sequence[Pair], places: Mapping[Pair, int], items: Sequence[Item]
-    ) -> dict[Pair, float]:
-        key = self._keys[name]
+    ) -> Iterator[dict[Pair, float | Failed]]:
+        """Yield what a reward gives for a chunk of pairs, as it comes; the cache keeps scores first."""
+        key, done = self._keys[name], 0
         prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
         try:
-            values = self._rewards[name].score(prompts, responses, columns)
+            for found in self._rewards[name].stream(prompts, responses, columns):
+                self._keep(key, {chunk[at]: one for at, one in found.items() if not isinstance(one, Failed)})
+                done += len(found)
+                if self._rewards[name].streams:
+                    self._tell(name, done, len(chunk))
+                yield {chunk[at]: one for at, one in found.items()}
         except PairError as error:
-            self._cache.put(key, {chunk[index]: score for index, score in error.known.items()})
+            self._keep(key, {chunk[index]: score for index, score in error.known.items()})
             raise PairError(error.problem, places[chunk[error.index]], error.pair) from error
-        scores = dict(zip(chunk, values, strict=True))
-        self._cache.put(key, scores)
-        return scores
+
+    def _tell(self, name: str, done: int, total: int) -> None:
+        self._progress.start(f"scoring {name}: {done:,} of {total:,} responses", counted=True)
+
+    def _keep(self, key: str, scores: Mapping[Pair, float]) -> None:
+        try:
+            self._cache.put(key, scores)
+        except KeyboardInterrupt:
+            # It undid the write. These scores may have been paid for.
+            self._cache.put(key, scores)
+            raise
+
+    def _without(self, name: str, failed: Mapping[Pair, Failed], items: Sequence[Item]) -> dict[Pair, float]:
+        """Return NaN for pairs that a reward failed on, which the cache does not keep; or refuse them."""
+        pairs = _pairs(self._rewards[name], items)
+        lost = {at: failed[pair] for at, pair in enumerate(pairs) if pair in failed}
+        if name not in self._leave_out:
+            raise rows_failed(name, lost, [item[0] for item in items], [item[1] for item in items], _REMEDY)
+        self.failed[name] = len(lost)
+        return dict.fromkeys(failed, math.nan)
 
     def _one_by_one(self, names: Sequence[str]) -> bool:
         """Return whether the models among `names` must take turns in memory."""

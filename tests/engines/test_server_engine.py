@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx2
 import pytest
 from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import server_connection as server
+from rewarded_lines.engines import http_answers
 from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 def stand_in(monkeypatch):
     for name in ("REWARDED_LINES_API_KEY", "OPENAI_API_KEY", "REWARDED_LINES_ADAPTER_FOLDER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_answers, "_FIRST_WAIT", 0)
     server_ = StandIn()
     thread = threading.Thread(target=server_.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -158,7 +158,7 @@ def test_connections_that_break_and_busy_servers_get_time(stand_in, tiny):
 
 
 def test_nobody_there_is_a_fault(tiny, monkeypatch):
-    monkeypatch.setattr(server.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_answers, "_FIRST_WAIT", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -263,9 +263,9 @@ def real(tiny, plan):
 def wait_for(process, url, log):
     while process.poll() is None:
         try:
-            if httpx2.get(f"{url}/health").status_code == 200:
+            if urllib.request.urlopen(f"{url}/health").status == 200:
                 return
-        except httpx2.TransportError:
+        except OSError:
             pass
         time.sleep(0.5)
     raise AssertionError(log.read_text()[-3000:])
@@ -291,7 +291,7 @@ def test_a_real_server_equals_the_reference(real, plan):
     several = generator.generate(PROMPTS, SAMPLED, models[:3])
     assert several == [generator.generate(PROMPTS, SAMPLED, [model])[0] for model in models[:3]]
     assert len({response.tokens for response in several[0]}) > len(PROMPTS)
-    served = httpx2.get(f"{real}/v1/models").json()["data"]
+    served = json.load(urllib.request.urlopen(f"{real}/v1/models"))["data"]
     assert [card["id"] for card in served] == ["sft"]
     generator.close()
     hf.close()
