@@ -23,7 +23,6 @@ from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
 
 POINTS, GAIN = 15, 0.001
-_FIRST = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def search(
     The added points stay in the run, and a later `sweep` keeps them.
 
     Args:
-        run: the run folder that `sweep` wrote; with `config`, a new one begins with three λ.
+        run: the run folder that `sweep` wrote; with `config`, a new one begins with three λ on each edge of the
+            simplex, or from four policies on with its vertices and centre.
         config: the project file; by default the run's own.
         methods: whose fronts; by default all that are merges.
         points: the most λ that each method has in the end.
@@ -84,22 +84,21 @@ def search(
     """
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
-        _begin(folder, config, methods, replace(options, engine=engine or options.engine), progress)
+        _begin(folder, config, methods, points, replace(options, engine=engine or options.engine), progress)
     header = read_header(folder)
     made_with = header["options"]
     options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
     options = replace(options, tower=options.tower or made_with.get("tower"))
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
-    with (
-        open_run(folder, setup, progress=progress) as held,
-        open_evaluator(setup, folder, progress=progress) as make,
-    ):
+    with open_run(folder, setup, progress=progress) as held:
         listed = held.listed()
-        room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
-        held.expect(len({PointSpec(SFT), *listed}) + sum(room))
-        found = [_search_one(held, make, name, points, gain) for name in chosen]
-        held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
+        there = {name: sum(spec.method == name for spec in listed) for name in chosen}
+        _check_room(setup, [name for name in chosen if not there[name]], points)
+        held.expect(len({PointSpec(SFT), *listed}) + sum(max(0, points - one) for one in there.values()))
+        with open_evaluator(setup, folder, progress=progress) as make:
+            found = [_search_one(held, make, name, points, gain) for name in chosen]
+            held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
     return load_run(folder), found
 
 
@@ -107,15 +106,30 @@ def _begin(
     folder: Path,
     config: Path | str | None,
     methods: Sequence[str],
+    points: int,
     options: SweepOptions,
     progress: Progress,
 ) -> None:
-    """Sweep three λ of each method, after the check that there is something to search."""
+    """Sweep the first λ of each method, after the check that there is something to search."""
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
-    _chosen(open_setup(load_project(config), options, progress), methods, folder)
-    sweep(config, points=_FIRST, out=folder, progress=progress, options=options)
+    setup = open_setup(load_project(config), options, progress)
+    _check_room(setup, _chosen(setup, methods, folder), points)
+    sweep(config, points=setup.methods.design.first, out=folder, progress=progress, options=options)
+
+
+def _check_room(setup: Setup, new: Sequence[str], points: int) -> None:
+    """Refuse a budget that is smaller than the λ with which `new` methods begin."""
+    first = len(setup.methods.design.weights(setup.methods.design.first))
+    if new and points < first:
+        policies = len(setup.project.config.policies)
+        raise fail(
+            "fewer λ than a search begins with",
+            where=f"--points {points}",
+            expected=f"{first} or more for {policies} policies",
+            remedy=f"allow more, such as --points {2 * first}",
+        )
 
 
 def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
@@ -135,7 +149,7 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     setup, rewards = run.setup, run.setup.objectives
     (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
     start = [spec for spec in run.listed() if spec.method == name]
-    first = [] if start else setup.methods.grid(name, _FIRST)
+    first = [] if start else setup.methods.grid(name, setup.methods.design.first)
     front = run.fill(setup, start or first, evaluator)
     run.add(first)
     added, reference = len(first), sft.means(rewards)

@@ -15,7 +15,7 @@ from rewarded_lines.evaluator.points import PointSpec, check_merge
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.spec import MergeSpec, simplex_grid
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.hypervolume import hypervolume
 
 # A few hundred prompts cannot tell finer differences in α and β apart.
@@ -36,6 +36,8 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
+    if spec.points is not None:
+        setup.methods.design.check(spec.points, f"{where}.points")
     prompts = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
     if all(prompt in setup.prompts for prompt in prompts):
         raise fail(
@@ -50,8 +52,7 @@ def validation_prompts(setup: Setup, spec: TuneSpec) -> list[Prompt]:
 
 def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
     """Return the most points that `tune` makes, with its best trial on the test prompts."""
-    policies = len(setup.project.config.policies)
-    trial, best = (len(simplex_grid(policies, points)) for points in (spec.points or count, count))
+    trial, best = (len(setup.methods.design.weights(points)) for points in (spec.points or count, count))
     return 1 + spec.trials * trial + best
 
 
@@ -66,7 +67,7 @@ def tune(
     Returns:
         The search's part of `run.json`: α, β and hypervolume above the SFT model's scores of the
         best trial and of all trials in order; and the best trial's points for the test prompts,
-        with `count` λ on each edge of the simplex.
+        at the design's λ for `count`.
     """
     import optuna
 
@@ -105,8 +106,8 @@ def tune(
 
 
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
-    policies = len(setup.project.config.policies)
-    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in simplex_grid(policies, count))
+    policies, places = len(setup.project.config.policies), setup.methods.design.weights(count)
+    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in places)
     return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
 
 

@@ -80,10 +80,10 @@ def next_weights(
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
     start, spread = hypervolume(scores, reference), np.ptp(scores, axis=0)
-    known = {_rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
+    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
     found = []
     for one, other in _neighbours(places, min_gap):
-        middle = _rounded((places[one] + places[other]) / 2)
+        middle = rounded((places[one] + places[other]) / 2)
         if middle not in known:
             hoped = np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * spread
             potential = hypervolume(np.vstack([scores, hoped]), reference) - start
@@ -124,7 +124,7 @@ def _gap(places: Array, one: int, other: int) -> float:
     return float(np.abs(places[one] - places[other]).max())
 
 
-def _rounded(place: Array) -> tuple[int, ...]:
+def rounded(place: Array) -> tuple[int, ...]:
     """Return weights in steps of 1/STEPS that still sum to 1, by largest remainders; 0 stays 0."""
     exact = place * STEPS
     parts = np.floor(exact + 1e-6).astype(int)
