@@ -46,8 +46,10 @@ class Table:
         return found
 
 
-def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
+def tabulate(runs: Sequence[Run], seed: int = SEED, resamples: int | None = None) -> Table:
     """Return the records of runs, which differ in the policies' training seed, as arrays.
+
+    `resamples` are by default as many as the first run's project asks for.
 
     Raises:
         UserError: runs of different projects or without a common point, records with other
@@ -58,7 +60,7 @@ def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
     _check_points([point for row in rows for point in row], rewards)
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
-    return Table(rows, rewards, objectives, resample_runs(measures, resamples_of(runs[0]), seed))
+    return Table(rows, rewards, objectives, resample_runs(measures, resamples or resamples_of(runs[0]), seed))
 
 
 def resamples_of(run: Run) -> int:

@@ -15,7 +15,7 @@ from rewarded_lines.evaluator.run_folder import RunFolder, open_run
 from rewarded_lines.evaluator.sweep import open_evaluator, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
-from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.pareto.approximate_hypervolume import careful
 from rewarded_lines.pareto.interpolation import mixed_hypervolume
 from rewarded_lines.pareto.next_point import Proposal, next_weights
 from rewarded_lines.progress import SILENT, Progress
@@ -34,6 +34,7 @@ class Found:
         points: its λ now.
         added: λ that this search added.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
+        error: its relative standard error, where many points and rewards make it an approximation; 0 if it is exact.
         mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for
             two policies.
         potential: the most that the next point could add; 0 if nothing more can be gained.
@@ -44,6 +45,7 @@ class Found:
     points: int
     added: int
     hypervolume: float
+    error: float
     mixed: float | None
     potential: float
     reason: str
@@ -155,7 +157,7 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     added, reference = len(first), sft.means(rewards)
     while True:
         places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
-        volume, room = hypervolume(means, reference), points - len(front)
+        (volume, error), room = careful(means, reference), points - len(front)
         proposals: list[Proposal] = []
         # One proposal even when the budget is spent, to report its potential.
         while len(proposals) < max(1, min(evaluator.width, room)):
@@ -174,4 +176,4 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     mixed = None
     if len(setup.project.config.policies) == 2 and len(front) > 1:
         mixed = mixed_hypervolume([place[0] for place in places], means, reference)
-    return Found(name, len(front), added, volume, mixed, potential, "points" if room <= 0 else "gain")
+    return Found(name, len(front), added, volume, error, mixed, potential, "points" if room <= 0 else "gain")

@@ -16,7 +16,7 @@ from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.pareto.approximate_hypervolume import careful
 
 # A few hundred prompts cannot tell finer differences in α and β apart.
 _STEP = 0.01
@@ -85,7 +85,7 @@ def tune(
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
         front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
         means = [point.means(setup.objectives) for point in front]
-        study.tell(trial, hypervolume(means, sft.means(setup.objectives)))
+        study.tell(trial, careful(means, sft.means(setup.objectives))[0])
     best = study.best_trial
     alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
     found = {

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rewarded_lines.pareto.approximate_hypervolume import approximation, exact_seconds
 from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
 # Weights are proposed in steps of 1/STEPS, four decimals.
@@ -16,6 +17,8 @@ STEPS = 10_000
 # 0.1 to 0.2 did best on simulated fronts of two and three policies. With 0, noise can close a gap for good;
 # with 0.5, three policies' fronts lost up to a sixth of their volume.
 SLACK = 0.15
+# Seconds of one core that exact potentials may take; beyond, they are approximated.
+PATIENCE = 20.0
 # Allowed for rounding: a sum of weights off 1, and a gain relative to the hypervolume.
 TOLERANCE = 1e-6
 ROUNDING = 1e-12
@@ -55,6 +58,8 @@ def next_weights(
     noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a
     wide gap is never entered if one end seems to dominate the other.
 
+    Where exact potentials would take longer than `PATIENCE`, they are approximated, all with the same directions.
+
     Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In
     simulations with two policies, a grid of as many λ had at most about 1 % less hypervolume.
     With three policies the search found a sixth to a third more with 15 points, a tenth more
@@ -79,14 +84,17 @@ def next_weights(
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
-    start, spread = hypervolume(scores, reference), np.ptp(scores, axis=0)
+    neighbours = list(_neighbours(places, min_gap))
+    exact = len(neighbours) * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE
+    volume = hypervolume if exact else approximation
+    start, spread = volume(scores, reference), np.ptp(scores, axis=0)
     known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
     found = []
-    for one, other in _neighbours(places, min_gap):
+    for one, other in neighbours:
         middle = rounded((places[one] + places[other]) / 2)
         if middle not in known:
             hoped = np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * spread
-            potential = hypervolume(np.vstack([scores, hoped]), reference) - start
+            potential = volume(np.vstack([scores, hoped]), reference) - start
             found.append(Proposal(tuple(part / STEPS for part in middle), potential, (one, other)))
     most = max((proposal.potential for proposal in found), default=0.0)
     if most <= ROUNDING * start:

@@ -143,6 +143,8 @@ def side_sheet(summary: Summary) -> Sheet:
         "distinct-2: different pairs of words among all pairs. "
         "adds: what its method's hypervolume above SFT would lose without the point."
     )
+    if not summary.exact_contributions:
+        note += " It is approximated, to about a seventh of the largest."
     if summary.audits:
         note += " audit: rewards that nothing was trained on or chosen by."
     if summary.controls:
@@ -175,7 +177,8 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
         "worst: the worst mean score of any point on each axis. "
         "Both come from the points' own prompts, anew in each resample"
         + ("; others are as declared. " if len(summary.references) > 2 else ". ")
-        + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
+        + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference."
+        + texts.accuracy_note(summary),
         labels=2,
     )
 

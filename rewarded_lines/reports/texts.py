@@ -47,6 +47,20 @@ def method_labels(summary: Summary) -> dict[str, str]:
     return {name: label if times[label] == 1 else f"{name}: {label}" for name, label in labels.items()}
 
 
+def accuracy_note(summary: Summary) -> str:
+    """Return the note on hypervolumes that are approximated; "" if all are exact."""
+    rows = [row for row in summary.hypervolumes if row.resample_error]
+    if not rows:
+        return ""
+    where = ", ".join(dict.fromkeys(row.reference for row in rows))
+    value, resample = max(row.error for row in rows), max(row.resample_error for row in rows)
+    first = f"values have a relative standard error up to {value:.1%}" if value else "values are exact"
+    return (
+        f" Above {where}, {first}; their intervals are approximated, with relative errors up to {resample:.1%} in the "
+        "resamples that were checked. `report --exact` computes all exactly."
+    )
+
+
 def weights_text(point: PointSummary) -> str:
     """Return λ (two policies), all weights (more), a baseline's name, or "" for SFT."""
     if point.checkpoint:
