@@ -20,11 +20,7 @@ def report(
     run: Run,
     more: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Runs of other training seeds, averaged with RUN.",
-            show_default=False,
-            autocompletion=run_folders,
-        ),
+        typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -47,10 +43,9 @@ def report(
 
     Hypervolumes have two reference points: the scores of SFT, and the worst
     score of any point on each axis. Intervals are bootstrapped over
-    prompts. An unfinished sweep is shown as far as it has points.
-    With many rewards and points, exact hypervolumes take long: the command
-    tells how long, and approximates resamples that would take a core more than
-    2 minutes above one reference. The report says so, with the error.
+    prompts. An unfinished sweep is shown as far as it has points. The command
+    tells first what takes long. Resamples of many rewards that would take a
+    core 2 minutes are approximated, and the report gives the error.
 
     RUN/report receives summary.json, table.md, points.csv and figures.
     The figures are front, kl (each reward over KL to SFT), forgetting (over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -52,18 +52,14 @@ def next_weights(
 ) -> Proposal | None:
     """Return the middle between the two evaluated neighbours where the front may gain most.
 
-    The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with
-    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The
-    maximum is the most that a monotone front could reach between them. The slack allows for
-    noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a
-    wide gap is never entered if one end seems to dominate the other.
+    The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with u = max(s_a, s_b) + slack · |w_a − w_b|_∞ ·
+    (max_P s − min_P s), reward by reward. The maximum is the most that a monotone front could reach between them. The
+    slack allows for noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a wide
+    gap is never entered if one end seems to dominate the other.
 
-    Where exact potentials would take longer than `PATIENCE`, they are approximated, all with the same directions.
-
-    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In
-    simulations with two policies, a grid of as many λ had at most about 1 % less hypervolume.
-    With three policies the search found a sixth to a third more with 15 points, a tenth more
-    with 28.
+    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In simulations with two
+    policies, a grid of as many λ had at most about 1 % less hypervolume. With three policies the search found a sixth
+    to a third more with 15 points, a tenth more with 28.
 
     Args:
         weights: [points, policies], each evaluated preference, on the simplex.
@@ -85,11 +81,10 @@ def next_weights(
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
     neighbours = list(_neighbours(places, min_gap))
-    exact = len(neighbours) * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE
-    volume = hypervolume if exact else approximation
-    start, spread = volume(scores, reference), np.ptp(scores, axis=0)
+    volume, spread = _volume_for(len(neighbours), scores), np.ptp(scores, axis=0)
+    start = volume(scores, reference)
     known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
-    found = []
+    found: list[Proposal] = []
     for one, other in neighbours:
         middle = rounded((places[one] + places[other]) / 2)
         if middle not in known:
@@ -106,6 +101,14 @@ def next_weights(
         return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
 
     return min(found, key=order)
+
+
+def _volume_for(count: int, scores: Array) -> Callable[[Array, ArrayLike], float]:
+    """Return the exact hypervolume, or where `count` exact ones take longer than `PATIENCE` its approximation.
+
+    Its directions are the same for all, so that its errors are similar, too.
+    """
+    return hypervolume if count * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE else approximation
 
 
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,8 @@ from rewarded_lines.reports.summary import Summary
 
 # With more methods, the differences above all references fill a screen.
 _FEW = 3
+# Characters in a row of a Markdown table; the rest goes to another table.
+_WIDEST = 150
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Sheet:
         yield Text(self.title, style="bold")
         yield from self._tables(options.max_width)
         yield Text(self.note + "\n", style="dim")
+
+    def columns(self, width: int) -> list[list[int]]:
+        """Return the columns of each table of at most this width: the labels, then as many as fit."""
+        every = list(range(len(self._widths)))
+        return self._parts(every[: self.labels], every[self.labels :], width)
 
     @cached_property
     def _widths(self) -> list[int]:
@@ -159,7 +166,12 @@ def _by_point(title: str, summary: Summary, columns: Sequence[tuple[str, Sequenc
     """Return a table with a row for every point from the (heading, cells) of each column."""
     headings = ("method", "λ", *(heading for heading, _ in columns))
     methods = [point.method for point in summary.points]
-    rows = zip(methods, map(texts.weights_text, summary.points), *(cells for _, cells in columns), strict=True)
+    rows = zip(
+        methods,
+        [texts.weights_text(point, summary.policies) for point in summary.points],
+        *(cells for _, cells in columns),
+        strict=True,
+    )
     return Sheet(title, headings, list(rows), note, labels=2)
 
 
@@ -217,10 +229,16 @@ def markdown(summary: Summary) -> str:
     """Return all tables as one Markdown text."""
     parts = [f"# {_escape(summary.title) or 'Front'}", texts.scope_note(summary)]
     for sheet in sheets(summary):
-        ruler = [":--", *["--:"] * (len(sheet.headings) - 1)]
-        lines = [f"| {' | '.join(map(_escape, cells))} |" for cells in (sheet.headings, ruler, *sheet.rows)]
-        parts.append("\n".join([f"## {sheet.title}", "", *lines, "", sheet.note]))
+        tables = [_markdown_table(sheet, columns) for columns in sheet.columns(_WIDEST)]
+        parts.append("\n\n".join([f"## {sheet.title}", *tables, sheet.note]))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(sheet: Sheet, columns: Sequence[int]) -> str:
+    ruler = [":--", *["--:"] * (len(columns) - 1)]
+    rows = ([row[column] for column in columns] for row in (sheet.headings, *sheet.rows))
+    head, *cells = (f"| {' | '.join(map(_escape, row))} |" for row in rows)
+    return "\n".join([head, f"| {' | '.join(ruler)} |", *cells])
 
 
 def points_csv(summary: Summary) -> str:
