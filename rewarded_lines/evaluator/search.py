@@ -15,6 +15,7 @@ from rewarded_lines.evaluator.run_folder import RunFolder, open_run
 from rewarded_lines.evaluator.sweep import open_evaluator, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
+from rewarded_lines.evaluator.weight_designs import Weights
 from rewarded_lines.pareto.approximate_hypervolume import careful
 from rewarded_lines.pareto.interpolation import mixed_hypervolume
 from rewarded_lines.pareto.next_point import Proposal, next_weights
@@ -23,6 +24,9 @@ from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
 
 POINTS, GAIN = 15, 0.001
+WORST = "worst"
+# Up to so many rewards, a front that is nowhere above SFT is not worth a search.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Found:
             two policies.
         potential: the most that the next point could add; 0 if nothing more can be gained.
         reason: why the search ended: "points" or "gain".
+        above: "sft", or "worst" where no λ of more than three rewards may be above SFT on each of them: then volumes
+            are above the worst of SFT and the single policies on each reward.
     """
 
     method: str
@@ -49,6 +55,7 @@ class Found:
     mixed: float | None
     potential: float
     reason: str
+    above: str = SFT
 
 
 @takes_sweep_options()
@@ -154,17 +161,17 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     first = [] if start else setup.methods.grid(name, setup.methods.design.first)
     front = run.fill(setup, start or first, evaluator)
     run.add(first)
-    added, reference = len(first), sft.means(rewards)
+    added = len(first)
     while True:
         places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
-        (volume, error), room = careful(means, reference), points - len(front)
-        proposals: list[Proposal] = []
+        room, above = points - len(front), SFT
+        reference = sft.means(rewards)
         # One proposal even when the budget is spent, to report its potential.
-        while len(proposals) < max(1, min(evaluator.width, room)):
-            taken = [one.weights for one in proposals]
-            if (proposal := next_weights(places, means, reference, taken)) is None:
-                break
-            proposals.append(proposal)
+        width = max(1, min(evaluator.width, room))
+        proposals, (volume, error) = _proposals(places, means, reference, width), careful(means, reference)
+        if not proposals and not volume and len(rewards) > _FEW:
+            above, reference = WORST, _worst(places, [*means, reference])
+            proposals, (volume, error) = _proposals(places, means, reference, width), careful(means, reference)
         potential = max((proposal.potential for proposal in proposals), default=0.0)
         worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
         if room <= 0 or not worth:
@@ -176,4 +183,24 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     mixed = None
     if len(setup.project.config.policies) == 2 and len(front) > 1:
         mixed = mixed_hypervolume([place[0] for place in places], means, reference)
-    return Found(name, len(front), added, volume, error, mixed, potential, "points" if room <= 0 else "gain")
+    reason = "points" if room <= 0 else "gain"
+    return Found(name, len(front), added, volume, error, mixed, potential, reason, above)
+
+
+def _proposals(
+    places: Sequence[Weights], means: Sequence[Sequence[float]], reference: Sequence[float], width: int
+) -> list[Proposal]:
+    """Return up to `width` λ that are worth evaluating, the most promising first."""
+    found: list[Proposal] = []
+    while len(found) < width:
+        proposal = next_weights(places, means, reference, [one.weights for one in found])
+        if proposal is None:
+            break
+        found.append(proposal)
+    return found
+
+
+def _worst(places: Sequence[Weights], means: Sequence[Sequence[float]]) -> list[float]:
+    """Return the worst mean on each reward of SFT, the last of `means`, and the single policies, or of all without."""
+    single = [mean for place, mean in zip(places, means, strict=False) if max(place) == 1]
+    return [min(column) for column in zip(*(single or means), means[-1], strict=True)]

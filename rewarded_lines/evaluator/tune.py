@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
+
+import numpy as np
 
 from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.dataset_formats import read_prompts
@@ -12,6 +15,7 @@ from rewarded_lines.data.rows import rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec, check_merge
+from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
@@ -61,6 +65,8 @@ def tune(
 ) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
+    With many rewards no point may be above SFT on all of them, see `_worth`.
+
     Every trial's points are kept like any other. A killed search continues where it stopped,
     because the same seed proposes the same trials.
 
@@ -85,24 +91,42 @@ def tune(
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
         front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
         means = [point.means(setup.objectives) for point in front]
-        study.tell(trial, careful(means, sft.means(setup.objectives))[0])
+        study.tell(trial, _worth(means, sft, setup.objectives))
     best = study.best_trial
     alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
     found = {
         "alpha": alpha,
         "beta": beta,
-        "hypervolume": float(best.value or 0.0),
+        **_measured(best.value),
         "prompts": {
             "count": len(prompts),
             "hash": rows_hash({"prompt": prompt} for prompt in prompts),
             "in_test": sum(prompt in run.setup.prompts for prompt in prompts),
         },
         "trials": [
-            {**{name: _rounded(value) for name, value in one.params.items()}, "hypervolume": one.value or 0.0}
+            {**{name: _rounded(value) for name, value in one.params.items()}, **_measured(one.value)}
             for one in study.trials
         ],
     }
     return found, _points(run.setup, spec, alpha, beta, count)
+
+
+def _worth(means: Sequence[Sequence[float]], sft: Point, rewards: Sequence[str]) -> float:
+    """Return a front's hypervolume above SFT; if no point is above SFT on every reward, how far the nearest is below.
+
+    That is −min_p max_i (c_i − s_p,i)/d_i, with mean c and standard deviation d of SFT's scores.
+    """
+    if volume := careful(means, sft.means(rewards))[0]:
+        return volume
+    spread = np.array([np.std(sft.scores[name]) for name in rewards])
+    short = (np.array(sft.means(rewards)) - np.array(means)) / np.where(spread > 0, spread, 1.0)
+    return -float(short.max(axis=1).min())
+
+
+def _measured(worth: float | None) -> dict[str, float]:
+    """Return a trial's part of `run.json`; `shortfall` only where there is one."""
+    value = float(worth or 0.0)
+    return {"hypervolume": value} if value >= 0 else {"hypervolume": 0.0, "shortfall": -value}
 
 
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:

@@ -190,7 +190,8 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
         "Both come from the points' own prompts, anew in each resample"
         + ("; others are as declared. " if len(summary.references) > 2 else ". ")
         + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference."
-        + texts.accuracy_note(summary),
+        + texts.accuracy_note(summary)
+        + texts.constant_note(summary),
         labels=2,
     )
 

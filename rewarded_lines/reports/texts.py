@@ -65,6 +65,13 @@ def accuracy_note(summary: Summary) -> str:
     )
 
 
+def constant_note(summary: Summary) -> str:
+    """Return the note on rewards that have one mean at all points, so that nothing is above SFT; "" without any."""
+    means = {name: {point.rewards[name].value for point in summary.points} for name in summary.objectives}
+    same = [name for name, values in means.items() if len(values) == 1 and len(summary.points) > 1]
+    return f" All points have the same {' and '.join(same)}, so that no hypervolume is above 0." if same else ""
+
+
 def weights_text(point: PointSummary, policies: Sequence[str]) -> str:
     """Return λ (two policies), all weights (more), a baseline's name, or "" for SFT.
 

@@ -58,6 +58,13 @@ def test_eight_rewards_fit_terminal_and_page(make_run: MakeRun) -> None:
     assert interval_text(Estimate(1.234e-9, 1e-10, 2e-9)) == "1.2e-09 [1e-10, 2e-09]"
 
 
+def test_a_reward_that_never_changes_is_named(summary: Summary) -> None:
+    name = next(iter(summary.rewards))
+    points = [replace(one, rewards=one.rewards | {name: Estimate(1.0, 1.0, 1.0)}) for one in summary.points]
+    assert f"the same {name}, so" in sheets(replace(summary, points=points))[1].note
+    assert "the same" not in sheets(summary)[1].note
+
+
 def test_what_was_approximated_is_said(summary: Summary) -> None:
     assert all("approximated" not in sheet.note for sheet in sheets(summary))
     first, *others = summary.hypervolumes
