@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import moocore
 import numpy as np
@@ -117,7 +118,7 @@ def approximate_samples(
     shape, limit = np.shape(fronts)[:-2], LIMIT / (1 + _CHECKS)
     rough = np.reshape(list(parallel(approximation, values, origins, done)), shape)
     runs = rough[0].size
-    some = list(parallel(lambda *one: careful(*one, limit=limit), values[: runs * (1 + _CHECKS)], origins))
+    some = list(parallel(partial(careful, limit=limit), values[: runs * (1 + _CHECKS)], origins))
     exact, errors = (np.reshape(column, (-1, *shape[1:])) for column in zip(*some, strict=True))
     found = rough * np.divide(exact[0], rough[0], out=np.ones_like(rough[0]), where=rough[0] > 0)
     # Not the product, which may differ in its last bit.

@@ -181,9 +181,10 @@ def test_a_run_of_an_earlier_version_is_asked_which_design_it_has(eight):
 
 def test_tuning_prefers_the_front_that_is_least_below_sft(eight):
     run = load_run("sweep")
-    means, sft = _front(run)
-    assert _worth(means, run.sft, run.objectives) == pytest.approx(hypervolume(means, sft))
+    _, sft = _front(run)
     deviations = np.array([run.sft.scores[name].std() for name in run.objectives])
     # Half a deviation short in one reward, nothing short in others; and one deviation in all.
+    above = [np.array(sft) + deviations]
+    assert _worth(above, run.sft, run.objectives) == pytest.approx(deviations.prod())
     fronts = [[np.array(sft) - 0.5 * deviations * (np.arange(8) == 3)], [np.array(sft) - deviations]]
     assert [_worth(one, run.sft, run.objectives) for one in fronts] == pytest.approx([-0.5, -1])
