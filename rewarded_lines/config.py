@@ -164,10 +164,13 @@ class SweepSpec(Strict):
     """The methods that a sweep compares, its grid of λ, and the bootstrap of its intervals.
 
     `methods` is a list of names (of `PRESETS`, merge methods, `policies`) or a mapping from names to their definitions,
-    null for such a name. The grid has λ in steps of 1/(points − 1), or of `step`.
+    null for such a name. `design` says what `points` counts. A "lattice", the default up to three policies, has λ in
+    steps of 1/(points − 1), or of `step`, by default of 0.1. A "spread" has as many λ in all: every single policy, the
+    centre, the middles of the edges, then a Sobol sequence; by default as many as reach all middles.
     """
 
-    points: int = Field(11, ge=2)
+    points: int | None = Field(None, ge=2)
+    design: Literal["lattice", "spread"] | None = None
     methods: Annotated[dict[str, MethodSpec | None], checked(_check_methods)] = {"soup": None, "lines": None}
     tune: TuneSpec | None = None
     references: dict[str, dict[str, float]] = {}
@@ -188,7 +191,9 @@ class SweepSpec(Strict):
         if "step" in content:
             if "points" in content:
                 raise ValueError("give either `points:` or `step:`")
-            content["points"] = points_of(content.pop("step"))
+            if content.get("design") == "spread":
+                raise ValueError("a step is of a lattice; give `points:` to `design: spread`, or leave `design:` out")
+            content |= {"points": points_of(content.pop("step")), "design": "lattice"}
         return content
 
 

@@ -9,6 +9,9 @@ class Progress:
     The counted units are bytes, points or checks; see the verb.
     """
 
+    def tell(self, fact: str) -> None:
+        """Tell a fact before the work that it is about, such as how much there is."""
+
     def expect(self, total: int) -> None:
         """Set or correct the total."""
 

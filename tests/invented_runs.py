@@ -9,12 +9,14 @@ import numpy as np
 
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import FORMAT, Point, point_path, write_point
+from rewarded_lines.evaluator.weight_designs import LATTICE, SPREAD, Design
 from rewarded_lines.folders import write_json
-from rewarded_lines.merger.spec import MergeSpec, simplex_grid
+from rewarded_lines.merger.spec import MergeSpec
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0)}
-POLICIES = ("cheerful", "detailed", "kind", "plain")
+POLICIES = ("cheerful", "detailed", "kind", "plain", "honest", "brief", "safe", "formal")
 UNITS = {"positive": "logit", "detailed": "words", "polite": "", "readable": "grade"}
+UNITS |= {"truthful": "logit", "short": "words", "harmless": "logit", "in style": ""}
 
 
 def _mean(spec: PointSpec, bulge: float, gain: float) -> np.ndarray:
@@ -31,8 +33,8 @@ def _point(spec: PointSpec, levels: np.ndarray, names: list[str], options: dict[
     shape = (prompts, len(names))
     mean = _mean(spec, options["bulge"], options["gain"]) if spec.weights else np.zeros(2)
     mean = np.resize(mean, len(names))
-    units = np.array([0.4, 8.0, 1.0, 3.0])[: len(names)]
-    base = np.array([0.1, 14.0, 0.0, 7.0])[: len(names)]
+    units = np.array([0.4, 8.0, 1.0, 3.0, 2.0, 5.0, 0.7, 1.0])[: len(names)]
+    base = np.array([0.1, 14.0, 0.0, 7.0, -1.0, -20.0, 2.0, 0.0])[: len(names)]
     levels = base + units * options["spread"] * levels[:, : len(names)]
     scores = levels + units * (2.0 * mean + 0.3 * options["spread"] * rng.normal(size=shape))
     words = np.clip(12 + 6 * mean[-1] + 3 * rng.normal(size=prompts), 1, 40).astype(int)
@@ -73,10 +75,10 @@ def synthetic_run(
 
     Args:
         folder: where.
-        rewards: 1 to 4.
+        rewards: 1 to 8.
         prompts: how many.
-        points: λ on each edge of the simplex, for each method.
-        policies: 1 to 4.
+        points: λ of each method: on each edge of the simplex, or in all from five policies on.
+        policies: 1 to 8.
         resamples: declared in `run.json`; not declared when None.
         methods: name → (alpha, beta).
         drop: this many last points are declared but not there.
@@ -89,7 +91,7 @@ def synthetic_run(
     specs = [PointSpec("sft")] + [
         PointSpec(name, MergeSpec(weights, alpha, beta))
         for name, (alpha, beta) in methods.items()
-        for weights in simplex_grid(policies, points)
+        for weights in Design(LATTICE if policies < 5 else SPREAD, policies).weights(points)
     ]
     keys = [f"{index:016x}" for index in range(len(specs))]
     header: dict[str, Any] = {
@@ -108,7 +110,8 @@ def synthetic_run(
     }
     write_json(folder / "run.json", header)
     levels = np.random.default_rng(7).normal(size=(prompts, 3))
-    levels = np.concatenate([levels, np.random.default_rng(8).normal(size=(prompts, 1))], axis=1)
+    more = [np.random.default_rng(seed).normal(size=(prompts, 1)) for seed in range(8, 13)]
+    levels = np.concatenate([levels, *more], axis=1)
     for index, spec in enumerate(specs[: len(specs) - drop]):
         write_point(point_path(folder, keys[index]), _point(spec, levels, names, options))
     return folder

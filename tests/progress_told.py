@@ -4,10 +4,13 @@ from rewarded_lines.progress import Progress
 
 
 class Told(Progress):
-    """Keeps the totals, the steps that begin, whether they are counted, and what is finished."""
+    """Keeps the facts, the totals, the steps that begin, whether they are counted, and what is finished."""
 
     def __init__(self):
-        self.totals, self.steps, self.finished = [], {}, []
+        self.facts, self.totals, self.steps, self.finished = [], [], {}, []
+
+    def tell(self, fact):
+        self.facts.append(fact)
 
     def expect(self, total):
         self.totals.append(total)

@@ -194,7 +194,7 @@ def test_null_takes_out_what_is_inherited(write):
         "extends: suite.yaml\nrewards: {brief: null}\nprompts: {file: null, dataset: org/set}\nsweep: {points: null}\n"
     )
     config = load_project(write(own=own) / "own.yaml").config
-    assert list(config.rewards) == ["kind"] and config.prompts.dataset == "org/set" and config.sweep.points == 11
+    assert list(config.rewards) == ["kind"] and config.prompts.dataset == "org/set" and config.sweep.points is None
 
 
 def test_a_step_takes_the_place_of_points_and_back(write):

@@ -28,8 +28,12 @@ def choose(
     maximize: Annotated[
         str | None, typer.Option(metavar="NAME", help="Reward to maximize.", autocompletion=run_rewards)
     ] = None,
+    at_least_sft: Annotated[
+        bool, typer.Option("--at-least-sft", help="Every other reward must reach SFT's mean.")
+    ] = False,
     weights: Annotated[
-        str | None, typer.Option(metavar="NAME=W,...", help="Maximize this weighted sum, standardized on SFT.")
+        list[str] | None,
+        typer.Option(metavar="NAME=W,...", help="Maximize this weighted sum, standardized on SFT (repeat)."),
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
     method: Annotated[
@@ -44,21 +48,30 @@ def choose(
     """Choose the policy of a run that meets constraints best; print its merge command.
 
     With two rewards and a minimum for one, the other is maximized. Rewards
-    of the role `audit` do not count.
+    of the role `audit` do not count. --weights maximizes the sum of
+    W · (mean − SFT's mean) / (standard deviation of SFT's scores).
 
     \b
     rewarded-lines choose runs/demo/sweep --at-least detailed=15
     rewarded-lines choose RUN --at-least brevity=-12 --maximize faithful
     rewarded-lines choose RUN --weights faithful=0.7,brevity=0.3
+    rewarded-lines choose RUN --at-least-sft --at-least safe=2 \\
+        --weights helpful=2,honest=1
     rewarded-lines choose RUN --knee --method lines
     """
     minima = _numbers("--at-least", at_least or ())
-    weighed = _numbers("--weights", weights.split(",")) if weights else None
+    weighed = _numbers("--weights", ",".join(weights).split(",")) if weights else None
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 
         bar.start("reading the run, bootstrap")
-        rule: dict[str, Any] = {"at_least": minima, "maximize": maximize, "weights": weighed, "knee": knee}
+        rule: dict[str, Any] = {
+            "at_least": minima,
+            "at_least_sft": at_least_sft,
+            "maximize": maximize,
+            "weights": weighed,
+            "knee": knee,
+        }
         chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
     if as_json:
         show_json(chosen.as_dict())

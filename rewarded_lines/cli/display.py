@@ -56,7 +56,8 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
         quiet: show nothing.
         unit: what is counted, in the singular; "byte" shows sizes.
     """
-    console, work, over = Console(stderr=True), Work(title, unit), threading.Event()
+    console, over = Console(stderr=True), threading.Event()
+    work = Work(title, unit, None if quiet else console)
     live = Live(work, console=console, transient=True, refresh_per_second=_REFRESHES_A_SECOND)
 
     def show() -> None:
@@ -115,15 +116,20 @@ def stdout_for_results() -> Iterator[None]:
 class Work(Progress):
     """The progress of some work, and its look; the rate is that of counted steps alone."""
 
-    def __init__(self, title: str, unit: str) -> None:
-        """Start the clock; see `progress_bar`."""
-        self._title, self._unit = title, unit
+    def __init__(self, title: str, unit: str, console: Console | None = None) -> None:
+        """Start the clock; see `progress_bar`. Facts are printed on `console`, if there is one."""
+        self._title, self._unit, self._console = title, unit, console
         self._lock = threading.Lock()
         self._spinner = Spinner("dots")
         self._step, self._began, self._counted = "starting", monotonic(), False
         self._total = self._done = self._made = 0
         # Seconds of the counted steps: before this step, and at the last `advance`.
         self._before = self._until = 0.0
+
+    def tell(self, fact: str) -> None:
+        """Print a fact above the bar."""
+        if self._console is not None:
+            self._console.print(Text(f"{self._title}: {fact}"), soft_wrap=True)
 
     def expect(self, total: int) -> None:
         """Set the total."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,11 +20,7 @@ def report(
     run: Run,
     more: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Runs of other training seeds, averaged with RUN.",
-            show_default=False,
-            autocompletion=run_folders,
-        ),
+        typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -36,6 +32,10 @@ def report(
     depth: Annotated[
         bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")
     ] = False,
+    resamples: Annotated[
+        int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,7 +43,9 @@ def report(
 
     Hypervolumes have two reference points: the scores of SFT, and the worst
     score of any point on each axis. Intervals are bootstrapped over
-    prompts. An unfinished sweep is shown as far as it has points.
+    prompts. An unfinished sweep is shown as far as it has points. The command
+    tells first what takes long. Resamples of many rewards that would take a
+    core 2 minutes are approximated, and the report gives the error.
 
     RUN/report receives summary.json, table.md, points.csv and figures.
     The figures are front, kl (each reward over KL to SFT), forgetting (over
@@ -60,12 +62,12 @@ def report(
         runs/demo-seed1/sweep runs/demo-seed2/sweep
         averages over three training seeds, a second level of the bootstrap
     """
-    with progress_bar("Report", quiet=quiet or as_json) as bar:
+    with progress_bar("Report", quiet=quiet or as_json, unit="hypervolume") as bar:
         from rewarded_lines.reports.page.page import lacking
         from rewarded_lines.reports.report import report as make_report
 
-        bar.start("bootstrap, tables and figures")
-        summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), style=style, depth=depth)
+        how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact}
+        summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), progress=bar, **how)
     if note := lacking():
         typer.echo(note, err=True)
     if as_json:

@@ -59,6 +59,8 @@ def search(
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ can gain more"
         line = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
+        line += " above the worst of SFT and the policies (no λ is above SFT on all)" if one.above != "sft" else ""
+        line += f" ± {one.error:.1%} (approximated)" if one.error else ""
         line += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
         Console().print(Text(f"{line}; {why}: the next could add {one.potential:.2g} at most"))
     typer.echo(f"show them: rewarded-lines report {done.folder}")

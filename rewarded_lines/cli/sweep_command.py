@@ -16,7 +16,9 @@ from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_opt
 def sweep(
     *,
     config: Config = Path("rewarded-lines.yaml"),
-    points: Annotated[int | None, typer.Option(min=2, help="λ values from 0 to 1; the project's by default.")] = None,
+    points: Annotated[
+        int | None, typer.Option(min=2, help="λ of each method: on each edge of the simplex, or in all; see below.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default `sweep` beside the project file.")] = None,
     options: SweepOptions,
     overwrite: Overwrite = False,
@@ -28,6 +30,11 @@ def sweep(
     Existing points are kept: a killed sweep goes on where it stopped.
     The project's `sweep.methods` are compared; with `sweep.tune`, α and β
     are searched first, on validation prompts.
+
+    Up to three policies, --points counts the λ on each edge of a lattice. From
+    four on it counts all λ: every single policy, the centre, the middles of
+    the edges, then a Sobol sequence. `sweep.design` chooses: lattice or spread.
+    More points keep the earlier ones.
 
     \b
     rewarded-lines sweep

@@ -74,6 +74,7 @@ def choose(
     run: Path | str,
     *,
     at_least: Mapping[str, float] | None = None,
+    at_least_sft: bool = False,
     maximize: str | None = None,
     weights: Mapping[str, float] | None = None,
     knee: bool = False,
@@ -89,8 +90,10 @@ def choose(
     Args:
         run: the run folder that `sweep` wrote.
         at_least: the least mean score by reward, in its unit.
+        at_least_sft: every other reward must reach SFT's mean.
         maximize: the reward to maximize.
-        weights: by reward; maximizes the weighted sum of standardized scores.
+        weights: w by reward, others 0; maximizes Σ_i w_i (s_i − c_i)/d_i of the mean scores s, where c and d are mean
+            and standard deviation of SFT's scores.
         knee: take the point of the front that gives up least of everything.
         methods: to choose among; all by default.
         interpolate: with two policies, also try λ between evaluated ones, where scores are
@@ -103,7 +106,15 @@ def choose(
     """
     read = load_run(run)
     wish = _checked(read, _Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
+    if at_least_sft:
+        wish = replace(wish, at_least=dict(zip(read.objectives, _sft_means(read), strict=True)) | dict(wish.at_least))
     return _Chooser(read, wish, level).choose()
+
+
+def _sft_means(run: Run) -> list[float]:
+    # As `tabulate` averages them, so that a point with SFT's scores reaches them.
+    means = tabulate([run]).means[0, 0]
+    return [float(means[list(run.rewards).index(name)]) for name in run.objectives]
 
 
 class _Chooser:

@@ -68,8 +68,10 @@ class Table:
         return found
 
 
-def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
+def tabulate(runs: Sequence[Run], seed: int = SEED, resamples: int | None = None) -> Table:
     """Return the records of runs, which differ in the policies' training seed, as arrays.
+
+    `resamples` are by default as many as the first run's project asks for.
 
     Raises:
         UserError: runs of different projects or without a common point, records with other
@@ -80,7 +82,7 @@ def tabulate(runs: Sequence[Run], seed: int = SEED) -> Table:
     _check_points([point for row in rows for point in row], rewards)
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
-    resamples = resamples_of(runs[0])
+    resamples = resamples or resamples_of(runs[0])
     samples = _resampled(measures, resamples, seed, [str(point.spec) for point, *_ in rows], rewards)
     return Table(rows, rewards, objectives, samples, measures, resamples, seed)
 

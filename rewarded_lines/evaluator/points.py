@@ -13,13 +13,12 @@ import numpy as np
 from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
 from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS, OptionValue
 from rewarded_lines.merger.plan import Plan
-from rewarded_lines.merger.spec import MergeSpec, simplex_grid
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import Project
-
-Weights = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ class Methods:
         self._plan, self._where = plan, project.where
         self._policies = list(project.config.policies)
         self._baselines = list(project.config.baselines)
-        self.specs = self._named(project.config.sweep)
+        sweep, where = project.config.sweep, project.where("sweep", "design")
+        self.design = Design.of(sweep.design, len(self._policies), where)
+        self.specs = self._named(sweep)
         problems: list[Problem] = []
         for name, spec in self.specs.items():
             try:
@@ -109,7 +110,7 @@ class Methods:
             raise UserError(problems)
 
     def points(self, count: int) -> list[PointSpec]:
-        """Return the SFT model, then each method's points, with `count` λ on each edge of the simplex."""
+        """Return the SFT model, then each method's points at the design's λ for `count`."""
         return [PointSpec(SFT), *(point for name in self.specs for point in self.grid(name, count))]
 
     def grid(self, name: str, count: int) -> list[PointSpec]:
@@ -205,8 +206,8 @@ class Methods:
         if kind == "none":
             return [(1 / policies,) * policies]
         if policies == 1 and (spec.edit or kind != "simplex"):
-            return [(first,) for first, _ in simplex_grid(2, count)]
-        return simplex_grid(policies, count)
+            return [(first,) for first, _ in Design(LATTICE, 2).weights(count)]
+        return self.design.weights(count)
 
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:

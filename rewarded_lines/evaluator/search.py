@@ -15,7 +15,8 @@ from rewarded_lines.evaluator.run_folder import RunFolder, open_run
 from rewarded_lines.evaluator.sweep import open_evaluator, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
-from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.evaluator.weight_designs import Weights
+from rewarded_lines.pareto.approximate_hypervolume import careful
 from rewarded_lines.pareto.interpolation import mixed_hypervolume
 from rewarded_lines.pareto.next_point import Proposal, next_weights
 from rewarded_lines.progress import SILENT, Progress
@@ -23,7 +24,9 @@ from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
 
 POINTS, GAIN = 15, 0.001
-_FIRST = 3
+WORST = "worst"
+# Up to so many rewards, a front that is nowhere above SFT is not worth a search.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,24 @@ class Found:
         points: its λ now.
         added: λ that this search added.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
+        error: its relative standard error, where many points and rewards make it an approximation; 0 if it is exact.
         mixed: the hypervolume of the line through the points, see `mixed_hypervolume`; only for
             two policies.
         potential: the most that the next point could add; 0 if nothing more can be gained.
         reason: why the search ended: "points" or "gain".
+        above: "sft", or "worst" where no λ of more than three rewards may be above SFT on each of them: then volumes
+            are above the worst of SFT and the single policies on each reward.
     """
 
     method: str
     points: int
     added: int
     hypervolume: float
+    error: float
     mixed: float | None
     potential: float
     reason: str
+    above: str = SFT
 
 
 @takes_sweep_options()
@@ -68,7 +76,8 @@ def search(
     The added points stay in the run, and a later `sweep` keeps them.
 
     Args:
-        run: the run folder that `sweep` wrote; with `config`, a new one begins with three λ.
+        run: the run folder that `sweep` wrote; with `config`, a new one begins with three λ on each edge of the
+            simplex, or from four policies on with its vertices and centre.
         config: the project file; by default the run's own.
         methods: whose fronts; by default all that are merges.
         points: the most λ that each method has in the end.
@@ -84,22 +93,21 @@ def search(
     """
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
-        _begin(folder, config, methods, replace(options, engine=engine or options.engine), progress)
+        _begin(folder, config, methods, points, replace(options, engine=engine or options.engine), progress)
     header = read_header(folder)
     made_with = header["options"]
     options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
     options = replace(options, tower=options.tower or made_with.get("tower"))
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
-    with (
-        open_run(folder, setup, progress=progress) as held,
-        open_evaluator(setup, folder, progress=progress) as make,
-    ):
+    with open_run(folder, setup, progress=progress) as held:
         listed = held.listed()
-        room = [max(0, points - sum(spec.method == name for spec in listed)) for name in chosen]
-        held.expect(len({PointSpec(SFT), *listed}) + sum(room))
-        found = [_search_one(held, make, name, points, gain) for name in chosen]
-        held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
+        there = {name: sum(spec.method == name for spec in listed) for name in chosen}
+        _check_room(setup, [name for name in chosen if not there[name]], points)
+        held.expect(len({PointSpec(SFT), *listed}) + sum(max(0, points - one) for one in there.values()))
+        with open_evaluator(setup, folder, progress=progress) as make:
+            found = [_search_one(held, make, name, points, gain) for name in chosen]
+            held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
     return load_run(folder), found
 
 
@@ -107,15 +115,30 @@ def _begin(
     folder: Path,
     config: Path | str | None,
     methods: Sequence[str],
+    points: int,
     options: SweepOptions,
     progress: Progress,
 ) -> None:
-    """Sweep three λ of each method, after the check that there is something to search."""
+    """Sweep the first λ of each method, after the check that there is something to search."""
     if config is None:
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
-    _chosen(open_setup(load_project(config), options, progress), methods, folder)
-    sweep(config, points=_FIRST, out=folder, progress=progress, options=options)
+    setup = open_setup(load_project(config), options, progress)
+    _check_room(setup, _chosen(setup, methods, folder), points)
+    sweep(config, points=setup.methods.design.first, out=folder, progress=progress, options=options)
+
+
+def _check_room(setup: Setup, new: Sequence[str], points: int) -> None:
+    """Refuse a budget that is smaller than the λ with which `new` methods begin."""
+    first = len(setup.methods.design.weights(setup.methods.design.first))
+    if new and points < first:
+        policies = len(setup.project.config.policies)
+        raise fail(
+            "fewer λ than a search begins with",
+            where=f"--points {points}",
+            expected=f"{first} or more for {policies} policies",
+            remedy=f"allow more, such as --points {2 * first}",
+        )
 
 
 def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
@@ -135,20 +158,20 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     setup, rewards = run.setup, run.setup.objectives
     (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
     start = [spec for spec in run.listed() if spec.method == name]
-    first = [] if start else setup.methods.grid(name, _FIRST)
+    first = [] if start else setup.methods.grid(name, setup.methods.design.first)
     front = run.fill(setup, start or first, evaluator)
     run.add(first)
-    added, reference = len(first), sft.means(rewards)
+    added = len(first)
     while True:
         places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
-        volume, room = hypervolume(means, reference), points - len(front)
-        proposals: list[Proposal] = []
+        room, above = points - len(front), SFT
+        reference = sft.means(rewards)
         # One proposal even when the budget is spent, to report its potential.
-        while len(proposals) < max(1, min(evaluator.width, room)):
-            taken = [one.weights for one in proposals]
-            if (proposal := next_weights(places, means, reference, taken)) is None:
-                break
-            proposals.append(proposal)
+        width = max(1, min(evaluator.width, room))
+        proposals, (volume, error) = _proposals(places, means, reference, width), careful(means, reference)
+        if not proposals and not volume and len(rewards) > _FEW:
+            above, reference = WORST, _worst(places, [*means, reference])
+            proposals, (volume, error) = _proposals(places, means, reference, width), careful(means, reference)
         potential = max((proposal.potential for proposal in proposals), default=0.0)
         worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
         if room <= 0 or not worth:
@@ -160,4 +183,24 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     mixed = None
     if len(setup.project.config.policies) == 2 and len(front) > 1:
         mixed = mixed_hypervolume([place[0] for place in places], means, reference)
-    return Found(name, len(front), added, volume, mixed, potential, "points" if room <= 0 else "gain")
+    reason = "points" if room <= 0 else "gain"
+    return Found(name, len(front), added, volume, error, mixed, potential, reason, above)
+
+
+def _proposals(
+    places: Sequence[Weights], means: Sequence[Sequence[float]], reference: Sequence[float], width: int
+) -> list[Proposal]:
+    """Return up to `width` λ that are worth evaluating, the most promising first."""
+    found: list[Proposal] = []
+    while len(found) < width:
+        proposal = next_weights(places, means, reference, [one.weights for one in found])
+        if proposal is None:
+            break
+        found.append(proposal)
+    return found
+
+
+def _worst(places: Sequence[Weights], means: Sequence[Sequence[float]]) -> list[float]:
+    """Return the worst mean on each reward of SFT, the last of `means`, and the single policies, or of all without."""
+    single = [mean for place, mean in zip(places, means, strict=False) if max(place) == 1]
+    return [min(column) for column in zip(*(single or means), means[-1], strict=True)]

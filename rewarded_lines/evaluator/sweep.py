@@ -6,14 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from rewarded_lines.config import TuneSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator, LocalEvaluator
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, load_run
-from rewarded_lines.evaluator.run_folder import open_run
+from rewarded_lines.evaluator.run_folder import RunFolder, open_run
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
 from rewarded_lines.evaluator.tune import most_points, tune, validation_rows
+from rewarded_lines.evaluator.weight_designs import SPREAD, Design
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 
@@ -37,7 +40,8 @@ def sweep(
 
     Args:
         config: the project file, or a loaded project.
-        points: λ on each edge of the simplex; by default the project's `sweep.points`.
+        points: λ on each edge of the simplex, or in all with `design: spread`, which is the default from four
+            policies on; by default the project's `sweep.points`.
         out: the run folder; by default `sweep` beside the project file.
         options: each of `SweepOptions` is also a keyword of this function, such as `engine`.
         overwrite: begin anew if the folder holds the run of another configuration.
@@ -48,9 +52,7 @@ def sweep(
             generated; or a reward that fails on a response.
     """
     project = config if isinstance(config, Project) else load_project(config)
-    count = project.config.sweep.points if points is None else points
-    if count < 2:
-        raise fail("too few λ", where="--points", expected="2 or more", got=str(count))
+    count = _count(project, points)
     setup = open_setup(project, options, progress)
     spec = project.config.sweep.tune
     validation = validation_rows(setup, spec) if spec else []
@@ -58,6 +60,8 @@ def sweep(
     progress.start("laying out the points")
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
+        _check_design(run)
+        progress.tell(_plan(setup, specs, spec, count))
         added = [one for one in run.added() if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
         run.write([*specs, *added], added)
@@ -66,6 +70,39 @@ def sweep(
             found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
             run.finish(make, [*specs, *tuned, *added], added, found)
     return load_run(folder)
+
+
+def _count(project: Project, points: int | None) -> int:
+    """Return how many λ the design is asked for; too few are refused before anything is opened."""
+    sweep = project.config.sweep
+    policies, asked = len(project.config.policies), sweep.points if points is None else points
+    design = Design.of(sweep.design, policies, project.where("sweep", "design"))
+    if asked is None:
+        return design.usual
+    design.check(asked, "--points" if points is not None else project.where("sweep", "points"))
+    return asked
+
+
+def _check_design(run: RunFolder) -> None:
+    """Refuse a lattice of an earlier version in a project that now means a spread without saying so."""
+    sweep = run.setup.project.config.sweep
+    if sweep.design is None and run.setup.methods.design.kind == SPREAD and "sweep" in run.before:
+        if "design" not in run.before["sweep"]:
+            raise fail(
+                "the run is a lattice, and from four policies on the default is now a spread",
+                where=str(run.folder),
+                expected="the project's word on it",
+                remedy=f"write `design: lattice` under `sweep:` in {run.setup.project.path} to go on with it, or "
+                "`design: spread`",
+            )
+
+
+def _plan(setup: Setup, specs: Sequence[PointSpec], tune_spec: TuneSpec | None, count: int) -> str:
+    """Return how many models the sweep evaluates, in words."""
+    merged = {name: len([spec for spec in specs if spec.method == name]) for name in setup.methods.specs}
+    each = ", ".join(f"{number:,} of {name}" for name, number in merged.items())
+    more = f", and at most {most_points(setup, tune_spec, count):,} of tune" if tune_spec else ""
+    return f"{len(setup.prompts):,} prompts for each of {len(specs):,} points: 1 of sft, {each}{more}"
 
 
 @contextmanager

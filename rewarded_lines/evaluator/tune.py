@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
+
+import numpy as np
 
 from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.dataset_formats import read_prompts
@@ -11,11 +14,12 @@ from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec, check_merge
+from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.spec import MergeSpec, simplex_grid
-from rewarded_lines.pareto.hypervolume import hypervolume
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.pareto.approximate_hypervolume import careful
 from rewarded_lines.rewards.reward import deciding
 
 # A few hundred prompts cannot tell finer differences in α and β apart.
@@ -36,6 +40,8 @@ def validation_rows(setup: Setup, spec: TuneSpec) -> list[Row]:
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")
+    if spec.points is not None:
+        setup.methods.design.check(spec.points, f"{where}.points")
     rows = setup.readable(spec.prompts, read_prompts(spec.prompts, setup.project.root))
     if all(row["prompt"] in setup.prompts for row in rows):
         raise fail(
@@ -50,8 +56,7 @@ def validation_rows(setup: Setup, spec: TuneSpec) -> list[Row]:
 
 def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
     """Return the most points that `tune` makes, with its best trial on the test prompts."""
-    policies = len(setup.project.config.policies)
-    trial, best = (len(simplex_grid(policies, points)) for points in (spec.points or count, count))
+    trial, best = (len(setup.methods.design.weights(points)) for points in (spec.points or count, count))
     return 1 + spec.trials * trial + best
 
 
@@ -60,13 +65,15 @@ def tune(
 ) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
+    With many rewards no point may be above SFT on all of them, see `_worth`.
+
     Every trial's points are kept like any other. A killed search continues where it stopped,
     because the same seed proposes the same trials.
 
     Returns:
         The search's part of `run.json`: α, β and hypervolume above the SFT model's scores of the
         best trial and of all trials in order; and the best trial's points for the test prompts,
-        with `count` λ on each edge of the simplex.
+        at the design's λ for `count`.
     """
     import optuna
 
@@ -84,29 +91,47 @@ def tune(
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
         front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
         means = [point.means(setup.objectives) for point in front]
-        study.tell(trial, hypervolume(means, sft.means(setup.objectives)))
+        study.tell(trial, _worth(means, sft, setup.objectives))
     best = study.best_trial
     alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
     found = {
         "alpha": alpha,
         "beta": beta,
-        "hypervolume": float(best.value or 0.0),
+        **_measured(best.value),
         "prompts": {
             "count": len(rows),
             "hash": rows_hash(deciding(rows, setup.rewards.values())),
             "in_test": sum(row["prompt"] in run.setup.prompts for row in rows),
         },
         "trials": [
-            {**{name: _rounded(value) for name, value in one.params.items()}, "hypervolume": one.value or 0.0}
+            {**{name: _rounded(value) for name, value in one.params.items()}, **_measured(one.value)}
             for one in study.trials
         ],
     }
     return found, _points(run.setup, spec, alpha, beta, count)
 
 
+def _worth(means: Sequence[Sequence[float]], sft: Point, rewards: Sequence[str]) -> float:
+    """Return a front's hypervolume above SFT; if no point is above SFT on every reward, how far the nearest is below.
+
+    That is −min_p max_i (c_i − s_p,i)/d_i, with mean c and standard deviation d of SFT's scores.
+    """
+    if volume := careful(means, sft.means(rewards))[0]:
+        return volume
+    spread = np.array([np.std(sft.scores[name]) for name in rewards])
+    short = (np.array(sft.means(rewards)) - np.array(means)) / np.where(spread > 0, spread, 1.0)
+    return -float(short.max(axis=1).min())
+
+
+def _measured(worth: float | None) -> dict[str, float]:
+    """Return a trial's part of `run.json`; `shortfall` only where there is one."""
+    value = float(worth or 0.0)
+    return {"hypervolume": value} if value >= 0 else {"hypervolume": 0.0, "shortfall": -value}
+
+
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
-    policies = len(setup.project.config.policies)
-    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in simplex_grid(policies, count))
+    policies, places = len(setup.project.config.policies), setup.methods.design.weights(count)
+    merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in places)
     return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
 
 

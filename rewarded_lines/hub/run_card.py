@@ -200,5 +200,5 @@ def _caption(exact: PointSummary | None, summary: Summary) -> str:
     scores = [
         f"{escaped(with_unit(name, unit))} {exact.rewards[name].value:.4g}" for name, unit in summary.objectives.items()
     ]
-    point = f"the point λ = {escaped(weights_text(exact))} of {escaped(exact.method)}"
+    point = f"the point λ = {escaped(weights_text(exact, summary.policies))} of {escaped(exact.method)}"
     return f"*The fronts of the run; this model is {point}: {', '.join(scores)}.*"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rewarded_lines.pareto.approximate_hypervolume import approximation, exact_seconds
 from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
 # Weights are proposed in steps of 1/STEPS, four decimals.
@@ -16,6 +17,8 @@ STEPS = 10_000
 # 0.1 to 0.2 did best on simulated fronts of two and three policies. With 0, noise can close a gap for good;
 # with 0.5, three policies' fronts lost up to a sixth of their volume.
 SLACK = 0.15
+# Seconds of one core that exact potentials may take; beyond, they are approximated.
+PATIENCE = 20.0
 # Allowed for rounding: a sum of weights off 1, and a gain relative to the hypervolume.
 TOLERANCE = 1e-6
 ROUNDING = 1e-12
@@ -49,16 +52,14 @@ def next_weights(
 ) -> Proposal | None:
     """Return the middle between the two evaluated neighbours where the front may gain most.
 
-    The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with
-    u = max(s_a, s_b) + slack · |w_a − w_b|_∞ · (max_P s − min_P s), reward by reward. The
-    maximum is the most that a monotone front could reach between them. The slack allows for
-    noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a
-    wide gap is never entered if one end seems to dominate the other.
+    The potential of neighbours a and b is HV(P ∪ {u}; r) − HV(P; r) with u = max(s_a, s_b) + slack · |w_a − w_b|_∞ ·
+    (max_P s − min_P s), reward by reward. The maximum is the most that a monotone front could reach between them. The
+    slack allows for noisy scores and for merges that beat both ends, and it shrinks with the gap. Without it, a wide
+    gap is never entered if one end seems to dominate the other.
 
-    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In
-    simulations with two policies, a grid of as many λ had at most about 1 % less hypervolume.
-    With three policies the search found a sixth to a third more with 15 points, a tenth more
-    with 28.
+    Repeat until `potential` is a small share of the hypervolume, or the budget is spent. In simulations with two
+    policies, a grid of as many λ had at most about 1 % less hypervolume. With three policies the search found a sixth
+    to a third more with 15 points, a tenth more with 28.
 
     Args:
         weights: [points, policies], each evaluated preference, on the simplex.
@@ -79,14 +80,16 @@ def next_weights(
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
-    start, spread = hypervolume(scores, reference), np.ptp(scores, axis=0)
-    known = {_rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
-    found = []
-    for one, other in _neighbours(places, min_gap):
-        middle = _rounded((places[one] + places[other]) / 2)
+    neighbours = list(_neighbours(places, min_gap))
+    volume, spread = _volume_for(len(neighbours), scores), np.ptp(scores, axis=0)
+    start = volume(scores, reference)
+    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
+    found: list[Proposal] = []
+    for one, other in neighbours:
+        middle = rounded((places[one] + places[other]) / 2)
         if middle not in known:
             hoped = np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * spread
-            potential = hypervolume(np.vstack([scores, hoped]), reference) - start
+            potential = volume(np.vstack([scores, hoped]), reference) - start
             found.append(Proposal(tuple(part / STEPS for part in middle), potential, (one, other)))
     most = max((proposal.potential for proposal in found), default=0.0)
     if most <= ROUNDING * start:
@@ -98,6 +101,14 @@ def next_weights(
         return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
 
     return min(found, key=order)
+
+
+def _volume_for(count: int, scores: Array) -> Callable[[Array, ArrayLike], float]:
+    """Return the exact hypervolume, or where `count` exact ones take longer than `PATIENCE` its approximation.
+
+    Its directions are the same for all, so that its errors are similar, too.
+    """
+    return hypervolume if count * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE else approximation
 
 
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
@@ -124,7 +135,7 @@ def _gap(places: Array, one: int, other: int) -> float:
     return float(np.abs(places[one] - places[other]).max())
 
 
-def _rounded(place: Array) -> tuple[int, ...]:
+def rounded(place: Array) -> tuple[int, ...]:
     """Return weights in steps of 1/STEPS that still sum to 1, by largest remainders; 0 stays 0."""
     exact = place * STEPS
     parts = np.floor(exact + 1e-6).astype(int)

@@ -10,6 +10,7 @@ from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluator.records import Run, load_run
 from rewarded_lines.folders import write_bytes, write_json
 from rewarded_lines.merger.inspect import Inspection, inspect
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import located
 from rewarded_lines.reports.figures.depth_figure import run_depth_figure
 from rewarded_lines.reports.figures.figure_style import FORMATS, PAPER, check_style, figure_bytes, house_style
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 TABLES = ("summary.json", "table.md", "points.csv")
 PAGE = "report.html"
+_FEWEST = 100
 FIGURES = ("front", "kl", "forgetting", "simplex", "parallel", "training", "depth")
 """All figures of a report; "depth" reads the weights and is drawn only on request."""
 
@@ -36,6 +38,9 @@ def report(
     formats: Sequence[str] = ("png", "svg"),
     style: str = PAPER,
     depth: bool = False,
+    resamples: int | None = None,
+    exact: bool = False,
+    progress: Progress = SILENT,
 ) -> Summary:
     """Summarise a run, write its numbers, tables, figures and page into its folder `report/`, return the summary.
 
@@ -49,18 +54,25 @@ def report(
         formats: of the figures: "png", "svg", "pdf".
         style: of the figures: "paper", "slides", "grey", or the path of a matplotlib style file.
         depth: also draw scales and residuals by block; this reads the weights.
+        resamples: of the bootstrap, at least 100; by default as many as the project asks for.
+        exact: compute every hypervolume exactly, which takes long with many rewards and points.
+        progress: is told what takes long before it begins, and receives the finished hypervolumes.
 
     Raises:
-        UserError: the folder is not a run, its points cannot be compared, a format or the style is
-            unknown, matplotlib is missing, or `depth` does not find SFT or a policy.
+        UserError: there are too few resamples, the folder is not a run, its points cannot be compared, a format or
+            the style is unknown, matplotlib is missing, or `depth` does not find SFT or a policy.
     """
     for kind in formats:
         if kind not in FORMATS:
             remedy, known = did_you_mean(kind, FORMATS), ", ".join(FORMATS)
             raise fail(f"unknown format `{kind}`", where="--format", expected=known, remedy=remedy)
     check_style(style)
+    if resamples is not None and resamples < _FEWEST:
+        raise fail("too few resamples", where="--resamples", expected=f"{_FEWEST} or more", got=str(resamples))
+    progress.start("reading the run, bootstrap")
     runs = [load_run(folder) for folder in (run, *more)]
-    summary = summarise(runs)
+    summary = summarise(runs, resamples=resamples, exact=exact, progress=progress)
+    progress.start("tables and figures")
     folder = runs[0].folder / "report"
     write_json(folder / "summary.json", summary.as_dict())
     write_bytes(folder / "table.md", markdown(summary).encode())

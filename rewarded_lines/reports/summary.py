@@ -21,8 +21,9 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, total_missing
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
-from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
-from rewarded_lines.pareto.hypervolume import contributions
+from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes
+from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.reports.front_volumes import front_volumes
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Summary:
     differences: list[VolumeDifference] = field(default_factory=list)
     policy_gains: list[PolicyGain] = field(default_factory=list)
     missing: dict[str, Missing] = field(default_factory=dict)
+    exact_contributions: bool = True
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -154,21 +156,34 @@ class Summary:
         return content | {"points": points} | missing_json(self.missing)
 
 
-def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL) -> Summary:
+def summarise(
+    runs: Run | Sequence[Run],
+    seed: int = SEED,
+    level: float = LEVEL,
+    *,
+    resamples: int | None = None,
+    exact: bool = False,
+    progress: Progress = SILENT,
+) -> Summary:
     """Return the numbers of a run, or averages over several runs, with intervals at `level`.
 
     Runs may be unfinished; only points that all of them have are compared.
+
+    Args:
+        runs: one, or several of one project.
+        seed: of the resamples.
+        level: of the intervals.
+        resamples: by default as many as the project asks for.
+        exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
+        progress: is told what takes long, and receives the finished hypervolumes.
 
     Raises:
         UserError: the points answer different prompts, or a score is not finite.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
-    table, policies = tabulate(runs, seed), list(first.header.get("policies", {}))
-    references = _references(table, first.header.get("sweep", {}).get("references", {}))
-    scores = table.samples.means[..., table.objectives]
-    fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
-    volumes = sample_volumes(fronts, references, table.samples.drawn)
+    table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
+    found = front_volumes(table, first.header.get("sweep", {}).get("references", {}), exact, progress)
     objectives = [table.rewards[index] for index in table.objectives]
     return Summary(
         title=str(first.header.get("title", "")),
@@ -184,35 +199,22 @@ def summarise(runs: Run | Sequence[Run], seed: int = SEED, level: float = LEVEL)
         generation=dict(first.header.get("generation", {})),
         tuned=first.header.get("tuned"),
         references={
-            name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True)) for name, at in references.items()
+            name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True))
+            for name, at in found.references.items()
         },
-        points=_points(table, references["sft"], _control_sets(first), seed, level),
-        hypervolumes=method_volumes(volumes, level),
-        differences=compare(volumes, level),
+        points=_points(table, found.shares, _control_sets(first), seed, level),
+        hypervolumes=method_volumes(found.volumes, level),
+        differences=compare(found.volumes, level),
         policy_gains=_policy_gains(table, policies, level),
         missing=total_missing([point for row in table.rows for point in row]),
+        exact_contributions=found.exact_shares,
     )
 
 
-def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Return each reference point in every run and resample, [1 + resamples, runs, objectives].
-
-    Each resample has its own "sft" (SFT's mean scores) and "worst" (the lowest mean of any point).
-    Declared references are constant.
-    """
-    scores = table.samples.means[..., table.objectives]
-    found = {"sft": scores[:, :, 0], "worst": scores.min(axis=2)}
-    for label, at in declared.items():
-        place = [at[table.rewards[index]] for index in table.objectives]
-        found[label] = np.broadcast_to(place, found["sft"].shape)
-    return found
-
-
-def _points(table: Table, sft: np.ndarray, control: Mapping[str, slice], seed: int, level: float) -> list[PointSummary]:
-    means, shares = table.means, np.zeros(len(table.rows))
-    for rows in table.methods().values():
-        fronts = table.samples.means[0][:, rows][..., table.objectives]
-        shares[rows] = np.mean([contributions(*one) for one in zip(fronts, sft[0], strict=True)], axis=0)
+def _points(
+    table: Table, shares: np.ndarray, control: Mapping[str, slice], seed: int, level: float
+) -> list[PointSummary]:
+    means = table.means
     found = {name: _perplexities(table, texts, seed, means.shape[0] - 1) for name, texts in control.items()}
     controls = {name: values for name, values in found.items() if values is not None}
     points = []

@@ -21,6 +21,8 @@ from rewarded_lines.reports.summary import Summary
 
 # With more methods, the differences above all references fill a screen.
 _FEW = 3
+# Characters in a row of a Markdown table; the rest goes to another table.
+_WIDEST = 150
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Sheet:
         yield Text(self.title, style="bold")
         yield from self._tables(options.max_width)
         yield Text(self.note + "\n", style="dim")
+
+    def columns(self, width: int) -> list[list[int]]:
+        """Return the columns of each table of at most this width: the labels, then as many as fit."""
+        every = list(range(len(self._widths)))
+        return self._parts(every[: self.labels], every[self.labels :], width)
 
     @cached_property
     def _widths(self) -> list[int]:
@@ -143,6 +150,8 @@ def side_sheet(summary: Summary) -> Sheet:
         "distinct-2: different pairs of words among all pairs. "
         "adds: what its method's hypervolume above SFT would lose without the point."
     )
+    if not summary.exact_contributions:
+        note += " It is approximated, to about a seventh of the largest."
     if summary.audits:
         note += " audit: rewards that nothing was trained on or chosen by."
     if summary.controls:
@@ -157,7 +166,12 @@ def _by_point(title: str, summary: Summary, columns: Sequence[tuple[str, Sequenc
     """Return a table with a row for every point from the (heading, cells) of each column."""
     headings = ("method", "λ", *(heading for heading, _ in columns))
     methods = [point.method for point in summary.points]
-    rows = zip(methods, map(texts.weights_text, summary.points), *(cells for _, cells in columns), strict=True)
+    rows = zip(
+        methods,
+        [texts.weights_text(point, summary.policies) for point in summary.points],
+        *(cells for _, cells in columns),
+        strict=True,
+    )
     return Sheet(title, headings, list(rows), note, labels=2)
 
 
@@ -175,7 +189,9 @@ def hypervolume_sheet(summary: Summary) -> Sheet:
         "worst: the worst mean score of any point on each axis. "
         "Both come from the points' own prompts, anew in each resample"
         + ("; others are as declared. " if len(summary.references) > 2 else ". ")
-        + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference.",
+        + "Noise in the means raises hypervolumes, in resamples more, so compare methods by their difference."
+        + texts.accuracy_note(summary)
+        + texts.constant_note(summary),
         labels=2,
     )
 
@@ -214,10 +230,16 @@ def markdown(summary: Summary) -> str:
     """Return all tables as one Markdown text."""
     parts = [f"# {_escape(summary.title) or 'Front'}", texts.scope_note(summary)]
     for sheet in sheets(summary):
-        ruler = [":--", *["--:"] * (len(sheet.headings) - 1)]
-        lines = [f"| {' | '.join(map(_escape, cells))} |" for cells in (sheet.headings, ruler, *sheet.rows)]
-        parts.append("\n".join([f"## {sheet.title}", "", *lines, "", sheet.note]))
+        tables = [_markdown_table(sheet, columns) for columns in sheet.columns(_WIDEST)]
+        parts.append("\n\n".join([f"## {sheet.title}", *tables, sheet.note]))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(sheet: Sheet, columns: Sequence[int]) -> str:
+    ruler = [":--", *["--:"] * (len(columns) - 1)]
+    rows = ([row[column] for column in columns] for row in (sheet.headings, *sheet.rows))
+    head, *cells = (f"| {' | '.join(map(_escape, row))} |" for row in rows)
+    return "\n".join([head, f"| {' | '.join(ruler)} |", *cells])
 
 
 def points_csv(summary: Summary) -> str:

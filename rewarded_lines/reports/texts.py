@@ -12,6 +12,10 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.pareto.bootstrap import Estimate
 from rewarded_lines.reports.summary import PointSummary, Summary
 
+# From more policies on, all weights of a λ are too long for a table.
+_MANY = 4
+_MOST_DECIMALS = 6
+
 
 def method_label(points: Sequence[PointSummary]) -> str:
     """Return the legend label of a method from its points, e.g. "LiNeS (α = β = 1)"."""
@@ -48,10 +52,36 @@ def method_labels(summary: Summary) -> dict[str, str]:
     return {name: label if times[label] == 1 else f"{name}: {label}" for name, label in labels.items()}
 
 
-def weights_text(point: PointSummary) -> str:
-    """Return λ (two policies), all weights (more), a baseline's name, or "" for SFT."""
+def accuracy_note(summary: Summary) -> str:
+    """Return the note on hypervolumes that are approximated; "" if all are exact."""
+    rows = [row for row in summary.hypervolumes if row.resample_error]
+    if not rows:
+        return ""
+    where = ", ".join(dict.fromkeys(row.reference for row in rows))
+    value, resample = max(row.error for row in rows), max(row.resample_error for row in rows)
+    first = f"values have a relative standard error up to {value:.1%}" if value else "values are exact"
+    return (
+        f" Above {where}, {first}; their intervals are approximated, with relative errors up to {resample:.1%} in the "
+        "resamples that were checked. `report --exact` computes all exactly."
+    )
+
+
+def constant_note(summary: Summary) -> str:
+    """Return the note on rewards that have one mean at all points, so that nothing is above SFT; "" without any."""
+    means = {name: {point.rewards[name].value for point in summary.points} for name in summary.objectives}
+    same = [name for name, values in means.items() if len(values) == 1 and len(summary.points) > 1]
+    return f" All points have the same {' and '.join(same)}, so that no hypervolume is above 0." if same else ""
+
+
+def weights_text(point: PointSummary, policies: Sequence[str]) -> str:
+    """Return λ (two policies), all weights (more), a baseline's name, or "" for SFT.
+
+    Of more than four policies, λ that at most two share names them; others are rounded to two decimals.
+    """
     if point.checkpoint:
         return point.checkpoint
+    if len(point.weights) > _MANY:
+        return _many_weights(point.weights, policies)
     shown = point.weights[:1] if len(point.weights) == 2 else point.weights
     return ",".join(map(_weight, shown))
 
@@ -78,8 +108,14 @@ def interval_text(estimate: Estimate) -> str:
 
 
 def bracketed(estimates: Sequence[Estimate]) -> list[str]:
-    """Return `value [low, high]` for a column of estimates, all with the same decimals."""
+    """Return `value [low, high]` for a column of estimates, all with the same decimals.
+
+    Numbers that six decimals cannot show, such as volumes of eight rewards, have two significant digits.
+    """
     places = _decimals(estimates)
+    widths = [one.high - one.low for one in estimates if one.high > one.low]
+    if widths and min(widths) < 2 * 10.0**-_MOST_DECIMALS:
+        return [f"{one.value:.2g} [{one.low:.2g}, {one.high:.2g}]" for one in estimates]
     rows = [[_fixed(x, places) for x in (e.value, e.low, e.high)] for e in estimates]
     return [f"{value} [{low}, {high}]" for value, low, high in rows]
 
@@ -119,7 +155,8 @@ def points_note(summary: Summary) -> str:
     note = "± is half the interval's width; all points share their prompts, so differences are surer than that."
     first, *others = summary.policies or [""]
     if len(others) > 1:
-        note = f"λ: weights of {', '.join(summary.policies)}. {note}"
+        rounded = "; points.csv has all decimals" if len(summary.policies) > _MANY else ""
+        note = f"λ: weights of {', '.join(summary.policies)}{rounded}. {note}"
     elif others:
         note = f"λ: weight of {first}, 1 − λ that of {others[0]}. {note}"
     elif first:
@@ -139,6 +176,15 @@ def _number(value: float, form: str = "g") -> str:
     return format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
+def _many_weights(weights: Sequence[float], policies: Sequence[str]) -> str:
+    if len(set(weights)) == 1:
+        return f"{weights[0]:.4g} each"
+    used = [(name, weight) for name, weight in zip(policies, weights, strict=True) if weight]
+    if len(used) > 2:
+        return " ".join(f"{weight:.2f}".removeprefix("0") for weight in weights)
+    return ", ".join(f"{_weight(weight)} {name}" for name, weight in used)
+
+
 def _weight(weight: float) -> str:
     return f"{weight:.2f}" if round(weight, 2) == round(weight, 4) else f"{weight:.4f}".rstrip("0")
 
@@ -153,4 +199,4 @@ def _decimals(estimates: Iterable[Estimate]) -> int:
     widths = sorted((e.high - e.low) / 2 for e in estimates if e.high > e.low)
     if not widths:
         return 2
-    return min(6, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))
+    return min(_MOST_DECIMALS, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))

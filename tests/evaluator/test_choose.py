@@ -123,6 +123,11 @@ def place(found):
         (["--weights", "a=0.3,b=0.7"], ("soup", 0.5)),
         (["--weights", "b=3"], ("soup", 0.0)),
         (["--weights", "a=0.5,b=0.5", "--at-least", "b=20"], ("soup", 0.5)),
+        (["--weights", "a=0.5", "--weights", "b=0.5", "--at-least", "b=20"], ("soup", 0.5)),
+        # SFT's means are 0: the last of lines has less of b, soup's last just as much.
+        (["--maximize", "a", "--at-least-sft", "--method", "lines"], ("lines", 0.5)),
+        (["--maximize", "a", "--at-least-sft"], ("soup", 1.0)),
+        (["--maximize", "a", "--at-least-sft", "--at-least", "b=-5", "--method", "lines"], ("lines", 1.0)),
         # From 0 to 1 on the front's ranges, 0 … 4 and 0 … 30: 0.75 + 0.6 against 0.5 + 0.83 of soup's middle.
         (["--knee"], ("lines", 0.5)),
         (["--knee", "--method", "soup"], ("soup", 0.5)),

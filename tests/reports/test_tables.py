@@ -43,6 +43,39 @@ def test_terminal_tables_fit_80_columns_with_units_and_every_row(summary: Summar
     assert sum(line.strip().startswith(("sft ", "soup ", "lines ")) for line in text.splitlines()) == 2 * 23 + 4 + 2
 
 
+def test_eight_rewards_fit_terminal_and_page(make_run: MakeRun) -> None:
+    summary = summarise(load_run(make_run(rewards=8, policies=8, points=38, prompts=32, resamples=100)))
+    assert max(len(line) for line in shown(summary).splitlines()) <= 80
+    text = markdown(summary)
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 160
+    places = [row[1] for row in sheets(summary)[0].rows[:77]]
+    # SFT, then both methods in the order of λ.
+    assert places[:3] == ["", "1.00 formal", "0.50 safe, 0.50 formal"] and places[1:39] == places[39:]
+    assert "0.125 each" in places and "0.50 cheerful, 0.50 detailed" in places
+    rounded = next(place for place in places if place.startswith("."))
+    assert len(rounded.split()) == 8 and sum(map(float, rounded.split())) == pytest.approx(1, abs=0.04)
+    # A volume of eight rewards may be tiny.
+    assert interval_text(Estimate(1.234e-9, 1e-10, 2e-9)) == "1.2e-09 [1e-10, 2e-09]"
+
+
+def test_a_reward_that_never_changes_is_named(summary: Summary) -> None:
+    name = next(iter(summary.rewards))
+    points = [replace(one, rewards=one.rewards | {name: Estimate(1.0, 1.0, 1.0)}) for one in summary.points]
+    assert f"the same {name}, so" in sheets(replace(summary, points=points))[1].note
+    assert "the same" not in sheets(summary)[1].note
+
+
+def test_what_was_approximated_is_said(summary: Summary) -> None:
+    assert all("approximated" not in sheet.note for sheet in sheets(summary))
+    first, *others = summary.hypervolumes
+    rough = replace(summary, hypervolumes=[replace(first, resample_error=0.021), *others], exact_contributions=False)
+    volumes, side = sheets(rough)[1], sheets(rough)[-1]
+    assert "Above sft, values are exact; their intervals are approximated" in volumes.note and "2.1%" in volumes.note
+    assert "It is approximated" in side.note
+    worse = replace(rough, hypervolumes=[replace(first, error=0.004, resample_error=0.021)])
+    assert "standard error up to 0.4%" in sheets(worse)[1].note
+
+
 def test_hypervolumes_stand_beside_their_references(summary: Summary) -> None:
     sheet = sheets(summary)[1]
     assert sheet.title == "Hypervolume [logit × words]"

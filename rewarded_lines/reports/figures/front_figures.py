@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewarded_lines.config import SFT
-from rewarded_lines.reports.figures.figure_style import PLANE, WIDE, blank_figure, columns_of
+from rewarded_lines.reports.figures.figure_style import PLANE, WIDE, blank_figure, columns_of, settled
 from rewarded_lines.reports.figures.label_placement import shorten
 from rewarded_lines.reports.figures.plane_figure import (
     FEW,
@@ -25,6 +25,7 @@ from rewarded_lines.reports.figures.plane_figure import (
     sft_volumes,
     tint,
 )
+from rewarded_lines.reports.figures.strips_figure import draw_strips
 from rewarded_lines.reports.summary import Summary
 from rewarded_lines.reports.texts import interval_text, reference_text, volume_unit
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _SMALL, _PANEL = 0.75, 2.0
 # Least distance between two numbers at an axis, as a share of its length.
 _APART = 0.12
+# With more rewards there are too many planes for the width of a page.
+_MOST_PLANES = 4
 # From this ratio of highest to lowest on, perplexities have a logarithmic scale.
 _FAR = 3.0
 # At most this many characters of a method in the legend, and of a line of its title.
@@ -44,12 +47,17 @@ _LONGEST, _WRAPPED = 40, 70
 
 
 def front_figure(summary: Summary) -> Figure:
-    """Draw the fronts: one plane for two rewards, a matrix of planes for more, KL for one.
+    """Draw the fronts: one plane for two rewards, a matrix of planes for three and four, KL for one.
 
+    Five rewards would have ten planes: more get a panel each, see `draw_strips`.
     Points are mean scores, joined in the order of λ for two policies; crosses are intervals of some.
     The shaded area is the hypervolume above SFT in the legend.
     With more than four methods, only the first and the best are shaded and labelled with λ.
     """
+    if len(summary.objectives) > _MOST_PLANES:
+        figure, drawn = draw_strips(summary)
+        _draw_legend(figure, drawn, volumes=True, shaded=False, knees=True)
+        return settled(figure)
     return _matrix(summary) if len(summary.objectives) > 2 else _one_plane(summary)
 
 
@@ -111,7 +119,9 @@ def _over(costs: Sequence[str], summary: Summary) -> Figure:
     rows, columns = columns_of(len(rewards), 2 if len(rewards) == 4 else 3)
     drawn = prepare(summary, scale=1.0 if columns == 1 else 0.8)
     width = PLANE if columns == 1 else WIDE
-    figure = blank_figure(width, len(costs) * rows * (0.9 * width / columns) + 1.0)
+    # From three rows on, a long label of the first row would meet the legend.
+    share = 0.9 if rows < 3 else 1.0
+    figure = blank_figure(width, len(costs) * rows * (share * width / columns) + 1.0)
     planes: list[tuple[Axes, Plane]] = []
     for place, cost in enumerate(costs):
         for index, reward in enumerate(rewards):
@@ -171,14 +181,16 @@ def _number(axes: Axes, candidates: Sequence[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _draw_legend(figure: Figure, drawn: Drawn, volumes: bool, shaded: bool, corner: bool = False) -> None:
+def _draw_legend(
+    figure: Figure, drawn: Drawn, volumes: bool, shaded: bool, corner: bool = False, knees: bool = False
+) -> None:
     """Add the legend above the panels, or with `corner` in the upper right corner if it fits there.
 
-    `volumes` adds each method's hypervolume, and the reference point in the title.
+    `volumes` adds each method's hypervolume, and the reference point in the title. `knees` is for `draw_strips`.
     """
     from matplotlib.legend_handler import HandlerTuple
 
-    handles, labels = _entries(drawn, volumes, shaded)
+    handles, labels = _entries(drawn, volumes, shaded, knees)
     beside = {tuple: HandlerTuple(pad=0)}
 
     def draw(where: str, lines: int, columns: int) -> Legend:
@@ -208,7 +220,7 @@ def _title(summary: Summary, lines: int) -> str:
     return "\n".join(part for line in whole.splitlines() for part in wrap(line, _WRAPPED))
 
 
-def _entries(drawn: Drawn, volumes: bool, shaded: bool) -> tuple[list[Any], list[str]]:
+def _entries(drawn: Drawn, volumes: bool, shaded: bool, knees: bool = False) -> tuple[list[Any], list[str]]:
     """Return the legend's handles and labels: methods, policies, intervals, and λ."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -223,7 +235,11 @@ def _entries(drawn: Drawn, volumes: bool, shaded: bool) -> tuple[list[Any], list
         handle = (Patch(facecolor=tint(drawn.looks[name]), linewidth=0), line) if tinted else line
         found.append((handle, shorten(drawn.labels[name], _LONGEST) + number))
     if summary.policy_points():
-        found.append((Line2D([], [], **drawn.mark("policy")), "policy, not merged"))
+        most = "policy with most of it, not merged" if knees else "policy, not merged"
+        found.append((Line2D([], [], **drawn.mark("policy")), most))
+    if knees:
+        found.append((Line2D([], [], color="black", linestyle="--", linewidth=0.9, marker=""), "SFT"))
+        found.append((Line2D([], [], linestyle="none"), "dots: each λ; markers: the knee of each front"))
     found.append((Line2D([], [], **drawn.mark("interval")), f"{summary.level:.0%} interval of a mean"))
     if len(summary.policies) == 2 and any(point.lam is not None for point in summary.points):
         found.append((Line2D([], [], linestyle="none"), f"λ: weight of {shorten(summary.policies[0], _LONGEST)}"))

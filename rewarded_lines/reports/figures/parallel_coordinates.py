@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _LONGEST = 10
 # Three panels fit side by side up to _FEW_REWARDS, and one from _MANY on.
 _FEW_REWARDS, _MANY = 4, 7
-_PALE = "0.82"
+_PALE, _SHARED = "0.82", "0.5"
 
 
 def parallel_figure(summary: Summary) -> Figure:
     """Draw every point as a line over the rewards, each axis from its lowest to its highest mean.
 
-    A point that its own method does not dominate has the colour of its heaviest policy.
+    A point that its own method does not dominate has the colour of its heaviest policy, if there is one.
     """
     methods, labels = summary.merged_methods(), method_labels(summary)
     rewards = len(summary.objectives)
@@ -52,12 +52,21 @@ def _draw_method(axes: Axes, points: list[PointSummary], summary: Summary) -> No
     high = np.where(high > low, high, low + 1.0)
     colours = [look.colour for look in looks(len(summary.policies) + 1)]
     for point, line, shown in zip(points, (values - low) / (high - low), nondominated(values), strict=True):
-        leader = int(np.argmax(point.weights)) if point.weights else len(summary.policies)
-        colour, order = (colours[leader], 3) if shown else (_PALE, 2)
+        leader = _leader(point)
+        own = _SHARED if leader is None else colours[leader]
+        colour, order = (own, 3) if shown else (_PALE, 2)
         axes.plot(line, color=colour, linewidth=0.9, marker="", linestyle="-", zorder=order, alpha=0.85)
     sft = (_values([summary.sft], summary)[0] - low) / (high - low)
     axes.plot(sft, color="black", linestyle="--", linewidth=1.2, marker="*", markersize=7, zorder=4)
     _draw_axes(axes, summary, low, high)
+
+
+def _leader(point: PointSummary) -> int | None:
+    """Return the index of a point's heaviest policy, −1 without weights, None if several are heaviest."""
+    if not point.weights:
+        return -1
+    heaviest = [index for index, weight in enumerate(point.weights) if weight == max(point.weights)]
+    return heaviest[0] if len(heaviest) == 1 else None
 
 
 def _draw_axes(axes: Axes, summary: Summary, low: np.ndarray, high: np.ndarray) -> None:
@@ -80,9 +89,11 @@ def _draw_axes(axes: Axes, summary: Summary, low: np.ndarray, high: np.ndarray) 
 def _draw_legend(figure: Figure, summary: Summary) -> None:
     colours = [look.colour for look in looks(len(summary.policies) + 1)]
     names = [f"most weight on {shorten(name, 16)}" for name in summary.policies]
-    if any(not point.weights for points in summary.merged_methods().values() for point in points):
+    leaders = {_leader(point) for points in summary.merged_methods().values() for point in points}
+    if -1 in leaders:
         names.append("not merged")
-    kinds = [*zip(names, colours, strict=False), ("dominated within its method", _PALE)]
+    shared = [("most weight on several", _SHARED)] if None in leaders else []
+    kinds = [*zip(names, colours, strict=False), *shared, ("dominated within its method", _PALE)]
     lines = [(text, dict(color=colour, linewidth=1.5, marker="")) for text, colour in kinds]
     sft = dict(color="black", linestyle="--", linewidth=1.2, marker="*")
     legend_above(figure, [*lines, ("SFT", sft)], columns=3)

@@ -225,7 +225,11 @@ def _labels(axes: Axes, drawn: Drawn, plane: Plane) -> Iterator[Label]:
     def anchor_of(point: PointSummary) -> np.ndarray:
         return np.asarray(axes.transData.transform(coordinates([point], plane))[0])
 
-    named = [*drawn.summary.policy_points(), (drawn.summary.sft, "SFT")]
+    singles = drawn.summary.policy_points()
+    if len(singles) > FEW:
+        # The names of more would hide the points.
+        singles = [max(singles, key=lambda one: measure(one[0], plane[1]).value)]
+    named = [*singles, (drawn.summary.sft, "SFT")]
     single = ("medium", "small", _LONG)
     size, smaller, longest = single if drawn.scale == 1 else ("small", "x-small", _SHORT)
     for point, name in named:
