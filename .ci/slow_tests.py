@@ -14,6 +14,7 @@ from pathlib import Path
 
 TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/rewards/")
 MORE = {
+    "evaluator": ("rewarded_lines/engines/",),
     "recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"),
     "demo": (*TRAINING, "eval/suites/"),
     "cli": ("rewarded_lines/doctor.py",),

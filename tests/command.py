@@ -1,8 +1,13 @@
 """The command line as a process of its own, for what cannot be done in this one: kills, limits, other folders."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 COMMAND = (
@@ -27,18 +32,49 @@ def alive(pid: int) -> bool:
         return False
 
 
-def speak_to(log: Path) -> None:
-    """Send all that this process prints, from Python or from below it, to a file."""
+def speak_to(log: Path, errors: Path | None = None) -> None:
+    """Send all that this process prints, from Python or from below it, to a file, or what it warns of to another."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
-    for stream in (1, 2):
-        os.dup2(sys.stdout.fileno(), stream)
+    if errors:
+        sys.stderr = errors.open("w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
 
 
 def run(log: Path, *args: str) -> None:
     """Be the command line, in a process that another test process made; what it prints goes to `log`."""
     speak_to(log)
+    _be_the_command(args, ENVIRONMENT)
+
+
+def prepared() -> BaseContext:
+    """Return a context whose processes have the imports of a merge behind them: a second each, and kills miss them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["command", "rewarded_lines.cli", "rewarded_lines.merger.merge"])
+    return context
+
+
+def prepared_run(args: Sequence[object], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the command line in `folder` in a prepared process, which reads the environment as a new one would."""
+    with tempfile.TemporaryDirectory() as place:
+        out, errors = Path(place, "out"), Path(place, "errors")
+        process = prepared().Process(target=_run_apart, args=(out, errors, folder, environment, tuple(map(str, args))))
+        process.start()
+        process.join(60)
+        assert process.exitcode is not None, "still running after a minute"
+        return subprocess.CompletedProcess(args, process.exitcode, out.read_text(), errors.read_text())
+
+
+def _run_apart(out: Path, errors: Path, folder: Path, environment: dict[str, str], args: tuple[str, ...]) -> None:
+    speak_to(out, errors)
+    os.chdir(folder)
+    assert "huggingface_hub" not in sys.modules, "it reads the environment when it is imported"
+    _be_the_command(args, environment)
+
+
+def _be_the_command(args: Sequence[str], environment: dict[str, str]) -> None:
     hear_interrupts()
-    os.environ |= ENVIRONMENT
+    os.environ |= environment
     sys.argv = ["rewarded-lines", *args]
 
     from rewarded_lines.cli import main

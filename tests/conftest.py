@@ -27,7 +27,7 @@ LONGEST = [
     *("evaluator/test_killed_sweep.py", "rewards/test_vllm_classifier.py", "recipes/test_resume.py"),
     *("engines/test_vllm_adapters.py", "training/test_sampling.py", "demo/test_pipeline.py"),
     *("reports/figures/test_figures.py", "cli/test_killed_merge.py", "evaluator/test_sweep.py"),
-    *("engines/test_responses.py", "engines/test_adapters.py", "cli/test_hostile_files.py"),
+    *("engines/test_responses.py", "cli/test_hostile_files.py"),
 ]
 
 

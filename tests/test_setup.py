@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,15 +19,9 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci" / "setup_env.py"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup_env = load_script()
+sys.path.insert(0, str(SCRIPT.parent))
+setup_env, setup_packages = import_module("setup_env"), import_module("setup_packages")
+sys.path.pop(0)
 
 
 def bare_environment(**variables: str) -> dict[str, str]:
@@ -85,14 +79,15 @@ def fake_tool(folder: Path, name: str, body: str) -> None:
 # ---- which Python
 
 
-def test_the_script_parses_on_python_3_6() -> None:
-    ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
+@pytest.mark.parametrize("module", [setup_env, setup_packages])
+def test_the_script_parses_on_python_3_6(module: ModuleType) -> None:
+    ast.parse(Path(module.__file__).read_text(), feature_version=(3, 6))
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.9", "3.10", "3.14", "4.0"])
 def test_an_unsupported_python_with_no_other_gives_one_message(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_env, "HERE", version)
-    monkeypatch.setattr(setup_env, "find_python", lambda: None)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(setup_env.SetupError) as caught:
         setup_env.python_to_use()
     message = str(caught.value)
@@ -103,25 +98,20 @@ def test_an_unsupported_python_with_no_other_gives_one_message(version: str, mon
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_a_supported_python_is_kept(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_env, "HERE", version)
-    monkeypatch.setattr(setup_env, "find_python", lambda: pytest.fail("searched"))
+    monkeypatch.setattr(setup_env, "output_of", lambda _: pytest.fail("searched"))
     assert setup_env.python_to_use() is None
 
 
-def test_a_supported_python_on_path_is_used_and_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_supported_python_on_path_is_used_and_said_and_a_stub_that_only_fails_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(setup_env, "HERE", "3.9")
-    monkeypatch.setattr(setup_env, "find_python", lambda: "/opt/python3.12")
-    assert setup_env.python_to_use() == "/opt/python3.12"
-    assert "Python 3.9 is not supported" in capsys.readouterr().out
-
-
-def test_a_stub_on_path_that_only_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "python3.11", "echo 'command not found' >&2; exit 127")
     fake_tool(tmp_path, "python3.12", "echo 3.9")
     fake_tool(tmp_path, "python3.13", "echo 3.13")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup_env.find_python() == str(tmp_path / "python3.13")
+    assert setup_env.python_to_use() == str(tmp_path / "python3.13")
+    assert "Python 3.9 is not supported" in capsys.readouterr().out
 
 
 def test_too_old_a_python_exits_1_without_a_traceback(
@@ -129,7 +119,7 @@ def test_too_old_a_python_exits_1_without_a_traceback(
 ) -> None:
     monkeypatch.setattr(setup_env, "__file__", str(clone / ".ci" / "setup_env.py"))
     monkeypatch.setattr(setup_env, "HERE", "3.8")
-    monkeypatch.setattr(setup_env, "find_python", lambda: None)
+    monkeypatch.setenv("PATH", "")
     assert setup_env.main([]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -187,7 +177,7 @@ def test_an_unknown_build_is_refused() -> None:
 
 def test_a_finished_set_up_does_nothing_and_says_nothing(clone: Path, finished: dict[str, str]) -> None:
     before = sorted(path.name for path in clone.rglob("*"))
-    result = run_script(clone)
+    result = run_script(clone, PYTHONDONTWRITEBYTECODE="1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert sorted(path.name for path in clone.rglob("*")) == before
 
@@ -271,7 +261,7 @@ def test_a_failing_pip_gives_one_message_and_can_be_repeated(clone: Path) -> Non
         result = run_script(clone, "--vllm", "none", PIP_INDEX_URL=f"file://{clone}/nonexistent")
         assert result.returncode == 1
         assert result.stderr.startswith("setup: The package index cannot be reached")
-        assert str(clone / ".venv" / setup_env.LOG) in result.stderr
+        assert str(clone / ".venv" / setup_packages.LOG) in result.stderr
         assert "Traceback" not in result.stdout + result.stderr
         assert json.loads((clone / ".venv" / setup_env.STAMP).read_text())["state"] == "installing"
 
@@ -292,13 +282,56 @@ def test_a_failing_pip_gives_one_message_and_can_be_repeated(clone: Path) -> Non
     ],
 )
 def test_pip_failures_are_told_apart(output: str, message: str) -> None:
-    text = setup_env.explain(2, output, "/x/setup.log")
+    text = setup_packages.explain(2, output, "/x/setup.log")
     assert message in text
     assert text.endswith("The full log: /x/setup.log")
 
 
+PIPS = "global.cert='/c.pem'\n:env:.disable-pip-version-check='1'\nglobal.find-links='/w'\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ("", []),
+        (PIPS, ["--cert=/c.pem", "--find-links=/w"]),
+        # What the environment says replaces what a file says; a value may be a list.
+        (
+            PIPS + ":env:.find-links='/x'\nglobal.extra-index-url='https://a/s\\nhttps://b/s'",
+            ["--cert=/c.pem", "--extra-index-url=https://a/s", "--extra-index-url=https://b/s", "--find-links=/x"],
+        ),
+        # uv has no such settings: pip installs.
+        ("global.proxy='http://p'", None),
+        (":env:.no-index='1'", None),
+        ("install.only-binary=':all:'", None),
+    ],
+)
+def test_uv_gets_pips_settings_or_pip_does_the_work(settings: str, options: list[str] | None) -> None:
+    assert setup_packages.uv_options(settings) == options
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "tools"),
+    [(PIPS, 0, ["uv", "python"]), (PIPS, 1, ["python"]), ("global.proxy='http://p'", 0, ["python"])],
+    ids=["uv", "no uv", "a setting that uv lacks"],
+)
+def test_uv_is_tried_first_where_it_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, code: int, tools: list[str]
+) -> None:
+    monkeypatch.setattr(setup_packages, "run", lambda *_: code)
+    monkeypatch.setattr(setup_packages, "output_of", lambda _: settings)
+    assert [Path(command[0]).name for command in setup_packages.installers(tmp_path, "c.txt")] == tools
+
+
+def test_a_uv_that_fails_leaves_it_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(setup_packages, "run", lambda venv, command, title="", fault="": ran.append(command) or 1)
+    setup_packages.add_packages(tmp_path, [["uv"], ["pip"]], "six")
+    assert ran == [["uv", "six"], ["pip", "six"]]
+
+
 def test_a_killed_pip_is_named_so() -> None:
-    assert "killed: perhaps too little memory" in setup_env.explain(-9, "", "/x/setup.log")
+    assert "killed: perhaps too little memory" in setup_packages.explain(-9, "", "/x/setup.log")
 
 
 # ---- the pins and the Makefile

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
+import blake3
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -13,13 +15,34 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 ATTENTION = ["q_proj", "v_proj"]
+# What was saved before: the base's folder and the adapter's files, by all that decides them.
+_SAVED: dict[Any, tuple[Path, dict[str, bytes]]] = {}
 
 
 def save_adapter(
     base: Path, folder: Path, seed: int, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, **settings
 ) -> Path:
-    """Train nothing: draw A, B, and what else PEFT would train, and save them as PEFT does."""
+    """Train nothing: draw A, B, and what else PEFT would train, and save them as PEFT does.
+
+    An adapter that was saved before is copied; only the path of its base differs.
+    """
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", **settings}
+    files = [path for path in sorted(Path(base).iterdir()) if path.suffix in (".json", ".safetensors")]
+    content = blake3.blake3(b"".join(path.name.encode() + path.read_bytes() for path in files)).digest()
+    key = content, seed, kind, dtype, repr(sorted(settings.items()))
+    if key not in _SAVED:
+        _save_anew(base, folder, seed, kind, dtype, settings)
+        _SAVED[key] = base, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        return folder
+    first, saved = _SAVED[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in saved.items():
+        text = name.endswith((".json", ".md"))
+        (folder / name).write_bytes(data.replace(str(first).encode(), str(base).encode()) if text else data)
+    return folder
+
+
+def _save_anew(base: Path, folder: Path, seed: int, kind: Any, dtype: torch.dtype, settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(kind.from_pretrained(base), LoraConfig(**settings), autocast_adapter_dtype=False)
@@ -31,7 +54,6 @@ def save_adapter(
                     weight.copy_(start + 0.1 * torch.randn(weight.shape, generator=generator))
                     weight.data = weight.data.to(dtype)
         model.save_pretrained(folder)
-    return folder
 
 
 def load_adapter(base: Path, folder: Path) -> PeftModel:

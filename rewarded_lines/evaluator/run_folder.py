@@ -27,8 +27,9 @@ from rewarded_lines.evaluator.records import (
     whole_point,
     write_point,
 )
-from rewarded_lines.evaluator.sweep_setup import Setup, versions
+from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
+from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import relative
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from rewarded_lines.evaluator.records import FORMAT
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path
@@ -242,12 +241,3 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
         return plan_adapters(base, policies, layers=options.layers, tower=options.tower, **project.carried)
     how: dict[str, Any] = {"dtype": config.generation.dtype, "layers": options.layers, "tower": options.tower}
     return plan_merge(base, policies, **how, **project.carried)
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of the installed packages among these."""
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -153,8 +154,21 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
         **settings,
         "notes": plan.notes,
         **inputs,
-        "versions": {"rewarded-lines": __version__, **{package: version(package) for package in packages}},
+        "versions": {"rewarded-lines": __version__, **versions(*packages)},
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of the installed packages among these."""
+    return {package: found for package in packages if (found := _installed(package))}
+
+
+@cache
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def title(reference: str, folder: Path) -> str:

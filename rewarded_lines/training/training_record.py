@@ -7,14 +7,13 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
+from rewarded_lines.merger.record import versions
 from rewarded_lines.training.arguments import Arguments
 
 PROGRESS = "REWARDED_LINES_PROGRESS"
@@ -37,7 +36,7 @@ def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any
         "complete": False,
         "given": sorted(arguments.given),
         "config": {type(part).__name__: _as_dict(part, output) for part in arguments},
-        "versions": _versions(),
+        "versions": versions(*_PACKAGES),
     }
 
 
@@ -115,11 +114,3 @@ def _as_dict(config: Any, output: Path) -> dict[str, Any]:
     if "output_dir" in content:
         content["output_dir"] = str(output)
     return {key: value for key, value in content.items() if not key.startswith("_")}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

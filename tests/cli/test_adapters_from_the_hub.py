@@ -1,9 +1,8 @@
 """Adapters by Hub id: the weights of their base stay on the Hub."""
 
 import json
-import subprocess
 
-from command import COMMAND, ENVIRONMENT
+from command import ENVIRONMENT, prepared_run
 from stand_in_hub import stand_in_hub
 from tiny_adapters import edit_settings, save_adapter
 from transformers import AutoModelForCausalLM
@@ -19,8 +18,7 @@ def test_only_the_config_of_the_base_is_fetched(tiny):
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tiny / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
         args = ("merge", "--base", "org/sft", "--policy", "org/one", "--policy", "org/two", "--out")
         for out, offline in (("out", "0"), ("again", "1")):
-            environment = ENVIRONMENT | places | {"HF_HUB_OFFLINE": offline}
-            done = subprocess.run([*COMMAND, *args, out], env=environment, cwd=tiny, capture_output=True, text=True)
+            done = prepared_run((*args, out), tiny, ENVIRONMENT | places | {"HF_HUB_OFFLINE": offline})
             assert done.returncode == 0, done
         fetched = [path for _, path in hub.asked if path.endswith(".safetensors")]
     assert fetched and all("adapter_model" in path for path in fetched)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from command import COMMAND, ENVIRONMENT
+from command import COMMAND, ENVIRONMENT, prepared_run
 
 from rewarded_lines.cli import main
 from rewarded_lines.merger.methods import METHODS
@@ -80,7 +80,7 @@ def test_each_shell_gets_a_script_and_an_answer(tmp_path, shell):
     home = ENVIRONMENT | {"HOME": str(tmp_path), "SHELL": f"/bin/{shell}"}
 
     def run(*args, **more):
-        return subprocess.run([*COMMAND, *args], env=home | more, capture_output=True, text=True, cwd=tmp_path)
+        return prepared_run(args, tmp_path, home | more)
 
     script = run("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert script.returncode == 0 and "_REWARDED_LINES_COMPLETE=complete_" + shell in script.stdout

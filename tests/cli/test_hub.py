@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from command import COMMAND, ENVIRONMENT
+from command import ENVIRONMENT, prepared_run
 from plain_checkpoints import save_family
 from stand_in_hub import COMMIT, stand_in_hub
 
@@ -34,14 +33,7 @@ def merge(hub, tmp_path):
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         places |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "NO_PROXY": "*"}
         args = ("merge", "--base", base, "--policy", first, "--policy", second, "--out", out)
-        return subprocess.run(
-            [*COMMAND, *map(str, args)],
-            env=ENVIRONMENT | places | environment,
-            cwd=tmp_path / "work",
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return prepared_run(args, tmp_path / "work", ENVIRONMENT | places | environment)
 
     return run
 

@@ -1,7 +1,6 @@
 """A merge that is killed or interrupted, runs out of space or loses a race leaves a complete output or none."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -44,20 +43,12 @@ def place(family, monkeypatch):
         shutil.rmtree(path)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Makes processes that have finished their imports, so that a kill hits the merge."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["command", "rewarded_lines.cli", "rewarded_lines.merger.merge"])
-    return context
-
-
 @pytest.fixture
-def begin(place, processes, tmp_path):
-    """Start a merge in its own process."""
+def begin(place, tmp_path):
+    """Start a merge in its own process, which has finished its imports, so that a kill hits the merge."""
 
     def run(*args):
-        process = processes.Process(target=command.run, args=(tmp_path / f"log-{time.monotonic_ns()}", *args))
+        process = command.prepared().Process(target=command.run, args=(tmp_path / f"log-{time.monotonic_ns()}", *args))
         process.log = process._args[0]
         process.start()
         return process

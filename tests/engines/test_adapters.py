@@ -24,6 +24,7 @@ def expected(base, folder, prompts):
     return answers
 
 
+@pytest.mark.slow
 def test_vllm_and_peft_read_merged_adapters_alike(tiny, monkeypatch):
     """Two λ, an output with ranks that differ, and a repeated policy, in one engine."""
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed in this environment")

@@ -29,6 +29,7 @@ def same(one, other):
         assert all(mine.scores[name].tolist() == theirs.scores[name].tolist() for name in mine.scores)
 
 
+@pytest.mark.slow
 def test_whole_models(greedy):
     engine, reference = sweep(out="engine"), sweep(engine="hf", out="reference")
     same(engine, reference)

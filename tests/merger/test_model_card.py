@@ -3,11 +3,10 @@
 import json
 import re
 import shlex
-import subprocess
 import time
 
 import pytest
-from command import COMMAND, ENVIRONMENT
+from command import ENVIRONMENT, prepared_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from plain_checkpoints import save_family
@@ -93,17 +92,14 @@ def test_ids_of_the_hub(tmp_path):
     with stand_in_hub(tmp_path / "hub") as hub:
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
         words = "merge --base org/sft --policy a=org/first --policy b=org/second --lam 0.25 --out out"
-        command = [*COMMAND, *words.split()]
-        environment = ENVIRONMENT | places
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        prepared_run(words.split(), tmp_path, ENVIRONMENT | places).check_returncode()
         card = ModelCard.load(tmp_path / "out/README.md")
         assert card.data.base_model == ["org/sft", "org/first", "org/second"] and card.data.license == "mit"
         assert "[org/first](https://huggingface.co/org/first)" in card.content and "stand" not in card.content
         # The card's command makes the same bits.
         words = shlex.split(re.search(r"```bash\n(.*?)\n```", card.content)[1])
         assert words[0] == "rewarded-lines"
-        again = [*COMMAND, *words[1:]]
-        subprocess.run(again, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        prepared_run(words[1:], tmp_path, ENVIRONMENT | places).check_returncode()
     first, second = (tmp_path / folder / "model.safetensors" for folder in ("out", "merged"))
     assert first.read_bytes() == second.read_bytes()
 

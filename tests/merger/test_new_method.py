@@ -1,10 +1,11 @@
 """A method is one row of the table: command line, projects, cards, commands and legends read it from there."""
 
 import json
-import subprocess
+import multiprocessing
 import sys
 
 import yaml
+from command import speak_to
 
 SCRIPT = """\
 import json, re, shlex, sys
@@ -50,20 +51,32 @@ Path("told.json").write_text(json.dumps(told))
 """
 
 
+def run_script(out, errors):
+    """Run the script as a new process would, which has the libraries but nothing of the project."""
+    speak_to(out, errors)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rewarded_lines"]:
+        del sys.modules[name]
+    exec(SCRIPT, {})
+
+
 def test_a_new_method_is_a_row(tiny):
     project = tiny / "rewarded-lines.yaml"
     content = yaml.safe_load(project.read_text())
     mine = {"merge": "shrink", "beta": 0, "options": {"share": 0.75}}
     project.write_text(yaml.safe_dump({**content, "sweep": {"points": 2, "methods": {"soup": None, "mine": mine}}}))
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tiny, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    paths = tiny / "out.txt", tiny / "errors.txt"
+    child = multiprocessing.get_context("fork").Process(target=run_script, args=paths)
+    child.start()
+    child.join()
+    out, errors = (path.read_text() for path in paths)
+    assert child.exitcode == 0, errors
     told = json.loads((tiny / "told.json").read_text())
     assert (told["help"], told["merge"], told["again"], told["sweep"], told["typo"]) == (0, 0, 0, 0, 1)
     # The command line shows a flag with its help, and the method's summary.
-    assert "--share" in done.stdout and "shrink (0.5): how much" in done.stdout and "Shrinking: a part" in done.stdout
+    assert "--share" in out and "shrink (0.5): how much" in out and "Shrinking: a part" in out
     assert told["record"] == {"share": 0.25}
     assert "m = 0.25 Σ λᵢ τᵢ" in told["card"] and "On Shrinking" in told["card"] and "1234.56789" in told["card"]
     assert "--method shrink --share 0.25" in told["card"]
     assert (tiny / "again/model.safetensors").read_bytes() == (tiny / "merged/model.safetensors").read_bytes()
     assert told["labels"]["mine"] == "Shrunk (β = 0)"
-    assert "not an option of shrink" in done.stderr and "--share" in done.stderr
+    assert "not an option of shrink" in errors and "--share" in errors
