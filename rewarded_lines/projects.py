@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rewarded_lines.config import CONTROL, GenerationSpec, ProjectConfig, Strict, is_one_set
+from rewarded_lines.config import CONTROL, GenerationSpec, ProjectConfig, is_one_set
+from rewarded_lines.config_values import Strict
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail, without_secrets
 from rewarded_lines.references import local_path, looks_local
 

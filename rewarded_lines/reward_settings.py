@@ -32,7 +32,7 @@ _JUDGE: dict[str, Any] = {
 }  # fmt: skip
 # Settings of servers: those that decide no score, and those that do.
 _REMOTE = ("key_env", "key_header", "concurrency", "timeout", "retries", "missing")
-_SERVED = {"url": None, "columns": [], "version": ""}
+_SERVED: dict[str, Any] = {"url": None, "columns": [], "version": ""}
 # Keys that only some sources have. An API is a judge with a URL.
 _API = "judge: and url"
 _ONLY_FOR: dict[str, tuple[str, ...]] = {

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from rewarded_lines.config import Strict
+from rewarded_lines.config_values import Strict
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_gradients import Line, line_of
 from rewarded_lines.projects import read_yaml, unknown_key

@@ -7,16 +7,16 @@ Several runs of one project, which differ in their training seed, are resampled 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
-from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, perplexity, tabulate
+from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, distinct2, perplexity, tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, total_missing
 from rewarded_lines.merger.spec import MergeSpec
@@ -247,15 +247,6 @@ def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
     alpha = float(np.mean([merge.alpha for merge in merges]))
     beta = float(np.mean([merge.beta for merge in merges]))
     return replace(merges[0], alpha=alpha, beta=beta)
-
-
-def distinct2(responses: Iterable[str]) -> float:
-    """Return the number of different pairs of neighbouring words over that of all pairs; 0 without pairs.
-
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
-    """
-    pairs = [pair for text in responses for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _control_sets(run: Run) -> dict[str, slice]:

@@ -11,7 +11,7 @@ from typing import Any
 from rewarded_lines.data.messages import as_answer, as_turns
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
 from rewarded_lines.rewards.failed_scores import Failed
@@ -52,9 +52,9 @@ class HttpReward(Reward):
         """See `Reward.check`."""
         return "" if self._messages else check_texts(prompts, self._where, "messages: true")
 
-    def check_columns(self, rows: Sequence[Row], where: str) -> None:
-        """See `Reward.check_columns`; also refuse values that JSON cannot hold."""
-        super().check_columns(rows, where)
+    def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
+        """See `Reward.column_faults`; JSON must also hold each value."""
+        faults = super().column_faults(rows, where)
         for at, row in enumerate(rows):
             for name, value in self.reads(row.get(COLUMNS, {})).items():
                 try:
@@ -63,7 +63,8 @@ class HttpReward(Reward):
                     what = f"reward `{self.name}` cannot send column `{name}`"
                     expected = "texts, finite numbers, booleans, nulls, and lists and mappings of these"
                     got, remedy = f"{value!r}: {error}", "make it a text with a row function"
-                    raise fail(what, where=f"{where}, row {at}", expected=expected, got=got, remedy=remedy) from error
+                    return [*faults, Problem(what, f"{where}, row {at}", expected, got, remedy)]
+        return faults
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """See `Reward.score`."""

@@ -10,7 +10,7 @@ from itertools import chain
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import Problem, fail
+from rewarded_lines.errors import Problem
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
@@ -69,17 +69,20 @@ class JudgeReward(Reward):
         more = 0 if columns else self._column_tokens
         return [length + more for length in self._answerer.lengths(asked)]
 
-    def check_columns(self, rows: Sequence[Row], where: str) -> None:
-        """See `Reward.check_columns`; columns must not be empty, either."""
-        super().check_columns(rows, where)
+    def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
+        """See `Reward.column_faults`; columns must not be empty, either."""
+        if faults := super().column_faults(rows, where):
+            return faults
         for at, row in enumerate(rows):
             if empty := [name for name in self.columns if row[COLUMNS][name] is None]:
                 what = f"reward `{self.name}` reads column `{empty[0]}`, which is empty in a row"
-                raise fail(what, where=f"{where}, row {at}", remedy="fill it, or leave the row out with a row function")
+                remedy = "fill it, or leave the row out with a row function"
+                return [Problem(what, where=f"{where}, row {at}", remedy=remedy)]
         texts = [self._form.texts(row[COLUMNS]) for row in rows] if self.columns else []
         if self.limit is not None:
             asked = [Question("\n".join(one)) for one in texts]
             self._column_tokens = max([self._column_tokens, *self._answerer.lengths(asked)])
+        return []
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""

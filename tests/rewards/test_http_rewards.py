@@ -22,6 +22,7 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.progress import Progress
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.reward import check_columns
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer, reward_key
 from rewarded_lines.training.training_reward import WeightedReward
@@ -301,11 +302,11 @@ def test_a_server_that_dies_for_good_stops_the_work_and_loses_no_answer(serve, t
 
 def test_columns_that_json_cannot_hold_are_refused_before_anything_is_scored(serve):
     reward = load_reward("judge", declared(serve(), columns=["answer"]))
-    reward.check_columns([{"prompt": "p", COLUMNS: {"answer": [1, None, "x"]}}], "rows.jsonl")
+    check_columns([reward], {"rows.jsonl": [{"prompt": "p", COLUMNS: {"answer": [1, None, "x"]}}]})
     with pytest.raises(UserError, match="(?s)rows.jsonl, row 0.*cannot send column `answer`.*nan"):
-        reward.check_columns([{"prompt": "p", COLUMNS: {"answer": math.nan}}], "rows.jsonl")
+        check_columns([reward], {"rows.jsonl": [{"prompt": "p", COLUMNS: {"answer": math.nan}}]})
     with pytest.raises(UserError, match="reads column `answer`, which a row does not have"):
-        reward.check_columns([{"prompt": "p", COLUMNS: {}}], "rows.jsonl")
+        check_columns([reward], {"rows.jsonl": [{"prompt": "p", COLUMNS: {}}]})
 
 
 class Told(Progress):

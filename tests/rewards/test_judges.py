@@ -19,6 +19,7 @@ from tiny_judges import (
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.reward import check_columns
 from rewarded_lines.rewards.score_checks import PairError
 
 TEXT = "Q: {prompt} A: {response} Good?"
@@ -269,9 +270,9 @@ def test_columns_fill_the_template_and_braces_in_texts_stay(folders):
     assert form[0].prompt[-1]["content"] == '{"a": [1]} {rubric} {response}{prompt}!'
     for row, message in (({}, "does not have"), ({"rubric": None}, "is empty")):
         with pytest.raises(UserError, match=message):
-            reward.check_columns([{"prompt": "a", "columns": row}], "data")
+            check_columns([reward], {"data": [{"prompt": "a", "columns": row}]})
     before = reward.lengths(["a"], ["b"])[0]
-    reward.check_columns([{"prompt": "a", "columns": {"rubric": "long " * 20}}], "data")
+    check_columns([reward], {"data": [{"prompt": "a", "columns": {"rubric": "long " * 20}}]})
     assert reward.lengths(["a"], ["b"])[0] >= before + 20
     with pytest.raises(PairError, match="too long for the judge"):
         reward.score(["a"], ["b " * 900], [{"rubric": "x"}])
