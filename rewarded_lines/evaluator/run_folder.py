@@ -112,7 +112,10 @@ class RunFolder:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
         points = self.fill(self.setup, specs, evaluator)
-        self.setup.told.extend(note for point in points if point.spec.method == SFT for note in _same_scores(point))
+        # One that compares with the SFT model gives it a tie everywhere.
+        telling = [name for name, reward in self.setup.rewards.items() if not reward.reads_sft]
+        sft = [point for point in points if point.spec.method == SFT]
+        self.setup.told.extend(note for point in sft for note in _same_scores(point, telling))
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
@@ -127,9 +130,9 @@ class RunFolder:
         return key in self._read
 
 
-def _same_scores(point: Point) -> list[str]:
-    """Return a note on each reward that gives all responses of a point one score."""
-    there = {name: values[~np.isnan(values)] for name, values in point.scores.items()}
+def _same_scores(point: Point, names: Sequence[str]) -> list[str]:
+    """Return a note on each reward of `names` that gives all responses of a point one score."""
+    there = {name: point.scores[name][~np.isnan(point.scores[name])] for name in names}
     return [
         f"reward `{name}` gives every response of {point.spec} the score {values[0]:g}, so it tells nothing apart yet: "
         "check the function, the columns that it reads, and the prompts"

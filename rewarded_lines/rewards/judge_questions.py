@@ -164,7 +164,12 @@ class QuestionForm:
     def _text(self, row: Row, name: str) -> str:
         value = row.get(name)
         if value is None:
-            raise fail(f"column `{name}` is missing or empty", where=f"{self.where}, template", got=repr(row)[:200])
+            raise fail(
+                f"column `{name}` is missing or empty",
+                where=f"{self.where}, template",
+                expected="a value to put into the template",
+                remedy="fill it, or leave the row out with a row function",
+            )
         if is_chat(value):
             return prompt_text(_as_messages(value))
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
-from rewarded_lines.errors import Problem
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
@@ -70,19 +71,17 @@ class JudgeReward(Reward):
         return [length + more for length in self._answerer.lengths(asked)]
 
     def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
-        """See `Reward.column_faults`; columns must not be empty, either."""
-        if faults := super().column_faults(rows, where):
-            return faults
-        for at, row in enumerate(rows):
-            if empty := [name for name in self.columns if row[COLUMNS][name] is None]:
-                what = f"reward `{self.name}` reads column `{empty[0]}`, which is empty in a row"
-                remedy = "fill it, or leave the row out with a row function"
-                return [Problem(what, where=f"{where}, row {at}", remedy=remedy)]
-        texts = [self._form.texts(row[COLUMNS]) for row in rows] if self.columns else []
+        """See `Reward.column_faults`; columns must not be empty, either, and a reference must be an answer."""
+        faults = super().column_faults(rows, where)
+        texts = []
+        for at, row in enumerate(rows if self.columns and not faults else ()):
+            try:
+                texts.append(Question("\n".join(self._form.texts(row[COLUMNS]))))
+            except UserError as error:
+                return [replace(problem, where=f"{where}, row {at}: {problem.where}") for problem in error.problems]
         if self.limit is not None:
-            asked = [Question("\n".join(one)) for one in texts]
-            self._column_tokens = max([self._column_tokens, *self._answerer.lengths(asked)])
-        return []
+            self._column_tokens = max([self._column_tokens, *self._answerer.lengths(texts)])
+        return faults
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""

@@ -62,6 +62,7 @@ def test_a_sweep_asks_judges_and_compares_with_the_sft_model(judged):
     rewards, rows = load_rewards(load_project(), device="cpu"), [json.loads(row) for row in open("test.jsonl")]
     sft, *others = run.points
     assert list(sft.scores["gain"]) == [0.5] * 6
+    assert "tells nothing apart" not in (judged / "run/run.json").read_text()
     assert any(set(point.scores["gain"]) != {0.5} for point in others)
     for point in run.points:
         own = [rows[at] for at in point.prompt_index]

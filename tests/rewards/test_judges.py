@@ -268,7 +268,7 @@ def test_columns_fill_the_template_and_braces_in_texts_stay(folders):
     assert reward.columns == ("rubric",)
     form = reward._form.ask("{response}", "{prompt}!", {"rubric": {"a": [1]}})
     assert form[0].prompt[-1]["content"] == '{"a": [1]} {rubric} {response}{prompt}!'
-    for row, message in (({}, "does not have"), ({"rubric": None}, "is empty")):
+    for row, message in (({}, "does not have"), ({"rubric": None}, "row 0: reward `judge`.*missing or empty")):
         with pytest.raises(UserError, match=message):
             check_columns([reward], {"data": [{"prompt": "a", "columns": row}]})
     before = reward.lengths(["a"], ["b"])[0]
