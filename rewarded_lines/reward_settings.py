@@ -32,7 +32,7 @@ _JUDGE: dict[str, Any] = {
 }  # fmt: skip
 # Settings of servers: those that decide no score, and those that do.
 _REMOTE = ("key_env", "key_header", "concurrency", "timeout", "retries", "missing")
-_SERVED: dict[str, Any] = {"url": None, "columns": [], "version": ""}
+_SERVED: dict[str, Any] = {"url": None, "columns": [], "version": "", "request": {}}
 # Keys that only some sources have. An API is a judge with a URL.
 _API = "judge: and url"
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -43,8 +43,11 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "messages": ("function", "url"),
     "columns": ("url",),
     **dict.fromkeys((*_REMOTE, "version"), ("url", _API)),
+    "request": (_API,),
     **dict.fromkeys(_JUDGE, ("judge",)),
 }
+# Settings of a judge in this process.
+_LOCAL = ("backend", "device", "dtype", "max_tokens", "plain", "prefill")
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers", *_REMOTE}
 # Later settings, with the values that earlier records had.
 _LATER: dict[str, Any] = {
@@ -88,10 +91,11 @@ class RewardSpec(Strict):
 
     A server at `url` gets {"prompts", "responses", "columns"} of `batch_size` pairs (16 by default) by POST, with the
     `columns` named here, and answers {"scores": [a number or null for each]}. With a `judge`, the URL is that of an API
-    for chat completions. `concurrency` requests are under way at once; each may take `timeout` seconds and is repeated
-    up to `retries` times. `key_env` names the environment variable with the key, sent in `key_header`. Cached scores
-    belong to the URL and this `version`: change it when the server scores differently. With `missing: leave_out`, a
-    sweep goes on where the server fails on a response.
+    for chat completions, such as https://api.openai.com/v1; `request` has more keys for it, and null removes one, as in
+    {max_tokens: null, max_completion_tokens: 64}. `concurrency` requests are under way at once; each may take `timeout`
+    seconds and is repeated up to `retries` times. `key_env` names the environment variable with the key, sent in
+    `key_header`. Cached scores belong to the URL and this `version`: change it when the server scores differently. With
+    `missing: leave_out`, a sweep goes on where the server fails on a response.
 
     A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens` limits the
     text, by default to what the model can read. `backend` and `device` run a model.
@@ -132,6 +136,7 @@ class RewardSpec(Strict):
     url: Annotated[str, checked(check_url)] | None = None
     columns: tuple[str, ...] = ()
     version: str = ""
+    request: dict[str, Any] = {}
     key_env: str | None = None
     key_header: str = "Authorization"
     concurrency: int = Field(64, ge=1, le=1024)
@@ -146,15 +151,20 @@ class RewardSpec(Strict):
             raise ValueError("declare one of " + ", ".join(f"`{key}:` ({what})" for key, what in _SOURCES.items()))
         kinds = {given[0], _API if len(given) == 2 else given[0]}
         for key, sources in _ONLY_FOR.items():
-            if not kinds & {*sources} and getattr(self, key) != type(self).model_fields[key].default:
+            if not kinds & {*sources} and self._is_set(key):
                 raise ValueError(f"`{key}:` is for rewards with {' or '.join(f'`{one}:`' for one in sources)}")
         if self.messages and self.function is not None and ":" not in self.function:
             raise ValueError("`messages:` is for your own functions; ready ones read the text of a response")
         if self.judge is not None:
             check_judge(self)
+            if self.url and (local := [key for key in _LOCAL if self._is_set(key)]):
+                raise ValueError(f"`{local[0]}:` is for a judge in this process, without `url:`")
         elif "{response}" not in self.template and self.template != CHAT:
             raise ValueError("{a} and {b} in a template are for a judge; this one needs {response}")
         return self
+
+    def _is_set(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def source(self) -> str:

@@ -72,12 +72,14 @@ class Answerer(Protocol):
         size: bytes of its weights in memory; 0 without weights.
         device: where the weights are while in memory.
         tokenizer: the judge's; None if it is not known here, and then `limit` is None.
+        streams: as of a `Reward`.
     """
 
     fingerprint: str
     size: int
     device: str
     tokenizer: Any
+    streams: bool
 
     @property
     def shared(self) -> object:

@@ -15,6 +15,7 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
+from rewarded_lines.rewards.failed_scores import Failed
 from rewarded_lines.rewards.judge_questions import SFT_RESPONSE, Answer, Answerer, NextToken, Question, QuestionForm
 from rewarded_lines.rewards.judge_verdicts import of_answer, of_next_token, verdict_texts, win_share
 from rewarded_lines.rewards.reward import Columns, Reward
@@ -37,7 +38,7 @@ class JudgeReward(Reward):
         self.reads_sft = spec.against == SFT_MODEL
         self.optional = (SFT_RESPONSE,) if self.reads_sft else ()
         self.fingerprint, self.size, self.device = answerer.fingerprint, answerer.size, answerer.device
-        self.tokenizer = answerer.tokenizer
+        self.tokenizer, self.streams = answerer.tokenizer, answerer.streams
         # Tokens of the longest columns in the rows that were checked.
         self._column_tokens = 0
 
@@ -97,6 +98,8 @@ class JudgeReward(Reward):
 
         With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
         """
+        if self.streams:
+            return self.collected(prompts, responses, columns)
         pairs = list(zip(prompts, responses, strict=True))
         found = {at: one for some in self.verdicts(prompts, responses, columns) for at, one in some.items()}
         known = {at: one for at, one in found.items() if not isinstance(one, Problem)}
@@ -104,6 +107,16 @@ class JudgeReward(Reward):
             if isinstance(one, Problem):
                 raise PairError(one, at, pairs[at], known)
         return [known[at] for at in range(len(pairs))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> Iterator[dict[int, float | Failed]]:
+        """See `Reward.stream`."""
+        if not self.streams:
+            yield from super().stream(prompts, responses, columns)
+            return
+        for some in self.verdicts(prompts, responses, columns):
+            yield {at: _failed(one) if isinstance(one, Problem) else one for at, one in some.items()}
 
     def verdicts(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
@@ -170,3 +183,8 @@ class JudgeReward(Reward):
                     remedy="raise `max_tokens` if the judge can read more, or shorten prompts or responses",
                 )
                 raise PairError(problem, at, pairs[at])
+
+
+def _failed(problem: Problem) -> Failed:
+    words = f"{problem.what}: {problem.got.removesuffix(' for')}" if problem.got else problem.what
+    return Failed(words, problem.where.partition(", ")[2])

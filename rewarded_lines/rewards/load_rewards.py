@@ -75,16 +75,22 @@ def load_reward(
     models = {} if models is None else models
     if spec.function is not None:
         return FunctionReward(name, spec, root)
+    if spec.url is not None:
+        return _remote_reward(name, spec)
     if spec.judge is not None:
         return JudgeReward(name, spec, LocalJudge(name, spec, _located(spec.judge, root), device, models))
-    if spec.url is not None:
-        from rewarded_lines.rewards.http_rewards import HttpReward
-
-        return HttpReward(name, spec)
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
     shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)
     return ModelReward(name, spec, shared)
+
+
+def _remote_reward(name: str, spec: RewardSpec) -> Reward:
+    """Return a reward behind a URL; other projects need no client."""
+    from rewarded_lines.rewards.api_judge import ApiJudge
+    from rewarded_lines.rewards.http_rewards import HttpReward
+
+    return HttpReward(name, spec) if spec.judge is None else JudgeReward(name, spec, ApiJudge(name, spec))
 
 
 def _located(reference: str, root: Path) -> str:

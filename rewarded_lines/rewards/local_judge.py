@@ -27,6 +27,8 @@ _SHOWN = 120
 class LocalJudge:
     """Answers the questions of one reward with a model in this process; see `Answerer`."""
 
+    streams = False
+
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str, models: dict[str, Any]) -> None:
         """Load the judge; refuse one that cannot be asked as `spec` says. `models` are those of other rewards."""
         self._where, self._spec = f"reward `{name}`", spec

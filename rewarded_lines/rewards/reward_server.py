@@ -14,8 +14,8 @@ from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.failed_scores import Failed
 
 # Until the server has answered once, these say that address or key is wrong. Later they may concern one pair.
-_WRONG = (401, 403, 404, 405, 407, 410, 501)
-_NO_KEY = (401, 403, 407)
+WRONG = (401, 403, 404, 405, 407, 410, 501)
+NO_KEY = (401, 403, 407)
 # So many requests that fail one after another, and none between them that does not, are the server's fault.
 _HOPELESS = 20
 # Seconds for the first question.
@@ -46,15 +46,15 @@ class RewardServer:
         self._known, self._in_a_row = False, 0
         self._last: HttpFailure | None = None
 
-    def check(self, method: str, path: str, content: Any = None) -> None:
-        """Ask for something that costs nothing: refuse an address where nobody answers, and a wrong key or path."""
+    def check(self, method: str, path: str, content: Any = None, wrong: Sequence[int] = WRONG) -> None:
+        """Ask for something that costs nothing: refuse an address where nobody answers, and the `wrong` statuses."""
         try:
             response = self._connected().ask(method, path, content, retries=2, within=_CHECK)
         except HttpFailure as failure:
             if not failure.reached:
                 raise self._unusable(failure) from failure
             return
-        if response.status in _WRONG or 300 <= response.status < 400:
+        if response.status in wrong or 300 <= response.status < 400:
             raise self._unusable(HttpFailure(self._connected().described(response), response.status))
 
     def answers(self, path: str, groups: Iterator[Places], request: Request, read: Read) -> Iterator[Found]:
@@ -130,7 +130,7 @@ class RewardServer:
     def _stops(self, failure: HttpFailure) -> bool:
         """Return whether a failure says that no request will do better."""
         status = failure.status
-        return status is not None and (status < 400 or (status in _WRONG and not self._known))
+        return status is not None and (status < 400 or (status in WRONG and not self._known))
 
     def _watch(self, found: Found | HttpFailure) -> None:
         """Raise if the server is not usable."""
@@ -151,9 +151,9 @@ class RewardServer:
         key, status = self._spec.key_env, failure.status or 500
         if not failure.reached:
             remedy = "start the server, or correct `url:`"
-        elif status in _NO_KEY:
+        elif status in NO_KEY:
             remedy = f"set {key} to a valid key" if key else "name the variable that holds the key: `key_env: NAME`"
-        elif status in _WRONG or 300 <= status < 400:
+        elif status in WRONG or 300 <= status < 400:
             remedy = "correct `url:`; requests are sent by POST"
         else:
             remedy = "look into the server's log; scores that came are kept where there is a cache, so run again then"

@@ -1,0 +1,149 @@
+"""Judges behind an OpenAI-compatible server: what is asked, and what their verdicts are worth."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+from stand_in_rewards import RewardServer
+
+from rewarded_lines.engines import http_answers
+from rewarded_lines.errors import UserError
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.load_rewards import load_reward
+from rewarded_lines.rewards.score_cache import ScoreCache
+from rewarded_lines.rewards.scorer import Scorer
+
+TEMPLATE = "Rate {response} to {prompt}"
+BUSY = 503, {"error": {"message": "overloaded"}}
+
+
+class ChatServer(RewardServer):
+    """Answers with what `say(last turn's text)` returns: a text, or tokens with their probabilities."""
+
+    say = staticmethod(lambda text: "Score: 3")
+
+    def answer(self, path, content):
+        with self._lock:
+            assert path == "/v1/chat/completions"
+            self.asked.append(content)
+            said = self.fault(len(self.asked), content)
+            if said is not None:
+                return said
+            text = content["messages"][-1]["content"]
+            self.ledger[text] += 1
+            return 200, {"choices": [choice(self.say(text))]}
+
+
+def choice(said):
+    if not isinstance(said, dict):
+        text, ended = said if isinstance(said, tuple) else (said, "stop")
+        return {"message": {"role": "assistant", "content": text}, "finish_reason": ended}
+    top = [{"token": token, "logprob": math.log(share)} for token, share in said.items()]
+    first = {**max(top, key=lambda one: one["logprob"]), "top_logprobs": top}
+    return {"message": {"content": first["token"]}, "finish_reason": "length", "logprobs": {"content": [first]}}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(http_answers, "_FIRST_WAIT", 0.02)
+    started = ChatServer()
+    started.url = f"http://127.0.0.1:{started.port}/v1"
+    yield started
+    started.stop()
+
+
+def judge(server, **options):
+    spec = RewardSpec(judge="gpt-4o-mini", url=server.url, **{"template": TEMPLATE, **options})
+    return load_reward("judge", spec), spec
+
+
+def test_a_written_verdict_is_read_by_its_pattern(server):
+    server.say = lambda text: f"I think. Score: {len(text)}"
+    reward, _ = judge(server, pattern=r"Score: (\d+)", system="Be strict.", max_new_tokens=99, seed=4)
+    assert reward.score(["p", "pp"], ["r", "rr"]) == [len("Rate r to p"), len("Rate rr to pp")]
+    asked = sorted(server.asked, key=lambda one: len(one["messages"][1]["content"]))
+    seeds = [one.pop("seed") for one in asked]
+    system, user = {"role": "system", "content": "Be strict."}, {"role": "user", "content": "Rate r to p"}
+    settings = {"model": "gpt-4o-mini", "temperature": 0.0, "max_tokens": 99}
+    assert asked[0] == {"messages": [system, user], **settings} and len(set(seeds)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "score"),
+    [
+        ({"token": "yes"}, {"yes": 0.6, "no": 0.3, "Yes": 0.1}, 0.6),
+        ({"token": ["yes", "Yes"]}, {"yes": 0.6, "no": 0.3, "Yes": 0.1}, 0.7),
+        ({"tokens": ["yes", "no"]}, {"yes": 0.6, "no": 0.3, "Yes": 0.1}, 0.6 / 0.9),
+        ({"tokens": {"1": 1, "5": 5}}, {"1": 0.25, "5": 0.75}, 4.0),
+        ({"token": "unsafe"}, {"safe": 0.995, "x": 0.005}, 0.0),
+    ],
+)
+def test_the_probability_of_tokens(server, options, said, score):
+    server.say = lambda text: said
+    assert judge(server, **options)[0].score(["p"], ["r"]) == [pytest.approx(score, rel=1e-12)]
+    assert {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}.items() <= server.asked[0].items()
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "words"),
+    [
+        ({"token": "unsafe"}, {"un": 0.9, "safe": 0.1}, "several tokens of the judge; name its first, 'un'"),
+        ({"token": "yes"}, {"no": 0.5, "maybe": 0.5}, "likeliest tokens are not all of 'yes'"),
+        ({"token": "yes"}, {"Yes": 0.995, "no": 0.005}, "another spelling"),
+        ({"token": "yes"}, "yes", "an answer without `logprobs`"),
+        ({"pattern": r"Score: (\d)"}, "none", "has no verdict"),
+        ({"pattern": r"Score: (\d)"}, ("Score: 1", "length"), "was cut before its end"),
+    ],
+)
+def test_what_is_no_verdict_is_not_a_score(server, options, said, words):
+    server.say = lambda text: said
+    with pytest.raises(UserError, match=f"(?s)reward `judge`.*{words}"):
+        judge(server, **options)[0].score(["p"], ["r"])
+
+
+def test_both_orders_are_asked_and_equal_answers_are_a_tie(server):
+    server.say = lambda text: {"A": 0.8, "B": 0.2}
+    options = {"tokens": {"A": 1, "B": 0}, "against": "reference", "template": "{prompt}: A {a} B {b}"}
+    rows = [{"reference": "r0"}, {"reference": "other"}]
+    assert judge(server, **options)[0].score(["p", "p"], ["r0", "r1"], rows) == pytest.approx([0.5, (0.8 + 0.2) / 2])
+    assert sorted(server.ledger) == ["p: A other B r1", "p: A r1 B other"]
+
+
+def test_answers_are_kept_as_they_come_and_failures_name_their_rows(server, tmp_path):
+    server.fault = lambda number, content: BUSY if number % 10 == 0 else None
+    reward, spec = judge(server, pattern=r"Score: (\d)")
+    scorer = Scorer({"judge": reward}, {"judge": spec}, ScoreCache(tmp_path / "cache.sqlite"))
+    prompts, responses = [f"p{at}" for at in range(100)], ["r"] * 100
+    assert scorer.score(prompts, responses)["judge"] == [3.0] * 100
+    assert set(server.ledger.values()) == {1}
+    server.fault = lambda number, content: BUSY if content["messages"][0]["content"].endswith("q7") else None
+    reward, spec = judge(server, pattern=r"Score: (\d)", retries=1, missing="leave_out")
+    left = Scorer({"judge": reward}, {"judge": spec}, ScoreCache(tmp_path / "cache.sqlite"))
+    found = left.score([f"q{at}" for at in range(20)], ["r"] * 20)["judge"]
+    assert [at for at, score in enumerate(found) if math.isnan(score)] == [7] and left.failed == {"judge": 1}
+    with pytest.raises(UserError, match="no score for 1 of 1 .*(?s:.*)status 503: overloaded .prompt 0: 'q7'"):
+        reward.score(["q7"], ["r"])
+
+
+def test_more_keys_of_a_request(server):
+    options = {"pattern": r"Score: (\d)", "request": {"max_tokens": None, "max_completion_tokens": 5, "seed": None}}
+    judge(server, **options)[0].score(["p"], ["r"])
+    assert server.asked[0].keys() == {"model", "messages", "temperature", "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill": "Score:"}, "`prefill:` is for a judge in this process"),
+        ({"backend": "vllm"}, "`backend:` is for a judge in this process"),
+        ({"columns": ["answer"]}, "`columns:` is for rewards with `url:`"),
+        (
+            {"judge": None, "template": "{prompt}{response}", "token": (), "request": {"a": 1}},
+            "`request:` is for rewards",
+        ),
+    ],
+)
+def test_a_declaration_is_checked(options, message):
+    given = {"judge": "m", "url": "http://host/v1", "template": TEMPLATE, "token": "yes", **options}
+    with pytest.raises(ValidationError, match=message):
+        RewardSpec(**given)
