@@ -67,8 +67,8 @@ def approximation(
     """Return an approximate hypervolume, in the product of the rewards' units.
 
     HV ≈ (2π^(m/2)/Γ(m/2))/(m 2^m) · Π_i d_i · mean_w max_p min_i ((p_i − r_i)/(d_i w_i))^m over unit directions w > 0,
-    by moocore. The directions depend on the number of rewards alone, so similar fronts have similar errors. With the same
-    d a point more is never less. In 8 rewards errors of 1 to 3 % were measured.
+    by moocore. The directions depend on the number of rewards alone, so similar fronts have similar errors. With
+    the same d a point more is never less. In 8 rewards errors of 1 to 3 % were measured.
 
     Args:
         points: [points, rewards].
