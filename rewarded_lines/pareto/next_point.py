@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -81,7 +82,7 @@ def next_weights(
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
     neighbours = list(_neighbours(places, min_gap))
-    volume, spread = _volume_for(len(neighbours), scores), np.ptp(scores, axis=0)
+    volume, spread = _volume_for(len(neighbours), scores, reference), np.ptp(scores, axis=0)
     start = volume(scores, reference)
     known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
     found: list[Proposal] = []
@@ -103,12 +104,15 @@ def next_weights(
     return min(found, key=order)
 
 
-def _volume_for(count: int, scores: Array) -> Callable[[Array, ArrayLike], float]:
+def _volume_for(count: int, scores: Array, reference: ArrayLike) -> Callable[[Array, ArrayLike], float]:
     """Return the exact hypervolume, or where `count` exact ones take longer than `PATIENCE` its approximation.
 
-    Its directions are the same for all, so that its errors are similar, too.
+    Its directions and sides are the same for all, so that a point more is never less.
     """
-    return hypervolume if count * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE else approximation
+    if count * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE:
+        return hypervolume
+    sides = scores.max(axis=0) - np.asarray(reference)
+    return partial(approximation, sides=np.where(sides > 0, sides, 1.0))
 
 
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:

@@ -51,6 +51,9 @@ def test_an_approximation_is_near_the_exact_value(rewards: int) -> None:
     exact = hypervolume(points, low)
     assert approximation(points, low) == pytest.approx(exact, rel=0.04)
     assert approximation(points, low) == approximation(points, low)
+    # Whatever the rewards' units are.
+    units = 10.0 ** np.arange(rewards)
+    assert approximation(points * units, low * units) == pytest.approx(units.prod() * approximation(points, low))
     # Within four standard errors, which the repetitions give.
     mean, error = careful(points, low, limit=0.0)
     assert 0 < error < 0.02 and abs(mean / exact - 1) < 4 * error
