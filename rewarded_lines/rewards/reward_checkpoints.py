@@ -4,6 +4,7 @@
     adapter     PEFT: adapter_config.json, the head among its tensors or in value_head.safetensors
     v_head      TRL: `v_head.summary.weight` and `.bias`; LLaMA-Factory: the same in value_head.safetensors
     value_head  OpenRLHF: `value_head.weight` or what the config calls `value_head_prefix`; mean and std in the config
+    score_head  Safe RLHF: `score_head.weight`, with or without a bias; not if `do_normalize` is on
 
 Nothing is unpickled: files that end in `.bin` are refused with the command that converts them.
 """
@@ -23,8 +24,8 @@ from rewarded_lines.errors import UserError, fail
 from rewarded_lines.references import looks_local
 
 HEAD_FILE = "value_head.safetensors"
-# Heads that read the last token, by the name before `.weight`: of TRL, OpenRLHF and others.
-_HEADS = ("v_head.summary", "value_head", "v_head", "reward_head", "rm_head")
+# Heads that read the last token, by the name before `.weight`: of TRL, OpenRLHF, Safe RLHF and others.
+_HEADS = ("v_head.summary", "value_head", "v_head", "reward_head", "rm_head", "score_head")
 # DeepSpeed saves TRL's wrapper with this before the names.
 WRAPPER = "pretrained_model."
 _OWN_HEADS = ("score.", "classifier.", "classification_head.", "sequence_summary.", "logits_proj.")
@@ -107,6 +108,13 @@ def open_reward_checkpoint(where: str, reference: str) -> RewardCheckpoint:
             _refuse_pickle(where, reference, name, HEAD_FILE)
     stored = dict.fromkeys(_names_in(beside), beside.name) if beside else tensors
     head = _head_in(stored, config)
+    if config.get("do_normalize"):
+        raise fail(
+            "the model normalizes its scores by statistics of its training, which are not read",
+            where=where,
+            got=f"`do_normalize: true` in the config of {base}",
+            remedy="use a copy with `do_normalize: false`: mean and deviation do not change which response is better",
+        )
     normalized = bool(config.get("normalize_reward"))
     return RewardCheckpoint(
         reference=reference,

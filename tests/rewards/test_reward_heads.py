@@ -143,6 +143,25 @@ def test_openrlhfs_heads_have_a_name_a_mean_and_a_deviation(forms, prefix, norma
     assert scores(forms / "base") == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_safe_rlhfs_heads_read_the_last_token(forms, bias):
+    from transformers import AutoModelForCausalLM
+
+    weight, shift = head_of(forms)
+    shift = shift if bias else torch.zeros(())
+    hidden = states(AutoModelForCausalLM.from_pretrained(forms / "base"))
+    expected = [-float(weight @ state + shift) for state in hidden]
+    file = forms / "base/model.safetensors"
+    stored = {name: value for name, value in load_file(file).items() if not name.startswith("lm_head")}
+    head = {"score_head.weight": weight[None], **({"score_head.bias": shift[None]} if bias else {})}
+    save_file({**stored, **head}, file, {"format": "pt"})
+    edit(forms / "base/config.json", architectures=["LlamaForScore"], score_dim=1, bias=bias, do_normalize=False)
+    assert scores(forms / "base", format="-0") == pytest.approx(expected, abs=1e-4)
+    edit(forms / "base/config.json", do_normalize=True)
+    with pytest.raises(UserError, match="use a copy with `do_normalize: false`"):
+        scores(forms / "base")
+
+
 def test_an_adapter_of_a_reward_model_scores_as_in_peft(forms, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
