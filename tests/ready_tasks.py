@@ -51,13 +51,13 @@ def make_hub(root: Path) -> None:
     sizes = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
     heads = {"num_attention_heads": 2, "max_position_embeddings": 1024}
     llama = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2))
-    _save(llama, sentence_pieces(), root / "meta-llama/Llama-2-7b-hf")
+    save(llama, sentence_pieces(), root / "meta-llama/Llama-2-7b-hf")
     smol = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=2))
     chat = byte_pairs(CHATML_TOKENS, bos=1, eos=2, pad=2)
     chat.chat_template = CHATML
-    _save(smol, chat, root / "HuggingFaceTB/SmolLM2-135M-Instruct")
+    save(smol, chat, root / "HuggingFaceTB/SmolLM2-135M-Instruct")
     gpt2 = {"vocab_size": 400, "n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    _save(
+    save(
         tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)), byte_pairs(GPT2, bos=0, eos=0), root / "openai-community/gpt2-large"
     )
     for name in (
@@ -66,29 +66,29 @@ def make_hub(root: Path) -> None:
         "Ray2333/gpt2-large-harmless-reward_model",
     ):
         scorer = tf.GPT2ForSequenceClassification(tf.GPT2Config(**gpt2, num_labels=1, initializer_range=0.2))
-        _save(scorer, byte_pairs(GPT2, bos=0, eos=0), root / name)
+        save(scorer, byte_pairs(GPT2, bos=0, eos=0), root / name)
     bart = tf.BartConfig(
         vocab_size=400, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=96, decoder_ffn_dim=96, num_labels=2, init_std=0.2,
     )  # fmt: skip
     tokens = byte_pairs(("<s>", "<pad>", "</s>"), bos=0, eos=2, pad=1, around="<s> $A </s>")
-    _save(tf.BartForSequenceClassification(bart), tokens, root / "CogComp/bart-faithful-summary-detector")
+    save(tf.BartForSequenceClassification(bart), tokens, root / "CogComp/bart-faithful-summary-detector")
     deberta = tf.DebertaV2Config(
         **sizes, **heads, num_labels=1, initializer_range=0.2, relative_attention=True, position_biased_input=False,
         pos_att_type=["p2c", "c2p"], type_vocab_size=0,
     )  # fmt: skip
     tokens = byte_pairs(("[PAD]", "[CLS]", "[SEP]"), bos=1, eos=2, pad=0, around="[CLS] $A [SEP]")
-    _save(
+    save(
         tf.DebertaV2ForSequenceClassification(deberta), tokens, root / "OpenAssistant/reward-model-deberta-v3-large-v2"
     )
     distilbert = tf.DistilBertConfig(
         vocab_size=400, dim=64, n_heads=2, n_layers=2, hidden_dim=96, initializer_range=0.2
     )
-    _save(tf.DistilBertForSequenceClassification(distilbert), tokens, root / "mohameddhiab/humor-no-humor")
+    save(tf.DistilBertForSequenceClassification(distilbert), tokens, root / "mohameddhiab/humor-no-humor")
     encoder = tf.BertConfig(
         vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
     )
-    _save(tf.BertModel(encoder), tokens, root / "sentence-transformers/all-MiniLM-L6-v2")
+    save(tf.BertModel(encoder), tokens, root / "sentence-transformers/all-MiniLM-L6-v2")
     make_data(root / "datasets")
 
 
@@ -196,7 +196,7 @@ def byte_pairs(special: Sequence[str], bos: int, eos: int, pad: int | None = Non
     return PreTrainedTokenizerFast(tokenizer_object=trained, **roles)
 
 
-def _save(model, tokenizer, folder: Path) -> None:
+def save(model, tokenizer, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """A reward's server for tests: it can be slow, fail on purpose, die and come back, and keeps a ledger."""
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -152,3 +153,29 @@ class _Counted:
 
     def __exit__(self, *_):
         self._server.change(-1)
+
+
+class ChatServer(RewardServer):
+    """Answers with what `say(last turn's text)` returns: a text, or tokens with their probabilities."""
+
+    say = staticmethod(lambda text: "Score: 3")
+
+    def answer(self, path, content):
+        with self._lock:
+            assert path == "/v1/chat/completions"
+            self.asked.append(content)
+            said = self.fault(len(self.asked), content)
+            if said is not None:
+                return said
+            text = content["messages"][-1]["content"]
+            self.ledger[text] += 1
+            return 200, {"choices": [choice(self.say(text))]}
+
+
+def choice(said):
+    if not isinstance(said, dict):
+        text, ended = said if isinstance(said, tuple) else (said, "stop")
+        return {"message": {"role": "assistant", "content": text}, "finish_reason": ended}
+    top = [{"token": token, "logprob": math.log(share)} for token, share in said.items()]
+    first = {**max(top, key=lambda one: one["logprob"]), "top_logprobs": top}
+    return {"message": {"content": first["token"]}, "finish_reason": "length", "logprobs": {"content": [first]}}

@@ -23,7 +23,7 @@ from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
 LONGEST_SENTENCE = 30
-READ = ["how-it-works", "from-other-tools", "merge-what-you-have"]
+READ = ["how-it-works", "from-other-tools", "merge-what-you-have", "your-rewards"]
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
 # What these set up is downloaded and trained for hours: their commands are parsed here.
@@ -44,6 +44,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "docs/how-it-works.md": 3,
         "docs/merge-what-you-have.md": 10,
         "docs/the-merge-in-numpy.md": 3,
+        "docs/your-rewards.md": 0,
         "eval/README.md": 7,
         "eval/results/README.md": 20,
         "eval/results/movie_reviews/README.md": 5,

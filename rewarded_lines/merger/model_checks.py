@@ -182,8 +182,12 @@ def _compare_origin(base: Checkpoint, policy: Checkpoint, where: str) -> list[Pr
 
 
 def recorded_base(folder: Path) -> str:
-    """Return the hash of the base's weights that a policy's training.json records, or ""."""
-    return str(_read_if_there(folder / TRAINING_FILE).get("base_hash") or "")
+    """Return the hash of the base's weights that a policy's training.json records, or "".
+
+    For a base of the Hub, earlier versions recorded its id, which does not tell the weights.
+    """
+    recorded = str(_read_if_there(folder / TRAINING_FILE).get("base_hash") or "")
+    return recorded if "/" not in recorded else ""
 
 
 def compare_hashes(base: Path, theirs: str, source: str, where: str, remedy: str = REMEDY) -> list[Problem]:

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 from trl import ModelConfig
 
+from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import Limit, fit, fit_prompts, positions_of
 from rewarded_lines.data.prompts import Prompt, encode, encode_answers
@@ -121,7 +123,7 @@ class PolicyTask:
         from_main(lambda: keep_generation_config(self.base, run.folder))
         run.saved(
             base=self.base,
-            base_hash=self.inputs["base"],
+            base_hash=weights_hash(resolve_folder(self.base)),
             reward=self.reward.name,
             weights=self.reward.weights,
             standardized={name: {"mean": m, "deviation": s} for name, (m, s) in self.reward.scales.items()},

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from pydantic import ValidationError
-from stand_in_rewards import RewardServer
+from stand_in_rewards import ChatServer
 
 from rewarded_lines.engines import http_answers
 from rewarded_lines.errors import UserError
@@ -15,32 +15,6 @@ from rewarded_lines.rewards.scorer import Scorer
 
 TEMPLATE = "Rate {response} to {prompt}"
 BUSY = 503, {"error": {"message": "overloaded"}}
-
-
-class ChatServer(RewardServer):
-    """Answers with what `say(last turn's text)` returns: a text, or tokens with their probabilities."""
-
-    say = staticmethod(lambda text: "Score: 3")
-
-    def answer(self, path, content):
-        with self._lock:
-            assert path == "/v1/chat/completions"
-            self.asked.append(content)
-            said = self.fault(len(self.asked), content)
-            if said is not None:
-                return said
-            text = content["messages"][-1]["content"]
-            self.ledger[text] += 1
-            return 200, {"choices": [choice(self.say(text))]}
-
-
-def choice(said):
-    if not isinstance(said, dict):
-        text, ended = said if isinstance(said, tuple) else (said, "stop")
-        return {"message": {"role": "assistant", "content": text}, "finish_reason": ended}
-    top = [{"token": token, "logprob": math.log(share)} for token, share in said.items()]
-    first = {**max(top, key=lambda one: one["logprob"]), "top_logprobs": top}
-    return {"message": {"content": first["token"]}, "finish_reason": "length", "logprobs": {"content": [first]}}
 
 
 @pytest.fixture
