@@ -205,7 +205,9 @@ def test_the_commands_inside_sentences_run(stage, cli):
         assert answer.code == 0, f"{command}\n{answer.err}"
 
 
-SNIPPETS = [(page, index) for page in PAGES for index, (kind, _) in enumerate(page.blocks) if kind == "python"]
+# The rewards and the server of this page are run by test_your_rewards.py.
+PRINTING = [page for page in PAGES if page.name != "docs/your-rewards.md"]
+SNIPPETS = [(page, index) for page in PRINTING for index, (kind, _) in enumerate(page.blocks) if kind == "python"]
 
 
 @pytest.mark.parametrize(("page", "index"), SNIPPETS, ids=[f"{page.name}-{index}" for page, index in SNIPPETS])
