@@ -246,14 +246,18 @@ def test_a_sweep_goes_on_counts_and_tells(tiny, gaps, cli):
     assert found.missing["words"].failed == 2 * len(found.points)
 
 
-def test_score_tells_what_has_no_score(tiny, gaps, cli):
+def test_score_tells_what_has_no_score(tiny, cli):
+    text = (tiny / "rewards.py").read_text()
+    none = "[None if prompt == 'dog' else len(response.split()) for prompt, response in zip(prompts, responses)]"
+    (tiny / "rewards.py").write_text(text.replace("[len(response.split()) for response in responses]", none))
     answer = cli("score", "first", "--engine", "hf", "--out", "run")
     assert answer.code == 0, answer.err
-    assert "reward `words`: 10 of 30 responses have no score (10 abstained)" in " ".join(answer.out.split())
-    # Without failures, one call scores all points.
-    assert gaps[1] == [30]
+    assert "reward `words`: 6 of 30 responses have no score (6 abstained)" in " ".join(answer.out.split())
+    sft, *_ = load_run(tiny / "run").points
+    there = [len(text.split()) for prompt, text in zip(sft.prompts, sft.responses, strict=True) if prompt != "dog"]
+    assert sft.means(["words"]) == pytest.approx([sum(there) / 12])
     found = json.loads(cli("score", "first", "--engine", "hf", "--out", "run", "--json").out)
-    assert found["model"]["missing"] == {"words": {"responses": 15, "abstained": 5, "failed": 0}}
+    assert found["model"]["missing"] == {"words": {"responses": 15, "abstained": 3, "failed": 0}}
 
 
 def test_a_reward_that_scores_nothing_stops_the_sweep_and_keeps_its_responses(tiny, monkeypatch):

@@ -16,12 +16,22 @@ from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
-from rewarded_lines.rewards.function_rewards import FunctionReward
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+ABSTAINS = """
+
+every = vowels
+
+
+def vowels(prompts, responses):
+    found = zip(prompts, every(prompts, responses), strict=True)
+    return [None if prompt.startswith("a dull") else score for prompt, score in found]
+"""
 
 
 def tensors(folder):
@@ -197,15 +207,10 @@ def test_dpo_trains_on_given_pairs(work, chat):
 
 
 @pytest.fixture
-def abstains(monkeypatch):
-    """Let the project's functions have no say on the prompts that begin "a dull", a quarter of all."""
-    own = FunctionReward.score
-
-    def score(self, prompts, *others):
-        found = own(self, prompts, *others)
-        return [math.nan if prompt.startswith("a dull") else one for prompt, one in zip(prompts, found, strict=True)]
-
-    monkeypatch.setattr(FunctionReward, "score", score)
+def abstains(work):
+    """Let the reward `vowels` return None for the prompts that begin "a dull", a quarter of all."""
+    with (work / "rewards.py").open("a") as file:
+        file.write(ABSTAINS)
 
 
 @pytest.mark.parametrize("name", ["rloo", "dpo"])
