@@ -26,7 +26,7 @@ def server(monkeypatch):
 def declare(server, **options):
     with open("rewarded-lines.yaml") as file:
         project = yaml.safe_load(file)
-    declared = {"url": server.url, "batch_size": 1, "key_env": "JUDGE_KEY", "retries": 8, **options}
+    declared = {"url": server.url, "batch_size": 1, "key_env": "JUDGE_KEY", "retries": 12, **options}
     project["rewards"] = {"judge": declared, "words": project["rewards"]["words"]}
     project["sweep"] = {"methods": ["soup"]}
     with open("rewarded-lines.yaml", "w") as file:

@@ -141,8 +141,8 @@ def test_too_few_points_are_refused(tiny):
 def test_a_sweep_that_dies_keeps_its_finished_points(tiny, monkeypatch):
     scored = LocalEvaluator._scored
 
-    def dying(evaluator, setup, drafts):
-        for key, point in scored(evaluator, setup, drafts):
+    def dying(evaluator, *given):
+        for key, point in scored(evaluator, *given):
             if point.spec.lam == 1.0:
                 raise KeyboardInterrupt
             yield key, point

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_project_is_left_alone(path, text, said):
 
 
 def test_an_entry_that_does_not_fit_is_refused_by_the_files_own_name(path):
-    with pytest.raises(UserError, match="either `model:`") as caught:
+    with pytest.raises(UserError, match="declare one of `model:`") as caught:
         register(str(path), {("rewards", "brief", "model"): path.parent / "brief"})
     assert path.read_text() == TEXT and [one.name for one in path.parent.iterdir()] == [path.name]
     assert caught.value.problems[0].where == f"{path}: rewards.brief"

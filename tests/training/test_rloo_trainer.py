@@ -67,13 +67,14 @@ def test_a_response_without_a_score_is_left_out_of_the_update(tmp_path, caplog, 
         use_cpu=True,
         disable_tqdm=True,
     )
+    prompts = ["the quick", "a film", "dog"]
     trainer = ReadRLOOTrainer(
         model=make_model(0),
         args=settings,
         reader=reader,
         chats=False,
-        reward_funcs=RewardFunction(reward, reader),
-        train_dataset=Dataset.from_dict({"prompt": ["the quick", "a film", "dog"]}),
+        reward_funcs=RewardFunction(reward, reader, [{"prompt": prompt} for prompt in prompts]),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "row": range(3)}),
         processing_class=tokenizer,
         callbacks=[MetricsCallback(tmp_path)],
     )
