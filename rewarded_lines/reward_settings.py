@@ -24,15 +24,13 @@ _SOURCES = {
     "judge": "a language model that judges",
     "url": "a server that scores",
 }
-# Settings of judges, with the values that other rewards have.
-_JUDGE: dict[str, Any] = {
-    "system": None, "plain": False, "chat_template_kwargs": {}, "prefill": "", "token": [], "tokens": {},
-    "pattern": None, "match": "last", "verdicts": {}, "unmatched": "error", "against": None, "temperature": 0.0,
-    "max_new_tokens": 512, "seed": 0,
-}  # fmt: skip
-# Settings of servers: those that decide no score, and those that do.
+# Settings of judges.
+_JUDGE = (
+    "system", "plain", "chat_template_kwargs", "prefill", "token", "tokens", "pattern", "match", "verdicts",
+    "unmatched", "against", "temperature", "max_new_tokens", "seed",
+)  # fmt: skip
+# Settings of servers that decide no score.
 _REMOTE = ("key_env", "key_header", "concurrency", "timeout", "retries", "missing")
-_SERVED: dict[str, Any] = {"url": None, "columns": [], "version": "", "request": {}}
 # Keys that only some sources have. An API is a judge with a URL.
 _API = "judge: and url"
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -49,11 +47,11 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 # Settings of a judge in this process.
 _LOCAL = ("backend", "device", "dtype", "max_tokens", "plain", "prefill")
 _DECIDES_NO_SCORE = {"batch_size", "description", "device", "role", "unit", "workers", *_REMOTE}
-# Later settings, with the values that earlier records had.
-_LATER: dict[str, Any] = {
-    "messages": False, "options": {}, "tokenizer": None, "trust_remote_code": False, "judge": None, **_JUDGE,
-    **_SERVED,
-}  # fmt: skip
+# Settings that records always had; they have the others where those are set.
+_FIRST = (
+    "model", "format", "template", "function", "messages", "role", "unit", "description", "batch_size", "max_tokens",
+    "dtype", "device", "backend", "workers",
+)  # fmt: skip
 _FIRST_MAX_TOKENS = 512
 
 
@@ -171,10 +169,16 @@ class RewardSpec(Strict):
         """Where the reward comes from: the key that names it, such as "model" or "function"."""
         return next(source for source in _SOURCES if getattr(self, source) is not None)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings for records."""
+        first = self.model_dump(mode="json", include=set(_FIRST))
+        return first | self.model_dump(mode="json", exclude_defaults=True) | {"messages": bool(self.messages)}
+
     def decides(self) -> dict[str, Any]:
-        """Return the settings that decide scores; later settings only where they are used."""
-        content = self.model_dump(mode="json", exclude=_DECIDES_NO_SCORE)
+        """Return the settings that decide scores."""
+        content = {key: value for key, value in self.as_dict().items() if key not in _DECIDES_NO_SCORE}
+        if not self.messages:
+            del content["messages"]
         # Longer texts are refused or read whole, so the limit decides no score.
-        content["messages"] = bool(self.messages)
         content["max_tokens"] = self.max_tokens or _FIRST_MAX_TOKENS
-        return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}
+        return content

@@ -24,6 +24,8 @@ from rewarded_lines.rewards.reward import deciding
 
 # A few hundred prompts cannot tell finer differences in α and β apart.
 _STEP = 0.01
+# Up to so many rewards a hypervolume of 0 stays 0, as in the trials of earlier runs.
+_FEW = 3
 # Where the search starts: Rewarded Soups, LiNeS, and LiNeS for a single task.
 _KNOWN = ((1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
@@ -112,13 +114,15 @@ def tune(
 
 
 def _worth(means: Sequence[Sequence[float]], sft: Point, rewards: Sequence[str]) -> float:
-    """Return a front's hypervolume above SFT; if no point is above SFT on every reward, how far the nearest is below.
+    """Return a front's hypervolume above SFT.
 
-    That is −min_p max_i (c_i − s_p,i)/d_i, with mean c and standard deviation d of SFT's scores.
+    With many rewards there may be no point above SFT on each. Then it is how far the nearest is below,
+    −min_p max_i (c_i − s_p,i)/d_i, with mean c and standard deviation d of SFT's scores.
     """
-    if volume := careful(means, sft.means(rewards))[0]:
+    volume = careful(means, sft.means(rewards))[0]
+    if volume or len(rewards) <= _FEW:
         return volume
-    spread = np.array([np.std(sft.scores[name]) for name in rewards])
+    spread = np.array([np.nanstd(sft.scores[name]) for name in rewards])
     short = (np.array(sft.means(rewards)) - np.array(means)) / np.where(spread > 0, spread, 1.0)
     return -float(short.max(axis=1).min())
 

@@ -151,9 +151,16 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary for JSON."""
-        points = [point.as_dict() for point in self.points]
         content = {key: value for key, value in asdict(self).items() if key != "missing"}
-        return content | {"points": points} | missing_json(self.missing)
+        content["points"] = [point.as_dict() for point in self.points]
+        # Only where something is approximated.
+        if self.exact_contributions:
+            del content["exact_contributions"]
+        for row in content["hypervolumes"]:
+            for error in ("error", "resample_error"):
+                if not row[error]:
+                    del row[error]
+        return content | missing_json(self.missing)
 
 
 def summarise(

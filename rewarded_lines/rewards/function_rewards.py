@@ -44,6 +44,10 @@ class FunctionReward(Reward):
         if self._workers:
             self._workers.close()
 
+    def column_remedy(self, name: str) -> str:
+        """See `Reward.column_remedy`; a parameter may also be an option."""
+        return f"{super().column_remedy(name)}, or give one value for all rows: `options: {{{name}: VALUE}}`"
+
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""
         whole = self._messages or self._as_trl or not self._function.reads_prompts

@@ -111,6 +111,10 @@ class Reward(ABC):
             return row
         return {name: row[name] for name in (*self.columns, *self.optional) if name in row}
 
+    def column_remedy(self, name: str) -> str:
+        """Return what a user can do about rows without a column."""
+        return f"add the column, or name yours: `columns: {{{name}: YOUR_COLUMN}}`"
+
     def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
         """Return a problem for each column that it needs and a row lacks; `where` names the rows."""
         problems: dict[str, Problem] = {}
@@ -122,7 +126,7 @@ class Reward(ABC):
                     where=f"{where}, row {at}",
                     expected=f"columns {', '.join(self.columns)}",
                     got=f"columns {listed(known, _MOST_NAMES) or 'none'} beside the prompt",
-                    remedy=f"add the column, or name yours: `columns: {{{name}: YOUR_COLUMN}}`",
+                    remedy=self.column_remedy(name),
                 )
         return [problems[name] for name in self.columns if name in problems]
 
