@@ -38,7 +38,7 @@ UV_NEEDS_NOT = """cache-dir default-timeout disable-pip-version-check no-cache-d
 progress-bar retries root-user-action timeout""".split()
 # What nothing of ours imports. Compiling the rest takes half as long.
 NOT_COMPILED = (
-    r"/(tests?|_vendor|anthropic|openai|mypyc?|sqlalchemy|torch/testing|ray/(rllib|data|serve|tune|train|llm)"
+    r"/site-packages/(.*/)?(tests?|_vendor|anthropic|openai|mypyc?|sqlalchemy|torch/testing|ray/(rllib|data|serve|tune|train|llm)"
     r"|sympy/physics|plotly/graph_objs/\w+|model_executor/models|transformers/models/(?!auto)\w+)/"
 )
 # At once, also when stdout is a pipe.

@@ -148,7 +148,8 @@ def sampled_pairs(
             say(f"{without} of {len(scores)} responses have no score, and enter no pair")
         return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
 
-    made_from = {**sampled_from, "reward": task.inputs["reward"], "scales": task.reward.scales, "margin": recipe.margin}
+    scored_by = {name: task.inputs[name] for name in ("reward", "declarations")}
+    made_from = {**sampled_from, **scored_by, "scales": task.reward.scales, "margin": recipe.margin}
     pairs, found = kept_rows(path, made_from, make)
     say(f"{len(pairs)} pairs {'found' if found else 'kept'} in {path}")
     return pairs

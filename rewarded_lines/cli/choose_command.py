@@ -29,7 +29,7 @@ def choose(
         str | None, typer.Option(metavar="NAME", help="Reward to maximize.", autocompletion=run_rewards)
     ] = None,
     at_least_sft: Annotated[
-        bool, typer.Option("--at-least-sft", help="Every other reward must reach SFT's mean.")
+        bool, typer.Option("--at-least-sft", help="Every reward without its own --at-least must reach SFT's mean.")
     ] = False,
     weights: Annotated[
         list[str] | None,

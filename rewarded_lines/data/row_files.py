@@ -55,12 +55,20 @@ def read_local(path: Path, split: str) -> Rows:
 
 
 def find_files(path: Path, split: str) -> list[Path]:
-    """Return the files with the rows of a path, in order.
+    """Return the files with the rows of a path, in order; refuse a slice such as `train[:80%]`.
 
     Args:
         path: a file; a folder of files of one type, or of `save_to_disk`; or a pattern such as `data/*.jsonl.gz`.
         split: the split to take if the names in a folder tell splits apart. A file and a pattern have no splits.
     """
+    if any(mark in split for mark in "[+"):
+        raise fail(
+            "slices and sums of splits are for data sets of the Hub",
+            where=str(path),
+            expected="the name of a split",
+            got=f"`split: {split}`",
+            remedy="write the rows into files of their own, or take the first rows with `limit:`",
+        )
     if path.is_dir():
         return _saved(path) if (path / _STATE).is_file() else _in_folder(path, split)
     if path.is_file():
@@ -142,7 +150,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         got = listed(sorted(file.name for file in folder.iterdir()), _MOST_NAMES) or "nothing"
         raise fail("no file in the folder can be read", where=str(folder), expected="files with rows", got=got)
     # The names of one set of shards, such as `part-00000-of-00002`, tell no splits apart.
-    named = len(sets) > 1 or next(iter(sets)) in _SPLITS
+    words = re.split(r"[-._ 0-9]+", next(iter(sets)).lower())
+    named = len(sets) > 1 or any(word in _SPLITS for word in words)
     files = sets[_choose(list(sets), split, folder) if named else next(iter(sets))]
     _check_alike(files, folder)
     return files

@@ -48,7 +48,7 @@ class HttpAnswer:
         except (ValueError, AttributeError):
             message = self.text
         moved = f" (moved to {self.headers['location']})" if "location" in self.headers else ""
-        return f"status {self.status}: {message[:SHOWN]}{moved}"
+        return f"status {self.status}: {message}{moved}"
 
 
 class HttpFailure(Exception):

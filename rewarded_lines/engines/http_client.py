@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -69,6 +70,8 @@ class HttpClient:
         except ValueError as error:
             where, expected = without_secrets(url), "http://HOST:PORT"
             raise fail("not the URL of a server", where=where, expected=expected, got=str(error)) from error
+        # The environment's proxy, but not the passwords in .netrc, which aiohttp would send, too.
+        self._proxy = None if proxy_bypass(str(parts.hostname)) else getproxies().get(parts.scheme)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._lock = threading.Lock()
@@ -159,7 +162,7 @@ class HttpClient:
 
     def described(self, response: HttpAnswer) -> str:
         """Return status and message of a response, without secrets."""
-        return self.masked(response.words)
+        return self.masked(response.words)[:SHOWN]
 
     def masked(self, text: str) -> str:
         """Return a text with the names of secrets in their places."""
@@ -182,8 +185,8 @@ class HttpClient:
         body = None if content is None else json.dumps(content, allow_nan=False).encode()
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            made = self._opened().request(method, self.url + path, data=body, headers=headers, allow_redirects=False)
-            async with made as got:
+            how: dict[str, Any] = {"headers": headers, "allow_redirects": False, "proxy": self._proxy}
+            async with self._opened().request(method, self.url + path, data=body, **how) as got:
                 text = (await got.read()).decode(errors="replace")
                 response = HttpAnswer(got.status, {name.lower(): one for name, one in got.headers.items()}, text)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -207,13 +210,12 @@ class HttpClient:
                 timeout=aiohttp.ClientTimeout(self._timeout, sock_connect=min(_CONNECT, self._timeout)),
                 headers=self._headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=True,
             )
             self._sessions.append(session)
         return self._sessions[0]
 
     def _said(self, error: Exception) -> str:
-        return self.masked(f"{type(error).__name__}: {error}"[:SHOWN])
+        return self.masked(f"{type(error).__name__}: {error}")[:SHOWN]
 
 
 def _finish(loop: asyncio.AbstractEventLoop, thread: threading.Thread, sessions: list[aiohttp.ClientSession]) -> None:

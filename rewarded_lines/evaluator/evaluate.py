@@ -23,8 +23,7 @@ from rewarded_lines.evaluator.records import Point, draft_path, point_path, whol
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.processes import give_back_memory
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.rewards.judge_questions import SFT_RESPONSE
-from rewarded_lines.rewards.reward import columns_of
+from rewarded_lines.rewards.reward import SFT_RESPONSE, columns_of
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
 
@@ -228,8 +227,9 @@ class LocalEvaluator:
     def _sft_responses(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> list[str]:
         """Return the SFT model's responses as rewards see them: those of its point, or else generated alone."""
         if self._sft is None or self._sft[0] != setup.prompts:
-            key = keys.get(PointSpec(SFT), "")
-            point = drafts.get(key) or (whole_point(point_path(self._folder, key)) if key else None)
+            # Of a search, the SFT model's point is not among the keys.
+            key = keys.get(PointSpec(SFT)) or setup.key(PointSpec(SFT))
+            point = drafts.get(key) or whole_point(point_path(self._folder, key))
             if point is None:
                 self._progress.start("generating the SFT model's responses, to compare with", counted=True)
                 answers = self._timed("generate", lambda: self._generator.generate(setup.prompts, setup.generation))

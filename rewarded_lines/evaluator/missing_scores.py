@@ -83,7 +83,7 @@ def too_few(
             where=f"{where}, reward `{name}`",
             expected=f"a score for {FEWEST} prompts or more",
             got=f"{count} of {prompts} prompts; {missing[name]}",
-            remedy="let the reward score more of the prompts, or leave it out of the project's `rewards:`",
+            remedy="let the reward score more of the prompts, or begin a new run without it: `--out FOLDER`",
         )
         for name, count in scored.items()
         if count < FEWEST

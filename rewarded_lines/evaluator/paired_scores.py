@@ -137,7 +137,7 @@ def _resampled(
             where=f"{points[point]}, reward `{rewards[reward]}`",
             expected="so many that half of the resamples draw a score for every mean",
             got=f"{counts[point, reward]} of {measured[0].shape[1]} prompts",
-            remedy="score more prompts, or leave the reward out of the project's `rewards:`",
+            remedy="score more prompts, or begin a new run without the reward: `--out FOLDER`",
         )
     return samples
 

@@ -49,7 +49,7 @@ def score(
             raise fail("no such model", where=reference, expected="a model's folder, an adapter's, or a Hub id")
         reference = str(Path(reference).resolve())
     name = Path(reference).name
-    settings = project.config.sweep.model_copy(update={"methods": {POLICIES: None}, "tune": None})
+    settings = project.config.sweep.model_copy(update={"methods": {POLICIES: None}, "tune": None, "design": None})
     alone = project.config.model_copy(update={"policies": {name: reference}, "baselines": {}, "sweep": settings})
     project = replace(project, config=alone)
     with tempfile.TemporaryDirectory() as scratch:

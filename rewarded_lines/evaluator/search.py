@@ -12,7 +12,7 @@ from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, Run, load_run, read_header
 from rewarded_lines.evaluator.run_folder import RunFolder, open_run
-from rewarded_lines.evaluator.sweep import open_evaluator, sweep
+from rewarded_lines.evaluator.sweep import check_design, open_evaluator, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
 from rewarded_lines.evaluator.weight_designs import Weights
@@ -101,6 +101,7 @@ def search(
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held:
+        check_design(held)
         listed = held.listed()
         there = {name: sum(spec.method == name for spec in listed) for name in chosen}
         _check_room(setup, [name for name in chosen if not there[name]], points)

@@ -60,7 +60,7 @@ def sweep(
     progress.start("laying out the points")
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
-        _check_design(run)
+        check_design(run)
         progress.tell(_plan(setup, specs, spec, count))
         added = [one for one in run.added() if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
@@ -83,7 +83,7 @@ def _count(project: Project, points: int | None) -> int:
     return asked
 
 
-def _check_design(run: RunFolder) -> None:
+def check_design(run: RunFolder) -> None:
     """Refuse a lattice of an earlier version in a project that now means a spread without saying so."""
     sweep = run.setup.project.config.sweep
     if sweep.design is None and run.setup.methods.design.kind == SPREAD and "sweep" in run.before:

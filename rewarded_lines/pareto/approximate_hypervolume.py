@@ -134,15 +134,15 @@ def approximate_samples(
     return SampledVolumes(found, float(errors[0].max()), float(max([*off, errors.max()])))
 
 
-def affordable_contributions(points: ArrayLike, reference: ArrayLike) -> tuple[Array, bool]:
+def affordable_contributions(points: ArrayLike, reference: ArrayLike, exact: bool = False) -> tuple[Array, bool]:
     """Return how much hypervolume each point alone brings, see `contributions`, and whether that is exact.
 
-    Otherwise A(P) − A(P ∖ {p}) with the same directions and sides of `approximation`, so that noise cancels.
-    In 8 rewards errors up to a seventh of the largest contribution were measured.
+    With `exact` it is, however long that takes. Otherwise A(P) − A(P ∖ {p}) with the same directions and sides of
+    `approximation`, so that noise cancels. In 8 rewards, errors were up to a seventh of the largest contribution.
     """
     values, origin = finite(points, "points, rewards"), finite(reference, "reference")
     count = counted(values, origin)
-    if count * exact_seconds(count, len(origin)) <= LIMIT:
+    if exact or count * exact_seconds(count, len(origin)) <= LIMIT:
         return contributions(values, origin), True
     sides = values[(values > origin).all(axis=1)].max(axis=0) - origin
     whole = approximation(values, origin, sides=sides)

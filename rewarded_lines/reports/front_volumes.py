@@ -41,7 +41,7 @@ def front_volumes(
     scores = table.samples.means[..., table.objectives]
     fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
     volumes = sample_volumes(fronts, references, table.samples.drawn, exact=exact, progress=progress)
-    return FrontVolumes(references, volumes, *_contributions(table, references["sft"]))
+    return FrontVolumes(references, volumes, *_contributions(table, references["sft"], exact))
 
 
 def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
@@ -58,12 +58,12 @@ def _references(table: Table, declared: Mapping[str, Mapping[str, float]]) -> di
     return found
 
 
-def _contributions(table: Table, sft: np.ndarray) -> tuple[np.ndarray, bool]:
+def _contributions(table: Table, sft: np.ndarray, exactly: bool) -> tuple[np.ndarray, bool]:
     """Return each point's contribution to its method's hypervolume above SFT, and whether all are exact."""
     shares, exact = np.zeros(len(table.rows)), True
     for rows in table.methods().values():
         fronts = table.samples.means[0][:, rows][..., table.objectives]
-        found = [affordable_contributions(*one) for one in zip(fronts, sft[0], strict=True)]
+        found = [affordable_contributions(*one, exactly) for one in zip(fronts, sft[0], strict=True)]
         shares[rows] = np.mean([values for values, _ in found], axis=0)
         exact = exact and all(precise for _, precise in found)
     return shares, exact

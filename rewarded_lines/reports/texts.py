@@ -112,12 +112,14 @@ def bracketed(estimates: Sequence[Estimate]) -> list[str]:
 
     Numbers that six decimals cannot show, such as volumes of eight rewards, have two significant digits.
     """
-    places = _decimals(estimates)
-    widths = [one.high - one.low for one in estimates if one.high > one.low]
-    if widths and min(widths) < 2 * 10.0**-_MOST_DECIMALS:
-        return [f"{one.value:.2g} [{one.low:.2g}, {one.high:.2g}]" for one in estimates]
-    rows = [[_fixed(x, places) for x in (e.value, e.low, e.high)] for e in estimates]
-    return [f"{value} [{low}, {high}]" for value, low, high in rows]
+    tiny = [0 < one.high - one.low < 2 * 10.0**-_MOST_DECIMALS for one in estimates]
+    places = _decimals([one for one, small in zip(estimates, tiny, strict=True) if not small])
+    return [
+        f"{one.value:.2g} [{one.low:.2g}, {one.high:.2g}]"
+        if small
+        else "{} [{}, {}]".format(*(_fixed(value, places) for value in (one.value, one.low, one.high)))
+        for one, small in zip(estimates, tiny, strict=True)
+    ]
 
 
 def plus_minus(estimates: Iterable[Estimate]) -> list[str]:

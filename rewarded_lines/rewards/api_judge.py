@@ -10,7 +10,7 @@ from rewarded_lines.errors import Problem
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.failed_scores import Failed
 from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of
-from rewarded_lines.rewards.reward_server import NO_KEY, Places, RewardServer
+from rewarded_lines.rewards.reward_server import Places, RewardServer
 
 _PATH = "/chat/completions"
 # The most that OpenAI's servers return.
@@ -18,6 +18,10 @@ _TOP = 20
 # A text that is not among the likeliest tokens has at most the share of the last of them.
 _NEGLIGIBLE = 0.01
 _SHOWN = 200
+# Servers have other words for an answer that ended by itself, but these for one that was cut.
+_CUT = ("length", "max_tokens", "content_filter")
+# Some servers take no larger seeds.
+_MOST_SEEDS = 2**31
 
 
 class ApiJudge:
@@ -35,7 +39,8 @@ class ApiJudge:
         served = spec.model_copy(update={"url": url})
         self._server = RewardServer(name, served, "an OpenAI-compatible chat completion")
         try:
-            self._server.check("GET", "/models", wrong=NO_KEY)
+            # A key may be good for chat completions only: then this is 403.
+            self._server.check("GET", "/models", wrong=(401, 407))
         except BaseException:
             self.free()
             raise
@@ -74,7 +79,7 @@ class ApiJudge:
         def request(places: Places) -> dict[str, Any]:
             question = questions[places[0]]
             seed = seed_of(question, self._spec.seed)
-            content = {"model": self._spec.judge, "messages": question.prompt, "seed": seed, **settings}
+            content = {"model": self._spec.judge, "messages": question.prompt, "seed": seed % _MOST_SEEDS, **settings}
             if self._spec.chat_template_kwargs:
                 content["chat_template_kwargs"] = self._spec.chat_template_kwargs
             return {key: value for key, value in {**content, **self._spec.request}.items() if value is not None}
@@ -95,7 +100,7 @@ class ApiJudge:
 
 def _answer(choice: Any) -> Answer:
     message = choice["message"]
-    return Answer(str(message.get("content") or message.get("refusal") or ""), choice.get("finish_reason") == "stop")
+    return Answer(str(message.get("content") or message.get("refusal") or ""), choice.get("finish_reason") not in _CUT)
 
 
 def _next_token(choice: Any, texts: Sequence[str]) -> NextToken | Failed:

@@ -21,9 +21,7 @@ from rewarded_lines.errors import Problem, fail
 from rewarded_lines.judge_settings import PLACE, SFT_MODEL, judge_columns
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import text_of
-
-SFT_RESPONSE = "@sft"
-"""The column in which a sweep gives a judge the SFT model's response to the same prompt, with the same seed."""
+from rewarded_lines.rewards.reward import SFT_RESPONSE
 
 
 @dataclass(frozen=True)

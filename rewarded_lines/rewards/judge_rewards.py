@@ -16,9 +16,9 @@ from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
 from rewarded_lines.rewards.failed_scores import Failed
-from rewarded_lines.rewards.judge_questions import SFT_RESPONSE, Answer, Answerer, NextToken, Question, QuestionForm
+from rewarded_lines.rewards.judge_questions import Answer, Answerer, NextToken, Question, QuestionForm
 from rewarded_lines.rewards.judge_verdicts import of_answer, of_next_token, verdict_texts, win_share
-from rewarded_lines.rewards.reward import Columns, Reward
+from rewarded_lines.rewards.reward import SFT_RESPONSE, Columns, Reward
 from rewarded_lines.rewards.score_checks import PairError
 
 # Prompts that are tried as questions before anything is generated.

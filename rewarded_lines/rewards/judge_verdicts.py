@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,7 +27,6 @@ def of_next_token(found: NextToken, spec: RewardSpec, where: str) -> float | Pro
     Σ P(text) for `token:`; Σ value·P(text) / Σ P(text) for `tokens:`.
     """
     texts, total = verdict_texts(spec), math.fsum(found.shares)
-    key = "token" if spec.token else "tokens"
     alike = {text.strip().casefold() for text in texts}
     if found.other and found.other.strip().casefold() in alike:
         return Problem(
@@ -34,7 +34,7 @@ def of_next_token(found: NextToken, spec: RewardSpec, where: str) -> float | Pro
             where=where,
             expected=listed([repr(text) for text in texts], len(texts)),
             got=f"{found.other!r} for",
-            remedy=f"add {found.other!r} to `{key}:`, in quotes",
+            remedy=_with_spelling(spec, found.other),
         )
     if spec.token:
         return total
@@ -47,6 +47,15 @@ def of_next_token(found: NextToken, spec: RewardSpec, where: str) -> float | Pro
             remedy="name what it answers with, begin its answer with `prefill:`, or set `unmatched: abstain`",
         )
     return math.fsum(spec.tokens[text] * share for text, share in zip(texts, found.shares, strict=True)) / total
+
+
+def _with_spelling(spec: RewardSpec, other: str) -> str:
+    """Return the line that also counts another spelling of a text, with the text's value."""
+    if spec.token:
+        return f"write `token: {json.dumps([*spec.token, other], ensure_ascii=False)}`"
+    alike = next(text for text in spec.tokens if text.strip().casefold() == other.strip().casefold())
+    values = {**spec.tokens, other: spec.tokens[alike]}
+    return f"write `tokens: {json.dumps(values, ensure_ascii=False)}`"
 
 
 def of_answer(found: Answer, spec: RewardSpec, where: str) -> float | Problem:

@@ -11,6 +11,8 @@ from rewarded_lines.errors import Problem, UserError, listed
 from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 
 _MOST_NAMES = 12
+SFT_RESPONSE = "@sft"
+"""The column in which a sweep gives a judge the SFT model's response to the same prompt, with the same seed."""
 Columns = Sequence[Row] | None
 """The columns of each prompt's row, by name; None if there are none."""
 
@@ -108,7 +110,8 @@ class Reward(ABC):
     def reads(self, row: Row) -> Row:
         """Return those of a row's columns that decide the score."""
         if self.optional is None:
-            return row
+            # What a sweep adds for a judge is no column of the data.
+            return {name: value for name, value in row.items() if name != SFT_RESPONSE}
         return {name: row[name] for name in (*self.columns, *self.optional) if name in row}
 
     def column_remedy(self, name: str) -> str:

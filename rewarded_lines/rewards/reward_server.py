@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from rewarded_lines.rewards.failed_scores import Failed
 # Until the server has answered once, these say that address or key is wrong. Later they may concern one pair.
 WRONG = (401, 403, 404, 405, 407, 410, 501)
 NO_KEY = (401, 403, 407)
+# Answers that may concern one pair only, even if it is the first.
+_PAIRS_FAULT = (200, 400, 413, 422)
 # So many requests that fail one after another, and none between them that does not, are the server's fault.
 _HOPELESS = 20
 # Seconds for the first question.
@@ -69,7 +72,7 @@ class RewardServer:
         Raises:
             UserError: the server is not usable: wrong address, key or form, or it only fails.
         """
-        client = self._connected()
+        client, self._in_a_row = self._connected(), 0
         for some in client.stream(groups, partial(self._ask, client, path, request, read)):
             merged: Found = {}
             for one in some:
@@ -85,7 +88,7 @@ class RewardServer:
         """Yield the answers of a group, asked together, and one by one if the server fails on the whole."""
         try:
             content = await client.read("POST", path, request(places))
-            found = dict(zip(places, _values(read, content, places), strict=True))
+            found = dict(zip(places, _values(client, read, content, places), strict=True))
         except HttpFailure as error:
             failure = self._last = error
         else:
@@ -130,7 +133,7 @@ class RewardServer:
     def _stops(self, failure: HttpFailure) -> bool:
         """Return whether a failure says that no request will do better."""
         status = failure.status
-        return status is not None and (status < 400 or (status in WRONG and not self._known))
+        return status is not None and not self._known and (status < 400 or status in WRONG)
 
     def _watch(self, found: Found | HttpFailure) -> None:
         """Raise if the server is not usable."""
@@ -140,10 +143,14 @@ class RewardServer:
         if len(failed) < len(found):
             self._known, self._in_a_row = True, 0
             return
+        same = self._last is not None and self._last.words == failed[0].words
+        last = self._last if self._last and same else HttpFailure(failed[0].words, 200)
+        if self._spec.missing == "leave_out" and last.status in _PAIRS_FAULT:
+            # After a stop, a run may ask for nothing but what fails.
+            return
         self._in_a_row += 1
         if self._in_a_row >= _HOPELESS:
             self._in_a_row = 0
-            last = self._last or HttpFailure(failed[0].words)
             words = f"{last.words} ({_HOPELESS} requests in a row failed)"
             raise self._unusable(HttpFailure(words, last.status, last.reached))
 
@@ -160,8 +167,9 @@ class RewardServer:
         return fail(_UNUSABLE, where=self._where, expected=self._expected, got=failure.words, remedy=remedy)
 
 
-def _values(read: Read, content: Any, places: Places) -> Sequence[Any]:
+def _values(client: HttpClient, read: Read, content: Any, places: Places) -> Sequence[Any]:
     try:
-        return read(content, places)
+        values = read(content, places)
     except ValueError as error:
-        raise HttpFailure(str(error), 200) from error
+        raise HttpFailure(client.masked(str(error)), 200) from error
+    return [replace(one, words=client.masked(one.words)) if isinstance(one, Failed) else one for one in values]

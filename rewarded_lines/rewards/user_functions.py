@@ -106,7 +106,11 @@ def load_function(reference: str, root: Path, where: str, options: Mapping[str, 
     elif options:
         function = functools.partial(function, **options)
     found = read_signature(function, parameters, options, where, tokens)
-    return replace(found, fingerprint=file_hash(source) if source else "")
+    if source is None:
+        return found
+    # A function that another file makes: what the named file gives it counts, too.
+    files = dict.fromkeys(one.resolve() for one in (source, _named_file(reference, root)) if one and one.is_file())
+    return replace(found, fingerprint=":".join(map(file_hash, files)))
 
 
 def read_signature(
@@ -210,12 +214,17 @@ def _made(function: Callable[..., Any], options: Mapping[str, Any], where: str) 
 
 def _source(function: Callable[..., Any], reference: str, root: Path) -> Path | None:
     """Return the file of a function; for an object, the file that `reference` names."""
-    source, _, name = reference.rpartition(":")
     if inspect.isbuiltin(function):
         return None
-    if inspect.isroutine(function) and "." not in name:
+    if inspect.isroutine(function) and "." not in reference.rpartition(":")[2]:
         found = inspect.getsourcefile(inspect.unwrap(function))
         return Path(found) if found else None
+    return _named_file(reference, root)
+
+
+def _named_file(reference: str, root: Path) -> Path | None:
+    """Return the file that a reference names, if there is one."""
+    source = reference.rpartition(":")[0]
     if source.endswith(".py"):
         return local_path(source, root)
     found = getattr(sys.modules.get(source), "__file__", None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import blake3
 from transformers import TrainingArguments
 from trl import ModelConfig
 
+from rewarded_lines.config import decides
 from rewarded_lines.data.dataset_formats import read_pairs, read_prompts
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt
@@ -65,6 +68,8 @@ def load_task(
         "reward": reward.fingerprint,
         **generation_inputs(project.generation),
     }
+    declared = {name: decides(project.config.rewards[name]) for name in reward.rewards}
+    inputs["declarations"] = blake3.blake3(json.dumps(declared, sort_keys=True).encode()).hexdigest()
     if any(one.reads_columns for one in reward.rewards.values()):
         inputs["columns"] = rows_hash(deciding([*rows, *measured], reward.rewards.values()))
     tokenizer = load_tokenizer(base)

@@ -55,7 +55,9 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
     before, now = theirs.get("inputs"), ours.get("inputs")
     if before is not None and now is not None:
-        found += [f"other {name}" for name in {**before, **now} if before.get(name) != now.get(name)]
+        # Earlier versions did not record how rewards are declared.
+        told = {**before, **now}.keys() - ({"declarations"} - before.keys())
+        found += [f"other {name}" for name in {**before, **now} if name in told and before.get(name) != now.get(name)]
     return found
 
 

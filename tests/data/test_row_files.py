@@ -276,3 +276,13 @@ def test_archives_are_refused_with_the_command_that_unpacks_them(tmp_path):
     command = fault(tmp_path / "a.tar.gz").remedy.removeprefix("python")
     subprocess.run(sys.executable + command, shell=True, check=True)
     assert rows_of(tmp_path / "a.tar.gz.unpacked") == ROWS
+
+
+def test_one_splits_files_are_no_other_split_and_slices_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train_prefs-00000-of-00001.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="train_prefs"):
+        read_prompts(DataSpec(file=str(tmp_path / "data"), split="test"))
+    for split in ("train[:80%]", "train+test"):
+        with pytest.raises(UserError, match="slices and sums of splits are for data sets of the Hub"):
+            read_prompts(DataSpec(file=str(tmp_path / "data"), split=split))

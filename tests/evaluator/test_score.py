@@ -86,6 +86,12 @@ def test_methods_tuning_and_baselines_of_the_project_have_no_part(tiny):
     assert [str(point.spec) for point in run.points] == ["sft", "policies first"]
 
 
+def test_the_design_of_the_projects_sweep_has_no_part(tiny):
+    with open("rewarded-lines.yaml", "a") as file:
+        file.write("  design: spread\n")
+    assert score("first", engine="hf").points
+
+
 def test_the_base_itself_gains_nothing(tiny):
     run = score("sft", engine="hf")
     sft, model = run.points

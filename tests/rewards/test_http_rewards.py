@@ -271,14 +271,13 @@ def test_a_sweep_may_leave_rows_out_and_a_training_may_not(serve):
         weighted.score(prompts, responses)
 
 
-@pytest.mark.parametrize("missing", ["refuse", "leave_out"])
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("said", "words", "missing"),
     [
-        ((401, "who are you"), "status 401: who are you"),
-        ((422, "unprocessable"), "20 requests in a row failed"),
-        ((200, {"rewards": []}), "an answer of another form"),
-        ((200, {"scores": [1.0]}), "1 scores for 16 pairs"),
+        ((401, "who are you"), "status 401: who are you", "leave_out"),
+        ((422, "unprocessable"), "20 requests in a row failed", "refuse"),
+        ((200, {"rewards": []}), "an answer of another form", "leave_out"),
+        ((200, {"scores": [1.0]}), "1 scores for 16 pairs", "refuse"),
     ],
 )
 def test_a_server_that_cannot_answer_stops_the_work_soon(serve, said, words, missing):
@@ -287,6 +286,38 @@ def test_a_server_that_cannot_answer_stops_the_work_soon(serve, said, words, mis
     with pytest.raises(UserError, match="(?s)the reward's server is not usable.*" + words):
         scorer.score(*pairs(2000))
     assert len(server.asked) < 40
+
+
+def test_a_run_that_asks_only_for_what_fails_ends(serve, tmp_path):
+    """A first run stops at 25 pairs that fail for good; with `leave_out`, the next one ends without them."""
+    bad = {f"prompt {at}" for at in range(0, 400, 16)}
+    server = serve(lambda number, content: (422, "no such word") if bad & set(content["prompts"]) else None)
+    prompts, responses = pairs(400)
+    options = {"concurrency": 4, "batch_size": 1}
+    with pytest.raises(UserError, match="missing: leave_out"):
+        scorer_of(declared(server, **options), tmp_path / "cache.sqlite").score(prompts, responses)
+    scorer = scorer_of(declared(server, missing="leave_out", **options), tmp_path / "cache.sqlite")
+    got = scorer.score(prompts, responses)["judge"]
+    assert scorer.failed == {"judge": 25} and sum(map(math.isnan, got)) == 25
+
+
+def test_one_strange_answer_is_one_failure_and_no_key_is_shown(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame-8127")
+    odd = 200, {"error": {"headers": "Bearer sesame-8127"}}
+    server = serve(lambda number, content: odd if "prompt 30" in content["prompts"] else None)
+    prompts, responses = pairs(40)
+    options = {"concurrency": 1, "batch_size": 1, "key_env": "JUDGE_KEY"}
+    with pytest.raises(UserError, match="(?s)no score for 1 of 40.*prompt 30") as raised:
+        scorer_of(declared(server, **options)).score(prompts, responses)
+    assert "sesame" not in str(raised.value)
+
+
+def test_a_netrc_file_changes_nothing(serve, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("default login ann password secret-31\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    server = serve()
+    load_reward("judge", declared(server)).score(["p"], ["r"])
+    assert not any("secret" in str(headers) or "Authorization" in headers for headers in server.headers)
 
 
 def test_a_server_that_dies_for_good_stops_the_work_and_loses_no_answer(serve, tmp_path):
@@ -369,11 +400,16 @@ def test_an_interrupt_ends_at_once_and_keeps_what_came(serve, tmp_path):
     server = serve(wait=stuck_after(20))
     prompts, responses = pairs(40)
     scorer = scorer_of(declared(server, concurrency=4, batch_size=1), tmp_path / "cache.sqlite")
+    # A background job of a script begins with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.start()
     started = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
-        scorer.score(prompts, responses)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(prompts, responses)
+    finally:
+        signal.signal(signal.SIGINT, before)
     scorer.close()
     assert time.perf_counter() - started < 8
     assert len(ScoreCache(tmp_path / "cache.sqlite").get(scorer._keys["judge"], pairs_of(prompts, responses))) == 20

@@ -144,7 +144,7 @@ def test_another_spelling_and_another_token_are_no_verdict(folders):
     spelled = judge(folders / "scores", "{prompt} {response}", tokens=["SCORE:", "no"])
     with pytest.raises(PairError, match="another spelling") as error:
         spelled.score(*ask)
-    assert "add 'Score: ' to `tokens:`" in str(error.value)
+    assert 'write `tokens: {"SCORE:": 1.0, "no": 0.0, "Score: ": 1.0}`' in str(error.value)
     abstains = judge(folders / "scores", "{prompt} {response}", tokens=["yes", "no"], unmatched="abstain")
     assert math.isnan(abstains.score(*ask)[0])
 

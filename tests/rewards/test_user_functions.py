@@ -230,3 +230,17 @@ def test_async_functions_and_failures_with_columns_here_and_in_workers(load, wor
         raises.score(["p", "q"], ["a", "b"], [{"answer": "x"}, {"answer": ""}])
     judge.free(), raises.free()
     assert "prompt 1: 'q' → 'b', columns {'answer': ''}" in str(raised.value)
+
+
+def test_the_file_that_a_project_names_counts_where_another_file_makes_the_function(tmp_path, monkeypatch):
+    (tmp_path / "factory.py").write_text(
+        "def make(size):\n    def long(prompts, responses):\n"
+        "        return [float(len(one) > size) for one in responses]\n    return long\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for size in (3, 5):
+        (tmp_path / "rewards.py").write_text(f"from factory import make\nlong = make({size})\n")
+        reward = load_reward("r", RewardSpec(function="rewards.py:long"), tmp_path)
+        found.append((reward.fingerprint, reward.score(["p"], ["four"])))
+    assert found[0][1] == [1.0] and found[1][1] == [0.0] and found[0][0] != found[1][0]

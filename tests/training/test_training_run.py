@@ -18,7 +18,7 @@ from rewarded_lines.folders import hold_folder
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.load_models import save_tokenizer
 from rewarded_lines.training.recipe_options import KeyValues, RunOptions
-from rewarded_lines.training.training_record import last_checkpoint, read_record
+from rewarded_lines.training.training_record import differences, last_checkpoint, read_record
 from rewarded_lines.training.training_run import from_main, say, training_run
 
 
@@ -448,3 +448,9 @@ def test_a_trained_model_outlives_an_end_before_it_is_measured(tmp_path, saved):
     assert train(out) == (not saved, None)
     assert names(tmp_path) == ["sft"]
     assert (out / "model").read_text() == ("trained" if saved else json.dumps(INPUTS))
+
+
+def test_another_declaration_of_a_reward_is_another_run_and_earlier_records_have_none():
+    ours = {"recipe": "rloo", "given": [], "config": {}, "inputs": {"train": "a", "declarations": "b"}}
+    assert differences({"recipe": "rloo", "inputs": {"train": "a"}}, ours) == []
+    assert differences({**ours, "inputs": {"train": "a", "declarations": "c"}}, ours) == ["other declarations"]
