@@ -5,8 +5,9 @@ where it failed for good and the project allows that. A mean is over what is the
 
     mᵢ = Σ_j h_ij·s_ij / Σ_j h_ij,    h_ij = 1 if prompt j has a score of reward i, else 0
 
-s_ij is the mean of the prompt's responses that have a score. Two points are compared over the
-prompts where both have one: Σ_j h_ij·h'_ij·(s_ij − s'_ij) / Σ_j h_ij·h'_ij.
+s_ij is the mean of the prompt's responses that have a score. A policy's gain over the SFT model uses
+the prompts where both have one: Σ_j h_ij·h'_ij·(s_ij − s'_ij) / Σ_j h_ij·h'_ij. Fronts and choices
+use each point's own mᵢ, so points with different gaps are measured on different prompts.
 """
 
 from __future__ import annotations
