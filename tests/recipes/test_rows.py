@@ -74,7 +74,7 @@ def test_a_post_comes_once_and_again_when_the_data_are_read_again(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(comparison(post)) + "\n" for post in (POST, POST, POST + "!", POST)))
     spec = load_project(SUITES / "summary.yaml").config.prompts
-    spec = spec.model_copy(update={"dataset": None, "file": str(data)})
+    spec = spec.model_copy(update={"dataset": None, "file": str(data), "split": "validation"})
     read = [[row["prompt"] for row in read_rows(spec, [("prompt",)], SUITES)] for _ in range(2)]
     post = POST.replace("\n", " ").strip()
     assert read[0] == read[1] == [post, POST.replace("\n", " ") + "!"]

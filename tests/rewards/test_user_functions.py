@@ -239,7 +239,7 @@ def test_the_file_that_a_project_names_counts_where_another_file_makes_the_funct
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = []
-    for size in (3, 5):
+    for size in (3, 50):
         (tmp_path / "rewards.py").write_text(f"from factory import make\nlong = make({size})\n")
         reward = load_reward("r", RewardSpec(function="rewards.py:long"), tmp_path)
         found.append((reward.fingerprint, reward.score(["p"], ["four"])))
