@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, fail
@@ -15,6 +16,8 @@ Messages = list[Message]
 # A text that the model continues, or the turns of a chat that it answers.
 Prompt = str | Messages
 
+TODAY = datetime(2026, 1, 1)
+"""The date that chat templates write; a sweep that goes on tomorrow must have the same prompts."""
 # Speakers of turns with `from` and `value` (ShareGPT), and their roles.
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -101,7 +104,10 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
 
 
 def render(tokenizer: Any, chats: Sequence[Messages], **options: Any) -> Any:
-    """Return `tokenizer.apply_chat_template(chats, **options)`, with a `UserError` if it fails."""
+    """Return `tokenizer.apply_chat_template(chats, **options)`, with a `UserError` if it fails.
+
+    A template that writes today's date writes `TODAY`, so that prompts are the same on every day.
+    """
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -111,6 +117,8 @@ def render(tokenizer: Any, chats: Sequence[Messages], **options: Any) -> Any:
             expected="chat_template.jinja beside it, since the prompts are chats",
             remedy="set `chat: false` if the rows are texts, or give this tokenizer a template",
         )
+    if "strftime_now" in str(tokenizer.chat_template):
+        options["strftime_now"] = TODAY.strftime
     try:
         return tokenizer.apply_chat_template(list(chats), **options)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

@@ -20,10 +20,12 @@ class Failed:
     Attributes:
         words: what happened, such as a status and the server's own words.
         where: the server, for instance.
+        remedy: what helps where asking again does not.
     """
 
     words: str
     where: str = ""
+    remedy: str = ""
 
 
 def rows_failed(
@@ -38,12 +40,13 @@ def rows_failed(
     for at, one in sorted(failed.items()):
         rows[one.words].append(f"prompt {at}: {_short(prompts[at])} → {_short(responses[at])}")
     where = next(iter(failed.values())).where
+    own = next((one.remedy for one in failed.values() if one.remedy), "")
     return fail(
         f"no score for {len(failed):,} of {len(prompts):,} responses, after all attempts",
         where=f"reward `{name}`" + (f", {where}" if where else ""),
         expected="a score for each, or null where the reward has no say",
         got=listed([f"{words} ({listed(some, _MOST_ROWS)})" for words, some in rows.items()], _MOST_REASONS),
-        remedy=remedy,
+        remedy=own or remedy,
     )
 
 

@@ -187,4 +187,4 @@ class JudgeReward(Reward):
 
 def _failed(problem: Problem) -> Failed:
     words = f"{problem.what}: {problem.got.removesuffix(' for')}" if problem.got else problem.what
-    return Failed(words, problem.where.partition(", ")[2])
+    return Failed(words, problem.where.partition(", ")[2], problem.remedy)

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 from chat_forms import FORMS, make_tokenizer
+from tiny_models import make_tokenizer as make_plain_tokenizer
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.messages import check_template, is_chat, read_messages, with_settings
+from rewarded_lines.data.messages import check_template, is_chat, read_messages, render, with_settings
 from rewarded_lines.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "rome"}}}
@@ -144,3 +145,25 @@ def test_settings_of_every_kind_reach_a_template():
     wanted = tokenizer.apply_chat_template([ASKED], tokenize=False, **settings)
     tokenizer.chat_template = with_settings(template, settings)
     assert tokenizer.apply_chat_template([ASKED], tokenize=False) == wanted
+
+
+# How SmolLM3, Llama 3.2 and gpt-oss write the date.
+DATED = {
+    "smollm3": "{%- set today = strftime_now('%d %B %Y') -%}{{ 'Today Date: ' ~ today }}",
+    "llama": "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}{{ 'Today Date: ' + date_string }}",
+    "gpt-oss": "{%- macro head() -%}{{ 'Current date: ' + strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "date"), [("smollm3", "01 January 2026"), ("llama", "01 Jan 2026"), ("gpt-oss", "2026-01-01")]
+)
+def test_todays_date_is_the_same_every_day(name, date):
+    tokenizer = make_plain_tokenizer()
+    tokenizer.chat_template = DATED[name]
+    assert render(tokenizer, [[ASKED]], tokenize=False)[0].endswith(f"ate: {date}")
+    tokenizer.chat_template = with_settings(DATED[name], {"date_string": "5 May 2025"})
+    pinned = "5 May 2025" if name == "llama" else date
+    assert render(tokenizer, [[ASKED]], tokenize=False)[0].endswith(f"ate: {pinned}")
