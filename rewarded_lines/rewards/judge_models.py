@@ -16,43 +16,25 @@ from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load
 from rewarded_lines.rewards.judge_engines import HfJudge, JudgeEngine, VllmJudge
+from rewarded_lines.rewards.shared_model import SharedModel
 from rewarded_lines.rewards.vllm_classifier import LONGEST, WORKING_MEMORY, cache_size, check_vllm, weights_size
 
 
-class JudgeModel:
-    """A causal model with an engine, in memory while it is needed."""
+class JudgeModel(SharedModel[JudgeEngine]):
+    """A causal model with an engine."""
 
     def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
         """Load nothing yet."""
-        self._where, self._spec, self._reference, self.device = where, spec, reference, device
-        self._config = load_config(reference)
-        self._engine: JudgeEngine | None = None
+        super().__init__(where, reference, device)
+        self._spec, self._config = spec, load_config(reference)
         limits = [spec.max_tokens, positions_of(self._config), LONGEST if spec.backend == "vllm" else None]
         self.longest = min((limit for limit in limits if limit), default=None)
-        self.fingerprint, self.size = "", 0
 
-    @property
-    def engine(self) -> JudgeEngine:
-        """The engine, which the first call loads."""
-        if self._engine is None:
-            content = _content(self._reference) if self.fingerprint else ""
-            if content != self.fingerprint:
-                what, remedy = "the model changed since it was first loaded", "start again once it is complete"
-                raise fail(what, where=self._where, got=self._reference, remedy=remedy)
-            self._engine = self._vllm() if self._spec.backend == "vllm" else self._transformers()
-            self.fingerprint = self.fingerprint or _content(self._reference)
-        return self._engine
+    def _build(self) -> JudgeEngine:
+        return self._vllm() if self._spec.backend == "vllm" else self._transformers()
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._engine is not None
-
-    def free(self) -> None:
-        """Free the engine."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+    def _content(self) -> str:
+        return _content(self._reference)
 
     def _work(self) -> Workload:
         spec = GenerationSpec(dtype=self._spec.dtype, max_tokens=1)

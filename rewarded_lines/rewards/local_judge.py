@@ -50,7 +50,7 @@ class LocalJudge:
                 expected=f"`max_new_tokens` below the {self.shared.longest} tokens that it can read",
                 got=str(room),
             )
-        _ = self.shared.engine
+        _ = self.shared.held
         self.size, self.fingerprint = self.shared.size, self.shared.fingerprint
 
     @property
@@ -80,7 +80,7 @@ class LocalJudge:
         """See `Answerer.answers`."""
         spec = GenerationSpec(temperature=self._spec.temperature, max_tokens=self._spec.max_new_tokens)
         seeds = [seed_of(question, self._spec.seed) for question in questions]
-        yield dict(enumerate(self.shared.engine.answers(self._ids(questions), seeds, spec)))
+        yield dict(enumerate(self.shared.held.answers(self._ids(questions), seeds, spec)))
 
     def next_tokens(
         self, questions: Sequence[Question], texts: Sequence[str]
@@ -90,7 +90,7 @@ class LocalJudge:
         yield {at: ids for at, ids in enumerate(asked) if isinstance(ids, Problem)}
         read = {at: ids for at, ids in enumerate(asked) if not isinstance(ids, Problem)}
         unique = [list(dict.fromkeys(ids)) for ids in read.values()]
-        made = self.shared.engine.next_tokens([heads[at] for at in read], unique)
+        made = self.shared.held.next_tokens([heads[at] for at in read], unique)
         found = {}
         for (at, ids), one in zip(read.items(), made, strict=True):
             # A token that several texts begin with counts once, for the first.

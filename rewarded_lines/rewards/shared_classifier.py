@@ -6,7 +6,6 @@ from array import array
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
-from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
@@ -17,6 +16,7 @@ from rewarded_lines.rewards.reward_checkpoints import (
     tokenizer_of,
 )
 from rewarded_lines.rewards.reward_heads import TRUST, load_config, runs_own_code
+from rewarded_lines.rewards.shared_model import SharedModel
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
@@ -26,39 +26,28 @@ _BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": Vllm
 _OWN = {"format", "role", "unit", "description", "model", "tokenizer", "device"}
 
 
-class SharedClassifier:
-    """A model with its tokenizer; it loads itself again after `free`.
+class SharedClassifier(SharedModel[Backend]):
+    """A classifier with its tokenizer.
 
     Attributes:
         tokenizer: of the model.
-        device: where the model runs.
         classes: names of the classes, in the order of the rows that `rows` returns.
-        size: bytes of the weights.
         longest: the most tokens that the model can read, or None without a limit.
         positions: the config's limit, which `max_tokens` may extend.
         pad: the token that ends no text, or None if any token may.
-        fingerprint: a hash of the files that decide a text's logits.
     """
 
     def __init__(self, where: str, spec: RewardSpec, reference: str, tokenizer: str | None, device: str) -> None:
         """Load the model and its tokenizer, which is the model's own by default; `where` names the first reward."""
-        self.device, self._where, self._spec = device, where, spec
-        self._reference, self._elsewhere = reference, tokenizer
+        super().__init__(where, reference, device)
+        self._spec, self._elsewhere = spec, tokenizer
         self._stored = self._open()
         config = load_config(where, self._stored, spec.trust_remote_code)
         self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
         self.positions = positions_of(config)
-        self._backend: Backend | None = None
         self._known: dict[tuple[bytes, bytes], list[float]] = {}
-        self.fingerprint = ""
-        backend = self._load()
+        backend = self.held
         self.size, self.longest, self.classes, self.pad = backend.size, backend.longest, backend.classes, backend.pad
-        self.fingerprint = self._content()
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._backend is not None
 
     @property
     def reads_last(self) -> bool:
@@ -77,7 +66,7 @@ class SharedClassifier:
         new = {key: at for at, key in reversed(list(enumerate(keys))) if key not in self._known}
         if new:
             places = sorted(new.values())
-            found = self._load().logits(
+            found = self.held.logits(
                 [ids[at] for at in places], None if types is None else [types[at] for at in places]
             )
             known = {keys[at]: row for at, row in zip(places, found, strict=True)}
@@ -85,11 +74,9 @@ class SharedClassifier:
         return [self._known[key] for key in keys]
 
     def free(self) -> None:
-        """Free the memory; the next rows load the model again."""
-        backend, self._backend = self._backend, None
+        """See `SharedModel.free`."""
         self._known = {}
-        if backend is not None:
-            backend.close()
+        super().free()
 
     def _open(self) -> RewardCheckpoint:
         return open_reward_checkpoint(self._where, self._reference)
@@ -98,18 +85,9 @@ class SharedClassifier:
         own_code = runs_own_code(self._stored, self._spec.trust_remote_code)
         return fingerprint_of(self._stored, own_code, self._elsewhere)
 
-    def _load(self) -> Backend:
-        if self._backend is None:
-            if self.fingerprint and self.fingerprint != self._content():
-                raise fail(
-                    "the model changed since it was first loaded",
-                    where=self._where,
-                    got=self._reference,
-                    remedy="start again once it is complete",
-                )
-            build = _BACKENDS[self._spec.backend]
-            self._backend = build(self._where, self._spec, self._stored, self.device, self._example)
-        return self._backend
+    def _build(self) -> Backend:
+        build = _BACKENDS[self._spec.backend]
+        return build(self._where, self._spec, self._stored, self.device, self._example)
 
     def _example(self) -> list[int]:
         """Return the tokens of a text in the reward's template, which own code may look for."""
