@@ -15,7 +15,7 @@ PACKAGES = [
 ]
 GROUND = [
     *("config", "config_values", "doctor", "errors", "folders", "judge_settings", "options", "processes", "progress"),
-    *("projects", "references", "reward_settings"),
+    *("projects", "references", "reward_settings", "versions"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [
