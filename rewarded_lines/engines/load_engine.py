@@ -8,9 +8,8 @@ from typing import Any
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Workload
-from rewarded_lines.engines.vllm_versions import require_vllm
 from rewarded_lines.errors import fail
-from rewarded_lines.versions import check_versions
+from rewarded_lines.extras import require
 
 ENGINES = ("vllm", "hf")
 
@@ -21,15 +20,14 @@ def is_url(engine: str) -> bool:
 
 
 def check_engine(engine: str, option: str = "--engine") -> None:
-    """Refuse an engine that is unknown, missing or of another version; `option` is the setting that names it."""
+    """Refuse an engine that is unknown or not installed as `require` wants it; `option` names it."""
     if is_url(engine):
         return
     if engine not in ENGINES:
         expected = f"{' or '.join(ENGINES)}, or the URL of a server"
         raise fail(f"unknown engine `{engine}`", where=option, expected=expected)
     if engine == "vllm":
-        require_vllm(f"{option} vllm", f"{option} hf")
-    check_versions("torch", "transformers", where=f"{option} {engine}")
+        require("vllm", f"{option} vllm", otherwise=f", or use {option} hf")
 
 
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:

