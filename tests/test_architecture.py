@@ -15,7 +15,7 @@ PACKAGES = [
 ]
 GROUND = [
     *("config", "config_values", "doctor", "errors", "folders", "judge_settings", "options", "processes", "progress"),
-    *("projects", "references", "reward_settings"),
+    *("projects", "recipe_files", "references", "reward_settings"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [
