@@ -196,7 +196,7 @@ def _differs(path: Path, text: str) -> bool:
 
 def _refuse_collisions(folder: Path, asked: Mapping[str, str], along: Mapping[str, str], overwrite: bool) -> None:
     problems = []
-    for name in along | asked:
+    for name in {**asked, **along}:
         path = folder / name
         above = [one for one in path.parents if one.exists() and not one.is_dir()]
         if above:
@@ -232,35 +232,38 @@ def _run(recipe: Recipe, task: str, folder: Path, project: ProjectConfig | None)
     """Return the command of a copied config, with a reward that the folder's project has, and what is lacking."""
     config = _moved(_config(recipe, task), task)
     command, settings = _command(config), yaml.safe_load(config)
-    rewards = project.rewards if project else {}
-    names, wanted = [name for name, spec in rewards.items() if spec.role != "audit"], settings.get("reward")
-    if wanted and names and wanted not in names:
-        output = Path(settings["output_dir"]).with_name(names[0])
-        command = command.replace(f"--reward {wanted}", f"--reward {names[0]} --output_dir {output}")
-        wanted = names[0]
-    makers, files = _outputs(task), list(_missing(settings, folder, "train_file", "validation_file"))
-    lacks = [", ".join(files) + _DATA.get(task, "")] if files else []
-    models = {str(settings.get("model_name_or_path")), str(rewards[wanted].model) if wanted in rewards else ""}
-    lacks += [
-        f"{model} (the recipe {makers[model]} makes it)"
-        for model in models & makers.keys()
-        if not (folder / model).exists()
+    project = project or ProjectConfig()
+    known = [name for name, spec in project.rewards.items() if spec.role != "audit"]
+    wanted = [settings["reward"]] if settings.get("reward") else list(settings.get("rewards") or ())
+    if len(wanted) == 1 and known and wanted[0] not in known:
+        output = Path(settings["output_dir"]).with_name(known[0])
+        command = command.replace(f"--reward {wanted[0]}", f"--reward {known[0]} --output_dir {output}")
+        wanted = known[:1]
+    return RecipeRun(command, list(_lacks(settings, task, folder, project, wanted)))
+
+
+def _lacks(
+    settings: Mapping[str, Any], task: str, folder: Path, project: ProjectConfig, wanted: Sequence[str]
+) -> Iterator[str]:
+    """Yield what a config reads and the folder does not have; `wanted` are the rewards that it trains for."""
+    files = [str(settings[key]) for key in ("train_file", "validation_file") if key in settings]
+    if missing := [name for name in files if not (folder / name).exists()]:
+        yield ", ".join(missing) + _DATA.get(task, "")
+    if unknown := [name for name in wanted if name not in project.rewards]:
+        yield f"{', '.join(unknown)} among `rewards` in {PROJECT_FILE}"
+    makers = _makers(task)
+    used = [
+        settings.get("model_name_or_path"),
+        *(project.rewards[name].model for name in wanted if name not in unknown),
     ]
-    if wanted and not rewards:
-        lacks.append(f"`rewards` in {PROJECT_FILE}")
-    if wanted and "model_name_or_path" not in settings and not (project and project.base):
-        lacks.append(f"`base` in {PROJECT_FILE}" + (" (the recipe sft makes it)" if "sft" in makers.values() else ""))
-    return RecipeRun(command, lacks)
+    for model in used:
+        if model in makers and not (folder / str(model)).exists():
+            yield f"{model} (the recipe {makers[model]} makes it)"
+    if wanted and not settings.get("model_name_or_path") and not project.base:
+        yield f"`base` in {PROJECT_FILE}" + (" (the recipe sft makes it)" if "sft" in makers.values() else "")
 
 
-def _outputs(task: str) -> dict[str, str]:
+def _makers(task: str) -> dict[str | None, str]:
     """Return the recipe that makes each output of a task's configs, by the output's place in a copy."""
     configs = {one.name: one.configs[task] for one in recipes().values() if task in one.configs}
     return {yaml.safe_load(_moved(path, task))["output_dir"]: name for name, path in configs.items()}
-
-
-def _missing(settings: Mapping[str, Any], folder: Path, *keys: str) -> Iterator[str]:
-    """Yield the files that a config names and that are not in the folder."""
-    for name in (str(settings[key]) for key in keys if key in settings):
-        if not (folder / name).exists():
-            yield name

@@ -83,7 +83,7 @@ def test_without_a_task_a_recipe_gets_the_demos_config_alone(here):
     (run,) = copied.runs
     assert [lack.partition(" (")[0] for lack in run.lacks] == [
         "data/train.jsonl, data/validation.jsonl",
-        "`rewards` in rewarded-lines.yaml",
+        "positive among `rewards` in rewarded-lines.yaml",
         "`base` in rewarded-lines.yaml",
     ]
 

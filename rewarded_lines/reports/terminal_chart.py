@@ -21,7 +21,7 @@ _NARROWEST, _WIDEST = 40, 100
 _MARGIN = 0.04
 _MOST_TICKS = 5
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
-_LINES, _PLAIN_LINES = "│┤└─┬", "||+-+"
+_LINES, _PLAIN_LINES = tuple("│┤└─┬"), tuple("||+-+")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _numbers(summary: Summary) -> dict[str, str]:
     return {name: str(place) if place <= 9 else "*" for place, (_, name) in enumerate(summary.policy_points(), start=1)}
 
 
-def _plot(marks: Sequence[Mark], labels: Sequence[str], width: int, lines: str) -> Iterator[Text]:
+def _plot(marks: Sequence[Mark], labels: Sequence[str], width: int, lines: Sequence[str]) -> Iterator[Text]:
     """Yield the lines of the axes and of what is between them, at most so wide."""
     upright, tick, corner, across, down = lines
     heights = _Axis([mark.y for mark in marks], _ROWS)
