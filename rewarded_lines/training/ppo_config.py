@@ -74,9 +74,7 @@ class PPOConfig(SingleResponseConfig):
     whiten_rewards: bool = _key("divide the rewards of tokens by their standard deviation", False)
     kl_coef: float = _key("weight of the KL to the SFT model in the reward", 0.05)
     kl_estimator: Literal["k1", "k3"] = _key("how the KL is estimated; k3 varies less", "k1")
-    target_kl: float | None = _key(
-        "adapt `kl_coef` until the KL of a response to the SFT model, in nats, is this", None
-    )
+    target_kl: float | None = _key("adapt `kl_coef` until the KL to the SFT model, in nats, is this", None)
     kl_horizon: int = _key("pace of that adaptation, in episodes", 10_000)
     cliprange: float = _key("clip range of the policy's probability ratio", 0.2)
     cliprange_value: float = _key("clip range of the critic's values", 0.2)

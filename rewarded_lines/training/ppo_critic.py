@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
 from rewarded_lines.errors import fail
+from rewarded_lines.training.ppo_batches import token_places
 
 _WEIGHTS, _OPTIMIZER, _STATE = "critic.safetensors", "critic_optimizer.pt", "ppo.json"
-
-
-def token_places(attention_mask: Tensor) -> Tensor:
-    """Return the position of each token in its text; padding on the left does not count."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class SeparateCritic(nn.Module):

@@ -5,8 +5,6 @@ What is here: the critic, rewards and advantages of single tokens, and the loss 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from trl import GRPOTrainer
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import fail
 from rewarded_lines.training.online_trainer import OnlineTrainer
+from rewarded_lines.training.ppo_batches import EpochSampler, mini_batches, place_tokens, skip_padding_on_cpu
 from rewarded_lines.training.ppo_config import PPOConfig
-from rewarded_lines.training.ppo_critic import CriticOptimizer, SharedCritic, prepare_critic, token_places
+from rewarded_lines.training.ppo_critic import CriticOptimizer, SharedCritic, prepare_critic
 from rewarded_lines.training.ppo_math import (
     adapted_coefficient,
     estimate_advantages,
@@ -53,6 +52,7 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         """
         settings = args.settings(len(parts["train_dataset"]))
         _check_sharding(settings, critic)
+        skip_padding_on_cpu()
         super().__init__(model=model, args=settings, reader=reader, chats=chats, **parts)
         self.args: Any
         self.state: Any
@@ -63,7 +63,7 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         policy = getattr(policy, "get_base_model", lambda: policy)()
         for one in (policy, self.ref_model):
             if one is not None:
-                _place_tokens(self.accelerator.unwrap_model(one))
+                place_tokens(self.accelerator.unwrap_model(one))
         if critic is None:
             self.critic: Any = SharedCritic(policy).to(self.accelerator.device)
         else:
@@ -87,7 +87,7 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     # Sampling.
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return _EpochSampler(super()._get_train_sampler(dataset), self)
+        return EpochSampler(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
         size = len(prompt_ids) if self.use_vllm else self._ppo.local_rollout_forward_batch_size
@@ -194,19 +194,16 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not before:
-            self._count_tokens(self._buffered_inputs)
-        return inputs
-
-    def _count_tokens(self, parts: list[dict[str, Tensor]]) -> None:
-        """Write the tokens of the mini-batch, of all processes, into its parts: TRL writes those of the update."""
-        size = self.args.gradient_accumulation_steps
-        batches = [parts[start : start + size] for start in range(0, len(parts), size)]
+        if self._buffered_inputs is before:
+            return inputs
+        batches = mini_batches(self._buffered_inputs, self.args.gradient_accumulation_steps)
         counts = self._total(torch.stack([sum(one["tool_mask"].sum() for one in batch) for batch in batches]).float())
         for batch, count in zip(batches, counts, strict=True):
             for one in batch:
-                # TRL divides it by the number of mini-batches.
+                # The tokens of the mini-batch in all processes; TRL divides them by the number of mini-batches.
                 one["num_items_in_batch"] = count * len(batches)
+        self._buffered_inputs = [one for batch in batches for one in batch]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         policy_loss: Tensor = super()._compute_loss(model, inputs)
@@ -257,36 +254,6 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
             # First, since it refuses checkpoints of other trainers.
             self.kl_coef = self._critic_optimizer.load(Path(checkpoint))["kl_coef"]
         super()._load_optimizer_and_scheduler(checkpoint)
-
-
-class _EpochSampler(Sampler):
-    """TRL's order of prompts, with a seed of its own in every epoch: a resumed run begins in any of them."""
-
-    def __init__(self, order: Any, trainer: Any) -> None:
-        self._order, self._trainer = order, trainer
-
-    def __iter__(self) -> Iterator[int]:
-        if self._order.shuffle:
-            self._order.generator.manual_seed(self._order.seed + int(self._trainer.state.epoch or 0))
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-
-def _place_tokens(model: Any) -> None:
-    """Make a model count positions from a text's first token: TRL's batches are padded on the left."""
-    body = model.base_model
-    if "position_ids" not in inspect.signature(type(body).forward).parameters:
-        return
-
-    def place(module: Any, given: Any, named: dict[str, Any]) -> Any:
-        # Generation passes positions itself.
-        if named.get("position_ids") is None and named.get("use_cache") is False:
-            named = {**named, "position_ids": token_places(named["attention_mask"])}
-        return given, named
-
-    body.register_forward_pre_hook(place, with_kwargs=True)
 
 
 def _check_sharding(settings: Any, critic: Any) -> None:
