@@ -25,8 +25,8 @@ from trl import ModelConfig, RLOOConfig
 
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
+from rewarded_lines.training.online_trainer import ReadRLOOTrainer, packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.rloo_trainer import ReadRLOOTrainer, packed
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_reward import RewardFunction
 from rewarded_lines.training.training_run import say, training_run

@@ -12,7 +12,7 @@ from tiny_models import make_model, make_tokenizer
 from trl import RLOOConfig
 
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.training.rloo_trainer import ReadRLOOTrainer
+from rewarded_lines.training.online_trainer import ReadRLOOTrainer
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_reward import RewardFunction, WeightedReward
 

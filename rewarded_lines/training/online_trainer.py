@@ -1,0 +1,97 @@
+"""TRL's trainers that generate while they train, with the prompts and ends of responses that measuring uses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+from trl import GRPOTrainer, RLOOTrainer
+
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import fail
+
+
+def packed(prompt: Prompt) -> str:
+    """Return a prompt as text, a chat as JSON: Arrow would give every turn the keys of all others."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+class OnlineTrainer:
+    """What RLOOTrainer, GRPOTrainer and trainers made of them lack; a class names it before TRL's.
+
+    TRL reads chats with its own template, knows no stop texts, and takes end tokens from the model alone.
+
+    A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
+    of its group are compared without it.
+
+    Attributes:
+        responses: how many this start trained on.
+        unscored: how many of them had no score.
+    """
+
+    _metrics: Any
+    model: Any
+
+    def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
+        """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
+        if args.mask_truncated_completions and reader.stop:
+            raise fail(
+                "the trainer takes a response that ends at a stop text for a truncated one",
+                where="mask_truncated_completions",
+                remedy="set it to false, or leave `stop:` out of the project's `generation:`",
+            )
+        name = "stop_token_ids" if args.use_vllm else "eos_token_id"
+        given: Any = args.generation_kwargs or {}
+        args.generation_kwargs = {name: sorted(reader.ends), **given}
+        super().__init__(args=args, **parts)
+        self.reader, self.chats = reader, chats
+        # TRL compares a response's last token with these.
+        self.eos_token_ids = sorted(reader.ends)
+        self.responses = self.unscored = 0
+        # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
+        trl: Any = super()
+        logging.getLogger(trl._calculate_rewards.__module__).addFilter(_not_about_none)
+
+    def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:
+        trl: Any = super()
+        rewards: torch.Tensor = trl._calculate_rewards(*inputs)
+        without = int(rewards.isnan().all(dim=1).sum())
+        if self.model.training:
+            self.responses, self.unscored = self.responses + len(rewards), self.unscored + without
+        if without:
+            # One number, since TRL logs the mean of a list.
+            logged = self._metrics["train" if self.model.training else "eval"]
+            logged["unscored"] = [sum(logged["unscored"]) + without]
+        return rewards
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
+        return encode(self.reader.tokenizer, own), None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
+        """Return the completions; GRPOTrainer's also have the log probabilities that vLLM found, or None."""
+        trl: Any = super()
+        made = trl._generate_single_turn(prompt_ids, *rest)
+        completions, logps = made if isinstance(made, tuple) else (made, None)
+        cut = [list(self.reader.cut(head, row)[0]) for head, row in zip(prompt_ids, completions, strict=True)]
+        if logps is not None:
+            logps = [row[: len(ids)] for row, ids in zip(logps, cut, strict=True)]
+        return (cut, logps) if isinstance(made, tuple) else cut
+
+
+class ReadRLOOTrainer(OnlineTrainer, RLOOTrainer):  # type: ignore[misc]
+    """RLOOTrainer with the ends and prompts of an `OnlineTrainer`.
+
+    Over the n responses of a group that have a score, A_k = r_k − Σ_(j ≠ k) r_j / (n − 1), 0 if n < 2.
+    """
+
+
+class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`."""
+
+
+def _not_about_none(record: logging.LogRecord) -> bool:
+    return "All reward functions returned None" not in record.getMessage()
