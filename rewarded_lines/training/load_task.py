@@ -128,6 +128,13 @@ def _check_options(training: Any, project: Project) -> None:
             expected="settings that the trainer has no key for",
             remedy="set the trainer's own key; for the end of responses, `generation:` in the project",
         )
+    if getattr(training, "reward_weights", None) is not None:
+        raise fail(
+            "rewards have their weights beside their names",
+            where="reward_weights",
+            expected="`rewards: {NAME: WEIGHT, ...}`",
+            got=str(training.reward_weights),
+        )
     given, declared = getattr(training, "chat_template_kwargs", None), project.config.generation.chat_template_kwargs
     if given and dict(given) != dict(declared):
         raise fail(

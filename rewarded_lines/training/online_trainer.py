@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem, UserError, fail
+
+# TRL refuses other values only when it has sampled the first responses.
+_CHOICES = {
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+
+
+def check_standardization(training: GRPOConfig, given: Collection[str]) -> None:
+    """Refuse unknown ways to standardize rewards, and one that has no effect; `given` are the keys that are set."""
+    problems = [
+        Problem("unknown value", where=name, expected=f"one of {', '.join(known)}", got=str(value))
+        for name, known in _CHOICES.items()
+        if (value := getattr(training, name)) not in known
+    ]
+    if training.multi_objective_aggregation == "normalize_then_sum" and "scale_rewards" in given:
+        problems.append(
+            Problem(
+                "`normalize_then_sum` always divides by the deviation of the group, then of the batch",
+                where="scale_rewards",
+                remedy="leave it out, or set `multi_objective_aggregation: sum_then_normalize`",
+            )
+        )
+    if problems:
+        raise UserError(problems)
 
 
 def packed(prompt: Prompt) -> str:
@@ -90,7 +116,17 @@ class ReadRLOOTrainer(OnlineTrainer, RLOOTrainer):  # type: ignore[misc]
 
 
 class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
-    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`."""
+    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`.
+
+    With rewards r_i, their weights w_i, means and deviations over a response's group or over the whole batch,
+    leaving out responses without a score, and ε = 1e-4:
+
+        sum_then_normalize:  R = Σ w_i·r_i,   A = (R − mean_group R) / (deviation R + ε)
+        normalize_then_sum:  R = Σ w_i·(r_i − mean_group r_i) / (deviation_group r_i + ε),
+                             A = (R − mean_batch R) / (deviation_batch R + ε)
+
+    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
+    """
 
 
 def _not_about_none(record: logging.LogRecord) -> bool:
