@@ -40,9 +40,9 @@ def end_at(step, monkeypatch):
     ("name", "lora"),
     # TRL's trainers save adapters alike: for one whose adapter is folded in, one that keeps it, and PPO, which is ours.
     [
-        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "ppo")),
+        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "grpo", "ppo")),
         ("sft", True),
-        ("rloo", True),
+        ("grpo", True),
         ("ppo", True),
     ],
 )
