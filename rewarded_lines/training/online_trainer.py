@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from rewarded_lines.data.prompts import Prompt, encode
@@ -50,6 +52,8 @@ class OnlineTrainer:
 
     TRL reads chats with its own template, knows no stop texts, and takes end tokens from the model alone.
 
+    Checkpoints are written between two rounds of sampling, so a resumed run has the numbers of an uninterrupted one.
+
     A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
     of its group are compared without it.
 
@@ -59,6 +63,7 @@ class OnlineTrainer:
     """
 
     _metrics: Any
+    add_callback: Any
     model: Any
 
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
@@ -74,6 +79,11 @@ class OnlineTrainer:
         args.generation_kwargs = {name: sorted(reader.ends), **given}
         super().__init__(args=args, **parts)
         self.reader, self.chats = reader, chats
+        # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
+        accumulated = args.gradient_accumulation_steps
+        self.add_callback(
+            _WholeRounds(math.lcm(args.steps_per_generation * args.num_iterations, accumulated) // accumulated)
+        )
         # TRL compares a response's last token with these.
         self.eos_token_ids = sorted(reader.ends)
         self.responses = self.unscored = 0
@@ -127,6 +137,22 @@ class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
 
     `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
     """
+
+
+class _WholeRounds(TrainerCallback):
+    """Puts a checkpoint off until the sampled responses are used up: the trainer would lose them."""
+
+    def __init__(self, updates: int) -> None:
+        """A round has so many `updates`."""
+        self._updates, self._due = updates, False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Decide whether a checkpoint is written after this update."""
+        self._due |= control.should_save
+        control.should_save = self._due and (state.global_step % self._updates == 0 or control.should_training_stop)
+        self._due &= not control.should_save
+
+    on_epoch_end = on_step_end
 
 
 def _not_about_none(record: logging.LogRecord) -> bool:

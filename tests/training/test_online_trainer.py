@@ -6,7 +6,6 @@ import math
 from statistics import fmean, stdev
 
 import pytest
-import torch
 from datasets import Dataset
 from tiny_models import make_model, make_tokenizer
 from trl import GRPOConfig, RLOOConfig
@@ -226,17 +225,19 @@ def test_responses_end_at_every_end_and_at_stop_texts_with_their_log_probabiliti
 
 
 @pytest.mark.parametrize(("use_vllm", "key"), [(False, "eos_token_id"), (True, "stop_token_ids")])
-def test_both_ways_to_generate_are_told_every_end(use_vllm, key):
-    seen = {}
-
-    class Parent:
-        def __init__(self, args, **parts):
-            seen.update(args.generation_kwargs)
-
-        def _calculate_rewards(self):
-            return torch.zeros(0)
-
-    args = type("Args", (), {"use_vllm": use_vllm, "generation_kwargs": {"seed": 3}, "mask_truncated_completions": 0})
-    reader = ResponseReader(make_tokenizer(), frozenset([7, 5]))
-    trainer = type("Trainer", (OnlineTrainer, Parent), {})(args=args(), reader=reader, chats=False)
-    assert seen == {key: [5, 7], "seed": 3} and trainer.eos_token_ids == [5, 7]
+def test_both_ways_to_generate_are_told_every_end(tmp_path, monkeypatch, use_vllm, key):
+    built = []
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **parts: built.append(parts))
+    tokenizer = make_tokenizer()
+    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "generation_kwargs": {"seed": 3}}
+    trainer = ReadGRPOTrainer(
+        model=make_model(0),
+        args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=use_vllm, **settings),
+        reader=ResponseReader(tokenizer, frozenset([7, 5])),
+        chats=False,
+        reward_funcs=len,
+        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
+        processing_class=tokenizer,
+    )
+    told = built[0]["generation_kwargs"] if use_vllm else trainer.generation_kwargs
+    assert told[key] == [5, 7] and told["seed"] == 3 and trainer.eos_token_ids == [5, 7]
