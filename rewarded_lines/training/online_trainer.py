@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import Problem, UserError
 
 # TRL refuses other values only when it has sampled the first responses.
 _CHOICES = {
@@ -68,12 +68,6 @@ class OnlineTrainer:
 
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
         """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
-        if args.mask_truncated_completions and reader.stop:
-            raise fail(
-                "the trainer takes a response that ends at a stop text for a truncated one",
-                where="mask_truncated_completions",
-                remedy="set it to false, or leave `stop:` out of the project's `generation:`",
-            )
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {name: sorted(reader.ends), **given}
