@@ -35,7 +35,7 @@ setup: ## install everything into .venv (once; again only when its inputs change
 # demo to end when make does.
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
 demo: setup ## train, merge, measure and report on a small example: the whole job
-	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(OUT),--out '$(OUT)')
+	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(FULL),--full) $(if $(OUT),--out '$(OUT)')
 
 test: setup ## run the tests
 	$(PYTEST)

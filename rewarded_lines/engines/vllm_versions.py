@@ -23,17 +23,24 @@ def start_vllm(size: float = 0, **options: Any) -> Any:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
         options: of vLLM's `LLM`.
     """
-    # vLLM reads the environment at its import; the user's own settings stay.
-    for name, value in VLLM_SETTINGS.items():
-        os.environ.setdefault(name, value)
     let_vllm_search_modules()
+    LLM = load_vllm()
     import torch
-    from vllm import LLM
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
     return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+
+
+def load_vllm() -> Any:
+    """Import vLLM, which takes ten seconds, and return its class `LLM`."""
+    # vLLM reads the environment at its import; the user's own settings stay.
+    for name, value in VLLM_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    return LLM
 
 
 def let_vllm_search_modules() -> None:
