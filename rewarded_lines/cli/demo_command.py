@@ -153,7 +153,9 @@ class _Display:
         """Print what each stage does and about how long it takes."""
         settings, total = self._settings, sum(map(self._settings.expected, self._stages))
         self._console.print(f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True)
-        self._console.print(f"About {_minutes(total)} minutes on two quiet cores. A stopped demo goes on later.\n")
+        self._console.print(
+            f"About {_minutes(total)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
+        )
         for stage in self._stages:
             self._console.print(f"  {stage:<10}{settings.expected(stage):5.0f} s  {PLAN[stage].about}")
         self._console.print("")

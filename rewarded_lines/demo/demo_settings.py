@@ -17,7 +17,7 @@ SHORT_SUITE, LONG_SUITE = _SUITES / "movie_reviews_short.yaml", _SUITES / "movie
 # What the long form sets otherwise than the demo's configs.
 LONGER: Mapping[str, Mapping[str, str]] = {
     "sft": {"num_train_epochs": "2", "validation_limit": "null"},
-    "reward": {"num_train_epochs": "2", "learning_rate": "5.0e-4", "train_sampling_strategy": "random"},
+    "reward": {"num_train_epochs": "2", "train_sampling_strategy": "random"},
     "ppo": {"validation_limit": "256"},
 }
 

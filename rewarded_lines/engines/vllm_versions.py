@@ -6,6 +6,7 @@ tests/engines/test_vllm_versions.py lists them. What differs stands here.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -38,6 +39,8 @@ def load_vllm() -> Any:
     # vLLM reads the environment at its import; the user's own settings stay.
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # vLLM sets this level, too, but not before its first warning.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     from vllm import LLM
 
     return LLM

@@ -17,7 +17,7 @@ import yaml
 from small_recipes import load_recipe
 
 from rewarded_lines.demo import pipeline
-from rewarded_lines.demo.demo_settings import DemoSettings, default_out
+from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import parts_of
 from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.evaluator.records import load_run
@@ -197,18 +197,6 @@ def test_two_at_once_are_kept_apart(miniature, tmp_path, cli):
     with folder_lock(out):
         answer = cli(*arguments(miniature, out)[3:])
     assert answer.code == 1 and "another process is at work" in answer.err
-
-
-def test_run_folders_by_algorithm_and_seed():
-    keys = (("ppo", 0), ("ppo", 2), ("dpo", 0), ("dpo", 1), ("ppo", 0, True), ("dpo", 1, True))
-    assert [str(default_out(*key)) for key in keys] == [
-        "runs/demo",
-        "runs/demo-seed2",
-        "runs/demo-dpo",
-        "runs/demo-dpo-seed1",
-        "runs/demo-full",
-        "runs/demo-full-dpo-seed1",
-    ]
 
 
 def running(text):
