@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import Problem, UserError
+
+# TRL refuses other values only when it has sampled the first responses.
+_CHOICES = {
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+
+
+def check_standardization(training: GRPOConfig, given: Collection[str]) -> None:
+    """Refuse unknown ways to standardize rewards, and one that has no effect; `given` are the keys that are set."""
+    problems = [
+        Problem("unknown value", where=name, expected=f"one of {', '.join(known)}", got=str(value))
+        for name, known in _CHOICES.items()
+        if (value := getattr(training, name)) not in known
+    ]
+    if training.multi_objective_aggregation == "normalize_then_sum" and "scale_rewards" in given:
+        problems.append(
+            Problem(
+                "`normalize_then_sum` always divides by the deviation of the group, then of the batch",
+                where="scale_rewards",
+                remedy="leave it out, or set `multi_objective_aggregation: sum_then_normalize`",
+            )
+        )
+    if problems:
+        raise UserError(problems)
 
 
 def packed(prompt: Prompt) -> str:
@@ -24,6 +52,8 @@ class OnlineTrainer:
 
     TRL reads chats with its own template, knows no stop texts, and takes end tokens from the model alone.
 
+    Checkpoints are written between two rounds of sampling, so a resumed run has the numbers of an uninterrupted one.
+
     A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
     of its group are compared without it.
 
@@ -33,21 +63,21 @@ class OnlineTrainer:
     """
 
     _metrics: Any
+    add_callback: Any
     model: Any
 
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
         """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
-        if args.mask_truncated_completions and reader.stop:
-            raise fail(
-                "the trainer takes a response that ends at a stop text for a truncated one",
-                where="mask_truncated_completions",
-                remedy="set it to false, or leave `stop:` out of the project's `generation:`",
-            )
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {name: sorted(reader.ends), **given}
         super().__init__(args=args, **parts)
         self.reader, self.chats = reader, chats
+        # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
+        accumulated = args.gradient_accumulation_steps
+        self.add_callback(
+            _WholeRounds(math.lcm(args.steps_per_generation * args.num_iterations, accumulated) // accumulated)
+        )
         # TRL compares a response's last token with these.
         self.eos_token_ids = sorted(reader.ends)
         self.responses = self.unscored = 0
@@ -90,7 +120,33 @@ class ReadRLOOTrainer(OnlineTrainer, RLOOTrainer):  # type: ignore[misc]
 
 
 class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
-    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`."""
+    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`.
+
+    With rewards r_i, their weights w_i, means and deviations over a response's group or over the whole batch,
+    leaving out responses without a score, and ε = 1e-4:
+
+        sum_then_normalize:  R = Σ w_i·r_i,   A = (R − mean_group R) / (deviation R + ε)
+        normalize_then_sum:  R = Σ w_i·(r_i − mean_group r_i) / (deviation_group r_i + ε),
+                             A = (R − mean_batch R) / (deviation_batch R + ε)
+
+    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
+    """
+
+
+class _WholeRounds(TrainerCallback):
+    """Puts a checkpoint off until the sampled responses are used up: the trainer would lose them."""
+
+    def __init__(self, updates: int) -> None:
+        """A round has so many `updates`."""
+        self._updates, self._due = updates, False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Decide whether a checkpoint is written after this update."""
+        self._due |= control.should_save
+        control.should_save = self._due and (state.global_step % self._updates == 0 or control.should_training_stop)
+        self._due &= not control.should_save
+
+    on_epoch_end = on_step_end
 
 
 def _not_about_none(record: logging.LogRecord) -> bool:
