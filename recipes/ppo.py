@@ -36,8 +36,8 @@ from rewarded_lines.training.online_trainer import packed
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
-from rewarded_lines.training.training_reward import RewardFunction
 from rewarded_lines.training.training_run import say, training_run
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         task.fit(recipe.max_prompt_tokens, training.response_length)
         policy, critic = task.load_policy(model_options), None
         if training.critic == "separate":
-            critic = load_critic(training.critic_model or task.base, model_options)
+            critic = load_critic(task.base, model_options, training.critic_model)
         spec = task.spec(
             temperature=training.temperature,
             top_p=training.top_p,
@@ -77,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
         task.measure_base(spec, policy)
         say(task.heading("PPO", f"{len(task.rows)} prompts"))
 
+        rewarded = RewardFunctions(task.reward, task.reader, task.rows, training.missing_eos_penalty)
+        training.reward_weights = rewarded.weights
         # TRL loads the reference model itself, with these arguments.
         training.model_init_kwargs = reference_loading(model_options)
         # The tokenizer's template already contains the project's variables.
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
                 args=training,
                 reader=task.reader,
                 chats=task.chats,
-                reward_funcs=RewardFunction(task.reward, task.reader, task.rows, training.missing_eos_penalty),
+                reward_funcs=rewarded.functions,
                 train_dataset=Dataset.from_dict(
                     {"prompt": [packed(prompt) for prompt in task.train_prompts], "row": range(len(task.rows))}
                 ),

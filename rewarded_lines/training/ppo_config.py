@@ -23,7 +23,7 @@ _OWN = "the loss is PPO's, and its reference is the SFT model"
 _GONE = "not a key any more: "
 _COMPUTED = "leave it out: it follows from the batch and the number of processes"
 # Settings that the recipe changes after they were checked.
-_LATER = ("output_dir", "model_init_kwargs", "chat_template_kwargs")
+_LATER = ("output_dir", "model_init_kwargs", "chat_template_kwargs", "reward_weights")
 
 
 def _key(help: str, default: Any) -> Any:

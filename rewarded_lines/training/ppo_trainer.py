@@ -101,8 +101,10 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, *rest: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, *rest)
-        own = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
-        self._scores = rewards[own, 0]
+        first = self.accelerator.process_index * len(prompts)
+        own = rewards[first : first + len(prompts)]
+        scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
+        self._scores = scores.masked_fill(own.isnan().all(dim=1), torch.nan)
         return rewards
 
     def _get_per_token_logps_and_entropies(
@@ -173,7 +175,7 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     def _log_rollouts(self, kl: Tensor, surprise: Tensor, scores: Tensor, scored: Tensor) -> None:
         """Log means over the responses that have a score."""
         counted = self._total(torch.stack([scored.sum().float(), kl.sum(), surprise.sum(), scores.sum()])).tolist()
-        count = max(counted[0], 1.0)
+        count, episodes = max(counted[0], 1.0), len(scored) * self.accelerator.num_processes
         kl_mean, entropy, score = (one / count for one in counted[1:])
         logged = {
             "objective/kl": kl_mean, "objective/entropy": entropy, "objective/scores": score,
@@ -184,7 +186,8 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         if counted[0]:
             for name, value in logged.items():
                 self._metrics[self._mode][name].append(value)
-        episodes = len(scored) * self.accelerator.num_processes
+        updates = self.state.global_step // self._ppo.steps_per_update + 1
+        self._metrics[self._mode]["episode"] = [updates * episodes]
         if self.model.training and self._ppo.target_kl is not None and counted[0]:
             target, horizon = self._ppo.target_kl, self._ppo.kl_horizon
             self.kl_coef = adapted_coefficient(self.kl_coef, kl_mean, target, horizon, episodes)
@@ -239,10 +242,6 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         return created
 
     # Checkpoints.
-
-    def train(self, resume_from_checkpoint: str | None = None, **more: Any) -> Any:
-        """Train, from the start or from a checkpoint of this class."""
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
