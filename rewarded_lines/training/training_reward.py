@@ -192,7 +192,7 @@ def score_tokens(
 
 @dataclass
 class RewardFunction:
-    """A reward as TRL's RLOOTrainer calls it: numbers of rows and the token ids of completions in, scores out.
+    """A weighted sum as one function, for a trainer that takes one: rows and token ids of completions in, scores out.
 
     The trainer's data set has a column `row`, the number of a row in `rows`. For `missing_eos_penalty` see
     `score_tokens`.
