@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from transformers import set_seed
 from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.rewards.reward import columns_of
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
 from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config

@@ -29,4 +29,7 @@ def __getattr__(name: str) -> Any:
     """Load the module behind a verb when it is first asked for (PEP 562)."""
     if name not in _VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rewarded_lines.extras import check_verb
+
+    check_verb(name, f"rewarded_lines.{name}")
     return getattr(import_module(_VERBS[name]), name)

@@ -6,6 +6,8 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -24,6 +26,19 @@ _USAGE = 2
 COMMANDS = ("merge", "push", "sweep", "score", "search", "choose", "report", "inspect", "recipes", "demo", "doctor")
 
 
+def _with_extras(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command first check that its extra is installed; its help needs none."""
+
+    @wraps(function)
+    def call(*args: Any, **given: Any) -> None:
+        from rewarded_lines.extras import check_verb
+
+        check_verb(name, f"rewarded-lines {name}")
+        function(*args, **given)
+
+    return call
+
+
 class _Commands(TyperGroup):
     """The commands, each imported when it is asked for."""
 
@@ -38,7 +53,8 @@ class _Commands(TyperGroup):
         alone = getattr(module, "app", None)
         if alone is None:
             alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-            alone.command(cmd_name, epilog=getattr(module, "EPILOG", None))(getattr(module, cmd_name))
+            function = _with_extras(cmd_name, getattr(module, cmd_name))
+            alone.command(cmd_name, epilog=getattr(module, "EPILOG", None))(function)
         return typer.main.get_command(alone)
 
 

@@ -26,7 +26,9 @@ _STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 def demo(
     algo: Annotated[
         str,
-        typer.Option(help="How policies are trained: ppo, dpo or rloo.", autocompletion=offer("ppo", "dpo", "rloo")),
+        typer.Option(
+            help="How policies are trained: ppo, dpo, rloo or grpo.", autocompletion=offer("ppo", "dpo", "rloo", "grpo")
+        ),
     ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[

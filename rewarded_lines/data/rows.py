@@ -24,6 +24,7 @@ from rewarded_lines.data.messages import check_text, is_chat, read_messages
 from rewarded_lines.data.published_rows import conversion
 from rewarded_lines.data.row_files import read_local
 from rewarded_lines.errors import UserError, fail, listed
+from rewarded_lines.extras import require
 from rewarded_lines.references import find_function, local_path
 
 Row = dict[str, Any]
@@ -186,14 +187,9 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise fail(
-            "data sets of the Hub need the package `datasets`",
-            where=f"data set {spec.dataset}",
-            remedy="pip install 'rewarded-lines[train]', or name a local file",
-        ) from error
+    require("train", f"data set {spec.dataset}", "datasets", otherwise=", or name a local file")
+    import datasets
+
     try:
         # The Hub's own Parquet conversions keep each subset in a folder; no card names them.
         subset = {"data_dir" if spec.revision == _CONVERTED else "name": spec.subset}

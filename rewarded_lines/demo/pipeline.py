@@ -28,7 +28,7 @@ from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, re
 from rewarded_lines.recipe_files import files_root
 from rewarded_lines.references import local_path
 
-ALGORITHMS = ("ppo", "dpo", "rloo")
+ALGORITHMS = ("ppo", "dpo", "rloo", "grpo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 STATE_FILE = "demo.json"
 CORPUS_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "pairs-train.jsonl", "pairs-test.jsonl")

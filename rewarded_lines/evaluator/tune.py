@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from rewarded_lines.evaluator.points import PointSpec, check_merge
 from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
+from rewarded_lines.extras import require
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.approximate_hypervolume import careful
@@ -37,8 +37,7 @@ def validation_rows(setup: Setup, spec: TuneSpec) -> list[Row]:
         UserError: optuna is missing, the merge method does not fit, or all are test prompts.
     """
     where = setup.project.where("sweep", "tune")
-    if find_spec("optuna") is None:
-        raise fail("optuna is not installed", where=where, remedy="pip install 'rewarded-lines[tune]'")
+    require("tune", where)
     check_merge(where, spec.merge, spec.options, len(setup.project.config.policies))
     if METHODS[spec.merge].weights == "none":
         raise fail(f"{spec.merge} has no λ", where=where, remedy="name a merge method with weights")

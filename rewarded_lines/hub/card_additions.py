@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rewarded_lines.extras import RUNS, install, is_installed, require
 from rewarded_lines.merger.model_card import Additions, CardAddition
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -25,12 +26,17 @@ def card_additions(run: Path | None, project: Path, repository: str | None) -> A
         repository: the Hub id that the merged folder will have.
     """
     folder = run or project.parent / RUN_FOLDER
+    if run is not None:
+        require("report", "--run", *RUNS)
     has_run = run is not None or (project.is_file() and folder.is_dir())
     if not has_run and repository is None:
         return None
 
     def additions(plan: Plan) -> Callable[[MergeSpec], CardAddition]:
-        if not has_run:
+        readable = all(map(is_installed, RUNS))
+        if has_run and not readable:
+            plan.notes.append(f"the model card lacks the scores of {folder}; to read them: {install('report')}")
+        if not (has_run and readable):
             return lambda spec: CardAddition(repository=repository or "")
         from rewarded_lines.hub.run_card import run_additions
 

@@ -17,6 +17,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint, read_json_object
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.extras import require
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.merger.carried_files import Carried, key_of
@@ -150,6 +151,7 @@ def check_device(device: str) -> None:
     # The CPU needs no torch, which takes longer to load than a small merge.
     if device == "cpu":
         return
+    require("eval", f"--device {device}", "torch")
     import torch
 
     try:

@@ -19,9 +19,9 @@ from typing import Any
 import blake3
 
 from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.extras import install
 from rewarded_lines.references import local_path
 
-_INSTALL = "pip install 'rewarded-lines[rewards]'"
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} +[A-Za-z]{2,}\b")
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[", r"\begin")
@@ -194,7 +194,7 @@ def ready_function(name: str, options: Mapping[str, Any], root: Path, where: str
         versions = [version(package) for package in packages]
     except ImportError as error:
         what = f"`{name}` needs the package {' and '.join(packages)}"
-        raise fail(what, where=where, got=str(error), remedy=_INSTALL) from error
+        raise fail(what, where=where, got=str(error), remedy=install("rewards")) from error
     except Exception as error:  # noqa: BLE001 - each library raises its own
         got = f"{type(error).__name__}: {error}"
         raise fail(

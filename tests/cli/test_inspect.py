@@ -123,7 +123,7 @@ def test_a_figure_that_cannot_be_is_refused_before_the_work(cli, tiny, file, exp
 def test_without_matplotlib_the_extra_is_named_before_the_work(cli, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     answer = cli("inspect", "nothing-there", "--plot", "d.png")
-    assert answer.code == 1 and "pip install 'rewarded-lines[report]'" in answer.err
+    assert answer.code == 1 and 'pip install "rewarded-lines[report]"' in answer.err
     assert cli("inspect", "first").code == 0
 
 

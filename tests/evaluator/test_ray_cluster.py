@@ -6,6 +6,7 @@ Each time the workers are in this process, behind a stand-in for Ray; those of a
 import os
 import signal
 import socket
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_a_dead_cluster_is_one_message(greedy, address, monkeypatch):
 
 
 def test_without_ray_the_extra_is_named(greedy, monkeypatch):
-    monkeypatch.setattr("rewarded_lines.evaluator.ray_cluster.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     setup = open_setup(load_project("rewarded-lines.yaml"), SweepOptions("hf", ray="local"))
     with pytest.raises(UserError, match=r"rewarded-lines\[ray\]"):
         RayEvaluator(setup)

@@ -145,7 +145,7 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"needs the package textstat") as raised:
         load_reward("mine", RewardSpec(function="readability"))
-    assert "pip install 'rewarded-lines[rewards]'" in str(raised.value)
+    assert 'pip install "rewarded-lines[rewards]"' in str(raised.value)
 
 
 def test_a_needed_parameter_is_a_column_unless_an_option_gives_it():

@@ -1,5 +1,6 @@
 """Responses outside of the trainer: equal to the evaluator's, from an unchanged model."""
 
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -8,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import PROMPTS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rewarded_lines import extras
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import load_engine as load
 from rewarded_lines.engines.isolated_engine import generate_isolated
 from rewarded_lines.errors import UserError
 from rewarded_lines.training import sampling
@@ -155,13 +156,12 @@ def test_a_single_process_is_not_sharded():
     [("auto", True, "vllm"), ("auto", False, "hf"), ("hf", True, "hf"), ("hf", False, "hf"), ("vllm", True, "vllm")],
 )
 def test_vllm_is_used_if_installed_unless_an_engine_is_named(monkeypatch, wanted, installed, engine):
-    for module in (sampling, load):
-        monkeypatch.setattr(module, "find_spec", lambda name: object() if installed and name == "vllm" else None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: object() if installed and name == "vllm" else None)
     assert choose_engine(wanted) == engine
 
 
-@pytest.mark.parametrize(("wanted", "said"), [("vllm", "vLLM is not installed"), ("vlm", "unknown engine `vlm`")])
+@pytest.mark.parametrize(("wanted", "said"), [("vllm", "vllm not installed"), ("vlm", "unknown engine `vlm`")])
 def test_a_missing_engine_is_refused(monkeypatch, wanted, said):
-    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=said):
         choose_engine(wanted)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -77,12 +78,10 @@ def house_style(style: str = PAPER) -> Iterator[None]:
     Raises:
         UserError: matplotlib is not installed, or see `check_style`.
     """
-    try:
-        from cycler import cycler
-        from matplotlib import style as styles
-    except ImportError as error:
-        remedy = "pip install 'rewarded-lines[report]'"
-        raise fail("the figure needs matplotlib, which is not installed", remedy=remedy) from error
+    require("report", "figures", "matplotlib")
+    from cycler import cycler
+    from matplotlib import style as styles
+
     check_style(style)
     colours, lines = (_GREYS, _GREY_LINES) if style == "grey" else (COLOURS, _LINES)
     palette = {"axes.prop_cycle": cycler(color=colours, marker=MARKERS, linestyle=lines)}

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from string import Template
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from rewarded_lines.config import SFT
 from rewarded_lines.evaluator.choose import command_for
 from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.extras import install, is_installed
 from rewarded_lines.pareto.choice import knee
 from rewarded_lines.references import located
 from rewarded_lines.reports import texts
@@ -40,9 +40,9 @@ _MARKS = (
 
 def lacking() -> str:
     """Return a message if plotly is missing, or ""."""
-    if find_spec("plotly"):
+    if is_installed("plotly"):
         return ""
-    return "No report.html: it needs plotly, which is not installed (pip install 'rewarded-lines[report]')."
+    return f"No report.html: it needs plotly, which is not installed ({install('report')})."
 
 
 def page(runs: Sequence[Run], summary: Summary) -> bytes:

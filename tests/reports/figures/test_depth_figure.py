@@ -103,5 +103,5 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'rewarded-lines\[report\]'"):
+    with pytest.raises(UserError, match=r'pip install "rewarded-lines\[report\]"'):
         check_figure_file(tmp_path / "depth.png")

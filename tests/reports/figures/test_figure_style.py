@@ -143,7 +143,7 @@ def test_styles_can_be_checked_without_matplotlib(tmp_path: Path, monkeypatch: p
     check_style(str(tmp_path / "mine.mplstyle"))
     with pytest.raises(UserError, match="no such style"):
         check_style("gray-ish-thing")
-    with pytest.raises(UserError, match=r"pip install 'rewarded-lines\[report\]'"), house_style():
+    with pytest.raises(UserError, match=r'pip install "rewarded-lines\[report\]"'), house_style():
         pass
 
 
