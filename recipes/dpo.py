@@ -9,7 +9,7 @@
 With `pairs: sampled` the recipe samples several responses to every training prompt (by vLLM if installed) and scores
 them by rewards of the project. The best and the worst make a pair if they differ enough. Responses are kept as Parquet
 in `samples_file` for the policies of other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
-hold prompt, chosen and rejected in any published form (recipes/README.md). The policy is added to the project.
+hold prompt, chosen and rejected in any published form (the recipes' README). The policy is added to the project.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from transformers import set_seed
 from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.rewards.reward import columns_of
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
 from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config

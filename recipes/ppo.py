@@ -20,13 +20,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 from trl import ModelConfig
 
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.generation_config import usable_padding
 from rewarded_lines.training.load_models import generation_dtype, load_critic, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task

@@ -7,7 +7,7 @@
 
 A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
 logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected in any published form
-(recipes/README.md). By default it reads chats in the tokenizer's chat template, texts as `{prompt}{response}`;
+(the recipes' README). By default it reads chats in the tokenizer's chat template, texts as `{prompt}{response}`;
 `template` changes that. Its accuracy is measured on the validation pairs. It is added to the project's rewards as
 `reward_name`.
 """
@@ -20,6 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
@@ -36,7 +40,6 @@ from rewarded_lines.pareto.bootstrap import wilson
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
 from rewarded_lines.rewards.load_rewards import load_reward
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.generation_config import generation_of
 from rewarded_lines.training.load_models import (
     absolute,

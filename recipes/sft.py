@@ -20,13 +20,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rewarded_lines import merge
 from rewarded_lines.data.dataset_formats import read_demonstrations
 from rewarded_lines.data.rows import rows_hash
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.demonstrations import Demonstrations
 from rewarded_lines.training.generation_config import (
     generation_inputs,

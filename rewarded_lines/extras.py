@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from rewarded_lines.errors import fail, listed
+from rewarded_lines.versions import check_versions
 
 
 class Extra(NamedTuple):
@@ -54,7 +55,7 @@ def is_installed(module: str) -> bool:
 
 
 def require(extra: str, where: str, *modules: str, otherwise: str = "") -> None:
-    """Refuse work whose extra is not installed.
+    """Refuse work whose extra is not installed, or with versions outside its ranges.
 
     Args:
         extra: its name, or several with commas between.
@@ -66,10 +67,11 @@ def require(extra: str, where: str, *modules: str, otherwise: str = "") -> None:
     if missing := [module for module in needed if not is_installed(module)]:
         remedy = install(extra) + _ALSO.get(extra, "") + otherwise
         raise fail(f"{listed(missing, 9)} not installed", where=where, remedy=remedy)
+    check_versions(*needed, where=where, otherwise=otherwise)
 
 
 def check_verb(verb: str, where: str) -> None:
-    """Refuse a verb whose extra is not installed; `where` is how the user called it."""
+    """Refuse a verb whose extra does not do, see `require`; `where` is how the user called it."""
     if verb in _VERBS:
         extra, modules, otherwise = _VERBS[verb]
         require(extra, where, *modules, otherwise=otherwise)

@@ -1,4 +1,4 @@
-"""Processes: children that end with their parent or time, a termination that cleans up, engines of vLLM, memory."""
+"""Processes: children that end with their parent or time, a termination that cleans up, memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
@@ -91,25 +91,6 @@ def attempt(code: str, seconds: float = 300.0) -> str:
     # Libraries print their own advice below the error.
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return (errors or lines or [f"exit code {status}"])[-1][:160] if status else ""
-
-
-def start_vllm(size: float = 0, **options: Any) -> Any:
-    """Start a vLLM engine in this process.
-
-    Args:
-        size: bytes of a GPU that it may take; 0 means most of the free ones.
-        options: of vLLM's `LLM`.
-    """
-    # vLLM reads the environment at its import; the user's own settings stay.
-    for name, value in VLLM_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import torch
-    from vllm import LLM
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
-    return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
 
 
 def available_memory(device: str) -> int:

@@ -76,6 +76,15 @@ SMALL = {
         "validation_limit": 8,
         "reward": "vowels",
     },
+    "grpo": {
+        "max_steps": 4,
+        "effective_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "validation_limit": 8,
+        "reward": "vowels",
+    },
     "dpo": {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -88,7 +97,7 @@ SMALL = {
         "sampling_engine": "hf",
     },
 }
-POLICIES = ("ppo", "rloo", "dpo")
+POLICIES = ("ppo", "rloo", "grpo", "dpo")
 
 
 def load_recipe(name: str):

@@ -14,19 +14,8 @@ PACKAGES = [
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
-    *(
-        "config",
-        "config_values",
-        "doctor",
-        "errors",
-        "extras",
-        "folders",
-        "judge_settings",
-        "options",
-        "processes",
-        "progress",
-    ),
-    *("projects", "references", "reward_settings"),
+    *("config", "config_values", "doctor", "errors", "extras", "folders", "judge_settings", "options", "processes"),
+    *("progress", "projects", "recipe_files", "references", "reward_settings", "versions"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

@@ -20,7 +20,7 @@ def is_url(engine: str) -> bool:
 
 
 def check_engine(engine: str, option: str = "--engine") -> None:
-    """Refuse an engine that is unknown or not installed; `option` is the setting that names it."""
+    """Refuse an engine that is unknown or not installed as `require` wants it; `option` names it."""
     if is_url(engine):
         return
     if engine not in ENGINES:

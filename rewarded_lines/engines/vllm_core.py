@@ -16,7 +16,7 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_tokens
-from rewarded_lines.processes import start_vllm
+from rewarded_lines.engines.vllm_versions import start_vllm
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""

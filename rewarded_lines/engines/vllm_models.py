@@ -14,10 +14,14 @@ from typing import Any
 from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
 from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.vllm_versions import last_slot_is_shared, let_vllm_search_modules
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.merger.spec import MergeSpec
+
+# A worker process of vLLM imports this module, and numba with it, before it builds its model.
+let_vllm_search_modules()
 
 # Workers in this process use its plans as they are, with their measurements.
 _plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
@@ -97,7 +101,7 @@ class MergingWorker:
     def group_adapters(self) -> None:
         """Make adapters faster on a CPU, where vLLM has no kernels for them; see `cpu_adapters`."""
         worker: Any = self
-        if worker.device.type == "cpu":
+        if worker.device.type == "cpu" and last_slot_is_shared():
             group_adapters()
 
     def unserved_modules(self, adapter: int) -> list[str]:

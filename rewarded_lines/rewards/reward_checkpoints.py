@@ -2,7 +2,7 @@
 
     whole       transformers' ForSequenceClassification
     adapter     PEFT: adapter_config.json, the head among its tensors or in value_head.safetensors
-    v_head      TRL: `v_head.summary.weight` and `.bias`; LLaMA-Factory: the same in value_head.safetensors
+    v_head      TRL up to 1.12: `v_head.summary.weight` and `.bias`; LLaMA-Factory: the same in value_head.safetensors
     value_head  OpenRLHF: `value_head.weight` or what the config calls `value_head_prefix`; mean and std in the config
     score_head  Safe RLHF: `score_head.weight`, with or without a bias; not if `do_normalize` is on
 

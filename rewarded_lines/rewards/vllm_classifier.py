@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.engines.vllm_versions import start_vllm
 from rewarded_lines.errors import fail
 from rewarded_lines.extras import require
-from rewarded_lines.processes import start_vllm
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
@@ -69,7 +69,7 @@ class VllmClassifier:
 
 
 def check_vllm(where: str, device: str) -> None:
-    """Refuse vLLM where it is missing or runs on another device."""
+    """Refuse vLLM where it is missing, of another version, or runs on another device."""
     import torch
 
     require("vllm", f"{where}, backend: vllm", otherwise=", or use `backend: hf`")

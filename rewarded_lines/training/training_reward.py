@@ -106,12 +106,17 @@ class WeightedReward:
                 counts[name] += 1
         return fitting
 
+    def standardized(self, parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        """Return the scores that `parts` returned as (rᵢ − mᵢ)/sᵢ, by reward."""
+        return {
+            name: [(score - mean) / deviation for score in parts[name]]
+            for name, (mean, deviation) in self.scales.items()
+        }
+
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
         """Return the weighted sum of the scores that `parts` returned; NaN for a response without any."""
-        columns = []
-        for name, weight in self.weights.items():
-            mean, deviation = self.scales[name]
-            columns.append([weight * (score - mean) / deviation for score in parts[name]])
+        scores = self.standardized(parts)
+        columns = [[weight * score for score in scores[name]] for name, weight in self.weights.items()]
         rows = map(scored, zip(*columns, strict=True))
         return [sum(row) if row else math.nan for row in rows]
 

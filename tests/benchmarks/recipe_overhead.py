@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "runs" / "demo"
-RECIPES = ("sft", "reward", "dpo", "rloo", "ppo")
+RECIPES = ("sft", "reward", "dpo", "rloo", "grpo", "ppo")
 STEPS = 12
 WARMUP = 2
 LIMIT = 1.05
@@ -35,6 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "reward": {"max_steps": STEPS},
     "dpo": {"max_steps": STEPS, "train_limit": 200},
     "rloo": {"max_steps": STEPS},
+    "grpo": {"max_steps": STEPS},
     "ppo": {"total_episodes": 64 * STEPS},
 }
 
@@ -200,15 +202,15 @@ def dpo(content: dict[str, Any], folder: str, stamps: Any) -> None:
     ).train()
 
 
-def rloo(content: dict[str, Any], folder: str, stamps: Any) -> None:
-    """RLOOTrainer with the classifier as TRL calls it."""
+def online(name: str, content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """RLOOTrainer or GRPOTrainer with the classifier as TRL calls it."""
+    import trl
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl import RLOOConfig, RLOOTrainer
 
     content["gradient_accumulation_steps"] = 1
-    RLOOTrainer(
+    getattr(trl, f"{name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
-        args=config_of(RLOOConfig, content, folder),
+        args=config_of(getattr(trl, f"{name}Config"), content, folder),
         reward_funcs=AutoModelForSequenceClassification.from_pretrained(DEMO / "rewards/positive", dtype="float32"),
         train_dataset=rows_of(content, "prompt"),
         processing_class=AutoTokenizer.from_pretrained(DEMO / "sft"),
@@ -241,7 +243,14 @@ def ppo(content: dict[str, Any], folder: str, stamps: Any) -> None:
     ).train()
 
 
-BARE = {"sft": sft, "reward": reward, "dpo": dpo, "rloo": rloo, "ppo": ppo}
+BARE = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "rloo": partial(online, "RLOO"),
+    "grpo": partial(online, "GRPO"),
+    "ppo": ppo,
+}
 
 if __name__ == "__main__":
     main()

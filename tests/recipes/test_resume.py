@@ -40,9 +40,9 @@ def end_at(step, monkeypatch):
     ("name", "lora"),
     # TRL's trainers save adapters alike: for one whose adapter is folded in, one that keeps it, and PPO, which is ours.
     [
-        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "ppo")),
+        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "grpo", "ppo")),
         ("sft", True),
-        ("rloo", True),
+        ("grpo", True),
         ("ppo", True),
     ],
 )
@@ -69,6 +69,19 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     run(name, work, output_dir=work / "ended", **more)
     assert "finished already" in capsys.readouterr().out
     assert ": ended\n" in (work / "rewarded-lines.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_a_checkpoint_waits_until_the_sampled_responses_are_used_up(work, name, monkeypatch):
+    more = OUTPUT | {"num_iterations": 2, "max_steps": 6}
+    run(name, work, output_dir=work / "whole", **more)
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        end_at(4, patch)
+        run(name, work, output_dir=work / "ended", **more)
+    assert [path.name for path in (work / "ended.unfinished").glob("checkpoint-*")] == ["checkpoint-2"]
+    run(name, work, output_dir=work / "ended", **more)
+    assert weights_hash(work / "ended") == weights_hash(work / "whole")
+    assert metrics(work / "ended") == metrics(work / "whole")
 
 
 def test_killed_and_started_again(work):

@@ -48,7 +48,7 @@ def options(work, **more):
     return {**files, "reward": "exact", "output_dir": work / "policy", "train_limit": "null", **more}
 
 
-@pytest.mark.parametrize(("name", "more"), [("rloo", {}), ("dpo", {"margin": 0.001})])
+@pytest.mark.parametrize(("name", "more"), [("rloo", {}), ("grpo", {}), ("dpo", {"margin": 0.001})])
 def test_a_policy_trains_on_each_rows_own_columns(columns, name, more):
     run(name, columns, **options(columns, max_steps=2, validation_limit="null", **more))
     whole = {tuple(json.dumps(row[key]) for key in ("prompt", "answer", "level")) for row in ROWS}
