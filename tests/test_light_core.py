@@ -26,8 +26,8 @@ assert inspect("by-python", "sft")
 # What the extra `report` brings, to read stored runs and to draw.
 REPORT = frozenset(
     """
-    PIL _cffi_backend _plotly_utils cffi contourpy cycler dateutil fontTools kiwisolver matplotlib moocore mpl_toolkits narwhals
-    platformdirs plotly pyarrow pylab pyparsing six
+    PIL _cffi_backend _plotly_utils cffi contourpy cycler dateutil fontTools kiwisolver matplotlib moocore mpl_toolkits
+    narwhals platformdirs plotly pyarrow pylab pyparsing six
     """.split()
 )
 
