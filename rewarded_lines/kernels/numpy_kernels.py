@@ -112,7 +112,7 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
     magnitudes = np.abs(values)
     taken = magnitudes[magnitudes.view(np.uint64) >> np.uint64(shift) == np.uint64(prefix)]
     out[: taken.size] = taken
-    return taken.size
+    return int(taken.size)
 
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
