@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 from packaging.version import Version
@@ -31,7 +32,10 @@ def start_vllm(size: float = 0, **options: Any) -> Any:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
-    return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+    with warnings.catch_warnings():
+        # While it searches modules for kernels, it comes across names that torch deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
 
 
 def load_vllm() -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.references import looks_local
+from rewarded_lines.versions import installed
 
 RECORD_FILE = "merge.json"
 
@@ -160,15 +159,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
 
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of the installed packages among these."""
-    return {package: found for package in packages if (found := _installed(package))}
-
-
-@cache
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+    return {package: found for package in packages if (found := installed(package))}
 
 
 def title(reference: str, folder: Path) -> str:

@@ -71,7 +71,8 @@ class OnlineTrainer:
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {name: sorted(reader.ends), **given}
-        super().__init__(args=args, **parts)
+        trl: Any = super()
+        trl.__init__(args=args, **parts)
         self.reader, self.chats = reader, chats
         # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
         accumulated = args.gradient_accumulation_steps
@@ -82,7 +83,6 @@ class OnlineTrainer:
         self.eos_token_ids = sorted(reader.ends)
         self.responses = self.unscored = 0
         # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
-        trl: Any = super()
         logging.getLogger(trl._calculate_rewards.__module__).addFilter(_not_about_none)
 
     def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:

@@ -134,8 +134,8 @@ class PPOConfig(SingleResponseConfig):
         if self.critic == "shared" and self.critic_model:
             what = "a value head on the policy has no model of its own"
             found.append(Problem(what, where="critic_model", remedy="leave it out, or set `critic: separate`"))
-        positive = ("num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon")
-        positive += ("target_kl",) if self.target_kl is not None else ()
+        positive = ["num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon"]
+        positive += ["target_kl"] if self.target_kl is not None else []
         found += [
             Problem("not a positive number", where=name, got=str(getattr(self, name)))
             for name in positive

@@ -34,32 +34,33 @@ class RewardFunctions:
     ) -> None:
         """Split `reward`; `penalty` is what a response pays that does not end."""
         self._reward, self._reader, self._rows = reward, reader, rows
-        weights = {**reward.weights, **({PENALTY: penalty} if penalty else {})}
-        self.weights = list(weights.values())
-        self.functions = [self._function(name) for name in weights]
-        self._scored: tuple[Any, dict[str, list[float]]] = (None, {})
+        names, self.weights = list(reward.weights), list(reward.weights.values())
+        if penalty:
+            names, self.weights = [*names, PENALTY], [*self.weights, penalty]
+        self.functions = [self._function(place, name) for place, name in enumerate(names)]
+        self._scored: tuple[Any, list[list[float]]] = (None, [])
 
-    def _function(self, name: str) -> Callable[..., list[float]]:
+    def _function(self, place: int, name: str) -> Callable[..., list[float]]:
         def function(row: Sequence[int], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
             # TRL calls one function after another with the same list: the first call scores for all.
             if self._scored[0] is not completion_ids:
                 self._scored = (completion_ids, self._score(row, completion_ids))
-            return self._scored[1][name]
+            return self._scored[1][place]
 
         # TRL logs it by this name.
         function.__name__ = name
         return function
 
-    def _score(self, row: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+    def _score(self, row: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return every function's scores; prompts and responses are read as the evaluator reads them."""
         rows = [self._rows[number] for number in row]
         prompts = [one["prompt"] for one in rows]
         heads = encode(self._reader.tokenizer, prompts)
         responses = [self._reader.read(head, ids) for head, ids in zip(heads, completion_ids, strict=True)]
         parts = self._reward.parts(prompts, [response.judged for response in responses], columns_of(rows))
-        found = self._reward.standardized(parts)
-        unscored = [all(map(math.isnan, scores)) for scores in zip(*found.values(), strict=True)]
+        columns = list(self._reward.standardized(parts).values())
+        unscored = [all(map(math.isnan, scores)) for scores in zip(*columns, strict=True)]
         fines = [
             math.nan if none else -float(not response.ended) for none, response in zip(unscored, responses, strict=True)
         ]
-        return {**found, PENALTY: fines}
+        return [*columns, fines]
