@@ -16,9 +16,18 @@ _SUITES = files_root() / "eval" / "suites"
 SHORT_SUITE, LONG_SUITE = _SUITES / "movie_reviews_short.yaml", _SUITES / "movie_reviews.yaml"
 # What the long form sets otherwise than the demo's configs.
 LONGER: Mapping[str, Mapping[str, str]] = {
-    "sft": {"num_train_epochs": "2", "validation_limit": "null"},
-    "reward": {"num_train_epochs": "2", "train_sampling_strategy": "random"},
-    "ppo": {"validation_limit": "256"},
+    "sft": {
+        "num_train_epochs": "2",
+        "per_device_train_batch_size": "64",
+        "learning_rate": "5.0e-3",
+        "validation_limit": "null",
+    },
+    "reward": {
+        "num_train_epochs": "2",
+        "per_device_train_batch_size": "32",
+        "train_sampling_strategy": "random",
+    },
+    "ppo": {"total_episodes": "1280", "validation_limit": "256"},
 }
 
 
