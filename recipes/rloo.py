@@ -6,8 +6,8 @@
     accelerate launch recipes/rloo.py --config recipes/configs/demo/rloo.yaml --reward null \\
         --rewards positive=0.5,detailed=0.5 --output_dir runs/demo/baselines/morl-rloo
 
-Rewards, standardization and outputs are as in `recipes/ppo.py`; use this recipe with TRL releases that have no PPO. It
-needs less memory: no critic, and with LoRA no reference model. The KL penalty, `beta`, is part of the reward.
+Rewards, standardization and outputs are as in `recipes/ppo.py`. It needs less memory: no critic, and with LoRA no
+reference model. The KL penalty, `beta`, is part of the reward.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from trl import ModelConfig, RLOOConfig
 
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
+from rewarded_lines.training.online_trainer import ReadRLOOTrainer, packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.rloo_trainer import ReadRLOOTrainer, packed
+from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
-from rewarded_lines.training.training_reward import RewardFunction
 from rewarded_lines.training.training_run import say, training_run
 
 
@@ -69,6 +69,8 @@ def main(argv: Sequence[str]) -> None:
         task.measure_base(spec, policy)
         say(task.heading("RLOO", f"{len(task.rows)} prompts, {training.num_generations} responses each"))
 
+        rewarded = RewardFunctions(task.reward, task.reader, task.rows, recipe.missing_eos_penalty)
+        training.reward_weights = rewarded.weights
         # TRL loads the reference model itself, with these arguments.
         training.model_init_kwargs = reference_loading(model_options)
         # The tokenizer's template already contains the project's variables.
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
                 args=training,
                 reader=task.reader,
                 chats=task.chats,
-                reward_funcs=RewardFunction(task.reward, task.reader, task.rows, recipe.missing_eos_penalty),
+                reward_funcs=rewarded.functions,
                 train_dataset=Dataset.from_dict(
                     {"prompt": [packed(prompt) for prompt in task.train_prompts], "row": range(len(task.rows))}
                 ),

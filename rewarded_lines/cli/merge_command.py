@@ -108,7 +108,7 @@ def merge(
         the token comes from HF_TOKEN or `hf auth login`
     """
     from rewarded_lines.hub.card_additions import card_additions
-    from rewarded_lines.kernels.thread_pool import use_wide_vectors
+    from rewarded_lines.kernels.kernels import use_wide_vectors
 
     _check_source(ctx, source)
     publishing.check(outputs=len(source.lam or [""]))
@@ -167,10 +167,10 @@ def _inputs(
     base: str | None, named: Mapping[str, str], config: Path, how: MergeOptions
 ) -> tuple[str, Mapping[str, str], MergeOptions]:
     """Return base, policies and options; the project file fills what the command line leaves out."""
-    from rewarded_lines.projects import load_project
-
     if base and named:
         return base, named, how
+    from rewarded_lines.projects import load_project
+
     project = load_project(config)
     project.require(*([] if base else ["base"]), *([] if named else ["policies"]))
     base = base or project.resolve(str(project.config.base))

@@ -73,20 +73,22 @@ def report(
     if as_json:
         show_json(summary.as_dict())
     else:
-        show(run, summary)
+        show(run, summary, chart=not quiet)
 
 
-def show(run: Path, summary: Summary | None = None) -> None:
-    """Print the tables of a run and the paths of its report; `summary` is computed by default."""
-    from rewarded_lines.evaluator.records import load_run
+def show(run: Path, summary: Summary, chart: bool) -> None:
+    """Print the tables of a run, the front as a chart if wanted, and the paths of its report."""
     from rewarded_lines.reports.report import report_files
-    from rewarded_lines.reports.summary import summarise
     from rewarded_lines.reports.tables import sheets
+    from rewarded_lines.reports.terminal_chart import FrontChart
     from rewarded_lines.reports.texts import scope_note
 
-    console, summary = Console(), summary or summarise(load_run(run))
+    console = Console()
     for sheet in sheets(summary, brief=True):
         console.print(sheet)
     console.print(Text(scope_note(summary) + "\n"))
+    if chart:
+        console.print(FrontChart(summary))
+        console.print()
     for path in report_files(run):
         show_line(str(path))

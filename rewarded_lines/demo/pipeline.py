@@ -25,14 +25,16 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
+from rewarded_lines.recipe_files import files_root
 from rewarded_lines.references import local_path
 
-ALGORITHMS = ("ppo", "dpo", "rloo")
+ALGORITHMS = ("ppo", "dpo", "rloo", "grpo")
 STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
 STATE_FILE = "demo.json"
 CORPUS_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "pairs-train.jsonl", "pairs-test.jsonl")
 _PACKAGE = Path(__file__).resolve().parents[1]
-_CHECKOUT = _PACKAGE.parent
+# Or the wheel's copy of it.
+_CHECKOUT = files_root()
 # The run folder in the recipes' demo configs; the command line replaces it.
 _CONFIGURED = "runs/demo"
 # One process: the model is small, and two policies train side by side.
@@ -113,7 +115,7 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
         check_engine(settings.engine)
     _check_inputs(settings)
     if not settings.configs.is_dir():
-        remedy = "run the demo from a clone of the repository, as `make demo` does"
+        remedy = "pass a folder that holds sft.yaml and the others as --configs"
         raise fail("no recipe configs", where=str(settings.configs), remedy=remedy)
     refuse_foreign(settings.out, STATE_FILE)
 

@@ -1,4 +1,4 @@
-"""Threads that share a stream of items, and the width of the kernels' vectors."""
+"""Threads that share a stream of items."""
 
 from __future__ import annotations
 
@@ -69,20 +69,6 @@ def _join(threads: Iterable[Thread]) -> None:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def use_wide_vectors() -> None:
-    """Let numba use the processor's widest vectors in this process; call it before importing the kernels.
-
-    On processors with 512 bits LLVM uses 256, because most code uses vectors rarely. The kernels use them all the time
-    and take a third less time with 512. The user's own setting stays.
-    """
-    import llvmlite.binding
-    import numba
-
-    features = llvmlite.binding.get_host_cpu_features()
-    if numba.config.CPU_FEATURES is None and features.get("avx512f"):
-        numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
 
 
 class Relay(Generic[T]):

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import blake3
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.engines.tokenizers import read_template
-from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
 from rewarded_lines.projects import load_project
 
 _CHANGES_TRAINING = ("stop", "stop_token_ids", "chat_template", "chat_template_kwargs", "strip")
-# Entries of well-known vocabularies that are made for padding, or that no text contains.
-_PADDING = (
-    "<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "[UNK]",
-    "<|reserved_special_token_0|>",
-)  # fmt: skip
 
 
 def generation_of(project_file: str) -> GenerationSpec:
@@ -41,36 +35,6 @@ def generation_inputs(spec: GenerationSpec) -> dict[str, str]:
     return {"generation": blake3.blake3(text.encode("utf-8", "surrogatepass")).hexdigest()} if content else {}
 
 
-def usable_padding(
-    tokenizer: PreTrainedTokenizerBase, base: str, ends: Collection[int], prompts: Sequence[Sequence[int]] = ()
-) -> None:
-    """Give the tokenizer in memory a padding token that ends no response and is in no prompt.
-
-    PPO's masks depend on it. The policy keeps the base's tokenizer files.
-    """
-    taken = {*ends, *(token for row in prompts for token in row)}
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
-        return
-    vocabulary = tokenizer.get_vocab()
-    special = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    # First tokens made for padding, then entries that no text contains, then unused special tokens.
-    made = [name for name in _PADDING if name in special] + [name for name in special if "pad" in name.lower()]
-    for token in (*made, *_PADDING, *special):
-        if token in vocabulary and vocabulary[token] not in taken:
-            tokenizer.pad_token = token
-            return
-    if len(tokenizer) < AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size:
-        # The model's embedding has a row that the tokenizer does not use.
-        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
-        return
-    raise fail(
-        "PPO needs a padding token that ends no response",
-        where=base,
-        got=f"pad {tokenizer.pad_token!r}, end tokens {tokenizer.convert_ids_to_tokens(sorted(ends))}",
-        remedy="give the SFT model's tokenizer one: an entry of the vocabulary that no text contains",
-    )
-
-
 def plain_generation(model: PreTrainedModel, ends: Collection[int], pad: int | None) -> Callable[[], None]:
     """Remove a model's sampling settings before training; return a function to call before saving.
 
@@ -86,7 +50,6 @@ def plain_generation(model: PreTrainedModel, ends: Collection[int], pad: int | N
     def restore() -> None:
         for name, value in ids.items():
             setattr(config, name, value)
-        # PPO made padding an end token, too.
         model.generation_config = GenerationConfig(**plain)
 
     return restore

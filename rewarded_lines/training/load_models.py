@@ -69,13 +69,24 @@ def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def load_critic(reference: str, options: ModelConfig) -> PreTrainedModel:
-    """Return PPO's value model, with a head of one number; LoRA trains adapters and head, in float32."""
-    critic: Any = load_classifier(reference, options)
+def load_critic(base: str, options: ModelConfig, start: str | None = None) -> PreTrainedModel:
+    """Return PPO's value model, with a head of one number; LoRA trains adapters and head, in float32.
+
+    It begins as the SFT model, or as the reward model `start`, which must have the same tokens.
+    """
+    if start is not None and not load_tokenizer(base).get_vocab().items() <= load_tokenizer(start).get_vocab().items():
+        raise fail(
+            "the critic would take the policy's tokens for others",
+            where="critic_model",
+            expected=f"a model with the tokenizer of {base}",
+            got=start,
+            remedy="name a reward model that was trained from the SFT model, or leave it out",
+        )
+    critic: Any = load_classifier(start or base, options)
     lora = lora_config(options, task="SEQ_CLS")
     if lora is not None:
         critic.requires_grad_(False)
-        # In place: PPOTrainer finds the backbone by an attribute that PEFT's wrapper lacks.
+        # In place: the trainer finds the body by an attribute that PEFT's wrapper lacks.
         critic = inject_adapter_in_model(lora, critic)
         head = critic.score.float().requires_grad_(True)
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))

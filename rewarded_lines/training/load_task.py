@@ -120,13 +120,26 @@ def _base(project: Project, model_options: ModelConfig) -> str:
 
 
 def _check_options(training: Any, project: Project) -> None:
-    """Refuse generation settings that the trainer would use, but measuring and sweeps would not."""
+    """Refuse settings that the trainer would use, but measuring and sweeps would not, or that the project decides."""
     for name in set(getattr(training, "generation_kwargs", None) or {}) & _NO_GENERATION_KWARGS:
         raise fail(
             f"`{name}` would reach training only",
             where="generation_kwargs",
             expected="settings that the trainer has no key for",
             remedy="set the trainer's own key; for the end of responses, `generation:` in the project",
+        )
+    if getattr(training, "mask_truncated_completions", False) and project.generation.stop:
+        raise fail(
+            "the trainer takes a response that ends at a stop text for a truncated one",
+            where="mask_truncated_completions",
+            remedy="set it to false, or leave `stop:` out of the project's `generation:`",
+        )
+    if getattr(training, "reward_weights", None) is not None:
+        raise fail(
+            "rewards have their weights beside their names",
+            where="reward_weights",
+            expected="`rewards: {NAME: WEIGHT, ...}`",
+            got=str(training.reward_weights),
         )
     given, declared = getattr(training, "chat_template_kwargs", None), project.config.generation.chat_template_kwargs
     if given and dict(given) != dict(declared):

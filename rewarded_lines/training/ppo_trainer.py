@@ -1,252 +1,266 @@
-"""TRL's PPOTrainer with several end tokens, several processes, resuming and an adaptive KL.
+"""PPO on TRL's GRPOTrainer: generation, the clipped ratio, adapters, resuming and several processes are TRL's.
 
-The loop and the mathematics are TRL's.
+What is here: the critic, rewards and advantages of single tokens, and the loss over whole mini-batches.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import load_checkpoint_in_model
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
 
-from rewarded_lines.checkpoints.adapters import ADAPTER_FILE
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import fail
-
-try:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-except ImportError as error:
-    raise fail(
-        f"trl {version('trl')} has no PPO",
-        expected="trl 1.12.0, the last release that carries it (trl.experimental.ppo)",
-        remedy="pip install trl==1.12.0, or train without a critic: "
-        "accelerate launch recipes/rloo.py --config recipes/configs/demo/rloo.yaml --reward NAME",
-    ) from error
-
-_CRITIC_FILE = "critic.safetensors"
-_PROGRESS_FILE = "ppo.json"
+from rewarded_lines.training.online_trainer import OnlineTrainer
+from rewarded_lines.training.ppo_batches import EpochSampler, mini_batches, place_tokens, skip_padding_on_cpu
+from rewarded_lines.training.ppo_config import PPOConfig
+from rewarded_lines.training.ppo_critic import CriticOptimizer, SharedCritic, prepare_critic
+from rewarded_lines.training.ppo_math import (
+    adapted_coefficient,
+    estimate_advantages,
+    kl_estimate,
+    token_rewards,
+    value_losses,
+    whiten,
+)
 
 
-class AdapterOff(nn.Module):
-    """The reference model of a policy with an adapter: the same model with the adapter off.
+class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
+    """Proximal policy optimization with a critic; see `ppo_math` for the equations.
 
-    TRL's own way (no reference model, `null_ref_context`) fails if DistributedDataParallel wraps the policy.
+    A response ends where its `ResponseReader` ends it, and its score is the reward of its last token. A response
+    without a score is in no loss and in no mean. A mini-batch's loss is the mean over all its tokens, however it is
+    split for memory or over processes.
+
+    A resumed run has the numbers of an uninterrupted one, since checkpoints are written between two rounds of sampling.
+
+    Attributes:
+        kl_coef: weight of the KL penalty, which `target_kl` adapts.
     """
-
-    def __init__(self, policy: Any) -> None:
-        """Refer to `policy`; its parameters do not become this module's."""
-        super().__init__()
-        # A tuple hides the policy from `nn.Module`, which would make it a submodule.
-        self._held = (policy,)
-
-    def forward(self, **inputs: Any) -> Any:
-        """Return the base model's output."""
-        with self._held[0].disable_adapter():
-            return self._held[0](**inputs)
-
-
-class ResumablePPOTrainer(PPOTrainer):  # type: ignore[misc]
-    """PPOTrainer whose resumed runs have the numbers of an uninterrupted one."""
 
     def __init__(
-        self, *, model: Any, args: PPOConfig, reader: ResponseReader, ref_model: Any = None, **parts: Any
+        self, *, model: Any, args: PPOConfig, reader: ResponseReader, chats: bool, critic: Any = None, **parts: Any
     ) -> None:
-        """Build TRL's trainer with `parts`; an adapter on the model makes a `ref_model` unnecessary.
+        """Build TRL's trainer with `parts`; `critic` is a classifier of one number, None for a shared critic.
 
-        `stop_token`, `stop_token_id` and `missing_eos_penalty` of the configuration must be None.
+        Raises:
+            UserError: a separate critic under ZeRO-3, or too few prompts for an update.
         """
-        if ref_model is None and hasattr(model, "disable_adapter"):
-            ref_model = AdapterOff(model)
-        super().__init__(model=model, args=args, ref_model=ref_model, **parts)
-        self._reader = reader
-        pad: int = parts["processing_class"].pad_token_id
-        # Generation pads after each of these. TRL ends a response at its first padding token, even a sampled one, so
-        # padding is an end token, too.
-        self.policy_model.generation_config.eos_token_id = sorted({*reader.ends, pad})
-        self.policy_model.generation_config.pad_token_id = pad
-        if reader.stop:
-            # With an id, TRL calls `truncate_response`, which `_cutting` replaces.
-            self.stop_token_id = pad
+        settings = args.settings(len(parts["train_dataset"]))
+        _check_sharding(settings, critic)
+        skip_padding_on_cpu()
+        super().__init__(model=model, args=settings, reader=reader, chats=chats, **parts)
         self.args: Any
         self.state: Any
-        if args.gradient_checkpointing:
-            # TRL's PPO reads the setting, but does not switch it on.
-            for part in (model, self.value_model):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
-            self.accelerator.unwrap_model(self.model).is_gradient_checkpointing = True
-        self.dataloader: Any = _Continued(self.dataloader, args.seed)
-
-    def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
-        """Train, from the start or from a checkpoint of this class."""
-        with self._cutting():
-            if resume_from_checkpoint is None:
-                super().train()
-            else:
-                self._resume(resume_from_checkpoint)
-
-    @contextmanager
-    def _cutting(self) -> Iterator[None]:
-        """Make TRL cut responses where the reader ends them, at stop texts, too."""
-        own = ppo_trainer.truncate_response
-
-        def cut(stop_token_id: int, pad_token_id: int, responses: torch.Tensor) -> torch.Tensor:
-            lengths = [len(self._reader.cut((), row)[0]) for row in responses.tolist()]
-            places = torch.arange(responses.shape[1], device=responses.device)
-            behind = places >= torch.tensor(lengths, device=responses.device)[:, None]
-            return responses.masked_fill(behind, pad_token_id)
-
-        ppo_trainer.truncate_response = cut
-        try:
-            yield
-        finally:
-            ppo_trainer.truncate_response = own
-
-    def _resume(self, checkpoint: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise fail(
-                "a PPO run under FSDP or DeepSpeed cannot be resumed: its critic is sharded",
-                where=checkpoint,
-                remedy="start it again with --overwrite true, or train with recipes/rloo.py, whose runs can be resumed",
-            )
-        total = self.args.num_total_batches
-        resume = _Resume(self, Path(checkpoint))
-        self.callback_handler.callbacks.insert(0, resume)
-        try:
-            super().train()
-        finally:
-            self.callback_handler.callbacks.remove(resume)
-            self.args.num_total_batches = total
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy without the critic and without DistributedDataParallel's wrapper."""
-        with self._unwrapped():
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint with the critic; TRL writes the trainer's state, which completes it, last."""
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(_trained(self.value_model), folder / _CRITIC_FILE)
-            (folder / _PROGRESS_FILE).write_text(json.dumps({"kl_coef": self.args.kl_coef}), encoding="utf-8")
-        with self._unwrapped():
-            super()._save_checkpoint(model, trial)
-
-    @contextmanager
-    def _unwrapped(self) -> Iterator[None]:
-        """Remove the wrapper for the block: TRL reads `.policy` and `.config`, which the wrapper does not have."""
-        wrapped = self.model
-        if isinstance(wrapped, DistributedDataParallel):
-            self.model = wrapped.module
-        try:
-            yield
-        finally:
-            self.model = wrapped
-
-
-class AdaptiveKL(TrainerCallback):
-    """Adapts the KL coefficient β until the KL to the SFT model is at a target.
-
-        e = clip((KL − target)/target, −0.2, 0.2),   β ← β·(1 + e·n/horizon),   n episodes a step
-
-    (Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.2.)
-    """
-
-    def __init__(self, target: float, horizon: int) -> None:
-        """Aim at `target` nats; `horizon` is in episodes."""
-        self._target, self._horizon = target, horizon
-
-    def on_log(self, args: Any, *_: Any, logs: Any = None, **__: Any) -> None:
-        """Log the coefficient, then adapt it to the measured KL."""
-        kl = (logs or {}).get("objective/kl")
-        if kl is None:
-            return
-        logs["objective/kl_coef"] = args.kl_coef
-        error = min(max((kl - self._target) / self._target, -0.2), 0.2)
-        args.kl_coef *= 1 + error * args.batch_size / self._horizon
-
-
-class _Continued:
-    """A data loader that can skip batches."""
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        self._loader = loader
-        self._begun: Iterator[Any] | None = None
-        sampler = loader.get_sampler()
-        if getattr(sampler, "generator", self) is None:
-            # With its own generator, a resumed run has the same order; the global random state differs.
-            sampler.generator = torch.Generator().manual_seed(seed)
-
-    def skip(self, batches: int) -> None:
-        """Skip `batches`, which may be more than an epoch."""
-        iterator = iter(self._loader)
-        while batches:
-            if next(iterator, None) is None:
-                iterator = iter(self._loader)
-            else:
-                batches -= 1
-        self._begun = iterator
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator, self._begun = self._begun or iter(self._loader), None
-        yield from iterator
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-
-class _Resume(TrainerCallback):
-    """Restores a checkpoint after PPOTrainer resets its counters and before it takes its first batch."""
-
-    def __init__(self, trainer: ResumablePPOTrainer, folder: Path) -> None:
-        self._trainer, self._folder = trainer, folder
-
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Load models, optimizer and schedule and skip the used batches, then restore the random states.
-
-        The random states come last, since the other steps draw random numbers.
-        """
-        trainer, folder = self._trainer, self._folder
-        progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        saved = type(state).load_from_json(str(folder / "trainer_state.json"))
-        if (folder / ADAPTER_FILE).is_file():
-            set_peft_model_state_dict(trainer.policy_model, load_file(folder / ADAPTER_FILE))
+        self._ppo, self.kl_coef = args, args.kl_coef
+        # The KL is in the reward, not in TRL's loss.
+        self.beta = 0.0
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = getattr(policy, "get_base_model", lambda: policy)()
+        for one in (policy, self.ref_model):
+            if one is not None:
+                place_tokens(self.accelerator.unwrap_model(one))
+        if critic is None:
+            self.critic: Any = SharedCritic(policy).to(self.accelerator.device)
         else:
-            load_checkpoint_in_model(trainer.policy_model, str(folder))
-        _load_critic(trainer.value_model, folder / _CRITIC_FILE)
-        states: dict[str, Any] = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
-        for file, part in states.items():
-            part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
-        trainer.dataloader.skip(saved.global_step)
-        state.global_step, state.episode = saved.global_step, saved.episode
-        state.log_history, args.kl_coef = saved.log_history, progress["kl_coef"]
-        # TRL's loop counts from 1 to this number.
-        args.num_total_batches -= saved.global_step
-        trainer._load_rng_state(str(folder))
+            self.critic = prepare_critic(critic, self.accelerator, settings)
+        self._critic_optimizer = CriticOptimizer(self.critic, self.accelerator, settings.max_grad_norm)
 
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
-def _load_critic(critic: nn.Module, file: Path) -> None:
-    """Load the trained parameters of the critic; the others are the base's."""
-    saved = load_file(file)
-    if saved.keys() != _trained(critic).keys():
-        raise fail(
-            "the checkpoint's critic is another one", where=str(file), remedy="start again with --overwrite true"
+    def _total(self, part: Tensor) -> Tensor:
+        """Return the sum of a number over all processes."""
+        return self.accelerator.reduce(part, "sum")
+
+    def _log_means(self, **measures: Tensor) -> None:
+        """Log means over the processes; names have `__` for a slash."""
+        means = self.accelerator.reduce(torch.stack([one.float() for one in measures.values()]), "mean")
+        for name, mean in zip(measures, means.tolist(), strict=True):
+            self._metrics[self._mode][name.replace("__", "/")].append(mean)
+
+    # Sampling.
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return EpochSampler(super()._get_train_sampler(dataset), self)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
+        size = len(prompt_ids) if self.use_vllm else self._ppo.local_rollout_forward_batch_size
+        parts = [
+            super(PPOTrainer, self)._generate_single_turn(prompt_ids[start : start + size], *rest)
+            for start in range(0, len(prompt_ids), size)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return [row for rows, _ in parts for row in rows], None
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, *rest: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, *rest)
+        first = self.accelerator.process_index * len(prompts)
+        own = rewards[first : first + len(prompts)]
+        scores = (own * self.reward_weights.to(own.device)).nansum(dim=1)
+        self._scores = scores.masked_fill(own.isnan().all(dim=1), torch.nan)
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: Any = None,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        if not torch.is_grad_enabled():
+            batch_size = self._ppo.local_rollout_forward_batch_size
+        # The policy's pass comes first, then its reference, which may be the same modules without the adapter.
+        listens = isinstance(self.critic, SharedCritic) and not self.critic.seen
+        if listens:
+            self.critic.listening = True
+        try:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **more
+            )
+        finally:
+            if listens:
+                self.critic.listening = False
+
+    def _values(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the critic's value before each token of the responses."""
+        count = batch["completion_ids"].shape[1]
+        with self.accelerator.autocast():
+            if isinstance(self.critic, SharedCritic):
+                hidden = torch.cat(self.critic.seen)
+                self.critic.seen.clear()
+                return self.critic(hidden, count)  # type: ignore[no-any-return]
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            size = len(ids) if torch.is_grad_enabled() else self._ppo.local_rollout_forward_batch_size
+            parts = zip(ids.split(size), mask.split(size), strict=True)
+            return torch.cat([self.critic(*part, count) for part in parts])
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        # TRL computes the log probabilities of the reference if there is a KL penalty, and those of the policy if
+        # samples are used more than once.
+        self.beta, self.num_iterations = 1.0, self.num_iterations + 1
+        try:
+            made: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta, self.num_iterations = 0.0, self.num_iterations - 1
+        with torch.no_grad():
+            values = self._values(made)
+            self._add_advantages(made, values)
+        return made
+
+    def _add_advantages(self, made: dict[str, Any], values: Tensor) -> None:
+        """Turn scores into advantages and returns of tokens, log them, and adapt the KL coefficient."""
+        ppo, scored = self._ppo, ~self._scores.isnan()
+        mask = (made["completion_mask"] * scored[:, None]).bool()
+        logprobs, reference = made["old_per_token_logps"].float(), made.pop("ref_per_token_logps").float()
+        kl = kl_estimate(logprobs, reference, ppo.kl_estimator) * mask
+        scores = self._scores.nan_to_num()
+        rewards = token_rewards(scores, kl, mask, self.kl_coef)
+        self._log_rollouts(kl, -logprobs * mask, scores, scored)
+        if ppo.whiten_rewards:
+            rewards = whiten(rewards, mask, False, self._total)
+        advantages = estimate_advantages(rewards, values, mask, ppo.gamma, ppo.lam)
+        made |= {
+            "advantages": whiten(advantages, mask, total=self._total),
+            "values": values,
+            "returns": advantages + values,
+            # TRL leaves tokens out of the loss by this name.
+            "tool_mask": mask.int(),
+        }
+
+    def _log_rollouts(self, kl: Tensor, surprise: Tensor, scores: Tensor, scored: Tensor) -> None:
+        """Log means over the responses that have a score."""
+        counted = self._total(torch.stack([scored.sum().float(), kl.sum(), surprise.sum(), scores.sum()])).tolist()
+        count, episodes = max(counted[0], 1.0), len(scored) * self.accelerator.num_processes
+        kl_mean, entropy, score = (one / count for one in counted[1:])
+        logged = {
+            "objective/kl": kl_mean, "objective/entropy": entropy, "objective/scores": score,
+            "objective/non_score_reward": -self.kl_coef * kl_mean,
+            "objective/rlhf_reward": score - self.kl_coef * kl_mean,
+            "objective/kl_coef": self.kl_coef,
+        }  # fmt: skip
+        if counted[0]:
+            for name, value in logged.items():
+                self._metrics[self._mode][name].append(value)
+        updates = self.state.global_step // self._ppo.steps_per_update + 1
+        self._metrics[self._mode]["episode"] = [updates * episodes]
+        if self.model.training and self._ppo.target_kl is not None and counted[0]:
+            target, horizon = self._ppo.target_kl, self._ppo.kl_horizon
+            self.kl_coef = adapted_coefficient(self.kl_coef, kl_mean, target, horizon, episodes)
+
+    # Updates.
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        batches = mini_batches(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        counts = self._total(torch.stack([sum(one["tool_mask"].sum() for one in batch) for batch in batches]).float())
+        for batch, count in zip(batches, counts, strict=True):
+            for one in batch:
+                # The tokens of the mini-batch in all processes; TRL divides them by the number of mini-batches.
+                one["num_items_in_batch"] = count * len(batches)
+        self._buffered_inputs = [one for batch in batches for one in batch]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        policy_loss: Tensor = super()._compute_loss(model, inputs)
+        values, mask = self._values(inputs), inputs["tool_mask"]
+        losses, clipped = value_losses(values, inputs["values"], inputs["returns"], self._ppo.cliprange_value)
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        times = 1
+        if self.model.training:
+            times = self.current_gradient_accumulation_steps
+            tokens = tokens * times / self.args.steps_per_generation
+        value_loss = (losses * mask).sum() / tokens
+        self._log_means(
+            loss__policy_avg=policy_loss.detach() * times,
+            loss__value_avg=value_loss.detach() * times,
+            val__clipfrac_avg=(clipped * mask).sum() / tokens * times,
         )
-    critic.load_state_dict(saved, strict=False)
+        return policy_loss + self._ppo.vf_coef * value_loss
+
+    def training_step(self, *given: Any) -> Tensor:
+        """Take a step of TRL's trainer; the critic's optimizer steps where the policy's does."""
+        loss: Tensor = super().training_step(*given)
+        if self.accelerator.sync_gradients:
+            self._critic_optimizer.step(self._get_learning_rate())
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the policy's optimizer, and another one of its kind for the critic."""
+        created = super().create_optimizer(model)
+        if self._critic_optimizer.inner is None:
+            self.optimizer = None
+            self._critic_optimizer.inner = super().create_optimizer(self.critic)
+            self.optimizer = created
+        return created
+
+    # Checkpoints.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._critic_optimizer.save(Path(output_dir), kl_coef=self.kl_coef)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            # First, since it refuses checkpoints of other trainers.
+            self.kl_coef = self._critic_optimizer.load(Path(checkpoint))["kl_coef"]
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().contiguous() for name, weight in model.named_parameters() if weight.requires_grad}
+def _check_sharding(settings: Any, critic: Any) -> None:
+    plugin = settings.deepspeed_plugin
+    if critic is not None and plugin is not None and plugin.zero_stage == 3:
+        raise fail(
+            "ZeRO-3 shards one model only, the policy",
+            where="critic",
+            got="separate",
+            remedy="set `critic: shared`, a value head on the policy, or use FSDP2 or ZeRO-2",
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Padding is a token of its own, never the end token: PPO's masks depend on it.
+# Padding is a token of its own, never the end token: masks that TRL derives from it depend on that.
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 

@@ -17,18 +17,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from rewarded_lines.data.lengths import shorten_prompt
-from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
-from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.projects import Project
 from rewarded_lines.rewards.load_rewards import load_rewards
-from rewarded_lines.rewards.reward import Columns, Reward, columns_of
+from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.training.gains import scored
 
 _ALL_EQUAL = "every response of the SFT model gets the same score"
@@ -106,12 +103,17 @@ class WeightedReward:
                 counts[name] += 1
         return fitting
 
+    def standardized(self, parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        """Return the scores that `parts` returned as (rᵢ − mᵢ)/sᵢ, by reward."""
+        return {
+            name: [(score - mean) / deviation for score in parts[name]]
+            for name, (mean, deviation) in self.scales.items()
+        }
+
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
         """Return the weighted sum of the scores that `parts` returned; NaN for a response without any."""
-        columns = []
-        for name, weight in self.weights.items():
-            mean, deviation = self.scales[name]
-            columns.append([weight * (score - mean) / deviation for score in parts[name]])
+        scores = self.standardized(parts)
+        columns = [[weight * score for score in scores[name]] for name, weight in self.weights.items()]
         rows = map(scored, zip(*columns, strict=True))
         return [sum(row) if row else math.nan for row in rows]
 
@@ -164,43 +166,3 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
             remedy="put reference answers into a column of the training rows, and name it: `against: COLUMN`",
         )
     return WeightedReward(load_rewards(project, list(weights), device), weights)
-
-
-def score_tokens(
-    reward: WeightedReward,
-    reader: ResponseReader,
-    rows: Sequence[Row],
-    heads: Sequence[Sequence[int]],
-    tails: Sequence[Sequence[int]],
-    penalty: float | None,
-) -> list[float]:
-    """Return the scores of responses to the rows' prompts; prompts and responses are also given as tokens.
-
-    They are read as the evaluator reads them, so both score the same text. `penalty` (`missing_eos_penalty`) is
-    subtracted from the score of a response that does not end.
-    """
-    responses = [reader.read(head, tail) for head, tail in zip(heads, tails, strict=True)]
-    prompts = [row["prompt"] for row in rows]
-    scores = reward.score(prompts, [response.judged for response in responses], columns_of(rows))
-    return [score - (0.0 if one.ended else penalty or 0.0) for score, one in zip(scores, responses, strict=True)]
-
-
-@dataclass
-class RewardFunction:
-    """A reward as TRL's RLOOTrainer calls it: numbers of rows and the token ids of completions in, scores out.
-
-    The trainer's data set has a column `row`, the number of a row in `rows`. For `missing_eos_penalty` see
-    `score_tokens`.
-    """
-
-    reward: WeightedReward
-    reader: ResponseReader
-    rows: Sequence[Row]
-    missing_eos_penalty: float | None = None
-    __name__ = "reward"
-
-    def __call__(self, row: Sequence[int], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """Return one score for each completion."""
-        own = [self.rows[number] for number in row]
-        heads = encode(self.reader.tokenizer, [one["prompt"] for one in own])
-        return score_tokens(self.reward, self.reader, own, heads, completion_ids, self.missing_eos_penalty)

@@ -7,7 +7,6 @@ last whole checkpoint. Folders that no recipe made are never touched.
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -168,9 +167,6 @@ def training_run(recipe: str, arguments: Arguments) -> Iterator[TrainingRun]:
         raise fail("not a name for a new folder", where=str(output), remedy="pass another --output_dir")
     run = TrainingRun(recipe, arguments, output, options.overwrite)
     training.output_dir = str(run.folder)
-    # TRL's PPO collects garbage twice an update; without this, imported objects cost half a second.
-    gc.collect()
-    gc.freeze()
     # The trainer's configuration sets accelerate's device, so it comes before any use of accelerate.
     _ = training.device
     first = PartialState().is_main_process

@@ -1,7 +1,7 @@
 """Time of a training step in our recipes against the bare TRL trainer with the same settings, on the demo's models.
 
     python tests/benchmarks/recipe_overhead.py                    # needs what `make demo` has made
-    python tests/benchmarks/recipe_overhead.py --only ppo --rounds 5
+    python tests/benchmarks/recipe_overhead.py --only rloo --rounds 5
 
 Both take the same settings, models, data and rewards; ours goes through the recipe, the bare one hands TRL what it
 wants by the shortest way. Processes alternate; the step time of a process is the median over its steps after the first
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "runs" / "demo"
-RECIPES = ("sft", "reward", "dpo", "rloo", "ppo")
+RECIPES = ("sft", "reward", "dpo", "rloo", "grpo")
 STEPS = 12
 WARMUP = 2
 LIMIT = 1.05
@@ -35,7 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "reward": {"max_steps": STEPS},
     "dpo": {"max_steps": STEPS, "train_limit": 200},
     "rloo": {"max_steps": STEPS},
-    "ppo": {"total_episodes": 64 * STEPS},
+    "grpo": {"max_steps": STEPS},
 }
 
 
@@ -200,15 +201,15 @@ def dpo(content: dict[str, Any], folder: str, stamps: Any) -> None:
     ).train()
 
 
-def rloo(content: dict[str, Any], folder: str, stamps: Any) -> None:
-    """RLOOTrainer with the classifier as TRL calls it."""
+def online(name: str, content: dict[str, Any], folder: str, stamps: Any) -> None:
+    """RLOOTrainer or GRPOTrainer with the classifier as TRL calls it."""
+    import trl
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl import RLOOConfig, RLOOTrainer
 
     content["gradient_accumulation_steps"] = 1
-    RLOOTrainer(
+    getattr(trl, f"{name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
-        args=config_of(RLOOConfig, content, folder),
+        args=config_of(getattr(trl, f"{name}Config"), content, folder),
         reward_funcs=AutoModelForSequenceClassification.from_pretrained(DEMO / "rewards/positive", dtype="float32"),
         train_dataset=rows_of(content, "prompt"),
         processing_class=AutoTokenizer.from_pretrained(DEMO / "sft"),
@@ -216,32 +217,13 @@ def rloo(content: dict[str, Any], folder: str, stamps: Any) -> None:
     ).train()
 
 
-def ppo(content: dict[str, Any], folder: str, stamps: Any) -> None:
-    """PPOTrainer with the classifier as its reward model, which shares the policy's tokenizer here."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "sft")
-    ids = tokenizer(rows_of(content, "prompt")["prompt"][:])["input_ids"]
-    width = max(map(len, ids))
-    queries = Dataset.from_dict({"input_ids": [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]})
-    classifier = AutoModelForSequenceClassification
-    PPOTrainer(
-        args=config_of(PPOConfig, content, folder),
-        processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
-        ref_model=AutoModelForCausalLM.from_pretrained(DEMO / "sft", dtype="float32"),
-        reward_model=classifier.from_pretrained(DEMO / "rewards/positive", dtype="float32"),
-        value_model=classifier.from_pretrained(DEMO / "sft", num_labels=1, dtype="float32"),
-        train_dataset=queries,
-        eval_dataset=queries.select(range(1)),
-        callbacks=[stamps],
-    ).train()
-
-
-BARE = {"sft": sft, "reward": reward, "dpo": dpo, "rloo": rloo, "ppo": ppo}
+BARE = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "rloo": partial(online, "RLOO"),
+    "grpo": partial(online, "GRPO"),
+}
 
 if __name__ == "__main__":
     main()

@@ -7,10 +7,18 @@ import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32, LONG, decode, encode, encode_fraction
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
-from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels import compiled_kernels, numpy_kernels
 
 FORMATS = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
 SIXTEEN = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16], ids=lambda format_: format_.name)
+
+
+@pytest.fixture(params=[compiled_kernels, numpy_kernels], ids=["compiled", "numpy"], autouse=True)
+def kernels(request, monkeypatch):
+    """Run every test with both implementations."""
+    monkeypatch.setitem(globals(), "kernels", request.param)
+
+
 # Around the length of a chunk, below the width of a vector, and none at all.
 LENGTHS = [0, 1, 2, 3, 7, 8, 17, 511, 512, 513, 1023, 1024, 1025, 2100]
 

@@ -85,9 +85,3 @@ def test_few_items_need_few_threads(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
     share_out([1], lambda: lambda item: None, threads=8)
     assert begun == []
-
-
-def test_the_vectors_width_can_be_set_before_the_kernels_are_imported():
-    script = "import sys, rewarded_lines.kernels.thread_pool; print('rewarded_lines.kernels.kernels' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -75,13 +75,13 @@ def chats(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("name", "options"), [("rloo", RLOO), ("ppo", PPO), ("dpo", DPO)])
+@pytest.mark.parametrize(("name", "options"), [("rloo", RLOO), ("grpo", RLOO), ("ppo", PPO), ("dpo", DPO)])
 def test_stop_texts_of_the_project_end_responses_in_training_as_in_a_sweep(chats, name, options, capsys):
     tokenizer = chats(generation='stop: ["e"], max_tokens: 16')
     run(name, **options)
     assert seen() and not any("e" in text for text in seen())
     assert record(Path("out"))["metrics"]["gain"] == pytest.approx(0, abs=1)
-    if name == "rloo":
+    if name in ("rloo", "grpo"):
         # Cut where the stop text is complete: shorter than without it, and told as such.
         lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
         assert max(line.get("completions/mean_length", 0) for line in lines) < 12

@@ -35,7 +35,7 @@ LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
 def test_all_of_them_are_found():
-    assert [path.stem for path in RECIPES] == ["dpo", "ppo", "reward", "rloo", "sft"]
+    assert [path.stem for path in RECIPES] == ["dpo", "grpo", "ppo", "reward", "rloo", "sft"]
     assert [path.stem for path in CONFIGS if path.parent.name == "demo"] == [path.stem for path in RECIPES]
     assert {path.stem for path in CONFIGS} <= {path.stem for path in RECIPES}
     assert {path.parent.name for path in CONFIGS} == {

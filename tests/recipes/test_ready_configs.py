@@ -42,9 +42,9 @@ def task_of(command):
 
 def test_none_is_overlooked():
     found = {path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "demo"}
-    assert found == set(READY) and len(READY) == 19
+    assert found == set(READY) and len(READY) == 21
     assert all(sum(str(path.relative_to(ROOT)) in command for command in COMMANDS) for path in READY)
-    assert len(SHOWN) == 30 and len(COMMANDS) == 40
+    assert len(SHOWN) == 31 and len(COMMANDS) == 42
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,10 @@ def test_a_config_leaves_a_model_in_its_place(ran, path):
     elif path.stem == "reward":
         assert project.rewards[config["reward_name"]].template == config["template"]
     else:
-        assert config["reward"] in project.policies and config["output_dir"].endswith("/" + config["reward"])
+        name, made = (
+            (config["policy_name"], project.baselines) if "rewards" in config else (config["reward"], project.policies)
+        )
+        assert name in made and config["output_dir"].endswith("/" + name)
 
 
 @pytest.mark.slow

@@ -144,18 +144,24 @@ def test_a_model_that_is_named_becomes_the_base_of_a_project_without_one(work):
     assert project(work).base == "sft" and project(work).policies == {"vowels": "policy"}
 
 
-def test_a_weighted_sum_is_a_baseline(work):
-    words = [word for word in words_for("rloo", work) if not word.startswith("--reward=")]
-    config = work / "rloo.yaml"
-    text = (ROOT / "recipes/configs/demo/rloo.yaml").read_text().replace("reward: positive\n", "")
+@pytest.mark.parametrize(
+    ("name", "more"), [("rloo", {}), ("grpo", {}), ("grpo", {"multi_objective_aggregation": "normalize_then_sum"})]
+)
+def test_a_weighted_sum_is_a_baseline(work, name, more):
+    words = [word for word in words_for(name, work, **more) if not word.startswith("--reward=")]
+    config = work / f"{name}.yaml"
+    text = (ROOT / f"recipes/configs/demo/{name}.yaml").read_text().replace("reward: positive\n", "")
     config.write_text(text + "rewards: {vowels: 0.5, detailed: 0.5}\n")
-    load_recipe("rloo").main(["--config", str(config), *words[2:], f"--output_dir={work / 'morl'}"])
+    load_recipe(name).main(["--config", str(config), *words[2:], f"--output_dir={work / 'morl'}"])
     assert project(work).baselines == {"0.5-vowels+0.5-detailed": "morl"} and project(work).policies == {}
     made = record(work / "morl")
-    assert made["weights"] == {"vowels": 0.5, "detailed": 0.5} and set(made["metrics"]["rewards"]) == {
-        "vowels",
-        "detailed",
-    }
+    assert made["weights"] == {"vowels": 0.5, "detailed": 0.5}
+    assert set(made["metrics"]["rewards"]) == set(made["standardized"]) == {"vowels", "detailed"}
+    lines = [json.loads(line) for line in (work / "morl" / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("vowels", "detailed", "missing_eos_penalty")
+    for line in (line for line in lines if "reward" in line):
+        parts = [weight * line[f"rewards/{kind}/mean"] for kind, weight in zip(kinds, (0.5, 0.5, 1.0), strict=True)]
+        assert line["reward"] == pytest.approx(sum(parts), abs=1e-5)
 
 
 def test_dpo_keeps_its_pairs_and_uses_them_again(work, capsys):
@@ -213,7 +219,7 @@ def abstains(work):
         file.write(ABSTAINS)
 
 
-@pytest.mark.parametrize("name", ["rloo", "dpo"])
+@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo", "dpo"])
 def test_rows_on_which_a_reward_abstains_are_left_out_and_counted(work, abstains, capsys, name):
     run(name, work, output_dir=work / "policy")
     metrics, told = record(work / "policy")["metrics"], capsys.readouterr().out
@@ -227,12 +233,6 @@ def test_rows_on_which_a_reward_abstains_are_left_out_and_counted(work, abstains
     lines = [json.loads(line) for line in (work / "policy" / "metrics.jsonl").read_text().splitlines()]
     unscored = int(sum(line.get("unscored", 0) for line in lines))
     assert 0 < unscored < 32 and f"{unscored} of 32 training responses had no score, and were left out" in told
-
-
-def test_ppo_refuses_a_reward_that_abstains_before_it_trains(work, abstains):
-    with pytest.raises(UserError, match="PPO needs a score for every response(.|\n)*recipes/rloo.py"):
-        run("ppo", work, output_dir=work / "policy")
-    assert not list(work.glob("policy*/metrics.jsonl"))
 
 
 def test_a_reward_that_scores_all_alike_trains_as_the_refusal_says(work, capsys):
@@ -274,6 +274,13 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
     (work / "start.yaml").write_text(PROJECT.replace("base: sft\n", ""))
     with pytest.raises(UserError, match="`base` is missing(.|\n)*model_name_or_path"):
         run("rloo", work, output_dir=work / "none", project_file=work / "start.yaml")
+    for overrides, message in [
+        ({"reward_weights": 1.0}, "`reward_weights`|reward_weights(.|\n)*rewards: {NAME: WEIGHT"),
+        ({"scale_rewards": "true"}, "scale_rewards(.|\n)*group, batch, none"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "leave it out"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run("grpo", work, output_dir=work / "none", **overrides)
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
     with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):
@@ -291,19 +298,10 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
 
 
 def test_an_existing_folder_is_refused_before_anything_is_loaded(work):
-    for name in ("sft", "reward", "ppo", "dpo", "rloo"):
+    for name in ("sft", "reward", "ppo", "dpo", "rloo", "grpo"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="no recipe made"):
                 run(name, work, output_dir=work / "data", overwrite=overwrite, train_file="nowhere")
-
-
-def test_without_ppo_in_trl_the_recipe_names_what_has_it_and_rloo(work):
-    words = words_for("ppo", work, output_dir=work / "none")
-    child = start("ppo", words, work / "log", without=("trl.experimental.ppo",))
-    child.join()
-    said = (work / "log").read_text()
-    assert child.exitcode == 1 and "Traceback" not in said, said
-    assert "has no PPO" in said and "trl 1.12.0" in said and "recipes/rloo.py" in said
 
 
 def test_a_reward_that_fails_once_all_is_trained_does_not_cost_the_policy(work):

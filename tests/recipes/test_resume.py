@@ -11,6 +11,8 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.training.training_record import MetricsCallback
 
 OUTPUT = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+# Steps of the optimizer in an update: two passes over two mini-batches.
+STEPS = {"ppo": 4}
 # Times, and TRL's count of tokens, which begins anew when a run is resumed.
 ELSE = ("num_tokens", "seconds", "eps", "step_time")
 
@@ -40,9 +42,9 @@ def end_at(step, monkeypatch):
     ("name", "lora"),
     # TRL's trainers save adapters alike: for one whose adapter is folded in, one that keeps it, and PPO, which is ours.
     [
-        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "ppo")),
+        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "grpo", "ppo")),
         ("sft", True),
-        ("rloo", True),
+        ("grpo", True),
         ("ppo", True),
     ],
 )
@@ -50,9 +52,10 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     more = OUTPUT | ({"use_peft": True, "lora_dropout": 0.1} if lora else {})
     run(name, work, output_dir=work / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        end_at(3, patch)
+        end_at(3 * STEPS.get(name, 1), patch)
         run(name, work, output_dir=work / "ended", **more)
-    assert not (work / "ended").exists() and (work / "ended.unfinished" / "checkpoint-2").is_dir()
+    checkpoint = work / "ended.unfinished" / f"checkpoint-{2 * STEPS.get(name, 1)}"
+    assert not (work / "ended").exists() and checkpoint.is_dir()
 
     with pytest.raises(UserError, match="another run is there(.|\n)*learning_rate(.|\n)*--overwrite true"):
         run(name, work, output_dir=work / "ended", **more, learning_rate=0.5)
@@ -71,12 +74,24 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     assert ": ended\n" in (work / "rewarded-lines.yaml").read_text()
 
 
+def test_a_checkpoint_waits_until_the_sampled_responses_are_used_up(work, monkeypatch):
+    more = OUTPUT | {"num_iterations": 2, "max_steps": 6}
+    run("grpo", work, output_dir=work / "whole", **more)
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        end_at(4, patch)
+        run("grpo", work, output_dir=work / "ended", **more)
+    assert [path.name for path in (work / "ended.unfinished").glob("checkpoint-*")] == ["checkpoint-2"]
+    run("grpo", work, output_dir=work / "ended", **more)
+    assert weights_hash(work / "ended") == weights_hash(work / "whole")
+    assert metrics(work / "ended") == metrics(work / "whole")
+
+
 def test_killed_and_started_again(work):
     more = OUTPUT | {"total_episodes": 64}
     run("ppo", work, output_dir=work / "whole", **more)
     words = words_for("ppo", work, output_dir=work / "ended", **more)
     child = start("ppo", words, work / "log")
-    sign, deadline = work / "ended.unfinished" / "checkpoint-3" / "trainer_state.json", time.monotonic() + 120
+    sign, deadline = work / "ended.unfinished" / "checkpoint-12" / "trainer_state.json", time.monotonic() + 120
     while not sign.is_file():
         assert child.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)

@@ -10,9 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_adapters import save_adapter
-from tiny_models import make_model, make_tokenizer, save_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tiny_models import make_model, save_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -23,7 +21,6 @@ from transformers import (
     DistilBertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -33,7 +30,6 @@ from trl.experimental.utils import get_reward
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.generation_config import usable_padding
 from rewarded_lines.training.load_models import (
     absolute,
     check_quantization,
@@ -305,56 +301,19 @@ def test_quantization_that_fails_is_one_message_with_what_bitsandbytes_says(monk
         )
 
 
+def test_a_critic_may_start_from_a_reward_model_of_the_same_tokens(sft, tmp_path):
+    model = load_classifier(str(sft), FULL)
+    model.save_pretrained(copied(sft, tmp_path / "reward"))
+    critic = load_critic(str(sft), FULL, str(tmp_path / "reward"))
+    assert torch.equal(critic.score.weight, model.score.weight)
+    problem = problem_of(load_critic, str(sft), FULL, str(renamed(sft, tmp_path / "renamed")))
+    assert problem.where == "critic_model" and "tokens for others" in problem.what
+
+
 def test_bitsandbytes_is_needed_for_quantized_models_only(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     check_quantization(FULL)
     assert problem_of(check_quantization, ModelConfig(load_in_4bit=True)).got.startswith("ModuleNotFoundError: ")
-
-
-def words(*vocabulary, **special):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)})), **special
-    )
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "padding"),
-    [
-        (words("<p>", "</s>", "<unk>", pad_token="<p>", eos_token="</s>"), "<p>"),
-        (words("a", "</s>", "<unk>", eos_token="</s>"), "<unk>"),
-        (words("a", "</s>", "<unk>", pad_token="</s>", eos_token="</s>"), "<unk>"),
-        (words("<unk>", "<|pad|>", "</s>", eos_token="</s>"), "<|pad|>"),
-        (words("<|endoftext|>", "[UNK]", eos_token="<|endoftext|>"), "[UNK]"),
-    ],
-)
-def test_ppos_padding_is_an_entry_of_the_vocabulary_that_does_not_end_a_text(tokenizer, padding):
-    before = tokenizer.get_vocab()
-    usable_padding(tokenizer, "base", [tokenizer.eos_token_id])
-    assert tokenizer.pad_token == padding and tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert tokenizer.get_vocab() == before
-
-
-@pytest.mark.parametrize("pad", [None, "<|endoftext|>"])
-def test_a_vocabulary_without_an_entry_to_pad_with_is_refused(pad, tmp_path):
-    tokenizer = words("a", "<|endoftext|>", eos_token="<|endoftext|>", **({"pad_token": pad} if pad else {}))
-    GPT2Config(vocab_size=2).save_pretrained(tmp_path)
-    problem = problem_of(usable_padding, tokenizer, str(tmp_path), [tokenizer.eos_token_id])
-    assert problem.where == str(tmp_path) and problem.got == f"pad {pad!r}, end tokens ['<|endoftext|>']"
-    # A model whose embedding has an unused row gets a new token.
-    GPT2Config(vocab_size=3).save_pretrained(tmp_path)
-    usable_padding(tokenizer, str(tmp_path), [tokenizer.eos_token_id])
-    assert tokenizer.pad_token_id == 2
-
-
-def test_ppos_padding_ends_no_response_and_is_in_no_prompt():
-    vocabulary = ("<|endoftext|>", "<unk>", "<|vision_pad|>", "<|im_end|>", "a")
-    tokenizer = words(*vocabulary, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_pad|>"]})
-    for prompts in ([[4, 1]], [[4]]):
-        # A token made for padding is chosen first.
-        usable_padding(tokenizer, "base", [0, 3], prompts)
-        assert tokenizer.pad_token == "<|vision_pad|>"
-        tokenizer.pad_token = "<|endoftext|>"
 
 
 def test_a_policy_may_start_from_the_base_by_whatever_name(sft, tmp_path, monkeypatch):
@@ -501,9 +460,3 @@ def test_a_reference_model_is_loaded_as_the_policy_is(settings, expected):
 def test_responses_are_sampled_in_the_policys_type(wanted, own, expected):
     model = make_model(0, blocks=1).to(own)
     assert generation_dtype(ModelConfig(dtype=wanted), model) == expected
-
-
-def test_the_tiny_models_tokenizer_needs_no_other_padding():
-    tokenizer = make_tokenizer()
-    usable_padding(tokenizer, "base", [tokenizer.eos_token_id])
-    assert tokenizer.pad_token == "<pad>"

@@ -1,4 +1,4 @@
-"""PPO: resumed runs equal uninterrupted ones, adapters are their own reference, the KL reaches its target."""
+"""PPO's trainer: an update against a naive PPO, resumed runs against uninterrupted ones, positions, settings."""
 
 import copy
 import json
@@ -8,138 +8,322 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_models import PROMPTS, make_model, make_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerControl, TrainerState, set_seed
+from tiny_models import PROMPTS, make_model, make_tokenizer, save_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    set_seed,
+)
 
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.training.ppo_trainer import AdapterOff, AdaptiveKL, PPOConfig, ResumablePPOTrainer
-from rewarded_lines.training.reward_module import RewardModule
+from rewarded_lines.errors import UserError
+from rewarded_lines.training.ppo_config import PPOConfig
+from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
+# One token in six ends a response.
+ENDS = frozenset(range(2, 300, 6))
+GAMMA, LAM, KL, CLIP, CLIP_VALUE, VF, TEMPERATURE, RATE = 0.98, 0.9, 0.3, 0.05, 0.05, 0.7, 1.3, 0.05
 
-class Vowels:
-    """A reward that differs between responses."""
-
-    rewards: dict = {}
-
-    def score(self, prompts, responses, columns=None):
-        return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
-def trainer(folder, lora=False, target=None, **settings):
+def load_policy(folder):
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def score(row, completion_ids, **_):
+    """Score a response by its tokens and its row; every fifth row has no score."""
+    return [None if at % 5 == 3 else sum(ids) % 7 / 3 + at for at, ids in zip(row, completion_ids, strict=True)]
+
+
+def make_critic():
+    torch.manual_seed(7)
+    return LlamaForSequenceClassification(LlamaConfig(**{**make_model(0, blocks=2).config.to_dict(), "num_labels": 1}))
+
+
+def settings_for(folder, **more):
+    own = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 2, "num_ppo_epochs": 2,
+        "total_episodes": 8, "response_length": 6, "local_rollout_forward_batch_size": 3, "learning_rate": RATE,
+        "lr_scheduler_type": "constant", "gamma": GAMMA, "lam": LAM, "kl_coef": KL, "cliprange": CLIP,
+        "cliprange_value": CLIP_VALUE, "vf_coef": VF, "temperature": TEMPERATURE, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    return PPOConfig(output_dir=str(folder), **{**own, **more})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(make_model(0, blocks=2), tmp_path_factory.mktemp("base"))
+
+
+def make_trainer(folder, base, lora=False, reward=score, model=None, ends=ENDS, **more):
     folder.mkdir(exist_ok=True)
-    arguments = PPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        total_episodes=40,
-        response_length=6,
-        learning_rate=1e-3,
-        num_sample_generations=0,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        **settings,
-    )
     set_seed(0)
+    policy = model or load_policy(base)
     tokenizer = make_tokenizer()
-    reader = ResponseReader(tokenizer, frozenset([tokenizer.eos_token_id]))
-    module = RewardModule(Vowels(), reader, [{"prompt": prompt} for prompt in PROMPTS * 3])
-    policy = make_model(0, blocks=2)
-    critic = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1}))
-    if lora:
-        policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    dataset = Dataset.from_dict({"input_ids": module.padded(tokenizer.pad_token_id)})
-    adaptive = [AdaptiveKL(target, 100)] if target else []
-    return ResumablePPOTrainer(
-        args=arguments,
-        reader=reader,
-        processing_class=tokenizer,
+    prompts = [f"{prompt} {number}" for prompt in PROMPTS for number in range(3)]
+    args = settings_for(folder, **more)
+    return PPOTrainer(
         model=policy,
-        ref_model=None if lora else copy.deepcopy(policy),
-        reward_model=module,
-        value_model=critic,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(1)),
-        callbacks=[*adaptive, MetricsCallback(folder)],
+        critic=None if args.critic == "shared" else make_critic(),
+        args=args,
+        reader=ResponseReader(tokenizer, ends),
+        chats=False,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict({"prompt": prompts, "row": range(len(prompts))}),
+        processing_class=tokenizer,
+        peft_config=LORA if lora else None,
+        callbacks=[MetricsCallback(folder)],
     )
+
+
+class Naive:
+    """PPO one response at a time, without padding, as the papers write it."""
+
+    def __init__(self, trainer, base, lora):
+        # Not a copy: TRL changed the trainer's own model.
+        self.policy, self.reference = (load_policy(base) for _ in range(2))
+        if lora:
+            self.policy = get_peft_model(self.policy, LORA)
+        self.policy.load_state_dict(trainer.model.state_dict())
+        self.shared, self.critic = trainer._ppo.critic == "shared", copy.deepcopy(trainer.critic)
+        weights = [*self.policy.parameters(), *self.critic.parameters()]
+        self.optimizer = torch.optim.SGD([one for one in weights if one.requires_grad], lr=RATE)
+
+    def logprobs(self, model, prompt, response):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        return logits.log_softmax(-1)[range(len(response)), response]
+
+    def values(self, prompt, response):
+        ids, keep = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        if self.shared:
+            hidden = self.policy(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            return self.critic.head(hidden[0, keep])[:, 0]
+        return self.critic.model.score(self.critic.model.model(input_ids=ids).last_hidden_state[0, keep])[:, 0]
+
+    @torch.no_grad()
+    def roll(self, rows, scores):
+        """Return each response's log probabilities, values, advantages and returns."""
+        made = {}
+        for row, points in zip(rows, scores, strict=True):
+            if points is None:
+                continue
+            old, values = self.logprobs(self.policy, *row), self.values(*row)
+            rewards = -KL * (old - self.logprobs(self.reference, *row))
+            rewards[-1] += points
+            later, after, advantages = 0.0, 0.0, []
+            for t in reversed(range(len(row[1]))):
+                later = rewards[t] + GAMMA * after - values[t] + GAMMA * LAM * later
+                after = values[t]
+                advantages.insert(0, later)
+            made[str(row)] = [old, values, torch.stack(advantages), torch.stack(advantages) + values]
+        everything = torch.cat([one[2] for one in made.values()])
+        for one in made.values():
+            one[2] = (one[2] - everything.mean()) / (everything.var() + 1e-8).sqrt()
+        return made
+
+    def step(self, rows, made):
+        """Take a step on a mini-batch; return its loss."""
+        losses = []
+        for row in rows:
+            if str(row) not in made:
+                continue
+            old, values_before, advantages, returns = made[str(row)]
+            ratio = (self.logprobs(self.policy, *row) - old).exp()
+            gain = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+            values = self.values(*row)
+            near = values_before + (values - values_before).clamp(-CLIP_VALUE, CLIP_VALUE)
+            worse = torch.max((values - returns) ** 2, (near - returns) ** 2)
+            losses.append(-gain + VF * 0.5 * worse)
+        loss = torch.cat(losses).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def rows_of(batch):
+    columns = (batch[name].tolist() for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+    return [
+        ([a for a, b in zip(p, pm, strict=True) if b], [a for a, b in zip(c, cm, strict=True) if b])
+        for p, pm, c, cm in zip(*columns, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("critic", "lora", "more"),
+    [
+        ("separate", False, {}),
+        ("shared", False, {"num_generations": 2}),
+        ("separate", True, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+        ("shared", True, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
+    ],
+    ids=["separate", "shared", "lora", "lora-shared"],
+)
+def test_an_update_is_that_of_a_naive_ppo(tmp_path, base, critic, lora, more):
+    scores, batches, losses = [], [], []
+
+    def reward(row, completion_ids, **_):
+        scores.extend(score(row, completion_ids))
+        return scores
+
+    trainer = make_trainer(
+        tmp_path, base, lora, reward, critic=critic, optim="sgd", max_grad_norm=0.0, total_episodes=8, **more
+    )
+    naive = Naive(trainer, base, lora)
+    sampled, loss = trainer._generate_and_score_completions, trainer._compute_loss
+    trainer._generate_and_score_completions = lambda inputs: batches.append(sampled(inputs)) or batches[-1]
+    trainer._compute_loss = lambda model, inputs: losses.append((rows_of(inputs), loss(model, inputs))) or losses[-1][1]
+    trainer.train()
+
+    (batch,) = batches
+    rows = rows_of(batch)
+    # What is sampled ends at its first end token.
+    assert all(not ENDS.intersection(ids[:-1]) for _, ids in rows)
+    assert len({len(ids) for _, ids in rows}) > 1 and None in scores and trainer.unscored == scores.count(None)
+    made = naive.roll(rows, scores)
+    parts = trainer.args.gradient_accumulation_steps
+    assert len(losses) == 2 * 2 * parts
+    for start in range(0, len(losses), parts):
+        mini = losses[start : start + parts]
+        wanted = naive.step([row for rows, _ in mini for row in rows], made)
+        assert sum(one.item() for _, one in mini) == pytest.approx(wanted, abs=2e-5)
+    for part, other in ((trainer.model, naive.policy), (trainer.critic, naive.critic)):
+        for (name, weight), second in zip(part.named_parameters(), other.parameters(), strict=True):
+            assert torch.allclose(weight, second, atol=2e-5), name
+    (line,) = [one for one in metrics(tmp_path) if "objective/kl" in one]
+    there = [one for one in scores if one is not None]
+    assert line["objective/scores"] == pytest.approx(sum(there) / len(there))
+    assert line["objective/kl"] == 0 or lora
 
 
 def trained(one):
-    return {name: weight.clone() for name, weight in one.policy_model.state_dict().items()} | {
-        f"critic.{name}": weight.clone() for name, weight in one.value_model.state_dict().items()
+    parts = {"policy": one.model, "critic": one.critic}
+    return {
+        f"{key}.{name}": weight.clone() for key, part in parts.items() for name, weight in part.state_dict().items()
     }
 
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "eps")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "step_time")} for line in lines]
 
 
-# 15 prompts in batches of 8 make one batch an epoch, so the checkpoint is two epochs after the start.
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, lora):
-    whole = trainer(tmp_path / "whole", lora, target=0.01, save_strategy="steps", save_steps=2)
+# 15 prompts in batches of 8 make one update an epoch, so the checkpoint is two epochs after the start.
+@pytest.mark.parametrize(("critic", "lora"), [("separate", False), ("shared", False), ("separate", True)])
+def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, base, critic, lora):
+    more = {"critic": critic, "total_episodes": 40, "target_kl": 0.01, "kl_horizon": 100, "learning_rate": 1e-3}
+    whole = make_trainer(tmp_path / "whole", base, lora, save_strategy="steps", save_steps=2, **more)
     whole.train()
-    # The state after a kill at the third of five updates.
+    # The state after a kill at the third of five updates, each of four steps.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-5", ignore_errors=True)
+    for step in (16, 20):
+        shutil.rmtree(tmp_path / "killed" / f"checkpoint-{step}")
 
-    resumed = trainer(tmp_path / "killed", lora, target=0.01, save_strategy="no")
+    resumed = make_trainer(tmp_path / "killed", base, lora, save_strategy="no", **more)
     checkpoint = last_checkpoint(tmp_path / "killed")
-    assert checkpoint == str(tmp_path / "killed" / "checkpoint-2")
+    assert checkpoint == str(tmp_path / "killed" / "checkpoint-8")
     resumed.train(resume_from_checkpoint=checkpoint)
     first, second = trained(whole), trained(resumed)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
-    # The resumed run adds a line for its beginning.
-    assert [line for line in found if len(line) > 2] == [line for line in expected if len(line) > 2]
-    assert [line["step"] for line in found if len(line) > 2] == [1, 2, 3, 4, 5]
+    expected, found = ([line for line in metrics(tmp_path / one) if "loss" in line] for one in ("whole", "killed"))
+    assert found == expected and [line["step"] for line in found] == [4, 8, 12, 16, 20]
     assert found[1]["objective/kl_coef"] != found[-1]["objective/kl_coef"]
+    assert resumed.kl_coef == whole.kl_coef
+
+    # A checkpoint of TRL's PPOTrainer had no such file.
+    (tmp_path / "killed" / "checkpoint-8" / "critic_optimizer.pt").unlink()
+    again = make_trainer(tmp_path / "killed", base, lora, **more)
+    with pytest.raises(UserError, match="no critic of this trainer(.|\n)*--overwrite true"):
+        again.train(resume_from_checkpoint=checkpoint)
 
 
-def test_an_adapter_switched_off_is_the_base(tmp_path):
-    policy = get_peft_model(
-        make_model(0, blocks=2), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    ids = torch.tensor([[5, 6, 7]])
-    reference = AdapterOff(policy)
+def test_positions_are_those_of_sampling(tmp_path):
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    model = save_model(GPT2LMHeadModel(config), tmp_path / "gpt2")
+    torch.nn.init.normal_((policy := GPT2LMHeadModel.from_pretrained(model)).transformer.wpe.weight)
+    policy.save_pretrained(model)
+    made = []
+    trainer = make_trainer(tmp_path, None, model=GPT2LMHeadModel.from_pretrained(model), kl_coef=0.0)
+    own = trainer._add_advantages
+    trainer._add_advantages = lambda batch, values: made.append(dict(batch)) or own(batch, values)
+    trainer.train()
+    (batch,) = made
+    assert not batch["prompt_mask"].all()
+    found = zip(rows_of(batch), batch["old_per_token_logps"], batch["ref_per_token_logps"], strict=True)
     with torch.no_grad():
-        expected = make_model(0, blocks=2)(input_ids=ids).logits
-        assert torch.equal(reference(input_ids=ids).logits, expected)
-        assert not torch.allclose(policy(input_ids=ids).logits, expected)
-    assert list(reference.parameters()) == []
+        for (prompt, response), *both in found:
+            wanted = Naive.logprobs(None, policy, prompt, response)
+            assert all(torch.allclose(one[: len(response)], wanted, atol=1e-5) for one in both)
 
 
-def test_gradient_checkpointing_is_switched_on_and_survives_the_rollouts(tmp_path):
-    one = trainer(tmp_path, lora=True)
-    assert not one.policy_model.is_gradient_checkpointing
-    one.args.gradient_checkpointing = True
-    again = ResumablePPOTrainer(
-        args=one.args,
-        reader=ResponseReader(one.processing_class, frozenset([one.processing_class.eos_token_id])),
-        processing_class=one.processing_class,
-        model=one.policy_model,
-        reward_model=one.reward_model,
-        value_model=one.value_model,
-        train_dataset=one.train_dataset,
-        eval_dataset=one.eval_dataset,
-        callbacks=[],
-    )
-    again.train()
-    assert again.policy_model.is_gradient_checkpointing and again.value_model.is_gradient_checkpointing
+def test_gradient_checkpointing_changes_no_number(tmp_path, base):
+    lines = []
+    for on in (False, True):
+        trainer = make_trainer(tmp_path / str(on), base, lora=True, gradient_checkpointing=on)
+        trainer.train()
+        assert trainer.critic.model.is_gradient_checkpointing == on
+        lines.append([line["loss"] for line in metrics(tmp_path / str(on)) if "loss" in line])
+    assert lines[0] == pytest.approx(lines[1], abs=1e-6)
 
 
-@pytest.mark.parametrize(("kl", "factor"), [(12.0, 1 + 0.2 * 0.5), (6.6, 1 + 0.1 * 0.5), (0.0, 1 - 0.2 * 0.5)])
-def test_the_coefficient_follows_the_kl(kl, factor):
-    settings = PPOConfig(output_dir="x", kl_coef=0.1, report_to="none", bf16=False, use_cpu=True)
-    settings.batch_size = 50
-    logs = {"objective/kl": kl}
-    AdaptiveKL(6.0, 100).on_log(settings, TrainerState(), TrainerControl(), logs=logs)
-    assert settings.kl_coef == pytest.approx(0.1 * factor) and logs["objective/kl_coef"] == 0.1
+def test_each_update_is_logged_under_the_names_of_earlier_logs(tmp_path, base):
+    trainer = make_trainer(tmp_path, base, total_episodes=16, learning_rate=0.0, kl_estimator="k3", whiten_rewards=True)
+    trainer.train()
+    lines = [line for line in metrics(tmp_path) if "objective/kl" in line]
+    assert [line["step"] for line in lines] == [4, 8] and lines[0]["max_steps"] == 8
+    names = ("scores", "entropy", "non_score_reward", "rlhf_reward", "kl_coef")
+    assert all(f"objective/{name}" in lines[0] for name in names)
+    assert {"loss/policy_avg", "loss/value_avg", "val/clipfrac_avg"} <= lines[0].keys()
+
+
+def test_settings_of_an_update(tmp_path):
+    config = settings_for(tmp_path, per_device_train_batch_size=12, gradient_accumulation_steps=1, num_mini_batches=3,
+                          total_episodes=30, save_steps=2, logging_steps=0.5, warmup_steps=1)  # fmt: skip
+    made = config.settings(prompts=100)
+    # Three updates of 12 episodes, twice in three mini-batches of 4.
+    assert (made.max_steps, made.per_device_train_batch_size, made.gradient_accumulation_steps) == (18, 4, 1)
+    assert (made.steps_per_generation, made.num_iterations, made.num_generations) == (3, 2, 1)
+    assert (made.save_steps, made.logging_steps, made.warmup_steps) == (12, 12, 6)
+    assert (made.max_completion_length, made.epsilon, made.temperature) == (6, CLIP, TEMPERATURE)
+    # What was given stays as it was: records of runs hold it.
+    assert (config.per_device_train_batch_size, config.save_steps) == (12, 2)
+    assert settings_for(tmp_path, total_episodes=None, num_train_epochs=2).settings(80).max_steps == 20 * 4
+    with pytest.raises(UserError, match="needs more prompts(.|\n)*expected: 12 or more(.|\n)*got: 11"):
+        config.settings(prompts=11)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("sft_model_path", "x", "name the SFT model as `base`"),
+        ("reward_model_path", "x", "name it as `reward`"),
+        ("batch_size", 64, "it follows from the batch"),
+        ("num_total_batches", 3, "set `total_episodes`"),
+        ("beta", 0.1, "set `kl_coef` instead"),
+        ("max_completion_length", 9, "set `response_length` instead"),
+        ("max_steps", 9, "set `total_episodes` instead"),
+        ("loss_type", "grpo", "the loss is PPO's"),
+        ("num_sample_generations", 10, "`log_completions: true`"),
+        ("num_mini_batches", 3, "expected: a divisor of 8"),
+        ("response_length", 0, "not a positive number"),
+    ],
+)
+def test_a_key_without_meaning_is_refused(tmp_path, key, value, words):
+    with pytest.raises(UserError, match=f"^{key}: ") as raised:
+        settings_for(tmp_path, **{key: value})
+    assert words in str(raised.value)
+
+
+def test_two_faults_are_told_at_once(tmp_path):
+    with pytest.raises(UserError) as raised:
+        settings_for(tmp_path, critic="shared", critic_model="rewards/positive", epsilon=0.3)
+    assert [problem.where for problem in raised.value.problems] == ["epsilon", "critic_model"]

@@ -1,6 +1,5 @@
 """Weighted rewards computed by hand, standardized on the SFT model's scores, and as RLOO calls them."""
 
-import inspect
 import math
 import statistics
 
@@ -11,9 +10,9 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.reward import Reward
+from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import (
-    RewardFunction,
     WeightedReward,
     load_training_reward,
     tell_all_equal,
@@ -186,10 +185,10 @@ def completions(tokenizer, ended=(True, False, True)):
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_rloo_scores_what_the_evaluator_scores(lowercase):
+def test_a_trainer_scores_what_the_evaluator_scores(lowercase):
     tokenizer = train_tokenizer(PROMPTS + RESPONSES, ScratchModel(vocab_size=300, lowercase=lowercase))
     reward = WeightedReward({"capitals": capitals()}, {"capitals": 1.0})
-    function = RewardFunction(reward, reader(tokenizer), ROWS)
+    (function,) = RewardFunctions(reward, reader(tokenizer), ROWS).functions
     given = {"prompts": PROMPTS, "completions": ["x"] * 3, "trainer_state": None}
     scores = function(row=[0, 1, 2], completion_ids=completions(tokenizer), **given)
     # The original prompts, even if the tokenizer lower-cases them for the policy.
@@ -197,23 +196,11 @@ def test_rloo_scores_what_the_evaluator_scores(lowercase):
     assert scores == capitals().score(PROMPTS, RESPONSES)
 
 
-def test_rloo_scores_chats_and_their_answers():
+def test_a_trainer_scores_chats_and_their_answers():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
     reward = both({"length": 1.0})
-    scores = RewardFunction(reward, reader(tokenizer), [{"prompt": CHAT}])([0] * 3, completions(tokenizer))
+    (function,) = RewardFunctions(reward, reader(tokenizer), [{"prompt": CHAT}]).functions
+    scores = function([0] * 3, completions(tokenizer))
     assert reward.rewards["length"].seen == [(CHAT, response) for response in RESPONSES]
     assert scores == [12.0, 23.0, 0.0]
-
-
-@pytest.mark.parametrize(("penalty", "taken"), [(None, 0.0), (0.0, 0.0), (1.5, 1.5)])
-def test_a_response_without_an_end_pays_the_penalty(penalty, taken):
-    tokenizer = make_tokenizer()
-    function = RewardFunction(both({"length": 1.0}), reader(tokenizer), ROWS, missing_eos_penalty=penalty)
-    assert function(range(3), completions(tokenizer)) == [12.0, 23.0 - taken, 0.0]
-    assert function(range(3), completions(tokenizer, (False, True, False))) == [12.0 - taken, 23.0, -taken]
-
-
-def test_trl_can_ask_the_function_for_its_name():
-    function = RewardFunction(both(), reader(make_tokenizer()), ROWS)
-    assert function.__name__ == "reward" and not inspect.iscoroutinefunction(function)

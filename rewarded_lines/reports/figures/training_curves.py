@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # At most this many markers on a line.
 _MARKED = 12
-# Axis label → names in trainers' logs. PPO logs KL per response, RLOO KL per token.
+# Axis label → names in trainers' logs. PPO logs KL per response, RLOO and GRPO per token.
 _PANELS = {
     "reward in training\n[{unit}], higher is better →": ("objective/scores", "reward"),
     "KL to SFT\n[nats per response], lower is closer": ("objective/kl",),
@@ -74,7 +74,7 @@ def read_trainings(runs: Sequence[Run]) -> list[Training]:
 
 
 def training_figure(trainings: Sequence[Training]) -> Figure | None:
-    """Draw reward and KL of PPO and RLOO, margin and accuracy of DPO, over training steps.
+    """Draw reward and KL of PPO, RLOO and GRPO, margin and accuracy of DPO, over training steps.
 
     Other training seeds have thinner lines of the same colour. None if no log has one of these measures.
     """

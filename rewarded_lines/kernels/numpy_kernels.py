@@ -1,0 +1,124 @@
+"""The loops of `compiled_kernels` in numpy: the same arguments and the same bits. No compiler is loaded, each value
+takes longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+_EXPONENT = np.uint64(0x7FF0000000000000)
+
+
+def _widen(stored: Array) -> Array:
+    """Return stored values as float64, exactly; their storage type determines the format."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return (stored.view(np.float16) if stored.dtype == np.int16 else stored).astype(np.float64)
+
+
+def _store(out: Array, values: Array) -> int:
+    """Round float64 values once to the type of `out`; return how many results are not finite."""
+    if out.dtype == np.uint16:
+        # As in the compiled loop: a sum with 1.5·2⁵²·ulp rounds to a multiple of the target's ulp.
+        bits = values.view(np.uint64)
+        exponents = np.clip(bits & _EXPONENT, np.uint64((1023 - 126) << 52), np.uint64((1023 + 200) << 52))
+        magic = (exponents + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
+        rounded = ((values + magic) - magic).astype(np.float32).view(np.uint32)
+        rounded |= (bits >> np.uint64(32)).astype(np.uint32) & np.uint32(0x80000000)
+        out[:] = rounded >> np.uint32(16)
+        return int(np.count_nonzero((rounded & np.uint32(0x7F800000)) == np.uint32(0x7F800000)))
+    if out.dtype == np.int16:
+        narrow = values.astype(np.float16)
+        # All NaN have one pattern, and their sign.
+        nan = np.isnan(values)
+        narrow.view(np.int16)[nan] = np.where(np.signbit(values[nan]), 0x7E00 - 0x8000, 0x7E00)
+        out[:] = narrow.view(np.int16)
+    else:
+        narrow = values.astype(out.dtype)
+        out[:] = narrow
+    return int(narrow.size - np.count_nonzero(np.isfinite(narrow)))
+
+
+def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
+    """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k."""
+    origin = _widen(base)
+    residuals = [_widen(policies[row, : base.size]) - origin for row in rows]
+    for k, factors in enumerate(weights):
+        total = residuals[0] * factors[0]
+        for residual, factor in zip(residuals[1:], factors[1:], strict=True):
+            total += residual * factor
+        counts[k] += _store(out[k, : base.size], origin + total)
+
+
+def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
+    """Do `linear` again where the base is not finite."""
+    places = np.flatnonzero(~np.isfinite(_widen(base)))
+    origin = _widen(base[places])
+    for k, factors in enumerate(weights):
+        total = np.zeros(places.size)
+        for row, factor in zip(rows, factors, strict=True):
+            values = _widen(policies[row, places])
+            total += np.where(values != origin, factor * (values - origin), 0.0)
+        narrow = np.empty(places.size, out.dtype)
+        _store(narrow, origin + total)
+        out[k, places] = narrow
+
+
+def residual(base: Array, policy: Array, out: Array) -> None:
+    """Write policy − base to the float64 array `out`, 0 where both are equal."""
+    one, other = _widen(policy), _widen(base)
+    out[:] = np.where(one != other, one - other, 0.0)
+
+
+def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
+    """Write base + scale·merged; return how many results are not finite."""
+    return _store(out, _widen(base) + scale * merged)
+
+
+def cast(values: Array, out: Array) -> int:
+    """Write `values` to `out`, rounded to its type; return how many results are not finite."""
+    return _store(out, _widen(values))
+
+
+def count_nonfinite(values: Array) -> int:
+    """Return how many stored values are NaN or infinite."""
+    return int(values.size - np.count_nonzero(np.isfinite(_widen(values))))
+
+
+def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
+    """Write a run of the flat matrix scale·(left @ right) to `out`; each value is summed in the order of the ranks."""
+    first, last = start // right.shape[1], -(-(start + out.size) // right.shape[1])
+    total = np.zeros((last - first, right.shape[1]))
+    for column, row in zip(left[first:last].T, right, strict=True):
+        total += column[:, None] * row
+    total *= scale
+    skipped = start - first * right.shape[1]
+    out[:] = total.ravel()[skipped : skipped + out.size]
+
+
+def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
+    """Count magnitudes by some of their bits."""
+    patterns = np.abs(values).view(np.uint64)
+    taken = patterns[patterns >> np.uint64(shift + bits) == np.uint64(prefix)]
+    places = (taken >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+    counts += np.bincount(places.astype(np.int64), minlength=counts.size)
+
+
+def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> int:
+    """Copy the magnitudes whose bits above `shift` are `prefix` to the front of `out`; return their number."""
+    magnitudes = np.abs(values)
+    taken = magnitudes[magnitudes.view(np.uint64) >> np.uint64(shift) == np.uint64(prefix)]
+    out[: taken.size] = taken
+    return int(taken.size)
+
+
+def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
+    """Write factor·values into columns of a matrix; return how many results are not finite."""
+    wide = _widen(values) * factor
+    narrow = np.empty(wide.size, out.dtype)
+    count = _store(narrow, wide)
+    out.reshape(-1, columns)[:, first : first + width] = narrow.reshape(-1, width)
+    return count

@@ -1,0 +1,153 @@
+"""TRL's trainers that generate while they train, with the prompts and ends of responses that measuring uses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import Problem, UserError
+
+# TRL refuses other values only when it has sampled the first responses.
+_CHOICES = {
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+
+
+def check_standardization(training: GRPOConfig, given: Collection[str]) -> None:
+    """Refuse unknown ways to standardize rewards, and one that has no effect; `given` are the keys that are set."""
+    problems = [
+        Problem("unknown value", where=name, expected=f"one of {', '.join(known)}", got=str(value))
+        for name, known in _CHOICES.items()
+        if (value := getattr(training, name)) not in known
+    ]
+    if training.multi_objective_aggregation == "normalize_then_sum" and "scale_rewards" in given:
+        problems.append(
+            Problem(
+                "`normalize_then_sum` always divides by the deviation of the group, then of the batch",
+                where="scale_rewards",
+                remedy="leave it out, or set `multi_objective_aggregation: sum_then_normalize`",
+            )
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def packed(prompt: Prompt) -> str:
+    """Return a prompt as text, a chat as JSON: Arrow would give every turn the keys of all others."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+class OnlineTrainer:
+    """What RLOOTrainer, GRPOTrainer and trainers made of them lack; a class names it before TRL's.
+
+    TRL reads chats with its own template, knows no stop texts, and takes end tokens from the model alone.
+
+    Checkpoints are written between two rounds of sampling, so a resumed run has the numbers of an uninterrupted one.
+
+    A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
+    of its group are compared without it.
+
+    Attributes:
+        responses: how many this start trained on.
+        unscored: how many of them had no score.
+    """
+
+    _metrics: Any
+    add_callback: Any
+    model: Any
+
+    def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
+        """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
+        name = "stop_token_ids" if args.use_vllm else "eos_token_id"
+        given: Any = args.generation_kwargs or {}
+        args.generation_kwargs = {name: sorted(reader.ends), **given}
+        trl: Any = super()
+        trl.__init__(args=args, **parts)
+        self.reader, self.chats = reader, chats
+        # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
+        accumulated = args.gradient_accumulation_steps
+        self.add_callback(
+            _WholeRounds(math.lcm(args.steps_per_generation * args.num_iterations, accumulated) // accumulated)
+        )
+        # TRL compares a response's last token with these.
+        self.eos_token_ids = sorted(reader.ends)
+        self.responses = self.unscored = 0
+        # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
+        logging.getLogger(trl._calculate_rewards.__module__).addFilter(_not_about_none)
+
+    def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:
+        trl: Any = super()
+        rewards: torch.Tensor = trl._calculate_rewards(*inputs)
+        without = int(rewards.isnan().all(dim=1).sum())
+        if self.model.training:
+            self.responses, self.unscored = self.responses + len(rewards), self.unscored + without
+        if without:
+            # One number, since TRL logs the mean of a list.
+            logged = self._metrics["train" if self.model.training else "eval"]
+            logged["unscored"] = [sum(logged["unscored"]) + without]
+        return rewards
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        own: list[Prompt] = [json.loads(prompt) for prompt in prompts] if self.chats else list(prompts)
+        return encode(self.reader.tokenizer, own), None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
+        """Return the completions; GRPOTrainer's also have the log probabilities that vLLM found, or None."""
+        trl: Any = super()
+        made = trl._generate_single_turn(prompt_ids, *rest)
+        completions, logps = made if isinstance(made, tuple) else (made, None)
+        cut = [list(self.reader.cut(head, row)[0]) for head, row in zip(prompt_ids, completions, strict=True)]
+        if logps is not None:
+            logps = [row[: len(ids)] for row, ids in zip(logps, cut, strict=True)]
+        return (cut, logps) if isinstance(made, tuple) else cut
+
+
+class ReadRLOOTrainer(OnlineTrainer, RLOOTrainer):  # type: ignore[misc]
+    """RLOOTrainer with the ends and prompts of an `OnlineTrainer`.
+
+    Over the n responses of a group that have a score, A_k = r_k − Σ_(j ≠ k) r_j / (n − 1), 0 if n < 2.
+    """
+
+
+class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer with the ends and prompts of an `OnlineTrainer`.
+
+    With rewards r_i, their weights w_i, means and deviations over a response's group or over the whole batch,
+    leaving out responses without a score, and ε = 1e-4:
+
+        sum_then_normalize:  R = Σ w_i·r_i,   A = (R − mean_group R) / (deviation R + ε)
+        normalize_then_sum:  R = Σ w_i·(r_i − mean_group r_i) / (deviation_group r_i + ε),
+                             A = (R − mean_batch R) / (deviation_batch R + ε)
+
+    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
+    """
+
+
+class _WholeRounds(TrainerCallback):
+    """Puts a checkpoint off until the sampled responses are used up: the trainer would lose them."""
+
+    def __init__(self, updates: int) -> None:
+        """A round has so many `updates`."""
+        self._updates, self._due = updates, False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Decide whether a checkpoint is written after this update."""
+        self._due |= control.should_save
+        control.should_save = self._due and (state.global_step % self._updates == 0 or control.should_training_stop)
+        self._due &= not control.should_save
+
+    on_epoch_end = on_step_end
+
+
+def _not_about_none(record: logging.LogRecord) -> bool:
+    return "All reward functions returned None" not in record.getMessage()
