@@ -327,3 +327,41 @@ def test_two_faults_are_told_at_once(tmp_path):
     with pytest.raises(UserError) as raised:
         settings_for(tmp_path, critic="shared", critic_model="rewards/positive", epsilon=0.3)
     assert [problem.where for problem in raised.value.problems] == ["epsilon", "critic_model"]
+
+
+class Engine:
+    """What TRL's vLLM returns: tokens after the end, and how likely each was."""
+
+    def __init__(self, **parts):
+        self.parts, self.calls, self.synced = parts, [], 0
+        self.vllm_client = self
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        self.calls.append(len(prompts))
+        ids = [[3 + at, 5, 2, 7] if at % 2 else [9, 2, 7, 7] for at in range(len(prompts))]
+        return prompts, ids, [[[-5.5]] * 4] * len(prompts), None
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllms_responses_are_cut_and_weighted(tmp_path, base, monkeypatch, mode):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    trainer = make_trainer(
+        tmp_path, base, ends=frozenset([2]), use_vllm=True, vllm_mode=mode, total_episodes=16,
+        vllm_importance_sampling_mode="sequence_truncate",
+    )  # fmt: skip
+    made, own = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: made.append(own(inputs)) or made[-1]
+    trainer.train()
+    engine = trainer.vllm_generation
+    assert engine.parts["mode"] == mode and engine.parts["generation_kwargs"] == {"stop_token_ids": [2]}
+    # Two updates, each with the whole batch at once and new weights.
+    assert engine.calls == [8, 8] and engine.synced == 2
+    assert [len(ids) for _, ids in rows_of(made[0])] == [2, 3] * 4
+    gap = ((made[0]["old_per_token_logps"] + 5.5) * made[0]["completion_mask"]).sum(1, keepdim=True)
+    assert torch.allclose(made[0]["importance_sampling_ratio"], gap.exp().clamp(max=3.0), atol=1e-5)
