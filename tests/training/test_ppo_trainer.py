@@ -114,6 +114,7 @@ def test_an_update_is_that_of_a_naive_ppo(tmp_path, base, critic, lora, more):
     there = [one for one in scores if one is not None]
     assert line["objective/scores"] == pytest.approx(sum(there) / len(there))
     assert line["objective/kl"] == 0 or lora
+    assert line["clip_ratio/region_mean"] > 0 and line["val/clipfrac_avg"] > 0
 
 
 def trained(one):
