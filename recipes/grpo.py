@@ -22,11 +22,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+# First, since it refuses versions that do not fit before these are imported.
+from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
+
+# isort: split
 from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOConfig, ModelConfig
 
-from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_standardization, packed

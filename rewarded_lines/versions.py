@@ -74,13 +74,12 @@ def check_versions(*libraries: str, where: str = "", otherwise: str = "") -> Non
 def version_problem(package: str) -> Problem | None:
     """Return what is wrong with the version of a package; None where it is in its range, or not installed."""
     from packaging.requirements import Requirement
-    from packaging.version import Version
 
     wanted, have = allowed(package), installed(package)
     range_ = Requirement(wanted or package).specifier
     if not have or range_.contains(have, prereleases=True):
         return None
-    newer = any(one.operator.startswith("<") and Version(have) >= Version(one.version) for one in range_)
+    newer = all(one.contains(have, prereleases=True) for one in range_ if one.operator.startswith(">"))
     if newer and os.environ.get(NEWER) == "1":
         return None
     what = f"{package} {have} is {'newer than any that was tested' if newer else 'too old'}"

@@ -77,8 +77,8 @@ def _answer(line: Sequence[str]) -> dict[str, object]:
 def _imported() -> list[str]:
     """Return the third-party packages in `sys.modules`."""
     names = {name.partition(".")[0] for name, module in sys.modules.items() if getattr(module, "__file__", None)}
-    # Names with an underscore are the interpreter's own: its build's settings, hooks of site-packages.
-    return sorted(name for name in names - sys.stdlib_module_names if not name.startswith("_"))
+    # Names with an underscore are the interpreter's own, and sitecustomize is the system's.
+    return sorted(name for name in names - sys.stdlib_module_names - {"sitecustomize"} if not name.startswith("_"))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ SMALL = {
     "reward": {"per_device_train_batch_size": 8, "max_steps": 4},
     "ppo": {
         "total_episodes": 32,
+        "effective_batch_size": 8,
         "per_device_train_batch_size": 8,
         "local_rollout_forward_batch_size": 8,
         "response_length": 6,

@@ -73,6 +73,7 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
         ("push", "project", "me/merged", "--json"),
         ("doctor", "--json"),
         ("python", VERBS),
+        ("recipes", "copy", "ppo"),
     ]
     (inputs / "hub").mkdir()
     with stand_in_hub(inputs / "hub") as hub:
@@ -86,6 +87,7 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
         "lacks the scores of sweep" in answers[0]["out"] and 'pip install "rewarded-lines[report]"' in answers[0]["out"]
     )
     assert (inputs / "hub/me/merged/model.safetensors").is_file()
+    assert 'needed first: pip install "rewarded-lines[train]"' in answers[-1]["out"]
     # The same bits as with everything installed.
     merge(inputs / "sft", [inputs / "first", inputs / "second"], 0.3, out=inputs / "here")
     for name in ("project", "again"):

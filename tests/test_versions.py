@@ -40,7 +40,7 @@ def test_every_range_has_two_ends_and_what_is_outside_is_refused(have, package):
     for inside in (oldest, f"{oldest}+cpu", f"{oldest}.post1"):
         have(**{key: inside})
         versions.check_versions(library)
-    for outside, word in (("0.1", "too old"), (end, "newer than any that was tested"), (f"{end}.1", "newer")):
+    for outside, word in (("0.1", "too old"), (end, "newer than any that was tested"), (f"{end}.dev1", "newer")):
         have(**{key: outside})
         with pytest.raises(UserError) as caught:
             versions.check_versions(library, where="here")

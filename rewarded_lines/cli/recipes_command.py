@@ -91,6 +91,7 @@ def copy(
     rewarded-lines recipes copy ppo
     rewarded-lines recipes copy sft ppo --task summary
     """
+    from rewarded_lines.extras import EXTRAS, install, is_installed
     from rewarded_lines.recipe_files import copy_recipes
 
     copied = copy_recipes(names, task, overwrite=overwrite)
@@ -101,6 +102,8 @@ def copy(
     for title, files in titles.items() if not quiet else ():
         if files:
             show_line(f"{title}:\n" + "\n".join(f"  {name}" for name in files) + "\n")
+    if not all(map(is_installed, EXTRAS["train"].modules)):
+        show_line(f"needed first: {install('train')}")
     for run in copied.runs:
         for lack in run.lacks:
             show_line(f"needed first: {lack}")

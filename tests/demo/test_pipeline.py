@@ -27,7 +27,13 @@ ROOT = Path(__file__).parents[2]
 SMALLER = {
     "sft": {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "max_steps": 3},
     "reward": {"max_steps": 2},
-    "ppo": {"total_episodes": 16, "per_device_train_batch_size": 8, "response_length": 8, "validation_limit": 8},
+    "ppo": {
+        "total_episodes": 16,
+        "effective_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "response_length": 8,
+        "validation_limit": 8,
+    },
     "dpo": {"max_steps": 2, "train_limit": 12, "validation_limit": 8},
 }
 COMMAND = [sys.executable, "-c", "from rewarded_lines.cli import main; main()", "demo"]

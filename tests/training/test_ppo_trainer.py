@@ -1,38 +1,28 @@
 """PPO's trainer: an update against a naive PPO, resumed runs against uninterrupted ones, positions, settings."""
 
-import copy
 import json
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from naive_ppo import LORA, Naive, load_policy, settings_for
 from tiny_models import PROMPTS, make_model, make_tokenizer, save_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     set_seed,
 )
 
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
 # One token in six ends a response.
 ENDS = frozenset(range(2, 300, 6))
-GAMMA, LAM, KL, CLIP, CLIP_VALUE, VF, TEMPERATURE, RATE = 0.98, 0.9, 0.3, 0.05, 0.05, 0.7, 1.3, 0.05
-
-LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-
-
-def load_policy(folder):
-    return LlamaForCausalLM.from_pretrained(folder)
 
 
 def score(row, completion_ids, **_):
@@ -43,18 +33,6 @@ def score(row, completion_ids, **_):
 def make_critic():
     torch.manual_seed(7)
     return LlamaForSequenceClassification(LlamaConfig(**{**make_model(0, blocks=2).config.to_dict(), "num_labels": 1}))
-
-
-def settings_for(folder, **more):
-    own = {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 2, "num_ppo_epochs": 2,
-        "total_episodes": 8, "response_length": 6, "local_rollout_forward_batch_size": 3, "learning_rate": RATE,
-        "lr_scheduler_type": "constant", "gamma": GAMMA, "lam": LAM, "kl_coef": KL, "cliprange": CLIP,
-        "cliprange_value": CLIP_VALUE, "vf_coef": VF, "temperature": TEMPERATURE, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False,
-    }  # fmt: skip
-    return PPOConfig(output_dir=str(folder), **{**own, **more})
 
 
 @pytest.fixture(scope="module")
@@ -81,71 +59,6 @@ def make_trainer(folder, base, lora=False, reward=score, model=None, ends=ENDS, 
         peft_config=LORA if lora else None,
         callbacks=[MetricsCallback(folder)],
     )
-
-
-class Naive:
-    """PPO one response at a time, without padding, as the papers write it."""
-
-    def __init__(self, trainer, base, lora):
-        # Not a copy: TRL changed the trainer's own model.
-        self.policy, self.reference = (load_policy(base) for _ in range(2))
-        if lora:
-            self.policy = get_peft_model(self.policy, LORA)
-        self.policy.load_state_dict(trainer.model.state_dict())
-        self.shared, self.critic = trainer._ppo.critic == "shared", copy.deepcopy(trainer.critic)
-        weights = [*self.policy.parameters(), *self.critic.parameters()]
-        self.optimizer = torch.optim.SGD([one for one in weights if one.requires_grad], lr=RATE)
-
-    def logprobs(self, model, prompt, response):
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-        return logits.log_softmax(-1)[range(len(response)), response]
-
-    def values(self, prompt, response):
-        ids, keep = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
-        if self.shared:
-            hidden = self.policy(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-            return self.critic.head(hidden[0, keep])[:, 0]
-        return self.critic.model.score(self.critic.model.model(input_ids=ids).last_hidden_state[0, keep])[:, 0]
-
-    @torch.no_grad()
-    def roll(self, rows, scores):
-        """Return each response's log probabilities, values, advantages and returns."""
-        made = {}
-        for row, points in zip(rows, scores, strict=True):
-            if points is None:
-                continue
-            old, values = self.logprobs(self.policy, *row), self.values(*row)
-            rewards = -KL * (old - self.logprobs(self.reference, *row))
-            rewards[-1] += points
-            later, after, advantages = 0.0, 0.0, []
-            for t in reversed(range(len(row[1]))):
-                later = rewards[t] + GAMMA * after - values[t] + GAMMA * LAM * later
-                after = values[t]
-                advantages.insert(0, later)
-            made[str(row)] = [old, values, torch.stack(advantages), torch.stack(advantages) + values]
-        everything = torch.cat([one[2] for one in made.values()])
-        for one in made.values():
-            one[2] = (one[2] - everything.mean()) / (everything.var() + 1e-8).sqrt()
-        return made
-
-    def step(self, rows, made):
-        """Take a step on a mini-batch; return its loss."""
-        losses = []
-        for row in rows:
-            if str(row) not in made:
-                continue
-            old, values_before, advantages, returns = made[str(row)]
-            ratio = (self.logprobs(self.policy, *row) - old).exp()
-            gain = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-            values = self.values(*row)
-            near = values_before + (values - values_before).clamp(-CLIP_VALUE, CLIP_VALUE)
-            worse = torch.max((values - returns) ** 2, (near - returns) ** 2)
-            losses.append(-gain + VF * 0.5 * worse)
-        loss = torch.cat(losses).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
 
 
 def rows_of(batch):
@@ -201,6 +114,7 @@ def test_an_update_is_that_of_a_naive_ppo(tmp_path, base, critic, lora, more):
     there = [one for one in scores if one is not None]
     assert line["objective/scores"] == pytest.approx(sum(there) / len(there))
     assert line["objective/kl"] == 0 or lora
+    assert line["clip_ratio/region_mean"] > 0 and line["val/clipfrac_avg"] > 0
 
 
 def trained(one):
@@ -285,45 +199,39 @@ def test_each_update_is_logged_under_the_names_of_earlier_logs(tmp_path, base):
     assert {"loss/policy_avg", "loss/value_avg", "val/clipfrac_avg"} <= lines[0].keys()
 
 
-def test_settings_of_an_update(tmp_path):
-    config = settings_for(tmp_path, per_device_train_batch_size=12, gradient_accumulation_steps=1, num_mini_batches=3,
-                          total_episodes=30, save_steps=2, logging_steps=0.5, warmup_steps=1)  # fmt: skip
-    made = config.settings(prompts=100)
-    # Three updates of 12 episodes, twice in three mini-batches of 4.
-    assert (made.max_steps, made.per_device_train_batch_size, made.gradient_accumulation_steps) == (18, 4, 1)
-    assert (made.steps_per_generation, made.num_iterations, made.num_generations) == (3, 2, 1)
-    assert (made.save_steps, made.logging_steps, made.warmup_steps) == (12, 12, 6)
-    assert (made.max_completion_length, made.epsilon, made.temperature) == (6, CLIP, TEMPERATURE)
-    # What was given stays as it was: records of runs hold it.
-    assert (config.per_device_train_batch_size, config.save_steps) == (12, 2)
-    assert settings_for(tmp_path, total_episodes=None, num_train_epochs=2).settings(80).max_steps == 20 * 4
-    with pytest.raises(UserError, match="needs more prompts(.|\n)*expected: 12 or more(.|\n)*got: 11"):
-        config.settings(prompts=11)
+class Engine:
+    """What TRL's vLLM returns: tokens after the end, and how likely each was."""
+
+    def __init__(self, **parts):
+        self.parts, self.calls, self.synced = parts, [], 0
+        self.vllm_client = self
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        self.calls.append(len(prompts))
+        ids = [[3 + at, 5, 2, 7] if at % 2 else [9, 2, 7, 7] for at in range(len(prompts))]
+        return prompts, ids, [[[-5.5]] * 4] * len(prompts), None
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("sft_model_path", "x", "name the SFT model as `base`"),
-        ("reward_model_path", "x", "name it as `reward`"),
-        ("batch_size", 64, "it follows from the batch"),
-        ("num_total_batches", 3, "set `total_episodes`"),
-        ("beta", 0.1, "set `kl_coef` instead"),
-        ("max_completion_length", 9, "set `response_length` instead"),
-        ("max_steps", 9, "set `total_episodes` instead"),
-        ("loss_type", "grpo", "the loss is PPO's"),
-        ("num_sample_generations", 10, "`log_completions: true`"),
-        ("num_mini_batches", 3, "expected: a divisor of 8"),
-        ("response_length", 0, "not a positive number"),
-    ],
-)
-def test_a_key_without_meaning_is_refused(tmp_path, key, value, words):
-    with pytest.raises(UserError, match=f"^{key}: ") as raised:
-        settings_for(tmp_path, **{key: value})
-    assert words in str(raised.value)
-
-
-def test_two_faults_are_told_at_once(tmp_path):
-    with pytest.raises(UserError) as raised:
-        settings_for(tmp_path, critic="shared", critic_model="rewards/positive", epsilon=0.3)
-    assert [problem.where for problem in raised.value.problems] == ["epsilon", "critic_model"]
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllms_responses_are_cut_and_weighted(tmp_path, base, monkeypatch, mode):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    trainer = make_trainer(
+        tmp_path, base, ends=frozenset([2]), use_vllm=True, vllm_mode=mode, total_episodes=16,
+        vllm_importance_sampling_mode="sequence_truncate",
+    )  # fmt: skip
+    made, own = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: made.append(own(inputs)) or made[-1]
+    trainer.train()
+    engine = trainer.vllm_generation
+    assert engine.parts["mode"] == mode and engine.parts["generation_kwargs"] == {"stop_token_ids": [2]}
+    # Two updates, each with the whole batch at once and new weights.
+    assert engine.calls == [8, 8] and engine.synced == 2
+    assert [len(ids) for _, ids in rows_of(made[0])] == [2, 3] * 4
+    gap = ((made[0]["old_per_token_logps"] + 5.5) * made[0]["completion_mask"]).sum(1, keepdim=True)
+    assert torch.allclose(made[0]["importance_sampling_ratio"], gap.exp().clamp(max=3.0), atol=1e-5)
