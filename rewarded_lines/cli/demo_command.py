@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +16,11 @@ from rich.text import Text
 from rewarded_lines.cli.display import Work, quiet_libraries, show_line
 from rewarded_lines.cli.parameters import Quiet, engines, offer
 from rewarded_lines.cli.report_command import show
-from rewarded_lines.demo.demo_settings import ALGORITHMS, PLAN, STAGES, DemoSettings, default_out
+from rewarded_lines.demo.stages import ALGORITHMS, PLAN, STAGES
 from rewarded_lines.progress import Progress
 
 if TYPE_CHECKING:
+    from rewarded_lines.demo.demo_settings import DemoSettings
     from rewarded_lines.reports.summary import Summary
 
 # Of stages whose seconds tell the pace of a machine.
@@ -65,6 +67,7 @@ def demo(
     rewarded-lines demo --until data
         only the corpus, for running the recipes by hand
     """
+    from rewarded_lines.demo.demo_settings import DemoSettings, default_out
     from rewarded_lines.demo.pipeline import run_demo
 
     # torch reads these at its import, which comes later; see `recipe_jobs.py` for the reason of the first.
@@ -77,6 +80,12 @@ def demo(
     display = _Display(Console(quiet=True) if quiet else console, settings, until)
     with display.live:
         seconds = run_demo(settings, display, until)
+    _show_results(settings, seconds)
+
+
+def _show_results(settings: DemoSettings, seconds: Mapping[str, float]) -> None:
+    """Print what the stages up to the last one have made."""
+    console, folder = Console(), settings.out
     if "report" in seconds:
         from rewarded_lines.evaluator.records import load_run
         from rewarded_lines.reports.summary import summarise
@@ -86,7 +95,7 @@ def demo(
     console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n", soft_wrap=True)
-        show_end(folder, summary, engine)
+        show_end(folder, summary, settings.engine)
 
 
 def show_end(folder: Path, summary: Summary, engine: str) -> None:

@@ -1,4 +1,4 @@
-"""What a demo is asked for, its two forms, its stages and about how long each takes."""
+"""What a demo is asked for, and its two forms."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewarded_lines.demo.stages import PLAN
 from rewarded_lines.recipe_files import files_root
 
-ALGORITHMS = ("ppo", "dpo", "rloo", "grpo")
 # The run folder in the recipes' demo configs; the command line replaces it.
 CONFIGURED = "runs/demo"
 _CONFIGS = files_root() / "recipes" / "configs" / "demo"
@@ -29,27 +29,6 @@ LONGER: Mapping[str, Mapping[str, str]] = {
     },
     "ppo": {"total_episodes": "1280", "validation_limit": "256"},
 }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of the demo: what it does, and its seconds on two quiet cores in the short and in the long form."""
-
-    about: str
-    short: float
-    long: float
-
-
-PLAN: Mapping[str, Stage] = {
-    "data": Stage("reads reviews of movies, and splits them by movie", 1, 1),
-    "sft": Stage("a small language model learns to write reviews", 75, 160),
-    "reward": Stage("a classifier learns which reviews are positive", 55, 110),
-    "policies": Stage("one policy for each reward, trained side by side", 65, 90),
-    "sweep": Stage("merges of the policies answer the same prompts", 75, 230),
-    "report": Stage("draws the front of each method", 5, 7),
-    "merge": Stage("writes one merged policy", 1, 1),
-}
-STAGES = tuple(PLAN)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from itertools import zip_longest
 from threading import Thread
 from typing import Any, Protocol
 
-from rewarded_lines.demo.demo_settings import ALGORITHMS, STAGES, DemoSettings
+from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import Part, brought_files, digest, is_shared, parts_of
 from rewarded_lines.demo.recipe_jobs import RecipeJobs
+from rewarded_lines.demo.stages import ALGORITHMS, STAGES
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.vllm_versions import load_vllm
 from rewarded_lines.errors import Problem, UserError, fail

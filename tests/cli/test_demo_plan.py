@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from rewarded_lines.cli.demo_command import _Display
-from rewarded_lines.demo.demo_settings import PLAN, STAGES, DemoSettings
+from rewarded_lines.demo.demo_settings import DemoSettings
+from rewarded_lines.demo.stages import PLAN, STAGES
 
 
 @pytest.fixture

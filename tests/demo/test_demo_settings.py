@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from rewarded_lines.demo.demo_settings import LONG_SUITE, LONGER, PLAN, DemoSettings, default_out
+from rewarded_lines.demo.demo_settings import LONG_SUITE, LONGER, DemoSettings, default_out
 from rewarded_lines.demo.parts import parts_of
-from rewarded_lines.demo.pipeline import STAGES, run_demo
+from rewarded_lines.demo.pipeline import run_demo
+from rewarded_lines.demo.stages import PLAN, STAGES
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 

@@ -1,0 +1,29 @@
+"""The demo's algorithms and stages, and about how long each stage takes. Loads nothing: command lines show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ALGORITHMS = ("ppo", "dpo", "rloo", "grpo")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the demo: what it does, and its seconds on two quiet cores in the short and in the long form."""
+
+    about: str
+    short: float
+    long: float
+
+
+PLAN: Mapping[str, Stage] = {
+    "data": Stage("reads reviews of movies, and splits them by movie", 1, 1),
+    "sft": Stage("a small language model learns to write reviews", 75, 160),
+    "reward": Stage("a classifier learns which reviews are positive", 55, 110),
+    "policies": Stage("one policy for each reward, trained side by side", 65, 90),
+    "sweep": Stage("merges of the policies answer the same prompts", 75, 230),
+    "report": Stage("draws the front of each method", 5, 7),
+    "merge": Stage("writes one merged policy", 1, 1),
+}
+STAGES = tuple(PLAN)
