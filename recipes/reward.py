@@ -104,11 +104,12 @@ def main(argv: Sequence[str]) -> None:
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")
 
         own = copy.deepcopy(tokenizer)
+        columns = {f"{side}_ids": tokens(reading, pairs, side) for side in SIDES} | {"length": lengths(reading, pairs)}
         with trainer_settings():
             trainer = RewardTrainer(
                 model=model,
                 args=training,
-                train_dataset=Dataset.from_dict({f"{side}_ids": tokens(reading, pairs, side) for side in SIDES}),
+                train_dataset=Dataset.from_dict(columns),
                 processing_class=tokenizer,
                 peft_config=lora,
                 callbacks=[MetricsCallback(run.folder)],

@@ -48,7 +48,7 @@ from rewarded_lines.training.load_models import (
 from rewarded_lines.training.optimizer import MuonAdamW
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions
 from rewarded_lines.training.register_model import register
-from rewarded_lines.training.scratch_model import ScratchModel, make_llama, train_tokenizer
+from rewarded_lines.training.scratch_model import ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import TrainingRun, from_main, say, training_run
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
         restore = plain_generation(model, rows.ends, tokenizer.pad_token_id) if base else None
         with trainer_settings():
-            trainer = SFTTrainer(
+            trainer = (SFTTrainer if base else WholeHeadTrainer)(
                 model=model,
                 args=training,
                 train_dataset=rows.dataset(corpus),

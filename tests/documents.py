@@ -126,4 +126,5 @@ def make_stage(folder: Path) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "runs").mkdir()
-    os.symlink("..", folder / "runs" / "demo")
+    for run in ("demo", "demo-full"):
+        os.symlink("..", folder / "runs" / run)

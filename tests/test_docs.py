@@ -154,7 +154,7 @@ def stage_source(tmp_path_factory) -> Path:
     with contextlib.chdir(folder):
         sweep("rewarded-lines.yaml", engine="hf", out="sweep")
     for seed in (1, 2):
-        shutil.copytree(folder / "sweep", folder / "runs" / f"demo-seed{seed}" / "sweep")
+        shutil.copytree(folder / "sweep", folder / "runs" / f"demo-full-seed{seed}" / "sweep")
     return folder
 
 

@@ -10,34 +10,39 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from rewarded_lines.cli.display import Work, quiet_libraries, show_line
 from rewarded_lines.cli.parameters import Quiet, engines, offer
 from rewarded_lines.cli.report_command import show
+from rewarded_lines.demo.demo_settings import ALGORITHMS, PLAN, STAGES, DemoSettings, default_out
 from rewarded_lines.progress import Progress
 
 if TYPE_CHECKING:
     from rewarded_lines.reports.summary import Summary
 
-# `pipeline.STAGES`, whose module loads heavy libraries.
-_STAGES = ("data", "sft", "reward", "policies", "sweep", "report", "merge")
+# Of stages whose seconds tell the pace of a machine.
+_TELLING_SECONDS = 30.0
 
 
 def demo(
     algo: Annotated[
         str,
-        typer.Option(
-            help="How policies are trained: ppo, dpo, rloo or grpo.", autocompletion=offer("ppo", "dpo", "rloo", "grpo")
-        ),
+        typer.Option(help=f"How policies are trained: {', '.join(ALGORITHMS)}.", autocompletion=offer(*ALGORITHMS)),
     ] = "ppo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all training.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; by default runs/demo, runs/demo-dpo, runs/demo-seed1 …")
+        Path | None,
+        typer.Option(help="Run folder; by default runs/demo, runs/demo-dpo, runs/demo-seed1, runs/demo-full …"),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="The long form, which made the records in eval/results: longer training, 11 λ."),
+    ] = False,
     engine: Annotated[str, typer.Option(help="Engine of the sweep: vllm or hf.", autocompletion=engines)] = "vllm",
     until: Annotated[
         str,
-        typer.Option(help=f"Last stage: {', '.join(_STAGES)}.", autocompletion=offer(*_STAGES)),
+        typer.Option(help=f"Last stage: {', '.join(STAGES)}.", autocompletion=offer(*STAGES)),
     ] = "merge",
     corpus: Annotated[
         Path | None, typer.Option(help="Your own corpus: a folder with JSONL files as --until data writes them.")
@@ -46,7 +51,7 @@ def demo(
     configs: Annotated[Path | None, typer.Option(help="Your own sft.yaml, reward.yaml, ppo.yaml …")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train, merge and measure on movie reviews: about eleven minutes on two CPU cores, no network.
+    """Train, merge and measure on movie reviews: about five minutes on two CPU cores, no network.
 
     Trains a small language model, a reward model and one policy per
     reward, then draws the front of their merges. Finished stages are kept:
@@ -55,20 +60,21 @@ def demo(
     \b
     rewarded-lines demo
     rewarded-lines demo --algo dpo --seed 1
+    rewarded-lines demo --full
+        in about ten minutes: longer training, more prompts and points
     rewarded-lines demo --until data
         only the corpus, for running the recipes by hand
     """
-    from rewarded_lines.demo.pipeline import DemoSettings, default_out, run_demo
+    from rewarded_lines.demo.pipeline import run_demo
 
-    # torch reads this at its import, which comes later; see `recipe_jobs.py` for the reason.
+    # torch reads these at its import, which comes later; see `recipe_jobs.py` for the reason of the first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    folder = out or default_out(algo, seed)
-    quiet_libraries()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    folder = out or default_out(algo, seed, full)
     console = Console()
     own = {"configs": configs, "suite": suite, "corpus": corpus}
-    settings = DemoSettings(folder, algo, seed, engine, **{key: path for key, path in own.items() if path})
-    heading = f"demo: {algo}, seed {seed}, in {folder}"
-    display = _Display(Console(quiet=True) if quiet else console, heading)
+    settings = DemoSettings(folder, algo, seed, engine, full, **{key: path for key, path in own.items() if path})
+    display = _Display(Console(quiet=True) if quiet else console, settings, until)
     with display.live:
         seconds = run_demo(settings, display, until)
     if "report" in seconds:
@@ -110,18 +116,25 @@ def show_end(folder: Path, summary: Summary, engine: str) -> None:
 
 
 class _Display:
-    """Prints a line for every stage; on a terminal also live bars below."""
+    """Prints the plan, then a line for every finished stage; on a terminal also live bars below."""
 
-    def __init__(self, console: Console, heading: str) -> None:
-        self._console, self._heading = console, heading
+    def __init__(self, console: Console, settings: DemoSettings, until: str) -> None:
+        self._console, self._settings = console, settings
+        self._stages = STAGES[: STAGES.index(until) + 1] if until in STAGES else STAGES
+        # Expected and real seconds of what this run has made so far: its pace.
+        self._expected = self._real = 0.0
         self._stage: list[Work] = []
         self._parts: list[Work] = []
         # Shows nothing where there is no terminal.
         self.live = Live(console=console, transient=True, get_renderable=self._shown)
 
     def started(self, stage: str) -> None:
-        if stage == _STAGES[0]:
-            self._console.print(self._heading, soft_wrap=True)
+        if stage == self._stages[0]:
+            self._plan()
+        if stage == "sweep":
+            # Not earlier: it imports transformers.
+            quiet_libraries()
+        self._at = stage
         self._stage, self._parts = [Work(stage, "step")], []
 
     def part(self, name: str) -> Progress:
@@ -129,8 +142,38 @@ class _Display:
         return self._parts[-1]
 
     def finished(self, stage: str, seconds: float, reused: bool) -> None:
+        if not reused:
+            self._expected, self._real = self._expected + self._settings.expected(stage), self._real + seconds
+        left = self._left(after=stage)
+        rest = f", about {_minutes(left)} left" if left >= 1 else ""
         when = "done by an earlier run" if reused else "done"
-        self._console.print(f"  {stage:<10}{seconds:7.1f} s  {when}")
+        self._console.print(f"  {stage:<10}{seconds:7.1f} s  {when}{rest}")
+
+    def _plan(self) -> None:
+        """Print what each stage does and about how long it takes."""
+        settings, total = self._settings, sum(map(self._settings.expected, self._stages))
+        self._console.print(f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True)
+        self._console.print(
+            f"About {_minutes(total)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
+        )
+        for stage in self._stages:
+            self._console.print(f"  {stage:<10}{settings.expected(stage):5.0f} s  {PLAN[stage].about}")
+        self._console.print("")
+
+    def _left(self, after: str) -> float:
+        """Return the seconds that the stages after this one take at the pace so far."""
+        later = sum(map(self._settings.expected, self._stages[self._stages.index(after) + 1 :]))
+        # The first stage is too short to tell a pace.
+        return later * (self._real / self._expected if self._expected >= _TELLING_SECONDS else 1.0)
 
     def _shown(self) -> Group:
-        return Group(*(self._parts or self._stage))
+        shown = self._parts or self._stage
+        if not shown:
+            return Group()
+        found = [left for work in shown if (left := work.left()) is not None]
+        now = max(found, default=self._settings.expected(self._at))
+        return Group(*shown, Text(f"all stages: about {_minutes(now + self._left(after=self._at))} left", style="dim"))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -7,46 +7,79 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
-from rewarded_lines.progress import Progress
+from rewarded_lines.progress import SILENT, Progress
 
 _POLL_SECONDS = 0.2
 _LINES_SHOWN = 12
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 # Returns the progress of a part of a stage, given its name.
 Watch = Callable[[str], Progress]
 
 
-def run_jobs(commands: Mapping[str, Sequence[str]], logs: Path, watch: Watch) -> None:
-    """Run named recipe commands at the same time, each with its share of the cores, and wait for all.
+class RecipeJobs:
+    """Runs recipes as child processes; those that come next may load their libraries meanwhile, and wait.
 
-    The folder `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl.
-
-    Raises:
-        UserError: a command failed; the message ends with the last lines of its log. The others are killed.
+    Leaving its block kills all that are left.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // len(commands))
-    logs.mkdir(parents=True, exist_ok=True)
-    running: list[_Job] = []
-    try:
+
+    def __init__(self, logs: Path) -> None:
+        """Start nothing yet. `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl."""
+        self._logs = logs
+        self._jobs: dict[str, _Job] = {}
+
+    def __enter__(self) -> RecipeJobs:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill the commands that still run or wait."""
+        self._end(list(self._jobs))
+
+    def run(self, commands: Mapping[str, Sequence[str]], watch: Watch) -> None:
+        """Run named commands at the same time, each with its share of the cores, and wait for all.
+
+        Raises:
+            UserError: a command failed; the message ends with the last lines of its log. The others are killed.
+        """
+        self.prepare(commands)
+        try:
+            for name in commands:
+                self._jobs[name].go_on(watch(name))
+            running = list(commands)
+            while running:
+                time.sleep(_POLL_SECONDS)
+                running = [name for name in running if not self._jobs[name].over()]
+        finally:
+            self._end(list(commands))
+
+    def prepare(self, commands: Mapping[str, Sequence[str]]) -> None:
+        """Start commands that read a line from stdin before they work; `run` writes it."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(commands)))
         for name, command in commands.items():
-            running.append(_Job(name, command, logs / name.replace(" ", "-"), threads, watch(name)))
-        while running:
-            time.sleep(_POLL_SECONDS)
-            running = [job for job in running if not job.over()]
-    finally:
-        for job in running:
-            job.process.kill()
-            job.process.wait()
+            if name not in self._jobs:
+                self._jobs[name] = _Job(name, command, self._logs / name.replace(" ", "-"), threads)
+
+    def _end(self, names: Sequence[str]) -> None:
+        for process in [job.process for name in names if (job := self._jobs.pop(name, None))]:
+            process.kill()
+            process.communicate()
 
 
 class _Job:
     """A running recipe, and the steps reported so far."""
 
-    def __init__(self, name: str, command: Sequence[str], file: Path, threads: int, progress: Progress) -> None:
-        self._name, self._progress = name, progress
+    def __init__(self, name: str, command: Sequence[str], file: Path, threads: int) -> None:
+        self._name, self._progress = name, SILENT
         self._log, self._steps = Path(f"{file}.log"), Path(f"{file}.jsonl")
         self._done: int | None = None
         self._steps.unlink(missing_ok=True)
@@ -59,18 +92,26 @@ class _Job:
             # The demo needs no network; a user's own configs with Hub ids need HF_HUB_OFFLINE=0.
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "REWARDED_LINES_PROGRESS": str(self._steps),
-            # For the recipe below the launcher; the launcher itself gets `preexec_fn`.
-            DIE_WITH_PARENT: str(os.getpid()),
+            # glibc would give the memory of large tensors back after each use; to get it again takes a fifth of a step.
+            **{name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()},
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 preexec_fn=_follow_parent,
             )
+
+    def go_on(self, progress: Progress) -> None:
+        """Let the recipe begin, and show its progress there."""
+        self._progress = progress
+        assert self.process.stdin is not None
+        # One that has ended has said why in its log.
+        with suppress(BrokenPipeError), self.process.stdin as stdin:
+            stdin.write(b"\n")
 
     def over(self) -> bool:
         """Report new steps; return whether the recipe has ended. A failed recipe raises UserError."""

@@ -6,6 +6,7 @@ tests/engines/test_vllm_versions.py lists them. What differs stands here.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -24,12 +25,9 @@ def start_vllm(size: float = 0, **options: Any) -> Any:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
         options: of vLLM's `LLM`.
     """
-    # vLLM reads the environment at its import; the user's own settings stay.
-    for name, value in VLLM_SETTINGS.items():
-        os.environ.setdefault(name, value)
     let_vllm_search_modules()
+    LLM = load_vllm()
     import torch
-    from vllm import LLM
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -38,6 +36,18 @@ def start_vllm(size: float = 0, **options: Any) -> Any:
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+
+
+def load_vllm() -> Any:
+    """Import vLLM, which takes ten seconds, and return its class `LLM`."""
+    # vLLM reads the environment at its import; the user's own settings stay.
+    for name, value in VLLM_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # vLLM sets this level, too, but not before its first warning.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    from vllm import LLM
+
+    return LLM
 
 
 def let_vllm_search_modules() -> None:

@@ -1,12 +1,14 @@
-"""A tokenizer and a small Llama from scratch, for SFT without a base model."""
+"""A tokenizer, a small Llama from scratch and its trainer, for SFT without a base model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from trl import SFTTrainer
 
 # Padding is a token of its own, never the end token: masks that TRL derives from it depend on that.
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -59,3 +61,16 @@ def make_llama(tokenizer: PreTrainedTokenizerFast, settings: ScratchModel) -> Ll
     del shape["lowercase"]
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     return LlamaForCausalLM(LlamaConfig(**shape, **special, tie_word_embeddings=True))
+
+
+class WholeHeadTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's SFT trainer with the model's own loss, which computes all logits at once.
+
+    TRL computes them in tiles, and again for the gradient. That saves memory where vocabularies are large; on a CPU, a
+    step of a small model takes a quarter longer. The loss is the same; entropy and token accuracy are not logged.
+    """
+
+    def compute_loss(self, *inputs: Any, **options: Any) -> Any:
+        """Return the loss of a batch; see `transformers.Trainer`."""
+        kind = Trainer if self.args.loss_type == "nll" else SFTTrainer
+        return kind.compute_loss(self, *inputs, **options)

@@ -17,7 +17,9 @@ import yaml
 from small_recipes import load_recipe
 
 from rewarded_lines.demo import pipeline
-from rewarded_lines.demo.pipeline import DemoSettings, default_out
+from rewarded_lines.demo.demo_settings import DemoSettings
+from rewarded_lines.demo.parts import parts_of
+from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.evaluator.records import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -88,11 +90,17 @@ SIGNS = {
 }
 
 
-def in_this_process(commands, logs, watch):
-    """Run the jobs in this process."""
-    for command in commands.values():
-        script = next(at for at, word in enumerate(command) if word.endswith(".py"))
-        load_recipe(Path(command[script]).stem).main(list(command[script + 1 :]))
+class InThisProcess(RecipeJobs):
+    """Runs the recipes in this process."""
+
+    def prepare(self, commands):
+        """Start nothing."""
+
+    def run(self, commands, watch):
+        """Run the recipes, one after the other."""
+        for command in commands.values():
+            script = next(at for at, word in enumerate(command) if word.endswith(".py"))
+            load_recipe(Path(command[script]).stem).main(list(command[script + 1 :]))
 
 
 def finished(out):
@@ -118,25 +126,30 @@ def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeyp
     class Ended(BaseException):
         """Ends the process as a signal does."""
 
-    def until_the_second_policy(commands, logs, watch):
-        in_this_process(dict(list(commands.items())[:1]), logs, watch)
-        if len(commands) > 1:
-            raise Ended
+    class UntilTheSecondPolicy(InThisProcess):
+        def run(self, commands, watch):
+            super().run(dict(list(commands.items())[:1]), watch)
+            if len(commands) > 1:
+                raise Ended
+
+    class Nothing(InThisProcess):
+        def run(self, commands, watch):
+            assert not commands
 
     out = tmp_path / "run"
     words = arguments(miniature, out, "--engine", "hf")[3:]
-    monkeypatch.setattr(pipeline, "run_jobs", until_the_second_policy)
+    monkeypatch.setattr(pipeline, "RecipeJobs", UntilTheSecondPolicy)
     with pytest.raises(Ended):
         cli(*words)
     assert finished(out) == SIGNS["policies"][1] and (out / "policies/positive/model.safetensors").is_file()
     kept = (out / "sft/model.safetensors").stat().st_mtime_ns
 
-    monkeypatch.setattr(pipeline, "run_jobs", in_this_process)
+    monkeypatch.setattr(pipeline, "RecipeJobs", InThisProcess)
     answer = cli(*words)
     assert answer.code == 0 and answer.out.count("done by an earlier run") == 3 and "pipeline" in answer.out
     assert (out / "sft/model.safetensors").stat().st_mtime_ns == kept
     check_whole(out, "hf")
-    monkeypatch.setattr(pipeline, "run_jobs", None)
+    monkeypatch.setattr(pipeline, "RecipeJobs", Nothing)
     again = cli(*words)
     assert again.code == 0 and again.out.count("done by an earlier run") == 7
 
@@ -192,15 +205,6 @@ def test_two_at_once_are_kept_apart(miniature, tmp_path, cli):
     assert answer.code == 1 and "another process is at work" in answer.err
 
 
-def test_run_folders_by_algorithm_and_seed():
-    assert [str(default_out(*key)) for key in (("ppo", 0), ("ppo", 2), ("dpo", 0), ("dpo", 1))] == [
-        "runs/demo",
-        "runs/demo-seed2",
-        "runs/demo-dpo",
-        "runs/demo-dpo-seed1",
-    ]
-
-
 def running(text):
     """Return the processes with `text` in their command line."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
@@ -221,7 +225,7 @@ def test_a_change_of_what_the_suite_extends_is_a_change_of_the_suite(tmp_path):
 
     def made_from(text):
         under.write_text(text)
-        (part,) = pipeline._parts("data", DemoSettings(out=tmp_path / "out", suite=suite), "")
+        (part,) = parts_of("data", DemoSettings(out=tmp_path / "out", suite=suite), "")
         return part.made_from
 
     first = made_from("prompts: {file: test.jsonl, limit: 4}\n")

@@ -10,7 +10,7 @@ import pytest
 from command import alive
 from progress_told import Told
 
-from rewarded_lines.demo.recipe_jobs import run_jobs
+from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.errors import UserError
 
 STEPS = """\
@@ -34,10 +34,10 @@ sys.exit(3)
 RUN = """\
 import sys
 from pathlib import Path
-from rewarded_lines.demo.recipe_jobs import run_jobs
+from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.progress import SILENT
 place = Path(sys.argv[1])
-run_jobs({"waits": [sys.executable, "-c", sys.argv[2], str(place / "pid")]}, place, lambda name: SILENT)
+RecipeJobs(place).run({"waits": [sys.executable, "-c", sys.argv[2], str(place / "pid")]}, lambda name: SILENT)
 """
 
 
@@ -56,7 +56,7 @@ def wait_for_pid(path):
 def test_steps_are_told_once_and_those_of_a_checkpoint_are_not_counted(tmp_path):
     told = {name: Told() for name in ("ppo a.b", "ppo c")}
     (tmp_path / "ppo-c.jsonl").write_text('{"step": 9, "max_steps": 9}\n')
-    run_jobs({name: command(STEPS) for name in told}, tmp_path, told.__getitem__)
+    RecipeJobs(tmp_path).run({name: command(STEPS) for name in told}, told.__getitem__)
     for one in told.values():
         assert sum(count for count, _ in one.finished) == 10 and one.totals == [10] and one.steps == {"training": True}
     assert {path.name for path in tmp_path.iterdir()} == {f"ppo-{name}{end}" for name in ("a.b", "c") for end in ENDS}
@@ -66,7 +66,7 @@ def test_steps_are_told_once_and_those_of_a_checkpoint_are_not_counted(tmp_path)
 def test_one_that_fails_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
     jobs = {"waits": command(WAIT, tmp_path / "pid"), "fails": command(FAILS, tmp_path / "pid")}
     with pytest.raises(UserError, match="fails: the stage failed with exit code 3") as caught:
-        run_jobs(jobs, tmp_path, lambda name: Told())
+        RecipeJobs(tmp_path).run(jobs, lambda name: Told())
     assert "\n    28\n" in str(caught.value) and "\n    39" in str(caught.value) and "27" not in str(caught.value)
     assert "fails.log" in str(caught.value)
     assert not alive(wait_for_pid(tmp_path / "pid"))
@@ -82,3 +82,45 @@ def test_a_killed_pipeline_leaves_no_job_at_work(tmp_path):
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not alive(pid)
+
+
+def test_what_comes_next_waits_until_it_is_run_and_ends_with_the_jobs(tmp_path):
+    waits = "import sys; print('ready', flush=True); sys.exit(0 if sys.stdin.readline() == '\\n' else 'not told')"
+    with RecipeJobs(tmp_path) as jobs:
+        jobs.prepare({"next": command(waits), "never": command(waits)})
+        jobs.run({"now": command(STEPS)}, lambda name: Told())
+        waiting = jobs._jobs["never"].process.pid
+        assert (tmp_path / "next.log").read_text() == "ready\n" and alive(waiting)
+        jobs.run({"next": command("raise SystemExit('not this one')")}, lambda name: Told())
+    assert not alive(waiting)
+
+
+def test_a_recipe_loads_waits_and_runs_as_a_program(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text("""\
+from __future__ import annotations
+import sys
+from dataclasses import dataclass
+from typing import Literal, get_type_hints
+
+from rewarded_lines.training.arguments import run_recipe
+
+print("loaded", flush=True)
+
+
+@dataclass
+class Options:
+    kind: Literal["a", "b"] = "a"
+
+
+def main(argv):
+    print(get_type_hints(Options)["kind"].__args__, argv, sys.argv[0])
+
+
+if __name__ == "__main__":
+    run_recipe(main)
+""")
+    words = [sys.executable, "-m", "rewarded_lines.demo.waiting_recipe", str(script), "--kind", "b"]
+    done = [subprocess.run(words, input=told, capture_output=True, text=True) for told in ("\n", "")]
+    assert [one.stdout for one in done] == [f"loaded\n('a', 'b') ['--kind', 'b'] {script}\n", "loaded\n"]
+    assert [one.returncode for one in done] == [0, 0]

@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.scratch_model import ScratchModel, make_llama, train_tokenizer
+from rewarded_lines.training.scratch_model import ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
 from rewarded_lines.training.training_record import MetricsCallback
 
 TEXTS = ["A film of Great beauty", "and of little else – naïve, too"]
@@ -139,3 +141,21 @@ def test_metrics_go_to_the_folder_and_to_whoever_watches(tmp_path, monkeypatch):
     assert text == (tmp_path / "watched.jsonl").read_text()
     first, second = map(json.loads, text.splitlines())
     assert (first["step"], first["max_steps"], second["step"], second["loss"]) == (0, 4, 2, 0.5)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("nll", True), ("dft", False)])
+def test_the_whole_heads_loss_and_gradient_are_trls(tokenizer, tmp_path, kind, own):
+    config = SFTConfig(str(tmp_path), loss_type=kind, report_to="none", use_cpu=True, bf16=False)
+    rows = Dataset.from_list([tokenizer(text) for text in TEXTS])
+    found, metrics = [], []
+    for trainer_class in (SFTTrainer, WholeHeadTrainer):
+        torch.manual_seed(0)
+        trainer = trainer_class(make_llama(tokenizer, SMALL), config, train_dataset=rows, processing_class=tokenizer)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+        batch["labels"][0, :3] = -100
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+        loss.backward()
+        found.append([loss.detach(), *(one.grad for one in trainer.model.parameters())])
+        metrics.append(bool(trainer._metrics["train"]))
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+    assert metrics == [True, not own]
