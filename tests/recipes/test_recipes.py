@@ -61,7 +61,7 @@ def test_sft_from_nothing_leaves_a_model_its_record_and_the_projects_base(work):
     ends = json.loads((work / "new" / "generation_config.json").read_text())
     assert (ends["bos_token_id"], ends["eos_token_id"], ends["pad_token_id"]) == (1, 2, 0)
     assert {"torch", "transformers", "trl"} <= made["versions"].keys()
-    assert made["config"]["SFTConfig"]["learning_rate"] == 5e-3 and made["config"]["ScratchModel"]["vocab_size"] == 320
+    assert made["config"]["SFTConfig"]["learning_rate"] == 4e-3 and made["config"]["ScratchModel"]["vocab_size"] == 320
     lines = [json.loads(line) for line in (work / "new" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0 and lines[-1]["step"] == lines[-1]["max_steps"] == 12
     assert project(work).base == "new"
