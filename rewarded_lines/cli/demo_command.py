@@ -87,15 +87,21 @@ def _show_results(settings: DemoSettings, seconds: Mapping[str, float]) -> None:
     """Print what the stages up to the last one have made."""
     console, folder = Console(), settings.out
     if "report" in seconds:
-        from rewarded_lines.evaluator.records import load_run
-        from rewarded_lines.reports.summary import summarise
-
-        summary = summarise(load_run(folder / "sweep"))
-        show(folder / "sweep", summary, chart=False)
+        summary = show_report(folder / "sweep")
     console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
         console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n", soft_wrap=True)
         show_end(folder, summary, settings.engine)
+
+
+def show_report(run: Path) -> Summary:
+    """Print a run's report without the chart; return its summary."""
+    from rewarded_lines.evaluator.records import load_run
+    from rewarded_lines.reports.summary import summarise
+
+    summary = summarise(load_run(run))
+    show(run, summary, chart=False)
+    return summary
 
 
 def show_end(folder: Path, summary: Summary, engine: str) -> None:
