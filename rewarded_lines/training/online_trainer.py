@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
@@ -47,12 +50,49 @@ def packed(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
+class _EpochSampler(Sampler[int]):
+    """TRL's order of prompts, with a seed of its own in every epoch: a resumed run begins in any of them."""
+
+    def __init__(self, order: Any, trainer: Any) -> None:
+        self._order, self._trainer = order, trainer
+
+    def __iter__(self) -> Iterator[int]:
+        if self._order.shuffle:
+            self._order.generator.manual_seed(self._order.seed + int(self._trainer.state.epoch or 0))
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def token_places(attention_mask: Tensor) -> Tensor:
+    """Return the position of each token in its text; padding on the left does not count."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _place_tokens(model: Any) -> None:
+    """Make a causal language model count positions from a text's first token: TRL's batches are padded on the left."""
+    body = model.base_model
+    if "position_ids" not in inspect.signature(type(body).forward).parameters:
+        return
+
+    def place(module: Any, given: Any, named: dict[str, Any]) -> Any:
+        # Generation passes positions itself.
+        if named.get("position_ids") is None and named.get("use_cache") is False:
+            named = {**named, "position_ids": token_places(named["attention_mask"])}
+        return given, named
+
+    body.register_forward_pre_hook(place, with_kwargs=True)
+
+
 class OnlineTrainer:
     """What RLOOTrainer, GRPOTrainer and trainers made of them lack; a class names it before TRL's.
 
-    TRL reads chats with its own template, knows no stop texts, and takes end tokens from the model alone.
+    TRL reads chats with its own template, knows no stop texts, takes end tokens from the model alone, and gives padding
+    positions of its own.
 
-    Checkpoints are written between two rounds of sampling, so a resumed run has the numbers of an uninterrupted one.
+    Checkpoints are written between two rounds of sampling, and every epoch has its own order of prompts. So a resumed
+    run has the numbers of an uninterrupted one.
 
     A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
     of its group are compared without it.
@@ -63,8 +103,10 @@ class OnlineTrainer:
     """
 
     _metrics: Any
+    accelerator: Any
     add_callback: Any
     model: Any
+    ref_model: Any
 
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
         """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
@@ -74,6 +116,10 @@ class OnlineTrainer:
         trl: Any = super()
         trl.__init__(args=args, **parts)
         self.reader, self.chats = reader, chats
+        for part in (self.model, self.ref_model):
+            if part is not None:
+                whole = self.accelerator.unwrap_model(part)
+                _place_tokens(getattr(whole, "get_base_model", lambda whole=whole: whole)())
         # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
         accumulated = args.gradient_accumulation_steps
         self.add_callback(
@@ -84,6 +130,10 @@ class OnlineTrainer:
         self.responses = self.unscored = 0
         # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
         logging.getLogger(trl._calculate_rewards.__module__).addFilter(_not_about_none)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        trl: Any = super()
+        return _EpochSampler(trl._get_train_sampler(dataset), self)
 
     def _calculate_rewards(self, *inputs: Any) -> torch.Tensor:
         trl: Any = super()

@@ -1,55 +1,12 @@
-"""How PPO's prompts and responses are laid out: their order, positions, padding and mini-batches."""
+"""PPO's mini-batches and their padding."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 from trl.trainer import utils as trl_utils
 
 Batch = dict[str, Tensor]
-
-
-class EpochSampler(Sampler[int]):
-    """TRL's order of prompts, with a seed of its own in every epoch: a resumed run begins in any of them."""
-
-    def __init__(self, order: Any, trainer: Any) -> None:
-        """Take TRL's sampler, and the trainer that knows the epoch."""
-        self._order, self._trainer = order, trainer
-
-    def __iter__(self) -> Iterator[int]:
-        """Return the numbers of the rows of this epoch."""
-        if self._order.shuffle:
-            self._order.generator.manual_seed(self._order.seed + int(self._trainer.state.epoch or 0))
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._order)
-
-
-def token_places(attention_mask: Tensor) -> Tensor:
-    """Return the position of each token in its text; padding on the left does not count."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def place_tokens(model: Any) -> None:
-    """Make a causal language model count positions from a text's first token: TRL's batches are padded on the left."""
-    body = model.base_model
-    if "position_ids" not in inspect.signature(type(body).forward).parameters:
-        return
-
-    def place(module: Any, given: Any, named: dict[str, Any]) -> Any:
-        # Generation passes positions itself.
-        if named.get("position_ids") is None and named.get("use_cache") is False:
-            named = {**named, "position_ids": token_places(named["attention_mask"])}
-        return given, named
-
-    body.register_forward_pre_hook(place, with_kwargs=True)
 
 
 def skip_padding_on_cpu() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
 from rewarded_lines.errors import fail
-from rewarded_lines.training.ppo_batches import token_places
+from rewarded_lines.training.online_trainer import token_places
 
 _WEIGHTS, _OPTIMIZER, _STATE = "critic.safetensors", "critic_optimizer.pt", "ppo.json"
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import fail
 from rewarded_lines.training.online_trainer import OnlineTrainer
-from rewarded_lines.training.ppo_batches import EpochSampler, mini_batches, place_tokens, skip_padding_on_cpu
+from rewarded_lines.training.ppo_batches import mini_batches, skip_padding_on_cpu
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_critic import CriticOptimizer, SharedCritic, prepare_critic
 from rewarded_lines.training.ppo_math import (
@@ -61,9 +60,6 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         self.beta = 0.0
         policy = self.accelerator.unwrap_model(self.model)
         policy = getattr(policy, "get_base_model", lambda: policy)()
-        for one in (policy, self.ref_model):
-            if one is not None:
-                place_tokens(self.accelerator.unwrap_model(one))
         if critic is None:
             self.critic: Any = SharedCritic(policy).to(self.accelerator.device)
         else:
@@ -85,9 +81,6 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
             self._metrics[self._mode][name.replace("__", "/")].append(mean)
 
     # Sampling.
-
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return EpochSampler(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
         size = len(prompt_ids) if self.use_vllm else self._ppo.local_rollout_forward_batch_size

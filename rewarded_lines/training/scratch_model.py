@@ -70,6 +70,8 @@ class WholeHeadTrainer(SFTTrainer):  # type: ignore[misc]
     step of a small model takes a quarter longer. The loss is the same; entropy and token accuracy are not logged.
     """
 
+    args: Any
+
     def compute_loss(self, *inputs: Any, **options: Any) -> Any:
         """Return the loss of a batch; see `transformers.Trainer`."""
         kind = Trainer if self.args.loss_type == "nll" else SFTTrainer

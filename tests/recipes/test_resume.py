@@ -8,7 +8,7 @@ from small_recipes import PROJECT, record, run, start, words_for
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
 OUTPUT = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 # Steps of the optimizer in an update: two passes over two mini-batches.
@@ -74,14 +74,21 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     assert ": ended\n" in (work / "rewarded-lines.yaml").read_text()
 
 
-def test_a_checkpoint_waits_until_the_sampled_responses_are_used_up(work, monkeypatch):
-    more = OUTPUT | {"num_iterations": 2, "max_steps": 6}
-    run("grpo", work, output_dir=work / "whole", **more)
+@pytest.mark.parametrize(
+    ("name", "more", "end", "kept"),
+    [
+        pytest.param("grpo", {"num_iterations": 2, "max_steps": 6}, 4, 2, id="checkpoints wait for a round's end"),
+        pytest.param("rloo", {"train_limit": 4, "max_steps": 6}, 6, 5, id="in the third epoch"),
+    ],
+)
+def test_rounds_and_epochs_of_online_trainers(work, monkeypatch, name, more, end, kept):
+    more = OUTPUT | more
+    run(name, work, output_dir=work / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        end_at(4, patch)
-        run("grpo", work, output_dir=work / "ended", **more)
-    assert [path.name for path in (work / "ended.unfinished").glob("checkpoint-*")] == ["checkpoint-2"]
-    run("grpo", work, output_dir=work / "ended", **more)
+        end_at(end, patch)
+        run(name, work, output_dir=work / "ended", **more)
+    assert last_checkpoint(work / "ended.unfinished").endswith(f"checkpoint-{kept}")
+    run(name, work, output_dir=work / "ended", **more)
     assert weights_hash(work / "ended") == weights_hash(work / "whole")
     assert metrics(work / "ended") == metrics(work / "whole")
 

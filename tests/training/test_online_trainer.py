@@ -6,8 +6,10 @@ import math
 from statistics import fmean, stdev
 
 import pytest
+import torch
 from datasets import Dataset
 from tiny_models import make_model, make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, RLOOConfig
 
 from rewarded_lines.engines.responses import ResponseReader
@@ -241,3 +243,28 @@ def test_both_ways_to_generate_are_told_every_end(tmp_path, monkeypatch, use_vll
     )
     told = built[0]["generation_kwargs"] if use_vllm else trainer.generation_kwargs
     assert told[key] == [5, 7] and told["seed"] == 3 and trainer.eos_token_ids == [5, 7]
+
+
+@pytest.mark.parametrize(("kind", "settings"), [(ReadRLOOTrainer, RLOOConfig), (ReadGRPOTrainer, GRPOConfig)])
+def test_padding_on_the_left_has_no_positions(tmp_path, kind, settings):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, bos_token_id=2, eos_token_id=2, pad_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    args = settings(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    trainer = kind(
+        args=args,
+        reader=ResponseReader(tokenizer, frozenset([2])),
+        chats=False,
+        model=GPT2LMHeadModel.from_pretrained(tmp_path / "model"),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8, "row": range(8)}),
+        processing_class=tokenizer,
+    )
+    text, mask = torch.tensor([[0, 0, 5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, text, mask, 3)
+        whole = model(text[:, 2:]).logits.log_softmax(-1)[0, 1:4]
+    assert torch.allclose(found[0], whole.gather(1, text[0, 4:, None])[:, 0], atol=1e-5)
