@@ -45,7 +45,7 @@ setup-oldest:
 # demo to end when make does.
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
 demo: setup-demo ## train, merge, measure and report on a small example: the whole job
-	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO) $(if $(FULL),--full) $(if $(OUT),--out '$(OUT)')
+	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(OUT), --out '$(OUT)')
 
 test: setup ## run the tests
 	$(VENV)/$(PYTEST)

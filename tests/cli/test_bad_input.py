@@ -209,7 +209,7 @@ def test_report_of_something_else(refused):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--algo", "grpo"), "unknown value `grpo`"),
+        (("--algo", "a2c"), "unknown value `a2c`"),
         (("--until", "never"), "unknown value `never`"),
         (("--out", "sft"), "holds something else"),
         (("--engine", "vlm"), "unknown engine"),

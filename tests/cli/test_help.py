@@ -22,6 +22,8 @@ LIGHT = {
     # `tensor_depth` and `families` only.
     "rewarded_lines.checkpoints",
     "rewarded_lines.cli",
+    # `stages` only.
+    "rewarded_lines.demo",
     "rewarded_lines.errors",
     # `sweep_options` only.
     "rewarded_lines.evaluator",
