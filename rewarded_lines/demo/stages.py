@@ -18,12 +18,12 @@ class Stage:
 
 
 PLAN: Mapping[str, Stage] = {
-    "data": Stage("reads reviews of movies, and splits them by movie", 1, 1),
-    "sft": Stage("a small language model learns to write reviews", 75, 160),
-    "reward": Stage("a classifier learns which reviews are positive", 55, 110),
-    "policies": Stage("one policy for each reward, trained side by side", 65, 90),
-    "sweep": Stage("merges of the policies answer the same prompts", 75, 230),
-    "report": Stage("draws the front of each method", 5, 7),
+    "data": Stage("reads reviews of movies, and splits them by movie", 3, 3),
+    "sft": Stage("a small language model learns to write reviews", 108, 160),
+    "reward": Stage("a classifier learns which reviews are positive", 64, 110),
+    "policies": Stage("one policy for each reward, trained side by side", 51, 90),
+    "sweep": Stage("merges of the policies answer the same prompts", 67, 230),
+    "report": Stage("draws the front of each method", 4, 7),
     "merge": Stage("writes one merged policy", 1, 1),
 }
 STAGES = tuple(PLAN)
