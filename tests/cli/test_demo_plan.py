@@ -25,11 +25,11 @@ def test_the_plan_comes_first_then_a_line_for_each_stage_with_the_time_left(show
         assert all(f"  {stage:<10}{PLAN[stage].short:5.0f} s  {PLAN[stage].about}" in plan for stage in STAGES)
         later = [sum(PLAN[one].short for one in STAGES[at + 1 :]) for at in range(len(STAGES))]
         display.finished("data", 30.0, reused=False)
-        # A stage of a second tells nothing about the machine.
+        # A stage of seconds tells nothing about the machine.
         assert f"data         30.0 s  done, about {clock(later[0])} left\n" in file.getvalue()
         display.started("sft")
-        display.finished("sft", 2 * PLAN["sft"].short - 29, reused=False)
-        pace = (2 * PLAN["sft"].short + 1) / (PLAN["sft"].short + 1)
+        pace = 2.0
+        display.finished("sft", pace * (PLAN["data"].short + PLAN["sft"].short) - 30.0, reused=False)
         assert f"done, about {clock(pace * later[1])} left\n" in file.getvalue()
         display.started("reward")
         display.finished("reward", 500.0, reused=True)

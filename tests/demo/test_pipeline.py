@@ -122,6 +122,7 @@ def check_whole(out, engine):
         assert training["reward"] == name and len(training["base_hash"]) == 64
 
 
+@pytest.mark.slow
 def test_ended_and_started_again_it_ends_whole(miniature, tmp_path, cli, monkeypatch):
     class Ended(BaseException):
         """Ends the process as a signal does."""

@@ -37,6 +37,7 @@ def test_whole_models(greedy):
     assert set(engine.header["seconds_last"]) == {"engine", "generate", "swap", "score", "total"}
 
 
+@pytest.mark.slow
 def test_adapters_share_batches_and_need_no_merged_model(greedy, monkeypatch):
     for seed, name in ((1, "first"), (2, "second")):
         (greedy / name).rename(greedy / f"{name}-whole")
