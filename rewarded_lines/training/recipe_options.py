@@ -60,6 +60,16 @@ class RunOptions:
     )
     overwrite: bool = _key("replace another run's output, or start again", False)
 
+    def __post_init__(self) -> None:
+        """Refuse `null` for the project, which every recipe reads or writes."""
+        if not self.project_file:
+            raise fail(
+                "a run needs a project file",
+                where="project_file",
+                expected="a path; the file need not exist for sft and reward",
+                remedy=f"leave the key out for {PROJECT_FILE}, or name another file",
+            )
+
 
 @dataclass
 class DataOptions:

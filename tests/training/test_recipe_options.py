@@ -177,3 +177,8 @@ def test_nothing_in_the_file_is_nothing(tmp_path):
 def test_a_column_may_be_called_null(words):
     _, data, *_ = parse_recipe(PARTS, ["--train_file", "a.csv", *words])
     assert data.train().columns == {"prompt": "null"}
+
+
+def test_a_run_without_a_project_is_refused():
+    with pytest.raises(UserError, match="needs a project file(.|\n)*leave the key out for rewarded-lines.yaml"):
+        parse_recipe((RunOptions,), ["--project_file", "null"], "")
