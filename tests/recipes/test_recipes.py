@@ -59,7 +59,8 @@ def test_sft_from_nothing_leaves_a_model_its_record_and_the_projects_base(work):
     made = record(work / "new")
     assert made["complete"] and made["metrics"]["validation_perplexity"] < 320 and made["seed"] == 0
     ends = json.loads((work / "new" / "generation_config.json").read_text())
-    assert (ends["bos_token_id"], ends["eos_token_id"], ends["pad_token_id"]) == (1, 2, 0)
+    # transformers 5.17 writes a list.
+    assert (ends["bos_token_id"], ends["pad_token_id"]) == (1, 0) and ends["eos_token_id"] in (2, [2])
     assert {"torch", "transformers", "trl"} <= made["versions"].keys()
     assert made["config"]["SFTConfig"]["learning_rate"] == 4e-3 and made["config"]["ScratchModel"]["vocab_size"] == 320
     lines = [json.loads(line) for line in (work / "new" / "metrics.jsonl").read_text().splitlines()]
