@@ -20,7 +20,6 @@ LONGER: Mapping[str, Mapping[str, str]] = {
         "num_train_epochs": "2",
         "per_device_train_batch_size": "64",
         "learning_rate": "5.0e-3",
-        "train_limit": "null",
         "validation_limit": "null",
     },
     "reward": {
