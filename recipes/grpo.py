@@ -12,8 +12,8 @@ the weighted sum is compared within each group. With `normalize_then_sum` (GDPO)
 group before they are summed, so none drowns in another's spread. The penalty of a response that does not end,
 `missing_eos_penalty`, is then one more reward with that weight.
 
-Rewards are as in `recipes/ppo.py`, standardized on the SFT model's responses. GDPO's own standardization makes that
-one cancel, but for the small number that TRL adds to a deviation.
+Rewards are as in `recipes/ppo.py`, standardized on the SFT model's responses. GDPO standardizes each of them once more,
+so this changes almost nothing there.
 Sources: Shao et al. 2024, arXiv 2402.03300; for GDPO, Liu et al. 2026, arXiv 2601.05242.
 """
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
-            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(

@@ -4,6 +4,7 @@ A recipe imports from here before it imports trl, so that a missing package or a
 """
 
 import sys
+import warnings
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import require
@@ -12,5 +13,13 @@ try:
     require("train", "recipes")
 except UserError:
     # A script cannot catch this yet; it ends with the message, not with a traceback.
-    sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"{error}\n")
+    _own = sys.excepthook
+
+    def _tell(kind, error, trace):  # type: ignore[no-untyped-def]
+        sys.stderr.write(f"{error}\n") if issubclass(kind, UserError) else _own(kind, error, trace)
+
+    sys.excepthook = _tell
     raise
+
+# `versions` checks vLLM's; TRL would warn five times.
+warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")

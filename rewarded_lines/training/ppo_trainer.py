@@ -146,7 +146,8 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     def _correct_logs(self, made: dict[str, Any]) -> None:
         """Show the mean advantage of a response's tokens; TRL compares its score with those of its group."""
         means = (made["advantages"] * made["tool_mask"]).sum(1) / made["tool_mask"].sum(1).clamp(min=1)
-        shown, own = self._logs["advantages"], self.accelerator.gather(means).tolist()
+        shown: Any = self._logs["advantages"]
+        own = self.accelerator.gather(means).tolist()
         shown.extend([*list(shown)[: -len(own)], *own])
         if self.args.num_generations == 1:
             self._metrics[self._mode].pop("frac_reward_zero_std", None)
