@@ -208,7 +208,7 @@ class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         normalize_then_sum:  R = Σ w_i·(r_i − mean_group r_i) / (deviation_group r_i + ε),
                              A = (R − mean_batch R) / (deviation_batch R + ε)
 
-    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
+    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or `none` for no division.
     """
 
 
