@@ -3,6 +3,7 @@
 A recipe imports from here before it imports trl, so that a missing package or a version that does not fit is told.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -24,5 +25,5 @@ except UserError:
     raise
 
 # TRL imports vLLM, which reads its level then, and warns five times of a version that `versions` accepts.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", VLLM_SETTINGS["VLLM_LOGGING_LEVEL"])
+logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", VLLM_SETTINGS["VLLM_LOGGING_LEVEL"]))
 warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
