@@ -12,8 +12,8 @@ the weighted sum is compared within each group. With `normalize_then_sum` (GDPO)
 group before they are summed, so none drowns in another's spread. The penalty of a response that does not end,
 `missing_eos_penalty`, is then one more reward with that weight.
 
-Rewards are as in `recipes/ppo.py`, standardized on the SFT model's responses. GDPO's own standardization makes that
-one cancel, but for the small number that TRL adds to a deviation.
+Rewards are as in `recipes/ppo.py`, standardized on the SFT model's responses. GDPO standardizes each of them once more,
+so this changes almost nothing there.
 Sources: Shao et al. 2024, arXiv 2402.03300; for GDPO, Liu et al. 2026, arXiv 2601.05242.
 """
 
@@ -32,7 +32,7 @@ from trl import GRPOConfig, ModelConfig
 
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
-from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_standardization, packed
+from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_prompts, check_standardization, packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
             return
 
         task.fit(recipe.max_prompt_tokens, training.max_completion_length)
+        check_prompts(training, len(task.rows))
         policy = task.load_policy(model_options)
         spec = task.spec(
             temperature=training.temperature,
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
-            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(

@@ -30,9 +30,15 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig
 
-from rewarded_lines.training.load_models import generation_dtype, load_critic, lora_config, reference_loading
+from rewarded_lines.training.load_models import (
+    generation_dtype,
+    load_critic,
+    lora_config,
+    reference_hash,
+    reference_loading,
+)
 from rewarded_lines.training.load_task import load_task
-from rewarded_lines.training.online_trainer import packed
+from rewarded_lines.training.online_trainer import check_prompts, packed
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
@@ -56,11 +62,13 @@ def main(argv: Sequence[str]) -> None:
     with training_run("ppo", arguments) as run:
         set_seed(training.seed)
         task = load_task(options, data, rewards, model_options, training)
-        if not run.begin(**task.inputs):
+        critic_start = {"critic": reference_hash(training.critic_model)} if training.critic_model else {}
+        if not run.begin(**task.inputs, **critic_start):
             task.add_to_project(run)
             return
 
         task.fit(recipe.max_prompt_tokens, training.response_length)
+        check_prompts(training.settings(len(task.rows)), len(task.rows))
         policy, critic = task.load_policy(model_options), None
         if training.critic == "separate":
             critic = load_critic(task.base, model_options, training.critic_model)
@@ -100,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
-            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(

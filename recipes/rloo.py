@@ -25,7 +25,7 @@ from trl import ModelConfig, RLOOConfig
 
 from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
-from rewarded_lines.training.online_trainer import ReadRLOOTrainer, packed
+from rewarded_lines.training.online_trainer import ReadRLOOTrainer, check_prompts, packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
             return
 
         task.fit(recipe.max_prompt_tokens, training.max_completion_length)
+        check_prompts(training, len(task.rows))
         policy = task.load_policy(model_options)
         spec = task.spec(
             temperature=training.temperature,
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
-            say(f"{trainer.unscored} of {trainer.responses} training responses had no score, and were left out")
+            say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
         task.save(trainer.save_model, run, training)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         run.finish(

@@ -64,6 +64,8 @@ SMALL = {
         "effective_batch_size": 8,
         "per_device_train_batch_size": 8,
         "local_rollout_forward_batch_size": 8,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
         "response_length": 6,
         "validation_limit": 8,
         "reward": "vowels",

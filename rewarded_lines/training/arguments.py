@@ -57,6 +57,10 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    refused = {name for cls in dataclass_types for name in getattr(cls, "REFUSED", ())}
+    for action in parser._actions:
+        if action.dest in refused:
+            action.help = argparse.SUPPRESS
     parser.add_argument("--config", metavar="FILE.yaml", help="the keys below, in a file; options override it")
     fields = [[field.name for field in dataclasses.fields(cls) if field.init] for cls in dataclass_types]
     known = [name for names in fields for name in names]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl.trainer import utils as trl_utils
 
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import Problem, UserError, fail
 
 # TRL refuses other values only when it has sampled the first responses.
 _CHOICES = {
@@ -51,7 +51,7 @@ def packed(prompt: Prompt) -> str:
 
 
 class _EpochSampler(Sampler[int]):
-    """TRL's order of prompts, with a seed of its own in every epoch: a resumed run begins in any of them."""
+    """TRL's order of prompts, with a seed of its own in every epoch, so that a resumed run can begin in any epoch."""
 
     def __init__(self, order: Any, trainer: Any) -> None:
         self._order, self._trainer = order, trainer
@@ -85,17 +85,48 @@ def _place_tokens(model: Any) -> None:
     body.register_forward_pre_hook(place, with_kwargs=True)
 
 
+def _skip_padding_on_cpu() -> None:
+    """Let TRL's language model head leave out padding and prompts on a CPU, as it does on a GPU.
+
+    On the demo's models, half of an update was the head's work on tokens that no loss reads.
+    """
+    own = getattr(trl_utils, "_use_triton", None)
+    if own is not None and not hasattr(own, "also_cpu"):
+
+        def use(device: torch.device) -> bool:
+            return device.type == "cpu" or bool(own(device))
+
+        use.also_cpu = True  # type: ignore[attr-defined]
+        trl_utils._use_triton = use
+
+
+def check_prompts(settings: Any, prompts: int) -> None:
+    """Refuse a `GRPOConfig` or `RLOOConfig` whose update needs more prompts than there are.
+
+    TRL would train on none, and save the model that it began with.
+    """
+    needed = settings.generation_batch_size // settings.num_generations
+    if needed > prompts:
+        raise fail(
+            "an update needs more prompts than there are",
+            where="training prompts",
+            expected=f"{needed} or more",
+            got=str(prompts),
+            remedy="lower `per_device_train_batch_size` or `effective_batch_size`, or raise `num_generations`",
+        )
+
+
 class OnlineTrainer:
     """What RLOOTrainer, GRPOTrainer and trainers made of them lack; a class names it before TRL's.
 
-    TRL reads chats with its own template, knows no stop texts, takes end tokens from the model alone, and gives padding
-    positions of its own.
+    TRL reads chats with its own template, knows no stop texts and takes end tokens from the model alone. It counts
+    padding on the left as positions of the text.
 
     Checkpoints are written between two rounds of sampling, and every epoch has its own order of prompts. So a resumed
     run has the numbers of an uninterrupted one.
 
-    A response without a score (NaN from every reward function) is left out, by TRL: its advantage is 0, and the others
-    of its group are compared without it.
+    A response without a score (NaN from every reward function) has advantage 0, and the others of its group are
+    compared without it. So TRL does it; a KL penalty in the loss (GRPO's `beta`) still holds its tokens.
 
     Attributes:
         responses: how many this start trained on.
@@ -110,6 +141,8 @@ class OnlineTrainer:
 
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
         """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
+        check_prompts(args, len(parts["train_dataset"]))
+        _skip_padding_on_cpu()
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {name: sorted(reader.ends), **given}
@@ -120,11 +153,7 @@ class OnlineTrainer:
             if part is not None:
                 whole = self.accelerator.unwrap_model(part)
                 _place_tokens(getattr(whole, "get_base_model", lambda whole=whole: whole)())
-        # `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
-        accumulated = args.gradient_accumulation_steps
-        self.add_callback(
-            _WholeRounds(math.lcm(args.steps_per_generation * args.num_iterations, accumulated) // accumulated)
-        )
+        self.add_callback(_WholeRounds(self))
         # TRL compares a response's last token with these.
         self.eos_token_ids = sorted(reader.ends)
         self.responses = self.unscored = 0
@@ -179,21 +208,25 @@ class ReadGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         normalize_then_sum:  R = Σ w_i·(r_i − mean_group r_i) / (deviation_group r_i + ε),
                              A = (R − mean_batch R) / (deviation_batch R + ε)
 
-    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or none, which divides by nothing.
+    `scale_rewards` chooses the deviation of the first: of the group, of the batch, or `none` for no division.
     """
 
 
 class _WholeRounds(TrainerCallback):
-    """Puts a checkpoint off until the sampled responses are used up: the trainer would lose them."""
+    """Puts a checkpoint off until the sampled responses are used up: the trainer would lose them.
 
-    def __init__(self, updates: int) -> None:
-        """A round has so many `updates`."""
-        self._updates, self._due = updates, False
+    `num_iterations` and `steps_per_generation` make one round of sampling last for several updates.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        """Take the trainer, which counts its batches."""
+        self._trainer, self._due = trainer, False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Decide whether a checkpoint is written after this update."""
+        used_up = self._trainer._step % (args.steps_per_generation * self._trainer.num_iterations) == 0
         self._due |= control.should_save
-        control.should_save = self._due and (state.global_step % self._updates == 0 or control.should_training_stop)
+        control.should_save = self._due and (used_up or control.should_training_stop)
         self._due &= not control.should_save
 
     on_epoch_end = on_step_end

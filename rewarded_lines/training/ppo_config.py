@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trl import GRPOConfig
 
@@ -17,12 +17,12 @@ _DECIDED = {
     "max_completion_length": "response_length", "max_steps": "total_episodes",
     "steps_per_generation": "num_mini_batches", "generation_batch_size": "effective_batch_size",
     "loss_type": "", "scale_rewards": "", "multi_objective_aggregation": "", "reward_weights": "`rewards`",
-    "sync_ref_model": "",
+    "sync_ref_model": "", "use_bias_correction_kl": "",
 }  # fmt: skip
 _OWN = "the loss is PPO's, and its reference is the SFT model"
 _GONE = "not a key any more: "
 _COMPUTED = "leave it out: it follows from the batch and the number of processes"
-# Settings that the recipe changes after they were checked.
+# The recipe sets these after the configuration has been checked.
 _LATER = ("output_dir", "model_init_kwargs", "chat_template_kwargs", "reward_weights")
 
 
@@ -43,7 +43,7 @@ class SingleResponseConfig(GRPOConfig):  # type: ignore[misc]
         """Check the settings as TRL does."""
         wanted = self.num_generations
         if wanted == 1:
-            # TRL wants two or more that divide the batch. The episodes of one process are such a number.
+            # TRL wants two or more that divide the batch. The episodes of one process are such a number, from two on.
             self.num_generations = max(
                 2, self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
             )
@@ -60,6 +60,8 @@ class PPOConfig(SingleResponseConfig):
     them `num_ppo_epochs` times in `num_mini_batches`, each with one step of the optimizer. Where TRL counts steps
     (`logging_steps`, `save_steps`, `warmup_steps`), here updates are counted.
     """
+
+    REFUSED: ClassVar[frozenset[str]]
 
     learning_rate: float = _key("initial learning rate", 3e-6)
     temperature: float = _key("sampling temperature", 0.7)
@@ -119,7 +121,7 @@ class PPOConfig(SingleResponseConfig):
             if one.name in _DECIDED and value != default:
                 name = _DECIDED[one.name]
                 remedy = f"set {name if name.startswith('`') else f'`{name}`'} instead" if name else "leave it out"
-                found.append(Problem("not a key of PPO", where=one.name, expected=name and "" or _OWN, remedy=remedy))
+                found.append(Problem("not a key of PPO", where=one.name, expected="" if name else _OWN, remedy=remedy))
         return found
 
     def _wrong(self) -> list[Problem]:
@@ -135,13 +137,37 @@ class PPOConfig(SingleResponseConfig):
             what = "a value head on the policy has no model of its own"
             found.append(Problem(what, where="critic_model", remedy="leave it out, or set `critic: separate`"))
         positive = ["num_ppo_epochs", "response_length", "local_rollout_forward_batch_size", "kl_horizon"]
-        positive += ["target_kl"] if self.target_kl is not None else []
+        positive += [name for name in ("target_kl", "total_episodes") if getattr(self, name) is not None]
         found += [
             Problem("not a positive number", where=name, got=str(getattr(self, name)))
             for name in positive
             if not getattr(self, name) > 0
         ]
+        found += [
+            Problem("unknown value", where=name, expected=f"one of {', '.join(known)}", got=str(getattr(self, name)))
+            for name, known in (("kl_estimator", ("k1", "k3")), ("critic", ("separate", "shared")))
+            if getattr(self, name) not in known
+        ]
+        if own == 1:
+            what, remedy = "an update of one episode", "raise `per_device_train_batch_size` or `effective_batch_size`"
+            found.append(
+                Problem(what, where="per_device_train_batch_size", expected="2 or more", got="1", remedy=remedy)
+            )
         return found
+
+    def _check_deepspeed(self) -> None:
+        """Refuse what the critic cannot do, which DeepSpeed does not know."""
+        plugin = self.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3 and self.critic == "separate":
+            raise fail(
+                "ZeRO-3 shards one model only, the policy",
+                where="critic",
+                got="separate",
+                remedy="set `critic: shared`, a value head on the policy, or use FSDP2 or ZeRO-2",
+            )
+        if plugin is not None and self.fp16:
+            what = "DeepSpeed scales the loss for fp16, and the critic would take the scaled gradients"
+            raise fail(what, where="fp16", remedy="set `bf16: true`, or use FSDP2 or DDP")
 
     @property
     def _own_batch(self) -> int:
@@ -156,18 +182,13 @@ class PPOConfig(SingleResponseConfig):
         """Return the settings for GRPOTrainer to train on so many prompts.
 
         Raises:
-            UserError: an update needs more prompts than there are.
+            UserError: DeepSpeed cannot take them, or there is nothing to train on.
         """
+        self._check_deepspeed()
         episodes = self._own_batch * self.world_size
-        if (needed := episodes // self.num_generations) > prompts:
-            raise fail(
-                "an update needs more prompts than there are",
-                where="training prompts",
-                expected=f"{needed} or more",
-                got=str(prompts),
-                remedy="lower `per_device_train_batch_size` or `effective_batch_size`, or raise `num_generations`",
-            )
         wanted = int(self.num_train_epochs * prompts) if self.total_episodes is None else self.total_episodes
+        if wanted < 1:
+            raise fail("no episode to train on", where="num_train_epochs", got=str(self.num_train_epochs))
         updates, mini = math.ceil(wanted / episodes), self._own_batch // self.num_mini_batches
         micro = math.gcd(self.per_device_train_batch_size, mini)
         names = {one.name for one in fields(SingleResponseConfig) if one.init}
@@ -198,3 +219,9 @@ class PPOConfig(SingleResponseConfig):
         if value is None:
             return None
         return (math.ceil(value * updates) if value < 1 else int(value)) * self.steps_per_update
+
+
+# `--help` leaves these out. `max_steps` it shows, as for every trainer.
+PPOConfig.REFUSED = frozenset(_DECIDED) - {"max_steps"} | {
+    one.name for one in fields(PPOConfig) if one.metadata.get("help", "").startswith(_GONE)
+}

@@ -21,6 +21,12 @@ from rewarded_lines.training.online_trainer import token_places
 _WEIGHTS, _OPTIMIZER, _STATE = "critic.safetensors", "critic_optimizer.pt", "ppo.json"
 
 
+def _read(head: Any, hidden: Tensor) -> Tensor:
+    """Return a head's values, in its own precision: autocast would round them to 8 bits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(next(head.parameters()))).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
 class SeparateCritic(nn.Module):
     """A transformer with a head of one number, such as a reward model."""
 
@@ -38,7 +44,7 @@ class SeparateCritic(nn.Module):
         hidden = body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False
         ).last_hidden_state
-        return self.model.score(hidden[:, -count - 1 : -1]).squeeze(-1).float()  # type: ignore[no-any-return]
+        return _read(self.model.score, hidden[:, -count - 1 : -1])
 
 
 class SharedCritic(nn.Module):
@@ -64,7 +70,7 @@ class SharedCritic(nn.Module):
 
     def forward(self, hidden: Tensor, count: int) -> Tensor:
         """Return the value before each of the last `count` tokens, shape (rows, count)."""
-        return self.head(hidden[:, -count - 1 : -1].to(self.head.weight)).squeeze(-1)  # type: ignore[no-any-return]
+        return _read(self.head, hidden[:, -count - 1 : -1])
 
 
 class CriticOptimizer:

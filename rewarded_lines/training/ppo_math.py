@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Batch = dict[str, Tensor]
+
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
     """Return an estimate of the KL to the reference for each sampled token, in nats.
@@ -90,3 +92,26 @@ def adapted_coefficient(kl_coef: float, kl: float, target: float, horizon: int, 
     """
     error = min(max((kl - target) / target, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
+
+
+def mini_batches(parts: list[Batch], size: int) -> list[list[Batch]]:
+    """Return mini-batches of `size` parts, each part with responses of similar length and no needless padding.
+
+    The loss of a mini-batch is a mean over its tokens, so it does not matter which part a response is in.
+    """
+    made = []
+    for start in range(0, len(parts), size):
+        names = [name for name, value in parts[start].items() if value.dim()]
+        joined = {name: torch.cat([part[name] for part in parts[start : start + size]]) for name in names}
+        order = joined["completion_mask"].sum(1).argsort(stable=True)
+        made.append([_trimmed({name: value[rows] for name, value in joined.items()}) for rows in order.chunk(size)])
+    return made
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Return a batch without the columns that are padding in every row."""
+    width = batch["completion_mask"].shape[1]
+    longest = max(1, int(batch["completion_mask"].sum(1).max()))
+    skipped = int(batch["prompt_mask"].any(0).int().argmax())
+    trimmed = {name: value[:, :longest] if value.shape[1:2] == (width,) else value for name, value in batch.items()}
+    return trimmed | {name: batch[name][:, skipped:] for name in ("prompt_ids", "prompt_mask")}

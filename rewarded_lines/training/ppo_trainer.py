@@ -13,15 +13,14 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.errors import fail
 from rewarded_lines.training.online_trainer import OnlineTrainer
-from rewarded_lines.training.ppo_batches import mini_batches, skip_padding_on_cpu
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_critic import CriticOptimizer, SharedCritic, prepare_critic
 from rewarded_lines.training.ppo_math import (
     adapted_coefficient,
     estimate_advantages,
     kl_estimate,
+    mini_batches,
     token_rewards,
     value_losses,
     whiten,
@@ -47,11 +46,9 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         """Build TRL's trainer with `parts`; `critic` is a classifier of one number, None for a shared critic.
 
         Raises:
-            UserError: a separate critic under ZeRO-3, or too few prompts for an update.
+            UserError: too few prompts for an update, or settings that DeepSpeed cannot take.
         """
         settings = args.settings(len(parts["train_dataset"]))
-        _check_sharding(settings, critic)
-        skip_padding_on_cpu()
         super().__init__(model=model, args=settings, reader=reader, chats=chats, **parts)
         self.args: Any
         self.state: Any
@@ -143,7 +140,17 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         with torch.no_grad():
             values = self._values(made)
             self._add_advantages(made, values)
+        self._correct_logs(made)
         return made
+
+    def _correct_logs(self, made: dict[str, Any]) -> None:
+        """Show the mean advantage of a response's tokens; TRL compares its score with those of its group."""
+        means = (made["advantages"] * made["tool_mask"]).sum(1) / made["tool_mask"].sum(1).clamp(min=1)
+        shown: Any = self._logs["advantages"]
+        own = self.accelerator.gather(means).tolist()
+        shown.extend([*list(shown)[: -len(own)], *own])
+        if self.args.num_generations == 1:
+            self._metrics[self._mode].pop("frac_reward_zero_std", None)
 
     def _add_advantages(self, made: dict[str, Any], values: Tensor) -> None:
         """Turn scores into advantages and returns of tokens, log them, and adapt the KL coefficient."""
@@ -246,14 +253,3 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
             # First, since it refuses checkpoints of other trainers.
             self.kl_coef = self._critic_optimizer.load(Path(checkpoint))["kl_coef"]
         super()._load_optimizer_and_scheduler(checkpoint)
-
-
-def _check_sharding(settings: Any, critic: Any) -> None:
-    plugin = settings.deepspeed_plugin
-    if critic is not None and plugin is not None and plugin.zero_stage == 3:
-        raise fail(
-            "ZeRO-3 shards one model only, the policy",
-            where="critic",
-            got="separate",
-            remedy="set `critic: shared`, a value head on the policy, or use FSDP2 or ZeRO-2",
-        )

@@ -233,7 +233,7 @@ def test_rows_on_which_a_reward_abstains_are_left_out_and_counted(work, abstains
         return
     lines = [json.loads(line) for line in (work / "policy" / "metrics.jsonl").read_text().splitlines()]
     unscored = int(sum(line.get("unscored", 0) for line in lines))
-    assert 0 < unscored < 32 and f"{unscored} of 32 training responses had no score, and were left out" in told
+    assert 0 < unscored < 32 and f"{unscored} of 32 training responses had no score; their advantage is 0" in told
 
 
 def test_a_reward_that_scores_all_alike_trains_as_the_refusal_says(work, capsys):
@@ -272,6 +272,9 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
     ]:
         with pytest.raises(UserError, match=message):
             run("ppo", work, output_dir=work / "none", **overrides)
+    for name in ("ppo", "rloo", "grpo"):
+        with pytest.raises(UserError, match="an update needs more prompts than there are"):
+            run(name, work, output_dir=work / "none", train_limit=1)
     (work / "start.yaml").write_text(PROJECT.replace("base: sft\n", ""))
     with pytest.raises(UserError, match="`base` is missing(.|\n)*model_name_or_path"):
         run("rloo", work, output_dir=work / "none", project_file=work / "start.yaml")
@@ -303,6 +306,17 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(work):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="no recipe made"):
                 run(name, work, output_dir=work / "data", overwrite=overwrite, train_file="nowhere")
+
+
+def test_a_critic_with_other_weights_makes_another_run(work, capsys):
+    critic = {"critic_model": work / "critic", "output_dir": work / "vowels", "total_episodes": 8}
+    save_model(make_model(1), work / "critic")
+    run("ppo", work, **critic)
+    run("ppo", work, **critic)
+    assert "finished already" in capsys.readouterr().out
+    save_model(make_model(2), work / "critic")
+    with pytest.raises(UserError, match="another run is there"):
+        run("ppo", work, **critic)
 
 
 def test_a_reward_that_fails_once_all_is_trained_does_not_cost_the_policy(work):

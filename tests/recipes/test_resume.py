@@ -78,6 +78,19 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
     ("name", "more", "end", "kept"),
     [
         pytest.param("grpo", {"num_iterations": 2, "max_steps": 6}, 4, 2, id="checkpoints wait for a round's end"),
+        # A round has two batches, and an update three: every second update ends a round.
+        pytest.param(
+            "grpo",
+            {
+                "per_device_train_batch_size": 4,
+                "effective_batch_size": 12,
+                "steps_per_generation": 2,
+                "max_steps": 4,
+            },
+            4,
+            2,
+            id="rounds that end inside an update",
+        ),
         pytest.param("rloo", {"train_limit": 4, "max_steps": 6}, 6, 5, id="in the third epoch"),
     ],
 )
