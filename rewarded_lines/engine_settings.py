@@ -30,6 +30,7 @@ _OWN = {
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_target_modules"), _ADAPTERS),
     **dict.fromkeys(("runner", "convert", "pooler_config", "task"), _GENERATES),
     **dict.fromkeys(("generation_config", "override_generation_config"), _ANSWERS),
+    "pipeline_parallel_size": "a merge enters workers that hold a part of every layer; use `tensor_parallel_size`",
     **dict.fromkeys(("worker_cls", "worker_extension_cls"), "merged weights enter the engine through it"),
     "logprobs_mode": "the KL needs the raw log-probabilities",
     "trust_remote_code": "code that comes with a checkpoint is never run",
