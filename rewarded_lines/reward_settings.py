@@ -96,9 +96,9 @@ class RewardSpec(Strict):
     `missing: leave_out`, a sweep goes on where the server fails on a response.
 
     A reward of the role "audit" is reported only: no training, choice or hypervolume uses it. `max_tokens` limits the
-    text, by default to what the model can read. `backend` and `device` run a model, in `dtype`; "auto" is the one that its
-    config names. A batch has up to `batch_tokens` tokens, padding included: by default 16 × `batch_size`, 1,024 on a CPU
-    and 8,192 on a GPU.
+    text, by default to what the model can read. `backend` and `device` run a model, in `dtype`; "auto" is the one that
+    its config names. A batch has up to `batch_tokens` tokens, padding included: by default 16 × `batch_size`, so 1,024
+    on a CPU, and 8,192 on a GPU.
     """
 
     model: str | None = None

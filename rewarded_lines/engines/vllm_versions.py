@@ -14,28 +14,44 @@ from typing import Any
 
 from packaging.version import Version
 
+from rewarded_lines.engine_settings import EngineSettings
+from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 from rewarded_lines.versions import installed
 
 
-def start_vllm(size: float = 0, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: int = 0, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
+        spare: bytes of a GPU that it must leave free beside a tenth.
+        settings: the user's, whose arguments replace those of `options`.
         options: of vLLM's `LLM`.
     """
+    options = {"enforce_eager": True, **options}
     let_vllm_search_modules()
     LLM = load_vllm()
     import torch
 
     if torch.cuda.is_available():
+        # Unused reserves of torch count as taken for vLLM.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
+        if spare >= free:
+            raise fail(
+                "reward models leave no memory for the engine",
+                where="vLLM",
+                expected=f"more than {spare / (1 << 30):.1f} GiB free, which they need beside what they hold",
+                got=f"{free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f}",
+                remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
+            )
+        options["gpu_memory_utilization"] = round(min(0.9 * (free - spare), size or free) / total, 3)
+    options |= settings.args if settings else {}
     with warnings.catch_warnings():
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+        return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
 
 
 def load_vllm() -> Any:

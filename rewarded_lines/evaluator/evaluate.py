@@ -97,7 +97,7 @@ class LocalEvaluator:
     @cached_property
     def _scorer(self) -> Scorer:
         setup, cache = self.setup, ScoreCache(self._folder / "scores.sqlite")
-        how = setup.options.offload, self._progress, setup.options.reward_memory
+        how = setup.options.offload, self._progress, setup.reward_memory
         return Scorer(setup.rewards, setup.project.config.rewards, cache, *how)
 
     @cached_property

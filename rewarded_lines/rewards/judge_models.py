@@ -64,7 +64,9 @@ class JudgeModel(SharedModel[JudgeEngine]):
 
 def share_judge(known: dict[str, Any], where: str, spec: RewardSpec, reference: str, device: str) -> JudgeModel:
     """Return the model in `known` that another reward asks, too, or a new one."""
-    key = repr(("judge", reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens, spec.batch_tokens))
+    key = repr(
+        ("judge", reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens, spec.batch_tokens)
+    )
     if key not in known:
         known[key] = JudgeModel(where, spec, reference, device, known)
     found: JudgeModel = known[key]

@@ -89,4 +89,4 @@ def whole_memory(device: str) -> int:
 
 def in_gib(size: float) -> str:
     """Return bytes for messages."""
-    return f"{size / _UNIT:.1f} GiB"
+    return f"{size / (1 << 30):.1f} GiB"

@@ -146,7 +146,7 @@ def _words(models: Sequence[HeldModel], stay: set[int]) -> str:
 def turns_told(models: Sequence[HeldModel], stay: Sequence[HeldModel]) -> str:
     """Return a sentence on who stays in memory and who takes turns."""
     places = {at for at, one in enumerate(models) if one in stay}
-    return f"reward models do not fit into {models[0].device} together; {_words(models, places)}"
+    return f"reward models do not fit into the memory of {models[0].device} together; {_words(models, places)}"
 
 
 def bytes_of(budget: str, device: str) -> int:
@@ -157,4 +157,3 @@ def bytes_of(budget: str, device: str) -> int:
 
 def _named(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
-
