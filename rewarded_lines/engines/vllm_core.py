@@ -43,6 +43,7 @@ class VllmCore(Generator):
         usual = {"enforce_eager": False} if torch.cuda.is_available() else alone
         self._llm: Any = start_vllm(
             settings=work.settings,
+            spare=work.spare,
             model=work.model,
             tokenizer=work.texts,
             dtype=work.spec.dtype,

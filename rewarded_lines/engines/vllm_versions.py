@@ -22,11 +22,12 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: int = 0, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
+        spare: bytes of a GPU that it must leave free beside a tenth.
         settings: the user's, whose arguments replace those of `options`; by default none, and vLLM keeps its mode.
         options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
 
@@ -41,8 +42,18 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, **option
 
     options = {"enforce_eager": True, **options}
     if torch.cuda.is_available():
+        # Unused reserves of torch count as taken for vLLM.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
+        if spare >= free:
+            raise fail(
+                "reward models leave no memory for the engine",
+                where="vLLM",
+                expected=f"more than {spare / (1 << 30):.1f} GiB free, which they need beside what they hold",
+                got=f"{free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f}",
+                remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
+            )
+        options["gpu_memory_utilization"] = round(min(0.9 * (free - spare), size or free) / total, 3)
     options |= settings.args if settings else {}
     with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.

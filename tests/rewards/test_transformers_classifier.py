@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
-from rewarded_lines.rewards.transformers_classifier import make_batches
+from rewarded_lines.rewards.text_batches import make_batches
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=200)
 
