@@ -37,10 +37,11 @@ class StandInRay:
 
     exceptions = SimpleNamespace(RayActorError=ActorDied)
     # What tells that a module is installed.
-    __spec__ = "a stand-in"
+    __spec__ = SimpleNamespace(origin="a stand-in")
 
     def __init__(self, dies: Callable[[int], bool]) -> None:
         self.dies, self.calls, self.actors, self.running = dies, 0, [], False
+        self.machines: list[dict[str, float]] = [{"CPU": 2.0}]
 
     def init(self, **_: Any) -> None:
         self.running = True
@@ -48,10 +49,11 @@ class StandInRay:
     def shutdown(self) -> None:
         self.running = False
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0, "node:127.0.0.1": 1.0}
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": one} for one in self.machines]
 
-    def remote(self, **_: Any) -> Callable[[type], SimpleNamespace]:
+    def remote(self, **share: Any) -> Callable[[type], SimpleNamespace]:
+        self.share = share
         return lambda kind: SimpleNamespace(remote=lambda *args: self._hire(kind(*args)))
 
     def put(self, value: Any) -> Any:

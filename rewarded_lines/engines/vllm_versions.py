@@ -18,6 +18,8 @@ from packaging.version import Version
 
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.vllm_arguments import INVARIANT, WHERE, check_device, vllm_version
+from rewarded_lines.engines.vllm_memory import few_at_once, memory_share
+from rewarded_lines.engines.vllm_process import enlist, vllm_device
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 
@@ -38,27 +40,19 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: i
         check_device(settings)
     let_vllm_search_modules()
     LLM = load_vllm(settings)
-    import torch
-
-    options = {"enforce_eager": True, **options}
-    if torch.cuda.is_available():
-        # Unused reserves of torch count as taken for vLLM.
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        if spare >= free:
-            raise fail(
-                "reward models leave no memory for the engine",
-                where="vLLM",
-                expected=f"more than {spare / (1 << 30):.1f} GiB free, which they need beside what they hold",
-                got=f"{free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f}",
-                remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
-            )
-        options["gpu_memory_utilization"] = round(min(0.9 * (free - spare), size or free) / total, 3)
-    options |= settings.args if settings else {}
+    options, own = {"enforce_eager": True, **options}, settings.args if settings else {}
+    if vllm_device() == "cuda":
+        options = (few_at_once(options.get("max_model_len", 0)) if size else {}) | options
+        if "gpu_memory_utilization" not in own:
+            devices = settings.tensor_parallel if settings else 1
+            options["gpu_memory_utilization"] = memory_share(size, spare, devices)
+    options |= own
     with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+        llm = LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+    enlist(llm)
+    return llm
 
 
 @contextmanager

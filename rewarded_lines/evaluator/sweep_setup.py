@@ -30,6 +30,7 @@ from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluator.ray_machines import check_devices
 from rewarded_lines.evaluator.records import FORMAT
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
@@ -217,6 +218,8 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
         if options.ray is None:
             check_device(settings)
     _check_rewards(project)
+    if options.ray is not None:
+        check_devices(project, options.device, engine_settings(project, options).tensor_parallel)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
     progress.start("reading prompts")

@@ -61,11 +61,11 @@ def with_dtype(where: str, spec: RewardSpec, config: Any) -> RewardSpec:
 
 
 def find_device(device: str, where: str) -> str:
-    """Return the torch device ("auto": a GPU if possible); refuse devices that are missing."""
+    """Return the torch device, a GPU with its number ("auto": a GPU if possible); refuse devices that are missing."""
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     expected = "auto, cpu, cuda or cuda:N"
     try:
         kind = torch.device(device).type
@@ -85,4 +85,5 @@ def find_device(device: str, where: str) -> str:
             got=repr(device),
             remedy="change the reward's `device:`; if it has none, change --device",
         ) from error
-    return device
+    # "cuda" and "cuda:0" are one device, also where models are counted.
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device

@@ -9,6 +9,7 @@ from typing import Any
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.hashing import model_hash
+from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.engines.base import Workload
@@ -54,7 +55,7 @@ class JudgeModel(SharedModel[JudgeEngine]):
 
     def _vllm(self) -> VllmJudge:
         check_vllm(self._where, self.device)
-        weights = weights_size(self._reference, self._spec, self._config)
+        weights = weights_size(str(resolve_folder(base_model(self._reference))), self._spec, self._config)
         needed, self.size = engine_size(self._config, self._spec, weights, self.longest or LONGEST, self.device)
         try:
             return VllmJudge(self._work(), needed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, read_json_object
+from rewarded_lines.engines.vllm_memory import working_memory
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.processes import available_memory
@@ -55,7 +56,11 @@ def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, devic
     Raises:
         MemoryError: the GPU has fewer free bytes.
     """
-    needed = weights + cache_size(config, spec, longest) + WORKING_MEMORY if weights else 0
+    import torch
+
+    itemsize = getattr(torch, spec.dtype).itemsize
+    work = max(WORKING_MEMORY, working_memory(config, longest, itemsize, samples=spec.judge is not None))
+    needed = weights + cache_size(config, spec, longest) + work if weights else 0
     if not device.startswith("cuda"):
         return needed, weights
     empty_cache()

@@ -222,7 +222,7 @@ def _first_places(pairs: Sequence[Pair], known: Container[Pair]) -> dict[Pair, i
 
 
 def reward_key(reward: Reward, spec: RewardSpec) -> str:
-    """Return a hash of everything that decides a reward's scores: content, declaration, type of device.
+    """Return a hash of everything that decides a reward's scores: content, declaration, type of device, card.
 
     A function without a source file gets a new key each time, since its content is unknown.
     """
@@ -231,4 +231,9 @@ def reward_key(reward: Reward, spec: RewardSpec) -> str:
         "device": reward.device.partition(":")[0],
         "fingerprint": reward.fingerprint or uuid.uuid4().hex,
     }
+    if reward.device.startswith("cuda"):
+        import torch
+
+        # Kernels, and so the last bits of a score, differ between cards.
+        content["card"] = torch.cuda.get_device_name(reward.device)
     return str(blake3.blake3(json.dumps(content, sort_keys=True).encode()).hexdigest())

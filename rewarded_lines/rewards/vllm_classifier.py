@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.data.lengths import positions_of
+from rewarded_lines.engines.vllm_process import check_gpu, end_vllm, take_turn, vllm_device
 from rewarded_lines.engines.vllm_versions import start_vllm
 from rewarded_lines.errors import fail
 from rewarded_lines.extras import require
@@ -39,7 +41,7 @@ class VllmClassifier:
         self.pad: int | None = None if stored.reads_last else config.get_text_config().pad_token_id
         limits = (spec.max_tokens, positions_of(config), LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
-        weights = weights_size(reference, spec, config)
+        weights = weights_size(str(resolve_folder(reference)), spec, config)
         needed, self.size = engine_size(config, spec, weights, self.longest, device)
         options = {"dtype": spec.dtype, "max_model_len": self.longest}
         try:
@@ -47,7 +49,7 @@ class VllmClassifier:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise cannot_load(where, reference, error, "use `backend: hf`") from error
         # The engine ends when this object is collected or Python exits.
-        self._shut_down = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        self._shut_down = weakref.finalize(self, end_vllm, self._llm)
 
     def logits(self, ids: Ids, types: Ids | None = None) -> list[list[float]]:
         """Return the logits of each text; decoders have no token types."""
@@ -56,6 +58,7 @@ class VllmClassifier:
         # By default, vLLM returns a sigmoid or softmax of the logits.
         params = PoolingParams(use_activation=False)
         inputs = [{"prompt_token_ids": list(row)} for row in ids]
+        take_turn(self._llm)
         outputs = self._llm.classify(inputs, pooling_params=params, use_tqdm=False)
         return [[float(logit) for logit in output.outputs.probs] for output in outputs]
 
@@ -68,17 +71,16 @@ class VllmClassifier:
 
 def check_vllm(where: str, device: str) -> None:
     """Refuse vLLM where it is missing, of another version, or runs on another device."""
-    import torch
-
     require("vllm", f"{where}, backend: vllm", otherwise="or use `backend: hf`")
-    own = "cuda" if torch.cuda.is_available() else "cpu"
+    check_gpu(f"{where}, backend: vllm")
+    own = vllm_device()
     if device not in (own, f"{own}:0"):
         raise fail(
             "vLLM runs on another device",
             where=f"{where}, backend: vllm",
             expected=own,
             got=device,
-            remedy="use `backend: hf`, or set CUDA_VISIBLE_DEVICES",
+            remedy=f"declare `device: {own}`, use `backend: hf`, or set CUDA_VISIBLE_DEVICES",
         )
 
 
