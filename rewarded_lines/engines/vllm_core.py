@@ -17,7 +17,7 @@ from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Work
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_tokens
 from rewarded_lines.engines.vllm_arguments import check_length
-from rewarded_lines.engines.vllm_versions import start_vllm
+from rewarded_lines.engines.vllm_versions import finds_compiler, start_vllm
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
@@ -40,7 +40,7 @@ class VllmCore(Generator):
         # would have to rewind the request's generator, and a CPU's generator cannot be rewound.
         alone = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         # On a GPU with CUDA graphs: swaps write to the addresses that they read.
-        usual = {"enforce_eager": False} if torch.cuda.is_available() else alone
+        usual = {"enforce_eager": not finds_compiler()} if torch.cuda.is_available() else alone
         self._llm: Any = start_vllm(
             settings=work.settings,
             model=work.model,
