@@ -17,7 +17,7 @@ from rewarded_lines.engines.tokenizers import load_config, load_tokens
 from rewarded_lines.engines.vllm_arguments import check_length
 from rewarded_lines.engines.vllm_memory import few_scored_at_once
 from rewarded_lines.engines.vllm_process import end_vllm, take_turn, vllm_device
-from rewarded_lines.engines.vllm_versions import start_vllm
+from rewarded_lines.engines.vllm_versions import finds_compiler, start_vllm
 from rewarded_lines.out_of_memory import empty_cache
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
@@ -41,7 +41,7 @@ class VllmCore(Generator):
         if vllm_device() == "cuda":
             # With CUDA graphs: swaps write to the addresses that they read.
             few = few_scored_at_once(longest, load_config(work.model), work.settings.args)
-            usual = {"enforce_eager": False, **few}
+            usual = {"enforce_eager": not finds_compiler(), **few}
         self._llm: Any = start_vllm(
             settings=work.settings,
             spare=work.spare,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -66,6 +69,17 @@ def _told(settings: EngineSettings | None) -> Iterator[None]:
         given = ", ".join(f"{name}: {value}" for name, value in settings.as_dict().items())
         remedy = "correct the settings, or leave them out"
         raise fail(f"vLLM does not start with {given}", where=WHERE, got=str(error), remedy=remedy) from error
+
+
+def finds_compiler() -> bool:
+    """Return whether Triton can build what CUDA graphs need: with a C compiler and Python's headers; warn if not."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if compiler and headers.is_file():
+        return True
+    lacking = f"{headers} is missing" if compiler else "there is no C compiler"
+    warnings.warn(f"{lacking}: vLLM runs without CUDA graphs, slower; install gcc and python3-dev", stacklevel=2)
+    return False
 
 
 def load_vllm(settings: EngineSettings | None = None) -> Any:

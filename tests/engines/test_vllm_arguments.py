@@ -1,6 +1,9 @@
 """The user's settings on their way to vLLM, with a stand-in for it: what reaches it, and what is refused before."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +62,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[device])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr("rewarded_lines.engines.vllm_core.finds_compiler", lambda: True)
 
 
 def test_on_a_cpu_graphs_are_off_and_blocks_are_short(tiny, given):
@@ -75,6 +79,15 @@ def test_on_a_gpu_graphs_are_on_and_the_users_word_wins(tiny, given, card):
     own = settings(enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=100)
     load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own).close()
     assert given["enforce_eager"] is True and given["gpu_memory_utilization"] == 0.3 and given["max_model_len"] == 100
+
+
+def test_without_a_compiler_graphs_are_off_and_it_is_told(tiny, given, card, monkeypatch):
+    monkeypatch.setattr(vllm_versions, "shutil", SimpleNamespace(which=lambda name: None))
+    monkeypatch.setattr("rewarded_lines.engines.vllm_core.finds_compiler", vllm_versions.finds_compiler)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(UserWarning, match="no C compiler: vLLM runs without CUDA graphs"):
+        load_generator("vllm", "sft", GREEDY, PROMPTS).close()
+    assert given["enforce_eager"] is True
 
 
 def test_a_judge_takes_its_own_memory_and_no_graphs(tiny, given, card):
@@ -228,3 +241,27 @@ def test_two_numbers_of_devices_are_refused_and_other_engines_take_none():
         SweepOptions(tensor_parallel=2, engine_args={"tensor_parallel_size": 4})
     with pytest.raises(UserError, match="only vLLM takes arguments"):
         SweepOptions(engine="hf", engine_args=["max_num_seqs=3"])
+
+
+ALONE_AND_TOGETHER = """
+from tiny_models import PROMPTS
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engine_settings import EngineSettings
+from rewarded_lines.engines.load_engine import load_generator
+
+spec = GenerationSpec(max_tokens=24, seed=3, dtype="bfloat16")
+engine = load_generator("vllm", "sft", spec, PROMPTS, settings=EngineSettings(attention="batch-invariant"))
+together = engine.generate(PROMPTS, spec)[0]
+assert [engine.generate(PROMPTS[:k], spec)[0][k - 1] for k in range(1, len(PROMPTS) + 1)] == together
+engine.close()
+"""
+
+
+@pytest.mark.gpu
+def test_batch_invariant_responses_have_the_same_bits_in_any_batch(tiny):
+    """In a process of its own, since vLLM's modules choose their kernels once."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs an NVIDIA GPU of compute capability 8.0 or more")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", ALONE_AND_TOGETHER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
