@@ -19,7 +19,7 @@ _SIGNS = (
 )
 NO_MEMORY = (RuntimeError, MemoryError)
 """The classes of errors that `ran_out` looks at; `torch.OutOfMemoryError` is a RuntimeError."""
-REMEDY = (
+_REMEDY = (
     "leave it more memory: `--reward-memory`, or a smaller `gpu_memory_utilization` of the engine, `--offload always`, "
     "`dtype: bfloat16` in a reward, or `device: cpu`"
 )
@@ -34,8 +34,11 @@ def ran_out(error: BaseException) -> bool:
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if not known and not any(sign in str(error) for sign in _SIGNS):
         return False
-    # The traceback keeps the variables of the failed functions, and these their tensors.
-    traceback.clear_frames(error.__traceback__)
+    # Tracebacks keep the variables of the failed functions, and these their tensors.
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__context__
     empty_cache()
     return True
 
@@ -52,7 +55,7 @@ def empty_cache() -> None:
 def no_room(where: str, what: str, error: BaseException) -> UserError:
     """Return the error for work that does not fit into memory, however small its batches."""
     got = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return fail(f"out of memory: {what}", where=where, got=got, remedy=REMEDY)
+    return fail(f"out of memory: {what}", where=where, got=got, remedy=_REMEDY)
 
 
 def tell(fact: str) -> None:

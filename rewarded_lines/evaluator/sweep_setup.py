@@ -190,7 +190,8 @@ class Setup:
         )
 
     def _spare(self, tell: Callable[[str], None]) -> int:
-        return spare_memory(self.rewards.values(), self.reward_memory, self.settings.tensor_parallel, tell)
+        how = self.reward_memory, self.options.offload, self.settings.tensor_parallel
+        return spare_memory(self.rewards.values(), *how, tell)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.

@@ -45,10 +45,10 @@ class JudgeEngine(Protocol):
 class HfJudge(HfGenerator):
     """A judge in transformers. A row's length alone decides the shape of its batch, and so its last bits."""
 
-    def __init__(self, work: Workload, loaded: tuple[Any, Any], where: str, batch_size: int) -> None:
-        """Take over a model with its tokenizer; `where` names the reward in messages."""
+    def __init__(self, work: Workload, loaded: tuple[Any, Any], shapes: TextBatches) -> None:
+        """Take over a model with its tokenizer; `shapes` outlive it."""
         super().__init__(work, loaded)
-        self._shapes = TextBatches(where, batch_size)
+        self._shapes = shapes
 
     def move(self, device: str) -> None:
         """Move the weights to another device."""

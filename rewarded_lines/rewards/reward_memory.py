@@ -92,7 +92,11 @@ def staying(models: Sequence[HeldModel], budget: str | None) -> list[HeldModel]:
 
 
 def spare_memory(
-    rewards: Iterable[Reward], budget: str | None, devices: int = 1, tell: Callable[[str], None] = lambda fact: None
+    rewards: Iterable[Reward],
+    budget: str | None,
+    offload: str = "auto",
+    devices: int = 1,
+    tell: Callable[[str], None] = lambda fact: None,
 ) -> int:
     """Return the bytes of a GPU that an engine must leave free for reward models, beside what they hold now.
 
@@ -102,37 +106,43 @@ def spare_memory(
     Args:
         rewards: of the run.
         budget: of all reward models on a GPU together, such as "24GiB" or "30%".
+        offload: see `Scorer`.
         devices: of the engine, from the first GPU on.
         tell: gets a sentence on who stays.
 
     Raises:
-        UserError: the budget is too small for the largest model.
+        UserError: the budget is too small for the models that must be in memory at once.
     """
-    needed = []
-    for device, models in held_models(rewards).items():
-        if device in {f"cuda:{at}" for at in range(devices)}:
-            needed.append(_spare(device, models, budget, tell))
-    return max(needed, default=0)
+    gpus = {f"cuda:{at}" for at in range(devices)}
+    groups = held_models(rewards).items()
+    return max(
+        (_spare(device, models, budget, offload, tell) for device, models in groups if device in gpus), default=0
+    )
 
 
-def _spare(device: str, models: Sequence[HeldModel], budget: str | None, tell: Callable[[str], None]) -> int:
-    sizes, largest = [one.size for one in models], max(one.size for one in models)
+def _spare(
+    device: str, models: Sequence[HeldModel], budget: str | None, offload: str, tell: Callable[[str], None]
+) -> int:
+    sizes = [one.size for one in models]
     loaded = sum(one.size for one in models if one.loaded)
-    share = _SHARE_OF_GPU * (available_memory(device) + loaded)
-    whole = bytes_of(budget, device) if budget is not None else max(int(share), largest + WORKING_MEMORY)
-    if largest + WORKING_MEMORY > whole:
-        raise fail(
-            "the memory of reward models is too small for the largest",
-            where="--reward-memory",
-            expected=f"{in_gib(largest)} for its weights and {in_gib(WORKING_MEMORY)} to work",
-            got=f"{budget}, {in_gib(whole)}",
-            remedy="raise it, declare `dtype: bfloat16`, or `device: cpu` for this reward",
-        )
-    stay = those_that_stay(sizes, whole - WORKING_MEMORY)
+    share = int(_SHARE_OF_GPU * (available_memory(device) + loaded))
+    whole = bytes_of(budget, device) if budget is not None else max(share, max(sizes) + WORKING_MEMORY)
+    if offload == "auto":
+        stay = those_that_stay(sizes, whole - WORKING_MEMORY)
+    else:
+        stay = {*range(len(models))} if offload == "never" else set()
     rest = [at for at in range(len(models)) if at not in stay]
+    peak = sum(sizes[at] for at in stay) + max((sizes[at] for at in rest), default=0)
+    if budget is not None and peak + WORKING_MEMORY > whole:
+        raise fail(
+            "the memory of reward models is too small for those that must be there at once",
+            where="--reward-memory",
+            expected=f"{in_gib(peak)} for weights and {in_gib(WORKING_MEMORY)} to work",
+            got=f"{budget}, {in_gib(whole)}",
+            remedy="raise it, declare `dtype: bfloat16`, or `device: cpu` for a reward",
+        )
     for at in rest:
         models[at].rewards[0].rest()
-    peak = sum(sizes[at] for at in stay) + max((sizes[at] for at in rest), default=0)
     tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")
     return max(peak + WORKING_MEMORY - sum(sizes[at] for at in stay if models[at].loaded), 0)
 

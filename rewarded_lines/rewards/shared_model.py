@@ -47,7 +47,7 @@ class SharedModel(ABC, Generic[Held]):
             beside: the models of other rewards, which leave the device if this one does not fit beside them.
         """
         self._where, self._reference, self.device = where, reference, device
-        self._beside = beside or {}
+        self._beside = {} if beside is None else beside
         self._held: Held | None = None
         self._rests = False
 
@@ -85,11 +85,16 @@ class SharedModel(ABC, Generic[Held]):
         if not self.loaded:
             return
         room = _SHARE_OF_HOST * available_memory("cpu")
-        if self.device == "cpu" or not hasattr(self._held, "move") or self.size > room:
+        fits = self.device != "cpu" and hasattr(self._held, "move") and self.size <= room
+        try:
+            if fits:
+                self._moved("cpu")
+        except (ValueError, NotImplementedError):
+            # Some quantized models stay where they were loaded.
+            fits = False
+        self._rests = fits
+        if not fits:
             self.free()
-        else:
-            self._moved("cpu")
-            self._rests = True
         empty_cache()
 
     def _moved(self, device: str) -> None:

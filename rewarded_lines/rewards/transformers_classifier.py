@@ -12,7 +12,7 @@ from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import load_model, names_of_output
-from rewarded_lines.rewards.text_batches import Batch, TextBatches, batch_size_on
+from rewarded_lines.rewards.text_batches import Batch, TextBatches
 
 # Absolute position embeddings: a model cannot read beyond the end of the table.
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
@@ -31,16 +31,28 @@ class HuggingFaceClassifier:
     """
 
     def __init__(
-        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
+        self,
+        where: str,
+        spec: RewardSpec,
+        stored: RewardCheckpoint,
+        device: str,
+        batches: TextBatches,
+        example: Callable[[], list[int]],
     ) -> None:
         """Load the model; raise a `UserError` if it is missing or not a classifier.
 
-        `example` returns the tokens of a text, which a model with own code can read.
+        Args:
+            where: names the reward in messages.
+            spec: its declaration.
+            stored: the files.
+            device: where it computes.
+            batches: keep their shapes while the model is not in memory.
+            example: returns the tokens of a text, which a model with own code can read.
         """
         import torch
 
         self._where = where
-        self._batches, self._one_by_one = TextBatches(where, batch_size_on(device, spec)), FittingBatches(where, 1)
+        self._batches, self._one_by_one = batches, FittingBatches(where, 1)
         loaded = load_model(where, stored, getattr(torch, spec.dtype), spec.trust_remote_code)
         self._model, self._read = loaded.model.to(device), loaded.read
         self._config = self._model.config.get_text_config()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import resolve_folder
@@ -29,10 +28,8 @@ class VllmClassifier:
     vLLM chooses its batches itself, so the other texts can change the last bits of a score.
     """
 
-    def __init__(
-        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
-    ) -> None:
-        """Build the engine; check first that vLLM can run the model on the device; `example` is not needed."""
+    def __init__(self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, *unused: Any) -> None:
+        """Build the engine; check first that vLLM can run the model on the device."""
         check_vllm(where, device)
         _check_form(where, spec, stored)
         reference = stored.reference
