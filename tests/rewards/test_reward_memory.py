@@ -53,6 +53,8 @@ class Card:
 def card(monkeypatch):
     found = Card(80)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (found.total - found.used, found.total))
     for name in ("memory_reserved", "memory_allocated"):
@@ -155,7 +157,8 @@ def test_a_budget_below_what_must_be_there_is_refused(card):
 
 def test_vllm_takes_what_is_left(card, monkeypatch):
     given = {}
-    monkeypatch.setattr(vllm_versions, "load_vllm", lambda: lambda **options: given.update(options))
+    monkeypatch.setattr(vllm_versions, "load_vllm", lambda settings: lambda **options: given.update(options))
+    monkeypatch.setattr(vllm_versions, "enlist", lambda llm: None)
     card.take(30 * GIB)
     vllm_versions.start_vllm(spare=10 * GIB)
     assert given["gpu_memory_utilization"] == pytest.approx(0.9 * 40 / 80, abs=1e-3)
