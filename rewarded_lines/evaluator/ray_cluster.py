@@ -73,7 +73,11 @@ class RayEvaluator:
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        count, share = worker_shares(machines, setup.settings.tensor_parallel, setup.options.workers, self._ray)
+        try:
+            count, share = worker_shares(machines, setup.settings.tensor_parallel, setup.options.workers, self._ray)
+        except UserError:
+            ray.shutdown()
+            raise
         # Workers have other working directories, so the path must be absolute.
         project = replace(setup.project, path=setup.project.path.resolve())
         # All of them: a worker has another environment.
