@@ -41,7 +41,6 @@ class StandInRay:
 
     def __init__(self, dies: Callable[[int], bool]) -> None:
         self.dies, self.calls, self.actors, self.running = dies, 0, [], False
-        self.machines: list[dict[str, float]] = [{"CPU": 2.0}]
 
     def init(self, **_: Any) -> None:
         self.running = True
@@ -50,10 +49,9 @@ class StandInRay:
         self.running = False
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": one} for one in self.machines]
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
 
-    def remote(self, **share: Any) -> Callable[[type], SimpleNamespace]:
-        self.share = share
+    def remote(self, **_: Any) -> Callable[[type], SimpleNamespace]:
         return lambda kind: SimpleNamespace(remote=lambda *args: self._hire(kind(*args)))
 
     def put(self, value: Any) -> Any:
