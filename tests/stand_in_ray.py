@@ -37,7 +37,7 @@ class StandInRay:
 
     exceptions = SimpleNamespace(RayActorError=ActorDied)
     # What tells that a module is installed.
-    __spec__ = "a stand-in"
+    __spec__ = SimpleNamespace(origin="a stand-in")
 
     def __init__(self, dies: Callable[[int], bool]) -> None:
         self.dies, self.calls, self.actors, self.running = dies, 0, [], False
