@@ -155,7 +155,7 @@ def test_a_budget_below_what_must_be_there_is_refused(card):
 
 def test_vllm_takes_what_is_left(card, monkeypatch):
     given = {}
-    monkeypatch.setattr(vllm_versions, "load_vllm", lambda: lambda **options: given.update(options))
+    monkeypatch.setattr(vllm_versions, "load_vllm", lambda *unused: lambda **options: given.update(options))
     card.take(30 * GIB)
     vllm_versions.start_vllm(spare=10 * GIB)
     assert given["gpu_memory_utilization"] == pytest.approx(0.9 * 40 / 80, abs=1e-3)
