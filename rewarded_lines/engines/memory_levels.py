@@ -71,21 +71,21 @@ def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
     room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host)}
     where = {"gpu": "on the GPU, beside the engine", "host": "in the host's memory"}
     if gpu and sizes.working > room["gpu"]:
-        whys.append(f"merges would take {_gb(sizes.working)} of the GPU, beside the engine")
+        whys.append(f"no room to merge on the GPU ({_gb(sizes.working)} needed, {_gb(room['gpu'])} there)")
         first = 2
     for level in LEVELS[first:2]:
         if level == "gpu" and not gpu:
             continue
-        numbers = f"{_gb(needed[level])} of the {_gb(max(0, room[level]))} that may be used"
         if needed[level] <= room[level]:
             beside = sizes.working + (sizes.inputs if level == "gpu" else 0)
-            return Place(level, beside, "; ".join([*whys, f"base and policies stay {where[level]}: {numbers}"]))
-        whys.append(f"base and policies would take {where[level]} {numbers}")
+            stay = f"base and policies stay {where[level]} ({_gb(needed[level])} of {_gb(room[level])})"
+            return Place(level, beside, "; ".join([*whys, stay]))
+        whys.append(f"no room {where[level]} ({_gb(needed[level])} needed, {_gb(room[level])} there)")
     return Place("disk", 0, "; ".join([*whys, "base and policies are read from disk for every merge"]))
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{max(0, size) / 1e9:.1f} GB"
 
 
 def stored_bytes(plan: ModelPlan) -> int:
