@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import Part, brought_files, digest, is_shared, parts_of
 from rewarded_lines.demo.recipe_jobs import RecipeJobs
-from rewarded_lines.demo.stages import ALGORITHMS, STAGES
+from rewarded_lines.demo.stages import ALGORITHMS, PLAN, STAGES
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.vllm_versions import load_vllm
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.extras import require
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import load_project
@@ -80,6 +81,9 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
     for option, value, known in (("--algo", settings.algo, ALGORITHMS), ("--until", until, STAGES)):
         if value not in known:
             raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known))
+    needed = dict.fromkeys(PLAN[stage].extra for stage in STAGES[: STAGES.index(until) + 1])
+    if extras := ",".join(filter(None, needed)):
+        require(extras, "rewarded-lines demo")
     if until in _SWEPT:
         check_engine(settings.engine)
     _check_inputs(settings)

@@ -27,7 +27,7 @@ def check_engine(engine: str, option: str = "--engine") -> None:
         expected = f"{' or '.join(ENGINES)}, or the URL of a server"
         raise fail(f"unknown engine `{engine}`", where=option, expected=expected)
     if engine == "vllm":
-        require("vllm", f"{option} vllm", otherwise=f", or use {option} hf")
+        require("vllm", f"{option} vllm", otherwise=f"or use {option} hf")
 
 
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:

