@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,9 +24,10 @@ from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
-from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
+from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
+from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluator.records import FORMAT
@@ -198,7 +200,12 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     """Open a project; a UserError for any fault of engine, prompts, rewards, checkpoints or methods."""
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
-    engine_settings(project, options)
+    if options.engine == "vllm":
+        settings = engine_settings(project, options)
+        check_settings(settings)
+        # With Ray, the engines are on other machines.
+        if options.ray is None:
+            check_device(settings)
     _check_rewards(project)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
@@ -222,6 +229,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("measuring prompts")
     setup = Setup(project, options, plan, rewards, rows, control, told)
     setup = setup.on(setup.readable(project.config.prompts, rows), control)
+    check_settings(setup.settings, plan)
     _ = setup.methods  # Refuses impossible methods.
     return setup
 
@@ -232,8 +240,10 @@ def engine_settings(project: Project, options: SweepOptions) -> EngineSettings:
     Raises:
         UserError: an argument is not the user's to set, or a value does not fit.
     """
+    # Variables of the environment count: they, too, decide responses.
+    chosen = {"attention": "batch-invariant"} if os.environ.get(INVARIANT) == "1" else {}
     try:
-        return project.config.engine.over(options.arguments)
+        return project.config.engine.over({**options.arguments, **chosen})
     except ValidationError as error:
         raise UserError(problems_of(error, "--engine-arg")) from error
 
