@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
+from rewarded_lines.merger.merge_device import faster_device
 from rewarded_lines.merger.model_plan import ModelPlan
 
 METHODS = {
@@ -118,3 +119,15 @@ def test_the_faster_device_is_told(families, tmp_path, short_blocks):
         "--device auto: cpu, its compiled loops are as fast as the files",
         "--device auto: cpu, about 0.0 s of arithmetic, less than the start of a GPU",
     ]
+
+
+def test_the_device_that_is_faster():
+    for seconds, free, device, said in [
+        (0.0, 80 << 30, "cpu", "as fast as the files"),
+        (3.0, 80 << 30, "cpu", "less than the start of a GPU"),
+        (40.0, 80 << 30, "cuda", "about 40 s"),
+        (40.0, 1 << 30, "cpu", "the GPU has only 1.1 of 3.2 GB free"),
+        (40.0, 0, "cpu", "no GPU that torch can use"),
+    ]:
+        chosen, why = faster_device(seconds, free)
+        assert chosen == device and said in why
