@@ -25,12 +25,12 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: int = 0, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: int = 0, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
-        beside: bytes of a GPU that it must leave for others.
+        spare: bytes of a GPU that it must leave free beside a tenth.
         settings: the user's, whose arguments replace those of `options`; by default none, and vLLM keeps its mode.
         options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
 
@@ -44,14 +44,31 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: 
     import torch
 
     options = {"enforce_eager": True, **options}
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free - beside, size or free) / total, 3)
+    if torch.cuda.is_available() and "gpu_memory_utilization" not in (settings.args if settings else {}):
+        options["gpu_memory_utilization"] = _share_of_gpu(size, spare)
     options |= settings.args if settings else {}
     with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+
+
+def _share_of_gpu(size: float, spare: int) -> float:
+    """Return the share of a GPU for an engine, see `start_vllm`."""
+    import torch
+
+    # vLLM could not use what torch holds in reserve.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if spare >= free:
+        raise fail(
+            "reward models leave no memory for the engine",
+            where="vLLM",
+            expected=f"more than {spare / (1 << 30):.1f} GiB free, which they need beside what they hold",
+            got=f"{free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f}",
+            remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
+        )
+    return float(round(min(0.9 * (free - spare), size or free) / total, 3))
 
 
 @contextmanager
