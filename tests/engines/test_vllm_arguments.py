@@ -60,7 +60,7 @@ def card(monkeypatch):
     monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[device])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[0 if device == "cuda" else device])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr("rewarded_lines.engines.vllm_core.finds_compiler", lambda: True)
 
