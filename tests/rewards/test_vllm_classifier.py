@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.tokenizers import load_config
 from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.errors import UserError
@@ -40,17 +42,18 @@ def test_logits_equal_those_of_transformers(wide_classifier):
 
 
 @pytest.mark.slow
-def test_a_freed_one_is_loaded_again(wide_classifier):
+def test_a_freed_one_is_loaded_again_beside_a_policys_engine(wide_classifier, tiny):
     reward = load_reward("r", RewardSpec(model=str(wide_classifier), backend="vllm"), device="cpu")
     scores = reward.score(WORDS, WORDS)
-    # Beside another engine, whose start and end it outlives, and which outlives it.
-    spec = RewardSpec(model=str(wide_classifier), backend="vllm", template="{response}", max_tokens=64)
-    other = load_reward("other", spec, device="cpu")
-    others = other.score(WORDS, WORDS)
+    spec = GenerationSpec(max_tokens=8, temperature=0)
+    policy = load_generator("vllm", "sft", spec, WORDS)
+    answers = policy.generate(WORDS, spec)
+    # Each outlives the end of the other. Texts of the last call would not be read again.
     reward.free()
-    assert other.score(WORDS, WORDS) == pytest.approx(others, abs=1e-5)
+    assert policy.generate(WORDS, spec) == answers
     assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5) and reward.loaded
-    other.free()
+    assert reward.score(["of"], ["of"]) == pytest.approx([scores[5]], abs=1e-5)
+    policy.close()
     assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5)
     reward.free()
     assert not torch.distributed.is_initialized()
