@@ -64,17 +64,17 @@ def run_demo(settings: DemoSettings, observer: Observer, until: str = STAGES[-1]
             made_from = digest([part.made_from for part in stages[-1][1]])
         if until in _SWEPT and settings.engine == "vllm" and _missing(dict(stages)["sweep"], settings):
             # A thread of this process: the sweep runs here, and until then a core is often free.
-            Thread(target=_load_vllm, daemon=True).start()
+            Thread(target=_load_vllm, args=(settings,), daemon=True).start()
         seconds = dict[str, float]()
         for (stage, parts), (_, following) in zip_longest(stages, stages[1:], fillvalue=("", [])):
             seconds[stage] = _run_stage(stage, parts, following, settings, observer, jobs)
         return seconds
 
 
-def _load_vllm() -> None:
+def _load_vllm(settings: DemoSettings) -> None:
     """Import vLLM. The sweep imports it again, and then a fault is told."""
     with suppress(Exception):
-        load_vllm()
+        load_vllm(load_project(settings.suite).config.engine)
 
 
 def _check_settings(settings: DemoSettings, until: str) -> None:

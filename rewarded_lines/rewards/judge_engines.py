@@ -109,7 +109,8 @@ class VllmJudge(VllmGenerator):
     def __init__(self, work: Workload, size: float) -> None:
         """Start the engine; it may take `size` bytes of a GPU."""
         SwappingGenerator.__init__(self, work)
-        self._start(work, size=size)
+        # Without CUDA graphs: a judge is loaded again and again, and its memory is counted.
+        self._start(work, size=size, enforce_eager=True)
 
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
         """See `JudgeEngine.answers`."""
