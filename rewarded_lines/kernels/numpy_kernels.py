@@ -35,10 +35,12 @@ def _store(out: Array, values: Array) -> int:
     return bad
 
 
-def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
+def linear(
+    base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array, first: int = 0
+) -> None:
     """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k."""
     origin = as_float64(base)
-    residuals = [as_float64(policies[row, : base.size]) - origin for row in rows]
+    residuals = [as_float64(policies[row, first : first + base.size]) - origin for row in rows]
     for k, factors in enumerate(weights):
         total = residuals[0] * factors[0]
         for residual, factor in zip(residuals[1:], factors[1:], strict=True):
@@ -46,14 +48,14 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
         counts[k] += _store(out[k, : base.size], origin + total)
 
 
-def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
+def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array, first: int = 0) -> None:
     """Do `linear` again where the base is not finite."""
     places = np.flatnonzero(~np.isfinite(as_float64(base)))
     origin = as_float64(base[places])
     for k, factors in enumerate(weights):
         total = np.zeros(places.size)
         for row, factor in zip(rows, factors, strict=True):
-            values = as_float64(policies[row, places])
+            values = as_float64(policies[row, first + places])
             total += np.where(values != origin, factor * (values - origin), 0.0)
         narrow = np.empty(places.size, out.dtype)
         _store(narrow, origin + total)
