@@ -37,7 +37,7 @@ class StandInRay:
 
     exceptions = SimpleNamespace(RayActorError=ActorDied)
     # What tells that a module is installed.
-    __spec__ = "a stand-in"
+    __spec__ = SimpleNamespace(origin="a stand-in")
 
     def __init__(self, dies: Callable[[int], bool]) -> None:
         self.dies, self.calls, self.actors, self.running = dies, 0, [], False
@@ -48,8 +48,8 @@ class StandInRay:
     def shutdown(self) -> None:
         self.running = False
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0, "node:127.0.0.1": 1.0}
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
 
     def remote(self, **_: Any) -> Callable[[type], SimpleNamespace]:
         return lambda kind: SimpleNamespace(remote=lambda *args: self._hire(kind(*args)))

@@ -32,6 +32,8 @@ USED_NAMES = [
     ("v1/engine/llm_engine.py", "LLMEngine.add_lora", "lora_request"),
     ("v1/engine/llm_engine.py", "LLMEngine.remove_lora", "lora_id"),
     ("v1/engine/core_client.py", "InprocClient.shutdown", ""),
+    ("v1/engine/core.py", "", "cleanup_dist_env_and_memory()"),
+    ("v1/worker/workspace.py", "", "_manager"),
     ("config/scheduler.py", "SchedulerConfig", "max_num_seqs max_num_batched_tokens"),
     ("sampling_params.py", "SamplingParams", f"{_SAMPLING} prompt_logprobs detokenize"),
     ("sampling_params.py", "SamplingParams", "skip_reading_prefix_cache logprob_token_ids ignore_eos"),

@@ -9,6 +9,7 @@ from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.processes import available_memory
@@ -35,12 +36,10 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         Raises:
             UserError: vLLM cannot serve such adapters.
         """
-        import torch
-
         self._plan = plan = cast(AdapterPlan, work.plan)
         refuse_unserved(plan)
         rank = slot_rank(plan)
-        free = available_memory("cuda" if torch.cuda.is_available() else "cpu")
+        free = available_memory(vllm_device())
         self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * free / adapter_bytes(plan, rank))))
         self._number = 0
         self._start(
@@ -66,9 +65,7 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
 
     def _worth_mixing(self, requests: int) -> int:
         """Return how many adapters fill vLLM's batch. On a CPU, more adapters in a batch make it slower."""
-        import torch
-
-        if torch.cuda.is_available():
+        if vllm_device() == "cuda":
             return self.at_once
         most: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.engine_settings import EngineSettings, own_reason
+from rewarded_lines.engines.vllm_process import check_gpu, vllm_device
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.versions import build_of, installed
@@ -79,7 +80,8 @@ def check_device(settings: EngineSettings) -> None:
     """Refuse settings that this machine's device cannot serve."""
     import torch
 
-    if torch.cuda.is_available():
+    check_gpu("--engine vllm")
+    if vllm_device() == "cuda":
         capability = torch.cuda.get_device_capability()
     else:
         capability = (0, 0)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
 from os.path import commonprefix
-from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import load_tokens
+from rewarded_lines.engines.tokenizers import load_config, load_tokens
 from rewarded_lines.engines.vllm_arguments import check_length
+from rewarded_lines.engines.vllm_memory import few_scored_at_once
+from rewarded_lines.engines.vllm_process import end_vllm, take_turn, vllm_device
 from rewarded_lines.engines.vllm_versions import finds_compiler, start_vllm
+from rewarded_lines.out_of_memory import empty_cache
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
@@ -32,17 +33,18 @@ class VllmCore(Generator):
 
     def _start(self, work: Workload, **options: Any) -> None:
         """Start the engine; `options` go to `start_vllm`."""
-        import torch
-
         self._tokenizer, self._ends, longest = load_tokens(work)
         check_length(work.settings, longest)
         # On a CPU blocks are short, since prompts share only whole blocks. No prompt is split between two batches: vLLM
         # would have to rewind the request's generator, and a CPU's generator cannot be rewound.
-        alone = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
-        # On a GPU with CUDA graphs: swaps write to the addresses that they read.
-        usual = {"enforce_eager": not finds_compiler()} if torch.cuda.is_available() else alone
+        usual: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
+        if vllm_device() == "cuda":
+            # With CUDA graphs: swaps write to the addresses that they read.
+            few = few_scored_at_once(longest, load_config(work.model), work.settings.args)
+            usual = {"enforce_eager": not finds_compiler(), **few}
         self._llm: Any = start_vllm(
             settings=work.settings,
+            spare=work.spare,
             model=work.model,
             tokenizer=work.texts,
             dtype=work.spec.dtype,
@@ -53,10 +55,11 @@ class VllmCore(Generator):
         )
         # The worker processes end when this object is collected or Python exits.
         shared = self.call("shared_memory_name")[0] if work.settings.tensor_parallel > 1 else ""
-        self._shut_down = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, shared)
+        self._shut_down = weakref.finalize(self, end_vllm, self._llm, shared)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `MergingWorker` on every worker; return what each returns."""
+        take_turn(self._llm)
         return list(self._llm.collective_rpc(method, args=args))
 
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
@@ -122,20 +125,17 @@ class VllmCore(Generator):
         """See `Generator.close`."""
         self._shut_down()
         self.__dict__.pop("_llm", None)
-        gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _run(self, rows: Sequence[Tokens], params: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
         import torch._dynamo
 
+        take_turn(self._llm)
         # Cached prefixes may be another model's. They also change the batch's shape and so its last bits.
         self._llm.reset_prefix_cache()
         asked = [{"prompt_token_ids": list(row)} for row in rows]
         # On a CPU torch would compile a small function: that takes seconds, and needs a C++ compiler.
-        with torch._dynamo.config.patch(disable=not torch.cuda.is_available()):
+        with torch._dynamo.config.patch(disable=vllm_device() == "cpu"):
             return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
 
 
@@ -157,11 +157,3 @@ def sampling_settings(spec: GenerationSpec, seed: int, reader: ResponseReader) -
         "seed": seed,
         "logprobs": 0,
     }
-
-
-def _end(engine_core: Any, shared: str) -> None:
-    """End an engine and remove the shared memory that vLLM's CPU workers leave behind."""
-    engine_core.shutdown()
-    if shared:
-        for path in Path("/dev/shm").glob(f"{shared}-*-cpushm_*"):
-            path.unlink(missing_ok=True)

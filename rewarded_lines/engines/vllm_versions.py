@@ -21,16 +21,21 @@ from packaging.version import Version
 
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.vllm_arguments import INVARIANT, WHERE, check_device, vllm_version
+from rewarded_lines.engines.vllm_memory import few_at_once, memory_share
+from rewarded_lines.engines.vllm_process import enlist, vllm_device
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: int = 0, **options: Any) -> Any:
+def start_vllm(
+    size: float = 0, settings: EngineSettings | None = None, spare: int = 0, beside: int = 0, **options: Any
+) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
-        beside: bytes of a GPU that it must leave for others.
+        spare: bytes of a GPU that it must leave free beside a tenth, for reward models.
+        beside: bytes of a GPU that it must leave free for base and policies and their merges.
         settings: the user's, whose arguments replace those of `options`; by default none, and vLLM keeps its mode.
         options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
 
@@ -41,17 +46,19 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: 
         check_device(settings)
     let_vllm_search_modules()
     LLM = load_vllm(settings)
-    import torch
-
-    options = {"enforce_eager": True, **options}
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free - beside, size or free) / total, 3)
-    options |= settings.args if settings else {}
+    options, own = {"enforce_eager": True, **options}, settings.args if settings else {}
+    if vllm_device() == "cuda":
+        options = (few_at_once(options.get("max_model_len", 0)) if size else {}) | options
+        if "gpu_memory_utilization" not in own:
+            devices = settings.tensor_parallel if settings else 1
+            options["gpu_memory_utilization"] = memory_share(size, spare, beside, devices)
+    options |= own
     with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+        llm = LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+    enlist(llm)
+    return llm
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluator.evaluate import Keys, LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.ray_machines import worker_shares
 from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
@@ -64,20 +65,19 @@ class RayEvaluator:
         """Join the cluster and start the workers; engines have room for the prompts `also`, too.
 
         Raises:
-            UserError: Ray is not installed, or no cluster answers.
+            UserError: Ray is not installed, no cluster answers, or the workers do not fit into it.
         """
         self._progress, self._ray = progress, f"--ray {setup.options.ray}"
         progress.start("joining the cluster")
         _join(str(setup.options.ray))
         import ray
 
-        resources, parallel = ray.cluster_resources(), setup.settings.tensor_parallel
-        gpus = int(resources.get("GPU", 0)) // parallel
-        machines = sum(name.startswith("node:") and "head" not in name for name in resources)
-        # By default one worker for each `parallel` GPUs, or without GPUs for each machine.
-        count = setup.options.workers or gpus or max(1, machines)
-        cpus = max(1, int(resources.get("CPU", 1)) // count)
-        share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            count, share = worker_shares(machines, setup.settings.tensor_parallel, setup.options.workers, self._ray)
+        except UserError:
+            ray.shutdown()
+            raise
         # Workers have other working directories, so the path must be absolute.
         project = replace(setup.project, path=setup.project.path.resolve())
         # All of them: a worker has another environment.

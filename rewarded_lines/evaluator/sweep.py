@@ -19,6 +19,7 @@ from rewarded_lines.evaluator.tune import most_points, tune, validation_rows
 from rewarded_lines.evaluator.weight_designs import SPREAD, Design
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
+from rewarded_lines.rewards.load_rewards import free_all
 
 
 @takes_sweep_options()
@@ -116,5 +117,7 @@ def open_evaluator(
         return
     from rewarded_lines.evaluator.ray_cluster import RayEvaluator
 
+    # They were loaded to be checked. The workers have their own, maybe on this machine.
+    free_all(setup.rewards.values())
     with closing(RayEvaluator(setup, also, progress)) as cluster:
         yield cluster

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluator.ray_machines import check_devices
 from rewarded_lines.evaluator.records import FORMAT
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
@@ -40,6 +41,7 @@ from rewarded_lines.projects import Project, problems_of
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
 from rewarded_lines.rewards.reward import Reward, check_columns, deciding
+from rewarded_lines.rewards.reward_memory import spare_memory
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Setup:
     def settings(self) -> EngineSettings:
         """How vLLM starts; the defaults for an engine that takes no settings."""
         return engine_settings(self.project, self.options) if self.options.engine == "vllm" else EngineSettings()
+
+    @property
+    def reward_memory(self) -> str | None:
+        """What reward models may take of a GPU together; None leaves it to `spare_memory`."""
+        return self.options.reward_memory or self.project.config.reward_memory
 
     @cached_property
     def methods(self) -> Methods:
@@ -168,8 +175,8 @@ class Setup:
             limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
         return fit_prompts(rows, limits, spec.too_long, where, self.told.append)
 
-    def generator(self, also: Sequence[Prompt] = ()) -> Generator:
-        """Build the engine, with room for the prompts `also`, too."""
+    def generator(self, also: Sequence[Prompt] = (), tell: Callable[[str], None] = lambda fact: None) -> Generator:
+        """Build the engine, with room for the prompts `also`, too; `tell` gets what reward models take of its GPU."""
         ids = encode(load_tokenizer(str(self.plan.base.folder), self.generation), self.control_texts)
         return load_generator(
             self.options.engine,
@@ -179,7 +186,12 @@ class Setup:
             plan=self.plan,
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             settings=self.settings,
+            spare=0 if is_url(self.options.engine) else self._spare(tell),
         )
+
+    def _spare(self, tell: Callable[[str], None]) -> int:
+        how = self.reward_memory, self.options.offload, self.settings.tensor_parallel
+        return spare_memory(self.rewards.values(), *how, tell)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.
@@ -207,6 +219,8 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
         if options.ray is None:
             check_device(settings)
     _check_rewards(project)
+    if options.ray is not None:
+        check_devices(project, options.device, engine_settings(project, options).tensor_parallel)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
     progress.start("reading prompts")

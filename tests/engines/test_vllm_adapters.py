@@ -223,7 +223,7 @@ def test_adapters_go_to_the_disk_where_memory_is_short(policies, tiny, monkeypat
 
 @pytest.mark.parametrize(("requests", "adapters"), [(4, 64), (16, 16), (200, 1), (5000, 1)])
 def test_adapters_are_mixed_only_until_the_engines_batch_is_full(monkeypatch, requests, adapters):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("rewarded_lines.engines.vllm_adapters.vllm_device", lambda: "cpu")
     scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=256))
     generator = object.__new__(VllmAdapterGenerator)
     generator._llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=scheduler))

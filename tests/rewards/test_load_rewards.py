@@ -233,8 +233,16 @@ def test_devices_that_are_not_there(classifier, device, said):
 def test_the_declared_device_comes_before_the_command_lines(classifier):
     reward = load_reward("r", RewardSpec(model=str(classifier), device="cpu"), device="cuda:99")
     assert reward.device == "cpu"
-    assert find_device("auto", "here") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert find_device("auto", "here") == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert available_memory("cpu") > 1 << 20
+
+
+def test_a_gpu_has_one_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    found = [find_device(device, "here") for device in ("auto", "cuda", "cuda:0", "cuda:1", "cpu")]
+    assert found == ["cuda:0", "cuda:0", "cuda:0", "cuda:1", "cpu"]
 
 
 def test_all_rewards_are_loaded_and_give_room_to_the_next(tiny, classifier, monkeypatch):

@@ -1,12 +1,16 @@
 """The scorer computes no score twice, loses none, and lets models take turns in memory."""
 
+import json
 import math
 import sqlite3
 
+import blake3
 import pytest
 
+from rewarded_lines.config import decides
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards import reward_memory
 from rewarded_lines.rewards import scorer as module
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.reward import Reward
@@ -64,6 +68,19 @@ def test_a_key_holds_what_decides_a_score_and_nothing_else(classifiers):
     assert same[0] == same[1]
     others = [key(format="1"), key(template="{response}"), key(dtype="bfloat16")]
     assert len({*same, *others}) == 4
+
+
+def test_a_cards_scores_are_its_own_and_old_ones_of_a_cpu_stay(classifiers, monkeypatch):
+    spec = RewardSpec(model=str(classifiers["llama"]))
+    reward = load_reward("r", spec, device="cpu")
+    old = {"declaration": decides(spec), "device": "cpu", "fingerprint": reward.fingerprint}
+    keys = [blake3.blake3(json.dumps(old, sort_keys=True).encode()).hexdigest()]
+    assert reward_key(reward, spec) == keys[0]
+    monkeypatch.setattr("torch.cuda.get_device_name", {"cuda:0": "H100", "cuda:1": "A100", "cuda:2": "H100"}.get)
+    for device in ("cuda:0", "cuda:1", "cuda:2"):
+        reward.device = device
+        keys.append(reward_key(reward, spec))
+    assert keys[1] == keys[3] and len({*keys}) == 3
 
 
 def test_a_function_of_unknown_source_is_never_taken_for_known():
@@ -142,17 +159,17 @@ def spies(log, offload, size=10):
 
 def test_models_take_turns_where_they_do_not_fit_together(monkeypatch):
     log = []
-    monkeypatch.setattr(module, "available_memory", lambda device: 20)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 20)
     spies(log, "auto").score(["p", "q"], ["r", "r"])
     assert log == ["+a", "a:2", "-a", "+b", "b:2", "-b"]
 
 
 def test_models_that_fit_together_stay(monkeypatch):
     log = []
-    monkeypatch.setattr(module, "available_memory", lambda device: 26)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 26)
     scorer = spies(log, "auto")
     scorer.score(["p", "q"], ["r", "r"])
-    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 0)
     scorer.score(["s"], ["r"])
     # Loaded models need no more memory.
     assert log == ["+a", "a:2", "+b", "b:2", "a:1", "b:1"]
@@ -170,7 +187,7 @@ def test_offload_can_be_asked_for_and_forbidden(monkeypatch):
     log.clear()
     scorer.score(["p"], ["r"])
     assert log == [], "nothing is missing, so nothing is loaded"
-    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 0)
     spies(log, "never").score(["p"], ["r"])
     assert log == ["+a", "a:1", "+b", "b:1"]
 

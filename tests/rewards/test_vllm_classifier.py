@@ -4,9 +4,14 @@ import random
 from importlib.util import find_spec
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from rewarded_lines.engines.tokenizers import load_config
+from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.judge_models import JudgeModel
 from rewarded_lines.rewards.load_rewards import load_reward
 
 if find_spec("vllm") is None:
@@ -29,15 +34,38 @@ def test_logits_equal_those_of_transformers(wide_classifier):
         reward.score(["a", "b"], ["c", "q" * 600])
     reward.free()
     assert not reward.loaded
+    from vllm.platforms import current_platform
+
+    assert vllm_device() == current_platform.device_type
 
 
 @pytest.mark.slow
 def test_a_freed_one_is_loaded_again(wide_classifier):
     reward = load_reward("r", RewardSpec(model=str(wide_classifier), backend="vllm"), device="cpu")
     scores = reward.score(WORDS, WORDS)
+    # Beside another engine, whose start and end it outlives, and which outlives it.
+    spec = RewardSpec(model=str(wide_classifier), backend="vllm", template="{response}", max_tokens=64)
+    other = load_reward("other", spec, device="cpu")
+    others = other.score(WORDS, WORDS)
     reward.free()
+    assert other.score(WORDS, WORDS) == pytest.approx(others, abs=1e-5)
     assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5) and reward.loaded
+    other.free()
+    assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5)
     reward.free()
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_memory_of_a_judge_from_the_hub_is_known_once_it_is_downloaded(tiny, monkeypatch):
+    """Before, its size was unknown, and it took nine tenths of a GPU."""
+    sizes, judge = [], object.__new__(JudgeModel)
+    judge._where, judge._reference, judge.device, judge.longest = "reward `r`", "org/judge", "cpu", 100
+    judge._spec, judge._config = RewardSpec(judge="org/judge", token="yes", backend="vllm"), load_config("sft")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda reference, **_: str(tiny / "sft"))
+    monkeypatch.setattr("rewarded_lines.rewards.judge_models.VllmJudge", lambda work, size: sizes.append(size))
+    judge._vllm()
+    weights = sum(tensor.numel() * 4 for tensor in load_file(tiny / "sft/model.safetensors").values())
+    assert judge.size == weights and sizes[0] >= weights + (2 << 30)
 
 
 def test_what_vllm_cannot_score_is_refused(wide_classifier, tiny):
