@@ -40,7 +40,7 @@ class VllmClassifier:
         self.longest: int | None = min(limit for limit in limits if limit)
         weights = weights_size(str(resolve_folder(reference)), spec, config)
         needed, self.size = engine_size(config, spec, weights, self.longest, device)
-        options = {"dtype": spec.dtype, "max_model_len": self.longest}
+        options: dict[str, Any] = {"dtype": spec.dtype, "max_model_len": self.longest}
         try:
             self._llm = start_vllm(needed, model=reference, runner="pooling", convert="classify", **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
