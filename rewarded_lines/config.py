@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rewarded_lines.config_values import Strict, check_range, check_variables, checked, parse_strip, points_of
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.reward_settings import RewardSpec
 
 TooLong = Literal["refuse", "leave_out", "truncate"]
@@ -214,7 +215,7 @@ class ProjectConfig(Strict):
 
     `tokenizer` and `config_from` say whose tokenizer, chat template and end tokens merges get, as for `merge`.
     `baselines` are models to compare with, never merged. `control` are texts unrelated to the task, one set or several
-    by name: forgetting is how much worse a policy predicts them.
+    by name: forgetting is how much worse a policy predicts them. `engine` says how vLLM starts.
     """
 
     version: int = 1
@@ -228,6 +229,7 @@ class ProjectConfig(Strict):
     prompts: PromptSpec | None = None
     control: Annotated[dict[str, DataSpec], BeforeValidator(_named_sets)] = {}
     generation: GenerationSpec = GenerationSpec()
+    engine: EngineSettings = EngineSettings()
     sweep: SweepSpec = SweepSpec()
 
 

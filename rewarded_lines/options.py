@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, replace
 from functools import wraps
 from typing import Any, TypeVar, get_type_hints
@@ -54,6 +54,32 @@ def takes_fields(
         return call
 
     return decorate
+
+
+def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    """Return the texts of a repeated option, each KEY=VALUE with a value in YAML, as a mapping; a mapping stays.
+
+    Raises:
+        ValueError: a text has no "=", a value is not YAML, or a key is given twice.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given or ():
+        key, sign, value = text.partition("=")
+        # vLLM's own command line spells its arguments with dashes.
+        name = key.strip().lstrip("-").replace("-", "_")
+        if not sign or not name:
+            raise ValueError(f"{text!r} is not KEY=VALUE")
+        if name in found:
+            raise ValueError(f"`{name}` is given twice")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{text!r} is not readable as YAML") from error
+    return found
 
 
 def _default(one: Field[Any]) -> Any:

@@ -14,8 +14,19 @@ PACKAGES = [
     *("merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
-    *("config", "config_values", "doctor", "errors", "extras", "folders", "judge_settings", "options", "processes"),
-    *("progress", "projects", "recipe_files", "references", "reward_settings", "versions"),
+    *(
+        "config",
+        "config_values",
+        "doctor",
+        "engine_settings",
+        "errors",
+        "extras",
+        "folders",
+        "judge_settings",
+        "options",
+        "processes",
+    ),
+    *("options", "processes", "progress", "projects", "recipe_files", "references", "reward_settings", "versions"),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt, encode
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -60,7 +61,7 @@ class Workload:
         prompts: the longest prompt decides the longest sequence.
         plan: what merges are made of; without a plan only the SFT model answers.
         longest: tokens of the longest sequence that `logprobs` gets.
-        tensor_parallel: the number of devices over which vLLM spreads the model.
+        settings: how vLLM starts; other engines take none.
     """
 
     model: str
@@ -68,7 +69,7 @@ class Workload:
     prompts: Sequence[Prompt]
     plan: Plan | None = None
     longest: int = 0
-    tensor_parallel: int = 1
+    settings: EngineSettings = EngineSettings()
 
     @property
     def texts(self) -> str:

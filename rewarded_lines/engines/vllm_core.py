@@ -38,18 +38,18 @@ class VllmCore(Generator):
         # would have to rewind the request's generator, and a CPU's generator cannot be rewound.
         blocks = {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
         self._llm: Any = start_vllm(
+            settings=work.settings,
             model=work.model,
             tokenizer=work.texts,
             dtype=work.spec.dtype,
             max_model_len=longest,
-            tensor_parallel_size=work.tensor_parallel,
             # By name: a worker may be another process.
             worker_extension_cls="rewarded_lines.engines.vllm_models.MergingWorker",
             **blocks,
             **options,
         )
         # The worker processes end when this object is collected or Python exits.
-        shared = self.call("shared_memory_name")[0] if work.tensor_parallel > 1 else ""
+        shared = self.call("shared_memory_name")[0] if work.settings.tensor_parallel > 1 else ""
         self._shut_down = weakref.finalize(self, _end, self._llm.llm_engine.engine_core, shared)
 
     def call(self, method: str, *args: Any) -> list[Any]:

@@ -14,17 +14,20 @@ from typing import Any
 
 from packaging.version import Version
 
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.processes import VLLM_SETTINGS
 from rewarded_lines.versions import installed
 
 
-def start_vllm(size: float = 0, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
+        settings: the user's, whose arguments replace those of `options`.
         options: of vLLM's `LLM`.
     """
+    options = {"enforce_eager": True, **options}
     let_vllm_search_modules()
     LLM = load_vllm()
     import torch
@@ -32,10 +35,11 @@ def start_vllm(size: float = 0, **options: Any) -> Any:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
+    options |= settings.args if settings else {}
     with warnings.catch_warnings():
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        return LLM(enforce_eager=True, seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
+        return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
 
 
 def load_vllm() -> Any:

@@ -71,7 +71,7 @@ class RayEvaluator:
         _join(str(setup.options.ray))
         import ray
 
-        resources, parallel = ray.cluster_resources(), setup.options.tensor_parallel
+        resources, parallel = ray.cluster_resources(), setup.settings.tensor_parallel
         gpus = int(resources.get("GPU", 0)) // parallel
         machines = sum(name.startswith("node:") and "head" not in name for name in resources)
         # By default one worker for each `parallel` GPUs, or without GPUs for each machine.

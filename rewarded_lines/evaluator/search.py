@@ -83,8 +83,8 @@ def search(
         points: the most λ that each method has in the end.
         gain: end when no λ can raise the hypervolume by more than this share of it.
         engine: see `sweep`; by default the run's own.
-        options: see `sweep`; `layers` and `tower` are by default the run's own, and as many λ are tried at
-            once as there are `workers`.
+        options: see `sweep`; `layers`, `tower` and `engine_args` are by default the run's own, and as many λ are
+            tried at once as there are `workers`.
         progress: see `sweep`; the total is an upper limit.
 
     Raises:
@@ -98,6 +98,8 @@ def search(
     made_with = header["options"]
     options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
     options = replace(options, tower=options.tower or made_with.get("tower"))
+    if options.engine == "vllm":
+        options = replace(options, engine_args={**made_with.get("engine_args", {}), **options.arguments})
     setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held:

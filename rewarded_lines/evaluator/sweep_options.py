@@ -5,12 +5,16 @@ Importing this module loads no heavy library, because the command line reads it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.spec import TOWER_HELP, joined_towers
-from rewarded_lines.options import option, takes_fields
+from rewarded_lines.options import option, parse_assignments, takes_fields
+
+_PARALLEL = "tensor_parallel_size"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,13 @@ class SweepOptions:
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
     tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
     tensor_parallel: int = option(1, "Devices that vLLM spreads the model over.", min=1)
+    engine_args: Mapping[str, Any] | None = option(
+        None,
+        "A setting of `engine:`: resident, attention, or any argument of vLLM's EngineArgs (repeat).",
+        typed=list[str] | None,
+        flag="--engine-arg",
+        metavar="KEY=VALUE",
+    )
     offload: str = option(
         "auto", "Reward models leave memory when idle: auto, always, never.", offers=("auto", "always", "never")
     )
@@ -35,8 +46,9 @@ class SweepOptions:
     )
 
     def __post_init__(self) -> None:
-        """Join the towers if they are several; refuse options that do not fit."""
+        """Join the towers if they are several, parse the engine's arguments; refuse options that do not fit."""
         object.__setattr__(self, "tower", joined_towers(self.tower))
+        self._parse_arguments()
         if self.workers is not None and self.ray is None:
             raise fail("workers need Ray", where="--workers", remedy="add --ray local, or leave it out")
         if self.tensor_parallel < 1:
@@ -45,6 +57,24 @@ class SweepOptions:
             raise fail("only vLLM spreads a model", where="--tensor-parallel", remedy="use --engine vllm")
         if self.offload not in ("auto", "always", "never"):
             raise fail(f"unknown value `{self.offload}`", where="--offload", expected="auto, always, never")
+
+    def _parse_arguments(self) -> None:
+        try:
+            given = parse_assignments(self.engine_args)
+        except ValueError as error:
+            raise fail(str(error), where="--engine-arg", expected="for instance max_num_seqs=64") from error
+        object.__setattr__(self, "engine_args", given or None)
+        if given and self.engine != "vllm":
+            raise fail("only vLLM takes arguments", where="--engine-arg", remedy="use --engine vllm, or leave it out")
+        if self.tensor_parallel > 1 and given.get(_PARALLEL, self.tensor_parallel) != self.tensor_parallel:
+            got = f"--tensor-parallel {self.tensor_parallel}, --engine-arg {_PARALLEL}={given[_PARALLEL]}"
+            raise fail("two numbers of devices", where="--engine-arg", got=got, remedy="give one of them")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings of the engine that the command line gives, those of the project apart."""
+        parallel = {_PARALLEL: self.tensor_parallel} if self.tensor_parallel > 1 else {}
+        return {**(self.engine_args or {}), **parallel}
 
 
 takes_sweep_options = partial(takes_fields, SweepOptions, "options")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+from pydantic import ValidationError
 
 from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
@@ -20,11 +21,12 @@ from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluator.records import FORMAT
 from rewarded_lines.evaluator.sweep_options import SweepOptions
@@ -32,7 +34,7 @@ from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.projects import Project
+from rewarded_lines.projects import Project, problems_of
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
 from rewarded_lines.rewards.reward import Reward, check_columns, deciding
@@ -76,6 +78,11 @@ class Setup:
         return self.project.generation
 
     @cached_property
+    def settings(self) -> EngineSettings:
+        """How vLLM starts; the defaults for an engine that takes no settings."""
+        return engine_settings(self.project, self.options) if self.options.engine == "vllm" else EngineSettings()
+
+    @cached_property
     def methods(self) -> Methods:
         """The methods that the project compares."""
         return Methods(self.project, self.plan)
@@ -106,6 +113,7 @@ class Setup:
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
                 "as": "adapters" if self.plan.kind == "adapter" else "whole models",
                 "versions": {} if is_url(self.options.engine) else versions(*packages),
+                **({"settings": decided} if (decided := self.settings.decides()) else {}),
             },
             "base": model_hash(self.plan.base.folder),
             "blocks": blake3.blake3(json.dumps(blocks).encode()).hexdigest(length=8),
@@ -168,7 +176,7 @@ class Setup:
             [*self.prompts, *also],
             plan=self.plan,
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
-            tensor_parallel=self.options.tensor_parallel,
+            settings=self.settings,
         )
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
@@ -190,12 +198,15 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     """Open a project; a UserError for any fault of engine, prompts, rewards, checkpoints or methods."""
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
+    engine_settings(project, options)
     _check_rewards(project)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
     progress.start("reading prompts")
     assert project.config.prompts is not None
     told: list[str] = []
+    if options.engine != "vllm" and project.config.engine != EngineSettings():
+        told.append(f"`engine:` is for vLLM; --engine {options.engine} takes none of it")
     rows = read_prompts(project.config.prompts, project.root, told.append)
     control = {
         name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]
@@ -213,6 +224,18 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     setup = setup.on(setup.readable(project.config.prompts, rows), control)
     _ = setup.methods  # Refuses impossible methods.
     return setup
+
+
+def engine_settings(project: Project, options: SweepOptions) -> EngineSettings:
+    """Return the project's `engine:` with the command line's arguments over it.
+
+    Raises:
+        UserError: an argument is not the user's to set, or a value does not fit.
+    """
+    try:
+        return project.config.engine.over(options.arguments)
+    except ValidationError as error:
+        raise UserError(problems_of(error, "--engine-arg")) from error
 
 
 def _check_rewards(project: Project) -> None:

@@ -146,16 +146,20 @@ class Workspace:
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
         first, base = steps[indices[0]], self._stored(0)
-        stack = self._buffer("raw", base.dtype, len(self._policies) + 1)[1:]
+        stack, start = self._stack()
         # Each group has its own buffers: all results stay valid until the next block.
         out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
         weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
         counts = np.zeros(len(indices), np.int64)
         rows = np.array(first.rows)
-        kernels.linear(base, stack, rows, weights, out, counts)
+        kernels.linear(base, stack, rows, weights, out, counts, start)
         if counts.any():
-            kernels.restore(base, stack, rows, weights, out)
+            kernels.restore(base, stack, rows, weights, out, start)
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _stack(self) -> tuple[Array, int]:
+        """Return the policies' values, [N, ≥ n], and where the loaded block begins in them."""
+        return self._buffer("raw", self._stored(0).dtype, len(self._policies) + 1)[1:], 0
 
     def _alike(self) -> bool:
         """Return whether all inputs store the loaded block, and in one type."""
@@ -221,3 +225,29 @@ class Workspace:
         if key not in self._buffers:
             self._buffers[key] = np.empty((rows, BLOCK), dtype)
         return self._buffers[key]
+
+
+class MemoryWorkspace(Workspace):
+    """A workspace over inputs in memory, which it does not copy: a block is a part of their arrays."""
+
+    def __init__(self, base: TensorFiles, policies: Sequence[Source], held: Mapping[str, Sequence[Array]]) -> None:
+        """Bind the inputs; `held` has the stored values of the base and of each policy, flat, by tensor.
+
+        Where all have one type, they are the rows of one array, [1 + N, n]. Other tensors are read from the inputs.
+        """
+        super().__init__(base, policies)
+        self._held = held
+
+    def load(self, name: str, start: int, count: int) -> None:
+        """See `Workspace.load`."""
+        rows = self._held.get(name)
+        if rows is None:
+            super().load(name, start, count)
+            return
+        self._name, self._start, self._residuals = name, start, None
+        self._raw = [row[start : start + count] for row in rows]
+        self._dtypes = [source.tensors[name].dtype for source in [self._base, *self._policies]]
+
+    def _stack(self) -> tuple[Array, int]:
+        rows = self._held.get(self._name)
+        return (rows[1:], self._start) if isinstance(rows, np.ndarray) else super()._stack()

@@ -123,16 +123,19 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
 
 
 @compiled
-def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
+def linear(
+    base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array, first: int = 0
+) -> None:
     """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k; count results that are not finite.
 
     Args:
         base: n stored values.
-        policies: [N, ≥ n] stored values of the same type.
+        policies: [N, ≥ first + n] stored values of the same type.
         rows: the policies that take part, in the order of the sum; at least one.
         weights: [outputs, rows] their factors times the schedule's scale.
         out: [outputs, ≥ n] values of the outputs' storage type.
         counts: [outputs] the numbers of results that are not finite are added here.
+        first: where the policies' values that belong to `base` begin.
     """
     origin, total, residuals = np.empty(_CHUNK), np.empty(_CHUNK), np.empty((rows.size, _CHUNK))
     for start in range(0, base.size, _CHUNK):
@@ -141,7 +144,7 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
         for i in range(source.size):
             origin[i] = _widen(source[i])
         for j in range(rows.size):
-            policy, residual = policies[rows[j], start : start + _CHUNK], residuals[j]
+            policy, residual = policies[rows[j], first + start : first + start + _CHUNK], residuals[j]
             for i in range(source.size):
                 residual[i] = _widen(policy[i]) - origin[i]
         for k in range(weights.shape[0]):
@@ -159,7 +162,7 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
 
 
 @compiled
-def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
+def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array, first: int = 0) -> None:
     """Do `linear` again where the base is not finite: an equal policy adds nothing, in place of inf − inf = NaN."""
     for i in range(base.size):
         origin = _widen(base[i])
@@ -168,7 +171,7 @@ def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Arra
         for k in range(weights.shape[0]):
             total = 0.0
             for j in range(rows.size):
-                value = _widen(policies[rows[j], i])
+                value = _widen(policies[rows[j], first + i])
                 if value != origin:
                     total += weights[k, j] * (value - origin)
             _store(out[k], i, origin + total)

@@ -1,7 +1,6 @@
-"""The same workspace on a GPU: pinned buffers, a stream for each thread, results equal within one rounding.
+"""The same workspace on a GPU: pinned buffers, a stream for each thread, the CPU's bits.
 
-Two threads with a stream each are a double buffer: one block is copied or computed while the other is read or written.
-torch computes in float64. Its cast to 16 bits goes through float32, so the rounding can differ from the CPU's.
+Threads with a stream each are a chain of buffers: one block is copied or computed while others are read or written.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from rewarded_lines.checkpoints.dtypes import as_torch
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Workspace
+from rewarded_lines.kernels.torch_kernels import merge_values
 
 
 class DeviceWorkspace(Workspace):
@@ -31,41 +31,48 @@ class DeviceWorkspace(Workspace):
         """See `Workspace.merge`."""
         return [self._merge_one(step, index) for index, step in enumerate(steps)]
 
+    def load(self, name: str, start: int, count: int) -> None:
+        """See `Workspace.load`; a block's inputs are copied once, for all outputs."""
+        super().load(name, start, count)
+        self._there: list[torch.Tensor | None] = []
+
     def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
         if step.copy is not None:
             return super()._merge_one(step, index)
         with torch.cuda.stream(self._stream):
-            base = self._wide(0)
-            residuals = [self._residual(row, base) for row in step.rows]
-            start, count = self._start, base.numel()
-            drawn = {"kept": [self._moved(mask) for mask in step.masks(start, count)]} if step.masks else {}
-            assert step.rule is not None, "a copied tensor has no residual"
-            merged = base + step.scale * step.rule(residuals, step.weights, **step.parameters, **drawn)
-            values = merged.to(getattr(torch, step.dtype.torch))
-            bad = (~torch.isfinite(values)).sum()
-            out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, :count]
+            base, *policies = self._inputs()
+            assert base is not None, "a base stores its tensors"
+            kept = [self._mask(row, mask) for row, mask in enumerate(self._masks(step))]
+            values, bad = merge_values(step, base, policies, self._alike(), self._residual, kept)
+            out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.numel()]
             as_torch(out, step.dtype).copy_(values, non_blocking=True)
         if self._stream:
             self._stream.synchronize()
-        return out, int(bad)
+        return out, bad
 
-    def _wide(self, row: int) -> torch.Tensor:
-        """Return the stored block of an input on the device, as float64."""
-        dtype = self._dtypes[row]
-        assert dtype is not None, "an adapter stores no tensors"
-        return self._moved(as_torch(self._stored(row), dtype)).to(torch.float64)
+    def _inputs(self) -> list[torch.Tensor | None]:
+        """Return the stored block of every input on the device, None for an adapter."""
+        if not self._there:
+            self._there = [
+                None if raw is None or dtype is None else self._moved(as_torch(raw, dtype))
+                for raw, dtype in zip(self._raw, self._dtypes, strict=True)
+            ]
+        return self._there
 
-    def _residual(self, row: int, base: torch.Tensor) -> torch.Tensor:
-        if self.raw(row + 1) is None:
-            return self._moved(self.residuals()[row])
-        policy = self._wide(row + 1)
-        # The difference of equal infinities would be NaN.
-        return torch.where(policy == base, 0.0, policy - base)
+    def _residual(self, row: int) -> torch.Tensor:
+        return self._moved(torch.from_numpy(self.residuals()[row]))
 
-    def _moved(self, values: Any) -> torch.Tensor:
-        tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-        moved: torch.Tensor = tensor.to(self._device, non_blocking=True)
-        return moved
+    def _masks(self, step: TensorMerge) -> Sequence[Array]:
+        return step.masks(self._start, self._stored(0).size) if step.masks else ()
+
+    def _mask(self, row: int, mask: Array) -> torch.Tensor:
+        # A copy from memory that is not pinned would wait for the device.
+        pinned = self._buffer(f"mask {row}", mask.dtype, 1)[0, : mask.size]
+        pinned[:] = mask
+        return self._moved(torch.from_numpy(pinned))
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
         key = (name, dtype)

@@ -42,10 +42,12 @@ def _store(out: Array, values: Array) -> int:
     return int(narrow.size - np.count_nonzero(np.isfinite(narrow)))
 
 
-def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array) -> None:
+def linear(
+    base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array, first: int = 0
+) -> None:
     """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k."""
     origin = _widen(base)
-    residuals = [_widen(policies[row, : base.size]) - origin for row in rows]
+    residuals = [_widen(policies[row, first : first + base.size]) - origin for row in rows]
     for k, factors in enumerate(weights):
         total = residuals[0] * factors[0]
         for residual, factor in zip(residuals[1:], factors[1:], strict=True):
@@ -53,14 +55,14 @@ def linear(base: Array, policies: Array, rows: Array, weights: Array, out: Array
         counts[k] += _store(out[k, : base.size], origin + total)
 
 
-def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array) -> None:
+def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array, first: int = 0) -> None:
     """Do `linear` again where the base is not finite."""
     places = np.flatnonzero(~np.isfinite(_widen(base)))
     origin = _widen(base[places])
     for k, factors in enumerate(weights):
         total = np.zeros(places.size)
         for row, factor in zip(rows, factors, strict=True):
-            values = _widen(policies[row, places])
+            values = _widen(policies[row, first + places])
             total += np.where(values != origin, factor * (values - origin), 0.0)
         narrow = np.empty(places.size, out.dtype)
         _store(narrow, origin + total)

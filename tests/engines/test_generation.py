@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines import merge
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader
@@ -307,9 +308,8 @@ def test_workers_in_processes_of_their_own_merge_for_themselves(setting, plan, h
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(setting != "two devices")))
     before, shared = set(psutil.Process().children(recursive=True)), set(Path("/dev/shm").glob("*cpushm*"))
     plan = plan_merge("sft", plan.references, dtype="float32", layers=r"model\.layers\.(\d+)\.")
-    generator = load_generator(
-        "vllm", "sft", SAMPLED, PROMPTS, plan=plan, tensor_parallel=2 if setting == "two devices" else 1
-    )
+    settings = EngineSettings.model_validate({"tensor_parallel_size": 2 if setting == "two devices" else 1})
+    generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan, settings=settings)
     workers = set(psutil.Process().children(recursive=True)) - before
     assert workers
     try:
