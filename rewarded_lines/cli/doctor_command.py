@@ -59,11 +59,6 @@ def doctor(
     Without --thorough no library is imported: versions come from the
     packages' metadata.
 
-    \b
-    rewarded-lines doctor
-    rewarded-lines doctor --thorough
-    rewarded-lines doctor --json | jq '.checks[] | select(.state != "ok")'
-
     With --for, show instead what a sweep over a model needs of memory, and
     what fits where. Of the model only its config and the headers of its
     weights are read. A Hub id is looked up on the network. Prompts and reward
@@ -71,6 +66,9 @@ def doctor(
     not fit, the exit code is 1.
 
     \b
+    rewarded-lines doctor
+    rewarded-lines doctor --thorough
+    rewarded-lines doctor --json | jq '.checks[] | select(.state != "ok")'
     rewarded-lines doctor --for 7B --policies 2 --gpus 1
     rewarded-lines doctor --for my-sft --lora 16 --gpu-memory 24 --json
     """

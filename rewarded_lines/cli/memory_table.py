@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _LEVELS = {
-    "gpu": "on the GPU: a swap takes as long as memory does",
-    "host": "in the host's memory: a swap takes as long as the way to the GPU",
-    "disk": "on disk: a swap reads the files again",
+    "gpu": "base and policies wait on the GPU",
+    "host": "base and policies wait in the host's memory",
+    "disk": "base and policies are read from disk for every merge",
+    "slots": "merged adapters go into slots of the engine; the base stays",
 }
 _ESTIMATES = {"batch", "CUDA graphs", "CUDA"}
 
@@ -38,10 +39,10 @@ def show_plan(shape: ModelShape, job: Job, machine: Machine, plan: MemoryPlan, c
     total = sum([*plan.engine.values(), *plan.beside.values()])
     table.add_row("", "in all", gib(total), f"of {gib(machine.card)}")
     _rows(table, "host", plan.host, {})
-    _rows(table, "disk", plan.disk, {"one merged model": f"{gib(machine.disk)} are free here"})
+    _rows(table, "disk", plan.disk, {"one merged model": f"{gib(machine.disk)} are free" if machine.disk else ""})
     console.print(table)
     lines = [
-        f"\nresident: {plan.resident}   # base and policies wait {_LEVELS[plan.resident]}",
+        f"\nresident: {plan.resident}   # {_LEVELS[plan.resident]}",
         f"gpu_memory_utilization: {plan.share:.2f}   # room for {plan.sequences:,} sequences at once",
         *(f"note: {note}" for note in shape.notes),
     ]

@@ -1,24 +1,25 @@
 """What fits where, before anything is loaded: bytes of an engine, of the models merged into it, and of reward models.
 
 Pure functions of a model's shape. Exact: weights, keys and values, LoRA factors. Estimates: a batch's values in vLLM,
-CUDA graphs, and what CUDA itself takes. Each says its equation. A GPU holds 1/n of the weights with n GPUs (tensor
-parallelism); norms and other vectors, which every GPU has whole, are far below one percent.
+CUDA graphs, and what CUDA itself takes. Each says its equation. With n GPUs (tensor parallelism) each holds 1/n of the
+weights; norms and other vectors, which every GPU has whole, are far below one percent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rewarded_lines.engines.kv_cache import kv_bytes
+from rewarded_lines.engines.memory_levels import Sizes, choose_level, least_engine, working_bytes
 from rewarded_lines.engines.model_shapes import ModelShape
 
 GIB = 1 << 30
 ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-Level = Literal["gpu", "host", "disk"]
-# vLLM may take this part of the free memory, as the engines here ask for it.
-SHARE = 0.9
+SLOTS = "slots"
+# vLLM gets this part of the free memory, less what waits beside it.
+_SHARE = 0.9
 # A context with its kernels, and the buffers between GPUs: typical of drivers of today.
 _CUDA, _BETWEEN = GIB // 2, GIB // 2
 # vLLM's log names between 0.3 and 2 GiB, more with more layers.
@@ -28,9 +29,7 @@ _LARGE_CARD, _LARGE_BATCH, _BATCH = 70 * GIB, 16_384, 8192
 # A merge by the processor: kernels and blocks in work, whatever the size of the model.
 _MERGE_ON_CPU = GIB // 2
 # Slots for merged adapters: 16 and a spare one, in at most a tenth of the GPU.
-_SLOTS, _SLOT_SHARE = 17, 0.1
-# The gpu level must leave room for so many of the longest sequences.
-_FEWEST = 16
+_MOST_SLOTS, _SLOT_SHARE = 17, 0.1
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,12 @@ class Job:
 
     Attributes:
         policies: models that are merged.
-        dtype: of weights, keys and values.
+        dtype: of the engine's weights, keys and values.
         longest: tokens of the longest sequence, prompt and response.
         at_once: sequences that should be answered at once.
         lora: rank of the policies' adapters; 0: whole models.
-        share: the part of a GPU that the engine may take; None: what the others leave of 0.9.
+        share: the part of a GPU that the engine may take; None: what the others leave.
+        resident: where base and policies shall wait; "auto": the fastest place with room.
         rewards: bytes of each reward model on the engine's GPUs.
         eager: without CUDA graphs.
     """
@@ -73,6 +73,7 @@ class Job:
     at_once: int = 256
     lora: int = 0
     share: float | None = None
+    resident: str = "auto"
     rewards: Mapping[str, int] = field(default_factory=dict)
     eager: bool = False
 
@@ -84,8 +85,8 @@ class MemoryPlan:
     Attributes:
         engine: parts of the engine.
         beside: parts beside it on the GPU.
-        resident: where base and policies wait for the next merge.
-        levels: bytes of them at each level: of each GPU, of the host, of the disk.
+        resident: where base and policies wait for the next merge: "gpu", "host" or "disk"; adapters: "slots".
+        inputs: bytes of what waits, on all GPUs together or on the host.
         share: the part of a GPU that the engine gets.
         sequence: bytes of the keys and values of one longest sequence.
         sequences: how many of these fit at once.
@@ -96,8 +97,8 @@ class MemoryPlan:
 
     engine: Mapping[str, int]
     beside: Mapping[str, int]
-    resident: Level
-    levels: Mapping[str, int]
+    resident: str
+    inputs: int
     share: float
     sequence: int
     sequences: int
@@ -111,43 +112,36 @@ class MemoryPlan:
 
 
 def plan_memory(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
-    """Return where a sweep's parts go on a machine: the first level of gpu, host and disk that leaves the engine room.
+    """Return where a sweep's parts go on a machine.
 
-    With room R = share · card for the engine, n = ⌊(R − weights − batch − graphs − slots) / sequence⌋ sequences fit.
+    The place of base and policies is chosen as the engine chooses it. The engine's part of a GPU is `job.share`, or
+    0.9 · (free memory) less the models that wait on the GPU. In it are room for
+    ⌊(part − weights − batch − graphs − slots) / sequence⌋ sequences.
     """
     itemsize, gpus = ITEMSIZE[job.dtype], machine.gpus
     sequence = kv_bytes(shape.cache, job.longest, itemsize, gpus)
-    engine = {
-        "weights": weight_bytes(shape, itemsize, gpus),
-        "batch": batch_bytes(shape, job.at_once, itemsize, machine),
-        "CUDA graphs": 0 if job.eager else _GRAPHS_PER_LAYER * shape.layers,
-        **({"LoRA slots": slot_bytes(shape, job, itemsize, machine)} if job.lora else {}),
-    }
-    beside = {
-        "CUDA": _CUDA + (_BETWEEN if gpus > 1 else 0),
-        "log-probabilities": score_bytes(shape, job.longest, itemsize, machine),
-        **job.rewards,
-    }
-    levels = resident_bytes(shape, job, itemsize, gpus)
-    fixed = sum(engine.values())
-
-    def sequences(level: Level) -> tuple[float, int]:
-        used = sum(beside.values()) + (levels["gpu"] if level == "gpu" else 0)
-        share = job.share if job.share is not None else max(0.0, SHARE - used / machine.card)
-        room = min(share * machine.card, machine.card - used) - fixed
-        return share, max(0, int(room // sequence))
-
-    level = choose_level(sequences("gpu")[1] >= min(_FEWEST, job.at_once), levels["host"] <= machine.host)
-    share, count = sequences(level)
-    engine["KV cache"] = sequence * min(count, job.at_once)
-    if level == "gpu":
-        beside["base and policies"] = levels["gpu"]
-    host = {"merge on the CPU": _MERGE_ON_CPU, **({"base and policies": levels["host"]} if level == "host" else {})}
-    disk = {"inputs": levels["disk"], "one merged model": weight_bytes(shape, itemsize)}
-    if job.lora:
-        disk["one merged model"] = lora_bytes(shape, job.lora * job.policies, itemsize)
-    problems = _problems(shape, machine, count, host)
-    return MemoryPlan(engine, beside, level, levels, round(share, 3), sequence, count, host, disk, problems)
+    fixed = fixed_bytes(shape, job, machine)
+    beside = {"CUDA": _CUDA + (_BETWEEN if gpus > 1 else 0), **job.rewards}
+    free = max(0, machine.card - sum(beside.values()))
+    level, inputs = _waiting(shape, job, machine, free)
+    waiting = -(-inputs // gpus) if level == "gpu" else 0
+    room = job.share * machine.card if job.share is not None else _SHARE * free - waiting
+    count = max(0, int((room - sum(fixed.values())) // sequence))
+    engine = {**fixed, "KV cache": sequence * min(count, job.at_once)}
+    if waiting:
+        beside["base and policies"] = waiting
+    working = {"log-probabilities": score_bytes(shape, job, machine)}
+    if level in ("gpu", "host"):
+        working["merge"] = working_bytes(shape.largest)
+    # They follow one another, so the larger of them counts.
+    name = max(working, key=lambda one: working[one])
+    beside[f"{name}, at times"] = working[name]
+    host = {"merge on the CPU": _MERGE_ON_CPU, **({"base and policies": inputs} if level == "host" else {})}
+    disk = {"inputs": shape.stored + job.policies * _policy_bytes(shape, job), "one merged model": _output(shape, job)}
+    left = machine.card - room - sum(beside.values())
+    problems = _problems(shape, machine, count, host, left, name)
+    share = round(max(0.0, room) / machine.card, 3)
+    return MemoryPlan(engine, beside, level, inputs, share, sequence, count, host, disk, problems)
 
 
 def weight_bytes(shape: ModelShape, itemsize: int, gpus: int = 1) -> int:
@@ -160,16 +154,15 @@ def lora_bytes(shape: ModelShape, rank: int, itemsize: int) -> int:
     return rank * shape.edges * itemsize
 
 
-def resident_bytes(shape: ModelShape, job: Job, itemsize: int, gpus: int) -> dict[str, int]:
-    """Return the bytes of base and policies at each level.
-
-    Whole models: (1 + policies) · weights, of which each GPU or worker holds its part. Of adapters only the factors
-    wait: policies · LoRA; the base is the engine's own.
-    """
-    whole = weight_bytes(shape, itemsize)
-    one = lora_bytes(shape, job.lora, itemsize) if job.lora else whole
-    waiting = job.policies * one + (0 if job.lora else whole)
-    return {"gpu": waiting // gpus, "host": waiting, "disk": whole + job.policies * one}
+def fixed_bytes(shape: ModelShape, job: Job, machine: Machine) -> dict[str, int]:
+    """Return the parts of the engine on each GPU that do not depend on the number of sequences in its cache."""
+    itemsize = ITEMSIZE[job.dtype]
+    return {
+        "weights": weight_bytes(shape, itemsize, machine.gpus),
+        "batch": batch_bytes(shape, job.at_once, itemsize, machine),
+        "CUDA graphs": 0 if job.eager else _GRAPHS_PER_LAYER * shape.layers,
+        **({"LoRA slots": slot_bytes(shape, job, machine)} if job.lora else {}),
+    }
 
 
 def batch_bytes(shape: ModelShape, at_once: int, itemsize: int, machine: Machine) -> int:
@@ -187,34 +180,53 @@ def batch_tokens(machine: Machine) -> int:
     return _LARGE_BATCH if machine.card >= _LARGE_CARD else _BATCH
 
 
-def score_bytes(shape: ModelShape, longest: int, itemsize: int, machine: Machine) -> int:
+def score_bytes(shape: ModelShape, job: Job, machine: Machine) -> int:
     """Return tokens · vocabulary · (itemsize + 8): logits, log-probabilities and ranks of the longest sequence.
 
     The KL to the base needs them. vLLM takes them beside the memory that it was given, sequence by sequence.
     """
-    return min(longest, batch_tokens(machine)) * shape.vocabulary * (itemsize + 8)
+    return min(job.longest, batch_tokens(machine)) * shape.vocabulary * (ITEMSIZE[job.dtype] + 8)
 
 
-def slot_bytes(shape: ModelShape, job: Job, itemsize: int, machine: Machine) -> int:
+def slot_bytes(shape: ModelShape, job: Job, machine: Machine) -> int:
     """Return the bytes of vLLM's slots for merged adapters, each of rank Σ r; a tenth of the GPU bounds them."""
-    one = lora_bytes(shape, job.lora * job.policies, itemsize) // machine.gpus
-    return one * max(2, min(_SLOTS, int(_SLOT_SHARE * machine.card / max(1, one))))
+    one = lora_bytes(shape, job.lora * job.policies, ITEMSIZE[job.dtype]) // machine.gpus
+    return one * max(2, min(_MOST_SLOTS, int(_SLOT_SHARE * machine.card / max(1, one))))
 
 
-def choose_level(fits_gpu: bool, fits_host: bool) -> Level:
-    """Return the fastest level that fits."""
-    if fits_gpu:
-        return "gpu"
-    return "host" if fits_host else "disk"
+def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[str, int]:
+    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' alone."""
+    if job.lora:
+        return SLOTS, job.policies * _policy_bytes(shape, job)
+    inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
+    engine = least_engine(weights) if job.share is None else int(job.share * machine.card)
+    sizes = Sizes(-(-inputs // machine.gpus), working_bytes(shape.largest), engine)
+    place = choose_level(job.resident, sizes, free, machine.host // machine.gpus)
+    return place.level, inputs
 
 
-def _problems(shape: ModelShape, machine: Machine, count: int, host: Mapping[str, int]) -> tuple[str, ...]:
+def _policy_bytes(shape: ModelShape, job: Job) -> int:
+    return lora_bytes(shape, job.lora, ITEMSIZE[job.dtype]) if job.lora else shape.stored
+
+
+def _output(shape: ModelShape, job: Job) -> int:
+    """Return the bytes of a merged model; a merged adapter has the rank Σ r."""
+    itemsize = ITEMSIZE[job.dtype]
+    return lora_bytes(shape, job.lora * job.policies, itemsize) if job.lora else weight_bytes(shape, itemsize)
+
+
+def _problems(
+    shape: ModelShape, machine: Machine, count: int, host: Mapping[str, int], left: float, name: str
+) -> tuple[str, ...]:
     found = []
     if shape.heads % machine.gpus:
         found.append(f"vLLM cannot divide {shape.heads} attention heads among {machine.gpus} GPUs")
     if not count:
         what = "the engine does not fit: not one sequence of this length has room beside the weights"
         found.append(f"{what}; take more GPUs (--gpus), shorter sequences, or a smaller model")
+    elif left < 0:
+        share = f"a smaller `gpu_memory_utilization`, by {-left / machine.card:.2f}"
+        found.append(f"the engine leaves too little for {name} beside it; give it {share}")
     if sum(host.values()) > machine.host:
         found.append("the host's memory does not hold what is meant for it")
     return tuple(found)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rewarded_lines.checkpoints.dtypes import BF16, DTYPES, FLOATS, DType
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
+from rewarded_lines.checkpoints.headers import TensorInfo, quantized
 from rewarded_lines.checkpoints.reader import Checkpoint, read_config, resolve_folder
 from rewarded_lines.engines.kv_cache import Config, KvLayers, kv_layers, text_config
 from rewarded_lines.errors import UserError, fail
@@ -34,8 +36,7 @@ _LLAMAS = {
     "Llama-3.1-405B": (16_384, 53_248, 126, 128, 8, 128_256, False),
 }
 
-Tensors = Mapping[str, tuple[int, ...]]
-"""The shape of each tensor, by name."""
+Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class ModelShape:
     Attributes:
         name: the folder, the Hub id, or the published model that a size stands for.
         parameters: how many; tied heads count once.
+        stored: bytes of the weights as their files hold them.
+        largest: bytes of the largest tensor.
         layers: blocks.
         hidden: width of the residual stream.
         inner: values that the widest step of a block makes for a token.
@@ -57,6 +60,8 @@ class ModelShape:
 
     name: str
     parameters: int
+    stored: int
+    largest: int
     layers: int
     hidden: int
     inner: int
@@ -99,11 +104,13 @@ def shape_from(name: str, config: Config, tensors: Tensors) -> ModelShape:
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     # A tied head may be saved a second time; without the embeddings it stands for them.
     twice = tied and any(part in key for key in tensors for part in TOKEN_EMBEDDINGS)
-    kept = {key: shape for key, shape in tensors.items() if not (twice and key in TIED_HEADS)}
-    linear = [shape for key, shape in kept.items() if len(shape) == 2 and _BLOCK.search(key)]
+    kept = [info for key, info in tensors.items() if not (twice and key in TIED_HEADS)]
+    linear = [info.shape for info in kept if len(info.shape) == 2 and _BLOCK.search(info.name)]
     return ModelShape(
         name=name,
-        parameters=sum(map(math.prod, kept.values())),
+        parameters=sum(info.elements for info in kept),
+        stored=sum(info.bytes for info in kept),
+        largest=max(info.bytes for info in kept),
         layers=int(text["num_hidden_layers"]),
         hidden=hidden,
         inner=_inner(text, hidden),
@@ -138,7 +145,7 @@ def _llama(name: str) -> tuple[dict[str, Any], Tensors]:
     }
     tensors = {f"model.layers.{layer}.{part}": shape for layer in range(layers) for part, shape in block.items()}
     ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
-    return config, {**tensors, **ends, "model.norm.weight": (hidden,)}
+    return config, _described({**tensors, **ends, "model.norm.weight": (hidden,)}, BF16)
 
 
 def _whole_config(folder: Path) -> Config:
@@ -165,7 +172,7 @@ def _whole_config(folder: Path) -> Config:
 def _tensor_shapes(reference: str, folder: Path) -> Tensors:
     """Return the shapes of a model's tensors: of its files, its headers on the Hub, or what its class would make."""
     if any(folder.glob("*.safetensors")):
-        return {name: info.shape for name, info in Checkpoint(folder).tensors.items()}
+        return Checkpoint(folder).tensors
     return (_hub_shapes(reference) if not looks_local(reference) else {}) or _shapes_of_class(folder)
 
 
@@ -183,7 +190,11 @@ def _hub_shapes(reference: str) -> Tensors:
     except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
         got = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise fail("the headers of its weights cannot be read", where=reference, got=got) from error
-    return {name: tuple(info.shape) for file in files for name, info in file.tensors.items()}
+    stored = {name: info for file in files for name, info in file.tensors.items()}
+    unknown = sorted({info.dtype for info in stored.values()} - DTYPES.keys())
+    if unknown:
+        raise quantized(f"tensors are of type {', '.join(unknown)[:60]}", Path(reference))
+    return {name: TensorInfo(name, DTYPES[info.dtype], tuple(info.shape)) for name, info in stored.items()}
 
 
 def _shapes_of_class(folder: Path) -> Tensors:
@@ -198,4 +209,9 @@ def _shapes_of_class(folder: Path) -> Tensors:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(str(folder)), trust_remote_code=False)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    kind = str(model.dtype).removeprefix("torch.")
+    return _described({name: tuple(weight.shape) for name, weight in model.named_parameters()}, FLOATS[kind])
+
+
+def _described(shapes: Mapping[str, tuple[int, ...]], kind: DType) -> Tensors:
+    return {name: TensorInfo(name, kind, shape) for name, shape in shapes.items()}

@@ -63,7 +63,8 @@ def machine_here(gpus: int = 1, card: float | None = None, host: float | None = 
     name, size = min(sizes, key=lambda one: one[1]) if sizes else ("GPU (none here, so one is assumed)", 0)
     memory = int(card * GIB) if card else (size << 20) or _ASSUMED
     room = int(host * GIB) if host else available_memory_of_host()
-    disk = shutil.disk_usage(existing(root)).free
+    # Of another machine the disk is not known.
+    disk = 0 if card and host else shutil.disk_usage(existing(root)).free
     return Machine(gpus, memory, room, disk, "" if card else name)
 
 
@@ -97,8 +98,12 @@ def job_of_project(project: Project, job: Job, dtype: str | None, tell: Callable
     """
     config = project.config
     longest, requests = _longest(project, tell)
+    engine = config.engine
     return replace(
         job,
+        resident=engine.resident,
+        share=job.share or engine.args.get("gpu_memory_utilization"),
+        eager=bool(engine.args.get("enforce_eager")),
         dtype=dtype or config.generation.dtype,
         longest=longest or job.longest,
         at_once=min(_MOST_AT_ONCE, requests * config.generation.n) if requests else job.at_once,
@@ -137,7 +142,7 @@ def _reward_bytes(project: Project, tell: Callable[[str], None]) -> dict[str, in
         seen.add((reference, kind))
         try:
             shape = read_shape(project.resolve(reference))
-            found[f"reward {name}"] = shape.parameters * ITEMSIZE.get(kind, 4)
+            found[f"reward {name}"] = shape.parameters * ITEMSIZE[kind] if kind in ITEMSIZE else shape.stored
         except (UserError, KeyError) as error:
             tell(f"reward {name} is not counted: {str(error).splitlines()[0]}")
     return found

@@ -88,7 +88,7 @@ class Check:
             words = [sys.executable, HERE / "gpu_steps.py", step, self._work, rows, *(["--tiny"] if self._tiny else [])]
             with log.open("wb") as said:
                 process = subprocess.Popen(
-                    list(map(str, words)), stdout=said, stderr=said, env=self._environment(), start_new_session=True
+                    list(map(str, words)), stdout=said, stderr=said, env=self._environment(), process_group=0
                 )
                 state = _outcome(process, limit)
         found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
@@ -110,7 +110,10 @@ class Check:
             state = step["state"] if step["state"] == "done" else f"**{step['state']}**"
             lines.append(f"| {step['step']} | {state} | {step['seconds']:.0f} s | | |")
         told = [f"\n{step['step']} said last:\n{step['said']}" for step in self._steps if step["said"]]
-        return "\n".join([", ".join(f"{key}: {value}" for key, value in self._machine().items()), "", *lines, *told]) + "\n"
+        return (
+            "\n".join([", ".join(f"{key}: {value}" for key, value in self._machine().items()), "", *lines, *told])
+            + "\n"
+        )
 
     def _write(self) -> None:
         content = {"machine": self._machine(), "tiny": self._tiny, "steps": self._steps}

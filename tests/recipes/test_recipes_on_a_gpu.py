@@ -1,0 +1,32 @@
+"""The first steps of every recipe on a card, whole and with LoRA, in the type that the card is made for."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+from small_recipes import POLICIES, record, run
+
+pytestmark = pytest.mark.gpu
+
+# PPO's first step is one of its updates.
+STEPS = {"ppo": {"total_episodes": 16}, **dict.fromkeys(("sft", "reward", "rloo", "grpo", "dpo"), {"max_steps": 2})}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", STEPS)
+def test_first_steps(name, lora, device, work, monkeypatch):
+    monkeypatch.chdir(work)
+    precise = {"dtype": "bfloat16", "bf16": True} if device == "cuda" else {}
+    peft = {"use_peft": True, "lora_r": 4} if lora else {}
+    out = work / "out"
+    run(name, work, output_dir=out, **STEPS[name], **precise, **peft)
+    (weights,) = out.glob("adapter_model.safetensors" if lora else "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+    losses = [
+        entry["loss"] for entry in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in entry
+    ]
+    assert all(map(math.isfinite, losses)) and (losses or name == "ppo")
+    assert (name in POLICIES) == ("gain" in json.dumps(record(out)))
