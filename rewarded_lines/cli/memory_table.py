@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -24,25 +23,26 @@ _ESTIMATES = {"batch", "CUDA graphs", "CUDA"}
 
 
 def show_plan(shape: ModelShape, job: Job, machine: Machine, plan: MemoryPlan, console: Console) -> None:
-    """Print the model, a table of what goes where, and what does not fit."""
+    """Print the model, what goes where, and what does not fit."""
     kind = f"LoRA adapters of rank {job.lora}" if job.lora else "whole models"
-    console.print(f"{shape.name}: {shape.parameters / 1e9:.2f}B parameters, {shape.layers} layers, {job.dtype}")
-    console.print(f"{job.policies} policies, {kind}; sequences of up to {job.longest:,} tokens")
-    console.print(f"{machine.gpus} × {machine.name or 'GPU'}, {gib(machine.card)}; host {gib(machine.host)}\n")
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column()
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    _rows(table, "each GPU: engine", plan.engine, {"KV cache": _cache(job, plan)})
-    _rows(table, "each GPU: beside", plan.beside, {})
     total = sum([*plan.engine.values(), *plan.beside.values()])
-    table.add_row("", "in all", gib(total), f"of {gib(machine.card)}")
-    _rows(table, "host", plan.host, {})
-    _rows(table, "disk", plan.disk, {"one merged model": f"{gib(machine.disk)} are free" if machine.disk else ""})
-    console.print(table)
+    remarks = {
+        **dict.fromkeys(_ESTIMATES, "estimate"),
+        "KV cache": f"{min(plan.sequences, job.at_once):,} sequences of {gib(plan.sequence)}",
+        "one merged model": f"{gib(machine.disk)} are free" if machine.disk else "",
+    }
     lines = [
-        f"\nresident: {plan.resident}   # {_LEVELS[plan.resident]}",
+        f"{shape.name}: {shape.parameters / 1e9:.2f}B parameters, {shape.layers} layers, {job.dtype}",
+        f"{job.policies} policies, {kind}; sequences of up to {job.longest:,} tokens",
+        f"{machine.gpus} × {machine.name or 'GPU'}, {gib(machine.card)}; host {gib(machine.host)}",
+        *_rows("each GPU, the engine", plan.engine, remarks),
+        *_rows(
+            "each GPU, beside it", {**plan.beside, "in all": total}, {**remarks, "in all": f"of {gib(machine.card)}"}
+        ),
+        *_rows("host", plan.host, remarks),
+        *_rows("disk", plan.disk, remarks),
+        "",
+        f"resident: {plan.resident}   # {_LEVELS[plan.resident]}",
         f"gpu_memory_utilization: {plan.share:.2f}   # room for {plan.sequences:,} sequences at once",
         *(f"note: {note}" for note in shape.notes),
     ]
@@ -59,11 +59,6 @@ def gib(size: float) -> str:
     return f"{size / _GIB:,.1f} GiB"
 
 
-def _cache(job: Job, plan: MemoryPlan) -> str:
-    return f"{min(plan.sequences, job.at_once):,} sequences of {gib(plan.sequence)}"
-
-
-def _rows(table: Table, place: str, parts: Mapping[str, int], remarks: Mapping[str, str]) -> None:
-    for number, (what, size) in enumerate(parts.items()):
-        remark = remarks.get(what, "estimate" if what in _ESTIMATES else "")
-        table.add_row("" if number else place, what, gib(size), remark)
+def _rows(place: str, parts: Mapping[str, int], remarks: Mapping[str, str]) -> list[str]:
+    rows = [f"  {what:<30}{gib(size):>12}  {remarks.get(what, '')}".rstrip() for what, size in parts.items()]
+    return ["", place, *rows]

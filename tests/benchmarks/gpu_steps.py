@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -89,13 +88,11 @@ def models(step: Step) -> None:
 
     large, small = (TINY, TINY) if step.tiny else (THREE_B, ONE_B)
     began = time.perf_counter()
-    write_policies(step.large, large, step.dtype, step.device)
+    write_policies(step.large, large, step.dtype, step.device, ("base", "first", "second"))
     step.tell("write three models of 3B", seconds(time.perf_counter() - began), size_of(step.large))
     write_classifier(step.large / "judge", small, step.dtype, step.device)
     write_sweep_project(step.large, step.dtype, step.prompts, step.tokens)
-    write_policies(step.small, small, step.dtype, step.device)
-    os.replace(step.small / "base", step.small / "sft")
-    (step.small / "rewards").mkdir()
+    write_policies(step.small, small, step.dtype, step.device, ("sft",))
     write_classifier(step.small / "rewards" / "positive", small, step.dtype, step.device)
     write_training_project(step.small, 64 if step.tiny else 512)
     (step.work / "models.done").touch()
@@ -136,15 +133,12 @@ def merge(step: Step) -> None:
         ways[f"merge --device {device}"] = (*COMMAND, *base, "--device", device, "--out", out)
     peer, digests = 0.0, {}
     for name, command in ways.items():
-        runs = []
-        for _ in range(1 if step.tiny else 2):
-            clear(out)
-            warm(inputs)
-            runs.append(run_once(command, dict(os.environ)))
-            digests[name] = weights_of(out)
-        best = median(run.seconds for run in runs)
-        peer = peer or best
-        step.tell(name, seconds(best), f"{best / peer:.1f} × cp, peak {runs[0].peak / 1e9:.1f} GB")
+        clear(out)
+        warm(inputs)
+        run = run_once(command, dict(os.environ))
+        digests[name] = weights_of(out)
+        peer = peer or run.seconds
+        step.tell(name, seconds(run.seconds), f"{run.seconds / peer:.1f} × cp, peak {run.peak / 1e9:.1f} GB")
     clear(out)
     merged = [digest for name, digest in digests.items() if name.startswith("merge")]
     step.tell("bits of the merges", "the same" if len(set(merged)) == 1 else "DIFFERENT", wanted="the same")
@@ -153,59 +147,50 @@ def merge(step: Step) -> None:
 
 
 def swaps(step: Step) -> None:
-    """Seconds of a swap for each place where the models may wait, and tokens a second; each with its own engine."""
-    failed = []
-    for level in LEVELS:
-        if step.tiny:
-            # One process: a rehearsal is to import vLLM once.
-            swap(level, step)
-            continue
-        words = [sys.executable, __file__, f"swaps-{level}", step.work, step._rows, *(["--tiny"] if step.tiny else [])]
-        if subprocess.run(list(map(str, words))).returncode:
-            step.tell(f"swap, resident: {level}", "failed")
-            failed.append(level)
-    sys.exit(1 if failed else 0)
-
-
-def swap(level: str, step: Step) -> None:
-    """Measure swaps at one level."""
+    """Seconds of a swap from each place where the models may wait, and tokens a second, in one engine."""
     from random_models import sentences
 
     from rewarded_lines.config import GenerationSpec
     from rewarded_lines.engine_settings import EngineSettings
     from rewarded_lines.engines.load_engine import load_generator
+    from rewarded_lines.engines.vllm_models import plan_message
     from rewarded_lines.merger.open_inputs import plan_merge
-    from rewarded_lines.merger.spec import MergeSpec
 
     prompts = sentences(8 if step.tiny else 256, 32)
     spec = GenerationSpec(temperature=1.0, max_tokens=8 if step.tiny else 128, dtype=step.dtype)
-    plan = plan_merge(
-        str(step.large / "base"), {name: str(step.large / name) for name in ("first", "second")}, dtype=step.dtype
-    )
-    # CUDA graphs take a while to record: they are measured once, where tokens a second are.
-    settings = EngineSettings.model_validate({"resident": level, "enforce_eager": step.tiny or level != LEVELS[0]})
+    base, *policies = (str(step.large / name) for name in ("base", "first", "second"))
+    plan = plan_merge(base, dict(zip(("first", "second"), policies, strict=True)), dtype=step.dtype)
+    settings = EngineSettings.model_validate({"resident": LEVELS[0], "enforce_eager": step.tiny})
     began = time.perf_counter()
-    engine = load_generator("vllm", str(step.large / "base"), spec, prompts, plan=plan, settings=settings)
-    try:
-        step.tell(f"start of the engine, resident: {level}", seconds(time.perf_counter() - began))
-        taken = []
-        for number in range(3 if step.tiny else 6):
-            before = engine.swap_seconds
-            engine.generate(
-                prompts[:1], spec.model_copy(update={"max_tokens": 1}), [MergeSpec((number / 8, 1 - number / 8))]
-            )
-            taken.append(engine.swap_seconds - before)
-        wanted = WANTED[level]
-        step.tell(
-            f"swap, resident: {level}",
-            seconds(median(taken[1:])),
-            f"the first {seconds(taken[0])}",
-            f"≤ {wanted} s on an H100" if wanted else "",
-        )
-        if level == LEVELS[0]:
-            speed(step, engine, prompts, spec)
-    finally:
-        engine.close()
+    engine: Any = load_generator("vllm", base, spec, prompts, plan=plan, settings=settings)
+    step.tell("start of the engine", seconds(time.perf_counter() - began), "; ".join(engine.told))
+    speed(step, engine, prompts, spec)
+    failed = []
+    for turn, level in enumerate(LEVELS):
+        try:
+            # The engine has left room for the first level, so the others fit, too.
+            engine.call("close_plan")
+            engine.call("open_plan", plan_message(plan), level)
+            swap(step, engine, prompts[:1], spec.model_copy(update={"max_tokens": 1}), turn)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next place is measured, too
+            step.tell(f"swap, resident: {level}", f"failed: {type(error).__name__}: {str(error)[:150]}")
+            failed.append(level)
+    engine.close()
+    sys.exit(1 if failed else 0)
+
+
+def swap(step: Step, engine: Any, prompts: Sequence[str], spec: Any, turn: int) -> None:
+    """Measure swaps from one place; the first one loads the models."""
+    from rewarded_lines.merger.spec import MergeSpec
+
+    level, taken = LEVELS[turn], []
+    for number in range(4):
+        share = (1 + number + 4 * turn) / 16
+        before = engine.swap_seconds
+        engine.generate(prompts, spec, [MergeSpec((share, 1 - share))])
+        taken.append(engine.swap_seconds - before)
+    wanted = f"≤ {WANTED[level]} s on an H100" if WANTED[level] else ""
+    step.tell(f"swap, resident: {level}", seconds(median(taken[1:])), f"the first {seconds(taken[0])}", wanted)
 
 
 def speed(step: Step, engine: Any, prompts: Sequence[str], spec: Any) -> None:
@@ -294,7 +279,6 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "tests": tests,
     "merge": merge,
     "swaps": swaps,
-    **{f"swaps-{level}": partial(swap, level) for level in LEVELS},
     "sweep": sweep,
     "recipes": recipes,
 }

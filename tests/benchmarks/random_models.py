@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def sentences(count: int, words: int) -> list[str]:
     return [" ".join(chance.choices(WORDS, k=words)) for _ in range(count)]
 
 
-def write_policies(folder: Path, size: Size, dtype: str, device: str) -> None:
-    """Write a base and two policies near it: `base`, `first`, `second`."""
+def write_policies(folder: Path, size: Size, dtype: str, device: str, names: Sequence[str]) -> None:
+    """Write a base, the first of the names, and policies near it, the others."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +71,7 @@ def write_policies(folder: Path, size: Size, dtype: str, device: str) -> None:
     with torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(size, tokenizer), dtype=getattr(torch, dtype))
-    for seed, name in enumerate(("base", "first", "second")):
+    for seed, name in enumerate(names):
         if seed:
             generator = torch.Generator(device).manual_seed(seed)
             with torch.no_grad():

@@ -11,6 +11,7 @@ from tiny_models import make_model, save_model
 
 from rewarded_lines.engines import planned_work
 from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
+from rewarded_lines.engines.memory_levels import working_bytes
 from rewarded_lines.engines.memory_plan import GIB, Job, Machine, plan_memory
 from rewarded_lines.engines.model_shapes import named_shape, read_shape
 
@@ -112,29 +113,32 @@ def test_of_a_hub_id_only_the_headers_are_read(tmp_path, monkeypatch):
 
 def test_whole_models_wait_where_they_fit():
     shape = named_shape(8e9)
-    weights, token = 2 * 8_030_261_248, 131_072
+    weights, token, head = 2 * 8_030_261_248, 131_072, 2 * 128_256 * 4096
     plan = plan_memory(shape, Job(longest=1000, at_once=64), CARD)
     assert plan.engine["weights"] == weights and plan.sequence == 1000 * token
     # Logits of 1,000 tokens in bfloat16, their float32 and the ranks.
-    assert plan.beside["log-probabilities"] == 1000 * 128_256 * 10
+    assert plan.beside["log-probabilities, at times"] == 1000 * 128_256 * 10
     assert (plan.resident, plan.beside["base and policies"]) == ("gpu", 3 * weights)
-    used = sum(plan.beside.values())
-    assert plan.share == round(0.9 - used / CARD.card, 3)
-    room = (0.9 - used / CARD.card) * CARD.card - sum(plan.engine.values()) + plan.engine["KV cache"]
-    assert plan.sequences == int(room // plan.sequence) and not plan.problems
+    assert plan.beside["merges"] == working_bytes(2, head)
+    # The engine gets what the engine asks for: 0.9 of what CUDA leaves, without what waits beside it.
+    room = 0.9 * (CARD.card - plan.beside["CUDA"]) - 3 * weights - working_bytes(2, head)
+    fixed = sum(plan.engine.values()) - plan.engine["KV cache"]
+    assert plan.share == round(room / CARD.card, 3)
+    assert plan.sequences == int((room - fixed) // plan.sequence) and not plan.problems
     more = plan_memory(shape, Job(longest=1000, at_once=64, policies=4), CARD)
     assert (more.resident, more.host["base and policies"]) == ("host", 5 * weights)
     poor = Machine(gpus=1, card=CARD.card, host=8 * GIB, disk=GIB)
     assert plan_memory(shape, Job(policies=4), poor).resident == "disk"
+    assert plan_memory(shape, Job(resident="host"), CARD).resident == "host"
 
 
-def test_adapters_take_their_factors_and_slots():
+def test_adapters_take_slots():
     shape = named_shape(8e9)
     plan = plan_memory(shape, Job(lora=16), CARD)
     # q and o 4096 × 4096, k and v 1024 × 4096, three of 14336 × 4096, in 32 blocks.
     one = 2 * 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
-    assert plan.levels["gpu"] == plan.beside["base and policies"] == 2 * one
-    assert plan.engine["LoRA slots"] == 17 * 2 * one
+    assert plan.engine["LoRA slots"] == 17 * 2 * one and plan.disk["one merged model"] == 2 * one
+    assert plan.resident == "slots" and "base and policies" not in plan.beside
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,7 @@ def test_adapters_take_their_factors_and_slots():
     [
         (Job(), Machine(1, 24 * GIB, 256 * GIB, GIB), "the engine does not fit"),
         (Job(), Machine(3, 80 * GIB, 256 * GIB, GIB), "vLLM cannot divide 64 attention heads among 3 GPUs"),
+        (Job(share=0.9, longest=16_384), Machine(8, 80 * GIB, 512 * GIB, GIB), "the engine leaves too little"),
         (Job(share=0.1), Machine(8, 80 * GIB, 512 * GIB, GIB), "the engine does not fit"),
     ],
 )
