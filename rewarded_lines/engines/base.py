@@ -85,10 +85,12 @@ class Generator(ABC):
     Attributes:
         at_once: how many models one call of `generate` should get: more than 1 if models share a batch.
         swap_seconds: time spent so far on putting merged weights or adapters into the engine.
+        told: what the user should know about how it was started.
     """
 
     at_once: int = 1
     swap_seconds: float = 0.0
+    told: Sequence[str] = ()
     _tokenizer: Any
     _ends: frozenset[int]
 

@@ -131,11 +131,11 @@ def _engine_bytes(plan: ModelPlan, settings: EngineSettings) -> int:
     return least_engine(total_bytes(plan.outputs()) // settings.tensor_parallel)
 
 
+def least_engine(weights: int) -> int:
+    """Return the bytes of a GPU that an engine takes at least, beside so many bytes of weights there."""
+    return int(1.1 * weights) + _CACHE
+
+
 def working_bytes(policies: int, largest: int) -> int:
     """Return the bytes of a GPU that merges take: float64 arrays, the largest tensor, its copies on the way."""
     return 8 * CHUNK * (8 + 2 * policies) + 4 * largest
-
-
-def least_engine(weights: int) -> int:
-    """Return the bytes that an engine needs at least on a device, for so many bytes of weights."""
-    return int(1.1 * weights) + _CACHE

@@ -9,6 +9,8 @@ from typing import Any
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
+from rewarded_lines.engines.memory_levels import place_for
+from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import (
     end_tokens,
@@ -24,6 +26,8 @@ from rewarded_lines.merger.spec import MergeSpec
 _BATCH = 64
 # At most this many probabilities are in memory at once: 512 MB of float32.
 _CELLS = 1 << 27
+# Bytes of a GPU that generation takes beside the model.
+_GENERATION = 4 << 30
 
 
 class HfGenerator(SwappingGenerator):
@@ -40,6 +44,7 @@ class HfGenerator(SwappingGenerator):
             UserError: prompts do not fit the model, or the chat template cannot be read.
         """
         super().__init__(work)
+        self._inputs: Resident | None = None
         self._model, self._tokenizer = loaded or _load_model(work)
         tokenizer, model = self._tokenizer, self._model
         # PEFT's wrapper passes its generation config on to the model inside.
@@ -51,12 +56,23 @@ class HfGenerator(SwappingGenerator):
                 set_template(tokenizer, work.spec)
                 longest_sequence(tokenizer, model.config, work)
             self._set_up()
+            self._inputs = self._hold(work)
         except BaseException:
             self.close()
             raise
 
+    def _hold(self, work: Workload) -> Resident | None:
+        """Return what merges are made from; the model is in its place already."""
+        if self._plan is None:
+            return None
+        place = place_for(self._plan, work.settings, _GENERATION)
+        self.told = (f"resident: {place.why}",) if place.why else ()
+        return Resident(self._plan, place.level, self._model.device)
+
     def close(self) -> None:
         """See `Generator.close`."""
+        if self._inputs:
+            self._inputs.close()
         training, self._tokenizer.pad_token, self._tokenizer.chat_template = self._before
         self._model.train(training)
         for holder, config in self._configs:
@@ -79,11 +95,11 @@ class HfGenerator(SwappingGenerator):
     def _swap(self, spec: MergeSpec) -> None:
         import torch
 
-        assert self._plan is not None
+        assert self._inputs is not None
         slots = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
         left = {id(parameter): name for name, parameter in self._model.named_parameters()}
         with torch.no_grad():
-            for name, tensor in self._plan.tensors(spec):
+            for name, tensor in self._inputs.tensors(spec):
                 if name not in slots:
                     raise fail(f"transformers has no parameter {name}", where="--engine hf", remedy="use --engine vllm")
                 slots[name].copy_(tensor)

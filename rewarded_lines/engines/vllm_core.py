@@ -30,7 +30,7 @@ class VllmCore(Generator):
     """One engine. Responses do not depend on earlier requests. `loaded`: LoRA requests, or None for the model."""
 
     def _start(self, work: Workload, **options: Any) -> None:
-        """Start the engine; `options` go to vLLM's `LLM`."""
+        """Start the engine; `options` go to `start_vllm`."""
         import torch
 
         self._tokenizer, self._ends, longest = load_tokens(work)

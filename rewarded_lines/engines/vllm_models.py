@@ -13,8 +13,11 @@ from typing import Any
 
 from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
 from rewarded_lines.engines.cpu_adapters import group_adapters
+from rewarded_lines.engines.memory_levels import Level, place_for
+from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.vllm_versions import last_slot_is_shared, let_vllm_search_modules
+from rewarded_lines.engines.worker_shares import share_of
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.open_inputs import plan_merge
@@ -33,10 +36,13 @@ class VllmGenerator(VllmCore, SwappingGenerator):
     def __init__(self, work: Workload) -> None:
         """Start the engine; see `load_generator`."""
         super().__init__(work)
-        self._start(work)
-        if self._plan is not None:
+        place = place_for(self._plan, work.settings) if self._plan is not None else None
+        # Room for the inputs is left when the engine takes its memory.
+        self._start(work, beside=place.beside if place else 0)
+        if self._plan is not None and place is not None:
+            self.told = (f"resident: {place.why}",) if place.why else ()
             try:
-                self.call("open_plan", plan_message(self._plan))
+                self.call("open_plan", plan_message(self._plan), place.level)
             except BaseException:
                 self.close()
                 raise
@@ -65,15 +71,17 @@ def plan_message(plan: ModelPlan) -> dict[str, Any]:
 class MergingWorker:
     """An extension of vLLM's worker. The engine calls its methods by name on every worker."""
 
-    def open_plan(self, message: Mapping[str, Any]) -> None:
-        """Get ready to merge; see `plan_message`."""
+    def open_plan(self, message: Mapping[str, Any], level: Level) -> None:
+        """Get ready to merge; see `plan_message`, and `Resident` for the level."""
         if message["process"] == os.getpid():
             plan = _plans[message["key"]]
         else:
             assert message["base"], "only a plan from plan_merge can be opened again"
             how = {name: message[name] for name in ("dtype", "layers", "tower")} | message["carried"]
             plan = plan_merge(message["base"], message["policies"], **how)
+        worker: Any = self
         self.merge_plan = plan
+        self.resident = Resident(plan, level, worker.device, share_of(worker))
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
         for _ in plan.tensors(base_spec(plan), [smallest]):
@@ -82,13 +90,15 @@ class MergingWorker:
     def use_merge(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Stream a merge's tensors into the running model; the message has the fields of its `MergeSpec`.
 
+        vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid.
+
         Returns:
             The problems of a `UserError`: vLLM cannot send the error itself from process to process.
         """
         spec = MergeSpec(**{**message, "weights": tuple(message["weights"])})
         worker: Any = self
         try:
-            worker.reload_weights(weights_iterator=self.merge_plan.tensors(spec))
+            worker.reload_weights(weights_iterator=self.resident.tensors(spec))
             _repack_tied_head(worker.get_model())
         except UserError as error:
             return [asdict(problem) for problem in error.problems]

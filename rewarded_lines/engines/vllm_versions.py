@@ -19,11 +19,12 @@ from rewarded_lines.processes import VLLM_SETTINGS
 from rewarded_lines.versions import installed
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: int = 0, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
+        beside: bytes of a GPU that it must leave for others.
         settings: the user's, whose arguments replace those of `options`.
         options: of vLLM's `LLM`.
     """
@@ -34,7 +35,7 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, **option
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free, size or free) / total, 3)
+        options["gpu_memory_utilization"] = round(min(0.9 * free - beside, size or free) / total, 3)
     options |= settings.args if settings else {}
     with warnings.catch_warnings():
         # While it searches modules for kernels, it comes across names that torch deprecates.

@@ -102,7 +102,10 @@ class LocalEvaluator:
     @cached_property
     def _generator(self) -> Generator:
         self._progress.start("building the engine")
-        return self._timed("engine", lambda: self.setup.generator(self._also))
+        made = self._timed("engine", lambda: self.setup.generator(self._also))
+        for fact in made.told:
+            self._progress.tell(fact)
+        return made
 
     def _turns(self, setup: Setup, keys: Keys, wanted: set[str]) -> Iterator[dict[str, Point]]:
         """Yield the drafts of wanted points in turns; a missing draft makes its whole batch again.

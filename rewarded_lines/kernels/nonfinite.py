@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from threading import Lock
+from typing import Protocol
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.kernels.blocks import TensorMerge, Workspace
+from rewarded_lines.kernels.blocks import TensorMerge
 
 _SHOWN = 5
+
+
+class Inputs(Protocol):
+    """A block of inputs, or a whole tensor's."""
+
+    def count_nonfinite(self, row: int) -> int:
+        """Return how many values are not finite in the base (0) or in policy `row` − 1."""
 
 
 class NonFinite:
@@ -23,13 +31,13 @@ class NonFinite:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = Lock()
 
-    def look(self, workspace: Workspace, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
-        """Count the values that are not finite in a block's inputs or, if all are finite, in its results."""
+    def look(self, inputs: Inputs, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
+        """Count the values that are not finite in the inputs or, if all are finite, in the results."""
         # A finite weighted sum of all inputs shows that every one of them is finite.
         whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
         if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):
             return
-        counts = {source: workspace.count_nonfinite(row) for row, source in enumerate(self._inputs)}
+        counts = {source: inputs.count_nonfinite(row) for row, source in enumerate(self._inputs)}
         if not any(counts.values()):
             counts = {"the result": max(bad)}
         for source, count in counts.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import blake3
@@ -110,12 +110,14 @@ def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[Array]:
     return [np.concatenate(part) for part in parts]
 
 
+# For several outputs of one merge: each draws the masks of the block that its thread works on.
+@lru_cache(maxsize=64)
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
     """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
 
     The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
     policy's values. So the mask does not depend on the order of policies, the sharding or the threads. `start` is a
-    multiple of the block length, and `count` at most that.
+    multiple of the block length, and `count` at most that. The mask is shared: leave it as it is.
     """
     assert start % BLOCK == 0 and count <= BLOCK
     key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()

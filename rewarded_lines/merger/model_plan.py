@@ -26,6 +26,7 @@ from rewarded_lines.kernels.norms import Facts
 from rewarded_lines.kernels.thread_pool import Relay, share_out
 from rewarded_lines.kernels.thresholds_and_masks import random_mask
 from rewarded_lines.merger.lora_folding import FoldedAdapter
+from rewarded_lines.merger.merge_device import settled_device
 from rewarded_lines.merger.merge_rules import consensus, soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.plan import Plan
@@ -72,9 +73,14 @@ class ModelPlan(Plan):
         self._floats = [name for name in floats if adapted or self._touched(name, everyone)]
         self.facts = Facts(base, self._sources, self._floats)
 
+    @property
+    def sources(self) -> list[Source]:
+        """Return the base and each policy, as residuals if it is an adapter."""
+        return [self.base, *self._sources]
+
     def workspace(self) -> Workspace:
         """Return buffers for one thread."""
-        if self._device == "cpu":
+        if self._device in ("cpu", "auto"):
             return Workspace(self.base, self._sources)
         from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
 
@@ -154,20 +160,28 @@ class ModelPlan(Plan):
         total = math.fsum(plain)
         return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
 
-    def tensors(self, spec: MergeSpec, order: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every merged tensor as torch's, in `order` or in the base's; refuse values that are not finite."""
+    def tensors(
+        self, spec: MergeSpec, order: Sequence[str] = (), workspace: Callable[[], Workspace] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every merged tensor as torch's, in `order` or in the base's; refuse values that are not finite.
+
+        `workspace` makes a thread's buffers, if not those of the plan.
+        """
         self.prepare([spec])
         shapes = {info.name: info for info in self.outputs()}
         for name in order or self.names:
             info = shapes[name]
             values = np.empty(info.elements, info.dtype.storage)
             nonfinite = self.nonfinite()
-            share_out(list(blocks_of(info.elements)), partial(self._fill, name, spec, values, nonfinite))
+            fill = partial(self._fill, name, spec, values, nonfinite, workspace or self.workspace)
+            share_out(list(blocks_of(info.elements)), fill)
             nonfinite.refuse()
             yield name, as_torch(values.reshape(info.shape), info.dtype)
 
-    def _fill(self, name: str, spec: MergeSpec, values: Any, nonfinite: NonFinite) -> Callable[[tuple[int, int]], None]:
-        workspace, step = self.workspace(), self.step(name, spec)
+    def _fill(
+        self, name: str, spec: MergeSpec, values: Any, nonfinite: NonFinite, begin: Callable[[], Workspace]
+    ) -> Callable[[tuple[int, int]], None]:
+        workspace, step = begin(), self.step(name, spec)
 
         def work(block: tuple[int, int]) -> None:
             start, count = block
@@ -181,6 +195,10 @@ class ModelPlan(Plan):
         self, specs: Sequence[MergeSpec], folders: Sequence[Path], max_shard_size: int, progress: Progress = SILENT
     ) -> NonFinite:
         """See `Plan.write`."""
+        if self._device == "auto":
+            ruled = sum(METHODS[spec.method].rule is not soup for spec in specs)
+            values = ruled * sum(self.base.tensors[name].elements for name in self._floats)
+            self._device = settled_device(values, len(self.policies), progress)
         nonfinite = self.nonfinite()
         hashes = RunningHashes(source for source in [self.base, *self._sources] if isinstance(source, TensorFiles))
         with ExitStack() as stack:

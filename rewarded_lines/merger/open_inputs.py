@@ -17,11 +17,12 @@ from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.carried_files import choose_files
 from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
+from rewarded_lines.merger.merge_device import check_device
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
-from rewarded_lines.merger.plan import DTYPES, Plan, check_device, choose
+from rewarded_lines.merger.plan import DTYPES, Plan, choose
 from rewarded_lines.merger.tied_layers import changed_tensors, name_apart, settle
 
 KINDS = ("auto", "full", "adapter")

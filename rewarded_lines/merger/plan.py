@@ -17,7 +17,6 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import INDEX_FILE, Checkpoint, read_json_object
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.errors import did_you_mean, fail
-from rewarded_lines.extras import require
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.merger.carried_files import Carried, key_of
@@ -144,21 +143,3 @@ def choose(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         remedy = did_you_mean(value, known)
         raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known), remedy=remedy)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or cannot use."""
-    # The CPU needs no torch, which takes longer to load than a small merge.
-    if device == "cpu":
-        return
-    require("eval", f"--device {device}", "torch")
-    import torch
-
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise fail("not a device", where="--device", expected="cpu, cuda or cuda:1", got=device) from error
-    if kind.type not in ("cpu", "cuda"):
-        raise fail("not a device for merges", where="--device", expected="cpu, cuda or cuda:1", got=device)
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise fail("no GPU that torch can use", where="--device", got=device, remedy="use --device cpu")

@@ -243,7 +243,7 @@ class MergeOptions:
     dtype: str = option(
         "auto", "auto, float32, bfloat16 or float16.", offers=("auto", "float32", "bfloat16", "float16")
     )
-    device: str = option("cpu", "cpu, cuda or cuda:1.")
+    device: str = option("cpu", "cpu, cuda or cuda:1; auto: a GPU where it is faster.", offers=("cpu", "cuda", "auto"))
     max_shard_size: str = option("5GB", "Largest weight file.")
     overwrite: bool = option(False, "Replace an existing output.")
     dry_run: bool = option(False, "Check everything, write nothing.")

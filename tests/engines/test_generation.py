@@ -115,7 +115,9 @@ def test_swap_in_place_equals_merge_and_load(tiny, hf):
 
 def test_weights_are_swapped_only_where_the_model_changes(hf, monkeypatch):
     asked, tensors = [], ModelPlan.tensors
-    monkeypatch.setattr(ModelPlan, "tensors", lambda plan, spec: asked.append(spec) or tensors(plan, spec))
+    monkeypatch.setattr(
+        ModelPlan, "tensors", lambda plan, spec, *more: asked.append(spec) or tensors(plan, spec, *more)
+    )
     spec = MergeSpec((0.5, 0.5))
     (responses,) = hf.generate(PROMPTS, SAMPLED)
     assert asked == [] and hf.swap_seconds == 0
@@ -131,7 +133,7 @@ def test_a_swap_that_fails_is_not_taken_for_done(hf, monkeypatch):
     spec, tensors = MergeSpec((0.5, 0.5)), ModelPlan.tensors
     expected = answers(hf, SAMPLED, model=spec)
     answers(hf, SAMPLED)
-    monkeypatch.setattr(ModelPlan, "tensors", lambda plan, spec: iter([*tensors(plan, spec)][:5]))
+    monkeypatch.setattr(ModelPlan, "tensors", lambda plan, spec, *more: iter([*tensors(plan, spec, *more)][:5]))
     for model in (spec, None):
         with pytest.raises(UserError, match="parameters without weights"):
             answers(hf, SAMPLED, model=model)
@@ -267,7 +269,7 @@ def check_refusal(generator, expected):
     assert answers(generator, SAMPLED) == expected
 
 
-def refuse(plan, spec):
+def refuse(plan, spec, *more):
     raise UserError(Problem("a weight is not finite"))
 
 

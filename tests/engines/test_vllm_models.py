@@ -21,6 +21,8 @@ TIES = MergeSpec((0.3, 0.7), 1.0, 0.5, "ties", {"density": 0.5}).complete(2)
 
 
 class Worker(MergingWorker):
+    device = torch.device("cpu")
+
     def reload_weights(self, weights_iterator):
         self.weights = {name: tensor.clone() for name, tensor in weights_iterator}
 
@@ -31,7 +33,8 @@ class Worker(MergingWorker):
 class StandIn(VllmGenerator):
     """Sends messages as JSON, and answers with the worker's weights."""
 
-    def _start(self, work):
+    def _start(self, work, beside):
+        assert beside == 0
         self.worker = Worker()
 
     def call(self, method, *args):
@@ -71,7 +74,7 @@ def test_a_worker_in_another_process_opens_the_plan_again(tiny, monkeypatch):
 
 
 def test_a_users_error_comes_back_from_the_worker(generator, monkeypatch):
-    def refuse(plan, spec):
+    def refuse(plan, spec, *more):
         raise UserError([Problem("a weight is not finite", "layer", remedy="none"), Problem("another")])
 
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32
 from hostile import SHAPES, load_codes, widest
 from plain_checkpoints import SINGLE, read_plain, save_family
+from progress_told import Told
 from safetensors.numpy import save_file
 
 from rewarded_lines import merge
@@ -113,3 +114,13 @@ def test_devices_that_are_not_there(device, expected, cli, families, tmp_path, m
     policies = [part for path in family.policies.values() for part in ("--policy", path)]
     answer = cli("merge", "--base", family.base, *policies, "--device", device, "--out", tmp_path / "out")
     assert answer.code == 1 and expected in answer.err and not (tmp_path / "out").exists()
+
+
+def test_the_faster_device_is_told(families, tmp_path, short_blocks):
+    family, told = families((FLOAT32,) * 3, gentle=True), Told()
+    for method in ("soup", "ties"):
+        merge(family.base, family.policies, method=method, device="auto", out=tmp_path / method, progress=told)
+    assert told.facts == [
+        "--device auto: cpu, its compiled loops are as fast as the files",
+        "--device auto: cpu, about 0.0 s of arithmetic, less than the start of a GPU",
+    ]

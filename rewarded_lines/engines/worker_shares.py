@@ -1,0 +1,57 @@
+"""Several workers that merge together: each merges a part of every tensor, then all get the whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rewarded_lines.kernels.blocks import BLOCK
+
+
+class Share:
+    """A worker's part of every tensor: a run of whole blocks, so that random masks are drawn as for a whole tensor."""
+
+    def __init__(self, group: Any = None, rank: int = 0, size: int = 1) -> None:
+        """Bind a group of torch.distributed; without one the worker merges everything itself."""
+        self.size = size
+        self._group, self._rank = group, rank
+
+    def part(self, elements: int) -> tuple[int, int]:
+        """Return start and length of this worker's part of a tensor."""
+        length = self._length(elements)
+        start = min(self._rank * length, elements)
+        return start, min(length, elements - start)
+
+    def joined(self, part: torch.Tensor, elements: int) -> torch.Tensor:
+        """Return a whole tensor, flat, from this worker's part and the others'; all workers call this together."""
+        if self.size == 1:
+            return part
+        length = self._length(elements)
+        mine = part.new_zeros(length)
+        mine[: part.numel()] = part
+        whole = part.new_empty(self.size * length)
+        # As bytes: not every backend knows every type.
+        torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), mine.view(torch.uint8), group=self._group)
+        return whole[:elements]
+
+    def summed(self, counts: list[int], device: torch.device) -> list[int]:
+        """Return the sums of all workers' counts; all workers call this together."""
+        if self.size == 1:
+            return counts
+        total = torch.tensor(counts, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(total, group=self._group)
+        return [int(count) for count in total.tolist()]
+
+    def _length(self, elements: int) -> int:
+        return elements if self.size == 1 else -(-elements // (self.size * BLOCK)) * BLOCK
+
+
+def share_of(worker: Any) -> Share:
+    """Return the share of one of vLLM's workers among those that split its layers over GPUs."""
+    if worker.device.type == "cpu" or worker.parallel_config.tensor_parallel_size == 1:
+        return Share()
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    return Share(group.device_group, group.rank_in_group, group.world_size)
