@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") is None:
             continue
-        if rehearsed and "device" not in item.fixturenames:
+        fixed = "device" in getattr(getattr(item, "callspec", None), "params", {})
+        if rehearsed and (fixed or "device" not in item.fixturenames):
             item.add_marker(pytest.mark.skip(reason="other tests run the same with the CPU as device"))
         elif not rehearsed and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU that torch can use"))

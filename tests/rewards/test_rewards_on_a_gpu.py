@@ -1,4 +1,4 @@
-"""Classifiers on a card: the scores of a CPU within their precision, whatever the batch; memory that runs out."""
+"""A card whose memory really runs out: every text still gets its score."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ from rewarded_lines.rewards.load_rewards import load_reward
 pytestmark = pytest.mark.gpu
 
 TEXTS = [" ".join(["a film", "of great beauty", "and of", "little else"][: 1 + index % 4]) for index in range(70)]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "bert", "bart"])
-def test_scores_are_those_of_a_cpu(architecture, device, classifiers):
-    more = {"template": "{prompt}{response}</s>"} if architecture == "bart" else {}
-    spec = RewardSpec(model=str(classifiers[architecture]), **more)
-    here, there = (load_reward("r", spec, device=place) for place in ("cpu", device))
-    prompts = [""] * len(TEXTS)
-    expected, found = here.score(prompts, TEXTS), there.score(prompts, TEXTS)
-    assert found == pytest.approx(expected, abs=1e-3)
-    # Equal texts have equal scores, and a text alone has the score that it has among others.
-    assert len(set(found)) == 4
-    there.free()
-    assert there.score([""], TEXTS[3:4]) == found[3:4]
 
 
 @contextmanager
