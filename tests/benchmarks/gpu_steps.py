@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -169,7 +170,6 @@ def swaps(step: Step) -> None:
     for turn, level in enumerate(LEVELS):
         try:
             # The engine has left room for the first level, so the others fit, too.
-            engine.call("close_plan")
             engine.call("open_plan", plan_message(plan), level)
             swap(step, engine, prompts[:1], spec.model_copy(update={"max_tokens": 1}), turn)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next place is measured, too
@@ -230,30 +230,26 @@ def recipes(step: Step) -> None:
         "train_limit": 64,
     }  # fmt: skip
     settings |= {} if step.tiny else {"dtype": "bfloat16", "bf16": True}
-    failed = []
-    for name in RECIPES:
-        words = [
-            Path(__file__).with_name("recipe_overhead.py"),
-            "--only",
-            name,
-            "--rounds",
-            "1",
-            "--steps",
-            "4" if step.tiny else "8",
-        ]
-        words += ["--models", step.small, "--settings", json.dumps(settings), "--json", step.work / f"{name}.json"]
-        if subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode:
-            step.tell(f"step of {name}, LoRA", "failed")
-            failed.append(name)
-            continue
-        (row,) = json.loads((step.work / f"{name}.json").read_text())
-        beside = (
-            f"bare TRL {seconds(row['bare'])}, ratio {row['ours'] / row['bare']:.2f}"
-            if row["bare"]
-            else "no peer in TRL"
-        )
-        step.tell(f"step of {name}, LoRA", seconds(row["ours"]), beside, "≤ 1.05 × TRL" if row["bare"] else "")
-    sys.exit(1 if failed else 0)
+    with ThreadPoolExecutor(2 if step.tiny else 1) as pool:
+        done = list(pool.map(lambda name: recipe(step, name, settings), RECIPES))
+    sys.exit(0 if all(done) else 1)
+
+
+def recipe(step: Step, name: str, settings: dict[str, Any]) -> bool:
+    """Measure one recipe; return whether it ran."""
+    file, what = step.work / f"{name}.json", f"step of {name}, LoRA"
+    words = [Path(__file__).with_name("recipe_overhead.py"), "--only", name, "--rounds", 1]
+    words += ["--steps", 4 if step.tiny else 8, "--models", step.small, "--settings", json.dumps(settings)]
+    if subprocess.run([sys.executable, *map(str, words), "--json", str(file)], cwd=ROOT).returncode:
+        step.tell(what, "failed")
+        return False
+    (row,) = json.loads(file.read_text())
+    if row["bare"] is None:
+        step.tell(what, seconds(row["ours"]), "no peer in TRL")
+    else:
+        beside = f"bare TRL {seconds(row['bare'])}, ratio {row['ours'] / row['bare']:.2f}"
+        step.tell(what, seconds(row["ours"]), beside, "≤ 1.05 × TRL")
+    return True
 
 
 def weights_of(folder: Path) -> str:

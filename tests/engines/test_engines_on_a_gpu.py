@@ -70,7 +70,6 @@ def test_a_swap_is_a_fresh_engine(graphs, levels, device, spec, plan):
         base = tokens(one, spec, LONG)
         for level in levels:
             # One engine for all places: it has left room for the first.
-            one.call("close_plan")
             one.call("open_plan", plan_message(plan), level)
             assert tokens(one, spec, LONG, MERGED) == expected != base, level
             assert tokens(one, spec, LONG) == base, level
