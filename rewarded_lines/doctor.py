@@ -216,9 +216,7 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    available = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
-    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
-    least = min([int(available[0]) * 1024, *map(int, filter(str.isdecimal, limits))])
+    least = available_memory_of_host()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
     remedy = "free -h   # merge needs little; engines and reward models are held in memory"
     yield _judge("processor", found, found if least < _MEMORY_LOW else "", remedy)
@@ -285,6 +283,13 @@ def _project(config: Path | None) -> Iterator[Finding]:
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
+
+
+def available_memory_of_host() -> int:
+    """Return the bytes of memory that this machine, or its container, has available."""
+    available = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
+    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
+    return min([int(available[0]) * 1024, *map(int, filter(str.isdecimal, limits))])
 
 
 def graphics_cards() -> list[str]:

@@ -129,7 +129,12 @@ def _engine_bytes(plan: ModelPlan, settings: EngineSettings) -> int:
     share: Any = settings.args.get("gpu_memory_utilization")
     if share:
         return int(share * torch.cuda.mem_get_info()[1])
-    return int(1.1 * total_bytes(plan.outputs()) / settings.tensor_parallel) + _CACHE
+    return least_engine(total_bytes(plan.outputs()) // settings.tensor_parallel)
+
+
+def least_engine(weights: int) -> int:
+    """Return the bytes of a GPU that an engine takes at least, beside so many bytes of weights there."""
+    return int(1.1 * weights) + _CACHE
 
 
 def working_bytes(policies: int, largest: int) -> int:
