@@ -45,7 +45,7 @@ def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
                 where=f"vLLM, cuda:{device}",
                 expected=f"more than {(spare + beside) / _GIB:.1f} GiB free, which they need beside what they hold",
                 got=f"{free / _GIB:.1f} GiB of {total / _GIB:.1f}",
-                remedy="set `resident: host`, lower `--reward-memory`, or declare `dtype: bfloat16` or `device: cpu` in rewards",
+                remedy="set `resident: host`, lower `--reward-memory`, or declare `dtype: bfloat16` in rewards",
             )
         shares.append(min(0.9 * (free - spare) - beside, size or free) / total)
     return round(min(shares), 4)
