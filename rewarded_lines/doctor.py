@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Literal
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import EXTRAS, install, install_either, is_installed
 from rewarded_lines.folders import existing, refusal
-from rewarded_lines.processes import attempt
+from rewarded_lines.processes import attempt, available_host_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.versions import (
     CPU_BUILDS,
@@ -40,8 +39,6 @@ from rewarded_lines.versions import (
 State = Literal["ok", "warning", "broken"]
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
-# A container's limits.
-_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # In a checkout, its top.
 _ROOT = Path(__file__).resolve().parents[1]
 _SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU')"
@@ -216,7 +213,7 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    least = available_memory_of_host()
+    least = available_host_memory()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
     remedy = "free -h   # merge needs little; engines and reward models are held in memory"
     yield _judge("processor", found, found if least < _MEMORY_LOW else "", remedy)
@@ -283,13 +280,6 @@ def _project(config: Path | None) -> Iterator[Finding]:
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
-
-
-def available_memory_of_host() -> int:
-    """Return the bytes of memory that this machine, or its container, has available."""
-    available = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
-    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
-    return min([int(available[0]) * 1024, *map(int, filter(str.isdecimal, limits))])
 
 
 def graphics_cards() -> list[str]:

@@ -22,6 +22,18 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", 
 _NAME_WIDTH = 14
 
 
+Model = Annotated[
+    str | None, typer.Option("--for", metavar="MODEL", help="Plan memory for a folder, a Hub id, or a size such as 7B.")
+]
+Policies = Annotated[int | None, typer.Option(help="Policies to merge.", show_default="2, or the project's")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs that share the model.")]
+Rank = Annotated[int, typer.Option(help="Rank of the policies, if they are LoRA adapters.")]
+Type = Annotated[str | None, typer.Option(help="Type of weights.", show_default="bfloat16, or the project's")]
+Share = Annotated[float | None, typer.Option(help="Part of the GPU for the engine.", show_default="what fits")]
+GpuMemory = Annotated[float | None, typer.Option(help="GiB of one GPU.", show_default="that of the GPU here, or 80")]
+HostMemory = Annotated[float | None, typer.Option(help="GiB of the host's memory.", show_default="what is available")]
+
+
 def doctor(
     thorough: Annotated[
         bool,
@@ -30,25 +42,14 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Project file to check; by default ./rewarded-lines.yaml, if it exists.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--for", metavar="MODEL", help="Plan memory for a folder, a Hub id, or a size such as 7B."),
-    ] = None,
-    policies: Annotated[int | None, typer.Option(help="Policies to merge.", show_default="2, or the project's")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
-    lora: Annotated[int, typer.Option(help="Rank of the policies, if they are LoRA adapters.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of weights.", show_default="bfloat16, or the project's")
-    ] = None,
-    engine_share: Annotated[
-        float | None, typer.Option(help="Part of the GPU for the engine.", show_default="what fits")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(help="GiB of one GPU.", show_default="that of the GPU here, or 80")
-    ] = None,
-    host_memory: Annotated[
-        float | None, typer.Option(help="GiB of the host's memory.", show_default="what is available")
-    ] = None,
+    model: Model = None,
+    policies: Policies = None,
+    gpus: Gpus = 1,
+    lora: Rank = 0,
+    dtype: Type = None,
+    engine_share: Share = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

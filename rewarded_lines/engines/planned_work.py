@@ -11,12 +11,13 @@ from pathlib import Path
 from rewarded_lines.config import PromptSpec
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.doctor import available_memory_of_host, graphics_cards
+from rewarded_lines.doctor import graphics_cards
 from rewarded_lines.engines.memory_plan import GIB, ITEMSIZE, Job, Machine
 from rewarded_lines.engines.model_shapes import ModelShape, read_shape
 from rewarded_lines.errors import UserError, did_you_mean, fail
 from rewarded_lines.extras import is_installed
 from rewarded_lines.folders import existing
+from rewarded_lines.processes import available_host_memory
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 
 # Without a GPU here, and none described.
@@ -62,7 +63,7 @@ def machine_here(gpus: int = 1, card: float | None = None, host: float | None = 
     sizes = [(name.strip(), int(number[1])) for name, _, size in found if (number := re.search(r"(\d+) MiB", size))]
     name, size = min(sizes, key=lambda one: one[1]) if sizes else ("GPU (none here, so one is assumed)", 0)
     memory = int(card * GIB) if card else (size << 20) or _ASSUMED
-    room = int(host * GIB) if host else available_memory_of_host()
+    room = int(host * GIB) if host else available_host_memory()
     # Of another machine the disk is not known.
     disk = 0 if card and host else shutil.disk_usage(existing(root)).free
     return Machine(gpus, memory, room, disk, "" if card else name)
