@@ -43,6 +43,8 @@ def sweep(
         --points 5 --engine hf --out runs/quick
     rewarded-lines sweep --ray 10.0.0.1:6379
         on a Ray cluster, one engine on each of its GPUs
+    rewarded-lines sweep --engine-arg max_num_seqs=64
+        with an argument of vLLM; `engine:` in the project holds more
     rewarded-lines sweep --engine http://10.0.0.1:8000
         LoRA policies on a running vLLM server
     """

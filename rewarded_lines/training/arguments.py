@@ -27,6 +27,8 @@ from rewarded_lines.projects import read_yaml, unknown_key
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
+# The variable in which `accelerate launch` passes the precision of its own configuration on.
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class Arguments(tuple[Any, ...]):
@@ -175,6 +177,9 @@ def _follow_machine(values: argparse.Namespace, given: Collection[str]) -> None:
     if find_spec("tensorboard") is not None:
         own["report_to"] = ["tensorboard"]
     vars(values).update({key: value for key, value in own.items() if key in values and key not in given})
+    if getattr(values, "bf16", None) is False and not values.fp16 and _PRECISION in os.environ:
+        # Or the launch file's precision would win.
+        os.environ[_PRECISION] = "no"
 
 
 def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> None:

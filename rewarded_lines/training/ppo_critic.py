@@ -138,7 +138,5 @@ def prepare_critic(critic: Any, accelerator: Accelerator, settings: Any) -> Any:
         disable_dropout_in_model(critic)
     if settings.gradient_checkpointing:
         critic.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs or {"use_reentrant": False})
-        # With frozen embeddings, reentrant checkpoints would give adapters no gradient.
-        critic.enable_input_require_grads()
     quantized = getattr(critic, "is_loaded_in_4bit", False) or getattr(critic, "is_loaded_in_8bit", False)
     return SeparateCritic(critic if quantized else critic.to(accelerator.device)).train()

@@ -184,13 +184,12 @@ def test_positions_are_those_of_sampling(tmp_path):
 
 def test_gradient_checkpointing_changes_no_number(tmp_path, base):
     lines = []
-    for name, on, how in (("off", False, None), ("on", True, None), ("reentrant", True, {"use_reentrant": True})):
-        more = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": how}
-        trainer = make_trainer(tmp_path / name, base, lora=True, **more)
+    for on in (False, True):
+        trainer = make_trainer(tmp_path / str(on), base, lora=True, gradient_checkpointing=on)
         trainer.train()
         assert trainer.critic.model.is_gradient_checkpointing == on
-        lines.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
-    assert lines[0] == pytest.approx(lines[1], abs=1e-6) and lines[0] == pytest.approx(lines[2], abs=1e-6)
+        lines.append([line["loss"] for line in metrics(tmp_path / str(on)) if "loss" in line])
+    assert lines[0] == pytest.approx(lines[1], abs=1e-6)
 
 
 def test_processes_share_what_the_critic_trains(monkeypatch):
