@@ -97,14 +97,14 @@ def stored_bytes(plan: ModelPlan) -> int:
     return total_bytes(kept)
 
 
-def place_for(plan: ModelPlan, settings: EngineSettings, engine: int | None = None, spare: int = 0) -> Place:
+def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine: int | None = None) -> Place:
     """Return where a plan's inputs wait, beside an engine on this machine's first GPU, or on its CPU.
 
     Args:
         plan: the merges.
         settings: the user's wish and the number of devices, which share the inputs on GPUs, but not on CPUs.
+        spare: bytes of each GPU that must stay free for others.
         engine: bytes that the engine still needs on each GPU; by default those of one output and a cache.
-        spare: bytes of each GPU that reward models need.
     """
     import torch
 
@@ -115,7 +115,7 @@ def place_for(plan: ModelPlan, settings: EngineSettings, engine: int | None = No
         largest = max(info.bytes for info in plan.outputs())
         needed = _engine_bytes(plan, settings) if engine is None else engine
         sizes = Sizes(-(-inputs // devices), inputs, working_bytes(len(plan.policies), largest), needed)
-        place = choose_level(settings.resident, sizes, available_memory("cuda") - spare, host)
+        place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host)
     else:
         place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host)
     told = inputs >= _WORTH_TELLING or settings.resident != "auto"
