@@ -60,7 +60,8 @@ def test_the_memory_of_a_judge_from_the_hub_is_known_once_it_is_downloaded(tiny,
     """Before, its size was unknown, and it took nine tenths of a GPU."""
     sizes, judge = [], object.__new__(JudgeModel)
     judge._where, judge._reference, judge.device, judge.longest = "reward `r`", "org/judge", "cpu", 100
-    judge._spec, judge._config = RewardSpec(judge="org/judge", token="yes", backend="vllm"), load_config("sft")
+    declared = {"judge": "org/judge", "template": "{prompt}{response}?", "token": "yes", "backend": "vllm"}
+    judge._spec, judge._config = RewardSpec(**declared), load_config("sft")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda reference, **_: str(tiny / "sft"))
     monkeypatch.setattr("rewarded_lines.rewards.judge_models.VllmJudge", lambda work, size: sizes.append(size))
     judge._vllm()
