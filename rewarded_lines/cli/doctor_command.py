@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json
-from rewarded_lines.cli.parameters import AsJson, Quiet
+from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
+from rewarded_lines.engines.plan_options import PlanOptions
+from rewarded_lines.options import takes_fields
 
 if TYPE_CHECKING:
     from rewarded_lines.doctor import Finding
@@ -22,19 +24,9 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", 
 _NAME_WIDTH = 14
 
 
-Model = Annotated[
-    str | None, typer.Option("--for", metavar="MODEL", help="Plan memory for a folder, a Hub id, or a size such as 7B.")
-]
-Policies = Annotated[int | None, typer.Option(help="Policies to merge.", show_default="2, or the project's")]
-Gpus = Annotated[int, typer.Option(min=1, help="GPUs that share the model.")]
-Rank = Annotated[int, typer.Option(help="Rank of the policies, if they are LoRA adapters.")]
-Type = Annotated[str | None, typer.Option(help="Type of weights.", show_default="bfloat16, or the project's")]
-Share = Annotated[float | None, typer.Option(help="Part of the GPU for the engine.", show_default="what fits")]
-GpuMemory = Annotated[float | None, typer.Option(help="GiB of one GPU.", show_default="that of the GPU here, or 80")]
-HostMemory = Annotated[float | None, typer.Option(help="GiB of the host's memory.", show_default="what is available")]
-
-
+@takes_fields(PlanOptions, "options", annotate=as_option)
 def doctor(
+    *,
     thorough: Annotated[
         bool,
         typer.Option("--thorough", help="Also import torch, transformers and vLLM, and start an engine (a minute)."),
@@ -42,14 +34,11 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Project file to check; by default ./rewarded-lines.yaml, if it exists.")
     ] = None,
-    model: Model = None,
-    policies: Policies = None,
-    gpus: Gpus = 1,
-    lora: Rank = 0,
-    dtype: Type = None,
-    engine_share: Share = None,
-    gpu_memory: GpuMemory = None,
-    host_memory: HostMemory = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--for", metavar="MODEL", help="Plan memory for a folder, a Hub id, or a size such as 7B."),
+    ] = None,
+    options: PlanOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -74,7 +63,7 @@ def doctor(
     rewarded-lines doctor --for my-sft --lora 16 --gpu-memory 24 --json
     """
     if model is not None:
-        _plan(model, config, (policies, dtype, lora, engine_share), (gpus, gpu_memory, host_memory), as_json)
+        _plan(model, config, options, as_json)
         return
     with progress_bar("Doctor", quiet=quiet or as_json, unit="check") as bar:
         from rewarded_lines.doctor import diagnose
@@ -89,13 +78,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _plan(
-    model: str,
-    config: Path | None,
-    work: tuple[int | None, str | None, int, float | None],
-    place: tuple[int, float | None, float | None],
-    as_json: bool,
-) -> None:
+def _plan(model: str, config: Path | None, options: PlanOptions, as_json: bool) -> None:
     """Show a memory plan."""
     from rewarded_lines.cli.display import stdout_for_results
     from rewarded_lines.cli.memory_table import show_plan
@@ -103,7 +86,7 @@ def _plan(
     from rewarded_lines.engines.planned_work import plan_for
 
     with stdout_for_results():
-        shape, job, machine = plan_for(model, config, work, place)
+        shape, job, machine = plan_for(model, config, options)
     plan = plan_memory(shape, job, machine)
     if as_json:
         show_json({**plan.as_dict(), "model": asdict(shape), "job": asdict(job), "machine": asdict(machine)})

@@ -14,9 +14,9 @@ from rewarded_lines.data.prompts import encode
 from rewarded_lines.doctor import graphics_cards
 from rewarded_lines.engines.memory_plan import GIB, ITEMSIZE, Job, Machine
 from rewarded_lines.engines.model_shapes import ModelShape, read_shape
-from rewarded_lines.errors import UserError, did_you_mean, fail
+from rewarded_lines.engines.plan_options import PlanOptions
+from rewarded_lines.errors import UserError
 from rewarded_lines.extras import is_installed
-from rewarded_lines.folders import existing
 from rewarded_lines.processes import available_host_memory
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 
@@ -25,87 +25,61 @@ _ASSUMED = 80 * GIB
 _MOST_AT_ONCE = 256
 
 
-def plan_for(
-    model: str,
-    config: Path | None,
-    work: tuple[int | None, str | None, int, float | None],
-    place: tuple[int, float | None, float | None],
-) -> tuple[ModelShape, Job, Machine]:
+def plan_for(model: str, config: Path | None, options: PlanOptions) -> tuple[ModelShape, Job, Machine]:
     """Return what a memory plan is made of.
 
     Args:
         model: a folder, a Hub id or a size.
         config: the project file; None: that of the current folder, if there is one.
-        work: policies, dtype, rank of LoRA and the engine's share, as `typical_job` takes them.
-        place: number of GPUs, GiB of each and of the host, as `machine_here` takes them.
+        options: what the project does not say; they win over it.
 
     Raises:
-        UserError: an option, the model or the project cannot be read.
+        UserError: the model or the project cannot be read.
     """
-    job, machine = typical_job(*work), machine_here(*place)
+    machine = machine_here(options)
+    job = Job(options.policies or 2, options.dtype or "bfloat16", lora=options.lora, share=options.engine_share)
     notes: list[str] = []
     file = config or Path(PROJECT_FILE)
     if config is not None or file.is_file():
-        project = load_project(file)
-        job = job_of_project(project, job, work[1], notes.append)
-        if work[0] is None:
-            job = replace(job, policies=len(project.config.policies) or job.policies)
+        job = job_of_project(load_project(file), job, options, notes.append)
     shape = read_shape(model)
     return replace(shape, notes=(*shape.notes, *notes)), job, machine
 
 
-def machine_here(gpus: int = 1, card: float | None = None, host: float | None = None, root: Path = Path()) -> Machine:
-    """Return this machine; `card` and `host`, in GiB, describe another GPU and another host's memory.
+def machine_here(options: PlanOptions) -> Machine:
+    """Return this machine; options describe another GPU and another host's memory.
 
-    Without a GPU and without `card`, a GPU of 80 GiB is assumed.
+    Without a GPU here and in the options, one of 80 GiB is assumed.
     """
     found = [line.rpartition(",") for line in graphics_cards()]
     sizes = [(name.strip(), int(number[1])) for name, _, size in found if (number := re.search(r"(\d+) MiB", size))]
     name, size = min(sizes, key=lambda one: one[1]) if sizes else ("GPU (none here, so one is assumed)", 0)
+    card, host = options.gpu_memory, options.host_memory
     memory = int(card * GIB) if card else (size << 20) or _ASSUMED
     room = int(host * GIB) if host else available_host_memory()
     # Of another machine the disk is not known.
-    disk = 0 if card and host else shutil.disk_usage(existing(root)).free
-    return Machine(gpus, memory, room, disk, "" if card else name)
+    disk = 0 if card and host else shutil.disk_usage(Path()).free
+    return Machine(options.gpus, memory, room, disk, "" if card else name)
 
 
-def typical_job(policies: int | None, dtype: str | None, lora: int, share: float | None) -> Job:
-    """Return a job by its options; None stands for two policies, bfloat16, and the share that fits.
-
-    Raises:
-        UserError: no such type, or a number out of its range.
-    """
-    if dtype is not None and dtype not in ITEMSIZE:
-        expected = ", ".join(ITEMSIZE)
-        raise fail(f"unknown dtype `{dtype}`", where="--dtype", expected=expected, remedy=did_you_mean(dtype, ITEMSIZE))
-    for name, value, good in (
-        ("--policies", policies, policies is None or policies >= 1),
-        ("--lora", lora, lora >= 0),
-        ("--engine-share", share, share is None or 0 < share <= 1),
-    ):
-        if not good:
-            raise fail("not a possible number", where=name, got=str(value))
-    return Job(policies=policies or 2, dtype=dtype or "bfloat16", lora=lora, share=share)
-
-
-def job_of_project(project: Project, job: Job, dtype: str | None, tell: Callable[[str], None]) -> Job:
+def job_of_project(project: Project, job: Job, options: PlanOptions, tell: Callable[[str], None]) -> Job:
     """Return the job with a project's policies, type, longest sequence, number of requests, and reward models.
 
     Args:
         project: the project file.
         job: what the options say.
-        dtype: the option; it wins over the project's.
+        options: they win over the project.
         tell: gets a note on what could not be found out.
     """
-    config = project.config
+    config, engine = project.config, project.config.engine
     longest, requests = _longest(project, tell)
-    engine = config.engine
     return replace(
         job,
+        policies=options.policies or len(config.policies) or job.policies,
         resident=engine.resident,
         share=job.share or engine.args.get("gpu_memory_utilization"),
         eager=bool(engine.args.get("enforce_eager")),
-        dtype=dtype or config.generation.dtype,
+        dtype=options.dtype or config.generation.dtype,
         longest=longest or job.longest,
         at_once=min(_MOST_AT_ONCE, requests * config.generation.n) if requests else job.at_once,
         rewards=_reward_bytes(project, tell),

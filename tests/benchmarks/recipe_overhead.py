@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -126,8 +127,9 @@ def step_time(name: str, side: str, folder: Path) -> float:
         sys.exit(f"{name}, {side}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     lines = [json.loads(line) for line in watched.read_text().splitlines()]
     stamps = {line["step"]: line["seconds"] for line in reversed(lines) if line["step"]}
-    steps = [stamps[step] - stamps[step - 1] for step in sorted(stamps) if step > WARMUP and step - 1 in stamps]
-    return median(steps)
+    # PPO counts its mini-batches, and logs once an update.
+    steps = [stamps[after] - stamps[before] for before, after in pairwise(sorted(stamps))]
+    return median(steps[WARMUP - 1 :])
 
 
 def project(folder: Path) -> Path:
