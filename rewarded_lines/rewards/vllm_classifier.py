@@ -43,7 +43,7 @@ class VllmClassifier:
         self.longest: int | None = min(limit for limit in limits if limit)
         self.size = weights_size(reference, spec, config)
         needed = self.size + cache_size(config, spec, self.longest) + WORKING_MEMORY if self.size else 0
-        options: dict[str, Any] = {"dtype": spec.dtype, "max_model_len": self.longest}
+        options = {"dtype": spec.dtype, "max_model_len": self.longest}
         try:
             self._llm = start_vllm(needed, model=reference, runner="pooling", convert="classify", **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
