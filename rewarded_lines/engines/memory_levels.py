@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
 from rewarded_lines.engine_settings import EngineSettings
+from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.processes import available_memory
 
@@ -104,14 +105,15 @@ def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine:
         plan: the merges.
         settings: the user's wish and the number of devices, which share the inputs on GPUs, but not on CPUs.
         spare: bytes of each GPU that must stay free for others.
-        engine: bytes that the engine still needs on each GPU; by default those of one output and a cache.
+        engine: bytes that the engine still needs on each GPU; by default those of vLLM: one output and a cache.
     """
     import torch
 
     if not all(isinstance(source, TensorFiles) for source in plan.sources):
         return Place("disk", 0, "base and adapters are read from disk for every merge, and folded")
     devices, inputs, host = settings.tensor_parallel, stored_bytes(plan), available_memory("cpu")
-    if torch.cuda.is_available():
+    # Only vLLM leaves out what it needs, and its build may be for CPUs.
+    if torch.cuda.is_available() and (engine is not None or vllm_device() == "cuda"):
         largest = max(info.bytes for info in plan.outputs())
         needed = _engine_bytes(plan, settings) if engine is None else engine
         sizes = Sizes(-(-inputs // devices), inputs, working_bytes(len(plan.policies), largest), needed)
