@@ -44,12 +44,11 @@ def python_to_use():
 
 
 def choose_build(wanted):
-    """Return the build to install, ``cpu``, ``gpu`` or ``none``; by default ``gpu`` if ``nvidia-smi -L`` lists one."""
-    if wanted in ("", "auto"):
-        return "gpu" if re.search("^GPU ", output_of(["nvidia-smi", "-L"]), re.MULTILINE) else "cpu"
-    if wanted not in BUILDS:
+    """Return the build to install; without a choice ``gpu`` if ``nvidia-smi -L`` lists one, else ``cpu``."""
+    if wanted not in ("", "auto", *BUILDS):
         raise SetupError(f"VLLM={wanted} is not known; choose auto, cpu, gpu or none.")
-    return wanted
+    gpu = wanted in ("", "auto") and re.search("^GPU ", output_of(["nvidia-smi", "-L"]), re.MULTILINE)
+    return wanted if wanted in BUILDS else "gpu" if gpu else "cpu"
 
 
 def check_disk(root, build):
@@ -77,9 +76,8 @@ def read_stamp(venv):
 
 def write_stamp(venv, stamp):
     """Write the stamp so that it is there whole or not at all."""
-    partial = venv / (STAMP + ".tmp")
-    partial.write_text(json.dumps(stamp, indent=1, sort_keys=True))
-    partial.replace(venv / STAMP)
+    (venv / (STAMP + ".tmp")).write_text(json.dumps(stamp, indent=1, sort_keys=True))
+    (venv / (STAMP + ".tmp")).replace(venv / STAMP)
 
 
 def usable_stamp(venv, args):
@@ -90,8 +88,8 @@ def usable_stamp(venv, args):
     """
     stamp = read_stamp(venv)
     fits = (
-        stamp.get("state") == "done"
-        and stamp.get("venv") == str(venv)  # a moved environment's scripts point to the old place
+        # A moved environment's scripts point to the old place.
+        (stamp.get("state"), stamp.get("venv")) == ("done", str(venv))
         and (venv / "bin/python").exists()
         and args.vllm in ("", "auto", stamp.get("build"))
         and (not args.python_chosen or stamp.get("python") == HERE)
@@ -160,15 +158,13 @@ def install(root, args):
 
 
 def parse(argv):
-    """Read the command line."""
+    """Read the command line; the Makefile's head says what its options mean."""
     parser = argparse.ArgumentParser(description="Build the project's environment.")
-    parser.add_argument("--vllm", default="auto", help="auto, cpu, gpu or none")
-    parser.add_argument("--torch-index", default="", help="an extra package index to take PyTorch from")
-    parser.add_argument("--python-chosen", action="store_true", help="the user named this Python")
-    parser.add_argument("--for", dest="purpose", choices=sorted(EXTRAS), default="test", help="what it is for")
-    parser.add_argument("--venv", default=".venv", help="the folder to build")
-    parser.add_argument("--constraints", default="constraints.txt", help="the file with the versions")
-    parser.add_argument("--clean", action="store_true", help="remove the folder")
+    for name, default in (("vllm", "auto"), ("torch-index", ""), ("venv", ".venv"), ("constraints", "constraints.txt")):
+        parser.add_argument("--" + name, default=default)
+    for name in ("python-chosen", "clean"):
+        parser.add_argument("--" + name, action="store_true")
+    parser.add_argument("--for", dest="purpose", choices=sorted(EXTRAS), default="test")
     return parser.parse_args(argv)
 
 
@@ -179,15 +175,14 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args = parse(argv)
     try:
-        if args.clean:
+        other = None if args.clean or current(root, args) else python_to_use()
+        if other:
+            os.execv(other, [other, os.path.abspath(__file__), *argv])
+        if args.clean or not current(root, args):
             with locked(root / args.venv):
-                remove_venv(root / args.venv)
-        elif not current(root, args):
-            other = python_to_use()
-            if other:
-                os.execv(other, [other, os.path.abspath(__file__), *argv])
-            with locked(root / args.venv):
-                if not current(root, args):  # the set-up waited for may have done it
+                if args.clean:
+                    remove_venv(root / args.venv)
+                elif not current(root, args):  # the set-up waited for may have done it
                     install(root, args)
     except (SetupError, OSError) as error:
         say(f"setup: {error}", file=sys.stderr)

@@ -84,16 +84,11 @@ def run(venv, command, title="", fault=""):
         log.write("\n$ {}\n".format(" ".join(command)).encode())
         log.flush()
         before = log.tell()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, close_fds=False)
-        try:
-            child.wait()
-        finally:
-            child.terminate()
-            child.wait()
+        code = subprocess.call(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, close_fds=False)
         log.seek(before)
-        if child.returncode and fault:
-            raise SetupError(explain(child.returncode, log.read().decode("utf-8", "replace"), log.name, fault))
-    return child.returncode
+        if code and fault:
+            raise SetupError(explain(code, log.read().decode("utf-8", "replace"), log.name, fault))
+    return code
 
 
 def uv_options(settings):

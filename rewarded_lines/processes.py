@@ -18,6 +18,10 @@ from typing import NoReturn
 
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
+# Here, not where they are called: between fork and exec, to look a function up can wait forever for a lock that another
+# thread held at the fork, such as one that imported vLLM.
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_prctl, _malloc_trim = (getattr(_LIBC, name, None) for name in ("prctl", "malloc_trim"))
 VLLM_SETTINGS = {
     # In this process, an engine starts quickly and a kill leaves no other process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -36,10 +40,10 @@ def die_with_parent() -> None:
     call removes the variable, because children must not read it.
     """
     asked = os.environ.pop(DIE_WITH_PARENT, "")
-    if not asked.isdecimal() or not sys.platform.startswith("linux"):
+    if not asked.isdecimal() or _prctl is None:
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or not Path("/proc", asked).exists():
         sys.exit(1)
 
@@ -109,5 +113,5 @@ def available_memory(device: str) -> int:
 
 def give_back_memory() -> None:
     """Return freed memory to the system: glibc keeps more with every point of a sweep."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    if _malloc_trim:
+        _malloc_trim(0)

@@ -18,6 +18,7 @@ import yaml
 
 from rewarded_lines.config import ProjectConfig
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.extras import INSTALL_REVIEWS
 from rewarded_lines.projects import PROJECT_FILE, check_project, load_project
 
 DEMO = "demo"
@@ -31,8 +32,12 @@ _MOVES = (
     (r"(?<![\w./-])recipes/(?=\w+\.py\b)", ""),
     (r"(?<![\w./-])(?:\.\./\.\./)?eval/suites/", ""),
 )
-# How to come by the data of a task that no page of the Hub has.
-_DATA = {DEMO: " (`rewarded-lines demo --until data --out NEW` writes data/ into NEW)"}
+# What makes the data of a task that no page of the Hub has.
+_DEMO_DATA = "rewarded-lines demo --until data --out demo-data && cp -r demo-data/data ."
+_DATA = {
+    DEMO: f" (`{INSTALL_REVIEWS} && {_DEMO_DATA}` makes them)",
+    "smollm2": " (`python configs/smollm2/packages.py FILE data` makes them; its first lines say what FILE is)",
+}
 # A command in a recipe's docstring, with the lines in which it goes on.
 _EXAMPLE = re.compile(r"^    accelerate launch .*\n(?:        .*\n)*", re.MULTILINE)
 
@@ -106,7 +111,7 @@ def copy_recipes(
             folder's own project file cannot be read.
     """
     chosen, folder = [_known(name) for name in dict.fromkeys(names)], Path(folder)
-    asked, along = _asked(chosen, task or DEMO), _along(task)
+    asked, along = _asked(chosen, task or DEMO, folder), _along(task)
     _refuse_collisions(folder, asked, along, overwrite)
     text = "" if (folder / PROJECT_FILE).exists() else along.get(PROJECT_FILE, "")
     project = _project(folder / PROJECT_FILE, text)
@@ -141,12 +146,16 @@ def _config(recipe: Recipe, task: str) -> Path:
     return recipe.configs[task]
 
 
-def _asked(chosen: Sequence[Recipe], task: str) -> dict[str, str]:
-    """Return the files of these recipes alone, by their place in a copy: scripts and configs."""
+def _asked(chosen: Sequence[Recipe], task: str, folder: Path) -> dict[str, str]:
+    """Return the files of these recipes alone, by their place in a copy: scripts and configs.
+
+    Copies of a script differ with the task in the examples only, so one for another task stays in the folder.
+    """
     found = {}
     for recipe in chosen:
-        config = _moved(_config(recipe, task), task)
-        found[f"{recipe.name}.py"] = _with_examples_of(task, _moved(recipe.script, task), _command(config))
+        name, config = f"{recipe.name}.py", _moved(_config(recipe, task), task)
+        copies = {one: _script(recipe, one) for one in recipe.configs}
+        found[name] = next((text for text in copies.values() if not _differs(folder / name, text)), copies[task])
         found[f"configs/{task}/{recipe.name}.yaml"] = config
     return found
 
@@ -173,9 +182,10 @@ def _moved(path: Path, task: str) -> str:
     return text.replace(f"runs/{task}/", "")
 
 
-def _with_examples_of(task: str, script: str, command: str) -> str:
-    """Return a script whose docstring shows the config's own command first, and no config of another task."""
-    own, first = f"    {command}\n", _EXAMPLE.search(script)
+def _script(recipe: Recipe, task: str) -> str:
+    """Return a recipe's script; its docstring shows the config's own command first, and no config of another task."""
+    script = _moved(recipe.script, task)
+    own, first = f"    {_command(_moved(recipe.configs[task], task))}\n", _EXAMPLE.search(script)
 
     def kept(example: re.Match[str]) -> str:
         others = set(re.findall(r"configs/(\w+)/", example[0])) - {task, "accelerate"}
@@ -250,7 +260,7 @@ def _lacks(
     if missing := [name for name in files if not (folder / name).exists()]:
         yield ", ".join(missing) + _DATA.get(task, "")
     if unknown := [name for name in wanted if name not in project.rewards]:
-        yield f"{', '.join(unknown)} among `rewards` in {PROJECT_FILE}"
+        yield f"{', '.join(unknown)} under `rewards` in {PROJECT_FILE}"
     makers = _makers(task)
     used = [
         settings.get("model_name_or_path"),

@@ -24,6 +24,7 @@ GROUND = [
         "folders",
         "judge_settings",
         "options",
+        "out_of_memory",
         "processes",
     ),
     *("options", "processes", "progress", "projects", "recipe_files", "references", "reward_settings", "versions"),

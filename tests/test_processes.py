@@ -52,6 +52,20 @@ def test_the_child_goes_with_its_parent_when_asked(asked):
             os.kill(child, signal.SIGKILL)
 
 
+def test_between_fork_and_exec_no_library_is_loaded_and_nothing_looked_up():
+    # Another thread may have held the loader's lock at the fork; nobody in the child gives it back.
+    script = (
+        "import os, sys\n"
+        "from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent\n"
+        "os.environ[DIE_WITH_PARENT], seen = '1', []\n"
+        "sys.addaudithook(lambda event, _: seen.append(event))\n"
+        "die_with_parent()\n"
+        "print([one for one in seen if one.startswith(('ctypes', 'import', 'exec'))], DIE_WITH_PARENT in os.environ)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
+
+
 def test_memory_that_was_freed_goes_back():
     # In its own process: other memory of this one decides what can be returned.
     script = (

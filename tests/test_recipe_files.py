@@ -83,7 +83,7 @@ def test_without_a_task_a_recipe_gets_the_demos_config_alone(here):
     (run,) = copied.runs
     assert [lack.partition(" (")[0] for lack in run.lacks] == [
         "data/train.jsonl, data/validation.jsonl",
-        "positive among `rewards` in rewarded-lines.yaml",
+        "positive under `rewards` in rewarded-lines.yaml",
         "`base` in rewarded-lines.yaml",
     ]
 
@@ -94,6 +94,31 @@ def test_the_command_takes_a_reward_of_the_users_project(here):
     (run,) = copy_recipes(["rloo"]).runs
     assert run.command.endswith("rloo.yaml --reward brief --output_dir policies-rloo/brief")
     assert len(run.lacks) == 1 and run.lacks[0].startswith("data/train.jsonl")
+
+
+def test_a_script_of_another_task_stays_if_the_user_has_not_changed_it(here):
+    copy_recipes(["ppo", "reward"])
+    script = (here / "ppo.py").read_text()
+    copied = copy_recipes(["ppo", "sft"], "summary")
+    assert {"sft.py", "configs/summary/ppo.yaml"} <= set(copied.written) and "ppo.py" not in copied.written
+    assert (here / "ppo.py").read_text() == script and copy_recipes(["ppo"]).written == []
+    (here / "ppo.py").write_text(script + "# mine\n")
+    with pytest.raises(UserError, match=r"ppo.py: the file exists and differs"):
+        copy_recipes(["ppo"], "assistant")
+    assert "ppo.py" in copy_recipes(["ppo"], "assistant", overwrite=True).written
+
+
+def test_the_hint_makes_the_packages_data(here):
+    words = " ".join(["word"] * 30)
+    stanzas = [f"Package: p{n}\nDescription-md5: x\nDescription-en: about {n}\n {words} {n}\n" for n in range(80)]
+    (here / "index").write_text("\n".join(stanzas))
+    (run,) = copy_recipes(["sft"], "smollm2").runs
+    (command,) = re.findall(r"`(python .*)`", run.lacks[0])
+    subprocess.run([sys.executable, *command.replace("FILE", "index").split()[1:]], check=True, capture_output=True)
+    assert not [lack for lack in copy_recipes(["sft"], "smollm2").runs[0].lacks if "data/" in lack]
+    copy_recipes(["dpo", "reward"], "smollm2")
+    # Nothing sends the reader to a page that is not copied.
+    assert not [name for name, text in texts(here).items() if re.search(r"README", text)]
 
 
 def test_what_another_recipe_makes_is_named(here):

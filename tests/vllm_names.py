@@ -27,6 +27,8 @@ USED_NAMES = [
     ("engine/arg_utils.py", "EngineArgs", "max_model_len worker_extension_cls block_size enable_chunked_prefill"),
     ("engine/arg_utils.py", "EngineArgs", "enable_lora max_lora_rank max_loras max_cpu_loras lora_target_modules"),
     ("engine/arg_utils.py", "EngineArgs", "disable_log_stats use_tqdm_on_load load_format skip_tokenizer_init"),
+    ("engine/arg_utils.py", "EngineArgs", "quantization cpu_offload_gb offload_backend pipeline_parallel_size"),
+    ("config/quantization.py", "", "fp8_per_tensor fp8_per_block fp8_per_channel int8_per_channel_weight_only online"),
     ("v1/engine/llm_engine.py", "LLMEngine.add_lora", "lora_request"),
     ("v1/engine/llm_engine.py", "LLMEngine.remove_lora", "lora_id"),
     ("v1/engine/core_client.py", "InprocClient.shutdown", ""),
@@ -70,7 +72,7 @@ USED_NAMES = [
     ("entrypoints/openai/completion/protocol.py", "CompletionRequest", f"{_SAMPLING} prompt_logprobs return_token_ids"),
     ("entrypoints/openai/completion/protocol.py", "CompletionRequest", "presence_penalty frequency_penalty"),
     ("envs.py", "", "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE VLLM_CPU_OMP_THREADS_BIND"),
-    ("envs.py", "", "VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    ("envs.py", "", "VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_BATCH_INVARIANT VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
 ]
 
 

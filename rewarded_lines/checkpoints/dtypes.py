@@ -69,10 +69,11 @@ def as_torch(values: np.ndarray[Any, Any], dtype: DType) -> Any:
     return torch.from_numpy(values).view(kind) if values.dtype != np.bool_ else torch.from_numpy(values)
 
 
-def as_float64(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return stored floating-point values as float64, exactly; for small arrays only, since it is slow."""
-    if dtype == BF16:
-        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    if dtype == F16:
-        return values.view(np.float16).astype(np.float64)
-    return values.astype(np.float64)
+def as_float64(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return stored floating-point values as float64, exactly; for small arrays only, since it is slow.
+
+    Their storage determines the type: of the floating-point types, uint16 is bfloat16's alone, and int16 float16's.
+    """
+    if stored.dtype == BF16.storage:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return (stored.view(np.float16) if stored.dtype == F16.storage else stored).astype(np.float64)

@@ -169,7 +169,7 @@ class _Display:
         settings, total = self._settings, sum(map(self._settings.expected, self._stages))
         self._console.print(f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True)
         self._console.print(
-            f"About {_minutes(total)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
+            f"About {round(total / 60)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
         )
         for stage in self._stages:
             self._console.print(f"  {stage:<10}{settings.expected(stage):5.0f} s  {PLAN[stage].about}")

@@ -48,6 +48,9 @@ def inspect(
     from rewarded_lines.reports.inspection_tables import as_dict, on_terminal
 
     if plot:
+        from rewarded_lines.extras import require
+
+        require("report", "inspect --plot", "matplotlib")
         from rewarded_lines.reports.figures.depth_figure import check_figure_file, write_depth_figure
 
         check_figure_file(plot)

@@ -187,7 +187,7 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _from_hub(spec: DataSpec) -> Iterator[tuple[str, Row]]:
-    require("train", f"data set {spec.dataset}", "datasets", otherwise=", or name a local file")
+    require("train", f"data set {spec.dataset}", "datasets", otherwise="or name a local file")
     import datasets
 
     try:

@@ -27,7 +27,13 @@ LONGER: Mapping[str, Mapping[str, str]] = {
         "per_device_train_batch_size": "32",
         "train_sampling_strategy": "random",
     },
-    "ppo": {"total_episodes": "1280", "validation_limit": "256"},
+    "ppo": {
+        "total_episodes": "1280",
+        "validation_limit": "256",
+        "num_ppo_epochs": "2",
+        "num_mini_batches": "2",
+        "learning_rate": "6.0e-4",
+    },
 }
 
 

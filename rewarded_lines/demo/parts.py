@@ -114,8 +114,10 @@ def _recipe(recipe: str, name: str, output: Path, settings: DemoSettings, before
     own = {"seed": str(settings.seed), "output_dir": str(output), "overwrite": "true"}
     given = {**moved, **settings.overrides(recipe), **own, **options}
     arguments = [word for key, value in given.items() for word in (f"--{key}", value)]
-    # One process: the model is small, and two policies train side by side.
-    command = (sys.executable, "-m", waiting_recipe.__name__, str(script), "--config", str(config), *arguments)
+    # One process: the model is small, and two policies train side by side. -P: a `random.py` in the current folder is
+    # not the library's.
+    python = (sys.executable, "-P", "-m", waiting_recipe.__name__)
+    command = (*python, str(script), "--config", str(config), *arguments)
     # The inputs' hash does not depend on the run folder's path.
     wanted = [word.replace(str(settings.out), "") for word in arguments]
     shared = [_text(path) for package in _TRAINS for path in sorted((_PACKAGE / package).glob("*.py"))]

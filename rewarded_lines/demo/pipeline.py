@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import Part, brought_files, digest, is_shared, parts_of
 from rewarded_lines.demo.recipe_jobs import RecipeJobs
-from rewarded_lines.demo.stages import ALGORITHMS, STAGES
+from rewarded_lines.demo.stages import ALGORITHMS, PLAN, STAGES
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.vllm_versions import load_vllm
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.extras import require
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import load_project
@@ -63,23 +64,26 @@ def run_demo(settings: DemoSettings, observer: Observer, until: str = STAGES[-1]
             made_from = digest([part.made_from for part in stages[-1][1]])
         if until in _SWEPT and settings.engine == "vllm" and _missing(dict(stages)["sweep"], settings):
             # A thread of this process: the sweep runs here, and until then a core is often free.
-            Thread(target=_load_vllm, daemon=True).start()
+            Thread(target=_load_vllm, args=(settings,), daemon=True).start()
         seconds = dict[str, float]()
         for (stage, parts), (_, following) in zip_longest(stages, stages[1:], fillvalue=("", [])):
             seconds[stage] = _run_stage(stage, parts, following, settings, observer, jobs)
         return seconds
 
 
-def _load_vllm() -> None:
+def _load_vllm(settings: DemoSettings) -> None:
     """Import vLLM. The sweep imports it again, and then a fault is told."""
     with suppress(Exception):
-        load_vllm()
+        load_vllm(load_project(settings.suite).config.engine)
 
 
 def _check_settings(settings: DemoSettings, until: str) -> None:
     for option, value, known in (("--algo", settings.algo, ALGORITHMS), ("--until", until, STAGES)):
         if value not in known:
             raise fail(f"unknown value `{value}`", where=option, expected=", ".join(known))
+    needed = dict.fromkeys(PLAN[stage].extra for stage in STAGES[: STAGES.index(until) + 1])
+    if extras := ",".join(filter(None, needed)):
+        require(extras, "rewarded-lines demo")
     if until in _SWEPT:
         check_engine(settings.engine)
     _check_inputs(settings)

@@ -62,6 +62,7 @@ class Workload:
         plan: what merges are made of; without a plan only the SFT model answers.
         longest: tokens of the longest sequence that `logprobs` gets.
         settings: how vLLM starts; other engines take none.
+        spare: bytes of each GPU that must stay free for reward models.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Workload:
     plan: Plan | None = None
     longest: int = 0
     settings: EngineSettings = EngineSettings()
+    spare: int = 0
 
     @property
     def texts(self) -> str:

@@ -38,7 +38,8 @@ def generate_isolated(engine: str, model: str, spec: GenerationSpec, prompts: Se
         task, answer, log = (Path(folder, name) for name in ("task.json", "answer.json", "log"))
         content = {"engine": engine, "model": model, "spec": spec.model_dump(), "prompts": list(prompts)}
         task.write_text(json.dumps(content), encoding="utf-8")
-        command = (sys.executable, "-m", "rewarded_lines.engines.isolated_engine", str(task), str(answer))
+        # -P: a `random.py` in the current folder is not the library's.
+        command = (sys.executable, "-P", "-m", "rewarded_lines.engines.isolated_engine", str(task), str(answer))
         others = {name for name in os.environ if name.startswith(_LAUNCHER)} | _LAUNCHER_NAMES
         environment = {name: value for name, value in os.environ.items() if name not in others}
         environment[DIE_WITH_PARENT] = str(os.getpid())

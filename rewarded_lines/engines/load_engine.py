@@ -7,9 +7,12 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator, Workload
+from rewarded_lines.engines.vllm_arguments import check_names, check_work
 from rewarded_lines.errors import fail
 from rewarded_lines.extras import require
+from rewarded_lines.merger.plan import Plan
 
 ENGINES = ("vllm", "hf")
 
@@ -27,7 +30,13 @@ def check_engine(engine: str, option: str = "--engine") -> None:
         expected = f"{' or '.join(ENGINES)}, or the URL of a server"
         raise fail(f"unknown engine `{engine}`", where=option, expected=expected)
     if engine == "vllm":
-        require("vllm", f"{option} vllm", otherwise=f", or use {option} hf")
+        require("vllm", f"{option} vllm", otherwise=f"or use {option} hf")
+
+
+def check_settings(settings: EngineSettings, plan: Plan | None = None) -> None:
+    """Refuse settings that the installed vLLM does not have, or with which it cannot serve the merges of a plan."""
+    check_names(settings)
+    check_work(settings, plan)
 
 
 def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Sequence[Prompt], **more: Any) -> Generator:
@@ -38,6 +47,8 @@ def load_generator(engine: str, model: str, spec: GenerationSpec, prompts: Seque
     """
     check_engine(engine)
     work = Workload(model, spec, prompts, **more)
+    if engine == "vllm":
+        check_settings(work.settings, work.plan)
     kind = "" if work.plan is None else work.plan.kind
     if work.plan is not None and not work.plan.fits_base():
         raise fail(

@@ -65,27 +65,27 @@ def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
         gpu: free bytes of the GPU on which the engine runs; 0 without a GPU.
         host: bytes of the host's memory that can be allocated without swapping.
     """
-    first = 0 if asked == "auto" else [*LEVELS].index(asked)
+    first = 0 if asked == "auto" else [str(level) for level in LEVELS].index(asked)
     whys = ["there is no GPU"] if asked == "gpu" and not gpu else []
     needed = {"gpu": sizes.inputs + sizes.working, "host": sizes.host}
     room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host)}
     where = {"gpu": "on the GPU, beside the engine", "host": "in the host's memory"}
     if gpu and sizes.working > room["gpu"]:
-        whys.append(f"merges would take {_gb(sizes.working)} of the GPU, beside the engine")
+        whys.append(f"no room to merge on the GPU ({_gb(sizes.working)} needed, {_gb(room['gpu'])} there)")
         first = 2
     for level in LEVELS[first:2]:
         if level == "gpu" and not gpu:
             continue
-        numbers = f"{_gb(needed[level])} of the {_gb(max(0, room[level]))} that may be used"
         if needed[level] <= room[level]:
             beside = sizes.working + (sizes.inputs if level == "gpu" else 0)
-            return Place(level, beside, "; ".join([*whys, f"base and policies stay {where[level]}: {numbers}"]))
-        whys.append(f"base and policies would take {where[level]} {numbers}")
+            stay = f"base and policies stay {where[level]} ({_gb(needed[level])} of {_gb(room[level])})"
+            return Place(level, beside, "; ".join([*whys, stay]))
+        whys.append(f"no room {where[level]} ({_gb(needed[level])} needed, {_gb(room[level])} there)")
     return Place("disk", 0, "; ".join([*whys, "base and policies are read from disk for every merge"]))
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{max(0, size) / 1e9:.1f} GB"
 
 
 def stored_bytes(plan: ModelPlan) -> int:
@@ -97,12 +97,13 @@ def stored_bytes(plan: ModelPlan) -> int:
     return total_bytes(kept)
 
 
-def place_for(plan: ModelPlan, settings: EngineSettings, engine: int | None = None) -> Place:
+def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine: int | None = None) -> Place:
     """Return where a plan's inputs wait, beside an engine on this machine's first GPU, or on its CPU.
 
     Args:
         plan: the merges.
         settings: the user's wish and the number of devices, which share the inputs on GPUs, but not on CPUs.
+        spare: bytes of each GPU that must stay free for others.
         engine: bytes that the engine still needs on each GPU; by default those of one output and a cache.
     """
     import torch
@@ -114,7 +115,7 @@ def place_for(plan: ModelPlan, settings: EngineSettings, engine: int | None = No
         largest = max(info.bytes for info in plan.outputs())
         needed = _engine_bytes(plan, settings) if engine is None else engine
         sizes = Sizes(-(-inputs // devices), inputs, working_bytes(len(plan.policies), largest), needed)
-        place = choose_level(settings.resident, sizes, available_memory("cuda"), host)
+        place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host)
     else:
         place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host)
     told = inputs >= _WORTH_TELLING or settings.resident != "auto"

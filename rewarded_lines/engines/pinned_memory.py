@@ -56,7 +56,7 @@ class PinnedMemory:
         self, name: str, rows: list[torch.Tensor], following: str, next_rows: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Return a tensor's rows on the device, and start to copy those of the following tensor."""
-        copies, copied = self._ahead.pop(name, None) or self._copy(rows)
+        copies, copied = self._ahead.pop(name) if name in self._ahead else self._copy(rows)
         main = torch.cuda.current_stream(self._device)
         main.wait_event(copied)
         for row in copies:

@@ -92,8 +92,10 @@ class Resident:
                 if self._share.size > 1:
                     # The other workers wait for this one's part.
                     raise
-                self._move_down(str(error))
-                self._load(spec)
+                reason = str(error)
+            # Not inside the block above: the error would keep what was computed.
+            self._move_down(reason)
+            self._load(spec)
         ((_, tensor),) = self._plan.tensors(spec, [name], self._workspace())
         return tensor
 

@@ -48,7 +48,7 @@ def load_generation_config(model: str) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(_base(model))
+        return GenerationConfig.from_pretrained(base_model(model))
     except OSError:
         return GenerationConfig.from_model_config(load_config(model))
 
@@ -68,13 +68,14 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_base(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(base_model(model), trust_remote_code=False)
     except ValueError as error:
         remedy = "name a model of a class that transformers has: the code in a model's folder is not run here"
         raise fail("the model's config cannot be read", where=model, got=str(error), remedy=remedy) from error
 
 
-def _base(model: str) -> str:
+def base_model(model: str) -> str:
+    """Return the base of an adapter, or the model itself."""
     folder = Path(model)
     return read_adapter_config(folder).base if folder.is_dir() and is_adapter(folder) else model
 

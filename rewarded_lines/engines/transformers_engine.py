@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from rewarded_lines.engines.tokenizers import (
 from rewarded_lines.engines.transformers_sampling import SeededSampling, StopTexts
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.out_of_memory import NO_MEMORY, FittingBatches, empty_cache, no_room, ran_out
 
 _BATCH = 64
 # At most this many probabilities are in memory at once: 512 MB of float32.
@@ -45,6 +45,7 @@ class HfGenerator(SwappingGenerator):
         """
         super().__init__(work)
         self._inputs: Resident | None = None
+        self._batches = FittingBatches(work.model, _BATCH)
         self._model, self._tokenizer = loaded or _load_model(work)
         tokenizer, model = self._tokenizer, self._model
         # PEFT's wrapper passes its generation config on to the model inside.
@@ -65,7 +66,7 @@ class HfGenerator(SwappingGenerator):
         """Return what merges are made from; the model is in its place already."""
         if self._plan is None:
             return None
-        place = place_for(self._plan, work.settings, _GENERATION)
+        place = place_for(self._plan, work.settings, work.spare, _GENERATION)
         self.told = (f"resident: {place.why}",) if place.why else ()
         return Resident(self._plan, place.level, self._model.device)
 
@@ -78,7 +79,8 @@ class HfGenerator(SwappingGenerator):
         for holder, config in self._configs:
             holder.generation_config = config
         del self._model, self._configs
-        gc.collect()
+        # Other models can use the memory.
+        empty_cache()
 
     def _set_up(self) -> None:
         """Stop at the tokenizer's end token, too, and drop the model's sampling defaults, as vLLM does."""
@@ -110,8 +112,8 @@ class HfGenerator(SwappingGenerator):
 
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
         rows = seeded_rows(self.encode(prompts), spec)
-        batches = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
-        return [[response for batch in batches for response in self._answer(batch, spec)]]
+        # A row has its own seed, so a smaller batch draws the same.
+        return [self._batches.run(rows, lambda batch: self._answer(batch, spec))]
 
     def _answer(self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
         """Return a response for each pair of prompt and seed, all in one batch."""
@@ -152,7 +154,8 @@ class HfGenerator(SwappingGenerator):
         while len(totals) < len(pairs):
             rest = pairs[len(totals) : len(totals) + _BATCH]
             longest = max(len(head) + len(tail) for head, tail in rest)
-            totals += self._batch_logprobs(rest[: max(1, _CELLS // (longest * vocabulary))])
+            rest = rest[: max(1, _CELLS // (longest * vocabulary))]
+            totals += self._batches.run(rest, self._batch_logprobs)
         return totals
 
     def _batch_logprobs(self, pairs: Pairs) -> list[float]:
@@ -184,4 +187,9 @@ def _load_model(work: Workload) -> tuple[Any, Any]:
     )
     if work.texts != work.model:
         model.generation_config = load_generation_config(work.texts)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    try:
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    except NO_MEMORY as error:
+        if not ran_out(error):
+            raise
+        raise no_room(f"--engine hf, {work.model}", "the model does not fit", error) from error

@@ -16,7 +16,8 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Generator, Pairs, Response, Tokens, Workload, seeded_rows
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_tokens
-from rewarded_lines.engines.vllm_versions import start_vllm
+from rewarded_lines.engines.vllm_arguments import check_length
+from rewarded_lines.engines.vllm_versions import finds_compiler, start_vllm
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
@@ -29,24 +30,27 @@ _SAME = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_to
 class VllmCore(Generator):
     """One engine. Responses do not depend on earlier requests. `loaded`: LoRA requests, or None for the model."""
 
-    def _start(self, work: Workload, **options: Any) -> None:
-        """Start the engine; `options` go to `start_vllm`."""
+    def _start(self, work: Workload, beside: int = 0, **options: Any) -> None:
+        """Start the engine, which leaves `beside` bytes of each GPU free; `options` go to vLLM's `LLM`."""
         import torch
 
         self._tokenizer, self._ends, longest = load_tokens(work)
+        check_length(work.settings, longest)
         # On a CPU blocks are short, since prompts share only whole blocks. No prompt is split between two batches: vLLM
         # would have to rewind the request's generator, and a CPU's generator cannot be rewound.
-        blocks = {} if torch.cuda.is_available() else {"block_size": 32, "enable_chunked_prefill": False}
+        alone = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
+        # On a GPU with CUDA graphs: swaps write to the addresses that they read.
+        usual = {"enforce_eager": not finds_compiler()} if torch.cuda.is_available() else alone
         self._llm: Any = start_vllm(
             settings=work.settings,
+            spare=work.spare + beside,
             model=work.model,
             tokenizer=work.texts,
             dtype=work.spec.dtype,
             max_model_len=longest,
             # By name: a worker may be another process.
             worker_extension_cls="rewarded_lines.engines.vllm_models.MergingWorker",
-            **blocks,
-            **options,
+            **{**usual, **options},
         )
         # The worker processes end when this object is collected or Python exits.
         shared = self.call("shared_memory_name")[0] if work.settings.tensor_parallel > 1 else ""

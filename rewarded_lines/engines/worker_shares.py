@@ -31,8 +31,9 @@ class Share:
         mine = part.new_zeros(length)
         mine[: part.numel()] = part
         whole = part.new_empty(self.size * length)
-        # As bytes: not every backend knows every type.
-        torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), mine.view(torch.uint8), group=self._group)
+        # As bytes: not every backend knows every type. From torch 2.13 the function has a new name.
+        gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+        gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self._group)
         return whole[:elements]
 
     def summed(self, counts: list[int], device: torch.device) -> list[int]:

@@ -97,12 +97,13 @@ class LocalEvaluator:
     @cached_property
     def _scorer(self) -> Scorer:
         setup, cache = self.setup, ScoreCache(self._folder / "scores.sqlite")
-        return Scorer(setup.rewards, setup.project.config.rewards, cache, setup.options.offload, self._progress)
+        how = setup.options.offload, self._progress, setup.reward_memory
+        return Scorer(setup.rewards, setup.project.config.rewards, cache, *how)
 
     @cached_property
     def _generator(self) -> Generator:
         self._progress.start("building the engine")
-        made = self._timed("engine", lambda: self.setup.generator(self._also))
+        made = self._timed("engine", lambda: self.setup.generator(self._also, self._progress.tell))
         for fact in made.told:
             self._progress.tell(fact)
         return made

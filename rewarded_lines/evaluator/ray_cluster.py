@@ -80,8 +80,10 @@ class RayEvaluator:
         share: dict[str, Any] = {"num_gpus": parallel} if gpus else {"num_cpus": cpus}
         # Workers have other working directories, so the path must be absolute.
         project = replace(setup.project, path=setup.project.path.resolve())
+        # All of them: a worker has another environment.
+        options = replace(setup.options, engine_args=setup.settings.as_dict())
         kind: Any = ray.remote(**share)(Worker)
-        self._hire = partial(kind.remote, project, setup.options, list(also))
+        self._hire = partial(kind.remote, project, options, list(also))
         self.width = count
         self._workers = [self._hire() for _ in range(count)]
         # What each worker has reported, dead ones included.

@@ -38,6 +38,9 @@ class SweepOptions:
     offload: str = option(
         "auto", "Reward models leave memory when idle: auto, always, never.", offers=("auto", "always", "never")
     )
+    reward_memory: str | None = option(
+        None, "What reward models may take of a GPU together, e.g. 24GiB or 30%; the rest is the engine's."
+    )
     ray: str | None = option(
         None, "Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"
     )
@@ -57,6 +60,13 @@ class SweepOptions:
             raise fail("only vLLM spreads a model", where="--tensor-parallel", remedy="use --engine vllm")
         if self.offload not in ("auto", "always", "never"):
             raise fail(f"unknown value `{self.offload}`", where="--offload", expected="auto, always, never")
+        if self.reward_memory is not None:
+            from rewarded_lines.config_values import parse_memory
+
+            try:
+                parse_memory(self.reward_memory)
+            except ValueError as error:
+                raise fail(str(error), where="--reward-memory") from error
 
     def _parse_arguments(self) -> None:
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +24,10 @@ from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
-from rewarded_lines.engines.load_engine import check_engine, is_url, load_generator
+from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
+from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluator.records import FORMAT
@@ -38,6 +40,7 @@ from rewarded_lines.projects import Project, problems_of
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
 from rewarded_lines.rewards.reward import Reward, check_columns, deciding
+from rewarded_lines.rewards.reward_memory import spare_memory
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Setup:
     def settings(self) -> EngineSettings:
         """How vLLM starts; the defaults for an engine that takes no settings."""
         return engine_settings(self.project, self.options) if self.options.engine == "vllm" else EngineSettings()
+
+    @property
+    def reward_memory(self) -> str | None:
+        """What reward models may take of a GPU together; None leaves it to `spare_memory`."""
+        return self.options.reward_memory or self.project.config.reward_memory
 
     @cached_property
     def methods(self) -> Methods:
@@ -166,8 +174,8 @@ class Setup:
             limits.append(Limit("the model", most, option, lambda rows: [len(row) for row in encode(tokenizer, rows)]))
         return fit_prompts(rows, limits, spec.too_long, where, self.told.append)
 
-    def generator(self, also: Sequence[Prompt] = ()) -> Generator:
-        """Build the engine, with room for the prompts `also`, too."""
+    def generator(self, also: Sequence[Prompt] = (), tell: Callable[[str], None] = lambda fact: None) -> Generator:
+        """Build the engine, with room for the prompts `also`, too; `tell` gets what reward models take of its GPU."""
         ids = encode(load_tokenizer(str(self.plan.base.folder), self.generation), self.control_texts)
         return load_generator(
             self.options.engine,
@@ -177,7 +185,12 @@ class Setup:
             plan=self.plan,
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             settings=self.settings,
+            spare=0 if is_url(self.options.engine) else self._spare(tell),
         )
+
+    def _spare(self, tell: Callable[[str], None]) -> int:
+        how = self.reward_memory, self.options.offload, self.settings.tensor_parallel
+        return spare_memory(self.rewards.values(), *how, tell)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.
@@ -198,7 +211,12 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     """Open a project; a UserError for any fault of engine, prompts, rewards, checkpoints or methods."""
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
-    engine_settings(project, options)
+    if options.engine == "vllm":
+        settings = engine_settings(project, options)
+        check_settings(settings)
+        # With Ray, the engines are on other machines.
+        if options.ray is None:
+            check_device(settings)
     _check_rewards(project)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
@@ -222,6 +240,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     progress.start("measuring prompts")
     setup = Setup(project, options, plan, rewards, rows, control, told)
     setup = setup.on(setup.readable(project.config.prompts, rows), control)
+    check_settings(setup.settings, plan)
     _ = setup.methods  # Refuses impossible methods.
     return setup
 
@@ -232,8 +251,10 @@ def engine_settings(project: Project, options: SweepOptions) -> EngineSettings:
     Raises:
         UserError: an argument is not the user's to set, or a value does not fit.
     """
+    # Variables of the environment count: they, too, decide responses.
+    chosen = {"attention": "batch-invariant"} if os.environ.get(INVARIANT) == "1" else {}
     try:
-        return project.config.engine.over(options.arguments)
+        return project.config.engine.over({**options.arguments, **chosen})
     except ValidationError as error:
         raise UserError(problems_of(error, "--engine-arg")) from error
 

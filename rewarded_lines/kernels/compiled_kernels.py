@@ -2,7 +2,8 @@
 
 The loops go value by value, so that memory traffic is only the bytes of the files. numba compiles them on first use,
 for each combination of types, and caches the machine code. No fast-math: operations run in the order written here, so
-the bits do not depend on vector width, threads or blocks.
+the bits do not depend on vector width, threads or blocks. Processors choose the sign and the lower bits of a NaN by the
+order of operands, so every NaN is stored as the one quiet, positive pattern of its type.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _choose_widen(value: Any) -> Any:
 
 
 def _store(out: Any, index: Any, value: Any) -> Any:
-    """Round a float64 once to the type of `out` and store it; return whether the result is not finite."""
+    """Round a float64 once to the type of `out` and store it, every NaN alike; return whether it is not finite."""
     raise NotImplementedError(out, index, value)
 
 
@@ -84,6 +85,8 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
             bits = np.float32((value + magic) - magic).view(np.uint32)
             # A sum with a positive number loses the sign of a zero: put it back.
             bits |= np.uint32(np.float64(value).view(np.uint64) >> np.uint64(32)) & np.uint32(0x80000000)
+            if value != value:
+                bits = np.uint32(0x7FC00000)
             out[index] = np.uint16(bits >> np.uint32(16))
             return (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
 
@@ -101,25 +104,20 @@ def _choose_store(out: Any, index: Any, value: Any) -> Any:
             bits = np.float32(rounded * 2.0**-112).view(np.uint32) >> np.uint32(13)
             bad = not (size < 65520.0)
             if bad:
-                bits = np.uint32(0x7E00) if size != size else np.uint32(0x7C00)
-            out[index] = np.int16(np.uint16(bits | sign))
+                bits = np.uint32(0x7C00)
+            bits |= sign
+            if value != value:
+                bits = np.uint32(0x7E00)
+            out[index] = np.int16(np.uint16(bits))
             return bad
 
         return float16
-    if out.dtype == types.float32:
 
-        def float32(out: Any, index: Any, value: Any) -> Any:
-            narrow = np.float32(value)
-            out[index] = narrow
-            return not (abs(narrow) < np.float32(np.inf))
+    def wide(out: Any, index: Any, value: Any) -> Any:
+        out[index] = value if value == value else np.nan
+        return not (abs(out[index]) < np.inf)
 
-        return float32
-
-    def float64(out: Any, index: Any, value: Any) -> Any:
-        out[index] = value
-        return not (abs(value) < np.inf)
-
-    return float64
+    return wide
 
 
 @compiled
@@ -183,7 +181,7 @@ def residual(base: Array, policy: Array, out: Array) -> None:
     for i in range(base.size):
         one, other = _widen(policy[i]), _widen(base[i])
         # Inf − inf would be NaN.
-        out[i] = one - other if one != other else 0.0
+        _store(out, i, one - other if one != other else 0.0)
 
 
 @compiled
@@ -237,7 +235,7 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
             for i in range(length):
                 target[i] += factor * along[i]
         for i in range(length):
-            target[i] *= scale
+            _store(target, i, target[i] * scale)
         place += length
 
 

@@ -1,7 +1,7 @@
 """The loops over values: numpy's at first, the compiled ones once the work is long enough to load the compiler.
 
-Both do the same operations in the same order, so the bits do not depend on which is used. `compiled_kernels` describes
-each loop.
+Both do the same operations in the same order and store every NaN as one pattern, so the bits do not depend on which is
+used. `compiled_kernels` describes each loop.
 """
 
 from __future__ import annotations

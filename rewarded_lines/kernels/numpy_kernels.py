@@ -8,46 +8,39 @@ from typing import Any
 
 import numpy as np
 
+from rewarded_lines.checkpoints.dtypes import as_float64
+
 Array = np.ndarray[Any, Any]
 _EXPONENT = np.uint64(0x7FF0000000000000)
-
-
-def _widen(stored: Array) -> Array:
-    """Return stored values as float64, exactly; their storage type determines the format."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return (stored.view(np.float16) if stored.dtype == np.int16 else stored).astype(np.float64)
+# The one NaN of each storage type, quiet and positive.
+_NAN = {"uint16": 0x7FC0, "int16": 0x7E00, "float32": np.nan, "float64": np.nan}
 
 
 def _store(out: Array, values: Array) -> int:
-    """Round float64 values once to the type of `out`; return how many results are not finite."""
+    """Round float64 values once to the type of `out`, every NaN to its one pattern; return how many are not finite."""
     if out.dtype == np.uint16:
         # As in the compiled loop: a sum with 1.5·2⁵²·ulp rounds to a multiple of the target's ulp.
         bits = values.view(np.uint64)
         exponents = np.clip(bits & _EXPONENT, np.uint64((1023 - 126) << 52), np.uint64((1023 + 200) << 52))
         magic = (exponents + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
-        rounded = ((values + magic) - magic).astype(np.float32).view(np.uint32)
-        rounded |= (bits >> np.uint64(32)).astype(np.uint32) & np.uint32(0x80000000)
-        out[:] = rounded >> np.uint32(16)
-        return int(np.count_nonzero((rounded & np.uint32(0x7F800000)) == np.uint32(0x7F800000)))
-    if out.dtype == np.int16:
-        narrow = values.astype(np.float16)
-        # All NaN have one pattern, and their sign.
-        nan = np.isnan(values)
-        narrow.view(np.int16)[nan] = np.where(np.signbit(values[nan]), 0x7E00 - 0x8000, 0x7E00)
-        out[:] = narrow.view(np.int16)
+        narrow = ((values + magic) - magic).astype(np.float32)
+        out[:] = narrow.view(np.uint32) >> np.uint32(16)
+        out |= (bits >> np.uint64(48)).astype(np.uint16) & np.uint16(0x8000)
     else:
-        narrow = values.astype(out.dtype)
-        out[:] = narrow
-    return int(narrow.size - np.count_nonzero(np.isfinite(narrow)))
+        narrow = values.astype(np.float16 if out.dtype == np.int16 else out.dtype)
+        out[:] = narrow.view(out.dtype)
+    bad = int(narrow.size - np.count_nonzero(np.isfinite(narrow)))
+    if bad:
+        out[np.isnan(values)] = _NAN[out.dtype.name]
+    return bad
 
 
 def linear(
     base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array, first: int = 0
 ) -> None:
     """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k."""
-    origin = _widen(base)
-    residuals = [_widen(policies[row, first : first + base.size]) - origin for row in rows]
+    origin = as_float64(base)
+    residuals = [as_float64(policies[row, first : first + base.size]) - origin for row in rows]
     for k, factors in enumerate(weights):
         total = residuals[0] * factors[0]
         for residual, factor in zip(residuals[1:], factors[1:], strict=True):
@@ -57,12 +50,12 @@ def linear(
 
 def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array, first: int = 0) -> None:
     """Do `linear` again where the base is not finite."""
-    places = np.flatnonzero(~np.isfinite(_widen(base)))
-    origin = _widen(base[places])
+    places = np.flatnonzero(~np.isfinite(as_float64(base)))
+    origin = as_float64(base[places])
     for k, factors in enumerate(weights):
         total = np.zeros(places.size)
         for row, factor in zip(rows, factors, strict=True):
-            values = _widen(policies[row, first + places])
+            values = as_float64(policies[row, first + places])
             total += np.where(values != origin, factor * (values - origin), 0.0)
         narrow = np.empty(places.size, out.dtype)
         _store(narrow, origin + total)
@@ -71,23 +64,23 @@ def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Arra
 
 def residual(base: Array, policy: Array, out: Array) -> None:
     """Write policy − base to the float64 array `out`, 0 where both are equal."""
-    one, other = _widen(policy), _widen(base)
-    out[:] = np.where(one != other, one - other, 0.0)
+    one, other = as_float64(policy), as_float64(base)
+    _store(out, np.where(one != other, one - other, 0.0))
 
 
 def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
     """Write base + scale·merged; return how many results are not finite."""
-    return _store(out, _widen(base) + scale * merged)
+    return _store(out, as_float64(base) + scale * merged)
 
 
 def cast(values: Array, out: Array) -> int:
     """Write `values` to `out`, rounded to its type; return how many results are not finite."""
-    return _store(out, _widen(values))
+    return _store(out, as_float64(values))
 
 
 def count_nonfinite(values: Array) -> int:
     """Return how many stored values are NaN or infinite."""
-    return int(values.size - np.count_nonzero(np.isfinite(_widen(values))))
+    return int(values.size - np.count_nonzero(np.isfinite(as_float64(values))))
 
 
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
@@ -98,7 +91,7 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
         total += column[:, None] * row
     total *= scale
     skipped = start - first * right.shape[1]
-    out[:] = total.ravel()[skipped : skipped + out.size]
+    _store(out, total.ravel()[skipped : skipped + out.size])
 
 
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
@@ -119,7 +112,7 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
     """Write factor·values into columns of a matrix; return how many results are not finite."""
-    wide = _widen(values) * factor
+    wide = as_float64(values) * factor
     narrow = np.empty(wide.size, out.dtype)
     count = _store(narrow, wide)
     out.reshape(-1, columns)[:, first : first + width] = narrow.reshape(-1, width)

@@ -1,8 +1,7 @@
 """The arithmetic of `compiled_kernels` in torch, for any of its devices: the same bits.
 
 Every operation is one of IEEE 754 on float64, and they run in the same order. Each is a call of its own, so that no
-compiler joins a product and a sum into one rounding. NaN appears in the same places; a device chooses its sign and
-payload, which IEEE 754 leaves open.
+compiler joins a product and a sum into one rounding. Every NaN is stored as one pattern.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ def rounded(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """Return values of any floating-point type in another one, rounded once, and how many of these are not finite."""
-    made = rounded(values.to(torch.float64), dtype)
-    return made, count_nonfinite(made)
+    return _counted(rounded(values.to(torch.float64), dtype))
 
 
 def count_nonfinite(values: torch.Tensor) -> int:
@@ -81,8 +79,7 @@ def merge_values(
     origin, dtype = base.to(torch.float64), getattr(torch, step.dtype.torch)
 
     def finish(residuals: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
-        values = rounded(_merged(step, origin, residuals, alike, kept), dtype)
-        return values, count_nonfinite(values)
+        return _counted(rounded(_merged(step, origin, residuals, alike, kept), dtype))
 
     if step.linear and alike:
         # Without the test for equal values, which only infinite ones need.
@@ -95,6 +92,12 @@ def merge_values(
         assert policy is not None or moved is not None, "an adapter stores no tensors"
         residuals.append(residual(policy, origin) if policy is not None else moved(row))  # type: ignore[misc]
     return finish(residuals)
+
+
+def _counted(made: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Give every NaN the pattern of torch's own, quiet and positive; return also how many values are not finite."""
+    bad = count_nonfinite(made)
+    return (made.masked_fill(made.isnan(), torch.nan) if bad else made), bad
 
 
 def _whole(policy: torch.Tensor | None) -> torch.Tensor:

@@ -160,8 +160,8 @@ def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, w
         return problem
     theirs = base.tensors[stored]
     for start, count in blocks_of(theirs.elements):
-        first = as_float64(base.read(theirs.name, start, count), theirs.dtype)
-        if not np.array_equal(first, as_float64(adapter.read(info.name, start, count), info.dtype), equal_nan=True):
+        first = as_float64(base.read(theirs.name, start, count))
+        if not np.array_equal(first, as_float64(adapter.read(info.name, start, count)), equal_nan=True):
             what = "the adapter's copy of a base tensor differs from the base's"
             return Problem(what, f"{where}: {name}", remedy=REMEDY)
     return None

@@ -55,7 +55,7 @@ def _starts_as(base: Base, name: str, adapter: Adapter, info: TensorInfo) -> boo
     if stored is None:
         return True
     pairs = (
-        (as_float64(base.read(name, *block), stored.dtype), as_float64(adapter.read(info.name, *block), info.dtype))
+        (as_float64(base.read(name, *block)), as_float64(adapter.read(info.name, *block)))
         for block in blocks_of(stored.elements)
     )
     return all(np.array_equal(*pair) for pair in pairs)

@@ -106,8 +106,8 @@ def replay(
         base: where the base is now, if it has moved.
         policies: where policies are now, by name, if they have moved.
         how: `device`, `overwrite`, `allow_nonfinite`, `additions` and `progress` as in `merge`; every device makes the
-            same bits, but for the sign and payload of NaN. `tokenizer` is where a folder with the tokenizer is now, if
-            it has moved. `out` is by default FOLDER-again, beside the record's FOLDER. The record decides the rest.
+            same bits. `tokenizer` is where a folder with the tokenizer is now, if it has moved. `out` is by default
+            FOLDER-again, beside the record's FOLDER. The record decides the rest.
 
     Raises:
         UserError: the record is damaged, an input has changed, or any fault that `merge` refuses.

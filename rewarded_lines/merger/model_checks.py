@@ -210,8 +210,8 @@ def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     dot = square_first = square_second = 0.0
     for info in matrices[:: max(1, len(matrices) // _SAMPLED_TENSORS)]:
         count = min(info.elements, _SAMPLED_VALUES)
-        one = as_float64(first.read(info.name, count=count), info.dtype)
-        two = as_float64(second.read(info.name, count=count), second.tensors[info.name].dtype)
+        one = as_float64(first.read(info.name, count=count))
+        two = as_float64(second.read(info.name, count=count))
         dot += float((one * two).sum())
         square_first += float((one * one).sum())
         square_second += float((two * two).sum())

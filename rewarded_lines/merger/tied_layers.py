@@ -208,4 +208,4 @@ def _transposes(adapter: Adapter, head: LowRank, embeddings: LowRank) -> bool:
 
 
 def _read(adapter: Adapter, info: TensorInfo) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return as_float64(adapter.read(info.name), info.dtype).reshape(info.shape)
+    return as_float64(adapter.read(info.name)).reshape(info.shape)

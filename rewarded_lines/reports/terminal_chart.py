@@ -16,10 +16,16 @@ from rewarded_lines.reports.summary import PointSummary, Summary
 
 SFT_MARK = "+"
 _ROWS = 12
-_NARROWEST, _WIDEST = 40, 100
+_WIDEST = 100
+# Columns that are left to marks: where labels at the left would take them, these are left out.
+_FEWEST = 10
 # Free space around the marks, as a share of the axis.
 _MARGIN = 0.04
 _MOST_TICKS = 5
+# Means that differ by less, as a share of the largest, are drawn as equal: only rounding tells them apart.
+_EQUAL = 1e-6
+# Labels show the powers of ten of other numbers. A smaller one than the least has no inverse.
+_PLAIN_EXPONENTS, _LEAST_EXPONENT = range(-4, 9), -300
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 _LINES, _PLAIN_LINES = tuple("│┤└─┬"), tuple("||+-+")
 
@@ -35,15 +41,25 @@ class Mark:
 
 
 class _Axis:
-    """Maps values to cells, 0 to `cells` − 1, and finds round numbers for its ticks."""
+    """Maps values to cells, 0 to `cells` − 1, and finds round numbers for its ticks.
+
+    Very large and very small values are divided by a power of ten, which the labels then show.
+    """
 
     def __init__(self, values: Sequence[float], cells: int) -> None:
-        low, high = min(values), max(values)
-        margin = _MARGIN * (high - low) or 0.05 * abs(high) or 1.0
-        self._low, self._high, self._cells = low - margin, high + margin, cells
+        largest = max(map(abs, values))
+        exponent = math.floor(math.log10(largest)) if largest else 0
+        self._exponent = 0 if exponent in _PLAIN_EXPONENTS else max(exponent, _LEAST_EXPONENT)
+        self._unit, self._cells = 10.0**self._exponent, cells
+        low, high, size = min(values) / self._unit, max(values) / self._unit, largest / self._unit
+        margin = _MARGIN * (high - low) if high - low > _EQUAL * size else 0.05 * size or 1.0
+        self._low, self._high = low - margin, high + margin
 
     def cell(self, value: float) -> int:
-        return round((value - self._low) / (self._high - self._low) * (self._cells - 1))
+        return self._place(value / self._unit)
+
+    def _place(self, number: float) -> int:
+        return round((number - self._low) / (self._high - self._low) * (self._cells - 1))
 
     def ticks(self) -> dict[int, str]:
         """Return the labels of the ticks by their cells."""
@@ -51,8 +67,9 @@ class _Axis:
         power = 10.0 ** math.floor(math.log10(least))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
         decimals = max(0, -math.floor(math.log10(step)))
-        numbers = range(math.ceil(self._low / step), math.floor(self._high / step) + 1)
-        return {self.cell(number * step): f"{number * step + 0.0:.{decimals}f}" for number in numbers}
+        numbers = [number * step for number in range(math.ceil(self._low / step), math.floor(self._high / step) + 1)]
+        times = f"e{self._exponent:+03d}" if self._exponent else ""
+        return {self._place(number): f"{number + 0.0:.{decimals}f}{times if number else ''}" for number in numbers}
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class FrontChart:
         which = "" if len(names) == 2 else f", the first two of {len(names)} rewards"
         yield Text(f"Mean rewards of every point{which}; better is up and right", style="bold")
         labels = [texts.with_unit(name, self.summary.objectives[name]) for name in names[:2]]
-        width = max(_NARROWEST, min(options.max_width, _WIDEST))
+        width = min(options.max_width, _WIDEST)
         yield from _plot(marks, labels, width, _PLAIN_LINES if options.ascii_only else _LINES)
         yield _legend(self.summary, width)
 
@@ -121,8 +138,11 @@ def _plot(marks: Sequence[Mark], labels: Sequence[str], width: int, lines: Seque
     heights = _Axis([mark.y for mark in marks], _ROWS)
     at_left = heights.ticks()
     left = max(map(len, at_left.values())) + 1
-    along = _Axis([mark.x for mark in marks], width - left - 2)
-    cells = _cells(marks, along, heights, width - left - 2)
+    if left > width - 2 - _FEWEST:
+        at_left, left = dict.fromkeys(at_left, ""), 1
+    columns = max(1, width - left - 2)
+    along = _Axis([mark.x for mark in marks], columns)
+    cells = _cells(marks, along, heights, columns)
     yield Text(labels[1])
     for row in reversed(range(_ROWS)):
         line = Text(f"{at_left.get(row, ''):>{left - 1}} {tick if row in at_left else upright} ")
@@ -153,4 +173,4 @@ def _legend(summary: Summary, width: int) -> Text:
     entries += [f"{number} {name} alone" for name, number in _numbers(summary).items()]
     # textwrap breaks no line at such a space, so that each entry is whole.
     text = "   ".join(entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in [*entries, f"{SFT_MARK} SFT"])
-    return Text(textwrap.fill(text, width).replace("\N{NO-BREAK SPACE}", " "))
+    return Text(textwrap.fill(text, width, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " "))

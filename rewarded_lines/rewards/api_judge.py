@@ -54,6 +54,9 @@ class ApiJudge:
         """End all connections."""
         self._server.free()
 
+    def rest(self) -> None:
+        """See `Answerer.rest`: the weights are the server's."""
+
     def check(self, questions: Sequence[Question]) -> None:
         """Leave the check to the server, which has the chat template."""
 

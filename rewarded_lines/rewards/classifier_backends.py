@@ -1,12 +1,15 @@
-"""What both backends of a classifier share: its device, and the errors of loading it."""
+"""What both backends of a classifier share: its device and dtype, and the errors of loading it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rewarded_lines.errors import UserError, fail
+from rewarded_lines.reward_settings import RewardSpec
 
+_DTYPES = ("float32", "bfloat16", "float16")
 # The token ids of several texts, or their token types.
 Ids = Sequence[Sequence[int]]
 
@@ -38,6 +41,23 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def with_dtype(where: str, spec: RewardSpec, config: Any) -> RewardSpec:
+    """Return the settings with the dtype that the config names, where they say "auto"."""
+    if spec.dtype != "auto":
+        return spec
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = str(named).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise fail(
+            "the config does not say in which dtype the model computes",
+            where=f"{where}, dtype: auto",
+            expected=f"`dtype` {', '.join(_DTYPES)} in its config.json",
+            got=dtype,
+            remedy="declare one of them, such as `dtype: bfloat16`",
+        )
+    return spec.model_copy(update={"dtype": dtype})
 
 
 def find_device(device: str, where: str) -> str:

@@ -47,6 +47,10 @@ class ModelReward(Reward):
         """See `Reward.free`: the other rewards on the model load it again, too."""
         self._shared.free()
 
+    def rest(self) -> None:
+        """See `Reward.rest`."""
+        self._shared.rest()
+
     @property
     def limit(self) -> int | None:
         """See `Reward.limit`."""

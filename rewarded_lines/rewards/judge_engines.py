@@ -5,9 +5,9 @@ Both take tokens, since a judge's answer may begin with a given text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.base import SwappingGenerator, Tokens, Workload
@@ -16,7 +16,9 @@ from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.engines.vllm_core import sampling_settings
 from rewarded_lines.engines.vllm_models import VllmGenerator
 from rewarded_lines.rewards.judge_questions import Answer
-from rewarded_lines.rewards.transformers_classifier import make_batches
+from rewarded_lines.rewards.text_batches import Batch, TextBatches, width_of
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -43,37 +45,35 @@ class JudgeEngine(Protocol):
 class HfJudge(HfGenerator):
     """A judge in transformers. A row's length alone decides the shape of its batch, and so its last bits."""
 
-    def __init__(self, work: Workload, loaded: tuple[Any, Any], batch_size: int) -> None:
-        """Take over a model with its tokenizer."""
+    def __init__(self, work: Workload, loaded: tuple[Any, Any], shapes: TextBatches) -> None:
+        """Take over a model with its tokenizer; `shapes` outlive it."""
         super().__init__(work, loaded)
-        self._batch_size = batch_size
+        self._shapes = shapes
 
-    def close(self) -> None:
-        """See `Generator.close`; other models can use the memory."""
-        import torch
-
-        super().close()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def move(self, device: str) -> None:
+        """Move the weights to another device."""
+        self._model.to(device)
 
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
         """See `JudgeEngine.answers`."""
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
-        found: dict[int, Answer] = {}
-        for members, places in self._batches(heads):
+
+        def write(members: Sequence[int], places: Sequence[int]) -> list[Answer]:
             rows = [list(heads[at]) for at in places]
             made, stops = self._sample(rows, [seeds[at] for at in places], spec, reader)
-            for at, row, stop in zip(members, made, stops, strict=False):
-                tokens, ended = reader.cut(heads[at], row[:stop])
-                found[at] = Answer(reader.text(heads[at], tokens)[0], ended)
-        return [found[at] for at in range(len(heads))]
+            cuts = [reader.cut(heads[at], row[:stop]) for at, row, stop in zip(members, made, stops, strict=False)]
+            return [
+                Answer(reader.text(heads[at], tokens)[0], ended)
+                for at, (tokens, ended) in zip(members, cuts, strict=True)
+            ]
+
+        return self._in_batches(heads, write)
 
     def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
         """See `JudgeEngine.next_tokens`."""
         import torch
 
-        found: dict[int, Next] = {}
-        for members, places in self._batches(heads):
+        def read(members: Sequence[int], places: Sequence[int]) -> list[Next]:
             rows = self._padded([list(heads[at]) for at in places], "left")
             with torch.inference_mode():
                 # `generate` knows how each model reads a row that is padded on the left.
@@ -81,22 +81,29 @@ class HfJudge(HfGenerator):
                     **rows, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
                 )
                 table = output.logits[0].double().softmax(-1).cpu()
-            for at, row in zip(members, table, strict=False):
-                found[at] = Next({token: float(row[token]) for token in asked[at]}, int(row.argmax()))
-        return [found[at] for at in range(len(heads))]
+            return [
+                Next({token: float(row[token]) for token in asked[at]}, int(row.argmax()))
+                for at, row in zip(members, table, strict=False)
+            ]
 
-    def _batches(self, heads: Sequence[Tokens]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-        """Yield the places of the rows of each batch, and those with fillers."""
-        for batch in make_batches([len(head) for head in heads], self._batch_size):
+        return self._in_batches(heads, read)
+
+    def _in_batches(
+        self, heads: Sequence[Tokens], work: Callable[[Sequence[int], Sequence[int]], list[Found]]
+    ) -> list[Found]:
+        """Return what `work` makes of each row; it gets the places of a batch's rows, and those with fillers."""
+
+        def one(batch: Batch) -> list[Found]:
             fillers = [batch.members[0]] * (batch.rows - len(batch.members))
-            yield batch.members, [*batch.members, *fillers]
+            return work(batch.members, [*batch.members, *fillers])
+
+        return self._shapes.run([len(head) for head in heads], one)
 
     def _padded(self, rows: Sequence[list[int]], side: str) -> Any:
-        (batch,) = make_batches([max(map(len, rows))], 1)
         padded = self._tokenizer.pad(
             {"input_ids": rows},
             padding="max_length",
-            max_length=batch.width,
+            max_length=width_of(max(map(len, rows))),
             padding_side=side,
             return_tensors="pt",
         )
@@ -109,7 +116,8 @@ class VllmJudge(VllmGenerator):
     def __init__(self, work: Workload, size: float) -> None:
         """Start the engine; it may take `size` bytes of a GPU."""
         SwappingGenerator.__init__(self, work)
-        self._start(work, size=size)
+        # Without CUDA graphs: a judge is loaded again and again, and its memory is counted.
+        self._start(work, size=size, enforce_eager=True)
 
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
         """See `JudgeEngine.answers`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,27 @@ from rewarded_lines.checkpoints.hashing import model_hash
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.engines.base import Workload
-from rewarded_lines.engines.tokenizers import load_config, load_tokenizer
+from rewarded_lines.engines.tokenizers import base_model, load_config, load_tokenizer
 from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_backends import cannot_load
+from rewarded_lines.rewards.classifier_backends import cannot_load, with_dtype
 from rewarded_lines.rewards.judge_engines import HfJudge, JudgeEngine, VllmJudge
+from rewarded_lines.rewards.model_sizes import engine_size, refuse_too_large, weights_size
 from rewarded_lines.rewards.shared_model import SharedModel
-from rewarded_lines.rewards.vllm_classifier import LONGEST, WORKING_MEMORY, cache_size, check_vllm, weights_size
+from rewarded_lines.rewards.text_batches import TextBatches, batch_size_on
+from rewarded_lines.rewards.vllm_classifier import LONGEST, check_vllm
 
 
 class JudgeModel(SharedModel[JudgeEngine]):
     """A causal model with an engine."""
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str) -> None:
-        """Load nothing yet."""
-        super().__init__(where, reference, device)
-        self._spec, self._config = spec, load_config(reference)
+    def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, beside: Mapping[str, Any]) -> None:
+        """Load nothing yet; see `SharedModel`."""
+        super().__init__(where, reference, device, beside)
+        self._config = load_config(reference)
+        self._spec = with_dtype(where, spec, self._config)
+        self._shapes = TextBatches(where, batch_size_on(device, self._spec))
+        refuse_too_large(where, base_model(reference), self._spec, self._config, device)
         limits = [spec.max_tokens, positions_of(self._config), LONGEST if spec.backend == "vllm" else None]
         self.longest = min((limit for limit in limits if limit), default=None)
 
@@ -44,23 +50,26 @@ class JudgeModel(SharedModel[JudgeEngine]):
         model = load_causal(self._where, self._spec, self._reference).to(self.device)
         held = [*model.parameters(), *model.buffers()]
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        return HfJudge(self._work(), (model, load_tokenizer(self._reference, GenerationSpec())), self._spec.batch_size)
+        loaded = model, load_tokenizer(self._reference, GenerationSpec())
+        return HfJudge(self._work(), loaded, self._shapes)
 
     def _vllm(self) -> VllmJudge:
         check_vllm(self._where, self.device)
-        self.size = weights_size(self._reference, self._spec, self._config)
-        cache = cache_size(self._config, self._spec, self.longest or LONGEST)
+        weights = weights_size(self._reference, self._spec, self._config)
+        needed, self.size = engine_size(self._config, self._spec, weights, self.longest or LONGEST, self.device)
         try:
-            return VllmJudge(self._work(), self.size + cache + WORKING_MEMORY if self.size else 0)
+            return VllmJudge(self._work(), needed)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise cannot_load(self._where, self._reference, error, "use `backend: hf`") from error
 
 
 def share_judge(known: dict[str, Any], where: str, spec: RewardSpec, reference: str, device: str) -> JudgeModel:
     """Return the model in `known` that another reward asks, too, or a new one."""
-    key = repr(("judge", reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens))
+    key = repr(
+        ("judge", reference, device, spec.backend, spec.dtype, spec.batch_size, spec.max_tokens, spec.batch_tokens)
+    )
     if key not in known:
-        known[key] = JudgeModel(where, spec, reference, device)
+        known[key] = JudgeModel(where, spec, reference, device, known)
     found: JudgeModel = known[key]
     return found
 

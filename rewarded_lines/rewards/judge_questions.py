@@ -94,6 +94,9 @@ class Answerer(Protocol):
     def free(self) -> None:
         """Free memory and connections; the next question loads the judge again."""
 
+    def rest(self) -> None:
+        """Let the weights, if any, leave the device until the next question."""
+
     def check(self, questions: Sequence[Question]) -> None:
         """Refuse questions that the judge would misread, for instance chats that its template cuts."""
 

@@ -61,6 +61,10 @@ class JudgeReward(Reward):
         """See `Reward.free`."""
         self._answerer.free()
 
+    def rest(self) -> None:
+        """See `Reward.rest`."""
+        self._answerer.rest()
+
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """Return the tokens of each question; without `columns`, those of the longest that were checked count."""
         if self.limit is None:

@@ -145,11 +145,12 @@ def _token_ratio(reward: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> floa
 
 
 def _make_room(rewards: dict[str, Reward]) -> None:
-    """Free the models on the last one's device if a further model of the largest size might not fit."""
+    """Let the models on the last one's device rest if a further model of the largest size might not fit."""
     last = next(reversed(rewards.values()))
     beside = [reward for reward in rewards.values() if reward.size and reward.device == last.device]
     if last.size and available_memory(last.device) < max(reward.size for reward in beside):
-        free_all(beside)
+        for reward in beside:
+            reward.rest()
 
 
 def _unknown_reward(name: str, known: list[str], project: Project) -> Problem:

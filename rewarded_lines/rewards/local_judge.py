@@ -62,6 +62,10 @@ class LocalJudge:
         """See `Answerer.free`; other rewards with this model load it again, too."""
         self.shared.free()
 
+    def rest(self) -> None:
+        """See `Answerer.rest`."""
+        self.shared.rest()
+
     def check(self, questions: Sequence[Question]) -> None:
         """See `Answerer.check`."""
         chats = [one.prompt for one in questions if isinstance(one.prompt, list)]

@@ -94,6 +94,10 @@ class Reward(ABC):
     def free(self) -> None:  # noqa: B027
         """Free memory and processes; the next score loads the reward again."""
 
+    def rest(self) -> None:
+        """Let weights leave the device between two uses; the next score brings them back."""
+        self.free()
+
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """Return the tokens of each prompt with its response and the columns that are read; zeros without a limit."""
         return [0] * len(prompts)

@@ -101,7 +101,8 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
         raise _no_head(where, checkpoint, missing, unread, trust)
 
     def read(output: Any) -> Any:
-        logits = output.logits.double()
+        # First to the CPU: some devices have no float64.
+        logits = output.logits.cpu().double()
         return (logits - checkpoint.mean) / checkpoint.deviation if checkpoint.normalized else logits
 
     labels = model.config.id2label
@@ -137,12 +138,12 @@ def _columns_of(output: Any) -> Any:
 
     rewards, score = getattr(output, "rewards", None), getattr(output, "score", None)
     if rewards is not None and score is not None and rewards.ndim == 2:
-        return torch.cat([rewards.double(), score.double().reshape(len(rewards), 1)], dim=1)
+        return torch.cat([rewards.cpu().double(), score.cpu().double().reshape(len(rewards), 1)], dim=1)
     logits = getattr(output, "logits", None)
     found = next((one for one in (rewards, logits, score, output) if isinstance(one, torch.Tensor)), None)
     if found is None:
         return None
-    return (found[:, None] if found.ndim == 1 else found).double()
+    return (found[:, None] if found.ndim == 1 else found).cpu().double()
 
 
 def fold_command(checkpoint: RewardCheckpoint) -> str:

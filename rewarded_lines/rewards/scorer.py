@@ -15,19 +15,18 @@ import blake3
 from rewarded_lines.config import decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.data.rows import Row, row_text
-from rewarded_lines.processes import available_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.rewards.reward import Columns, Reward
+from rewarded_lines.rewards.reward_memory import held_models, staying, turns_told
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
 # Pairs between two writes to the cache. A model needs many texts of like length for full batches.
 _MODEL_CHUNK = 1024
 _FUNCTION_CHUNK = 256
-_SHARE_OF_MEMORY = 0.8
 _REMEDY = (
     "run it again: all other scores are kept, only these are asked for; or say `missing: leave_out` in the reward's "
     "declaration, and a sweep goes on without them"
@@ -51,17 +50,24 @@ class Scorer:
         cache: ScoreCache,
         offload: str = "auto",
         progress: Progress = SILENT,
+        memory: str | None = None,
     ) -> None:
         """Take charge of the rewards and the cache; `close` frees both.
 
-        `offload` frees a model after scoring the pairs of a call: "always", "never", or "auto", which frees models
-        only if those needed do not fit into memory together.
+        Args:
+            rewards: by name.
+            declarations: of each reward.
+            cache: keeps scores.
+            offload: whether models leave memory after scoring the pairs of a call: "always", "never", or "auto", where
+                the largest take turns if those needed do not fit together.
+            progress: is told who takes turns.
+            memory: what reward models may take of a GPU together, such as "24GiB" or "30%".
         """
         self._rewards = dict(rewards)
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
         self._cache = cache
         self._offload = offload
-        self._progress = progress
+        self._progress, self._memory, self._told = progress, memory, False
         self._leave_out = {name for name in rewards if declarations[name].missing == "leave_out"}
         self.seconds = 0.0
         self.failed = dict.fromkeys(rewards, 0)
@@ -91,17 +97,15 @@ class Scorer:
         known = {name: self._cache.get(key, pairs[name]) for name, key in self._keys.items()}
         missing = {name: _first_places(own, known[name]) for name, own in pairs.items()}
         missing = {name: places for name, places in missing.items() if places}
-        one_by_one = self._one_by_one(list(missing))
+        stay = self._staying(list(missing))
         for names in self._together(missing):
-            shared = self._rewards[names[0]].shared
-            if one_by_one:
-                free_all(reward for reward in self._rewards.values() if reward.shared is not shared and reward.size)
+            shared = id(self._rewards[names[0]].shared)
+            self._rest(stay | {shared})
             try:
                 for name, scores in self._computed({name: missing[name] for name in names}, items):
                     known[name] |= scores
             finally:
-                if one_by_one:
-                    self._rewards[names[0]].free()
+                self._rest(stay)
         return {name: [scores[pair] for pair in pairs[name]] for name, scores in known.items()}
 
     def _together(self, names: Iterable[str]) -> list[list[str]]:
@@ -172,15 +176,30 @@ class Scorer:
         self.failed[name] = len(lost)
         return dict.fromkeys(failed, math.nan)
 
-    def _one_by_one(self, names: Sequence[str]) -> bool:
-        """Return whether the models among `names` must take turns in memory."""
-        if self._offload != "auto":
-            return self._offload == "always"
-        absent: dict[str, int] = defaultdict(int)
-        for reward in (self._rewards[first] for first, *_ in self._together(names)):
-            if not reward.loaded:
-                absent[reward.device] += reward.size
-        return any(size > _SHARE_OF_MEMORY * available_memory(device) for device, size in absent.items())
+    def _rest(self, stay: Container[int]) -> None:
+        """Let all models rest but those that share what is in `stay`."""
+        for reward in self._rewards.values():
+            if reward.size and reward.loaded and id(reward.shared) not in stay:
+                reward.rest()
+
+    def _staying(self, names: Sequence[str]) -> set[int]:
+        """Return what stays in memory between uses: all models that nobody needs, and those that fit beside."""
+        if self._offload == "always":
+            return set()
+        every = held_models(self._rewards.values())
+        stay = {one.shared for models in every.values() for one in models}
+        needed = {id(self._rewards[name].shared) for name in names}
+        for there in every.values() if self._offload == "auto" else ():
+            models = [one for one in there if one.loaded or one.shared in needed]
+            if all(one.loaded for one in models if one.shared in needed):
+                # Loaded models need no more memory.
+                continue
+            kept = staying(models, self._memory)
+            stay -= {one.shared for one in models if one not in kept}
+            if len(kept) < len(models) and not self._told:
+                self._told = True
+                self._progress.tell(turns_told(models, kept))
+        return stay
 
 
 def _pairs(reward: Reward, items: Sequence[Item]) -> list[Pair]:

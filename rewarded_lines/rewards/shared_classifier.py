@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device
+from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device, with_dtype
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
+from rewarded_lines.rewards.model_sizes import refuse_too_large
 from rewarded_lines.rewards.reward_checkpoints import (
     RewardCheckpoint,
     fingerprint_of,
@@ -17,6 +19,7 @@ from rewarded_lines.rewards.reward_checkpoints import (
 )
 from rewarded_lines.rewards.reward_heads import TRUST, load_config, runs_own_code
 from rewarded_lines.rewards.shared_model import SharedModel
+from rewarded_lines.rewards.text_batches import TextBatches, batch_size_on
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
@@ -37,12 +40,22 @@ class SharedClassifier(SharedModel[Backend]):
         pad: the token that ends no text, or None if any token may.
     """
 
-    def __init__(self, where: str, spec: RewardSpec, reference: str, tokenizer: str | None, device: str) -> None:
-        """Load the model and its tokenizer, which is the model's own by default; `where` names the first reward."""
-        super().__init__(where, reference, device)
-        self._spec, self._elsewhere = spec, tokenizer
-        self._stored = self._open()
+    def __init__(
+        self,
+        where: str,
+        spec: RewardSpec,
+        reference: str,
+        tokenizer: str | None,
+        device: str,
+        beside: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load the model and its tokenizer, which is the model's own by default; see `SharedModel` for the rest."""
+        super().__init__(where, reference, device, beside)
+        self._elsewhere, self._stored = tokenizer, self._open()
         config = load_config(where, self._stored, spec.trust_remote_code)
+        self._spec = with_dtype(where, spec, config)
+        self._batches = TextBatches(where, batch_size_on(device, self._spec))
+        refuse_too_large(where, self._stored.base, self._spec, config, device)
         self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
         self.positions = positions_of(config)
         self._known: dict[tuple[bytes, bytes], list[float]] = {}
@@ -87,7 +100,7 @@ class SharedClassifier(SharedModel[Backend]):
 
     def _build(self) -> Backend:
         build = _BACKENDS[self._spec.backend]
-        return build(self._where, self._spec, self._stored, self.device, self._example)
+        return build(self._where, self._spec, self._stored, self.device, self._batches, self._example)
 
     def _example(self) -> list[int]:
         """Return the tokens of a text in the reward's template, which own code may look for."""
@@ -95,7 +108,7 @@ class SharedClassifier(SharedModel[Backend]):
 
 
 def share_classifier(
-    known: dict[str, SharedClassifier],
+    known: dict[str, Any],
     where: str,
     spec: RewardSpec,
     reference: str,
@@ -106,8 +119,9 @@ def share_classifier(
     device = find_device(spec.device or device, where)
     key = repr((reference, tokenizer, device, spec.model_dump(mode="json", exclude=_OWN)))
     if key not in known:
-        known[key] = SharedClassifier(where, spec, reference, tokenizer, device)
-    return known[key]
+        known[key] = SharedClassifier(where, spec, reference, tokenizer, device, known)
+    found: SharedClassifier = known[key]
+    return found
 
 
 def _load_tokenizer(where: str, reference: str, trust: bool) -> Any:

@@ -1,71 +1,23 @@
-"""Runs a classifier in transformers, in batches that do not change a text's score by a single bit.
-
-A sum of floats depends on its order, the order on the kernel, and the kernel on the shape of the batch. So a
-text's length alone decides the shape: its width is the length rounded up, and each width has a fixed number of
-rows. Fillers take the empty rows. Models also switch kernels if the attention mask hides nothing, so every batch
-has some padding.
-"""
+"""Runs a classifier in transformers, in batches that do not change a text's score by a single bit."""
 
 from __future__ import annotations
 
-import gc
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
+from rewarded_lines.out_of_memory import FittingBatches, empty_cache, ran_out
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import load_model, names_of_output
+from rewarded_lines.rewards.text_batches import Batch, TextBatches
 
-_TOKENS_PER_ROW = 16
-_FEWEST_ROWS = 2
 # Absolute position embeddings: a model cannot read beyond the end of the table.
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 # Token ids of the test text; most vocabularies begin with special tokens.
 _FIRST, _LAST = 5, 12
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One call of the model: `rows` times `width` tokens, and the places of its texts."""
-
-    members: tuple[int, ...]
-    rows: int
-    width: int
-
-
-def make_batches(
-    lengths: Sequence[int], batch_size: int, longest: int | None = None, apart: Sequence[int] = ()
-) -> Iterator[Batch]:
-    """Yield batches of all texts, short texts first; equal lengths always get the same rows and width.
-
-    Args:
-        lengths: tokens of each text, at least 1.
-        batch_size: rows for texts up to 16 tokens; longer texts get fewer rows, for a like number of tokens.
-        longest: the model's positions, or None without a limit.
-        apart: a number for each text; texts with different numbers share no batch.
-    """
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        alike[_width(lengths[index], longest), apart[index] if apart else 0].append(index)
-    for (width, _), members in alike.items():
-        # A power of two: kernels split other numbers of rows unevenly.
-        wanted = max(min(batch_size, _TOKENS_PER_ROW * batch_size // width), 1)
-        rows = max(1 << (wanted.bit_length() - 1), _FEWEST_ROWS)
-        # The longest texts may have no padding, so a filler provides it.
-        room = rows - 1 if width == longest else rows
-        for start in range(0, len(members), room):
-            yield Batch(tuple(members[start : start + room]), rows, width)
-
-
-def _width(length: int, longest: int | None) -> int:
-    step = 8 if length < 64 else 16 if length < 128 else 32
-    width = length + step - length % step
-    return width if longest is None or length > longest else min(width, longest)
 
 
 class HuggingFaceClassifier:
@@ -79,15 +31,28 @@ class HuggingFaceClassifier:
     """
 
     def __init__(
-        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
+        self,
+        where: str,
+        spec: RewardSpec,
+        stored: RewardCheckpoint,
+        device: str,
+        batches: TextBatches,
+        example: Callable[[], list[int]],
     ) -> None:
         """Load the model; raise a `UserError` if it is missing or not a classifier.
 
-        `example` returns the tokens of a text, which a model with own code can read.
+        Args:
+            where: names the reward in messages.
+            spec: its declaration.
+            stored: the files.
+            device: where it computes.
+            batches: keep their shapes while the model is not in memory.
+            example: returns the tokens of a text, which a model with own code can read.
         """
         import torch
 
-        self._where, self._batch_size = where, spec.batch_size
+        self._where = where
+        self._batches, self._one_by_one = batches, FittingBatches(where, 1)
         loaded = load_model(where, stored, getattr(torch, spec.dtype), spec.trust_remote_code)
         self._model, self._read = loaded.model.to(device), loaded.read
         self._config = self._model.config.get_text_config()
@@ -111,6 +76,8 @@ class HuggingFaceClassifier:
                 self.classes = names_of_output(where, self._model, self._run({"input_ids": torch.tensor([text])}))
             self._alone = self._padding_leaks(text)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            if ran_out(error):
+                raise
             raise fail(
                 "the model fails on a short text",
                 where=where,
@@ -124,16 +91,20 @@ class HuggingFaceClassifier:
             # Such a model fails on the second text's type.
             types = None
         if self._alone:
-            return [self._single(row, None if types is None else types[at]) for at, row in enumerate(ids)]
-        found: list[list[float]] = [[]] * len(ids)
+
+            def single(places: Sequence[int]) -> list[list[float]]:
+                return [self._single(ids[at], None if types is None else types[at]) for at in places]
+
+            return self._one_by_one.run(range(len(ids)), single)
         # BART needs equally many end tokens in every row.
         ends = self._ends(ids) if self._counts_ends else ()
-        for batch in make_batches([len(row) for row in ids], self._batch_size, self._positions, ends):
-            own = None if types is None else [types[index] for index in batch.members]
-            rows = self._batch([ids[index] for index in batch.members], own, batch.rows, batch.width)
-            for index, row in zip(batch.members, rows, strict=False):
-                found[index] = row
-        return found
+
+        def together(batch: Batch) -> list[list[float]]:
+            own = None if types is None else [types[at] for at in batch.members]
+            rows = self._batch([ids[at] for at in batch.members], own, batch.rows, batch.width)
+            return rows[: len(batch.members)]
+
+        return self._batches.run([len(row) for row in ids], together, self._positions, ends)
 
     def _ends(self, ids: Ids) -> list[int]:
         """Return the number of end tokens in each text; such a model reads the last one."""
@@ -147,6 +118,10 @@ class HuggingFaceClassifier:
             )
         return ends
 
+    def move(self, device: str) -> None:
+        """Move the weights to another device."""
+        self._model.to(device)
+
     def close(self) -> None:
         """Free the memory."""
         import torch
@@ -154,8 +129,7 @@ class HuggingFaceClassifier:
         del self._model
         if torch.cuda.is_available():
             # A model from the Hub may hold cyclic references. Collecting them is slow.
-            gc.collect()
-            torch.cuda.empty_cache()
+            empty_cache()
 
     def _single(self, text: Sequence[int], types: Sequence[int] | None) -> list[float]:
         """Return the logits of a text without padding."""

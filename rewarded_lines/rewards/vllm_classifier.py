@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.engines.vllm_versions import start_vllm
 from rewarded_lines.errors import fail
 from rewarded_lines.extras import require
+from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
+from rewarded_lines.rewards.model_sizes import engine_size, weights_size
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import fold_command
 
 # The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
 LONGEST = 8192
-# Bytes for activations.
-WORKING_MEMORY = 2 << 30
 
 
 class VllmClassifier:
@@ -29,10 +26,8 @@ class VllmClassifier:
     vLLM chooses its batches itself, so the other texts can change the last bits of a score.
     """
 
-    def __init__(
-        self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, example: Callable[[], list[int]]
-    ) -> None:
-        """Build the engine; check first that vLLM can run the model on the device; `example` is not needed."""
+    def __init__(self, where: str, spec: RewardSpec, stored: RewardCheckpoint, device: str, *unused: Any) -> None:
+        """Build the engine; check first that vLLM can run the model on the device."""
         check_vllm(where, device)
         _check_form(where, spec, stored)
         reference = stored.reference
@@ -41,9 +36,9 @@ class VllmClassifier:
         self.pad: int | None = None if stored.reads_last else config.get_text_config().pad_token_id
         limits = (spec.max_tokens, positions_of(config), LONGEST)
         self.longest: int | None = min(limit for limit in limits if limit)
-        self.size = weights_size(reference, spec, config)
-        needed = self.size + cache_size(config, spec, self.longest) + WORKING_MEMORY if self.size else 0
-        options = {"dtype": spec.dtype, "max_model_len": self.longest}
+        weights = weights_size(reference, spec, config)
+        needed, self.size = engine_size(config, spec, weights, self.longest, device)
+        options: dict[str, Any] = {"dtype": spec.dtype, "max_model_len": self.longest}
         try:
             self._llm = start_vllm(needed, model=reference, runner="pooling", convert="classify", **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -65,14 +60,14 @@ class VllmClassifier:
         """Free the memory."""
         self._shut_down()
         del self._llm
-        gc.collect()
+        empty_cache()
 
 
 def check_vllm(where: str, device: str) -> None:
     """Refuse vLLM where it is missing, of another version, or runs on another device."""
     import torch
 
-    require("vllm", f"{where}, backend: vllm", otherwise=", or use `backend: hf`")
+    require("vllm", f"{where}, backend: vllm", otherwise="or use `backend: hf`")
     own = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in (own, f"{own}:0"):
         raise fail(
@@ -117,23 +112,3 @@ def _read_config(where: str, reference: str) -> Any:
             remedy="use `backend: hf`",
         )
     return config
-
-
-def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
-    """Return the bytes of the weights in memory; 0 if their files are not downloaded yet."""
-    import torch
-    from transformers.utils import cached_file
-
-    folder = Path(str(cached_file(reference, "config.json"))).parent
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return stored * getattr(torch, spec.dtype).itemsize // (config.dtype or torch.float32).itemsize
-
-
-def cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
-    """Return the bytes of the longest text's keys and values."""
-    import torch
-
-    own = config.get_text_config()
-    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)

@@ -3,11 +3,14 @@
 A recipe imports from here before it imports trl, so that a missing package or a version that does not fit is told.
 """
 
+import logging
+import os
 import sys
 import warnings
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import require
+from rewarded_lines.processes import VLLM_SETTINGS
 
 try:
     require("train", "recipes")
@@ -21,5 +24,6 @@ except UserError:
     sys.excepthook = _tell
     raise
 
-# `versions` checks vLLM's; TRL would warn five times.
+# TRL imports vLLM, which reads its level then, and warns five times of a version that `versions` accepts.
+logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", VLLM_SETTINGS["VLLM_LOGGING_LEVEL"]))
 warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")

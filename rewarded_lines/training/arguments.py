@@ -26,6 +26,9 @@ from rewarded_lines.projects import read_yaml, unknown_key
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
+_PATIENCE_SECONDS = 24 * 3600
+# The variable in which `accelerate launch` passes the precision of its own configuration on.
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class Arguments(tuple[Any, ...]):
@@ -163,13 +166,20 @@ def _follow_machine(values: argparse.Namespace, given: Collection[str]) -> None:
     """Change keys that nobody set and whose default fails or does nothing on this machine."""
     gpu = torch.cuda.is_available()
     own: dict[str, Any] = {}
-    if not {"bf16", "fp16"} & set(given) and not (gpu and torch.cuda.is_bf16_supported()):
+    # Older GPUs emulate it, which is slow.
+    if not {"bf16", "fp16"} & set(given) and not (gpu and torch.cuda.is_bf16_supported(including_emulation=False)):
         own["bf16"] = False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others wait while the first process measures or samples; by default they would give up after half an hour.
+        own["ddp_timeout"] = _PATIENCE_SECONDS
     if not gpu:
         own |= {"use_cpu": True, "dataloader_pin_memory": False}
     if find_spec("tensorboard") is not None:
         own["report_to"] = ["tensorboard"]
     vars(values).update({key: value for key, value in own.items() if key in values and key not in given})
+    if getattr(values, "bf16", None) is False and not values.fp16 and _PRECISION in os.environ:
+        # Or the launch file's precision would win.
+        os.environ[_PRECISION] = "no"
 
 
 def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> None:

@@ -153,7 +153,7 @@ def check_quantization(options: ModelConfig) -> None:
             "bitsandbytes cannot quantize on this machine",
             where=key,
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_MESSAGE]}",
-            remedy=f"{install('train')}, use a GPU that bitsandbytes supports, or train LoRA without `{key}`",
+            remedy=install("train", "or use a GPU that bitsandbytes supports", f"or train LoRA without `{key}`"),
         ) from error
 
 

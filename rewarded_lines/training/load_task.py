@@ -49,6 +49,7 @@ def load_task(
     project.require("rewards")
     base = _base(project, model_options)
     _check_options(training, project)
+    _check_vllm(training, model_options)
     validation = data.validation()
     if validation is None:
         raise fail("no validation data", where="validation_file", expected="prompts to measure the policy on")
@@ -150,6 +151,26 @@ def _check_options(training: Any, project: Project) -> None:
             got=str(dict(given)),
             remedy=f"declare them in {project.path}, where sweeps find them, too: "
             f"`generation: {{chat_template_kwargs: {dict(given)}}}`",
+        )
+
+
+def _check_vllm(training: Any, model_options: ModelConfig) -> None:
+    """Refuse vLLM inside the trainer where its weights would not be the policy's."""
+    if not getattr(training, "use_vllm", False):
+        return
+    if model_options.load_in_4bit or model_options.load_in_8bit:
+        raise fail(
+            "for vLLM, TRL folds the adapter into the quantized weights and takes it out again: each time they are "
+            "rounded anew, so the base would change",
+            where="use_vllm",
+            remedy="leave `use_vllm` out, or `load_in_4bit` and `load_in_8bit`",
+        )
+    if training.vllm_mode == "colocate" and training.device.type == "cpu":
+        raise fail(
+            "TRL cannot load weights into vLLM on a CPU",
+            where="use_vllm",
+            expected="a GPU, or `vllm_mode: server`",
+            remedy="leave `use_vllm` out",
         )
 
 

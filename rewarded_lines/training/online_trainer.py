@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,13 +142,16 @@ class OnlineTrainer:
     def __init__(self, *, args: Any, reader: ResponseReader, chats: bool, **parts: Any) -> None:
         """Build TRL's trainer with `parts`; `chats` means that prompts are `packed` chats."""
         check_prompts(args, len(parts["train_dataset"]))
+        self.reader, self.chats = reader, chats
         _skip_padding_on_cpu()
         name = "stop_token_ids" if args.use_vllm else "eos_token_id"
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {name: sorted(reader.ends), **given}
+        if args.use_vllm and args.vllm_max_model_length is None:
+            # TRL would reserve memory for all positions of the model: 131,072 of them for some.
+            args.vllm_max_model_length = self._longest(parts["train_dataset"]["prompt"]) + args.max_completion_length
         trl: Any = super()
         trl.__init__(args=args, **parts)
-        self.reader, self.chats = reader, chats
         for part in (self.model, self.ref_model):
             if part is not None:
                 whole = self.accelerator.unwrap_model(part)
@@ -159,6 +162,10 @@ class OnlineTrainer:
         self.responses = self.unscored = 0
         # It shows such a row at every step, and calls it a fault. Here it is none, and it is counted.
         logging.getLogger(trl._calculate_rewards.__module__).addFilter(_not_about_none)
+
+    def _longest(self, prompts: Sequence[str]) -> int:
+        """Return the tokens of the longest prompt."""
+        return max(map(len, self._tokenize_prompts(list(prompts))[0]))
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         trl: Any = super()

@@ -83,8 +83,11 @@ class CriticOptimizer:
         """Give all processes the critic of the first."""
         self._critic, self._accelerator, self._max_norm = critic, accelerator, max_grad_norm
         if accelerator.num_processes > 1:
-            for weight in critic.state_dict().values():
-                broadcast(weight)
+            # Frozen weights are alike, since all processes read the same files. Quantized ones have parts that NCCL
+            # cannot send.
+            for weight in critic.parameters():
+                if weight.requires_grad:
+                    broadcast(weight.data)
         self.inner: Any = None
 
     def step(self, learning_rate: float) -> None:
@@ -135,5 +138,7 @@ def prepare_critic(critic: Any, accelerator: Accelerator, settings: Any) -> Any:
         disable_dropout_in_model(critic)
     if settings.gradient_checkpointing:
         critic.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        # With frozen embeddings, reentrant checkpoints would give adapters no gradient.
+        critic.enable_input_require_grads()
     quantized = getattr(critic, "is_loaded_in_4bit", False) or getattr(critic, "is_loaded_in_8bit", False)
     return SeparateCritic(critic if quantized else critic.to(accelerator.device)).train()

@@ -36,11 +36,28 @@ def sample(
             return generate_isolated(engine, folder, spec, prompts)
     if not _is_quantized(model):
         model.to(PartialState().device)
-    generator = HfGenerator(Workload(folder, spec, prompts), loaded=(model, tokenizer))
+    with _without_autocast(model):
+        generator = HfGenerator(Workload(folder, spec, prompts), loaded=(model, tokenizer))
+        try:
+            return generator.generate(prompts, spec)[0]
+        finally:
+            generator.close()
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """Let a trained model answer in its own precision, as before it was trained.
+
+    With `bf16`, accelerate leaves its autocast in the model's forward pass: a gain would compare two precisions.
+    """
+    own, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if own is not None:
+        model.forward = own
     try:
-        return generator.generate(prompts, spec)[0]
+        yield
     finally:
-        generator.close()
+        if own is not None:
+            model.forward = wrapped
 
 
 @contextmanager

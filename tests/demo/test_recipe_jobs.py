@@ -10,6 +10,8 @@ import pytest
 from command import alive
 from progress_told import Told
 
+from rewarded_lines.demo.demo_settings import DemoSettings
+from rewarded_lines.demo.parts import parts_of
 from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.errors import UserError
 
@@ -93,6 +95,16 @@ def test_what_comes_next_waits_until_it_is_run_and_ends_with_the_jobs(tmp_path):
         assert (tmp_path / "next.log").read_text() == "ready\n" and alive(waiting)
         jobs.run({"next": command("raise SystemExit('not this one')")}, lambda name: Told())
     assert not alive(waiting)
+
+
+def test_the_users_folder_is_not_on_the_path_of_the_demos_recipes(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemError('not the library')")
+    script = tmp_path / "small.py"
+    script.write_text("import random\nfrom rewarded_lines.training.arguments import run_recipe\nmain = print\n")
+    (part,) = parts_of("sft", DemoSettings(tmp_path / "run"), "")
+    python = part.command[: part.command.index("--config") - 1]
+    done = subprocess.run([*python, str(script), "said"], cwd=tmp_path, input="\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['said']\n", "")
 
 
 def test_a_recipe_loads_waits_and_runs_as_a_program(tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from rewarded_lines.engines.base import prompt_seed
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.transformers_sampling import SeededSampling
+from rewarded_lines.engines.vllm_arguments import argument_names
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.open_inputs import plan_merge
@@ -198,10 +200,15 @@ def test_vllm_equals_the_reference_and_swaps_in_place(tiny, plan, hf):
     """One test, since the engine is slow to build: greedy equality, endpoints, and the way back to the base."""
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     from torch._dynamo.utils import counters
+    from vllm.engine.arg_utils import EngineArgs
 
     compiled = counters["frames"]["total"]
-    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan, longest=100)
+    # The user's settings come through, and change no answer.
+    settings = EngineSettings.model_validate({"max_num_seqs": 4})
+    vllm = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan, longest=100, settings=settings)
     try:
+        assert vllm._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 4
+        assert argument_names() == tuple(one.name for one in fields(EngineArgs) if not one.name.startswith("_"))
         assert answers(vllm, GREEDY) == answers(hf, GREEDY)
         base = answers(vllm, SAMPLED)
         assert answers(vllm, SAMPLED, PROMPTS[:2]) == base[:2]

@@ -44,28 +44,34 @@ def test_torchs_own_cast_would_be_wrong():
     assert value.to(torch.bfloat16).item() == 1 and rounded(value, torch.bfloat16).item() == 1 + 2.0**-7
 
 
-def test_nan_stays_nan():
-    found, bad = cast(torch.tensor([torch.nan, -torch.nan, 1.0], dtype=torch.float64), torch.bfloat16)
-    assert found.isnan().tolist() == [True, True, False] and bad == 2
+@FORMATS
+def test_every_nan_is_one_pattern(format_):
+    patterns = np.array([0x7FF8000000000000, 0xFFF8000000000000, 0x7FF0000000000001, 0xFFFFFFFFFFFFFFFF], np.uint64)
+    dtype = FLOATS[format_.name]
+    expected = np.empty(4, dtype.storage)
+    bad = compiled_kernels.cast(patterns.view(np.float64), expected)
+    found, count = cast(torch.from_numpy(patterns.view(np.float64)), getattr(torch, dtype.torch))
+    assert count == bad == 4 and torch.equal(found.view(torch.uint8), as_torch(expected, dtype).view(torch.uint8))
 
 
 @FORMATS
-@pytest.mark.parametrize("infinite", [False, True])
-def test_the_linear_kernel(format_, infinite):
+def test_the_linear_kernel(format_):
     generator, dtype = np.random.default_rng(4), FLOATS[format_.name]
     stored = encode(generator.normal(0, 1, (4, 3000)).ravel(), format_).view(dtype.storage).reshape(4, 3000)
-    if infinite:
-        stored[:, ::7] = encode(np.array([np.inf, -np.inf]), format_).view(dtype.storage)[generator.integers(0, 2, 429)]
-        stored[2, 1::11] = encode(np.array([np.inf]), format_).view(dtype.storage)
+    infinite = encode(np.array([np.inf, -np.inf]), format_).view(dtype.storage)
     weights, scale, rows = (0.3, -0.7, 1.9), 1.234, (2, 0, 1)
-    out, counts = np.empty((1, 3000), dtype.storage), np.zeros(1, np.int64)
-    factors = np.array([np.array(weights) * scale])
-    compiled_kernels.linear(stored[0], stored[1:], np.array(rows), factors, out, counts)
-    compiled_kernels.restore(stored[0], stored[1:], np.array(rows), factors, out)
-    step = TensorMerge(dtype, None, rows, weights, scale, soup, True)
-    base, *policies = (as_torch(row, dtype) for row in stored)
-    values, bad = merge_values(step, base, policies, alike=True)
-    expected = as_torch(out[0], dtype)
-    assert bad == counts[0] and (bad > 0) == infinite and torch.equal(values.isnan(), expected.isnan())
-    known = ~values.isnan()
-    assert torch.equal(values[known].view(torch.uint8), expected[known].view(torch.uint8))
+    for kind in ("finite", "equal infinities", "others, too"):
+        if kind == "equal infinities":
+            stored[:, ::7] = infinite[generator.integers(0, 2, 429)]
+        if kind == "others, too":
+            stored[2, 1::11] = infinite[0]
+        out, counts = np.empty((1, 3000), dtype.storage), np.zeros(1, np.int64)
+        factors = np.array([np.array(weights) * scale])
+        compiled_kernels.linear(stored[0], stored[1:], np.array(rows), factors, out, counts)
+        compiled_kernels.restore(stored[0], stored[1:], np.array(rows), factors, out)
+        step = TensorMerge(dtype, None, rows, weights, scale, soup, True)
+        base, *policies = (as_torch(row, dtype) for row in stored)
+        values, bad = merge_values(step, base, policies, alike=True)
+        expected = as_torch(out[0], dtype)
+        assert bad == counts[0] and (bad > 0) == (kind != "finite")
+        assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
+from rewarded_lines.merger.merge_device import faster_device
 from rewarded_lines.merger.model_plan import ModelPlan
 
 METHODS = {
@@ -49,13 +50,7 @@ def compare(method, formats, families, out, place):
         (mine, kinds), (others, same) = load_codes(one.out), load_codes(other.out)
         assert kinds == same and set(kinds.values()) == {kind.name}
         for name in SHAPES:
-            assert np.array_equal(unsigned_nan(mine[name], kind), unsigned_nan(others[name], kind)), name
-
-
-def unsigned_nan(codes, kind):
-    """Give all NaN one pattern: IEEE 754 leaves sign and payload open."""
-    magnitude = codes & ((1 << (kind.bits - 1)) - 1)
-    return np.where(magnitude > kind.infinity, kind.infinity + 1, codes)
+            assert np.array_equal(mine[name], others[name]), name
 
 
 @contextmanager
@@ -124,3 +119,15 @@ def test_the_faster_device_is_told(families, tmp_path, short_blocks):
         "--device auto: cpu, its compiled loops are as fast as the files",
         "--device auto: cpu, about 0.0 s of arithmetic, less than the start of a GPU",
     ]
+
+
+def test_the_device_that_is_faster():
+    for seconds, free, device, said in [
+        (0.0, 80 << 30, "cpu", "as fast as the files"),
+        (3.0, 80 << 30, "cpu", "less than the start of a GPU"),
+        (40.0, 80 << 30, "cuda", "about 40 s"),
+        (40.0, 1 << 30, "cpu", "the GPU has only 1.1 of 3.2 GB free"),
+        (40.0, 0, "cpu", "no GPU that torch can use"),
+    ]:
+        chosen, why = faster_device(seconds, free)
+        assert chosen == device and said in why

@@ -267,6 +267,8 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         ({"model_name_or_path": work / "other"}, "the policy and the SFT model have different vocabularies"),
         ({"use_peft": True, "use_dora": True}, "DoRA"),
         ({"load_in_4bit": True}, "use_peft: true"),
+        ({"load_in_4bit": True, "use_peft": True, "use_vllm": True}, "the base would change"),
+        ({"use_vllm": True}, "TRL cannot load weights into vLLM on a CPU"),
         ({"effective_batch_size": 12}, "cannot be made of whole batches"),
         ({"num_mini_batches": 3}, "num_mini_batches"),
     ]:

@@ -1,14 +1,20 @@
 """The chart in a terminal: each mark lies where its means are on the axes as they are drawn."""
 
 import io
+import itertools
 import re
 import string
+from dataclasses import replace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from invented_runs import synthetic_run
+from rich.cells import cell_len
 from rich.console import Console
 
 from rewarded_lines.evaluator.records import load_run
-from rewarded_lines.reports.summary import summarise
+from rewarded_lines.reports.summary import Summary, summarise
 from rewarded_lines.reports.terminal_chart import FrontChart
 
 METHODS = {"soup": (1.0, 0.0), "lines": (1.0, 1.0), "ties-lines": (1.5, 0.0), "late": (0.5, 1.5)}
@@ -94,6 +100,85 @@ def test_equal_means_and_many_methods(summary):
     methods = {f"{kind}-{number}": (1.0, 0.1 * number) for number in range(6) for kind in "ab"}
     text = drawn(summary(methods=methods, points=2, gain=0.0, spread=0.0))
     assert len(set(re.findall(r"(?m)(?:^|   )(\w) \S+: |(?:^|   )(\w) LiNeS", text))) >= 10
+
+
+# ---- any means, names and terminals
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    methods = {f"merge-{number}": (1.0, 0.1 * number) for number in range(4)}
+    run = synthetic_run(tmp_path_factory.mktemp("run"), prompts=16, resamples=20, points=2, methods=methods)
+    return summarise(load_run(run))
+
+
+def with_means(base: Summary, means) -> Summary:
+    """Return a summary of SFT and a method for each further pair of means."""
+    points = [base.sft, *(points[0] for points in base.merged_methods().values())][: len(means)]
+    moved = [
+        replace(
+            point,
+            rewards={
+                name: replace(point.rewards[name], value=value) for name, value in zip(base.rewards, pair, strict=True)
+            },
+        )
+        for point, pair in zip(points, means, strict=True)
+    ]
+    return replace(base, points=moved)
+
+
+def places(text, characters="+MERG"):
+    """Return where marks are drawn, as (column, height) by character; a covered one is absent."""
+    rows = [re.split("[│┤] ?", line)[1] for line in text.splitlines() if re.search("[│┤]", line)]
+    return {one: (row.index(one), -at) for at, row in enumerate(rows) for one in characters if one in row}
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+FEW = st.sampled_from([0.0, -1.0, 1.0, 1.0 + 1e-15, 1e300, -1e300, 1e-300, 5e-324, 1.79e308, -1.79e308, 123456.7])
+MEANS = st.lists(st.tuples(NUMBERS | FEW, NUMBERS | FEW), min_size=1, max_size=5)
+
+
+@given(means=MEANS, width=st.integers(20, 120))
+@example(means=[(0.3, 0.3), (0.1 + 0.2, 0.1 + 0.2)], width=80)
+@example(means=[(1e16, 1e22), (1.5e16, 1.0)], width=40)
+@example(means=[(-5.0, 1e300), (-5.0, -1e300)], width=20)
+@example(means=[(1e6, 1000000.5), (1000000.5, 1e6)], width=20)
+def test_any_means_are_drawn_in_their_order_within_the_terminal(base, means, width):
+    text = drawn(with_means(base, means), width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    drawn_at = places(text)
+    assert "+" in drawn_at and len(text.splitlines()) >= 17
+    at = [(drawn_at[mark], pair) for mark, pair in zip("+MERG", means, strict=False) if mark in drawn_at]
+    for (one, first), (other, second) in itertools.permutations(at, 2):
+        assert all(a <= b for a, b, x, y in zip(one, other, first, second, strict=True) if x <= y)
+
+
+@pytest.mark.parametrize(
+    ("means", "labels"),
+    [
+        # Rounding is no difference: the axis is that of equal means.
+        ([0.3, 0.1 + 0.2], ["0.29", "0.30", "0.31"]),
+        ([0.0, 2e300], ["0.0", "0.5e+300", "1.0e+300", "1.5e+300", "2.0e+300"]),
+        ([-1e-7, 1e-7], ["-1.0e-07", "-0.5e-07", "0.0", "0.5e-07", "1.0e-07"]),
+        ([0.0, 100.0], ["0", "50", "100"]),
+    ],
+)
+def test_labels_are_short(base, means, labels):
+    text = drawn(with_means(base, [(mean, mean) for mean in means]), 80)
+    assert re.findall(r"(?m)^ *(\S+) ┤", text)[::-1] == labels
+
+
+@pytest.mark.parametrize("width", [20, 33, 80])
+def test_names_are_broken_at_spaces_only(base, width):
+    names = ["much-longer-than-it-is", "übermäßig-höflich und-lang", "p-" * 60]
+    objectives = dict(zip(["positive-and-very-friendly-tone", "名前" * 20], base.rewards.values(), strict=True))
+    points = [
+        replace(point, rewards=dict(zip(objectives, point.rewards.values(), strict=True))) for point in base.points
+    ]
+    text = drawn(replace(base, rewards=objectives, points=points, policies=names[: len(base.policies)]), width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert width == 20 or "much-longer-than-it-is alone" in text
+    assert text.count("+ SFT") == 1
 
 
 def test_report_shows_it_unless_told_to_be_quiet(cli, make_run, monkeypatch):

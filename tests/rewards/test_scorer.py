@@ -7,6 +7,7 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards import reward_memory
 from rewarded_lines.rewards import scorer as module
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.reward import Reward
@@ -142,17 +143,17 @@ def spies(log, offload, size=10):
 
 def test_models_take_turns_where_they_do_not_fit_together(monkeypatch):
     log = []
-    monkeypatch.setattr(module, "available_memory", lambda device: 20)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 20)
     spies(log, "auto").score(["p", "q"], ["r", "r"])
     assert log == ["+a", "a:2", "-a", "+b", "b:2", "-b"]
 
 
 def test_models_that_fit_together_stay(monkeypatch):
     log = []
-    monkeypatch.setattr(module, "available_memory", lambda device: 26)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 26)
     scorer = spies(log, "auto")
     scorer.score(["p", "q"], ["r", "r"])
-    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 0)
     scorer.score(["s"], ["r"])
     # Loaded models need no more memory.
     assert log == ["+a", "a:2", "+b", "b:2", "a:1", "b:1"]
@@ -170,7 +171,7 @@ def test_offload_can_be_asked_for_and_forbidden(monkeypatch):
     log.clear()
     scorer.score(["p"], ["r"])
     assert log == [], "nothing is missing, so nothing is loaded"
-    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 0)
     spies(log, "never").score(["p"], ["r"])
     assert log == ["+a", "a:1", "+b", "b:1"]
 

@@ -10,6 +10,7 @@ from rewarded_lines.config_values import parse_format
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards import reward_memory
 from rewarded_lines.rewards import scorer as scorer_module
 from rewarded_lines.rewards import transformers_classifier as classifier_module
 from rewarded_lines.rewards.load_rewards import load_reward, load_rewards
@@ -139,10 +140,10 @@ def test_memory_counts_a_shared_model_once(named, monkeypatch):
     size = scorer._rewards["help"].size
     for reward in scorer._rewards.values():
         reward.free()
-    monkeypatch.setattr(scorer_module, "available_memory", lambda device: 2 * size)
-    assert not scorer._one_by_one(list(specs))
-    monkeypatch.setattr(scorer_module, "available_memory", lambda device: 0.5 * size)
-    assert scorer._one_by_one(list(specs))
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 2 * size)
+    assert scorer._staying(list(specs)) == {id(scorer._rewards["help"].shared)}
+    monkeypatch.setattr(reward_memory, "available_memory", lambda device: 0.5 * size)
+    assert scorer._staying(list(specs)) == set()
 
 
 def test_a_projects_rewards_share_one_model(tiny, named, counted):

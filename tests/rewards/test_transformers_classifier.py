@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from rewarded_lines.errors import UserError
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
-from rewarded_lines.rewards.transformers_classifier import make_batches
+from rewarded_lines.rewards.text_batches import make_batches
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = st.lists(st.integers(1, 300), max_size=200)
 
 
@@ -59,11 +60,12 @@ FULL = ["q" * 60, "q" * 59]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 @pytest.mark.parametrize("batch_size", [4, 64])
-def test_a_score_is_the_same_to_the_bit_in_any_company(classifiers, architecture, dtype, batch_size):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_score_is_the_same_to_the_bit_in_any_company(classifiers, architecture, dtype, batch_size, device):
     spec = RewardSpec(
         model=str(classifiers[architecture]), dtype=dtype, batch_size=batch_size, format="1-0", template="{response}"
     )
-    reward = load_reward("r", spec, device="cpu")
+    reward = load_reward("r", spec, device=device)
     rng = random.Random(0)
     pool = [*texts(40, rng), *FULL, ""]
     alone = {text: reward.score([""], [text])[0] for text in pool}
@@ -79,8 +81,9 @@ def test_a_score_is_the_same_to_the_bit_in_any_company(classifiers, architecture
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["llama", "bert", "bart"])
-def test_scores_are_the_models_own_logits(classifiers, architecture):
+def test_scores_are_the_models_own_logits(classifiers, architecture, device):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = classifiers[architecture]
@@ -91,8 +94,8 @@ def test_scores_are_the_models_own_logits(classifiers, architecture):
     with torch.no_grad():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 1].item() for text in pool]
     spec = RewardSpec(model=str(folder), format="1", template="{prompt}{response}</s>", batch_size=16)
-    scores = load_reward("r", spec, device="cpu").score([""] * len(pool), [text[:-4] for text in pool])
-    assert scores == pytest.approx(expected, abs=1e-5)
+    scores = load_reward("r", spec, device=device).score([""] * len(pool), [text[:-4] for text in pool])
+    assert scores == pytest.approx(expected, abs=1e-5 if device == "cpu" else 1e-4)
 
 
 def test_an_encoder_decoder_needs_an_end_token(classifiers):

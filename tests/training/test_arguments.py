@@ -1,5 +1,6 @@
 """Recipes' arguments: YAML first, then the command line; unknown keys are refused."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -37,6 +38,7 @@ class Machine:
     fp16: bool = False
     use_cpu: bool = False
     dataloader_pin_memory: bool = True
+    ddp_timeout: int = 1800
     report_to: list[str] = field(default_factory=list)
 
 
@@ -174,10 +176,20 @@ def test_an_impossible_effective_batch_is_refused(monkeypatch, words, said):
 )
 def test_keys_that_are_not_set_follow_the_machine(monkeypatch, gpu, supported, words, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: supported)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supported)
+    # From the launch file.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     made = parse_recipe((Machine,), [*words, "--report_to", "none"])
     expected.report_to = ["none"]
     assert made == (expected,) and not made.given & {"dataloader_pin_memory"}
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if expected.bf16 else "no")
+
+
+@pytest.mark.parametrize(("processes", "seconds"), [("1", 1800), ("2", 24 * 3600)])
+def test_several_processes_wait_while_the_first_measures(monkeypatch, processes, seconds):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    (machine,) = parse_recipe((Machine,), ["--report_to", "none"])
+    assert machine.ddp_timeout == seconds
 
 
 def test_keys_of_the_file_do_not_follow_the_machine(tmp_path, monkeypatch):

@@ -243,6 +243,9 @@ def test_both_ways_to_generate_are_told_every_end(tmp_path, monkeypatch, use_vll
     )
     told = built[0]["generation_kwargs"] if use_vllm else trainer.generation_kwargs
     assert told[key] == [5, 7] and told["seed"] == 3 and trainer.eos_token_ids == [5, 7]
+    # vLLM reserves memory for the longest sequence that can come, not for all positions of the model.
+    longest = len(tokenizer("a")["input_ids"]) + trainer.max_completion_length
+    assert not use_vllm or built[0]["max_model_length"] == longest
 
 
 @pytest.mark.parametrize(("kind", "settings"), [(ReadRLOOTrainer, RLOOConfig), (ReadGRPOTrainer, GRPOConfig)])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
+from rewarded_lines.training import ppo_critic
+from rewarded_lines.training.ppo_critic import CriticOptimizer
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.training_record import MetricsCallback, last_checkpoint
 
@@ -181,12 +184,23 @@ def test_positions_are_those_of_sampling(tmp_path):
 
 def test_gradient_checkpointing_changes_no_number(tmp_path, base):
     lines = []
-    for on in (False, True):
-        trainer = make_trainer(tmp_path / str(on), base, lora=True, gradient_checkpointing=on)
+    for name, on, how in (("off", False, None), ("on", True, None), ("reentrant", True, {"use_reentrant": True})):
+        more = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": how}
+        trainer = make_trainer(tmp_path / name, base, lora=True, **more)
         trainer.train()
         assert trainer.critic.model.is_gradient_checkpointing == on
-        lines.append([line["loss"] for line in metrics(tmp_path / str(on)) if "loss" in line])
-    assert lines[0] == pytest.approx(lines[1], abs=1e-6)
+        lines.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    assert lines[0] == pytest.approx(lines[1], abs=1e-6) and lines[0] == pytest.approx(lines[2], abs=1e-6)
+
+
+def test_processes_share_what_the_critic_trains(monkeypatch):
+    """NCCL cannot send all parts of frozen weights of four bits."""
+    sent = []
+    monkeypatch.setattr(ppo_critic, "broadcast", sent.append)
+    critic = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    critic[0].requires_grad_(False)
+    CriticOptimizer(critic, SimpleNamespace(num_processes=2), 0.0)
+    assert [one.data_ptr() for one in sent] == [one.data_ptr() for one in critic[1].parameters()]
 
 
 def test_each_update_is_logged_under_the_names_of_earlier_logs(tmp_path, base):

@@ -2,6 +2,8 @@
 
 import sys
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
+from types import MethodType
 
 import pytest
 import torch
@@ -64,6 +66,16 @@ def test_a_loaded_model_is_given_back_as_it_was(model, training):
     assert torch.equal(torch.get_rng_state(), state)
     assert answers(model) == first and any(len(make_tokenizer()(text)["input_ids"]) > 3 for text in first)
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_trained_model_answers_in_its_own_precision(model):
+    """With `bf16`, accelerate leaves autocast in the forward pass of the trained model."""
+    before = sample("hf", model, "", make_tokenizer(), SPEC, PROMPTS)
+    autocast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model._original_forward, model.forward = model.forward, MethodType(autocast, model)
+    ids, wrapped = torch.tensor([[5, 6, 7]]), model.forward
+    assert model(ids).logits.dtype == torch.bfloat16
+    assert sample("hf", model, "", make_tokenizer(), SPEC, PROMPTS) == before and model.forward == wrapped
 
 
 def test_an_adapter_counts_and_its_base_is_given_back_as_it_was(model):
@@ -156,7 +168,7 @@ def test_a_single_process_is_not_sharded():
     [("auto", True, "vllm"), ("auto", False, "hf"), ("hf", True, "hf"), ("hf", False, "hf"), ("vllm", True, "vllm")],
 )
 def test_vllm_is_used_if_installed_unless_an_engine_is_named(monkeypatch, wanted, installed, engine):
-    monkeypatch.setattr(extras, "find_spec", lambda name: object() if installed and name == "vllm" else None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: ModuleSpec(name, None, origin="there") if installed else None)
     assert choose_engine(wanted) == engine
 
 

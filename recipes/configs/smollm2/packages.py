@@ -1,6 +1,9 @@
 """Descriptions and synopses of Debian's packages, as data: `python recipes/configs/smollm2/packages.py FILE FOLDER`.
 
-FILE is a Translation-en index of a Debian or Ubuntu archive, unpacked; apt keeps such files in /var/lib/apt/lists.
+FILE is the index Translation-en of a Debian or Ubuntu archive, unpacked. To fetch one:
+
+    curl https://deb.debian.org/debian/dists/stable/main/i18n/Translation-en.xz | xz -d > Translation-en
+
 FOLDER gets train.jsonl, validation.jsonl and test.jsonl. The texts are their authors', under the packages' licences.
 """
 

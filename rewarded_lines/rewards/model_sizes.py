@@ -1,0 +1,92 @@
+"""Bytes that a reward model takes: its weights, and what an engine needs beside them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, read_json_object
+from rewarded_lines.errors import fail
+from rewarded_lines.out_of_memory import empty_cache
+from rewarded_lines.processes import available_memory
+from rewarded_lines.reward_settings import RewardSpec
+
+WORKING_MEMORY = 2 << 30
+"""Bytes of a GPU for activations; one reward model computes at a time."""
+
+
+def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
+    """Return the bytes of the weights in memory; 0 if their files are not downloaded yet."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    folder = Path(str(cached_file(reference, "config.json"))).parent
+    index = folder / INDEX_FILE
+    names = {*read_json_object(index).get("weight_map", {}).values()} if index.is_file() else {SINGLE_FILE}
+    files = [folder / name for name in sorted(names) if (folder / name).is_file()]
+    if getattr(config, "quantization_config", None):
+        return sum(file.stat().st_size for file in files)
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, "pt") as stored:
+                count += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+        except SafetensorError:
+            # Loading tells that the file is damaged.
+            return 0
+    return count * int(getattr(torch, spec.dtype).itemsize)
+
+
+def cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
+    """Return the bytes of the longest text's keys and values."""
+    import torch
+
+    own = config.get_text_config()
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)
+
+
+def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, device: str) -> tuple[int, int]:
+    """Return the bytes that an engine may take, 0 if unknown, and those that it holds while it exists.
+
+    Raises:
+        MemoryError: the GPU has fewer free bytes.
+    """
+    needed = weights + cache_size(config, spec, longest) + WORKING_MEMORY if weights else 0
+    if not device.startswith("cuda"):
+        return needed, weights
+    empty_cache()
+    if needed > (free := available_memory(device)):
+        raise MemoryError(f"{in_gib(needed)} are needed for vLLM, {in_gib(free)} are free on {device}")
+    return needed, needed
+
+
+def refuse_too_large(where: str, reference: str, spec: RewardSpec, config: Any, device: str) -> None:
+    """Refuse a model that is larger than a whole GPU, before its weights are read."""
+    if not device.startswith("cuda"):
+        return
+    size = weights_size(reference, spec, config)
+    if size and size + WORKING_MEMORY > (whole := whole_memory(device)):
+        raise fail(
+            "the reward model is larger than the GPU",
+            where=where,
+            expected=f"{in_gib(size)} for its weights and {in_gib(WORKING_MEMORY)} to work",
+            got=f"{reference} on {device}, {in_gib(whole)}",
+            remedy="declare `dtype: auto` or `dtype: bfloat16`, or `device: cpu`; or serve it on several GPUs and name "
+            "the server as `url:`",
+        )
+
+
+def whole_memory(device: str) -> int:
+    """Return all bytes of a GPU, whoever uses them."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[1]
+
+
+def in_gib(size: float) -> str:
+    """Return bytes for messages."""
+    return f"{size / (1 << 30):.1f} GiB"

@@ -1,0 +1,169 @@
+"""How much memory reward models get beside an engine: which of them stay between uses, and which take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rewarded_lines.config_values import parse_memory
+from rewarded_lines.errors import fail
+from rewarded_lines.processes import available_memory
+from rewarded_lines.rewards.model_sizes import WORKING_MEMORY, in_gib, whole_memory
+from rewarded_lines.rewards.reward import Reward
+
+# Of a CPU's available memory; its models need few activations beside the weights.
+_SHARE_OF_MEMORY = 0.8
+# Of a GPU, if no budget is given and the reward models can do with it.
+_SHARE_OF_GPU = 0.5
+
+
+@dataclass(frozen=True)
+class HeldModel:
+    """A model in memory, or one that comes back, with the rewards that share it."""
+
+    rewards: tuple[Reward, ...]
+
+    @property
+    def shared(self) -> int:
+        """The identity of what is in memory."""
+        return id(self.rewards[0].shared)
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return self.rewards[0].device
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights."""
+        return self.rewards[0].size
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its weights are on the device."""
+        return self.rewards[0].loaded
+
+    def __str__(self) -> str:
+        """Return the names of its rewards, and its size."""
+        return f"{', '.join(one.name for one in self.rewards)} ({in_gib(self.size)})"
+
+
+def held_models(rewards: Iterable[Reward]) -> dict[str, list[HeldModel]]:
+    """Return the models of rewards, by their devices."""
+    groups: dict[int, list[Reward]] = {}
+    for reward in rewards:
+        if reward.size:
+            groups.setdefault(id(reward.shared), []).append(reward)
+    models: dict[str, list[HeldModel]] = {}
+    for some in groups.values():
+        models.setdefault(_named(some[0].device), []).append(HeldModel(tuple(some)))
+    return models
+
+
+def those_that_stay(sizes: Sequence[int], room: int) -> set[int]:
+    """Return the places of the models that stay between uses, where all together may take `room` bytes.
+
+    All of them if they fit. Otherwise the smallest ones, so many that the largest fits beside them: it takes turns with
+    the rest.
+    """
+    if sum(sizes) <= room:
+        return {*range(len(sizes))}
+    order = sorted(range(len(sizes)), key=lambda at: sizes[at])
+    used, stay = sizes[order[-1]], set()
+    for at in order:
+        used += sizes[at]
+        if used > room:
+            break
+        stay.add(at)
+    return stay
+
+
+def staying(models: Sequence[HeldModel], budget: str | None) -> list[HeldModel]:
+    """Return those of one device's models that stay between uses, as its free memory and the budget allow."""
+    device = models[0].device
+    room = available_memory(device) - WORKING_MEMORY
+    if _named(device) == "cpu":
+        room = int(_SHARE_OF_MEMORY * available_memory(device))
+    room += sum(one.size for one in models if one.loaded)
+    if budget is not None and _named(device) != "cpu":
+        room = min(room, bytes_of(budget, device) - WORKING_MEMORY)
+    stay = those_that_stay([one.size for one in models], room)
+    return [one for at, one in enumerate(models) if at in stay]
+
+
+def spare_memory(
+    rewards: Iterable[Reward],
+    budget: str | None,
+    offload: str = "auto",
+    devices: int = 1,
+    tell: Callable[[str], None] = lambda fact: None,
+) -> int:
+    """Return the bytes of a GPU that an engine must leave free for reward models, beside what they hold now.
+
+    They get the budget, or else half of the GPU, or what the largest needs if that is more. Those that do not stay
+    leave the GPU before the engine starts.
+
+    Args:
+        rewards: of the run.
+        budget: of all reward models on a GPU together, such as "24GiB" or "30%".
+        offload: see `Scorer`.
+        devices: of the engine, from the first GPU on.
+        tell: gets a sentence on who stays.
+
+    Raises:
+        UserError: the budget is too small for the models that must be in memory at once.
+    """
+    gpus = {f"cuda:{at}" for at in range(devices)}
+    groups = held_models(rewards).items()
+    return max(
+        (_spare(device, models, budget, offload, tell) for device, models in groups if device in gpus), default=0
+    )
+
+
+def _spare(
+    device: str, models: Sequence[HeldModel], budget: str | None, offload: str, tell: Callable[[str], None]
+) -> int:
+    sizes = [one.size for one in models]
+    loaded = sum(one.size for one in models if one.loaded)
+    share = int(_SHARE_OF_GPU * (available_memory(device) + loaded))
+    whole = bytes_of(budget, device) if budget is not None else max(share, max(sizes) + WORKING_MEMORY)
+    if offload == "auto":
+        stay = those_that_stay(sizes, whole - WORKING_MEMORY)
+    else:
+        stay = {*range(len(models))} if offload == "never" else set()
+    rest = [at for at in range(len(models)) if at not in stay]
+    peak = sum(sizes[at] for at in stay) + max((sizes[at] for at in rest), default=0)
+    if budget is not None and peak + WORKING_MEMORY > whole:
+        raise fail(
+            "the memory of reward models is too small for those that must be there at once",
+            where="--reward-memory",
+            expected=f"{in_gib(peak)} for weights and {in_gib(WORKING_MEMORY)} to work",
+            got=f"{budget}, {in_gib(whole)}",
+            remedy="raise it, declare `dtype: bfloat16`, or `device: cpu` for a reward",
+        )
+    for at in rest:
+        models[at].rewards[0].rest()
+    tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")
+    return max(peak + WORKING_MEMORY - sum(sizes[at] for at in stay if models[at].loaded), 0)
+
+
+def _words(models: Sequence[HeldModel], stay: set[int]) -> str:
+    held = ", ".join(str(one) for at, one in enumerate(models) if at in stay)
+    turns = ", ".join(str(one) for at, one in enumerate(models) if at not in stay)
+    return "; ".join([*([f"in memory: {held}"] if held else []), *([f"taking turns: {turns}"] if turns else [])])
+
+
+def turns_told(models: Sequence[HeldModel], stay: Sequence[HeldModel]) -> str:
+    """Return a sentence on who stays in memory and who takes turns."""
+    places = {at for at, one in enumerate(models) if one in stay}
+    return f"reward models do not fit into the memory of {models[0].device} together; {_words(models, places)}"
+
+
+def bytes_of(budget: str, device: str) -> int:
+    """Return a budget in bytes; a share is one of the whole GPU."""
+    amount = parse_memory(budget)
+    return int(amount * whole_memory(device)) if budget.rstrip().endswith("%") else int(amount)
+
+
+def _named(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
