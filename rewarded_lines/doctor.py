@@ -40,7 +40,6 @@ from rewarded_lines.versions import (
 State = Literal["ok", "warning", "broken"]
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
-# A container's limits.
 _GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # In a checkout, its top.
 _ROOT = Path(__file__).resolve().parents[1]
@@ -218,8 +217,9 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     least = available_memory_of_host()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
-    remedy = "free -h   # merge needs little; engines and reward models are held in memory"
-    yield _judge("processor", found, found if least < _MEMORY_LOW else "", remedy)
+    yield _judge(
+        "processor", found, found if least < _MEMORY_LOW else "", "free -h   # merges need little, engines much"
+    )
 
 
 def _disks(root: Path) -> Iterator[Finding]:
@@ -287,9 +287,9 @@ def _project(config: Path | None) -> Iterator[Finding]:
 
 def available_memory_of_host() -> int:
     """Return the bytes of memory that this machine, or its container, has available."""
-    available = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
-    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
-    return min([int(available[0]) * 1024, *map(int, filter(str.isdecimal, limits))])
+    limits = (path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file())
+    (free,) = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
+    return min([int(free) * 1024, *map(int, filter(str.isdecimal, limits))])
 
 
 def graphics_cards() -> list[str]:
