@@ -217,9 +217,7 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     least = available_memory_of_host()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
-    yield _judge(
-        "processor", found, found if least < _MEMORY_LOW else "", "free -h   # merges need little, engines much"
-    )
+    yield _judge("processor", found, found if least < _MEMORY_LOW else "", "free -h   # engines need much")
 
 
 def _disks(root: Path) -> Iterator[Finding]:
