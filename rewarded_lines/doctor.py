@@ -215,8 +215,7 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     least = available_host_memory()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
-    remedy = "free -h   # merge needs little; engines and reward models are held in memory"
-    yield _judge("processor", found, found if least < _MEMORY_LOW else "", remedy)
+    yield _judge("processor", found, found if least < _MEMORY_LOW else "", "free -h   # engines need much")
 
 
 def _disks(root: Path) -> Iterator[Finding]:
