@@ -47,7 +47,7 @@ def test_a_cards_memory_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (free, 80 * GB))
     for unused in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, unused, lambda device: 0)
-    assert place_for(plan, EngineSettings()).level == "host", "a vLLM that was built for CPUs"
+    assert place_for(plan, EngineSettings()).level == "disk", "a vLLM that was built for CPUs"
     monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
     place = place_for(plan, EngineSettings())
     assert place.level == "gpu" and place.beside > needed
