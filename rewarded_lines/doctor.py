@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Literal
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import EXTRAS, install, install_either, is_installed
 from rewarded_lines.folders import existing, refusal
-from rewarded_lines.processes import attempt
+from rewarded_lines.processes import attempt, available_host_memory
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.versions import (
     CPU_BUILDS,
@@ -40,8 +39,6 @@ from rewarded_lines.versions import (
 State = Literal["ok", "warning", "broken"]
 _GB = 10**9
 _DISK_FULL, _DISK_LOW, _MEMORY_LOW = 1 * _GB, 10 * _GB, 4 * _GB
-# A container's limits.
-_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # In a checkout, its top.
 _ROOT = Path(__file__).resolve().parents[1]
 _SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU')"
@@ -216,12 +213,9 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    available = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
-    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
-    least = min([int(available[0]) * 1024, *map(int, filter(str.isdecimal, limits))])
+    least = available_host_memory()
     found = f"{len(os.sched_getaffinity(0))} cores, {least / _GB:.1f} GB of memory available"
-    remedy = "free -h   # merge needs little; engines and reward models are held in memory"
-    yield _judge("processor", found, found if least < _MEMORY_LOW else "", remedy)
+    yield _judge("processor", found, found if least < _MEMORY_LOW else "", "free -h   # engines need much")
 
 
 def _disks(root: Path) -> Iterator[Finding]:

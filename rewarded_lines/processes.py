@@ -22,6 +22,8 @@ _PR_SET_PDEATHSIG = 1
 # thread held at the fork, such as one that imported vLLM.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _prctl, _malloc_trim = (getattr(_LIBC, name, None) for name in ("prctl", "malloc_trim"))
+# A container's limits.
+_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 VLLM_SETTINGS = {
     # In this process, an engine starts quickly and a kill leaves no other process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -104,11 +106,16 @@ def available_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    return available_host_memory()
+
+
+def available_host_memory() -> int:
+    """Return the bytes of memory that this machine has available, at most those that its container may take."""
     facts = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+)", facts.read_text()) if facts.is_file() else None
-    if found:
-        return int(found[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
+    return min([free, *map(int, filter(str.isdecimal, limits))])
 
 
 def give_back_memory() -> None:

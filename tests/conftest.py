@@ -31,8 +31,28 @@ LONGEST = [
 ]
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the longest files."""
+def pytest_addoption(parser):
+    """Let tests for a GPU be tried without one."""
+    parser.addoption("--rehearse", action="store_true", help="run tests of the marker `gpu` with the CPU as device")
+
+
+def pytest_configure(config):
+    """Hide GPUs from a rehearsal, before anything asks for them."""
+    if config.getoption("--rehearse"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what has no device, and begin with the longest files."""
+    rehearsed = config.getoption("--rehearse")
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            continue
+        fixed = "device" in getattr(getattr(item, "callspec", None), "params", {})
+        if rehearsed and (fixed or "device" not in item.fixturenames):
+            item.add_marker(pytest.mark.skip(reason="other tests run the same with the CPU as device"))
+        elif not rehearsed and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU that torch can use"))
     here = Path(__file__).parent
     order = {here / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
@@ -86,6 +106,12 @@ def tiny_source(tmp_path_factory) -> Path:
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "rewarded-lines.yaml").write_text(PROJECT)
     return folder
+
+
+@pytest.fixture
+def device(request) -> str:
+    """The device of a test with the marker `gpu`; with `--rehearse` the CPU."""
+    return "cpu" if request.config.getoption("--rehearse") else "cuda"
 
 
 @pytest.fixture

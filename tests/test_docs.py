@@ -24,11 +24,11 @@ from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
 LONGEST_SENTENCE = 30
-READ = ["how-it-works", "from-other-tools", "merge-what-you-have", "your-rewards"]
+READ = ["how-it-works", "from-other-tools", "gpu", "merge-what-you-have", "your-rewards"]
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
-# What these set up is downloaded and trained for hours: their commands are parsed here.
-LONG = {"recipes/configs/README.md", "eval/results/README.md"}
+# What these set up is downloaded and trained for hours, or needs GPUs: their commands are parsed here.
+LONG = {"recipes/configs/README.md", "eval/results/README.md", "docs/gpu.md"}
 RUNNABLE = [page for page in RUNNABLE if page.name not in LONG]
 # Generated with transformers, which needs no start-up, and with few λ.
 GENERATING = {"sweep": 3, "search": 4, "score": 0}
@@ -42,6 +42,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "README.md": 25,
         "docs/every-class.md": 1,
         "docs/from-other-tools.md": 3,
+        "docs/gpu.md": 12,
         "docs/how-it-works.md": 3,
         "docs/merge-what-you-have.md": 10,
         "docs/the-merge-in-numpy.md": 3,
@@ -223,6 +224,19 @@ def test_snippets_run_and_print_what_the_page_says(page, index, stage):
         # PEFT 0.20 applies the scaling twice, as the page says.
         wanted = wanted.replace("svd    53%", "svd    68%") if version("peft").startswith("0.20.") else wanted
         assert said.getvalue() == wanted
+
+
+def test_the_memory_plans_shown_are_those_that_are_printed(cli, tmp_path, monkeypatch):
+    page = next(page for page in PAGES if page.name == "docs/gpu.md")
+    monkeypatch.chdir(tmp_path)
+    pairs = [
+        (code, below) for (_, code), (kind, below) in zip(page.blocks, page.blocks[1:], strict=False) if kind == "text"
+    ]
+    assert len(pairs) == 3
+    for command, shown in pairs:
+        answer = cli(*shlex.split(command)[1:])
+        assert (answer.code, answer.err) == (0, "")
+        assert [line.rstrip() for line in answer.out.splitlines()] == shown.splitlines()
 
 
 def test_there_are_snippets():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json
-from rewarded_lines.cli.parameters import AsJson, Quiet
+from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
+from rewarded_lines.engines.plan_options import PlanOptions
+from rewarded_lines.options import takes_fields
 
 if TYPE_CHECKING:
     from rewarded_lines.doctor import Finding
@@ -21,7 +24,9 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", 
 _NAME_WIDTH = 14
 
 
+@takes_fields(PlanOptions, "options", annotate=as_option)
 def doctor(
+    *,
     thorough: Annotated[
         bool,
         typer.Option("--thorough", help="Also import torch, transformers and vLLM, and start an engine (a minute)."),
@@ -29,6 +34,11 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Project file to check; by default ./rewarded-lines.yaml, if it exists.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--for", metavar="MODEL", help="Plan memory for a folder, a Hub id, or a size such as 7B."),
+    ] = None,
+    options: PlanOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -39,11 +49,22 @@ def doctor(
     Without --thorough no library is imported: versions come from the
     packages' metadata.
 
+    With --for, show instead what a sweep over a model needs of memory, and
+    what fits where. Of the model only its config and the headers of its
+    weights are read. A Hub id is looked up on the network. Prompts and reward
+    models are those of the project file, if there is one. If something does
+    not fit, the exit code is 1.
+
     \b
     rewarded-lines doctor
     rewarded-lines doctor --thorough
     rewarded-lines doctor --json | jq '.checks[] | select(.state != "ok")'
+    rewarded-lines doctor --for 7B --policies 2 --gpus 1
+    rewarded-lines doctor --for my-sft --lora 16 --gpu-memory 24 --json
     """
+    if model is not None:
+        _plan(model, config, options, as_json)
+        return
     with progress_bar("Doctor", quiet=quiet or as_json, unit="check") as bar:
         from rewarded_lines.doctor import diagnose
 
@@ -54,6 +75,24 @@ def doctor(
     else:
         _show(findings, Console(highlight=False))
     if not ok:
+        raise typer.Exit(1)
+
+
+def _plan(model: str, config: Path | None, options: PlanOptions, as_json: bool) -> None:
+    """Show a memory plan."""
+    from rewarded_lines.cli.display import stdout_for_results
+    from rewarded_lines.cli.memory_table import show_plan
+    from rewarded_lines.engines.memory_plan import plan_memory
+    from rewarded_lines.engines.planned_work import plan_for
+
+    with stdout_for_results():
+        shape, job, machine = plan_for(model, config, options)
+    plan = plan_memory(shape, job, machine)
+    if as_json:
+        show_json({**plan.as_dict(), "model": asdict(shape), "job": asdict(job), "machine": asdict(machine)})
+    else:
+        show_plan(shape, job, machine, plan, Console(highlight=False))
+    if plan.problems:
         raise typer.Exit(1)
 
 

@@ -61,12 +61,13 @@ def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
     """Return the fastest level that has room, from the one that is asked for downwards.
 
     Args:
-        asked: "auto" means the fastest.
+        asked: "auto" means the fastest; for an engine on a CPU, where the system keeps files that are read again in
+            memory anyway, the disk.
         sizes: what is needed.
         gpu: free bytes of the GPU on which the engine runs; 0 without a GPU.
         host: bytes of the host's memory that can be allocated without swapping.
     """
-    first = 0 if asked == "auto" else [str(level) for level in LEVELS].index(asked)
+    first = (0 if gpu else 2) if asked == "auto" else [str(level) for level in LEVELS].index(asked)
     whys = ["there is no GPU"] if asked == "gpu" and not gpu else []
     needed = {"gpu": sizes.inputs + sizes.working, "host": sizes.host}
     room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host)}
@@ -120,7 +121,7 @@ def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine:
         place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host)
     else:
         place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host)
-    told = inputs >= _WORTH_TELLING or settings.resident != "auto"
+    told = settings.resident != "auto" or (torch.cuda.is_available() and inputs >= _WORTH_TELLING)
     return place if told else replace(place, why="")
 
 
@@ -131,7 +132,12 @@ def _engine_bytes(plan: ModelPlan, settings: EngineSettings) -> int:
     share: Any = settings.args.get("gpu_memory_utilization")
     if share:
         return int(share * torch.cuda.mem_get_info()[1])
-    return int(1.1 * total_bytes(plan.outputs()) / settings.tensor_parallel) + _CACHE
+    return least_engine(total_bytes(plan.outputs()) // settings.tensor_parallel)
+
+
+def least_engine(weights: int) -> int:
+    """Return the bytes of a GPU that an engine takes at least, beside so many bytes of weights there."""
+    return int(1.1 * weights) + _CACHE
 
 
 def working_bytes(policies: int, largest: int) -> int:

@@ -31,8 +31,8 @@ _SAME = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_to
 class VllmCore(Generator):
     """One engine. Responses do not depend on earlier requests. `loaded`: LoRA requests, or None for the model."""
 
-    def _start(self, work: Workload, beside: int = 0, **options: Any) -> None:
-        """Start the engine, which leaves `beside` bytes of each GPU free; `options` go to vLLM's `LLM`."""
+    def _start(self, work: Workload, **options: Any) -> None:
+        """Start the engine; `options` go to `start_vllm`."""
         self._tokenizer, self._ends, longest = load_tokens(work)
         check_length(work.settings, longest)
         # On a CPU blocks are short, since prompts share only whole blocks. No prompt is split between two batches: vLLM
@@ -44,7 +44,7 @@ class VllmCore(Generator):
             usual = {"enforce_eager": not finds_compiler(), **few}
         self._llm: Any = start_vllm(
             settings=work.settings,
-            spare=work.spare + beside,
+            spare=work.spare,
             model=work.model,
             tokenizer=work.texts,
             dtype=work.spec.dtype,

@@ -20,16 +20,17 @@ _SAMPLING = 20
 _GIB = 1 << 30
 
 
-def memory_share(size: float, spare: int, devices: int) -> float:
+def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
     """Return vLLM's `gpu_memory_utilization`: a share of each GPU's whole memory, the least that any of them allows.
 
     Args:
         size: bytes that the engine may take; 0 means nine tenths of the free ones.
         spare: bytes of each GPU that must stay free for reward models, beside a tenth.
+        beside: bytes of each GPU that base and policies and their merges take.
         devices: how many GPUs the engine uses, from the first one on.
 
     Raises:
-        UserError: nothing is left beside `spare`.
+        UserError: nothing is left beside them.
     """
     import torch
 
@@ -38,15 +39,15 @@ def memory_share(size: float, spare: int, devices: int) -> float:
     shares = []
     for device in range(devices):
         free, total = torch.cuda.mem_get_info(device)
-        if spare >= free:
+        if spare + beside >= free:
             raise fail(
-                "reward models leave no memory for the engine",
+                "reward models and models that wait on the GPU leave no memory for the engine",
                 where=f"vLLM, cuda:{device}",
-                expected=f"more than {spare / _GIB:.1f} GiB free, which they need beside what they hold",
+                expected=f"more than {(spare + beside) / _GIB:.1f} GiB free, which they need beside what they hold",
                 got=f"{free / _GIB:.1f} GiB of {total / _GIB:.1f}",
-                remedy="lower `--reward-memory`, declare `dtype: bfloat16` in rewards, or `device: cpu`",
+                remedy="set `resident: host`, lower `--reward-memory`, or declare `dtype: bfloat16` in rewards",
             )
-        shares.append(min(0.9 * (free - spare), size or free) / total)
+        shares.append(min(0.9 * (free - spare) - beside, size or free) / total)
     return round(min(shares), 4)
 
 

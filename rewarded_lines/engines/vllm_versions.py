@@ -27,12 +27,15 @@ from rewarded_lines.errors import fail
 from rewarded_lines.processes import VLLM_SETTINGS
 
 
-def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: int = 0, **options: Any) -> Any:
+def start_vllm(
+    size: float = 0, settings: EngineSettings | None = None, spare: int = 0, beside: int = 0, **options: Any
+) -> Any:
     """Start a vLLM engine in this process.
 
     Args:
         size: bytes of a GPU that it may take; 0 means most of the free ones.
-        spare: bytes of a GPU that it must leave free beside a tenth.
+        spare: bytes of a GPU that it must leave free beside a tenth, for reward models.
+        beside: bytes of a GPU that it must leave free for base and policies and their merges.
         settings: the user's, whose arguments replace those of `options`; by default none, and vLLM keeps its mode.
         options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
 
@@ -48,7 +51,7 @@ def start_vllm(size: float = 0, settings: EngineSettings | None = None, spare: i
         options = (few_at_once(options.get("max_model_len", 0)) if size else {}) | options
         if "gpu_memory_utilization" not in own:
             devices = settings.tensor_parallel if settings else 1
-            options["gpu_memory_utilization"] = memory_share(size, spare, devices)
+            options["gpu_memory_utilization"] = memory_share(size, spare, beside, devices)
     options |= own
     with warnings.catch_warnings(), _told(settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.

@@ -15,7 +15,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines import doctor as doctor_module
-from rewarded_lines import versions
+from rewarded_lines import processes, versions
 from rewarded_lines.processes import attempt
 
 MADE_BY_MAKE = Path(sys.prefix) == Path(__file__).parents[2] / ".venv"
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_or_nearly_so(quick, monkeypatch, free, code, state)
 
 def test_little_memory_in_a_container(quick, monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("2000000000\n")
-    monkeypatch.setattr(doctor_module, "_GROUP_LIMITS", (tmp_path / "memory.max",))
+    monkeypatch.setattr(processes, "_GROUP_LIMITS", (tmp_path / "memory.max",))
     code, checks = quick()
     assert code == 0 and checks["processor"]["state"] == "warning" and "2.0 GB" in checks["processor"]["found"]
 

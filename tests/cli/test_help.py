@@ -24,6 +24,8 @@ LIGHT = {
     "rewarded_lines.cli",
     # `stages` only.
     "rewarded_lines.demo",
+    # `plan_options` only.
+    "rewarded_lines.engines",
     "rewarded_lines.errors",
     # `sweep_options` only.
     "rewarded_lines.evaluator",

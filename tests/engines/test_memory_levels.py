@@ -25,7 +25,8 @@ CHOICES = [
     ("disk", SMALL, 80, 128, "disk", "read from disk for every merge"),
     ("gpu", SMALL, 0, 128, "host", "there is no GPU; base and policies stay in the host's memory"),
     ("gpu", SMALL, 24, 10, "disk", "(20.0 GB needed, 10.6 GB there)"),
-    ("auto", Sizes(2 * GB, 2 * GB), 0, 8, "host", "(2.0 GB of 2.4 GB)"),
+    ("host", Sizes(2 * GB, 2 * GB), 0, 8, "host", "(2.0 GB of 2.4 GB)"),
+    ("auto", Sizes(2 * GB, 2 * GB), 0, 99, "disk", "read from disk for every merge"),
 ]
 
 
@@ -41,12 +42,12 @@ def test_a_cards_memory_decides(tmp_path, monkeypatch):
     plan = plan_merge(str(family.base), {name: str(path) for name, path in family.policies.items()})
     free, needed = 80 * GB, stored_bytes(plan)
     assert needed == sum(info.bytes for source in plan.sources for info in source.tensors.values())
-    assert place_for(plan, EngineSettings(resident="gpu")).level == "host"
+    assert [place_for(plan, EngineSettings(resident=asked)).level for asked in ("gpu", "auto")] == ["host", "disk"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (free, 80 * GB))
     for unused in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, unused, lambda device: 0)
-    assert place_for(plan, EngineSettings()).level == "host", "a vLLM that was built for CPUs"
+    assert place_for(plan, EngineSettings()).level == "disk", "a vLLM that was built for CPUs"
     monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
     place = place_for(plan, EngineSettings())
     assert place.level == "gpu" and place.beside > needed

@@ -60,7 +60,7 @@ def card(monkeypatch):
     monkeypatch.setattr("rewarded_lines.engines.vllm_process.installed", lambda package: "0.32.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[0 if device == "cuda" else device])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free[device if isinstance(device, int) else 0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr("rewarded_lines.engines.vllm_core.finds_compiler", lambda: True)
 
@@ -102,7 +102,7 @@ def test_the_fullest_gpu_decides_and_no_gpu_is_asked_where_the_user_has(tiny, gi
     monkeypatch.setattr("rewarded_lines.engines.vllm_models.VllmGenerator.call", lambda *_: [""])
     load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own).close()
     assert given["gpu_memory_utilization"] == 0.45
-    with pytest.raises(UserError, match="cuda:1: reward models leave no memory[^$]*got: 20.0 GiB of 40.0"):
+    with pytest.raises(UserError, match="cuda:1: reward models[^$]*leave no memory[^$]*got: 20.0 GiB of 40.0"):
         load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own, spare=30 * GIB)
     own = settings(tensor_parallel_size=2, gpu_memory_utilization=0.2)
     load_generator("vllm", "sft", GREEDY, PROMPTS, settings=own, spare=30 * GIB).close()

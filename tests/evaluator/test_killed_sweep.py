@@ -98,7 +98,7 @@ def test_what_a_kill_left_half_written_goes(tiny):
     assert contents(tiny / "run") == whole and not list((tiny / "run/drafts").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_at_once_and_leaves_nothing_running(tiny, number):
     psutil = pytest.importorskip("psutil")
     source = (tiny / "rewards.py").read_text()

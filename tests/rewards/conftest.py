@@ -135,3 +135,9 @@ def functions(tmp_path, monkeypatch):
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def large_classifier(tmp_path_factory):
+    """A Llama so large that a batch takes tens of megabytes."""
+    return save_classifier(llama(256, num_hidden_layers=4), tmp_path_factory.mktemp("large") / "reward")

@@ -131,8 +131,17 @@ def start(functions, name):
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("group", [True, False])
+# Each signal to the whole group and to its leader alone; the default suite has one of each.
+@pytest.mark.parametrize(
+    ("how", "group"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGINT, True),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        *(pytest.param(signal.SIGTERM, group, marks=pytest.mark.slow) for group in (True, False)),
+        pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow),
+    ],
+)
 def test_no_worker_outlives_the_process(functions, how, group):
     process = start(functions, "slow")
     while len(list(functions.glob("started-*"))) < 2:

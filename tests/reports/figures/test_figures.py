@@ -59,7 +59,7 @@ def test_logs_of_training_are_drawn(make_summary: MakeSummary) -> None:
     assert [name for name, _ in figures(make_summary(points=3, rewards=1), [LOG])] == ["front", "training"]
 
 
-@pytest.mark.parametrize(("size", "points"), [(2, 3), (3, 3), (4, 3), (8, 12)])
+@pytest.mark.parametrize(("size", "points"), [(2, 3), (4, 3), pytest.param(8, 12, marks=pytest.mark.slow)])
 def test_long_names_fit(make_summary: MakeSummary, check_layout: Callable[[Any], None], size: int, points: int) -> None:
     summary = make_summary(points=points, rewards=size, policies=size, control=1.0)
     long = renamed(summary, " as judged by a rather verbose model", "-from-some-8b-instruct-ppo-seed-0")

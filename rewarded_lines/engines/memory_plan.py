@@ -1,0 +1,233 @@
+"""What fits where, before anything is loaded: bytes of an engine, of the models merged into it, and of reward models.
+
+Pure functions of a model's shape. Exact: weights, keys and values, LoRA factors. Estimates: a batch's values in vLLM,
+CUDA graphs, and what CUDA itself takes. Each says its equation. With n GPUs (tensor parallelism) each holds 1/n of the
+weights; norms and other vectors, which every GPU has whole, are far below one percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rewarded_lines.engines.kv_cache import kv_bytes
+from rewarded_lines.engines.memory_levels import Place, Sizes, choose_level, least_engine, working_bytes
+from rewarded_lines.engines.model_shapes import ModelShape
+
+GIB = 1 << 30
+ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+SLOTS = "slots"
+# vLLM gets this part of the free memory, less what waits beside it.
+_SHARE = 0.9
+# A context with its kernels, and the buffers between GPUs: typical of drivers of today.
+_CUDA, _BETWEEN = GIB // 2, GIB // 2
+# vLLM's log names between 0.3 and 2 GiB, more with more layers.
+_GRAPHS_PER_LAYER = 24 << 20
+# Tokens in a batch of vLLM's `LLM`, by the memory of the GPU.
+_LARGE_CARD, _LARGE_BATCH, _BATCH = 70 * GIB, 16_384, 8192
+# A merge by the processor: kernels and blocks in work, whatever the size of the model.
+_MERGE_ON_CPU = GIB // 2
+# What a reward model takes for its batches.
+_REWARD_BATCH = 2 * GIB
+# Slots for merged adapters: 16 and a spare one, in at most a tenth of the GPU.
+_MOST_SLOTS, _SLOT_SHARE = 17, 0.1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is.
+
+    Attributes:
+        gpus: how many share the model by tensor parallelism.
+        card: bytes of one GPU.
+        host: bytes of memory that the machine has available.
+        disk: free bytes where outputs go.
+        name: of the GPU.
+    """
+
+    gpus: int
+    card: int
+    host: int
+    disk: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        policies: models that are merged.
+        dtype: of the engine's weights, keys and values.
+        longest: tokens of the longest sequence, prompt and response.
+        at_once: sequences that should be answered at once.
+        lora: rank of the policies' adapters; 0: whole models.
+        share: the part of a GPU that the engine may take; None: what the others leave.
+        resident: where base and policies shall wait; "auto": the fastest place with room.
+        rewards: bytes of each reward model on the engine's GPUs.
+        eager: without CUDA graphs.
+    """
+
+    policies: int = 2
+    dtype: str = "bfloat16"
+    longest: int = 2048
+    at_once: int = 256
+    lora: int = 0
+    share: float | None = None
+    resident: str = "auto"
+    rewards: Mapping[str, int] = field(default_factory=dict)
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where everything goes; bytes on each GPU unless said otherwise.
+
+    Attributes:
+        engine: parts of the engine.
+        beside: parts beside it on the GPU.
+        resident: where base and policies wait for the next merge: "gpu", "host" or "disk"; adapters: "slots".
+        inputs: bytes of what waits, on all GPUs together or on the host.
+        share: the part of a GPU that the engine gets.
+        sequence: bytes of the keys and values of one longest sequence.
+        sequences: how many of these fit at once.
+        host: parts of the host's memory.
+        disk: parts of the disk.
+        problems: what does not fit; empty: everything does.
+    """
+
+    engine: Mapping[str, int]
+    beside: Mapping[str, int]
+    resident: str
+    inputs: int
+    share: float
+    sequence: int
+    sequences: int
+    host: Mapping[str, int]
+    disk: Mapping[str, int]
+    problems: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan in plain types."""
+        return {"fits": not self.problems, **asdict(self)}
+
+
+def plan_memory(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
+    """Return where a sweep's parts go on a machine.
+
+    The place of base and policies is chosen as the engine chooses it. The engine's part of a GPU is `job.share`, or
+    0.9 · (free memory) less the models that wait on the GPU. In it are room for
+    ⌊(part − weights − batch − graphs − slots) / sequence⌋ sequences.
+    """
+    itemsize, gpus = ITEMSIZE[job.dtype], machine.gpus
+    sequence = kv_bytes(shape.cache, job.longest, itemsize, gpus)
+    fixed = fixed_bytes(shape, job, machine)
+    beside = {"CUDA": _CUDA + (_BETWEEN if gpus > 1 else 0), **job.rewards}
+    free = max(0, machine.card - sum(beside.values()))
+    place, inputs = _waiting(shape, job, machine, free)
+    room = job.share * machine.card if job.share is not None else _SHARE * free - place.beside
+    count = max(0, int((room - sum(fixed.values())) // sequence))
+    engine = {**fixed, "KV cache": sequence * min(count, job.at_once)}
+    waiting = -(-inputs // gpus) if place.level == "gpu" else 0
+    beside |= {"base and policies": waiting} if waiting else {}
+    beside |= {"merges": place.beside - waiting} if place.beside > waiting else {}
+    at_times = {"log-probabilities": score_bytes(shape, job, machine)}
+    at_times |= {"reward models": _REWARD_BATCH} if job.rewards else {}
+    # They follow one another, so the largest of them counts.
+    name = max(at_times, key=lambda one: at_times[one])
+    beside[f"{name}, at times"] = at_times[name]
+    level = SLOTS if job.lora else place.level
+    host = {"merge on the CPU": _MERGE_ON_CPU, **({"base and policies": inputs} if level == "host" else {})}
+    disk = {"inputs": shape.stored + job.policies * _policy_bytes(shape, job), "one merged model": _output(shape, job)}
+    left = machine.card - room - sum(beside.values())
+    problems = _problems(shape, machine, count, host, left, name)
+    share = round(max(0.0, room) / machine.card, 3)
+    return MemoryPlan(engine, beside, level, inputs, share, sequence, count, host, disk, problems)
+
+
+def weight_bytes(shape: ModelShape, itemsize: int, gpus: int = 1) -> int:
+    """Return parameters · itemsize / gpus."""
+    return shape.parameters * itemsize // gpus
+
+
+def lora_bytes(shape: ModelShape, rank: int, itemsize: int) -> int:
+    """Return rank · Σ (rows + columns) · itemsize over all linear layers of the blocks."""
+    return rank * shape.edges * itemsize
+
+
+def fixed_bytes(shape: ModelShape, job: Job, machine: Machine) -> dict[str, int]:
+    """Return the parts of the engine on each GPU that do not depend on the number of sequences in its cache."""
+    itemsize = ITEMSIZE[job.dtype]
+    return {
+        "weights": weight_bytes(shape, itemsize, machine.gpus),
+        "batch": batch_bytes(shape, job.at_once, itemsize, machine),
+        "CUDA graphs": 0 if job.eager else _GRAPHS_PER_LAYER * shape.layers,
+        **({"LoRA slots": slot_bytes(shape, job, machine)} if job.lora else {}),
+    }
+
+
+def batch_bytes(shape: ModelShape, at_once: int, itemsize: int, machine: Machine) -> int:
+    """Return an estimate of what vLLM takes for one batch; it measures the true figure at its start.
+
+    tokens · (4 · hidden + inner / gpus) · itemsize, for the residual stream, the attention's output, and gate and up;
+    and at_once · vocabulary · (itemsize + 8) for logits, their float32 and the probabilities.
+    """
+    wide = 4 * shape.hidden + shape.inner // machine.gpus
+    return batch_tokens(machine) * wide * itemsize + at_once * shape.vocabulary * (itemsize + 8)
+
+
+def batch_tokens(machine: Machine) -> int:
+    """Return vLLM's default of `max_num_batched_tokens`."""
+    return _LARGE_BATCH if machine.card >= _LARGE_CARD else _BATCH
+
+
+def score_bytes(shape: ModelShape, job: Job, machine: Machine) -> int:
+    """Return tokens · vocabulary · (itemsize + 8): logits, log-probabilities and ranks of the longest sequence.
+
+    The KL to the base needs them. vLLM takes them beside the memory that it was given, sequence by sequence.
+    """
+    return min(job.longest, batch_tokens(machine)) * shape.vocabulary * (ITEMSIZE[job.dtype] + 8)
+
+
+def slot_bytes(shape: ModelShape, job: Job, machine: Machine) -> int:
+    """Return the bytes of vLLM's slots for merged adapters, each of rank Σ r; a tenth of the GPU bounds them."""
+    one = lora_bytes(shape, job.lora * job.policies, ITEMSIZE[job.dtype]) // machine.gpus
+    return one * max(2, min(_MOST_SLOTS, int(_SLOT_SHARE * machine.card / max(1, one))))
+
+
+def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[Place, int]:
+    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' alone."""
+    if job.lora:
+        return Place("gpu", 0, ""), 0
+    inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
+    engine = least_engine(weights) if job.share is None else int(job.share * machine.card)
+    sizes = Sizes(-(-inputs // machine.gpus), inputs, working_bytes(job.policies, shape.largest), engine)
+    return choose_level(job.resident, sizes, free, machine.host), inputs
+
+
+def _policy_bytes(shape: ModelShape, job: Job) -> int:
+    return lora_bytes(shape, job.lora, ITEMSIZE[job.dtype]) if job.lora else shape.stored
+
+
+def _output(shape: ModelShape, job: Job) -> int:
+    """Return the bytes of a merged model; a merged adapter has the rank Σ r."""
+    itemsize = ITEMSIZE[job.dtype]
+    return lora_bytes(shape, job.lora * job.policies, itemsize) if job.lora else weight_bytes(shape, itemsize)
+
+
+def _problems(
+    shape: ModelShape, machine: Machine, count: int, host: Mapping[str, int], left: float, name: str
+) -> tuple[str, ...]:
+    found = []
+    if shape.heads % machine.gpus:
+        found.append(f"vLLM cannot divide {shape.heads} attention heads among {machine.gpus} GPUs")
+    if not count:
+        what = "the engine does not fit: not one sequence of this length has room beside the weights"
+        found.append(f"{what}; take more GPUs (--gpus), shorter sequences, or a smaller model")
+    elif left < 0:
+        share = f"a smaller `gpu_memory_utilization`, by {-left / machine.card:.2f}"
+        found.append(f"the engine leaves too little for {name} beside it; give it {share}")
+    if sum(host.values()) > machine.host:
+        found.append("the host's memory does not hold what is meant for it")
+    return tuple(found)
