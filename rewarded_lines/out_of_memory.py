@@ -10,12 +10,17 @@ from typing import TypeVar
 
 from rewarded_lines.errors import UserError, fail
 
-# What torch writes where it raises no class of its own: a CPU, the driver of a GPU, cuBLAS.
+# What torch writes where it raises no class of its own: a CPU, the driver of a GPU, cuBLAS. Then what vLLM writes.
 _SIGNS = (
     "out of memory",
     "can't allocate memory",
     "not enough memory: you tried to allocate",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "No available memory for the cache blocks",
+    "larger than the available KV cache memory",
+    "is less than desired GPU memory utilization",
+    "is less than desired CPU memory utilization",
+    "is less than requested memory for kv",
 )
 NO_MEMORY = (RuntimeError, MemoryError)
 """The classes of errors that `ran_out` looks at; `torch.OutOfMemoryError` is a RuntimeError."""

@@ -111,7 +111,8 @@ def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine:
     import torch
 
     if not all(isinstance(source, TensorFiles) for source in plan.sources):
-        return Place("disk", 0, "base and adapters are read from disk for every merge, and folded")
+        told = settings.resident != "auto" or torch.cuda.is_available()
+        return Place("disk", 0, "base and adapters are read from disk for every merge, and folded" if told else "")
     devices, inputs, host = settings.tensor_parallel, stored_bytes(plan), available_memory("cpu")
     # Only vLLM leaves out what it needs, and its build may be for CPUs.
     if torch.cuda.is_available() and (engine is not None or vllm_device() == "cuda"):

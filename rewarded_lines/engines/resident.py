@@ -23,6 +23,7 @@ from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.torch_kernels import cast, count_nonfinite, merge_values
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.out_of_memory import empty_cache
 
 _FULL = (torch.OutOfMemoryError, MemoryError)
 
@@ -43,7 +44,7 @@ class Resident:
     def __init__(
         self, plan: ModelPlan, level: Level, device: str | torch.device = "cpu", share: Share | None = None
     ) -> None:
-        """Bind the inputs; the first merge loads them.
+        """Bind the inputs; `load` or the first merge loads them.
 
         Args:
             plan: what merges are made of.
@@ -64,6 +65,13 @@ class Resident:
         """Whether torch merges, on its device; otherwise the compiled loops do."""
         return self.level == "gpu" or (self.level == "host" and self._device.type != "cpu")
 
+    def load(self) -> None:
+        """Load the inputs now, before others take the memory that is meant for them."""
+        if self.level != "disk":
+            count = len(self._plan.policies)
+            # A merge that copies no tensor.
+            self.tensors(MergeSpec((0.5 / count,) * count, 1.0, 0.0))
+
     def tensors(self, spec: MergeSpec) -> Iterator[tuple[str, torch.Tensor]]:
         """Load the inputs, then yield every merged tensor, on the device or from a CPU; refuse what is not finite.
 
@@ -81,8 +89,7 @@ class Resident:
         if self._pinned:
             self._pinned.close()
             self._pinned = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _merged(self, name: str, spec: MergeSpec) -> torch.Tensor:
         while self._on_device:

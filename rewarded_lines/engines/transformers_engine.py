@@ -58,6 +58,8 @@ class HfGenerator(SwappingGenerator):
                 longest_sequence(tokenizer, model.config, work)
             self._set_up()
             self._inputs = self._hold(work)
+            if self._inputs:
+                self._inputs.load()
         except BaseException:
             self.close()
             raise

@@ -82,6 +82,8 @@ class MergingWorker:
         worker: Any = self
         self.merge_plan = plan
         self.resident = Resident(plan, level, worker.device, share_of(worker))
+        # Reward models come back later, to the memory that is left.
+        self.resident.load()
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
         for _ in plan.tensors(base_spec(plan), [smallest]):

@@ -24,7 +24,15 @@ from rewarded_lines.engines.vllm_arguments import WHERE, check_device, choose_ke
 from rewarded_lines.engines.vllm_memory import few_at_once, memory_share
 from rewarded_lines.engines.vllm_process import enlist, vllm_device
 from rewarded_lines.errors import fail
+from rewarded_lines.out_of_memory import ran_out
 from rewarded_lines.processes import VLLM_SETTINGS
+
+_OTHERWISE = "see what vLLM wrote above, or use `--engine hf`"
+_MORE_ROOM = (
+    "leave it more memory: `resident: host`, a smaller `max_model_len`, another `gpu_memory_utilization`, or more "
+    "devices with `tensor_parallel_size`. Or give rewards less: `--reward-memory`, `--offload always`, "
+    "`dtype: bfloat16`, `device: cpu`. An engine on a CPU keeps VLLM_CPU_KVCACHE_SPACE gigabytes, 1 by default"
+)
 
 
 def start_vllm(
@@ -40,7 +48,8 @@ def start_vllm(
         options: of vLLM's `LLM`. Without `enforce_eager`, nothing is compiled and no CUDA graph is captured.
 
     Raises:
-        UserError: vLLM does not start with these settings, or this machine cannot serve them.
+        UserError: the engine of a policy does not start, or this machine cannot serve the settings.
+        MemoryError: there is no room for one of `size` bytes; others may leave.
     """
     if settings is not None:
         check_device(settings)
@@ -53,7 +62,7 @@ def start_vllm(
             devices = settings.tensor_parallel if settings else 1
             options["gpu_memory_utilization"] = memory_share(size, spare, beside, devices)
     options |= own
-    with warnings.catch_warnings(), _told(settings):
+    with warnings.catch_warnings(), _told(size, settings):
         # While it searches modules for kernels, it comes across names that torch deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         llm = LLM(seed=0, disable_log_stats=True, use_tqdm_on_load=False, **options)
@@ -62,16 +71,20 @@ def start_vllm(
 
 
 @contextmanager
-def _told(settings: EngineSettings | None) -> Iterator[None]:
-    """Tell a failed start as a user's error, if the user has set anything."""
+def _told(size: float, settings: EngineSettings | None) -> Iterator[None]:
+    """Tell a failed start as a user's error; of a reward's engine, which has a size, only that memory ran out."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        if settings is None or not settings.as_dict():
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        full = ran_out(error)
+        if size and full:
+            raise MemoryError(str(error)) from error
+        if size or settings is None:
             raise
         given = ", ".join(f"{name}: {value}" for name, value in settings.as_dict().items())
-        remedy = "correct the settings, or leave them out"
-        raise fail(f"vLLM does not start with {given}", where=WHERE, got=str(error), remedy=remedy) from error
+        remedy = f"correct the settings, or leave them out; or {_OTHERWISE}" if given else _OTHERWISE
+        what = "vLLM does not start" + (f" with {given}" if given else "")
+        raise fail(what, where=WHERE, got=str(error), remedy=_MORE_ROOM if full else remedy) from error
 
 
 def finds_compiler() -> bool:

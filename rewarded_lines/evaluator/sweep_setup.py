@@ -41,7 +41,7 @@ from rewarded_lines.projects import Project, problems_of
 from rewarded_lines.references import local_path
 from rewarded_lines.rewards.load_rewards import load_rewards, reward_limits
 from rewarded_lines.rewards.reward import Reward, check_columns, deciding
-from rewarded_lines.rewards.reward_memory import spare_memory
+from rewarded_lines.rewards.reward_memory import RewardMemory, spare_memory
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Setup:
         made = engine_settings(self.project, self.options)
         return made if self.options.engine == "vllm" else EngineSettings(resident=made.resident)
 
-    @property
-    def reward_memory(self) -> str | None:
-        """What reward models may take of a GPU together; None leaves it to `spare_memory`."""
-        return self.options.reward_memory or self.project.config.reward_memory
+    @cached_property
+    def reward_memory(self) -> RewardMemory:
+        """What reward models may take of a GPU together; `spare_memory` decides it for an engine's GPUs."""
+        return RewardMemory(self.options.reward_memory or self.project.config.reward_memory)
 
     @cached_property
     def methods(self) -> Methods:

@@ -57,7 +57,11 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], thr
         # No thread still writes when the caller cleans up.
         _join(others)
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            # Its traceback holds this call and the work that failed: in a circle with the list, both would stay.
+            errors.clear()
 
 
 def _join(threads: Iterable[Thread]) -> None:

@@ -20,7 +20,7 @@ from rewarded_lines.rewards.classifier_backends import cannot_load, with_dtype
 from rewarded_lines.rewards.judge_engines import HfJudge, JudgeEngine, VllmJudge
 from rewarded_lines.rewards.model_sizes import engine_size, refuse_too_large, weights_size
 from rewarded_lines.rewards.shared_model import SharedModel
-from rewarded_lines.rewards.text_batches import TextBatches, batch_size_on
+from rewarded_lines.rewards.text_batches import TextBatches
 from rewarded_lines.rewards.vllm_classifier import LONGEST, check_vllm
 
 
@@ -32,7 +32,7 @@ class JudgeModel(SharedModel[JudgeEngine]):
         super().__init__(where, reference, device, beside)
         self._config = load_config(reference)
         self._spec = with_dtype(where, spec, self._config)
-        self._shapes = TextBatches(where, batch_size_on(device, self._spec))
+        self._shapes = TextBatches(where, device, self._spec)
         refuse_too_large(where, base_model(reference), self._spec, self._config, device)
         limits = [spec.max_tokens, positions_of(self._config), LONGEST if spec.backend == "vllm" else None]
         self.longest = min((limit for limit in limits if limit), default=None)

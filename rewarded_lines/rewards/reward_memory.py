@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rewarded_lines.config_values import parse_memory
 from rewarded_lines.errors import fail
@@ -15,6 +15,25 @@ from rewarded_lines.rewards.reward import Reward
 _SHARE_OF_MEMORY = 0.8
 # Of a GPU, if no budget is given and the reward models can do with it.
 _SHARE_OF_GPU = 0.5
+
+
+@dataclass(frozen=True)
+class RewardMemory:
+    """What reward models may take of a GPU together.
+
+    Attributes:
+        budget: the user's, such as "24GiB" or "30%".
+        decided: by device, the bytes that `spare_memory` has planned for them beside an engine.
+    """
+
+    budget: str | None = None
+    decided: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, device: str) -> int | None:
+        """Return the bytes of a device; None without a limit."""
+        if _named(device) == "cpu" or (self.budget is None and _named(device) not in self.decided):
+            return None
+        return self.decided.get(_named(device)) or bytes_of(str(self.budget), device)
 
 
 @dataclass(frozen=True)
@@ -78,22 +97,22 @@ def those_that_stay(sizes: Sequence[int], room: int) -> set[int]:
     return stay
 
 
-def staying(models: Sequence[HeldModel], budget: str | None) -> list[HeldModel]:
-    """Return those of one device's models that stay between uses, as its free memory and the budget allow."""
+def staying(models: Sequence[HeldModel], memory: RewardMemory) -> list[HeldModel]:
+    """Return those of one device's models that stay between uses, as its free memory and the limit allow."""
     device = models[0].device
     room = available_memory(device) - WORKING_MEMORY
     if _named(device) == "cpu":
         room = int(_SHARE_OF_MEMORY * available_memory(device))
     room += sum(one.size for one in models if one.loaded)
-    if budget is not None and _named(device) != "cpu":
-        room = min(room, bytes_of(budget, device) - WORKING_MEMORY)
+    if (limit := memory.limit(device)) is not None:
+        room = min(room, limit - WORKING_MEMORY)
     stay = those_that_stay([one.size for one in models], room)
     return [one for at, one in enumerate(models) if at in stay]
 
 
 def spare_memory(
     rewards: Iterable[Reward],
-    budget: str | None,
+    memory: RewardMemory,
     offload: str = "auto",
     devices: int = 1,
     tell: Callable[[str], None] = lambda fact: None,
@@ -105,7 +124,7 @@ def spare_memory(
 
     Args:
         rewards: of the run.
-        budget: of all reward models on a GPU together, such as "24GiB" or "30%".
+        memory: of all reward models on a GPU together; what is decided here is kept in it.
         offload: see `Scorer`.
         devices: of the engine, from the first GPU on.
         tell: gets a sentence on who stays.
@@ -116,13 +135,14 @@ def spare_memory(
     gpus = {f"cuda:{at}" for at in range(devices)}
     groups = held_models(rewards).items()
     return max(
-        (_spare(device, models, budget, offload, tell) for device, models in groups if device in gpus), default=0
+        (_spare(device, models, memory, offload, tell) for device, models in groups if device in gpus), default=0
     )
 
 
 def _spare(
-    device: str, models: Sequence[HeldModel], budget: str | None, offload: str, tell: Callable[[str], None]
+    device: str, models: Sequence[HeldModel], memory: RewardMemory, offload: str, tell: Callable[[str], None]
 ) -> int:
+    budget = memory.budget
     sizes = [one.size for one in models]
     loaded = sum(one.size for one in models if one.loaded)
     share = int(_SHARE_OF_GPU * (available_memory(device) + loaded))
@@ -141,6 +161,7 @@ def _spare(
             got=f"{budget}, {in_gib(whole)}",
             remedy="raise it, declare `dtype: bfloat16`, or `device: cpu` for a reward",
         )
+    memory.decided[device] = peak + WORKING_MEMORY
     for at in rest:
         models[at].rewards[0].rest()
     tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")

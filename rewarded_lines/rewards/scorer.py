@@ -20,7 +20,7 @@ from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.rewards.reward import Columns, Reward
-from rewarded_lines.rewards.reward_memory import held_models, staying, turns_told
+from rewarded_lines.rewards.reward_memory import RewardMemory, held_models, staying, turns_told
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
 
@@ -50,7 +50,7 @@ class Scorer:
         cache: ScoreCache,
         offload: str = "auto",
         progress: Progress = SILENT,
-        memory: str | None = None,
+        memory: RewardMemory | None = None,
     ) -> None:
         """Take charge of the rewards and the cache; `close` frees both.
 
@@ -61,13 +61,13 @@ class Scorer:
             offload: whether models leave memory after scoring the pairs of a call: "always", "never", or "auto", where
                 the largest take turns if those needed do not fit together.
             progress: is told who takes turns.
-            memory: what reward models may take of a GPU together, such as "24GiB" or "30%".
+            memory: what reward models may take of a GPU together; by default all that is free.
         """
         self._rewards = dict(rewards)
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
         self._cache = cache
         self._offload = offload
-        self._progress, self._memory, self._told = progress, memory, False
+        self._progress, self._memory, self._told = progress, memory or RewardMemory(), False
         self._leave_out = {name for name in rewards if declarations[name].missing == "leave_out"}
         self.seconds = 0.0
         self.failed = dict.fromkeys(rewards, 0)

@@ -19,7 +19,7 @@ from rewarded_lines.rewards.reward_checkpoints import (
 )
 from rewarded_lines.rewards.reward_heads import TRUST, load_config, runs_own_code
 from rewarded_lines.rewards.shared_model import SharedModel
-from rewarded_lines.rewards.text_batches import TextBatches, batch_size_on
+from rewarded_lines.rewards.text_batches import TextBatches
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
@@ -54,7 +54,7 @@ class SharedClassifier(SharedModel[Backend]):
         self._elsewhere, self._stored = tokenizer, self._open()
         config = load_config(where, self._stored, spec.trust_remote_code)
         self._spec = with_dtype(where, spec, config)
-        self._batches = TextBatches(where, batch_size_on(device, self._spec))
+        self._batches = TextBatches(where, device, self._spec)
         refuse_too_large(where, self._stored.base, self._spec, config, device)
         self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
         self.positions = positions_of(config)

@@ -81,9 +81,10 @@ def batch_size_on(device: str, spec: RewardSpec) -> int:
 class TextBatches:
     """Runs a model on texts; where memory runs out, on fewer rows for texts of that width or more from then on."""
 
-    def __init__(self, where: str, batch_size: int) -> None:
-        """Begin with the shapes of `batch_size`; see `make_batches`. `where` names the reward in messages."""
-        self._where, self._batch_size = where, batch_size
+    def __init__(self, where: str, device: str, spec: RewardSpec) -> None:
+        """Begin with the shapes that the device and the reward decide; `where` names the reward in messages."""
+        self._where, self._batch_size = where, batch_size_on(device, spec)
+        self._instead = " in place of `batch_size:`" if "batch_size" in spec.model_fields_set else ""
         self._limits: dict[int, int] = {}
 
     def run(
@@ -124,5 +125,5 @@ class TextBatches:
             tell(
                 f"{self._where}: memory ran out with {what} in a batch; such texts go in smaller batches from now on, "
                 f"and no score is lost. Their last bits may differ from earlier ones; `batch_tokens: {tokens}` in the "
-                "reward gives every text the same batches"
+                f"reward{self._instead} gives every text that is scored from then on the same batches"
             )

@@ -1,5 +1,7 @@
 """Where base and policies wait for the next merge: the choice, with simulated memory."""
 
+from types import SimpleNamespace
+
 import torch
 from exact import BFLOAT16
 from hostile import make_family
@@ -40,6 +42,10 @@ def test_the_level_that_has_room():
 def test_a_cards_memory_decides(tmp_path, monkeypatch):
     family = make_family(tmp_path, (BFLOAT16,) * 3, gentle=True)
     plan = plan_merge(str(family.base), {name: str(path) for name, path in family.policies.items()})
+    folded = [
+        place_for(SimpleNamespace(sources=[object()]), EngineSettings(resident=asked)) for asked in ("auto", "gpu")
+    ]
+    assert [place.why for place in folded] == ["", "base and adapters are read from disk for every merge, and folded"]
     free, needed = 80 * GB, stored_bytes(plan)
     assert needed == sum(info.bytes for source in plan.sources for info in source.tensors.values())
     assert [place_for(plan, EngineSettings(resident=asked)).level for asked in ("gpu", "auto")] == ["host", "disk"]

@@ -1,7 +1,9 @@
 """Base and policies in memory: every level gives the bits that `merge` writes; moves down; several workers."""
 
+import gc
 import logging
 import threading
+import weakref
 from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
@@ -199,6 +201,21 @@ def test_a_host_without_memory(plan, monkeypatch):
     held = Resident(plan, "host")
     check(bits(held.tensors(SPECS[1])), plan, SPECS[1])
     assert held.level == "disk"
+
+
+def test_closing_frees_what_a_circle_holds(plan):
+    held = Resident(plan, "gpu")
+    held.load()
+    kept = [weakref.ref(row) for rows in held._rows.values() for row in rows]
+    gc.disable()
+    try:
+        circle = [held._rows]
+        circle.append(circle)
+        del circle
+        held.close()
+        assert kept and all(row() is None for row in kept)
+    finally:
+        gc.enable()
 
 
 # ---- several workers --------------------------------------------------------------------------------------------

@@ -147,6 +147,32 @@ def test_what_cannot_work_is_refused_before_the_model_loads(tiny, given, own, me
     assert not given or own["block_size"] == 7
 
 
+NO_CACHE = ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+ROOM = "remedy: leave it more memory: `resident: host`, a smaller `max_model_len`"
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "message"),
+    [
+        (NO_CACHE, {}, f"vLLM does not start\n  got: No available[^$]*{ROOM}"),
+        (FULL, {"max_num_seqs": 3}, f"vLLM does not start with max_num_seqs: 3\n  got: CUDA out of[^$]*{ROOM}"),
+        (
+            RuntimeError("failed. See root cause above."),
+            {},
+            "got: failed[^$]*remedy: see what vLLM wrote above, or use",
+        ),
+    ],
+)
+def test_an_engine_that_does_not_start_is_one_clear_error(tiny, monkeypatch, error, own, message):
+    def start(**options):
+        raise error
+
+    monkeypatch.setattr(vllm_versions, "load_vllm", lambda settings: start)
+    with pytest.raises(UserError, match=message):
+        load_generator("vllm", "sft", GREEDY, PROMPTS, settings=settings(**own))
+
+
 def test_a_swap_can_quantize_online_and_adapters_as_vllm_can(tiny, given, card):
     plan = plan_merge("sft", {"first": "first", "second": "second"})
     with pytest.MonkeyPatch.context() as patch:

@@ -8,8 +8,10 @@ import torch
 from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines import vllm_models
 from rewarded_lines.engines.base import Workload, base_spec
+from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.engines.vllm_models import MergingWorker, VllmGenerator, plan_message
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.model_plan import ModelPlan
@@ -63,6 +65,14 @@ def check(generator, plan):
 def test_a_worker_in_this_process_uses_the_plan_itself(generator):
     assert generator.worker.merge_plan is generator._plan
     check(generator, generator._plan)
+
+
+@pytest.mark.parametrize("kind", [StandIn, HfGenerator])
+def test_base_and_policies_are_loaded_with_the_engine(kind, tiny):
+    plan = plan_merge("sft", {"first": "first", "second": "second"})
+    engine = kind(Workload("sft", GREEDY, PROMPTS, plan, settings=EngineSettings(resident="host")))
+    held = engine._inputs if kind is HfGenerator else engine.worker.resident
+    assert held.level == "host" and held._arrays.keys() == {*plan.names}
 
 
 def test_a_worker_in_another_process_opens_the_plan_again(tiny, monkeypatch):

@@ -1,10 +1,13 @@
 """Work shared out among threads: every item once, steps in order, the first fault ends it."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
+import numpy as np
 import pytest
 
 from rewarded_lines.kernels.thread_pool import Relay, share_out
@@ -30,6 +33,30 @@ def test_a_fault_ends_it_and_is_raised(threads):
         share_out(range(10_000), lambda: work, threads)
     assert len(begun) < 10_000
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_failed_work_held_is_free_at_once(threads):
+    held = []
+
+    def call():
+        array = np.zeros(9)
+        held.append(weakref.ref(array))
+
+        def work(item):
+            if item == 2:
+                raise MemoryError(array.size)
+
+        share_out(range(9), lambda: work, threads)
+
+    gc.disable()
+    try:
+        call()
+    except MemoryError:
+        pass
+    finally:
+        gc.enable()
+    assert held[0]() is None
 
 
 INTERRUPTED = """

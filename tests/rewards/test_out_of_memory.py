@@ -64,6 +64,9 @@ def test_a_classifier_reads_all_texts_in_smaller_batches(classifiers, card, capl
     assert found == pytest.approx(before, abs=1e-5)
     (line,) = told(caplog)
     assert line.startswith("reward `r`: memory ran out with 64 texts of 8 tokens in a batch; such texts go in smaller")
+    assert line.endswith(
+        "256` in the reward in place of `batch_size:` gives every text that is scored from then on the same batches"
+    )
     # Later calls begin with what fits, and a score still depends on its pair alone.
     card.calls.clear()
     again = reward.score(prompts[:40], [f"{text} fox" for text in pool[:40]])
@@ -115,7 +118,7 @@ def test_a_judge_asks_in_smaller_batches(tiny, card, caplog, settings):
     before = reward.score([""] * 40, texts(40, 4))
     card.most = 100
     assert reward.score([""] * 40, texts(40, 4)) == pytest.approx(before, abs=1e-6, nan_ok=True)
-    assert len(told(caplog)) == 1 and told(caplog)[0].startswith("reward `j`: memory ran out")
+    assert len(told(caplog)) == 1 and "in the reward gives every text" in told(caplog)[0]
 
 
 def test_the_engine_writes_the_same_responses_in_smaller_batches(tiny, card, caplog):

@@ -15,7 +15,7 @@ from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.load_rewards import load_reward
 from rewarded_lines.rewards.model_sizes import refuse_too_large, weights_size
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.rewards.reward_memory import spare_memory, those_that_stay
+from rewarded_lines.rewards.reward_memory import RewardMemory, spare_memory, those_that_stay
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer, reward_key
 from rewarded_lines.rewards.shared_model import SharedModel
@@ -139,7 +139,7 @@ def spies(card, log, **sizes):
 )
 def test_the_engine_leaves_what_reward_models_need(card, sizes, budget, offload, spare, loaded, fact):
     rewards, told = spies(card, [], **sizes), Told()
-    assert spare_memory(rewards.values(), budget, offload, 1, told.tell) == spare * GIB
+    assert spare_memory(rewards.values(), RewardMemory(budget), offload, 1, told.tell) == spare * GIB
     assert "".join(name for name, one in rewards.items() if one.loaded) == loaded
     assert len(told.facts) == 1 and told.facts[0].startswith(f"cuda:0: {fact}")
 
@@ -149,10 +149,10 @@ def test_a_budget_below_what_must_be_there_is_refused(card):
     with pytest.raises(
         UserError, match="(?s)--reward-memory: .*too small.*expected: 14.0 GiB for.*got: 15GiB, 15.0 GiB"
     ):
-        spare_memory(rewards, "15GiB")
+        spare_memory(rewards, RewardMemory("15GiB"))
     with pytest.raises(UserError, match="(?s)too small.*expected: 18.0 GiB"):
-        spare_memory(rewards, "19GiB", "never")
-    assert spare_memory([load_reward("f", RewardSpec(function="length"))], "15GiB") == 0
+        spare_memory(rewards, RewardMemory("19GiB"), "never")
+    assert spare_memory([load_reward("f", RewardSpec(function="length"))], RewardMemory("15GiB")) == 0
 
 
 def test_vllm_takes_what_is_left(card, monkeypatch):
@@ -168,18 +168,20 @@ def test_vllm_takes_what_is_left(card, monkeypatch):
         vllm_versions.start_vllm(spare=50 * GIB)
 
 
-def test_a_sweep_beside_an_engine_keeps_the_small_model_and_turns_the_large_ones(card):
-    log, told = [], Told()
-    rewards = spies(card, log, a=14, b=2, c=14)
-    spare = spare_memory(rewards.values(), "20GiB", "auto", 1, told.tell)
-    card.take(card.total - card.used - spare)  # The engine.
+@pytest.mark.parametrize(("budget", "large", "beside"), [("20GiB", 14, 0), ("20GiB", 14, 30), (None, 30, 30)])
+def test_a_sweep_beside_an_engine_keeps_the_small_model_and_turns_the_large_ones(card, budget, large, beside):
+    """Base and policies come later to what the engine leaves for them: it is not for reward models."""
+    log, told, memory = [], Told(), RewardMemory(budget)
+    rewards = spies(card, log, a=large, b=2, c=large)
+    spare = spare_memory(rewards.values(), memory, "auto", 1, told.tell)
+    card.take(card.total - card.used - spare - beside * GIB)  # The engine.
     log.clear()
     specs = {name: RewardSpec(model=name) for name in rewards}
-    scorer = Scorer(rewards, specs, ScoreCache(), progress=told, memory="20GiB")
+    scorer = Scorer(rewards, specs, ScoreCache(), progress=told, memory=memory)
     for text in "xy":
         scorer.score(["p"], [text])
     assert log == ["+a", "a", "-a", "b", "+c", "c", "-c"] * 2
-    assert len(told.facts) == 2 and "taking turns: a (14.0 GiB), c (14.0 GiB)" in told.facts[1]
+    assert len(told.facts) == 2 and f"taking turns: a ({large}.0 GiB), c ({large}.0 GiB)" in told.facts[1]
 
 
 class Weights:

@@ -72,6 +72,22 @@ def test_the_memory_of_a_judge_from_the_hub_is_known_once_it_is_downloaded(tiny,
     assert judge.size == weights and sizes[0] >= weights + (2 << 30)
 
 
+@pytest.mark.parametrize("error", [ValueError("No available memory for the cache blocks."), MemoryError()])
+def test_where_memory_runs_out_the_other_models_leave(wide_classifier, tiny, monkeypatch, error):
+    starts, own = [], {"backend": "vllm", "template": "{prompt}{response}"}
+
+    def start(**options):
+        starts.append(options)
+        raise error
+
+    monkeypatch.setattr("rewarded_lines.engines.vllm_versions.load_vllm", lambda settings: start)
+    for declared in ({"model": str(wide_classifier)}, {"judge": "sft", "token": "o"}):
+        starts.clear()
+        with pytest.raises(UserError, match="reward `r`: out of memory: .* does not fit"):
+            load_reward("r", RewardSpec(**declared, **own), tiny, "cpu").score(["a"], ["b"])
+        assert len(starts) == 2
+
+
 def test_what_vllm_cannot_score_is_refused(wide_classifier, tiny):
     with pytest.raises(UserError, match="not a classifier.*"):
         load_reward("r", RewardSpec(model="sft", backend="vllm"), tiny, "cpu")
