@@ -81,11 +81,8 @@ class RayEvaluator:
             raise
         # Workers have other working directories, so the path must be absolute.
         project = replace(setup.project, path=setup.project.path.resolve())
-        # All of them: a worker has another environment. None takes back what only the project says.
-        said = setup.project.config.engine.as_dict() if setup.options.engine == "vllm" else {}
-        options = replace(setup.options, engine_args={**dict.fromkeys(said), **setup.settings.as_dict()})
         kind: Any = ray.remote(**share)(Worker)
-        self._hire = partial(kind.remote, project, options, list(also), engines)
+        self._hire = partial(kind.remote, project, _with_all_settings(setup), list(also), engines)
         self.width = count
         self._workers = [self._hire() for _ in range(count)]
         # What each worker has reported, dead ones included.
@@ -147,6 +144,15 @@ class RayEvaluator:
         self._workers.remove(worker)
         self._workers.append(self._hire())
         return self._workers[-1]
+
+
+def _with_all_settings(setup: Setup) -> SweepOptions:
+    """Return the options with every setting of the engine, since a worker has another environment."""
+    said = setup.project.config.engine.as_dict().keys()
+    taken: dict[str, Iterable[str]] = {"vllm": said, "hf": said & {"resident"}}
+    # None takes back what only the project says.
+    back = dict.fromkeys(taken.get(setup.options.engine, ()))
+    return replace(setup.options, engine_args={**back, **setup.settings.as_dict()})
 
 
 def _join(address: str) -> None:

@@ -109,11 +109,13 @@ def test_workers_have_the_settings_of_this_process(greedy, monkeypatch):
     project = greedy / "rewarded-lines.yaml"
     said = "engine: {resident: host, attention: batch-invariant, quantization: fp8_per_tensor, max_num_seqs: 3}\n"
     project.write_text(project.read_text() + said)
-    # What the command line takes back, and other engines do not take.
+    # What the command line takes back; transformers takes one of them.
     back = {"quantization": None, "attention": "default", "resident": "auto", "tensor_parallel_size": 2}
     plain = open_setup(load_project(), SweepOptions("hf", ray="local"))
     wanted = {"max_num_seqs": 3, "tensor_parallel_size": 2}
-    for options, found in ((plain.options, {}), (SweepOptions(engine_args=back, ray="local"), wanted)):
+    auto = SweepOptions("hf", engine_args={"resident": "auto"}, ray="local")
+    whole = SweepOptions(engine_args=back, ray="local")
+    for options, found in ((plain.options, {"resident": "host"}), (auto, {}), (whole, wanted)):
         setup = replace(plain, options=options)
         with stand_in_ray(monkeypatch) as ray:
             RayEvaluator(setup).close()
