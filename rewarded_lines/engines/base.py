@@ -63,6 +63,7 @@ class Workload:
         longest: tokens of the longest sequence that `logprobs` gets.
         settings: how vLLM starts; other engines take none.
         spare: bytes of each GPU that must stay free for reward models.
+        engines: at most so many start on this machine and share its memory.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Workload:
     longest: int = 0
     settings: EngineSettings = EngineSettings()
     spare: int = 0
+    engines: int = 1
 
     @property
     def texts(self) -> str:

@@ -17,7 +17,7 @@ Level = Literal["gpu", "host", "disk"]
 LEVELS: tuple[Level, ...] = ("gpu", "host", "disk")
 # The engine and the inputs leave the rest of a GPU's free memory to torch's reserve and to others.
 _SHARE_OF_GPU = 0.9
-# The rest of the host's memory serves files, rewards and other engines, which start at the same time.
+# Of all engines on a machine together; the rest of the host's memory serves files and rewards.
 _SHARE_OF_HOST = 0.3
 # Nobody needs to be told where fewer bytes are.
 _WORTH_TELLING = 100 << 20
@@ -57,7 +57,7 @@ class Place:
     why: str
 
 
-def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
+def choose_level(asked: str, sizes: Sizes, gpu: int, host: int, engines: int = 1) -> Place:
     """Return the fastest level that has room, from the one that is asked for downwards.
 
     Args:
@@ -66,12 +66,14 @@ def choose_level(asked: str, sizes: Sizes, gpu: int, host: int) -> Place:
         sizes: what is needed.
         gpu: free bytes of the GPU on which the engine runs; 0 without a GPU.
         host: bytes of the host's memory that can be allocated without swapping.
+        engines: so many share the host, and may start at the same time.
     """
     first = (0 if gpu else 2) if asked == "auto" else [str(level) for level in LEVELS].index(asked)
     whys = ["there is no GPU"] if asked == "gpu" and not gpu else []
     needed = {"gpu": sizes.inputs + sizes.working, "host": sizes.host}
-    room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host)}
-    where = {"gpu": "on the GPU, beside the engine", "host": "in the host's memory"}
+    room = {"gpu": int(_SHARE_OF_GPU * gpu) - sizes.engine, "host": int(_SHARE_OF_HOST * host) // engines}
+    shared = f", as one of {engines} engines" if engines > 1 else ""
+    where = {"gpu": "on the GPU, beside the engine", "host": f"in the host's memory{shared}"}
     if gpu and sizes.working > room["gpu"]:
         whys.append(f"no room to merge on the GPU ({_gb(sizes.working)} needed, {_gb(room['gpu'])} there)")
         first = 2
@@ -99,7 +101,9 @@ def stored_bytes(plan: ModelPlan) -> int:
     return total_bytes(kept)
 
 
-def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine: int | None = None) -> Place:
+def place_for(
+    plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine: int | None = None, engines: int = 1
+) -> Place:
     """Return where a plan's inputs wait, beside an engine on this machine's first GPU, or on its CPU.
 
     Args:
@@ -107,6 +111,7 @@ def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine:
         settings: the user's wish and the number of devices, which share the inputs on GPUs, but not on CPUs.
         spare: bytes of each GPU that must stay free for others.
         engine: bytes that the engine still needs on each GPU; by default those of vLLM: one output and a cache.
+        engines: see `choose_level`.
     """
     import torch
 
@@ -119,9 +124,9 @@ def place_for(plan: ModelPlan, settings: EngineSettings, spare: int = 0, engine:
         largest = max(info.bytes for info in plan.outputs())
         needed = _engine_bytes(plan, settings) if engine is None else engine
         sizes = Sizes(-(-inputs // devices), inputs, working_bytes(len(plan.policies), largest), needed)
-        place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host)
+        place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host, engines)
     else:
-        place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host)
+        place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host, engines)
     told = settings.resident != "auto" or (torch.cuda.is_available() and inputs >= _WORTH_TELLING)
     return place if told else replace(place, why="")
 

@@ -68,7 +68,7 @@ class HfGenerator(SwappingGenerator):
         """Return what merges are made from; the model is in its place already."""
         if self._plan is None:
             return None
-        place = place_for(self._plan, work.settings, work.spare, _GENERATION)
+        place = place_for(self._plan, work.settings, work.spare, _GENERATION, work.engines)
         self.told = (f"resident: {place.why}",) if place.why else ()
         return Resident(self._plan, place.level, self._model.device)
 

@@ -36,7 +36,9 @@ class VllmGenerator(VllmCore, SwappingGenerator):
     def __init__(self, work: Workload) -> None:
         """Start the engine; see `load_generator`."""
         super().__init__(work)
-        place = place_for(self._plan, work.settings, spare=work.spare) if self._plan is not None else None
+        place = None
+        if self._plan is not None:
+            place = place_for(self._plan, work.settings, spare=work.spare, engines=work.engines)
         # Room for the inputs is left when the engine takes its memory.
         self._start(work, beside=place.beside if place else 0)
         if self._plan is not None and place is not None:

@@ -36,14 +36,14 @@ _CONNECT_SECONDS = 10
 class Worker:
     """Evaluates points in a Ray actor; the first point builds the engine."""
 
-    def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt]) -> None:
-        """Keep the project, whose paths must exist on every machine of the cluster."""
-        self._project, self._options, self._also = project, options, also
+    def __init__(self, project: Project, options: SweepOptions, also: Sequence[Prompt], engines: int) -> None:
+        """Keep the project, whose paths must exist on every machine, and how many workers share one machine."""
+        self._project, self._options, self._also, self._engines = project, options, also, engines
         self._scratch = tempfile.TemporaryDirectory()
 
     @cached_property
     def _evaluator(self) -> LocalEvaluator:
-        setup = open_setup(self._project, self._options)
+        setup = replace(open_setup(self._project, self._options), engines=self._engines)
         return LocalEvaluator(setup, Path(self._scratch.name), self._also)
 
     def evaluate(
@@ -74,16 +74,15 @@ class RayEvaluator:
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         try:
-            count, share = worker_shares(machines, setup.settings.tensor_parallel, setup.options.workers, self._ray)
+            parallel = setup.settings.tensor_parallel
+            count, share, engines = worker_shares(machines, parallel, setup.options.workers, self._ray)
         except UserError:
             ray.shutdown()
             raise
         # Workers have other working directories, so the path must be absolute.
         project = replace(setup.project, path=setup.project.path.resolve())
-        # All of them: a worker has another environment.
-        options = replace(setup.options, engine_args=setup.settings.as_dict())
         kind: Any = ray.remote(**share)(Worker)
-        self._hire = partial(kind.remote, project, options, list(also))
+        self._hire = partial(kind.remote, project, _with_all_settings(setup), list(also), engines)
         self.width = count
         self._workers = [self._hire() for _ in range(count)]
         # What each worker has reported, dead ones included.
@@ -145,6 +144,15 @@ class RayEvaluator:
         self._workers.remove(worker)
         self._workers.append(self._hire())
         return self._workers[-1]
+
+
+def _with_all_settings(setup: Setup) -> SweepOptions:
+    """Return the options with every setting of the engine, since a worker has another environment."""
+    said = setup.project.config.engine.as_dict().keys()
+    taken: dict[str, Iterable[str]] = {"vllm": said, "hf": said & {"resident"}}
+    # None takes back what only the project says.
+    back = dict.fromkeys(taken.get(setup.options.engine, ()))
+    return replace(setup.options, engine_args={**back, **setup.settings.as_dict()})
 
 
 def _join(address: str) -> None:

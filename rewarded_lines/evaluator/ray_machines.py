@@ -12,8 +12,8 @@ _REMEDY = "lower --workers or --tensor-parallel, or start more machines with `ra
 
 def worker_shares(
     machines: Sequence[Mapping[str, float]], parallel: int, workers: int | None, where: str
-) -> tuple[int, dict[str, int]]:
-    """Return how many workers there are, and what each gets of one machine, in the words of `ray.remote`.
+) -> tuple[int, dict[str, int], int]:
+    """Return how many workers there are, what each gets in the words of `ray.remote`, the most on one machine.
 
     Args:
         machines: the resources of each, by Ray's names.
@@ -30,13 +30,15 @@ def worker_shares(
         _check_room(count, sum(cpus), "a CPU", f"CPUs of each machine: {_listed(cpus)}", where)
         # The largest equal shares of machines that are not equal.
         sizes = range(max(cpus), 0, -1)
-        return count, {"num_cpus": next(one for one in sizes if sum(own // one for own in cpus) >= count)}
+        size = next(one for one in sizes if sum(own // one for own in cpus) >= count)
+        return count, {"num_cpus": size}, min(count, max(cpus) // size)
     # Beside its GPUs, Ray gives each worker a CPU.
-    room = sum(min(own // parallel, beside) for own, beside in zip(gpus, cpus, strict=True))
+    rooms = [min(own // parallel, beside) for own, beside in zip(gpus, cpus, strict=True)]
+    room = sum(rooms)
     needs = "a GPU and a CPU" if parallel == 1 else f"{parallel} GPUs and a CPU, on one machine,"
     count = workers or room
     _check_room(count, room, needs, f"GPUs of each machine: {_listed(gpus)}; CPUs: {_listed(cpus)}", where)
-    return count, {"num_gpus": parallel}
+    return count, {"num_gpus": parallel}, min(count, max(rooms))
 
 
 def _check_room(count: int, room: int, needs: str, got: str, where: str) -> None:

@@ -27,7 +27,9 @@ class SweepOptions:
     device: str = option("auto", "Where reward models run: auto, cpu, cuda.", offers=("auto", "cpu", "cuda"))
     layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
     tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
-    tensor_parallel: int = option(1, "Devices that vLLM spreads the model over.", min=1)
+    tensor_parallel: int | None = option(
+        None, "Devices that vLLM spreads the model over; by default the project's, or one.", min=1
+    )
     engine_args: Mapping[str, Any] | None = option(
         None,
         "A setting of `engine:`: resident, attention, or any argument of vLLM's EngineArgs (repeat).",
@@ -54,9 +56,10 @@ class SweepOptions:
         self._parse_arguments()
         if self.workers is not None and self.ray is None:
             raise fail("workers need Ray", where="--workers", remedy="add --ray local, or leave it out")
-        if self.tensor_parallel < 1:
+        parallel = 1 if self.tensor_parallel is None else self.tensor_parallel
+        if parallel < 1:
             raise fail("not a number of devices", where="--tensor-parallel", got=str(self.tensor_parallel))
-        if self.tensor_parallel > 1 and self.engine != "vllm":
+        if parallel > 1 and self.engine != "vllm":
             raise fail("only vLLM spreads a model", where="--tensor-parallel", remedy="use --engine vllm")
         if self.offload not in ("auto", "always", "never"):
             raise fail(f"unknown value `{self.offload}`", where="--offload", expected="auto, always, never")
@@ -78,15 +81,15 @@ class SweepOptions:
             expected = "resident alone" if self.engine == "hf" else "none"
             remedy = "use --engine vllm, or leave it out"
             raise fail("only vLLM takes arguments", where="--engine-arg", expected=expected, remedy=remedy)
-        if self.tensor_parallel > 1 and given.get(_PARALLEL, self.tensor_parallel) != self.tensor_parallel:
+        if self.tensor_parallel is not None and given.get(_PARALLEL, self.tensor_parallel) != self.tensor_parallel:
             got = f"--tensor-parallel {self.tensor_parallel}, --engine-arg {_PARALLEL}={given[_PARALLEL]}"
             raise fail("two numbers of devices", where="--engine-arg", got=got, remedy="give one of them")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The settings of the engine that the command line gives, those of the project apart."""
-        parallel = {_PARALLEL: self.tensor_parallel} if self.tensor_parallel > 1 else {}
-        return {**(self.engine_args or {}), **parallel}
+        given = self.tensor_parallel is not None and self.engine == "vllm"
+        return {**(self.engine_args or {}), **({_PARALLEL: self.tensor_parallel} if given else {})}
 
 
 takes_sweep_options = partial(takes_fields, SweepOptions, "options")

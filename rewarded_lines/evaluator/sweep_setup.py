@@ -56,6 +56,7 @@ class Setup:
         rows: the prompts of every point, with their columns.
         control: sets of texts for the perplexity, by name.
         told: notes on how rows were read, which were left out, and what a reward does not read.
+        engines: at most so many start on one machine and share its memory.
     """
 
     project: Project
@@ -65,6 +66,7 @@ class Setup:
     rows: Sequence[Row]
     control: Mapping[str, Sequence[str]]
     told: list[str] = field(default_factory=list)
+    engines: int = 1
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -190,6 +192,7 @@ class Setup:
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             settings=self.settings,
             spare=0 if is_url(self.options.engine) else self._spare(tell),
+            engines=self.engines,
         )
 
     def _spare(self, tell: Callable[[str], None]) -> int:

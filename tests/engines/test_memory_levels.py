@@ -39,6 +39,13 @@ def test_the_level_that_has_room():
         assert place.beside == {"gpu": sizes.inputs + sizes.working, "host": sizes.working, "disk": 0}[level]
 
 
+def test_engines_of_one_machine_share_its_memory():
+    # 0.3 × 512 GB for eight engines, and 0.3 × 2,048 GB.
+    for host, level, said in ((512, "disk", "(41.0 GB needed, 19.2 GB there)"), (2048, "host", "(41.0 GB of 76.8 GB)")):
+        place = choose_level("auto", LARGE, 48 * GB, host * GB, 8)
+        assert place.level == level and f"in the host's memory, as one of 8 engines {said}" in place.why
+
+
 def test_a_cards_memory_decides(tmp_path, monkeypatch):
     family = make_family(tmp_path, (BFLOAT16,) * 3, gentle=True)
     plan = plan_merge(str(family.base), {name: str(path) for name, path in family.policies.items()})

@@ -265,8 +265,11 @@ def test_what_is_not_the_users_to_set_is_refused(tiny, given, message):
 
 def test_two_numbers_of_devices_are_refused_and_other_engines_take_none():
     assert SweepOptions(tensor_parallel=2).arguments == {"tensor_parallel_size": 2}
+    # One is a number, too; only without one the project's counts.
+    assert SweepOptions(tensor_parallel=1).arguments == {"tensor_parallel_size": 1}
+    assert SweepOptions().arguments == SweepOptions(engine="hf", tensor_parallel=1).arguments == {}
     with pytest.raises(UserError, match="two numbers of devices"):
-        SweepOptions(tensor_parallel=2, engine_args={"tensor_parallel_size": 4})
+        SweepOptions(tensor_parallel=1, engine_args={"tensor_parallel_size": 4})
     with pytest.raises(UserError, match="only vLLM takes arguments(.|\n)*resident alone"):
         SweepOptions(engine="hf", engine_args=["max_num_seqs=3"])
     with pytest.raises(UserError, match="only vLLM takes arguments(.|\n)*expected: none"):

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from stand_in_ray import StandInRay, stand_in_ray
 
 from rewarded_lines import sweep
+from rewarded_lines.engines import memory_levels
+from rewarded_lines.engines.memory_levels import choose_level
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.ray_cluster import RayEvaluator
 from rewarded_lines.evaluator.ray_machines import check_devices, worker_shares
@@ -46,13 +49,13 @@ def same(alone, shared):
 
 def test_workers_get_what_single_machines_have():
     for machines, parallel, workers, found in (
-        ([{"CPU": 4}, {"CPU": 4}], 1, None, (2, {"num_cpus": 4})),
-        ([{"CPU": 8}, {"CPU": 2}], 1, 2, (2, {"num_cpus": 4})),
-        ([{"CPU": 8}, {"CPU": 2}], 1, 5, (5, {"num_cpus": 2})),
-        ([{"CPU": 8}, {}], 1, None, (1, {"num_cpus": 8})),
-        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 1, None, (11, {"num_gpus": 1})),
-        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 2, None, (5, {"num_gpus": 2})),
-        ([{"CPU": 9, "GPU": 8}, {"CPU": 9}], 4, 1, (1, {"num_gpus": 4})),
+        ([{"CPU": 4}, {"CPU": 4}], 1, None, (2, {"num_cpus": 4}, 1)),
+        ([{"CPU": 8}, {"CPU": 2}], 1, 2, (2, {"num_cpus": 4}, 2)),
+        ([{"CPU": 8}, {"CPU": 2}], 1, 5, (5, {"num_cpus": 2}, 4)),
+        ([{"CPU": 8}, {}], 1, None, (1, {"num_cpus": 8}, 1)),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 1, None, (11, {"num_gpus": 1}, 8)),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9, "GPU": 3}], 2, None, (5, {"num_gpus": 2}, 4)),
+        ([{"CPU": 9, "GPU": 8}, {"CPU": 9}], 4, 1, (1, {"num_gpus": 4}, 1)),
     ):
         assert worker_shares(machines, parallel, workers, "--ray auto") == found
 
@@ -92,10 +95,33 @@ def test_a_gpu_that_workers_do_not_see_is_refused(greedy):
 
 
 def test_workers_give_the_scores_of_none_and_a_death_costs_one_point(greedy, monkeypatch):
+    engines = []
+    monkeypatch.setattr(memory_levels, "choose_level", lambda *facts: engines.append(facts[-1]) or choose_level(*facts))
     alone = sweep(engine="hf", out="alone")
     with stand_in_ray(monkeypatch, dies=lambda calls: calls == 2) as ray:
         same(alone, sweep(engine="hf", out="shared", ray="local", workers=2))
+    # Alone, then each worker as one of two on its machine.
+    assert engines[0] == 1 and set(engines[1:]) == {2}
     assert len(ray.actors) == 3 and ray.calls == len(list((greedy / "alone/points").iterdir())) + 1
+
+
+def test_workers_have_the_settings_of_this_process(greedy, monkeypatch):
+    project = greedy / "rewarded-lines.yaml"
+    said = "engine: {resident: host, attention: batch-invariant, quantization: fp8_per_tensor, max_num_seqs: 3}\n"
+    project.write_text(project.read_text() + said)
+    # What the command line takes back; transformers takes one of them.
+    back = {"quantization": None, "attention": "default", "resident": "auto", "tensor_parallel_size": 2}
+    plain = open_setup(load_project(), SweepOptions("hf", ray="local"))
+    wanted = {"max_num_seqs": 3, "tensor_parallel_size": 2}
+    auto = SweepOptions("hf", engine_args={"resident": "auto"}, ray="local")
+    whole = SweepOptions(engine_args=back, ray="local")
+    for options, found in ((plain.options, {"resident": "host"}), (auto, {}), (whole, wanted)):
+        setup = replace(plain, options=options)
+        with stand_in_ray(monkeypatch) as ray:
+            RayEvaluator(setup).close()
+        worker = ray.actors[0].made
+        there = replace(setup, project=worker._project, options=worker._options)
+        assert there.settings.as_dict() == setup.settings.as_dict() == found
 
 
 def test_a_fault_of_the_user_in_a_worker_ends_the_run_as_one(greedy, monkeypatch):

@@ -177,12 +177,13 @@ def test_an_impossible_effective_batch_is_refused(monkeypatch, words, said):
 def test_keys_that_are_not_set_follow_the_machine(monkeypatch, gpu, supported, words, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supported)
-    # From the launch file.
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    made = parse_recipe((Machine,), [*words, "--report_to", "none"])
     expected.report_to = ["none"]
-    assert made == (expected,) and not made.given & {"dataloader_pin_memory"}
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if expected.bf16 else "no")
+    # From the launch file. Its fp16 stays: without it, nothing would say that the training is in float32.
+    for launched, left in (("bf16", "bf16" if expected.bf16 else "no"), ("fp16", "fp16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        made = parse_recipe((Machine,), [*words, "--report_to", "none"])
+        assert made == (expected,) and not made.given & {"dataloader_pin_memory"}
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == left
 
 
 @pytest.mark.parametrize(("processes", "seconds"), [("1", 1800), ("2", 24 * 3600)])
