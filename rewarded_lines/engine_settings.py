@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -47,6 +48,8 @@ _FREE = {
     *("enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
     *("max_parallel_loading_workers", "download_dir", "served_model_name", "log_level"),
 }
+# What this project computes with.
+_NUMBERS = {"gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"}
 _FREE_BEGINNINGS = ("offload_", "cpu_offload_", "safetensors_", "numa_", "distributed_timeout_")
 
 
@@ -66,6 +69,9 @@ class EngineSettings(Strict):
         parallel = self.args.get("tensor_parallel_size", 1)
         if type(parallel) is not int or parallel < 1:
             raise ValueError(f"`tensor_parallel_size` is a number of devices, not {parallel!r}")
+        for name in _NUMBERS & self.args.keys():
+            if type(value := self.args[name]) not in (int, float, NoneType):
+                raise ValueError(f"`{name}` is a number, not {value!r}")
         for name, value in self.args.items():
             if reason := own_reason(name):
                 raise ValueError(f"`{name}` is not for you to set: {reason}")
