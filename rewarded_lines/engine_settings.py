@@ -47,6 +47,7 @@ _FREE = {
     *("enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
     *("max_parallel_loading_workers", "download_dir", "served_model_name", "log_level"),
 }
+# What this project computes with.
 _FREE_BEGINNINGS = ("offload_", "cpu_offload_", "safetensors_", "numa_", "distributed_timeout_")
 
 
@@ -66,12 +67,12 @@ class EngineSettings(Strict):
         parallel = self.args.get("tensor_parallel_size", 1)
         if type(parallel) is not int or parallel < 1:
             raise ValueError(f"`tensor_parallel_size` is a number of devices, not {parallel!r}")
-        share = self.args.get("gpu_memory_utilization", 1)
-        if type(share) not in (int, float) or not 0 < share <= 1:
+        share = self.args.get("gpu_memory_utilization")
+        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
             raise ValueError(f"`gpu_memory_utilization` is a number above 0 and at most 1, not {share!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
-            count = self.args.get(name, 1)
-            if type(count) is not int or count < 1:
+            count = self.args.get(name)
+            if count is not None and (type(count) is not int or count < 1):
                 raise ValueError(f"`{name}` is a whole number of 1 or more, not {count!r}")
         for name, value in self.args.items():
             if reason := own_reason(name):

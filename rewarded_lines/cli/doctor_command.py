@@ -15,6 +15,7 @@ from rich.text import Text
 from rewarded_lines.cli.display import progress_bar, show_json
 from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
 from rewarded_lines.engines.plan_options import PlanOptions
+from rewarded_lines.errors import fail
 from rewarded_lines.options import takes_fields
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def doctor(
 
     With --for, show instead what a sweep over a model needs of memory, and
     what fits where. Of the model only its config and the headers of its
-    weights are read. A Hub id is looked up on the network. Prompts and reward
-    models are those of the project file, if there is one. If something does
-    not fit, the exit code is 1.
+    weights are read. A Hub id is looked up on the network. Prompts, policies,
+    reward models and `engine:` are those of the project file, if there is one.
+    If something does not fit, the exit code is 1.
 
     \b
     rewarded-lines doctor
@@ -62,6 +63,9 @@ def doctor(
     rewarded-lines doctor --for 7B --policies 2 --gpus 1
     rewarded-lines doctor --for my-sft --lora 16 --gpu-memory 24 --json
     """
+    if thorough and model is not None or model is None and options != PlanOptions():
+        remedy = "leave out `--thorough`" if thorough and model is not None else "add `--for MODEL`"
+        raise fail("options of a memory plan and of the check of this installation do not mix", remedy=remedy)
     if model is not None:
         _plan(model, config, options, as_json)
         return
@@ -83,7 +87,7 @@ def _plan(model: str, config: Path | None, options: PlanOptions, as_json: bool) 
     from rewarded_lines.cli.display import stdout_for_results
     from rewarded_lines.cli.memory_table import show_plan
     from rewarded_lines.engines.memory_plan import plan_memory
-    from rewarded_lines.engines.planned_work import plan_for
+    from rewarded_lines.evaluator.planned_work import plan_for
 
     with stdout_for_results():
         shape, job, machine = plan_for(model, config, options)

@@ -1,12 +1,11 @@
 """What a model takes in memory, read from its config and the headers of its weights; no weights are read.
 
 Three sources, the first that is there: a folder's files, a Hub id's files (the headers alone are fetched), and the name
-of a size such as `7B`, which stands for the published Llama of about that size.
+of a size such as `7B`, which stands for the published Llama of that name, or one at most 15 % off.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,15 @@ from rewarded_lines.references import looks_local
 
 _SIZE = re.compile(r"(?:llama-?)?(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
 _BLOCK = re.compile(r"\.\d+\.")
+# Linear layers that tensor parallelism cuts by rows and by columns, as families name them.
+_BY_ROWS = re.compile(
+    r"\.([qkv]|qkv|gate|up|gate_up|[qkv]_b|kv_b)_proj\.|\.(c_attn|c_fc|query_key_value|dense_h_to_4h|fc1|w[13])\."
+)
+_BY_COLUMNS = re.compile(r"\.((o|down|out|c)_proj|dense_4h_to_h|attention\.dense|fc2|fc_out|w2)\.")
+# What a plan cannot do without.
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+# A size may differ so far from a published model.
+_OFF = 0.15
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 # The published Llamas: hidden, intermediate, blocks, heads, key-value heads, vocabulary, whether the head is tied.
 _LLAMAS = {
@@ -54,6 +62,8 @@ class ModelShape:
         vocabulary: tokens.
         heads: of attention; tensor parallelism divides them.
         edges: Σ (rows + columns) over the linear layers in blocks. A LoRA of rank r has r · edges parameters.
+        undivided: the part of `edges` that tensor parallelism leaves whole on every GPU.
+        towers: it also reads images or sound.
         cache: the layers that keep keys and values.
         notes: what is an estimate, and why.
     """
@@ -68,6 +78,8 @@ class ModelShape:
     vocabulary: int
     heads: int
     edges: int
+    undivided: int
+    towers: bool
     cache: tuple[KvLayers, ...]
     notes: tuple[str, ...] = ()
 
@@ -80,7 +92,7 @@ def read_shape(reference: str) -> ModelShape:
     """
     size = _SIZE.fullmatch(reference)
     if size and not Path(reference).exists():
-        return named_shape(float(size[1]) * (1e9 if size[2] in "bB" else 1e6))
+        return named_shape(reference, float(size[1]) * (1e9 if size[2] in "bB" else 1e6))
     try:
         folder = resolve_folder(reference, weights=False)
     except UserError as error:
@@ -89,23 +101,48 @@ def read_shape(reference: str) -> ModelShape:
     return shape_from(reference, _whole_config(folder), _tensor_shapes(reference, folder))
 
 
-def named_shape(parameters: float) -> ModelShape:
-    """Return the shape of the published Llama nearest to a number of parameters, with that number of parameters."""
+def named_shape(reference: str, parameters: float) -> ModelShape:
+    """Return the shape of the published Llama whose name or count is nearest to a number of parameters.
+
+    Raises:
+        UserError: none is within 15 % of it.
+    """
     shapes = {name: shape_from(name, *_llama(name)) for name in _LLAMAS}
-    name = min(shapes, key=lambda one: abs(math.log(shapes[one].parameters / parameters)))
+    sizes = {name: (shape.parameters, 1e9 * float(_size_in(name)[:-1])) for name, shape in shapes.items()}
+    off = {name: min(abs(parameters / size - 1) for size in both) for name, both in sizes.items()}
+    name = min(off, key=lambda one: off[one])
+    if off[name] > _OFF:
+        known = ", ".join(map(_size_in, _LLAMAS))
+        raise fail(
+            "no published Llama is about that large", where=reference, expected=known, remedy="give a folder or Hub id"
+        )
     return shapes[name]
 
 
+def _size_in(name: str) -> str:
+    return name.rpartition("-")[2]
+
+
 def shape_from(name: str, config: Config, tensors: Tensors) -> ModelShape:
-    """Return the shape that a config and the shapes of tensors say."""
+    """Return the shape that a config and the shapes of tensors say.
+
+    Raises:
+        UserError: the config has no blocks with attention.
+    """
     text = text_config(config)
+    if lacking := [key for key in _NEEDED if type(text.get(key)) is not int or text[key] < 1]:
+        expected, got = ", ".join(_NEEDED), f"no number for {', '.join(lacking)}"
+        remedy = "plans are made for models whose blocks have attention"
+        if not is_installed("transformers"):
+            remedy = f"{install('eval')}, which knows the defaults of the model's class"
+        raise fail("the config leaves out what is needed", where=name, expected=expected, got=got, remedy=remedy)
     hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
     cache, notes = kv_layers(config)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     # A tied head may be saved a second time; without the embeddings it stands for them.
     twice = tied and any(part in key for key in tensors for part in TOKEN_EMBEDDINGS)
     kept = [info for key, info in tensors.items() if not (twice and key in TIED_HEADS)]
-    linear = [info.shape for info in kept if len(info.shape) == 2 and _BLOCK.search(info.name)]
+    linear = [info for info in kept if len(info.shape) == 2 and _BLOCK.search(info.name)]
     return ModelShape(
         name=name,
         parameters=sum(info.elements for info in kept),
@@ -116,10 +153,21 @@ def shape_from(name: str, config: Config, tensors: Tensors) -> ModelShape:
         inner=_inner(text, hidden),
         vocabulary=int(text.get("vocab_size", config.get("vocab_size", 0))),
         heads=heads,
-        edges=sum(map(sum, linear)),
+        edges=sum(sum(info.shape) for info in linear),
+        undivided=sum(map(_undivided, linear)),
+        towers=text is not config,
         cache=cache,
         notes=notes,
     )
+
+
+def _undivided(info: TensorInfo) -> int:
+    """Return what of rows + columns of a LoRA's factors every GPU has whole, as vLLM cuts them.
+
+    A layer that is cut by rows has a whole A, one that is cut by columns a whole B, another one both.
+    """
+    rows, columns = info.shape
+    return columns if _BY_ROWS.search(info.name) else rows if _BY_COLUMNS.search(info.name) else rows + columns
 
 
 def _inner(text: Config, hidden: int) -> int:
@@ -143,7 +191,7 @@ def _llama(name: str) -> tuple[dict[str, Any], Tensors]:
         **{f"{part}_proj": (inner, hidden) for part in ("gate", "up")},
         **{"down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)},
     }
-    tensors = {f"model.layers.{layer}.{part}": shape for layer in range(layers) for part, shape in block.items()}
+    tensors = {f"model.layers.{layer}.{part}.weight": shape for layer in range(layers) for part, shape in block.items()}
     ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     return config, _described({**tensors, **ends, "model.norm.weight": (hidden,)}, BF16)
 
@@ -155,17 +203,16 @@ def _whole_config(folder: Path) -> Config:
         from rewarded_lines.engines.tokenizers import load_config
 
         try:
-            known = load_config(str(folder)).get_text_config()
+            whole = load_config(str(folder))
         except UserError:
             # A class that transformers does not know: the file alone has to do.
             pass
         else:
+            known = whole.get_text_config()
             content = known.to_dict()
             names = {name: content[own] for name, own in known.attribute_map.items() if own in content}
-            return {"tie_word_embeddings": config.get("tie_word_embeddings", False), **content, **names}
-    if lacking := [key for key in ("hidden_size", *_KEYS[2:4]) if key not in text_config(config)]:
-        expected, remedy = ", ".join(lacking), f"{install('eval')}, which knows the defaults of the model's class"
-        raise fail("the config leaves out what is needed", where=str(folder), expected=expected, remedy=remedy)
+            text = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **content, **names}
+            return text if known is whole else {"text_config": text}
     return config
 
 
@@ -207,8 +254,14 @@ def _shapes_of_class(folder: Path) -> Tensors:
 
     from rewarded_lines.engines.tokenizers import load_config
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(str(folder)), trust_remote_code=False)
+    config = load_config(str(folder))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - every class fails in its own way
+        what = "no safetensors there, and transformers makes no language model of the config"
+        got = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise fail(what, where=str(folder), got=got, remedy="save its weights as safetensors") from error
     kind = str(model.dtype).removeprefix("torch.")
     return _described({name: tuple(weight.shape) for name, weight in model.named_parameters()}, FLOATS[kind])
 

@@ -16,8 +16,8 @@ class PlanOptions:
 
     Attributes:
         policies: models that are merged; None: the project's, or two.
-        gpus: how many share the model.
-        lora: rank of the policies' adapters; 0: whole models.
+        gpus: how many share the model; None: as many as the project says, or one.
+        lora: rank of the policies' adapters; 0: that of the project's, if they are adapters.
         dtype: of the engine's weights; None: the project's, or bfloat16.
         engine_share: the part of a GPU for the engine; None: the project's, or what fits.
         gpu_memory: GiB of one GPU; None: of the GPU here, or 80.
@@ -25,8 +25,10 @@ class PlanOptions:
     """
 
     policies: int | None = option(None, "With --for: policies to merge; by default the project's, or 2.", min=1)
-    gpus: int = option(1, "With --for: GPUs that share the model.", min=1)
-    lora: int = option(0, "With --for: rank of the policies, if they are LoRA adapters.", min=0)
+    gpus: int | None = option(
+        None, "With --for: GPUs that share the model; by default the project's tensor_parallel_size, or 1.", min=1
+    )
+    lora: int = option(0, "With --for: rank of the LoRA policies; by default the project's.", min=0)
     dtype: str | None = option(
         None, "With --for: type of the weights; by default the project's, or bfloat16.", offers=DTYPES
     )

@@ -9,17 +9,14 @@ from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.vllm_core import VllmCore
+from rewarded_lines.engines.vllm_memory import adapters_at_once
 from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
+from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
 from rewarded_lines.processes import available_memory
 
-# The values that vLLM's max_lora_rank can take.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_MOST_AT_ONCE = 16
 _FEW_AT_ONCE = 4
-# Slots for adapters may take this share of the free memory.
-_SHARE = 0.1
 _ENGINE = "--engine vllm"
 _REMEDY = "use --engine hf, which folds adapters into their base"
 
@@ -40,7 +37,7 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         refuse_unserved(plan)
         rank = slot_rank(plan)
         free = available_memory(vllm_device())
-        self.at_once = min(_MOST_AT_ONCE, max(1, int(_SHARE * free / adapter_bytes(plan, rank))))
+        self.at_once = adapters_at_once(free, adapter_bytes(plan, rank))
         self._number = 0
         self._start(
             work,
@@ -109,12 +106,12 @@ def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:
 def slot_rank(plan: AdapterPlan, where: str = _ENGINE) -> int:
     """Return the max_lora_rank that merged adapters need, at least Σ rᵢ of every module. `where`: the engine."""
     rank = max(sum(one.rank for one in modules.values()) for modules in plan.modules.values())
-    if rank > RANKS[-1]:
+    if rank > VLLM_RANKS[-1]:
         raise fail(
             "merged adapters have the sum of their policies' ranks, which is more than vLLM serves",
             where=where,
-            expected=f"at most {RANKS[-1]}",
+            expected=f"at most {VLLM_RANKS[-1]}",
             got=str(rank),
             remedy=_REMEDY,
         )
-    return next(allowed for allowed in RANKS if allowed >= rank)
+    return served_rank(rank)

@@ -40,7 +40,8 @@ class VllmCore(Generator):
         usual: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         if vllm_device() == "cuda":
             # With CUDA graphs: swaps write to the addresses that they read.
-            few = few_scored_at_once(longest, load_config(work.model), work.settings.args)
+            config = load_config(work.model)
+            few = few_scored_at_once(longest, config.get_text_config() is not config, work.settings.args)
             usual = {"enforce_eager": not finds_compiler(), **few}
         self._llm: Any = start_vllm(
             settings=work.settings,

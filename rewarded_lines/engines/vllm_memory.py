@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rewarded_lines.errors import fail
@@ -17,6 +18,8 @@ _FEW_TOKENS_WITH_IMAGES = 4096
 _OVERHEAD = 1 << 30
 # Bytes that sampling takes for each sequence and token of the vocabulary: float32 logits, sorted with their places.
 _SAMPLING = 20
+# Merged adapters that wait in slots of the engine: so many, in at most this share of the free memory.
+_MOST_ADAPTERS, _SHARE_OF_ADAPTERS = 16, 0.1
 _GIB = 1 << 30
 
 
@@ -68,19 +71,26 @@ def working_memory(config: Any, longest: int, itemsize: int, samples: bool) -> i
     return _OVERHEAD + activations + (_FEW_SEQUENCES * own.vocab_size * _SAMPLING if samples else 0)
 
 
+def adapters_at_once(free: int, one: int) -> int:
+    """Return how many merged adapters of so many bytes, in float32, the engine keeps; one more slot stays spare."""
+    return min(_MOST_ADAPTERS, max(1, int(_SHARE_OF_ADAPTERS * free / max(1, one))))
+
+
 def _most(value: Any) -> int:
     """Return a number of a config, the largest where each layer has its own."""
     return max(value) if isinstance(value, list | tuple) else int(value or 0)
 
 
-def few_scored_at_once(longest: int, config: Any, args: dict[str, Any]) -> dict[str, int]:
+def few_scored_at_once(longest: int, towers: bool, args: Mapping[str, Any]) -> dict[str, int]:
     """Return vLLM's arguments for an engine that scores texts of up to `longest` tokens on a GPU.
+
+    `towers`: the model also reads images or sound.
 
     vLLM's older runner computes the probabilities of all tokens of a text that are in one batch at once, and reserves
     nothing for that: 16,384 tokens with a vocabulary of 150,000 take 20 GB. So a batch has fewer tokens. The newer
     runner splits them by itself, into 1024 at a time.
     """
-    most = _FEW_TOKENS if config.get_text_config() is config else _FEW_TOKENS_WITH_IMAGES
+    most = _FEW_TOKENS_WITH_IMAGES if towers else _FEW_TOKENS
     if longest <= most:
         return {}
     # vLLM wants at least one token for each sequence.

@@ -10,6 +10,14 @@ from rewarded_lines.checkpoints.adapters import Adapter
 from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.merger.lora_stacking import AdapterOutput, Stack
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's max_lora_rank can take."""
+
+
+def served_rank(rank: int) -> int:
+    """Return the max_lora_rank that vLLM needs for adapters of a rank; a rank above all of them stays."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+
 
 def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: int, base: str) -> dict[str, Any]:
     """Return the adapter_config.json of an output: α = r for every module, so that its scaling is 1.

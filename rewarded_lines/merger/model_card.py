@@ -13,6 +13,7 @@ from typing import Any
 
 from rewarded_lines import __version__
 from rewarded_lines.errors import printable
+from rewarded_lines.merger.adapter_settings import served_rank
 from rewarded_lines.merger.input_cards import InputCard, input_cards
 from rewarded_lines.merger.methods import LINES_PAPER, METHODS, SOUPS_PAPER
 from rewarded_lines.merger.plan import Plan
@@ -21,7 +22,6 @@ from rewarded_lines.merger.spec import MergeSpec
 
 HERE = "this folder"
 _WIDE = 6
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # By the end of an architecture's name: transformers' class that loads it, and the Hub's task.
 _LOADERS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -214,7 +214,7 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
     lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
     lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
     text = f"A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum."
-    most = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    most = served_rank(rank)
     served = f"""\
 from vllm import LLM
 from vllm.lora.request import LoRARequest

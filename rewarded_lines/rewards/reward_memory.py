@@ -33,7 +33,7 @@ class RewardMemory:
         """Return the bytes of a device; None without a limit."""
         if _named(device) == "cpu" or (self.budget is None and _named(device) not in self.decided):
             return None
-        return self.decided.get(_named(device)) or bytes_of(str(self.budget), device)
+        return self.decided.get(_named(device)) or bytes_of(str(self.budget), whole_memory(device))
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,38 @@ def spare_memory(
 def _spare(
     device: str, models: Sequence[HeldModel], memory: RewardMemory, offload: str, tell: Callable[[str], None]
 ) -> int:
-    budget = memory.budget
     sizes = [one.size for one in models]
     loaded = sum(one.size for one in models if one.loaded)
-    share = int(_SHARE_OF_GPU * (available_memory(device) + loaded))
-    whole = bytes_of(budget, device) if budget is not None else max(share, max(sizes) + WORKING_MEMORY)
+    stay, peak = shared_out(sizes, available_memory(device) + loaded, whole_memory(device), memory.budget, offload)
+    memory.decided[device] = peak + WORKING_MEMORY
+    for at in {*range(len(models))} - stay:
+        models[at].rewards[0].rest()
+    tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")
+    return max(peak + WORKING_MEMORY - sum(sizes[at] for at in stay if models[at].loaded), 0)
+
+
+def shared_out(
+    sizes: Sequence[int], free: int, card: int, budget: str | None, offload: str = "auto"
+) -> tuple[set[int], int]:
+    """Return the places of the models that stay beside an engine, and the bytes of the weights there at once.
+
+    Args:
+        sizes: bytes of each model's weights, all of one GPU.
+        free: bytes of the GPU that are free without them.
+        card: all bytes of the GPU.
+        budget: see `spare_memory`.
+        offload: see `Scorer`.
+
+    Raises:
+        UserError: the budget is too small for the models that must be in memory at once.
+    """
+    half = int(_SHARE_OF_GPU * free)
+    whole = bytes_of(budget, card) if budget is not None else max(half, max(sizes) + WORKING_MEMORY)
     if offload == "auto":
         stay = those_that_stay(sizes, whole - WORKING_MEMORY)
     else:
-        stay = {*range(len(models))} if offload == "never" else set()
-    rest = [at for at in range(len(models)) if at not in stay]
-    peak = sum(sizes[at] for at in stay) + max((sizes[at] for at in rest), default=0)
+        stay = {*range(len(sizes))} if offload == "never" else set()
+    peak = sum(sizes[at] for at in stay) + max((one for at, one in enumerate(sizes) if at not in stay), default=0)
     if budget is not None and peak + WORKING_MEMORY > whole:
         raise fail(
             "the memory of reward models is too small for those that must be there at once",
@@ -161,11 +182,7 @@ def _spare(
             got=f"{budget}, {in_gib(whole)}",
             remedy="raise it, declare `dtype: bfloat16`, or `device: cpu` for a reward",
         )
-    memory.decided[device] = peak + WORKING_MEMORY
-    for at in rest:
-        models[at].rewards[0].rest()
-    tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")
-    return max(peak + WORKING_MEMORY - sum(sizes[at] for at in stay if models[at].loaded), 0)
+    return stay, peak
 
 
 def _words(models: Sequence[HeldModel], stay: set[int]) -> str:
@@ -180,10 +197,10 @@ def turns_told(models: Sequence[HeldModel], stay: Sequence[HeldModel]) -> str:
     return f"reward models do not fit into the memory of {models[0].device} together; {_words(models, places)}"
 
 
-def bytes_of(budget: str, device: str) -> int:
+def bytes_of(budget: str, card: int) -> int:
     """Return a budget in bytes; a share is one of the whole GPU."""
     amount = parse_memory(budget)
-    return int(amount * whole_memory(device)) if budget.rstrip().endswith("%") else int(amount)
+    return int(amount * card) if budget.rstrip().endswith("%") else int(amount)
 
 
 def _named(device: str) -> str:

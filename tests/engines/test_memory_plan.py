@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from stand_in_hub import stand_in_hub
+from tiny_adapters import save_adapter
 from tiny_models import make_model, save_model
 
-from rewarded_lines.engines import planned_work
 from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
 from rewarded_lines.engines.memory_levels import working_bytes
 from rewarded_lines.engines.memory_plan import GIB, Job, Machine, plan_memory
-from rewarded_lines.engines.model_shapes import named_shape, read_shape
+from rewarded_lines.engines.model_shapes import read_shape
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluator import planned_work
 
 # The published configs, as far as they matter here.
 LLAMA_8B = {
@@ -112,7 +115,7 @@ def test_of_a_hub_id_only_the_headers_are_read(tmp_path, monkeypatch):
 
 
 def test_whole_models_wait_where_they_fit():
-    shape = named_shape(8e9)
+    shape = read_shape("8B")
     weights, token, head = 2 * 8_030_261_248, 131_072, 2 * 128_256 * 4096
     plan = plan_memory(shape, Job(longest=1000, at_once=64), CARD)
     assert plan.engine["weights"] == weights and plan.sequence == 1000 * token
@@ -132,34 +135,165 @@ def test_whole_models_wait_where_they_fit():
     assert plan_memory(shape, Job(resident="host"), CARD).resident == "host"
 
 
-def test_adapters_take_slots():
-    shape = named_shape(8e9)
-    plan = plan_memory(shape, Job(lora=16), CARD)
-    # q and o 4096 × 4096, k and v 1024 × 4096, three of 14336 × 4096, in 32 blocks.
-    one = 2 * 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
-    assert plan.engine["LoRA slots"] == 17 * 2 * one and plan.disk["one merged model"] == 2 * one
-    assert plan.resident == "slots" and "base and policies" not in plan.beside
+@pytest.mark.parametrize(("size", "off"), [("0B", 1), ("350M", 1), ("1.5B", 1), ("32B", 1), ("405B", 0), ("1.2B", 0)])
+def test_a_size_far_from_all_published_ones_is_refused(size, off):
+    if off:
+        with pytest.raises(UserError, match="(?s)1B, 3B, 7B, 8B, 13B, 70B, 405B.*give a folder or Hub id"):
+            read_shape(size)
+    else:
+        assert read_shape(size).name == {"405B": "Llama-3.1-405B", "1.2B": "Llama-3.2-1B"}[size]
 
 
 @pytest.mark.parametrize(
-    ("job", "machine", "expected"),
+    ("config", "expected"),
     [
-        (Job(), Machine(1, 24 * GIB, 256 * GIB, GIB), "the engine does not fit"),
-        (Job(), Machine(3, 80 * GIB, 256 * GIB, GIB), "vLLM cannot divide 64 attention heads among 3 GPUs"),
-        (Job(share=0.9, longest=16_384), Machine(8, 80 * GIB, 512 * GIB, GIB), "the engine leaves too little"),
-        (Job(share=0.1), Machine(8, 80 * GIB, 512 * GIB, GIB), "the engine does not fit"),
+        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, "no number for num_attention_heads"),
+        ({"model_type": "deberta-v2"}, "makes no language model"),
+        ({"model_type": "vit"}, "makes no language model"),
     ],
 )
-def test_what_does_not_fit_is_said(job, machine, expected):
-    plan = plan_memory(named_shape(70e9), job, machine)
-    assert any(problem.startswith(expected) for problem in plan.problems)
+def test_other_models_are_refused_and_as_rewards_not_counted(tiny, cli, config, expected):
+    for name in ("other", "of-a-reward"):
+        (tiny / name).mkdir()
+        (tiny / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=expected):
+        read_shape(str(tiny / "other"))
+    edit_project(tiny, "  letters:", "  other: {model: of-a-reward}\n  letters:")
+    found = json.loads(cli("doctor", "--for", "sft", "--json").out)
+    assert found["job"]["rewards"] == {}
+    assert any(note.startswith("reward other is not counted: ") for note in found["model"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("towers", "longest", "args", "tokens"),
+    [
+        (False, 2048, {}, 16_384),
+        (False, 16_384, {}, 2048),
+        (True, 4096, {}, 16_384),
+        (True, 16_384, {}, 4096),
+        (False, 16_384, {"max_num_seqs": 3000}, 3000),
+        (False, 16_384, {"max_num_batched_tokens": 512}, 512),
+    ],
+)
+def test_long_sequences_are_read_in_parts(towers, longest, args, tokens):
+    plan = plan_memory(replace(read_shape("8B"), towers=towers), Job(longest=longest, args=args), CARD)
+    # Gate and up are 2 · 14,336 wide.
+    assert plan.engine["batch"] == tokens * (4 * 4096 + 2 * 14_336) * 2 + 256 * 128_256 * 10
+    assert plan.beside["log-probabilities, at times"] == min(longest, tokens) * 128_256 * 10
+
+
+def test_a_cache_of_one_byte_a_number():
+    plan = plan_memory(read_shape("8B"), Job(longest=1000, args={"kv_cache_dtype": "fp8_e4m3"}), CARD)
+    assert plan.sequence == 1000 * 131_072 // 2
+
+
+# Of a block of the 8B: q and o 4096 × 4096, k and v 1024 × 4096, three of 14,336 × 4096.
+EDGES = 32 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
+# On every GPU: A of q, k, v, gate and up, B of o and down.
+WHOLE = 32 * 7 * 4096
+
+
+@pytest.mark.parametrize(
+    ("policies", "gpus", "rank", "slots"),
+    # In float32 a merged adapter of rank 32 has 0.31 GiB, of rank 512 5.0 GiB: a tenth of 79.5 GiB holds one.
+    [(2, 1, 32, 17), (3, 1, 64, 13), (2, 4, 32, 17), (20, 1, 320, 3), (21, 1, 512, 2)],
+)
+def test_adapters_take_slots(policies, gpus, rank, slots):
+    job = Job(lora=16, policies=policies)
+    plan = plan_memory(read_shape("8B"), job, replace(CARD, gpus=gpus))
+    assert plan.engine["LoRA slots"] == slots * rank * (WHOLE + (EDGES - WHOLE) // gpus) * 2
+    assert plan.disk["one merged model"] == 16 * policies * EDGES * 2
+    assert plan.resident == "slots" and "base and policies" not in plan.beside and not plan.problems
+
+
+FITS_NOT = "the engine does not fit: not one sequence of this length has room beside the weights; "
+
+
+@pytest.mark.parametrize(
+    ("size", "job", "gpus", "card", "expected"),
+    [
+        ("70B", Job(), 1, 24, FITS_NOT + "take more GPUs"),
+        ("70B", Job(share=0.9), 1, 24, FITS_NOT + "take more GPUs"),
+        ("8B", Job(dtype="float32"), 1, 24, FITS_NOT + "set `generation: {dtype: bfloat16}`"),
+        ("70B", Job(), 3, 80, "vLLM cannot divide 64 attention heads among 3 GPUs"),
+        # CUDA's 1 GiB and the log-probabilities' 2.4 leave 76.6 of 80.
+        ("70B", Job(share=0.1), 8, 80, FITS_NOT + "set `gpu_memory_utilization: 0.95`"),
+        (
+            *("70B", Job(share=0.97, longest=16_384), 8, 80),
+            "the engine leaves too little for log-probabilities beside it; set `gpu_memory_utilization: 0.95`",
+        ),
+        ("8B", Job(lora=300), 1, 80, "merged adapters have rank 600, and vLLM serves at most 512; sweep with `--eng"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_what_would_help(size, job, gpus, card, expected):
+    plan = plan_memory(read_shape(size), job, Machine(gpus, card * GIB, 512 * GIB, GIB))
+    assert [problem.startswith(expected) for problem in plan.problems] == [True], plan.problems
+
+
+def edit_project(folder, old, new):
+    file = folder / "rewarded-lines.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_the_project_says_how_the_engine_starts(tiny, cli):
+    engine = "{tensor_parallel_size: 2, max_num_seqs: 4, max_num_batched_tokens: 64, kv_cache_dtype: fp8, "
+    more = "quantization: fp8_per_tensor, async_scheduling: true}"
+    edit_project(tiny, "rewards:", f"engine: {engine}{more}\nrewards:")
+    shutil.rmtree(tiny / "second")
+    save_adapter(tiny / "sft", tiny / "second", 1, r=4)
+    found = json.loads(cli("doctor", "--for", "sft", "--json").out)
+    assert found["machine"]["gpus"] == 2 and found["job"]["at_once"] == 4 and found["job"]["lora"] == 0
+    # Four layers, two heads of 32 numbers on two GPUs, one byte a number.
+    assert found["sequence"] == 4 * 2 * 1 * 32 * found["job"]["longest"]
+    notes = found["model"]["notes"]
+    assert "engine: `quantization` is not counted; it may change the memory" in notes
+    assert "not all policies are known to be adapters, so all are counted as whole models" in notes
+    assert not any("async_scheduling" in note or "KV cache" in note for note in notes)
+    shutil.rmtree(tiny / "first")
+    save_adapter(tiny / "sft", tiny / "first", 2, r=6)
+    found = json.loads(cli("doctor", "--for", "sft", "--gpus", "1", "--json").out)
+    assert (found["machine"]["gpus"], found["job"]["lora"], found["resident"]) == (1, 6, "slots")
+    edit_project(tiny, "max_num_seqs: 4", 'gpu_memory_utilization: "0.5"')
+    assert "`gpu_memory_utilization` is a number, not '0.5'" in cli("doctor", "--for", "sft").err
+
+
+# Of the 7B, the 8B and the 13B in bfloat16.
+BYTES = {"seven": 2 * 6_738_415_616, "eight": 2 * 8_030_261_248, "more": 2 * 13_015_864_320}
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        # Half of 79.5 GiB, less 2 to work: 24.2 of the largest and 12.6 fit, 15.0 more do not.
+        ("", {"reward seven": BYTES["seven"], "rewards that take turns": BYTES["more"]}),
+        ("reward_memory: 60GiB", {f"reward {name}": size for name, size in BYTES.items()}),
+        ("reward_memory: 30GiB", {"rewards that take turns": BYTES["more"]}),
+        ("reward_memory: 20GiB", None),
+    ],
+)
+def test_large_reward_models_take_turns(tiny, cli, budget, expected):
+    # Sizes stand for the models.
+    models = {"seven": "7B", "eight": "8B", "more": "13B", "far": "8B, device: 'cuda:1'", "slow": "8B, device: cpu"}
+    rewards = "".join(f"  {name}: {{model: {model}, dtype: bfloat16}}\n" for name, model in models.items())
+    edit_project(tiny, "rewards:", f"{budget}\nrewards:\n{rewards.rstrip()}")
+    answer = cli("doctor", "--for", "sft", "--gpu-memory", "80", "--json")
+    if expected is None:
+        assert answer.code == 1 and "too small for those that must be there at once" in answer.err
+    else:
+        assert json.loads(answer.out)["job"]["rewards"] == expected
+
+
+@pytest.mark.parametrize("given", [("--gpus", "2"), ("--lora", "8"), ("--for", "7B", "--thorough")])
+def test_a_plan_and_a_check_do_not_mix(cli, given):
+    answer = cli("doctor", *given)
+    assert answer.code == 1 and "do not mix" in answer.err
 
 
 def test_the_project_says_how_long_sequences_are(tiny, cli, monkeypatch):
     monkeypatch.setattr(planned_work, "graphics_cards", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
-    (tiny / "rewarded-lines.yaml").write_text(
-        (tiny / "rewarded-lines.yaml").read_text().replace("letters:", "tiny: {model: first}\n  letters:")
-    )
+    edit_project(tiny, "letters:", "tiny: {model: first}\n  letters:")
     answer = cli("doctor", "--for", "sft", "--json")
     found = json.loads(answer.out)
     assert answer.code == 0 and found["fits"]

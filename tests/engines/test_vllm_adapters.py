@@ -14,7 +14,7 @@ from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import adapter_folders, vllm_adapters
+from rewarded_lines.engines import adapter_folders, vllm_memory
 from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load_engine import load_generator
@@ -44,7 +44,7 @@ def policies(tiny):
 @pytest.fixture
 def vllm(policies, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
-    monkeypatch.setattr(vllm_adapters, "_MOST_AT_ONCE", 3)
+    monkeypatch.setattr(vllm_memory, "_MOST_ADAPTERS", 3)
     children = set(psutil.Process().children(recursive=True))
     generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan_adapters("sft", policies))
     folder = generator._folders.folder

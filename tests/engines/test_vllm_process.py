@@ -74,14 +74,11 @@ def test_a_small_engines_working_memory_is_that_of_its_batches():
 
 
 def test_a_batch_of_long_texts_to_score_has_few_tokens():
-    text = SimpleNamespace()
-    text.get_text_config = lambda: text
-    images = SimpleNamespace(get_text_config=lambda: text)
-    for longest, config, args, tokens in (
-        (2048, text, {}, None),
-        (2049, text, {}, 2048),
-        (99999, text, {"max_num_seqs": 3000}, 3000),
-        (4096, images, {}, None),
-        (99999, images, {}, 4096),
+    for longest, towers, args, tokens in (
+        (2048, False, {}, None),
+        (2049, False, {}, 2048),
+        (99999, False, {"max_num_seqs": 3000}, 3000),
+        (4096, True, {}, None),
+        (99999, True, {}, 4096),
     ):
-        assert few_scored_at_once(longest, config, args).get("max_num_batched_tokens") == tokens
+        assert few_scored_at_once(longest, towers, args).get("max_num_batched_tokens") == tokens
