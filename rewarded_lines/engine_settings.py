@@ -47,7 +47,6 @@ _FREE = {
     *("enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
     *("max_parallel_loading_workers", "download_dir", "served_model_name", "log_level"),
 }
-# What this project computes with.
 _FREE_BEGINNINGS = ("offload_", "cpu_offload_", "safetensors_", "numa_", "distributed_timeout_")
 
 
