@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import NoneType
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -48,8 +47,6 @@ _FREE = {
     *("enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
     *("max_parallel_loading_workers", "download_dir", "served_model_name", "log_level"),
 }
-# What this project computes with.
-_NUMBERS = {"gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"}
 _FREE_BEGINNINGS = ("offload_", "cpu_offload_", "safetensors_", "numa_", "distributed_timeout_")
 
 
@@ -69,9 +66,13 @@ class EngineSettings(Strict):
         parallel = self.args.get("tensor_parallel_size", 1)
         if type(parallel) is not int or parallel < 1:
             raise ValueError(f"`tensor_parallel_size` is a number of devices, not {parallel!r}")
-        for name in _NUMBERS & self.args.keys():
-            if type(value := self.args[name]) not in (int, float, NoneType):
-                raise ValueError(f"`{name}` is a number, not {value!r}")
+        share = self.args.get("gpu_memory_utilization")
+        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+            raise ValueError(f"`gpu_memory_utilization` is a number above 0 and at most 1, not {share!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            count = self.args.get(name)
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"`{name}` is a whole number of 1 or more, not {count!r}")
         for name, value in self.args.items():
             if reason := own_reason(name):
                 raise ValueError(f"`{name}` is not for you to set: {reason}")

@@ -22,8 +22,11 @@ _PR_SET_PDEATHSIG = 1
 # thread held at the fork, such as one that imported vLLM.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _prctl, _malloc_trim = (getattr(_LIBC, name, None) for name in ("prctl", "malloc_trim"))
-# A container's limits.
-_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# A container's limit, its use, and the name of what can give way; by version 2 and 1 of control groups.
+_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 VLLM_SETTINGS = {
     # In this process, an engine starts quickly and a kill leaves no other process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -110,12 +113,21 @@ def available_memory(device: str) -> int:
 
 
 def available_host_memory() -> int:
-    """Return the bytes of memory that this machine has available, at most those that its container may take."""
+    """Return the bytes of memory that this machine has available, at most those that its container has left."""
     facts = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+)", facts.read_text()) if facts.is_file() else None
     free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [path.read_text(encoding="ascii").strip() for path in _GROUP_LIMITS if path.is_file()]
-    return min([free, *map(int, filter(str.isdecimal, limits))])
+    return min([free, *(_left_to_container(*names) for names in _GROUP_FILES if Path(names[0]).is_file())])
+
+
+def _left_to_container(limit: str, used: str, cache: str) -> int:
+    """Return a container's limit less what it uses; files in the cache do not count, since they give way."""
+    files = (Path(limit), Path(limit).with_name(used), Path(limit).with_name("memory.stat"))
+    most, taken, facts = (path.read_text(encoding="ascii").strip() if path.is_file() else "" for path in files)
+    if not most.isdecimal():
+        return sys.maxsize
+    given_way = re.search(rf"^{cache} (\d+)$", facts, re.M)
+    return max(0, int(most) - int(taken or 0) + (int(given_way[1]) if given_way else 0))
 
 
 def give_back_memory() -> None:

@@ -80,9 +80,8 @@ def _data_inputs(settings: DemoSettings) -> list[Any]:
     suite, folder = load_project(settings.suite).config, settings.suite.parent
     files = {*folder.glob("*.py"), *(local_path(name, folder) for name in brought_files(suite))}
     listed = [_text(path) for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])]
-    # Only where it is used, so that earlier demos stay.
-    later = set() if suite.engine.as_dict() else {"engine"}
-    return [[suite.model_dump(mode="json", exclude=later), *map(_text, sorted(files))], listed]
+    # A key that a later version adds changes nothing while it is not used.
+    return [[suite.model_dump(mode="json", exclude_defaults=True), *map(_text, sorted(files))], listed]
 
 
 def _make_data(settings: DemoSettings, watch: Watch) -> None:

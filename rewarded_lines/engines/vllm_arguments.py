@@ -6,6 +6,8 @@ vLLM's source names its arguments. It is read, not run: to import vLLM takes ten
 from __future__ import annotations
 
 import ast
+import os
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,13 +90,28 @@ def check_device(settings: EngineSettings) -> None:
         _check_cpu(settings.args)
     if settings.attention == "batch-invariant" and capability < _CAPABILITY:
         least = ".".join(map(str, _CAPABILITY))
+        by_variable = os.environ.get(INVARIANT) == "1"
         raise fail(
             "vLLM's batch-invariant kernels do not run here",
-            where=f"{WHERE}: attention",
+            where=f"the variable {INVARIANT}" if by_variable else f"{WHERE}: attention",
             expected=f"an NVIDIA GPU of compute capability {least} or more",
             got=f"one of {'.'.join(map(str, capability))}" if any(capability) else "a CPU",
-            remedy="leave it out",
+            remedy=f"unset {INVARIANT}" if by_variable else "leave it out",
         )
+
+
+def choose_kernels(settings: EngineSettings) -> None:
+    """Choose batch-invariant kernels if the settings ask for them. vLLM's modules read this at their import.
+
+    Raises:
+        UserError: vLLM was imported before, with other kernels.
+    """
+    if settings.attention != "batch-invariant" or os.environ.get(INVARIANT) == "1":
+        return
+    if "vllm" in sys.modules:
+        what = "vLLM was loaded in this process with kernels that are not batch-invariant"
+        raise fail(what, where=f"{WHERE}: attention", remedy=f"start Python anew with {INVARIANT}=1")
+    os.environ[INVARIANT] = "1"
 
 
 def _check_cpu(args: dict[str, Any]) -> None:

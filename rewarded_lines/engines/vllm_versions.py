@@ -20,7 +20,7 @@ from typing import Any
 from packaging.version import Version
 
 from rewarded_lines.engine_settings import EngineSettings
-from rewarded_lines.engines.vllm_arguments import INVARIANT, WHERE, check_device, vllm_version
+from rewarded_lines.engines.vllm_arguments import WHERE, check_device, choose_kernels, vllm_version
 from rewarded_lines.engines.vllm_memory import few_at_once, memory_share
 from rewarded_lines.engines.vllm_process import enlist, vllm_device
 from rewarded_lines.errors import fail
@@ -91,11 +91,8 @@ def load_vllm(settings: EngineSettings | None = None) -> Any:
     Raises:
         UserError: an earlier import in this process chose other kernels than the settings ask for.
     """
-    if settings is not None and settings.attention == "batch-invariant" and os.environ.get(INVARIANT) != "1":
-        if "vllm" in sys.modules:
-            what = "vLLM was loaded in this process with kernels that are not batch-invariant"
-            raise fail(what, where=f"{WHERE}: attention", remedy=f"start Python anew, or with {INVARIANT}=1")
-        os.environ[INVARIANT] = "1"
+    if settings is not None:
+        choose_kernels(settings)
     # vLLM reads the environment at its import; the user's own settings stay.
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)

@@ -74,8 +74,10 @@ class SweepOptions:
         except ValueError as error:
             raise fail(str(error), where="--engine-arg", expected="for instance max_num_seqs=64") from error
         object.__setattr__(self, "engine_args", given or None)
-        if given and self.engine != "vllm":
-            raise fail("only vLLM takes arguments", where="--engine-arg", remedy="use --engine vllm, or leave it out")
+        if self.engine != "vllm" and set(given) - ({"resident"} if self.engine == "hf" else set()):
+            expected = "resident alone" if self.engine == "hf" else "none"
+            remedy = "use --engine vllm, or leave it out"
+            raise fail("only vLLM takes arguments", where="--engine-arg", expected=expected, remedy=remedy)
         if self.tensor_parallel > 1 and given.get(_PARALLEL, self.tensor_parallel) != self.tensor_parallel:
             got = f"--tensor-parallel {self.tensor_parallel}, --engine-arg {_PARALLEL}={given[_PARALLEL]}"
             raise fail("two numbers of devices", where="--engine-arg", got=got, remedy="give one of them")

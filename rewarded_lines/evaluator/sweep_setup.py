@@ -27,7 +27,7 @@ from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
-from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device
+from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
 from rewarded_lines.evaluator.ray_machines import check_devices
@@ -83,8 +83,11 @@ class Setup:
 
     @cached_property
     def settings(self) -> EngineSettings:
-        """How vLLM starts; the defaults for an engine that takes no settings."""
-        return engine_settings(self.project, self.options) if self.options.engine == "vllm" else EngineSettings()
+        """How the engine starts: vLLM takes all settings, transformers `resident`, a server none."""
+        if is_url(self.options.engine):
+            return EngineSettings()
+        made = engine_settings(self.project, self.options)
+        return made if self.options.engine == "vllm" else EngineSettings(resident=made.resident)
 
     @property
     def reward_memory(self) -> str | None:
@@ -218,16 +221,19 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
         # With Ray, the engines are on other machines.
         if options.ray is None:
             check_device(settings)
+            # Rewards in vLLM import it first.
+            choose_kernels(settings)
     _check_rewards(project)
     if options.ray is not None:
-        check_devices(project, options.device, engine_settings(project, options).tensor_parallel)
+        spread = engine_settings(project, options).tensor_parallel if options.engine == "vllm" else 1
+        check_devices(project, options.device, spread)
     if project.config.generation.chat_template:
         read_template(str(local_path(project.config.generation.chat_template, project.root)))
     progress.start("reading prompts")
     assert project.config.prompts is not None
     told: list[str] = []
-    if options.engine != "vllm" and project.config.engine != EngineSettings():
-        told.append(f"`engine:` is for vLLM; --engine {options.engine} takes none of it")
+    if options.engine != "vllm" and (unused := set(project.config.engine.as_dict()) - {"resident"}):
+        told.append(f"`engine:` is for vLLM; --engine {options.engine} does not take {', '.join(sorted(unused))}")
     rows = read_prompts(project.config.prompts, project.root, told.append)
     control = {
         name: [str(row["text"]) for row in read_rows(spec, [("text",)], project.root)]

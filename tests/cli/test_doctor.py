@@ -232,10 +232,15 @@ def test_a_disk_that_is_full_or_nearly_so(quick, monkeypatch, free, code, state)
 
 
 def test_little_memory_in_a_container(quick, monkeypatch, tmp_path):
-    (tmp_path / "memory.max").write_text("2000000000\n")
-    monkeypatch.setattr(processes, "_GROUP_LIMITS", (tmp_path / "memory.max",))
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    (tmp_path / "memory.current").write_text("1500000000\n")
+    (tmp_path / "memory.stat").write_text("active_file 7\ninactive_file 500000000\n")
+    files = (str(tmp_path / "memory.max"), "memory.current", "inactive_file")
+    monkeypatch.setattr(processes, "_GROUP_FILES", (files,))
     code, checks = quick()
     assert code == 0 and checks["processor"]["state"] == "warning" and "2.0 GB" in checks["processor"]["found"]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert processes.available_host_memory() > 2_000_000_000
 
 
 def test_a_folder_that_may_not_be_written(quick, monkeypatch, tmp_path):

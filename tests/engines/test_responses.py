@@ -171,6 +171,7 @@ def test_every_engine_samples_from_the_tokens_that_the_settings_leave(tiny, engi
     generator.close()
 
 
+@pytest.mark.slow
 def test_a_repetition_penalty_counts_the_prompt_in_every_engine(tiny):
     spec = GenerationSpec(temperature=0, max_tokens=8, repetition_penalty=1.5)
     model = AutoModelForCausalLM.from_pretrained("sft")

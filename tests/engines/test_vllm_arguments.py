@@ -45,8 +45,8 @@ def given(monkeypatch):
 
     def start(**options):
         found.update(options)
-        if options.get("max_num_seqs") == 0:
-            raise ValueError("max_num_seqs must be positive")
+        if options.get("block_size") == 7:
+            raise ValueError("block_size must be a power of two")
         return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None)))
 
     monkeypatch.setattr(vllm_versions, "load_vllm", lambda settings: start)
@@ -133,7 +133,7 @@ def test_a_gpu_build_without_a_gpu_is_refused(tiny, given, monkeypatch):
         ({"max_num_seq": 3}, "no argument `max_num_seq`[^$]*did you mean `max_num_seqs`"),
         ({"atention": "default"}, "did you mean `attention`"),
         ({"max_model_len": 2}, "at least [0-9]+\n  got: 2"),
-        ({"max_num_seqs": 0}, "does not start with max_num_seqs: 0[^$]*must be positive"),
+        ({"block_size": 7}, "does not start with block_size: 7[^$]*must be a power of two"),
         ({"quantization": "bitsandbytes"}, "cannot quantize merged weights[^$]*fp8_per_tensor"),
         ({"cpu_offload_gb": 4}, "cannot replace weights that it keeps in the host's memory"),
         ({"attention": "batch-invariant"}, "batch-invariant kernels do not run here[^$]*got: a CPU"),
@@ -144,7 +144,7 @@ def test_what_cannot_work_is_refused_before_the_model_loads(tiny, given, own, me
     plan = plan_merge("sft", {"first": "first", "second": "second"})
     with pytest.raises(UserError, match=message):
         load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan, settings=settings(**own))
-    assert not given or own["max_num_seqs"] == 0
+    assert not given or own["block_size"] == 7
 
 
 def test_a_swap_can_quantize_online_and_adapters_as_vllm_can(tiny, given, card):
@@ -224,6 +224,8 @@ def test_the_project_file_holds_any_argument(tmp_path):
         (["seed=3"], "`seed` is not for you to set: each response has a seed of its own; write `generation.seed`"),
         (["data-parallel-size=2"], "not for you to set: this project spreads points over engines by itself"),
         (["tensor_parallel_size=two"], "is a number of devices, not 'two'"),
+        (["gpu_memory_utilization=90%"], "is a number above 0 and at most 1, not '90%'"),
+        (["max_num_seqs=0"], "`max_num_seqs` is a whole number of 1 or more, not 0"),
         (["resident=ram"], "--engine-arg: resident: Input should be 'auto', 'gpu', 'host' or 'disk'"),
         (["max_num_seqs"], "'max_num_seqs' is not KEY=VALUE"),
         (["max_num_seqs=3", "max-num-seqs=4"], "`max_num_seqs` is given twice"),
@@ -239,8 +241,25 @@ def test_two_numbers_of_devices_are_refused_and_other_engines_take_none():
     assert SweepOptions(tensor_parallel=2).arguments == {"tensor_parallel_size": 2}
     with pytest.raises(UserError, match="two numbers of devices"):
         SweepOptions(tensor_parallel=2, engine_args={"tensor_parallel_size": 4})
-    with pytest.raises(UserError, match="only vLLM takes arguments"):
+    with pytest.raises(UserError, match="only vLLM takes arguments(.|\n)*resident alone"):
         SweepOptions(engine="hf", engine_args=["max_num_seqs=3"])
+    with pytest.raises(UserError, match="only vLLM takes arguments(.|\n)*expected: none"):
+        SweepOptions(engine="https://one", engine_args=["resident=disk"])
+
+
+def test_transformers_takes_where_models_wait_and_tells_what_it_does_not_take(tiny):
+    project = load_project()
+    config = project.config.model_copy(update={"engine": settings(resident="host", max_num_seqs=3)})
+    options = SweepOptions(engine="hf", engine_args={"resident": "disk"})
+    setup = open_setup(type(project)(project.path, config), options)
+    assert setup.settings == settings(resident="disk")
+    assert [one for one in setup.told if "max_num_seqs" in one and "resident" not in one]
+
+
+def test_a_variable_that_does_not_fit_the_machine_is_named(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UserError, match="the variable VLLM_BATCH_INVARIANT(.|\n)*remedy: unset VLLM_BATCH_INVARIANT"):
+        open_setup(load_project(), SweepOptions())
 
 
 ALONE_AND_TOGETHER = """

@@ -67,6 +67,7 @@ def test_long_names_fit(make_summary: MakeSummary, check_layout: Callable[[Any],
         check_layout(figure)
 
 
+@pytest.mark.slow
 def test_every_figure_has_the_same_bytes_each_time(make_summary: MakeSummary) -> None:
     summary = make_summary(points=3, rewards=2, policies=3, control=1.0)
     first, second = ({name: figure_bytes(figure, "svg") for name, figure in figures(summary, [LOG])} for _ in range(2))

@@ -43,6 +43,7 @@ def test_five_rewards_have_no_planes_and_four_have(make_summary: MakeSummary) ->
     assert len(front_figure(make_summary(rewards=4, policies=4, points=3)).axes) == 6
 
 
+@pytest.mark.slow
 def test_eight_rewards_fit_in_every_figure(make_summary: MakeSummary, check_layout: Callable) -> None:
     methods = {f"m{index}": (1.0, index / 4) for index in range(5)}
     drawn = dict(figures(make_summary(**EIGHT, methods=methods, control=1.0)))
