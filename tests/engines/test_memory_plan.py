@@ -256,7 +256,7 @@ def test_the_project_says_how_the_engine_starts(tiny, cli):
     found = json.loads(cli("doctor", "--for", "sft", "--gpus", "1", "--json").out)
     assert (found["machine"]["gpus"], found["job"]["lora"], found["resident"]) == (1, 6, "slots")
     edit_project(tiny, "max_num_seqs: 4", 'gpu_memory_utilization: "0.5"')
-    assert "`gpu_memory_utilization` is a number, not '0.5'" in cli("doctor", "--for", "sft").err
+    assert "`gpu_memory_utilization` is a number above 0 and at most 1, not '0.5'" in cli("doctor", "--for", "sft").err
 
 
 # Of the 7B, the 8B and the 13B in bfloat16.
