@@ -179,12 +179,9 @@ def _inputs(
     return base, policies, replace(how, **carried)
 
 
-def _alpha(text: Any) -> Any:
-    """Return the number, or "auto"."""
-    try:
-        return "auto" if text == "auto" else float(text)
-    except ValueError as error:
-        raise fail("not a number", where="--alpha", expected="a number, or auto", got=text) from error
+def _alpha(texts: Any) -> Any:
+    """Return what `merge` takes: "auto" stands alone."""
+    return "auto" if texts == ["auto"] else texts
 
 
 def _name(text: str) -> tuple[str, str]:

@@ -17,12 +17,13 @@ from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.kernels.norms import Distance, distances
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.input_names import depths_of, under_base_names
-from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
+from rewarded_lines.merger.lines_schedule import Outside, Schedule
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
 from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
 from rewarded_lines.merger.record import RECORD_FILE
+from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, read_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
@@ -116,9 +117,7 @@ class Inspection:
 
     checkpoint: str
     base: str | None
-    alpha: float
-    beta: float
-    outside: Outside
+    schedule: Schedule
     stacks: Mapping[str, int]
     levels: Sequence[Level]
     total: Sum
@@ -131,14 +130,16 @@ def inspect(
     checkpoint: str | Path,
     base: str | Path | None = None,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
+    alpha: Values = None,
+    beta: Values = None,
+    schedule: Coefficients = None,
+    modules: Factors = None,
     outside: Outside = "alpha",
     layers: str | None = None,
     tower: str | None = None,
     progress: Progress = SILENT,
 ) -> Inspection:
-    """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
+    """Return depth and scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
 
     Without a base only headers are read. With a base both checkpoints pass in blocks. Sums of blocks are added
     exactly, so the numbers are the same for any number of threads and any sharding.
@@ -146,8 +147,10 @@ def inspect(
     Args:
         checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
         base: folder or Hub id of its SFT model.
-        alpha: α, the scale of the first block.
-        beta: β, added by the last block.
+        alpha: α, the scale of the first block; None is 1.
+        beta: β, added by the last block; None is 1.
+        schedule: a coefficient for each block, in place of α and β; see `read_schedule`.
+        modules: factors by kind of module.
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
         layers: the pattern of the block list, for unknown layouts.
         tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
@@ -156,20 +159,22 @@ def inspect(
     Raises:
         UserError: a checkpoint is incomplete, its layout is unknown, or it was trained from another base.
     """
-    check_schedule(alpha, beta)
+    given = read_schedule([Path(str(checkpoint)).name], alpha, beta, schedule, modules, Path())
+    scales = Schedule(**given, outside=outside)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = depths_of(infos, subject.config, layers, tower)
+    scales.check(depths)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
-    tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
+    tensors = [_tensor(info, depths, scales, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
     tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
     return Inspection(
         str(checkpoint),
         None if base is None else str(base),
-        *(alpha, beta, outside),
+        scales,
         depths.stacks,
         _levels(tensors, infos),
         _sum(tensors, infos),
@@ -228,11 +233,9 @@ def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -
     return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base), base, notes)
 
 
-def _tensor(
-    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: Distance | None
-) -> InspectedTensor:
+def _tensor(info: TensorInfo, depths: Depths, schedule: Schedule, measured: Distance | None) -> InspectedTensor:
     place = depths.place[info.name]
-    scale = tensor_scale(place, alpha, beta, outside, info.name)
+    scale = schedule.scale(place, info.name)
     residual = None
     if measured:
         norm = math.sqrt(measured.residual)

@@ -18,6 +18,7 @@ from rewarded_lines.merger.carried_files import key_of
 from rewarded_lines.merger.carried_settings import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.references import looks_local
 from rewarded_lines.versions import installed
@@ -40,8 +41,12 @@ class Record(BaseModel):
     base: RecordedInput
     policies: dict[str, RecordedInput] = Field(min_length=1)
     weights: dict[str, float]
-    alpha: float
-    beta: float
+    # α and β of all policies, or of single ones by name.
+    alpha: float | dict[str, float] | None
+    beta: float | dict[str, float] | None
+    # Records that are older than these two lack them.
+    schedule: list[float] | dict[str, list[float]] | None = None
+    modules: dict[str, float] = {}
     outside: Outside
     method: str
     options: dict[str, float | int | str]
@@ -63,7 +68,8 @@ class Record(BaseModel):
     def merge(self) -> MergeSpec:
         """The spec, with weights in the order of the policies."""
         weights = tuple(self.weights[name] for name in self.policies)
-        return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
+        schedule = read_schedule(list(self.policies), *(getattr(self, form) for form in FORMS))
+        return MergeSpec(weights, method=self.method, options=self.options, outside=self.outside, **schedule)
 
     def carried(self, moved: str = AUTO) -> tuple[str, str]:
         """Return the options `tokenizer` and `config_from` of the merge; `moved` is where the tokenizer is now.
