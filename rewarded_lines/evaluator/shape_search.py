@@ -27,7 +27,6 @@ from rewarded_lines.evaluator.sweep import open_evaluator
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.evaluator.tune import validation_rows, worth
 from rewarded_lines.evaluator.weight_designs import Weights
-from rewarded_lines.extras import is_installed
 from rewarded_lines.folders import json_object_in, write_json
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.spec import MergeSpec
@@ -101,9 +100,6 @@ def plan_shape(setup: Setup, options: ShapeOptions) -> tuple[ShapeSpace, list[Ro
     """
     policies, stacks = len(setup.project.config.policies), setup.plan.depths.stacks
     curves, blocks = policies if options.each_policy else 1, max(stacks.values())
-    if options.sampler == "botorch" and not (is_installed("optuna_integration") and is_installed("botorch")):
-        remedy = 'pip install "optuna-integration[botorch]", or leave --sampler out'
-        raise fail("BoTorch is not installed", where="--sampler botorch", remedy=remedy)
     if policies < 2 or min(stacks.values()) < blocks:
         got = f"{policies} policies, lists of {', '.join(map(str, stacks.values()))} blocks"
         raise fail("no shape to search", where="--shape", expected="two policies, one number of blocks", got=got)
@@ -121,6 +117,11 @@ def plan_shape(setup: Setup, options: ShapeOptions) -> tuple[ShapeSpace, list[Ro
         raise fail("no validation prompts", where="--shape", expected="prompts to choose a shape on", remedy=remedy)
     rows = validation_rows(setup, spec.model_copy(update={"points": options.trial_points}))
     rows = [row for row in rows if row["prompt"] not in setup.prompts][: options.prompts]
+    try:
+        _sampler(options, 0)
+    except ImportError as error:
+        remedy = 'pip install "optuna-integration[botorch]", or leave --sampler out'
+        raise fail(f"not installed: {error}", where=f"--sampler {options.sampler}", remedy=remedy) from error
     return ShapeSpace(str(options.shape), options.knots, curves, round(options.most, 2)), rows
 
 
@@ -219,8 +220,10 @@ class Search:
         """Return a trial on the first prompts, and on all unless most trials before were better."""
         scales, design = self._space.scales(numbers, self.blocks), self._run.setup.methods.design
         merges = [_merge(weights, scales) for weights in design.weights(self.options.trial_points)]
-        (screened, kl), whole = self._worth(self._parts[:1], merges), None
-        if self._allowed(kl) and screened >= np.median([one.screened for one in self.trials] or [screened]):
+        screened, kl = self._worth(self._parts[:1], merges)
+        whole = screened if len(self._parts) == 1 else None
+        earlier = [one.screened for one in self.trials] or [screened]
+        if whole is None and self._allowed(kl) and screened >= np.median(earlier):
             whole, kl = self._worth(self._parts, merges)
         gains = [one.hypervolume - one.screened for one in self.trials if one.hypervolume is not None]
         told = screened + float(np.mean(gains or [0.0])) if whole is None else whole
