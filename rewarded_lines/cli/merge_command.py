@@ -95,6 +95,9 @@ def merge(
     rewarded-lines merge --base sft --policy tuned --alpha 0.3 --beta 0.7
         single-task LiNeS, against forgetting;
         --method wise-ft --lam 0.5 --beta 0 is WiSE-FT
+    rewarded-lines merge --lam 0.5 --beta brief=0 --modules mlp=0.8
+    rewarded-lines merge --lam 0.5 --schedule helpful=1,1,1.2,1.5
+        schedules by policy, by block, by kind of module
     rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
         TIES with LiNeS, α by the authors' heuristic, printed
     rewarded-lines merge --method greedy --score "python score.py {model}"

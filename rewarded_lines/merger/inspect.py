@@ -23,14 +23,13 @@ from rewarded_lines.merger.model_checks import check
 from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
 from rewarded_lines.merger.record import RECORD_FILE
-from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, read_schedule
+from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, named_schedules
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
-_SHOWN = 3
-_LONGEST = 200
+_SHOWN, _LONGEST = 3, 200
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,14 @@ class Sum:
 
 @dataclass(frozen=True)
 class Level(Sum):
-    """The tensors at one depth: in a block, before the blocks of a list or after them."""
+    """The tensors at one depth: in a block, before the blocks of a list or after them; `scales` are theirs."""
 
     stack: str
     block: int | None
     side: Side
     scale: float
     modules: tuple[str, ...]
+    scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint by depth: its block lists with their lengths, its levels from first to last, its tensors."""
+    """A checkpoint by depth: lists of blocks with their lengths, levels, tensors; schedules of named policies."""
 
     checkpoint: str
     base: str | None
     schedule: Schedule
+    schedules: Mapping[str, Schedule]
     stacks: Mapping[str, int]
     levels: Sequence[Level]
     total: Sum
@@ -147,8 +148,8 @@ def inspect(
     Args:
         checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
         base: folder or Hub id of its SFT model.
-        alpha: α, the scale of the first block; None is 1.
-        beta: β, added by the last block; None is 1.
+        alpha: α, the scale of the first block; None is 1, as for `beta`.
+        beta: β, added by the last block.
         schedule: a coefficient for each block, in place of α and β; see `read_schedule`.
         modules: factors by kind of module.
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
@@ -159,14 +160,13 @@ def inspect(
     Raises:
         UserError: a checkpoint is incomplete, its layout is unknown, or it was trained from another base.
     """
-    given = read_schedule([Path(str(checkpoint)).name], alpha, beta, schedule, modules, Path())
-    scales = Schedule(**given, outside=outside)
+    scales, schedules = named_schedules(Path(checkpoint).name, (alpha, beta, schedule, modules), outside)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = depths_of(infos, subject.config, layers, tower)
-    scales.check(depths)
+    Schedule((*scales.lines, *(one.lines[0] for one in schedules.values())), scales.modules).check(depths)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
     tensors = [_tensor(info, depths, scales, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
@@ -174,8 +174,7 @@ def inspect(
     return Inspection(
         str(checkpoint),
         None if base is None else str(base),
-        scales,
-        depths.stacks,
+        *(scales, schedules, depths.stacks),
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
@@ -253,8 +252,9 @@ def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo])
     levels = []
     for (stack, block, side), group in groups.items():
         modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
-        whole = vars(_sum(group, infos))
-        levels.append(Level(**whole, stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules)))
+        scales = tuple(sorted({one.scale for one in group}))
+        place = (stack, block, side, group[0].scale, tuple(modules), scales)
+        levels.append(Level(*vars(_sum(group, infos)).values(), *place))
     return levels
 
 

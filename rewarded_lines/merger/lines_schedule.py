@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewarded_lines.checkpoints.module_kinds import kind_of
+from rewarded_lines.checkpoints.module_kinds import KINDS, kind_of
 from rewarded_lines.checkpoints.tensor_depth import Depths, Place
 from rewarded_lines.errors import Problem, UserError, fail
 
@@ -49,6 +49,7 @@ class Line:
 
     def at(self, block: int, blocks: int) -> float:
         """Return the scale of the 0-based `block` of `blocks`."""
+        assert len(self.blocks) in (0, blocks), "Schedule.check comes first"
         return self.blocks[block] if self.blocks else lines_scale(block, blocks, self.alpha, self.beta)
 
     def text(self) -> str:
@@ -56,6 +57,13 @@ class Line:
         if self.blocks:
             return f"{len(self.blocks)} coefficients, {self.blocks[0]:.6g} to {self.blocks[-1]:.6g}"
         return f"α = {self.alpha:.6g}, β = {self.beta:.6g}"
+
+
+def mean_line(lines: Sequence[Line]) -> Line:
+    """Return the mean of lines of one form, number by number."""
+    alpha, beta = (sum(getattr(line, name) for line in lines) / len(lines) for name in ("alpha", "beta"))
+    blocks = zip(*(line.blocks for line in lines), strict=True)
+    return Line(alpha, beta, tuple(sum(same) / len(lines) for same in blocks))
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,8 @@ class Schedule:
         found = (_misfit(line, stack, blocks) for line in self.lines for stack, blocks in stacks)
         problems = [problem for problem in dict.fromkeys(found) if problem]
         if self.modules:
-            seen = list(dict.fromkeys(kind_of(name, place.side) for name, place in depths.place.items()))
+            kinds = {kind_of(name, place.side) for name, place in depths.place.items()}
+            seen = [kind for kind in KINDS if kind in kinds]
             problems += [
                 Problem(f"no tensor of the model is of the kind `{kind}`", "--modules", ", ".join(seen), kind)
                 for kind, _ in self.modules
@@ -125,6 +134,12 @@ class Schedule:
             ]
         if problems:
             raise UserError(problems)
+
+    @property
+    def forms(self) -> str:
+        """What the scale differs by, apart from plain LiNeS: `policy`, `block` and `module`; "" for LiNeS."""
+        found = {"policy": len(self.lines) > 1, "block": any(line.blocks for line in self.lines)}
+        return " and ".join(form for form, there in {**found, "module": bool(self.modules)}.items() if there)
 
     def text(self, policies: Sequence[str] = ()) -> str:
         """Return the schedule for people, with the policies' names."""

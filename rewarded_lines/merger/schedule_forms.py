@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.merger.lines_schedule import Line
+from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule
 
 # α or β, coefficients by block, factors by kind of module, as Python's callers give them.
 Values = float | str | Sequence[str] | Mapping[str, float] | None
@@ -69,6 +70,35 @@ def read_schedule(
     return {"lines": tuple(lines), "modules": tuple(found["modules"].items())}
 
 
+def named_schedules(own: str, given: Sequence[Any], outside: Outside) -> tuple[Schedule, dict[str, Schedule]]:
+    """Return the schedule of the policy `own`, and by name those of all policies that α, β or a schedule name.
+
+    `given` are the forms that `read_schedule` takes. Policies that only a file names are not known.
+    """
+    named: dict[str, None] = {}
+    for form in given[:3]:
+        texts = [form] if isinstance(form, str) else form if isinstance(form, list | tuple) else ()
+        inline = [text for text in texts if isinstance(text, str) and not Path(text).is_file()]
+        parts = [part for text in inline for part in text.split(",") if "=" in part]
+        named |= dict.fromkeys(
+            form if isinstance(form, Mapping) else (part.partition("=")[0].strip() for part in parts)
+        )
+    names = list(dict.fromkeys([own, *map(str, named)]))
+    read = read_schedule(names, *given, root=Path())
+    lines = zip(names, read["lines"], strict=True)
+    each = {name: Schedule((line,), read["modules"], outside) for name, line in lines}
+    return each[own], {name: each[name] for name in map(str, named)}
+
+
+def recorded_schedule(content: Mapping[str, Any], policies: Sequence[str] | int) -> dict[str, Any]:
+    """Return lines and modules from a record that `Schedule.as_dict` wrote; `policies` by name or their number.
+
+    A KeyError if α or β is missing. No file is read: records may come from others.
+    """
+    names = list(map(str, range(policies))) if isinstance(policies, int) else policies
+    return read_schedule(names, content["alpha"], content["beta"], content.get("schedule"), content.get("modules"))
+
+
 def _sources(policy: str, found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return the form and name of each value that a policy's line is made from: its own before those for all."""
     alphas, betas, lists = (found[form] for form in FORMS[:3])
@@ -109,11 +139,12 @@ def _pairs(option: str, given: Any, policies: Sequence[str], root: Path | None) 
         return [(str(name), value) for name, value in given.items() if value is not None]
     if isinstance(given, str):
         return _from_text(option, given, policies, root)
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, Iterable):
         return [(_REST, given)]
+    given = list(given)
     if given and all(isinstance(part, str) for part in given):
         return [pair for text in given for pair in _from_text(option, text, policies, root)]
-    if option == "--schedule" and not any(isinstance(part, list | tuple) for part in given):
+    if option == "--schedule" and all(isinstance(part, str | Real) for part in given):
         return [(_REST, given)]
     if len(given) != len(policies):
         expected = f"{len(policies)}, for {', '.join(policies)}"
@@ -153,7 +184,7 @@ def _from_file(path: Path, policies: Sequence[str]) -> list[tuple[str, Any]]:
 def _coefficients(value: Any) -> tuple[float, ...]:
     """Return the coefficients of one list, or of a text with commas or spaces between them."""
     parts = re.split(r"[\s,]+", value.strip(" ,\n")) if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not parts:
+    if not isinstance(parts, Iterable) or isinstance(parts, Mapping) or not (parts := list(parts)):
         expected = "one number for each block"
         raise fail("no list of coefficients", where="--schedule", expected=expected, got=str(value)[:100])
     return tuple(_number("--schedule", part) for part in parts)

@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number
 from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
-from rewarded_lines.merger.schedule_forms import FORMS, Coefficients, Factors, Values, read_schedule
+from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, recorded_schedule
 from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
 
@@ -176,7 +176,7 @@ class MergeSpec:
         """Return the spec that `as_dict` described."""
         weights = tuple(map(float, content["weights"].values()))
         options, outside = dict(content.get("options", {})), content.get("outside", "alpha")
-        schedule = read_schedule(list(content["weights"]), *map(content.get, FORMS))
+        schedule = recorded_schedule(content, list(content["weights"]))
         return cls(weights, method=str(content["method"]), options=options, outside=outside, **schedule)
 
     def command(self, base: str, policies: Mapping[str, str], out: str = "merged", **how: Any) -> str:
