@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,8 +12,12 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_missing, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, as_option, engines, run_methods
+from rewarded_lines.cli.shape_table import show_shape
 from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
+
+if TYPE_CHECKING:
+    from rewarded_lines.evaluator.search import Found
 
 
 @takes_sweep_options(annotate=as_option)
@@ -62,21 +66,23 @@ def search(
         quiet_libraries()
         how: Any = {"config": config, "points": points, "gain": gain, "engine": engine, "options": options}
         done, found = run_search(run, methods=method or (), shapes=shapes, progress=bar, **how)
-    if not isinstance(found, list) and is_installed("matplotlib"):
-        from rewarded_lines.reports.figures.shape_figure import write_shape_figure
+        if not isinstance(found, list) and is_installed("matplotlib"):
+            from rewarded_lines.reports.figures.shape_figure import write_shape_figure
 
-        write_shape_figure(found)
+            write_shape_figure(found)
     tell_rows(done.header, quiet or as_json)
     tell_missing(done, quiet or as_json)
     if as_json:
         content = {"methods": [asdict(one) for one in found]} if isinstance(found, list) else {"shape": asdict(found)}
         show_json({"folder": str(done.folder), **content, **missing_json(done.missing)})
-        return
-    if not isinstance(found, list):
-        from rewarded_lines.cli.shape_table import show_shape
-
+    elif isinstance(found, list):
+        _show_points(found)
+        typer.echo(f"show them: rewarded-lines report {done.folder}")
+    else:
         show_shape(found, Console())
-        return
+
+
+def _show_points(found: list[Found]) -> None:
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ can gain more"
         line = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
@@ -84,4 +90,3 @@ def search(
         line += f" ± {one.error:.1%} (approximated)" if one.error else ""
         line += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
         Console().print(Text(f"{line}; {why}: the next could add {one.potential:.2g} at most"))
-    typer.echo(f"show them: rewarded-lines report {done.folder}")

@@ -107,13 +107,7 @@ def search(
     if not (folder / RUN_FILE).is_file():
         begun = replace(options, engine=engine or options.engine)
         _begin(folder, config, methods, points, shapes, begun, progress)
-    header = read_header(folder)
-    made_with = header["options"]
-    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
-    options = replace(options, tower=options.tower or made_with.get("tower"))
-    if options.engine == "vllm":
-        options = replace(options, engine_args={**made_with.get("engine_args", {}), **options.arguments})
-    setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
+    setup = _opened(folder, config, engine, options, progress)
     if shapes.shape:
         return find_shape(folder, setup, shapes, progress)
     chosen = _chosen(setup, methods, folder)
@@ -127,6 +121,19 @@ def search(
             found = [_search_one(held, make, name, points, gain) for name in chosen]
             held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
     return load_run(folder), found
+
+
+def _opened(
+    folder: Path, config: Path | str | None, engine: str | None, options: SweepOptions, progress: Progress
+) -> Setup:
+    """Return the setup of a run, with the options that it was made with where none are given."""
+    header = read_header(folder)
+    made_with = header["options"]
+    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
+    options = replace(options, tower=options.tower or made_with.get("tower"))
+    if options.engine == "vllm":
+        options = replace(options, engine_args={**made_with.get("engine_args", {}), **options.arguments})
+    return open_setup(load_project(config or located(header["project"], folder)), options, progress)
 
 
 def _begin(

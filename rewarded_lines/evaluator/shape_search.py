@@ -71,7 +71,6 @@ class FoundShape:
         scales: of every block, first to last, by policy; only "all" if policies share them.
         tuned: the best α and β of as many trials.
         trials: of the shape, and how many of them saw all validation prompts.
-        validation: hypervolume above SFT on those.
         volumes: of each schedule above SFT, on the test prompts.
         differences: that of the shape minus that of each other schedule, resampled together.
         kl: the largest mean KL of each schedule's points, in nats.
@@ -83,7 +82,6 @@ class FoundShape:
     scales: dict[str, list[float]]
     tuned: tuple[float, float]
     trials: tuple[int, int]
-    validation: float
     volumes: list[MethodVolume]
     differences: list[VolumeDifference]
     kl: dict[str, float]
@@ -146,22 +144,15 @@ def find_shape(
             first, last = lines.best(_KNOWN).numbers
             tuned = Line(round(first, 2), round(last - first, 2))
             search = Search(run, evaluator, options, space, rows)
-            best = search.best((tuned, *_KNOWN))
-            scales = space.scales(best.numbers, search.blocks)
+            scales = space.scales(search.best((tuned, *_KNOWN)).numbers, search.blocks)
             compared = _compared(run, evaluator, scales, tuned, count)
-    found = _found(compared, search, best, scales, tuned)
+    found = _found(compared, search, scales, tuned)
     search.write(found=asdict(found))
     return compared, found
 
 
 class Search:
-    """The search of one space of shapes on validation prompts.
-
-    Attributes:
-        blocks: L of the model.
-        file: keeps the trials.
-        trials: so far.
-    """
+    """The search of one space of shapes on validation prompts; `file` keeps its `trials`."""
 
     def __init__(
         self, run: RunFolder, evaluator: Evaluator, options: ShapeOptions, space: ShapeSpace, rows: list[Row]
@@ -171,9 +162,8 @@ class Search:
         self.blocks = max(run.setup.plan.depths.stacks.values())
         first = options.screen or len(rows)
         self._parts = [run.setup.on(part) for part in (rows[:first], rows[first:]) if part]
-        prompts = {"count": len(rows), "hash": rows_hash(deciding(rows, run.setup.rewards.values()))}
-        chosen = {name: getattr(options, name) for name in _DECIDING}
-        self._settings = {**asdict(space), **chosen, "prompts": prompts}
+        self._settings = {**asdict(space), **{name: getattr(options, name) for name in _DECIDING}}
+        self._settings["prompts"] = rows_hash(deciding(rows, run.setup.rewards.values()))
         name = blake3.blake3(json.dumps(self._settings, sort_keys=True).encode()).hexdigest(length=4)
         self.file = run.folder / SHAPES / f"{space.kind}-{space.knots * space.curves}-{name}.json"
         self.trials = [Trial(**one) for one in json_object_in(self.file).get("trials", [])]
@@ -272,11 +262,10 @@ def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], t
         shape = _merge(weights, scales)
         flat = MergeSpec(weights, setup.plan.matched_alpha(weights, shape), 0.0)
         specs += [PointSpec(UNIFORM, flat), PointSpec(SHAPE, shape)]
-    points = run.fill(setup, specs, evaluator)
-    return Run(run.folder, read_header(run.folder), points)
+    return Run(run.folder, read_header(run.folder), run.fill(setup, specs, evaluator))
 
 
-def _found(run: Run, search: Search, best: Trial, scales: list[list[float]], tuned: Line) -> FoundShape:
+def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> FoundShape:
     table = tabulate([run])
     scores = table.samples.means[..., table.objectives]
     fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
@@ -289,7 +278,6 @@ def _found(run: Run, search: Search, best: Trial, scales: list[list[float]], tun
         scales=named,
         tuned=(tuned.alpha, tuned.beta),
         trials=(search.options.trials, sum(one.hypervolume is not None for one in search.trials)),
-        validation=float(best.hypervolume or 0),
         volumes=method_volumes(volumes),
         differences=differences,
         kl={name: max(float(one.kl.mean()) for one in points) for name, points in run.methods().items()},

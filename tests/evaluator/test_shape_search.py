@@ -157,7 +157,7 @@ def test_it_finds_the_shape_measures_it_once_on_test_prompts_and_says_so(ready, 
     on_validation = [p for p in map(read_point, (ready / "sweep/points").iterdir()) if p.prompts != run.sft.prompts]
     assert {prompt for point in on_validation for prompt in point.prompts} == set(VALIDATION)
     kept = json.loads(Path(found.file).read_text())
-    assert len(kept["trials"]) == 12 and kept["found"]["verdict"] == found.verdict and kept["prompts"]["count"] == 20
+    assert len(kept["trials"]) == 12 and kept["found"]["verdict"] == found.verdict
     assert found.trials == (12, sum(one["hypervolume"] is not None for one in kept["trials"]))
 
 
@@ -253,7 +253,10 @@ def test_where_depth_does_not_matter_it_says_so(ready, invented, cli):
         (["--shape", "linear", "--knots", 7, "--each-policy"], "at most 12 numbers"),
         (["--shape", "linear", "--knots", 3, "--validation", "test.jsonl"], "validation prompts are test prompts"),
         (["--shape", "linear", "--knots", 3, "--validation", "none.jsonl"], "none.jsonl"),
-        (["--shape", "linear", "--sampler", "botorch", "--validation", "validation.jsonl"], "optuna-integration[botorch]"),
+        (
+            ["--shape", "linear", "--sampler", "botorch", "--validation", "validation.jsonl"],
+            "optuna-integration[botorch]",
+        ),
         (["--shape", "spline"], "no validation prompts"),
     ],
 )
