@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from rewarded_lines.config_values import (
     Strict,
     check_range,
     check_variables,
     checked,
+    coefficients_of,
     parse_memory,
     parse_strip,
     points_of,
+    scales_of,
 )
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.reward_settings import RewardSpec
@@ -102,14 +104,18 @@ class GenerationSpec(Strict):
 class MethodSpec(Strict):
     """One curve of a sweep: the method that joins residuals, and the LiNeS schedule that scales the result by depth.
 
-    alpha = 1, beta = 0 is the method as in its paper. `match` names another method of the sweep: at every λ, alpha
-    gives the scaled residual that method's norm. `edit` is for a single policy: alpha goes from 0 to 1 over the grid
-    and beta is 1 − alpha, so that early blocks return to the base first. A curve of `checkpoints` merges nothing: they
-    are names in `baselines:`.
+    alpha = 1, beta = 0 is the method as in its paper. `schedule` has a coefficient for each block in place of alpha
+    and beta, as a list or a file's name. In linear methods the three may be mappings from policies to such values.
+    `modules` has factors by kind of module. `match` names another method of the sweep: at every λ, alpha gives the
+    scaled residual that method's norm. `edit` is for a single policy: alpha goes from 0 to 1 over the grid and beta is
+    1 − alpha, so that early blocks return to the base first. A curve of `checkpoints` merges nothing: they are names in
+    `baselines:`.
     """
 
-    alpha: float = 1.0
-    beta: float = 1.0
+    alpha: Annotated[float | dict[str, float], PlainValidator(scales_of)] = 1.0
+    beta: Annotated[float | dict[str, float], PlainValidator(scales_of)] = 1.0
+    schedule: Annotated[Any, PlainValidator(coefficients_of)] = None
+    modules: dict[str, float] = {}
     merge: str = "soup"
     options: dict[str, float | int | str] = {}
     match: str | None = None
@@ -121,8 +127,8 @@ class MethodSpec(Strict):
         given = self.model_fields_set
         if self.checkpoints and given != {"checkpoints"}:
             raise ValueError("`checkpoints:` are not merged; they take no other key beside them")
-        if self.match is not None and given & {"alpha", "beta"}:
-            raise ValueError("`match:` sets alpha, and beta to 0; leave both out")
+        if self.match is not None and given & {"alpha", "beta", "schedule", "modules"}:
+            raise ValueError("`match:` sets alpha, and beta to 0; leave both out, and `schedule:` and `modules:`")
         if self.edit and given - {"edit"}:
             raise ValueError("`edit:` sets alpha and beta; it takes no other key beside it")
         return self

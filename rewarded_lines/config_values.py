@@ -6,6 +6,7 @@ pydantic turns the ValueError of a check into the problem of a key.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,6 +123,34 @@ def check_variables(value: dict[str, Any]) -> None:
             json.dumps(one, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
+
+
+def scales_of(value: Any) -> float | dict[str, float]:
+    """Return α or β: a finite number, or one for each policy by name."""
+    if isinstance(value, dict) and value:
+        return {str(name): _finite(one) for name, one in value.items()}
+    return _finite(value)
+
+
+def coefficients_of(value: Any) -> Any:
+    """Return coefficients by block: a list of finite numbers, a text with them, a file's name, or these by policy."""
+    if isinstance(value, dict) and value and not any(isinstance(one, dict) for one in value.values()):
+        return {str(name): coefficients_of(one) for name, one in value.items()}
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("one number for each block in a list, or a file's name; by policy in a mapping of such")
+    return [_finite(one) for one in value]
+
+
+def _finite(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
+    return number
 
 
 def check_range(value: tuple[float, float]) -> None:

@@ -84,7 +84,7 @@ def _show(chosen: Chosen) -> None:
     from rewarded_lines.evaluator.missing_scores import missing_lines
 
     point = chosen.point
-    schedule = "" if point.checkpoint else f", α = {point.merge.alpha:g}, β = {point.merge.beta:g}"
+    schedule = "" if point.checkpoint else f", {point.merge.schedule.text()}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
     console = Console()
     console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))

@@ -16,8 +16,12 @@ from rewarded_lines.merger.spec import joined_towers
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a model or LoRA adapter.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="SFT model it was trained from: folder or Hub id.")] = None,
-    alpha: Annotated[float, typer.Option(help="LiNeS α: scale of the first block.")] = 1.0,
-    beta: Annotated[float, typer.Option(help="LiNeS β: added by the last block.")] = 1.0,
+    alpha: Annotated[list[str] | None, typer.Option(help="LiNeS α: scale of the first block, by default 1.")] = None,
+    beta: Annotated[list[str] | None, typer.Option(help="LiNeS β: added by the last block, by default 1.")] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="In place of α and β, a scale for each block: 1,1,1.2 or a file.")
+    ] = None,
+    modules: Annotated[list[str] | None, typer.Option(help="Factors by kind of module: attention=1,mlp=0.8.")] = None,
     outside: Annotated[
         str,
         typer.Option(
@@ -42,6 +46,8 @@ def inspect(
     rewarded-lines inspect ppo-helpful
     rewarded-lines inspect ppo-helpful --base sft --plot depth.pdf
     rewarded-lines inspect ppo-helpful --base sft --alpha 0.5 --tensors
+    rewarded-lines inspect sft --alpha helpful=0.5 --schedule brief=plan.txt --plot schedules.pdf
+        a line for each policy; --modules adds one for each kind of module
     rewarded-lines inspect merged --json | jq '.total.parameters'
     """
     from rewarded_lines.merger.inspect import inspect as run
@@ -55,9 +61,8 @@ def inspect(
 
         check_figure_file(plot)
     with progress_bar("Reading", quiet=quiet or as_json, unit="byte") as bar:
-        schedule: Any = {"alpha": alpha, "beta": beta, "outside": outside, "layers": layers}
-        schedule["tower"] = joined_towers(tower)
-        found = run(checkpoint, base, progress=bar, **schedule)
+        how: Any = {"alpha": alpha, "beta": beta, "schedule": schedule, "modules": modules, "outside": outside}
+        found = run(checkpoint, base, layers=layers, tower=joined_towers(tower), progress=bar, **how)
         if plot:
             bar.start("drawing")
             write_depth_figure(found, plot)

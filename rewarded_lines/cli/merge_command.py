@@ -95,6 +95,9 @@ def merge(
     rewarded-lines merge --base sft --policy tuned --alpha 0.3 --beta 0.7
         single-task LiNeS, against forgetting;
         --method wise-ft --lam 0.5 --beta 0 is WiSE-FT
+    rewarded-lines merge --lam 0.5 --beta brief=0 --modules mlp=0.8
+    rewarded-lines merge --lam 0.5 --schedule helpful=1,1,1.2,1.5
+        schedules by policy, by block, by kind of module
     rewarded-lines merge --method ties --density 0.2 --alpha auto --lam 0.5
         TIES with LiNeS, α by the authors' heuristic, printed
     rewarded-lines merge --method greedy --score "python score.py {model}"
@@ -179,12 +182,9 @@ def _inputs(
     return base, policies, replace(how, **carried)
 
 
-def _alpha(text: Any) -> Any:
-    """Return the number, or "auto"."""
-    try:
-        return "auto" if text == "auto" else float(text)
-    except ValueError as error:
-        raise fail("not a number", where="--alpha", expected="a number, or auto", got=text) from error
+def _alpha(texts: Any) -> Any:
+    """Return what `merge` takes: "auto" stands alone."""
+    return "auto" if texts == ["auto"] else texts
 
 
 def _name(text: str) -> tuple[str, str]:

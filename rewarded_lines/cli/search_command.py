@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +12,16 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_missing, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, as_option, engines, run_methods
+from rewarded_lines.cli.shape_table import show_shape
+from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
+
+if TYPE_CHECKING:
+    from rewarded_lines.evaluator.search import Found
 
 
 @takes_sweep_options(annotate=as_option)
+@takes_shape_options(annotate=as_option)
 def search(
     *,
     run: Run,
@@ -29,6 +35,7 @@ def search(
     engine: Annotated[
         str | None, typer.Option(help="vllm, hf or a URL; the run's own by default.", autocompletion=engines)
     ] = None,
+    shapes: ShapeOptions,
     options: SweepOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -39,23 +46,43 @@ def search(
     policies the straight line between neighbouring points counts, too: it
     is reached by drawing, for each prompt, one of the two to answer.
 
+    With --shape a scale for every block is searched instead, by the
+    hypervolume on validation prompts. At the end it is measured on the test
+    prompts beside LiNeS, soups, α and β of as many trials, and a constant
+    scale with its norm. A killed search continues.
+
     \b
     rewarded-lines search runs/demo/sweep --points 15
     rewarded-lines search runs/adaptive --method lines \\
         --config runs/demo/rewarded-lines.yaml
+    rewarded-lines search runs/demo/sweep --shape spline --knots 4 \\
+        --validation runs/demo/data/validation.jsonl
     """
     with progress_bar("Search", quiet=quiet or as_json, unit="point") as bar:
         from rewarded_lines.evaluator.missing_scores import missing_json
         from rewarded_lines.evaluator.search import search as run_search
+        from rewarded_lines.extras import is_installed
 
         quiet_libraries()
         how: Any = {"config": config, "points": points, "gain": gain, "engine": engine, "options": options}
-        done, found = run_search(run, methods=method or (), progress=bar, **how)
+        done, found = run_search(run, methods=method or (), shapes=shapes, progress=bar, **how)
+        if not isinstance(found, list) and is_installed("matplotlib"):
+            from rewarded_lines.reports.figures.shape_figure import write_shape_figure
+
+            write_shape_figure(found)
     tell_rows(done.header, quiet or as_json)
     tell_missing(done, quiet or as_json)
     if as_json:
-        show_json({"folder": str(done.folder), "methods": [asdict(one) for one in found], **missing_json(done.missing)})
-        return
+        content = {"methods": [asdict(one) for one in found]} if isinstance(found, list) else {"shape": asdict(found)}
+        show_json({"folder": str(done.folder), **content, **missing_json(done.missing)})
+    elif isinstance(found, list):
+        _show_points(found)
+        typer.echo(f"show them: rewarded-lines report {done.folder}")
+    else:
+        show_shape(found, Console())
+
+
+def _show_points(found: list[Found]) -> None:
     for one in found:
         why = "the budget is spent" if one.reason == "points" else "no λ can gain more"
         line = f"{one.method}: {one.points} points ({one.added} added), hypervolume {one.hypervolume:.4g}"
@@ -63,4 +90,3 @@ def search(
         line += f" ± {one.error:.1%} (approximated)" if one.error else ""
         line += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
         Console().print(Text(f"{line}; {why}: the next could add {one.potential:.2g} at most"))
-    typer.echo(f"show them: rewarded-lines report {done.folder}")

@@ -50,7 +50,7 @@ class VllmGenerator(VllmCore, SwappingGenerator):
                 raise
 
     def _swap(self, spec: MergeSpec) -> None:
-        message = {**asdict(spec), "weights": list(spec.weights), "options": dict(spec.options)}
+        message = spec.as_dict([str(index) for index in range(len(spec.weights))])
         if problems := self.call("use_merge", message)[0]:
             raise UserError(Problem(**problem) for problem in problems)
 
@@ -92,14 +92,14 @@ class MergingWorker:
             pass
 
     def use_merge(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Stream a merge's tensors into the running model; the message has the fields of its `MergeSpec`.
+        """Stream a merge's tensors into the running model; the message is its `MergeSpec.as_dict`.
 
         vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid.
 
         Returns:
             The problems of a `UserError`: vLLM cannot send the error itself from process to process.
         """
-        spec = MergeSpec(**{**message, "weights": tuple(message["weights"])})
+        spec = MergeSpec.from_dict(message)
         worker: Any = self
         try:
             worker.reload_weights(weights_iterator=self.resident.tensors(spec))

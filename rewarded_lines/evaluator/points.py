@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS, OptionValue
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.schedule_forms import FORMS, read_schedule, recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import Project
 
@@ -59,8 +61,7 @@ class PointSpec:
         return {
             "method": self.method,
             "weights": list(self.weights),
-            "alpha": merge.alpha,
-            "beta": merge.beta,
+            **merge.schedule.as_dict(),
             "merge": merge.method,
             "options": dict(merge.options),
             "checkpoint": self.checkpoint,
@@ -71,8 +72,9 @@ class PointSpec:
     def from_dict(cls, content: Mapping[str, Any]) -> PointSpec:
         """Return the point that `as_dict` described; a TypeError for unknown keys."""
         edit, weights = content.get("edit", False), tuple(content["weights"])
-        numbers = content["alpha"], content["beta"], content["merge"], dict(content["options"])
-        merge = MergeSpec((1.0,) if edit else weights, *numbers)
+        merged = (1.0,) if edit else weights
+        rule: Any = {"method": content["merge"], "options": dict(content["options"])}
+        merge = MergeSpec(merged, **rule, **recorded_schedule(content, len(merged)))
         spec = cls(content["method"], merge, content.get("checkpoint", ""), edit)
         if unknown := content.keys() - spec.as_dict().keys():
             raise TypeError(f"a point has no {', '.join(sorted(unknown))}")
@@ -99,11 +101,14 @@ class Methods:
         sweep, where = project.config.sweep, project.where("sweep", "design")
         self.design = Design.of(sweep.design, len(self._policies), where)
         self.specs = self._named(sweep)
+        self._schedules: dict[str, dict[str, Any]] = {}
+        self._root = project.root
         problems: list[Problem] = []
         for name, spec in self.specs.items():
             try:
                 if spec is not None:
                     self._check(self._where("sweep", "methods", name), spec)
+                    self._schedules[name] = self._schedule(self._where("sweep", "methods", name), spec)
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -133,10 +138,10 @@ class Methods:
         if spec.edit:
             return PointSpec(name, MergeSpec((1.0,), weights[0], round(1 - weights[0], 12)), edit=True)
         if spec.match is None:
-            merge = MergeSpec(weights, spec.alpha, spec.beta, spec.merge, spec.options)
+            merge = MergeSpec(weights, method=spec.merge, options=spec.options, **self._schedules[name])
             return PointSpec(name, merge.complete(len(self._policies)))
-        other = self.specs.get(spec.match) or PRESETS[spec.match]
-        alpha = self._plan.matched_alpha(weights, MergeSpec(weights, other.alpha, other.beta))
+        other = self._schedules.get(spec.match) or self._schedule("", PRESETS[spec.match])
+        alpha = self._plan.matched_alpha(weights, MergeSpec(weights, **other))
         return PointSpec(name, MergeSpec(weights, alpha, 0.0))
 
     def declares(self, spec: PointSpec) -> bool:
@@ -193,6 +198,14 @@ class Methods:
         if spec.merge == "greedy":
             raise fail("a greedy soup scores candidates by itself", where=where, remedy="use `merge --method greedy`")
 
+    def _schedule(self, where: str, spec: MethodSpec) -> dict[str, Any]:
+        """Return lines and modules of a method; refuse a schedule that does not fit policies, model or method."""
+        given = {form: getattr(spec, form) for form in FORMS if form in spec.model_fields_set}
+        with _named_as(where):
+            found = read_schedule(self._policies, **given, root=self._root)
+            self._plan.check_schedule(MergeSpec((), method=spec.merge, **found))
+        return found
+
     def _check_match(self, where: str, spec: MethodSpec) -> None:
         other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
         if other is None or other.match is not None or other.checkpoints or other.edit:
@@ -212,8 +225,15 @@ class Methods:
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:
     """Raise a UserError at `where` if the method, its options or the number of policies do not fit."""
-    try:
+    with _named_as(where):
         MergeSpec((), method=merge, options=options).complete(policies)
+
+
+@contextmanager
+def _named_as(where: str) -> Iterator[None]:
+    """Let the problems of a `UserError` name keys of a section in place of options."""
+    try:
+        yield
     except UserError as error:
         raise UserError(
             replace(problem, where=f"{where}: {problem.where.lstrip('-')}") for problem in error.problems
@@ -246,6 +266,9 @@ def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, s
     else:
         merge = spec.merge
         identity = ["merge", merge.method, dict(merge.options), merge.alpha, merge.beta, merge.weights]
+        # Points of runs that are older than other schedules keep their names.
+        if merge.lines or merge.modules:
+            identity.append(merge.schedule.as_dict())
     text = json.dumps({**shared, "point": identity}, sort_keys=True, ensure_ascii=False)
     return blake3.blake3(text.encode()).hexdigest(length=8)
 

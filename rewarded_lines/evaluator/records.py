@@ -139,8 +139,9 @@ def write_point(path: Path, point: Point) -> None:
     rows = len(point.prompts)
     columns: dict[str, Any] = {
         "merge": pa.array([point.spec.merge.method] * rows).dictionary_encode(),
-        "alpha": np.full(rows, point.spec.merge.alpha),
-        "beta": np.full(rows, point.spec.merge.beta),
+        # Schedules of other forms are in the metadata's point.
+        "alpha": np.full(rows, np.nan if point.spec.merge.lines else point.spec.merge.alpha),
+        "beta": np.full(rows, np.nan if point.spec.merge.lines else point.spec.merge.beta),
         "weights": pa.array([list(point.spec.merge.weights)] * rows, type=pa.list_(pa.float64())),
         "prompt_index": point.prompt_index,
         "seed": point.seeds,

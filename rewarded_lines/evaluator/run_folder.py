@@ -33,6 +33,8 @@ from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import relative
 
+# The folder with the searches for shapes.
+SHAPES = "shapes"
 _SHOWN = 12
 
 
@@ -208,7 +210,7 @@ def _short(value: Any) -> str:
 
 def _clear(folder: Path) -> None:
     """Remove the run's files. Cached scores stay, since their keys identify them."""
-    for path in (folder / name for name in ("points", "drafts", "report", RUN_FILE)):
+    for path in (folder / name for name in ("points", "drafts", "report", SHAPES, RUN_FILE)):
         if path.is_dir():
             shutil.rmtree(path)
         else:

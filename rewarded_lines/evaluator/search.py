@@ -12,6 +12,8 @@ from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, Run, load_run, read_header
 from rewarded_lines.evaluator.run_folder import RunFolder, open_run
+from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
+from rewarded_lines.evaluator.shape_search import FoundShape, find_shape, plan_shape
 from rewarded_lines.evaluator.sweep import check_design, open_evaluator, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
@@ -59,6 +61,7 @@ class Found:
 
 
 @takes_sweep_options()
+@takes_shape_options()
 def search(
     run: Path | str,
     *,
@@ -67,10 +70,11 @@ def search(
     points: int = POINTS,
     gain: float = GAIN,
     engine: str | None = None,
+    shapes: ShapeOptions,
     options: SweepOptions,
     progress: Progress = SILENT,
-) -> tuple[Run, list[Found]]:
-    """Add λ points to a run, one after the other where the front may gain most.
+) -> tuple[Run, list[Found] | FoundShape]:
+    """Add λ points to a run, one after the other where the front may gain most; or, with `shape`, search a shape.
 
     The next λ lies midway between two evaluated neighbours; see `rewarded_lines.pareto.next_point`.
     The added points stay in the run, and a later `sweep` keeps them.
@@ -83,24 +87,29 @@ def search(
         points: the most λ that each method has in the end.
         gain: end when no λ can raise the hypervolume by more than this share of it.
         engine: see `sweep`; by default the run's own.
+        shapes: with `shape`, the shape over depth is searched that has the largest hypervolume on validation prompts;
+            see `find_shape`. `methods`, `points` and `gain` are for λ.
         options: see `sweep`; `layers`, `tower` and `engine_args` are by default the run's own, and as many λ are
             tried at once as there are `workers`.
         progress: see `sweep`; the total is an upper limit.
+
+    Returns:
+        The run, and what was found for each method; with `shape` the compared points, and the shape.
 
     Raises:
         UserError: the folder is not a run, belongs to another configuration, or a method is
             not one of its merges.
     """
     folder = Path(run)
+    if shapes.shape and (methods, points, gain) != ((), POINTS, GAIN):
+        expected = "none of --method, --points and --gain, which are for λ"
+        raise fail("a shape is searched for sums of residuals", where="--shape", expected=expected)
     if not (folder / RUN_FILE).is_file():
-        _begin(folder, config, methods, points, replace(options, engine=engine or options.engine), progress)
-    header = read_header(folder)
-    made_with = header["options"]
-    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
-    options = replace(options, tower=options.tower or made_with.get("tower"))
-    if options.engine == "vllm":
-        options = replace(options, engine_args={**made_with.get("engine_args", {}), **options.arguments})
-    setup = open_setup(load_project(config or located(header["project"], folder)), options, progress)
+        begun = replace(options, engine=engine or options.engine)
+        _begin(folder, config, methods, points, shapes, begun, progress)
+    setup = _opened(folder, config, engine, options, progress)
+    if shapes.shape:
+        return find_shape(folder, setup, shapes, progress)
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held:
         check_design(held)
@@ -114,11 +123,25 @@ def search(
     return load_run(folder), found
 
 
+def _opened(
+    folder: Path, config: Path | str | None, engine: str | None, options: SweepOptions, progress: Progress
+) -> Setup:
+    """Return the setup of a run, with the options that it was made with where none are given."""
+    header = read_header(folder)
+    made_with = header["options"]
+    options = replace(options, engine=engine or made_with["engine"], layers=options.layers or made_with["layers"])
+    options = replace(options, tower=options.tower or made_with.get("tower"))
+    if options.engine == "vllm":
+        options = replace(options, engine_args={**made_with.get("engine_args", {}), **options.arguments})
+    return open_setup(load_project(config or located(header["project"], folder)), options, progress)
+
+
 def _begin(
     folder: Path,
     config: Path | str | None,
     methods: Sequence[str],
     points: int,
+    shapes: ShapeOptions,
     options: SweepOptions,
     progress: Progress,
 ) -> None:
@@ -127,7 +150,10 @@ def _begin(
         expected = "a run folder that `rewarded-lines sweep` wrote"
         raise fail("no run there", where=str(folder), expected=expected, remedy="name a project with --config")
     setup = open_setup(load_project(config), options, progress)
-    _check_room(setup, _chosen(setup, methods, folder), points)
+    if shapes.shape:
+        plan_shape(setup, shapes)
+    else:
+        _check_room(setup, _chosen(setup, methods, folder), points)
     sweep(config, points=setup.methods.design.first, out=folder, progress=progress, options=options)
 
 

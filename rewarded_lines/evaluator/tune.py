@@ -66,7 +66,7 @@ def tune(
 ) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
-    With many rewards no point may be above SFT on all of them, see `_worth`.
+    With many rewards no point may be above SFT on all of them, see `worth`.
 
     Every trial's points are kept like any other. A killed search continues where it stopped,
     because the same seed proposes the same trials.
@@ -92,7 +92,7 @@ def tune(
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
         front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
         means = [point.means(setup.objectives) for point in front]
-        study.tell(trial, _worth(means, sft, setup.objectives))
+        study.tell(trial, worth(means, sft, setup.objectives))
     best = study.best_trial
     alpha, beta = (_rounded(best.params[name]) for name in ("alpha", "beta"))
     found = {
@@ -112,7 +112,7 @@ def tune(
     return found, _points(run.setup, spec, alpha, beta, count)
 
 
-def _worth(means: Sequence[Sequence[float]], sft: Point, rewards: Sequence[str]) -> float:
+def worth(means: Sequence[Sequence[float]], sft: Point, rewards: Sequence[str]) -> float:
     """Return a front's hypervolume above SFT.
 
     With many rewards there may be no point above SFT on each. Then it is how far the nearest is below,

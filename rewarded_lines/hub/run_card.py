@@ -6,6 +6,7 @@ A run counts only if its base and policies have the hashes of the merge's.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import inf
@@ -129,14 +130,14 @@ def _reported(folder: Path, header: Mapping[str, Any]) -> Summary | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Missing, damaged or of another version.
         return None
-    same = sorted(map(_key, points)) == sorted(_key(point) for point, _ in listed_points(header))
+    same = Counter(map(_key, points)) == Counter(_key(point) for point, _ in listed_points(header))
     written = path.stat().st_mtime_ns
     older = all(file.stat().st_mtime_ns <= written for file in (folder / "points").glob("*.parquet"))
     return summary if same and older and summary.runs == 1 else None
 
 
 def _key(point: PointSpec | PointSummary) -> tuple[Any, ...]:
-    return point.method, point.weights, point.checkpoint, point.merge.alpha, point.merge.beta
+    return point.method, point.weights, point.checkpoint, point.merge.schedule
 
 
 def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Place:
@@ -157,7 +158,8 @@ def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Pla
 
 def _distance(spec: MergeSpec, merge: MergeSpec) -> float:
     """Return how far two merges are from each other: ∞ for another rule, and for SFT and baselines."""
-    rules = [(METHODS[one.method].rule, METHODS[one.method].weigh, dict(one.options)) for one in (spec, merge)]
+    rows = [(METHODS[one.method], one) for one in (spec, merge)]
+    rules = [(row.rule, row.weigh, dict(one.options), one.lines, one.modules) for row, one in rows]
     if rules[0] != rules[1] or len(merge.weights) != len(spec.weights):
         return inf
     steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]

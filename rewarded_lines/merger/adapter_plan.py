@@ -43,7 +43,7 @@ _ONE_FILE = 1 << 62
 class AdapterPlan(Plan):
     """Merges adapters into adapters.
 
-    With s the LiNeS scale of a module and γᵢ = s·λᵢ·αᵢ/rᵢ (αᵢ/√rᵢ for rsLoRA):
+    With sᵢ the scale of policy i's module and γᵢ = sᵢ·λᵢ·αᵢ/rᵢ (αᵢ/√rᵢ for rsLoRA):
 
         Σ γᵢ·Bᵢ·Aᵢ = [γ₁·B₁ … γ_N·B_N] · [A₁; …; A_N],   of rank Σ rᵢ.
 
@@ -103,16 +103,15 @@ class AdapterPlan(Plan):
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
         """Return the stacked modules and the tensors saved whole of one output."""
-        key = (spec.weights, spec.alpha, spec.beta, spec.outside)
+        key = (spec.weights, spec.schedule)
         if key not in self._outputs:
             self._outputs[key] = self._output(spec)
         return self._outputs[key]
 
     def _output(self, spec: MergeSpec) -> AdapterOutput:
-        scales = {name: self.scale(next(iter(alike.values())).tensor, spec) for name, alike in self.modules.items()}
-        copied = self._copied(spec, scales)
+        copied = self._copied(spec)
         whole = self._whole(spec, copied)
-        stacks = {name: self._stack(name, scale, spec, copied) for name, scale in scales.items()}
+        stacks = {name: self._stack(name, spec, copied) for name in self.modules}
         if not any(stack.parts for stack in stacks.values()) and not whole:
             # PEFT loads no adapter without modules, so all of them are written, of rank 1 and zero.
             stacks = {name: replace(stack, rank=1) for name, stack in stacks.items()}
@@ -172,9 +171,10 @@ class AdapterPlan(Plan):
     def _hashes(self) -> list[str]:
         return [file_hash(adapter.files[0]) for adapter in self.adapters]
 
-    def _stack(self, name: str, scale: float, spec: MergeSpec, copied: int | None) -> Stack:
+    def _stack(self, name: str, spec: MergeSpec, copied: int | None) -> Stack:
         modules, factors = self.modules[name], []
         for index in [index for index in modules if index < len(spec.weights)]:
+            scale = self.scale(modules[index].tensor, spec, index)
             factor = scale * spec.weights[index] * (1.0 if index == copied else modules[index].scaling)
             if factor != 0:
                 factors.append((self._hashes[index], factor, index))
@@ -195,7 +195,7 @@ class AdapterPlan(Plan):
         steps = {name: self.whole.step(name, spec) for name in self.whole.names if name not in kept}
         return kept | (steps if any(step.copy != 0 for step in steps.values()) else {})
 
-    def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
+    def _copied(self, spec: MergeSpec) -> int | None:
         """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""
         active = [index for index, weight in enumerate(spec.weights) if weight != 0]
         if len(active) != 1 or not self._repeats:
@@ -204,9 +204,9 @@ class AdapterPlan(Plan):
         # The file has the rows of all policies, in order.
         if {name: rows.tokens for name, rows in adapter.rows.items()} != self.rows:
             return None
-        whole = [*adapter.saved, *adapter.rows]
-        own = [*(self.scale(name, spec) for name in whole), *(scales[name] for name in adapter.modules)]
-        return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in own) else None
+        own = [*adapter.saved, *adapter.rows, *(module.tensor for module in adapter.modules.values())]
+        scales = (self.scale(name, spec, active[0]) for name in own)
+        return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in scales) else None
 
     def _output_dtype(self, stacks: Mapping[str, Stack]) -> DType:
         if self._dtype:

@@ -17,19 +17,19 @@ from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.kernels.norms import Distance, distances
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.input_names import depths_of, under_base_names
-from rewarded_lines.merger.lines_schedule import Outside, check_schedule, tensor_scale
+from rewarded_lines.merger.lines_schedule import Outside, Schedule
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
 from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
 from rewarded_lines.merger.record import RECORD_FILE
+from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, named_schedules
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
-_SHOWN = 3
-_LONGEST = 200
+_SHOWN, _LONGEST = 3, 200
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,14 @@ class Sum:
 
 @dataclass(frozen=True)
 class Level(Sum):
-    """The tensors at one depth: in a block, before the blocks of a list or after them."""
+    """The tensors at one depth: in a block, before the blocks of a list or after them; `scales` are theirs."""
 
     stack: str
     block: int | None
     side: Side
     scale: float
     modules: tuple[str, ...]
+    scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint by depth: its block lists with their lengths, its levels from first to last, its tensors."""
+    """A checkpoint by depth: lists of blocks with their lengths, levels, tensors; schedules of named policies."""
 
     checkpoint: str
     base: str | None
-    alpha: float
-    beta: float
-    outside: Outside
+    schedule: Schedule
+    schedules: Mapping[str, Schedule]
     stacks: Mapping[str, int]
     levels: Sequence[Level]
     total: Sum
@@ -131,14 +131,16 @@ def inspect(
     checkpoint: str | Path,
     base: str | Path | None = None,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
+    alpha: Values = None,
+    beta: Values = None,
+    schedule: Coefficients = None,
+    modules: Factors = None,
     outside: Outside = "alpha",
     layers: str | None = None,
     tower: str | None = None,
     progress: Progress = SILENT,
 ) -> Inspection:
-    """Return depth and LiNeS scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
+    """Return depth and scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
 
     Without a base only headers are read. With a base both checkpoints pass in blocks. Sums of blocks are added
     exactly, so the numbers are the same for any number of threads and any sharding.
@@ -146,8 +148,10 @@ def inspect(
     Args:
         checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
         base: folder or Hub id of its SFT model.
-        alpha: α, the scale of the first block.
+        alpha: α, the scale of the first block; None is 1, as for `beta`.
         beta: β, added by the last block.
+        schedule: a coefficient for each block, in place of α and β; see `read_schedule`.
+        modules: factors by kind of module.
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
         layers: the pattern of the block list, for unknown layouts.
         tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
@@ -156,21 +160,21 @@ def inspect(
     Raises:
         UserError: a checkpoint is incomplete, its layout is unknown, or it was trained from another base.
     """
-    check_schedule(alpha, beta)
+    scales, schedules = named_schedules(Path(checkpoint).name, (alpha, beta, schedule, modules), outside)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
     subject = _open(str(checkpoint), None if base is None else str(base))
     infos = subject.tensors
     depths = depths_of(infos, subject.config, layers, tower)
+    Schedule((*scales.lines, *(one.lines[0] for one in schedules.values())), scales.modules).check(depths)
     measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
-    tensors = [_tensor(info, depths, alpha, beta, outside, measured.get(info.name)) for info in infos.values()]
+    tensors = [_tensor(info, depths, scales, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
     tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
     return Inspection(
         str(checkpoint),
         None if base is None else str(base),
-        *(alpha, beta, outside),
-        depths.stacks,
+        *(scales, schedules, depths.stacks),
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
@@ -228,11 +232,9 @@ def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -
     return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base), base, notes)
 
 
-def _tensor(
-    info: TensorInfo, depths: Depths, alpha: float, beta: float, outside: Outside, measured: Distance | None
-) -> InspectedTensor:
+def _tensor(info: TensorInfo, depths: Depths, schedule: Schedule, measured: Distance | None) -> InspectedTensor:
     place = depths.place[info.name]
-    scale = tensor_scale(place, alpha, beta, outside, info.name)
+    scale = schedule.scale(place, info.name)
     residual = None
     if measured:
         norm = math.sqrt(measured.residual)
@@ -250,8 +252,9 @@ def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo])
     levels = []
     for (stack, block, side), group in groups.items():
         modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
-        whole = vars(_sum(group, infos))
-        levels.append(Level(**whole, stack=stack, block=block, side=side, scale=group[0].scale, modules=tuple(modules)))
+        scales = tuple(sorted({one.scale for one in group}))
+        place = (stack, block, side, group[0].scale, tuple(modules), scales)
+        levels.append(Level(*vars(_sum(group, infos)).values(), *place))
     return levels
 
 

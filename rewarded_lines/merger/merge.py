@@ -17,12 +17,12 @@ from rewarded_lines.errors import Problem, UserError, fail, masked
 from rewarded_lines.folders import atomic_folder, existing_output, write_json
 from rewarded_lines.merger.greedy_soup import greedy_weights
 from rewarded_lines.merger.input_cards import CARD_FILE
-from rewarded_lines.merger.lines_schedule import check_schedule
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
 from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
+from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.merger.spec import MergeOptions, MergeSpec, folder_name, parse_weights
 from rewarded_lines.options import takes_fields
 
@@ -54,7 +54,7 @@ def merge(
     """Merge policies over their SFT base: θ_base + λ^(ℓ)·m(τ_1 … τ_N; λ), streamed block by block.
 
     τ_i = θ_i − θ_base is the residual of policy i, λ^(ℓ) = α + β·(ℓ−1)/(L−1) the LiNeS scale of block ℓ, and m the
-    method, by default Σ λ_i·τ_i.
+    method, by default Σ λ_i·τ_i. Policies may have schedules s_i of their own in linear methods: Σ λ_i·s_i^(ℓ)·τ_i.
 
     Args:
         base: folder or Hub id of the SFT model.
@@ -72,12 +72,12 @@ def merge(
     named = name_policies(policies)
     base = expand(base)
     choose("--outside", how.outside, OUTSIDE)
-    check_schedule(0.0 if how.alpha == "auto" else how.alpha, how.beta)
     specs = _specs(lam, list(named), how)
     parse_size(how.max_shard_size)
     targets = _targets(None if how.out is None else Path(expand(how.out)), specs)
     _check_targets(targets, [base, *named.values()], how.overwrite)
     plan = _open(base, named, how)
+    plan.check_schedule(specs[0])
     addition = how.additions(plan) if how.additions else None
     if how.method == "greedy" and how.dry_run:
         plan.notes.append("dry run: no candidate is scored, so who joins is not known")
@@ -118,7 +118,6 @@ def replay(
     if strange := [name for name in policies or {} if name not in recorded.policies]:
         what, known = f"the record has no policy `{strange[0]}`", ", ".join(recorded.policies)
         raise fail(what, where="--policy", expected=known, got=", ".join(strange))
-    check_schedule(recorded.alpha, recorded.beta)
     moved = {name: expand(reference) for name, reference in (policies or {}).items()}
     named = {name: source.path for name, source in recorded.policies.items()} | moved
     folder = path.resolve().parent
@@ -132,6 +131,7 @@ def replay(
     how = replace(how, layers=recorded.layers, tower=recorded.tower, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
     plan = _open(origin, named, replace(how, method=recorded.method))
+    plan.check_schedule(spec)
     plan.carried = replace(plan.carried, asked=recorded.chosen)
     how.progress.start("hashing inputs")
     recorded.check_inputs(path, plan)
@@ -226,8 +226,18 @@ def expand(reference: str | Path) -> str:
 
 def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: MergeOptions) -> list[MergeSpec]:
     """Return the spec of every output; an α that is chosen later is 0 until then."""
-    alpha = 0.0 if how.alpha == "auto" else how.alpha
-    first = MergeSpec((), alpha, how.beta, how.method, how.options or {}, how.outside).complete(len(names))
+    given = {form: getattr(how, form) for form in FORMS}
+    schedule = read_schedule(names, **given | ({"alpha": 0.0} if how.alpha == "auto" else {}), root=Path())
+    first = MergeSpec((), method=how.method, options=how.options or {}, outside=how.outside, **schedule)
+    first = first.complete(len(names))
+    if how.alpha == "auto" and first.lines:
+        raise fail(
+            "auto chooses one α for all policies",
+            where="--alpha auto",
+            expected="beside it one --beta, and no --schedule",
+            got=first.schedule.text(names),
+            remedy="give numbers for α, or one β",
+        )
     kind = METHODS[how.method].weights
     if kind == "none":
         if lam is not None:

@@ -82,6 +82,11 @@ class Method:
     policies: int = 0
     keeps: Callable[[Mapping[str, Any], Sequence[float]], bool] | None = None
 
+    @property
+    def linear(self) -> bool:
+        """True if m is linear in the residuals, so that a factor of a residual is one of its weight."""
+        return self.rule in (soup, dare) and not self.weigh
+
     def written(self, options: Mapping[str, OptionValue]) -> list[str]:
         """Return the lines of the equation with the values of all options."""
         values = {name: option.written(options[name]) for name, option in self.options.items()}

@@ -138,6 +138,8 @@ def _licence(inputs: Mapping[str, InputCard]) -> dict[str, str]:
 
 
 def _kind(spec: MergeSpec) -> str:
+    if spec.schedule.forms:
+        return f"{'Rewarded Soup' if spec.method == 'soup' else spec.method}, scaled by {spec.schedule.forms}"
     if spec.method == "soup":
         return "LiNeS" if spec.scaled else "Rewarded Soup"
     return f"{spec.method} with LiNeS" if spec.scaled else spec.method
@@ -151,9 +153,18 @@ def _introduction(plan: Plan) -> str:
 
 
 def _formula(plan: Plan, spec: MergeSpec) -> str:
+    schedule, outside = spec.schedule, "that of the block beside them"
+    several, listed = len(schedule.lines) > 1, any(line.blocks for line in schedule.lines)
     lines = ["θ = θ_base + s(ℓ) m,   τᵢ = θᵢ − θ_base", *METHODS[spec.method].written(spec.options)]
-    outside = "α" if spec.outside == "alpha" else "that of the block beside them"
-    lines.append(f"s(ℓ) = α + β (ℓ − 1)/(L − 1) for block ℓ of L; embeddings, final norm and head: {outside}")
+    if several:
+        lines[0] = "θ = θ_base + m,   τᵢ = θᵢ − θ_base,   where λᵢ sᵢ(ℓ) stands for λᵢ"
+    if spec.outside == "alpha":
+        outside = "that of the first block" if several or listed else "α"
+    depth = f"{'sᵢ(ℓ) = αᵢ + βᵢ' if several else 's(ℓ) = α + β'} (ℓ − 1)/(L − 1) for block ℓ of L"
+    depth = "s: the coefficients below" if listed else depth
+    lines.append(f"{depth}; embeddings, final norm and head: {outside}")
+    if factors := ", ".join(f"{factor:.6g} in {kind}" for kind, factor in schedule.modules):
+        lines.append(f"s times {factors}")
     return "\n".join(lines)
 
 
@@ -187,7 +198,10 @@ def _licence_text(card: InputCard) -> str:
 def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
     options = [f"{name} {value}" for name, value in spec.options.items()]
     rows = [["", ""], ["method", escaped(", ".join([spec.method, *options]))]]
-    rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
+    if spec.schedule.forms:
+        rows.append(["schedule", escaped(spec.schedule.text(list(plan.policies)))])
+    else:
+        rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
     for stack, scales in plan.scales(spec).items():
         shown = [f"{scale:.4g}" for scale in scales]
         if len(shown) > _WIDE:

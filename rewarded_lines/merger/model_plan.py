@@ -121,8 +121,9 @@ class ModelPlan(Plan):
         dtype = self._output_dtype(name)
         if not self.base.tensors[name].dtype.floating:
             return TensorMerge(dtype, copy=0)
-        row, scale = METHODS[spec.method], self.scale(name, spec)
+        row = METHODS[spec.method]
         weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
+        weights, scale = self.folded(name, spec, weights)
         if copies:
             if all(weight * scale == 0 for weight in weights) or not self._touched(name, weights):
                 return TensorMerge(dtype, copy=0)
@@ -152,11 +153,10 @@ class ModelPlan(Plan):
         self.facts.prepare([self.facts.gram])
         scaled, plain = [], []
         for name in self._floats:
-            gram = self.facts.gram(name)
-            square = sum(a * b * gram[i][j] for i, a in enumerate(weights) for j, b in enumerate(weights))
-            scale = self.scale(name, like)
-            plain.append(square)
-            scaled.append(scale * scale * square)
+            gram, (own, scale) = self.facts.gram(name), self.folded(name, like, weights)
+            for squares, taken, factor in ((plain, weights, 1.0), (scaled, own, scale)):
+                square = sum(a * b * gram[i][j] for i, a in enumerate(taken) for j, b in enumerate(taken))
+                squares.append(factor * factor * square)
         total = math.fsum(plain)
         return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
 

@@ -21,7 +21,8 @@ from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.merger.carried_files import Carried, key_of
 from rewarded_lines.merger.carried_settings import BASE
-from rewarded_lines.merger.lines_schedule import Outside, lines_scale, tensor_scale
+from rewarded_lines.merger.lines_schedule import Outside
+from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.progress import SILENT, Progress
 
@@ -83,8 +84,8 @@ class Plan(ABC):
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
         """Return the constant scale γ that gives Σ λ_i·τ_i the same norm as the schedule of `like`.
 
-        γ² = Σ_t s_t²·‖r_t‖² / Σ_t ‖r_t‖² over the tensors t, r_t = Σ λ_i·τ_i,t and s_t the tensor's LiNeS scale; the
-        norms are Euclidean. A residual of zero gets 1.
+        γ² = Σ_t ‖Σ s_i,t·λ_i·τ_i,t‖² / Σ_t ‖Σ λ_i·τ_i,t‖² over the tensors t, s_i,t the scale of policy i's tensor;
+        the norms are Euclidean. A residual of zero gets 1.
         """
 
     @abstractmethod
@@ -101,16 +102,37 @@ class Plan(ABC):
         path = self.base.folder / "config.json"
         return self.kind == "adapter" or self.base.config == read_json_object(path)
 
-    def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
-        """Return the LiNeS scale of every block, first to last, for each list of blocks."""
-        return {
-            stack: [lines_scale(block, blocks, spec.alpha, spec.beta) for block in range(blocks)]
-            for stack, blocks in self.depths.stacks.items()
-        }
+    def check_schedule(self, spec: MergeSpec) -> None:
+        """Refuse a schedule that does not fit the model or the method; see `Schedule.check`."""
+        spec.schedule.check(self.depths)
+        if len(spec.schedule.lines) > 1 and not METHODS[spec.method].linear:
+            linear = ", ".join(name for name, row in METHODS.items() if row.linear)
+            raise fail(
+                f"{spec.method} is not linear in the residuals, so policies cannot have schedules of their own in it",
+                where=f"--method {spec.method}",
+                expected=f"one schedule for all policies, or one of {linear}",
+                got=spec.schedule.text(list(self.policies)),
+            )
 
-    def scale(self, name: str, spec: MergeSpec) -> float:
-        """Return the LiNeS scale of one tensor."""
-        return tensor_scale(self.depths.place[name], spec.alpha, spec.beta, spec.outside, name)
+    def scales(self, spec: MergeSpec) -> dict[str, list[float]]:
+        """Return the scale of every block, first to last, for each list of blocks; see `Schedule.by_block`."""
+        return spec.schedule.by_block(self.depths.stacks, list(self.policies))
+
+    def scale(self, name: str, spec: MergeSpec, policy: int = 0) -> float:
+        """Return the schedule's scale of one tensor of a policy, by the policy's place."""
+        return spec.schedule.scale(self.depths.place[name], name, policy)
+
+    def folded(self, name: str, spec: MergeSpec, weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
+        """Return weights of one tensor, and a scale of the merged residual, whose products are the s_i·λ_i.
+
+        A scale that all policies with a weight share stays apart, for rules that are not linear. Others become factors
+        of the weights, and the scale is 1.
+        """
+        scales = [self.scale(name, spec, policy) for policy in range(len(weights))]
+        shared = {scale for scale, weight in zip(scales, weights, strict=True) if weight}
+        if len(shared) <= 1:
+            return tuple(weights), shared.pop() if shared else 1.0
+        return tuple(scale * weight for scale, weight in zip(scales, weights, strict=True)), 1.0
 
     def input_files(self) -> tuple[list[Path], dict[str, list[Path]]]:
         """Return every file that decides an output: of the base, and of each policy by name."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from rewarded_lines import __version__
 from rewarded_lines.checkpoints.hashing import file_hash
@@ -18,11 +18,23 @@ from rewarded_lines.merger.carried_files import key_of
 from rewarded_lines.merger.carried_settings import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.schedule_forms import recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.references import looks_local
 from rewarded_lines.versions import installed
 
 RECORD_FILE = "merge.json"
+
+
+def _numbers(value: Any) -> Any:
+    """Return α or β: one for all policies, or by name; None where every block has a coefficient."""
+    given = value.values() if isinstance(value, dict) else (0 if value is None else value,)
+    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in given):
+        raise ValueError("Input should be a number, or numbers by policy")
+    return value
+
+
+Numbers = Annotated[Any, PlainValidator(_numbers)]
 
 
 class RecordedInput(BaseModel):
@@ -40,8 +52,11 @@ class Record(BaseModel):
     base: RecordedInput
     policies: dict[str, RecordedInput] = Field(min_length=1)
     weights: dict[str, float]
-    alpha: float
-    beta: float
+    alpha: Numbers
+    beta: Numbers
+    # Records that are older than these two lack them.
+    schedule: list[float] | dict[str, list[float]] | None = None
+    modules: dict[str, float] = {}
     outside: Outside
     method: str
     options: dict[str, float | int | str]
@@ -63,7 +78,8 @@ class Record(BaseModel):
     def merge(self) -> MergeSpec:
         """The spec, with weights in the order of the policies."""
         weights = tuple(self.weights[name] for name in self.policies)
-        return MergeSpec(weights, self.alpha, self.beta, self.method, self.options, self.outside)
+        schedule = recorded_schedule(vars(self), list(self.policies))
+        return MergeSpec(weights, method=self.method, options=self.options, outside=self.outside, **schedule)
 
     def carried(self, moved: str = AUTO) -> tuple[str, str]:
         """Return the options `tokenizer` and `config_from` of the merge; `moved` is where the tokenizer is now.

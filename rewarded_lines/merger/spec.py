@@ -13,9 +13,11 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merger.lines_schedule import Outside
+from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number
 from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
+from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, recorded_schedule
 from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
 
@@ -24,7 +26,7 @@ TOWER_HELP = "vision=base keeps a tower as the base has it, =flat gives it α, =
 METHODS_PANEL = "Options of the methods"
 TOLERANCE = 1e-6
 # The defaults of `merge`, which a command need not repeat.
-_DEFAULTS = {"alpha": "1", "beta": "1", "method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
+_DEFAULTS = {"method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
 _DEFAULTS |= {"max_shard_size": "5GB", "tokenizer": "auto", "config_from": "auto"}
 
 
@@ -111,7 +113,9 @@ class MergeSpec:
         beta: β, added by the last block.
         method: a key of `METHODS`.
         options: of the method.
-        outside: the scale of tensors outside the blocks, see `tensor_scale`.
+        outside: the scale of tensors outside the blocks, see `Schedule`.
+        lines: in place of α and β, which are then 1: a line for each policy, or one with coefficients for all.
+        modules: factors by kind of module.
     """
 
     weights: tuple[float, ...]
@@ -120,11 +124,28 @@ class MergeSpec:
     method: str = "soup"
     options: Mapping[str, OptionValue] = field(default_factory=dict, hash=False)
     outside: Outside = "alpha"
+    lines: tuple[Line, ...] = ()
+    modules: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Write a merge in one way: equal merges are equal, and share the records of a sweep."""
+        lines = self.lines[:1] if len(set(self.lines)) == 1 else self.lines
+        alpha, beta = (1.0, 1.0) if lines else (self.alpha, self.beta)
+        if len(lines) == 1 and not lines[0].blocks:
+            alpha, beta, lines = lines[0].alpha, lines[0].beta, ()
+        factors = sorted(dict(self.modules).items(), key=lambda factor: KINDS.index(factor[0]))
+        modules = tuple(factor for factor in factors if factor[1] != 1)
+        self.__dict__.update(alpha=alpha, beta=beta, lines=lines, modules=modules)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The scale of every tensor."""
+        return Schedule(self.lines or (Line(self.alpha, self.beta),), self.modules, self.outside)
 
     @property
     def scaled(self) -> bool:
-        """True if LiNeS scales the residual."""
-        return (self.alpha, self.beta) != (1, 0)
+        """True if a schedule scales the residual."""
+        return (self.alpha, self.beta) != (1, 0) or bool(self.modules)
 
     @property
     def extrapolates(self) -> bool:
@@ -146,8 +167,7 @@ class MergeSpec:
             "method": self.method,
             "options": dict(self.options),
             "weights": weights,
-            "alpha": self.alpha,
-            "beta": self.beta,
+            **self.schedule.as_dict(policies),
             "outside": self.outside,
         }
 
@@ -156,7 +176,8 @@ class MergeSpec:
         """Return the spec that `as_dict` described."""
         weights = tuple(map(float, content["weights"].values()))
         options, outside = dict(content.get("options", {})), content.get("outside", "alpha")
-        return cls(weights, float(content["alpha"]), float(content["beta"]), str(content["method"]), options, outside)
+        schedule = recorded_schedule(content, list(content["weights"]))
+        return cls(weights, method=str(content["method"]), options=options, outside=outside, **schedule)
 
     def command(self, base: str, policies: Mapping[str, str], out: str = "merged", **how: Any) -> str:
         """Return the `rewarded-lines merge` command that makes this merge, without arguments equal to the default.
@@ -171,9 +192,10 @@ class MergeSpec:
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
         one_number = len(self.weights) == 2 and self.weights[1] == round(1 - self.weights[0], 12)
         if METHODS[self.method].weights != "none" and self.weights != (1.0,):
-            pairs.append(("lam", ",".join(map(_text, self.weights[:1] if one_number else self.weights))))
-        given = {"alpha": _text(self.alpha), "beta": _text(self.beta), "method": self.method, **self.options}
-        given |= {"outside": self.outside, **{name.strip("_"): value for name, value in how.items()}}
+            pairs.append(("lam", ",".join(map(brief_number, self.weights[:1] if one_number else self.weights))))
+        pairs += self.schedule.arguments([name.replace("=", "-") for name in policies])
+        given = {"method": self.method, **self.options, "outside": self.outside}
+        given |= {name.strip("_"): value for name, value in how.items()}
         pairs += [(name, str(value)) for name, value in given.items() if value != _DEFAULTS.get(name)]
         words = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
         extrapolate = ["--extrapolate"] if self.extrapolates else []
@@ -191,10 +213,6 @@ def _named(name: str, place: str) -> str:
     return place if bare else f"{name.replace('=', '-')}={place}"
 
 
-def _text(value: float) -> str:
-    return repr(int(value)) if value == int(value) else repr(value)
-
-
 def _methods_that_begin(incomplete: str) -> list[tuple[str, str]]:
     return [(name, row.summary) for name, row in METHODS.items() if name.startswith(incomplete)]
 
@@ -204,7 +222,10 @@ class MergeOptions:
     """How policies are merged and written, for Python and for the command line; the help texts describe the fields.
 
     Attributes:
-        alpha: "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
+        alpha: a number, or numbers by policy; None is 1. "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
+        beta: likewise.
+        schedule: a coefficient for each block in place of α and β; see `read_schedule`.
+        modules: factors by kind of module, e.g. {"mlp": 0.8}.
         options: of the method, e.g. {"density": 0.2}.
         score: or a function from a model's folder to a number; higher is better.
         dtype: "auto" gives each tensor the widest type that it has in the inputs.
@@ -212,10 +233,22 @@ class MergeOptions:
         progress: receives the steps and the bytes written.
     """
 
-    alpha: float | Literal["auto"] = option(
-        1.0, "LiNeS α: scale of the first block; auto for the authors' choice.", typed=str
+    alpha: Values | Literal["auto"] = option(
+        None,
+        "LiNeS α: scale of the first block, 1 if not given; auto for the authors' choice; POLICY=α for one policy.",
+        typed=list[str] | None,
     )
-    beta: float = option(1.0, "LiNeS β: added by the last block; 0 is Rewarded Soups.")
+    beta: Values = option(
+        None,
+        "LiNeS β: added by the last block, 1 if not given; 0 is Rewarded Soups; POLICY=β for one policy.",
+        typed=list[str] | None,
+    )
+    schedule: Coefficients = option(
+        None,
+        "In place of α and β, a scale for each block: 1,1,1.2 or a file; POLICY=1,1,1.2 for one policy, repeat.",
+        typed=list[str] | None,
+    )
+    modules: Factors = option(None, f"Factors by kind of module, mlp=0.8: {', '.join(KINDS)}.", typed=list[str] | None)
     outside: Outside = option(
         "alpha",
         "What embeddings, norm and head get: alpha, or depth (as the block beside them).",

@@ -14,6 +14,7 @@ from rich.text import Text
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.errors import printable
 from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Origin, Residual, Sum
+from rewarded_lines.merger.lines_schedule import Schedule
 
 Row = tuple[str, ...]
 
@@ -29,7 +30,9 @@ _NAMED = 3
 
 def as_dict(found: Inspection, tensors: bool) -> dict[str, Any]:
     """Return an inspection for JSON: null if not finite; `tensors` keeps single tensors."""
-    return {key: _plain(value) for key, value in vars(found).items() if tensors or key != "tensors"}
+    left_out = ("schedule", *(() if tensors else ("tensors",)), *(() if found.schedules else ("schedules",)))
+    content = {key: _plain(value) for key, value in vars(found).items() if key not in left_out}
+    return content | _plain(found.schedule)
 
 
 def on_terminal(found: Inspection, tensors: bool, width: int = 80) -> Iterator[RenderableType]:
@@ -81,7 +84,7 @@ def _heading(found: Inspection) -> Iterator[str]:
         method = ", ".join([made.method, *(f"{name} {value}" for name, value in made.options.items())])
         named = zip(found.origin.policies, made.weights, strict=True)
         weights = ", ".join(f"λ {weight:g} {name}" for name, weight in named)
-        yield printable(f"merged by {method}: {weights}; α = {made.alpha:g}, β = {made.beta:g}")
+        yield printable(f"merged by {method}: {weights}; {made.schedule.text(found.origin.policies)}")
 
 
 def _notes(found: Inspection) -> Iterator[str]:
@@ -90,8 +93,8 @@ def _notes(found: Inspection) -> Iterator[str]:
         if modules:
             rest = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
             yield printable(f"{where}: {', '.join(modules[:_NAMED])}{rest}")
-    outside = "" if found.outside == "alpha" else "; outside the blocks that of the block beside"
-    yield f"s: LiNeS scale, α = {found.alpha:g}, β = {found.beta:g}{outside}"
+    outside = "" if found.schedule.outside == "alpha" else "; outside the blocks that of the block beside"
+    yield f"s: LiNeS scale, {found.schedule.text()}{outside}"
     if found.base is not None:
         yield printable(f"τ: residual, what {found.checkpoint} adds to {found.base}; ‖·‖: L2 norm; θ: the base")
         yield "changed: share of values that differ from the base's"
@@ -102,6 +105,8 @@ def _row(one: InspectedTensor | Level) -> Row:
     place = _SIDES[one.side] if one.block is None else str(one.block)
     scale = f"{one.scale:.4g}"
     if isinstance(one, Level):
+        if len(one.scales) > 1:
+            scale = f"{one.scales[0]:.4g}–{one.scales[-1]:.4g}"
         return (place, *_sum_cells(one, scale))
     shape = "×".join(map(str, one.shape)) or "scalar"
     cells = (printable(one.name), shape, _type(one.dtype), scale)
@@ -146,6 +151,8 @@ def _count(number: int, noun: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Residual):
         return _plain(vars(value) | {"relative": value.relative, "share_changed": value.share_changed})
+    if isinstance(value, Schedule):
+        return value.as_dict() | {"outside": value.outside}
     if isinstance(value, Origin):
         return _plain(value.merge.as_dict(value.policies))
     if dataclasses.is_dataclass(value):

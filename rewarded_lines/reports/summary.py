@@ -19,6 +19,8 @@ from rewarded_lines.evaluator.missing_scores import Missing, missing_json
 from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, distinct2, perplexity, tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, total_missing
+from rewarded_lines.merger.lines_schedule import mean_line
+from rewarded_lines.merger.schedule_forms import FORMS, recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes
@@ -62,19 +64,17 @@ class PointSummary:
     def as_dict(self) -> dict[str, Any]:
         """Return the point as `summary.json` holds it."""
         merge = self.merge
-        first = {"method": self.method, "alpha": merge.alpha, "beta": merge.beta}
-        first["merge"] = merge.method
+        first = {"method": self.method, **merge.schedule.as_dict(), "merge": merge.method}
         given = {key: value for key, value in asdict(self).items() if key not in (*first, "missing")}
         return first | given | missing_json(self.missing)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PointSummary:
         """Return the point that `as_dict` wrote."""
-        fields = dict(content)
+        fields = {key: value for key, value in content.items() if key not in FORMS}
         weights = tuple(fields.pop("weights"))
         merged = (1.0,) if fields.get("edit") else weights
-        schedule = (fields.pop("alpha"), fields.pop("beta"))
-        merge = MergeSpec(merged, *schedule, fields.pop("merge"))
+        merge = MergeSpec(merged, method=fields.pop("merge"), **recorded_schedule(content, len(merged)))
         fields |= {name: Estimate(**fields[name]) for name in ("kl", "words")}
         for name in ("rewards", "perplexities", "forgetting"):
             fields[name] = {key: Estimate(**one) for key, one in fields[name].items()}
@@ -251,9 +251,9 @@ def _points(
 
 def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
     """Return the mean schedule of a point; a matched or tuned schedule differs between runs."""
-    alpha = float(np.mean([merge.alpha for merge in merges]))
-    beta = float(np.mean([merge.beta for merge in merges]))
-    return replace(merges[0], alpha=alpha, beta=beta)
+    schedules = [merge.schedule for merge in merges]
+    policies = range(max(len(one.lines) for one in schedules))
+    return replace(merges[0], lines=tuple(mean_line([one.line(policy) for one in schedules]) for policy in policies))
 
 
 def _control_sets(run: Run) -> dict[str, slice]:

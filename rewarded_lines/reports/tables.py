@@ -247,7 +247,8 @@ def points_csv(summary: Summary) -> str:
 
     NAME.missing counts responses without a score, for each reward that lacks some.
     """
-    schedule = ["method", "checkpoint", "merge", "alpha", "beta"]
+    own = any(point.merge.schedule.forms for point in summary.points)
+    schedule = ["method", "checkpoint", "merge", "alpha", "beta", *(["schedule"] if own else [])]
     shares = ["ended", "distinct2", "contribution"]
     measures = ["kl", "words", *(f"{name} perplexity" for name in summary.controls)]
     measures += [f"{name} perplexity over SFT" for name in summary.controls]
@@ -265,7 +266,9 @@ def points_csv(summary: Summary) -> str:
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
         estimates += point.forgetting.values()
         numbers = [number for one in estimates for number in (one.value, one.low, one.high)]
-        place = [point.method, point.checkpoint, point.merge.method, point.merge.alpha, point.merge.beta]
+        ends = ["", ""] if point.merge.lines else [point.merge.alpha, point.merge.beta]
+        place = [point.method, point.checkpoint, point.merge.method, *ends]
+        place += [point.merge.schedule.text(summary.policies)] if own else []
         without = [point.missing[name].count if name in point.missing else 0 for name in summary.missing]
         writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution, *without])
     return text.getvalue()

@@ -30,14 +30,19 @@ def method_label(points: Sequence[PointSummary]) -> str:
     if alphas[0] < alphas[-1]:
         ends = low if low == high else f"{low} to {high}"
         return f"{name} (α = {ends}, β = {_number(beta)})"
-    kind = "Rewarded Soups" if beta == 0 else "LiNeS"
+    forms = merge.schedule.forms
+    kind = "Rewarded Soups" if beta == 0 or forms else "LiNeS"
     if merge.method != "soup":
         # An old run may have a method that no longer exists.
         known = METHODS.get(merge.method)
         kind = (known.label if known else "") or merge.method
-        kind += " + LiNeS" if beta != 0 else ""
+        kind += " + LiNeS" if beta != 0 and not forms else ""
     if name == TUNED:
         kind += ", tuned"
+    if merge.lines:
+        return f"{kind}, scaled by {forms}"
+    if forms:
+        kind += f", scaled by {forms}"
     if beta == 0 and alpha == 1:
         return f"{kind} (β = 0)"
     if alpha == beta != 0:

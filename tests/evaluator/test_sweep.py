@@ -19,6 +19,7 @@ from rewarded_lines.evaluator.choose import command_for
 from rewarded_lines.evaluator.evaluate import LocalEvaluator
 from rewarded_lines.evaluator.records import load_run, read_point
 from rewarded_lines.folders import folder_lock
+from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.reports.figures.depth_figure import schedules
 from rewarded_lines.reports.summary import summarise
 from rewarded_lines.reports.tables import markdown, points_csv
@@ -302,7 +303,8 @@ def test_a_single_policy_is_edited_beside_wise_ft(tiny):
     summary = summarise(run)
     assert "of `edit` α, and β = 1 − α" in markdown(summary)
     assert method_labels(summary)["edit"] == "LiNeS, edited (α = 0.00 to 1.00, β = 1 − α)"
-    assert list(schedules(summary))[0] == (0.0, 1.0, 1.0, True)
+    least, most = list(schedules(summary))[0]
+    assert (least.lines, most.lines) == ((Line(0.0, 1.0),), (Line(1.0, 0.0),))
     # What is written is the merge that was evaluated.
     rows = [row for row in csv.DictReader(io.StringIO(points_csv(summary))) if row["method"] == "edit"]
     assert [(row["weight.first"], row["alpha"], row["beta"]) for row in rows][1] == ("1.0", "0.5", "0.5")

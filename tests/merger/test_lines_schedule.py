@@ -4,7 +4,7 @@ import pytest
 
 from rewarded_lines.checkpoints.tensor_depth import Place
 from rewarded_lines.errors import UserError
-from rewarded_lines.merger.lines_schedule import lines_scale, tensor_scale
+from rewarded_lines.merger.lines_schedule import Line, Schedule, lines_scale
 
 
 @pytest.mark.parametrize(("block", "scale"), [(0, 1.0), (1, 1.25), (2, 1.5), (4, 2.0), (None, 1.0)])
@@ -19,6 +19,10 @@ def test_single_block_and_reversed_schedule():
 
 def at(side, block=None, blocks=3):
     return Place("model.layers", block, blocks, side)
+
+
+def tensor_scale(place, alpha, beta, outside="alpha", name=""):
+    return Schedule((Line(alpha, beta),), outside=outside).scale(place, name)
 
 
 @pytest.mark.parametrize("outside", ["alpha", "depth"])

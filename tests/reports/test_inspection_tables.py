@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.merger.lines_schedule import Schedule
 from rewarded_lines.reports.inspection_tables import as_dict, on_terminal
 
 LARGE = 70_553_706_496
@@ -32,7 +33,7 @@ def make_inspection(blocks: dict[str, int], residual: Residual | None) -> Inspec
     levels.insert(0, Level(1, LARGE, LARGE, types, residual, rows[0][0], None, "before", 1.0, ("embed_tokens",)))
     total = Sum(len(rows), LARGE, 2 * LARGE, types, residual)
     base = "sft" if residual else None
-    return Inspection("policy", base, 1.0, 1.0, "alpha", blocks, levels, total, tensors, None, [])
+    return Inspection("policy", base, Schedule(), {}, blocks, levels, total, tensors, None, [])
 
 
 def lines(inspection: Inspection, tensors: bool = False) -> list[str]:

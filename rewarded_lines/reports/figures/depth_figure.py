@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_bytes
 from rewarded_lines.merger.inspect import Inspection, Level
-from rewarded_lines.merger.lines_schedule import lines_scale
+from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.reports.figures.figure_style import (
     FORMATS,
     WIDE,
@@ -38,8 +38,8 @@ _BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", l
 _MARKED, _LONGEST = 16, 18
 # Policies skip the first looks, which the methods have.
 _SKIPPED = 4
-Schedule = tuple[float, float, float, bool]
-"""Least α, greatest α, β of a method; True if β is 1 − α instead."""
+Band = tuple[Schedule, Schedule]
+"""The schedules of a method with the least and the greatest α; equal ones where α does not change with λ."""
 
 
 def check_figure_file(file: str | Path) -> str:
@@ -73,34 +73,55 @@ def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
 
 
 def depth_figure(inspection: Inspection) -> Figure:
-    """Draw the LiNeS scale by block and, with a base, the residual norm before and after scaling.
+    """Draw the scale by block and, with a base, the residual norm before and after scaling.
 
-    Each list of blocks has a line. Tensors outside the blocks are not drawn.
+    Each list of blocks has a line; the scale has one for each policy that the user named, and for each kind of module
+    with a factor. Tensors outside the blocks are not drawn.
     """
     panels = 1 if inspection.base is None else 2
     figure = blank_figure(3.5 * panels, 3.0)
     figure.set_layout_engine("constrained", w_pad=0.08)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    styles = _styles(inspection)
-    for stack, look in styles.items():
+    styles, scales = _styles(inspection), _scales(inspection)
+    drawn = {label: look.keywords(**_LINE) for label, look in zip(scales, looks(len(scales)), strict=True)}
+    drawn = dict(zip(scales, styles.values(), strict=True)) if len(scales) == len(styles) else drawn
+    for label, look in drawn.items():
+        depth = range(len(scales[label]))
+        axes[0].plot(depth, scales[label], **(look | {"markevery": _every(depth)}))
+    for stack, look in styles.items() if panels == 2 else ():
         blocks, levels = _blocks(inspection, stack)
-        axes[0].plot(blocks, [level.scale for level in levels], **look)
-        if panels == 2:
-            axes[1].plot(blocks, _norms(levels), **(look | _BEFORE))
-            axes[1].plot(blocks, _norms(levels, scaled=True), **look)
-    schedule = f"LiNeS, α = {inspection.alpha:g}, β = {inspection.beta:g}".replace("-", "\N{MINUS SIGN}")
+        axes[1].plot(blocks, _norms(levels), **(look | _BEFORE))
+        axes[1].plot(blocks, _norms(levels, scaled=True), **look)
+    text = inspection.schedule.text()
+    schedule = text if inspection.schedule.forms else f"LiNeS, {text}"
+    schedule = "schedules of the policies" if len(inspection.schedules) > 1 else schedule
     names = [shorten(Path(str(path)).name, _LONGEST) for path in (inspection.checkpoint, inspection.base)]
-    for one, title in zip(axes, [schedule, f"residual τ of {names[0]} over {names[1]}"], strict=False):
+    titles = [schedule.replace("-", "\N{MINUS SIGN}"), f"residual τ of {names[0]} over {names[1]}"]
+    for one, title in zip(axes, titles, strict=False):
         one.set_title(title, loc="left")
     _finish(axes)
-    several = len(styles) > 1
+    several = len(drawn) > 1
     if several:
-        legend_above(figure, styles.items(), columns=1)
+        legend_above(figure, drawn.items(), columns=1)
     if panels == 2:
         look = _LINE | dict(color="0.35", marker="o") if several else next(iter(styles.values()))
         kinds = {"‖τ‖, before scaling": look | _BEFORE, "‖s·τ‖, scaled": look}
         legend_above(figure, kinds.items(), columns=1 if several else 2, side="right")
     return figure
+
+
+def _scales(inspection: Inspection) -> dict[str, list[float]]:
+    """Return the scales by block of every line, by its label."""
+    schedules = inspection.schedules or {"": inspection.schedule}
+    found = {}
+    for policy, schedule in schedules.items():
+        factors = {**dict(schedule.modules), "other kinds": 1.0} if schedule.modules else {"": 1.0}
+        for stack, scales in schedule.by_block(inspection.stacks).items():
+            for kind, factor in factors.items():
+                parts = (policy if len(schedules) > 1 else "", stack if len(inspection.stacks) > 1 else "", kind)
+                label = ", ".join(shorten(part, 24) for part in parts if part)
+                found[label or stack] = [factor * scale for scale in scales]
+    return found
 
 
 def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) -> Figure:
@@ -119,30 +140,37 @@ def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) ->
     return settled(figure)
 
 
-def schedules(summary: Summary) -> dict[Schedule, list[str]]:
-    """Return the methods of every LiNeS schedule, without models that are not merged."""
-    found: dict[Schedule, list[str]] = {}
+def schedules(summary: Summary) -> dict[Band, list[str]]:
+    """Return the methods of every schedule, without models that are not merged."""
+    found: dict[Band, list[str]] = {}
     for name, points in summary.merged_methods().items():
         if not any(point.checkpoint for point in points):
-            alphas = [point.merge.alpha for point in points]
-            edit = any(point.edit for point in points)
-            schedule = (min(alphas), max(alphas), points[0].merge.beta, edit)
-            found.setdefault(schedule, []).append(name)
+            merges = sorted((point.merge for point in points), key=lambda merge: merge.alpha)
+            found.setdefault((merges[0].schedule, merges[-1].schedule), []).append(name)
     return found
 
 
 def _draw_scales(axes: Axes, summary: Summary, blocks: int) -> None:
-    depth = range(blocks)
-    found = schedules(summary)
-    for ((low, high, beta, edit), names), look in zip(found.items(), looks(len(found)), strict=True):
-        ends = [(alpha, 1 - alpha if edit else beta) for alpha in (low, high)]
-        least, most = ([lines_scale(block, blocks, *end) for block in depth] for end in ends)
-        alpha = f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"
-        schedule = f"α = {alpha}, β = {'1 - α' if edit else f'{beta:g}'}".replace("-", "\N{MINUS SIGN}")
+    """Draw a line for each schedule, and for each policy with one of its own; factors by kind are only named."""
+    found, depth = schedules(summary), range(blocks)
+    shown = [(band, names, policy) for band, names in found.items() for policy in range(len(band[0].lines))]
+    for ((low, high), names, policy), look in zip(shown, looks(len(shown)), strict=True):
+        ends = [one.line(policy) for one in (low, high)]
+        least, most = ([line.at(block, blocks) for block in depth] for line in ends)
+        text = _band_text(*ends) + "".join(f", {kind} × {factor:g}" for kind, factor in low.modules)
+        text = f"{summary.policies[policy]}, {text}" if len(low.lines) > 1 else text
         middle = [(one + other) / 2 for one, other in zip(least, most, strict=True)]
-        label = f"{shorten(', '.join(names), 36)}: {schedule}"
+        label = f"{shorten(', '.join(names), 36)}: {text}".replace("-", "\N{MINUS SIGN}")
         axes.fill_between(depth, least, most, color=look.colour, alpha=0.25, linewidth=0)
         axes.plot(depth, middle, label=label, **look.keywords(markevery=_every(depth)))
+
+
+def _band_text(low: Line, high: Line) -> str:
+    """Return α and β; α from least to most, and β as 1 − α where a single policy is edited."""
+    if low == high:
+        return low.text()
+    beta = f"{low.beta:g}" if low.beta == high.beta else "1 - α"
+    return f"α = {low.alpha:.2f} to {high.alpha:.2f}, β = {beta}"
 
 
 def _draw_norms(axes: Axes, inspections: Mapping[str, Inspection]) -> None:

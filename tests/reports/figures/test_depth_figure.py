@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.inspect import Inspection, Level, Residual, Sum
+from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.reports.figures.depth_figure import check_figure_file, depth_figure, write_depth_figure
 from rewarded_lines.reports.figures.figure_style import figure_bytes
 
@@ -28,7 +30,7 @@ def make_inspection(blocks: dict[str, int], base: str | None = "sft", beta: floa
             side = "before" if block is None else "in"
             levels.append(Level(1, 10, 40, ("float32",), residual, stack, block, side, scale, ()))
     total = Sum(len(levels), 10, 40, ("float32",), None)
-    return Inspection("runs/helpful", base, 1.0, beta, "alpha", blocks, levels, total, [], None, [])
+    return Inspection("runs/helpful", base, Schedule((Line(1.0, beta),)), {}, blocks, levels, total, [], None, [])
 
 
 CASES = {
@@ -105,3 +107,15 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "rewarded-lines\[report\]"'):
         check_figure_file(tmp_path / "depth.png")
+
+
+def test_every_named_policy_and_every_kind_of_module_has_a_line() -> None:
+    found = make_inspection({"model.layers": 3}, base=None)
+    named = {"helpful": (Line(1.0, 1.0),), "brief": (Line(blocks=(2.0, 0.5, 1.0)),)}
+    schedules = {name: Schedule(lines, (("mlp", 0.5),)) for name, lines in named.items()}
+    (axes,) = depth_figure(replace(found, schedules=schedules)).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.75, 1], [1, 1.5, 2], [1, 0.25, 0.5], [2, 0.5, 1]]
+    (legend,) = axes.figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["helpful, mlp", "helpful, other kinds", "brief, mlp", "brief, other kinds"]
+    assert axes.get_title(loc="left") == "schedules of the policies"

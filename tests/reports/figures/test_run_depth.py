@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rewarded_lines.merger.inspect import Inspection, Level, Residual, Sum
+from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.reports.figures.depth_figure import run_depth_figure, schedules
 from rewarded_lines.reports.summary import Summary
 
@@ -22,16 +23,13 @@ def inspection(stacks: dict[str, int], step: float) -> Inspection:
         for stack, count in stacks.items()
         for block in range(count)
     ]
-    return Inspection("p", "sft", 1.0, 1.0, "alpha", stacks, levels, Sum(1, 1, 1, (), None), [], None, [])
+    return Inspection("p", "sft", Schedule(), {}, stacks, levels, Sum(1, 1, 1, (), None), [], None, [])
 
 
 def test_methods_of_one_schedule_share_a_line(make_summary: MakeSummary) -> None:
     summary = make_summary(points=3, methods=METHODS)
-    assert schedules(summary) == {
-        (1, 1, 0, False): ["soup"],
-        (1, 1, 1, False): ["lines", "also"],
-        (2, 2, -1, False): ["reversed"],
-    }
+    found = {bands[0].lines[0]: names for bands, names in schedules(summary).items() if bands[0] == bands[1]}
+    assert found == {Line(1, 0): ["soup"], Line(1, 1): ["lines", "also"], Line(2, -1): ["reversed"]}
 
 
 def test_scales_and_norms_are_drawn_as_they_are(make_summary: MakeSummary, check_layout: Callable) -> None:
