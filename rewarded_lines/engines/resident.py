@@ -224,12 +224,12 @@ class Resident:
 
     def _masks(self, step: TensorMerge, start: int, count: int) -> list[torch.Tensor]:
         """Draw masks block by block, as their random numbers are counted."""
-        if step.masks is None:
+        if not step.masks:
             return []
-        masks, blocks, drawn = step.masks, list(blocks_of(count)), {}
+        blocks, drawn = list(blocks_of(count)), {}
 
         def work(block: tuple[int, int]) -> None:
-            drawn[block] = masks(start + block[0], block[1])
+            drawn[block] = [draw(start + block[0], block[1]) for draw in step.masks]
 
         share_out(blocks, lambda: work)
         parts = zip(*(drawn[block] for block in blocks), strict=True)

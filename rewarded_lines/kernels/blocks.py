@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.rule_programs import PieceRules
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
@@ -24,8 +26,8 @@ PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
 Rule = Callable[..., Any]
-Masks = Callable[[int, int], Sequence[Array]]
-"""Draws a block's masks, one for each policy that takes part, from the block's start and length."""
+Mask = Callable[[int, int], Array]
+"""Draws a policy's mask for a block, from the block's start and length. Equal masks are drawn once, so it has a hash."""
 
 
 class Residuals(Protocol):
@@ -61,7 +63,7 @@ class TensorMerge:
         rule: the method's rule.
         linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
         parameters: options of the rule.
-        masks: draws the random masks of a rule that needs them.
+        masks: draw the random masks of a rule that needs them, one for each of `rows`.
     """
 
     dtype: DType
@@ -72,7 +74,7 @@ class TensorMerge:
     rule: Rule | None = None
     linear: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    masks: Masks | None = None
+    masks: Sequence[Mask] = ()
 
 
 def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
@@ -106,6 +108,7 @@ class Workspace:
         self._dtypes: list[DType | None] = []
         self._name, self._start = "", 0
         self._residuals: Array | None = None
+        self._rules: PieceRules | None = None
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
@@ -127,21 +130,29 @@ class Workspace:
         """
         results: dict[int, tuple[Array, int]] = {}
         together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
+        ruled: dict[int, TensorMerge] = {}
         for index, step in enumerate(steps):
-            if step.copy is None and step.linear and self._alike():
+            if step.copy is not None:
+                results[index] = self._copied(step, step.copy, index)
+            elif step.linear and self._alike():
                 together.setdefault((step.dtype, step.rows), []).append(index)
             else:
-                results[index] = self._merge_one(step, index)
+                ruled[index] = step
         for indices in together.values():
             results |= self._merge_linear(steps, indices)
+        if ruled:
+            results |= self._merge_ruled(ruled)
         return [results[index] for index in range(len(steps))]
 
-    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
+    def _merge_ruled(self, steps: Mapping[int, TensorMerge]) -> dict[int, tuple[Array, int]]:
+        """Merge by any rules; each piece's residuals are computed once for all outputs."""
         base = self._stored(0)
-        out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.size]
-        if step.copy is not None:
-            return self._copied(self._stored(step.copy), step.dtype, out)
-        return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
+        outs = {index: self._out(index, step.dtype) for index, step in steps.items()}
+        counts = dict.fromkeys(steps, 0)
+        for piece, merged in self.merged_residuals(list(steps.values())):
+            for residual, (index, step) in zip(merged, steps.items(), strict=True):
+                counts[index] += int(kernels.finish(base[piece], residual, step.scale, outs[index][piece]))
+        return {index: (out, counts[index]) for index, out in outs.items()}
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
@@ -167,19 +178,28 @@ class Workspace:
             raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
         )
 
-    def merged_residual(self, step: TensorMerge) -> Array:
-        """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
-        assert step.rule is not None, "a copied tensor has no residual"
-        residuals = self.residuals()
-        count = residuals.shape[1]
-        merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
-        masks = step.masks(self._start, count) if step.masks else None
+    def merged_residuals(self, steps: Sequence[TensorMerge]) -> Iterator[tuple[slice, Array]]:
+        """Yield the rules' residuals of the loaded block, piece by piece, without the schedule's scale.
+
+        An array is float64 [steps, n] and belongs to this workspace.
+        """
+        count = self._stored(0).size
+        if self._rules is None or not all(map(is_, self._rules.steps, steps)) or len(steps) != len(self._rules.steps):
+            self._rules = PieceRules(steps, len(self._policies), PIECE)
+        rules = self._rules
+        masks = [mask(self._start, count) for mask in rules.masks]
         for start in range(0, count, PIECE):
-            piece = slice(start, start + PIECE)
-            drawn = {} if masks is None else {"kept": [mask[piece] for mask in masks]}
-            taken = [residuals[row, piece] for row in step.rows]
-            merged[piece] = step.rule(taken, step.weights, **step.parameters, **drawn)
-        return merged
+            piece = slice(start, min(start + PIECE, count))
+            for row in rules.rows:
+                self._residual_piece(row, piece, rules.residuals[row, : piece.stop - start])
+            yield piece, rules.merged([mask[piece] for mask in masks], piece.stop - start)
+
+    def _residual_piece(self, row: int, piece: slice, out: Array) -> None:
+        policy = self._raw[row + 1]
+        if policy is None or self._residuals is not None:
+            out[:] = self.residuals()[row, piece]
+        else:
+            kernels.residual(self._stored(0)[piece], policy[piece], out)
 
     def residuals(self) -> Array:
         """Return τ of every policy for the loaded block, float64, [N, n]."""
@@ -214,10 +234,14 @@ class Workspace:
         assert raw is not None, "an adapter stores no tensors"
         return raw
 
-    def _copied(self, source: Array, dtype: DType, out: Array) -> tuple[Array, int]:
-        if source.dtype == dtype.storage:
+    def _copied(self, step: TensorMerge, row: int, index: int) -> tuple[Array, int]:
+        source, out = self._stored(row), self._out(index, step.dtype)
+        if source.dtype == out.dtype:
             return source, 0
         return out, int(kernels.cast(source, out))
+
+    def _out(self, index: int, dtype: DType) -> Array:
+        return self._buffer(f"out {index}", dtype.storage, 1)[0, : self._stored(0).size]
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
         """Return a [rows, BLOCK] array that all blocks share."""

@@ -44,6 +44,18 @@ def _compiled() -> Any:
     return compiled_kernels
 
 
+def is_long() -> bool:
+    """Return whether this process has so much work that the compiler pays."""
+    return _seen > ENOUGH
+
+
+def machine_code(operations: Any, width: int) -> Callable[..., None]:
+    """See `compiled_rules.machine_code`."""
+    from rewarded_lines.kernels import compiled_rules
+
+    return compiled_rules.machine_code(operations, width)
+
+
 def _loop(name: str, counted: int = 0) -> Callable[..., Any]:
     """Return the loop of this name; its argument at the place `counted` tells how many values it goes over."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import blake3
 import numpy as np
@@ -127,3 +127,17 @@ def random_mask(seed: int, name: str, digest: bytes, density: float, start: int,
     for piece in pieces(mask):
         np.less(generator.random(piece.size, np.float32), np.float32(density), out=piece)
     return mask
+
+
+class RandomMask(NamedTuple):
+    """The mask of one policy's tensor, to be drawn block by block: see `random_mask`."""
+
+    seed: int
+    name: str
+    digest: bytes
+    density: float
+
+    def __call__(self, start: int, count: int) -> Array:
+        """Return `count` booleans for the values from `start` on."""
+        drawn: Array = random_mask(*self, start, count)
+        return drawn

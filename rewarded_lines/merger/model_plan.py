@@ -20,11 +20,11 @@ from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import Masks, Source, TensorMerge, Workspace, all_blocks, blocks_of
+from rewarded_lines.kernels.blocks import Mask, Source, TensorMerge, Workspace, all_blocks, blocks_of
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import Facts
 from rewarded_lines.kernels.thread_pool import Relay, share_out
-from rewarded_lines.kernels.thresholds_and_masks import random_mask
+from rewarded_lines.kernels.thresholds_and_masks import RandomMask
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_device import settled_device
 from rewarded_lines.merger.merge_rules import consensus, soup
@@ -269,22 +269,18 @@ class ModelPlan(Plan):
         digests = self.facts.digests(name)
         return sorted(rows, key=lambda i: (digests[i], weights[i]))
 
-    def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], Masks | None]:
+    def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], list[Mask]]:
         """Return the rule's parameters by name, and its masks."""
         row, options = METHODS[spec.method], spec.options
         taken = {key: value for key, value in options.items() if key not in ("scope", "seed")}
         if row.needs == "thresholds":
             density = float(taken.pop("density"))
             thresholds = self.facts.thresholds(name, density, str(options["scope"]))
-            return {**taken, "thresholds": [thresholds[i] for i in rows]}, None
+            return {**taken, "thresholds": [thresholds[i] for i in rows]}, []
         if row.needs != "kept":
-            return taken, None
+            return taken, []
         digests, seed, density = self.facts.digests(name), int(options["seed"]), float(options["density"])
-
-        def masks(start: int, count: int) -> list[Any]:
-            return [random_mask(seed, name, digests[i], density, start, count) for i in rows]
-
-        return taken, masks
+        return taken, [RandomMask(seed, name, digests[i], density) for i in rows]
 
     def _output_dtype(self, name: str) -> DType:
         dtype = self.base.tensors[name].dtype
