@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.rule_programs import PieceRules
+from rewarded_lines.kernels.rule_programs import Code, all_masks, called, compiled_rules
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
@@ -27,7 +27,7 @@ PIECE = 1 << 14
 Array = np.ndarray[Any, Any]
 Rule = Callable[..., Any]
 Mask = Callable[[int, int], Array]
-"""Draws a policy's mask for a block, from the block's start and length. Equal masks are drawn once, so it has a hash."""
+"""Draws a policy's mask for a block, from the block's start and length; equal ones, by hash, are drawn once."""
 
 
 class Residuals(Protocol):
@@ -108,7 +108,7 @@ class Workspace:
         self._dtypes: list[DType | None] = []
         self._name, self._start = "", 0
         self._residuals: Array | None = None
-        self._rules: PieceRules | None = None
+        self._code: tuple[Sequence[TensorMerge], Code | None] = ((), None)
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
@@ -129,30 +129,49 @@ class Workspace:
         The arrays belong to this workspace: use them before the next call.
         """
         results: dict[int, tuple[Array, int]] = {}
+        # By type and, if the linear kernel has them, by the policies that take part.
         together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
-        ruled: dict[int, TensorMerge] = {}
         for index, step in enumerate(steps):
             if step.copy is not None:
                 results[index] = self._copied(step, step.copy, index)
-            elif step.linear and self._alike():
-                together.setdefault((step.dtype, step.rows), []).append(index)
             else:
-                ruled[index] = step
-        for indices in together.values():
-            results |= self._merge_linear(steps, indices)
-        if ruled:
-            results |= self._merge_ruled(ruled)
+                together.setdefault((step.dtype, step.rows if step.linear and self._alike() else ()), []).append(index)
+        for (_, rows), indices in together.items():
+            results |= (self._merge_linear if rows else self._merge_ruled)(steps, indices)
         return [results[index] for index in range(len(steps))]
 
-    def _merge_ruled(self, steps: Mapping[int, TensorMerge]) -> dict[int, tuple[Array, int]]:
-        """Merge by any rules; each piece's residuals are computed once for all outputs."""
-        base = self._stored(0)
-        outs = {index: self._out(index, step.dtype) for index, step in steps.items()}
-        counts = dict.fromkeys(steps, 0)
-        for piece, merged in self.merged_residuals(list(steps.values())):
-            for residual, (index, step) in zip(merged, steps.items(), strict=True):
-                counts[index] += int(kernels.finish(base[piece], residual, step.scale, outs[index][piece]))
-        return {index: (out, counts[index]) for index, out in outs.items()}
+    def _merge_ruled(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
+        """Merge by any rules, several outputs in one pass if the rules can be compiled."""
+        chosen, base = [steps[index] for index in indices], self._stored(0)
+        out = self._buffer(f"out {indices}", chosen[0].dtype.storage, len(indices))
+        counts = np.zeros(len(indices), np.int64)
+        if code := self._compiled(chosen):
+            given = not self._alike()
+            stack, start = (self.residuals(), 0) if given else self._stack()
+            scales = np.array([step.scale for step in chosen])
+            kernels.merge_by_rules(base, stack, *code, self._masks(chosen), scales, out, counts, start, given)
+        else:
+            for k, step in enumerate(chosen):
+                counts[k] = kernels.finish(base, self.merged_residual(step), step.scale, out[k, : base.size])
+        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
+        """Return the machine code of the steps' rules after some work; it is kept for the other blocks of a tensor."""
+        if not kernels.is_long():
+            return None
+        kept, code = self._code
+        if len(kept) != len(steps) or not all(map(is_, kept, steps)):
+            code = compiled_rules(steps)
+            self._code = steps, code
+        return code
+
+    def _masks(self, steps: Sequence[TensorMerge]) -> Array:
+        """Draw the masks of all steps for the loaded block, each once, [masks, n]."""
+        draws, count = all_masks(steps), self._stored(0).size
+        masks = self._buffer(f"masks of {len(draws)}", np.dtype(np.bool_), len(draws))[:, :count]
+        for draw, out in zip(draws, masks, strict=True):
+            out[:] = draw(self._start, count)
+        return masks
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
@@ -178,28 +197,16 @@ class Workspace:
             raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
         )
 
-    def merged_residuals(self, steps: Sequence[TensorMerge]) -> Iterator[tuple[slice, Array]]:
-        """Yield the rules' residuals of the loaded block, piece by piece, without the schedule's scale.
-
-        An array is float64 [steps, n] and belongs to this workspace.
-        """
-        count = self._stored(0).size
-        if self._rules is None or not all(map(is_, self._rules.steps, steps)) or len(steps) != len(self._rules.steps):
-            self._rules = PieceRules(steps, len(self._policies), PIECE)
-        rules = self._rules
-        masks = [mask(self._start, count) for mask in rules.masks]
+    def merged_residual(self, step: TensorMerge) -> Array:
+        """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
+        residuals = self.residuals()
+        count = residuals.shape[1]
+        merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
+        masks = [draw(self._start, count) for draw in step.masks]
         for start in range(0, count, PIECE):
-            piece = slice(start, min(start + PIECE, count))
-            for row in rules.rows:
-                self._residual_piece(row, piece, rules.residuals[row, : piece.stop - start])
-            yield piece, rules.merged([mask[piece] for mask in masks], piece.stop - start)
-
-    def _residual_piece(self, row: int, piece: slice, out: Array) -> None:
-        policy = self._raw[row + 1]
-        if policy is None or self._residuals is not None:
-            out[:] = self.residuals()[row, piece]
-        else:
-            kernels.residual(self._stored(0)[piece], policy[piece], out)
+            piece = slice(start, start + PIECE)
+            merged[piece] = called(step, [residuals[row, piece] for row in step.rows], [mask[piece] for mask in masks])
+        return merged
 
     def residuals(self) -> Array:
         """Return τ of every policy for the loaded block, float64, [N, n]."""
@@ -213,6 +220,15 @@ class Workspace:
                     policy.residual_into(self._name, self._start, out[row])
             self._residuals = out
         return self._residuals
+
+    def pair(self, row: int) -> tuple[Array, Array]:
+        """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or zeros and τ."""
+        policy = self._raw[row + 1]
+        if policy is not None:
+            return self._stored(0), policy
+        zeros = self._buffer("zeros", np.dtype(np.float64), 1)[0, : self._stored(0).size]
+        zeros[:] = 0.0
+        return zeros, self.residuals()[row]
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
         """Yield tensor, start and values of the loaded block for each file that has it."""

@@ -131,8 +131,8 @@ class Facts:
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    merged = workspace.merged_residuals([step]) if step.rows else ()
-    return exact_sum(float(np.abs(residual[0]).sum()) for _, residual in merged)
+    merged = pieces(workspace.merged_residual(step)) if step.rows else ()
+    return exact_sum(float(np.abs(piece).sum()) for piece in merged)
 
 
 def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -1,13 +1,12 @@
 """Rules as programs: a rule is called once with symbols, and each operation that it does is noted.
 
-`compiled_rules` makes machine code of them. So a rule has one source, for numpy, torch and the compiled loop. What occurs
-twice is done once, also for several outputs.
+`compiled_rules` makes machine code of them. So a rule has one source, for numpy, torch and the compiled loop. What
+occurs twice is done once, also for several outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,9 @@ import numpy as np
 from rewarded_lines.kernels import kernels
 
 if TYPE_CHECKING:
-    from rewarded_lines.kernels.blocks import TensorMerge
+    from rewarded_lines.kernels.blocks import Mask, TensorMerge
+
+Array = np.ndarray[Any, Any]
 
 _ARITHMETIC = {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}
 _COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "=="}
@@ -36,58 +37,36 @@ class Operation(NamedTuple):
     truth: bool = False
 
 
-class PieceRules:
-    """The rules of some outputs, and one thread's buffers for a piece: numpy runs them, or after some work LLVM's code.
+class Code(NamedTuple):
+    """The rules of some outputs as machine code: its address, the policies that it takes, its constants."""
 
-    Attributes:
-        steps: how the outputs are made.
-        rows: the policies whose residuals are needed.
-        masks: the random masks that are needed.
-        residuals: float64 [policies, ≥ length]; fill those of `rows`.
-    """
-
-    def __init__(self, steps: Sequence[TensorMerge], policies: int, length: int) -> None:
-        """Make buffers for pieces of at most this length."""
-        self.steps = list(steps)
-        self.rows = sorted({row for step in steps for row in step.rows})
-        self.masks = list(dict.fromkeys(mask for step in steps for mask in step.masks))
-        # The rows of a buffer begin in different sets of the cache.
-        self._width = length + 24
-        self.residuals = np.empty((policies, self._width))
-        self._drawn = np.empty((len(self.masks), self._width), np.bool_)
-        self._merged = np.empty((len(steps), self._width))
-
-    def merged(self, masks: Sequence[np.ndarray[Any, Any]], count: int) -> np.ndarray[Any, Any]:
-        """Return the outputs' residuals, float64 [outputs, count]; they are valid until the next call."""
-        self._drawn[:, :count] = masks if masks else True
-        if kernels.is_long() and self._code:
-            self._code(count)
-        else:
-            drawn = dict(zip(self.masks, self._drawn[:, :count], strict=True))
-            for step, out in zip(self.steps, self._merged, strict=True):
-                taken = [self.residuals[row, :count] for row in step.rows]
-                out[:count] = _called(step, taken, [drawn[mask] for mask in step.masks])
-        return self._merged[:, :count]
-
-    @cached_property
-    def _code(self) -> Callable[[int], None] | None:
-        """The machine code, with its buffers; None if a rule does more than arithmetic."""
-        notes = _Notes()
-        masks = {mask: notes.symbol("mask", index, truth=True) for index, mask in enumerate(self.masks)}
-        try:
-            for index, step in enumerate(self.steps):
-                residuals = [notes.symbol("residual", row) for row in step.rows]
-                merged = _called(step, residuals, [masks[mask] for mask in step.masks])
-                notes.symbol("result", index, merged.place)
-        except (TypeError, ValueError, AttributeError):
-            return None
-        code = kernels.machine_code(tuple(notes.places), self._width)
-        constants = np.array([float(text) for text in notes.constants])
-        buffers = self.residuals, self._drawn, constants, self._merged
-        return lambda count: code(*(buffer.ctypes.data for buffer in buffers), count)
+    address: int
+    rows: Array
+    constants: Array
 
 
-def _called(step: TensorMerge, residuals: Sequence[Any], kept: Sequence[Any]) -> Any:
+def compiled_rules(steps: Sequence[TensorMerge]) -> Code | None:
+    """Return the machine code that computes the steps' residuals, or None if a rule does more than arithmetic."""
+    notes, rows = _Notes(), sorted({row for step in steps for row in step.rows})
+    masks = {mask: notes.symbol("mask", place, truth=True) for place, mask in enumerate(all_masks(steps))}
+    try:
+        for index, step in enumerate(steps):
+            residuals = [notes.symbol("residual", rows.index(row)) for row in step.rows]
+            merged = called(step, residuals, [masks[mask] for mask in step.masks])
+            notes.symbol("result", index, merged.place)
+    except (TypeError, ValueError, AttributeError):
+        return None
+    constants = np.array([float(text) for text in notes.constants])
+    return Code(kernels.machine_code(tuple(notes.places)), np.array(rows), constants)
+
+
+def all_masks(steps: Sequence[TensorMerge]) -> list[Mask]:
+    """Return the masks of some outputs, each once."""
+    return list(dict.fromkeys(mask for step in steps for mask in step.masks))
+
+
+def called(step: TensorMerge, residuals: Sequence[Any], kept: Sequence[Any]) -> Any:
+    """Return what a step's rule makes of arrays or symbols."""
     assert step.rule is not None, "a copied tensor has no residual"
     return step.rule(residuals, step.weights, **step.parameters, **({"kept": kept} if step.masks else {}))
 

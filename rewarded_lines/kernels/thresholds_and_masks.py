@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import blake3
@@ -11,16 +13,26 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
 from rewarded_lines.kernels.thread_pool import share_out
 
 Block = tuple[str, int, int]
-Visitor = Callable[[int, Array], None]
+Visitor = Callable[[Workspace], None]
 Visit = Callable[[Callable[[], Visitor]], None]
 # Shift and number of the bits of each pass over float64 magnitudes. 2¹⁸ counts stay in cache.
 _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
 # So many values are ranked in memory, at most.
 _HELD = 1 << 23
+# More are not ranked all: a sample of one in so many shows which to rank.
+_FEW, _THINNED = 1 << 18, 64
+
+
+class Bounds(NamedTuple):
+    """Two magnitudes, and about which share of all values lies between them."""
+
+    low: float
+    high: float
+    share: float
 
 
 def kth_largest(
@@ -28,7 +40,9 @@ def kth_largest(
 ) -> tuple[float, ...]:
     """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
 
-    A radix selection: each pass over the files counts magnitudes by their next bits, from the top. The result is exact.
+    A sample tells between which two values the result very probably is. One pass over the files counts what is above
+    them and ranks what is between. Otherwise by a radix selection: each pass counts magnitudes by their next bits, from
+    the top. The result is exact.
 
     Args:
         base: the SFT model.
@@ -39,8 +53,15 @@ def kth_largest(
     """
     blocks = list(all_blocks(names, base.tensors))
     visit = partial(_visit, base, policies, blocks, threads)
+    total = sum(count for _, _, count in blocks)
+    if total * len(policies) > min(_HELD, _FEW):
+        part = min(1.0, max(1, min(total // _THINNED, _HELD // len(policies))) / total)
+        some = partial(_visit, base, policies, list(_thinned(blocks, part)), threads)
+        samples = _collect(some, [0] * len(policies), 63)
+        if found := _ranked_between(visit, [_bounds(each, rank / total) for each in samples], rank, total):
+            return found
     ranks, prefixes = [rank] * len(policies), [0] * len(policies)
-    left, shift = [sum(count for _, _, count in blocks)] * len(policies), 63
+    left, shift = [total] * len(policies), 63
     for lower, bits in _LEVELS:
         if sum(left) <= _HELD:
             break
@@ -55,24 +76,75 @@ def kth_largest(
     if shift == 0:
         return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
     held = _collect(visit, prefixes, shift)
-    return tuple(
-        float(np.partition(values, values.size - rank)[values.size - rank])
-        for values, rank in zip(held, ranks, strict=True)
-    )
+    return tuple(_largest(np.concatenate(parts), rank) for parts, rank in zip(held, ranks, strict=True))
+
+
+def _largest(values: Array, rank: int) -> float:
+    return float(np.partition(values, values.size - rank)[values.size - rank])
+
+
+def _thinned(blocks: Sequence[Block], part: float) -> Iterator[Block]:
+    """Yield a part of each block, from another place in each, so that no column of a matrix is preferred."""
+    for index, (name, start, count) in enumerate(blocks):
+        size = max(1, round(count * part))
+        yield name, start + int(index * 0.618034 % 1 * (count - size)), size
+
+
+def _bounds(parts: Sequence[Array], share: float) -> Bounds:
+    """Return two values between which the one lies that `share` of all values exceed, judged by parts of some blocks.
+
+    The distance is four standard errors; those of parts, since values of one block are alike.
+    """
+    ordered = np.sort(np.concatenate(parts))[::-1]
+    place = int(share * (ordered.size - 1))
+    sizes = np.array([part.size for part in parts])
+    hits = np.array([np.count_nonzero(part >= ordered[place]) for part in parts])
+    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / ordered.size * sizes) ** 2).sum()))
+    low = float(ordered[place + margin]) if place + margin < ordered.size else 0.0
+    high = float(ordered[place - margin]) if place >= margin else math.inf
+    return Bounds(low, high, np.count_nonzero((ordered > low) & (ordered < high)) / ordered.size)
+
+
+def _ranked_between(visit: Visit, bounds: Sequence[Bounds], rank: int, total: int) -> tuple[float, ...] | None:
+    """Return the values of this rank; None if one is not within its bounds, or too many values are."""
+    if sum(bound.share for bound in bounds) * total > _HELD:
+        return None
+    counts, parts, lock = np.zeros((len(bounds), 3), np.int64), [[np.empty(0)] for _ in bounds], Lock()
+
+    def begin() -> Visitor:
+        between = np.empty(BLOCK)
+
+        def look(workspace: Workspace) -> None:
+            for row, (low, high, _) in enumerate(bounds):
+                number, ends = kernels.count_between(*workspace.pair(row), low, high, between)
+                with lock:
+                    counts[row] += ends
+                    parts[row].append(between[:number].copy())
+
+        return look
+
+    visit(begin)
+    found = []
+    for (low, high, _), (above, top, bottom), part in zip(bounds, counts, parts, strict=True):
+        values, place = np.concatenate(part), rank - above
+        if place <= 0 or place > top + values.size + bottom:
+            return None
+        inside = top < place <= top + values.size
+        found.append(_largest(values, place - top) if inside else high if place <= top else low)
+    return tuple(found)
 
 
 def _visit(
     base: TensorFiles, policies: Sequence[Source], blocks: Sequence[Block], threads: int, begin: Callable[[], Visitor]
 ) -> None:
-    """Call `begin` in each thread, and its result with each policy's index and residual, block by block."""
+    """Call `begin` in each thread, and its result with every block."""
 
     def worker() -> Callable[[Block], None]:
         workspace, visit = Workspace(base, policies), begin()
 
         def work(block: Block) -> None:
             workspace.load(*block)
-            for row, residual in enumerate(workspace.residuals()):
-                visit(row, residual)
+            visit(workspace)
 
         return work
 
@@ -86,28 +158,33 @@ def _count(visit: Visit, prefixes: Sequence[int], shift: int, bits: int) -> Arra
     def begin() -> Visitor:
         counts = np.zeros((len(prefixes), 1 << bits), np.int64)
         tables.append(counts)
-        return lambda row, residual: kernels.count_magnitudes(residual, prefixes[row], shift, bits, counts[row])
+
+        def count(workspace: Workspace) -> None:
+            for residual, prefix, table in zip(workspace.residuals(), prefixes, counts, strict=True):
+                kernels.count_magnitudes(residual, prefix, shift, bits, table)
+
+        return count
 
     visit(begin)
     total: Array = np.sum(tables, axis=0)
     return total
 
 
-def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[Array]:
-    """Return for each policy all magnitudes that begin with its prefix, in no particular order."""
+def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[list[Array]]:
+    """Return for each policy all magnitudes that begin with its prefix, in no particular order, an array a block."""
     parts: list[list[Array]] = [[] for _ in prefixes]
 
     def begin() -> Visitor:
         found = np.empty(BLOCK)
 
-        def collect(row: int, residual: Array) -> None:
-            count = kernels.collect_magnitudes(residual, prefixes[row], shift, found)
-            parts[row].append(found[:count].copy())
+        def collect(workspace: Workspace) -> None:
+            for residual, prefix, part in zip(workspace.residuals(), prefixes, parts, strict=True):
+                part.append(found[: kernels.collect_magnitudes(residual, prefix, shift, found)].copy())
 
         return collect
 
     visit(begin)
-    return [np.concatenate(part) for part in parts]
+    return parts
 
 
 # For several outputs of one merge: each draws the masks of the block that its thread works on.
@@ -121,12 +198,10 @@ def random_mask(seed: int, name: str, digest: bytes, density: float, start: int,
     """
     assert start % BLOCK == 0 and count <= BLOCK
     key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()
-    words = np.frombuffer(key[:16], dtype="<u8")
-    generator = np.random.Generator(np.random.Philox(key=words, counter=[0, 0, start // BLOCK, 0]))
-    mask = np.empty(count, np.bool_)
-    for piece in pieces(mask):
-        np.less(generator.random(piece.size, np.float32), np.float32(density), out=piece)
-    return mask
+    first, second = np.frombuffer(key[:16], dtype="<u8")
+    mask = np.empty(-(-count // 8) * 8, np.bool_)
+    kernels.keep_random(mask, first, second, start // BLOCK, math.ceil(np.float32(density) * 2.0**24))
+    return mask[:count]
 
 
 class RandomMask(NamedTuple):
