@@ -56,14 +56,17 @@ def count_between(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _high_half(_: Any, left: Any, right: Any) -> Any:
-    """Return the upper 64 bits of the product of two uint64."""
+def _product(_: Any, left: Any, right: Any) -> Any:
+    """Return the upper and the lower 64 bits of the product of two uint64."""
+    kind = types.UniTuple(types.uint64, 2)
 
-    def write(_: Any, builder: Any, __: Any, operands: Any) -> Any:
-        left, right = (builder.zext(operand, ir.IntType(128)) for operand in operands)
-        return builder.trunc(builder.lshr(builder.mul(left, right), ir.IntType(128)(64)), ir.IntType(64))
+    def write(context: Any, builder: Any, _: Any, factors: Any) -> Any:
+        wide, narrow = ir.IntType(128), ir.IntType(64)
+        product = builder.mul(*(builder.zext(factor, wide) for factor in factors))
+        halves = builder.lshr(product, wide(64)), product
+        return context.make_tuple(builder, kind, [builder.trunc(half, narrow) for half in halves])
 
-    return types.uint64(types.uint64, types.uint64), write
+    return kind(types.uint64, types.uint64), write
 
 
 @compiled
@@ -88,8 +91,8 @@ def keep_random(out: Array, first: int, second: int, block: int, limit: int) -> 
         a, b, c, d = np.uint64(i + 1), np.uint64(0), np.uint64(block), np.uint64(0)
         key, lock = np.uint64(first), np.uint64(second)
         for _ in range(10):
-            high, low = _high_half(one, a), np.uint64(one * a)
-            a, b, c, d = _high_half(other, c) ^ b ^ key, np.uint64(other * c), high ^ d ^ lock, low
+            (upper, low), (high, lower) = _product(one, a), _product(other, c)
+            a, b, c, d = high ^ b ^ key, lower, upper ^ d ^ lock, low
             key, lock = key + np.uint64(0x9E3779B97F4A7C15), lock + np.uint64(0xBB67AE8584CAA73B)
         eight = out[8 * i : 8 * i + 8]
         eight[0], eight[1] = ((a & half) >> shift) < bound, (a >> np.uint64(40)) < bound
