@@ -15,7 +15,7 @@ from pathlib import Path
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_file import MergekitFile, Model
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
-from rewarded_lines.merger.methods import OptionValue
+from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.spec import TOLERANCE, MergeSpec, on_simplex
 
 _BORDER = "all values as large as the smallest kept one are kept; mergekit keeps some of them, by the order of its sort"

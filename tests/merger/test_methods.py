@@ -14,6 +14,19 @@ from rewarded_lines.merger.methods import METHODS, check_method
 
 A = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
 B = np.array([-3.0, -4.0, 0.25, 1.0, -3.0])
+KEPT = [np.arange(5) % 2 == 0, np.arange(5) % 3 == 0]
+# Of the rules that have some.
+PARAMETERS = {
+    "ties": {"thresholds": [1.0, 1.0], "join": "mean"},
+    "dare": {"kept": KEPT, "density": 0.5},
+    "dare-ties": {"kept": KEPT, "density": 0.5, "join": "mean"},
+    "consensus": {"tall": 0.4, "agree": 2},
+    "ram": {"changed": 0.4},
+    "ram-plus": {"changed": 0.4, "boosts": [0.25, 0.375]},
+    "sce": {"least": 4.0, "squares": [0.3, 0.7]},
+    "della": {"kept": [mask / 0.7 for mask in KEPT], "join": "sum"},
+    "breadcrumbs": {"lower": [0.5, 1.0], "upper": [2.0, 3.0], "join": "all"},
+}
 VALUES = hnp.arrays(np.float64, 6, elements=st.floats(-4, 4, width=16))
 WEIGHT = st.floats(0, 1, width=16)
 
@@ -106,15 +119,11 @@ def test_rules_scale_with_the_residuals(residuals, factor):
 def test_rules_run_on_torch_as_on_numpy(name):
     import torch
 
-    kept = [np.arange(5) % 2 == 0, np.arange(5) % 3 == 0]
-    parameters = {
-        "thresholds": {"thresholds": [1.0, 1.0], "join": "mean"},
-        "kept": {"kept": kept, "density": 0.5, **({"join": "mean"} if name == "dare-ties" else {})},
-    }.get(METHODS[name].needs, {"tall": 0.4, "agree": 2} if name == "consensus" else {})
+    parameters = PARAMETERS.get(name, {})
     there = {k: [torch.from_numpy(m) for m in v] if k == "kept" else v for k, v in parameters.items()}
     here = METHODS[name].rule([A, B], [0.3, 0.7], **parameters)
     moved = METHODS[name].rule([torch.from_numpy(A), torch.from_numpy(B)], [0.3, 0.7], **there)
-    assert np.array_equal(here, moved.numpy())
+    assert moved.dtype == torch.float64 and np.array_equal(here, moved.numpy())
 
 
 def test_defaults_are_filled_in_and_options_checked():
