@@ -34,10 +34,10 @@ def ranked_masks(facts: Any, name: str, options: Options, rows: Sequence[int]) -
 
 
 def window_fits(options: Options) -> str:
-    """Return what DELLA's window must be, or "" if every value may be kept and dropped."""
-    density, window = options["density"], options["window"]
-    most = 2 * min(density, 1 - density)
-    return "" if density == 1 or window < most else f"--window < {most:g} with --density {density:g}"
+    """Return what DELLA's options must be together, or "" if all probabilities are above 0 and at most 1."""
+    density, half = options["density"], options["window"] / 2
+    inside = density > half and density + half < 1 + 1e-12
+    return "" if density == 1 or inside else "--density − --window/2 above 0, and --density + --window/2 at most 1"
 
 
 def bands(facts: Any, name: str, options: Options, rows: Sequence[int]) -> Measured:
