@@ -157,7 +157,8 @@ def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Pla
 
 def _distance(spec: MergeSpec, merge: MergeSpec) -> float:
     """Return how far two merges are from each other: ∞ for another rule, and for SFT and baselines."""
-    rules = [(METHODS[one.method].rule, METHODS[one.method].weigh, dict(one.options)) for one in (spec, merge)]
+    rows = [(METHODS[one.method], dict(one.options)) for one in (spec, merge)]
+    rules = [(row.rule, row.weigh, row.relative, options) for row, options in rows]
     if rules[0] != rules[1] or len(merge.weights) != len(spec.weights):
         return inf
     steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]

@@ -26,8 +26,15 @@ PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
 Rule = Callable[..., Any]
-Mask = Callable[[int, int], Array]
-"""Draws a policy's mask for a block, from the block's start and length; equal ones, by hash, are drawn once."""
+
+
+class Mask(Protocol):
+    """Draws the mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
+
+    dtype: np.dtype[Any]
+
+    def __call__(self, start: int, count: int) -> Array:
+        """Return the mask of a block, from its start and length."""
 
 
 class Residuals(Protocol):
@@ -168,7 +175,8 @@ class Workspace:
     def _masks(self, steps: Sequence[TensorMerge]) -> Array:
         """Draw the masks of all steps for the loaded block, each once, [masks, n]."""
         draws, count = all_masks(steps), self._stored(0).size
-        masks = self._buffer(f"masks of {len(draws)}", np.dtype(np.bool_), len(draws))[:, :count]
+        dtype = draws[0].dtype if draws else np.dtype(np.bool_)
+        masks = self._buffer(f"masks of {len(draws)}", dtype, len(draws))[:, :count]
         for draw, out in zip(draws, masks, strict=True):
             out[:] = draw(self._start, count)
         return masks

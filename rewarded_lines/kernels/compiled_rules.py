@@ -60,7 +60,7 @@ def merge_by_rules(
         address: of the rules' machine code.
         rows: the policies that it takes.
         constants: its constants.
-        masks: its masks, boolean [masks, n].
+        masks: its masks, boolean or float64 [masks, n].
         scales: s_k.
         out: [outputs, ≥ n] values of the outputs' storage type.
         counts: [outputs] the numbers of results that are not finite are added here.
@@ -68,7 +68,7 @@ def merge_by_rules(
         given: whether `policies` are residuals.
     """
     origin, residuals = np.empty(_CHUNK), np.empty((rows.size, _WIDTH))
-    kept, merged = np.empty((masks.shape[0], _WIDTH), np.bool_), np.empty((scales.size, _WIDTH))
+    kept, merged = np.empty((masks.shape[0], _WIDTH), masks.dtype), np.empty((scales.size, _WIDTH))
     for start in range(0, base.size, _CHUNK):
         # Slices: the compiler vectorizes loops whose indices start at 0.
         source = base[start : start + _CHUNK]
@@ -118,8 +118,11 @@ class _Writer:
         self._blocks = [function.append_basic_block() for _ in range(3)]
         self._builder = ir.IRBuilder(self._blocks[0])
         rows = zip(("residual", "mask", "constant", "result"), function.args[:4], strict=True)
+        rows = dict(rows) | {"factor": function.args[1]}
         kinds = {"mask": ir.IntType(8)}
-        self._rows = {kind: self._builder.inttoptr(row, kinds.get(kind, _REAL).as_pointer()) for kind, row in rows}
+        self._rows = {
+            kind: self._builder.inttoptr(row, kinds.get(kind, _REAL).as_pointer()) for kind, row in rows.items()
+        }
         self._count = function.args[4]
         self._size = ir.Function(function.module, ir.FunctionType(_REALS, [_REALS]), f"llvm.fabs.v{_LANES}f64")
         self._values: dict[int, Any] = {}
@@ -147,7 +150,7 @@ class _Writer:
 
     def _value(self, operation: Operation) -> Any:
         builder, kind, operands = self._builder, operation.kind, operation.operands
-        if kind == "residual":
+        if kind in ("residual", "factor"):
             return builder.load(self._at(kind, operands[0], _REALS), align=8)
         if kind == "mask":
             drawn = builder.load(self._at(kind, operands[0], _BYTES), align=1)

@@ -27,7 +27,7 @@ class Operation(NamedTuple):
     """One value of a program.
 
     Attributes:
-        kind: "residual", "mask", "constant", "result", or the operation's name in LLVM's builder.
+        kind: "residual", "mask", "factor", "constant", "result", or the operation's name in LLVM's builder.
         operands: places of values in the program; of an input, its index; a result's index is in front.
         truth: whether the value is true or false.
     """
@@ -48,7 +48,13 @@ class Code(NamedTuple):
 def compiled_rules(steps: Sequence[TensorMerge]) -> Code | None:
     """Return the machine code that computes the steps' residuals, or None if a rule does more than arithmetic."""
     notes, rows = _Notes(), sorted({row for step in steps for row in step.rows})
-    masks = {mask: notes.symbol("mask", place, truth=True) for place, mask in enumerate(all_masks(steps))}
+    kinds = {np.dtype(np.bool_): "mask", np.dtype(np.float64): "factor"}
+    masks = {
+        mask: notes.symbol(kinds[mask.dtype], place, truth=mask.dtype == np.bool_)
+        for place, mask in enumerate(all_masks(steps))
+    }
+    if len({mask.dtype for mask in masks}) > 1:
+        return None
     try:
         for index, step in enumerate(steps):
             residuals = [notes.symbol("residual", rows.index(row)) for row in step.rows]
@@ -104,6 +110,12 @@ class Symbol:
     def __abs__(self) -> Symbol:
         """Return the magnitude."""
         return self.notes.symbol("fabs", self.place)
+
+    def __pow__(self, exponent: int) -> Symbol:
+        """Return 1, the power 0 of every number."""
+        if exponent != 0:
+            raise TypeError("no power but 0")
+        return self.notes.constant(1.0)
 
 
 def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Symbol]:

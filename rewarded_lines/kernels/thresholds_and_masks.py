@@ -1,11 +1,10 @@
-"""Which values of a residual a sparse method keeps: the largest ones (TIES), or random ones (DARE)."""
+"""Which values of a residual a sparse method keeps: random ones (DARE, DELLA), unique ones (RAM)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
-from threading import Lock
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import blake3
@@ -13,178 +12,102 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
-from rewarded_lines.kernels.thread_pool import share_out
-
-Block = tuple[str, int, int]
-Visitor = Callable[[Workspace], None]
-Visit = Callable[[Callable[[], Visitor]], None]
-# Shift and number of the bits of each pass over float64 magnitudes. 2¹⁸ counts stay in cache.
-_LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
-# So many values are ranked in memory, at most.
-_HELD = 1 << 23
-# More are not ranked all: a sample of one in so many shows which to rank.
-_FEW, _THINNED = 1 << 18, 64
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
 
 
-class Bounds(NamedTuple):
-    """Two magnitudes, and about which share of all values lies between them."""
-
-    low: float
-    high: float
-    share: float
-
-
-def kth_largest(
-    base: TensorFiles, policies: Sequence[Source], names: Sequence[str], rank: int, threads: int = 0
-) -> tuple[float, ...]:
-    """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
-
-    A sample tells between which two values the result very probably is. One pass over the files counts what is above
-    them and ranks what is between. Otherwise by a radix selection: each pass counts magnitudes by their next bits, from
-    the top. The result is exact.
+def overlap_ratios(
+    base: TensorFiles,
+    policies: Sequence[Source],
+    names: Sequence[str],
+    rows: Sequence[int],
+    changed: float,
+    threads: int = 0,
+) -> dict[int, float]:
+    """Return for each policy how many values it changed with others, over those it alone did; 0 without the latter.
 
     Args:
         base: the SFT model.
-        policies: each is ranked by itself.
-        names: the tensors, ranked together.
-        rank: from 1 to the number of values.
+        policies: the inputs.
+        names: the tensors, counted together.
+        rows: the policies that count.
+        changed: a value counts if |τ| is larger.
         threads: 0 for all cores.
     """
-    blocks = list(all_blocks(names, base.tensors))
-    visit = partial(_visit, base, policies, blocks, threads)
-    total = sum(count for _, _, count in blocks)
-    if total * len(policies) > min(_HELD, _FEW):
-        part = min(1.0, max(1, min(total // _THINNED, _HELD // len(policies))) / total)
-        some = partial(_visit, base, policies, list(_thinned(blocks, part)), threads)
-        samples = _collect(some, [0] * len(policies), 63)
-        if found := _ranked_between(visit, [_bounds(each, rank / total) for each in samples], rank, total):
-            return found
-    ranks, prefixes = [rank] * len(policies), [0] * len(policies)
-    left, shift = [total] * len(policies), 63
-    for lower, bits in _LEVELS:
-        if sum(left) <= _HELD:
-            break
-        for row, table in enumerate(_count(visit, prefixes, lower, bits)):
-            # above[i]: how many values lie in the highest i + 1 bins.
-            above = np.cumsum(table[::-1])
-            place = int(np.searchsorted(above, ranks[row]))
-            ranks[row] -= int(above[place - 1]) if place else 0
-            bin_ = len(table) - 1 - place
-            prefixes[row], left[row] = (prefixes[row] << bits) | bin_, int(table[bin_])
-        shift = lower
-    if shift == 0:
-        return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
-    held = _collect(visit, prefixes, shift)
-    return tuple(_largest(np.concatenate(parts), rank) for parts, rank in zip(held, ranks, strict=True))
-
-
-def _largest(values: Array, rank: int) -> float:
-    return float(np.partition(values, values.size - rank)[values.size - rank])
-
-
-def _thinned(blocks: Sequence[Block], part: float) -> Iterator[Block]:
-    """Yield a part of each block, from another place in each, so that no column of a matrix is preferred."""
-    for index, (name, start, count) in enumerate(blocks):
-        size = max(1, round(count * part))
-        yield name, start + int(index * 0.618034 % 1 * (count - size)), size
-
-
-def _bounds(parts: Sequence[Array], share: float) -> Bounds:
-    """Return two values between which the one lies that `share` of all values exceed, judged by parts of some blocks.
-
-    The distance is four standard errors; those of parts, since values of one block are alike.
-    """
-    ordered = np.sort(np.concatenate(parts))[::-1]
-    place = int(share * (ordered.size - 1))
-    sizes = np.array([part.size for part in parts])
-    hits = np.array([np.count_nonzero(part >= ordered[place]) for part in parts])
-    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / ordered.size * sizes) ** 2).sum()))
-    low = float(ordered[place + margin]) if place + margin < ordered.size else 0.0
-    high = float(ordered[place - margin]) if place >= margin else math.inf
-    return Bounds(low, high, np.count_nonzero((ordered > low) & (ordered < high)) / ordered.size)
-
-
-def _ranked_between(visit: Visit, bounds: Sequence[Bounds], rank: int, total: int) -> tuple[float, ...] | None:
-    """Return the values of this rank; None if one is not within its bounds, or too many values are."""
-    if sum(bound.share for bound in bounds) * total > _HELD:
-        return None
-    counts, parts, lock = np.zeros((len(bounds), 3), np.int64), [[np.empty(0)] for _ in bounds], Lock()
-
-    def begin() -> Visitor:
-        between = np.empty(BLOCK)
-
-        def look(workspace: Workspace) -> None:
-            for row, (low, high, _) in enumerate(bounds):
-                number, ends = kernels.count_between(*workspace.pair(row), low, high, between)
-                with lock:
-                    counts[row] += ends
-                    parts[row].append(between[:number].copy())
-
-        return look
-
-    visit(begin)
-    found = []
-    for (low, high, _), (above, top, bottom), part in zip(bounds, counts, parts, strict=True):
-        values, place = np.concatenate(part), rank - above
-        if place <= 0 or place > top + values.size + bottom:
-            return None
-        inside = top < place <= top + values.size
-        found.append(_largest(values, place - top) if inside else high if place <= top else low)
-    return tuple(found)
-
-
-def _visit(
-    base: TensorFiles, policies: Sequence[Source], blocks: Sequence[Block], threads: int, begin: Callable[[], Visitor]
-) -> None:
-    """Call `begin` in each thread, and its result with every block."""
-
-    def worker() -> Callable[[Block], None]:
-        workspace, visit = Workspace(base, policies), begin()
-
-        def work(block: Block) -> None:
-            workspace.load(*block)
-            visit(workspace)
-
-        return work
-
-    share_out(blocks, worker, threads)
-
-
-def _count(visit: Visit, prefixes: Sequence[int], shift: int, bits: int) -> Array:
-    """Count for each policy the next bits of the magnitudes that begin with its prefix."""
     tables: list[Array] = []
 
     def begin() -> Visitor:
-        counts = np.zeros((len(prefixes), 1 << bits), np.int64)
+        counts = np.zeros((2, len(rows)), np.int64)
         tables.append(counts)
 
-        def count(workspace: Workspace) -> None:
-            for residual, prefix, table in zip(workspace.residuals(), prefixes, counts, strict=True):
-                kernels.count_magnitudes(residual, prefix, shift, bits, table)
+        def count(residuals: Array) -> None:
+            for piece in pieces(residuals):
+                masks = np.abs(piece[list(rows)]) > changed
+                several = masks.sum(axis=0) > 1
+                counts[0] += (masks & several).sum(axis=1)
+                counts[1] += (masks & ~several).sum(axis=1)
 
         return count
 
-    visit(begin)
-    total: Array = np.sum(tables, axis=0)
-    return total
+    visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin)
+    shared, alone = sum(tables, np.zeros((2, len(rows)), np.int64)).tolist()
+    return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
 
 
-def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[list[Array]]:
-    """Return for each policy all magnitudes that begin with its prefix, in no particular order, an array a block."""
-    parts: list[list[Array]] = [[] for _ in prefixes]
+def ranked_masks(
+    base: TensorFiles,
+    policies: Sequence[Source],
+    name: str,
+    digests: Sequence[bytes],
+    density: float,
+    window: float,
+    seed: int,
+    start: int,
+    count: int,
+) -> Array:
+    """Return 1/k where a value is kept, with probability k, else 0, for every policy, [N, count].
 
-    def begin() -> Visitor:
-        found = np.empty(BLOCK)
+    k is that of `keep_chances`; see `uniform_numbers` for the rest. The masks are shared: leave them as they are.
+    """
+    shape = base.tensors[name].shape
+    width = shape[-1] if shape else 1
+    # Ranks need whole rows, of which a block may have parts.
+    first, last = start // width * width, -(-(start + count) // width) * width
+    workspace, masks = Workspace(base, policies), np.zeros((len(policies), count))
+    residuals = np.empty((len(policies), last - first if window else 0))
+    for place, length in blocks_of(residuals.shape[1]):
+        workspace.load(name, first + place, length)
+        residuals[:, place : place + length] = workspace.residuals()
+    for residual, digest, mask in zip(residuals, digests, masks, strict=True):
+        chances = np.full(count, density)
+        if window:
+            chances = keep_chances(residual.reshape(-1, width), density, window)[start - first :][:count]
+        kept = uniform_numbers(seed, name, digest, start, count) < chances.astype(np.float32)
+        np.divide(1.0, chances, out=mask, where=kept)
+    return masks
 
-        def collect(workspace: Workspace) -> None:
-            for residual, prefix, part in zip(workspace.residuals(), prefixes, parts, strict=True):
-                part.append(found[: kernels.collect_magnitudes(residual, prefix, shift, found)].copy())
 
-        return collect
+def keep_chances(residual: Array, density: float, window: float) -> Array:
+    """Return DELLA's probability to keep each value, by the rank of its magnitude in its row, flat.
 
-    visit(begin)
-    return parts
+    k = d − w/2 + w·(r − 1)/(n − 1) for the r-th smallest of n; d in a row of one value. Equal magnitudes are ranked in
+    the order of their places.
+
+    Args:
+        residual: [rows, n].
+        density: d.
+        window: w.
+
+    Source: DELLA-Merging, arXiv 2406.11617, section 3.1.
+    """
+    width = residual.shape[1]
+    if width == 1:
+        return np.full(residual.size, density)
+    order = np.argsort(np.abs(residual), axis=1, kind="stable")
+    chances = np.empty(residual.shape)
+    steps = (density - window / 2) + window * (np.arange(width) / (width - 1))
+    np.put_along_axis(chances, order, np.broadcast_to(steps, order.shape), axis=1)
+    return chances.ravel()
 
 
 # For several outputs of one merge: each draws the masks of the block that its thread works on.
@@ -192,16 +115,31 @@ def _collect(visit: Visit, prefixes: Sequence[int], shift: int) -> list[list[Arr
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
     """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
 
-    The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
-    policy's values. So the mask does not depend on the order of policies, the sharding or the threads. `start` is a
-    multiple of the block length, and `count` at most that. The mask is shared: leave it as it is.
+    See `uniform_numbers`. The mask is shared: leave it as it is.
     """
-    assert start % BLOCK == 0 and count <= BLOCK
-    key = blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()
-    first, second = np.frombuffer(key[:16], dtype="<u8")
+    first, second = _key(seed, name, digest, start, count)
     mask = np.empty(-(-count // 8) * 8, np.bool_)
     kernels.keep_random(mask, first, second, start // BLOCK, math.ceil(np.float32(density) * 2.0**24))
     return mask[:count]
+
+
+def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
+    """Return `count` float32 numbers from 0 up to 1, not including 1, for a tensor's values from `start` on.
+
+    The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
+    policy's values. So the numbers do not depend on the order of policies, the sharding or the threads. `start` is a
+    multiple of the block length, and `count` at most that.
+    """
+    words = _key(seed, name, digest, start, count)
+    generator = np.random.Generator(np.random.Philox(key=words, counter=[0, 0, start // BLOCK, 0]))
+    numbers: Array = generator.random(count, np.float32)
+    return numbers
+
+
+def _key(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
+    """Return the two halves of the generator's key, for a block."""
+    assert start % BLOCK == 0 and count <= BLOCK
+    return np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
 
 
 class RandomMask(NamedTuple):
@@ -211,8 +149,23 @@ class RandomMask(NamedTuple):
     name: str
     digest: bytes
     density: float
+    dtype = np.dtype(np.bool_)
 
     def __call__(self, start: int, count: int) -> Array:
-        """Return `count` booleans for the values from `start` on."""
+        """Return the mask of `count` values from `start` on."""
         drawn: Array = random_mask(*self, start, count)
+        return drawn
+
+
+class RankedMask(NamedTuple):
+    """Likewise DELLA's mask, a row of those that `draw` makes of these arguments: see `ranked_masks`."""
+
+    draw: Callable[..., Array]
+    given: tuple[Any, ...]
+    row: int
+    dtype = np.dtype(np.float64)
+
+    def __call__(self, start: int, count: int) -> Array:
+        """Return the mask of `count` values from `start` on."""
+        drawn: Array = self.draw(*self.given, start, count)[self.row]
         return drawn

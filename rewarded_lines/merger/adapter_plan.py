@@ -103,7 +103,7 @@ class AdapterPlan(Plan):
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
         """Return the stacked modules and the tensors saved whole of one output."""
-        key = (spec.weights, spec.alpha, spec.beta, spec.outside)
+        key = (spec.factors, spec.alpha, spec.beta, spec.outside)
         if key not in self._outputs:
             self._outputs[key] = self._output(spec)
         return self._outputs[key]
@@ -174,8 +174,8 @@ class AdapterPlan(Plan):
 
     def _stack(self, name: str, scale: float, spec: MergeSpec, copied: int | None) -> Stack:
         modules, factors = self.modules[name], []
-        for index in [index for index in modules if index < len(spec.weights)]:
-            factor = scale * spec.weights[index] * (1.0 if index == copied else modules[index].scaling)
+        for index in [index for index in modules if index < len(spec.factors)]:
+            factor = scale * spec.factors[index] * (1.0 if index == copied else modules[index].scaling)
             if factor != 0:
                 factors.append((self._hashes[index], factor, index))
         parts, rank = [], 0
@@ -197,7 +197,7 @@ class AdapterPlan(Plan):
 
     def _copied(self, spec: MergeSpec, scales: Mapping[str, float]) -> int | None:
         """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""
-        active = [index for index, weight in enumerate(spec.weights) if weight != 0]
+        active = [index for index, weight in enumerate(spec.factors) if weight != 0]
         if len(active) != 1 or not self._repeats:
             return None
         adapter = self.adapters[active[0]]
@@ -206,7 +206,7 @@ class AdapterPlan(Plan):
             return None
         whole = [*adapter.saved, *adapter.rows]
         own = [*(self.scale(name, spec) for name in whole), *(scales[name] for name in adapter.modules)]
-        return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in own) else None
+        return active[0] if all(scale * spec.factors[active[0]] == 1 for scale in own) else None
 
     def _output_dtype(self, stacks: Mapping[str, Stack]) -> DType:
         if self._dtype:

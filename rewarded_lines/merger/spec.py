@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Outside
-from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
+from rewarded_lines.merger.method_row import OptionValue
+from rewarded_lines.merger.methods import METHODS, check_method
 from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
 
@@ -120,6 +121,11 @@ class MergeSpec:
     method: str = "soup"
     options: Mapping[str, OptionValue] = field(default_factory=dict, hash=False)
     outside: Outside = "alpha"
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Return the weights as the method takes them: λ, or ρᵢ = λᵢ/maxⱼ|λⱼ|."""
+        return METHODS[self.method].factors(self.weights)
 
     @property
     def scaled(self) -> bool:

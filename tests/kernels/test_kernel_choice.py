@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from method_params import methods
 from safetensors.torch import load_file, save_file
 
 from rewarded_lines import merge
@@ -25,7 +26,7 @@ def used(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("greedy", "wise-ft")])
+@pytest.mark.parametrize("method", methods(name for name in METHODS if name not in ("greedy", "wise-ft")))
 def test_a_merge_has_the_same_bits_by_either(tiny, used, monkeypatch, method):
     one = {"method": method, "dtype": "bfloat16", "beta": 0.3}
     written = {}

@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import compiled_choices, numpy_kernels
-from rewarded_lines.kernels import thresholds_and_masks as sparsity
+from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.thresholds_and_masks import kth_largest, random_mask
+from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.thresholds_and_masks import random_mask
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
 
@@ -38,11 +39,11 @@ def sources(tmp_path, request):
 @pytest.mark.parametrize("held", [10**6, 500, 3, -1], ids=lambda held: f"held-{held}")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatch, held, threads):
-    monkeypatch.setattr(sparsity, "_HELD", held)
+    monkeypatch.setattr(ranking, "_HELD", held)
     base, policies, drawn = sources
-    for bounds in (sparsity._bounds, lambda *_: sparsity.Bounds(1.0, 1.5, 0.0)):
+    for bounds in (ranking._bounds, lambda *_: ranking.Bounds(1.0, 1.5, 0.0)):
         # The second bounds hold few of the values.
-        monkeypatch.setattr(sparsity, "_bounds", bounds)
+        monkeypatch.setattr(ranking, "_bounds", bounds)
         for rank in (1, 2, 299, 1500, 2999, 3000):
             found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
             expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
@@ -51,10 +52,10 @@ def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatc
 
 def test_one_pass_after_a_sample(sources, monkeypatch):
     """Most bounds hold the value, so that the radix selection is not needed."""
-    monkeypatch.setattr(sparsity, "_FEW", 0)
-    monkeypatch.setattr(sparsity, "_THINNED", 8)
+    monkeypatch.setattr(ranking, "_FEW", 0)
+    monkeypatch.setattr(ranking, "_THINNED", 8)
     counted = []
-    monkeypatch.setattr(sparsity, "_count", lambda *given: counted.append(given))
+    monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
     base, policies, drawn = sources
     for rank in (300, 1500, 2700):
         expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
