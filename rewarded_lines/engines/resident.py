@@ -18,7 +18,8 @@ from rewarded_lines.engines.memory_levels import CHUNK, LEVELS, Level
 from rewarded_lines.engines.pinned_memory import PinnedMemory
 from rewarded_lines.engines.worker_shares import Share
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, TensorMerge, Workspace, blocks_of
+from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, Workspace, blocks_of
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.torch_kernels import cast, count_nonfinite, merge_values
 from rewarded_lines.merger.model_plan import ModelPlan

@@ -6,8 +6,7 @@ or threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, Protocol
 
@@ -17,7 +16,8 @@ from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.rule_programs import Code, all_masks, called, compiled_rules
+from rewarded_lines.kernels.rule_programs import Code, compiled_rules
+from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
@@ -25,16 +25,6 @@ BLOCK = 1 << 18
 PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
-Rule = Callable[..., Any]
-
-
-class Mask(Protocol):
-    """Draws the mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
-
-    dtype: np.dtype[Any]
-
-    def __call__(self, start: int, count: int) -> Array:
-        """Return the mask of a block, from its start and length."""
 
 
 class Residuals(Protocol):
@@ -55,33 +45,6 @@ class Residuals(Protocol):
 
 
 Source = TensorFiles | Residuals
-
-
-@dataclass(frozen=True)
-class TensorMerge:
-    """How one output's tensor is made: plain data, decided before the stream starts.
-
-    Attributes:
-        dtype: the output's type.
-        copy: the input to copy: 0 the base, i policy i−1; None if the tensor is computed.
-        rows: the policies that take part, in the order of summation.
-        weights: λ_i of each.
-        scale: s, the schedule's factor.
-        rule: the method's rule.
-        linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
-        parameters: options of the rule.
-        masks: draw the random masks of a rule that needs them, one for each of `rows`.
-    """
-
-    dtype: DType
-    copy: int | None
-    rows: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
-    scale: float = 1.0
-    rule: Rule | None = None
-    linear: bool = False
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    masks: Sequence[Mask] = ()
 
 
 def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
@@ -213,7 +176,7 @@ class Workspace:
         masks = [draw(self._start, count) for draw in step.masks]
         for start in range(0, count, PIECE):
             piece = slice(start, start + PIECE)
-            merged[piece] = called(step, [residuals[row, piece] for row in step.rows], [mask[piece] for mask in masks])
+            merged[piece] = step.residual([residuals[row, piece] for row in step.rows], [mask[piece] for mask in masks])
         return merged
 
     def residuals(self) -> Array:

@@ -13,7 +13,8 @@ import torch
 
 from rewarded_lines.checkpoints.dtypes import as_torch
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Workspace
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.torch_kernels import merge_values
 
 

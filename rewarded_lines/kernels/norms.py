@@ -17,18 +17,9 @@ import numpy as np
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import (
-    BLOCK,
-    Array,
-    Mask,
-    Source,
-    TensorMerge,
-    Workspace,
-    all_blocks,
-    blocks_of,
-    pieces,
-)
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, blocks_of, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios, ranked_masks
 from rewarded_lines.progress import Progress

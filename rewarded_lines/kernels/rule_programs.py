@@ -7,14 +7,12 @@ occurs twice is done once, also for several outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rewarded_lines.kernels import kernels
-
-if TYPE_CHECKING:
-    from rewarded_lines.kernels.blocks import Mask, TensorMerge
+from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
 
 Array = np.ndarray[Any, Any]
 
@@ -58,23 +56,12 @@ def compiled_rules(steps: Sequence[TensorMerge]) -> Code | None:
     try:
         for index, step in enumerate(steps):
             residuals = [notes.symbol("residual", rows.index(row)) for row in step.rows]
-            merged = called(step, residuals, [masks[mask] for mask in step.masks])
+            merged = step.residual(residuals, [masks[mask] for mask in step.masks])
             notes.symbol("result", index, merged.place)
     except (TypeError, ValueError, AttributeError):
         return None
     constants = np.array([float(text) for text in notes.constants])
     return Code(kernels.machine_code(tuple(notes.places)), np.array(rows), constants)
-
-
-def all_masks(steps: Sequence[TensorMerge]) -> list[Mask]:
-    """Return the masks of some outputs, each once."""
-    return list(dict.fromkeys(mask for step in steps for mask in step.masks))
-
-
-def called(step: TensorMerge, residuals: Sequence[Any], kept: Sequence[Any]) -> Any:
-    """Return what a step's rule makes of arrays or symbols."""
-    assert step.rule is not None, "a copied tensor has no residual"
-    return step.rule(residuals, step.weights, **step.parameters, **({"kept": kept} if step.masks else {}))
 
 
 class _Notes:

@@ -24,8 +24,8 @@ from rewarded_lines.checkpoints.target_parameters import paths_of
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import TensorMerge
 from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.merger.adapter_settings import adapter_config
 from rewarded_lines.merger.lora_folding import SelectedRows, ZeroBase, stored_shape
 from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack

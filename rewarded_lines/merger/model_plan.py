@@ -20,9 +20,10 @@ from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import Source, TensorMerge, Workspace, all_blocks, blocks_of
+from rewarded_lines.kernels.blocks import Source, Workspace, all_blocks, blocks_of
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import Facts
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import Relay, share_out
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_device import settled_device
