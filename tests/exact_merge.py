@@ -79,6 +79,8 @@ class Reference:
     def merge(self, name: str, method: str, weights: Sequence[float], scale: Fraction, options: Mapping) -> Answer:
         base, *policies = self.values[name]
         residuals = [policy - base for policy in policies]
+        if method in FACTORS:
+            return self._by_factors(name, method, weights, scale, options)
         rule = RULES.get(method, Reference._soup)
         taking, coefficients, fragile = rule(self, name, residuals, [Fraction(w) for w in weights], options)
         values, terms = np.empty_like(base), np.abs(base)
@@ -92,6 +94,96 @@ class Reference:
                 values[here] += as_long(factor) * policies[row][here]
                 terms[here] += abs(as_long(factor)) * np.abs(residuals[row][here])
         return Answer(values, terms, fragile)
+
+    def _by_factors(self, name, method, weights, scale, options) -> Answer:
+        """Merge by a method whose coefficients differ from value to value: an array of them for each policy."""
+        base, *policies = self.values[name]
+        factors, fragile = FACTORS[method](self, name, [as_long(Fraction(weight)) for weight in weights], options)
+        factors = [as_long(scale) * factor for factor in factors]
+        pairs = list(zip(factors, policies, strict=True))
+        values = (1 - sum(factors)) * base + sum(factor * policy for factor, policy in pairs)
+        terms = np.abs(base) + sum(np.abs(factor * (policy - base)) for factor, policy in pairs)
+        return Answer(values, terms, fragile)
+
+    def _sum(self, name, weights, options):
+        everywhere = np.ones(self.values[name][0].shape, LONG)
+        return [everywhere * share for share in shares_of(weights)], everywhere == 0
+
+    def _ram(self, name, weights, options):
+        shares, changed = shares_of(weights), options["changed"]
+        boosts = self.boosts(name, weights, options) if "boost" in options else [0.0] * len(weights)
+        masks = changed_by(self.float64_residuals(name), weights, changed)
+        count, size = sum(masks), sum(np.abs(share) * mask for share, mask in zip(shares, masks, strict=True))
+        factors = []
+        for share, mask, boost in zip(shares, masks, boosts, strict=True):
+            factors.append(np.where(count > 1, share / np.where(size > 0, size, 1), share * (1 + LONG(boost))) * mask)
+        return factors, np.zeros(count.shape, bool)
+
+    def boosts(self, name, weights, options):
+        """Return RAM+'s r·min(shared/unique, α)."""
+        names = SHAPES if options.get("scope", "model") == "model" else [name]
+        columns = [changed_by(self.float64_residuals(each), weights, options["changed"]) for each in names]
+        masks = np.concatenate(columns, axis=1)
+        alone = masks.sum(axis=0) == 1
+        pairs = [((mask & ~alone).sum(), (mask & alone).sum()) for mask in masks]
+        return [options["boost"] * min(shared / own, options["cap"]) if own else 0.0 for shared, own in pairs]
+
+    def _sce(self, name, weights, options):
+        residuals = [residual.astype(LONG) for residual in self.float64_residuals(name)]
+        total, count = sum(residuals), len(residuals)
+        variance = sum((count * residual - total) ** 2 for residual in residuals)
+        chosen = int(options["select"] * np.count_nonzero(variance))
+        least = np.sort(variance)[::-1][chosen - 1] if chosen else LONG(np.inf)
+        kept = [np.where(variance >= least, residual, 0) for residual in residuals]
+        squares = [(residual**2).sum() for residual in kept]
+        shares = [share * square for share, square in zip(shares_of(weights), squares, strict=True)]
+        factors, fragile = self._elect(kept, weights, "mean", shares)
+        return factors, fragile | (np.abs(variance - least) <= FRAGILE * least)
+
+    def _della(self, name, weights, options):
+        """Compute the probabilities row by row, and draw with the library's random numbers."""
+        from rewarded_lines.kernels.thresholds_and_masks import BLOCK, uniform_numbers
+
+        density, window, kept = LONG(options["density"]), LONG(options["window"]), []
+        for codes, residual in zip(self.family.codes[1:], self.float64_residuals(name), strict=True):
+            rows, chances = residual.reshape(-1, SHAPES[name][-1]), []
+            for row in np.abs(rows):
+                ranks = np.empty(row.size, LONG)
+                ranks[np.argsort(row, kind="stable")] = np.arange(row.size)
+                chances.append(density + window * (ranks / max(1, row.size - 1) - LONG(0.5) * (row.size > 1)))
+            chance, digest = np.concatenate(chances), blake3.blake3(codes[name].tobytes()).digest()
+            starts = range(0, residual.size, BLOCK)
+            drawn = [
+                uniform_numbers(options["seed"], name, digest, start, min(BLOCK, residual.size - start))
+                for start in starts
+            ]
+            kept.append((np.concatenate(drawn) < chance.astype(np.float32)) / chance)
+        residuals = [residual * mask for residual, mask in zip(self.float64_residuals(name), kept, strict=True)]
+        factors, fragile = self._elect(residuals, weights, options["join"])
+        return [factor * mask for factor, mask in zip(factors, kept, strict=True)], fragile
+
+    def _breadcrumbs(self, name, weights, options):
+        kept = []
+        for residual in self.float64_residuals(name):
+            sizes = np.sort(np.abs(residual))[::-1]
+            wanted = max(1, int(options["density"] * sizes.size))
+            first = min(int(options["outliers"] * sizes.size), sizes.size - wanted)
+            inside = (np.abs(residual) >= sizes[first + wanted - 1]) & (np.abs(residual) <= sizes[first])
+            kept.append(inside if first else np.abs(residual) >= sizes[wanted - 1])
+        residuals = [np.where(mask, row, 0) for row, mask in zip(self.float64_residuals(name), kept, strict=True)]
+        factors, fragile = self._elect(residuals, weights, options["join"])
+        return [factor * mask for factor, mask in zip(factors, kept, strict=True)], fragile
+
+    def _elect(self, kept, weights, join, shares=None):
+        """Return each policy's coefficients in the mean or sum of the elected sign, or the sum of all."""
+        parts = [weight * row.astype(LONG) for weight, row in zip(weights, kept, strict=True)]
+        elected, size = sum(parts), sum(map(np.abs, parts))
+        agree = [(np.sign(part) == np.sign(elected)) & (part != 0) | (join == "all") for part in parts]
+        factors = [share * mask for share, mask in zip(weights if shares is None else shares, agree, strict=True)]
+        whole = sum(map(np.abs, factors))
+        if join == "mean":
+            factors = [factor / np.where(whole > 0, whole, 1) for factor in factors]
+        return factors, (np.abs(elected) <= FRAGILE * size) & (size > 0)
 
     def _soup(self, name, residuals, weights, options):
         everyone = [np.ones(residuals[0].shape, bool)] * len(residuals)
@@ -178,6 +270,25 @@ RULES = {
     "dare-ties": Reference._dare_ties,
     "consensus": Reference._consensus,
 }
+
+FACTORS = {
+    "sum": Reference._sum,
+    "ram": Reference._ram,
+    "ram-plus": Reference._ram,
+    "sce": Reference._sce,
+    "della": Reference._della,
+    "breadcrumbs": Reference._breadcrumbs,
+}
+
+
+def shares_of(weights: Sequence[np.longdouble]) -> list[np.longdouble]:
+    """Return λ_i / max_j |λ_j|."""
+    return [weight / max(map(abs, weights)) for weight in weights]
+
+
+def changed_by(residuals: Sequence[np.ndarray], weights: Sequence[np.longdouble], changed: float) -> list[np.ndarray]:
+    """Return where each policy of a weight changed its values."""
+    return [(np.abs(row) > changed) & (weight != 0) for row, weight in zip(residuals, weights, strict=True)]
 
 
 def compare(label: str, codes: np.ndarray, answer: Answer, kind: Format) -> Tally:

@@ -59,8 +59,9 @@ def _method_options() -> type[Any]:
         takers = {method: row.options[name] for method, row in METHODS.items() if name in row.options}
         first = next(iter(takers.values()))
         about = ", ".join(f"{method} ({one.default})" for method, one in takers.items()) + f": {first.help}"
-        about += f": {' or '.join(first.choices)}." if first.choices else "."
-        more = {"rich_help_panel": METHODS_PANEL, "show_default": False, "offers": tuple(first.choices)}
+        choices = tuple(dict.fromkeys(choice for one in takers.values() for choice in one.choices))
+        about += f": {' or '.join(choices)}." if choices else "."
+        more = {"rich_help_panel": METHODS_PANEL, "show_default": False, "offers": choices}
         made.append((name, type(first.default) | None, option(None, about, **more)))
     return make_dataclass("MethodOptions", made, frozen=True)
 

@@ -18,7 +18,8 @@ from rewarded_lines.engines.memory_levels import CHUNK, LEVELS, Level
 from rewarded_lines.engines.pinned_memory import PinnedMemory
 from rewarded_lines.engines.worker_shares import Share
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, TensorMerge, Workspace, blocks_of
+from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, Workspace, blocks_of
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.torch_kernels import cast, count_nonfinite, merge_values
 from rewarded_lines.merger.model_plan import ModelPlan
@@ -224,12 +225,12 @@ class Resident:
 
     def _masks(self, step: TensorMerge, start: int, count: int) -> list[torch.Tensor]:
         """Draw masks block by block, as their random numbers are counted."""
-        if step.masks is None:
+        if not step.masks:
             return []
-        masks, blocks, drawn = step.masks, list(blocks_of(count)), {}
+        blocks, drawn = list(blocks_of(count)), {}
 
         def work(block: tuple[int, int]) -> None:
-            drawn[block] = masks(start + block[0], block[1])
+            drawn[block] = [draw(start + block[0], block[1]) for draw in step.masks]
 
         share_out(blocks, lambda: work)
         parts = zip(*(drawn[block] for block in blocks), strict=True)

@@ -15,8 +15,8 @@ from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec,
 from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
-from rewarded_lines.merger.merge_rules import soup
-from rewarded_lines.merger.methods import METHODS, OptionValue
+from rewarded_lines.merger.method_row import OptionValue
+from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule, recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
@@ -211,7 +211,8 @@ class Methods:
         if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
         # The method that names an unknown merge method is refused elsewhere.
-        if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
+        rows = [METHODS[one.merge] for one in (spec, other) if one.merge in METHODS]
+        if not all(row.linear and not row.relative for row in rows):
             raise fail("only linear methods can match norms", where=where, expected="merge: soup in both")
 
     def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
@@ -246,7 +247,7 @@ def needs_whole_models(project: Project) -> bool:
     merges = [spec.merge for spec in specs if not spec.checkpoints]
     if project.config.sweep.tune:
         merges.append(project.config.sweep.tune.merge)
-    return any(merge in METHODS and not _linear(merge) for merge in merges)
+    return any(merge in METHODS and not METHODS[merge].linear for merge in merges)
 
 
 def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:
@@ -271,8 +272,3 @@ def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, s
             identity.append(merge.schedule.as_dict())
     text = json.dumps({**shared, "point": identity}, sort_keys=True, ensure_ascii=False)
     return blake3.blake3(text.encode()).hexdigest(length=8)
-
-
-def _linear(merge: str) -> bool:
-    row = METHODS[merge]
-    return row.rule is soup and not row.weigh

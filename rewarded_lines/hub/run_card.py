@@ -159,7 +159,7 @@ def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Pla
 def _distance(spec: MergeSpec, merge: MergeSpec) -> float:
     """Return how far two merges are from each other: ∞ for another rule, and for SFT and baselines."""
     rows = [(METHODS[one.method], one) for one in (spec, merge)]
-    rules = [(row.rule, row.weigh, dict(one.options), one.lines, one.modules) for row, one in rows]
+    rules = [(row.rule, row.weigh, row.relative, dict(one.options), one.lines, one.modules) for row, one in rows]
     if rules[0] != rules[1] or len(merge.weights) != len(spec.weights):
         return inf
     steps = [abs(a - b) for a, b in zip(spec.weights, merge.weights, strict=True)]

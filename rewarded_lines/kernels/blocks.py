@@ -6,8 +6,8 @@ or threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,8 @@ from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.rule_programs import Code, compiled_rules
+from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
@@ -23,9 +25,6 @@ BLOCK = 1 << 18
 PIECE = 1 << 14
 
 Array = np.ndarray[Any, Any]
-Rule = Callable[..., Any]
-Masks = Callable[[int, int], Sequence[Array]]
-"""Draws a block's masks, one for each policy that takes part, from the block's start and length."""
 
 
 class Residuals(Protocol):
@@ -46,33 +45,6 @@ class Residuals(Protocol):
 
 
 Source = TensorFiles | Residuals
-
-
-@dataclass(frozen=True)
-class TensorMerge:
-    """How one output's tensor is made: plain data, decided before the stream starts.
-
-    Attributes:
-        dtype: the output's type.
-        copy: the input to copy: 0 the base, i policy i−1; None if the tensor is computed.
-        rows: the policies that take part, in the order of summation.
-        weights: λ_i of each.
-        scale: s, the schedule's factor.
-        rule: the method's rule.
-        linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
-        parameters: options of the rule.
-        masks: draws the random masks of a rule that needs them.
-    """
-
-    dtype: DType
-    copy: int | None
-    rows: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
-    scale: float = 1.0
-    rule: Rule | None = None
-    linear: bool = False
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    masks: Masks | None = None
 
 
 def blocks_of(elements: int) -> Iterator[tuple[int, int]]:
@@ -106,6 +78,7 @@ class Workspace:
         self._dtypes: list[DType | None] = []
         self._name, self._start = "", 0
         self._residuals: Array | None = None
+        self._code: tuple[Sequence[TensorMerge], Code | None] = ((), None)
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
@@ -126,22 +99,50 @@ class Workspace:
         The arrays belong to this workspace: use them before the next call.
         """
         results: dict[int, tuple[Array, int]] = {}
+        # By type and, if the linear kernel has them, by the policies that take part.
         together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
         for index, step in enumerate(steps):
-            if step.copy is None and step.linear and self._alike():
-                together.setdefault((step.dtype, step.rows), []).append(index)
+            if step.copy is not None:
+                results[index] = self._copied(step, step.copy, index)
             else:
-                results[index] = self._merge_one(step, index)
-        for indices in together.values():
-            results |= self._merge_linear(steps, indices)
+                together.setdefault((step.dtype, step.rows if step.linear and self._alike() else ()), []).append(index)
+        for (_, rows), indices in together.items():
+            results |= (self._merge_linear if rows else self._merge_ruled)(steps, indices)
         return [results[index] for index in range(len(steps))]
 
-    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
-        base = self._stored(0)
-        out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.size]
-        if step.copy is not None:
-            return self._copied(self._stored(step.copy), step.dtype, out)
-        return out, int(kernels.finish(base, self.merged_residual(step), step.scale, out))
+    def _merge_ruled(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
+        """Merge by any rules, several outputs in one pass if the rules can be compiled."""
+        chosen, base = [steps[index] for index in indices], self._stored(0)
+        out = self._buffer(f"out {indices}", chosen[0].dtype.storage, len(indices))
+        counts = np.zeros(len(indices), np.int64)
+        if code := self._compiled(chosen):
+            given = not self._alike()
+            stack, start = (self.residuals(), 0) if given else self._stack()
+            scales = np.array([step.scale for step in chosen])
+            kernels.merge_by_rules(base, stack, *code, self._masks(chosen), scales, out, counts, start, given)
+        else:
+            for k, step in enumerate(chosen):
+                counts[k] = kernels.finish(base, self.merged_residual(step), step.scale, out[k, : base.size])
+        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
+        """Return the machine code of the steps' rules after some work; it is kept for the other blocks of a tensor."""
+        if not kernels.is_long():
+            return None
+        kept, code = self._code
+        if len(kept) != len(steps) or not all(map(is_, kept, steps)):
+            code = compiled_rules(steps)
+            self._code = steps, code
+        return code
+
+    def _masks(self, steps: Sequence[TensorMerge]) -> Array:
+        """Draw the masks of all steps for the loaded block, each once, [masks, n]."""
+        draws, count = all_masks(steps), self._stored(0).size
+        dtype = draws[0].dtype if draws else np.dtype(np.bool_)
+        masks = self._buffer(f"masks of {len(draws)}", dtype, len(draws))[:, :count]
+        for draw, out in zip(draws, masks, strict=True):
+            out[:] = draw(self._start, count)
+        return masks
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
@@ -169,16 +170,13 @@ class Workspace:
 
     def merged_residual(self, step: TensorMerge) -> Array:
         """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
-        assert step.rule is not None, "a copied tensor has no residual"
         residuals = self.residuals()
         count = residuals.shape[1]
         merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
-        masks = step.masks(self._start, count) if step.masks else None
+        masks = [draw(self._start, count) for draw in step.masks]
         for start in range(0, count, PIECE):
             piece = slice(start, start + PIECE)
-            drawn = {} if masks is None else {"kept": [mask[piece] for mask in masks]}
-            taken = [residuals[row, piece] for row in step.rows]
-            merged[piece] = step.rule(taken, step.weights, **step.parameters, **drawn)
+            merged[piece] = step.residual([residuals[row, piece] for row in step.rows], [mask[piece] for mask in masks])
         return merged
 
     def residuals(self) -> Array:
@@ -193,6 +191,15 @@ class Workspace:
                     policy.residual_into(self._name, self._start, out[row])
             self._residuals = out
         return self._residuals
+
+    def pair(self, row: int) -> tuple[Array, Array]:
+        """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or zeros and τ."""
+        policy = self._raw[row + 1]
+        if policy is not None:
+            return self._stored(0), policy
+        zeros = self._buffer("zeros", np.dtype(np.float64), 1)[0, : self._stored(0).size]
+        zeros[:] = 0.0
+        return zeros, self.residuals()[row]
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
         """Yield tensor, start and values of the loaded block for each file that has it."""
@@ -214,10 +221,14 @@ class Workspace:
         assert raw is not None, "an adapter stores no tensors"
         return raw
 
-    def _copied(self, source: Array, dtype: DType, out: Array) -> tuple[Array, int]:
-        if source.dtype == dtype.storage:
+    def _copied(self, step: TensorMerge, row: int, index: int) -> tuple[Array, int]:
+        source, out = self._stored(row), self._out(index, step.dtype)
+        if source.dtype == out.dtype:
             return source, 0
         return out, int(kernels.cast(source, out))
+
+    def _out(self, index: int, dtype: DType) -> Array:
+        return self._buffer(f"out {index}", dtype.storage, 1)[0, : self._stored(0).size]
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
         """Return a [rows, BLOCK] array that all blocks share."""

@@ -13,7 +13,8 @@ import torch
 
 from rewarded_lines.checkpoints.dtypes import as_torch
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Workspace
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.torch_kernels import merge_values
 
 
@@ -29,22 +30,23 @@ class DeviceWorkspace(Workspace):
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
         """See `Workspace.merge`."""
-        return [self._merge_one(step, index) for index, step in enumerate(steps)]
+        return [self._merge_one(index, step) for index, step in enumerate(steps)]
 
     def load(self, name: str, start: int, count: int) -> None:
         """See `Workspace.load`; a block's inputs are copied once, for all outputs."""
         super().load(name, start, count)
         self._there: list[torch.Tensor | None] = []
 
-    def _merge_one(self, step: TensorMerge, index: int) -> tuple[Array, int]:
+    def _merge_one(self, index: int, step: TensorMerge) -> tuple[Array, int]:
         if step.copy is not None:
-            return super()._merge_one(step, index)
+            return self._copied(step, step.copy, index)
         with torch.cuda.stream(self._stream):
             base, *policies = self._inputs()
             assert base is not None, "a base stores its tensors"
-            kept = [self._mask(row, mask) for row, mask in enumerate(self._masks(step))]
+            drawn = [draw(self._start, base.numel()) for draw in step.masks]
+            kept = [self._mask(row, mask) for row, mask in enumerate(drawn)]
             values, bad = merge_values(step, base, policies, self._alike(), self._residual, kept)
-            out = self._buffer(f"out {index}", step.dtype.storage, 1)[0, : base.numel()]
+            out = self._out(index, step.dtype)
             as_torch(out, step.dtype).copy_(values, non_blocking=True)
         if self._stream:
             self._stream.synchronize()
@@ -61,9 +63,6 @@ class DeviceWorkspace(Workspace):
 
     def _residual(self, row: int) -> torch.Tensor:
         return self._moved(torch.from_numpy(self.residuals()[row]))
-
-    def _masks(self, step: TensorMerge) -> Sequence[Array]:
-        return step.masks(self._start, self._stored(0).size) if step.masks else ()
 
     def _mask(self, row: int, mask: Array) -> torch.Tensor:
         # A copy from memory that is not pinned would wait for the device.

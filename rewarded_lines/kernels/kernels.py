@@ -1,13 +1,14 @@
 """The loops over values: numpy's at first, the compiled ones once the work is long enough to load the compiler.
 
 Both do the same operations in the same order and store every NaN as one pattern, so the bits do not depend on which is
-used. `compiled_kernels` describes each loop.
+used. `compiled_kernels` and `compiled_choices` describe each loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def use_wide_vectors() -> None:
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(module: str) -> Any:
     if _wide:
         import llvmlite.binding
         import numba
@@ -39,19 +40,28 @@ def _compiled() -> Any:
         features = llvmlite.binding.get_host_cpu_features()
         if numba.config.CPU_FEATURES is None and features.get("avx512f"):
             numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
-    from rewarded_lines.kernels import compiled_kernels
-
-    return compiled_kernels
+    return import_module(f"rewarded_lines.kernels.{module}")
 
 
-def _loop(name: str, counted: int = 0) -> Callable[..., Any]:
+def is_long() -> bool:
+    """Return whether this process has so much work that the compiler pays."""
+    return _seen > ENOUGH
+
+
+def machine_code(operations: Any) -> int:
+    """See `compiled_rules.machine_code`."""
+    address: int = _compiled("compiled_rules").machine_code(operations)
+    return address
+
+
+def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Callable[..., Any]:
     """Return the loop of this name; its argument at the place `counted` tells how many values it goes over."""
 
     def call(*given: Any) -> Any:
         global _seen
         _seen += given[counted].size
         if _seen > ENOUGH:
-            return getattr(_compiled(), name)(*given)
+            return getattr(_compiled(module), name)(*given)
         with np.errstate(all="ignore"):
             return getattr(numpy_kernels, name)(*given)
 
@@ -61,4 +71,6 @@ def _loop(name: str, counted: int = 0) -> Callable[..., Any]:
 linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
 cast, count_nonfinite, place_columns = map(_loop, ("cast", "count_nonfinite", "place_columns"))
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
+count_between, keep_random = (_loop(name, module="compiled_choices") for name in ("count_between", "keep_random"))
+merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
 product = _loop("product", counted=4)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.kernels.blocks import TensorMerge
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 
 _SHOWN = 5
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import blake3
 import numpy as np
@@ -16,12 +17,18 @@ import numpy as np
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, TensorMerge, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
-from rewarded_lines.kernels.thresholds_and_masks import kth_largest
+from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios, ranked_masks
 from rewarded_lines.progress import Progress
 
 Gram = tuple[tuple[float, ...], ...]
+Spread = Callable[[Sequence[Array]], Array]
+_T = TypeVar("_T")
+# DELLA's masks that are kept for the other outputs of a merge: one for each block that a thread works on.
+_KEPT = 32
 
 
 def exact_sum(terms: Iterable[float]) -> float:
@@ -42,24 +49,26 @@ class Facts:
         self._base = base
         self._policies = policies
         self._names = names
-        self._digests: dict[str, tuple[bytes, ...]] = {}
-        self._grams: dict[str, Gram] = {}
-        self._thresholds: dict[tuple[str, float], tuple[float, ...]] = {}
+        self._found: dict[tuple[object, ...], object] = {}
+        self._ranked = lru_cache(maxsize=_KEPT)(partial(ranked_masks, base, policies))
 
     def digests(self, name: str) -> tuple[bytes, ...]:
         """Return the BLAKE3 digest of a tensor's values in each policy."""
-        if name not in self._digests:
+
+        def measure() -> tuple[bytes, ...]:
             hashes = [blake3.blake3() for _ in self._policies]
             for workspace in self._passing(name):
                 for row, digest in enumerate(hashes):
                     raw = workspace.raw(row + 1)
                     digest.update((workspace.residuals()[row] if raw is None else raw).view(np.uint8).data)
-            self._digests[name] = tuple(digest.digest() for digest in hashes)
-        return self._digests[name]
+            return tuple(digest.digest() for digest in hashes)
+
+        return self._once(("digests", name), measure)
 
     def gram(self, name: str) -> Gram:
         """Return the scalar products τ_i·τ_j of a whole tensor."""
-        if name not in self._grams:
+
+        def measure() -> Gram:
             rows = range(len(self._policies))
             parts: list[list[list[float]]] = [[[] for _ in rows] for _ in rows]
             for workspace in self._passing(name):
@@ -67,34 +76,115 @@ class Facts:
                 for i in rows:
                     for j in rows:
                         parts[i][j].append(float(np.einsum("n,n->", residuals[i], residuals[j])))
-            self._grams[name] = tuple(tuple(map(exact_sum, row)) for row in parts)
-        return self._grams[name]
+            return tuple(tuple(map(exact_sum, row)) for row in parts)
+
+        return self._once(("gram", name), measure)
 
     def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
         """Return for each policy the k-th largest |τ_i|, k = max(1, ⌊density·n⌋), of the n values of a tensor.
 
         With the scope "model", n counts the values of all tensors. A rule keeps all values ≥ the threshold.
         """
-        key = ("" if scope == "model" else name, density)
-        if key not in self._thresholds:
-            names = self._names if scope == "model" else [name]
+        names = self._names if scope == "model" else [name]
+
+        def measure() -> tuple[float, ...]:
             total = sum(self._base.tensors[each].elements for each in names)
             if total == 0 or density == 1:
-                self._thresholds[key] = (0.0,) * len(self._policies)
-            else:
-                # Several tensors are measured at the same time, so each in one thread.
-                rank, threads = max(1, int(density * total)), int(scope == "tensor")
-                self._thresholds[key] = kth_largest(self._base, self._policies, names, rank, threads)
-        return self._thresholds[key]
+                return (0.0,) * len(self._policies)
+            # Several tensors are measured at the same time, so each in one thread.
+            rank, threads = max(1, int(density * total)), int(scope == "tensor")
+            return kth_largest(self._base, self._policies, names, rank, threads)
 
-    def prepare(self, measures: Iterable[Callable[[str], object]]) -> None:
+        return self._once(("thresholds", "" if scope == "model" else name, density), measure)
+
+    def bands(self, name: str, density: float, outliers: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return for each policy the smallest and the largest of the |τ_i| of a tensor that are kept.
+
+        Of n values the ⌊outliers·n⌋ largest are dropped, and the next k = max(1, ⌊density·n⌋) are kept; so many must
+        remain. Values as large as one of the two are kept, too.
+        """
+        count = self._base.tensors[name].elements
+        kept = max(1, int(density * count))
+        dropped = max(0, min(int(outliers * count), count - kept))
+
+        def measure() -> tuple[tuple[float, ...], tuple[float, ...]]:
+            lower, upper = (0.0,) * len(self._policies), (math.inf,) * len(self._policies)
+            if count == 0 or density == 1:
+                return lower, upper
+            largest = partial(kth_largest, self._base, self._policies, [name], threads=1)
+            return largest(rank=dropped + kept), largest(rank=dropped + 1) if dropped else upper
+
+        return self._once(("bands", name, density, outliers), measure)
+
+    def overlaps(self, name: str, rows: Sequence[int], changed: float, scope: str) -> list[float]:
+        """Return for each of some policies the number of values that it changed with others, over those it alone did.
+
+        A value is changed if |τ_i| > `changed`. Without values that it alone changed, 0.
+
+        Args:
+            name: a tensor.
+            rows: the policies; the others do not count.
+            changed: the largest size that is no change.
+            scope: "model" counts the values of all tensors.
+        """
+        names, chosen = (self._names if scope == "model" else [name]), tuple(sorted(rows))
+        measure = partial(overlap_ratios, self._base, self._policies, names, chosen, changed, int(scope == "tensor"))
+        found = self._once(("overlaps", "" if scope == "model" else name, chosen, changed), measure)
+        return [found[row] for row in rows]
+
+    def selection(self, name: str, rows: Sequence[int], select: float, spread: Spread) -> tuple[float, list[float]]:
+        """Return the smallest spread of a tensor's values that is selected, and each policy's share of the squares.
+
+        Of the n values whose spread is not 0 the ⌊select·n⌋ with the largest are selected, and those equal to the last
+        of them; all of a single policy. The shares are Σ τ_i² over the selected values, divided by their sum.
+
+        Args:
+            name: a tensor.
+            rows: the policies, in the order of the sum.
+            select: more than 0, at most 1, which selects all values.
+            spread: the rule's measure of how far residuals differ.
+        """
+
+        def spreads(residuals: Array) -> Array:
+            """Return the spread of a block as a row."""
+            return spread([residuals[row] for row in rows])[None]
+
+        def measure() -> tuple[float, dict[int, float]]:
+            least = 0.0
+            if select < 1 and len(rows) > 1:
+                differ = sum(int(np.count_nonzero(spreads(residuals))) for residuals in self._pieces(name))
+                rank = int(select * differ)
+                (least,) = kth_largest(self._base, self._policies, [name], rank, 1, spreads) if rank else (math.inf,)
+            parts: list[list[float]] = [[] for _ in rows]
+            for residuals in self._pieces(name):
+                selected = spreads(residuals)[0] >= least
+                for row, squares in zip(rows, parts, strict=True):
+                    squares.append(float(np.square(residuals[row] * selected).sum()))
+            sums = [exact_sum(squares) for squares in parts]
+            total = exact_sum(sums) or 1.0
+            return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
+
+        least, shares = self._once(("selection", name, tuple(sorted(rows)), select), measure)
+        return least, [shares[row] for row in rows]
+
+    def random_masks(self, name: str, rows: Sequence[int], density: float, seed: int) -> list[Mask]:
+        """Return what draws each policy's mask of a block, true with probability `density`."""
+        digests = self.digests(name)
+        return [RandomMask(seed, name, digests[row], density) for row in rows]
+
+    def ranked_masks(self, name: str, rows: Sequence[int], density: float, window: float, seed: int) -> list[Mask]:
+        """Return what draws each policy's mask of a block, see `ranked_masks` in thresholds_and_masks.py."""
+        given = name, self.digests(name), density, window, seed
+        return [RankedMask(self._ranked, given, row) for row in rows]
+
+    def _once(self, key: tuple[object, ...], measure: Callable[[], _T]) -> _T:
+        if key not in self._found:
+            self._found[key] = measure()
+        return self._found[key]  # type: ignore[return-value]
+
+    def prepare(self, measure: Callable[[str], object]) -> None:
         """Measure every tensor, several at the same time, before the stream needs the numbers."""
-
-        def work(item: tuple[Callable[[str], object], str]) -> None:
-            measure, name = item
-            measure(name)
-
-        share_out([(measure, name) for measure in measures for name in self._names], lambda: work)
+        share_out(self._names, lambda: measure)
 
     def norms(
         self, merges: Callable[[str], Sequence[TensorMerge]], order: Callable[[str], Sequence[int]]
@@ -122,6 +212,10 @@ class Facts:
             for step, sums in zip(steps, parts, strict=True):
                 sums.append((together, _norm(workspace, step)))
         return [_summed(sums) for sums in parts]
+
+    def _pieces(self, name: str) -> Iterator[Array]:
+        for workspace in self._passing(name):
+            yield from pieces(workspace.residuals())
 
     def _passing(self, name: str) -> Iterator[Workspace]:
         workspace = Workspace(self._base, self._policies)

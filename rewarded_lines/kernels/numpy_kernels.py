@@ -1,5 +1,6 @@
-"""The loops of `compiled_kernels` in numpy: the same arguments and the same bits. No compiler is loaded, each value
-takes longer.
+"""The loops of `compiled_kernels` and `compiled_choices` in numpy: the same arguments and the same bits.
+
+No compiler is loaded, each value takes longer.
 """
 
 from __future__ import annotations
@@ -108,6 +109,26 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
     taken = magnitudes[magnitudes.view(np.uint64) >> np.uint64(shift) == np.uint64(prefix)]
     out[: taken.size] = taken
     return int(taken.size)
+
+
+def count_between(
+    base: Array, policy: Array, low: float, high: float, found: Array
+) -> tuple[int, tuple[int, int, int]]:
+    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`."""
+    magnitudes = np.empty(base.size)
+    residual(base, policy, magnitudes)
+    patterns, (least, most) = np.abs(magnitudes).view(np.int64), np.array([low, high]).view(np.int64)
+    taken = patterns[(patterns > least) & (patterns < most)].view(np.float64)
+    found[: taken.size] = taken
+    sets = patterns > most, patterns == most, (patterns == least) & (least < most)
+    above, top, bottom = (int(np.count_nonzero(each)) for each in sets)
+    return int(taken.size), (above, top, bottom)
+
+
+def keep_random(out: Array, first: int, second: int, block: int, limit: int) -> None:
+    """Fill `out` with booleans, each true with probability limit/2²⁴."""
+    generator = np.random.Generator(np.random.Philox(key=[first, second], counter=[0, 0, block, 0]))
+    np.less(generator.random(out.size, np.float32), np.float32(limit / 2**24), out=out)
 
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rewarded_lines.kernels.blocks import TensorMerge
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 
 _HALVES = (torch.bfloat16, torch.float16)
 

@@ -24,8 +24,8 @@ from rewarded_lines.checkpoints.target_parameters import paths_of
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import TensorMerge
 from rewarded_lines.kernels.nonfinite import NonFinite
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.merger.adapter_settings import adapter_config
 from rewarded_lines.merger.lora_folding import SelectedRows, ZeroBase, stored_shape
 from rewarded_lines.merger.lora_stacking import AdapterOutput, AdapterWriter, Part, Stack
@@ -103,7 +103,7 @@ class AdapterPlan(Plan):
 
     def output(self, spec: MergeSpec) -> AdapterOutput:
         """Return the stacked modules and the tensors saved whole of one output."""
-        key = (spec.weights, spec.schedule)
+        key = (spec.factors, spec.schedule)
         if key not in self._outputs:
             self._outputs[key] = self._output(spec)
         return self._outputs[key]
@@ -173,9 +173,9 @@ class AdapterPlan(Plan):
 
     def _stack(self, name: str, spec: MergeSpec, copied: int | None) -> Stack:
         modules, factors = self.modules[name], []
-        for index in [index for index in modules if index < len(spec.weights)]:
+        for index in [index for index in modules if index < len(spec.factors)]:
             scale = self.scale(modules[index].tensor, spec, index)
-            factor = scale * spec.weights[index] * (1.0 if index == copied else modules[index].scaling)
+            factor = scale * spec.factors[index] * (1.0 if index == copied else modules[index].scaling)
             if factor != 0:
                 factors.append((self._hashes[index], factor, index))
         parts, rank = [], 0
@@ -197,7 +197,7 @@ class AdapterPlan(Plan):
 
     def _copied(self, spec: MergeSpec) -> int | None:
         """Return the only policy with a weight, if s·λ is 1 for all its modules and tensors."""
-        active = [index for index, weight in enumerate(spec.weights) if weight != 0]
+        active = [index for index, weight in enumerate(spec.factors) if weight != 0]
         if len(active) != 1 or not self._repeats:
             return None
         adapter = self.adapters[active[0]]
@@ -206,7 +206,7 @@ class AdapterPlan(Plan):
             return None
         own = [*adapter.saved, *adapter.rows, *(module.tensor for module in adapter.modules.values())]
         scales = (self.scale(name, spec, active[0]) for name in own)
-        return active[0] if all(scale * spec.weights[active[0]] == 1 for scale in scales) else None
+        return active[0] if all(scale * spec.factors[active[0]] == 1 for scale in scales) else None
 
     def _output_dtype(self, stacks: Mapping[str, Stack]) -> DType:
         if self._dtype:

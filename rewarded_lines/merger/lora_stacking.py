@@ -15,7 +15,8 @@ from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, TensorMerge, Workspace, blocks_of
+from rewarded_lines.kernels.blocks import BLOCK, Array, Workspace, blocks_of
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.progress import Progress

@@ -3,7 +3,7 @@
 A rule takes the residuals τ_i = θ_i − θ_base of the policies, float64 arrays of one shape, the weights λ_i, and its
 parameters by name. It returns the merged residual, value by value, so that tensors can pass in blocks. Arrays are
 numpy's or torch's: rules only use operators that both have. Measures of whole tensors come as parameters, see
-`Method.needs`.
+`method_measures.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def ties(residuals: Sequence[Array], weights: Sequence[float], *, thresholds: Se
     Source: TIES-Merging, arXiv 2306.01708, section 4.2. The paper has equal weights.
     """
     kept = [residual * (abs(residual) >= limit) for residual, limit in zip(residuals, thresholds, strict=True)]
-    return _join_agreeing(kept, weights, join)
+    return _join(kept, weights, join)
 
 
 def dare(residuals: Sequence[Array], weights: Sequence[float], *, kept: Sequence[Array], density: float) -> Array:
@@ -70,7 +70,7 @@ def dare_ties(
 
     Source: DARE, arXiv 2311.03099, section 4; TIES-Merging, arXiv 2306.01708, section 4.2.
     """
-    return _join_agreeing(_dropped(residuals, kept, density), weights, join)
+    return _join(_dropped(residuals, kept, density), weights, join)
 
 
 def consensus(residuals: Sequence[Array], weights: Sequence[float], *, tall: float, agree: int) -> Array:
@@ -90,6 +90,115 @@ def consensus(residuals: Sequence[Array], weights: Sequence[float], *, tall: flo
     total = soup(residuals, [1.0] * len(residuals))
     needed = sum((abs(residual) >= tall * abs(total - residual)) * 1.0 for residual in residuals)
     return soup(residuals, weights) * (needed >= agree)
+
+
+def ram(residuals: Sequence[Array], weights: Sequence[float], *, changed: float) -> Array:
+    """Return the RAM merge: values that several policies changed are averaged, those of one policy are kept.
+
+    With A the policies whose |τ_i| > ε: Σ_A ρ_i·τ_i / Σ_A |ρ_i| where A has several, ρ_i·τ_i where it has one policy, 0
+    where none.
+
+    Args:
+        residuals: τ_i.
+        weights: ρ_i, 1 for every policy in the paper.
+        changed: ε.
+
+    Source: Reinforced Agent Merging, arXiv 2601.13572.
+    """
+    return ram_plus(residuals, weights, changed=changed, boosts=[0.0] * len(residuals))
+
+
+def ram_plus(residuals: Sequence[Array], weights: Sequence[float], *, changed: float, boosts: Sequence[float]) -> Array:
+    """Return the RAM+ merge: RAM, with the values that only policy i changed times 1 + b_i.
+
+    b_i = r·min(q_i, α), q_i the number of values that policy i changed together with others, divided by the number of
+    those that it alone changed.
+
+    Args:
+        residuals: τ_i.
+        weights: ρ_i, 1 for every policy in the paper.
+        changed: ε, as in `ram`.
+        boosts: b_i.
+
+    Source: Reinforced Agent Merging, arXiv 2601.13572.
+    """
+    # 1 everywhere, also for NaN. In torch, a boolean array times a number is float32, times an array it is float64.
+    one = residuals[0] ** 0
+    masks = [one * (abs(residual) > changed) for residual in residuals]
+    count = soup(masks, [1.0] * len(masks))
+    several, alone = count > 1, one * (count <= 1)
+    kept = [
+        residual * mask * (one + alone * boost) for residual, mask, boost in zip(residuals, masks, boosts, strict=True)
+    ]
+    size = soup(masks, [abs(weight) for weight in weights])
+    return soup(kept, weights) / (alone + size * several)
+
+
+def sce(residuals: Sequence[Array], weights: Sequence[float], *, least: float, squares: Sequence[float]) -> Array:
+    """Return the SCE merge: select values by their variance, weigh policies by their squares, erase minority signs.
+
+    τ̂_i = τ_i where the spread over policies is at least t, else 0; then the mean of TIES' election, where policy i
+    counts ρ_i·η_i.
+
+    Args:
+        residuals: τ_i of all policies, those of weight 0, too.
+        weights: ρ_i, 1 for every policy in the paper.
+        least: t, see `spread`.
+        squares: η_i = Σ τ̂_i² / Σ_j Σ τ̂_j² of the whole tensor.
+
+    Source: FuseChat, arXiv 2408.07990, section 3.3.
+    """
+    selected = spread(residuals) >= least
+    shares = [weight * square for weight, square in zip(weights, squares, strict=True)]
+    return _join([residual * selected for residual in residuals], weights, "mean", shares)
+
+
+def spread(residuals: Sequence[Array]) -> Array:
+    """Return Σ_i (N·τ_i − Σ_j τ_j)², which is N³ times the variance over the N policies, without a division."""
+    total = soup(residuals, [1.0] * len(residuals))
+    steps = [residual * len(residuals) - total for residual in residuals]
+    return soup([step * step for step in steps], [1.0] * len(steps))
+
+
+def della(residuals: Sequence[Array], weights: Sequence[float], *, kept: Sequence[Array], join: str) -> Array:
+    """Return the DELLA merge: values are dropped at random, small ones more often; the rest is enlarged and joined.
+
+    Args:
+        residuals: τ_i.
+        weights: λ_i.
+        kept: m_i/k_i, with m_i 1 with probability k_i, else 0.
+        join: "mean" or "sum" of the elected sign as in TIES, or "all" values.
+
+    Source: DELLA-Merging, arXiv 2406.11617, section 3, with drop rates p_i = 1 − k_i.
+    """
+    return _join([residual * mask for residual, mask in zip(residuals, kept, strict=True)], weights, join)
+
+
+def breadcrumbs(
+    residuals: Sequence[Array], weights: Sequence[float], *, lower: Sequence[float], upper: Sequence[float], join: str
+) -> Array:
+    """Return the Breadcrumbs merge: neither the smallest values nor the outliers of each residual are joined.
+
+    Args:
+        residuals: τ_i.
+        weights: λ_i.
+        lower: the smallest |τ_i| that is kept.
+        upper: the largest.
+        join: "all" values as in the paper, or "mean" or "sum" of the elected sign as in TIES.
+
+    Source: Model Breadcrumbs, arXiv 2312.06795, section 3.
+    """
+    kept = [
+        residual * ((abs(residual) >= low) & (abs(residual) <= high))
+        for residual, low, high in zip(residuals, lower, upper, strict=True)
+    ]
+    return _join(kept, weights, join)
+
+
+def relative(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return ρ_i = λ_i / max_j |λ_j|, the weights for methods whose paper has none; all 0 if every λ is."""
+    most = max((abs(weight) for weight in weights), default=0.0)
+    return tuple(weight / most if most else 0.0 for weight in weights)
 
 
 def slerp_weights(weights: Sequence[float], gram: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -116,18 +225,24 @@ def _dropped(residuals: Sequence[Array], kept: Sequence[Array], density: float) 
     return [residual * mask / density for residual, mask in zip(residuals, kept, strict=True)]
 
 
-def _join_agreeing(residuals: Sequence[Array], weights: Sequence[float], join: str) -> Array:
+def _join(
+    residuals: Sequence[Array], weights: Sequence[float], join: str, shares: Sequence[float] | None = None
+) -> Array:
+    """Join all values ("all"), or those of the elected sign, by their sum or mean; `shares` weigh the mean."""
     elected = soup(residuals, weights)
+    if join == "all":
+        return elected
     # Weights may be negative when extrapolating, so the sign of the weighted value counts.
     agrees = [
         (residual * weight > 0) & (elected > 0) | (residual * weight < 0) & (elected < 0)
         for residual, weight in zip(residuals, weights, strict=True)
     ]
-    total = soup([residual * mask for residual, mask in zip(residuals, agrees, strict=True)], weights)
+    shares = weights if shares is None else shares
+    total = soup([residual * mask for residual, mask in zip(residuals, agrees, strict=True)], shares)
     if join == "sum":
         return total
     # Adding to float64 zeros: in torch, a boolean array times a number is float32.
     share = elected * 0.0
-    for mask, weight in zip(agrees, weights, strict=True):
+    for mask, weight in zip(agrees, shares, strict=True):
         share = share + (elected * 0.0 + mask) * abs(weight)
     return total / (share + (share == 0))

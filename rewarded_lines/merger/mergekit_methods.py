@@ -15,7 +15,7 @@ from pathlib import Path
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_file import MergekitFile, Model
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
-from rewarded_lines.merger.methods import OptionValue
+from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.spec import TOLERANCE, MergeSpec, on_simplex
 
 _BORDER = "all values as large as the smallest kept one are kept; mergekit keeps some of them, by the order of its sort"
@@ -85,15 +85,12 @@ def _task_arithmetic(file: MergekitFile) -> Translation:
 
 def _ties(file: MergekitFile, random: bool = False) -> Translation:
     policies = _policies(file)
-    product, mean, density = _proportional(file, policies), file.flag("normalize", not random), _density(file, policies)
-    product = _scaled(file, Product(product.weights, _ONE if mean else product.schedule))
-    join = "mean" if mean else "sum"
+    (product, join), density = _joined(file, policies, mean=not random), _density(file, policies)
     if random and density < 1:
         options: Options = {"density": density, "join": join, "seed": 0}
         product, note = _random(file, product, density)
         return _translation(file, policies, product, "dare-ties", options, [note, _CANCEL])
-    if file.flag("rescale", random) and density < 1:
-        raise file.fault("`rescale` has no counterpart here", expected="rescale: false, ties' own default")
+    _check_rescale(file, random, density)
     options = {"density": density, "scope": "tensor", "join": join}
     return _translation(file, policies, product, "ties", options, [_BORDER, _CANCEL] if density < 1 else [_CANCEL])
 
@@ -105,6 +102,26 @@ def _dare_linear(file: MergekitFile) -> Translation:
         return _task_arithmetic(file)
     product, note = _random(file, _scaled(file, _summing(_sum_of_residuals(file, policies))), density)
     return _translation(file, policies, product, "dare", {"density": density, "seed": 0}, [note])
+
+
+def _breadcrumbs(file: MergekitFile, elect: bool = False) -> Translation:
+    policies = _policies(file)
+    (product, join), density = _joined(file, policies, elect), _density(file, policies)
+    _check_rescale(file, False, density)
+    options: Options = {"density": density, "outliers": _same(file, policies, "gamma", 0.01), "join": join}
+    notes = [*([_BORDER + ", and at least one"] if density < 1 else []), *([_CANCEL] if elect else [])]
+    return _translation(file, policies, product, "breadcrumbs", options, notes)
+
+
+def _ram(file: MergekitFile, plus: bool = False) -> Translation:
+    """RAM has no weights in mergekit: λ is equal, so that every ρ is 1."""
+    policies = _policies(file)
+    options: Options = {"changed": _same(file, policies, "epsilon", 1e-5)}
+    if plus:
+        boost, cap = (_same(file, policies, name, value) for name, value in (("r", 0.1), ("alpha", 0.2)))
+        options |= {"boost": boost, "cap": cap, "scope": "tensor"}
+    product = Product((1 / len(policies),) * len(policies), _ONE)
+    return _translation(file, policies, product, "ram-plus" if plus else "ram", options, [])
 
 
 def _nuslerp(file: MergekitFile) -> Translation:
@@ -135,12 +152,17 @@ class MergekitMethod:
 
 _OVER_BASE = ("normalize", "lambda")
 _SPARSE = ((*_OVER_BASE, "rescale"), ("weight", "density"), ("int8_mask",))
+_BANDS = (_SPARSE[0], ("weight", "density", "gamma"), _SPARSE[2])
 MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
     "linear": MergekitMethod(_linear, ("normalize",), idle=("density", "int8_mask")),
     "task_arithmetic": MergekitMethod(_task_arithmetic, _OVER_BASE, idle=("density", "int8_mask", "rescale")),
     "ties": MergekitMethod(_ties, *_SPARSE),
     "dare_linear": MergekitMethod(_dare_linear, *_SPARSE),
     "dare_ties": MergekitMethod(partial(_ties, random=True), *_SPARSE),
+    "breadcrumbs": MergekitMethod(_breadcrumbs, *_BANDS),
+    "breadcrumbs_ties": MergekitMethod(partial(_breadcrumbs, elect=True), *_BANDS),
+    "ram": MergekitMethod(_ram, ("epsilon",), ()),
+    "ramplus_tl": MergekitMethod(partial(_ram, plus=True), ("epsilon", "r", "alpha"), ()),
     "nuslerp": MergekitMethod(_nuslerp, ("nuslerp_flatten", "nuslerp_row_wise")),
 }
 
@@ -151,6 +173,16 @@ def _policies(file: MergekitFile) -> list[Model]:
     if not found:
         raise file.fault("no model beside the base", expected="one policy or more")
     return found
+
+
+def _joined(
+    file: MergekitFile, policies: Sequence[Model], elect: bool = True, mean: bool = False
+) -> tuple[Product, str]:
+    """Return λ with the schedule, and how values are joined; `mean` is the default of `normalize`."""
+    if not elect:
+        return _scaled(file, _summing(_sum_of_residuals(file, policies))), "all"
+    product, mean = _proportional(file, policies), file.flag("normalize", mean)
+    return _scaled(file, Product(product.weights, _ONE if mean else product.schedule)), "mean" if mean else "sum"
 
 
 def _sum_of_residuals(file: MergekitFile, policies: Sequence[Model]) -> Product:
@@ -192,11 +224,23 @@ def _scaled(file: MergekitFile, product: Product) -> Product:
 
 def _density(file: MergekitFile, policies: Sequence[Model]) -> float:
     """Return the one density of all policies."""
-    lines = [file.line("density", 1.0, of=one) for one in policies]
-    if any(line != lines[0] for line in lines) or not lines[0].constant or not 0 < lines[0].first <= 1:
-        what = "every policy keeps the same share of its values here, at every depth"
-        raise file.fault(what, "density", expected="one number above 0, at most 1", got=", ".join(map(str, lines)))
+    return _same(file, policies, "density", 1.0, 1.0)
+
+
+def _same(file: MergekitFile, policies: Sequence[Model], name: str, default: float, most: float = math.inf) -> float:
+    """Return a parameter that must be one number ≥ 0 for all policies; one with a largest value is above 0."""
+    lines = [file.line(name, default, of=one) for one in policies]
+    inside = lines[0].first >= 0 if most == math.inf else 0 < lines[0].first <= most
+    if any(line != lines[0] for line in lines) or not lines[0].constant or not inside:
+        what = f"every policy has the same `{name}` here, at every depth"
+        expected = "one number ≥ 0" if most == math.inf else f"one number above 0, at most {most:g}"
+        raise file.fault(what, name, expected=expected, got=", ".join(map(str, lines)))
     return lines[0].first
+
+
+def _check_rescale(file: MergekitFile, default: bool, density: float) -> None:
+    if file.flag("rescale", default) and density < 1:
+        raise file.fault("`rescale` has no counterpart here", expected="rescale: false, its default in mergekit")
 
 
 def _random(file: MergekitFile, product: Product, density: float) -> tuple[Product, str]:

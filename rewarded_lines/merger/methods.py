@@ -6,105 +6,31 @@ them. The rules themselves are in `merge_rules.py`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.merger.merge_rules import Rule, consensus, dare, dare_ties, slerp_weights, soup, ties
-
-OptionValue = float | int | str
-
-
-@dataclass(frozen=True)
-class Option:
-    """A parameter the user may set, as `--name` or in a project's `options:`.
-
-    Attributes:
-        default: its type is the option's.
-        choices: the values of a text, each with its form in the method's equation.
-        above_low: whether `low` itself is refused.
-    """
-
-    default: OptionValue
-    help: str
-    low: float = -math.inf
-    high: float = math.inf
-    choices: Mapping[str, str] = field(default_factory=dict)
-    above_low: bool = False
-
-    def check(self, value: OptionValue) -> str:
-        """Return the expectation that `value` does not meet, or ""."""
-        if self.choices:
-            return "" if value in self.choices else " or ".join(self.choices)
-        whole = isinstance(self.default, int)
-        bounds = f"a {'whole ' if whole else ''}number {'>' if self.above_low else '≥'} {self.low:g}"
-        bounds += f" and ≤ {self.high:g}" if self.high < math.inf else ""
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            return bounds
-        inside = (self.low < value if self.above_low else self.low <= value) and value <= self.high
-        return "" if inside else bounds
-
-    def written(self, value: OptionValue) -> str:
-        """Return a value's form in the method's equation."""
-        return f"{value:g}" if isinstance(value, float) else self.choices.get(str(value), str(value))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table of methods.
-
-    Attributes:
-        rule: the pure function on residuals.
-        label: its name in legends; "" for the name that users type.
-        equation: the merged residual m of the residuals τᵢ, a line for each part; {name} is an option's value.
-        papers: title and arXiv number of each.
-        options: passed to the rule by name, except `scope` and `seed`, which control measures and masks.
-        needs: the measure that the rule takes as a parameter of this name: "thresholds" for each policy or "kept"
-            masks; or the "gram" matrix for `weigh`.
-        weigh: turns the user's weights into the rule's, tensor by tensor.
-        weights: "simplex" (≥ 0, sum 1), "free" (any), "share" (each in 0 … 1), or "none" (the method sets them).
-        policies: the required number of policies; 0 for any.
-        keeps: given options and weights of which one is not 0, whether the rule returns that residual times its
-            weight, value for value. By default only `soup` does.
-    """
-
-    rule: Rule
-    summary: str
-    label: str = ""
-    equation: tuple[str, ...] = ("m = Σ λᵢ τᵢ",)
-    papers: tuple[tuple[str, str], ...] = ()
-    options: Mapping[str, Option] = field(default_factory=dict)
-    needs: Literal["", "thresholds", "kept", "gram"] = ""
-    weigh: Callable[[Sequence[float], Sequence[Sequence[float]]], tuple[float, ...]] | None = None
-    weights: Literal["simplex", "free", "share", "none"] = "simplex"
-    policies: int = 0
-    keeps: Callable[[Mapping[str, Any], Sequence[float]], bool] | None = None
-
-    @property
-    def linear(self) -> bool:
-        """True if m is linear in the residuals, so that a factor of a residual is one of its weight."""
-        return self.rule in (soup, dare) and not self.weigh
-
-    def written(self, options: Mapping[str, OptionValue]) -> list[str]:
-        """Return the lines of the equation with the values of all options."""
-        values = {name: option.written(options[name]) for name, option in self.options.items()}
-        return [line.format(**values) for line in self.equation]
-
-    def copies(self, options: Mapping[str, OptionValue], weights: Sequence[float]) -> int | None:
-        """Return the policy whose residual, times its weight, is the merged residual value for value, or None.
-
-        Such a tensor can be copied, bit for bit, if the schedule's scale times the weight is 1.
-        """
-        active = [index for index, weight in enumerate(weights) if weight != 0]
-        kept = self.keeps(options, weights) if self.keeps else self.rule is soup
-        return active[0] if kept and len(active) == 1 else None
+from rewarded_lines.merger import method_measures as measures
+from rewarded_lines.merger.merge_rules import (
+    breadcrumbs,
+    consensus,
+    dare,
+    dare_ties,
+    della,
+    ram,
+    ram_plus,
+    sce,
+    slerp_weights,
+    soup,
+    ties,
+)
+from rewarded_lines.merger.method_row import Method, Option, OptionValue
 
 
 def _keeps_elected(options: Mapping[str, Any], weights: Sequence[float]) -> bool:
     """True if all values are kept, and a mean over one policy does not cancel its weight."""
-    return bool(options["density"] == 1) and (options["join"] == "sum" or sum(weights) == 1)
+    return bool(options["density"] == 1) and (options["join"] != "mean" or sum(weights) == 1)
 
 
 _DENSITY = "share of each residual that is kept"
@@ -115,12 +41,17 @@ _JOIN = Option(
     "how values of the elected sign are joined",
     choices={"mean": "Σ_A λᵢ τ̂ᵢ / Σ_A λᵢ", "sum": "Σ_A λᵢ τ̂ᵢ"},
 )
+_JOIN_ANY = {**_JOIN.choices, "all": "Σ λᵢ τ̂ᵢ"}
 _SCOPE = Option(
     "model",
-    "trim by magnitude over the whole model or each tensor",
+    "measure over the whole model or each tensor",
     choices={"model": "the whole residual", "tensor": "its tensor"},
 )
 _ELECTED = "A: the policies where τ̂ᵢ has the sign of Σ λᵢ τ̂ᵢ, value by value"
+_CHANGED = Option(1e-5, "values of a residual up to this size count as unchanged", low=0)
+_SHARED = "m = Σ_A ρᵢ τᵢ / Σ_A |ρᵢ| where several policies are in A, 0 where none is"
+_CHANGERS = "A: the policies with |τᵢ| > {changed}, value by value"
+_RELATIVE = "ρᵢ = λᵢ / maxⱼ |λⱼ|"
 _DRAWN = "mᵢ: random masks that keep a value with probability {density} (seed {seed})"
 LINES_PAPER = ("LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", "2410.17146")
 SOUPS_PAPER = (
@@ -132,6 +63,7 @@ _MODEL_SOUPS = (
     "2203.05482",
 )
 _TIES = ("TIES-Merging: Resolving Interference When Merging Models", "2306.01708")
+_RAM = ("Behavior Knowledge Merge in Reinforced Agentic Models", "2601.13572")
 _DARE = ("Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", "2311.03099")
 
 METHODS: Mapping[str, Method] = {
@@ -163,7 +95,6 @@ METHODS: Mapping[str, Method] = {
         "two residuals, interpolated on the sphere tensor by tensor",
         "SLERP",
         ("m = Σ sin(λᵢ Ω)/sin Ω τᵢ", "Ω: the angle between τ₁ and τ₂, tensor by tensor"),
-        needs="gram",
         weigh=slerp_weights,
         policies=2,
     ),
@@ -174,7 +105,7 @@ METHODS: Mapping[str, Method] = {
         ("m = {join}", "τ̂ᵢ = τᵢ where |τᵢ| is among the largest {density} of {scope}, else 0", _ELECTED),
         (_TIES,),
         {"density": Option(0.2, _DENSITY, low=0, high=1, above_low=True), "scope": _SCOPE, "join": _JOIN},
-        "thresholds",
+        measures.thresholds,
         keeps=_keeps_elected,
     ),
     "dare": Method(
@@ -184,7 +115,7 @@ METHODS: Mapping[str, Method] = {
         ("m = Σ λᵢ mᵢ τᵢ / {density}", _DRAWN),
         (_DARE,),
         {"density": _DROPPED, "seed": _SEED},
-        "kept",
+        measures.random_masks,
         keeps=lambda options, weights: bool(options["density"] == 1),
     ),
     "dare-ties": Method(
@@ -194,7 +125,7 @@ METHODS: Mapping[str, Method] = {
         ("m = {join}", "τ̂ᵢ = mᵢ τᵢ / {density}", _DRAWN, _ELECTED),
         (_DARE, _TIES),
         {"density": _DROPPED, "seed": _SEED, "join": _JOIN},
-        "kept",
+        measures.random_masks,
         keeps=_keeps_elected,
     ),
     "consensus": Method(
@@ -207,8 +138,105 @@ METHODS: Mapping[str, Method] = {
             "tall": Option(0.4, "how large a policy's part must be beside the others'", low=0),
             "agree": Option(2, "k, how many policies must need a value", low=0),
         },
+        everyone=True,
         # A single policy needs all its values.
         keeps=lambda options, weights: bool(options["agree"] <= (1 if len(weights) == 1 else 0)),
+    ),
+    "sum": Method(
+        soup,
+        "raw sum: Στᵢ at equal λ, and at a corner one policy",
+        "Raw sum",
+        ("m = Σ ρᵢ τᵢ", _RELATIVE),
+        (("Editing Models with Task Arithmetic", "2212.04089"),),
+        relative=True,
+    ),
+    "ram": Method(
+        ram,
+        "RAM: average what several policies changed, keep what only one changed",
+        "RAM",
+        (_SHARED, "m = ρᵢ τᵢ where only policy i is in A", _CHANGERS, _RELATIVE),
+        (_RAM,),
+        {"changed": _CHANGED},
+        relative=True,
+        keeps=lambda options, weights: bool(options["changed"] == 0),
+    ),
+    "ram-plus": Method(
+        ram_plus,
+        "RAM+: RAM, and what only one policy changed is enlarged",
+        "RAM+",
+        (
+            _SHARED,
+            "m = (1 + {boost} min(qᵢ, {cap})) ρᵢ τᵢ where only policy i is in A",
+            "qᵢ: the number of values that policy i changed with others, over those that it alone changed, in {scope}",
+            _CHANGERS,
+            _RELATIVE,
+        ),
+        (_RAM,),
+        {
+            "changed": _CHANGED,
+            "boost": Option(0.1, "RAM+'s r, how much unique values are enlarged", low=0),
+            "cap": Option(0.2, "RAM+'s α, the largest overlap that counts", low=0),
+            "scope": _SCOPE,
+        },
+        measures.boosts,
+        relative=True,
+        keeps=lambda options, weights: bool(options["changed"] == 0),
+    ),
+    "sce": Method(
+        sce,
+        "SCE: select where policies differ, weigh by squares, erase minority signs",
+        "SCE",
+        (
+            "m = Σ_A ρᵢ ηᵢ τ̂ᵢ / Σ_A |ρᵢ| ηᵢ",
+            "τ̂ᵢ = τᵢ where the variance over all policies is among the largest {select} of those in its tensor, else 0",
+            "ηᵢ = Σ τ̂ᵢ² / Σⱼ Σ τ̂ⱼ², the sums over its tensor",
+            _ELECTED,
+            _RELATIVE,
+        ),
+        (("FuseChat: Knowledge Fusion of Chat Models", "2408.07990"),),
+        {"select": Option(0.1, "SCE's τ, share of values selected by variance", low=0, high=1, above_low=True)},
+        measures.selection,
+        relative=True,
+        everyone=True,
+        keeps=lambda options, weights: bool(options["select"] == 1 or len(weights) == 1),
+    ),
+    "della": Method(
+        della,
+        "DELLA: drop small values of a row more often, enlarge the rest, elect a sign",
+        "DELLA",
+        (
+            "m = {join}",
+            "τ̂ᵢ = mᵢ τᵢ / kᵢ, mᵢ random masks that keep a value with probability kᵢ (seed {seed})",
+            "kᵢ = {density} + {window} ((r − 1)/(n − 1) − 1/2), r the rank of |τᵢ| in its row of n values",
+            _ELECTED,
+        ),
+        (("DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", "2406.11617"),),
+        {
+            "density": Option(0.7, _DENSITY, low=0, high=1, above_low=True),
+            "window": Option(0.14, "DELLA's ε, from the smallest to the largest probability in a row", low=0, high=1),
+            "seed": _SEED,
+            "join": replace(_JOIN, choices=_JOIN_ANY),
+        },
+        measures.ranked_masks,
+        keeps=_keeps_elected,
+        fits=measures.window_fits,
+    ),
+    "breadcrumbs": Method(
+        breadcrumbs,
+        "Breadcrumbs: drop the smallest values and the outliers of each tensor, then Σ λᵢτᵢ",
+        "Breadcrumbs",
+        (
+            "m = {join}",
+            "τ̂ᵢ = τᵢ where |τᵢ| is among the largest {density} of its tensor after the {outliers} largest, else 0",
+        ),
+        (("Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", "2312.06795"),),
+        {
+            "density": Option(0.14, _DENSITY, low=0, high=1, above_low=True),
+            "outliers": Option(0.01, "share of the largest values that is dropped", low=0, high=1),
+            "join": replace(_JOIN, default="all", choices=_JOIN_ANY),
+        },
+        measures.bands,
+        keeps=_keeps_elected,
     ),
 }
 
@@ -229,9 +257,12 @@ def check_method(method: str, options: Mapping[str, OptionValue], policies: int)
         problems.append(
             Problem(f"the method {method} takes {count}", "--policy", got=f"{policies}", remedy="choose another")
         )
+    filled = {name: options.get(name, option.default) for name, option in row.options.items()}
+    if not any(problems) and row.fits and (expected := row.fits(filled)):
+        problems.append(Problem("out of range", where=f"--method {method}", expected=expected))
     if found := [problem for problem in problems if problem]:
         raise UserError(found)
-    return {name: options.get(name, option.default) for name, option in row.options.items()}
+    return filled
 
 
 def _check_option(method: str, row: Method, name: str, value: OptionValue) -> Problem | None:

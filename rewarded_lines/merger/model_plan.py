@@ -20,14 +20,14 @@ from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import Masks, Source, TensorMerge, Workspace, all_blocks, blocks_of
+from rewarded_lines.kernels.blocks import Source, Workspace, all_blocks, blocks_of
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import Facts
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import Relay, share_out
-from rewarded_lines.kernels.thresholds_and_masks import random_mask
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_device import settled_device
-from rewarded_lines.merger.merge_rules import consensus, soup
+from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -99,19 +99,14 @@ class ModelPlan(Plan):
 
     def prepare(self, specs: Sequence[MergeSpec]) -> None:
         """See `Plan.prepare`."""
-        measures: dict[str, Callable[[str], object]] = {}
-        for spec in specs:
-            needs = METHODS[spec.method].needs
-            if needs == "gram":
-                measures["gram"] = self.facts.gram
-            if needs == "thresholds":
-                density, scope = float(spec.options["density"]), str(spec.options["scope"])
-                if scope == "model" and self._floats:
-                    self.facts.thresholds(self._floats[0], density, scope)
-                measures[f"thresholds {density}"] = partial(self.facts.thresholds, density=density, scope=scope)
-            if needs == "kept" or len(spec.weights) > 2:
-                measures["digests"] = self.facts.digests
-        self.facts.prepare(measures.values())
+        rows = [(METHODS[spec.method], spec) for spec in specs]
+        measured = [spec for row, spec in rows if row.measure or row.weigh or len(spec.weights) > 2]
+        for spec in measured:
+            if spec.options.get("scope") == "model" and self._floats:
+                # One number for all tensors: all threads measure it together.
+                self.step(self._floats[0], spec, copies=False)
+        if measured:
+            self.facts.prepare(lambda name: [self.step(name, spec) for spec in measured])
 
     def step(self, name: str, spec: MergeSpec, copies: bool = True) -> TensorMerge:
         """Return the merge of one tensor for one output.
@@ -122,7 +117,8 @@ class ModelPlan(Plan):
         if not self.base.tensors[name].dtype.floating:
             return TensorMerge(dtype, copy=0)
         row = METHODS[spec.method]
-        weights = row.weigh(spec.weights, self.facts.gram(name)) if row.weigh else spec.weights
+        weights = row.factors(spec.weights)
+        weights = row.weigh(weights, self.facts.gram(name)) if row.weigh else weights
         weights, scale = self.folded(name, spec, weights)
         if copies:
             if all(weight * scale == 0 for weight in weights) or not self._touched(name, weights):
@@ -130,8 +126,10 @@ class ModelPlan(Plan):
             same = row.copies(spec.options, weights)
             if same is not None and weights[same] * scale == 1 and name in self._sources[same].tensors:
                 return TensorMerge(dtype, copy=same + 1)
-        rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.rule is consensus]
-        parameters, masks = self._parameters(name, spec, rows)
+        rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.everyone]
+        measured = dict(row.measure(self.facts, name, spec.options, rows)) if row.measure else {}
+        masks = measured.pop("kept", ())
+        parameters = {**row.parameters(spec.options), **measured}
         taken = tuple(weights[i] for i in rows)
         return TensorMerge(dtype, None, tuple(rows), taken, scale, row.rule, row.rule is soup, parameters, masks)
 
@@ -150,7 +148,7 @@ class ModelPlan(Plan):
 
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
         """See `Plan.matched_alpha`."""
-        self.facts.prepare([self.facts.gram])
+        self.facts.prepare(self.facts.gram)
         scaled, plain = [], []
         for name in self._floats:
             gram, (own, scale) = self.facts.gram(name), self.folded(name, like, weights)
@@ -268,23 +266,6 @@ class ModelPlan(Plan):
             return list(rows)
         digests = self.facts.digests(name)
         return sorted(rows, key=lambda i: (digests[i], weights[i]))
-
-    def _parameters(self, name: str, spec: MergeSpec, rows: Sequence[int]) -> tuple[dict[str, Any], Masks | None]:
-        """Return the rule's parameters by name, and its masks."""
-        row, options = METHODS[spec.method], spec.options
-        taken = {key: value for key, value in options.items() if key not in ("scope", "seed")}
-        if row.needs == "thresholds":
-            density = float(taken.pop("density"))
-            thresholds = self.facts.thresholds(name, density, str(options["scope"]))
-            return {**taken, "thresholds": [thresholds[i] for i in rows]}, None
-        if row.needs != "kept":
-            return taken, None
-        digests, seed, density = self.facts.digests(name), int(options["seed"]), float(options["density"])
-
-        def masks(start: int, count: int) -> list[Any]:
-            return [random_mask(seed, name, digests[i], density, start, count) for i in rows]
-
-        return taken, masks
 
     def _output_dtype(self, name: str) -> DType:
         dtype = self.base.tensors[name].dtype

@@ -18,7 +18,6 @@ from rewarded_lines.merger.carried_files import choose_files
 from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.merge_device import check_device
-from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
@@ -51,12 +50,12 @@ def plan_as(
     how: dict[str, Any] = {"layers": layers, "tower": tower, "tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
         return plan_merge(base, policies, dtype=dtype, device=device, **how)
-    linear = [name for name, row in METHODS.items() if row.rule is soup and not row.weigh]
-    if method not in linear:
+    sums = [name for name, row in METHODS.items() if row.sums]
+    if method not in sums:
         raise fail(
             f"the method {method} gives no adapter: its residual is no weighted sum",
             where="--as",
-            expected=f"with adapters as policies one of {', '.join(linear)}",
+            expected=f"with adapters as policies one of {', '.join(sums)}",
             remedy="pass --as full to fold the adapters into the base and merge whole models",
         )
     check_device(device)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number
-from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
+from rewarded_lines.merger.method_row import OptionValue
+from rewarded_lines.merger.methods import METHODS, check_method
 from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, recorded_schedule
 from rewarded_lines.options import option
 from rewarded_lines.progress import SILENT, Progress
@@ -141,6 +142,11 @@ class MergeSpec:
     def schedule(self) -> Schedule:
         """The scale of every tensor."""
         return Schedule(self.lines or (Line(self.alpha, self.beta),), self.modules, self.outside)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Return the weights as the method takes them: λ, or ρᵢ = λᵢ/maxⱼ|λⱼ|."""
+        return METHODS[self.method].factors(self.weights)
 
     @property
     def scaled(self) -> bool:

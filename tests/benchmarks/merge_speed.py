@@ -20,12 +20,29 @@ from pathlib import Path
 from inputs import LLAMA_2_7B, Llama, read_headers, shape_of, write_adapter, write_adapter_base, write_checkpoint
 from measure import CommandFailed, Competitor, Run, alternate, clear, folder_bytes, middle, run_once, warm
 
+from rewarded_lines.merger.methods import METHODS
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path holds only its own folder
 from mergekit_env import MergekitUnavailable, default_folder, find_mergekit, offline  # noqa: E402
 
 OURS = Path(sys.executable).parent / "rewarded-lines"
 LAMBDAS = [f"{step / 10:.1f}" for step in range(11)]
 LAM = 0.3
+# The methods that mergekit has, too: its name, the parameters of each model and those of the merge.
+THEIRS: dict[str, tuple[str, dict[str, float], dict[str, float]]] = {
+    "soup": ("task_arithmetic", {}, {}),
+    "sum": ("task_arithmetic", {"weight": 1}, {}),
+    "ties": ("ties", {"density": 0.2}, {}),
+    "dare": ("dare_linear", {"density": 0.1}, {}),
+    "dare-ties": ("dare_ties", {"density": 0.1}, {}),
+    "sce": ("sce", {}, {"select_topk": 0.1}),
+    "della": ("della", {"density": 0.7, "epsilon": 0.07}, {}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.14, "gamma": 0.01}, {}),
+    "ram": ("ram", {}, {}),
+    "ram-plus": ("ramplus_tl", {}, {}),
+}
+# `greedy` needs a score, `wise-ft` has one policy; by arithmetic these and `uniform` are soups.
+NOT_MEASURED = ("soup", "greedy", "wise-ft", "uniform")
 MEMORY_LIMIT = 500e6
 Command = Sequence[str | Path]
 
@@ -77,29 +94,33 @@ class Bench:
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 
-def merge_command(inputs: Sequence[Path], lams: Sequence[object], out: Path) -> Command:
+def merge_command(inputs: Sequence[Path], lams: Sequence[object], out: Path, method: str = "soup") -> Command:
     base, a, b = inputs
+    policies = ["--policy", f"a={a}", "--policy", f"b={b}"]
     chosen = [text for lam in lams for text in ("--lam", str(lam))]
-    return [OURS, "merge", "--base", base, "--policy", f"a={a}", "--policy", f"b={b}", *chosen, "--out", out]
+    return [OURS, "merge", "--base", base, *policies, "--method", method, *chosen, "--out", out]
 
 
-def mergekit_command(tool: Path, inputs: Sequence[Path], lam: float, out: Path) -> Command:
-    """Return the equal merge: LiNeS with α = β = 1, each weight a gradient from λα to λ(α+β).
+def mergekit_command(tool: Path, inputs: Sequence[Path], lam: float, out: Path, method: str = "soup") -> Command:
+    """Return the merge of the same method; the soup's is equal: LiNeS with α = β = 1, a gradient from λα to λ(α+β).
 
     Tensors outside the blocks get the gradient's first value there and α here, which is the same.
     """
     base, *policies = map(str, inputs)
+    kind, each, whole = THEIRS[method]
+    weighed = kind not in ("ram", "ramplus_tl")
     config = {
-        "merge_method": "task_arithmetic",
+        "merge_method": kind,
         "base_model": base,
         "models": [
-            {"model": policy, "parameters": {"weight": [share, 2 * share]}}
+            {"model": policy, "parameters": ({"weight": [share, 2 * share]} if weighed else {}) | each}
             for policy, share in zip(policies, (lam, 1 - lam), strict=True)
         ],
+        "parameters": whole,
         "dtype": "float32",
         "out_dtype": "bfloat16",
     }
-    path = out.with_name("mergekit.yaml")
+    path = out.with_name(f"mergekit-{method}.yaml")
     path.write_text(json.dumps(config))
     return [tool, path, out]
 
@@ -126,6 +147,25 @@ def one_merge(bench: Bench) -> list[Row]:
         memory_row(f"merge {size:.2f}B, peer mergekit", found["ours"], theirs),
         *rows,
     ]
+
+
+def methods(bench: Bench) -> list[Row]:
+    """Every method of the table: against the soup, and against mergekit where it has the method."""
+    inputs, out, theirs = bench.checkpoints(bench.parameters), bench.folder / "out", bench.folder / "out-mergekit"
+    chosen = [name for name in METHODS if name not in NOT_MEASURED]
+    competitors = [
+        Competitor(name, [(merge_command(inputs, [LAM], out, name), out)], inputs) for name in ("soup", *chosen)
+    ]
+    if tool := bench.mergekit:
+        competitors += [
+            Competitor(f"mergekit {name}", [(mergekit_command(tool, inputs, LAM, theirs, name), theirs)], inputs)
+            for name in chosen
+            if name in THEIRS
+        ]
+    found = bench.measure("methods", competitors)
+    rows = [seconds_row(f"{name}, peer our soup", found[name], found["soup"], 2) for name in chosen]
+    peers = [name for name in chosen if f"mergekit {name}" in found]
+    return rows + [seconds_row(f"{name}, peer mergekit", found[name], found[f"mergekit {name}"], 1) for name in peers]
 
 
 def compare_outputs(competitors: Sequence[Competitor]) -> list[Row]:
@@ -229,6 +269,7 @@ def write_adapters(folder: Path, llama: Llama) -> list[Path]:
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "merge": one_merge,
+    "methods": methods,
     "memory": memory,
     "lambdas": lambdas,
     "adapters": adapters,
@@ -287,7 +328,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_space(folder: Path, parameters: float, parts: Sequence[str]) -> None:
     """Refuse to begin what the disk cannot hold: inputs, and what stands beside them at the worst moment."""
-    checkpoints = {"merge": 3 + 3, "memory": 3 + 3 * 2 + 2, "lambdas": 3 + 11, "adapters": 3}
+    checkpoints = {"merge": 3 + 3, "methods": 3 + 2, "memory": 3 + 3 * 2 + 2, "lambdas": 3 + 11, "adapters": 3}
     needed = 2.2 * parameters * max(checkpoints[part] for part in parts) + (4.5e9 if "adapters" in parts else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -295,7 +336,7 @@ def check_space(folder: Path, parameters: float, parts: Sequence[str]) -> None:
 
 
 def mergekit_tool(wanted: argparse.Namespace, parts: Sequence[str]) -> Path | None:
-    if wanted.no_mergekit or "merge" not in parts:
+    if wanted.no_mergekit or not {"merge", "methods"} & set(parts):
         return None
     try:
         say(f"mergekit's environment: {wanted.mergekit_env} (made in some minutes where it is missing)")

@@ -49,6 +49,7 @@ def test_commands_and_options(complete):
 def test_values(complete):
     assert complete("merge --method ") == list(METHODS)
     assert complete("merge --method da") == ["dare", "dare-ties"]
+    assert complete("merge --join a") == ["all"]
     assert complete("sweep --engine ") == ["vllm", "hf"]
     assert complete("demo --algo r") == ["rloo"]
     assert complete("merge --as ") == ["auto", "full", "adapter"]

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from method_params import methods
 from safetensors.torch import load_file, save_file
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.dtypes import FLOATS
-from rewarded_lines.kernels import compiled_kernels, kernels, numpy_kernels
+from rewarded_lines.kernels import compiled_kernels, compiled_rules, kernels, numpy_kernels
+from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 
 
@@ -14,16 +16,17 @@ from rewarded_lines.merger.methods import METHODS
 def used(monkeypatch):
     """Note which loops run, by module."""
     names: dict[str, set[str]] = {"numpy_kernels": set(), "compiled_kernels": set()}
-    for module in (numpy_kernels, compiled_kernels):
-        for name in ("linear", "restore", "residual", "finish", "cast", "count_nonfinite", "count_magnitudes"):
-            loop, noted = getattr(module, name), names[module.__name__.rpartition(".")[2]]
-            monkeypatch.setattr(
-                module, name, lambda *args, loop=loop, noted=noted, name=name: noted.add(name) or loop(*args)
-            )
+    loops = ("linear", "restore", "residual", "finish", "cast", "count_nonfinite", "count_magnitudes")
+    modules = {numpy_kernels: loops, compiled_kernels: loops, compiled_rules: ("merge_by_rules",)}
+    for module, name in ((module, name) for module, loops in modules.items() for name in loops):
+        loop, noted = getattr(module, name), names["numpy_kernels" if module is numpy_kernels else "compiled_kernels"]
+        monkeypatch.setattr(
+            module, name, lambda *args, loop=loop, noted=noted, name=name: noted.add(name) or loop(*args)
+        )
     return names
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("greedy", "wise-ft")])
+@pytest.mark.parametrize("method", methods(name for name in METHODS if name not in ("greedy", "wise-ft")))
 def test_a_merge_has_the_same_bits_by_either(tiny, used, monkeypatch, method):
     one = {"method": method, "dtype": "bfloat16", "beta": 0.3}
     written = {}
@@ -31,8 +34,11 @@ def test_a_merge_has_the_same_bits_by_either(tiny, used, monkeypatch, method):
         monkeypatch.setattr(kernels, "ENOUGH", enough)
         merge("sft", ["first", "second"], out=f"out{enough}", **one)
         written[enough] = (tiny / f"out{enough}/model.safetensors").read_bytes()
+        assert bool(used["numpy_kernels"]) == (enough > 0) and bool(used["compiled_kernels"]) == (enough < 0)
+        used["numpy_kernels"].clear()
     assert len(set(written.values())) == 1
-    assert used["numpy_kernels"] and used["numpy_kernels"] == used["compiled_kernels"]
+    ruled = METHODS[method].rule is not soup
+    assert ruled == ("merge_by_rules" in used["compiled_kernels"]) == ("linear" not in used["compiled_kernels"])
 
 
 def test_long_work_goes_to_the_compiled_loops(used, monkeypatch):

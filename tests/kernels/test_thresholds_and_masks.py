@@ -1,15 +1,19 @@
 """The k-th largest magnitude against a plain sort; random masks by density, independence and stability."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import thresholds_and_masks as sparsity
+from rewarded_lines.kernels import compiled_choices, numpy_kernels
+from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.thresholds_and_masks import kth_largest, random_mask
+from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.thresholds_and_masks import random_mask
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
 
@@ -35,12 +39,61 @@ def sources(tmp_path, request):
 @pytest.mark.parametrize("held", [10**6, 500, 3, -1], ids=lambda held: f"held-{held}")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatch, held, threads):
-    monkeypatch.setattr(sparsity, "_HELD", held)
+    monkeypatch.setattr(ranking, "_HELD", held)
     base, policies, drawn = sources
-    for rank in (1, 2, 299, 1500, 2999, 3000):
-        found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
+    for bounds in (ranking._bounds, lambda *_: ranking.Bounds(1.0, 1.5, 0.0)):
+        # The second bounds hold few of the values.
+        monkeypatch.setattr(ranking, "_bounds", bounds)
+        for rank in (1, 2, 299, 1500, 2999, 3000):
+            found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
+            expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
+            assert found == expected, rank
+
+
+def test_one_pass_after_a_sample(sources, monkeypatch):
+    """Most bounds hold the value, so that the radix selection is not needed."""
+    monkeypatch.setattr(ranking, "_FEW", 0)
+    monkeypatch.setattr(ranking, "_THINNED", 8)
+    counted = []
+    monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
+    base, policies, drawn = sources
+    for rank in (300, 1500, 2700):
         expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
-        assert found == expected, rank
+        assert kth_largest(base, policies, ["w0", "w1", "w2"], rank, 1) == expected and not counted
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_values_between_two_are_the_same_by_either(kind):
+    generator = np.random.default_rng(3)
+    values = np.round(generator.normal(0, 40, (2, 1001))) / 16
+    values[:, :6] = [[np.inf, np.inf, -np.inf, np.nan, 0.0, -0.0], [np.inf, 1, np.inf, 1, -0.0, 0.0]]
+    stored = np.empty((2, 1001), FLOATS[kind].storage)
+    for out, wide in zip(stored, values, strict=True):
+        numpy_kernels.cast(wide, out)
+    for low, high in ((0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)):
+        found = [np.zeros(1001), np.zeros(1001)]
+        counts = [
+            loops.count_between(*stored, low, high, out)
+            for loops, out in zip((numpy_kernels, compiled_choices), found, strict=True)
+        ]
+        sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
+        inside = np.sort(sizes[(sizes > low) & (sizes < high)])
+        ends = np.isnan(sizes).sum() + (sizes > high).sum(), (sizes == high).sum(), (sizes == low).sum() * (low < high)
+        assert counts[0] == counts[1] == (inside.size, ends)
+        for out in found:
+            assert np.array_equal(np.sort(out[: inside.size]), inside)
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 1.0])
+def test_masks_are_numpys_generator(density):
+    limit = math.ceil(np.float32(density) * 2.0**24)
+    for key, block in (((1, 2), 0), ((2**64 - 1, 2**63 + 5), 3)):
+        generator = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, block, 0]))
+        expected = generator.random(4096, np.float32) < np.float32(density)
+        for loops in (numpy_kernels, compiled_choices):
+            mask = np.empty(4096, bool)
+            loops.keep_random(mask, *np.array(key, np.uint64), block, limit)
+            assert np.array_equal(mask, expected), (loops, block)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9])

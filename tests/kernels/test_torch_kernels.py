@@ -7,7 +7,7 @@ from exact import BFLOAT16, FLOAT16, FLOAT32, decode, encode
 
 from rewarded_lines.checkpoints.dtypes import FLOATS, as_torch
 from rewarded_lines.kernels import compiled_kernels
-from rewarded_lines.kernels.blocks import TensorMerge
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.torch_kernels import cast, merge_values, rounded
 from rewarded_lines.merger.merge_rules import soup
 

@@ -219,6 +219,19 @@ def test_folded_adapters_and_whole_models_take_every_method(two):
     assert json.loads((two / "folded-ties/merge.json").read_text())["as"] == "full"
 
 
+def test_a_raw_sum_of_adapters_is_an_adapter_and_other_methods_name_as_full(two):
+    merge("sft", ["plain", "mixed"], "0.25,0.75", method="sum", out="sum")
+    merge("sft", ["plain", "mixed"], "0.333333333333,1", method="task-arithmetic", out="weighted")
+    one, other = (load_file(two / name / "adapter_model.safetensors") for name in ("sum", "weighted"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], rtol=1e-6, atol=0) for key in one)
+    merge("sft", ["plain", "mixed"], method="sum", beta=0, as_="full", out="whole")
+    check_full(two, ["plain", "mixed"], (1.0, 1.0), "whole", beta=0)
+    for method in ("ram", "ram-plus", "sce", "della", "breadcrumbs"):
+        with pytest.raises(UserError, match="gives no adapter(.|\n)*sum(.|\n)*pass --as full"):
+            merge("sft", ["plain", "mixed"], method=method, out="none")
+
+
 def test_alpha_auto_is_the_same_folded_and_not(two):
     results = [
         merge("sft", ["plain", "mixed"], 0.3, alpha="auto", as_=kind, out=kind)[0].spec.alpha

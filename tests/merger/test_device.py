@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32
 from hostile import SHAPES, load_codes, widest
+from method_params import RL
 from plain_checkpoints import SINGLE, read_plain, save_family
 from progress_told import Told
 from safetensors.numpy import save_file
@@ -26,6 +27,12 @@ METHODS = {
     "dare": {"density": 0.4},
     "dare-ties": {"density": 0.6, "join": "sum"},
     "consensus": {"tall": 0.41234, "agree": 2},
+    "sum": {},
+    "ram": {"changed": 0.004},
+    "ram-plus": {"changed": 0.004, "boost": 0.41234, "cap": 3.0},
+    "sce": {"select": 0.4},
+    "della": {"density": 0.6, "window": 0.4},
+    "breadcrumbs": {"density": 0.5, "outliers": 0.1, "join": "mean"},
 }
 TYPES = {
     "bfloat16": (BFLOAT16,) * 4,
@@ -33,6 +40,12 @@ TYPES = {
     "float32": (FLOAT32,) * 4,
     "mixed": (FLOAT32, BFLOAT16, FLOAT16, FLOAT32),
 }
+# Every method in every type; the methods for RL are quick in one.
+PAIRS = [
+    pytest.param(method, types, marks=pytest.mark.slow if method in RL and types != "mixed" else ())
+    for method in METHODS
+    for types in TYPES
+]
 ODD = {2: (0.37123, 0.62877), 3: (0.37123, 0.12979, 0.49898)}
 
 
@@ -70,8 +83,7 @@ def device_without_gpu():
         assert made
 
 
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "types"), PAIRS)
 def test_the_devices_path_without_a_gpu(method, types, families, tmp_path, short_blocks):
     compare(method, TYPES[types], families, tmp_path, device_without_gpu())
 

@@ -15,6 +15,7 @@ import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32, FORMATS, WIDE_ENOUGH, decode, encode, encode_fraction
 from exact_merge import Reference, Tally, compare, scale_of
 from hostile import SHAPES, load_codes, widest
+from method_params import RL
 
 from rewarded_lines import merge
 
@@ -44,6 +45,15 @@ CASES = {
     "dare-ties-sum": ("dare-ties", [PAIR], {"density": 0.7, "seed": 2, "join": "sum"}),
     "consensus": ("consensus", [THREE, (1.0, 0.0, 0.0)], {"tall": 0.4, "agree": 2}),
     "consensus-1": ("consensus", [PAIR], {"tall": 1.0, "agree": 1}),
+    "sum": ("sum", [THREE], {}),
+    "ram": ("ram", [THREE, (0.6, 0.0, 0.4)], {"changed": 0.004}),
+    "ram-plus": ("ram-plus", [THREE], {"changed": 0.004, "boost": 0.7, "cap": 9.0, "scope": "model"}),
+    "ram-plus-tensor": ("ram-plus", [PAIR], {"changed": 0.004, "boost": 0.7, "cap": 1.5, "scope": "tensor"}),
+    "sce": ("sce", [THREE, (0.6, 0.0, 0.4)], {"select": 0.4}),
+    "della-mean": ("della", [THREE], {"density": 0.6, "window": 0.4, "seed": 3, "join": "mean"}),
+    "della-all": ("della", [PAIR], {"density": 0.3, "window": 0.0, "seed": 3, "join": "all"}),
+    "breadcrumbs-all": ("breadcrumbs", [THREE], {"density": 0.5, "outliers": 0.1, "join": "all"}),
+    "breadcrumbs-sum": ("breadcrumbs", [PAIR], {"density": 0.9, "outliers": 0.3, "join": "sum"}),
 }
 # Formats of base and policies, and the --dtype.
 MIXED = (BFLOAT16, FLOAT32, BFLOAT16, FLOAT16, FLOAT32, BFLOAT16)
@@ -103,10 +113,11 @@ def run(family, case, dtype, out, lines=SOUP, outside="alpha", odd=False):
     return tally
 
 
-def pairs(types):
+def pairs(types, slow=()):
     """Return all pairs of cases and formats; slow unless one of them runs each time."""
+    quick = [*IN_ALL_FORMATS, *((case, "bfloat16") for case in CASES if CASES[case][0] not in slow)]
     return [
-        pytest.param(case, one, marks=() if one == "bfloat16" or case in IN_ALL_FORMATS else pytest.mark.slow)
+        pytest.param(case, one, marks=() if case in quick or (case, one) in quick else pytest.mark.slow)
         for case in CASES
         for one in types
     ]
@@ -127,7 +138,7 @@ def test_unkind_values(case, types, families, tmp_path):
     assert tally.undecided <= 0.02 * tally.compared
 
 
-@pytest.mark.parametrize(("case", "types"), pairs(["bfloat16", "float16", "float32", "mixed-to-bfloat16"]))
+@pytest.mark.parametrize(("case", "types"), pairs(["bfloat16", "float16", "float32", "mixed-to-bfloat16"], RL))
 def test_ordinary_values_have_no_exceptions(case, types, families, tmp_path):
     formats, dtype = TYPES[types]
     family = families(formats[: policies_of(case) + 1], gentle=True)
@@ -174,7 +185,14 @@ def by_numpy(family, case, spec):
     return float(sum(together) / sum(joined) / (len(family.formats) - 1))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "greedy"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if row[0] in RL else ())
+        for case, row in CASES.items()
+        if case != "greedy"
+    ],
+)
 def test_automatic_alpha(case, families, tmp_path):
     method, weights, options = CASES[case]
     family = families((FLOAT32,) * (policies_of(case) + 1), gentle=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32, decode, encode
 from hostile import SHAPES, Family, load_codes, save_codes
+from method_params import RL, methods
 
 from rewarded_lines import merge
 from rewarded_lines.kernels import thread_pool as pool
@@ -24,6 +25,12 @@ WHOLE = {
     "dare": {"density": 1.0},
     "dare-ties": {"density": 1.0, "join": "sum"},
     "consensus": {"agree": 0},
+    "sum": {},
+    "ram": {"changed": 0.0},
+    "ram-plus": {"changed": 0.0},
+    "sce": {"select": 1.0},
+    "della": {"density": 1.0},
+    "breadcrumbs": {"density": 1.0, "join": "mean"},
 }
 # Every method, with options under which its rule changes values.
 BUSY = {
@@ -36,6 +43,12 @@ BUSY = {
     "dare": {"density": 0.4, "seed": 3},
     "dare-ties": {"density": 0.6, "seed": 3, "join": "mean"},
     "consensus": {"tall": 0.4, "agree": 2},
+    "sum": {},
+    "ram": {"changed": 0.004},
+    "ram-plus": {"changed": 0.004, "boost": 0.7, "cap": 3.0},
+    "sce": {"select": 0.4},
+    "della": {"density": 0.6, "window": 0.4, "seed": 3},
+    "breadcrumbs": {"density": 0.5, "outliers": 0.1, "join": "mean"},
 }
 ENDS = [(1.0, 0.0), (0.0, 1.0)]
 WEIGHTS = {2: (0.3, 0.7), 3: (0.2, 0.3, 0.5), 4: (0.1, 0.4, 0.2, 0.3)}
@@ -69,7 +82,7 @@ def busy(family, method, out, weights=None, policies=None, **more):
 
 
 @pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("method", methods(WHOLE))
 def test_alone_with_weight_one_a_policy_comes_out_bit_for_bit(method, kind, families, tmp_path):
     family = families((kind,) * 3)
     given = {"method": method, "options": WHOLE[method], "beta": 0}
@@ -77,7 +90,7 @@ def test_alone_with_weight_one_a_policy_comes_out_bit_for_bit(method, kind, fami
     assert same(first.out, family.codes[1]) and same(second.out, family.codes[2])
 
 
-@pytest.mark.parametrize("method", [method for method in WHOLE if method != "slerp"])
+@pytest.mark.parametrize("method", methods(method for method in WHOLE if method != "slerp"))
 def test_the_same_among_three(method, families, tmp_path):
     family = families((FLOAT32,) * 4)
     given = {"method": method, "options": WHOLE[method], "beta": 0}
@@ -114,7 +127,7 @@ def test_the_last_block_of_single_task_lines_is_the_policys(alpha, families, tmp
         assert np.array_equal(found["lm_head.weight"], family.codes[0]["lm_head.weight"])
 
 
-@pytest.mark.parametrize("method", [*WHOLE, "wise-ft"])
+@pytest.mark.parametrize("method", methods([*WHOLE, "wise-ft"]))
 def test_no_weight_or_no_scale_gives_the_base_bit_for_bit(method, families, tmp_path):
     family = families((FLOAT32,) * (2 if method == "wise-ft" else 3))
     nothing = (0.0,) * len(family.policies)
@@ -137,7 +150,7 @@ def test_ends_of_mixed_types_and_casts(families, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("method", BUSY)
+@pytest.mark.parametrize("method", methods(BUSY))
 def test_policies_may_change_places(method, count, families, tmp_path):
     if method == "slerp" and count != 2:
         return
@@ -153,7 +166,7 @@ def test_policies_may_change_places(method, count, families, tmp_path):
             assert busy(family, method, tmp_path / "out", turned, policies) == expected, order
 
 
-@pytest.mark.parametrize("method", [method for method in BUSY if method != "slerp"])
+@pytest.mark.parametrize("method", methods(method for method in BUSY if method != "slerp"))
 def test_twins_with_different_weights_may_change_places(method, families, tmp_path):
     """Two policies from the same file differ only in their weights."""
     family = families((FLOAT32,) * 3)
@@ -177,7 +190,7 @@ def test_alpha_is_chosen_alike_in_any_order(families, tmp_path):
 # ---- threads, shards, company -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", BUSY)
+@pytest.mark.parametrize("method", methods(BUSY))
 def test_threads_do_not_matter(method, families, tmp_path, monkeypatch):
     family = families(MIXED[: 3 if method == "slerp" else 4])
     found = []
@@ -197,7 +210,7 @@ def sharded(families, tmp_path_factory):
     return Family(folder, family.formats, family.codes)
 
 
-@pytest.mark.parametrize("method", BUSY)
+@pytest.mark.parametrize("method", methods(BUSY))
 def test_shards_do_not_matter(method, families, sharded, tmp_path):
     whole = families(MIXED[:4])
     if method == "slerp":
@@ -210,7 +223,7 @@ def test_shards_do_not_matter(method, families, sharded, tmp_path):
     assert same(tmp_path / "cut", load_codes(tmp_path / "whole")[0])
 
 
-@pytest.mark.parametrize("method", [method for method in BUSY if method not in ("uniform", "greedy")])
+@pytest.mark.parametrize("method", methods(method for method in BUSY if method not in ("uniform", "greedy")))
 def test_company_does_not_matter(method, families, tmp_path):
     """Several λ at once, with the endpoints among them, and each λ alone."""
     family = families((FLOAT32,) * 3)
@@ -218,3 +231,20 @@ def test_company_does_not_matter(method, families, tmp_path):
     common = {"method": method, "options": BUSY[method], "alpha": 0.3, "beta": 0.9}
     for result in merge(family.base, family.policies, several, out=tmp_path / "many", **common):
         assert written(result.out) == busy(family, method, tmp_path / "one", result.spec.weights)
+
+
+@pytest.mark.parametrize("method", RL)
+def test_the_methods_for_rl_depend_on_nothing_else(method, families, sharded, tmp_path, monkeypatch):
+    """Order, threads, shards and other outputs at once, and both ends."""
+    family, weights = families(MIXED[:4]), (0.2, 0.3, 0.5)
+    busy(family, method, tmp_path / "whole", weights)
+    monkeypatch.setattr(pool, "cores", lambda: 3)
+    turned = {name: sharded.policies[name] for name in ("p3", "p1", "p2")}
+    common = {"method": method, "options": BUSY[method], "alpha": 0.3, "beta": 0.9}
+    several = [(0.5, 0.2, 0.3), (0.6, 0.4, 0.0), (0.0, 0.0, 1.0)]
+    first, *_ = merge(sharded.base, turned, several, out=tmp_path / "several", **common)
+    assert same(first.out, load_codes(tmp_path / "whole")[0])
+    whole = {"method": method, "options": WHOLE[method], "beta": 0}
+    family = families((BFLOAT16,) * 3)
+    one, other = merge(family.base, family.policies, ENDS, out=tmp_path / "ends", **whole)
+    assert same(one.out, family.codes[1]) and same(other.out, family.codes[2])

@@ -107,6 +107,27 @@ SAME = {
         said("merge_method: dare_ties", "base_model: sft", f"models: {TWO}", "parameters: {density: 0.5}"),
         f"{BASE} --lam 0.3 --beta 0 --method dare-ties --density 0.5 --join sum --seed 7",
     ),
+    "breadcrumbs": (
+        said(
+            "merge_method: breadcrumbs",
+            "base_model: sft",
+            models("weight: 1, density: 0.5", "weight: 3, density: 0.5"),
+            "parameters: {gamma: 0.2, lambda: [0.5, 1]}",
+        ),
+        f"{BASE} --lam 0.25 --alpha 2 --beta 2 --method breadcrumbs --density 0.5 --outliers 0.2 --join all",
+    ),
+    "breadcrumbs_ties": (
+        said("merge_method: breadcrumbs_ties", "base_model: sft", f"models: {TWO}", "parameters: {density: 0.5}"),
+        f"{BASE} --lam 0.3 --beta 0 --method breadcrumbs --density 0.5 --outliers 0.01 --join sum",
+    ),
+    "ram": (
+        said("merge_method: ram", "base_model: sft", models("", "")),
+        f"{BASE} --lam 0.5 --beta 0 --method ram --changed 1e-05",
+    ),
+    "ramplus_tl": (
+        said("merge_method: ramplus_tl", "base_model: sft", models("", ""), "parameters: {r: 0.3, epsilon: 0.001}"),
+        f"{BASE} --lam 0.5 --beta 0 --method ram-plus --changed 0.001 --boost 0.3 --cap 0.2 --scope tensor",
+    ),
     "nuslerp": (
         said("merge_method: nuslerp", "base_model: sft", f"models: {TWO}"),
         f"{BASE} --lam 0.3 --beta 0 --method slerp",
@@ -220,11 +241,11 @@ REFUSED = {
     ),
     "ties with other densities": (
         said("merge_method: ties", "base_model: sft", models("weight: 1, density: 0.5", "weight: 1, density: 0.2")),
-        "the same share of its values",
+        "the same `density`",
     ),
     "ties with a gradient of densities": (
         said("merge_method: ties", "base_model: sft", models("weight: 1, density: [1, 0.5]")),
-        "the same share of its values",
+        "the same `density`",
     ),
     "ties below 0": (
         said("merge_method: ties", "base_model: sft", models("weight: 1", "weight: -1")),
@@ -233,6 +254,14 @@ REFUSED = {
     "ties that rescales": (
         said("merge_method: ties", "base_model: sft", models("weight: 1, density: 0.5"), "parameters: {rescale: true}"),
         "`rescale` has no counterpart",
+    ),
+    "ram with weights": (
+        said("merge_method: ram", "base_model: sft", f"models: {TWO}"),
+        "ram has no parameter `weight`",
+    ),
+    "sce, which weighs small residuals alike": (
+        said("merge_method: sce", "base_model: sft", models("", "")),
+        "no exact counterpart",
     ),
     "nuslerp by rows": (
         said("merge_method: nuslerp", "base_model: sft", f"models: {TWO}", "parameters: {nuslerp_flatten: false}"),

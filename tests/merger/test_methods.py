@@ -9,11 +9,38 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.merger.merge_rules import consensus, dare, dare_ties, slerp_weights, soup, ties
+from rewarded_lines.merger.merge_rules import (
+    breadcrumbs,
+    consensus,
+    dare,
+    dare_ties,
+    della,
+    ram,
+    ram_plus,
+    relative,
+    sce,
+    slerp_weights,
+    soup,
+    spread,
+    ties,
+)
 from rewarded_lines.merger.methods import METHODS, check_method
 
 A = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
 B = np.array([-3.0, -4.0, 0.25, 1.0, -3.0])
+KEPT = [np.arange(5) % 2 == 0, np.arange(5) % 3 == 0]
+# Of the rules that have some.
+PARAMETERS = {
+    "ties": {"thresholds": [1.0, 1.0], "join": "mean"},
+    "dare": {"kept": KEPT, "density": 0.5},
+    "dare-ties": {"kept": KEPT, "density": 0.5, "join": "mean"},
+    "consensus": {"tall": 0.4, "agree": 2},
+    "ram": {"changed": 0.4},
+    "ram-plus": {"changed": 0.4, "boosts": [0.25, 0.375]},
+    "sce": {"least": 4.0, "squares": [0.3, 0.7]},
+    "della": {"kept": [mask / 0.7 for mask in KEPT], "join": "sum"},
+    "breadcrumbs": {"lower": [0.5, 1.0], "upper": [2.0, 3.0], "join": "all"},
+}
 VALUES = hnp.arrays(np.float64, 6, elements=st.floats(-4, 4, width=16))
 WEIGHT = st.floats(0, 1, width=16)
 
@@ -54,6 +81,44 @@ def test_consensus_by_hand():
     assert consensus([A, B], [1.0, 0.0], tall=0.5, agree=2).tolist() == [0.0, -2.0, 0.5, 0.0, 3.0]
 
 
+def test_relative_weights():
+    assert relative([0.25, 0.25]) == (1.0, 1.0) and relative([1.0, 0.0]) == (1.0, 0.0) and relative([0.0]) == (0.0,)
+    # Extrapolation keeps the signs.
+    assert relative([1.5, -0.5]) == (1.0, -1 / 3) and relative([-1.0, -2.0]) == (-0.5, -1.0)
+
+
+def test_ram_by_hand():
+    # Changed by more than 0.4: A 1 -2 0.5 · 3, B -3 -4 · 1 -3.
+    assert ram([A, B], [1.0, 1.0], changed=0.4).tolist() == [-1.0, -3.0, 0.5, 1.0, 0.0]
+    # A mean by weight where both changed; where one did, its value times its weight.
+    assert ram([A, B], [0.5, 1.0], changed=0.4).tolist() == pytest.approx([-2.5 / 1.5, -5 / 1.5, 0.25, 1.0, -1.0])
+    assert ram([A, B], [1.0, -0.5], changed=0.4).tolist() == pytest.approx([2.5 / 1.5, 0.0, 0.5, -0.5, 3.0])
+    assert ram_plus([A, B], [1.0, 1.0], changed=0.4, boosts=[0.5, 2.0]).tolist() == [-1.0, -3.0, 0.75, 3.0, 0.0]
+    special = np.array([np.nan, np.inf, 0.0, 1e-6, -2.0])
+    found = ram([special, B], [1.0, 1.0], changed=0.4)
+    assert np.isnan(found[0]) and found[1:].tolist() == [np.inf, 0.0, 1.0, -2.5]
+
+
+def test_sce_by_hand():
+    # Twice the squared differences: 32 8 0.125 2 72; the squares are unequal.
+    assert spread([A, B]).tolist() == [32.0, 8.0, 0.125, 2.0, 72.0]
+    found = sce([A, B], [1.0, 1.0], least=2.0, squares=[0.25, 0.75])
+    # Signs elected: - - · + ·; the mean of the second has weights 1 : 3.
+    assert found.tolist() == [-3.0, -3.5, 0.0, 1.0, 0.0]
+    assert sce([A, B], [1.0, 0.0], least=2.0, squares=[0.25, 0.75]).tolist() == [1.0, -2.0, 0.0, 0.0, 3.0]
+    assert sce([A, B], [1.0, 1.0], least=math.inf, squares=[0.0, 0.0]).tolist() == [0.0] * 5
+
+
+def test_della_and_breadcrumbs_by_hand():
+    kept = [np.array([2.0, 0.0, 2.0, 2.0, 0.0]), np.array([0.0, 1.5, 1.5, 0.0, 1.5])]
+    expected = {"all": [1.0, -3.0, 0.6875, 0.0, -2.25], "mean": [2.0, -6.0, 0.6875, 0.0, -4.5]}
+    for join, values in expected.items():
+        assert della([A, B], [0.5, 0.5], kept=kept, join=join).tolist() == values
+    band = {"lower": [0.5, 1.0], "upper": [2.0, 3.0]}
+    assert breadcrumbs([A, B], [0.5, 0.5], **band, join="all").tolist() == [-1.0, -1.0, 0.25, 0.5, -1.5]
+    assert breadcrumbs([A, B], [0.5, 0.5], **band, join="sum").tolist() == [-1.5, -1.0, 0.25, 0.5, -1.5]
+
+
 def test_slerp_weights():
     right_angle = ((4.0, 0.0), (0.0, 9.0))
     assert slerp_weights((0.5, 0.5), right_angle) == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)))
@@ -73,6 +138,10 @@ def test_two_policies_may_change_places(residuals, weight):
         "dare": {"kept": kept, "density": 0.5},
         "dare-ties": {"kept": kept, "density": 0.5, "join": "sum"},
         "consensus": {"tall": 0.4, "agree": 2},
+        "ram-plus": {"changed": 0.5, "boosts": [0.25, 0.5]},
+        "sce": {"least": 1.0, "squares": [0.25, 0.75]},
+        "della": {"kept": [mask * 1.5 for mask in kept], "join": "mean"},
+        "breadcrumbs": {"lower": [0.25, 0.5], "upper": first, "join": "mean"},
     }
     for name, given_ in parameters.items():
         turned = {key: value[::-1] if isinstance(value, list) else value for key, value in given_.items()}
@@ -88,6 +157,11 @@ def test_alone_each_rule_gives_the_policy(first, second):
         "dare": {"kept": [np.ones(6, bool)] * 2, "density": 1.0},
         "dare-ties": {"kept": [np.ones(6, bool)] * 2, "density": 1.0, "join": "mean"},
         "consensus": {"tall": 0.4, "agree": 0},
+        "sum": {},
+        "ram": {"changed": 0.0},
+        "sce": {"least": 0.0, "squares": [0.5, 0.5]},
+        "della": {"kept": [np.ones(6)] * 2, "join": "mean"},
+        "breadcrumbs": {"lower": [0.0] * 2, "upper": [math.inf] * 2, "join": "all"},
     }
     for name, parameters in ends.items():
         assert np.array_equal(METHODS[name].rule([first, second], [1.0, 0.0], **parameters), first), name
@@ -106,15 +180,11 @@ def test_rules_scale_with_the_residuals(residuals, factor):
 def test_rules_run_on_torch_as_on_numpy(name):
     import torch
 
-    kept = [np.arange(5) % 2 == 0, np.arange(5) % 3 == 0]
-    parameters = {
-        "thresholds": {"thresholds": [1.0, 1.0], "join": "mean"},
-        "kept": {"kept": kept, "density": 0.5, **({"join": "mean"} if name == "dare-ties" else {})},
-    }.get(METHODS[name].needs, {"tall": 0.4, "agree": 2} if name == "consensus" else {})
+    parameters = PARAMETERS.get(name, {})
     there = {k: [torch.from_numpy(m) for m in v] if k == "kept" else v for k, v in parameters.items()}
     here = METHODS[name].rule([A, B], [0.3, 0.7], **parameters)
     moved = METHODS[name].rule([torch.from_numpy(A), torch.from_numpy(B)], [0.3, 0.7], **there)
-    assert np.array_equal(here, moved.numpy())
+    assert moved.dtype == torch.float64 and np.array_equal(here, moved.numpy())
 
 
 def test_defaults_are_filled_in_and_options_checked():
@@ -128,6 +198,10 @@ def test_defaults_are_filled_in_and_options_checked():
     assert "mean or sum" in said and "--seed: not an option of ties" in said and "model or tensor" in said
     with pytest.raises(UserError, match="a whole number ≥ 0"):
         check_method("consensus", {"agree": 1.5}, 2)
+    for window in (0.7, 0.6):
+        with pytest.raises(UserError, match=r"--method della: out of range(.|\n)*--window < 0.6 with --density 0.7"):
+            check_method("della", {"window": window}, 2)
+    assert check_method("della", {"density": 1.0, "window": 0.7}, 2)["seed"] == 0
     for method, count in (("wise-ft", 2), ("slerp", 3)):
         with pytest.raises(UserError, match=f"the method {method} takes"):
             check_method(method, {}, count)

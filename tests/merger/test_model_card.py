@@ -9,6 +9,7 @@ import pytest
 from command import ENVIRONMENT, prepared_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from method_params import methods
 from plain_checkpoints import save_family
 from stand_in_hub import stand_in_hub
 from tiny_adapters import save_adapter
@@ -114,7 +115,7 @@ def test_a_folder_of_the_hubs_cache_is_called_by_its_id(family):
     assert card.data.base_model == ["org/sft"] and "--base org/sft" in card.content
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "greedy"])
+@pytest.mark.parametrize("method", methods(name for name in METHODS if name != "greedy"))
 def test_the_command_of_every_method_makes_the_same_bits(family, cli, monkeypatch, method):
     names = ("first",) if METHODS[method].policies == 1 else ("first", "second")
     lam = None if METHODS[method].weights == "none" else 0.3 if len(names) > 1 else 0.4

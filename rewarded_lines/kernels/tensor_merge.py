@@ -1,0 +1,59 @@
+"""How an output's tensor is made of the inputs': plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rewarded_lines.checkpoints.dtypes import DType
+
+Rule = Callable[..., Any]
+
+
+class Mask(Protocol):
+    """Draws the mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
+
+    dtype: np.dtype[Any]
+
+    def __call__(self, start: int, count: int) -> np.ndarray[Any, Any]:
+        """Return the mask of a block, from its start and length."""
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """How one output's tensor is made: plain data, decided before the stream starts.
+
+    Attributes:
+        dtype: the output's type.
+        copy: the input to copy: 0 the base, i policy i−1; None if the tensor is computed.
+        rows: the policies that take part, in the order of summation.
+        weights: λ_i of each.
+        scale: s, the schedule's factor.
+        rule: the method's rule.
+        linear: the rule is Σ λ_i·τ_i, which has a kernel of its own.
+        parameters: options of the rule.
+        masks: draw the random masks of a rule that needs them, one for each of `rows`.
+    """
+
+    dtype: DType
+    copy: int | None
+    rows: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    scale: float = 1.0
+    rule: Rule | None = None
+    linear: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    masks: Sequence[Mask] = ()
+
+    def residual(self, residuals: Sequence[Any], kept: Sequence[Any]) -> Any:
+        """Return what the rule makes of residuals and masks: arrays of numpy or torch, or symbols for them."""
+        assert self.rule is not None, "a copied tensor has no residual"
+        return self.rule(residuals, self.weights, **self.parameters, **({"kept": kept} if self.masks else {}))
+
+
+def all_masks(steps: Sequence[TensorMerge]) -> list[Mask]:
+    """Return the masks of some outputs, each once."""
+    return list(dict.fromkeys(mask for step in steps for mask in step.masks))
