@@ -17,6 +17,7 @@ from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS, OptionValue
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.preferences import check_trained, read_mixtures
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import Project
 
@@ -98,6 +99,9 @@ class Methods:
         self._baselines = list(project.config.baselines)
         sweep, where = project.config.sweep, project.where("sweep", "design")
         self.design = Design.of(sweep.design, len(self._policies), where)
+        shares, at = project.config.mixtures, project.where("mixtures")
+        self.mixtures = read_mixtures(shares, self._policies, at, project.config.rewards) if shares else None
+        check_trained(shares, {name: plan.policies[name].folder for name in self._policies}, at)
         self.specs = self._named(sweep)
         problems: list[Problem] = []
         for name, spec in self.specs.items():
@@ -112,6 +116,18 @@ class Methods:
     def points(self, count: int) -> list[PointSpec]:
         """Return the SFT model, then each method's points at the design's λ for `count`."""
         return [PointSpec(SFT), *(point for name in self.specs for point in self.grid(name, count))]
+
+    def weights(self, count: int) -> list[Weights]:
+        """Return the λ of the design: its points, or if the project has mixtures those of its points as preferences."""
+        return [self.weights_at(place) for place in self.design.weights(count)]
+
+    def weights_at(self, place: Weights) -> Weights:
+        """Return the λ of a place on the simplex: of a preference, if the project has mixtures."""
+        return self.mixtures.weights(place) if self.mixtures else place
+
+    def place(self, weights: Weights) -> Weights:
+        """Return where some λ lie on the simplex; the reverse of `weights_at`."""
+        return tuple(self.mixtures.preference(weights).values()) if self.mixtures else weights
 
     def grid(self, name: str, count: int) -> list[PointSpec]:
         """Return one method's points."""
@@ -207,7 +223,7 @@ class Methods:
             return [(1 / policies,) * policies]
         if policies == 1 and (spec.edit or kind != "simplex"):
             return [(first,) for first, _ in Design(LATTICE, 2).weights(count)]
-        return self.design.weights(count)
+        return self.weights(count)
 
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:

@@ -133,7 +133,7 @@ def _measured(worth: float | None) -> dict[str, float]:
 
 
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
-    policies, places = len(setup.project.config.policies), setup.methods.design.weights(count)
+    policies, places = len(setup.project.config.policies), setup.methods.weights(count)
     merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in places)
     return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
 

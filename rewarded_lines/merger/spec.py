@@ -29,16 +29,22 @@ _DEFAULTS |= {"max_shard_size": "5GB", "tokenizer": "auto", "config_from": "auto
 
 
 def parse_weights(
-    lam: float | str | Sequence[float], policies: Sequence[str], extrapolate: bool = False, total: bool = True
+    lam: float | str | Sequence[float],
+    policies: Sequence[str],
+    extrapolate: bool = False,
+    total: bool = True,
+    *,
+    option: str = "--lam",
 ) -> tuple[float, ...]:
     """Return one weight per policy.
 
     Args:
-        lam: the weights, also as text: `0.2,0.3,0.5`. A single number is the weight of the first of two policies,
-            and the second gets 1 − λ.
-        policies: their names, in order.
+        lam: the weights, also as text: `0.2,0.3,0.5`, or by name: `a=0.2,c=0.8`, and 0 for the others. A single
+            number is the weight of the first of two policies, and the second gets 1 − λ.
+        policies: their names, in order; rewards, if the option is `--preference`.
         extrapolate: allow weights outside 0 … 1 and sums other than 1.
         total: whether the sum must be 1.
+        option: the name of the option, for messages.
 
     Raises:
         UserError: not numbers, a wrong number of them, negative ones, or a sum other than 1.
@@ -47,21 +53,23 @@ def parse_weights(
     text = str(lam) if isinstance(lam, float | int | str) else ",".join(map(str, lam))
 
     def problem(what: str, expected: str, remedy: str = "") -> Problem:
-        return Problem(what, f"--lam {text}", expected, text, remedy)
+        return Problem(what, f"{option} {text}", expected, text, remedy)
 
     try:
-        weights = tuple(float(part) for part in text.split(","))
+        weights = tuple(map(float, _by_name(text, policies) if "=" in text else text.split(",")))
     except ValueError:
         weights = (math.nan,)
     if not all(map(math.isfinite, weights)):
-        raise UserError(problem("not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
+        names = f"; by name: {','.join(f'{name}=…' for name in policies)}" if "=" in text else ""
+        raise UserError(problem("not a weight", f"a number such as 0.5, or 0.2,0.3,0.5{names}"))
     if single and len(weights) == 1 and len(policies) == 2:
         # Round: 1 − 0.9 is 0.09999999999999998 in binary.
         weights = (weights[0], round(1 - weights[0], 12))
     problems = []
     if len(weights) != len(policies):
         expected = f"{len(policies)} weights, for {', '.join(policies)}"
-        problems.append(problem(f"{len(weights)} weights for {len(policies)} policies", expected))
+        kind = "policies" if option == "--lam" else "rewards"
+        problems.append(problem(f"{len(weights)} weights for {len(policies)} {kind}", expected))
     elif not extrapolate:
         remedy = "pass --extrapolate if you mean to leave the simplex"
         if any(not 0 <= weight <= 1 for weight in weights):
@@ -71,6 +79,15 @@ def parse_weights(
     if problems:
         raise UserError(problems)
     return weights
+
+
+def _by_name(text: str, names: Sequence[str]) -> list[str]:
+    """Return the weights of `a=0.2,c=0.8` in the order of the names; a ValueError for other or repeated names."""
+    pairs = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))]
+    found = dict(pairs)
+    if len(found) < len(pairs) or not found.keys() <= set(names):
+        raise ValueError(text)
+    return [found.get(name, "0") for name in names]
 
 
 def on_simplex(weights: Sequence[float]) -> bool:
@@ -206,6 +223,8 @@ class MergeOptions:
     Attributes:
         alpha: "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
         options: of the method, e.g. {"density": 0.2}.
+        preference: μ over rewards, or several; as `lam`, with the rewards in the order of `mixtures`.
+        mixtures: the share of each reward that each policy was trained for; see preferences.py.
         score: or a function from a model's folder to a number; higher is better.
         dtype: "auto" gives each tensor the widest type that it has in the inputs.
         additions: adds to the model cards, see `Additions` in model_card.py.
@@ -228,6 +247,12 @@ class MergeOptions:
         offers=_methods_that_begin,
     )
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    preference: Any = option(
+        None,
+        "Instead of --lam: μ of the first of two rewards, or a=0.7,b=0.3; the project's `mixtures:` give λ; repeat.",
+        typed=list[str] | None,
+    )
+    mixtures: Mapping[str, Mapping[str, float]] | None = None
     score: Score | None = option(
         None,
         "greedy: a command that prints a number for {model}, or file.py:function.",

@@ -80,10 +80,20 @@ def weights_text(point: PointSummary, policies: Sequence[str]) -> str:
     """
     if point.checkpoint:
         return point.checkpoint
-    if len(point.weights) > _MANY:
-        return _many_weights(point.weights, policies)
-    shown = point.weights[:1] if len(point.weights) == 2 else point.weights
-    return ",".join(map(_weight, shown))
+    return _many_weights(point.weights, policies) if len(point.weights) > _MANY else shares_text(point.weights)
+
+
+def shares_text(weights: Sequence[float]) -> str:
+    """Return the first of two weights, or all of more."""
+    return ",".join(map(_weight, weights[:1] if len(weights) == 2 else weights))
+
+
+def place_text(point: PointSummary, policies: Sequence[str]) -> str:
+    """Return where a point lies: `λ = 0.30`, with `, μ = 0.40` if its preference is known; a baseline's name; ""."""
+    weights = weights_text(point, policies)
+    if point.checkpoint or not weights:
+        return weights
+    return f"λ = {weights}" + (f", μ = {shares_text(point.place)}" if point.preference else "")
 
 
 def with_unit(name: str, unit: str) -> str:
@@ -164,6 +174,9 @@ def points_note(summary: Summary) -> str:
     elif first:
         edited = any(point.edit for point in summary.points)
         note = f"λ: weight of {first}{'; of `edit` α, and β = 1 − α' if edited else ''}. {note}"
+    if rewards := next((list(point.preference) for point in summary.points if point.preference), []):
+        what = f"weights of {', '.join(rewards)}" if len(rewards) > 2 else f"weight of {rewards[0]}"
+        note += f" μ: {what} in the preference; policies were trained for mixtures B, and λ = B⁻¹μ."
     note += " KL: mean of log π(y|x) − log π_SFT(y|x)"
     settings = {name: summary.generation.get(name, 1.0) for name in ("temperature", "top_p")}
     if any(value != 1.0 for value in settings.values()):
