@@ -14,6 +14,7 @@ from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, load_run, mixtures_of
 from rewarded_lines.evaluator.wishes import Wish, checked_wish
+from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.preferences import Weights, preference_text
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.choice import Choice, best_candidate, knee
@@ -79,8 +80,8 @@ def choose(
 ) -> Chosen:
     """Return the policy of a run that meets constraints best.
 
-    Pass one of `maximize`, `weights`, `preference` and `knee`. Audits do not count, and the SFT model is not a
-    candidate. With two rewards and a minimum for one, the other is maximized by default.
+    Pass one of `maximize`, `weights`, `preference` and `knee`. Audits do not count, and SFT and controls while
+    decoding (`mod`) are no candidates. With two rewards and a minimum for one, the other is maximized by default.
 
     Args:
         run: the run folder that `sweep` wrote.
@@ -135,7 +136,7 @@ class _Chooser:
 
     def choose(self) -> Chosen:
         methods = self._table.methods()
-        groups = [rows for name, rows in methods.items() if name in (self._wish.methods or methods)]
+        groups = [rows for name, rows in methods.items() if name in self._wish.methods]
         rows = self._preferred(np.concatenate(groups))
         means = self._means[rows]
         found = best_candidate(means, self._weights, self._minima, **self._units)
@@ -243,7 +244,9 @@ def _is_curve(specs: Sequence[PointSpec]) -> bool:
 
 
 def command_for(run: Run, spec: PointSpec) -> str:
-    """Return the command that makes a point's policy, or a comment with an existing model's path."""
+    """Return the command that makes a point's policy; a comment for an existing model and for `mod`."""
+    if spec.merge.method == MOD:
+        return f"# nothing to merge: {spec} mixes the policies while they decode"
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"

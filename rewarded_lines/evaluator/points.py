@@ -15,7 +15,7 @@ from rewarded_lines.engines.base import Model
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
 from rewarded_lines.merger.merge_rules import soup
-from rewarded_lines.merger.methods import METHODS, OptionValue
+from rewarded_lines.merger.methods import METHODS, MOD, OptionValue
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.preferences import check_trained, read_mixtures
 from rewarded_lines.merger.spec import MergeSpec
@@ -28,7 +28,7 @@ class PointSpec:
 
     Attributes:
         method: the curve that it belongs to, by its name in the run; `sft` for the SFT model.
-        merge: weights and schedule; without weights for a model that is not merged.
+        merge: weights and schedule; without weights for a model that is not merged. The method `MOD` merges nothing.
         checkpoint: the name of the policy (which has weights, too) or baseline evaluated as it is.
         edit: a single policy is edited, and the curve goes along α.
     """
@@ -148,6 +148,8 @@ class Methods:
         assert spec is not None and not spec.checkpoints
         if spec.edit:
             return PointSpec(name, MergeSpec((1.0,), weights[0], round(1 - weights[0], 12)), edit=True)
+        if spec.merge == MOD:
+            return PointSpec(name, MergeSpec(weights, 1.0, 0.0, MOD))
         if spec.match is None:
             merge = MergeSpec(weights, spec.alpha, spec.beta, spec.merge, spec.options)
             return PointSpec(name, merge.complete(len(self._policies)))
@@ -171,7 +173,7 @@ class Methods:
     def merged(self, name: str) -> bool:
         """True if a method's points are merges over a grid of weights, so that a search can add points."""
         spec = self.specs[name]
-        return spec is not None and not spec.checkpoints and METHODS[spec.merge].weights != "none"
+        return spec is not None and not spec.checkpoints and _kind(spec.merge) != "none"
 
     def _named(self, sweep: SweepSpec) -> dict[str, MethodSpec | None]:
         """Return the methods with presets filled in; baselines that no method names become one."""
@@ -184,9 +186,11 @@ class Methods:
     def _preset(self, name: str) -> MethodSpec:
         if name in PRESETS:
             return PRESETS[name]
+        if name == MOD:
+            return MethodSpec(merge=MOD)
         if name in METHODS:
             return MethodSpec(merge=name, beta=0.0)
-        known = [*PRESETS, POLICIES, *(method for method in METHODS if method not in PRESETS)]
+        known = [*PRESETS, POLICIES, MOD, *(method for method in METHODS if method not in PRESETS)]
         raise fail(
             f"unknown method `{name}`",
             where=self._where("sweep", "methods", name),
@@ -199,7 +203,10 @@ class Methods:
             known = f" ({', '.join(self._baselines)})" if self._baselines else ", which has none"
             expected = f"names of `baselines:`{known}"
             raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
-        if not spec.checkpoints:
+        if spec.merge == MOD and (more := sorted(spec.model_fields_set - {"merge"})):
+            remedy = "leave them out; policies are mixed as they are"
+            raise fail("`merge: mod` takes no other key beside it", where=where, got=", ".join(more), remedy=remedy)
+        if not spec.checkpoints and spec.merge != MOD:
             check_merge(where, spec.merge, spec.options, len(self._policies))
         if spec.match is not None:
             self._check_match(where, spec)
@@ -214,11 +221,11 @@ class Methods:
         if other is None or other.match is not None or other.checkpoints or other.edit:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
         # The method that names an unknown merge method is refused elsewhere.
-        if not all(_linear(one.merge) for one in (spec, other) if one.merge in METHODS):
+        if not all(_linear(one.merge) for one in (spec, other) if one.merge in (*METHODS, MOD)):
             raise fail("only linear methods can match norms", where=where, expected="merge: soup in both")
 
     def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
-        kind, policies = METHODS[spec.merge].weights, len(self._policies)
+        kind, policies = _kind(spec.merge), len(self._policies)
         if kind == "none":
             return [(1 / policies,) * policies]
         if policies == 1 and (spec.edit or kind != "simplex"):
@@ -234,6 +241,22 @@ def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], poli
         raise UserError(
             replace(problem, where=f"{where}: {problem.where.lstrip('-')}") for problem in error.problems
         ) from error
+
+
+def check_decoding(project: Project, engine: str) -> int:
+    """Return how many models the engine needs at once: all policies for `mod`, else 1; refuse an engine without it."""
+    methods = project.config.sweep.methods.items()
+    if not (names := [name for name, spec in methods if (spec.merge if spec else name) == MOD]):
+        return 1
+    if engine != "hf":
+        raise fail(
+            "only transformers mixes policies while they decode",
+            where=project.where("sweep", "methods", names[0]),
+            expected="--engine hf",
+            got=f"--engine {engine}",
+            remedy="use --engine hf, or leave the method out and sweep it alone into another --out",
+        )
+    return len(project.config.policies)
 
 
 def needs_whole_models(project: Project) -> bool:
@@ -267,5 +290,8 @@ def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, s
 
 
 def _linear(merge: str) -> bool:
-    row = METHODS[merge]
-    return row.rule is soup and not row.weigh
+    return merge != MOD and METHODS[merge].rule is soup and not METHODS[merge].weigh
+
+
+def _kind(merge: str) -> str:
+    return "simplex" if merge == MOD else METHODS[merge].weights

@@ -11,6 +11,7 @@ import numpy as np
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.evaluator.records import Run, mixtures_of
+from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.preferences import each_weights
 
 
@@ -33,6 +34,12 @@ def checked_wish(run: Run, wish: Wish) -> Wish:
         wish = replace(wish, preference=_preference(run, wish.preference))
     _check_names(run, wish)
     _check_numbers(run, wish)
+    decoding = [name for name, points in run.methods().items() if points[0].spec.merge.method == MOD]
+    wish = replace(wish, methods=wish.methods or [name for name in run.methods() if name not in decoding])
+    if wrong := [name for name in decoding if name in wish.methods or not wish.methods]:
+        what = "its points are no models: policies are mixed while they decode"
+        remedy = "choose another --method; or add one that merges, such as lines, to `methods:`, and sweep"
+        raise fail(what, where=f"--method {wrong[0]}", expected="a method that merges", remedy=remedy)
     aims = sum([wish.maximize is not None, bool(wish.weights), wish.knee, wish.preference is not None])
     left = [name for name in run.objectives if name not in wish.at_least]
     if not aims and wish.at_least and len(left) == 1:

@@ -16,7 +16,7 @@ from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, listed_points, load_run, read_header
-from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.methods import METHODS, MOD
 from rewarded_lines.merger.model_card import CardAddition, escaped, table
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -157,6 +157,8 @@ def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Pla
 
 def _distance(spec: MergeSpec, merge: MergeSpec) -> float:
     """Return how far two merges are from each other: ∞ for another rule, and for SFT and baselines."""
+    if MOD in (spec.method, merge.method):
+        return inf
     rules = [(METHODS[one.method].rule, METHODS[one.method].weigh, dict(one.options)) for one in (spec, merge)]
     if rules[0] != rules[1] or len(merge.weights) != len(spec.weights):
         return inf

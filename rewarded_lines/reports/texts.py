@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from rewarded_lines.config import TUNED
 from rewarded_lines.evaluator.missing_scores import missing_lines
-from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.methods import METHODS, MOD
 from rewarded_lines.pareto.bootstrap import Estimate
 from rewarded_lines.reports.summary import PointSummary, Summary
 
@@ -23,6 +23,8 @@ def method_label(points: Sequence[PointSummary]) -> str:
     alpha, beta = merge.alpha, merge.beta
     if any(point.checkpoint for point in points):
         return name
+    if merge.method == MOD:
+        return "MOD (no merge: policies mixed while decoding)"
     alphas = sorted(point.merge.alpha for point in points)
     low, high = _number(alphas[0], ".2f"), _number(alphas[-1], ".2f")
     if any(point.edit for point in points):
@@ -174,6 +176,8 @@ def points_note(summary: Summary) -> str:
     elif first:
         edited = any(point.edit for point in summary.points)
         note = f"λ: weight of {first}{'; of `edit` α, and β = 1 − α' if edited else ''}. {note}"
+    if any(point.merge.method == MOD for point in summary.points):
+        note += f" {MOD}: a control while decoding; {len(summary.policies)} models answer at that many times the cost."
     if rewards := next((list(point.preference) for point in summary.points if point.preference), []):
         what = f"weights of {', '.join(rewards)}" if len(rewards) > 2 else f"weight of {rewards[0]}"
         note += f" μ: {what} in the preference; policies were trained for mixtures B, and λ = B⁻¹μ."

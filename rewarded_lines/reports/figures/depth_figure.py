@@ -11,6 +11,7 @@ from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_bytes
 from rewarded_lines.merger.inspect import Inspection, Level
 from rewarded_lines.merger.lines_schedule import lines_scale
+from rewarded_lines.merger.methods import MOD
 from rewarded_lines.reports.figures.figure_style import (
     FORMATS,
     WIDE,
@@ -123,7 +124,7 @@ def schedules(summary: Summary) -> dict[Schedule, list[str]]:
     """Return the methods of every LiNeS schedule, without models that are not merged."""
     found: dict[Schedule, list[str]] = {}
     for name, points in summary.merged_methods().items():
-        if not any(point.checkpoint for point in points):
+        if not any(point.checkpoint or point.merge.method == MOD for point in points):
             alphas = [point.merge.alpha for point in points]
             edit = any(point.edit for point in points)
             schedule = (min(alphas), max(alphas), points[0].merge.beta, edit)
