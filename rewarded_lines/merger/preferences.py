@@ -80,14 +80,15 @@ class Mixtures:
 
     def _check_inverse(self) -> None:
         count, policies = len(self.rewards), len(self.policies)
-        remedy = "give the weights of the policies with --lam; to sweep over them, leave `mixtures:` out"
-        if count != policies:
-            what, got = "no map from rewards to policies", f"{policies} policies, {count} rewards"
-            raise fail(what, where=self.where, expected="as many rewards as policies", got=got, remedy=remedy)
-        if np.linalg.matrix_rank(self.shares) < policies:
-            what = "the mixtures are not independent, so a preference has many weights or none"
-            got = "; ".join(", ".join(f"{share:g}" for share in row) for row in self.shares.tolist())
-            raise fail(what, where=self.where, expected="a matrix with an inverse", got=f"[{got}]", remedy=remedy)
+        if count != policies or np.linalg.matrix_rank(self.shares) < policies:
+            rows = "; ".join(", ".join(f"{share:g}" for share in row) for row in self.shares.tolist())
+            raise fail(
+                "the mixtures give a preference many λ or none",
+                where=self.where,
+                expected="as many rewards as policies, and a matrix with an inverse",
+                got=f"{policies} policies, {count} rewards: [{rows}]",
+                remedy="give the weights of the policies with --lam; to sweep over them, leave `mixtures:` out",
+            )
 
 
 def read_mixtures(

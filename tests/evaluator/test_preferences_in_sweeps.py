@@ -63,5 +63,5 @@ def test_a_run_without_mixtures_has_no_preference_and_a_singular_project_no_swee
     assert "the run has no mixtures" in cli("choose", "sweep", "--preference", "0.5").err
     assert all("preference" not in point.as_dict() for point in summarise(load_run("sweep"), resamples=100).points)
     change(tiny, ("rewards:\n", MIXTURES.replace("0.8", "0.3").replace("0.2", "0.7") + "rewards:\n"))
-    with pytest.raises(UserError, match="(?s)rewarded-lines.yaml: mixtures: the mixtures are not independent"):
+    with pytest.raises(UserError, match="(?s)rewarded-lines.yaml: mixtures: the mixtures give a preference many"):
         sweep(engine="hf", points=2, out="other")

@@ -57,7 +57,7 @@ def test_faults_of_a_declaration_are_refused():
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({"x": 0.5, "y": 0.5}, {"x": 0.5, "y": 0.5}, "not independent.*--lam"),
+        ({"x": 0.5, "y": 0.5}, {"x": 0.5, "y": 0.5}, "2 policies, 2 rewards: .0.5, 0.5; 0.5, 0.5.*--lam"),
         ({"x": 1.0}, {"x": 1.0}, "2 policies, 1 rewards.*--lam"),
         ({"x": 0.5, "y": 0.5}, {"y": 0.5, "z": 0.5}, "2 policies, 3 rewards"),
     ],
