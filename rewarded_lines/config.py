@@ -228,6 +228,7 @@ class ProjectConfig(Strict):
     """A whole `rewarded-lines.yaml`; a suite is such a file without base and policies.
 
     `tokenizer` and `config_from` say whose tokenizer, chat template and end tokens merges get, as for `merge`.
+    `mixtures` has for each policy the share of each reward that it was trained for, so that users can ask by reward.
     `baselines` are models to compare with, never merged. `control` are texts unrelated to the task, one set or several
     by name: forgetting is how much worse a policy predicts them. `engine` says how vLLM starts,
     `reward_memory` what reward models may take of a GPU together, such as 24GiB or 30%.
@@ -237,6 +238,7 @@ class ProjectConfig(Strict):
     title: str = ""
     base: str | None = None
     policies: dict[str, str] = {}
+    mixtures: dict[str, dict[str, float]] = {}
     tokenizer: str = "auto"
     config_from: str = "auto"
     baselines: dict[str, str] = {}

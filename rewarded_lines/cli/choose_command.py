@@ -35,6 +35,10 @@ def choose(
         list[str] | None,
         typer.Option(metavar="NAME=W,...", help="Maximize this weighted sum, standardized on SFT (repeat)."),
     ] = None,
+    preference: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=μ,...", help="Take λ = B⁻¹μ of the project's `mixtures:`, if it was evaluated."),
+    ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
     method: Annotated[
         list[str] | None, typer.Option(help="Method to choose from (repeat).", autocompletion=run_methods)
@@ -57,6 +61,7 @@ def choose(
     rewarded-lines choose RUN --weights faithful=0.7,brevity=0.3
     rewarded-lines choose RUN --at-least-sft --at-least safe=2 \\
         --weights helpful=2,honest=1
+    rewarded-lines choose RUN --preference faithful=0.7,brevity=0.3
     rewarded-lines choose RUN --knee --method lines
     """
     minima = _numbers("--at-least", at_least or ())
@@ -65,13 +70,8 @@ def choose(
         from rewarded_lines.evaluator.choose import choose as run_choose
 
         bar.start("reading the run, bootstrap")
-        rule: dict[str, Any] = {
-            "at_least": minima,
-            "at_least_sft": at_least_sft,
-            "maximize": maximize,
-            "weights": weighed,
-            "knee": knee,
-        }
+        rule: dict[str, Any] = {"at_least": minima, "at_least_sft": at_least_sft, "maximize": maximize}
+        rule |= {"weights": weighed, "knee": knee, "preference": preference}
         chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
     if as_json:
         show_json(chosen.as_dict())
@@ -82,12 +82,14 @@ def choose(
 def _show(chosen: Chosen) -> None:
     from rewarded_lines.evaluator.choose import NOTE
     from rewarded_lines.evaluator.missing_scores import missing_lines
+    from rewarded_lines.merger.preferences import preference_text
 
     point = chosen.point
     schedule = "" if point.checkpoint else f", {point.merge.schedule.text()}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
     console = Console()
-    console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{guess}\n"))
+    asked = f", μ = {preference_text(chosen.preference)}" if chosen.preference else ""
+    console.print(Text(f"{chosen.rule}:\n  {point}{schedule}{asked}{guess}\n"))
     for name, score in chosen.scores.items():
         meets = f", meets its minimum in {chosen.meets[name]:.0%} of resamples" if name in chosen.meets else ""
         console.print(Text(f"  {name}: {score.value:.4g} [{score.low:.4g}, {score.high:.4g}]{meets}"))

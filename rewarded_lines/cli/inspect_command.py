@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, Tower, outsides
-from rewarded_lines.merger.spec import joined_towers
+from rewarded_lines.merger.merge_options import joined_towers
 
 
 def inspect(

@@ -17,8 +17,8 @@ from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
 from rewarded_lines.cli.push_command import MergePublishing, upload
 from rewarded_lines.errors import fail, printable
+from rewarded_lines.merger.merge_options import METHODS_PANEL, MergeOptions
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.spec import METHODS_PANEL, MergeOptions
 from rewarded_lines.options import option, takes_fields
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _method_options() -> type[Any]:
 
 
 @takes_fields(MergeSource, "source", annotate=as_option)
-@takes_fields(MergeOptions, "how", ("options", "additions", "progress"), as_option)
+@takes_fields(MergeOptions, "how", ("options", "mixtures", "additions", "progress"), as_option)
 @takes_fields(_method_options(), "options", annotate=as_option)
 @takes_fields(MergePublishing, "publishing", annotate=as_option)
 def merge(
@@ -87,6 +87,8 @@ def merge(
     Tensors stream from disk to disk; inputs are only read.
 
     \b
+    rewarded-lines merge --preference helpful=0.7,brief=0.3
+        by reward, where `mixtures:` says what each policy was trained for
     rewarded-lines merge --lam 0.5
         base and policies from ./rewarded-lines.yaml
     rewarded-lines merge --base sft --policy helpful=ppo-a \\
@@ -115,7 +117,7 @@ def merge(
     from rewarded_lines.kernels.kernels import use_wide_vectors
 
     _check_source(ctx, source)
-    publishing.check(outputs=len(source.lam or [""]))
+    publishing.check(outputs=len(source.lam or how.preference or [""]))
     given = {name: value for name, value in vars(options).items() if value is not None}
     additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
     use_wide_vectors()
@@ -171,8 +173,9 @@ def _inputs(
     base: str | None, named: Mapping[str, str], config: Path, how: MergeOptions
 ) -> tuple[str, Mapping[str, str], MergeOptions]:
     """Return base, policies and options; the project file fills what the command line leaves out."""
-    if base and named:
+    if base and named and how.preference is None:
         return base, named, how
+    from rewarded_lines.merger.preferences import read_mixtures
     from rewarded_lines.projects import load_project
 
     project = load_project(config)
@@ -180,6 +183,9 @@ def _inputs(
     base = base or project.resolve(str(project.config.base))
     carried: dict[str, Any] = {name: value for name, value in project.carried.items() if getattr(how, name) == "auto"}
     policies = named or {name: project.resolve(path) for name, path in project.config.policies.items()}
+    if (shares := project.config.mixtures) and (not named or how.preference is not None):
+        read_mixtures(shares, policies, project.where("mixtures"), project.config.rewards)
+        carried["mixtures"] = shares
     return base, policies, replace(how, **carried)
 
 
@@ -215,6 +221,7 @@ def _as_dict(result: MergeResult) -> dict[str, Any]:
         "bytes": result.bytes,
         "scales": {stack: list(scales) for stack, scales in result.scales.items()},
         "notes": list(result.notes),
+        **({"preference": result.preference} if result.preference else {}),
     }
 
 
@@ -237,10 +244,12 @@ def _print(results: list[MergeResult], automatic: bool) -> None:
 def _table(results: list[MergeResult], automatic: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     chosen = ["α (auto)"] if automatic else []
-    for heading in (*(f"λ {name}" for name in results[0].names), *chosen, "scale, first to last block", "size"):
+    asked = [f"μ {name}" for name in results[0].preference]
+    for heading in (*asked, *(f"λ {name}" for name in results[0].names), *chosen, "scale, first to last block", "size"):
         table.add_column(_plain(heading), overflow="fold", justify="right")
     for result in results:
         cells = (
+            *(f"{share:g}" for share in result.preference.values()),
             *(f"{weight:g}" for weight in result.spec.weights),
             *([f"{result.spec.alpha:.6g}"] if automatic else []),
             "; ".join(f"{scales[0]:g} to {scales[-1]:g}" for scales in result.scales.values()),

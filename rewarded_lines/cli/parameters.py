@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rewarded_lines.merger.spec import TOWER_HELP
+from rewarded_lines.merger.merge_options import TOWER_HELP
 
 _RUN_FILE = "run.json"
 # Limits of the search for runs below the half-typed folder.

@@ -64,6 +64,7 @@ class Workload:
         settings: how vLLM starts; other engines take none.
         spare: bytes of each GPU that must stay free for reward models.
         engines: at most so many start on this machine and share its memory.
+        models: so many must fit into memory at once, for mixtures while decoding.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Workload:
     settings: EngineSettings = EngineSettings()
     spare: int = 0
     engines: int = 1
+    models: int = 1
 
     @property
     def texts(self) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.engines.base import Pairs, Response, SwappingGenerator, Workload, seeded_rows
+from rewarded_lines.engines.base import Model, Pairs, Response, SwappingGenerator, Workload, seeded_rows
+from rewarded_lines.engines.decoding_mixture import mixed
 from rewarded_lines.engines.memory_levels import place_for
 from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.responses import ResponseReader
@@ -20,6 +24,7 @@ from rewarded_lines.engines.tokenizers import (
 )
 from rewarded_lines.engines.transformers_sampling import SeededSampling, StopTexts
 from rewarded_lines.errors import fail
+from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.out_of_memory import NO_MEMORY, FittingBatches, empty_cache, no_room, ran_out
 
@@ -31,7 +36,10 @@ _GENERATION = 4 << 30
 
 
 class HfGenerator(SwappingGenerator):
-    """transformers' own generation. Merged weights are copied into the model, tensor by tensor."""
+    """transformers' own generation. Merged weights are copied into the model, tensor by tensor.
+
+    For a mixture while decoding (MOD) the model becomes the first policy, and each other policy is one more model.
+    """
 
     def __init__(self, work: Workload, loaded: tuple[Any, Any] | None = None) -> None:
         """Load the model, a whole one or an adapter over its base; see `load_generator`.
@@ -46,6 +54,8 @@ class HfGenerator(SwappingGenerator):
         super().__init__(work)
         self._inputs: Resident | None = None
         self._batches = FittingBatches(work.model, _BATCH)
+        # The policies after the first, by place, once a mixture needs them.
+        self._copies: dict[int, Any] = {}
         self._model, self._tokenizer = loaded or _load_model(work)
         tokenizer, model = self._tokenizer, self._model
         # PEFT's wrapper passes its generation config on to the model inside.
@@ -68,8 +78,10 @@ class HfGenerator(SwappingGenerator):
         """Return what merges are made from; the model is in its place already."""
         if self._plan is None:
             return None
-        place = place_for(self._plan, work.settings, work.spare, _GENERATION, work.engines)
-        self.told = (f"resident: {place.why}",) if place.why else ()
+        each = total_bytes(self._plan.outputs())
+        place = place_for(self._plan, work.settings, work.spare, _GENERATION + (work.models - 1) * each, work.engines)
+        mod = f"mod: {work.models} models of {each / 1e9:.3g} GB each stay in memory and answer together"
+        self.told = [*([f"resident: {place.why}"] if place.why else []), *([mod] if work.models > 1 else [])]
         return Resident(self._plan, place.level, self._model.device)
 
     def close(self) -> None:
@@ -80,7 +92,7 @@ class HfGenerator(SwappingGenerator):
         self._model.train(training)
         for holder, config in self._configs:
             holder.generation_config = config
-        del self._model, self._configs
+        del self._model, self._configs, self._copies
         # Other models can use the memory.
         empty_cache()
 
@@ -96,12 +108,41 @@ class HfGenerator(SwappingGenerator):
             eos_token_id=sorted(self._ends), pad_token_id=self._tokenizer.pad_token_id
         )
 
+    @contextmanager
+    def _loaded(self, models: Sequence[Model]) -> Iterator[list[Any]]:
+        (model,) = models
+        if model is None or model.method != MOD:
+            with super()._loaded(models) as loaded:
+                yield loaded
+            return
+        first, *others = (place for place, weight in enumerate(model.weights) if weight)
+        with super()._loaded([_alone(first, model)]) as loaded:
+            parts = [(model.weights[place], self._copy(place, model)) for place in others]
+            with mixed(self._model, model.weights[first], parts):
+                yield loaded
+
+    def _copy(self, place: int, model: MergeSpec) -> Any:
+        """Return a model of its own with the weights of one policy."""
+        if place not in self._copies:
+            try:
+                made = copy.deepcopy(self._model)
+            except NO_MEMORY as error:
+                if not ran_out(error):
+                    raise
+                raise no_room("--engine hf, mod", "it needs a model for each policy", error) from error
+            self._fill(made, _alone(place, model))
+            self._copies[place] = made
+        return self._copies[place]
+
     def _swap(self, spec: MergeSpec) -> None:
+        self._fill(self._model, spec)
+
+    def _fill(self, model: Any, spec: MergeSpec) -> None:
         import torch
 
         assert self._inputs is not None
-        slots = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
-        left = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        slots = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        left = {id(parameter): name for name, parameter in model.named_parameters()}
         with torch.no_grad():
             for name, tensor in self._inputs.tensors(spec):
                 if name not in slots:
@@ -176,6 +217,11 @@ class HfGenerator(SwappingGenerator):
     def _padded(self, rows: Sequence[list[int]], side: str) -> Any:
         padded = self._tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
         return padded.to(self._model.device)
+
+
+def _alone(place: int, model: MergeSpec) -> MergeSpec:
+    """Return the merge that is one of a mixture's policies."""
+    return MergeSpec(tuple(float(at == place) for at in range(len(model.weights))), 1.0, 0.0)
 
 
 def _load_model(work: Workload) -> tuple[Any, Any]:

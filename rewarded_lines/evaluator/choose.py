@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rewarded_lines.config import SFT
-from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import Run, load_run
+from rewarded_lines.evaluator.records import Run, load_run, mixtures_of
+from rewarded_lines.evaluator.wishes import Wish, checked_wish
+from rewarded_lines.merger.methods import MOD
+from rewarded_lines.merger.preferences import Weights, preference_text
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.choice import Choice, best_candidate, knee
 from rewarded_lines.pareto.interpolation import InterpolatedChoice, best_interpolated, interpolate
@@ -23,6 +25,8 @@ NOTE = (
     "The choice was made by these same scores, so they lie a little high: the best of many is also the luckiest. "
     "Scores on fresh prompts (`rewarded-lines score`) do not."
 )
+# Weights in records have 12 decimals, and users round.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Chosen:
         rule: the constraints and the aim, in words.
         command: makes the policy.
         missing: the rewards that lack scores in the run, with the counts.
+        preference: μ by reward, where the policies were trained for mixtures.
     """
 
     point: PointSpec
@@ -46,28 +51,18 @@ class Chosen:
     rule: str
     command: str
     missing: dict[str, Missing] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the choice for JSON."""
         return {
             **self.point.as_dict(),
-            **{name: value for name, value in vars(self).items() if name not in ("point", "missing")},
+            **{name: value for name, value in vars(self).items() if name not in ("point", "missing", "preference")},
             "scores": {name: vars(score) for name, score in self.scores.items()},
+            **({"preference": self.preference} if self.preference else {}),
             **missing_json(self.missing),
             "note": NOTE,
         }
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """The constraints and the aim that `choose` was called with."""
-
-    at_least: Mapping[str, float]
-    maximize: str | None
-    weights: Mapping[str, float] | None
-    knee: bool
-    methods: Sequence[str]
-    interpolate: bool
 
 
 def choose(
@@ -78,14 +73,15 @@ def choose(
     maximize: str | None = None,
     weights: Mapping[str, float] | None = None,
     knee: bool = False,
+    preference: Weights | None = None,
     methods: Sequence[str] = (),
     interpolate: bool = False,
     level: float = LEVEL,
 ) -> Chosen:
     """Return the policy of a run that meets constraints best.
 
-    Pass one of `maximize`, `weights` and `knee`. Audits do not count, and the SFT model is not a
-    candidate. With two rewards and a minimum for one, the other is maximized by default.
+    Pass one of `maximize`, `weights`, `preference` and `knee`. Audits do not count, and SFT and controls while
+    decoding (`mod`) are no candidates. With two rewards and a minimum for one, the other is maximized by default.
 
     Args:
         run: the run folder that `sweep` wrote.
@@ -95,32 +91,32 @@ def choose(
         weights: w by reward, others 0; maximizes Σ_i w_i (s_i − c_i)/d_i of the mean scores s, where c and d are mean
             and standard deviation of SFT's scores.
         knee: take the point of the front that gives up least of everything.
+        preference: μ over the rewards of the project's `mixtures:`; takes λ = B⁻¹μ, with the method best for w = μ.
         methods: to choose among; all by default.
-        interpolate: with two policies, also try λ between evaluated ones, where scores are
-            taken to be linear.
+        interpolate: with two policies, also try λ between evaluated ones, where scores are taken to be linear.
         level: of the intervals.
 
     Raises:
-        UserError: the folder is not a run, a reward or method is unknown, there is no aim or
-            more than one, or no point meets every minimum; the message names the nearest.
+        UserError: the folder is not a run, a reward or method is unknown, there is not one aim, or no point meets every
+            minimum or has the preference; the message names the nearest.
     """
     read = load_run(run)
-    wish = _checked(read, _Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate))
+    wish = checked_wish(read, Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate, preference))
     if at_least_sft:
-        wish = replace(wish, at_least=dict(zip(read.objectives, _sft_means(read), strict=True)) | dict(wish.at_least))
+        wish = replace(wish, at_least=_sft_means(read) | dict(wish.at_least))
     return _Chooser(read, wish, level).choose()
 
 
-def _sft_means(run: Run) -> list[float]:
+def _sft_means(run: Run) -> dict[str, float]:
     # As `tabulate` averages them, so that a point with SFT's scores reaches them.
     means = tabulate([run]).means[0, 0]
-    return [float(means[list(run.rewards).index(name)]) for name in run.objectives]
+    return {name: float(means[list(run.rewards).index(name)]) for name in run.objectives}
 
 
 class _Chooser:
     """Chooses among the points of one run."""
 
-    def __init__(self, run: Run, wish: _Wish, level: float) -> None:
+    def __init__(self, run: Run, wish: Wish, level: float) -> None:
         self._run, self._wish, self._level = run, wish, level
         self._table = tabulate([run])
         # [1 + resamples, points, rewards]; row 0 is measured.
@@ -133,14 +129,15 @@ class _Chooser:
         self._units = {"centre": np.nanmean(sft, axis=0), "scale": np.where(spread > 0, spread, 1.0)}
         self._minima = {names.index(name): bound for name, bound in wish.at_least.items()}
         # A single reward to maximize has the weight 1. For a knee, these find the nearest point.
-        given = wish.weights or {wish.maximize or names[0]: 1.0}
+        self._mixtures = mixtures_of(run)
+        given = wish.weights or wish.preference or {wish.maximize or names[0]: 1.0}
         self._weights = [float(given.get(name, 0.0)) for name in names]
         self._names = names
 
     def choose(self) -> Chosen:
         methods = self._table.methods()
-        groups = [rows for name, rows in methods.items() if name in (self._wish.methods or methods)]
-        rows = np.concatenate(groups)
+        groups = [rows for name, rows in methods.items() if name in self._wish.methods]
+        rows = self._preferred(np.concatenate(groups))
         means = self._means[rows]
         found = best_candidate(means, self._weights, self._minima, **self._units)
         best = rows[found.index]
@@ -153,6 +150,29 @@ class _Chooser:
         if not found.qualifies:
             raise self._nothing(best, found.shortfalls)
         return self._chosen(self._spec(best), self._all[:, best], False)
+
+    def _preferred(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows with the preference that was asked for, or all without one."""
+        if self._wish.preference is None:
+            return rows
+        asked = np.array(list(self._wish.preference.values()))
+        places = {row: self._place(self._spec(row)) for row in rows}
+        far = {row: np.abs(np.array(list(at.values())) - asked).max() for row, at in places.items() if at}
+        if found := [row for row, distance in far.items() if distance <= _SAME]:
+            return np.array(found)
+        text = ",".join(f"{name}={share:g}" for name, share in self._wish.preference.items())
+        nearest = f"the nearest is {preference_text(places[min(far, key=far.__getitem__)])}" if far else "none"
+        raise fail(
+            "no evaluated policy has this preference",
+            where=str(self._run.folder),
+            expected=preference_text(self._wish.preference),
+            got=nearest,
+            remedy=f"ask for that one, add points with `sweep --points`, or use `merge --preference {text}`",
+        )
+
+    def _place(self, spec: PointSpec) -> dict[str, float]:
+        """Return μ of a point, {} if it is not known."""
+        return self._mixtures.preference(spec.weights) if self._mixtures and spec.weights and not spec.edit else {}
 
     def _between(self, groups: Sequence[list[int]], evaluated: Choice) -> Chosen | None:
         """Return the optimum of the methods' curves, if it beats the best evaluated point."""
@@ -187,14 +207,16 @@ class _Chooser:
             for name, bound in self._wish.at_least.items()
         }
         command, missing = command_for(self._run, spec), self._run.missing
-        return Chosen(spec, interpolated, scores, meets, self._rule(), command, missing)
+        return Chosen(spec, interpolated, scores, meets, self._rule(), command, missing, self._place(spec))
 
     def _bounds(self) -> list[str]:
         return [f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()]
 
     def _rule(self) -> str:
         aim = f"most {self._wish.maximize}"
-        if self._wish.knee:
+        if self._wish.preference is not None:
+            aim = f"the preference {preference_text(self._wish.preference)}"
+        elif self._wish.knee:
             aim = "the knee of the front"
         elif self._wish.weights:
             terms = (f"{weight:g}·{name}" for name, weight in self._wish.weights.items())
@@ -222,7 +244,9 @@ def _is_curve(specs: Sequence[PointSpec]) -> bool:
 
 
 def command_for(run: Run, spec: PointSpec) -> str:
-    """Return the command that makes a point's policy, or a comment with an existing model's path."""
+    """Return the command that makes a point's policy; a comment for an existing model and for `mod`."""
+    if spec.merge.method == MOD:
+        return f"# nothing to merge: {spec} mixes the policies while they decode"
     if spec.checkpoint:
         known = {**run.header["policies"], **run.header["baselines"]}
         return f"# nothing to merge: {located(known[spec.checkpoint]['path'], run.folder)}"
@@ -236,60 +260,3 @@ def command_for(run: Run, spec: PointSpec) -> str:
         # The sweep evaluated adapters folded into their base, in the engine's dtype.
         how |= {"as_": "full", "dtype": header["generation"]["dtype"]}
     return spec.merge.command(located(header["base"]["path"], run.folder), policies, "chosen", **how)
-
-
-def _checked(run: Run, wish: _Wish) -> _Wish:
-    """Return the wish with its default filled in; a UserError if it does not fit the run."""
-    _check_names(run, wish)
-    _check_numbers(run, wish)
-    aims = sum([wish.maximize is not None, bool(wish.weights), wish.knee])
-    left = [name for name in run.objectives if name not in wish.at_least]
-    if not aims and wish.at_least and len(left) == 1:
-        return replace(wish, maximize=left[0])
-    if aims != 1:
-        rewards = ", ".join(run.objectives)
-        raise fail(
-            "say what to look for",
-            where=str(run.folder),
-            expected=f"exactly one of --maximize NAME, --weights NAME=W,NAME=W and --knee (rewards: {rewards})",
-            got="more than one" if aims else "none",
-        )
-    return wish
-
-
-def _check_names(run: Run, wish: _Wish) -> None:
-    """Refuse unknown rewards and methods, all together."""
-    problems = []
-    asked = dict.fromkeys([*wish.at_least, *(wish.weights or {})])
-    if wish.maximize is not None:
-        asked[wish.maximize] = None
-    for name in (name for name in asked if name not in run.objectives):
-        what, remedy = f"no reward `{name}`", did_you_mean(name, run.objectives)
-        if name in run.rewards:
-            what, remedy = f"`{name}` is an audit, which `choose` ignores", "its score is in the answer"
-        expected = "one of " + ", ".join(run.objectives)
-        problems.append(Problem(what, where=str(run.folder), expected=expected, remedy=remedy))
-    methods = list(run.methods())
-    for name in (name for name in wish.methods if name not in methods):
-        what = "SFT is no candidate" if name == SFT else f"no method `{name}`"
-        remedy = did_you_mean(name, methods)
-        problems.append(Problem(what, where=str(run.folder), expected=", ".join(methods), remedy=remedy))
-    if problems:
-        raise UserError(problems)
-
-
-def _check_numbers(run: Run, wish: _Wish) -> None:
-    """Refuse unusable minima and weights, and --interpolate where it cannot work."""
-    if wrong := [f"{name}={bound:g}" for name, bound in wish.at_least.items() if not np.isfinite(bound)]:
-        raise fail("not a minimum", where="--at-least", expected="finite numbers", got=", ".join(wrong))
-    weights = wish.weights or {}
-    fair = all(np.isfinite(weight) and weight >= 0 for weight in weights.values())
-    if weights and not (fair and any(weights.values())):
-        got = ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
-        raise fail("not weights", where="--weights", expected="numbers ≥ 0, one of them above 0", got=got)
-    if wish.interpolate and wish.knee:
-        raise fail("a knee is an evaluated point", where="--interpolate", remedy="leave it out, or use --maximize")
-    policies = list(run.header["policies"])
-    if wish.interpolate and len(policies) != 2:
-        got = f"{len(policies)} ({', '.join(policies)})"
-        raise fail("λ lies between two policies", where="--interpolate", expected="2 policies", got=got)

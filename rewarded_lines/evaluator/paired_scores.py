@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluator.missing_scores import prompt_means, too_few
 from rewarded_lines.evaluator.records import Point, Run
+from rewarded_lines.merger.preferences import preference_text
 from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
 
 SEED = 0
@@ -99,6 +100,34 @@ def control_sets(run: Run) -> dict[str, int]:
     return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
 
 
+def control_perplexities(table: Table, run: Run, seed: int) -> dict[str, np.ndarray]:
+    """Return the perplexity of each set of control texts at each point, [1 + resamples, points].
+
+    Without the sets of which no token is predicted at some point. `run` is the table's first.
+    """
+    counts = control_sets(run)
+    slices = {
+        name: slice(end - counts[name], end) for name, end in zip(counts, accumulate(counts.values()), strict=True)
+    }
+    found = {name: _perplexities(table, texts, seed, table.means.shape[0] - 1) for name, texts in slices.items()}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
+    sums = [[_predicted(point, texts) for point in row] for row in table.rows]
+    if not all(len(one) for row in sums for one in row):
+        return None
+    runs = [np.stack([row[index] for row in sums]) for index in range(len(sums[0]))]
+    samples = resample_runs(runs, resamples, seed)
+    return np.asarray(run_average(perplexity(samples.means), samples.drawn))
+
+
+def _predicted(point: Point, texts: slice) -> np.ndarray:
+    """Return the sums of the control texts with at least one predicted token, [texts, 2]."""
+    sums = np.zeros((0, 2)) if point.control is None else point.control[texts]
+    return sums[sums[:, 1] > 0]
+
+
 def perplexity(sums: np.ndarray) -> np.ndarray:
     """Return exp(Σ −log π(token) / tokens) of sums of nats and of tokens, [..., 2]."""
     return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
@@ -178,6 +207,7 @@ def _facts(run: Run) -> dict[str, list[str]]:
     return {
         "rewards": [f"{name}{f' [{unit}]' if unit else ''}{roles[name]}" for name, unit in run.rewards.items()],
         "policies": list(run.header.get("policies", {})),
+        "mixtures": [f"{name}: {preference_text(one)}" for name, one in run.header.get("mixtures", {}).items()],
         "prompts": run.sft.prompts,
         "control texts": [f"{count} {name}" for name, count in control_sets(run).items()],
     }

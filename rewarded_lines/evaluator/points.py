@@ -1,26 +1,19 @@
-"""The points of a sweep: the merge of each method at each λ, and the hash that names a point's records."""
+"""The points of a sweep, and the hash that names a point's records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import blake3
-import numpy as np
 
-from rewarded_lines.config import BASELINES, POLICIES, PRESETS, SFT, MethodSpec, SweepSpec
+from rewarded_lines.config import SFT
 from rewarded_lines.engines.base import Model
-from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.evaluator.weight_designs import LATTICE, Design, Weights
-from rewarded_lines.merger.method_row import OptionValue
-from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.plan import Plan
-from rewarded_lines.merger.schedule_forms import FORMS, read_schedule, recorded_schedule
+from rewarded_lines.evaluator.weight_designs import Weights
+from rewarded_lines.merger.schedule_forms import recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.projects import Project
 
 
 @dataclass(frozen=True)
@@ -29,7 +22,7 @@ class PointSpec:
 
     Attributes:
         method: the curve that it belongs to, by its name in the run; `sft` for the SFT model.
-        merge: weights and schedule; without weights for a model that is not merged.
+        merge: weights and schedule; without weights for a model that is not merged. The method `MOD` merges nothing.
         checkpoint: the name of the policy (which has weights, too) or baseline evaluated as it is.
         edit: a single policy is edited, and the curve goes along α.
     """
@@ -88,166 +81,6 @@ class PointSpec:
             index = checkpoints.index(self.checkpoint)
             return MergeSpec((0.0,) * index + (1.0,), 1.0, 0.0)
         return self.merge
-
-
-class Methods:
-    """The methods of a project; each gives its points at any weights."""
-
-    def __init__(self, project: Project, plan: Plan) -> None:
-        """Check the methods in `sweep:`; one UserError names all that are unknown or impossible."""
-        self._plan, self._where = plan, project.where
-        self._policies = list(project.config.policies)
-        self._baselines = list(project.config.baselines)
-        sweep, where = project.config.sweep, project.where("sweep", "design")
-        self.design = Design.of(sweep.design, len(self._policies), where)
-        self.specs = self._named(sweep)
-        self._schedules: dict[str, dict[str, Any]] = {}
-        self._root = project.root
-        problems: list[Problem] = []
-        for name, spec in self.specs.items():
-            try:
-                if spec is not None:
-                    self._check(self._where("sweep", "methods", name), spec)
-                    self._schedules[name] = self._schedule(self._where("sweep", "methods", name), spec)
-            except UserError as error:
-                problems += error.problems
-        if problems:
-            raise UserError(problems)
-
-    def points(self, count: int) -> list[PointSpec]:
-        """Return the SFT model, then each method's points at the design's λ for `count`."""
-        return [PointSpec(SFT), *(point for name in self.specs for point in self.grid(name, count))]
-
-    def grid(self, name: str, count: int) -> list[PointSpec]:
-        """Return one method's points."""
-        spec = self.specs[name]
-        if spec is None:
-            alone = np.eye(len(self._policies)).tolist()
-            return [
-                PointSpec(name, MergeSpec(tuple(weights), 1.0, 0.0), policy)
-                for policy, weights in zip(self._policies, alone, strict=True)
-            ]
-        if spec.checkpoints:
-            return [PointSpec(name, checkpoint=checkpoint) for checkpoint in spec.checkpoints]
-        return [self.at(name, weights) for weights in self._weights(spec, count)]
-
-    def at(self, name: str, weights: Weights) -> PointSpec:
-        """Return one method's point at some weights; for a matched method, with the matched α."""
-        spec = self.specs[name]
-        assert spec is not None and not spec.checkpoints
-        if spec.edit:
-            return PointSpec(name, MergeSpec((1.0,), weights[0], round(1 - weights[0], 12)), edit=True)
-        if spec.match is None:
-            merge = MergeSpec(weights, method=spec.merge, options=spec.options, **self._schedules[name])
-            return PointSpec(name, merge.complete(len(self._policies)))
-        other = self._schedules.get(spec.match) or self._schedule("", PRESETS[spec.match])
-        alpha = self._plan.matched_alpha(weights, MergeSpec(weights, **other))
-        return PointSpec(name, MergeSpec(weights, alpha, 0.0))
-
-    def declares(self, spec: PointSpec) -> bool:
-        """True if the project still defines this point this way.
-
-        Also true for methods that it does not list; false for a checkpoint that it no longer names.
-        """
-        if spec.checkpoint and spec.checkpoint not in self._policies + self._baselines:
-            return False
-        if spec.method not in self.specs:
-            return True
-        if not self.merged(spec.method):
-            return spec in self.grid(spec.method, 2)
-        return bool(spec.weights) and not spec.checkpoint and spec == self.at(spec.method, spec.weights)
-
-    def merged(self, name: str) -> bool:
-        """True if a method's points are merges over a grid of weights, so that a search can add points."""
-        spec = self.specs[name]
-        return spec is not None and not spec.checkpoints and METHODS[spec.merge].weights != "none"
-
-    def _named(self, sweep: SweepSpec) -> dict[str, MethodSpec | None]:
-        """Return the methods with presets filled in; baselines that no method names become one."""
-        found = {name: spec if spec or name == POLICIES else self._preset(name) for name, spec in sweep.methods.items()}
-        taken = {name for spec in found.values() if spec for name in spec.checkpoints}
-        if left := [name for name in self._baselines if name not in taken]:
-            found[BASELINES] = MethodSpec(checkpoints=tuple(left))
-        return found
-
-    def _preset(self, name: str) -> MethodSpec:
-        if name in PRESETS:
-            return PRESETS[name]
-        if name in METHODS:
-            return MethodSpec(merge=name, beta=0.0)
-        known = [*PRESETS, POLICIES, *(method for method in METHODS if method not in PRESETS)]
-        raise fail(
-            f"unknown method `{name}`",
-            where=self._where("sweep", "methods", name),
-            expected=", ".join(known) + ", or a name with alpha, beta, merge ... of its own",
-            remedy=did_you_mean(name, known),
-        )
-
-    def _check(self, where: str, spec: MethodSpec) -> None:
-        if unknown := [one for one in spec.checkpoints if one not in self._baselines]:
-            known = f" ({', '.join(self._baselines)})" if self._baselines else ", which has none"
-            expected = f"names of `baselines:`{known}"
-            raise fail("no such checkpoint", where=where, expected=expected, got=", ".join(unknown))
-        if not spec.checkpoints:
-            check_merge(where, spec.merge, spec.options, len(self._policies))
-        if spec.match is not None:
-            self._check_match(where, spec)
-        if spec.edit and len(self._policies) != 1:
-            got = ", ".join(self._policies)
-            raise fail("`edit` is for a single policy", where=where, expected="a project with one policy", got=got)
-        if spec.merge == "greedy":
-            raise fail("a greedy soup scores candidates by itself", where=where, remedy="use `merge --method greedy`")
-
-    def _schedule(self, where: str, spec: MethodSpec) -> dict[str, Any]:
-        """Return lines and modules of a method; refuse a schedule that does not fit policies, model or method."""
-        given = {form: getattr(spec, form) for form in FORMS if form in spec.model_fields_set}
-        with _named_as(where):
-            found = read_schedule(self._policies, **given, root=self._root)
-            self._plan.check_schedule(MergeSpec((), method=spec.merge, **found))
-        return found
-
-    def _check_match(self, where: str, spec: MethodSpec) -> None:
-        other = self.specs.get(spec.match or "") or PRESETS.get(spec.match or "")
-        if other is None or other.match is not None or other.checkpoints or other.edit:
-            raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
-        # The method that names an unknown merge method is refused elsewhere.
-        rows = [METHODS[one.merge] for one in (spec, other) if one.merge in METHODS]
-        if not all(row.linear and not row.relative for row in rows):
-            raise fail("only linear methods can match norms", where=where, expected="merge: soup in both")
-
-    def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
-        kind, policies = METHODS[spec.merge].weights, len(self._policies)
-        if kind == "none":
-            return [(1 / policies,) * policies]
-        if policies == 1 and (spec.edit or kind != "simplex"):
-            return [(first,) for first, _ in Design(LATTICE, 2).weights(count)]
-        return self.design.weights(count)
-
-
-def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:
-    """Raise a UserError at `where` if the method, its options or the number of policies do not fit."""
-    with _named_as(where):
-        MergeSpec((), method=merge, options=options).complete(policies)
-
-
-@contextmanager
-def _named_as(where: str) -> Iterator[None]:
-    """Let the problems of a `UserError` name keys of a section in place of options."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(
-            replace(problem, where=f"{where}: {problem.where.lstrip('-')}") for problem in error.problems
-        ) from error
-
-
-def needs_whole_models(project: Project) -> bool:
-    """True if a method is not linear in the residuals, so that adapters must be folded into the base."""
-    specs = [spec or PRESETS.get(name) or MethodSpec(merge=name) for name, spec in project.config.sweep.methods.items()]
-    merges = [spec.merge for spec in specs if not spec.checkpoints]
-    if project.config.sweep.tune:
-        merges.append(project.config.sweep.tune.merge)
-    return any(merge in METHODS and not METHODS[merge].linear for merge in merges)
 
 
 def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:

@@ -25,6 +25,7 @@ from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.missing_scores import Missing, count_missing, prompt_means
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.folders import atomic_file
+from rewarded_lines.merger.preferences import Mixtures, read_mixtures
 from rewarded_lines.pareto.bootstrap import present_mean
 
 RUN_FILE = "run.json"
@@ -123,6 +124,12 @@ class Run:
             if point.spec.method != SFT:
                 found.setdefault(point.spec.method, []).append(point)
         return {name: sorted(points, key=lambda point: point.spec.weights) for name, points in found.items()}
+
+
+def mixtures_of(run: Run) -> Mixtures | None:
+    """Return what the policies of a run were trained for, if its project says so."""
+    shares = run.header.get("mixtures")
+    return read_mixtures(shares, run.header["policies"], f"{run.folder / RUN_FILE}: mixtures") if shares else None
 
 
 def total_missing(points: Sequence[Point]) -> dict[str, Missing]:

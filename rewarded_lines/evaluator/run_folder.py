@@ -233,6 +233,7 @@ def _describe(setup: Setup, folder: Path) -> dict[str, Any]:
         "base": {"path": relative(setup.plan.reference, folder), "hash": setup.identity["base"]},
         "policies": {name: checkpoints[name] for name in config.policies},
         "baselines": {name: checkpoints[name] for name in config.baselines},
+        **({"mixtures": config.mixtures} if config.mixtures else {}),
         "rewards": {name: spec.as_dict() for name, spec in config.rewards.items()},
         "prompts": {
             "source": config.prompts.model_dump(mode="json", exclude_defaults=True) if config.prompts else {},

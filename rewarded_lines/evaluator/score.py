@@ -50,7 +50,9 @@ def score(
         reference = str(Path(reference).resolve())
     name = Path(reference).name
     settings = project.config.sweep.model_copy(update={"methods": {POLICIES: None}, "tune": None, "design": None})
-    alone = project.config.model_copy(update={"policies": {name: reference}, "baselines": {}, "sweep": settings})
+    alone = project.config.model_copy(
+        update={"policies": {name: reference}, "mixtures": {}, "baselines": {}, "sweep": settings}
+    )
     project = replace(project, config=alone)
     with tempfile.TemporaryDirectory() as scratch:
         return sweep(project, out=out or scratch, options=options, overwrite=overwrite, progress=progress)

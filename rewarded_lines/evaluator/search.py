@@ -192,7 +192,8 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     run.add(first)
     added = len(first)
     while True:
-        places, means = [point.spec.weights for point in front], [point.means(rewards) for point in front]
+        places = [setup.methods.place(point.spec.weights) for point in front]
+        means = [point.means(rewards) for point in front]
         room, above = points - len(front), SFT
         reference = sft.means(rewards)
         # One proposal even when the budget is spent, to report its potential.
@@ -205,7 +206,7 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
         worth = [proposal.weights for proposal in proposals if proposal.potential > gain * volume]
         if room <= 0 or not worth:
             break
-        specs = [setup.methods.at(name, weights) for weights in worth]
+        specs = [setup.methods.at(name, setup.methods.weights_at(place)) for place in worth]
         front += run.fill(setup, specs, evaluator)
         added += len(specs)
         run.add(specs)

@@ -62,7 +62,8 @@ def sweep(
     specs = setup.methods.points(count)
     with open_run(folder, setup, overwrite, progress) as run:
         check_design(run)
-        progress.tell(_plan(setup, specs, spec, count))
+        for fact in _plan(setup, specs, spec, count):
+            progress.tell(fact)
         added = [one for one in run.added() if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
         run.write([*specs, *added], added)
@@ -98,12 +99,14 @@ def check_design(run: RunFolder) -> None:
             )
 
 
-def _plan(setup: Setup, specs: Sequence[PointSpec], tune_spec: TuneSpec | None, count: int) -> str:
-    """Return how many models the sweep evaluates, in words."""
+def _plan(setup: Setup, specs: Sequence[PointSpec], tune_spec: TuneSpec | None, count: int) -> list[str]:
+    """Return how many models the sweep evaluates, and what preferences do to λ, in words."""
     merged = {name: len([spec for spec in specs if spec.method == name]) for name in setup.methods.specs}
     each = ", ".join(f"{number:,} of {name}" for name, number in merged.items())
     more = f", and at most {most_points(setup, tune_spec, count):,} of tune" if tune_spec else ""
-    return f"{len(setup.prompts):,} prompts for each of {len(specs):,} points: 1 of sft, {each}{more}"
+    mixtures = setup.methods.mixtures
+    notes = mixtures.notes(setup.methods.weights(count)) if mixtures else []
+    return [f"{len(setup.prompts):,} prompts for each of {len(specs):,} points: 1 of sft, {each}{more}", *notes]
 
 
 @contextmanager

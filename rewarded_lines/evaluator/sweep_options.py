@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from rewarded_lines.errors import fail
-from rewarded_lines.merger.spec import TOWER_HELP, joined_towers
+from rewarded_lines.merger.merge_options import TOWER_HELP, joined_towers
 from rewarded_lines.options import option, parse_assignments, takes_fields
 
 _PARALLEL = "tensor_parallel_size"

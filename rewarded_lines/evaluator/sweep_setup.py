@@ -29,7 +29,8 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.evaluator.points import Methods, PointSpec, needs_whole_models, point_key
+from rewarded_lines.evaluator.points import PointSpec, point_key
+from rewarded_lines.evaluator.project_methods import Methods, check_decoding, needs_whole_models
 from rewarded_lines.evaluator.ray_machines import check_devices
 from rewarded_lines.evaluator.records import FORMAT
 from rewarded_lines.evaluator.sweep_options import SweepOptions
@@ -193,11 +194,12 @@ class Setup:
             settings=self.settings,
             spare=0 if is_url(self.options.engine) else self._spare(tell),
             engines=self.engines,
+            models=check_decoding(self.project, self.options.engine),
         )
 
     def _spare(self, tell: Callable[[str], None]) -> int:
-        how = self.reward_memory, self.options.offload, self.settings.tensor_parallel
-        return spare_memory(self.rewards.values(), *how, tell)
+        offload, parallel = self.options.offload, self.settings.tensor_parallel
+        return spare_memory(self.rewards.values(), self.reward_memory, offload, parallel, tell)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.
@@ -218,6 +220,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     """Open a project; a UserError for any fault of engine, prompts, rewards, checkpoints or methods."""
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
+    check_decoding(project, options.engine)
     if options.engine == "vllm":
         settings = engine_settings(project, options)
         check_settings(settings)
@@ -292,8 +295,7 @@ def _plan(project: Project, options: SweepOptions) -> Plan:
         raise fail("a policy and a baseline share a name", where=str(project.path), got=", ".join(sorted(both)))
     policies = {name: project.resolve(reference) for name, reference in names.items()}
     base = project.resolve(str(config.base))
-    adapters = options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values()))
-    if adapters:
+    if options.engine != "hf" and not needs_whole_models(project) and all(map(names_adapter, policies.values())):
         return plan_adapters(base, policies, layers=options.layers, tower=options.tower, **project.carried)
     how: dict[str, Any] = {"dtype": config.generation.dtype, "layers": options.layers, "tower": options.tower}
     return plan_merge(base, policies, **how, **project.carried)

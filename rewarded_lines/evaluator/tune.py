@@ -12,7 +12,8 @@ from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator
-from rewarded_lines.evaluator.points import PointSpec, check_merge
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.project_methods import check_merge
 from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.run_folder import RunFolder
 from rewarded_lines.evaluator.sweep_setup import Setup
@@ -133,7 +134,7 @@ def _measured(worth: float | None) -> dict[str, float]:
 
 
 def _points(setup: Setup, spec: TuneSpec, alpha: float, beta: float, count: int) -> list[PointSpec]:
-    policies, places = len(setup.project.config.policies), setup.methods.design.weights(count)
+    policies, places = len(setup.project.config.policies), setup.methods.weights(count)
     merges = (MergeSpec(weights, alpha, beta, spec.merge, spec.options) for weights in places)
     return [PointSpec(TUNED, merge.complete(policies)) for merge in merges]
 

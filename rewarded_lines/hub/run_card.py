@@ -17,7 +17,7 @@ from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, listed_points, load_run, read_header
-from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.methods import METHODS, MOD
 from rewarded_lines.merger.model_card import CardAddition, escaped, table
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
@@ -158,6 +158,8 @@ def _locate(spec: MergeSpec, header: Mapping[str, Any], summary: Summary) -> Pla
 
 def _distance(spec: MergeSpec, merge: MergeSpec) -> float:
     """Return how far two merges are from each other: ∞ for another rule, and for SFT and baselines."""
+    if MOD in (spec.method, merge.method):
+        return inf
     rows = [(METHODS[one.method], one) for one in (spec, merge)]
     rules = [(row.rule, row.weigh, row.relative, dict(one.options), one.lines, one.modules) for row, one in rows]
     if rules[0] != rules[1] or len(merge.weights) != len(spec.weights):

@@ -12,8 +12,9 @@ from typing import Any
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import scratch_folder
+from rewarded_lines.merger.merge_options import MergeOptions
 from rewarded_lines.merger.plan import Plan
-from rewarded_lines.merger.spec import MergeOptions, MergeSpec
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.references import find_function
 
 

@@ -8,8 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import parse_size
@@ -17,17 +18,18 @@ from rewarded_lines.errors import Problem, UserError, fail, masked
 from rewarded_lines.folders import atomic_folder, existing_output, write_json
 from rewarded_lines.merger.greedy_soup import greedy_weights
 from rewarded_lines.merger.input_cards import CARD_FILE
+from rewarded_lines.merger.merge_options import MergeOptions
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
+from rewarded_lines.merger.preferences import Weights, check_trained, each_weights, preferred_weights, read_mixtures
 from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
-from rewarded_lines.merger.spec import MergeOptions, MergeSpec, folder_name, parse_weights
+from rewarded_lines.merger.spec import MergeSpec, folder_name
 from rewarded_lines.options import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
-Weights = float | str | Sequence[float]
 Addition = Callable[[MergeSpec], CardAddition] | None
 # The options that a record leaves open.
 _REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "tokenizer", "additions", "progress")
@@ -36,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class MergeResult:
-    """One merged policy: its folder (None after a dry run) and the merge that made it."""
+    """One merged policy: its folder (None after a dry run), the merge that made it, and μ by reward if it is known."""
 
     out: Path | None
     spec: MergeSpec
@@ -45,6 +47,7 @@ class MergeResult:
     bytes: int
     scales: Mapping[str, Sequence[float]]
     notes: Sequence[str] = ()
+    preference: Mapping[str, float] = field(default_factory=dict)
 
 
 @takes_fields(MergeOptions, "how")
@@ -78,6 +81,9 @@ def merge(
     _check_targets(targets, [base, *named.values()], how.overwrite)
     plan = _open(base, named, how)
     plan.check_schedule(specs[0])
+    if how.mixtures:
+        check_trained(how.mixtures, {name: policy.folder for name, policy in plan.policies.items()})
+        plan.notes += read_mixtures(how.mixtures, named).notes(spec.weights for spec in specs)
     addition = how.additions(plan) if how.additions else None
     if how.method == "greedy" and how.dry_run:
         plan.notes.append("dry run: no candidate is scored, so who joins is not known")
@@ -87,7 +93,7 @@ def merge(
         how.progress.start("choosing α")
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if how.dry_run:
-        return [_result(plan, spec, None) for spec in specs]
+        return [_result(plan, spec, None, how) for spec in specs]
     return _write(plan, specs, targets, how, addition)
 
 
@@ -126,7 +132,7 @@ def replay(
     _check_targets([target], [origin, *named.values()], how.overwrite)
     size = recorded.max_shard_size
     parse_size(size)
-    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size)
+    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size, mixtures=recorded.mixtures)
     tokenizer, config_from = recorded.carried(how.tokenizer)
     how = replace(how, layers=recorded.layers, tower=recorded.tower, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
@@ -161,7 +167,7 @@ def _write(
         if error.errno not in _FULL:
             raise
         raise _full(needed, targets[0].parent) from error
-    return [_result(plan, spec, target) for spec, target in zip(specs, targets, strict=True)]
+    return [_result(plan, spec, target, how) for spec, target in zip(specs, targets, strict=True)]
 
 
 def _fill(
@@ -182,11 +188,12 @@ def _fill(
         "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
     }
     for folder, spec in zip(folders, specs, strict=True):
-        write_json(folder / RECORD_FILE, describe(plan, spec, inputs, settings))
+        own = {**settings, **_told_preference(how, plan, spec)}
+        write_json(folder / RECORD_FILE, describe(plan, spec, inputs, own))
         added = addition(spec) if addition else CardAddition()
         for name, content in added.files.items():
             (folder / name).write_bytes(content)
-        (folder / CARD_FILE).write_text(model_card(plan, spec, settings, added), encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(plan, spec, own, added), encoding="utf-8")
     how.progress.start("syncing to disk")
 
 
@@ -201,9 +208,17 @@ def _full(needed: int, place: Path) -> UserError:
     )
 
 
-def _result(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
-    outputs, notes = plan.outputs(spec), tuple(plan.notes)
-    return MergeResult(out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), notes)
+def _result(plan: Plan, spec: MergeSpec, out: Path | None, how: MergeOptions) -> MergeResult:
+    outputs, notes, names = plan.outputs(spec), tuple(plan.notes), tuple(plan.policies)
+    preference = _told_preference(how, plan, spec).get("preference", {})
+    return MergeResult(out, spec, names, len(outputs), total_bytes(outputs), plan.scales(spec), notes, preference)
+
+
+def _told_preference(how: MergeOptions, plan: Plan, spec: MergeSpec) -> dict[str, Any]:
+    """Return what is told of μ beside the weights, if the mixtures are known."""
+    if not how.mixtures:
+        return {}
+    return {"mixtures": how.mixtures, "preference": read_mixtures(how.mixtures, plan.policies).preference(spec.weights)}
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
@@ -239,26 +254,18 @@ def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: M
             remedy="give numbers for α, or one β",
         )
     kind = METHODS[how.method].weights
+    mixtures = read_mixtures(how.mixtures, names) if how.mixtures else None
     if kind == "none":
-        if lam is not None:
+        if (given := how.preference if lam is None else lam) is not None:
             what = f"the method {how.method} sets the weights itself"
-            raise fail(what, where="--lam", got=str(lam), remedy="leave it out")
+            raise fail(what, where="--lam" if given is lam else "--preference", got=str(given), remedy="leave it out")
         return [replace(first, weights=(1 / len(names),) * len(names))]
+    if how.preference is not None:
+        return [replace(first, weights=weights) for weights in preferred_weights(lam, mixtures, how)]
     default: Weights = 1.0 if len(names) == 1 else 0.5
     free = how.extrapolate or kind == "free"
-    found = _each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
+    found = each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
     return [replace(first, weights=weights) for weights in found]
-
-
-def _each_weights(
-    lam: Weights | Sequence[Weights], names: Sequence[str], free: bool, total: bool
-) -> list[tuple[float, ...]]:
-    if isinstance(lam, float | int | str) or all(isinstance(value, float | int) for value in lam):
-        return [parse_weights(lam, names, free, total)]  # type: ignore[arg-type]
-    found = [_each_weights(value, names, free, total)[0] for value in lam]
-    if len(set(found)) < len(found):
-        raise fail("the same λ twice", where="--lam", got=", ".join(map(str, found)))
-    return found
 
 
 def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:

@@ -66,6 +66,8 @@ _TIES = ("TIES-Merging: Resolving Interference When Merging Models", "2306.01708
 _RAM = ("Behavior Knowledge Merge in Reinforced Agentic Models", "2601.13572")
 _DARE = ("Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", "2311.03099")
 
+MOD = "mod"
+"""Stands for a method in a sweep, but merges nothing: policies are mixed while they decode (arXiv 2406.18853)."""
 METHODS: Mapping[str, Method] = {
     "soup": Method(soup, "Σ λᵢτᵢ: Rewarded Soups, with --alpha --beta LiNeS; one policy: single-task LiNeS"),
     "wise-ft": Method(
@@ -247,6 +249,9 @@ def check_method(method: str, options: Mapping[str, OptionValue], policies: int)
     Raises:
         UserError: an unknown method or option, an option out of range, a wrong number of policies.
     """
+    if method == MOD:
+        remedy = "sweep it with `--engine hf` and `methods: [mod]`; to merge, name a method such as soup"
+        raise fail("mod makes no model: it mixes policies while they decode", where="--method", remedy=remedy)
     if method not in METHODS:
         remedy = did_you_mean(method, METHODS)
         raise fail(f"unknown value `{method}`", where="--method", expected=", ".join(METHODS), remedy=remedy)

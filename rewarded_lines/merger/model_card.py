@@ -17,6 +17,7 @@ from rewarded_lines.merger.adapter_settings import served_rank
 from rewarded_lines.merger.input_cards import InputCard, input_cards
 from rewarded_lines.merger.methods import LINES_PAPER, METHODS, SOUPS_PAPER
 from rewarded_lines.merger.plan import Plan
+from rewarded_lines.merger.preferences import preference_text
 from rewarded_lines.merger.record import RECORD_FILE, title
 from rewarded_lines.merger.spec import MergeSpec
 
@@ -64,7 +65,7 @@ def model_card(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], additio
         _introduction(plan),
         _fenced("", _formula(plan, spec)),
         _inputs_table(plan, spec, inputs),
-        _numbers_table(plan, spec),
+        _numbers_table(plan, spec, settings.get("preference", {})),
         addition.sections,
         "## Load it",
         *_usage(plan, spec, inputs, addition.repository or HERE),
@@ -195,13 +196,14 @@ def _licence_text(card: InputCard) -> str:
     return f"[{text}]({card.licence_link})" if card.licence_link else text
 
 
-def _numbers_table(plan: Plan, spec: MergeSpec) -> str:
+def _numbers_table(plan: Plan, spec: MergeSpec, preference: Mapping[str, float]) -> str:
     options = [f"{name} {value}" for name, value in spec.options.items()]
     rows = [["", ""], ["method", escaped(", ".join([spec.method, *options]))]]
     if spec.schedule.forms:
         rows.append(["schedule", escaped(spec.schedule.text(list(plan.policies)))])
     else:
         rows += [["α", f"{spec.alpha:.6g}"], ["β", f"{spec.beta:.6g}"]]
+    rows += [["preference μ, λ = B⁻¹μ", escaped(preference_text(preference))]] if preference else []
     for stack, scales in plan.scales(spec).items():
         shown = [f"{scale:.4g}" for scale in scales]
         if len(shown) > _WIDE:

@@ -70,6 +70,8 @@ class Record(BaseModel):
     # Likewise older than this choice: whole models got the base's files, adapters those of the first adapter.
     tokenizer: str | None = None
     config_from: str | None = None
+    # Only where the project declares mixtures.
+    mixtures: dict[str, dict[str, float]] | None = None
     # Those of the two that the user chose.
     chosen: dict[Literal["tokenizer", "config_from"], str] = {}
     tokenizer_files: RecordedInput | None = None

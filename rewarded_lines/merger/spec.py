@@ -1,4 +1,4 @@
-"""What one merge is: the weights λ, `MergeSpec` with all its numbers, and `MergeOptions`, which add how to write it.
+"""What one merge is: the weights λ, and `MergeSpec` with all its numbers.
 
 The command line imports this file at its start, so nothing here may load a heavy library.
 """
@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number
 from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.methods import METHODS, check_method
-from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, recorded_schedule
-from rewarded_lines.options import option
-from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.merger.schedule_forms import recorded_schedule
 
-Score = str | Callable[[Path], float]
-TOWER_HELP = "vision=base keeps a tower as the base has it, =flat gives it α, =depth a depth of its own; repeat."
-METHODS_PANEL = "Options of the methods"
 TOLERANCE = 1e-6
 # The defaults of `merge`, which a command need not repeat.
 _DEFAULTS = {"method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
@@ -32,16 +27,22 @@ _DEFAULTS |= {"max_shard_size": "5GB", "tokenizer": "auto", "config_from": "auto
 
 
 def parse_weights(
-    lam: float | str | Sequence[float], policies: Sequence[str], extrapolate: bool = False, total: bool = True
+    lam: float | str | Sequence[float],
+    policies: Sequence[str],
+    extrapolate: bool = False,
+    total: bool = True,
+    *,
+    option: str = "--lam",
 ) -> tuple[float, ...]:
     """Return one weight per policy.
 
     Args:
-        lam: the weights, also as text: `0.2,0.3,0.5`. A single number is the weight of the first of two policies,
-            and the second gets 1 − λ.
-        policies: their names, in order.
+        lam: the weights, also as text: `0.2,0.3,0.5`, or by name: `a=0.2,c=0.8`, and 0 for the others. A single
+            number is the weight of the first of two policies, and the second gets 1 − λ.
+        policies: their names, in order; rewards, if the option is `--preference`.
         extrapolate: allow weights outside 0 … 1 and sums other than 1.
         total: whether the sum must be 1.
+        option: the name of the option, for messages.
 
     Raises:
         UserError: not numbers, a wrong number of them, negative ones, or a sum other than 1.
@@ -50,21 +51,23 @@ def parse_weights(
     text = str(lam) if isinstance(lam, float | int | str) else ",".join(map(str, lam))
 
     def problem(what: str, expected: str, remedy: str = "") -> Problem:
-        return Problem(what, f"--lam {text}", expected, text, remedy)
+        return Problem(what, f"{option} {text}", expected, text, remedy)
 
     try:
-        weights = tuple(float(part) for part in text.split(","))
+        weights = tuple(map(float, _by_name(text, policies) if "=" in text else text.split(",")))
     except ValueError:
         weights = (math.nan,)
     if not all(map(math.isfinite, weights)):
-        raise UserError(problem("not a weight", "a number such as 0.5, or 0.2,0.3,0.5"))
+        names = f"; by name: {','.join(f'{name}=…' for name in policies)}" if "=" in text else ""
+        raise UserError(problem("not a weight", f"a number such as 0.5, or 0.2,0.3,0.5{names}"))
     if single and len(weights) == 1 and len(policies) == 2:
         # Round: 1 − 0.9 is 0.09999999999999998 in binary.
         weights = (weights[0], round(1 - weights[0], 12))
     problems = []
     if len(weights) != len(policies):
         expected = f"{len(policies)} weights, for {', '.join(policies)}"
-        problems.append(problem(f"{len(weights)} weights for {len(policies)} policies", expected))
+        kind = "policies" if option == "--lam" else "rewards"
+        problems.append(problem(f"{len(weights)} weights for {len(policies)} {kind}", expected))
     elif not extrapolate:
         remedy = "pass --extrapolate if you mean to leave the simplex"
         if any(not 0 <= weight <= 1 for weight in weights):
@@ -74,6 +77,15 @@ def parse_weights(
     if problems:
         raise UserError(problems)
     return weights
+
+
+def _by_name(text: str, names: Sequence[str]) -> list[str]:
+    """Return the weights of `a=0.2,c=0.8` in the order of the names; a ValueError for other or repeated names."""
+    pairs = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))]
+    found = dict(pairs)
+    if len(found) < len(pairs) or not found.keys() <= set(names):
+        raise ValueError(text)
+    return [found.get(name, "0") for name in names]
 
 
 def on_simplex(weights: Sequence[float]) -> bool:
@@ -208,99 +220,7 @@ class MergeSpec:
         return shlex.join(["rewarded-lines", "merge", *words, *extrapolate, "--out", out])
 
 
-def joined_towers(towers: str | Sequence[str] | None) -> str | None:
-    """Return several texts such as `vision=flat` as one, separated by commas; None without any."""
-    return towers if isinstance(towers, str) else ",".join(towers or ()) or None
-
-
 def _named(name: str, place: str) -> str:
     """Return a policy for `--policy`, which splits at the first `=`; the name is left out if the folder has it."""
     bare = Path(place).name == name and "=" not in place
     return place if bare else f"{name.replace('=', '-')}={place}"
-
-
-def _methods_that_begin(incomplete: str) -> list[tuple[str, str]]:
-    return [(name, row.summary) for name, row in METHODS.items() if name.startswith(incomplete)]
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How policies are merged and written, for Python and for the command line; the help texts describe the fields.
-
-    Attributes:
-        alpha: a number, or numbers by policy; None is 1. "auto" chooses (‖Σ τ_i‖₁/‖m‖₁)/N, as LiNeS' authors do.
-        beta: likewise.
-        schedule: a coefficient for each block in place of α and β; see `read_schedule`.
-        modules: factors by kind of module, e.g. {"mlp": 0.8}.
-        options: of the method, e.g. {"density": 0.2}.
-        score: or a function from a model's folder to a number; higher is better.
-        dtype: "auto" gives each tensor the widest type that it has in the inputs.
-        additions: adds to the model cards, see `Additions` in model_card.py.
-        progress: receives the steps and the bytes written.
-    """
-
-    alpha: Values | Literal["auto"] = option(
-        None,
-        "LiNeS α: scale of the first block, 1 if not given; auto for the authors' choice; POLICY=α for one policy.",
-        typed=list[str] | None,
-    )
-    beta: Values = option(
-        None,
-        "LiNeS β: added by the last block, 1 if not given; 0 is Rewarded Soups; POLICY=β for one policy.",
-        typed=list[str] | None,
-    )
-    schedule: Coefficients = option(
-        None,
-        "In place of α and β, a scale for each block: 1,1,1.2 or a file; POLICY=1,1,1.2 for one policy, repeat.",
-        typed=list[str] | None,
-    )
-    modules: Factors = option(None, f"Factors by kind of module, mlp=0.8: {', '.join(KINDS)}.", typed=list[str] | None)
-    outside: Outside = option(
-        "alpha",
-        "What embeddings, norm and head get: alpha, or depth (as the block beside them).",
-        typed=str,
-        offers=("alpha", "depth"),
-    )
-    method: str = option(
-        "soup",
-        f"How residuals are joined: {', '.join(METHODS)}; see below.",
-        offers=_methods_that_begin,
-    )
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
-    score: Score | None = option(
-        None,
-        "greedy: a command that prints a number for {model}, or file.py:function.",
-        typed=str | None,
-        rich_help_panel=METHODS_PANEL,
-    )
-    as_: str = option(
-        "auto",
-        "full models, LoRA adapter, or auto: an adapter if all policies are adapters.",
-        offers=("auto", "full", "adapter"),
-    )
-    out: str | Path | None = option(None, "Output folder; default merged/lam=…", typed=Path | None)
-    dtype: str = option(
-        "auto", "auto, float32, bfloat16 or float16.", offers=("auto", "float32", "bfloat16", "float16")
-    )
-    device: str = option("cpu", "cpu, cuda or cuda:1; auto: a GPU where it is faster.", offers=("cpu", "cuda", "auto"))
-    max_shard_size: str = option("5GB", "Largest weight file.")
-    overwrite: bool = option(False, "Replace an existing output.")
-    dry_run: bool = option(False, "Check everything, write nothing.")
-    extrapolate: bool = option(False, "Allow λ outside the simplex.")
-    allow_nonfinite: bool = option(False, "Let NaN and infinite values pass.")
-    layers: str | None = option(None, r"Pattern of the block list, e.g. 'blocks\.(\d+)\.'")
-    tower: str | None = option(None, TOWER_HELP, typed=list[str] | None)
-    tokenizer: str = option(
-        "auto",
-        "Whose tokenizer and chat template the output gets: base, a policy's name, a folder; auto: the policies'.",
-    )
-    config_from: str = option(
-        "auto", "Whose generation_config.json and end tokens: base, a policy's name; auto: the policies'."
-    )
-    # Importing the type `Additions` would load numpy.
-    additions: Callable[[Any], Any] | None = None
-    progress: Progress = SILENT
-
-    def __post_init__(self) -> None:
-        """Join the towers if they are several."""
-        object.__setattr__(self, "tower", joined_towers(self.tower))

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
-from rewarded_lines.evaluator.paired_scores import SEED, Table, control_sets, distinct2, perplexity, tabulate
+from rewarded_lines.evaluator.paired_scores import SEED, Table, control_perplexities, distinct2, tabulate
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import Point, Run, total_missing
+from rewarded_lines.evaluator.records import Run, mixtures_of, total_missing
 from rewarded_lines.merger.lines_schedule import mean_line
+from rewarded_lines.merger.preferences import Mixtures
 from rewarded_lines.merger.schedule_forms import FORMS, recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, resample_runs, run_average
+from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reports.front_volumes import front_volumes
@@ -39,6 +39,7 @@ class PointSummary:
         forgetting: these perplexities divided by SFT's, paired by text.
         contribution: hypervolume above SFT that the method would lose without this point.
         missing: the rewards that have no score for some responses, with the counts over the runs.
+        preference: μ = Bλ by reward, where the policies were trained for mixtures.
     """
 
     method: str
@@ -55,17 +56,24 @@ class PointSummary:
     contribution: float
     edit: bool = False
     missing: dict[str, Missing] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[float, ...]:
+        """Where the point lies on the simplex: μ if it is known, else λ; empty for a model that is not merged."""
+        return tuple(self.preference.values()) or self.weights
 
     @property
     def lam(self) -> float | None:
-        """The first policy's weight λ, or None for a model that is not merged."""
-        return self.weights[0] if self.weights else None
+        """The first policy's weight λ, or the first reward's μ; None for a model that is not merged."""
+        return self.place[0] if self.place else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the point as `summary.json` holds it."""
         merge = self.merge
         first = {"method": self.method, **merge.schedule.as_dict(), "merge": merge.method}
-        given = {key: value for key, value in asdict(self).items() if key not in (*first, "missing")}
+        left = (*first, "missing", *([] if self.preference else ["preference"]))
+        given = {key: value for key, value in asdict(self).items() if key not in left}
         return first | given | missing_json(self.missing)
 
     @classmethod
@@ -209,7 +217,7 @@ def summarise(
             name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True))
             for name, at in found.references.items()
         },
-        points=_points(table, found.shares, _control_sets(first), seed, level),
+        points=_points(table, found.shares, first, mixtures_of(first), seed, level),
         hypervolumes=method_volumes(found.volumes, level),
         differences=compare(found.volumes, level),
         policy_gains=_policy_gains(table, policies, level),
@@ -219,11 +227,10 @@ def summarise(
 
 
 def _points(
-    table: Table, shares: np.ndarray, control: Mapping[str, slice], seed: int, level: float
+    table: Table, shares: np.ndarray, run: Run, mixtures: Mixtures | None, seed: int, level: float
 ) -> list[PointSummary]:
     means = table.means
-    found = {name: _perplexities(table, texts, seed, means.shape[0] - 1) for name, texts in control.items()}
-    controls = {name: values for name, values in found.items() if values is not None}
+    controls = control_perplexities(table, run, seed)
     points = []
     for index, row in enumerate(table.rows):
         *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
@@ -244,6 +251,7 @@ def _points(
                 contribution=float(shares[index]),
                 edit=spec.edit,
                 missing=total_missing(row),
+                preference=mixtures.preference(spec.weights) if mixtures and spec.weights and not spec.edit else {},
             )
         )
     return points
@@ -254,32 +262,6 @@ def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
     schedules = [merge.schedule for merge in merges]
     policies = range(max(len(one.lines) for one in schedules))
     return replace(merges[0], lines=tuple(mean_line([one.line(policy) for one in schedules]) for policy in policies))
-
-
-def _control_sets(run: Run) -> dict[str, slice]:
-    """Return the slice of each set of control texts among all control texts of a point."""
-    counts = control_sets(run)
-    ends = accumulate(counts.values())
-    return {name: slice(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
-
-
-def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
-    """Return the perplexity of some control texts at each point, [1 + resamples, points].
-
-    None if no token is predicted at some point.
-    """
-    sums = [[_predicted(point, texts) for point in row] for row in table.rows]
-    if not all(len(one) for row in sums for one in row):
-        return None
-    runs = [np.stack([row[index] for row in sums]) for index in range(len(sums[0]))]
-    samples = resample_runs(runs, resamples, seed)
-    return np.asarray(run_average(perplexity(samples.means), samples.drawn))
-
-
-def _predicted(point: Point, texts: slice) -> np.ndarray:
-    """Return the sums of the control texts with at least one predicted token, [texts, 2]."""
-    sums = np.zeros((0, 2)) if point.control is None else point.control[texts]
-    return sums[sums[:, 1] > 0]
 
 
 def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:

@@ -164,6 +164,8 @@ def side_sheet(summary: Summary) -> Sheet:
 
 def _by_point(title: str, summary: Summary, columns: Sequence[tuple[str, Sequence[str]]], note: str) -> Sheet:
     """Return a table with a row for every point from the (heading, cells) of each column."""
+    if any(point.preference for point in summary.points):
+        columns = [("μ", [texts.shares_text(tuple(point.preference.values())) for point in summary.points]), *columns]
     headings = ("method", "λ", *(heading for heading, _ in columns))
     methods = [point.method for point in summary.points]
     rows = zip(
@@ -249,18 +251,20 @@ def points_csv(summary: Summary) -> str:
     """
     own = any(point.merge.schedule.forms for point in summary.points)
     schedule = ["method", "checkpoint", "merge", "alpha", "beta", *(["schedule"] if own else [])]
-    shares = ["ended", "distinct2", "contribution"]
+    parts = ["ended", "distinct2", "contribution"]
     measures = ["kl", "words", *(f"{name} perplexity" for name in summary.controls)]
     measures += [f"{name} perplexity over SFT" for name in summary.controls]
     # A reward may have the name of another column.
-    used = {*schedule, *measures, *shares}
+    used = {*schedule, *measures, *parts}
     rewards = [f"reward {name}" if name in used else name for name in summary.rewards]
+    asked = next((list(point.preference) for point in summary.points if point.preference), [])
     heading = [*schedule, *(f"weight.{policy}" for policy in summary.policies)]
+    heading += [f"preference.{reward}" for reward in asked]
     for measure in (*rewards, *measures):
         heading += [measure, f"{measure}.low", f"{measure}.high"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*heading, *shares, *(f"{name}.missing" for name in summary.missing)])
+    writer.writerow([*heading, *parts, *(f"{name}.missing" for name in summary.missing)])
     for point in summary.points:
         weights = point.merge.weights or ("",) * len(summary.policies)
         estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
@@ -270,7 +274,10 @@ def points_csv(summary: Summary) -> str:
         place = [point.method, point.checkpoint, point.merge.method, *ends]
         place += [point.merge.schedule.text(summary.policies)] if own else []
         without = [point.missing[name].count if name in point.missing else 0 for name in summary.missing]
-        writer.writerow([*place, *weights, *numbers, point.ended, point.distinct2, point.contribution, *without])
+        shares = [point.preference.get(reward, "") for reward in asked]
+        writer.writerow(
+            [*place, *weights, *shares, *numbers, point.ended, point.distinct2, point.contribution, *without]
+        )
     return text.getvalue()
 
 

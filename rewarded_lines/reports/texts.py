@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from rewarded_lines.config import TUNED
 from rewarded_lines.evaluator.missing_scores import missing_lines
-from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.methods import METHODS, MOD
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import Estimate
 from rewarded_lines.reports.summary import PointSummary, Summary
 
@@ -23,6 +24,8 @@ def method_label(points: Sequence[PointSummary]) -> str:
     alpha, beta = merge.alpha, merge.beta
     if any(point.checkpoint for point in points):
         return name
+    if merge.method == MOD:
+        return "MOD (no merge: policies mixed while decoding)"
     alphas = sorted(point.merge.alpha for point in points)
     low, high = _number(alphas[0], ".2f"), _number(alphas[-1], ".2f")
     if any(point.edit for point in points):
@@ -30,15 +33,8 @@ def method_label(points: Sequence[PointSummary]) -> str:
     if alphas[0] < alphas[-1]:
         ends = low if low == high else f"{low} to {high}"
         return f"{name} (α = {ends}, β = {_number(beta)})"
+    kind = _kind(merge) + (", tuned" if name == TUNED else "")
     forms = merge.schedule.forms
-    kind = "Rewarded Soups" if beta == 0 or forms else "LiNeS"
-    if merge.method != "soup":
-        # An old run may have a method that no longer exists.
-        known = METHODS.get(merge.method)
-        kind = (known.label if known else "") or merge.method
-        kind += " + LiNeS" if beta != 0 and not forms else ""
-    if name == TUNED:
-        kind += ", tuned"
     if merge.lines:
         return f"{kind}, scaled by {forms}"
     if forms:
@@ -48,6 +44,16 @@ def method_label(points: Sequence[PointSummary]) -> str:
     if alpha == beta != 0:
         return f"{kind} (α = β = {_number(alpha)})"
     return f"{kind} (α = {_number(alpha)}, β = {_number(beta)})"
+
+
+def _kind(merge: MergeSpec) -> str:
+    """Return the label of a merge method; LiNeS is named where it is the schedule."""
+    lines = merge.beta != 0 and not merge.schedule.forms
+    if merge.method == "soup":
+        return "LiNeS" if lines else "Rewarded Soups"
+    # An old run may have a method that no longer exists.
+    known = METHODS.get(merge.method)
+    return ((known.label if known else "") or merge.method) + (" + LiNeS" if lines else "")
 
 
 def method_labels(summary: Summary) -> dict[str, str]:
@@ -85,10 +91,20 @@ def weights_text(point: PointSummary, policies: Sequence[str]) -> str:
     """
     if point.checkpoint:
         return point.checkpoint
-    if len(point.weights) > _MANY:
-        return _many_weights(point.weights, policies)
-    shown = point.weights[:1] if len(point.weights) == 2 else point.weights
-    return ",".join(map(_weight, shown))
+    return _many_weights(point.weights, policies) if len(point.weights) > _MANY else shares_text(point.weights)
+
+
+def shares_text(weights: Sequence[float]) -> str:
+    """Return the first of two weights, or all of more."""
+    return ",".join(map(_weight, weights[:1] if len(weights) == 2 else weights))
+
+
+def place_text(point: PointSummary, policies: Sequence[str]) -> str:
+    """Return where a point lies: `λ = 0.30`, with `, μ = 0.40` if its preference is known; a baseline's name; ""."""
+    weights = weights_text(point, policies)
+    if point.checkpoint or not weights:
+        return weights
+    return f"λ = {weights}" + (f", μ = {shares_text(point.place)}" if point.preference else "")
 
 
 def with_unit(name: str, unit: str) -> str:
@@ -169,6 +185,11 @@ def points_note(summary: Summary) -> str:
     elif first:
         edited = any(point.edit for point in summary.points)
         note = f"λ: weight of {first}{'; of `edit` α, and β = 1 − α' if edited else ''}. {note}"
+    if any(point.merge.method == MOD for point in summary.points):
+        note += f" {MOD}: a control while decoding; {len(summary.policies)} models answer at that many times the cost."
+    if rewards := next((list(point.preference) for point in summary.points if point.preference), []):
+        what = f"weights of {', '.join(rewards)}" if len(rewards) > 2 else f"weight of {rewards[0]}"
+        note += f" μ: {what} in the preference; policies were trained for mixtures B, and λ = B⁻¹μ."
     note += " KL: mean of log π(y|x) − log π_SFT(y|x)"
     settings = {name: summary.generation.get(name, 1.0) for name in ("temperature", "top_p")}
     if any(value != 1.0 for value in settings.values()):

@@ -18,6 +18,7 @@ from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, refuse_empty
+from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
@@ -181,9 +182,10 @@ class PolicyTask:
         return longest
 
     def add_to_project(self, run: TrainingRun) -> None:
-        """Add the policy to the project; one trained for a weighted sum becomes a baseline."""
-        section = "policies" if len(self.reward.weights) == 1 else "baselines"
-        entries: Mapping[tuple[str, ...], Any] = {(section, self.rewards.name()): run.output}
+        """Add the policy to the project; one trained for a weighted sum is a baseline, unless `mixtures:` names it."""
+        name, mixtures = self.rewards.name(), load_project(self.options.project_file).config.mixtures
+        merged = len(self.reward.weights) == 1 or name in mixtures
+        entries: Mapping[tuple[str, ...], Any] = {("policies" if merged else "baselines", name): run.output}
         from_main(lambda: say(*register(self.options.project_file, entries)))
 
     def heading(self, algorithm: str, what: str) -> str:

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.evaluator.points import Methods, PointSpec, point_key
+from rewarded_lines.evaluator.points import PointSpec, point_key
+from rewarded_lines.evaluator.project_methods import Methods
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.spec import MergeSpec

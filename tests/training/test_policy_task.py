@@ -1,10 +1,13 @@
 """A policy's task: it scores the SFT model's responses and sets how responses are sampled."""
 
+from types import SimpleNamespace
+
 import pytest
 from tiny_models import PROMPTS, make_model, make_tokenizer
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
@@ -43,6 +46,17 @@ def test_a_task_scores_its_models_responses_by_every_reward(task):
     assert task.heading("PPO", "1 prompt").startswith(
         "PPO of base for `length`, 1 prompt; the SFT model scores `length`"
     )
+
+
+@pytest.mark.parametrize(("declared", "section"), [("bone", "policies"), ("other", "baselines")])
+def test_a_policy_of_a_mixture_is_merged_if_the_project_declares_it(task, tmp_path, declared, section):
+    file = tmp_path / "project.yaml"
+    file.write_text(f"mixtures:\n  {declared}: {{length: 0.7, words: 0.3}}\n")
+    task.options = RunOptions(project_file=str(file))
+    task.rewards = RewardOptions(rewards={"length": 0.7, "words": 0.3}, policy_name="bone")
+    task.reward = WeightedReward({"length": Length(), "words": Length()}, task.rewards.weights())
+    task.add_to_project(SimpleNamespace(output=tmp_path / "model"))
+    assert getattr(load_project(file).config, section) == {"bone": "model"}
 
 
 def test_responses_are_sampled_with_the_projects_ends_and_the_recipes_settings(task):

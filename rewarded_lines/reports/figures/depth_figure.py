@@ -11,6 +11,7 @@ from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_bytes
 from rewarded_lines.merger.inspect import Inspection, Level
 from rewarded_lines.merger.lines_schedule import Line, Schedule
+from rewarded_lines.merger.methods import MOD
 from rewarded_lines.reports.figures.figure_style import (
     FORMATS,
     WIDE,
@@ -144,7 +145,7 @@ def schedules(summary: Summary) -> dict[Band, list[str]]:
     """Return the methods of every schedule, without models that are not merged."""
     found: dict[Band, list[str]] = {}
     for name, points in summary.merged_methods().items():
-        if not any(point.checkpoint for point in points):
+        if not any(point.checkpoint or point.merge.method == MOD for point in points):
             merges = sorted((point.merge for point in points), key=lambda merge: merge.alpha)
             found.setdefault((merges[0].schedule, merges[-1].schedule), []).append(name)
     return found

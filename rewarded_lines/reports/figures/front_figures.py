@@ -241,8 +241,9 @@ def _entries(drawn: Drawn, volumes: bool, shaded: bool, knees: bool = False) -> 
         found.append((Line2D([], [], color="black", linestyle="--", linewidth=0.9, marker=""), "SFT"))
         found.append((Line2D([], [], linestyle="none"), "dots: each λ; markers: the knee of each front"))
     found.append((Line2D([], [], **drawn.mark("interval")), f"{summary.level:.0%} interval of a mean"))
-    if len(summary.policies) == 2 and any(point.lam is not None for point in summary.points):
-        found.append((Line2D([], [], linestyle="none"), f"λ: weight of {shorten(summary.policies[0], _LONGEST)}"))
+    if len(summary.policies) == 2 and (merged := [point for point in summary.points if point.lam is not None]):
+        sign, (first, *_) = ("μ", merged[0].preference) if merged[0].preference else ("λ", summary.policies)
+        found.append((Line2D([], [], linestyle="none"), f"{sign}: weight of {shorten(first, _LONGEST)}"))
     return [handle for handle, _ in found], [label for _, label in found]
 
 

@@ -247,7 +247,7 @@ def _labels(axes: Axes, drawn: Drawn, plane: Plane) -> Iterator[Label]:
 
 
 def _texts(drawn: Drawn) -> Iterator[tuple[str, PointSummary, str]]:
-    """Yield method, point and label: first the baselines' names, then λ of two policies, ends first."""
+    """Yield method, point and label: first the baselines' names, then λ or μ of two policies, ends first."""
     reverse = list(reversed(drawn.methods.items()))
     for name, points in reverse:
         yield from ((name, point, point.checkpoint) for point in points if point.checkpoint)
@@ -255,4 +255,4 @@ def _texts(drawn: Drawn) -> Iterator[tuple[str, PointSummary, str]]:
         if name in drawn.chosen:
             some = [point for point in spread(points) if len(point.weights) == 2]
             for point in [*some[:1], *some[-1:], *some[1:-1]]:
-                yield name, point, f"λ = {point.lam:.3g}"
+                yield name, point, f"{'μ' if point.preference else 'λ'} = {point.lam:.3g}"

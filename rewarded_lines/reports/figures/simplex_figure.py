@@ -39,7 +39,10 @@ def simplex_figure(summary: Summary) -> Figure | None:
     side = WIDE / max(len(rewards), 2)
     figure = blank_figure(side * len(rewards), 0.86 * side * len(methods) + 0.9)
     panels = figure.subplots(len(methods), len(rewards), squeeze=False)
-    corners = [shorten(name, 12 if len(rewards) > 2 else 18) for name in summary.policies]
+    sign, one, names = "λ", "policy", summary.policies
+    if asked := next(iter(methods.values()))[0].preference:
+        sign, one, names = "μ", "reward", list(asked)
+    corners = [shorten(name, 12 if len(rewards) > 2 else 18) for name in names]
     for column, reward in enumerate(rewards):
         limits = _limits(methods, reward)
         for axes, points in zip(panels[:, column], methods.values(), strict=True):
@@ -53,7 +56,7 @@ def simplex_figure(summary: Summary) -> Figure | None:
         axes.set_ylabel(_lines(shorten(labels[name], 36)))
     dashed = dict(color="black", linestyle="--", linewidth=1.0, marker="")
     dot, ring = _marks()
-    evaluated = ("λ, evaluated; a corner is one policy alone", dot)
+    evaluated = (f"{sign}, evaluated; a corner is one {one} alone", dot)
     kinds = [evaluated, ("highest mean", ring), ("mean of the SFT model", dashed)]
     legend_above(figure, kinds, columns=3)
     return settled(figure)
@@ -66,12 +69,12 @@ def triangle_points(weights: np.ndarray) -> np.ndarray:
 
 def _spans(points: list[PointSummary]) -> bool:
     """True if the weights of three policies do not lie on one line."""
-    weights = np.array([point.weights for point in points if len(point.weights) == 3])
+    weights = np.array([point.place for point in points if len(point.place) == 3])
     return len(weights) >= 3 and np.linalg.matrix_rank(weights - weights[0], tol=1e-9) == 2
 
 
 def _limits(methods: dict[str, list[PointSummary]], reward: str) -> tuple[float, float]:
-    values = [measure(point, reward).value for points in methods.values() for point in points if point.weights]
+    values = [measure(point, reward).value for points in methods.values() for point in points if point.place]
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -90,8 +93,8 @@ def _draw_triangle(
     from matplotlib.ticker import MaxNLocator
     from matplotlib.tri import TriAnalyzer, Triangulation
 
-    points = [point for point in points if len(point.weights) == 3]
-    at = triangle_points(np.array([point.weights for point in points]))
+    points = [point for point in points if len(point.place) == 3]
+    at = triangle_points(np.array([point.place for point in points]))
     values = np.array([measure(point, reward).value for point in points])
     triangles = Triangulation(*at.T)
     triangles.set_mask(TriAnalyzer(triangles).get_flat_tri_mask(_FLAT))

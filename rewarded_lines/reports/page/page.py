@@ -156,8 +156,7 @@ def _light_and_dark(colour: str) -> list[str]:
 def _point(runs: Sequence[Run], point: PointSummary) -> dict[str, Any]:
     estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
     values = [[one.value, one.low, one.high] for one in estimates]
-    weights = texts.weights_text(point, list(runs[0].header["policies"]))
-    place = weights if point.checkpoint or not weights else f"λ = {weights}"
+    place = texts.place_text(point, list(runs[0].header["policies"]))
     return {
         "method": point.method,
         "place": place,

@@ -1,0 +1,72 @@
+"""Several models that answer as one: at every step their logits are mixed, and each model keeps its own cache (MOD).
+
+    log π(y_t | x, y_<t) = Σᵢ λᵢ log πᵢ(y_t | x, y_<t) − log Z_t,    Σᵢ λᵢ = 1
+
+log πᵢ are the logits lᵢ minus one number for each step, so Σᵢ λᵢ lᵢ are logits of the same π. If one λᵢ is 1 they are
+the model's own, which also a repetition penalty sees.
+
+Source: Shi et al., "Decoding-Time Language Model Alignment with Multiple Objectives", arXiv 2406.18853, the case of the
+reverse KL: the optimum of Σ λᵢ rᵢ, where πᵢ are the optima of rᵢ with one SFT model and one KL coefficient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# The arguments and outputs of transformers' models that hold what they have read.
+_CACHES = ("past_key_values", "cache_params", "state")
+
+
+@contextmanager
+def mixed(leader: Any, weight: float, others: Sequence[tuple[float, Any]]) -> Iterator[None]:
+    """Let `leader` return λ·logits + Σ λᵢ·logitsᵢ in float32 in the block, also inside its `generate`.
+
+    Every forward pass of the leader is repeated by the others with the same arguments, apart from the cache.
+
+    Args:
+        leader: a model of transformers.
+        weight: its λ.
+        others: λᵢ and model; of the leader's architecture, on its device.
+    """
+    followers = _Followers(weight, others)
+    handles = [
+        leader.register_forward_pre_hook(followers.before, with_kwargs=True),
+        leader.register_forward_hook(followers.after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Followers:
+    """The hooks of one leader."""
+
+    def __init__(self, weight: float, others: Sequence[tuple[float, Any]]) -> None:
+        self._weight, self._others = weight, others
+        # The leader's cache after its last pass, and those of the others.
+        self._leaders: Any = None
+        self._own: list[Any] = []
+
+    def before(self, _: Any, __: Any, given: dict[str, Any]) -> None:
+        """Begin with empty caches where the leader does: an unknown cache is a new one."""
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        if cache is None or cache is not self._leaders:
+            self._own = [copy.deepcopy(cache) for _ in self._others]
+
+    def after(self, _: Any, args: Any, given: dict[str, Any], output: Any) -> Any:
+        """Replace the leader's logits by the mixture."""
+        total = self._weight * output.logits.float()
+        passed = next((name for name in _CACHES if given.get(name) is not None), None)
+        made = next((name for name in _CACHES if output.get(name) is not None), None)
+        for place, (weight, model) in enumerate(self._others):
+            answer = model(*args, **{**given, **({passed: self._own[place]} if passed else {})})
+            total += weight * answer.logits.float()
+            self._own[place] = answer[made] if made else None
+        self._leaders = output[made] if made else None
+        output.logits = total
+        return output
