@@ -80,10 +80,7 @@ def merge(
     targets = _targets(None if how.out is None else Path(expand(how.out)), specs)
     _check_targets(targets, [base, *named.values()], how.overwrite)
     plan = _open(base, named, how)
-    plan.check_schedule(specs[0])
-    if how.mixtures:
-        check_trained(how.mixtures, {name: policy.folder for name, policy in plan.policies.items()})
-        plan.notes += read_mixtures(how.mixtures, named).notes(spec.weights for spec in specs)
+    _check_specs(plan, specs, how)
     addition = how.additions(plan) if how.additions else None
     if how.method == "greedy" and how.dry_run:
         plan.notes.append("dry run: no candidate is scored, so who joins is not known")
@@ -148,6 +145,14 @@ def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
     taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from")
     return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
+
+
+def _check_specs(plan: Plan, specs: Sequence[MergeSpec], how: MergeOptions) -> None:
+    """Refuse what does not fit the opened inputs, and note weights outside the simplex."""
+    plan.check_schedule(specs[0])
+    if how.mixtures:
+        check_trained(how.mixtures, {name: policy.folder for name, policy in plan.policies.items()})
+        plan.notes += read_mixtures(how.mixtures, plan.policies).notes(spec.weights for spec in specs)
 
 
 def _write(
