@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewarded_lines.engines.memory_levels import SHARE_OF_ADAPTERS
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
+from rewarded_lines.processes import GIB
 
 # Sequences of a small engine's batch. vLLM's 1024 on a large GPU need gigabytes to sample.
 _FEW_SEQUENCES = 256
@@ -15,12 +17,11 @@ _FEW_TOKENS = 2048
 # The same for models that also read images: some need one whole image in a batch.
 _FEW_TOKENS_WITH_IMAGES = 4096
 # Bytes of an engine beside weights, cache and activations: kernels' own memory, and what torch keeps.
-_OVERHEAD = 1 << 30
+_OVERHEAD = GIB
 # Bytes that sampling takes for each sequence and token of the vocabulary: float32 logits, sorted with their places.
 _SAMPLING = 20
 # Merged adapters that wait in slots of the engine: so many, in at most this share of the free memory.
-_MOST_ADAPTERS, _SHARE_OF_ADAPTERS = 16, 0.1
-_GIB = 1 << 30
+_MOST_ADAPTERS = 16
 
 
 def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
@@ -46,8 +47,8 @@ def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
             raise fail(
                 "reward models and models that wait on the GPU leave no memory for the engine",
                 where=f"vLLM, cuda:{device}",
-                expected=f"more than {(spare + beside) / _GIB:.1f} GiB free, which they need beside what they hold",
-                got=f"{free / _GIB:.1f} GiB of {total / _GIB:.1f}",
+                expected=f"more than {(spare + beside) / GIB:.1f} GiB free, which they need beside what they hold",
+                got=f"{free / GIB:.1f} GiB of {total / GIB:.1f}",
                 remedy="set `resident: host`, lower `--reward-memory`, or declare `dtype: bfloat16` in rewards",
             )
         shares.append(min(0.9 * (free - spare) - beside, size or free) / total)
@@ -73,7 +74,7 @@ def working_memory(config: Any, longest: int, itemsize: int, samples: bool) -> i
 
 def adapters_at_once(free: int, one: int) -> int:
     """Return how many merged adapters of so many bytes, in float32, the engine keeps; one more slot stays spare."""
-    return min(_MOST_ADAPTERS, max(1, int(_SHARE_OF_ADAPTERS * free / max(1, one))))
+    return min(_MOST_ADAPTERS, max(1, int(SHARE_OF_ADAPTERS * free / max(1, one))))
 
 
 def _most(value: Any) -> int:

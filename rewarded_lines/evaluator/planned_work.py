@@ -16,12 +16,12 @@ from rewarded_lines.config import PromptSpec
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.doctor import graphics_cards
-from rewarded_lines.engines.memory_plan import CUDA, GIB, ITEMSIZE, Job, Machine
+from rewarded_lines.engines.memory_plan import CUDA, ITEMSIZE, Job, Machine
 from rewarded_lines.engines.model_shapes import ModelShape, read_shape
 from rewarded_lines.engines.plan_options import PlanOptions
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import is_installed
-from rewarded_lines.processes import available_host_memory
+from rewarded_lines.processes import GIB, available_host_memory
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewards.reward_memory import shared_out
 

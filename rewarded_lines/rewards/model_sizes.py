@@ -10,10 +10,10 @@ from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, read_json
 from rewarded_lines.engines.vllm_memory import working_memory
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
-from rewarded_lines.processes import available_memory
+from rewarded_lines.processes import GIB, available_memory
 from rewarded_lines.reward_settings import RewardSpec
 
-WORKING_MEMORY = 2 << 30
+WORKING_MEMORY = 2 * GIB
 """Bytes of a GPU for activations; one reward model computes at a time."""
 
 
@@ -94,4 +94,4 @@ def whole_memory(device: str) -> int:
 
 def in_gib(size: float) -> str:
     """Return bytes for messages."""
-    return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / GIB:.1f} GiB"

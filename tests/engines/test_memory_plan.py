@@ -13,10 +13,11 @@ from tiny_models import make_model, save_model
 
 from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
 from rewarded_lines.engines.memory_levels import working_bytes
-from rewarded_lines.engines.memory_plan import GIB, Job, Machine, plan_memory
+from rewarded_lines.engines.memory_plan import Job, Machine, plan_memory
 from rewarded_lines.engines.model_shapes import read_shape
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import planned_work
+from rewarded_lines.processes import GIB
 
 # The published configs, as far as they matter here.
 LLAMA_8B = {
