@@ -17,7 +17,7 @@ Level = Literal["gpu", "host", "disk"]
 LEVELS: tuple[Level, ...] = ("gpu", "host", "disk")
 # The engine and the inputs leave the rest of a GPU's free memory to torch's reserve and to others.
 _SHARE_OF_GPU = 0.9
-# Merged adapters get so much of it: once for the engine's slots, and once for what waits beside the engine.
+# Merged adapters get so much of it for the engine's slots, and so much for what waits beside the engine.
 SHARE_OF_ADAPTERS = 0.1
 # Of all engines on a machine together; the rest of the host's memory serves files and rewards.
 _SHARE_OF_HOST = 0.3
@@ -98,7 +98,7 @@ def choose_for_adapters(asked: str, inputs: int, gpu: int, host: int, devices: i
 
     Args:
         asked: "auto" means memory, also for an engine on a CPU.
-        inputs: bytes of the policies' factors, and of the merged adapters that the engine keeps.
+        inputs: bytes of the policies' factors and of a merged adapter.
         gpu: see `choose_level`, as for the rest.
         host: likewise.
         devices: of the engine; each worker has all factors.

@@ -22,7 +22,7 @@ from rewarded_lines.engines.memory_levels import (
     working_bytes,
 )
 from rewarded_lines.engines.model_shapes import ModelShape
-from rewarded_lines.engines.vllm_memory import adapters_at_once, few_scored_at_once
+from rewarded_lines.engines.vllm_memory import WORKING_MEMORY, adapters_at_once, few_scored_at_once
 from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
 from rewarded_lines.processes import GIB
 
@@ -39,8 +39,6 @@ _GRAPHS_PER_LAYER = 24 << 20
 _LARGE_CARD, _LARGE_BATCH, _BATCH = 70 * GIB, 16_384, 8192
 # A merge by the processor: kernels and blocks in work, whatever the size of the model.
 _MERGE_ON_CPU = GIB // 2
-# What a reward model takes for its batches.
-_REWARD_BATCH = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def _placed(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
     beside = {"CUDA": CUDA + (_BETWEEN if gpus > 1 else 0), **job.rewards}
     free = max(0, machine.card - sum(beside.values()))
     fixed = fixed_bytes(shape, job, machine, free)
-    free = max(0, free - (_REWARD_BATCH if job.rewards else 0))
+    free = max(0, free - (WORKING_MEMORY if job.rewards else 0))
     place, inputs = _waiting(shape, job, machine, free)
     what = "adapters" if job.lora else "base and policies"
     room = job.share * machine.card if job.share is not None else _SHARE * free - place.beside
@@ -151,12 +149,14 @@ def _placed(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
     beside |= {what: waiting} if waiting else {}
     beside |= {"merges": place.beside - waiting} if place.beside > waiting else {}
     at_times = {"log-probabilities": score_bytes(shape, job, machine)}
-    at_times |= {"reward models": _REWARD_BATCH} if job.rewards else {}
+    at_times |= {"reward models": WORKING_MEMORY} if job.rewards else {}
     # They follow one another, so the largest of them counts.
     name = max(at_times, key=lambda one: at_times[one])
     beside[f"{name}, at times"] = at_times[name]
     level = SLOTS if job.lora else place.level
-    host = {"merge on the CPU": _MERGE_ON_CPU, **({what: inputs * (gpus if job.lora else 1)} if place.level == "host" else {})}
+    host = {"merge on the CPU": _MERGE_ON_CPU}
+    if place.level == "host":
+        host[what] = inputs * (gpus if job.lora else 1)
     disk = {"inputs": shape.stored + job.policies * _policy_bytes(shape, job), "one merged model": _output(shape, job)}
     left = machine.card - room - sum(beside.values())
     problems = _problems(shape, job, machine, count, left, name)
@@ -226,20 +226,15 @@ def slot_bytes(shape: ModelShape, job: Job, gpus: int, free: int) -> int:
     The rank is Σ r, rounded up to one that vLLM serves. An upper bound: every linear layer counts.
     """
     rank = served_rank(job.lora * job.policies)
-    slots = 1 + _adapters(shape, job, free)
+    slots = 1 + adapters_at_once(free, lora_bytes(shape, rank, ITEMSIZE["float32"]))
     edges = shape.undivided + -(-(shape.edges - shape.undivided) // gpus)
     return slots * rank * edges * ITEMSIZE[job.dtype]
 
 
-def _adapters(shape: ModelShape, job: Job, free: int) -> int:
-    """Return how many merged adapters the engine keeps."""
-    return adapters_at_once(free, lora_bytes(shape, served_rank(job.lora * job.policies), ITEMSIZE["float32"]))
-
-
 def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[Place, int]:
-    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' and merged ones."""
+    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' and a merged one."""
     if job.lora:
-        inputs = (1 + _adapters(shape, job, free)) * _output(shape, job)
+        inputs = 2 * _output(shape, job)
         return choose_for_adapters(job.resident, inputs, free, machine.host, machine.gpus), inputs
     inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
     engine = least_engine(weights) if job.share is None else int(job.share * machine.card)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,22 +40,20 @@ class ResidentAdapters:
             self._factors[index, info.name] = as_torch(values, info.dtype).view(info.shape).to(device)
         nonfinite.refuse()
 
-    def merged(self, spec: MergeSpec) -> dict[str, torch.Tensor]:
-        """Return the tensors of a merged adapter by their names in its file, with the bits that `merge` writes.
+    def tensors(self, spec: MergeSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of a merged adapter with their names in its file, and the bits that `merge` writes.
 
         Raises:
-            UserError: values are not finite.
+            UserError: values are not finite; raised after the last tensor.
         """
         output, nonfinite = self._plan.output(spec), self._plan.whole.nonfinite()
-        tensors = {}
         for name, stack in output.stacks.items():
             owners = [(part, self._plan.modules[name][part.policy]) for part in stack.parts]
             above = ((part.policy, module.a, 1.0) for part, module in owners)
             beside = ((part.policy, module.b, part.factor) for part, module in owners)
-            tensors[stack.key("A")] = self._joined(above, 0, output.dtype, nonfinite)
-            tensors[stack.key("B")] = self._joined(beside, 1, output.dtype, nonfinite)
+            yield stack.key("A"), self._joined(above, 0, output.dtype, nonfinite)
+            yield stack.key("B"), self._joined(beside, 1, output.dtype, nonfinite)
         nonfinite.refuse()
-        return tensors
 
     def _joined(self, pieces: Iterable[_Piece], axis: int, dtype: DType, nonfinite: NonFinite) -> torch.Tensor:
         """Return factors along an axis, each multiplied in float64 and rounded once."""
@@ -69,7 +67,7 @@ class ResidentAdapters:
         return torch.cat(made, axis)
 
 
-def give_to_vllm(runner: Any, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+def give_to_vllm(runner: Any, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Put a merged adapter into a slot of vLLM, under a new number.
 
     vLLM itself registers the adapters of its trial runs in this way: requests with that number then find it loaded and
@@ -88,14 +86,15 @@ def give_to_vllm(runner: Any, number: int, tensors: Mapping[str, torch.Tensor]) 
 
     loader = runner.lora_manager
     manager, config = loader._adapter_manager, loader.lora_config
-    rank = max(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
+    values = {name: tensor.to(config.lora_dtype) for name, tensor in tensors}
+    rank = max(len(tensor) for name, tensor in values.items() if ".lora_A." in name)
     helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])
     helper.validate_legal(config)
     adapter = LoRAModel.from_lora_tensors(
         number,
-        dict(tensors),
+        values,
         helper,
-        device=str(next(iter(tensors.values())).device),
+        device=str(next(iter(values.values())).device),
         dtype=config.lora_dtype,
         weights_mapper=without_stacking(getattr(manager.model, "hf_to_vllm_mapper", None)),
         skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
@@ -105,3 +104,13 @@ def give_to_vllm(runner: Any, number: int, tensors: Mapping[str, torch.Tensor]) 
     if loader.device.type == "cuda":
         # The slot is whole before anybody reads it, on whichever stream.
         torch.cuda.synchronize(loader.device)
+    # The slot has the values. vLLM would copy these into another slot if that one were taken: it must fail instead.
+    for layer in adapter.loras.values():
+        layer.lora_a, layer.lora_b = _without_values(layer.lora_a), _without_values(layer.lora_b)
+
+
+def _without_values(factor: Any) -> Any:
+    """Return a factor, or those of fused layers, as tensors that take no memory."""
+    if isinstance(factor, torch.Tensor):
+        return torch.empty_like(factor, device="meta")
+    return factor and [_without_values(one) for one in factor]

@@ -7,8 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.checkpoints.dtypes import FLOATS
+from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.engines.adapter_folders import (
     AdapterFolders,
     AdapterGenerator,
@@ -55,9 +55,9 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         free = available_memory(vllm_device())
         self.at_once = adapters_at_once(free, adapter_bytes(plan, rank))
         self._number = 0
-        # What the engine keeps of each adapter, beside its slot.
-        kept = self.at_once * adapter_bytes(plan, itemsize=FLOATS[work.spec.dtype].itemsize)
-        place = place_for_adapters(work.settings, factor_bytes(plan) + kept, work.spare, work.engines)
+        # One merged adapter is on its way to a slot.
+        inputs = factor_bytes(plan) + adapter_bytes(plan, itemsize=FLOATS[work.spec.dtype].itemsize)
+        place = place_for_adapters(work.settings, inputs, work.spare, work.engines)
         self.told = (f"resident: {place.why}",) if place.why else ()
         self._start(
             work,
@@ -99,8 +99,8 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         """
         assert self._plan is not None
         self.level = level
-        if level == "disk":
-            self._folders = AdapterFolders(self._plan)
+        self._folders = AdapterFolders(self._plan) if level == "disk" else None
+        if self._folders:
             return
         count = len(self._plan.policies)
         trial = spec_message(MergeSpec((1 / count,) * count, 1.0, 0.0))

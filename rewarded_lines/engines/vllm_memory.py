@@ -20,6 +20,8 @@ _FEW_TOKENS_WITH_IMAGES = 4096
 _OVERHEAD = GIB
 # Bytes that sampling takes for each sequence and token of the vocabulary: float32 logits, sorted with their places.
 _SAMPLING = 20
+WORKING_MEMORY = 2 * GIB
+"""Bytes of a GPU for activations of reward models; one of them computes at a time."""
 # Merged adapters that wait in slots of the engine: so many, in at most this share of the free memory.
 _MOST_ADAPTERS = 16
 
@@ -61,25 +63,24 @@ def few_at_once(longest: int) -> dict[str, int]:
     return {"max_num_seqs": _FEW_SEQUENCES, "max_num_batched_tokens": max(longest, _FEW_TOKENS)}
 
 
-def working_memory(config: Any, longest: int, itemsize: int, samples: bool) -> int:
-    """Return the bytes of activations with the batches of `few_at_once`; `samples`: the model also writes texts."""
-    own = config.get_text_config()
-    names = "intermediate_size", "moe_intermediate_size", "num_experts_per_tok"
-    inner, of_expert, experts = (_most(getattr(own, name, None)) for name in names)
-    inner = max(inner or 4 * own.hidden_size, of_expert * experts)
+def working_memory(hidden: int, inner: int, longest: int, itemsize: int, sampled: int = 0) -> int:
+    """Return the bytes that an engine computes in with the batches of `few_at_once`, at least `WORKING_MEMORY`.
+
+    Args:
+        hidden: width of the residual stream.
+        inner: a token's gates in a block.
+        longest: tokens of the longest text.
+        itemsize: bytes of a number.
+        sampled: the tokens of the vocabulary, if the model also writes texts.
+    """
     # A layer's gates, ups and their products; residuals, queries, keys and values.
-    activations = few_at_once(longest)["max_num_batched_tokens"] * (3 * inner + 6 * own.hidden_size) * itemsize
-    return _OVERHEAD + activations + (_FEW_SEQUENCES * own.vocab_size * _SAMPLING if samples else 0)
+    activations = few_at_once(longest)["max_num_batched_tokens"] * (3 * inner + 6 * hidden) * itemsize
+    return max(WORKING_MEMORY, _OVERHEAD + activations + _FEW_SEQUENCES * sampled * _SAMPLING)
 
 
 def adapters_at_once(free: int, one: int) -> int:
     """Return how many merged adapters of so many bytes, in float32, the engine keeps; one more slot stays spare."""
     return min(_MOST_ADAPTERS, max(1, int(SHARE_OF_ADAPTERS * free / max(1, one))))
-
-
-def _most(value: Any) -> int:
-    """Return a number of a config, the largest where each layer has its own."""
-    return max(value) if isinstance(value, list | tuple) else int(value or 0)
 
 
 def few_scored_at_once(longest: int, towers: bool, args: Mapping[str, Any]) -> dict[str, int]:

@@ -159,7 +159,7 @@ class MergingWorker:
     def add_merged(self, number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         """Merge adapters, and give the result to vLLM under a new number; see `VllmCore.ask`."""
         worker: Any = self
-        return _answer(lambda: give_to_vllm(worker.model_runner, number, self.factors.merged(_spec_of(message))))
+        return _answer(lambda: give_to_vllm(worker.model_runner, number, self.factors.tensors(_spec_of(message))))
 
     def shared_memory_name(self) -> str:
         """Return the prefix of the names in /dev/shm that several CPU workers share; "" on a GPU."""
