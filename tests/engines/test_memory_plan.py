@@ -290,7 +290,11 @@ def test_large_reward_models_take_turns(tiny, cli, budget, expected):
 
 def test_reward_models_in_vllm_hold_what_they_compute_in(tiny, cli):
     text, vllm = "max_tokens: 1000, dtype: bfloat16", "backend: vllm, dtype: bfloat16"
-    models = {"seven": f"model: 7B, {text}", "fast": f"model: 7B, {vllm}", "judge": f"judge: 8B, token: A, {vllm}"}
+    models = {
+        "seven": f"model: 7B, {text}",
+        "fast": f"model: 7B, {vllm}",
+        "judge": f"judge: 8B, token: A, template: chat, {vllm}",
+    }
     edit_project(tiny, "rewards:", "rewards:\n" + "\n".join(f"  {name}: {{{one}}}" for name, one in models.items()))
     found = json.loads(cli("doctor", "--for", "sft", "--gpu-memory", "160", "--json").out)["job"]["rewards"]
     # Keys and values of 8,192 tokens; a batch of as many; and logits of 256 sequences to sample from.

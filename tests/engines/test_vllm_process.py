@@ -74,10 +74,10 @@ def test_a_small_engines_working_memory_is_that_of_its_batches():
         return engine_size(config, spec, 1, longest, "cpu")[0] - 1 - cache_size(config, spec, longest)
 
     assert work(config, 8192, model="m") == (1 << 30) + activations
-    assert work(config, 8192, judge="m", token=["A"]) == (1 << 30) + activations + 256 * 128256 * 20
+    assert work(config, 8192, judge="m", token=["A"], template="chat") == (1 << 30) + activations + 256 * 128256 * 20
     experts = LlamaConfig(hidden_size=4096, intermediate_size=256, vocab_size=9)
     experts.moe_intermediate_size, experts.num_experts_per_tok = 1536, 8
-    assert work(experts, 8192, model="m") == (1 << 30) + 8192 * (3 * 8 * 1536 + 6 * 4096) * 2
+    assert work(experts, 16384, model="m") == (1 << 30) + 16384 * (3 * 8 * 1536 + 6 * 4096) * 2
     # However small the batches.
     assert work(experts, 8, model="m") == 2 << 30
 
