@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.resident_adapters import ResidentAdapters, give_to_vllm
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.vllm_versions import last_slot_is_shared, let_vllm_search_modules
-from rewarded_lines.engines.worker_shares import WorkerFailed, share_of
+from rewarded_lines.engines.worker_shares import Share, WorkerFailed, share_of
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.plan import Plan
@@ -109,6 +110,13 @@ def _answer(work: Callable[[], Any]) -> dict[str, Any]:
     return {}
 
 
+@contextmanager
+def _as_one(share: Share) -> Iterator[None]:
+    """Leave the block when another worker fails in it: that one tells the reason."""
+    with suppress(WorkerFailed), share.together():
+        yield
+
+
 class MergingWorker:
     """An extension of vLLM's worker. The engine calls its methods by name on every worker."""
 
@@ -119,7 +127,7 @@ class MergingWorker:
         self.merge_plan, self.share = plan, share_of(worker)
         self.resident = Resident(plan, level, worker.device, self.share)
         # Reward models come back later, to the memory that is left.
-        with self.share.together():
+        with _as_one(self.share):
             self.resident.load()
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
@@ -136,14 +144,11 @@ class MergingWorker:
         """
         worker: Any = self
         try:
-            with self.share.together():
+            with _as_one(self.share):
                 worker.reload_weights(weights_iterator=self.resident.tensors(_spec_of(message)))
                 _repack_tied_head(worker.get_model())
         except UserError as error:
             return _told(error)
-        except WorkerFailed:
-            # The other one tells the reason.
-            pass
         return {}
 
     def hold_factors(self, message: Mapping[str, Any], level: Level) -> dict[str, Any]:
