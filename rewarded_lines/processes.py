@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+GIB = 1 << 30
 DIE_WITH_PARENT = "REWARDED_LINES_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
 # Here, not where they are called: between fork and exec, to look a function up can wait forever for a lock that another

@@ -83,8 +83,9 @@ def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iter
 
 
 def tell_rows(header: Mapping[str, Any], quiet: bool) -> None:
-    """Print on stderr how a run's prompts were read, which were left out, and what rewards do not read of them."""
-    for sentence in () if quiet else header["prompts"].get("told", ()):
+    """Print on stderr a run's notes: on its prompts, its rewards and its engine."""
+    # Earlier versions kept them with the prompts.
+    for sentence in () if quiet else header.get("told", header["prompts"].get("told", ())):
         typer.echo(sentence, err=True)
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from rewarded_lines.processes import GIB
+
 if TYPE_CHECKING:
     from rewarded_lines.engines.memory_plan import Job, Machine, MemoryPlan
     from rewarded_lines.engines.model_shapes import ModelShape
 
-_GIB = 1 << 30
 _LEVELS = {
     "gpu": "base and policies wait on the GPU",
     "host": "base and policies wait in the host's memory",
@@ -54,9 +55,9 @@ def show_plan(shape: ModelShape, job: Job, machine: Machine, plan: MemoryPlan, c
 
 def gib(size: float) -> str:
     """Return a size in GiB or MiB, as nvidia-smi and vLLM count."""
-    if size < _GIB / 10:
+    if size < GIB / 10:
         return f"{size / (1 << 20):,.1f} MiB"
-    return f"{size / _GIB:,.1f} GiB"
+    return f"{size / GIB:,.1f} GiB"
 
 
 def _rows(place: str, parts: Mapping[str, int], remarks: Mapping[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.dtypes import F32
+from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.engines.base import Generator, Model
 from rewarded_lines.folders import scratch_folder
 from rewarded_lines.merger.adapter_plan import AdapterPlan
@@ -29,8 +30,8 @@ class AdapterGenerator(Generator):
     _folders: AdapterFolders | None = None
 
     @abstractmethod
-    def _load(self, folder: Path) -> Any:
-        """Load an adapter; return the engine's name for it.
+    def _load(self, source: Any) -> Any:
+        """Load an adapter from its folder, or what else `_sources` yields; return the engine's name for it.
 
         Raises:
             UserError: the engine refuses the adapter, or ignores modules of it.
@@ -70,17 +71,25 @@ class AdapterGenerator(Generator):
         """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
         started = time.perf_counter()
         wanted = [model for model in models if model is not None and self._needs_adapter(model)]
-        written = self._folders.write(wanted, layer) if self._folders and wanted else []
         names: list[Any] = []
+        with self._sources(wanted, layer) as sources:
+            try:
+                for source in sources:
+                    names.append(self._load(source))
+                self.swap_seconds += time.perf_counter() - started
+                left = iter(names)
+                yield [next(left) if self._needs_adapter(model) else None for model in models]
+            finally:
+                for name in names:
+                    self._unload(name)
+
+    @contextmanager
+    def _sources(self, wanted: Sequence[MergeSpec], layer: str) -> Iterator[Sequence[Any]]:
+        """Yield what `_load` gets for each adapter: folders, which are written for the block."""
+        written = self._folders.write(wanted, layer) if self._folders and wanted else []
         try:
-            for folder in written:
-                names.append(self._load(folder))
-            self.swap_seconds += time.perf_counter() - started
-            left = iter(names)
-            yield [next(left) if self._needs_adapter(model) else None for model in models]
+            yield written
         finally:
-            for name in names:
-                self._unload(name)
             for folder in written:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -126,14 +135,20 @@ def adapted_layers(plan: AdapterPlan) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in plan.modules})
 
 
-def adapter_bytes(plan: AdapterPlan, rank: int = 0) -> int:
-    """Return the bytes of the largest merged adapter in float32, or of one with `rank` in every module."""
+def factor_bytes(plan: AdapterPlan) -> int:
+    """Return the bytes of all policies' factors as stored."""
+    pairs = (module for modules in plan.modules.values() for module in modules.values())
+    return total_bytes(info for one in pairs for info in (one.a, one.b))
+
+
+def adapter_bytes(plan: AdapterPlan, rank: int = 0, itemsize: int = F32.itemsize) -> int:
+    """Return the bytes of the largest merged adapter, in float32 by default, or of one with `rank` in every module."""
     size = 0
     for modules in plan.modules.values():
         like = next(iter(modules.values()))
         width = (rank or sum(one.rank for one in modules.values())) * max(1, like.experts)
         size += width * (like.a.shape[1] + like.b.shape[0])
-    return size * F32.itemsize
+    return size * itemsize
 
 
 def _place(plan: AdapterPlan) -> Path:

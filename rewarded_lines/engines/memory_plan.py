@@ -13,12 +13,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rewarded_lines.engines.kv_cache import kv_bytes
-from rewarded_lines.engines.memory_levels import Place, Sizes, choose_level, least_engine, working_bytes
+from rewarded_lines.engines.memory_levels import (
+    Place,
+    Sizes,
+    choose_for_adapters,
+    choose_level,
+    least_engine,
+    working_bytes,
+)
 from rewarded_lines.engines.model_shapes import ModelShape
-from rewarded_lines.engines.vllm_memory import adapters_at_once, few_scored_at_once
+from rewarded_lines.engines.vllm_memory import WORKING_MEMORY, adapters_at_once, few_scored_at_once
 from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
+from rewarded_lines.processes import GIB
 
-GIB = 1 << 30
 ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLOTS = "slots"
 _ENGINE = "the engine"
@@ -32,8 +39,6 @@ _GRAPHS_PER_LAYER = 24 << 20
 _LARGE_CARD, _LARGE_BATCH, _BATCH = 70 * GIB, 16_384, 8192
 # A merge by the processor: kernels and blocks in work, whatever the size of the model.
 _MERGE_ON_CPU = GIB // 2
-# What a reward model takes for its batches.
-_REWARD_BATCH = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -133,21 +138,25 @@ def _placed(shape: ModelShape, job: Job, machine: Machine) -> MemoryPlan:
     beside = {"CUDA": CUDA + (_BETWEEN if gpus > 1 else 0), **job.rewards}
     free = max(0, machine.card - sum(beside.values()))
     fixed = fixed_bytes(shape, job, machine, free)
-    free = max(0, free - (_REWARD_BATCH if job.rewards else 0))
+    free = max(0, free - (WORKING_MEMORY if job.rewards else 0))
     place, inputs = _waiting(shape, job, machine, free)
+    what = "adapters" if job.lora else "base and policies"
     room = job.share * machine.card if job.share is not None else _SHARE * free - place.beside
     count = max(0, int((room - sum(fixed.values())) // sequence))
     engine = {**fixed, "KV cache": sequence * min(count, job.at_once)}
-    waiting = -(-inputs // gpus) if place.level == "gpu" else 0
-    beside |= {"base and policies": waiting} if waiting else {}
+    # Each GPU's worker has all adapters.
+    waiting = -(-inputs // (1 if job.lora else gpus)) if place.level == "gpu" else 0
+    beside |= {what: waiting} if waiting else {}
     beside |= {"merges": place.beside - waiting} if place.beside > waiting else {}
     at_times = {"log-probabilities": score_bytes(shape, job, machine)}
-    at_times |= {"reward models": _REWARD_BATCH} if job.rewards else {}
+    at_times |= {"reward models": WORKING_MEMORY} if job.rewards else {}
     # They follow one another, so the largest of them counts.
     name = max(at_times, key=lambda one: at_times[one])
     beside[f"{name}, at times"] = at_times[name]
     level = SLOTS if job.lora else place.level
-    host = {"merge on the CPU": _MERGE_ON_CPU, **({"base and policies": inputs} if level == "host" else {})}
+    host = {"merge on the CPU": _MERGE_ON_CPU}
+    if place.level == "host":
+        host[what] = inputs * (gpus if job.lora else 1)
     disk = {"inputs": shape.stored + job.policies * _policy_bytes(shape, job), "one merged model": _output(shape, job)}
     left = machine.card - room - sum(beside.values())
     problems = _problems(shape, job, machine, count, left, name)
@@ -223,9 +232,10 @@ def slot_bytes(shape: ModelShape, job: Job, gpus: int, free: int) -> int:
 
 
 def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[Place, int]:
-    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' alone."""
+    """Return where base and policies wait, and their bytes as stored; of adapters, the policies' and a merged one."""
     if job.lora:
-        return Place("gpu", 0, ""), 0
+        inputs = 2 * _output(shape, job)
+        return choose_for_adapters(job.resident, inputs, free, machine.host, machine.gpus), inputs
     inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
     engine = least_engine(weights) if job.share is None else int(job.share * machine.card)
     sizes = Sizes(-(-inputs // machine.gpus), inputs, working_bytes(job.policies, shape.largest), engine)

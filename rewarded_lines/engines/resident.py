@@ -16,7 +16,7 @@ import torch
 from rewarded_lines.checkpoints.dtypes import as_torch
 from rewarded_lines.engines.memory_levels import CHUNK, LEVELS, Level
 from rewarded_lines.engines.pinned_memory import PinnedMemory
-from rewarded_lines.engines.worker_shares import Share
+from rewarded_lines.engines.worker_shares import FULL, WELL, Share
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, Workspace, blocks_of
 from rewarded_lines.kernels.tensor_merge import TensorMerge
@@ -27,6 +27,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.out_of_memory import empty_cache
 
 _FULL = (torch.OutOfMemoryError, MemoryError)
+_ELSEWHERE = "no room at another worker"
 
 Rows = list[torch.Tensor]
 """A tensor's stored values, flat, in the base and in each policy."""
@@ -94,15 +95,15 @@ class Resident:
 
     def _merged(self, name: str, spec: MergeSpec) -> torch.Tensor:
         while self._on_device:
+            reason = ""
             try:
-                return self._merged_there(name, spec)
+                part, bad, whole = self._part_there(name, spec)
             except _FULL as error:
-                if self._share.size > 1:
-                    # The other workers wait for this one's part.
-                    raise
-                reason = str(error)
-            # Not inside the block above: the error would keep what was computed.
-            self._move_down(reason)
+                # Told outside this block: the error would keep what was computed.
+                reason = str(error) or "no memory"
+            if self._share.agree(FULL if reason else WELL) == WELL:
+                return self._joined(name, spec, self._share.joined(part, whole, self._infos[name].elements), bad)
+            self._move_down(reason or _ELSEWHERE)
             self._load(spec)
         ((_, tensor),) = self._plan.tensors(spec, [name], self._workspace())
         return tensor
@@ -118,8 +119,8 @@ class Resident:
                 self._try_largest(spec)
             except _FULL as error:
                 reason = str(error) or "no memory"
-            if sum(self._share.summed([bool(reason)], self._device)):
-                self._move_down(reason or "no room at another worker")
+            if self._share.agree(FULL if reason else WELL) == FULL:
+                self._move_down(reason or _ELSEWHERE)
             elif self._on_device:
                 self._bad = self._all_bad()
 
@@ -193,16 +194,21 @@ class Resident:
         held = {name: arrays for name, arrays in self._arrays.items() if len(arrays) == 1 + len(policies)}
         return partial(MemoryWorkspace, base, policies, held) if held else None  # type: ignore[arg-type]
 
-    def _merged_there(self, name: str, spec: MergeSpec) -> torch.Tensor:
-        info, step = self._infos[name], self._plan.step(name, spec)
-        rows = self._there(name)
+    def _part_there(self, name: str, spec: MergeSpec) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Return a worker's part of a merged tensor, how many values are not finite, and room for the whole tensor."""
+        step, rows = self._plan.step(name, spec), self._there(name)
         if step.copy is None:
             part, bad = self._computed(name, step, rows)
         else:
             source, kind = rows[step.copy], getattr(torch, step.dtype.torch)
             # A clone: whoever gets the tensor may change it.
             part, bad = (source.clone(), 0) if source.dtype == kind else cast(source, kind)
-        whole = self._share.joined(part, info.elements)
+        mine, whole = self._share.room(part, self._infos[name].elements)
+        return mine, bad, whole
+
+    def _joined(self, name: str, spec: MergeSpec, whole: torch.Tensor, bad: int) -> torch.Tensor:
+        """Return a whole merged tensor in its shape; refuse values that are not finite."""
+        info, step = self._infos[name], self._plan.step(name, spec)
         if self._share.size > 1 and info.dtype.floating:
             bad = count_nonfinite(whole)
         nonfinite = self._plan.nonfinite()

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.families import TIED_HEADS
-from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
+from rewarded_lines.engines.adapter_folders import (
+    AdapterFolders,
+    AdapterGenerator,
+    adapted_layers,
+    adapter_bytes,
+    factor_bytes,
+)
 from rewarded_lines.engines.base import Workload
+from rewarded_lines.engines.memory_levels import LEVELS, Level, place_for_adapters
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.vllm_memory import adapters_at_once
+from rewarded_lines.engines.vllm_models import plan_message, spec_message
 from rewarded_lines.engines.vllm_process import vllm_device
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.out_of_memory import no_room, tell
 from rewarded_lines.processes import available_memory
 
 _FEW_AT_ONCE = 4
@@ -22,7 +35,10 @@ _REMEDY = "use --engine hf, which folds adapters into their base"
 
 
 class VllmAdapterGenerator(VllmCore, AdapterGenerator):
-    """Merged adapters are written to memory or a temporary folder and loaded into slots of the engine.
+    """Merged adapters go into slots of the engine.
+
+    The workers keep the policies' factors on the GPU, or in the host's memory, and make merged adapters there. Where
+    memory is short, or vLLM lacks what is called, the adapters go through files, in memory or a temporary folder.
 
     One slot stays spare: with none free, vLLM applies the last adapter to requests without an adapter.
     """
@@ -39,8 +55,13 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         free = available_memory(vllm_device())
         self.at_once = adapters_at_once(free, adapter_bytes(plan, rank))
         self._number = 0
+        # One merged adapter is on its way to a slot.
+        inputs = factor_bytes(plan) + adapter_bytes(plan, itemsize=FLOATS[work.spec.dtype].itemsize)
+        place = place_for_adapters(work.settings, inputs, work.spare, work.engines)
+        self.told = (f"resident: {place.why}",) if place.why else ()
         self._start(
             work,
+            beside=place.beside,
             enable_lora=True,
             max_lora_rank=rank,
             max_loras=self.at_once + 1,
@@ -52,7 +73,11 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         worth = self._worth_mixing(len(work.prompts) * work.spec.n)
         self.at_once = min(self.at_once, max(_FEW_AT_ONCE, worth))
         self.call("group_adapters")
-        self._folders = AdapterFolders(plan)
+        try:
+            self._hold(place.level)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """See `Generator.close`."""
@@ -67,25 +92,83 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         most: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))
 
-    def _load(self, folder: Path) -> Any:
+    def _hold(self, level: Level) -> None:
+        """Load the factors to a level or, where memory is short, to the next one; on disk, adapters go through files.
+
+        A merge on trial shows whether vLLM has what is called.
+        """
+        assert self._plan is not None
+        self.level = level
+        self._folders = AdapterFolders(self._plan) if level == "disk" else None
+        if self._folders:
+            return
+        count = len(self._plan.policies)
+        trial = spec_message(MergeSpec((1 / count,) * count, 1.0, 0.0))
+        self._number += 1
+        with _taken():
+            told = self.ask("hold_factors", plan_message(self._plan), level)
+            told = told or self.ask("add_merged", self._number, trial)
+            self._llm.llm_engine.remove_lora(self._number)
+        if "lacking" in told:
+            fact = f"resident: merged adapters go through files, since this vLLM is another: {told['lacking']}"
+            self.told = (*self.told, fact)
+            self._hold("disk")
+        elif told:
+            self._move_down(told["full"])
+
+    def _move_down(self, reason: str) -> None:
+        below = LEVELS[LEVELS.index(self.level) + 1]
+        tell(f"resident: adapters have no room ({reason.splitlines()[0][:120]}): {self.level}, now {below}")
+        self._hold(below)
+
+    @contextmanager
+    def _sources(self, wanted: Sequence[MergeSpec], layer: str) -> Iterator[Sequence[Any]]:
+        with super()._sources(wanted, layer) if self._folders else nullcontext(wanted) as sources:
+            yield sources
+
+    def _load(self, source: Path | MergeSpec) -> Any:
         from vllm.lora.request import LoRARequest
 
         self._number += 1
         # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
-        request = LoRARequest(str(self._number), self._number, str(folder))
-        try:
-            self._llm.llm_engine.add_lora(request)
-            unserved = self.call("unserved_modules", self._number)[0]
-        except Exception as error:  # noqa: BLE001 - the user can fold an adapter, whatever vLLM's reason is
-            what = "vLLM does not take the merged adapters"
-            raise fail(what, where=_ENGINE, got=str(error), remedy=_REMEDY) from error
+        request = LoRARequest(str(self._number), self._number, str(source))
+        with _taken():
+            if isinstance(source, MergeSpec):
+                self._add(request.lora_int_id, source)
+            else:
+                self._llm.llm_engine.add_lora(request)
+            unserved = self.call("unserved_modules", request.lora_int_id)[0]
         if unserved:
             what, got = "vLLM leaves out modules of the adapters", ", ".join(unserved[:3])
             raise fail(what, where=_ENGINE, got=got, remedy=_REMEDY)
         return request
 
+    def _add(self, number: int, spec: MergeSpec) -> None:
+        """Let every worker merge an adapter and put it into a slot, from the host's memory if the GPU's runs out."""
+        message = spec_message(spec)
+        told = self.ask("add_merged", number, message)
+        reason = told.get("full", "")
+        if reason and self.level == "gpu":
+            self._llm.llm_engine.remove_lora(number)
+            self._move_down(reason)
+            told = self.ask("add_merged", number, message)
+        if told:
+            raise no_room(_ENGINE, "a merged adapter does not fit", MemoryError(reason or told["lacking"]))
+
     def _unload(self, name: Any) -> None:
         self._llm.llm_engine.remove_lora(name.lora_int_id)
+
+
+@contextmanager
+def _taken() -> Iterator[None]:
+    """Refuse adapters with which vLLM fails in the block: the user can fold them, whatever the reason is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = "vLLM does not take the merged adapters"
+        raise fail(what, where=_ENGINE, got=str(error), remedy=_REMEDY) from error
 
 
 def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:

@@ -18,6 +18,7 @@ from rewarded_lines.engines.vllm_arguments import check_length
 from rewarded_lines.engines.vllm_memory import few_scored_at_once
 from rewarded_lines.engines.vllm_process import end_vllm, take_turn, vllm_device
 from rewarded_lines.engines.vllm_versions import finds_compiler, start_vllm
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.out_of_memory import empty_cache
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
@@ -62,6 +63,22 @@ class VllmCore(Generator):
         """Call a method of `MergingWorker` on every worker; return what each returns."""
         take_turn(self._llm)
         return list(self._llm.collective_rpc(method, args=args))
+
+    def ask(self, method: str, *args: Any) -> dict[str, str]:
+        """Call a method that says in plain types what went wrong: vLLM cannot send errors from process to process.
+
+        Returns:
+            Why memory ran out at a worker ("full"), or vLLM has not what was called ("lacking"); {} if all went well.
+
+        Raises:
+            UserError: a worker has "problems".
+        """
+        told: dict[str, Any] = {}
+        for one in self.call(method, *args):
+            told = {**one, **told}
+        if problems := told.pop("problems", None):
+            raise UserError(Problem(**problem) for problem in problems)
+        return told
 
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
         """See `Generator.generate`; all requests share one batch."""

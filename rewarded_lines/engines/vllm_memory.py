@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewarded_lines.engines.memory_levels import SHARE_OF_ADAPTERS
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
+from rewarded_lines.processes import GIB
 
 # Sequences of a small engine's batch. vLLM's 1024 on a large GPU need gigabytes to sample.
 _FEW_SEQUENCES = 256
@@ -15,12 +17,13 @@ _FEW_TOKENS = 2048
 # The same for models that also read images: some need one whole image in a batch.
 _FEW_TOKENS_WITH_IMAGES = 4096
 # Bytes of an engine beside weights, cache and activations: kernels' own memory, and what torch keeps.
-_OVERHEAD = 1 << 30
+_OVERHEAD = GIB
 # Bytes that sampling takes for each sequence and token of the vocabulary: float32 logits, sorted with their places.
 _SAMPLING = 20
+WORKING_MEMORY = 2 * GIB
+"""Bytes of a GPU for activations of reward models; one of them computes at a time."""
 # Merged adapters that wait in slots of the engine: so many, in at most this share of the free memory.
-_MOST_ADAPTERS, _SHARE_OF_ADAPTERS = 16, 0.1
-_GIB = 1 << 30
+_MOST_ADAPTERS = 16
 
 
 def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
@@ -46,8 +49,8 @@ def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
             raise fail(
                 "reward models and models that wait on the GPU leave no memory for the engine",
                 where=f"vLLM, cuda:{device}",
-                expected=f"more than {(spare + beside) / _GIB:.1f} GiB free, which they need beside what they hold",
-                got=f"{free / _GIB:.1f} GiB of {total / _GIB:.1f}",
+                expected=f"more than {(spare + beside) / GIB:.1f} GiB free, which they need beside what they hold",
+                got=f"{free / GIB:.1f} GiB of {total / GIB:.1f}",
                 remedy="set `resident: host`, lower `--reward-memory`, or declare `dtype: bfloat16` in rewards",
             )
         shares.append(min(0.9 * (free - spare) - beside, size or free) / total)
@@ -60,25 +63,24 @@ def few_at_once(longest: int) -> dict[str, int]:
     return {"max_num_seqs": _FEW_SEQUENCES, "max_num_batched_tokens": max(longest, _FEW_TOKENS)}
 
 
-def working_memory(config: Any, longest: int, itemsize: int, samples: bool) -> int:
-    """Return the bytes of activations with the batches of `few_at_once`; `samples`: the model also writes texts."""
-    own = config.get_text_config()
-    names = "intermediate_size", "moe_intermediate_size", "num_experts_per_tok"
-    inner, of_expert, experts = (_most(getattr(own, name, None)) for name in names)
-    inner = max(inner or 4 * own.hidden_size, of_expert * experts)
+def working_memory(hidden: int, inner: int, longest: int, itemsize: int, sampled: int = 0) -> int:
+    """Return the bytes that an engine computes in with the batches of `few_at_once`, at least `WORKING_MEMORY`.
+
+    Args:
+        hidden: width of the residual stream.
+        inner: a token's gates in a block.
+        longest: tokens of the longest text.
+        itemsize: bytes of a number.
+        sampled: the tokens of the vocabulary, if the model also writes texts.
+    """
     # A layer's gates, ups and their products; residuals, queries, keys and values.
-    activations = few_at_once(longest)["max_num_batched_tokens"] * (3 * inner + 6 * own.hidden_size) * itemsize
-    return _OVERHEAD + activations + (_FEW_SEQUENCES * own.vocab_size * _SAMPLING if samples else 0)
+    activations = few_at_once(longest)["max_num_batched_tokens"] * (3 * inner + 6 * hidden) * itemsize
+    return max(WORKING_MEMORY, _OVERHEAD + activations + _FEW_SEQUENCES * sampled * _SAMPLING)
 
 
 def adapters_at_once(free: int, one: int) -> int:
     """Return how many merged adapters of so many bytes, in float32, the engine keeps; one more slot stays spare."""
-    return min(_MOST_ADAPTERS, max(1, int(_SHARE_OF_ADAPTERS * free / max(1, one))))
-
-
-def _most(value: Any) -> int:
-    """Return a number of a config, the largest where each layer has its own."""
-    return max(value) if isinstance(value, list | tuple) else int(value or 0)
+    return min(_MOST_ADAPTERS, max(1, int(SHARE_OF_ADAPTERS * free / max(1, one))))
 
 
 def few_scored_at_once(longest: int, towers: bool, args: Mapping[str, Any]) -> dict[str, int]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -15,19 +16,21 @@ from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
 from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.engines.memory_levels import Level, place_for
 from rewarded_lines.engines.resident import Resident
+from rewarded_lines.engines.resident_adapters import ResidentAdapters, give_to_vllm
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.vllm_versions import last_slot_is_shared, let_vllm_search_modules
-from rewarded_lines.engines.worker_shares import share_of
-from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merger.model_plan import ModelPlan
-from rewarded_lines.merger.open_inputs import plan_merge
+from rewarded_lines.engines.worker_shares import Share, WorkerFailed, share_of
+from rewarded_lines.errors import UserError
+from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
+from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.out_of_memory import NO_MEMORY, ran_out
 
 # A worker process of vLLM imports this module, and numba with it, before it builds its model.
 let_vllm_search_modules()
 
 # Workers in this process use its plans as they are, with their measurements.
-_plans: weakref.WeakValueDictionary[int, ModelPlan] = weakref.WeakValueDictionary()
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
 class VllmGenerator(VllmCore, SwappingGenerator):
@@ -50,17 +53,21 @@ class VllmGenerator(VllmCore, SwappingGenerator):
                 raise
 
     def _swap(self, spec: MergeSpec) -> None:
-        message = spec.as_dict([str(index) for index in range(len(spec.weights))])
-        if problems := self.call("use_merge", message)[0]:
-            raise UserError(Problem(**problem) for problem in problems)
+        self.ask("use_merge", spec_message(spec))
 
 
-def plan_message(plan: ModelPlan) -> dict[str, Any]:
+def spec_message(spec: MergeSpec) -> dict[str, Any]:
+    """Return a merge in plain types, for `MergeSpec.from_dict`."""
+    return spec.as_dict([str(index) for index in range(len(spec.weights))])
+
+
+def plan_message(plan: Plan) -> dict[str, Any]:
     """Return in plain types what a worker needs to find a plan, or to open it again."""
     _plans[id(plan)] = plan
     return {
         "process": os.getpid(),
         "key": id(plan),
+        "kind": plan.kind,
         "base": plan.reference,
         "policies": dict(plan.references),
         "dtype": plan.dtype_name,
@@ -70,43 +77,92 @@ def plan_message(plan: ModelPlan) -> dict[str, Any]:
     }
 
 
+def _opened(message: Mapping[str, Any]) -> Any:
+    """Return the plan of a `plan_message`."""
+    if message["process"] == os.getpid():
+        return _plans[message["key"]]
+    assert message["base"], "only a plan from plan_merge or plan_adapters can be opened again"
+    how = {name: message[name] for name in ("dtype", "layers", "tower")} | message["carried"]
+    opened = plan_adapters if message["kind"] == "adapter" else plan_merge
+    return opened(message["base"], message["policies"], **how)
+
+
+def _told(error: UserError) -> dict[str, Any]:
+    return {"problems": [asdict(problem) for problem in error.problems]}
+
+
+def _answer(work: Callable[[], Any]) -> dict[str, Any]:
+    """Do a worker's work; see `VllmCore.ask`."""
+    try:
+        work()
+    except UserError as error:
+        return _told(error)
+    except NO_MEMORY as error:
+        if not ran_out(error):
+            raise
+        return {"full": str(error) or "no memory"}
+    except (AttributeError, ImportError, TypeError) as error:
+        return {"lacking": str(error)}
+    return {}
+
+
+@contextmanager
+def _as_one(share: Share) -> Iterator[None]:
+    """Leave the block when another worker fails in it: that one tells the reason."""
+    with suppress(WorkerFailed), share.together():
+        yield
+
+
 class MergingWorker:
     """An extension of vLLM's worker. The engine calls its methods by name on every worker."""
 
     def open_plan(self, message: Mapping[str, Any], level: Level) -> None:
         """Get ready to merge; see `plan_message`, and `Resident` for the level."""
-        if message["process"] == os.getpid():
-            plan = _plans[message["key"]]
-        else:
-            assert message["base"], "only a plan from plan_merge can be opened again"
-            how = {name: message[name] for name in ("dtype", "layers", "tower")} | message["carried"]
-            plan = plan_merge(message["base"], message["policies"], **how)
+        plan = _opened(message)
         worker: Any = self
-        self.merge_plan = plan
-        self.resident = Resident(plan, level, worker.device, share_of(worker))
+        self.merge_plan, self.share = plan, share_of(worker)
+        self.resident = Resident(plan, level, worker.device, self.share)
         # Reward models come back later, to the memory that is left.
-        self.resident.load()
+        with _as_one(self.share):
+            self.resident.load()
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
         for _ in plan.tensors(base_spec(plan), [smallest]):
             pass
 
-    def use_merge(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Stream a merge's tensors into the running model; the message is its `MergeSpec.as_dict`.
+    def use_merge(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Stream a merge's tensors into the running model; the message is `spec_message`'s.
 
         vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid.
 
         Returns:
-            The problems of a `UserError`: vLLM cannot send the error itself from process to process.
+            See `VllmCore.ask`.
         """
-        spec = MergeSpec.from_dict(message)
         worker: Any = self
         try:
-            worker.reload_weights(weights_iterator=self.resident.tensors(spec))
-            _repack_tied_head(worker.get_model())
+            with _as_one(self.share):
+                worker.reload_weights(weights_iterator=self.resident.tensors(MergeSpec.from_dict(message)))
+                _repack_tied_head(worker.get_model())
         except UserError as error:
-            return [asdict(problem) for problem in error.problems]
-        return []
+            return _told(error)
+        return {}
+
+    def hold_factors(self, message: Mapping[str, Any], level: Level) -> dict[str, Any]:
+        """Load the factors of a plan's adapters, on the GPU or in the host's memory; see `VllmCore.ask`."""
+        worker: Any = self
+
+        def hold() -> None:
+            self.factors = ResidentAdapters(_opened(message), worker.device if level == "gpu" else "cpu")
+
+        self.factors = None
+        return _answer(hold)
+
+    def add_merged(self, number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge adapters, and give the result to vLLM under a new number; see `VllmCore.ask`."""
+        worker: Any = self
+        return _answer(
+            lambda: give_to_vllm(worker.model_runner, number, self.factors.tensors(MergeSpec.from_dict(message)))
+        )
 
     def shared_memory_name(self) -> str:
         """Return the prefix of the names in /dev/shm that several CPU workers share; "" on a GPU."""

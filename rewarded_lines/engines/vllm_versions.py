@@ -140,3 +140,11 @@ def let_vllm_search_modules() -> None:
 def last_slot_is_shared() -> bool:
     """Return whether vLLM on a CPU gives tokens without an adapter (slot -1) the adapter of the last slot."""
     return Version(vllm_version()) < Version("0.33")
+
+
+def without_stacking(mapper: Any) -> Any:
+    """Return the renames of a model's tensors without those that fuse several, as vLLM takes them for adapters."""
+    if mapper is None:
+        return None
+    # vLLM 0.29 gave the method another name.
+    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper.get_unstacked_mapper()

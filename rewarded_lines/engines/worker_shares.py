@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from rewarded_lines.kernels.blocks import BLOCK
 
+# How a worker fares, the worst last: `Share.agree` returns the worst of all workers.
+WELL, FULL, FAILED = 0, 1, 2
+
+
+class WorkerFailed(RuntimeError):
+    """Another worker has failed and says why."""
+
 
 class Share:
     """A worker's part of every tensor: a run of whole blocks, so that random masks are drawn as for a whole tensor."""
 
-    def __init__(self, group: Any = None, rank: int = 0, size: int = 1) -> None:
-        """Bind a group of torch.distributed; without one the worker merges everything itself."""
+    def __init__(self, group: Any = None, rank: int = 0, size: int = 1, cpu_group: Any = None) -> None:
+        """Bind groups of torch.distributed, for tensors and for words; without them the worker merges all by itself."""
         self.size = size
-        self._group, self._rank = group, rank
+        self._group, self._rank, self._cpu_group = group, rank, cpu_group
 
     def part(self, elements: int) -> tuple[int, int]:
         """Return start and length of this worker's part of a tensor."""
@@ -23,17 +32,47 @@ class Share:
         start = min(self._rank * length, elements)
         return start, min(length, elements - start)
 
-    def joined(self, part: torch.Tensor, elements: int) -> torch.Tensor:
-        """Return a whole tensor, flat, from this worker's part and the others'; all workers call this together."""
+    def agree(self, state: int) -> int:
+        """Return the worst state of all workers; all workers call this together, before they do anything together.
+
+        Raises:
+            WorkerFailed: another worker has failed.
+        """
         if self.size == 1:
-            return part
+            return state
+        worst = torch.tensor([state])
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=self._cpu_group)
+        if worst == FAILED != state:
+            raise WorkerFailed("another worker has failed")
+        return int(worst)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let the block fail on all workers if it fails on one; otherwise the others would wait for it forever."""
+        try:
+            yield
+        except WorkerFailed:
+            raise
+        except BaseException:
+            self.agree(FAILED)
+            raise
+        self.agree(WELL)
+
+    def room(self, part: torch.Tensor, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this worker's part as long as every worker's, and room for the whole tensor, flat."""
+        if self.size == 1:
+            return part, part
         length = self._length(elements)
         mine = part.new_zeros(length)
         mine[: part.numel()] = part
-        whole = part.new_empty(self.size * length)
-        # As bytes: not every backend knows every type. From torch 2.13 the function has a new name.
-        gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
-        gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self._group)
+        return mine, part.new_empty(self.size * length)
+
+    def joined(self, mine: torch.Tensor, whole: torch.Tensor, elements: int) -> torch.Tensor:
+        """Fill what `room` returned with all workers' parts; all workers call this together."""
+        if self.size > 1:
+            # As bytes: not every backend knows every type. From torch 2.13 the function has a new name.
+            gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+            gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self._group)
         return whole[:elements]
 
     def summed(self, counts: list[int], device: torch.device) -> list[int]:
@@ -55,4 +94,4 @@ def share_of(worker: Any) -> Share:
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group()
-    return Share(group.device_group, group.rank_in_group, group.world_size)
+    return Share(group.device_group, group.rank_in_group, group.world_size, group.cpu_group)

@@ -16,13 +16,17 @@ from rewarded_lines.config import PromptSpec
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.doctor import graphics_cards
-from rewarded_lines.engines.memory_plan import CUDA, GIB, ITEMSIZE, Job, Machine
+from rewarded_lines.engines.kv_cache import kv_bytes
+from rewarded_lines.engines.memory_plan import CUDA, ITEMSIZE, Job, Machine
 from rewarded_lines.engines.model_shapes import ModelShape, read_shape
 from rewarded_lines.engines.plan_options import PlanOptions
+from rewarded_lines.engines.vllm_memory import working_memory
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import is_installed
-from rewarded_lines.processes import available_host_memory
+from rewarded_lines.processes import GIB, available_host_memory
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.model_sizes import LONGEST
 from rewarded_lines.rewards.reward_memory import shared_out
 
 # Without a GPU here, and none described.
@@ -177,18 +181,31 @@ def _reward_bytes(project: Project, machine: Machine, tell: Callable[[str], None
 def _reward_sizes(project: Project, gpus: int, tell: Callable[[str], None]) -> dict[str, dict[str, int]]:
     """Return the bytes of the reward models' weights on each of the engine's GPUs."""
     found: dict[str, dict[str, int]] = {f"cuda:{at}": {} for at in range(gpus)}
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str | None, ...]] = set()
     for name, spec in project.config.rewards.items():
         reference = spec.model or (None if spec.url else spec.judge)
         device = "cuda:0" if spec.device in (None, "cuda") else str(spec.device)
-        if not reference or device not in found or (reference, spec.dtype, device) in seen:
+        key = (reference, spec.backend, spec.dtype, device)
+        if not reference or device not in found or key in seen:
             continue
-        seen.add((reference, spec.dtype, device))
+        seen.add(key)
         try:
             shape = read_shape(project.resolve(reference))
         except UserError as error:
             tell(f"reward {name} is not counted: {str(error).splitlines()[0]}")
         else:
             known = ITEMSIZE.get(spec.dtype)
-            found[device][name] = shape.parameters * known if known else shape.stored
+            weights = shape.parameters * known if known else shape.stored
+            found[device][name] = weights + (_beside_weights(shape, spec, weights) if spec.backend == "vllm" else 0)
     return {device: sizes for device, sizes in found.items() if sizes}
+
+
+def _beside_weights(shape: ModelShape, spec: RewardSpec, weights: int) -> int:
+    """Return the bytes that a reward's engine of vLLM holds beside its weights, as `engine_size` counts them.
+
+    An upper bound: the longest text may have `max_tokens`, or all that vLLM reads.
+    """
+    longest, itemsize = min(spec.max_tokens or LONGEST, LONGEST), weights // shape.parameters
+    sampled = shape.vocabulary if spec.judge is not None else 0
+    cache = kv_bytes(shape.cache, longest, itemsize)
+    return cache + working_memory(shape.hidden, shape.inner // 2, longest, itemsize, sampled)

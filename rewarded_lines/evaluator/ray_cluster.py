@@ -19,7 +19,7 @@ from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluator.evaluate import Keys, LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.ray_machines import worker_shares
+from rewarded_lines.evaluator.ray_machines import check_kernels, worker_shares
 from rewarded_lines.evaluator.records import Point
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
@@ -43,6 +43,7 @@ class Worker:
 
     @cached_property
     def _evaluator(self) -> LocalEvaluator:
+        check_kernels(self._options)
         setup = replace(open_setup(self._project, self._options), engines=self._engines)
         return LocalEvaluator(setup, Path(self._scratch.name), self._also)
 

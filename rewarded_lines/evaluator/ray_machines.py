@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping, Sequence
 
+from rewarded_lines.engines.vllm_arguments import INVARIANT
 from rewarded_lines.errors import fail
+from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.projects import Project
 
 _REMEDY = "lower --workers or --tensor-parallel, or start more machines with `ray start` first"
@@ -69,3 +73,15 @@ def check_devices(project: Project, device: str, own: int) -> None:
                 got=f"cuda:{number}, with --ray",
                 remedy="write `cuda`: each worker has GPUs of its own",
             )
+
+
+def check_kernels(options: SweepOptions) -> None:
+    """Refuse a worker whose environment chooses other kernels of vLLM than the run, which records its own."""
+    chosen = options.arguments.get("attention") == "batch-invariant"
+    if options.engine == "vllm" and os.environ.get(INVARIANT) == "1" and not chosen:
+        raise fail(
+            "a Ray worker's environment chooses kernels that the run does not",
+            where=f"{INVARIANT}=1 on {socket.gethostname()}",
+            expected="the same kernels on every machine",
+            remedy="unset it there, or pass `--engine-arg attention=batch-invariant`",
+        )

@@ -56,7 +56,7 @@ class Setup:
         rewards: by name.
         rows: the prompts of every point, with their columns.
         control: sets of texts for the perplexity, by name.
-        told: notes on how rows were read, which were left out, and what a reward does not read.
+        told: notes on rows that were left out, on what a reward does not read, on settings that the engine ignores.
         engines: at most so many start on one machine and share its memory.
     """
 

@@ -58,10 +58,6 @@ class ModelPlan(Plan):
         """
         super().__init__(base, policies, depths, dtype)
         self.names = names
-        # With the references, these let another process make the same plan.
-        self.layers: str | None = None
-        self.tower: str | None = None
-        self.dtype_name = dtype
         self._device = device
         self._sources: list[Source] = [
             FoldedAdapter(policy, base) if isinstance(policy, Adapter) else policy for policy in policies.values()

@@ -142,7 +142,7 @@ def plan_adapters(
     plan = AdapterPlan(origin, adapters, Depths(place, depths.stacks), dtype)
     plan.carried = carried
     plan.notes += [*renamed, *notes_on(origin, base, adapters), *carried.notes, *_on_depth(plan.depths, names)]
-    plan.reference, plan.references = base, dict(policies)
+    plan.reference, plan.references, plan.layers, plan.tower = base, dict(policies), layers, tower
     return plan
 
 

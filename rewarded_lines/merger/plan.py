@@ -55,6 +55,10 @@ class Plan(ABC):
         self.depths = depths
         self.notes: list[str] = []
         self.reference, self.references = "", dict[str, str]()
+        # With the references, these let another process make the same plan.
+        self.layers: str | None = None
+        self.tower: str | None = None
+        self.dtype_name = dtype
         self.carried = Carried({BASE: base.folder})
         self._dtype = FLOATS.get(dtype)
 

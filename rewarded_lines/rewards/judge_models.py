@@ -18,10 +18,10 @@ from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, with_dtype
 from rewarded_lines.rewards.judge_engines import HfJudge, JudgeEngine, VllmJudge
-from rewarded_lines.rewards.model_sizes import engine_size, refuse_too_large, weights_size
+from rewarded_lines.rewards.model_sizes import LONGEST, engine_size, refuse_too_large, weights_size
 from rewarded_lines.rewards.shared_model import SharedModel
 from rewarded_lines.rewards.text_batches import TextBatches
-from rewarded_lines.rewards.vllm_classifier import LONGEST, check_vllm
+from rewarded_lines.rewards.vllm_classifier import check_vllm
 
 
 class JudgeModel(SharedModel[JudgeEngine]):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, read_json_object
-from rewarded_lines.engines.vllm_memory import working_memory
+from rewarded_lines.engines.vllm_memory import WORKING_MEMORY, working_memory
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
-from rewarded_lines.processes import available_memory
+from rewarded_lines.processes import GIB, available_memory
 from rewarded_lines.reward_settings import RewardSpec
 
-WORKING_MEMORY = 2 << 30
-"""Bytes of a GPU for activations; one reward model computes at a time."""
+LONGEST = 8192
+"""The most tokens of a text in vLLM: it reserves keys and values for it, and texts are far below 131,072 tokens."""
 
 
 def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
@@ -59,7 +59,11 @@ def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, devic
     import torch
 
     itemsize = getattr(torch, spec.dtype).itemsize
-    work = max(WORKING_MEMORY, working_memory(config, longest, itemsize, samples=spec.judge is not None))
+    own = config.get_text_config()
+    names = "intermediate_size", "moe_intermediate_size", "num_experts_per_tok"
+    inner, of_expert, experts = (_most(getattr(own, name, None)) for name in names)
+    inner = max(inner or 4 * own.hidden_size, of_expert * experts)
+    work = working_memory(own.hidden_size, inner, longest, itemsize, own.vocab_size if spec.judge is not None else 0)
     needed = weights + cache_size(config, spec, longest) + work if weights else 0
     if not device.startswith("cuda"):
         return needed, weights
@@ -67,6 +71,11 @@ def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, devic
     if needed > (free := available_memory(device)):
         raise MemoryError(f"{in_gib(needed)} are needed for vLLM, {in_gib(free)} are free on {device}")
     return needed, needed
+
+
+def _most(value: Any) -> int:
+    """Return a number of a config, the largest where each layer has its own."""
+    return max(value) if isinstance(value, list | tuple) else int(value or 0)
 
 
 def refuse_too_large(where: str, reference: str, spec: RewardSpec, config: Any, device: str) -> None:
@@ -94,4 +103,4 @@ def whole_memory(device: str) -> int:
 
 def in_gib(size: float) -> str:
     """Return bytes for messages."""
-    return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / GIB:.1f} GiB"

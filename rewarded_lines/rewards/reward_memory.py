@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rewarded_lines.config_values import parse_memory
+from rewarded_lines.engines.vllm_memory import WORKING_MEMORY
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import available_memory
-from rewarded_lines.rewards.model_sizes import WORKING_MEMORY, in_gib, whole_memory
+from rewarded_lines.rewards.model_sizes import in_gib, whole_memory
 from rewarded_lines.rewards.reward import Reward
 
 # Of a CPU's available memory; its models need few activations beside the weights.

@@ -14,12 +14,9 @@ from rewarded_lines.extras import require
 from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
-from rewarded_lines.rewards.model_sizes import engine_size, weights_size
+from rewarded_lines.rewards.model_sizes import LONGEST, engine_size, weights_size
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import fold_command
-
-# The most tokens of a text. vLLM reserves keys and values for it, and texts are far below 131,072 tokens.
-LONGEST = 8192
 
 
 class VllmClassifier:

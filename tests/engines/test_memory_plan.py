@@ -13,10 +13,11 @@ from tiny_models import make_model, save_model
 
 from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
 from rewarded_lines.engines.memory_levels import working_bytes
-from rewarded_lines.engines.memory_plan import GIB, Job, Machine, plan_memory
+from rewarded_lines.engines.memory_plan import Job, Machine, plan_memory
 from rewarded_lines.engines.model_shapes import read_shape
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import planned_work
+from rewarded_lines.processes import GIB
 
 # The published configs, as far as they matter here.
 LLAMA_8B = {
@@ -202,7 +203,9 @@ def test_adapters_take_slots(policies, gpus, rank, slots):
     job = Job(lora=16, policies=policies)
     plan = plan_memory(read_shape("8B"), job, replace(CARD, gpus=gpus))
     assert plan.engine["LoRA slots"] == slots * rank * (WHOLE + (EDGES - WHOLE) // gpus) * 2
-    assert plan.disk["one merged model"] == 16 * policies * EDGES * 2
+    # Each GPU's worker has all factors, and makes one merged adapter at a time.
+    one = 16 * policies * EDGES * 2
+    assert plan.disk["one merged model"] == one and plan.beside["adapters"] == 2 * one
     assert plan.resident == "slots" and "base and policies" not in plan.beside and not plan.problems
 
 
@@ -283,6 +286,25 @@ def test_large_reward_models_take_turns(tiny, cli, budget, expected):
         assert answer.code == 1 and "too small for those that must be there at once" in answer.err
     else:
         assert json.loads(answer.out)["job"]["rewards"] == expected
+
+
+def test_reward_models_in_vllm_hold_what_they_compute_in(tiny, cli):
+    text, vllm = "max_tokens: 1000, dtype: bfloat16", "backend: vllm, dtype: bfloat16"
+    models = {
+        "seven": f"model: 7B, {text}",
+        "fast": f"model: 7B, {vllm}",
+        "judge": f"judge: 8B, token: A, template: chat, {vllm}",
+    }
+    edit_project(tiny, "rewards:", "rewards:\n" + "\n".join(f"  {name}: {{{one}}}" for name, one in models.items()))
+    found = json.loads(cli("doctor", "--for", "sft", "--gpu-memory", "160", "--json").out)["job"]["rewards"]
+    # Keys and values of 8,192 tokens; a batch of as many; and logits of 256 sequences to sample from.
+    cache = {"seven": 2 * 32 * 4096 * 2 * 8192, "eight": 2 * 32 * 1024 * 2 * 8192}
+    batch = {"seven": 8192 * (3 * 11_008 + 6 * 4096) * 2, "eight": 8192 * (3 * 14_336 + 6 * 4096) * 2}
+    assert found == {
+        "reward seven": BYTES["seven"],
+        "reward fast": BYTES["seven"] + cache["seven"] + max(2 * GIB, GIB + batch["seven"]),
+        "reward judge": BYTES["eight"] + cache["eight"] + max(2 * GIB, GIB + batch["eight"] + 256 * 128_256 * 20),
+    }
 
 
 @pytest.mark.parametrize("given", [("--gpus", "2"), ("--lora", "8"), ("--for", "7B", "--thorough")])

@@ -1,11 +1,15 @@
 """Base and policies in memory: every level gives the bits that `merge` writes; moves down; several workers."""
 
 import gc
+import json
 import logging
+import subprocess
+import sys
 import threading
 import weakref
 from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,8 +246,9 @@ def test_each_worker_merges_its_part(plan, monkeypatch):
     def gather(whole, part, group):
         whole.copy_(torch.cat(group.exchange(ranks[threading.get_ident()], part)))
 
-    def reduce(total, group):
-        total.copy_(sum(group.exchange(ranks[threading.get_ident()], total)))
+    def reduce(total, op=None, group=None):
+        parts = torch.stack(group.exchange(ranks[threading.get_ident()], total))
+        total.copy_(parts.sum(0) if op is None else parts.amax(0))
 
     for name in ("all_gather_into_tensor", "all_gather_single"):
         monkeypatch.setattr(torch.distributed, name, gather, raising=False)
@@ -252,7 +257,7 @@ def test_each_worker_merges_its_part(plan, monkeypatch):
 
     def work(rank):
         ranks[threading.get_ident()] = rank
-        held[rank] = Resident(plan, "gpu", share=Share(group, rank, 3))
+        held[rank] = Resident(plan, "gpu", share=Share(group, rank, 3, group))
         if rank == 1:
             # One of them has no room at first: all load again.
             held[rank]._try_largest = lambda spec: (held[rank].__dict__.pop("_try_largest"), full())
@@ -271,6 +276,22 @@ def test_each_worker_merges_its_part(plan, monkeypatch):
     elements = sum(info.elements for info in plan.outputs())
     parts = [sum(row[0].numel() for row in one._rows.values()) for one in held.values()]
     assert sum(parts) == elements and max(parts) < 0.8 * elements
+
+
+def test_no_worker_waits_for_one_that_fails(tmp_path):
+    """Two processes of torch.distributed: where one runs out of memory or fails, the other moves or fails, too."""
+    make_family(tmp_path, (BFLOAT16,) * 3, 7, gentle=True)
+    script = str(Path(__file__).parent / "two_workers.py")
+    workers = [subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
+        [["disk", "same bits"], ["gpu", "WorkerFailed: another worker has failed"]],
+        [["disk", "same bits"], ["gpu", "ValueError: no place for this tensor"]],
+    ]
 
 
 # ---- values that are not finite ---------------------------------------------------------------------------------

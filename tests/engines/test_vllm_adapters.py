@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from command import hear_interrupts
 from tiny_adapters import save_adapter
 from tiny_models import PROMPTS
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.engines import adapter_folders, vllm_memory
+from rewarded_lines.engine_settings import EngineSettings
+from rewarded_lines.engines import adapter_folders, vllm_memory, vllm_models
 from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load_engine import load_generator
@@ -47,9 +49,10 @@ def vllm(policies, monkeypatch):
     monkeypatch.setattr(vllm_memory, "_MOST_ADAPTERS", 3)
     children = set(psutil.Process().children(recursive=True))
     generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan_adapters("sft", policies))
-    folder = generator._folders.folder
-    assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
+    # In memory, and without files.
+    assert generator.level == "host" and generator._folders is None and generator.told == ()
     yield generator
+    folder = generator._folders.folder
     generator.close()
     assert not folder.exists() and set(psutil.Process().children(recursive=True)) == children
 
@@ -80,6 +83,7 @@ def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, mo
     check_scores(vllm, hf)
     check_nothing_stays(vllm, monkeypatch)
     check_memory(vllm)
+    check_other_ways(vllm, together, monkeypatch)
     hf.close()
 
 
@@ -103,13 +107,45 @@ def check_scores(generator, reference):
 
 def check_nothing_stays(generator, monkeypatch):
     """Check that adapters are removed from engine and disk, also after an error."""
-    assert generator._llm.llm_engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    folder = [] if generator._folders is None else [generator._folders.folder]
+    assert generator._llm.llm_engine.list_loras() == set() and not [file for one in folder for file in one.iterdir()]
     with monkeypatch.context() as broken:
         broken.setattr(generator, "_generate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generator.generate(PROMPTS, GREEDY, LINE[:2])
-    assert generator._llm.llm_engine.list_loras() == set() and not list(generator._folders.folder.iterdir())
+    assert generator._llm.llm_engine.list_loras() == set() and not [file for one in folder for file in one.iterdir()]
     assert generator.swap_seconds > 0
+
+
+def check_other_ways(generator, expected, monkeypatch):
+    """Check a GPU that runs out of memory in the midst of a batch, and a vLLM of another version: files, told."""
+    give, calls = vllm_models.give_to_vllm, []
+
+    def full(*args):
+        calls.append(args)
+        return call("CUDA out of memory", torch.OutOfMemoryError) if len(calls) == 3 else give(*args)
+
+    def other(*args):
+        call("type object 'LoRAModel' has no attribute 'from_lora_tensors'", AttributeError)
+
+    generator._hold("gpu")
+    assert generator.level == "gpu" and not generator._folders
+    for given, level in ((full, "host"), (other, "disk")):
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm_models, "give_to_vllm", given)
+            if given is other:
+                generator._hold("gpu")
+            assert tokens_of(generator.generate(PROMPTS, GREEDY, MODELS[:4])) == expected[:4]
+        assert generator.level == level
+    (told,) = generator.told
+    assert told.startswith("resident: merged adapters go through files") and "from_lora_tensors" in told
+    assert generator._folders.folder.stat().st_mode & 0o777 == 0o700
+    assert tokens_of(generator.generate(PROMPTS, GREEDY, MODELS)) == expected
+    check_nothing_stays(generator, monkeypatch)
+
+
+def call(text, kind):
+    raise kind(text)
 
 
 def check_memory(generator):
@@ -120,6 +156,21 @@ def check_memory(generator):
             gc.collect()
             sizes.append(psutil.Process().memory_info().rss)
     assert sizes[1] - sizes[0] < 24 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_workers_in_processes_of_their_own_merge_adapters_for_themselves(policies, monkeypatch):
+    """Two devices share the layers; each worker opens the plan again."""
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    plan, settings = plan_adapters("sft", policies), EngineSettings.model_validate({"tensor_parallel_size": 2})
+    spread = load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan, settings=settings)
+    assert (spread.level, spread.told) == ("host", ())
+    found = tokens_of(spread.generate(PROMPTS, GREEDY, MODELS))
+    spread.close()
+    hf = load_generator("hf", "sft", GREEDY, PROMPTS, plan=plan_merge("sft", policies))
+    assert found == tokens_of(hf.generate(PROMPTS, GREEDY, MODELS))
+    hf.close()
 
 
 HOLD = """
@@ -136,13 +187,15 @@ time.sleep(60)
 SCRIPT = """
 import sys
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.merger.open_inputs import plan_adapters
 from rewarded_lines.merger.spec import MergeSpec
 
 if __name__ == "__main__":
     spec = GenerationSpec(temperature=0, max_tokens=12)
-    generator = load_generator("vllm", "sft", spec, ["the quick"], plan=plan_adapters("sft", {"a": "one", "b": "two"}))
+    plan, settings = plan_adapters("sft", {"a": "one", "b": "two"}), EngineSettings(resident="disk")
+    generator = load_generator("vllm", "sft", spec, ["the quick"], plan=plan, settings=settings)
     while True:
         generator.generate(["the quick"] * 50, spec, [MergeSpec((0.5, 0.5)), None])
         # After compilation: compilers sometimes swallow an interrupt.

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from transformers import LlamaConfig
 
 from rewarded_lines.engines import vllm_process
-from rewarded_lines.engines.vllm_memory import few_at_once, few_scored_at_once, working_memory
+from rewarded_lines.engines.vllm_memory import few_at_once, few_scored_at_once
 from rewarded_lines.engines.vllm_process import end_vllm, enlist, take_turn
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.model_sizes import cache_size, engine_size
 
 
 class Vllm:
@@ -66,11 +68,18 @@ def test_a_small_engines_working_memory_is_that_of_its_batches():
     assert few_at_once(100) == {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
     assert few_at_once(8192) == {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
     activations = 8192 * (3 * 14336 + 6 * 4096) * 2
-    assert working_memory(config, 8192, 2, samples=False) == (1 << 30) + activations
-    assert working_memory(config, 8192, 2, samples=True) == (1 << 30) + activations + 256 * 128256 * 20
+
+    def work(config, longest, **source):
+        spec = RewardSpec(dtype="bfloat16", **source)
+        return engine_size(config, spec, 1, longest, "cpu")[0] - 1 - cache_size(config, spec, longest)
+
+    assert work(config, 8192, model="m") == (1 << 30) + activations
+    assert work(config, 8192, judge="m", token=["A"], template="chat") == (1 << 30) + activations + 256 * 128256 * 20
     experts = LlamaConfig(hidden_size=4096, intermediate_size=256, vocab_size=9)
     experts.moe_intermediate_size, experts.num_experts_per_tok = 1536, 8
-    assert working_memory(experts, 8, 2, samples=False) == (1 << 30) + 2048 * (3 * 8 * 1536 + 6 * 4096) * 2
+    assert work(experts, 16384, model="m") == (1 << 30) + 16384 * (3 * 8 * 1536 + 6 * 4096) * 2
+    # However small the batches.
+    assert work(experts, 8, model="m") == 2 << 30
 
 
 def test_a_batch_of_long_texts_to_score_has_few_tokens():

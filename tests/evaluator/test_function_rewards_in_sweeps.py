@@ -35,5 +35,5 @@ def test_a_sweep_with_functions_of_every_kind(tiny):
         assert point.scores["asked"].tolist() == [len(text) + row["level"] for text, row in own]
         assert point.scores["found"].tolist() == [text.count(row["pattern"]) for text, row in own]
         assert point.scores["long"].tolist() == [-abs(len(text) - 20) for text, _ in own]
-    (told,) = [note for note in run.header["prompts"]["told"] if "`never`" in note]
+    (told,) = [note for note in run.header["told"] if "`never`" in note]
     assert told.startswith("reward `never` gives every response of sft the score 0") and "columns" in told

@@ -19,7 +19,7 @@ from rewarded_lines.engines import memory_levels
 from rewarded_lines.engines.memory_levels import choose_level
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.ray_cluster import RayEvaluator
-from rewarded_lines.evaluator.ray_machines import check_devices, worker_shares
+from rewarded_lines.evaluator.ray_machines import check_devices, check_kernels, worker_shares
 from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import open_setup
 from rewarded_lines.projects import load_project
@@ -122,6 +122,22 @@ def test_workers_have_the_settings_of_this_process(greedy, monkeypatch):
         worker = ray.actors[0].made
         there = replace(setup, project=worker._project, options=worker._options)
         assert there.settings.as_dict() == setup.settings.as_dict() == found
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed in this environment")
+def test_a_worker_with_other_kernels_is_refused(greedy, monkeypatch):
+    evaluate = RayEvaluator.evaluate
+
+    def elsewhere(*args):
+        # The variable is set where the workers are, not here.
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        yield from evaluate(*args)
+
+    monkeypatch.setattr(RayEvaluator, "evaluate", elsewhere)
+    with stand_in_ray(monkeypatch), pytest.raises(UserError, match="(?s)VLLM_BATCH_INVARIANT=1 on .*unset it there"):
+        sweep(points=2, ray="local", workers=1)
+    check_kernels(SweepOptions(engine_args={"attention": "batch-invariant"}))
+    check_kernels(SweepOptions("hf"))
 
 
 def test_a_fault_of_the_user_in_a_worker_ends_the_run_as_one(greedy, monkeypatch):

@@ -12,6 +12,7 @@ from tiny_adapters import save_adapter
 from tiny_models import perturb, save_model
 
 from rewarded_lines import merge, sweep
+from rewarded_lines.cli.display import tell_rows
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
@@ -361,16 +362,24 @@ def test_control_texts_that_cannot_be(tiny, text, where, said):
     assert [problem.where.rpartition(": ")[2] for problem in caught.value.problems] == [where]
 
 
-def test_several_samples_control_texts_and_an_audit(tiny):
+def test_several_samples_control_texts_and_an_audit(tiny, capsys):
     project = tiny / "rewarded-lines.yaml"
     text = project.read_text().replace("  max_tokens: 12", "  max_tokens: 12\n  n: 3")
     project.write_text(text.replace("function: rewards.py:letters", "function: rewards.py:letters\n    role: audit"))
     (tiny / "control.jsonl").write_text('{"text": "a film of great beauty"}\n{"text": "the lazy dog"}\n')
     with project.open("a") as file:
         file.write("control: {fables: {file: cont*.jsonl}, films: {file: control.jsonl, limit: 1}}\n")
+        file.write("engine: {max_num_seqs: 4}\n")
     run = sweep(engine="hf", points=2)
     assert run.header["control"]["texts"] == {"fables": 2, "films": 1}
-    assert "control fables, cont*.jsonl: the file control.jsonl" in run.header["prompts"]["told"]
+    notes = run.header["told"]
+    assert notes[0] == "`engine:` is for vLLM; --engine hf does not take max_num_seqs"
+    assert "control fables, cont*.jsonl: the file control.jsonl" in notes
+    for header, told in ((run.header, notes), ({"prompts": {"told": notes}}, notes), ({"prompts": {}}, [])):
+        # Earlier versions kept notes with the prompts.
+        capsys.readouterr()
+        tell_rows(header, quiet=False)
+        assert capsys.readouterr().err.splitlines() == told
     assert run.objectives == ["words"]
     for point in run.points:
         assert point.prompt_index.tolist() == [index for index in range(15) for _ in range(3)]
