@@ -65,9 +65,12 @@ def _method_options() -> type[Any]:
     return make_dataclass("MethodOptions", made, frozen=True)
 
 
+MethodOptions = _method_options()
+
+
 @takes_fields(MergeSource, "source", annotate=as_option)
 @takes_fields(MergeOptions, "how", ("options", "additions", "progress"), as_option)
-@takes_fields(_method_options(), "options", annotate=as_option)
+@takes_fields(MethodOptions, "options", annotate=as_option)
 @takes_fields(MergePublishing, "publishing", annotate=as_option)
 def merge(
     ctx: typer.Context,
@@ -116,7 +119,7 @@ def merge(
     additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
     use_wide_vectors()
     with progress_bar("Merging", quiet=quiet or as_json, unit="byte") as bar:
-        how = replace(how, alpha=_alpha(how.alpha), options=given, additions=additions, progress=bar)
+        how = replace(how, alpha=parse_alpha(how.alpha), options=given, additions=additions, progress=bar)
         results, equal = _merged(source, how)
     if equal is not None:
         console = Console(stderr=as_json)
@@ -179,7 +182,7 @@ def _inputs(
     return base, policies, replace(how, **carried)
 
 
-def _alpha(text: Any) -> Any:
+def parse_alpha(text: Any) -> Any:
     """Return the number, or "auto"."""
     try:
         return "auto" if text == "auto" else float(text)
