@@ -17,6 +17,7 @@ import yaml
 from command import COMMAND, ENVIRONMENT
 from progress_told import Told
 from safetensors.numpy import load_file, save_file
+from small_recipes import CONFIGS, ROOT, SMALL, make_project
 from tiny_adapters import changes, load_adapter, save_adapter
 
 from rewarded_lines import rounds
@@ -25,6 +26,7 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.pipelines import rounds as verb
 from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
+from rewarded_lines.projects import load_project
 
 # Blocks of the tiny model.
 BLOCKS = 4
@@ -116,10 +118,11 @@ def test_each_round_merges_where_it_starts(project, cli, options, lam, alpha, be
 def test_adapters_are_folded_and_the_next_ones_are_new(project, monkeypatch):
     monkeypatch.setattr(StandIn, "adapters", True)
     first, second = rounds(TRAIN, rounds=2, beta=0.0)
-    both = [load_adapter("sft", folder) for folder in first.policies.values()]
+    both = [changes(load_adapter("sft", folder)) for folder in first.policies.values()]
     wanted, folded = weights("sft"), weights(first.merged)
     for name, value in wanted.items():
-        change = sum(0.5 * changes(one)[name].numpy() for one in both if name in changes(one))
+        module = name.removesuffix(".weight")
+        change = sum(0.5 * one[module].numpy() for one in both if module in one)
         assert np.allclose(folded[name], value + change, atol=1e-6)
     assert not os.path.exists(f"{second.merged}/adapter_config.json") and second.start == first.merged
 
@@ -229,3 +232,39 @@ def test_the_verb_and_its_command_have_the_same_options():
         name: default if not isinstance(default := typed[name].default, Path) else str(default)
         for name in ours.keys() & typed.keys()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("more", ["--ema 0.2", "lora"])
+def test_killed_recipes_go_on_from_a_checkpoint_to_the_same_models(tmp_path, more, monkeypatch):
+    work = make_project(tmp_path)
+    monkeypatch.chdir(work)
+    options = {key: value for key, value in SMALL["ppo"].items() if key != "reward"}
+    options |= {"save_strategy": "steps", "save_steps": 1, "disable_tqdm": "true"}
+    options |= {"use_peft": "true"} if more == "lora" else {}
+    moved = (CONFIGS / "ppo.yaml").read_text().replace("runs/demo/", "").replace("output_dir: policies/positive\n", "")
+    (work / "ppo.yaml").write_text(moved)
+    words = " ".join(f"--{key} {value}" for key, value in options.items())
+    train = f"accelerate launch --cpu {ROOT}/recipes/ppo.py --config ppo.yaml {words}"
+    command = [*COMMAND, "rounds", "--train", f"vowels={train}", "--train", f"detailed={train}", "--rounds", "2"]
+    command += more.split() if more != "lora" else []
+
+    child = subprocess.Popen([*command, "--out", "killed"], env=ENVIRONMENT)
+    while not (work / "killed/round-1/policies/detailed.unfinished/checkpoint-8/trainer_state.json").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    for out in ("killed", "whole"):
+        subprocess.run(
+            [*command, "--out", out, "--score", "data/validation.jsonl", "--engine", "hf"], env=ENVIRONMENT, check=True
+        )
+    assert "going on from" in (work / "killed/logs/round-1-detailed.log").read_text()
+    for name in ("round-1/merged", "round-2/merged"):
+        first, second = weights(work / "killed" / name), weights(work / "whole" / name)
+        assert all(np.array_equal(first[key], second[key]) for key in first)
+    table = (work / "whole/rounds.csv").read_text().splitlines()
+    assert len(table) == 4 and table[0].startswith("round,detailed,detailed_low,detailed_high,vowels")
+    policies = load_project(work / "whole/round-2/rewarded-lines.yaml").config.policies
+    assert policies == {"vowels": "policies/vowels", "detailed": "policies/detailed"}
