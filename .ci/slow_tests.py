@@ -16,7 +16,8 @@ TRAINING = ("recipes/", "rewarded_lines/training/", "rewarded_lines/rewards/")
 MORE = {
     "evaluator": ("rewarded_lines/engines/",),
     "recipes": (*TRAINING, "eval/suites/", "tests/ready_tasks.py"),
-    "demo": (*TRAINING, "eval/suites/"),
+    "demo": (*TRAINING, "rewarded_lines/pipelines/", "eval/suites/"),
+    "pipelines": ("recipes/", "rewarded_lines/training/"),
     "cli": ("rewarded_lines/doctor.py",),
 }
 EVERYBODYS = "constraints.txt"

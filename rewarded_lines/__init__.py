@@ -21,9 +21,10 @@ _VERBS = {
     "search": "rewarded_lines.evaluator.search",
     "choose": "rewarded_lines.evaluator.choose",
     "report": "rewarded_lines.reports.report",
+    "rounds": "rewarded_lines.pipelines.rounds",
 }
 
-__all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "score", "search", "sweep"]
+__all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "rounds", "score", "search", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

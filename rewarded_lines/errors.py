@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _LONGEST = 1000
+_CHANGES_SHOWN = 12
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # A shorter text is no token and may be part of a word.
 _SHORTEST_TOKEN = 8
@@ -92,3 +93,23 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return a remedy with the known word most similar to `word`, or `otherwise` if none is similar."""
     alike = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean `{alike[0]}`?" if alike else otherwise
+
+
+def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Yield one line for every value that differs."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from differences(before.get(name), now.get(name), f"{place}.{name}" if place else name)
+    elif before != now:
+        yield f"{place}: {_short(before)} → {_short(now)}"
+
+
+def changed(found: Sequence[str]) -> str:
+    """Return what differs as the `got` of a problem, at most some lines."""
+    more = [f"and {len(found) - _CHANGES_SHOWN} more"] if found[_CHANGES_SHOWN:] else []
+    return "\n    ".join(["what is different now:", *found[:_CHANGES_SHOWN], *more])
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:16] + "…"

@@ -37,6 +37,7 @@ RUNS = ("pyarrow", "moocore")
 # For each verb: the extra, and what it needs of that. What the demo needs depends on its last stage.
 _VERBS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("sweep", "score", "search"), ("eval", ())),
+    "rounds": ("train", ("torch", "transformers", "trl", "accelerate")),
     "choose": ("report", RUNS),
     "report": ("report", (*RUNS, "matplotlib")),
 }

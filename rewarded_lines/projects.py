@@ -8,7 +8,7 @@ file. Nothing here opens a model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -219,6 +219,17 @@ def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, 
             yield key, "code", file
         elif last in ("file", "chat_template"):
             yield key, "data" if last == "file" else "code", value
+
+
+def with_places(value: Any, moved: Callable[[str, str], str], keys: tuple[str, ...] = ()) -> Any:
+    """Return a configuration, or the part at `keys`, with `moved(kind, name)` for every name of `named_places`."""
+    if isinstance(value, Mapping):
+        plain = {key: one for key, one in value.items() if key == "chat_template_kwargs"}
+        return {key: with_places(one, moved, (*keys, str(key))) for key, one in value.items()} | plain
+    for _, kind, name in named_places(value, keys):
+        # A function is named behind its file.
+        value = moved(kind, name) + value.removeprefix(name)
+    return value
 
 
 def problems_of(error: ValidationError, where: str) -> list[Problem]:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.projects import load_project, named_places
+from rewarded_lines.projects import load_project, named_places, with_places
 from rewarded_lines.training.register_model import register
 
 ROOT = Path(__file__).parents[1]
@@ -252,3 +252,25 @@ def test_a_circle_is_told(write):
 def test_a_templates_variable_is_no_place():
     content = {"base": "sft", "generation": {"chat_template": "t.jinja", "chat_template_kwargs": {"file": "a"}}}
     assert list(named_places(content)) == [("base", "model", "sft"), ("generation.chat_template", "code", "t.jinja")]
+
+
+def test_every_place_is_moved_and_nothing_else():
+    content = {
+        "title": "sft",
+        "base": "sft",
+        "policies": {"a.b": "ppo"},
+        "rewards": {"words": {"function": "rewards.py:words", "unit": "rewards.py"}, "kind": {"model": "kind"}},
+        "prompts": {"file": "data/*.jsonl", "rows": "rows.py:whole", "limit": 3},
+        "generation": {"chat_template": "t.jinja", "chat_template_kwargs": {"file": "a"}},
+    }
+    assert with_places(content, lambda kind, name: f"{kind}/{name}") == {
+        "title": "sft",
+        "base": "model/sft",
+        "policies": {"a.b": "model/ppo"},
+        "rewards": {
+            "words": {"function": "code/rewards.py:words", "unit": "rewards.py"},
+            "kind": {"model": "model/kind"},
+        },
+        "prompts": {"file": "data/data/*.jsonl", "rows": "code/rows.py:whole", "limit": 3},
+        "generation": {"chat_template": "code/t.jinja", "chat_template_kwargs": {"file": "a"}},
+    }

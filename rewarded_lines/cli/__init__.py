@@ -23,7 +23,20 @@ from rewarded_lines.processes import die_with_parent, termination_as_exit
 # The exit code of a command line that cannot be parsed; failed work exits with 1.
 _USAGE = 2
 
-COMMANDS = ("merge", "push", "sweep", "score", "search", "choose", "report", "inspect", "recipes", "demo", "doctor")
+COMMANDS = (
+    "merge",
+    "push",
+    "sweep",
+    "score",
+    "search",
+    "choose",
+    "report",
+    "inspect",
+    "rounds",
+    "recipes",
+    "demo",
+    "doctor",
+)
 
 
 def _with_extras(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -93,6 +106,7 @@ def _root(
     rewarded-lines inspect merged --base sft
                                       how far its blocks moved
     rewarded-lines recipes copy ppo   training scripts, to run where you are
+    rewarded-lines rounds --train …   train, merge, and train on from there
     rewarded-lines push merged OWNER/NAME
                                       upload it to the Hub
     rewarded-lines doctor             what works here and what to install

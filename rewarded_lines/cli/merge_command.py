@@ -66,9 +66,12 @@ def _method_options() -> type[Any]:
     return make_dataclass("MethodOptions", made, frozen=True)
 
 
+MethodOptions = _method_options()
+
+
 @takes_fields(MergeSource, "source", annotate=as_option)
 @takes_fields(MergeOptions, "how", ("options", "mixtures", "additions", "progress"), as_option)
-@takes_fields(_method_options(), "options", annotate=as_option)
+@takes_fields(MethodOptions, "options", annotate=as_option)
 @takes_fields(MergePublishing, "publishing", annotate=as_option)
 def merge(
     ctx: typer.Context,
@@ -122,7 +125,7 @@ def merge(
     additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
     use_wide_vectors()
     with progress_bar("Merging", quiet=quiet or as_json, unit="byte") as bar:
-        how = replace(how, alpha=_alpha(how.alpha), options=given, additions=additions, progress=bar)
+        how = replace(how, alpha=parse_alpha(how.alpha), options=given, additions=additions, progress=bar)
         results, equal = _merged(source, how)
     if equal is not None:
         console = Console(stderr=as_json)
@@ -189,7 +192,7 @@ def _inputs(
     return base, policies, replace(how, **carried)
 
 
-def _alpha(texts: Any) -> Any:
+def parse_alpha(texts: Any) -> Any:
     """Return what `merge` takes: "auto" stands alone."""
     return "auto" if texts == ["auto"] else texts
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import blake3
 
 from rewarded_lines.config import ProjectConfig
 from rewarded_lines.demo import movie_reviews as reviews
 from rewarded_lines.demo import waiting_recipe
 from rewarded_lines.demo.demo_settings import CONFIGURED, DemoSettings
-from rewarded_lines.demo.recipe_jobs import Watch
+from rewarded_lines.pipelines.recipe_jobs import Watch
+from rewarded_lines.pipelines.stage_parts import Part, digest
 from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
 from rewarded_lines.recipe_files import files_root
 from rewarded_lines.references import local_path
@@ -24,21 +21,6 @@ from rewarded_lines.references import local_path
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Packages that trained models depend on.
 _TRAINS = ("training", "data")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a stage: its output, the hash of its inputs, and a recipe's command or a function that makes it.
-
-    A part that `resumes` goes on in an existing output; others start anew.
-    """
-
-    name: str
-    output: Path
-    made_from: str
-    command: tuple[str, ...] = ()
-    run: Callable[[DemoSettings, Watch], None] | None = None
-    resumes: bool = False
 
 
 def parts_of(stage: str, settings: DemoSettings, before: str) -> list[Part]:
@@ -50,13 +32,13 @@ def parts_of(stage: str, settings: DemoSettings, before: str) -> list[Part]:
     if stage in ("sft", "reward"):
         return [_recipe(stage, stage, out / ("sft" if stage == "sft" else "rewards/positive"), settings, before)]
     if stage == "data":
-        return [Part(stage, out / "data", digest([before, *_data_inputs(settings)]), run=_make_data)]
+        return [Part(stage, out / "data", digest([before, *_data_inputs(settings)]), run=partial(_make_data, settings))]
     if stage == "sweep":
         made_from = digest([before, settings.engine])
-        return [Part(stage, out / "sweep/points", made_from, run=_run_sweep, resumes=True)]
+        return [Part(stage, out / "sweep/points", made_from, run=partial(_run_sweep, settings), resumes=True)]
     if stage == "report":
-        return [Part(stage, out / "sweep/report", before, run=_run_report)]
-    return [Part(stage, out / "merged/lam=0.50", before, run=_run_merge)]
+        return [Part(stage, out / "sweep/report", before, run=partial(_run_report, settings))]
+    return [Part(stage, out / "merged/lam=0.50", before, run=partial(_run_merge, settings))]
 
 
 def brought_files(suite: ProjectConfig) -> list[str]:
@@ -143,11 +125,6 @@ def _run_merge(settings: DemoSettings, watch: Watch) -> None:
     project = load_project(settings.out / PROJECT_FILE)
     policies = {name: project.resolve(path) for name, path in project.config.policies.items()}
     merge(project.resolve("sft"), policies, 0.5, out=settings.out / "merged/lam=0.50")
-
-
-def digest(content: Any) -> str:
-    """Return a hash of content that JSON can hold."""
-    return blake3.blake3(json.dumps(content).encode()).hexdigest(length=16)
 
 
 def _text(path: Path) -> str:

@@ -7,22 +7,21 @@ inputs' hashes.
 
 from __future__ import annotations
 
-import shutil
-import time
 from contextlib import suppress
 from itertools import zip_longest
 from threading import Thread
-from typing import Any, Protocol
+from typing import Protocol
 
 from rewarded_lines.demo.demo_settings import DemoSettings
-from rewarded_lines.demo.parts import Part, brought_files, digest, is_shared, parts_of
-from rewarded_lines.demo.recipe_jobs import RecipeJobs
+from rewarded_lines.demo.parts import brought_files, is_shared, parts_of
 from rewarded_lines.demo.stages import ALGORITHMS, PLAN, STAGES
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.engines.vllm_versions import load_vllm
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.extras import require
-from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
+from rewarded_lines.folders import folder_lock, refuse_foreign
+from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
+from rewarded_lines.pipelines.stage_parts import FinishedParts, Part, digest
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import local_path
@@ -57,17 +56,23 @@ def run_demo(settings: DemoSettings, observer: Observer, until: str = STAGES[-1]
     """
     _check_settings(settings, until)
     settings.out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(settings.out), RecipeJobs(settings.out / "logs") as jobs:
+    with folder_lock(settings.out), RecipeJobs(settings.out / "logs", small=True) as jobs:
+        finished = FinishedParts(settings.out / STATE_FILE)
         stages, made_from = list[tuple[str, list[Part]]](), ""
         for stage in STAGES[: STAGES.index(until) + 1]:
             stages.append((stage, parts_of(stage, settings, made_from)))
             made_from = digest([part.made_from for part in stages[-1][1]])
-        if until in _SWEPT and settings.engine == "vllm" and _missing(dict(stages)["sweep"], settings):
+        if until in _SWEPT and settings.engine == "vllm" and finished.missing(dict(stages)["sweep"]):
             # A thread of this process: the sweep runs here, and until then a core is often free.
             Thread(target=_load_vllm, args=(settings,), daemon=True).start()
         seconds = dict[str, float]()
         for (stage, parts), (_, following) in zip_longest(stages, stages[1:], fillvalue=("", [])):
-            seconds[stage] = _run_stage(stage, parts, following, settings, observer, jobs)
+            observer.started(stage)
+            reused = not finished.missing(parts)
+            finished.make(parts, jobs, observer.part, following)
+            # Parts run at the same time, so a stage takes as long as its longest part.
+            seconds[stage] = max(finished.seconds(part) or 0.0 for part in parts)
+            observer.finished(stage, seconds[stage], reused)
         return seconds
 
 
@@ -118,50 +123,3 @@ def _check_inputs(settings: DemoSettings) -> None:
     ]
     if problems:
         raise UserError(problems)
-
-
-def _run_stage(
-    stage: str, parts: list[Part], following: list[Part], settings: DemoSettings, observer: Observer, jobs: RecipeJobs
-) -> float:
-    observer.started(stage)
-    missing, started = _missing(parts, settings), time.perf_counter()
-    finished = _finished(settings)
-    for part in missing:
-        # It has other inputs, or was killed before it was recorded.
-        if not part.resumes and part.output.is_dir():
-            shutil.rmtree(part.output)
-    if missing:
-        jobs.prepare(_commands(missing))
-        jobs.prepare(_commands(_missing(following, settings)))
-    jobs.run(_commands(missing), observer.part)
-    for part in missing:
-        if part.run:
-            part.run(settings, observer.part)
-        finished[part.name] = {"made_from": part.made_from, "seconds": round(time.perf_counter() - started, 1)}
-        write_json(settings.out / STATE_FILE, finished)
-    # Parts run at the same time, so a stage takes as long as its longest part.
-    seconds = max(_seconds(part, finished) or 0.0 for part in parts)
-    observer.finished(stage, seconds, reused=not missing)
-    return seconds
-
-
-def _finished(settings: DemoSettings) -> dict[str, Any]:
-    """Return each finished part's hash of inputs and seconds."""
-    return json_object_in(settings.out / STATE_FILE)
-
-
-def _missing(parts: list[Part], settings: DemoSettings) -> list[Part]:
-    """Return the parts that are to be made."""
-    finished = _finished(settings)
-    return [part for part in parts if _seconds(part, finished) is None]
-
-
-def _commands(parts: list[Part]) -> dict[str, tuple[str, ...]]:
-    """Return the commands of the parts that recipes make."""
-    return {part.name: part.command for part in parts if part.command}
-
-
-def _seconds(part: Part, finished: dict[str, Any]) -> float | None:
-    """Return how long a finished part took, else None."""
-    entry = finished.get(part.name, {})
-    return float(entry["seconds"]) if entry.get("made_from") == part.made_from and part.output.exists() else None

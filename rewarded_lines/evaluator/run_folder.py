@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.config import SFT, decides
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import UserError, changed, differences, fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import (
@@ -35,7 +35,6 @@ from rewarded_lines.references import relative
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
-_SHOWN = 12
 
 
 class RunFolder:
@@ -174,38 +173,23 @@ def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
     now = setup.identity
     try:
         before = read_header(folder)["identity"]
-        differences = list(_differences(before, now))
+        found = list(differences(before, now))
         orders = [", ".join(one["policies"]) for one in (before, now)]
-        if not differences and orders[0] != orders[1]:
+        if not found and orders[0] != orders[1]:
             # A point's λ belong to the policies by order.
-            differences = [f"the order of the policies: {orders[0]} → {orders[1]}"]
-        if not differences:
+            found = [f"the order of the policies: {orders[0]} → {orders[1]}"]
+        if not found:
             return
-        more = [f"and {len(differences) - _SHOWN} more"] if differences[_SHOWN:] else []
         raise fail(
             "the run folder belongs to another configuration",
             where=str(folder),
-            got="\n    ".join(["what is different now:", *differences[:_SHOWN], *more]),
+            got=changed(found),
             remedy="name another --out, or pass --overwrite to begin this run anew",
         )
     except UserError:
         if not overwrite:
             raise
         _clear(folder)
-
-
-def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
-    """Yield one line for every value that differs."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for name in dict.fromkeys([*before, *now]):
-            yield from _differences(before.get(name), now.get(name), f"{place}.{name}" if place else name)
-    elif before != now:
-        yield f"{place}: {_short(before)} → {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else text[:16] + "…"
 
 
 def _clear(folder: Path) -> None:

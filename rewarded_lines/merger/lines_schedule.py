@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rewarded_lines.checkpoints.module_kinds import KINDS, kind_of
@@ -106,6 +106,13 @@ class Schedule:
             raise UserError(problem)
         scale = _at(line, place, self.outside, name)
         return scale * dict(self.modules).get(kind_of(name, place.side), 1.0) if self.modules else scale
+
+    def times(self, factor: float) -> Schedule:
+        """Return the schedule with every scale multiplied."""
+        lines = (
+            Line(factor * one.alpha, factor * one.beta, tuple(factor * at for at in one.blocks)) for one in self.lines
+        )
+        return replace(self, lines=tuple(lines))
 
     def by_block(self, stacks: Mapping[str, int], policies: Sequence[str] = ()) -> dict[str, list[float]]:
         """Return the scale of every block, first to last, before the factors by kind of module.

@@ -10,9 +10,10 @@ from trl import DPOTrainer
 
 from rewarded_lines.data.prompts import encode_answers
 from rewarded_lines.data.rows import Row
+from rewarded_lines.training.moving_reference import MovingReference
 
 
-class TokenDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer that takes the columns prompt_ids, chosen_ids and rejected_ids as they are."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

@@ -22,6 +22,7 @@ from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewards.reward import check_columns, deciding
 from rewarded_lines.training.generation_config import generation_inputs
 from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.training.moving_reference import check_reference
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
@@ -49,6 +50,7 @@ def load_task(
     project.require("rewards")
     base = _base(project, model_options)
     _check_options(training, project)
+    check_reference(training, bool(model_options.use_peft))
     _check_vllm(training, model_options)
     validation = data.validation()
     if validation is None:

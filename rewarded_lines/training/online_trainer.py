@@ -18,6 +18,7 @@ from trl.trainer import utils as trl_utils
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.training.moving_reference import MovingReference
 
 # TRL refuses other values only when it has sampled the first responses.
 _CHOICES = {
@@ -116,7 +117,7 @@ def check_prompts(settings: Any, prompts: int) -> None:
         )
 
 
-class OnlineTrainer:
+class OnlineTrainer(MovingReference):
     """What RLOOTrainer, GRPOTrainer and trainers made of them lack; a class names it before TRL's.
 
     TRL reads chats with its own template, knows no stop texts and takes end tokens from the model alone. It counts

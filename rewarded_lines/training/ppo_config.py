@@ -17,9 +17,9 @@ _DECIDED = {
     "max_completion_length": "response_length", "max_steps": "total_episodes",
     "steps_per_generation": "num_mini_batches", "generation_batch_size": "effective_batch_size",
     "loss_type": "", "scale_rewards": "", "multi_objective_aggregation": "", "reward_weights": "`rewards`",
-    "sync_ref_model": "", "use_bias_correction_kl": "",
+    "use_bias_correction_kl": "",
 }  # fmt: skip
-_OWN = "the loss is PPO's, and its reference is the SFT model"
+_OWN = "the loss is PPO's"
 _GONE = "not a key any more: "
 _COMPUTED = "leave it out: it follows from the batch and the number of processes"
 # The recipe sets these after the configuration has been checked.
@@ -58,7 +58,7 @@ class PPOConfig(SingleResponseConfig):
 
     An update samples `per_device_train_batch_size × gradient_accumulation_steps` episodes in each process and trains on
     them `num_ppo_epochs` times in `num_mini_batches`, each with one step of the optimizer. Where TRL counts steps
-    (`logging_steps`, `save_steps`, `warmup_steps`), here updates are counted.
+    (`logging_steps`, `save_steps`, `warmup_steps`, `ref_model_sync_steps`), here updates are counted.
     """
 
     REFUSED: ClassVar[frozenset[str]]
@@ -74,7 +74,7 @@ class PPOConfig(SingleResponseConfig):
     num_mini_batches: int = _key("parts of these episodes, each with one step of the optimizer", 1)
     missing_eos_penalty: float | None = _key("subtracted from the reward of a response that does not end", None)
     whiten_rewards: bool = _key("divide the rewards of tokens by their standard deviation", False)
-    kl_coef: float = _key("weight of the KL to the SFT model in the reward", 0.05)
+    kl_coef: float = _key("weight of the KL to the SFT model in the reward; see `sync_ref_model`", 0.05)
     kl_estimator: Literal["k1", "k3"] = _key("how the KL is estimated; k3 varies less", "k1")
     target_kl: float | None = _key("adapt `kl_coef` until the KL to the SFT model, in nats, is this", None)
     kl_horizon: int = _key("pace of that adaptation, in episodes", 10_000)
@@ -197,6 +197,7 @@ class PPOConfig(SingleResponseConfig):
         steps = {name: self._steps(given[name], updates) for name in ("logging_steps", "save_steps", "eval_steps")}
         if given["warmup_steps"] >= 1:
             steps["warmup_steps"] = given["warmup_steps"] * self.steps_per_update
+        steps["ref_model_sync_steps"] = given["ref_model_sync_steps"] * self.steps_per_update
         return SingleResponseConfig(
             **given
             | steps

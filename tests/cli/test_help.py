@@ -32,6 +32,8 @@ LIGHT = {
     # `spec`, and the files that it reads.
     "rewarded_lines.merger",
     "rewarded_lines.options",
+    # `round_options` only.
+    "rewarded_lines.pipelines",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
 }

@@ -19,8 +19,8 @@ from small_recipes import load_recipe
 from rewarded_lines.demo import pipeline
 from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import parts_of
-from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.evaluator.records import load_run
+from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
 
 ROOT = Path(__file__).parents[2]
 # What makes each demo config small; everything else in it stays as it is.

@@ -269,6 +269,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         ({"load_in_4bit": True}, "use_peft: true"),
         ({"load_in_4bit": True, "use_peft": True, "use_vllm": True}, "the base would change"),
         ({"use_vllm": True}, "TRL cannot load weights into vLLM on a CPU"),
+        ({"sync_ref_model": True, "use_peft": True}, "sync_ref_model: an adapter's reference is its base"),
         ({"effective_batch_size": 12}, "cannot be made of whole batches"),
         ({"num_mini_batches": 3}, "num_mini_batches"),
     ]:

@@ -14,6 +14,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    TrainerCallback,
     set_seed,
 )
 
@@ -121,7 +122,11 @@ def test_an_update_is_that_of_a_naive_ppo(tmp_path, base, critic, lora, more):
 
 
 def trained(one):
-    parts = {"policy": one.model, "critic": one.critic}
+    parts = {
+        "policy": one.model,
+        "critic": one.critic,
+        **({} if one.ref_model is None else {"reference": one.ref_model}),
+    }
     return {
         f"{key}.{name}": weight.clone() for key, part in parts.items() for name, weight in part.state_dict().items()
     }
@@ -132,10 +137,30 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if key not in ("seconds", "step_time")} for line in lines]
 
 
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 1}
+
+
+def test_the_reference_is_an_average_of_the_policy_after_each_update(tmp_path, base):
+    trainer = make_trainer(tmp_path, base, total_episodes=16, **MOVING)
+    wanted = {name: weight.clone() for name, weight in trainer.ref_model.state_dict().items()}
+
+    class Average(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            for name, weight in model.state_dict().items() if state.global_step % 4 == 0 else ():
+                wanted[name].lerp_(weight, 0.25)
+
+    trainer.add_callback(Average())
+    trainer.train()
+    found, start = trainer.ref_model.state_dict(), load_policy(base).state_dict()
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in wanted.items())
+    assert any(not torch.allclose(found[name], start[name], atol=1e-3) for name in start)
+
+
 # 15 prompts in batches of 8 make one update an epoch, so the checkpoint is two epochs after the start.
 @pytest.mark.parametrize(("critic", "lora"), [("separate", False), ("shared", False), ("separate", True)])
 def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, base, critic, lora):
     more = {"critic": critic, "total_episodes": 40, "target_kl": 0.01, "kl_horizon": 100, "learning_rate": 1e-3}
+    more |= {} if lora else MOVING
     whole = make_trainer(tmp_path / "whole", base, lora, save_strategy="steps", save_steps=2, **more)
     whole.train()
     # The state after a kill at the third of five updates, each of four steps.

@@ -31,9 +31,12 @@ class RecipeJobs:
     Leaving its block kills all that are left.
     """
 
-    def __init__(self, logs: Path) -> None:
-        """Start nothing yet. `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl."""
-        self._logs = logs
+    def __init__(self, logs: Path, small: bool = False) -> None:
+        """Start nothing yet. `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl.
+
+        Models that are `small` share the cores of this machine and need no network.
+        """
+        self._logs, self._small = logs, small
         self._jobs: dict[str, _Job] = {}
 
     def __enter__(self) -> RecipeJobs:
@@ -45,7 +48,7 @@ class RecipeJobs:
         self._end(list(self._jobs))
 
     def run(self, commands: Mapping[str, Sequence[str]], watch: Watch) -> None:
-        """Run named commands at the same time, each with its share of the cores, and wait for all.
+        """Run named commands at the same time, and wait for all.
 
         Raises:
             UserError: a command failed; the message ends with the last lines of its log. The others are killed.
@@ -65,9 +68,10 @@ class RecipeJobs:
         """Start commands that read a line from stdin before they work; `run` writes it."""
         self._logs.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(commands)))
+        environment = _for_small_models(threads) if self._small else {}
         for name, command in commands.items():
             if name not in self._jobs:
-                self._jobs[name] = _Job(name, command, self._logs / name.replace(" ", "-"), threads)
+                self._jobs[name] = _Job(name, command, self._logs / name.replace(" ", "-"), environment)
 
     def _end(self, names: Sequence[str]) -> None:
         for process in [job.process for name in names if (job := self._jobs.pop(name, None))]:
@@ -78,30 +82,18 @@ class RecipeJobs:
 class _Job:
     """A running recipe, and the steps reported so far."""
 
-    def __init__(self, name: str, command: Sequence[str], file: Path, threads: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], file: Path, environment: Mapping[str, str]) -> None:
         self._name, self._progress = name, SILENT
         self._log, self._steps = Path(f"{file}.log"), Path(f"{file}.jsonl")
         self._done: int | None = None
         self._steps.unlink(missing_ok=True)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            # Threads that spin while waiting slow a step thirtyfold as soon as another process needs a core.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            # The demo needs no network; a user's own configs with Hub ids need HF_HUB_OFFLINE=0.
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-            "REWARDED_LINES_PROGRESS": str(self._steps),
-            # glibc would give the memory of large tensors back after each use; to get it again takes a fifth of a step.
-            **{name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()},
-        }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **environment, "REWARDED_LINES_PROGRESS": str(self._steps)},
                 preexec_fn=_follow_parent,
             )
 
@@ -123,7 +115,7 @@ class _Job:
                 f"the stage failed with exit code {code}",
                 where=self._name,
                 got="\n    ".join(["the last lines of its log:", *lines[-_LINES_SHOWN:]]),
-                remedy=f"the whole log is {self._log}; start the demo again to go on from here",
+                remedy=f"the whole log is {self._log}; started again, it goes on from here",
             )
         return code == 0
 
@@ -140,6 +132,19 @@ class _Job:
             self._progress.expect(total)
             self._progress.start("training", counted=True)
         self._done = done
+
+
+def _for_small_models(threads: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while waiting slow a step thirtyfold as soon as another process needs a core.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        # The demo needs no network; a user's own configs with Hub ids need HF_HUB_OFFLINE=0.
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        # glibc would give the memory of large tensors back after each use; to get it again takes a fifth of a step.
+        **{name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()},
+    }
 
 
 def _follow_parent() -> None:

@@ -12,8 +12,8 @@ from progress_told import Told
 
 from rewarded_lines.demo.demo_settings import DemoSettings
 from rewarded_lines.demo.parts import parts_of
-from rewarded_lines.demo.recipe_jobs import RecipeJobs
 from rewarded_lines.errors import UserError
+from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
 
 STEPS = """\
 import json, os, time
@@ -36,7 +36,7 @@ sys.exit(3)
 RUN = """\
 import sys
 from pathlib import Path
-from rewarded_lines.demo.recipe_jobs import RecipeJobs
+from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
 from rewarded_lines.progress import SILENT
 place = Path(sys.argv[1])
 RecipeJobs(place).run({"waits": [sys.executable, "-c", sys.argv[2], str(place / "pid")]}, lambda name: SILENT)
