@@ -31,8 +31,15 @@ GROUND = [
 ]
 # The files of merger/, highest first, too.
 MERGER = [
-    *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "record"),
-    *("open_inputs", "adapter_plan", "adapter_settings", "lora_stacking", "model_plan", "merge_device"),
+    *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "compare_policies", "record"),
+    *(
+        "open_inputs",
+        "adapter_plan",
+        "adapter_settings",
+        "lora_stacking",
+        "model_plan",
+        "merge_device",
+    ),
     *("plan", "carried_files"),
     *("mergekit_methods", "mergekit_file", "mergekit_gradients", "spec", "methods", "merge_rules", "lines_schedule"),
     *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,14 @@ from rewarded_lines.references import looks_local
 from rewarded_lines.versions import installed
 
 RECORD_FILE = "merge.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The merge in the checkpoint's merge.json."""
+
+    policies: tuple[str, ...]
+    merge: MergeSpec
 
 
 class RecordedInput(BaseModel):
@@ -117,6 +126,19 @@ def read_record(path: Path) -> Record:
     if set(record.weights) != set(record.policies):
         raise fail("weights and policies have different names", where=str(path))
     return record
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """Return the merge in merge.json, or None without a readable merge.json."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = read_json_object(path)
+        options = {name: str(value) for name, value in record.get("options", {}).items()}
+        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def hash_inputs(plan: Plan) -> dict[str, Any]:
