@@ -34,6 +34,7 @@ MERGER = [
     *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "compare_policies", "record"),
     *(
         "open_inputs",
+        "low_rank_plan",
         "adapter_plan",
         "adapter_settings",
         "lora_stacking",

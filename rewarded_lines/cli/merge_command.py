@@ -100,7 +100,8 @@ def merge(
     rewarded-lines merge --method greedy --score "python score.py {model}"
     rewarded-lines merge --base sft --policy lora-a --policy lora-b
         LoRA adapters (PEFT) give an adapter, exactly their weighted sum;
-        --as full folds it into the base
+        --as full folds it into the base; of whole policies
+        --as adapter --rank 64 gives the nearest adapter of that rank
     rewarded-lines merge --from merged/merge.json --out again
     rewarded-lines merge --from-mergekit config.yaml --out merged
         the same merge as mergekit's, or a refusal
@@ -214,6 +215,7 @@ def _as_dict(result: MergeResult) -> dict[str, Any]:
         "bytes": result.bytes,
         "scales": {stack: list(scales) for stack, scales in result.scales.items()},
         "notes": list(result.notes),
+        **({"kept": vars(result.kept)} if result.kept else {}),
     }
 
 
@@ -226,7 +228,7 @@ def _print(results: list[MergeResult], automatic: bool) -> None:
     console = Console(highlight=False)
     console.print("dry run: nothing written" if results[0].out is None else "merged", style="bold")
     console.print(_table(results, automatic))
-    for note in results[0].notes:
+    for note in dict.fromkeys(note for result in results for note in result.notes):
         console.print(_plain(note), style="dim")
     for result in results:
         if result.out is not None:

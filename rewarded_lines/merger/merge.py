@@ -21,7 +21,7 @@ from rewarded_lines.merger.lines_schedule import check_schedule
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
-from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
+from rewarded_lines.merger.plan import OUTSIDE, Kept, Plan, choose
 from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
 from rewarded_lines.merger.spec import MergeOptions, MergeSpec, folder_name, parse_weights
 from rewarded_lines.options import takes_fields
@@ -45,6 +45,7 @@ class MergeResult:
     bytes: int
     scales: Mapping[str, Sequence[float]]
     notes: Sequence[str] = ()
+    kept: Kept | None = None
 
 
 @takes_fields(MergeOptions, "how")
@@ -127,7 +128,7 @@ def replay(
     _check_targets([target], [origin, *named.values()], how.overwrite)
     size = recorded.max_shard_size
     parse_size(size)
-    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size)
+    how = replace(how, as_=recorded.kind, rank=recorded.rank, dtype=recorded.dtype, max_shard_size=size)
     tokenizer, config_from = recorded.carried(how.tokenizer)
     how = replace(how, layers=recorded.layers, tower=recorded.tower, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
@@ -140,7 +141,7 @@ def replay(
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
-    taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from")
+    taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from", "rank")
     return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
 
 
@@ -176,6 +177,7 @@ def _fill(
     settings = {
         **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size},
         **{"layers": how.layers, "tower": how.tower},
+        **({} if how.rank is None else {"rank": how.rank}),
         **{"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
         "chosen": dict(plan.carried.asked),
         # `--score` may contain an access token.
@@ -202,8 +204,9 @@ def _full(needed: int, place: Path) -> UserError:
 
 
 def _result(plan: Plan, spec: MergeSpec, out: Path | None) -> MergeResult:
-    outputs, notes = plan.outputs(spec), tuple(plan.notes)
-    return MergeResult(out, spec, tuple(plan.policies), len(outputs), total_bytes(outputs), plan.scales(spec), notes)
+    outputs, kept = plan.outputs(spec), plan.kept(spec)
+    names, notes = tuple(plan.policies), (*plan.notes, *([kept.sentence()] if kept else []))
+    return MergeResult(out, spec, names, len(outputs), total_bytes(outputs), plan.scales(spec), notes, kept)
 
 
 def name_policies(policies: Policies) -> dict[str, str]:

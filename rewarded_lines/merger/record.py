@@ -61,6 +61,8 @@ class Record(BaseModel):
     tower: str | None = None
     # Records that are older than merges of adapters lack it.
     kind: str = Field("full", alias="as")
+    # Of an adapter that approximates the merge.
+    rank: int | None = None
     # Likewise older than this choice: whole models got the base's files, adapters those of the first adapter.
     tokenizer: str | None = None
     config_from: str | None = None
@@ -172,6 +174,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
     return {
         **spec.as_dict(list(plan.policies)),
         "scales": plan.scales(spec),
+        **({"kept": vars(kept)} if (kept := plan.kept(spec)) else {}),
         **settings,
         "notes": plan.notes,
         **inputs,

@@ -165,7 +165,7 @@ class MergeSpec:
             base: folder or Hub id.
             policies: likewise, by name, in the order of the weights.
             out: the output folder.
-            how: other arguments of `merge`: dtype, as_, layers, tower, max_shard_size, tokenizer, config_from.
+            how: other arguments of `merge`: dtype, as_, rank, layers, tower, max_shard_size, tokenizer, config_from.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.
@@ -239,6 +239,7 @@ class MergeOptions:
         "full models, LoRA adapter, or auto: an adapter if all policies are adapters.",
         offers=("auto", "full", "adapter"),
     )
+    rank: int | None = option(None, "adapter: the nearest of this rank, also of whole policies; what it keeps is told.")
     out: str | Path | None = option(None, "Output folder; default merged/lam=…", typed=Path | None)
     dtype: str = option(
         "auto", "auto, float32, bfloat16 or float16.", offers=("auto", "float32", "bfloat16", "float16")
