@@ -129,7 +129,7 @@ def inspect(checkpoint: str | Path, base: str | Path | None = None, **how: Any) 
 def inspect(checkpoint: Policies, base: str | Path | None = None, **how: Any) -> Comparison: ...
 
 
-def inspect(
+def inspect(  # type: ignore[misc]  # the overloads leave the options open
     checkpoint: str | Path | Policies,
     base: str | Path | None = None,
     *,

@@ -40,6 +40,7 @@ def comparison_dict(found: Comparison, tensors: bool) -> dict[str, Any]:
 def comparison_tables(found: Comparison, tensors: bool) -> Iterator[RenderableType]:
     """Yield a heading, the tables by policy, pair, depth and kind of matrix, the paragraph, and notes."""
     names, total = list(map(printable, found.policies)), found.total
+    rows: list[tuple[str, ...]]
     yield Text(
         printable(
             f"{found.base} and {len(names)} policies of it: {total.values:,} values in {len(found.tensors)} tensors"
