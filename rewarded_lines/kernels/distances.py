@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from threading import Lock
 
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
+from rewarded_lines.kernels.blocks import Array, Source, Workspace, all_blocks
 from rewarded_lines.kernels.norms import exact_sum
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.progress import Progress
@@ -79,25 +78,36 @@ def distances(
     names = [name for name, info in infos.items() if info.dtype.floating]
     # A tensor without values has no block.
     parts = {name: [_nothing(len(sources))] for name in names}
-    lock = Lock()
     progress.expect(total_bytes(infos[name] for name in names))
     progress.start("reading blocks", counted=True)
 
+    def measure(workspace: Workspace, name: str, _: int, count: int) -> None:
+        parts[name].append(_measure_block(workspace, np.empty(count)))
+        progress.advance(count * infos[name].dtype.itemsize)
+
+    visit_blocks(lambda: Workspace(base, sources), [infos[name] for name in names], measure)
+    return {name: joined(blocks) for name, blocks in parts.items()}
+
+
+def visit_blocks(
+    begin: Callable[[], Workspace], infos: Iterable[TensorInfo], visit: Callable[[Workspace, str, int, int], None]
+) -> None:
+    """Call `visit` for every block of some tensors, with the workspace that holds it, name, start and length.
+
+    Threads share the blocks; `begin` makes a thread's workspace.
+    """
+
     def worker() -> Callable[[tuple[str, int, int]], None]:
-        workspace, wide = Workspace(base, sources), np.empty(BLOCK)
+        workspace = begin()
 
         def work(block: tuple[str, int, int]) -> None:
             workspace.load(*block)
-            name, _, count = block
-            part = _measure_block(workspace, wide[:count])
-            with lock:
-                parts[name].append(part)
-            progress.advance(count * infos[name].dtype.itemsize)
+            visit(workspace, *block)
 
         return work
 
-    share_out(all_blocks(names, infos), worker)
-    return {name: joined(blocks) for name, blocks in parts.items()}
+    tensors = {info.name: info for info in infos}
+    share_out(all_blocks(tensors, tensors), worker)
 
 
 def joined(parts: Iterable[Distance]) -> Distance:

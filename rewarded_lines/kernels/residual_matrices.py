@@ -7,30 +7,20 @@ from collections.abc import Callable
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.kernels.blocks import Array, Workspace, blocks_of
-from rewarded_lines.kernels.thread_pool import share_out
+from rewarded_lines.kernels.blocks import Array, Workspace
+from rewarded_lines.kernels.distances import visit_blocks
 
 
 def whole_tensor(
     begin: Callable[[], Workspace], info: TensorInfo, rows: int, take: Callable[[Workspace], Array]
 ) -> Array:
-    """Return `rows` float64 tensors of the shape of `info`, stacked: `take` returns each block's values, [rows, n].
-
-    Threads share the blocks; `begin` makes a thread's workspace.
-    """
+    """Return `rows` float64 tensors of the shape of `info`, stacked: `take` returns each block's values, [rows, n]."""
     out = np.empty((rows, info.elements))
 
-    def worker() -> Callable[[tuple[int, int]], None]:
-        workspace = begin()
+    def place(workspace: Workspace, _: str, start: int, count: int) -> None:
+        out[:, start : start + count] = take(workspace)
 
-        def work(block: tuple[int, int]) -> None:
-            start, count = block
-            workspace.load(info.name, start, count)
-            out[:, start : start + count] = take(workspace)
-
-        return work
-
-    share_out(blocks_of(info.elements), worker)
+    visit_blocks(begin, [info], place)
     return out.reshape(rows, *info.shape)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import Array, TensorMerge, Workspace, all_blocks
+from rewarded_lines.kernels.blocks import Array, TensorMerge, Workspace
+from rewarded_lines.kernels.distances import visit_blocks
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import exact_sum
 from rewarded_lines.kernels.residual_matrices import best_factors, whole_tensor
-from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.merger.adapter_settings import adapter_config
 from rewarded_lines.merger.lora_folding import is_transposed
 from rewarded_lines.merger.lora_stacking import AdapterOutput, Stack
@@ -140,18 +140,12 @@ class LowRankPlan(Plan):
         steps = {name: [self._whole.step(name, spec, copies=False) for spec in specs] for name in self._rest}
         squares: list[list[float]] = [[] for _ in specs]
 
-        def worker() -> Callable[[tuple[str, int, int]], None]:
-            workspace = self._whole.workspace()
+        def measure(workspace: Workspace, name: str, _: int, count: int) -> None:
+            for row, residual in zip(squares, _residuals(steps[name], workspace), strict=True):
+                row.append(float(np.square(residual).sum()))
+            progress.advance(count * self.base.tensors[name].dtype.itemsize)
 
-            def work(block: tuple[str, int, int]) -> None:
-                workspace.load(*block)
-                for row, residual in zip(squares, _residuals(steps[block[0]], workspace), strict=True):
-                    row.append(float(np.square(residual).sum()))
-                progress.advance(block[2] * self.base.tensors[block[0]].dtype.itemsize)
-
-            return work
-
-        share_out(all_blocks(self._rest, self.base.tensors), worker)
+        visit_blocks(self._whole.workspace, [self.base.tensors[name] for name in self._rest], measure)
         return [exact_sum(row) for row in squares]
 
     def _is_layer(self, info: TensorInfo) -> bool:
