@@ -22,7 +22,7 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.options import option, takes_fields
 
 if TYPE_CHECKING:
-    from rewarded_lines.merger.merge import MergeResult
+    from rewarded_lines.merger.merge_outputs import MergeResult
     from rewarded_lines.merger.mergekit_methods import Translation
 
 EPILOG = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
@@ -109,7 +109,8 @@ def merge(
     rewarded-lines merge --method greedy --score "python score.py {model}"
     rewarded-lines merge --base sft --policy lora-a --policy lora-b
         LoRA adapters (PEFT) give an adapter, exactly their weighted sum;
-        --as full folds it into the base
+        --as full folds it into the base; of whole policies
+        --as adapter --rank 64 gives the nearest adapter of that rank
     rewarded-lines merge --from merged/merge.json --out again
     rewarded-lines merge --from-mergekit config.yaml --out merged
         the same merge as mergekit's, or a refusal
@@ -225,6 +226,7 @@ def _as_dict(result: MergeResult) -> dict[str, Any]:
         "scales": {stack: list(scales) for stack, scales in result.scales.items()},
         "notes": list(result.notes),
         **({"preference": result.preference} if result.preference else {}),
+        **({"kept": vars(result.kept)} if result.kept else {}),
     }
 
 
@@ -237,7 +239,7 @@ def _print(results: list[MergeResult], automatic: bool) -> None:
     console = Console(highlight=False)
     console.print("dry run: nothing written" if results[0].out is None else "merged", style="bold")
     console.print(_table(results, automatic))
-    for note in results[0].notes:
+    for note in dict.fromkeys(note for result in results for note in result.notes):
         console.print(_plain(note), style="dim")
     for result in results:
         if result.out is not None:

@@ -164,10 +164,9 @@ class Setup:
             UserError: prompts are too long and `spec` refuses them, part of a chat would be lost, or a row lacks a
                 column that a reward reads.
         """
-        prompts = [row["prompt"] for row in rows]
+        prompts, where = [row["prompt"] for row in rows], spec.file or str(spec.dataset)
         tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
-        where = spec.file or str(spec.dataset)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
         check_columns(self.rewards.values(), {where: rows})

@@ -6,23 +6,19 @@ Sums over blocks are exact, so no number depends on threads or sharding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import blake3
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import TensorFiles, total_bytes
-from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.kernels.blocks import Array, Source, Workspace, blocks_of, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios, ranked_masks
-from rewarded_lines.progress import Progress
 
 Gram = tuple[tuple[float, ...], ...]
 Spread = Callable[[Sequence[Array]], Array]
@@ -232,60 +228,3 @@ def _norm(workspace: Workspace, step: TensorMerge) -> float:
 def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
     listed = list(pairs)
     return exact_sum(first for first, _ in listed), exact_sum(second for _, second in listed)
-
-
-class Distance(NamedTuple):
-    """Of a block or a tensor: Σ τ², Σ θ_base², how many values differ from the base's, how many are not finite."""
-
-    residual: float
-    base: float
-    changed: int
-    nonfinite: int
-
-
-def distances(
-    base: TensorFiles, source: Source, infos: Mapping[str, TensorInfo], progress: Progress
-) -> dict[str, Distance]:
-    """Return how far each floating-point tensor of `infos` is from the base's."""
-    names = [name for name, info in infos.items() if info.dtype.floating]
-    parts: dict[str, list[Distance]] = {name: [] for name in names}
-    lock = Lock()
-    progress.expect(total_bytes(infos[name] for name in names))
-    progress.start("reading blocks", counted=True)
-
-    def worker() -> Callable[[tuple[str, int, int]], None]:
-        workspace, wide = Workspace(base, [source]), np.empty(BLOCK)
-
-        def work(block: tuple[str, int, int]) -> None:
-            workspace.load(*block)
-            name, _, count = block
-            part = _measure_block(workspace, wide[:count])
-            with lock:
-                parts[name].append(part)
-            progress.advance(count * infos[name].dtype.itemsize)
-
-        return work
-
-    share_out(all_blocks(names, infos), worker)
-    return {name: _joined(blocks) for name, blocks in parts.items()}
-
-
-def _measure_block(workspace: Workspace, wide: Array) -> Distance:
-    residual = workspace.residuals()[0]
-    # Values that are not finite are counted and reported in the notes.
-    with np.errstate(all="ignore"):
-        changed = int(np.count_nonzero(residual))
-        square = float(np.multiply(residual, residual, out=wide).sum())
-        kernels.cast(workspace.raw(0), wide)
-        square_base = float(np.multiply(wide, wide, out=wide).sum())
-    finite = math.isfinite(square) and math.isfinite(square_base)
-    nonfinite = 0 if finite else workspace.count_nonfinite(0) + workspace.count_nonfinite(1)
-    return Distance(square, square_base, changed, nonfinite)
-
-
-def _joined(parts: Sequence[Distance]) -> Distance:
-    return Distance(
-        *_summed((part.residual, part.base) for part in parts),
-        sum(part.changed for part in parts),
-        sum(part.nonfinite for part in parts),
-    )

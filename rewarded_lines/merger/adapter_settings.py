@@ -25,6 +25,7 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
     r is the largest rank, by which engines allocate memory. `rank_pattern` and `alpha_pattern` name modules of another
     rank, anchored and in full. An output that repeats a policy keeps that policy's settings. `modules` is the number
     of modules of all policies; `base` is recorded if the policies name different bases or none.
+    Without `adapters`, every module is named.
     """
     if output.copied is not None:
         return dict(adapters[output.copied].config.content)
@@ -34,8 +35,8 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
     contents = [adapter.config.content for adapter in adapters]
     shared: dict[str, Any] = {}
     for key in ("auto_mapping", "base_model_name_or_path", "revision", "task_type"):
-        first, *rest = (content.get(key) for content in contents)
-        shared[key] = first if all(value == first for value in rest) else None
+        values = [content.get(key) for content in contents]
+        shared[key] = values[0] if values and all(value == values[0] for value in values) else None
     settings = {
         "auto_mapping": shared["auto_mapping"],
         "base_model_name_or_path": shared["base_model_name_or_path"] or base,
@@ -68,7 +69,7 @@ def _targets(adapters: Sequence[Adapter], stacks: Mapping[str, Stack], modules: 
     wanted = [[_sorted(adapter.config.content.get(key)) for key in keys] for adapter in adapters]
     # With `ensure_weight_tying` PEFT does not name the head, whose factors are written here.
     tied = any(adapter.config.tied for adapter in adapters)
-    if all(other == wanted[0] for other in wanted) and len(stacks) == modules and not tied:
+    if wanted and all(other == wanted[0] for other in wanted) and len(stacks) == modules and not tied:
         return dict(zip(keys, wanted[0], strict=True))
     named = [name for name, stack in stacks.items() if not stack.like.experts]
     bare = [name for name, stack in stacks.items() if stack.like.experts]

@@ -6,30 +6,32 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, read_json_object, resolve_folder, total_bytes
+from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder, total_bytes
 from rewarded_lines.checkpoints.tensor_depth import Depths, Side
 from rewarded_lines.errors import Problem, UserError, fail, printable
 from rewarded_lines.kernels.blocks import Source
-from rewarded_lines.kernels.norms import Distance, distances
+from rewarded_lines.kernels.distances import Distance, distances
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
+from rewarded_lines.merger.compare_policies import Comparison, compare_policies
 from rewarded_lines.merger.input_names import depths_of, under_base_names
 from rewarded_lines.merger.lines_schedule import Outside, Schedule
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
 from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
-from rewarded_lines.merger.record import RECORD_FILE
+from rewarded_lines.merger.record import Origin, read_origin
 from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, named_schedules
-from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN, _LONGEST = 3, 200
+_ONE = "leave them out, or inspect one policy"
+Policies = Sequence[str | Path] | Mapping[str, str | Path]
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,6 @@ class Level(Sum):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The merge in the checkpoint's merge.json."""
-
-    policies: tuple[str, ...]
-    merge: MergeSpec
-
-
-@dataclass(frozen=True)
 class Inspection:
     """A checkpoint by depth: lists of blocks with their lengths, levels, tensors; schedules of named policies."""
 
@@ -127,8 +121,16 @@ class Inspection:
     notes: Sequence[str]
 
 
-def inspect(
-    checkpoint: str | Path,
+@overload
+def inspect(checkpoint: str | Path, base: str | Path | None = None, **how: Any) -> Inspection: ...
+
+
+@overload
+def inspect(checkpoint: Policies, base: str | Path | None = None, **how: Any) -> Comparison: ...
+
+
+def inspect(  # type: ignore[misc]  # the overloads leave the options open
+    checkpoint: str | Path | Policies,
     base: str | Path | None = None,
     *,
     alpha: Values = None,
@@ -138,15 +140,17 @@ def inspect(
     outside: Outside = "alpha",
     layers: str | None = None,
     tower: str | None = None,
+    spectra: str = "sample",
     progress: Progress = SILENT,
-) -> Inspection:
+) -> Inspection | Comparison:
     """Return depth and scale of every tensor and, against a base, the norms of the residual τ = θ − θ_base.
 
+    Several policies are compared with one another: which values each changed, signs, cosines and ranks of residuals.
     Without a base only headers are read. With a base both checkpoints pass in blocks. Sums of blocks are added
     exactly, so the numbers are the same for any number of threads and any sharding.
 
     Args:
-        checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base.
+        checkpoint: folder or Hub id of a model, or of a LoRA adapter of the base; or several policies.
         base: folder or Hub id of its SFT model.
         alpha: α, the scale of the first block; None is 1, as for `beta`.
         beta: β, added by the last block.
@@ -155,30 +159,49 @@ def inspect(
         outside: the scale of embeddings, final norm and head: "alpha", or "depth" for that of the nearest block.
         layers: the pattern of the block list, for unknown layouts.
         tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
+        spectra: of several policies, whose singular values are measured: "sample" takes evenly spaced blocks as far
+            as a fixed number of operations allows, "all" takes all matrices.
         progress: receives the bytes read.
 
     Raises:
         UserError: a checkpoint is incomplete, its layout is unknown, or it was trained from another base.
     """
-    scales, schedules = named_schedules(Path(checkpoint).name, (alpha, beta, schedule, modules), outside)
+    given = (alpha, beta, schedule, modules)
+    if not isinstance(checkpoint, str | Path):
+        if outside != "alpha" or any(one is not None for one in given):
+            where = "--alpha, --beta, --schedule, --modules, --outside"
+            raise fail("scales are shown for a single checkpoint", where=where, remedy=_ONE)
+        return compare_policies(checkpoint, base, layers=layers, tower=tower, spectra=spectra, progress=progress)
+    return _inspect_one(str(checkpoint), None if base is None else str(base), given, outside, layers, tower, progress)
+
+
+def _inspect_one(
+    checkpoint: str,
+    base: str | None,
+    given: Sequence[Any],
+    outside: Outside,
+    layers: str | None,
+    tower: str | None,
+    progress: Progress,
+) -> Inspection:
+    scales, schedules = named_schedules(Path(checkpoint).name, given, outside)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
-    subject = _open(str(checkpoint), None if base is None else str(base))
+    subject = _open(checkpoint, base)
     infos = subject.tensors
     depths = depths_of(infos, subject.config, layers, tower)
     Schedule((*scales.lines, *(one.lines[0] for one in schedules.values())), scales.modules).check(depths)
-    measured = distances(subject.base, subject.source, infos, progress) if subject.base else {}
+    measured = distances(subject.base, [subject.source], infos, progress) if subject.base else {}
     tensors = [_tensor(info, depths, scales, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
     tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
     return Inspection(
-        str(checkpoint),
-        None if base is None else str(base),
+        *(checkpoint, base),
         *(scales, schedules, depths.stacks),
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
-        _origin(subject.folder),
+        read_origin(subject.folder),
         [*subject.notes, *_nonfinite(tensors)],
     )
 
@@ -237,8 +260,7 @@ def _tensor(info: TensorInfo, depths: Depths, schedule: Schedule, measured: Dist
     scale = schedule.scale(place, info.name)
     residual = None
     if measured:
-        norm = math.sqrt(measured.residual)
-        base_norm = math.sqrt(measured.base)
+        norm, base_norm = measured.norm(0), math.sqrt(measured.base)
         residual = Residual(norm, base_norm, abs(scale) * norm, info.elements, measured.changed, measured.nonfinite)
     return InspectedTensor(
         info.name, place.stack, place.block, place.side, info.shape, info.dtype.torch, info.elements, scale, residual
@@ -278,19 +300,6 @@ def _joined(residuals: Sequence[Residual]) -> Residual:
         sum(one.changed for one in residuals),
         sum(one.nonfinite for one in residuals),
     )
-
-
-def _origin(folder: Path) -> Origin | None:
-    """Return the merge in merge.json, or None without a readable merge.json."""
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        return None
-    try:
-        record = read_json_object(path)
-        options = {name: str(value) for name, value in record.get("options", {}).items()}
-        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def _nonfinite(tensors: Iterable[InspectedTensor]) -> list[str]:

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.checkpoints.writer import parse_size
-from rewarded_lines.errors import Problem, UserError, fail, masked
-from rewarded_lines.folders import atomic_folder, existing_output, write_json
+from rewarded_lines.errors import fail
 from rewarded_lines.merger.greedy_soup import greedy_weights
-from rewarded_lines.merger.input_cards import CARD_FILE
 from rewarded_lines.merger.merge_options import MergeOptions
+from rewarded_lines.merger.merge_outputs import MergeResult, check_targets, result_of, write_outputs
 from rewarded_lines.merger.methods import METHODS
-from rewarded_lines.merger.model_card import CardAddition, model_card
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.plan import OUTSIDE, Plan, choose
 from rewarded_lines.merger.preferences import Weights, check_trained, each_weights, preferred_weights, read_mixtures
-from rewarded_lines.merger.record import RECORD_FILE, describe, hash_inputs, read_record
+from rewarded_lines.merger.record import RECORD_FILE, read_record
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.merger.spec import MergeSpec, folder_name
 from rewarded_lines.options import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
-Addition = Callable[[MergeSpec], CardAddition] | None
 # The options that a record leaves open.
 _REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "tokenizer", "additions", "progress")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """One merged policy: its folder (None after a dry run), the merge that made it, and μ by reward if it is known."""
-
-    out: Path | None
-    spec: MergeSpec
-    names: Sequence[str]
-    tensors: int
-    bytes: int
-    scales: Mapping[str, Sequence[float]]
-    notes: Sequence[str] = ()
-    preference: Mapping[str, float] = field(default_factory=dict)
 
 
 @takes_fields(MergeOptions, "how")
@@ -78,7 +53,7 @@ def merge(
     specs = _specs(lam, list(named), how)
     parse_size(how.max_shard_size)
     targets = _targets(None if how.out is None else Path(expand(how.out)), specs)
-    _check_targets(targets, [base, *named.values()], how.overwrite)
+    check_targets(targets, [base, *named.values()], how.overwrite)
     plan = _open(base, named, how)
     _check_specs(plan, specs, how)
     addition = how.additions(plan) if how.additions else None
@@ -90,8 +65,8 @@ def merge(
         how.progress.start("choosing α")
         specs = [replace(spec, alpha=value) for spec, value in zip(specs, plan.auto_alpha(specs), strict=True)]
     if how.dry_run:
-        return [_result(plan, spec, None, how) for spec in specs]
-    return _write(plan, specs, targets, how, addition)
+        return [result_of(plan, spec, None, how) for spec in specs]
+    return write_outputs(plan, specs, targets, how, addition)
 
 
 @takes_fields(MergeOptions, "how", [one.name for one in fields(MergeOptions) if one.name not in _REPLAYED])
@@ -126,10 +101,11 @@ def replay(
     folder = path.resolve().parent
     target = folder.with_name(f"{folder.name}-again") if how.out is None else Path(expand(how.out))
     origin = expand(base or recorded.base.path)
-    _check_targets([target], [origin, *named.values()], how.overwrite)
+    check_targets([target], [origin, *named.values()], how.overwrite)
     size = recorded.max_shard_size
     parse_size(size)
-    how = replace(how, as_=recorded.kind, dtype=recorded.dtype, max_shard_size=size, mixtures=recorded.mixtures)
+    how = replace(how, as_=recorded.kind, rank=recorded.rank, dtype=recorded.dtype, max_shard_size=size)
+    how = replace(how, mixtures=recorded.mixtures)
     tokenizer, config_from = recorded.carried(how.tokenizer)
     how = replace(how, layers=recorded.layers, tower=recorded.tower, tokenizer=tokenizer, config_from=config_from)
     spec = recorded.merge.complete(len(named))
@@ -138,12 +114,12 @@ def replay(
     plan.carried = replace(plan.carried, asked=recorded.chosen)
     how.progress.start("hashing inputs")
     recorded.check_inputs(path, plan)
-    return _write(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
+    return write_outputs(plan, [spec], [target], how, how.additions(plan) if how.additions else None)[0]
 
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
-    taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from")
+    taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from", "rank")
     return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
 
 
@@ -153,77 +129,6 @@ def _check_specs(plan: Plan, specs: Sequence[MergeSpec], how: MergeOptions) -> N
     if how.mixtures:
         check_trained(how.mixtures, {name: policy.folder for name, policy in plan.policies.items()})
         plan.notes += read_mixtures(how.mixtures, plan.policies).notes(spec.weights for spec in specs)
-
-
-def _write(
-    plan: Plan, specs: Sequence[MergeSpec], targets: Sequence[Path], how: MergeOptions, addition: Addition
-) -> list[MergeResult]:
-    """Write one complete folder for each spec, or none; inputs are read once for all."""
-    how.progress.start("measuring residuals")
-    plan.prepare(specs)
-    needed = sum(total_bytes(plan.outputs(spec)) for spec in specs)
-    try:
-        with ExitStack() as stack:
-            folders = [stack.enter_context(atomic_folder(target, how.overwrite)) for target in targets]
-            if needed > shutil.disk_usage(folders[0]).free:
-                raise _full(needed, folders[0].parent)
-            _fill(plan, specs, folders, how, addition)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _full(needed, targets[0].parent) from error
-    return [_result(plan, spec, target, how) for spec, target in zip(specs, targets, strict=True)]
-
-
-def _fill(
-    plan: Plan, specs: Sequence[MergeSpec], folders: Sequence[Path], how: MergeOptions, addition: Addition
-) -> None:
-    """Write weights, settings, `merge.json` and the model card of every output."""
-    nonfinite = plan.write(specs, folders, parse_size(how.max_shard_size), how.progress)
-    if not how.allow_nonfinite:
-        nonfinite.refuse()
-    how.progress.start("hashing inputs")
-    inputs = hash_inputs(plan)
-    settings = {
-        **{"as": plan.kind, "dtype": how.dtype, "max_shard_size": how.max_shard_size},
-        **{"layers": how.layers, "tower": how.tower},
-        **{"tokenizer": plan.carried.tokenizer, "config_from": plan.carried.config_from},
-        "chosen": dict(plan.carried.asked),
-        # `--score` may contain an access token.
-        "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
-    }
-    for folder, spec in zip(folders, specs, strict=True):
-        own = {**settings, **_told_preference(how, plan, spec)}
-        write_json(folder / RECORD_FILE, describe(plan, spec, inputs, own))
-        added = addition(spec) if addition else CardAddition()
-        for name, content in added.files.items():
-            (folder / name).write_bytes(content)
-        (folder / CARD_FILE).write_text(model_card(plan, spec, own, added), encoding="utf-8")
-    how.progress.start("syncing to disk")
-
-
-def _full(needed: int, place: Path) -> UserError:
-    free = shutil.disk_usage(place).free
-    return fail(
-        "not enough disk space, or a limit on the size of files",
-        where=str(place),
-        expected=f"{needed:,} bytes ({needed / 1e9:.2f} GB) free",
-        got=f"{free:,} bytes ({free / 1e9:.2f} GB)",
-        remedy="choose another --out, fewer λ, or --dtype bfloat16",
-    )
-
-
-def _result(plan: Plan, spec: MergeSpec, out: Path | None, how: MergeOptions) -> MergeResult:
-    outputs, notes, names = plan.outputs(spec), tuple(plan.notes), tuple(plan.policies)
-    preference = _told_preference(how, plan, spec).get("preference", {})
-    return MergeResult(out, spec, names, len(outputs), total_bytes(outputs), plan.scales(spec), notes, preference)
-
-
-def _told_preference(how: MergeOptions, plan: Plan, spec: MergeSpec) -> dict[str, Any]:
-    """Return what is told of μ beside the weights, if the mixtures are known."""
-    if not how.mixtures:
-        return {}
-    return {"mixtures": how.mixtures, "preference": read_mixtures(how.mixtures, plan.policies).preference(spec.weights)}
 
 
 def name_policies(policies: Policies) -> dict[str, str]:
@@ -280,22 +185,3 @@ def _targets(out: Path | None, specs: Sequence[MergeSpec]) -> list[Path]:
     if METHODS[specs[0].method].weights == "none":
         return [parent / specs[0].method]
     return [parent / folder_name(spec.weights) for spec in specs]
-
-
-def _check_targets(targets: Sequence[Path], inputs: Sequence[str], overwrite: bool) -> None:
-    """Refuse outputs that exist, or that lie in, on or around an input."""
-    problems = [problem for target in targets for problem in existing_output(target, overwrite, RECORD_FILE)]
-    problems += [
-        Problem("two outputs would have the same name", str(target), remedy="name λ that differ in six digits")
-        for target in dict.fromkeys(target for target in targets if targets.count(target) > 1)
-    ]
-    read = [Path(reference).resolve() for reference in inputs if Path(reference).exists()]
-    for target in targets:
-        # Path.resolve would raise on links that form a circle.
-        place = Path(os.path.realpath(target))
-        touched = [path for path in read if path == place or place in path.parents or path in place.parents]
-        problems += [
-            Problem("the output lies in, on or around an input", where=str(target), got=str(path)) for path in touched
-        ]
-    if problems:
-        raise UserError(problems)

@@ -95,6 +95,7 @@ class MergeOptions:
         "full models, LoRA adapter, or auto: an adapter if all policies are adapters.",
         offers=("auto", "full", "adapter"),
     )
+    rank: int | None = option(None, "adapter: the nearest of this rank, also of whole policies; what it keeps is told.")
     out: str | Path | None = option(None, "Output folder; default merged/lam=…", typed=Path | None)
     dtype: str = option(
         "auto", "auto, float32, bfloat16 or float16.", offers=("auto", "float32", "bfloat16", "float16")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.merger.merge import MergeResult, merge
+from rewarded_lines.merger.merge import merge
+from rewarded_lines.merger.merge_outputs import MergeResult
 from rewarded_lines.merger.mergekit_file import MergekitFile, Reference, read_file
 from rewarded_lines.merger.mergekit_methods import MERGEKIT_METHODS, MergekitMethod, Translation
 

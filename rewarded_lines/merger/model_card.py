@@ -229,7 +229,8 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
     base = json.dumps(inputs[""].title, ensure_ascii=False)
     lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
     lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
-    text = f"A LoRA adapter of rank {rank}: the policies' adapters stacked, exactly their weighted sum."
+    exact = "the policies' adapters stacked, exactly their weighted sum"
+    text = f"A LoRA adapter of rank {rank}: {escaped(kept.sentence()) if (kept := plan.kept(spec)) else exact}."
     most = served_rank(rank)
     served = f"""\
 from vllm import LLM
@@ -264,7 +265,11 @@ def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Map
     names = ", ".join(map(literal, dict.fromkeys(local)))
     note = f"In it {names} {'stand for folders' if len(local) > 1 else 'stands for a folder'}." if local else ""
     policies = {name: inputs[name].title for name in plan.policies}
-    how = {name: settings[name] for name in ("dtype", "max_shard_size", "layers", "tower", "as") if name in settings}
+    how = {
+        name: settings[name]
+        for name in ("dtype", "max_shard_size", "layers", "tower", "as", "rank")
+        if name in settings
+    }
     return [_fenced("bash", spec.command(inputs[""].title, policies, **how, **carried)), note, record]
 
 

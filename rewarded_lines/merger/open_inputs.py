@@ -17,6 +17,7 @@ from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.carried_files import choose_files
 from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
+from rewarded_lines.merger.low_rank_plan import LowRankPlan
 from rewarded_lines.merger.merge_device import check_device
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
@@ -25,6 +26,7 @@ from rewarded_lines.merger.plan import DTYPES, Plan, choose
 from rewarded_lines.merger.tied_layers import changed_tensors, name_apart, settle
 
 KINDS = ("auto", "full", "adapter")
+_RANK = "pass --as full, or --rank 64 for the nearest adapter of that rank"
 
 
 def plan_as(
@@ -39,17 +41,25 @@ def plan_as(
     tower: str | None = None,
     tokenizer: str = AUTO,
     config_from: str = AUTO,
+    rank: int | None = None,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
     "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
     folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
     other lists, e.g. `vision=flat`. `tokenizer` and `config_from` say whose files the output gets, see `choose_files`.
+    With a `rank`, "adapter" takes whole policies and any method, and keeps what that rank can hold.
     """
     choose("--as", kind, KINDS)
+    if rank is not None and kind != "adapter":
+        what = "a rank is that of an adapter"
+        raise fail(what, where=f"--rank {rank}", got=f"--as {kind}", remedy="pass --as adapter, or leave --rank out")
     how: dict[str, Any] = {"layers": layers, "tower": tower, "tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
         return plan_merge(base, policies, dtype=dtype, device=device, **how)
+    if rank is not None:
+        check_device(device)
+        return LowRankPlan(plan_merge(base, policies, dtype=dtype, **how), rank)
     sums = [name for name, row in METHODS.items() if row.sums]
     if method not in sums:
         raise fail(
@@ -114,8 +124,8 @@ def plan_adapters(
     choose("--dtype", dtype, DTYPES)
     problems: list[Problem] = []
     whole, adapters = _separated(_open_policies(policies, problems))
-    what = "a whole model: no adapter can store its difference from the base"
-    problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy="pass --as full") for name in whole]
+    what = "a whole model: no adapter can store all of its difference from the base"
+    problems += [Problem(what, f"policy `{name}` ({policies[name]})", remedy=_RANK) for name in whole]
     with collected(problems):
         origin = _open_base(base, any(adapter.saved or adapter.rows for adapter in adapters.values()))
         renamed = under_base_names(origin, adapters)

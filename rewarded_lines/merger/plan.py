@@ -6,6 +6,7 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +29,33 @@ from rewarded_lines.progress import SILENT, Progress
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTSIDE: tuple[Outside, ...] = ("alpha", "depth")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an adapter of low rank holds of a merged residual, as shares of its ‖s·m‖², from the written values.
+
+    Attributes:
+        kept: of the whole residual.
+        of_matrices: of the part in the matrices that the adapter changes.
+        left_out: the share in all other tensors, which stay the base's: embeddings, norms, biases, head.
+        worst: of the matrix that keeps least.
+        worst_matrix: its name.
+    """
+
+    kept: float
+    of_matrices: float
+    left_out: float
+    worst: float
+    worst_matrix: str
+
+    def sentence(self) -> str:
+        """Return the shares in words."""
+        return (
+            f"not the whole merge: the adapter holds {self.kept:.2%} of the merged residual's ‖·‖², and "
+            f"{self.of_matrices:.2%} of that in the linear layers (least: {self.worst:.2%} in {self.worst_matrix}). "
+            f"{self.left_out:.2%} lies in embeddings, norms, biases and head, which stay the base's"
+        )
 
 
 class Plan(ABC):
@@ -69,6 +97,10 @@ class Plan(ABC):
     @abstractmethod
     def rank(self, spec: MergeSpec) -> int | None:
         """Return the largest rank of an output's matrices if it is an adapter, None if it is a whole model."""
+
+    def kept(self, spec: MergeSpec) -> Kept | None:
+        """Return what a written output holds of the merge if it is an approximation, None if it holds all."""
+        return None
 
     @abstractmethod
     def prepare(self, specs: Sequence[MergeSpec]) -> None:

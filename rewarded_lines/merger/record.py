@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,14 @@ def _numbers(value: Any) -> Any:
 Numbers = Annotated[Any, PlainValidator(_numbers)]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The merge in the checkpoint's merge.json."""
+
+    policies: tuple[str, ...]
+    merge: MergeSpec
+
+
 class RecordedInput(BaseModel):
     """Where a base or policy was, and the BLAKE3 hash of each of its files."""
 
@@ -67,6 +76,8 @@ class Record(BaseModel):
     tower: str | None = None
     # Records that are older than merges of adapters lack it.
     kind: str = Field("full", alias="as")
+    # Of an adapter that approximates the merge.
+    rank: int | None = None
     # Likewise older than this choice: whole models got the base's files, adapters those of the first adapter.
     tokenizer: str | None = None
     config_from: str | None = None
@@ -137,6 +148,19 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def read_origin(folder: Path) -> Origin | None:
+    """Return the merge in merge.json, or None without a readable merge.json."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = read_json_object(path)
+        options = {name: str(value) for name, value in record.get("options", {}).items()}
+        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def hash_inputs(plan: Plan) -> dict[str, Any]:
     """Return path and BLAKE3 hash of every input file, for the base and for each policy by name."""
     base, policies = plan.input_files()
@@ -168,6 +192,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
     return {
         **spec.as_dict(list(plan.policies)),
         "scales": plan.scales(spec),
+        **({"kept": vars(kept)} if (kept := plan.kept(spec)) else {}),
         **settings,
         "notes": plan.notes,
         **inputs,

@@ -204,7 +204,7 @@ class MergeSpec:
             base: folder or Hub id.
             policies: likewise, by name, in the order of the weights.
             out: the output folder.
-            how: other arguments of `merge`: dtype, as_, layers, tower, max_shard_size, tokenizer, config_from.
+            how: other arguments of `merge`: dtype, as_, rank, layers, tower, max_shard_size, tokenizer, config_from.
         """
         pairs = [("base", base), *(("policy", _named(*policy)) for policy in policies.items())]
         # `merge` completes the second of two weights as 1 − λ; a single policy has weight 1 by default.

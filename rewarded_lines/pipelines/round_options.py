@@ -10,7 +10,7 @@ from rewarded_lines.options import option
 
 # Fields of `MergeOptions` that a round decides.
 DECIDED = ("score", "as_", "out", "overwrite", "allow_nonfinite", "tokenizer", "config_from", "additions", "progress")
-DECIDED += ("preference", "mixtures")
+DECIDED += ("preference", "mixtures", "rank")
 
 
 @dataclass(frozen=True)
