@@ -90,10 +90,10 @@ def merge(
     Tensors stream from disk to disk; inputs are only read.
 
     \b
-    rewarded-lines merge --preference helpful=0.7,brief=0.3
-        by reward, where `mixtures:` says what each policy was trained for
     rewarded-lines merge --lam 0.5
         base and policies from ./rewarded-lines.yaml
+    rewarded-lines merge --preference helpful=0.7,brief=0.3
+        by reward, where `mixtures:` says what each policy was trained for
     rewarded-lines merge --base sft --policy helpful=ppo-a \\
         --policy brief=ppo-b --lam 0.3 --out merged
     rewarded-lines merge --lam 0.25 --lam 0.5 --lam 0.75 --beta 0 --out soups
@@ -129,13 +129,16 @@ def merge(
         how = replace(how, alpha=parse_alpha(how.alpha), options=given, additions=additions, progress=bar)
         results, equal = _merged(source, how)
     if equal is not None:
-        console = Console(stderr=as_json)
-        command = equal.command(str(how.out or results[0].out or "merged"))
-        # Not folded, so that it can be copied.
-        console.print(_plain(command), soft_wrap=True)
-        for note in equal.notes:
-            console.print(_plain(f"  {note}"))
+        _show_equal(equal, str(how.out or results[0].out or "merged"), Console(stderr=as_json))
     _show(results, how.alpha == "auto", publishing, as_json, quiet)
+
+
+def _show_equal(equal: Translation, out: str, console: Console) -> None:
+    """Print the command that is equal to a mergekit file."""
+    # Not folded, so that it can be copied.
+    console.print(_plain(equal.command(out)), soft_wrap=True)
+    for note in equal.notes:
+        console.print(_plain(f"  {note}"))
 
 
 def _check_source(ctx: typer.Context, source: MergeSource) -> None:

@@ -18,12 +18,13 @@ from rewarded_lines.kernels.distances import Distance, distances
 from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.compare_policies import Comparison, compare_policies
 from rewarded_lines.merger.input_names import depths_of, under_base_names
+from rewarded_lines.merger.inspection import InspectedTensor, Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Outside, Schedule
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
 from rewarded_lines.merger.open_inputs import collected
 from rewarded_lines.merger.plan import OUTSIDE, choose
-from rewarded_lines.merger.record import Origin, read_origin
+from rewarded_lines.merger.record import read_origin
 from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, named_schedules
 from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
@@ -32,93 +33,6 @@ _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN, _LONGEST = 3, 200
 _ONE = "leave them out, or inspect one policy"
 Policies = Sequence[str | Path] | Mapping[str, str | Path]
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The residual of one or more tensors; norms are L2, in float64.
-
-    Attributes:
-        norm: ‖τ‖ with τ = θ − θ_base.
-        base_norm: ‖θ_base‖ of the same values.
-        scaled_norm: ‖s·τ‖, s each tensor's LiNeS scale.
-        values: the number of values.
-        changed: the number that differ from the base's.
-        nonfinite: the number that are NaN or infinite, in the base or in the checkpoint.
-    """
-
-    norm: float
-    base_norm: float
-    scaled_norm: float
-    values: int
-    changed: int
-    nonfinite: int = 0
-
-    @property
-    def relative(self) -> float:
-        """Return ‖τ‖/‖θ_base‖; infinite if only the base is zero."""
-        if self.base_norm == 0:
-            return math.inf if self.norm else 0.0
-        return self.norm / self.base_norm
-
-    @property
-    def share_changed(self) -> float:
-        """Return the share of the values that differ from the base's."""
-        return self.changed / self.values if self.values else 0.0
-
-
-@dataclass(frozen=True)
-class InspectedTensor:
-    """One tensor: its place in the model (see `Place`), its LiNeS scale and, against a base, its residual."""
-
-    name: str
-    stack: str
-    block: int | None
-    side: Side
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    scale: float
-    residual: Residual | None
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Totals over several tensors; integers and booleans count, but have no residual."""
-
-    tensors: int
-    parameters: int
-    bytes: int
-    dtypes: tuple[str, ...]
-    residual: Residual | None
-
-
-@dataclass(frozen=True)
-class Level(Sum):
-    """The tensors at one depth: in a block, before the blocks of a list or after them; `scales` are theirs."""
-
-    stack: str
-    block: int | None
-    side: Side
-    scale: float
-    modules: tuple[str, ...]
-    scales: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """A checkpoint by depth: lists of blocks with their lengths, levels, tensors; schedules of named policies."""
-
-    checkpoint: str
-    base: str | None
-    schedule: Schedule
-    schedules: Mapping[str, Schedule]
-    stacks: Mapping[str, int]
-    levels: Sequence[Level]
-    total: Sum
-    tensors: Sequence[InspectedTensor]
-    origin: Origin | None
-    notes: Sequence[str]
 
 
 @overload

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.errors import printable
-from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.merger.inspection import InspectedTensor, Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Schedule
 from rewarded_lines.merger.record import Origin
 

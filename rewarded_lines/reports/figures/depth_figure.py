@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.folders import write_bytes
-from rewarded_lines.merger.inspect import Inspection, Level
+from rewarded_lines.merger.inspection import Inspection, Level
 from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.merger.methods import MOD
 from rewarded_lines.reports.figures.figure_style import (
