@@ -12,6 +12,20 @@ from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Layers, Quiet, Tower, offer, outsides
 from rewarded_lines.merger.merge_options import joined_towers
 
+_Outside = Annotated[
+    str,
+    typer.Option(
+        help="Scale of embeddings, norm and head: alpha, or depth (that of the nearest block).", autocompletion=outsides
+    ),
+]
+_Spectra = Annotated[
+    str,
+    typer.Option(
+        help="Singular values of several policies: sample (some blocks), all, none.",
+        autocompletion=offer("sample", "all", "none"),
+    ),
+]
+
 
 def inspect(
     checkpoint: Annotated[
@@ -24,22 +38,10 @@ def inspect(
         list[str] | None, typer.Option(help="In place of α and β, a scale for each block: 1,1,1.2 or a file.")
     ] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Factors by kind of module: attention=1,mlp=0.8.")] = None,
-    outside: Annotated[
-        str,
-        typer.Option(
-            help="Scale of embeddings, norm and head: alpha, or depth (that of the nearest block).",
-            autocompletion=outsides,
-        ),
-    ] = "alpha",
+    outside: _Outside = "alpha",
     layers: Layers = None,
     tower: Tower = None,
-    spectra: Annotated[
-        str,
-        typer.Option(
-            help="Singular values of several policies: sample (some blocks), all, none.",
-            autocompletion=offer("sample", "all", "none"),
-        ),
-    ] = "sample",
+    spectra: _Spectra = "sample",
     tensors: Annotated[bool, typer.Option("--tensors", help="Show a row for every tensor.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw all this over depth; .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,

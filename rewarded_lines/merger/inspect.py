@@ -110,8 +110,11 @@ def _inspect_one(
     stacks = list(depths.stacks)
     tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
     return Inspection(
-        *(checkpoint, base),
-        *(scales, schedules, depths.stacks),
+        checkpoint,
+        base,
+        scales,
+        schedules,
+        depths.stacks,
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
@@ -190,7 +193,7 @@ def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo])
         modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
         scales = tuple(sorted({one.scale for one in group}))
         place = (stack, block, side, group[0].scale, tuple(modules), scales)
-        levels.append(Level(*vars(_sum(group, infos)).values(), *place))
+        levels.append(Level(*vars(_sum(group, infos)).values(), *place))  # type: ignore[call-arg]
     return levels
 
 
