@@ -59,6 +59,16 @@ class Line:
         return f"α = {self.alpha:.6g}, β = {self.beta:.6g}"
 
 
+def canonical(alpha: float, beta: float, lines: Sequence[Line], modules: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Return the one way in which a `MergeSpec` writes its schedule: equal schedules are equal fields."""
+    kept = tuple(lines[:1] if len(set(lines)) == 1 else lines)
+    alpha, beta = (1.0, 1.0) if kept else (alpha, beta)
+    if len(kept) == 1 and not kept[0].blocks:
+        alpha, beta, kept = kept[0].alpha, kept[0].beta, ()
+    factors = sorted(dict(modules).items(), key=lambda factor: KINDS.index(factor[0]))
+    return {"alpha": alpha, "beta": beta, "lines": kept, "modules": tuple(one for one in factors if one[1] != 1)}
+
+
 def mean_line(lines: Sequence[Line]) -> Line:
     """Return the mean of lines of one form, number by number."""
     alpha, beta = (sum(getattr(line, name) for line in lines) / len(lines) for name in ("alpha", "beta"))

@@ -84,7 +84,7 @@ def named_schedules(own: str, given: Sequence[Any], outside: Outside) -> tuple[S
             form if isinstance(form, Mapping) else (part.partition("=")[0].strip() for part in parts)
         )
     names = list(dict.fromkeys([own, *map(str, named)]))
-    read = read_schedule(names, *given, root=Path())
+    read = read_schedule(names, **dict(zip(FORMS, given, strict=True)), root=Path())
     lines = zip(names, read["lines"], strict=True)
     each = {name: Schedule((line,), read["modules"], outside) for name, line in lines}
     return each[own], {name: each[name] for name in map(str, named)}
