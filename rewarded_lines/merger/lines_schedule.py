@@ -181,20 +181,14 @@ class Schedule:
         columns: dict[str, list[Any]] = {
             "alpha": [None if line.blocks else line.alpha for line in self.lines],
             "beta": [None if line.blocks else line.beta for line in self.lines],
-            "schedule": [list(line.blocks) if line.blocks else None for line in self.lines],
+            "schedule": [list(line.blocks) or None for line in self.lines],
         }
-        found: dict[str, Any] = {}
-        for key, values in columns.items():
-            if len(values) == 1:
-                found[key] = values[0]
-            elif policies:
-                given = zip(policies, values, strict=True)
-                found[key] = {name: value for name, value in given if value is not None}
-            else:
-                found[key] = values
-        if not any(line.blocks for line in self.lines):
-            del found["schedule"]
-        return found | ({"modules": dict(self.modules)} if self.modules else {})
+        found: dict[str, Any] = {"modules": dict(self.modules)} if self.modules else {}
+        for form, values in columns.items():
+            if form != "schedule" or any(values):
+                named = {name: value for name, value in zip(policies, values, strict=False) if value is not None}
+                found[form] = values[0] if len(values) == 1 else named if policies else values
+        return found
 
 
 def brief_number(value: float) -> str:

@@ -193,7 +193,7 @@ def _coefficients(value: Any) -> tuple[float, ...]:
 def _number(option: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         forms = {"--alpha": "a number, or auto", "--modules": "KIND=NUMBER, as in attention=1,mlp=0.8"}
