@@ -34,9 +34,7 @@ def inspect(
     base: Annotated[str | None, typer.Option(help="SFT model it was trained from: folder or Hub id.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="LiNeS α: scale of the first block, by default 1.")] = None,
     beta: Annotated[list[str] | None, typer.Option(help="LiNeS β: added by the last block, by default 1.")] = None,
-    schedule: Annotated[
-        list[str] | None, typer.Option(help="In place of α and β, a scale for each block: 1,1,1.2 or a file.")
-    ] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="A scale for each block: 1,1,1.2 or a file.")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Factors by kind of module: attention=1,mlp=0.8.")] = None,
     outside: _Outside = "alpha",
     layers: Layers = None,
@@ -61,8 +59,7 @@ def inspect(
     rewarded-lines inspect ppo-helpful
     rewarded-lines inspect ppo-helpful --base sft --plot depth.pdf
     rewarded-lines inspect ppo-helpful --base sft --alpha 0.5 --tensors
-    rewarded-lines inspect sft --alpha helpful=0.5 --schedule brief=plan.txt \\
-        --plot schedules.pdf
+    rewarded-lines inspect sft --alpha helpful=0.5 --beta brief=0 --plot s.pdf
         a line for each policy; --modules adds one for each kind of module
     rewarded-lines inspect --base sft ppo-helpful ppo-brief
     rewarded-lines inspect merged --json | jq '.total.parameters'
