@@ -226,6 +226,10 @@ def test_the_kl_stays_below_its_ceiling(ready, invented):
     assert found.kl["shape"] <= 2.0 < find()[1].kl["shape"]
     trials = json.loads(Path(found.file).read_text())["trials"]
     assert all(one["told"] == -one["kl"] / 2 for one in trials if one["kl"] > 2)
+    for number, one in enumerate(trials):
+        # Shapes above the ceiling do not screen those below it.
+        before = [other["screened"] for other in trials[:number] if other["kl"] <= 2] or [one["screened"]]
+        assert (one["hypervolume"] is not None) == (one["kl"] <= 2 and one["screened"] >= np.median(before))
     with pytest.raises(UserError, match="--max-kl: no schedule is below the ceiling"):
         find(max_kl=0.001)
 
