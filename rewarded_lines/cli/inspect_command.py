@@ -46,7 +46,7 @@ def inspect(
     rewarded-lines inspect ppo-helpful
     rewarded-lines inspect ppo-helpful --base sft --plot depth.pdf
     rewarded-lines inspect ppo-helpful --base sft --alpha 0.5 --tensors
-    rewarded-lines inspect sft --alpha helpful=0.5 --schedule brief=plan.txt --plot schedules.pdf
+    rewarded-lines inspect sft --alpha helpful=0.5 --beta brief=0 --plot s.pdf
         a line for each policy; --modules adds one for each kind of module
     rewarded-lines inspect merged --json | jq '.total.parameters'
     """
