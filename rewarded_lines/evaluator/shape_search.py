@@ -207,12 +207,12 @@ class Search:
         return self.options.max_kl is None or kl <= self.options.max_kl
 
     def _tried(self, numbers: list[float]) -> Trial:
-        """Return a trial on the first prompts, and on all unless most trials before were better."""
+        """Return a trial on the first prompts, and on all unless most allowed trials before were better."""
         scales, design = self._space.scales(numbers, self.blocks), self._run.setup.methods.design
         merges = [_merge(weights, scales) for weights in design.weights(self.options.trial_points)]
         screened, kl = self._worth(self._parts[:1], merges)
         whole = screened if len(self._parts) == 1 else None
-        earlier = [one.screened for one in self.trials] or [screened]
+        earlier = [one.screened for one in self.trials if self._allowed(one.kl)] or [screened]
         if whole is None and self._allowed(kl) and screened >= np.median(earlier):
             whole, kl = self._worth(self._parts, merges)
         gains = [one.hypervolume - one.screened for one in self.trials if one.hypervolume is not None]

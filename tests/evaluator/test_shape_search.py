@@ -193,7 +193,7 @@ def test_only_promising_shapes_see_all_prompts(ready, invented):
     assert again[0]["hypervolume"] == pytest.approx(trials[0]["hypervolume"])
 
 
-@pytest.mark.parametrize("low_kl", [False, True])
+@pytest.mark.parametrize("low_kl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_it_goes_on_with_the_same_trials_and_repeats_none(ready, invented, monkeypatch, low_kl):
     monkeypatch.setattr("rewarded_lines.evaluator.shape_search._RANDOM", 2)
     sweep(engine="hf", out="killed")
@@ -226,6 +226,10 @@ def test_the_kl_stays_below_its_ceiling(ready, invented):
     assert found.kl["shape"] <= 2.0 < find()[1].kl["shape"]
     trials = json.loads(Path(found.file).read_text())["trials"]
     assert all(one["told"] == -one["kl"] / 2 for one in trials if one["kl"] > 2)
+    for number, one in enumerate(trials):
+        # Shapes above the ceiling do not screen those below it.
+        before = [other["screened"] for other in trials[:number] if other["kl"] <= 2] or [one["screened"]]
+        assert (one["hypervolume"] is not None) == (one["kl"] <= 2 and one["screened"] >= np.median(before))
     with pytest.raises(UserError, match="--max-kl: no schedule is below the ceiling"):
         find(max_kl=0.001)
 
@@ -262,10 +266,9 @@ def test_where_depth_does_not_matter_it_says_so(ready, invented, cli):
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(ready, cli, monkeypatch, words, said):
     monkeypatch.setitem(sys.modules, "optuna_integration", None)
-    for run in (["sweep"], ["new", "--config", "rewarded-lines.yaml", "--engine", "hf"]):
-        answer = cli("search", *run, *words)
-        assert answer.code == 1 and said in answer.err and answer.out == ""
-    assert not (ready / "new").exists() and not (ready / "sweep/shapes").exists()
+    answer = cli("search", "new", "--config", "rewarded-lines.yaml", "--engine", "hf", *words)
+    assert answer.code == 1 and said in answer.err and answer.out == ""
+    assert not (ready / "new").exists()
 
 
 def test_every_option_is_one_of_the_verb_and_of_its_command():

@@ -43,6 +43,6 @@ def shape_figure(found: FoundShape) -> Figure:
         change.errorbar([value], [height], xerr=[[value - low], [high - value]], fmt="o", capsize=3, color="0.2")
     change.axvline(0, color="0.5", linewidth=0.8)
     change.set_yticks(range(len(found.differences)), [f"shape − {one.other}" for one in found.differences])
-    change.set(xlabel="hypervolume on test prompts, 95% interval", ylim=(-0.6, len(found.differences) - 0.4))
+    change.set(xlabel="hypervolume, 95% interval", ylim=(-0.6, len(found.differences) - 0.4))
     change.invert_yaxis()
     return figure
