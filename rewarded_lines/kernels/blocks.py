@@ -143,8 +143,8 @@ class Workspace:
         draws, count = all_masks(steps), self._stored(0).size
         dtype = draws[0].dtype if draws else np.dtype(np.bool_)
         masks = self._buffer(f"masks of {len(draws)}", dtype, len(draws))[:, :count]
-        for draw, out in zip(draws, masks, strict=True):
-            out[:] = draw(self._start, count)
+        for draw, mask in zip(draws, masks, strict=True):
+            mask[:] = draw(self._start, count)
         return masks
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
@@ -178,8 +178,8 @@ class Workspace:
         out = self._buffer("merged", np.dtype(np.float64), 1)
         merged: Array = out[0, :count]
         if code := self._compiled([step]):
-            masks, none = self._masks([step]), np.zeros(1, np.int64)
-            kernels.merge_by_rules(self._nothing(count), residuals, *code, masks, np.ones(1), out, none, 0, True)
+            drawn, bad = self._masks([step]), np.zeros(1, np.int64)
+            kernels.merge_by_rules(self._nothing(count), residuals, *code, drawn, np.ones(1), out, bad, 0, True)
             return merged
         masks = [draw(self._start, count) for draw in step.masks]
         for start in range(0, count, PIECE):
