@@ -7,7 +7,6 @@ or threads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import is_
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,8 @@ from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
 BLOCK = 1 << 18
 # Values that a rule gets at a time: its intermediate arrays stay in the innermost caches.
 PIECE = 1 << 14
+# Rules of so many tensors are kept.
+_CODES = 16
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +79,7 @@ class Workspace:
         self._dtypes: list[DType | None] = []
         self._name, self._start = "", 0
         self._residuals: Array | None = None
-        self._code: tuple[Sequence[TensorMerge], Code | None] = ((), None)
+        self._codes: dict[tuple[int, ...], tuple[Sequence[TensorMerge], Code | None]] = {}
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
@@ -126,22 +127,24 @@ class Workspace:
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
 
     def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
-        """Return the machine code of the steps' rules after some work; it is kept for the other blocks of a tensor."""
+        """Return the machine code of the steps' rules after some work; it is kept for a tensor's other blocks."""
         if not kernels.is_long():
             return None
-        kept, code = self._code
-        if len(kept) != len(steps) or not all(map(is_, kept, steps)):
-            code = compiled_rules(steps)
-            self._code = steps, code
-        return code
+        key = tuple(map(id, steps))
+        if key not in self._codes:
+            if len(self._codes) == _CODES:
+                self._codes.clear()
+            # With the steps themselves, whose ids nothing else gets meanwhile.
+            self._codes[key] = steps, compiled_rules(steps)
+        return self._codes[key][1]
 
     def _masks(self, steps: Sequence[TensorMerge]) -> Array:
         """Draw the masks of all steps for the loaded block, each once, [masks, n]."""
         draws, count = all_masks(steps), self._stored(0).size
         dtype = draws[0].dtype if draws else np.dtype(np.bool_)
         masks = self._buffer(f"masks of {len(draws)}", dtype, len(draws))[:, :count]
-        for draw, out in zip(draws, masks, strict=True):
-            out[:] = draw(self._start, count)
+        for draw, mask in zip(draws, masks, strict=True):
+            mask[:] = draw(self._start, count)
         return masks
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
@@ -172,7 +175,12 @@ class Workspace:
         """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
         residuals = self.residuals()
         count = residuals.shape[1]
-        merged = self._buffer("merged", np.dtype(np.float64), 1)[0, :count]
+        out = self._buffer("merged", np.dtype(np.float64), 1)
+        merged: Array = out[0, :count]
+        if code := self._compiled([step]):
+            drawn, bad = self._masks([step]), np.zeros(1, np.int64)
+            kernels.merge_by_rules(self._nothing(count), residuals, *code, drawn, np.ones(1), out, bad, 0, True)
+            return merged
         masks = [draw(self._start, count) for draw in step.masks]
         for start in range(0, count, PIECE):
             piece = slice(start, start + PIECE)
@@ -193,13 +201,17 @@ class Workspace:
         return self._residuals
 
     def pair(self, row: int) -> tuple[Array, Array]:
-        """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or zeros and τ."""
+        """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or nothing and τ."""
         policy = self._raw[row + 1]
         if policy is not None:
             return self._stored(0), policy
-        zeros = self._buffer("zeros", np.dtype(np.float64), 1)[0, : self._stored(0).size]
-        zeros[:] = 0.0
-        return zeros, self.residuals()[row]
+        return self._nothing(self._stored(0).size), self.residuals()[row]
+
+    def _nothing(self, count: int) -> Array:
+        nothing = self._buffer("nothing", np.dtype(np.float64), 1)[0, :count]
+        # Adding −0 changes no number; adding 0 would change −0.
+        nothing[:] = -0.0
+        return nothing
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
         """Yield tensor, start and values of the loaded block for each file that has it."""

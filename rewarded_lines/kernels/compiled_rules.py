@@ -117,11 +117,13 @@ class _Writer:
     def __init__(self, function: ir.Function) -> None:
         self._blocks = [function.append_basic_block() for _ in range(3)]
         self._builder = ir.IRBuilder(self._blocks[0])
-        rows = zip(("residual", "mask", "constant", "result"), function.args[:4], strict=True)
-        rows = dict(rows) | {"factor": function.args[1]}
-        kinds = {"mask": ir.IntType(8)}
+        # Masks are booleans, or numbers.
+        places = {"residual": 0, "mask": 1, "factor": 1, "constant": 2, "result": 3}
         self._rows = {
-            kind: self._builder.inttoptr(row, kinds.get(kind, _REAL).as_pointer()) for kind, row in rows.items()
+            kind: self._builder.inttoptr(
+                function.args[place], (ir.IntType(8) if kind == "mask" else _REAL).as_pointer()
+            )
+            for kind, place in places.items()
         }
         self._count = function.args[4]
         self._size = ir.Function(function.module, ir.FunctionType(_REALS, [_REALS]), f"llvm.fabs.v{_LANES}f64")

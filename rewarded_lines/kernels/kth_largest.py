@@ -13,11 +13,11 @@ import numpy as np
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 
 Block = tuple[str, int, int]
 Visitor = Callable[[Any], None]
-Ranked = Callable[[Array], Array] | None
 Visit = Callable[..., None]
 # Shift and number of the bits of each pass over float64 magnitudes. 2¹⁸ counts stay in cache.
 _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
@@ -41,7 +41,7 @@ def kth_largest(
     names: Sequence[str],
     rank: int,
     threads: int = 0,
-    ranked: Ranked = None,
+    ranked: TensorMerge | None = None,
 ) -> tuple[float, ...]:
     """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
 
@@ -55,7 +55,7 @@ def kth_largest(
         names: the tensors, ranked together.
         rank: from 1 to the number of values.
         threads: 0 for all cores.
-        ranked: from the residuals of a block, [N, n], to the one row of values that are ranked in their place.
+        ranked: a rule that makes the one row of values that are ranked in place of the residuals.
     """
     blocks, rows = list(all_blocks(names, base.tensors)), 1 if ranked else len(policies)
     visit = partial(visit_blocks, base, policies, blocks, threads, ranked=ranked)
@@ -146,13 +146,13 @@ def visit_blocks(
     blocks: Sequence[Block],
     threads: int,
     begin: Callable[[], Visitor],
-    ranked: Ranked = None,
+    ranked: TensorMerge | None = None,
     stored: bool = False,
 ) -> None:
     """Call `begin` in each thread, and its result with the residuals of every block.
 
-    These are those of the policies, or what `ranked` makes of them; if `stored`, pairs of arrays whose difference they
-    are.
+    These are those of the policies, or the one that `ranked` makes of them. If `stored`, they are pairs of arrays whose
+    difference counts.
     """
 
     def worker() -> Callable[[Block], None]:
@@ -163,7 +163,7 @@ def visit_blocks(
             if stored and not ranked:
                 visit([workspace.pair(row) for row in range(len(policies))])
                 return
-            values = ranked(workspace.residuals()) if ranked else workspace.residuals()
+            values = workspace.merged_residual(ranked)[None] if ranked else workspace.residuals()
             visit([(np.zeros(row.size), row) for row in values] if stored else values)
 
         return work

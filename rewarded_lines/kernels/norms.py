@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import blake3
 import numpy as np
 
+from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import Array, Source, Workspace, blocks_of, pieces
+from rewarded_lines.kernels.blocks import Source, Workspace, blocks_of, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios, ranked_masks
 
 Gram = tuple[tuple[float, ...], ...]
-Spread = Callable[[Sequence[Array]], Array]
+Spread = Callable[[Sequence[Any]], Any]
 _T = TypeVar("_T")
 # DELLA's masks that are kept for the other outputs of a merge: one for each block that a thread works on.
 _KEPT = 32
@@ -141,21 +143,21 @@ class Facts:
             spread: the rule's measure of how far residuals differ.
         """
 
-        def spreads(residuals: Array) -> Array:
-            """Return the spread of a block as a row."""
-            return spread([residuals[row] for row in rows])[None]
+        def squared(index: int, least: float, residuals: Sequence[Any], _: Sequence[float]) -> Any:
+            selected = residuals[index] * (spread(residuals) >= least)
+            return selected * selected
 
         def measure() -> tuple[float, dict[int, float]]:
-            least = 0.0
+            least, step = 0.0, TensorMerge(F64, None, tuple(rows), rule=lambda residuals, _: spread(residuals))
             if select < 1 and len(rows) > 1:
-                differ = sum(int(np.count_nonzero(spreads(residuals))) for residuals in self._pieces(name))
+                differ = sum(np.count_nonzero(workspace.merged_residual(step)) for workspace in self._passing(name))
                 rank = int(select * differ)
-                (least,) = kth_largest(self._base, self._policies, [name], rank, 1, spreads) if rank else (math.inf,)
+                (least,) = kth_largest(self._base, self._policies, [name], rank, 1, step) if rank else (math.inf,)
+            steps = [replace(step, rule=partial(squared, index, least)) for index in range(len(rows))]
             parts: list[list[float]] = [[] for _ in rows]
-            for residuals in self._pieces(name):
-                selected = spreads(residuals)[0] >= least
-                for row, squares in zip(rows, parts, strict=True):
-                    squares.append(float(np.square(residuals[row] * selected).sum()))
+            for workspace in self._passing(name):
+                for each, squares in zip(steps, parts, strict=True):
+                    squares += [float(piece.sum()) for piece in pieces(workspace.merged_residual(each))]
             sums = [exact_sum(squares) for squares in parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
@@ -208,10 +210,6 @@ class Facts:
             for step, sums in zip(steps, parts, strict=True):
                 sums.append((together, _norm(workspace, step)))
         return [_summed(sums) for sums in parts]
-
-    def _pieces(self, name: str) -> Iterator[Array]:
-        for workspace in self._passing(name):
-            yield from pieces(workspace.residuals())
 
     def _passing(self, name: str) -> Iterator[Workspace]:
         workspace = Workspace(self._base, self._policies)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ Rule = Callable[..., Any]
 class Mask(Protocol):
     """Draws the mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
 
-    dtype: np.dtype[Any]
+    dtype: ClassVar[np.dtype[Any]]
 
     def __call__(self, start: int, count: int) -> np.ndarray[Any, Any]:
         """Return the mask of a block, from its start and length."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import blake3
 import numpy as np
@@ -142,28 +143,30 @@ def _key(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
     return np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
 
 
-class RandomMask(NamedTuple):
+@dataclass(frozen=True)
+class RandomMask:
     """The mask of one policy's tensor, to be drawn block by block: see `random_mask`."""
 
     seed: int
     name: str
     digest: bytes
     density: float
-    dtype = np.dtype(np.bool_)
+    dtype: ClassVar[np.dtype[Any]] = np.dtype(np.bool_)
 
     def __call__(self, start: int, count: int) -> Array:
         """Return the mask of `count` values from `start` on."""
-        drawn: Array = random_mask(*self, start, count)
+        drawn: Array = random_mask(self.seed, self.name, self.digest, self.density, start, count)
         return drawn
 
 
-class RankedMask(NamedTuple):
+@dataclass(frozen=True)
+class RankedMask:
     """Likewise DELLA's mask, a row of those that `draw` makes of these arguments: see `ranked_masks`."""
 
     draw: Callable[..., Array]
     given: tuple[Any, ...]
     row: int
-    dtype = np.dtype(np.float64)
+    dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
     def __call__(self, start: int, count: int) -> Array:
         """Return the mask of `count` values from `start` on."""

@@ -12,8 +12,8 @@ from rewarded_lines.progress import Progress
 _DEVICES = "cpu, auto, cuda or cuda:1"
 # Seconds for loading torch and starting CUDA.
 _START = 8.0
-# For a value of each policy, in one thread of numpy's rules.
-_NANOSECONDS = 20.0
+# For a value of each policy, in one thread of a compiled rule.
+_NANOSECONDS = 2.5
 # Bytes of a GPU for its context and the blocks of all threads.
 _ROOM = 3 << 30
 
@@ -21,11 +21,11 @@ _ROOM = 3 << 30
 def faster_device(seconds: float, free: int) -> tuple[str, str]:
     """Return "cpu" or "cuda", and why.
 
-    The compiled loops of linear methods keep up with the files, so a GPU has nothing to win there. Rules of numpy may
-    take longer than the files; then a GPU pays if they also take longer than its start.
+    The compiled loops of linear methods keep up with the files, so a GPU has nothing to win there. Other rules may take
+    longer than the files; then a GPU pays if they also take longer than its start.
 
     Args:
-        seconds: that the CPU would compute by rules of numpy.
+        seconds: that the CPU would compute by rules that are not linear.
         free: bytes of the GPU; 0 without a GPU that torch can use.
     """
     if not seconds:
@@ -44,7 +44,7 @@ def settled_device(values: int, policies: int, progress: Progress) -> str:
     """Return the faster device of this machine, and tell why; torch is loaded only if it matters.
 
     Args:
-        values: that rules of numpy merge, in all outputs.
+        values: that such rules merge, in all outputs.
         policies: the number of residuals that they join.
         progress: gets the reason.
     """
