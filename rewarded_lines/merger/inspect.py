@@ -30,7 +30,7 @@ from rewarded_lines.progress import SILENT, Progress
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN = 3
 _LONGEST = 200
-_ONE = "leave them out, or inspect one policy"
+_ONE, _SEVERAL = "leave them out, or inspect one policy", "leave it out, or name several policies"
 Policies = Sequence[str | Path] | Mapping[str, str | Path]
 
 
@@ -166,6 +166,8 @@ def inspect(  # type: ignore[misc]  # the overloads leave the options open
         if (alpha, beta, outside) != (1.0, 1.0, "alpha"):
             raise fail("scales are shown for a single checkpoint", where="--alpha, --beta, --outside", remedy=_ONE)
         return compare_policies(checkpoint, base, layers=layers, tower=tower, spectra=spectra, progress=progress)
+    if spectra != "sample":
+        raise fail("singular values are measured for several policies", where=f"--spectra {spectra}", remedy=_SEVERAL)
     check_schedule(alpha, beta)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
