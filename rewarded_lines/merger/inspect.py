@@ -31,7 +31,7 @@ from rewarded_lines.progress import SILENT, Progress
 
 _SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN, _LONGEST = 3, 200
-_ONE = "leave them out, or inspect one policy"
+_ONE, _SEVERAL = "leave them out, or inspect one policy", "leave it out, or name several policies"
 Policies = Sequence[str | Path] | Mapping[str, str | Path]
 
 
@@ -86,6 +86,8 @@ def inspect(  # type: ignore[misc]  # the overloads leave the options open
             where = "--alpha, --beta, --schedule, --modules, --outside"
             raise fail("scales are shown for a single checkpoint", where=where, remedy=_ONE)
         return compare_policies(checkpoint, base, layers=layers, tower=tower, spectra=spectra, progress=progress)
+    if spectra != "sample":
+        raise fail("singular values are measured for several policies", where=f"--spectra {spectra}", remedy=_SEVERAL)
     return _inspect_one(str(checkpoint), None if base is None else str(base), given, outside, layers, tower, progress)
 
 

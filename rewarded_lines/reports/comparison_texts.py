@@ -31,7 +31,8 @@ def percent(values: Sequence[float | None]) -> str:
 
 def number(values: Sequence[float]) -> str:
     """Return numbers with two decimals, or the lowest and the highest."""
-    return _ends(values, "{:.2f}", 1)
+    # No negative zero.
+    return _ends([round(value, 2) + 0.0 for value in values], "{:.2f}", 1)
 
 
 def implications(found: Comparison) -> str:
@@ -82,7 +83,7 @@ def _directions(found: Comparison) -> Iterator[str]:
     if not cosines:
         return
     shrunk = math.sqrt(max(0.0, float(total.products.sum()))) / sum(norms.values())
-    yield f"The cosine of the residuals is {number(cosines)}; the uniform soup is {shrunk:.2f} times as long as they."
+    yield f"The cosine of the residuals is {number(cosines)}. The uniform soup has {shrunk:.2f} times their mean norm."
     if cosines[0] > _ALIKE:
         yield "They point the same way: soup and sum are one line and differ in length only, so compare at equal norm."
     elif cosines[-1] < -_APART:
