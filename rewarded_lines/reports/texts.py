@@ -185,8 +185,9 @@ def points_note(summary: Summary) -> str:
     elif first:
         edited = any(point.edit for point in summary.points)
         note = f"λ: weight of {first}{'; of `edit` α, and β = 1 − α' if edited else ''}. {note}"
-    if any(point.merge.method == MOD for point in summary.points):
-        note += f" {MOD}: a control while decoding; {len(summary.policies)} models answer at that many times the cost."
+    if mixed := [name for name, points in summary.methods().items() if points[0].merge.method == MOD]:
+        note += f" {', '.join(mixed)}: a control while decoding, no merged model; all {len(summary.policies)} policies "
+        note += "answer together, at that many times the cost."
     if rewards := next((list(point.preference) for point in summary.points if point.preference), []):
         what = f"weights of {', '.join(rewards)}" if len(rewards) > 2 else f"weight of {rewards[0]}"
         note += f" μ: {what} in the preference; policies were trained for mixtures B, and λ = B⁻¹μ."

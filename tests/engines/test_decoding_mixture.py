@@ -85,6 +85,7 @@ def test_a_corner_is_the_policy_and_neither_batches_nor_turns_change_an_answer(h
     assert "2 models of" in hf.told[-1]
 
 
+@pytest.mark.slow
 def test_adapters_are_folded_so_a_corner_is_the_point_of_that_policy(tiny):
     folders = {name: str(save_adapter(tiny / "sft", tiny / name, seed)) for seed, name in enumerate(("a", "b"))}
     plan = plan_merge("sft", folders, dtype="float32")

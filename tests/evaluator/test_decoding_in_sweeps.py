@@ -44,10 +44,9 @@ def test_a_sweep_measures_it_resumes_and_labels_it(cli, tiny):
     assert sweep(engine="hf").header["evaluated_last"] == 1 and path.read_bytes() == before
     summary = summarise(load_run("sweep"), resamples=100)
     assert method_labels(summary)["mod"] == "MOD (no merge: policies mixed while decoding)"
-    assert "2 models answer at that many times the cost" in markdown(summary)
+    assert "mod: a control while decoding, no merged model; all 2 policies answer together" in markdown(summary)
     assert [names for names in schedules(summary).values()] == [["soup"]]
     assert command_for(run, middle.spec).startswith("# nothing to merge: mod λ=0.5,0.5")
-    assert cli("report", "sweep", "--format", "png").code == 0
     # No candidate of a choice, and no method of a merge.
     assert json.loads(cli("choose", "sweep", "--maximize", "words", "--json").out)["method"] != "mod"
     answer = cli("choose", "sweep", "--maximize", "words", "--method", "mod")

@@ -7,6 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
+from invented_runs import synthetic_run
 
 from rewarded_lines import search, sweep
 from rewarded_lines.errors import UserError
@@ -51,17 +52,23 @@ def test_a_sweep_over_preferences_is_told_found_and_chosen_by_preference(cli, ti
     assert cli(*shlex.split(chosen["command"])[1:]).code == 0
     assert json.loads((tiny / "chosen/merge.json").read_text())["weights"]["first"] == chosen["weights"][0]
     assert "the nearest is words 0.5, letters 0.5" in cli("choose", "sweep", "--preference", "0.6").err
-    # A search goes on between preferences.
-    _, (searched,) = search("sweep", points=4, gain=0.0)
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_between_preferences_and_figures_show_them(cli, tiny):
+    change(tiny, ("rewards:\n", MIXTURES + "rewards:\n"), ("points: 3", "points: 3\n  methods: [soup]"))
+    sweep(engine="hf")
+    _, (searched,) = search("sweep", points=5, gain=0.0)
     places = {round(point.preference["words"], 4) for point in summarise(load_run("sweep"), resamples=100).points[1:]}
-    assert searched.points in (3, 4) and places <= {0, 0.25, 0.5, 0.75, 1}
-    assert cli("report", "sweep", "--format", "png").code == 0
+    assert len(places) == searched.points > 3 and places <= {0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1}
+    assert cli("report", "sweep", "--format", "svg").code == 0
+    assert (tiny / "sweep/report/front.svg").is_file()
 
 
 def test_a_run_without_mixtures_has_no_preference_and_a_singular_project_no_sweep(cli, tiny):
-    sweep(engine="hf", points=2)
-    assert "the run has no mixtures" in cli("choose", "sweep", "--preference", "0.5").err
-    assert all("preference" not in point.as_dict() for point in summarise(load_run("sweep"), resamples=100).points)
+    synthetic_run(tiny / "plain", prompts=8, points=2)
+    assert "the run has no mixtures" in cli("choose", "plain", "--preference", "0.5").err
+    assert all("preference" not in point.as_dict() for point in summarise(load_run("plain"), resamples=100).points)
     change(tiny, ("rewards:\n", MIXTURES.replace("0.8", "0.3").replace("0.2", "0.7") + "rewards:\n"))
     with pytest.raises(UserError, match="(?s)rewarded-lines.yaml: mixtures: the mixtures give a preference many"):
-        sweep(engine="hf", points=2, out="other")
+        sweep(engine="hf", points=2)
