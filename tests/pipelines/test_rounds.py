@@ -17,7 +17,6 @@ import yaml
 from command import COMMAND, ENVIRONMENT
 from progress_told import Told
 from safetensors.numpy import load_file, save_file
-from small_recipes import CONFIGS, ROOT, SMALL, make_project
 from tiny_adapters import changes, load_adapter, save_adapter
 
 from rewarded_lines import rounds
@@ -238,6 +237,8 @@ def test_the_verb_and_its_command_have_the_same_options():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("more", ["--ema 0.2", "lora"])
 def test_killed_recipes_go_on_from_a_checkpoint_to_the_same_models(tmp_path, more, monkeypatch):
+    from small_recipes import CONFIGS, ROOT, SMALL, make_project
+
     work = make_project(tmp_path)
     monkeypatch.chdir(work)
     options = {key: value for key, value in SMALL["ppo"].items() if key != "reward"}
@@ -249,6 +250,7 @@ def test_killed_recipes_go_on_from_a_checkpoint_to_the_same_models(tmp_path, mor
     train = f"accelerate launch --cpu {ROOT}/recipes/ppo.py --config ppo.yaml {words}"
     command = [*COMMAND, "rounds", "--train", f"vowels={train}", "--train", f"detailed={train}", "--rounds", "2"]
     command += more.split() if more != "lora" else []
+    score = ["--score", "data/validation.jsonl", "--engine", "hf"]
 
     child = subprocess.Popen([*command, "--out", "killed"], env=ENVIRONMENT)
     while not (work / "killed/round-1/policies/detailed.unfinished/checkpoint-8/trainer_state.json").exists():
@@ -257,9 +259,7 @@ def test_killed_recipes_go_on_from_a_checkpoint_to_the_same_models(tmp_path, mor
     child.kill()
     child.wait()
     for out in ("killed", "whole"):
-        subprocess.run(
-            [*command, "--out", out, "--score", "data/validation.jsonl", "--engine", "hf"], env=ENVIRONMENT, check=True
-        )
+        subprocess.run([*command, *score, "--out", out], env=ENVIRONMENT, check=True)
     assert "going on from" in (work / "killed/logs/round-1-detailed.log").read_text()
     for name in ("round-1/merged", "round-2/merged"):
         first, second = weights(work / "killed" / name), weights(work / "whole" / name)
