@@ -163,10 +163,10 @@ def test_a_killed_command_leaves_no_training_at_work(tiny):
         rounds(TRAIN)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (tiny / "train.py").write_text("raise SystemExit('no memory')")
+    (tiny / "train.py").write_text("import subprocess\nprint('no memory')\nraise subprocess.CalledProcessError(1, 'x')")
     with pytest.raises(UserError, match="rounds of other settings(.|\n)*files.train.py: "):
         rounds(TRAIN)
-    with pytest.raises(UserError, match="round 1 words: the stage failed(.|\n)*no memory"):
+    with pytest.raises(UserError, match="round 1 words: the stage failed(.|\n)*no memory\n  remedy"):
         rounds(TRAIN, out="others")
     (tiny / "train.py").write_text("pass")
     with pytest.raises(UserError, match="ended without a model"):
