@@ -24,18 +24,8 @@ from rewarded_lines.processes import die_with_parent, termination_as_exit
 _USAGE = 2
 
 COMMANDS = (
-    "merge",
-    "push",
-    "sweep",
-    "score",
-    "search",
-    "choose",
-    "report",
-    "inspect",
-    "rounds",
-    "recipes",
-    "demo",
-    "doctor",
+    *("merge", "push", "sweep", "score", "search", "choose", "report", "inspect"),
+    *("rounds", "recipes", "demo", "doctor"),
 )
 
 

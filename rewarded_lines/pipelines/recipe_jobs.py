@@ -16,6 +16,7 @@ from rewarded_lines.progress import SILENT, Progress
 
 _POLL_SECONDS = 0.2
 _LINES_SHOWN = 12
+_LAUNCHER = "subprocess.CalledProcessError: "
 _KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
@@ -93,7 +94,7 @@ class _Job:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, "REWARDED_LINES_PROGRESS": str(self._steps)},
+                env=os.environ | environment | {"REWARDED_LINES_PROGRESS": str(self._steps), DIE_WITH_PARENT: "1"},
                 preexec_fn=_follow_parent,
             )
 
@@ -110,7 +111,11 @@ class _Job:
         self._report()
         code = self.process.poll()
         if code:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = self._log.read_text(encoding="utf-8", errors="replace")
+            if _LAUNCHER in said:
+                # `accelerate launch` ends with its own traceback, which tells nothing.
+                said = said.rpartition("Traceback (")[0]
+            lines = said.splitlines()
             raise fail(
                 f"the stage failed with exit code {code}",
                 where=self._name,
@@ -148,5 +153,6 @@ def _for_small_models(threads: int) -> dict[str, str]:
 
 
 def _follow_parent() -> None:
+    # The variable in the child's own environment is for a recipe that it launches.
     os.environ[DIE_WITH_PARENT] = "1"
     die_with_parent()

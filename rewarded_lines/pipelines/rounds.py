@@ -221,7 +221,7 @@ def _told(plan: RoundPlan, number: int, finished: FinishedParts) -> Round:
 def _scores(plan: RoundPlan, finished: FinishedParts) -> dict[int, dict[str, Any]]:
     """Return the scores and the KL of the rounds' models by number; 0 is the SFT model."""
     measured = [number for number in plan.numbers if plan.each.score and not finished.missing(plan.scoring(number))]
-    found = {}
+    found = dict[int, dict[str, Any]]()
     for number in measured:
         from rewarded_lines.evaluator.records import load_run
         from rewarded_lines.reports.summary import summarise

@@ -17,7 +17,6 @@ import yaml
 from command import COMMAND, ENVIRONMENT
 from progress_told import Told
 from safetensors.numpy import load_file, save_file
-from small_recipes import CONFIGS, ROOT, SMALL, make_project
 from tiny_adapters import changes, load_adapter, save_adapter
 
 from rewarded_lines import rounds
@@ -164,10 +163,10 @@ def test_a_killed_command_leaves_no_training_at_work(tiny):
         rounds(TRAIN)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (tiny / "train.py").write_text("raise SystemExit('no memory')")
+    (tiny / "train.py").write_text("import subprocess\nprint('no memory')\nraise subprocess.CalledProcessError(1, 'x')")
     with pytest.raises(UserError, match="rounds of other settings(.|\n)*files.train.py: "):
         rounds(TRAIN)
-    with pytest.raises(UserError, match="round 1 words: the stage failed(.|\n)*no memory"):
+    with pytest.raises(UserError, match="round 1 words: the stage failed(.|\n)*no memory\n  remedy"):
         rounds(TRAIN, out="others")
     (tiny / "train.py").write_text("pass")
     with pytest.raises(UserError, match="ended without a model"):
@@ -234,37 +233,47 @@ def test_the_verb_and_its_command_have_the_same_options():
     }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("more", ["--ema 0.2", "lora"])
-def test_killed_recipes_go_on_from_a_checkpoint_to_the_same_models(tmp_path, more, monkeypatch):
-    work = make_project(tmp_path)
-    monkeypatch.chdir(work)
-    options = {key: value for key, value in SMALL["ppo"].items() if key != "reward"}
-    options |= {"save_strategy": "steps", "save_steps": 1, "disable_tqdm": "true"}
-    options |= {"use_peft": "true"} if more == "lora" else {}
-    moved = (CONFIGS / "ppo.yaml").read_text().replace("runs/demo/", "").replace("output_dir: policies/positive\n", "")
-    (work / "ppo.yaml").write_text(moved)
-    words = " ".join(f"--{key} {value}" for key, value in options.items())
-    train = f"accelerate launch --cpu {ROOT}/recipes/ppo.py --config ppo.yaml {words}"
-    command = [*COMMAND, "rounds", "--train", f"vowels={train}", "--train", f"detailed={train}", "--rounds", "2"]
-    command += more.split() if more != "lora" else []
+@pytest.fixture
+def small_ppo(tmp_path, monkeypatch):
+    """A project with a tiny SFT model as the working directory; returns the command that trains by the real recipe."""
+    from small_recipes import CONFIGS, ROOT, SMALL, make_project
 
+    monkeypatch.chdir(make_project(tmp_path))
+    moved = (CONFIGS / "ppo.yaml").read_text().replace("runs/demo/", "").replace("output_dir: policies/positive\n", "")
+    Path("ppo.yaml").write_text(moved)
+    options = {key: value for key, value in SMALL["ppo"].items() if key != "reward"} | {"disable_tqdm": "true"}
+    words = " ".join(f"--{key} {value}" for key, value in options.items())
+    return f"vowels=accelerate launch --cpu {ROOT}/recipes/ppo.py --config ppo.yaml {words}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_recipe_goes_on_from_a_checkpoint_to_the_same_model(small_ppo):
+    train = f"{small_ppo} --save_strategy steps --save_steps 1"
+    command = [*COMMAND, "rounds", "--train", train, "--rounds", "1", "--ema", "0.2"]
     child = subprocess.Popen([*command, "--out", "killed"], env=ENVIRONMENT)
-    while not (work / "killed/round-1/policies/detailed.unfinished/checkpoint-8/trainer_state.json").exists():
+    while not Path("killed/round-1/policies/vowels.unfinished/checkpoint-8/trainer_state.json").exists():
         assert child.poll() is None
         time.sleep(0.01)
     child.kill()
     child.wait()
     for out in ("killed", "whole"):
-        subprocess.run(
-            [*command, "--out", out, "--score", "data/validation.jsonl", "--engine", "hf"], env=ENVIRONMENT, check=True
-        )
-    assert "going on from" in (work / "killed/logs/round-1-detailed.log").read_text()
-    for name in ("round-1/merged", "round-2/merged"):
-        first, second = weights(work / "killed" / name), weights(work / "whole" / name)
-        assert all(np.array_equal(first[key], second[key]) for key in first)
-    table = (work / "whole/rounds.csv").read_text().splitlines()
-    assert len(table) == 4 and table[0].startswith("round,detailed,detailed_low,detailed_high,vowels")
-    policies = load_project(work / "whole/round-2/rewarded-lines.yaml").config.policies
-    assert policies == {"vowels": "policies/vowels", "detailed": "policies/detailed"}
+        subprocess.run([*command, "--out", out], env=ENVIRONMENT, check=True)
+    assert "going on from" in Path("killed/logs/round-1-vowels.log").read_text()
+    first, second, start = (weights(one) for one in ("killed/round-1/merged", "whole/round-1/merged", "sft"))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert any(not np.array_equal(first[key], start[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_adapters_of_the_real_recipe_are_measured_after_each_round(small_ppo, cli):
+    options = ("--rounds", 2, "--score", "data/validation.jsonl", "--engine", "hf")
+    answer = cli("rounds", "--train", f"{small_ppo} --use_peft true", *options)
+    assert answer.code == 0 and "KL to SFT" in answer.out, answer.err
+    lines = Path("rounds/rounds.csv").read_text().splitlines()
+    assert len(lines) == 4 and lines[0].startswith("round,detailed,detailed_low,detailed_high,vowels,")
+    assert Path("rounds/round-2/policies/vowels/adapter_config.json").is_file()
+    project = load_project("rounds/round-2/rewarded-lines.yaml")
+    assert project.config.base == "../round-1/merged" and project.config.policies == {"vowels": "policies/vowels"}
+    assert cli("merge", "--config", "rounds/round-2/rewarded-lines.yaml", "--out", "adapter").code == 0
