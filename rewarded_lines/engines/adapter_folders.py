@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.dtypes import F32
-from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.engines.base import Generator, Model
 from rewarded_lines.folders import scratch_folder
 from rewarded_lines.merger.adapter_plan import AdapterPlan
@@ -31,7 +30,7 @@ class AdapterGenerator(Generator):
 
     @abstractmethod
     def _load(self, source: Any) -> Any:
-        """Load an adapter from its folder, or what else `_sources` yields; return the engine's name for it.
+        """Load an adapter from its folder, or a merge without folders; return the engine's name for it.
 
         Raises:
             UserError: the engine refuses the adapter, or ignores modules of it.
@@ -71,27 +70,20 @@ class AdapterGenerator(Generator):
         """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
         started = time.perf_counter()
         wanted = [model for model in models if model is not None and self._needs_adapter(model)]
+        sources = self._folders.write(wanted, layer) if self._folders and wanted else wanted
         names: list[Any] = []
-        with self._sources(wanted, layer) as sources:
-            try:
-                for source in sources:
-                    names.append(self._load(source))
-                self.swap_seconds += time.perf_counter() - started
-                left = iter(names)
-                yield [next(left) if self._needs_adapter(model) else None for model in models]
-            finally:
-                for name in names:
-                    self._unload(name)
-
-    @contextmanager
-    def _sources(self, wanted: Sequence[MergeSpec], layer: str) -> Iterator[Sequence[Any]]:
-        """Yield what `_load` gets for each adapter: folders, which are written for the block."""
-        written = self._folders.write(wanted, layer) if self._folders and wanted else []
         try:
-            yield written
+            for source in sources:
+                names.append(self._load(source))
+            self.swap_seconds += time.perf_counter() - started
+            left = iter(names)
+            yield [next(left) if self._needs_adapter(model) else None for model in models]
         finally:
-            for folder in written:
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in names:
+                self._unload(name)
+            for source in sources:
+                if isinstance(source, Path):
+                    shutil.rmtree(source, ignore_errors=True)
 
 
 class AdapterFolders:
@@ -133,12 +125,6 @@ class AdapterFolders:
 def adapted_layers(plan: AdapterPlan) -> list[str]:
     """Return the last parts of the modules' names, e.g. q_proj."""
     return sorted({name.rpartition(".")[2] for name in plan.modules})
-
-
-def factor_bytes(plan: AdapterPlan) -> int:
-    """Return the bytes of all policies' factors as stored."""
-    pairs = (module for modules in plan.modules.values() for module in modules.values())
-    return total_bytes(info for one in pairs for info in (one.a, one.b))
 
 
 def adapter_bytes(plan: AdapterPlan, rank: int = 0, itemsize: int = F32.itemsize) -> int:

@@ -17,8 +17,6 @@ Level = Literal["gpu", "host", "disk"]
 LEVELS: tuple[Level, ...] = ("gpu", "host", "disk")
 # The engine and the inputs leave the rest of a GPU's free memory to torch's reserve and to others.
 _SHARE_OF_GPU = 0.9
-# Merged adapters get so much of it for the engine's slots, and so much for what waits beside the engine.
-SHARE_OF_ADAPTERS = 0.1
 # Of all engines on a machine together; the rest of the host's memory serves files and rewards.
 _SHARE_OF_HOST = 0.3
 # Nobody needs to be told where fewer bytes are.
@@ -59,9 +57,7 @@ class Place:
     why: str
 
 
-def choose_level(
-    asked: str, sizes: Sizes, gpu: int, host: int, engines: int = 1, what: str = "base and policies"
-) -> Place:
+def choose_level(asked: str, sizes: Sizes, gpu: int, host: int, engines: int = 1) -> Place:
     """Return the fastest level that has room, from the one that is asked for downwards.
 
     Args:
@@ -71,7 +67,6 @@ def choose_level(
         gpu: free bytes of the GPU on which the engine runs; 0 without a GPU.
         host: bytes of the host's memory that can be allocated without swapping.
         engines: so many share the host, and may start at the same time.
-        what: stays there, in words.
     """
     first = (0 if gpu else 2) if asked == "auto" else [str(level) for level in LEVELS].index(asked)
     whys = ["there is no GPU"] if asked == "gpu" and not gpu else []
@@ -87,26 +82,10 @@ def choose_level(
             continue
         if needed[level] <= room[level]:
             beside = sizes.working + (sizes.inputs if level == "gpu" else 0)
-            stay = f"{what} stay {where[level]} ({_gb(needed[level])} of {_gb(room[level])})"
+            stay = f"base and policies stay {where[level]} ({_gb(needed[level])} of {_gb(room[level])})"
             return Place(level, beside, "; ".join([*whys, stay]))
         whys.append(f"no room {where[level]} ({_gb(needed[level])} needed, {_gb(room[level])} there)")
-    return Place("disk", 0, "; ".join([*whys, f"{what} are read from disk for every merge"]))
-
-
-def choose_for_adapters(asked: str, inputs: int, gpu: int, host: int, devices: int = 1, engines: int = 1) -> Place:
-    """Return where adapters wait: a tenth of a GPU has room for them, or the host's memory.
-
-    Args:
-        asked: "auto" means memory, also for an engine on a CPU.
-        inputs: bytes of the policies' factors and of a merged adapter.
-        gpu: see `choose_level`, as for the rest.
-        host: likewise.
-        devices: of the engine; each worker has all factors.
-        engines: see `choose_level`.
-    """
-    sizes = Sizes(inputs, inputs * devices, engine=int((_SHARE_OF_GPU - SHARE_OF_ADAPTERS) * gpu))
-    asked = "host" if asked == "auto" and not gpu else asked
-    return choose_level(asked, sizes, gpu, host, engines, "adapters")
+    return Place("disk", 0, "; ".join([*whys, "base and policies are read from disk for every merge"]))
 
 
 def _gb(size: int) -> str:
@@ -148,21 +127,6 @@ def place_for(
         place = choose_level(settings.resident, sizes, max(1, available_memory("cuda") - spare), host, engines)
     else:
         place = choose_level(settings.resident, Sizes(inputs, inputs * devices), 0, host, engines)
-    return _if_worth(place, settings, inputs)
-
-
-def place_for_adapters(settings: EngineSettings, inputs: int, spare: int = 0, engines: int = 1) -> Place:
-    """Return where adapters wait for the next merge on this machine; see `choose_for_adapters` and `place_for`."""
-    gpu = max(1, available_memory("cuda") - spare) if vllm_device() == "cuda" else 0
-    host = available_memory("cpu")
-    place = choose_for_adapters(settings.resident, inputs, gpu, host, settings.tensor_parallel, engines)
-    return _if_worth(place, settings, inputs)
-
-
-def _if_worth(place: Place, settings: EngineSettings, inputs: int) -> Place:
-    """Return the place without its reason where nobody needs to be told."""
-    import torch
-
     told = settings.resident != "auto" or (torch.cuda.is_available() and inputs >= _WORTH_TELLING)
     return place if told else replace(place, why="")
 

@@ -13,16 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rewarded_lines.engines.kv_cache import kv_bytes
-from rewarded_lines.engines.memory_levels import (
-    Place,
-    Sizes,
-    choose_for_adapters,
-    choose_level,
-    least_engine,
-    working_bytes,
-)
+from rewarded_lines.engines.memory_levels import Place, Sizes, choose_level, least_engine, working_bytes
 from rewarded_lines.engines.model_shapes import ModelShape
-from rewarded_lines.engines.vllm_memory import WORKING_MEMORY, adapters_at_once, few_scored_at_once
+from rewarded_lines.engines.vllm_memory import (
+    WORKING_MEMORY,
+    adapters_at_once,
+    beside_for_adapters,
+    few_scored_at_once,
+)
 from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
 from rewarded_lines.processes import GIB
 
@@ -235,7 +233,8 @@ def _waiting(shape: ModelShape, job: Job, machine: Machine, free: int) -> tuple[
     """Return where base and policies wait, and their bytes as stored; of adapters, the policies' and a merged one."""
     if job.lora:
         inputs = 2 * _output(shape, job)
-        return choose_for_adapters(job.resident, inputs, free, machine.host, machine.gpus), inputs
+        beside = beside_for_adapters(job.resident, inputs, free)
+        return Place("gpu" if beside else "host", beside, ""), 0 if job.resident == "disk" else inputs
     inputs, weights = (1 + job.policies) * shape.stored, weight_bytes(shape, ITEMSIZE[job.dtype], machine.gpus)
     engine = least_engine(weights) if job.share is None else int(job.share * machine.card)
     sizes = Sizes(-(-inputs // machine.gpus), inputs, working_bytes(job.policies, shape.largest), engine)

@@ -71,15 +71,8 @@ def give_to_vllm(runner: Any, number: int, tensors: Iterable[tuple[str, torch.Te
     """Put a merged adapter into a slot of vLLM, under a new number.
 
     vLLM itself registers the adapters of its trial runs in this way: requests with that number then find it loaded and
-    never look for files. Where layers are spread over devices, vLLM takes each worker's part.
-
-    Args:
-        runner: the model runner of a worker.
-        number: of the adapter; vLLM finds cached prefixes by it.
-        tensors: as in the file of an adapter whose α is its rank.
-
-    Raises:
-        ValueError: vLLM does not serve it.
+    never look for files. Where layers are spread over devices, vLLM takes each worker's part. `tensors` are those in
+    the file of an adapter whose α is its rank.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper

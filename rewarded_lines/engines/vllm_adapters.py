@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.checkpoints.families import TIED_HEADS
-from rewarded_lines.engines.adapter_folders import (
-    AdapterFolders,
-    AdapterGenerator,
-    adapted_layers,
-    adapter_bytes,
-    factor_bytes,
-)
+from rewarded_lines.checkpoints.reader import total_bytes
+from rewarded_lines.engines.adapter_folders import AdapterFolders, AdapterGenerator, adapted_layers, adapter_bytes
 from rewarded_lines.engines.base import Workload
-from rewarded_lines.engines.memory_levels import LEVELS, Level, place_for_adapters
 from rewarded_lines.engines.vllm_core import VllmCore
-from rewarded_lines.engines.vllm_memory import adapters_at_once
+from rewarded_lines.engines.vllm_memory import adapters_at_once, beside_for_adapters
 from rewarded_lines.engines.vllm_models import plan_message, spec_message
 from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.adapter_settings import VLLM_RANKS, served_rank
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.out_of_memory import no_room, tell
+from rewarded_lines.out_of_memory import tell
 from rewarded_lines.processes import available_memory
 
 _FEW_AT_ONCE = 4
@@ -37,8 +30,8 @@ _REMEDY = "use --engine hf, which folds adapters into their base"
 class VllmAdapterGenerator(VllmCore, AdapterGenerator):
     """Merged adapters go into slots of the engine.
 
-    The workers keep the policies' factors on the GPU, or in the host's memory, and make merged adapters there. Where
-    memory is short, or vLLM lacks what is called, the adapters go through files, in memory or a temporary folder.
+    The workers keep the policies' factors on the GPU, or in the host's memory, and make merged adapters there. With
+    `resident: disk`, and where that fails, they are files in memory or a temporary folder.
 
     One slot stays spare: with none free, vLLM applies the last adapter to requests without an adapter.
     """
@@ -55,13 +48,16 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         free = available_memory(vllm_device())
         self.at_once = adapters_at_once(free, adapter_bytes(plan, rank))
         self._number = 0
-        # One merged adapter is on its way to a slot.
-        inputs = factor_bytes(plan) + adapter_bytes(plan, itemsize=FLOATS[work.spec.dtype].itemsize)
-        place = place_for_adapters(work.settings, inputs, work.spare, work.engines)
-        self.told = (f"resident: {place.why}",) if place.why else ()
+        # The factors, and one merged adapter on its way to a slot.
+        inputs = sum(total_bytes(one.tensors.values()) for one in plan.adapters)
+        inputs += adapter_bytes(plan, itemsize=FLOATS[work.spec.dtype].itemsize)
+        asked, card = work.settings.resident, free - work.spare if vllm_device() == "cuda" else 0
+        beside = beside_for_adapters(asked, inputs, card)
+        if asked == "gpu" and not beside:
+            self.told = ("resident: no room for the adapters on a GPU; they wait in the host's memory",)
         self._start(
             work,
-            beside=place.beside,
+            beside=beside,
             enable_lora=True,
             max_lora_rank=rank,
             max_loras=self.at_once + 1,
@@ -74,7 +70,10 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         self.at_once = min(self.at_once, max(_FEW_AT_ONCE, worth))
         self.call("group_adapters")
         try:
-            self._hold(place.level)
+            if asked == "disk":
+                self._folders = AdapterFolders(plan)
+            elif reason := self.ask("hold_factors", plan_message(plan), beside > 0):
+                self._use_files(reason)
         except BaseException:
             self.close()
             raise
@@ -92,68 +91,31 @@ class VllmAdapterGenerator(VllmCore, AdapterGenerator):
         most: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return max(1, most // max(1, requests))
 
-    def _hold(self, level: Level) -> None:
-        """Load the factors to a level or, where memory is short, to the next one; on disk, adapters go through files.
-
-        A merge on trial shows whether vLLM has what is called.
-        """
-        assert self._plan is not None
-        self.level = level
-        self._folders = AdapterFolders(self._plan) if level == "disk" else None
-        if self._folders:
-            return
-        count = len(self._plan.policies)
-        trial = spec_message(MergeSpec((1 / count,) * count, 1.0, 0.0))
-        self._number += 1
-        with _taken():
-            told = self.ask("hold_factors", plan_message(self._plan), level)
-            told = told or self.ask("add_merged", self._number, trial)
-            self._llm.llm_engine.remove_lora(self._number)
-        if "lacking" in told:
-            fact = f"resident: merged adapters go through files, since this vLLM is another: {told['lacking']}"
-            self.told = (*self.told, fact)
-            self._hold("disk")
-        elif told:
-            self._move_down(told["full"])
-
-    def _move_down(self, reason: str) -> None:
-        below = LEVELS[LEVELS.index(self.level) + 1]
-        tell(f"resident: adapters have no room ({reason.splitlines()[0][:120]}): {self.level}, now {below}")
-        self._hold(below)
-
-    @contextmanager
-    def _sources(self, wanted: Sequence[MergeSpec], layer: str) -> Iterator[Sequence[Any]]:
-        with super()._sources(wanted, layer) if self._folders else nullcontext(wanted) as sources:
-            yield sources
-
-    def _load(self, source: Path | MergeSpec) -> Any:
+    def _load(self, source: Any) -> Any:
         from vllm.lora.request import LoRARequest
 
         self._number += 1
-        # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
-        request = LoRARequest(str(self._number), self._number, str(source))
         with _taken():
-            if isinstance(source, MergeSpec):
-                self._add(request.lora_int_id, source)
-            else:
+            if self._folders is None and (reason := self.ask("add_merged", self._number, spec_message(source))):
+                self._llm.llm_engine.remove_lora(self._number)
+                self._use_files(reason)
+            if self._folders and isinstance(source, MergeSpec):
+                # Memory did for the adapters before this one.
+                (source,) = self._folders.write([source])
+            # vLLM finds cached prefixes by the adapter's number and name, so both are new every time.
+            request = LoRARequest(str(self._number), self._number, str(source))
+            if self._folders:
                 self._llm.llm_engine.add_lora(request)
-            unserved = self.call("unserved_modules", request.lora_int_id)[0]
+            unserved = self.call("unserved_modules", self._number)[0]
         if unserved:
             what, got = "vLLM leaves out modules of the adapters", ", ".join(unserved[:3])
             raise fail(what, where=_ENGINE, got=got, remedy=_REMEDY)
         return request
 
-    def _add(self, number: int, spec: MergeSpec) -> None:
-        """Let every worker merge an adapter and put it into a slot, from the host's memory if the GPU's runs out."""
-        message = spec_message(spec)
-        told = self.ask("add_merged", number, message)
-        reason = told.get("full", "")
-        if reason and self.level == "gpu":
-            self._llm.llm_engine.remove_lora(number)
-            self._move_down(reason)
-            told = self.ask("add_merged", number, message)
-        if told:
-            raise no_room(_ENGINE, "a merged adapter does not fit", MemoryError(reason or told["lacking"]))
+    def _use_files(self, reason: str) -> None:
+        assert self._plan is not None
+        tell(f"resident: merged adapters go through files from now on ({reason.splitlines()[0][:120]})")
+        self._folders = AdapterFolders(self._plan)
 
     def _unload(self, name: Any) -> None:
         self._llm.llm_engine.remove_lora(name.lora_int_id)

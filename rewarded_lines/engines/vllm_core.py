@@ -64,21 +64,21 @@ class VllmCore(Generator):
         take_turn(self._llm)
         return list(self._llm.collective_rpc(method, args=args))
 
-    def ask(self, method: str, *args: Any) -> dict[str, str]:
-        """Call a method that says in plain types what went wrong: vLLM cannot send errors from process to process.
+    def ask(self, method: str, *args: Any) -> str:
+        """Call a method that answers why a worker fails: vLLM cannot send errors from process to process.
 
         Returns:
-            Why memory ran out at a worker ("full"), or vLLM has not what was called ("lacking"); {} if all went well.
+            The reason; "" if all goes well.
 
         Raises:
-            UserError: a worker has "problems".
+            UserError: the reason has "problems".
         """
-        told: dict[str, Any] = {}
-        for one in self.call(method, *args):
-            told = {**one, **told}
-        if problems := told.pop("problems", None):
-            raise UserError(Problem(**problem) for problem in problems)
-        return told
+        reason = ""
+        for answer in self.call(method, *args):
+            if problems := answer.get("problems"):
+                raise UserError(Problem(**problem) for problem in problems)
+            reason = reason or answer.get("reason", "")
+        return reason
 
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
         """See `Generator.generate`; all requests share one batch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rewarded_lines.engines.memory_levels import SHARE_OF_ADAPTERS
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.processes import GIB
@@ -23,7 +22,7 @@ _SAMPLING = 20
 WORKING_MEMORY = 2 * GIB
 """Bytes of a GPU for activations of reward models; one of them computes at a time."""
 # Merged adapters that wait in slots of the engine: so many, in at most this share of the free memory.
-_MOST_ADAPTERS = 16
+_MOST_ADAPTERS, _SHARE_OF_ADAPTERS = 16, 0.1
 
 
 def memory_share(size: float, spare: int, beside: int, devices: int) -> float:
@@ -66,12 +65,8 @@ def few_at_once(longest: int) -> dict[str, int]:
 def working_memory(hidden: int, inner: int, longest: int, itemsize: int, sampled: int = 0) -> int:
     """Return the bytes that an engine computes in with the batches of `few_at_once`, at least `WORKING_MEMORY`.
 
-    Args:
-        hidden: width of the residual stream.
-        inner: a token's gates in a block.
-        longest: tokens of the longest text.
-        itemsize: bytes of a number.
-        sampled: the tokens of the vocabulary, if the model also writes texts.
+    `hidden` is the width of the residual stream, `inner` that of a token's gates in a block, `longest` the tokens of a
+    text, `sampled` those of the vocabulary, if the model also writes texts.
     """
     # A layer's gates, ups and their products; residuals, queries, keys and values.
     activations = few_at_once(longest)["max_num_batched_tokens"] * (3 * inner + 6 * hidden) * itemsize
@@ -80,7 +75,18 @@ def working_memory(hidden: int, inner: int, longest: int, itemsize: int, sampled
 
 def adapters_at_once(free: int, one: int) -> int:
     """Return how many merged adapters of so many bytes, in float32, the engine keeps; one more slot stays spare."""
-    return min(_MOST_ADAPTERS, max(1, int(SHARE_OF_ADAPTERS * free / max(1, one))))
+    return min(_MOST_ADAPTERS, max(1, int(_SHARE_OF_ADAPTERS * free / max(1, one))))
+
+
+def beside_for_adapters(asked: str, inputs: int, free: int) -> int:
+    """Return the bytes of a GPU that adapters take beside the engine; 0 if they wait in the host's memory or on disk.
+
+    Args:
+        asked: the place that is asked for; "auto" is the GPU, too.
+        inputs: bytes of the policies' factors and of a merged adapter.
+        free: bytes of the GPU.
+    """
+    return inputs if asked in ("auto", "gpu") and inputs <= _SHARE_OF_ADAPTERS * free else 0
 
 
 def few_scored_at_once(longest: int, towers: bool, args: Mapping[str, Any]) -> dict[str, int]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
 from rewarded_lines.engines.cpu_adapters import group_adapters
@@ -19,16 +18,17 @@ from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.resident_adapters import ResidentAdapters, give_to_vllm
 from rewarded_lines.engines.vllm_core import VllmCore
 from rewarded_lines.engines.vllm_versions import last_slot_is_shared, let_vllm_search_modules
-from rewarded_lines.engines.worker_shares import Share, WorkerFailed, share_of
+from rewarded_lines.engines.worker_shares import share_of
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.out_of_memory import NO_MEMORY, ran_out
 
 # A worker process of vLLM imports this module, and numba with it, before it builds its model.
 let_vllm_search_modules()
 
+# Memory runs out, or this vLLM has other names.
+_OTHERWISE_FILES = (AttributeError, ImportError, TypeError, RuntimeError, MemoryError)
 # Workers in this process use its plans as they are, with their measurements.
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
@@ -87,30 +87,15 @@ def _opened(message: Mapping[str, Any]) -> Any:
     return opened(message["base"], message["policies"], **how)
 
 
-def _told(error: UserError) -> dict[str, Any]:
-    return {"problems": [asdict(problem) for problem in error.problems]}
-
-
-def _answer(work: Callable[[], Any]) -> dict[str, Any]:
-    """Do a worker's work; see `VllmCore.ask`."""
+def _answer(work: Callable[[], Any], known: tuple[type[Exception], ...] = ()) -> dict[str, Any]:
+    """Do a worker's work; return why it fails, by a `UserError` or an error of the classes `known`: see `ask`."""
     try:
         work()
     except UserError as error:
-        return _told(error)
-    except NO_MEMORY as error:
-        if not ran_out(error):
-            raise
-        return {"full": str(error) or "no memory"}
-    except (AttributeError, ImportError, TypeError) as error:
-        return {"lacking": str(error)}
+        return {"problems": [asdict(problem) for problem in error.problems]}
+    except known as error:
+        return {"reason": str(error) or type(error).__name__}
     return {}
-
-
-@contextmanager
-def _as_one(share: Share) -> Iterator[None]:
-    """Leave the block when another worker fails in it: that one tells the reason."""
-    with suppress(WorkerFailed), share.together():
-        yield
 
 
 class MergingWorker:
@@ -123,7 +108,7 @@ class MergingWorker:
         self.merge_plan, self.share = plan, share_of(worker)
         self.resident = Resident(plan, level, worker.device, self.share)
         # Reward models come back later, to the memory that is left.
-        with _as_one(self.share):
+        with self.share.together():
             self.resident.load()
         # Merging the smallest tensor loads the kernels before the first swap.
         smallest = min(plan.outputs(), key=lambda info: info.elements).name
@@ -135,34 +120,31 @@ class MergingWorker:
 
         vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid.
 
-        Returns:
-            See `VllmCore.ask`.
+        The answer is for `VllmCore.ask`.
         """
         worker: Any = self
-        try:
-            with _as_one(self.share):
+
+        def swap() -> None:
+            with self.share.together():
                 worker.reload_weights(weights_iterator=self.resident.tensors(MergeSpec.from_dict(message)))
                 _repack_tied_head(worker.get_model())
-        except UserError as error:
-            return _told(error)
-        return {}
 
-    def hold_factors(self, message: Mapping[str, Any], level: Level) -> dict[str, Any]:
-        """Load the factors of a plan's adapters, on the GPU or in the host's memory; see `VllmCore.ask`."""
+        return _answer(swap)
+
+    def hold_factors(self, message: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
+        """Load the factors of a plan's adapters, on the GPU or in the host's memory."""
         worker: Any = self
 
         def hold() -> None:
-            self.factors = ResidentAdapters(_opened(message), worker.device if level == "gpu" else "cpu")
+            self.factors = ResidentAdapters(_opened(message), worker.device if on_gpu else "cpu")
 
-        self.factors = None
-        return _answer(hold)
+        return _answer(hold, _OTHERWISE_FILES)
 
     def add_merged(self, number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge adapters, and give the result to vLLM under a new number; see `VllmCore.ask`."""
-        worker: Any = self
-        return _answer(
-            lambda: give_to_vllm(worker.model_runner, number, self.factors.tensors(MergeSpec.from_dict(message)))
-        )
+        """Merge adapters, and give the result to vLLM under a new number."""
+        runner = cast(Any, self).model_runner
+        spec = MergeSpec.from_dict(message)
+        return _answer(lambda: give_to_vllm(runner, number, self.factors.tensors(spec)), _OTHERWISE_FILES)
 
     def shared_memory_name(self) -> str:
         """Return the prefix of the names in /dev/shm that several CPU workers share; "" on a GPU."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from rewarded_lines.kernels.blocks import BLOCK
 WELL, FULL, FAILED = 0, 1, 2
 
 
-class WorkerFailed(RuntimeError):
-    """Another worker has failed and says why."""
+class _WorkerFailed(Exception):
+    """Another worker has failed."""
 
 
 class Share:
@@ -33,30 +33,27 @@ class Share:
         return start, min(length, elements - start)
 
     def agree(self, state: int) -> int:
-        """Return the worst state of all workers; all workers call this together, before they do anything together.
-
-        Raises:
-            WorkerFailed: another worker has failed.
-        """
+        """Return the worst state of all workers; all call this together, in the block of `together`."""
         if self.size == 1:
             return state
         worst = torch.tensor([state])
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=self._cpu_group)
         if worst == FAILED != state:
-            raise WorkerFailed("another worker has failed")
+            raise _WorkerFailed
         return int(worst)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let the block fail on all workers if it fails on one; otherwise the others would wait for it forever."""
-        try:
-            yield
-        except WorkerFailed:
-            raise
-        except BaseException:
-            self.agree(FAILED)
-            raise
-        self.agree(WELL)
+        """End the block on all workers if it fails on one, which tells why; others would wait for it forever."""
+        with suppress(_WorkerFailed):
+            try:
+                yield
+            except _WorkerFailed:
+                raise
+            except BaseException:
+                self.agree(FAILED)
+                raise
+            self.agree(WELL)
 
     def room(self, part: torch.Tensor, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this worker's part as long as every worker's, and room for the whole tensor, flat."""

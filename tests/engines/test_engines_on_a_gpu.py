@@ -81,11 +81,12 @@ def test_adapters_answer_as_in_a_fresh_engine(device, spec, tiny):
         save_adapter(tiny / "sft", tiny / f"lora-{name}", seed, target_modules="all-linear")
     plan = plan_adapters("sft", {name: f"lora-{name}" for name in POLICIES})
     other = MergeSpec((0.8, 0.2), 1.0, 0.5)
-    settings = settings_of(device, graphs=True)
-    with engine("vllm", "sft", spec, LONG, plan=plan, settings=settings) as fresh:
+    # Through files, and in memory.
+    with engine("vllm", "sft", spec, LONG, plan=plan, settings=settings_of(device, True, resident="disk")) as fresh:
         expected = tokens(fresh, spec, LONG, MERGED)
-    with engine("vllm", "sft", spec, LONG, plan=plan, settings=settings) as one:
+    with engine("vllm", "sft", spec, LONG, plan=plan, settings=settings_of(device, True)) as one:
         others = tokens(one, spec, LONG, other)
+        assert one._folders is None
         assert tokens(one, spec, LONG, MERGED) == expected != others
         assert tokens(one, spec, LONG, other) == others
 

@@ -7,9 +7,9 @@ from tiny_adapters import save_adapter
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE
-from rewarded_lines.engines.adapter_folders import AdapterFolders, adapter_bytes, factor_bytes
-from rewarded_lines.engines.memory_levels import choose_for_adapters
+from rewarded_lines.engines.adapter_folders import AdapterFolders
 from rewarded_lines.engines.resident_adapters import ResidentAdapters
+from rewarded_lines.engines.vllm_memory import beside_for_adapters
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.open_inputs import plan_adapters
 from rewarded_lines.merger.spec import MergeSpec
@@ -89,21 +89,7 @@ def test_what_is_not_finite_is_refused_as_by_merge(save, tiny):
         dict(ResidentAdapters(plan, "cpu").tensors(large))
 
 
-def test_adapters_wait_where_a_tenth_has_room(save):
-    plan = save(torch.bfloat16)
-    assert factor_bytes(plan) == sum(info.bytes for one in plan.adapters for info in one.tensors.values())
-    assert adapter_bytes(plan, itemsize=2) == factor_bytes(plan)
-    for asked, inputs, gpu, host, level, beside in (
-        ("auto", 9, 100, 999, "gpu", 9),
-        ("auto", 11, 100, 999, "host", 0),
-        ("auto", 11, 100, 10, "disk", 0),
-        ("auto", 11, 0, 999, "host", 0),
-        ("host", 1, 100, 999, "host", 0),
-        ("disk", 1, 100, 999, "disk", 0),
-        ("gpu", 1, 0, 999, "host", 0),
-    ):
-        place = choose_for_adapters(asked, inputs, gpu, host)
-        assert (place.level, place.beside) == (level, beside) and "adapters " in place.why
-    # Each of eight workers has all of them.
-    assert choose_for_adapters("host", 11, 0, 100).level == "host"
-    assert choose_for_adapters("host", 11, 0, 100, devices=8).level == "disk"
+def test_a_gpu_holds_adapters_if_a_tenth_of_it_has_room():
+    for asked, inputs, beside in (("auto", 9, 9), ("gpu", 9, 9), ("auto", 11, 0), ("host", 1, 0), ("disk", 1, 0)):
+        assert beside_for_adapters(asked, inputs, 100) == beside
+    assert beside_for_adapters("gpu", 1, 0) == 0

@@ -1,6 +1,8 @@
 """Merged adapters in vLLM's slots: each model of a batch answers as if alone and folded into its base."""
 
 import gc
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from rewarded_lines.engines.base import Workload
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.server_engine import RemoteGenerator
 from rewarded_lines.engines.vllm_adapters import VllmAdapterGenerator, slot_rank
+from rewarded_lines.engines.vllm_models import MergingWorker
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.spec import MergeSpec
@@ -50,7 +53,7 @@ def vllm(policies, monkeypatch):
     children = set(psutil.Process().children(recursive=True))
     generator = load_generator("vllm", "sft", SAMPLED, PROMPTS, plan=plan_adapters("sft", policies))
     # In memory, and without files.
-    assert generator.level == "host" and generator._folders is None and generator.told == ()
+    assert generator._folders is None and generator.told == ()
     yield generator
     folder = generator._folders.folder
     generator.close()
@@ -61,7 +64,7 @@ def tokens_of(answers):
     return [[response.tokens for response in responses] for responses in answers]
 
 
-def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch):
+def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, monkeypatch, caplog):
     """One test, since the engine is slow to build; the fixture checks that closing it leaves nothing behind."""
     assert vllm.at_once == 3
     calls, generate = [], vllm._llm.generate
@@ -83,7 +86,7 @@ def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, mo
     check_scores(vllm, hf)
     check_nothing_stays(vllm, monkeypatch)
     check_memory(vllm)
-    check_other_ways(vllm, together, monkeypatch)
+    check_other_ways(vllm, together, monkeypatch, caplog)
     hf.close()
 
 
@@ -117,35 +120,27 @@ def check_nothing_stays(generator, monkeypatch):
     assert generator.swap_seconds > 0
 
 
-def check_other_ways(generator, expected, monkeypatch):
-    """Check a GPU that runs out of memory in the midst of a batch, and a vLLM of another version: files, told."""
+def check_other_ways(generator, expected, monkeypatch, caplog):
+    """Check memory that runs out in the midst of a batch, and files from then on."""
     give, calls = vllm_models.give_to_vllm, []
 
     def full(*args):
         calls.append(args)
-        return call("CUDA out of memory", torch.OutOfMemoryError) if len(calls) == 3 else give(*args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        give(*args)
 
-    def other(*args):
-        call("type object 'LoRAModel' has no attribute 'from_lora_tensors'", AttributeError)
-
-    generator._hold("gpu")
-    assert generator.level == "gpu" and not generator._folders
-    for given, level in ((full, "host"), (other, "disk")):
-        with monkeypatch.context() as patch:
-            patch.setattr(vllm_models, "give_to_vllm", given)
-            if given is other:
-                generator._hold("gpu")
-            assert tokens_of(generator.generate(PROMPTS, GREEDY, MODELS[:4])) == expected[:4]
-        assert generator.level == level
-    (told,) = generator.told
-    assert told.startswith("resident: merged adapters go through files") and "from_lora_tensors" in told
-    assert generator._folders.folder.stat().st_mode & 0o777 == 0o700
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_models, "give_to_vllm", full)
+        assert tokens_of(generator.generate(PROMPTS, GREEDY, MODELS[:4])) == expected[:4]
+    assert len(calls) == 2 and "adapters go through files from now on (CUDA out of memory)" in caplog.text
+    folder = generator._folders.folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for left in folder.iterdir():
+        # Written in that batch, and removed with all others in the end.
+        shutil.rmtree(left)
     assert tokens_of(generator.generate(PROMPTS, GREEDY, MODELS)) == expected
     check_nothing_stays(generator, monkeypatch)
-
-
-def call(text, kind):
-    raise kind(text)
 
 
 def check_memory(generator):
@@ -158,6 +153,39 @@ def check_memory(generator):
     assert sizes[1] - sizes[0] < 24 << 20
 
 
+class StandIn(VllmAdapterGenerator):
+    """Sends messages as JSON to a worker whose vLLM lacks a name; keeps what vLLM is asked to load."""
+
+    def _start(self, work, beside, **options):
+        self.worker, self.beside, self.loaded = MergingWorker(), beside, []
+        self.worker.model_runner = None
+        self._llm = SimpleNamespace(llm_engine=self, scheduler_config=SimpleNamespace(max_num_seqs=256))
+        self.vllm_config = self._llm
+
+    def call(self, method, *args):
+        if method in ("group_adapters", "unserved_modules"):
+            return [[]]
+        return [json.loads(json.dumps(getattr(self.worker, method)(*json.loads(json.dumps(args)))))]
+
+    def add_lora(self, request):
+        self.loaded.append(request.lora_path)
+
+    def remove_lora(self, number):
+        pass
+
+
+def test_a_vllm_with_other_names_gets_files(policies, caplog):
+    pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+    work = Workload("sft", GREEDY, PROMPTS, plan_adapters("sft", policies), settings=EngineSettings(resident="gpu"))
+    generator = StandIn(work)
+    assert generator.beside == 0 and "no room for the adapters on a GPU" in generator.told[0]
+    with generator._loaded(MODELS[:3]) as names:
+        assert names[0] is None and [name.lora_path for name in names[1:]] == generator.loaded
+        assert all(Path(path, "adapter_model.safetensors").is_file() for path in generator.loaded)
+    assert "adapters go through files from now on ('NoneType' object has no attribute 'lora_manager')" in caplog.text
+    generator._folders.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_workers_in_processes_of_their_own_merge_adapters_for_themselves(policies, monkeypatch):
@@ -165,8 +193,8 @@ def test_workers_in_processes_of_their_own_merge_adapters_for_themselves(policie
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     plan, settings = plan_adapters("sft", policies), EngineSettings.model_validate({"tensor_parallel_size": 2})
     spread = load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan, settings=settings)
-    assert (spread.level, spread.told) == ("host", ())
     found = tokens_of(spread.generate(PROMPTS, GREEDY, MODELS))
+    assert spread._folders is None
     spread.close()
     hf = load_generator("hf", "sft", GREEDY, PROMPTS, plan=plan_merge("sft", policies))
     assert found == tokens_of(hf.generate(PROMPTS, GREEDY, MODELS))
