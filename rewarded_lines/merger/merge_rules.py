@@ -96,7 +96,7 @@ def ram(residuals: Sequence[Array], weights: Sequence[float], *, changed: float)
     """Return the RAM merge: values that several policies changed are averaged, those of one policy are kept.
 
     With A the policies whose |τ_i| > ε: Σ_A ρ_i·τ_i / Σ_A |ρ_i| where A has several, ρ_i·τ_i where it has one policy, 0
-    where none.
+    where none. A single policy has nothing to share, and is kept whole.
 
     Args:
         residuals: τ_i.
@@ -122,6 +122,8 @@ def ram_plus(residuals: Sequence[Array], weights: Sequence[float], *, changed: f
 
     Source: Reinforced Agent Merging, arXiv 2601.13572.
     """
+    if len(residuals) == 1:
+        return residuals[0] * weights[0]
     # 1 everywhere, also for NaN. In torch, a boolean array times a number is float32, times an array it is float64.
     one = residuals[0] ** 0
     masks = [one * (abs(residual) > changed) for residual in residuals]

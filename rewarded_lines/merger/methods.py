@@ -158,7 +158,7 @@ METHODS: Mapping[str, Method] = {
         (_RAM,),
         {"changed": _CHANGED},
         relative=True,
-        keeps=lambda options, weights: bool(options["changed"] == 0),
+        keeps=lambda options, weights: True,
     ),
     "ram-plus": Method(
         ram_plus,
@@ -180,7 +180,7 @@ METHODS: Mapping[str, Method] = {
         },
         measures.boosts,
         relative=True,
-        keeps=lambda options, weights: bool(options["changed"] == 0),
+        keeps=lambda options, weights: True,
     ),
     "sce": Method(
         sce,
@@ -259,7 +259,8 @@ def check_method(method: str, options: Mapping[str, OptionValue], policies: int)
         )
     filled = {name: options.get(name, option.default) for name, option in row.options.items()}
     if not any(problems) and row.fits and (expected := row.fits(filled)):
-        problems.append(Problem("out of range", where=f"--method {method}", expected=expected))
+        got = " ".join(f"--{name} {value}" for name, value in filled.items())
+        problems.append(Problem("out of range", where=f"--method {method}", expected=expected, got=got))
     if found := [problem for problem in problems if problem]:
         raise UserError(found)
     return filled
