@@ -35,7 +35,7 @@ MERGER = [
     *("compare_policies", "record", "open_inputs", "low_rank_plan", "adapter_plan", "adapter_settings"),
     *("lora_stacking", "model_plan", "merge_device", "plan", "carried_files"),
     *("mergekit_methods", "mergekit_file", "mergekit_gradients", "preferences", "merge_options", "spec"),
-    *("methods", "method_row", "method_measures", "merge_rules", "schedule_forms", "lines_schedule"),
+    *("methods", "method_row", "merge_rules", "schedule_forms", "lines_schedule"),
     *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),
     *("tied_layers", "lora_folding", "carried_settings", "tokenizer_checks"),
 ]
