@@ -20,7 +20,8 @@ from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import Array, TensorMerge, Workspace
+from rewarded_lines.kernels.blocks import Array, Workspace
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.distances import visit_blocks
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import exact_sum

@@ -166,9 +166,9 @@ def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: M
     kind = METHODS[how.method].weights
     mixtures = read_mixtures(how.mixtures, names) if how.mixtures else None
     if kind == "none":
-        if (given := how.preference if lam is None else lam) is not None:
+        if (asked := how.preference if lam is None else lam) is not None:
             what = f"the method {how.method} sets the weights itself"
-            raise fail(what, where="--lam" if given is lam else "--preference", got=str(given), remedy="leave it out")
+            raise fail(what, where="--lam" if asked is lam else "--preference", got=str(asked), remedy="leave it out")
         return [replace(first, weights=(1 / len(names),) * len(names))]
     if how.preference is not None:
         return [replace(first, weights=weights) for weights in preferred_weights(lam, mixtures, how)]

@@ -9,8 +9,10 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.options import option
 
 # Fields of `MergeOptions` that a round decides.
-DECIDED = ("score", "as_", "out", "overwrite", "allow_nonfinite", "tokenizer", "config_from", "additions", "progress")
-DECIDED += ("preference", "mixtures", "rank")
+DECIDED = (
+    *("score", "as_", "rank", "out", "overwrite", "allow_nonfinite", "tokenizer", "config_from", "additions"),
+    *("progress", "preference", "mixtures"),
+)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from rewarded_lines.errors import Problem, UserError, changed, differences, fail
 from rewarded_lines.extras import check_verb
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_bytes, write_json
 from rewarded_lines.merger.lines_schedule import Schedule
-from rewarded_lines.merger.merge import Weights, merge
+from rewarded_lines.merger.merge import merge
 from rewarded_lines.merger.merge_options import MergeOptions
 from rewarded_lines.merger.methods import METHODS
+from rewarded_lines.merger.preferences import Weights
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.options import takes_fields
 from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
