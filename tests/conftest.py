@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from invented_runs import synthetic_run
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
@@ -20,6 +21,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_US
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# That a machine is slow or busy is no fault of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [

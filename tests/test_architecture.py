@@ -34,7 +34,7 @@ MERGER = [
     *("mergekit", "merge", "model_card", "input_cards", "greedy_soup", "inspect", "record"),
     *("open_inputs", "adapter_plan", "adapter_settings", "lora_stacking", "model_plan", "merge_device"),
     *("plan", "carried_files"),
-    *("mergekit_methods", "mergekit_file", "mergekit_gradients", "spec", "methods", "method_row", "method_measures"),
+    *("mergekit_methods", "mergekit_file", "mergekit_gradients", "spec", "methods", "method_row"),
     *("merge_rules", "lines_schedule"),
     *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),
     *("tied_layers", "lora_folding", "carried_settings", "tokenizer_checks"),

@@ -81,7 +81,7 @@ def test_a_folder_that_is_replaced_is_never_absent(tmp_path, monkeypatch, swaps)
     out.mkdir()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for number in range(60):
+    for number in range(20):
         with atomic_folder(out, overwrite=True) as folder:
             (folder / str(number)).touch()
         assert names(tmp_path) == ["out"] and names(out) == [str(number)]

@@ -73,6 +73,7 @@ def python(environment, program, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_data_sets(places):
     hub, environment = places
     calls = {

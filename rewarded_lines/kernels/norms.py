@@ -82,8 +82,8 @@ class Facts:
 
         return self._once(("gram", name), measure)
 
-    def thresholds(self, name: str, density: float, scope: str) -> tuple[float, ...]:
-        """Return for each policy the k-th largest |τ_i|, k = max(1, ⌊density·n⌋), of the n values of a tensor.
+    def thresholds(self, name: str, rows: Sequence[int], density: float, scope: str) -> dict[str, list[float]]:
+        """Return for some policies the k-th largest |τ_i|, k = max(1, ⌊density·n⌋), of the n values of a tensor.
 
         With the scope "model", n counts the values of all tensors. A rule keeps all values ≥ the threshold.
         """
@@ -97,10 +97,11 @@ class Facts:
             rank, threads = max(1, int(density * total)), int(scope == "tensor")
             return kth_largest(self._base, self._policies, names, rank, threads)
 
-        return self._once(("thresholds", "" if scope == "model" else name, density), measure)
+        found = self._once(("thresholds", "" if scope == "model" else name, density), measure)
+        return {"thresholds": [found[row] for row in rows]}
 
-    def bands(self, name: str, density: float, outliers: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return for each policy the smallest and the largest of the |τ_i| of a tensor that are kept.
+    def bands(self, name: str, rows: Sequence[int], density: float, outliers: float) -> dict[str, list[float]]:
+        """Return for some policies the smallest and the largest of the |τ_i| of a tensor that are kept.
 
         Of n values the ⌊outliers·n⌋ largest are dropped, and the next k = max(1, ⌊density·n⌋) are kept; so many must
         remain. Values as large as one of the two are kept, too.
@@ -116,25 +117,19 @@ class Facts:
             largest = partial(kth_largest, self._base, self._policies, [name], threads=1)
             return largest(rank=dropped + kept), largest(rank=dropped + 1) if dropped else upper
 
-        return self._once(("bands", name, density, outliers), measure)
+        lower, upper = self._once(("bands", name, density, outliers), measure)
+        return {"lower": [lower[row] for row in rows], "upper": [upper[row] for row in rows]}
 
-    def overlaps(self, name: str, rows: Sequence[int], changed: float, scope: str) -> list[float]:
-        """Return for each of some policies the number of values that it changed with others, over those it alone did.
-
-        A value is changed if |τ_i| > `changed`. Without values that it alone changed, 0.
-
-        Args:
-            name: a tensor.
-            rows: the policies; the others do not count.
-            changed: the largest size that is no change.
-            scope: "model" counts the values of all tensors.
-        """
+    def boosts(
+        self, name: str, rows: Sequence[int], changed: float, boost: float, cap: float, scope: str
+    ) -> dict[str, list[float]]:
+        """Return boost·min(q, cap) for some policies, q their `overlap_ratios` in a tensor or, by scope, the model."""
         names, chosen = (self._names if scope == "model" else [name]), tuple(sorted(rows))
         measure = partial(overlap_ratios, self._base, self._policies, names, chosen, changed, int(scope == "tensor"))
         found = self._once(("overlaps", "" if scope == "model" else name, chosen, changed), measure)
-        return [found[row] for row in rows]
+        return {"boosts": [boost * min(found[row], cap) for row in rows]}
 
-    def selection(self, name: str, rows: Sequence[int], select: float, spread: Spread) -> tuple[float, list[float]]:
+    def selection(self, name: str, rows: Sequence[int], select: float, spread: Spread) -> dict[str, object]:
         """Return the smallest spread of a tensor's values that is selected, and each policy's share of the squares.
 
         Of the n values whose spread is not 0 the ⌊select·n⌋ with the largest are selected, and those equal to the last
@@ -167,7 +162,7 @@ class Facts:
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
 
         least, shares = self._once(("selection", name, tuple(sorted(rows)), select), measure)
-        return least, [shares[row] for row in rows]
+        return {"least": least, "squares": [shares[row] for row in rows]}
 
     def random_masks(self, name: str, rows: Sequence[int], density: float, seed: int) -> list[Mask]:
         """Return what draws each policy's mask of a block, true with probability `density`."""
@@ -176,7 +171,8 @@ class Facts:
 
     def ranked_masks(self, name: str, rows: Sequence[int], density: float, window: float, seed: int) -> list[Mask]:
         """Return what draws each policy's mask of a block, see `ranked_masks` in thresholds_and_masks.py."""
-        given = name, self.digests(name), density, window, seed
+        # With all values kept there is nothing to rank.
+        given = name, self.digests(name), density, window if density < 1 else 0.0, seed
         return [RankedMask(self._ranked, given, row) for row in rows]
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], _T]) -> _T:

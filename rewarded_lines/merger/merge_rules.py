@@ -3,7 +3,7 @@
 A rule takes the residuals τ_i = θ_i − θ_base of the policies, float64 arrays of one shape, the weights λ_i, and its
 parameters by name. It returns the merged residual, value by value, so that tensors can pass in blocks. Arrays are
 numpy's or torch's: rules only use operators that both have. Measures of whole tensors come as parameters, see
-`method_measures.py`.
+`Method.measure`.
 """
 
 from __future__ import annotations
@@ -96,14 +96,7 @@ def ram(residuals: Sequence[Array], weights: Sequence[float], *, changed: float)
     """Return the RAM merge: values that several policies changed are averaged, those of one policy are kept.
 
     With A the policies whose |τ_i| > ε: Σ_A ρ_i·τ_i / Σ_A |ρ_i| where A has several, ρ_i·τ_i where it has one policy, 0
-    where none.
-
-    Args:
-        residuals: τ_i.
-        weights: ρ_i, 1 for every policy in the paper.
-        changed: ε.
-
-    Source: Reinforced Agent Merging, arXiv 2601.13572.
+    where none. A single policy has nothing to share, and is kept whole. See `ram_plus`.
     """
     return ram_plus(residuals, weights, changed=changed, boosts=[0.0] * len(residuals))
 
@@ -117,11 +110,13 @@ def ram_plus(residuals: Sequence[Array], weights: Sequence[float], *, changed: f
     Args:
         residuals: τ_i.
         weights: ρ_i, 1 for every policy in the paper.
-        changed: ε, as in `ram`.
+        changed: ε.
         boosts: b_i.
 
     Source: Reinforced Agent Merging, arXiv 2601.13572.
     """
+    if len(residuals) == 1:
+        return residuals[0] * weights[0]
     # 1 everywhere, also for NaN. In torch, a boolean array times a number is float32, times an array it is float64.
     one = residuals[0] ** 0
     masks = [one * (abs(residual) > changed) for residual in residuals]

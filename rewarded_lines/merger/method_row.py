@@ -11,8 +11,8 @@ from typing import Any, Literal
 from rewarded_lines.merger.merge_rules import Rule, relative, soup
 
 OptionValue = float | int | str
-Measure = Callable[[Any, str, Mapping[str, Any], Sequence[int]], Mapping[str, Any]]
-"""From `Facts`, a tensor's name, the options, and the policies that take part: parameters of the rule, by name."""
+Measure = Callable[[Any, str, Sequence[int], Mapping[str, Any]], Mapping[str, Any]]
+"""From `Facts`, a tensor's name, the policies that take part, and the options: parameters of the rule, by name."""
 
 
 @dataclass(frozen=True)

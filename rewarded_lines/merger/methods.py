@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
-from rewarded_lines.merger import method_measures as measures
 from rewarded_lines.merger.merge_rules import (
     breadcrumbs,
     consensus,
@@ -23,9 +22,21 @@ from rewarded_lines.merger.merge_rules import (
     sce,
     slerp_weights,
     soup,
+    spread,
     ties,
 )
 from rewarded_lines.merger.method_row import Method, Option, OptionValue
+
+
+def _random_masks(facts: Any, name: str, rows: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kept": facts.random_masks(name, rows, options["density"], options["seed"])}
+
+
+def _window_fits(options: Mapping[str, Any]) -> str:
+    """Return what DELLA's options must be together, or "" if all probabilities are above 0 and at most 1."""
+    density, half = options["density"], options["window"] / 2
+    inside = density > half and density + half < 1 + 1e-12
+    return "" if density == 1 or inside else "--density − --window/2 above 0, and --density + --window/2 at most 1"
 
 
 def _keeps_elected(options: Mapping[str, Any], weights: Sequence[float]) -> bool:
@@ -105,7 +116,7 @@ METHODS: Mapping[str, Method] = {
         ("m = {join}", "τ̂ᵢ = τᵢ where |τᵢ| is among the largest {density} of {scope}, else 0", _ELECTED),
         (_TIES,),
         {"density": Option(0.2, _DENSITY, low=0, high=1, above_low=True), "scope": _SCOPE, "join": _JOIN},
-        measures.thresholds,
+        lambda facts, name, rows, options: facts.thresholds(name, rows, options["density"], options["scope"]),
         keeps=_keeps_elected,
     ),
     "dare": Method(
@@ -115,7 +126,7 @@ METHODS: Mapping[str, Method] = {
         ("m = Σ λᵢ mᵢ τᵢ / {density}", _DRAWN),
         (_DARE,),
         {"density": _DROPPED, "seed": _SEED},
-        measures.random_masks,
+        _random_masks,
         keeps=lambda options, weights: bool(options["density"] == 1),
     ),
     "dare-ties": Method(
@@ -125,7 +136,7 @@ METHODS: Mapping[str, Method] = {
         ("m = {join}", "τ̂ᵢ = mᵢ τᵢ / {density}", _DRAWN, _ELECTED),
         (_DARE, _TIES),
         {"density": _DROPPED, "seed": _SEED, "join": _JOIN},
-        measures.random_masks,
+        _random_masks,
         keeps=_keeps_elected,
     ),
     "consensus": Method(
@@ -158,7 +169,7 @@ METHODS: Mapping[str, Method] = {
         (_RAM,),
         {"changed": _CHANGED},
         relative=True,
-        keeps=lambda options, weights: bool(options["changed"] == 0),
+        keeps=lambda options, weights: True,
     ),
     "ram-plus": Method(
         ram_plus,
@@ -178,9 +189,9 @@ METHODS: Mapping[str, Method] = {
             "cap": Option(0.2, "RAM+'s α, the largest overlap that counts", low=0),
             "scope": _SCOPE,
         },
-        measures.boosts,
+        lambda facts, name, rows, options: facts.boosts(name, rows, **options),
         relative=True,
-        keeps=lambda options, weights: bool(options["changed"] == 0),
+        keeps=lambda options, weights: True,
     ),
     "sce": Method(
         sce,
@@ -195,7 +206,7 @@ METHODS: Mapping[str, Method] = {
         ),
         (("FuseChat: Knowledge Fusion of Chat Models", "2408.07990"),),
         {"select": Option(0.1, "SCE's τ, share of values selected by variance", low=0, high=1, above_low=True)},
-        measures.selection,
+        lambda facts, name, rows, options: facts.selection(name, rows, options["select"], spread),
         relative=True,
         everyone=True,
         keeps=lambda options, weights: bool(options["select"] == 1 or len(weights) == 1),
@@ -217,9 +228,11 @@ METHODS: Mapping[str, Method] = {
             "seed": _SEED,
             "join": replace(_JOIN, choices=_JOIN_ANY),
         },
-        measures.ranked_masks,
+        lambda facts, name, rows, options: {
+            "kept": facts.ranked_masks(name, rows, options["density"], options["window"], options["seed"])
+        },
         keeps=_keeps_elected,
-        fits=measures.window_fits,
+        fits=_window_fits,
     ),
     "breadcrumbs": Method(
         breadcrumbs,
@@ -235,7 +248,7 @@ METHODS: Mapping[str, Method] = {
             "outliers": Option(0.01, "share of the largest values that is dropped", low=0, high=1),
             "join": replace(_JOIN, default="all", choices=_JOIN_ANY),
         },
-        measures.bands,
+        lambda facts, name, rows, options: facts.bands(name, rows, options["density"], options["outliers"]),
         keeps=_keeps_elected,
     ),
 }
@@ -259,7 +272,8 @@ def check_method(method: str, options: Mapping[str, OptionValue], policies: int)
         )
     filled = {name: options.get(name, option.default) for name, option in row.options.items()}
     if not any(problems) and row.fits and (expected := row.fits(filled)):
-        problems.append(Problem("out of range", where=f"--method {method}", expected=expected))
+        got = " ".join(f"--{name} {value}" for name, value in filled.items())
+        problems.append(Problem("out of range", where=f"--method {method}", expected=expected, got=got))
     if found := [problem for problem in problems if problem]:
         raise UserError(found)
     return filled

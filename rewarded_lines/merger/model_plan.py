@@ -126,7 +126,7 @@ class ModelPlan(Plan):
             if same is not None and weights[same] * scale == 1 and name in self._sources[same].tensors:
                 return TensorMerge(dtype, copy=same + 1)
         rows = [i for i in self._order(name, weights) if weights[i] != 0 or row.everyone]
-        measured = dict(row.measure(self.facts, name, spec.options, rows)) if row.measure else {}
+        measured = dict(row.measure(self.facts, name, rows, spec.options)) if row.measure else {}
         masks = measured.pop("kept", ())
         parameters = {**row.parameters(spec.options), **measured}
         taken = tuple(weights[i] for i in rows)

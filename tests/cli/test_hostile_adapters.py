@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Mutated inputs by kind and output: how many times by default.
-TRIED = {(CONFIG, "adapter"): 120, (CONFIG, "full"): 100, (WEIGHTS, "adapter"): 120, (WEIGHTS, "full"): 100}
+TRIED = {(CONFIG, "adapter"): 60, (CONFIG, "full"): 50, (WEIGHTS, "adapter"): 60, (WEIGHTS, "full"): 50}
 # So many times more are tried every night.
-MORE = 60
+MORE = 120
 NAMES = ("one", "two")
 BLOCKS, PREFIX = 2, "base_model.model."
 SETTINGS = {
@@ -130,7 +130,7 @@ def check(place: Path, printed: str, dry: bool) -> None:
 def test_refused_or_right(quick, place, file, kind):
     count = TRIED[file, kind]
     tried, merged = try_all(quick, (*ARGS, "--as", kind), check, attempts(place, NAMES, file, count, f"default {kind}"))
-    assert tried == count and count / 50 < merged < count * 0.9
+    assert tried == count and 0 < merged < count * 0.9
 
 
 @pytest.mark.nightly

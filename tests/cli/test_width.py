@@ -53,6 +53,7 @@ def test_tables_fit_and_cut_no_number(make_run, kind):
         assert all(f"{point.ended:.0%}" in text for point in summary.points)
 
 
+@pytest.mark.slow
 def test_a_report_and_a_choice_fit(narrow, make_run):
     run = make_run(prompts=64, resamples=100, control=1.0, **OPTIONS["many methods"])
     answer = narrow("report", run)

@@ -23,7 +23,7 @@ def arrays(tokens, seed=0):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(RUNS, st.booleans())
 def test_each_token_meets_its_own_adapter(runs, add):
     slots = torch.tensor([slot for slot, count in runs for _ in range(count)])
@@ -43,7 +43,7 @@ def test_each_token_meets_its_own_adapter(runs, add):
 
 
 @given(RUNS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_sequences_are_their_tokens(runs):
     slots, lengths = (torch.tensor(column) for column in zip(*runs, strict=True))
     total = int(lengths.sum())

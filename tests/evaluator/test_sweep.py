@@ -176,6 +176,7 @@ def test_a_damaged_record_is_told_and_made_again(tiny):
         assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_every_damaged_byte_is_found_or_does_not_matter(tiny):
     sweep(engine="hf", points=2)
     path = next((tiny / "sweep/points").iterdir())

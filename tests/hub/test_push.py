@@ -201,6 +201,7 @@ def test_the_login_file_and_a_process_of_its_own(hub, merged, tmp_path):
     assert (tmp_path / "hub" / ID / "README.md").is_file() and TOKEN not in done.stdout
 
 
+@pytest.mark.slow
 def test_xet(hub, merged, tmp_path):
     """hf-xet sends pieces of files; a later process does not send again those that arrived."""
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}

@@ -194,6 +194,7 @@ def test_adapters_over_a_base_that_is_not_read(tiny, card, monkeypatch):
     assert "## Scores" not in card("--lam", "0.25")
 
 
+@pytest.mark.slow
 def test_three_policies(tmp_path, card, monkeypatch):
     run = make_project(tmp_path / "three", policies=3, rewards=3)
     monkeypatch.chdir(tmp_path / "three")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from method_params import methods
+from method_params import RL, methods
 from safetensors.torch import load_file, save_file
 
 from rewarded_lines import merge
@@ -108,7 +108,7 @@ def test_every_nan_is_stored_as_one_pattern_by_either(kind):
         assert nan.size and set(nan.tolist()) == {QUIET[to]}, name
 
 
-@pytest.mark.parametrize("method", ["soup", "ties", "dare"])
+@pytest.mark.parametrize("method", methods(["soup", "ties", "dare", *RL]))
 def test_a_merge_with_nan_has_the_same_bits_by_either(tiny, monkeypatch, method):
     name = "model.norm.weight"
     for folder, step in (("sft", 1), ("first", -1)):

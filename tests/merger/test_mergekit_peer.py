@@ -30,6 +30,9 @@ The definitions differ in some points, which these tests avoid:
 - Its DARE draws from torch's global generator in the order of its task graph, then restores the tensor's L1 norm
   (`rescale`); the paper divides by the density. No seed makes the two equal, so only the shares and sizes of the kept
   values are compared.
+- Its DELLA draws likewise, and ranks tensors of three axes along the second; ours ranks along the last axis.
+- Its SCE weighs policies alike if their mean squares add up to less than 1e-6, as they do for most residuals of RL. It
+  selects ⌊select·n⌋ values whatever the sort of equal variances, and elects + where values cancel.
 
 The last tests give the same YAML to both tools (`merge --from-mergekit`). mergekit computes in float64 (`dtype`), and
 both write float32. The files must have the same bits, except for single values where base and residual cancel.
@@ -349,6 +352,12 @@ FILES = {
     "dare-linear-whole": File("dare_linear", {"first": {"weight": 0.3}, "second": {"weight": 0.7}}),
     "dare-ties-whole": File("dare_ties", UNEVEN, {"normalize": True}),
     "nuslerp": File("nuslerp", {"first": {"weight": 1}, "second": {"weight": 3}}),
+    "breadcrumbs": File(
+        "breadcrumbs", {"first": {"weight": [0.3, 0.6]}, "second": {"weight": [0.7, 1.4]}}, {"density": 0.5}
+    ),
+    "breadcrumbs-ties": File("breadcrumbs_ties", UNEVEN, {"density": 0.5, "gamma": 0.2, "normalize": True}),
+    "ram": File("ram", {"first": {}, "second": {}, "third": {}}, {"epsilon": 0.01}),
+    "ram-plus": File("ramplus_tl", {"first": {}, "second": {}}, {"epsilon": 0.01, "r": 0.3, "alpha": 0.9}),
 }
 
 
@@ -396,3 +405,53 @@ def test_dare_keeps_as_many_values_and_enlarges_them_as_much(rescale, family, me
         # Three standard deviations of a share of about 10⁵ values; a tensor's L1 norm varies with its mask.
         assert abs(kept.mean() - 0.25) < 0.005, folder
         assert np.median(moved[kept]) == pytest.approx(3.2 if rescale else 0.8, rel=0.02), folder
+
+
+def test_sce_is_the_same_but_for_equal_variances_and_cancelled_values(family, mergekit, tmp_path):
+    file = File("sce", {name: {} for name in POLICIES}, {"select_topk": 0.5})
+    run_mergekit(mergekit, file.config(family), tmp_path / "theirs")
+    common = {"method": "sce", "options": {"select": 0.5}, "beta": 0}
+    merge(family / "base", {name: family / name for name in POLICIES}, (1 / 3,) * 3, out=tmp_path / "ours", **common)
+    theirs, ours, base = (load(folder) for folder in (tmp_path / "theirs", tmp_path / "ours", family / "base"))
+    rows = [load(family / f"{name}-residual") for name in POLICIES]
+    same = 0
+    for key in base:
+        stack = np.stack([row[key] for row in rows])
+        spread = ((3 * stack - stack.sum(0)) ** 2).sum(0)
+        least = np.sort(spread, axis=None)[::-1][int(0.5 * np.count_nonzero(spread)) - 1]
+        excused = (spread == least) | (stack.sum(0) == 0)
+        close = np.abs(theirs[key] - ours[key]) <= np.spacing(np.abs(ours[key]).astype(np.float32))
+        assert (close | excused).all(), key
+        assert excused.mean() < 0.1 or excused.size < 100, key
+        same += int((close & (ours[key] != base[key])).sum())
+    assert same > 20_000
+
+
+def test_della_keeps_as_many_values_of_every_rank(family, mergekit, tmp_path):
+    options = {"density": 0.5, "window": 0.4, "join": "all"}
+    file = File("della_linear", {"first": {"weight": 0.8, "density": 0.5, "epsilon": 0.2}}, {"rescale": False})
+    run_mergekit(mergekit, file.config(family), tmp_path / "theirs")
+    merge(
+        family / "base",
+        {"first": family / "first"},
+        0.8,
+        beta=0,
+        method="della",
+        options=options,
+        extrapolate=True,
+        out=tmp_path / "ours",
+    )
+    base, residuals = load(family / "base"), load(family / "first-residual")
+    for folder in ("theirs", "ours"):
+        merged, moved, chances = load(tmp_path / folder), [], []
+        for key in (key for key in base if base[key].ndim == 2):
+            ranks = np.abs(residuals[key]).argsort(axis=1).argsort(axis=1) / (residuals[key].shape[1] - 1)
+            moved.append(((merged[key] - base[key]) / residuals[key]).ravel())
+            chances.append((0.3 + 0.4 * ranks).ravel())
+        factors, chance = np.concatenate(moved), np.concatenate(chances)
+        for low in (0.3, 0.4, 0.5, 0.6):
+            part = (chance >= low) & (chance < low + 0.1)
+            kept = np.abs(factors[part]) > 1e-3
+            assert abs(kept.mean() - chance[part].mean()) < 0.01, (folder, low)
+            wanted = 0.8 / chance[part][kept] if folder == "ours" else 0.8
+            assert np.median(np.abs(factors[part][kept] - wanted)) < 1e-3, (folder, low)

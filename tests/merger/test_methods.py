@@ -198,9 +198,10 @@ def test_defaults_are_filled_in_and_options_checked():
     assert "mean or sum" in said and "--seed: not an option of ties" in said and "model or tensor" in said
     with pytest.raises(UserError, match="a whole number ≥ 0"):
         check_method("consensus", {"agree": 1.5}, 2)
-    for window in (0.7, 0.6):
-        with pytest.raises(UserError, match=r"--method della: out of range(.|\n)*--window < 0.6 with --density 0.7"):
-            check_method("della", {"window": window}, 2)
+    for density, window in ((0.7, 0.7), (0.2, 0.4)):
+        with pytest.raises(UserError, match=rf"--method della: out of range(.|\n)*got: --density {density} --window"):
+            check_method("della", {"density": density, "window": window}, 2)
+    assert check_method("della", {"density": 0.7, "window": 0.6}, 2)["join"] == "mean"
     assert check_method("della", {"density": 1.0, "window": 0.7}, 2)["seed"] == 0
     for method, count in (("wise-ft", 2), ("slerp", 3)):
         with pytest.raises(UserError, match=f"the method {method} takes"):

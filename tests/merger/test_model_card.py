@@ -85,6 +85,7 @@ def test_a_folder_has_the_ids_of_what_it_was_made_from(family):
     assert make(family)[0].base_model == ["org/pretrained", "org/other"]
 
 
+@pytest.mark.slow
 def test_ids_of_the_hub(tmp_path):
     """Hub ids instead of folders: in metadata, links and the command; the card's licence is fetched."""
     save_family(tmp_path / "hub/org")

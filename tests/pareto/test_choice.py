@@ -79,7 +79,7 @@ def test_the_knee_of_a_straight_front_is_its_middle() -> None:
     assert knee(np.stack([2.4 * lam, 8 - 8 * lam], axis=1)) == 5
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(clouds(), st.integers(-5, 9), st.integers(-5, 9))
 def test_best_under_equals_a_plain_loop(means: np.ndarray, first: int, second: int) -> None:
     minima = {0: float(first), 1: float(second)}
@@ -95,7 +95,7 @@ def test_best_under_equals_a_plain_loop(means: np.ndarray, first: int, second: i
         assert max(found.shortfalls.values()) == min(worst)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(clouds(3), st.integers(-5, 9), st.integers(0, 4))
 def test_relaxing_a_minimum_never_lowers_the_optimum(means: np.ndarray, bound: int, slack: int) -> None:
     strict, relaxed = best_under(means, {0: bound}, 2), best_under(means, {0: bound - slack}, 2)
@@ -116,7 +116,7 @@ RULES: list[Callable[[np.ndarray], int]] = [
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_follows_the_points_when_they_are_shuffled(rule: Callable[[np.ndarray], int]) -> None:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(clouds(3), st.permutations(range(8)))
     def check(means: np.ndarray, order: list[int]) -> None:
         shuffled = means[[index for index in order if index < len(means)]]
@@ -127,7 +127,7 @@ def test_every_rule_follows_the_points_when_they_are_shuffled(rule: Callable[[np
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[2], RULES[3]])
 def test_no_rule_chooses_a_dominated_point(rule: Callable[[np.ndarray], int]) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(clouds(3))
     def check(means: np.ndarray) -> None:
         assert nondominated(means)[rule(means)]
@@ -135,7 +135,7 @@ def test_no_rule_chooses_a_dominated_point(rule: Callable[[np.ndarray], int]) ->
     check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(3), st.integers(1, 9), st.integers(-5, 5))
 def test_the_knee_does_not_depend_on_units(means: np.ndarray, factor: int, shift: int) -> None:
     assume(len(np.unique(means, axis=0)) == len(means))

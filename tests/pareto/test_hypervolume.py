@@ -75,7 +75,7 @@ def test_no_points_have_no_hypervolume() -> None:
 
 @pytest.mark.parametrize("rewards", [1, 2, 3, 4])
 def test_hypervolume_equals_the_oracle(rewards: int) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(clouds(rewards))
     def check(points: np.ndarray) -> None:
         reference = np.zeros(rewards)
@@ -84,7 +84,7 @@ def test_hypervolume_equals_the_oracle(rewards: int) -> None:
     check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(3), st.randoms(use_true_random=False))
 def test_order_does_not_matter(points: np.ndarray, random: object) -> None:
     order = list(range(len(points)))
@@ -93,7 +93,7 @@ def test_order_does_not_matter(points: np.ndarray, random: object) -> None:
     assert (nondominated(points[order]) == nondominated(points)[order]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(3), st.integers(0, 6), arrays(np.float64, 3, elements=st.integers(0, 3).map(float)))
 def test_a_dominated_point_changes_nothing(points: np.ndarray, which: int, below: np.ndarray) -> None:
     worse = points[which % len(points)] - below
@@ -102,14 +102,14 @@ def test_a_dominated_point_changes_nothing(points: np.ndarray, which: int, below
     assert (nondominated(more)[:-1] == nondominated(points)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(2), clouds(2))
 def test_more_points_never_have_less(points: np.ndarray, others: np.ndarray) -> None:
     both = np.vstack([points, others])
     assert hypervolume(both, np.zeros(2)) >= hypervolume(points, np.zeros(2)) - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(2))
 def test_only_the_nondominated_points_count(points: np.ndarray) -> None:
     front = points[nondominated(points)]
@@ -123,7 +123,7 @@ def test_hypervolumes_takes_each_front_with_its_own_reference() -> None:
 
 @pytest.mark.parametrize("rewards", [1, 2, 3])
 def test_hypervolumes_of_many_fronts_are_those_of_each(rewards: int) -> None:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.integers(0, 2**32 - 1), st.integers(0, 9))
     def check(seed: int, points: int) -> None:
         rng = np.random.default_rng(seed)
@@ -159,7 +159,7 @@ def test_contributions_keep_their_precision_in_a_large_hypervolume() -> None:
 
 @pytest.mark.parametrize("rewards", [1, 2, 3, 4])
 def test_contributions_equal_leaving_each_point_out(rewards: int) -> None:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(clouds(rewards))
     def check(points: np.ndarray) -> None:
         origin = np.zeros(rewards)
@@ -173,7 +173,7 @@ def test_contributions_equal_leaving_each_point_out(rewards: int) -> None:
     check()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(clouds(3), st.permutations(range(7)))
 def test_contributions_follow_their_points(points: np.ndarray, order: list[int]) -> None:
     order = [index for index in order if index < len(points)]

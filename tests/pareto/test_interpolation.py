@@ -66,7 +66,7 @@ def test_a_level_piece_gives_its_smallest_lam() -> None:
     assert best_interpolated([0, 1], [[1.0], [1.0]], [1]).lam == 0.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(-5, 5), st.integers(-5, 5))
 def test_no_grid_finds_better(seed: int, first: int, second: int) -> None:
     lams, means = curve(seed)
@@ -86,7 +86,7 @@ def test_no_grid_finds_better(seed: int, first: int, second: int) -> None:
         assert worst <= max(nearest.shortfalls[0], nearest.shortfalls[2] / 3) + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(-5, 5), st.floats(0, 4))
 def test_relaxing_a_minimum_never_lowers_the_optimum(seed: int, bound: float, slack: float) -> None:
     lams, means = curve(seed)
@@ -98,7 +98,7 @@ def test_relaxing_a_minimum_never_lowers_the_optimum(seed: int, bound: float, sl
         assert strict.means[0] >= bound
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(-5, 5))
 def test_the_curve_is_never_worse_than_its_points(seed: int, bound: int) -> None:
     lams, means = curve(seed)

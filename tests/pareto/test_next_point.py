@@ -145,7 +145,7 @@ def test_a_point_in_between_parts_the_ends() -> None:
     assert next_weights(places, means, [0, 0]).between in [(0, 2), (1, 2)]  # type: ignore[union-attr]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 3))
 def test_a_proposal_is_new_on_the_simplex_and_between_its_ends(seed: int, policies: int, rewards: int) -> None:
     rng = np.random.default_rng(seed)
@@ -168,7 +168,7 @@ def test_a_proposal_is_new_on_the_simplex_and_between_its_ends(seed: int, polici
     assert {order[index] for index in again.between} == set(found.between)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_more_slack_never_lowers_the_potential(seed: int, slack: float, more: float) -> None:
     rng = np.random.default_rng(seed)

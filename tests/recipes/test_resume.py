@@ -42,9 +42,9 @@ def end_at(step, monkeypatch):
     ("name", "lora"),
     # TRL's trainers save adapters alike: for one whose adapter is folded in, one that keeps it, and PPO, which is ours.
     [
-        *((name, False) for name in ("sft", "reward", "dpo", "rloo", "grpo", "ppo")),
-        ("sft", True),
-        ("grpo", True),
+        *((name, False) for name in ("sft", "grpo", "ppo")),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("reward", "dpo", "rloo")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("sft", "grpo")),
         ("ppo", True),
     ],
 )

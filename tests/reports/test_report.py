@@ -103,6 +103,7 @@ def test_format_and_style_through_the_command(make_run: MakeRun, cli: Callable[.
     assert not (run / "report/front.svg").exists() and str(run / "report/kl.pdf") in answer.out
 
 
+@pytest.mark.slow
 def test_a_second_report_writes_the_same_bytes(make_run: MakeRun) -> None:
     run = make_run(points=3, resamples=100)
     folder = run / "report"

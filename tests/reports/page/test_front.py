@@ -100,6 +100,7 @@ def test_a_minimum_tells_what_qualifies(shown: Any) -> None:
     assert page.locator("#qualify").inner_text() == ""
 
 
+@pytest.mark.slow
 def test_every_measure_is_an_axis_and_an_audit_no_minimum(opening: Opening, write: Callable[..., Any]) -> None:
     def audited(run: Any) -> Any:
         run.header["rewards"]["polite"]["role"] = "audit"
@@ -118,18 +119,21 @@ def test_every_measure_is_an_axis_and_an_audit_no_minimum(opening: Opening, writ
     assert "polite" in page.locator("#list article").first.inner_text()
 
 
+@pytest.mark.slow
 def test_one_reward_is_drawn_over_kl(opening: Opening, write: Callable[..., Any]) -> None:
     page = opening(write(rewards=1, points=3, prompts=30)).drawn()
     assert page.locator("#plot .xtitle").text_content() == "KL to SFT [nats], lower is better"
     assert page.locator("#plot .ytitle").text_content() == "positive [logit], higher is better"
 
 
+@pytest.mark.slow
 def test_three_policies_are_stepped_through(opening: Opening, write: Callable[..., Any]) -> None:
     page = opening(write(rewards=3, policies=3, points=3, prompts=30)).page
     page.get_by_label("Point of LiNeS").fill("0")
     assert chosen(page) == "Chosen: lines λ = 0.00,0.00,1.00"
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_everything_and_everything_has_a_name(opening: Opening, written: Any) -> None:
     page = opening(written).drawn()
     page.keyboard.press("Tab")
@@ -156,6 +160,7 @@ def test_the_keyboard_reaches_everything_and_everything_has_a_name(opening: Open
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_small_screens_scroll_one_way_only(opening: Opening, written: Any) -> None:
     opened = opening(written, width=400, height=800)
     page = opened.drawn()
@@ -172,6 +177,7 @@ def brightness(colour: str) -> float:
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture_follow_dark_mode(opening: Opening, written: Any) -> None:
     opened = opening(written, color_scheme="light")
     page = opened.drawn()

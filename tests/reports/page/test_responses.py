@@ -167,6 +167,7 @@ def test_a_missing_score_is_a_dash_and_comes_last(opening: Opening, write: Calla
     assert "reward `positive`: 7 of 126 responses have no score (7 abstained)." in page.locator("#note").inner_text()
 
 
+@pytest.mark.slow
 def test_several_responses_to_a_prompt_stand_under_it(opening: Opening, write: Callable[..., Any]) -> None:
     def twice(run: Run) -> Run:
         index = run.sft.prompt_index // 2
@@ -196,6 +197,7 @@ def test_the_very_command_is_copied(shown: Any, written: Any) -> None:
     assert copy.is_hidden() and page.locator("#command").inner_text() == "# nothing to merge: sft"
 
 
+@pytest.mark.slow
 def test_training_runs_have_responses_and_commands_of_their_own(opening: Opening, write: Callable[..., Any]) -> None:
     def seeded(run: Run) -> Run:
         name = run.folder.name
@@ -245,6 +247,7 @@ def test_hostile_texts_are_texts_and_change_nothing_else(opening: Opening, write
     opened.picture("hostile")
 
 
+@pytest.mark.slow
 def test_hostile_names_are_names(opening: Opening, write: Callable[..., Any]) -> None:
     name = "<b>a</b> & </script><script>window.hacked = 1</script> \ud800"
 
