@@ -182,7 +182,11 @@ class Facts:
 
     def prepare(self, measure: Callable[[str], object]) -> None:
         """Measure every tensor, several at the same time, before the stream needs the numbers."""
-        share_out(self._names, lambda: measure)
+
+        def work(name: str) -> None:
+            measure(name)
+
+        share_out(self._names, lambda: work)
 
     def norms(
         self, merges: Callable[[str], Sequence[TensorMerge]], order: Callable[[str], Sequence[int]]
