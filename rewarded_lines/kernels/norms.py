@@ -168,8 +168,7 @@ class Facts:
     def ranked_masks(self, name: str, rows: Sequence[int], density: float, window: float, seed: int) -> list[Mask]:
         """Return what draws each policy's mask of a block, see `ranked_masks` in thresholds_and_masks.py."""
         # With all values kept there is nothing to rank.
-        window = window if density < 1 else 0.0
-        given = name, self.digests(name), density, window, seed
+        given = name, self.digests(name), density, window if density < 1 else 0.0, seed
         return [RankedMask(self._ranked, given, row) for row in rows]
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], _T]) -> _T:

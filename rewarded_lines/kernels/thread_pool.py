@@ -14,7 +14,7 @@ import numpy as np
 T = TypeVar("T")
 
 
-def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = 0) -> None:
+def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], object]], threads: int = 0) -> None:
     """Process every item once, each in one of several threads; return when all are done.
 
     The first exception of an item, or an interrupt, is raised; no further item starts then.

@@ -59,6 +59,11 @@ def _dtype(value: Any) -> str:
     return name
 
 
+def _arithmetic(value: Any, info: ValidationInfo) -> str:
+    """Return the type in which mergekit computes, and which it writes without `out_dtype`, declared before it."""
+    return str(value or "") if info.data.get("out_dtype") else _dtype(value)
+
+
 class _Level(Strict):
     parameters: Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)] = {}
 
@@ -92,8 +97,8 @@ class _Content(_Level):
     models: list[Model] | None = None
     slices: Annotated[list[_Slice] | None, Field(max_length=1)] = None
     modules: Any = None
-    dtype: Annotated[str, BeforeValidator(_dtype)] = ""
     out_dtype: Annotated[str, BeforeValidator(_dtype)] = ""
+    dtype: Annotated[str, BeforeValidator(_arithmetic)] = ""
     tokenizer_source: Any = None
     tokenizer: Any = None
     chat_template: Any = None

@@ -85,7 +85,7 @@ def _task_arithmetic(file: MergekitFile) -> Translation:
 
 def _ties(file: MergekitFile, random: bool = False) -> Translation:
     policies = _policies(file)
-    (product, join), density = _joined(file, policies, mean=not random), _density(file, policies)
+    (product, join), density = _joined(file, policies, True, mean=not random), _density(file, policies)
     if random and density < 1:
         options: Options = {"density": density, "join": join, "seed": 0}
         product, note = _random(file, product, density)
@@ -121,7 +121,8 @@ def _ram(file: MergekitFile, plus: bool = False) -> Translation:
         boost, cap = (_same(file, policies, name, value) for name, value in (("r", 0.1), ("alpha", 0.2)))
         options |= {"boost": boost, "cap": cap, "scope": "tensor"}
     product = Product((1 / len(policies),) * len(policies), _ONE)
-    return _translation(file, policies, product, "ram-plus" if plus else "ram", options, [])
+    notes = ["mergekit rounds 1 + r·min(q, α) to float32"] if plus else []
+    return _translation(file, policies, product, "ram-plus" if plus else "ram", options, notes)
 
 
 def _nuslerp(file: MergekitFile) -> Translation:
@@ -175,9 +176,7 @@ def _policies(file: MergekitFile) -> list[Model]:
     return found
 
 
-def _joined(
-    file: MergekitFile, policies: Sequence[Model], elect: bool = True, mean: bool = False
-) -> tuple[Product, str]:
+def _joined(file: MergekitFile, policies: Sequence[Model], elect: bool, mean: bool = False) -> tuple[Product, str]:
     """Return λ with the schedule, and how values are joined; `mean` is the default of `normalize`."""
     if not elect:
         return _scaled(file, _summing(_sum_of_residuals(file, policies))), "all"

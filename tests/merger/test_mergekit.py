@@ -107,6 +107,10 @@ SAME = {
         said("merge_method: dare_ties", "base_model: sft", f"models: {TWO}", "parameters: {density: 0.5}"),
         f"{BASE} --lam 0.3 --beta 0 --method dare-ties --density 0.5 --join sum --seed 7",
     ),
+    "float64 for the arithmetic alone": (
+        said("merge_method: nuslerp", "base_model: sft", f"models: {TWO}", "dtype: float64", "out_dtype: bfloat16"),
+        f"{BASE} --lam 0.3 --beta 0 --method slerp --dtype bfloat16",
+    ),
     "breadcrumbs": (
         said(
             "merge_method: breadcrumbs",

@@ -357,7 +357,8 @@ FILES = {
     ),
     "breadcrumbs-ties": File("breadcrumbs_ties", UNEVEN, {"density": 0.5, "gamma": 0.2, "normalize": True}),
     "ram": File("ram", {"first": {}, "second": {}, "third": {}}, {"epsilon": 0.01}),
-    "ram-plus": File("ramplus_tl", {"first": {}, "second": {}}, {"epsilon": 0.01, "r": 0.3, "alpha": 0.9}),
+    # It rounds 1 + r·min(q, α) to float32; here that is 1.25.
+    "ram-plus": File("ramplus_tl", {"first": {}, "second": {}}, {"epsilon": 0.01, "r": 0.5, "alpha": 0.5}),
 }
 
 
