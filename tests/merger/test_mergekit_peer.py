@@ -419,9 +419,13 @@ def test_sce_is_the_same_but_for_equal_variances_and_cancelled_values(family, me
     for key in base:
         stack = np.stack([row[key] for row in rows])
         spread = ((3 * stack - stack.sum(0)) ** 2).sum(0)
-        least = np.sort(spread, axis=None)[::-1][int(0.5 * np.count_nonzero(spread)) - 1]
+        chosen = int(0.5 * np.count_nonzero(spread))
+        least = np.sort(spread, axis=None)[::-1][chosen - 1]
         excused = (spread == least) | (stack.sum(0) == 0)
-        close = np.abs(theirs[key] - ours[key]) <= np.spacing(np.abs(ours[key]).astype(np.float32))
+        # One value more or less at the border changes the policies' shares of the squares, a little.
+        tied = np.count_nonzero(spread >= least) > chosen
+        allowed = 2e-3 * np.abs(ours[key] - base[key]) if tied else np.zeros_like(base[key])
+        close = np.abs(theirs[key] - ours[key]) <= np.spacing(np.abs(ours[key]).astype(np.float32)) + allowed
         assert (close | excused).all(), key
         assert excused.mean() < 0.1 or excused.size < 100, key
         same += int((close & (ours[key] != base[key])).sum())
