@@ -21,11 +21,11 @@ from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import write_json
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import Array, Workspace
-from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.distances import visit_blocks
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import exact_sum
 from rewarded_lines.kernels.residual_matrices import best_factors, whole_tensor
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.merger.adapter_settings import adapter_config
 from rewarded_lines.merger.lora_folding import is_transposed
 from rewarded_lines.merger.lora_stacking import AdapterOutput, Stack
