@@ -85,7 +85,7 @@ def _show(chosen: Chosen) -> None:
     from rewarded_lines.merger.preferences import preference_text
 
     point = chosen.point
-    schedule = "" if point.checkpoint else f", {point.merge.schedule.text()}"
+    schedule = "" if point.checkpoint else f", {point.merge.schedule.text(chosen.policies)}"
     guess = " (between evaluated points: a guess)" if chosen.interpolated else ""
     console = Console()
     asked = f", μ = {preference_text(chosen.preference)}" if chosen.preference else ""

@@ -42,6 +42,7 @@ class Chosen:
         command: makes the policy.
         missing: the rewards that lack scores in the run, with the counts.
         preference: μ by reward, where the policies were trained for mixtures.
+        policies: their names, in the order of the weights.
     """
 
     point: PointSpec
@@ -52,12 +53,14 @@ class Chosen:
     command: str
     missing: dict[str, Missing] = field(default_factory=dict)
     preference: dict[str, float] = field(default_factory=dict)
+    policies: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Return the choice for JSON."""
+        left = "point", "missing", "preference", "policies"
         return {
             **self.point.as_dict(),
-            **{name: value for name, value in vars(self).items() if name not in ("point", "missing", "preference")},
+            **{name: value for name, value in vars(self).items() if name not in left},
             "scores": {name: vars(score) for name, score in self.scores.items()},
             **({"preference": self.preference} if self.preference else {}),
             **missing_json(self.missing),
@@ -206,8 +209,9 @@ class _Chooser:
             name: float((samples[1:, rewards.index(name)] >= bound).mean())
             for name, bound in self._wish.at_least.items()
         }
-        command, missing = command_for(self._run, spec), self._run.missing
-        return Chosen(spec, interpolated, scores, meets, self._rule(), command, missing, self._place(spec))
+        command, names = command_for(self._run, spec), list(self._run.header["policies"])
+        told = self._rule(), command, self._run.missing, self._place(spec), names
+        return Chosen(spec, interpolated, scores, meets, *told)
 
     def _bounds(self) -> list[str]:
         return [f"{name} ≥ {bound:g}" for name, bound in self._wish.at_least.items()]

@@ -42,6 +42,7 @@ class Methods:
         for name, spec in self.specs.items():
             try:
                 if spec is not None:
+                    _check_name(self._where("sweep", "methods", name), name, spec)
                     self._check(self._where("sweep", "methods", name), spec)
                     self._schedules[name] = self._schedule(self._where("sweep", "methods", name), spec)
             except UserError as error:
@@ -175,6 +176,19 @@ class Methods:
         if policies == 1 and (spec.edit or kind != "simplex"):
             return [(first,) for first, _ in Design(LATTICE, 2).weights(count)]
         return self.weights(count)
+
+
+def _check_name(where: str, name: str, spec: MethodSpec) -> None:
+    """Refuse a definition that is silently not what its name says: keys that are left out are those of LiNeS."""
+    given = spec.model_fields_set
+    if name in PRESETS:
+        wrong, remedy = not given and spec != PRESETS[name], f"write `{name}:` with nothing behind it, or `alpha: 1`"
+    else:
+        wrong = name in (*METHODS, MOD) and not given & {"merge", "match", "edit", "checkpoints"}
+        remedy = f"add `merge: {name}`, or `merge: soup`" if given else f"write `{name}:` with nothing behind it"
+    if wrong:
+        what = f"the keys define LiNeS, not `{name}`"
+        raise fail(what, where=where, got=", ".join(sorted(given)) or "{}", remedy=remedy)
 
 
 def check_merge(where: str, merge: str, options: Mapping[str, OptionValue], policies: int) -> None:

@@ -101,7 +101,7 @@ def search(
             not one of its merges.
     """
     folder = Path(run)
-    if shapes.shape and (methods, points, gain) != ((), POINTS, GAIN):
+    if shapes.shape and (tuple(methods), points, gain) != ((), POINTS, GAIN):
         expected = "none of --method, --points and --gain, which are for λ"
         raise fail("a shape is searched for sums of residuals", where="--shape", expected=expected)
     if not (folder / RUN_FILE).is_file():

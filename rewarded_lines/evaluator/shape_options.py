@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -46,7 +47,7 @@ class ShapeOptions:
             if words and value is not None and value not in words:
                 remedy = did_you_mean(value, words)
                 raise fail(f"unknown value `{value}`", where=flag, expected=", ".join(words), remedy=remedy)
-            if least is not None and value is not None and not value >= least:
+            if least is not None and value is not None and not least <= value < math.inf:
                 raise fail("out of range", where=flag, expected=f"{least} or more", got=str(value))
 
 

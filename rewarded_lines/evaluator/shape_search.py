@@ -98,9 +98,10 @@ def plan_shape(setup: Setup, options: ShapeOptions) -> tuple[ShapeSpace, list[Ro
     """
     policies, stacks = len(setup.project.config.policies), setup.plan.depths.stacks
     curves, blocks = policies if options.each_policy else 1, max(stacks.values())
-    if policies < 2 or min(stacks.values()) < blocks:
+    if policies < 2 or blocks < 2 or min(stacks.values()) < blocks:
         got = f"{policies} policies, lists of {', '.join(map(str, stacks.values()))} blocks"
-        raise fail("no shape to search", where="--shape", expected="two policies, one number of blocks", got=got)
+        expected = "two policies, one number of blocks above 1"
+        raise fail("no shape to search", where="--shape", expected=expected, got=got)
     if options.knots * curves > _MOST_NUMBERS or options.knots > blocks:
         expected = f"at most {_MOST_NUMBERS} numbers, and no more knots than blocks"
         got = f"{options.knots} knots for each of {curves} shapes over {blocks} blocks"
@@ -208,8 +209,8 @@ class Search:
 
     def _tried(self, numbers: list[float]) -> Trial:
         """Return a trial on the first prompts, and on all unless most allowed trials before were better."""
-        scales, design = self._space.scales(numbers, self.blocks), self._run.setup.methods.design
-        merges = [_merge(weights, scales) for weights in design.weights(self.options.trial_points)]
+        scales, methods = self._space.scales(numbers, self.blocks), self._run.setup.methods
+        merges = [_merge(weights, scales) for weights in methods.weights(self.options.trial_points)]
         screened, kl = self._worth(self._parts[:1], merges)
         whole = screened if len(self._parts) == 1 else None
         earlier = [one.screened for one in self.trials if self._allowed(one.kl)] or [screened]
@@ -254,9 +255,9 @@ def _merge(weights: Weights, scales: Sequence[Sequence[float]]) -> MergeSpec:
 
 
 def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], tuned: Line, count: int) -> Run:
-    """Return all schedules on the test prompts, each at the design's λ for `count`."""
+    """Return all schedules on the test prompts, each at the λ of a sweep with `count`."""
     setup, specs = run.setup, [PointSpec(SFT)]
-    for weights in setup.methods.design.weights(count):
+    for weights in setup.methods.weights(count):
         lines = {**_OTHERS, TUNED: tuned}.items()
         specs += [PointSpec(name, MergeSpec(weights, line.alpha, line.beta)) for name, line in lines]
         shape = _merge(weights, scales)
@@ -273,11 +274,12 @@ def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> 
     differences = [one for one in compare(volumes) if one.method == SHAPE]
     named = dict(zip(run.header["policies"] if len(scales) > 1 else ["all"], scales, strict=True))
     schedule = {SHAPE: {"schedule": named if len(scales) > 1 else scales[0]}, UNIFORM: {"match": SHAPE}}
+    tried = search.trials[: search.options.trials]
     rows = {**schedule, f"{SHAPE}-tuned": {"alpha": tuned.alpha, "beta": tuned.beta}}
     return FoundShape(
         scales=named,
         tuned=(tuned.alpha, tuned.beta),
-        trials=(search.options.trials, sum(one.hypervolume is not None for one in search.trials)),
+        trials=(len(tried), sum(one.hypervolume is not None for one in tried)),
         volumes=method_volumes(volumes),
         differences=differences,
         kl={name: max(float(one.kl.mean()) for one in points) for name, points in run.methods().items()},

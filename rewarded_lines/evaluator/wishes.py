@@ -62,7 +62,11 @@ def _preference(run: Run, given: Any) -> dict[str, float]:
     if mixtures is None:
         remedy = "declare `mixtures:` in the project and sweep, or use --weights"
         raise fail("the run has no mixtures, which a preference needs", where=str(run.folder), remedy=remedy)
-    (found,) = each_weights(given, mixtures.rewards, False, True, option="--preference")
+    try:
+        (found,) = each_weights(given, mixtures.rewards, False, True, option="--preference")
+    except UserError as error:
+        # `choose` has no --extrapolate.
+        raise UserError(replace(problem, remedy="") for problem in error.problems) from error
     return dict(zip(mixtures.rewards, found, strict=True))
 
 

@@ -56,7 +56,8 @@ class RoundPlan:
         """All that the models are made from."""
         config, root = self.project.config.model_dump(mode="json", exclude_defaults=True), self.project.root
         files = {name: local_path(name, root) for _, kind, name in named_places(config) if kind == "code"}
-        files |= {word: Path(word) for words in self.commands.values() for word in words}
+        # A file may be named behind an option: --config=ppo.yaml.
+        files |= {word: Path(word.rpartition("=")[2]) for words in self.commands.values() for word in words}
         return {
             "base": model_hash(resolve_folder(self.base)),
             **{name: config.get(name, {}) for name in ("rewards", "generation")},
@@ -177,7 +178,9 @@ class RoundPlan:
             return os.path.relpath(os.path.realpath(local_path(name, project.root)), os.path.realpath(folder))
 
         content = with_places(project.config.model_dump(mode="json", exclude_defaults=True), moved)
-        content = {key: value for key, value in content.items() if key not in (*_CARRIED, "mixtures")}
+        # Mixtures must name all policies, and no others.
+        left = _CARRIED if content.get("mixtures", {}).keys() == own["policies"].keys() else (*_CARRIED, "mixtures")
+        content = {key: value for key, value in content.items() if key not in left}
         if prompts:
             source = {"file": prompts, "dataset": None, "subset": None, "revision": None}
             content["prompts"] = {**content.get("prompts", {}), **source}

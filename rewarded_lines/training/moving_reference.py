@@ -56,4 +56,8 @@ class MovingReference:
         trl: Any = super()
         trl._load_optimizer_and_scheduler(checkpoint)
         if self._moves and checkpoint is not None:
-            load_model(self.accelerator.unwrap_model(self.ref_model), str(Path(checkpoint, _FILE)))
+            path = Path(checkpoint, _FILE)
+            if not path.is_file():
+                what, remedy = "a checkpoint without the moving reference", "remove it, or name another output_dir"
+                raise fail(what, where=checkpoint, expected=_FILE, remedy=remedy)
+            load_model(self.accelerator.unwrap_model(self.ref_model), str(path))

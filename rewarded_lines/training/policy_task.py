@@ -182,9 +182,12 @@ class PolicyTask:
         return longest
 
     def add_to_project(self, run: TrainingRun) -> None:
-        """Add the policy to the project; one trained for a weighted sum is a baseline, unless `mixtures:` names it."""
-        name, mixtures = self.rewards.name(), load_project(self.options.project_file).config.mixtures
-        merged = len(self.reward.weights) == 1 or name in mixtures
+        """Add the policy to the project.
+
+        One that is trained for a weighted sum is a baseline, unless `mixtures:` or `policies:` names it.
+        """
+        name, known = self.rewards.name(), load_project(self.options.project_file).config
+        merged = len(self.reward.weights) == 1 or name in {**known.mixtures, **known.policies}
         entries: Mapping[tuple[str, ...], Any] = {("policies" if merged else "baselines", name): run.output}
         from_main(lambda: say(*register(self.options.project_file, entries)))
 

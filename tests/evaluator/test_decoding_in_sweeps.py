@@ -65,6 +65,10 @@ def test_what_cannot_be_is_refused_before_anything_is_generated(cli, tiny):
     for methods, message in [
         ("{mine: {merge: mod, alpha: 2}}", "takes no other key"),
         ("{mod: null, u: {match: mod}}", "only linear methods"),
+        # Definitions that would be LiNeS under another name.
+        ("{mod: {}}", "the keys define LiNeS, not `mod`"),
+        ("{ties: {alpha: 0.5}}", "add `merge: ties`"),
+        ("{soup: {}}", "write `soup:` with nothing behind it"),
     ]:
         path.write_text(path.read_text().split("  methods:")[0] + f"  methods: {methods}\n")
         answer = cli("sweep", "--engine", "hf")

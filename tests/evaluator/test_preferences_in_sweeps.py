@@ -52,6 +52,7 @@ def test_a_sweep_over_preferences_is_told_found_and_chosen_by_preference(cli, ti
     assert cli(*shlex.split(chosen["command"])[1:]).code == 0
     assert json.loads((tiny / "chosen/merge.json").read_text())["weights"]["first"] == chosen["weights"][0]
     assert "the nearest is words 0.5, letters 0.5" in cli("choose", "sweep", "--preference", "0.6").err
+    assert "remedy" not in cli("choose", "sweep", "--preference", "1.2,-0.2").err
 
 
 @pytest.mark.slow

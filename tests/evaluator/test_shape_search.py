@@ -193,6 +193,15 @@ def test_only_promising_shapes_see_all_prompts(ready, invented):
     assert again[0]["hypervolume"] == pytest.approx(trials[0]["hypervolume"])
 
 
+def test_the_weights_of_policies_for_mixtures_are_those_of_a_sweep(ready, invented):
+    mixtures = {"first": {"words": 0.8, "letters": 0.2}, "second": {"words": 0.3, "letters": 0.7}}
+    path = ready / "rewarded-lines.yaml"
+    path.write_text(path.read_text() + f"mixtures: {mixtures}\n")
+    invented()
+    run, _ = find(trials=1, knots=2, screen=0)
+    assert [point.spec.weights for point in run.methods()["shape"]] == [(-0.6, 1.6), (0.4, 0.6), (1.4, -0.4)]
+
+
 @pytest.mark.parametrize("low_kl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_it_goes_on_with_the_same_trials_and_repeats_none(ready, invented, monkeypatch, low_kl):
     monkeypatch.setattr("rewarded_lines.evaluator.shape_search._RANDOM", 2)
@@ -219,6 +228,8 @@ def test_killed_it_goes_on_with_the_same_trials_and_repeats_none(ready, invented
     find(trials=8, low_kl=low_kl)
     assert len(json.loads(Path(found.file).read_text())["trials"]) == 8
     assert len([count for _, count in more.made if count == 5]) <= 6
+    # Fewer trials are told as such.
+    assert find(trials=1, low_kl=low_kl)[1].trials == (1, 1)
 
 
 def test_the_kl_stays_below_its_ceiling(ready, invented):
@@ -254,6 +265,7 @@ def test_where_depth_does_not_matter_it_says_so(ready, invented, cli):
         (["--knots", 3], "--knots: an option of the search for a shape"),
         (["--shape", "linear", "--points", 4], "none of --method, --points and --gain"),
         (["--shape", "linear", "--knots", 5], "4 blocks"),
+        (["--shape", "linear", "--most", "inf"], "--most: out of range"),
         (["--shape", "linear", "--knots", 7, "--each-policy"], "at most 12 numbers"),
         (["--shape", "linear", "--knots", 3, "--validation", "test.jsonl"], "validation prompts are test prompts"),
         (["--shape", "linear", "--knots", 3, "--validation", "none.jsonl"], "none.jsonl"),

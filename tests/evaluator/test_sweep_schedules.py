@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.points import PointSpec, point_key
 from rewarded_lines.evaluator.project_methods import Methods
@@ -81,3 +82,10 @@ def test_runs_are_averaged_line_by_line_and_legends_say_what_scales_differ_by():
         method, merge, checkpoint, edit = "mine", mean, "", False
 
     assert method_label([Point]) == "Rewarded Soups, scaled by policy and block"
+
+
+def test_a_choice_tells_schedules_by_the_names_of_the_policies(tiny, cli):
+    path = tiny / "rewarded-lines.yaml"
+    path.write_text(path.read_text() + "  methods: {mine: {alpha: {first: 0.5}, beta: 0}}\n")
+    sweep(engine="hf")
+    assert "first: α = 0.5, β = 0; second: α = 1, β = 0" in cli("choose", "sweep", "--maximize", "words").out

@@ -173,6 +173,23 @@ def test_a_killed_command_leaves_no_training_at_work(tiny):
         rounds(TRAIN, out="more")
 
 
+def test_the_projects_of_rounds_keep_mixtures_that_name_their_policies(project):
+    mixtures = {"one": {"words": 0.7, "letters": 0.3}, "two": {"words": 0.2, "letters": 0.8}}
+    with open("rewarded-lines.yaml", "a") as file:
+        file.write(f"mixtures: {mixtures}\n")
+    for names, kept in (("one", "two"), mixtures), (("one", "three"), {}):
+        rounds([f"{name}={TRAIN}" for name in names], rounds=1, out=names[1])
+        assert load_project(f"{names[1]}/round-1/rewarded-lines.yaml").config.mixtures == kept
+
+
+def test_a_changed_file_behind_an_option_is_refused(project):
+    (project / "ppo.yaml").write_text("seed: 1")
+    rounds(f"{TRAIN} --config=ppo.yaml", rounds=1)
+    (project / "ppo.yaml").write_text("seed: 2")
+    with pytest.raises(UserError, match="files.--config=ppo.yaml: "):
+        rounds(f"{TRAIN} --config=ppo.yaml", rounds=2)
+
+
 def test_changed_settings_are_refused(project):
     rounds(TRAIN, rounds=1)
     for change, said in (

@@ -48,15 +48,25 @@ def test_a_task_scores_its_models_responses_by_every_reward(task):
     )
 
 
-@pytest.mark.parametrize(("declared", "section"), [("bone", "policies"), ("other", "baselines")])
+@pytest.mark.parametrize(
+    ("declared", "section"),
+    [
+        ("mixtures: {bone: {length: 0.7, words: 0.3}}", "policies"),
+        ("mixtures: {other: {length: 0.7, words: 0.3}}", "baselines"),
+        # As the project of a round names its policies before they are there.
+        ("policies: {bone: model}", "policies"),
+    ],
+)
 def test_a_policy_of_a_mixture_is_merged_if_the_project_declares_it(task, tmp_path, declared, section):
     file = tmp_path / "project.yaml"
-    file.write_text(f"mixtures:\n  {declared}: {{length: 0.7, words: 0.3}}\n")
+    file.write_text(declared)
     task.options = RunOptions(project_file=str(file))
     task.rewards = RewardOptions(rewards={"length": 0.7, "words": 0.3}, policy_name="bone")
     task.reward = WeightedReward({"length": Length(), "words": Length()}, task.rewards.weights())
     task.add_to_project(SimpleNamespace(output=tmp_path / "model"))
-    assert getattr(load_project(file).config, section) == {"bone": "model"}
+    config = load_project(file).config
+    assert {"policies": config.policies, "baselines": config.baselines}[section] == {"bone": "model"}
+    assert len(config.policies) + len(config.baselines) == 1
 
 
 def test_responses_are_sampled_with_the_projects_ends_and_the_recipes_settings(task):

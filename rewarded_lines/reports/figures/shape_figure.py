@@ -41,6 +41,7 @@ def shape_figure(found: FoundShape) -> Figure:
     for height, one in enumerate(found.differences):
         value, low, high = one.difference.value, one.difference.low, one.difference.high
         change.errorbar([value], [height], xerr=[[value - low], [high - value]], fmt="o", capsize=3, color="0.2")
+    change.xaxis.set_major_locator(MaxNLocator(nbins=4))
     change.axvline(0, color="0.5", linewidth=0.8)
     change.set_yticks(range(len(found.differences)), [f"shape − {one.other}" for one in found.differences])
     change.set(xlabel="hypervolume, 95% interval", ylim=(-0.6, len(found.differences) - 0.4))
