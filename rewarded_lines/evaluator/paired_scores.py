@@ -14,6 +14,7 @@ import numpy as np
 from rewarded_lines.config import CONTROL, SFT
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.evaluator.missing_scores import prompt_means, too_few
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.merger.preferences import preference_text
 from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
@@ -182,7 +183,20 @@ def _common_points(runs: Sequence[Run]) -> list[list[Point]]:
     shared = [place for place in found[0] if all(place in points for points in found)]
     if len(shared) < 2:
         raise fail("the runs have no point in common", where=_folders(runs), expected="the same methods and λ")
-    return [[points[place] for points in found] for place in shared]
+    rows = [[points[place] for points in found] for place in shared]
+    for name, kinds in {row[0].spec.method: {_kind(point.spec) for point in row} for row in rows}.items():
+        if len(kinds) > 1:
+            expected = "one merge method, one form of schedule, one factor for each kind of module"
+            remedy = "give one of the methods another name in its project"
+            what, where = f"the runs have different methods `{name}`", _folders(runs)
+            raise fail(what, where=where, expected=expected, remedy=remedy)
+    return rows
+
+
+def _kind(spec: PointSpec) -> Hashable:
+    """Return what points must share, so that a mean of their schedules says what they are."""
+    merge = spec.merge
+    return merge.method, merge.modules, *(len(merge.schedule.line(at).blocks) for at in range(len(spec.weights)))
 
 
 def _check_runs(runs: Sequence[Run]) -> None:

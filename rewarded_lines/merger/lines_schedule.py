@@ -55,7 +55,7 @@ class Line:
     def text(self) -> str:
         """Return the line for people: `α = 1, β = 0.5`, or `12 coefficients, 1 to 1.5`."""
         if self.blocks:
-            return f"{len(self.blocks)} coefficients, {self.blocks[0]:.6g} to {self.blocks[-1]:.6g}"
+            return f"{len(self.blocks)} coefficients, {min(self.blocks):.6g} to {max(self.blocks):.6g}"
         return f"α = {self.alpha:.6g}, β = {self.beta:.6g}"
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from invented_runs import synthetic_run
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
+from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec, point_key
 from rewarded_lines.evaluator.project_methods import Methods
+from rewarded_lines.evaluator.records import load_run
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.spec import MergeSpec
@@ -77,6 +80,7 @@ def test_runs_are_averaged_line_by_line_and_legends_say_what_scales_differ_by():
     runs = [MergeSpec((0.5, 0.5), lines=(Line(1, beta), Line(blocks=(beta, 2)))) for beta in (0.0, 1.0)]
     mean = _average_merge(runs)
     assert mean.lines == (Line(1, 0.5), Line(blocks=(0.5, 2)))
+    assert Line(blocks=(1, 0.8, 1.2, 1)).text() == "4 coefficients, 0.8 to 1.2"
 
     class Point:
         method, merge, checkpoint, edit = "mine", mean, "", False
@@ -89,3 +93,15 @@ def test_a_choice_tells_schedules_by_the_names_of_the_policies(tiny, cli):
     path.write_text(path.read_text() + "  methods: {mine: {alpha: {first: 0.5}, beta: 0}}\n")
     sweep(engine="hf")
     assert "first: α = 0.5, β = 0; second: α = 1, β = 0" in cli("choose", "sweep", "--maximize", "words").out
+
+
+@pytest.mark.parametrize("more", [{"schedule": [1, 1, 1, 1]}, {"modules": {"mlp": 0.5}}, {"merge": "ties"}])
+def test_methods_that_differ_by_more_than_numbers_are_not_averaged(tmp_path, more):
+    runs = [synthetic_run(tmp_path / name, prompts=8, points=3) for name in "ab"]
+    header = json.loads((runs[1] / "run.json").read_text())
+    for point in header["points"]:
+        point |= more if point["weights"] else {}
+        point |= {"alpha": None, "beta": None} if "schedule" in point else {}
+    (runs[1] / "run.json").write_text(json.dumps(header))
+    with pytest.raises(UserError, match="the runs have different methods `soup`"):
+        tabulate(list(map(load_run, runs)))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,11 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, base, c
     assert found[1]["objective/kl_coef"] != found[-1]["objective/kl_coef"]
     assert resumed.kl_coef == whole.kl_coef
 
+    if not lora:
+        kept = Path(checkpoint, "reference.safetensors").rename(tmp_path / "kept")
+        with pytest.raises(UserError, match="a checkpoint without the moving reference"):
+            make_trainer(tmp_path / "killed", base, lora, **more).train(resume_from_checkpoint=checkpoint)
+        kept.rename(Path(checkpoint, "reference.safetensors"))
     # A checkpoint of TRL's PPOTrainer had no such file.
     (tmp_path / "killed" / "checkpoint-8" / "critic_optimizer.pt").unlink()
     again = make_trainer(tmp_path / "killed", base, lora, **more)
