@@ -8,6 +8,7 @@ file. Nothing here opens a model.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from rewarded_lines.references import local_path, looks_local
 PROJECT_FILE = "rewarded-lines.yaml"
 EXTENDS = "extends"
 _MOST_KEYS_SHOWN = 20
+# A schedule that is neither coefficients nor POLICY=…
+_FILE_NAME = r"[^=]*[^-+\d.eE,\s=][^=]*"
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -200,7 +203,8 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """Yield every place that a configuration, or the part at `keys`, names: its key, its kind and its name.
 
-    The kinds are "model" (a folder or Hub id), "code" (a Python file or a chat template) and "data" (files).
+    The kinds are "model" (a folder or Hub id), "code" (a Python file or a chat template), "data" (files) and "schedule"
+    (a file with coefficients).
     """
     if isinstance(value, Mapping):
         for key, one in value.items():
@@ -219,6 +223,8 @@ def named_places(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, 
             yield key, "code", file
         elif last in ("file", "chat_template"):
             yield key, "data" if last == "file" else "code", value
+        elif keys[:2] == ("sweep", "methods") and keys[3:4] == ("schedule",) and re.fullmatch(_FILE_NAME, value):
+            yield key, "schedule", value
 
 
 def with_places(value: Any, moved: Callable[[str, str], str], keys: tuple[str, ...] = ()) -> Any:

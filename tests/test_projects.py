@@ -262,6 +262,9 @@ def test_every_place_is_moved_and_nothing_else():
         "rewards": {"words": {"function": "rewards.py:words", "unit": "rewards.py"}, "kind": {"model": "kind"}},
         "prompts": {"file": "data/*.jsonl", "rows": "rows.py:whole", "limit": 3},
         "generation": {"chat_template": "t.jinja", "chat_template_kwargs": {"file": "a"}},
+        "sweep": {
+            "methods": {"soup": None, "a": {"schedule": "s.txt"}, "b": {"schedule": {"p": "s.txt", "q": "1,1e-1"}}}
+        },
     }
     assert with_places(content, lambda kind, name: f"{kind}/{name}") == {
         "title": "sft",
@@ -273,4 +276,11 @@ def test_every_place_is_moved_and_nothing_else():
         },
         "prompts": {"file": "data/data/*.jsonl", "rows": "code/rows.py:whole", "limit": 3},
         "generation": {"chat_template": "code/t.jinja", "chat_template_kwargs": {"file": "a"}},
+        "sweep": {
+            "methods": {
+                "soup": None,
+                "a": {"schedule": "schedule/s.txt"},
+                "b": {"schedule": {"p": "schedule/s.txt", "q": "1,1e-1"}},
+            }
+        },
     }

@@ -42,9 +42,9 @@ def parts_of(stage: str, settings: DemoSettings, before: str) -> list[Part]:
 
 
 def brought_files(suite: ProjectConfig) -> list[str]:
-    """Return the files that a suite names, relative to its folder: functions, and a chat template."""
+    """Return the files that a suite names, relative to its folder: functions, a chat template, schedules."""
     places = named_places(suite.model_dump(mode="json"))
-    return list(dict.fromkeys(name for _, kind, name in places if kind == "code"))
+    return list(dict.fromkeys(name for _, kind, name in places if kind in ("code", "schedule")))
 
 
 def is_shared(name: str, source: Path, out: Path) -> bool:

@@ -18,8 +18,18 @@ _FILE = "reference.safetensors"
 
 
 def check_reference(training: Any, adapter: bool) -> None:
-    """Refuse a moving reference for an adapter, whose reference is the model without it."""
-    if adapter and getattr(training, "sync_ref_model", False):
+    """Refuse a moving reference for an adapter, whose reference is the model without it, and one that nothing reads."""
+    if not getattr(training, "sync_ref_model", False):
+        return
+    # PPO's `beta` is TRL's default, which it ignores.
+    weight = "kl_coef" if hasattr(training, "kl_coef") else "beta"
+    if not getattr(training, weight, 1.0):
+        what = "without a KL penalty there is no reference that could move"
+        raise fail(what, where="sync_ref_model", got=f"{weight}: 0", remedy=f"raise `{weight}`, or leave it out")
+    if getattr(training, "precompute_ref_log_probs", False):
+        what, remedy = "a reference that moves cannot answer before", "leave `precompute_ref_log_probs` out"
+        raise fail(what, where="sync_ref_model", got="precompute_ref_log_probs: true", remedy=remedy)
+    if adapter:
         remedy = "leave it out, or train whole models: `use_peft: false`"
         raise fail("an adapter's reference is its base, which cannot move", where="sync_ref_model", remedy=remedy)
 

@@ -270,6 +270,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         ({"load_in_4bit": True, "use_peft": True, "use_vllm": True}, "the base would change"),
         ({"use_vllm": True}, "TRL cannot load weights into vLLM on a CPU"),
         ({"sync_ref_model": True, "use_peft": True}, "sync_ref_model: an adapter's reference is its base"),
+        ({"sync_ref_model": True, "kl_coef": 0.0}, "without a KL penalty(.|\n)*raise `kl_coef`"),
         ({"effective_batch_size": 12}, "cannot be made of whole batches"),
         ({"num_mini_batches": 3}, "num_mini_batches"),
     ]:
@@ -284,10 +285,13 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
     for overrides, message in [
         ({"reward_weights": 1.0}, "`reward_weights`|reward_weights(.|\n)*rewards: {NAME: WEIGHT"),
         ({"scale_rewards": "true"}, "scale_rewards(.|\n)*group, batch, none"),
+        ({"sync_ref_model": True, "beta": 0.0}, "without a KL penalty(.|\n)*raise `beta`"),
         ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "leave it out"),
     ]:
         with pytest.raises(UserError, match=message):
             run("grpo", work, output_dir=work / "none", **overrides)
+    with pytest.raises(UserError, match="a reference that moves cannot answer before"):
+        run("dpo", work, output_dir=work / "none", sync_ref_model=True, precompute_ref_log_probs=True)
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
     with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):
