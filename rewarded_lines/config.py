@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rewarded_lines.config_values import (
     Strict,
     check_range,
+    check_scales,
     check_variables,
     checked,
-    coefficients_of,
     parse_memory,
     parse_strip,
     points_of,
-    scales_of,
 )
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.reward_settings import RewardSpec
@@ -112,9 +111,9 @@ class MethodSpec(Strict):
     `baselines:`.
     """
 
-    alpha: Annotated[float | dict[str, float], PlainValidator(scales_of)] = 1.0
-    beta: Annotated[float | dict[str, float], PlainValidator(scales_of)] = 1.0
-    schedule: Annotated[Any, PlainValidator(coefficients_of)] = None
+    alpha: Annotated[Any, checked(check_scales)] = 1.0
+    beta: Annotated[Any, checked(check_scales)] = 1.0
+    schedule: Annotated[Any, checked(check_scales)] = None
     modules: dict[str, float] = {}
     merge: str = "soup"
     options: dict[str, float | int | str] = {}

@@ -125,32 +125,14 @@ def check_variables(value: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {one!r} is no text, number, list or mapping; quote it") from error
 
 
-def scales_of(value: Any) -> float | dict[str, float]:
-    """Return α or β: a finite number, or one for each policy by name."""
-    if isinstance(value, dict) and value:
-        return {str(name): _finite(one) for name, one in value.items()}
-    return _finite(value)
-
-
-def coefficients_of(value: Any) -> Any:
-    """Return coefficients by block: a list of finite numbers, a text with them, a file's name, or these by policy."""
-    if isinstance(value, dict) and value and not any(isinstance(one, dict) for one in value.values()):
-        return {str(name): coefficients_of(one) for name, one in value.items()}
-    if isinstance(value, str) and value:
-        return value
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError("one number for each block in a list, or a file's name; by policy in a mapping of such")
-    return [_finite(one) for one in value]
-
-
-def _finite(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
-    return number
+def check_scales(value: Any) -> None:
+    """Refuse what is no finite number, text, list of such, or mapping from policies to such."""
+    parts = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(parts, list | tuple) and parts:
+        for part in parts:
+            check_scales(part)
+    elif not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
+        raise ValueError(f"{value!r} is not a finite number, nor numbers by policy or by block")
 
 
 def check_range(value: tuple[float, float]) -> None:

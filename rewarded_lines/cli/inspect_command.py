@@ -18,9 +18,7 @@ def inspect(
     base: Annotated[str | None, typer.Option(help="SFT model it was trained from: folder or Hub id.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="LiNeS α: scale of the first block, by default 1.")] = None,
     beta: Annotated[list[str] | None, typer.Option(help="LiNeS β: added by the last block, by default 1.")] = None,
-    schedule: Annotated[
-        list[str] | None, typer.Option(help="In place of α and β, a scale for each block: 1,1,1.2 or a file.")
-    ] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="A scale for each block: 1,1,1.2 or a file.")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Factors by kind of module: attention=1,mlp=0.8.")] = None,
     outside: Annotated[
         str,

@@ -253,8 +253,8 @@ def _levels(tensors: Sequence[InspectedTensor], infos: Mapping[str, TensorInfo])
     for (stack, block, side), group in groups.items():
         modules = dict.fromkeys(one.name.rpartition(".")[0] or one.name for one in group) if block is None else ()
         scales = tuple(sorted({one.scale for one in group}))
-        place = (stack, block, side, group[0].scale, tuple(modules), scales)
-        levels.append(Level(*vars(_sum(group, infos)).values(), *place))
+        place: list[Any] = [stack, block, side, group[0].scale, tuple(modules), scales]
+        levels.append(Level(*[*vars(_sum(group, infos)).values(), *place]))
     return levels
 
 

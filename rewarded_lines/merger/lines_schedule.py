@@ -59,6 +59,16 @@ class Line:
         return f"α = {self.alpha:.6g}, β = {self.beta:.6g}"
 
 
+def canonical(alpha: float, beta: float, lines: Sequence[Line], modules: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Return the one way in which a `MergeSpec` writes its schedule: equal schedules are equal fields."""
+    kept = tuple(lines[:1] if len(set(lines)) == 1 else lines)
+    alpha, beta = (1.0, 1.0) if kept else (alpha, beta)
+    if len(kept) == 1 and not kept[0].blocks:
+        alpha, beta, kept = kept[0].alpha, kept[0].beta, ()
+    factors = sorted(dict(modules).items(), key=lambda factor: KINDS.index(factor[0]))
+    return {"alpha": alpha, "beta": beta, "lines": kept, "modules": tuple(one for one in factors if one[1] != 1)}
+
+
 def mean_line(lines: Sequence[Line]) -> Line:
     """Return the mean of lines of one form, number by number."""
     alpha, beta = (sum(getattr(line, name) for line in lines) / len(lines) for name in ("alpha", "beta"))
@@ -171,20 +181,14 @@ class Schedule:
         columns: dict[str, list[Any]] = {
             "alpha": [None if line.blocks else line.alpha for line in self.lines],
             "beta": [None if line.blocks else line.beta for line in self.lines],
-            "schedule": [list(line.blocks) if line.blocks else None for line in self.lines],
+            "schedule": [list(line.blocks) or None for line in self.lines],
         }
-        found: dict[str, Any] = {}
-        for key, values in columns.items():
-            if len(values) == 1:
-                found[key] = values[0]
-            elif policies:
-                given = zip(policies, values, strict=True)
-                found[key] = {name: value for name, value in given if value is not None}
-            else:
-                found[key] = values
-        if not any(line.blocks for line in self.lines):
-            del found["schedule"]
-        return found | ({"modules": dict(self.modules)} if self.modules else {})
+        found: dict[str, Any] = {"modules": dict(self.modules)} if self.modules else {}
+        for form, values in columns.items():
+            if form != "schedule" or any(values):
+                named = {name: value for name, value in zip(policies, values, strict=False) if value is not None}
+                found[form] = values[0] if len(values) == 1 else named if policies else values
+        return found
 
 
 def brief_number(value: float) -> str:

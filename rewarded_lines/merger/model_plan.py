@@ -151,7 +151,8 @@ class ModelPlan(Plan):
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
         """See `Plan.matched_alpha`."""
         self.facts.prepare([self.facts.gram])
-        scaled, plain = [], []
+        scaled: list[float] = []
+        plain: list[float] = []
         for name in self._floats:
             gram, (own, scale) = self.facts.gram(name), self.folded(name, like, weights)
             for squares, taken, factor in ((plain, weights, 1.0), (scaled, own, scale)):

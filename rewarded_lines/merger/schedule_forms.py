@@ -84,7 +84,7 @@ def named_schedules(own: str, given: Sequence[Any], outside: Outside) -> tuple[S
             form if isinstance(form, Mapping) else (part.partition("=")[0].strip() for part in parts)
         )
     names = list(dict.fromkeys([own, *map(str, named)]))
-    read = read_schedule(names, *given, root=Path())
+    read = read_schedule(names, **dict(zip(FORMS, given, strict=True)), root=Path())
     lines = zip(names, read["lines"], strict=True)
     each = {name: Schedule((line,), read["modules"], outside) for name, line in lines}
     return each[own], {name: each[name] for name in map(str, named)}
@@ -193,7 +193,7 @@ def _coefficients(value: Any) -> tuple[float, ...]:
 def _number(option: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         forms = {"--alpha": "a number, or auto", "--modules": "KIND=NUMBER, as in attention=1,mlp=0.8"}

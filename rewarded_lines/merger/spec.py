@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError
-from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number
+from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_number, canonical
 from rewarded_lines.merger.methods import METHODS, OptionValue, check_method
 from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, recorded_schedule
 from rewarded_lines.options import option
@@ -129,13 +129,7 @@ class MergeSpec:
 
     def __post_init__(self) -> None:
         """Write a merge in one way: equal merges are equal, and share the records of a sweep."""
-        lines = self.lines[:1] if len(set(self.lines)) == 1 else self.lines
-        alpha, beta = (1.0, 1.0) if lines else (self.alpha, self.beta)
-        if len(lines) == 1 and not lines[0].blocks:
-            alpha, beta, lines = lines[0].alpha, lines[0].beta, ()
-        factors = sorted(dict(self.modules).items(), key=lambda factor: KINDS.index(factor[0]))
-        modules = tuple(factor for factor in factors if factor[1] != 1)
-        self.__dict__.update(alpha=alpha, beta=beta, lines=lines, modules=modules)
+        self.__dict__.update(canonical(self.alpha, self.beta, self.lines, self.modules))
 
     @property
     def schedule(self) -> Schedule:

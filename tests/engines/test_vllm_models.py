@@ -14,12 +14,14 @@ from rewarded_lines.engines.base import Workload, base_spec
 from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.engines.vllm_models import MergingWorker, VllmGenerator, plan_message
 from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.merger.spec import MergeSpec
 
 GREEDY = GenerationSpec(temperature=0, max_tokens=2)
 TIES = MergeSpec((0.3, 0.7), 1.0, 0.5, "ties", {"density": 0.5}).complete(2)
+APART = MergeSpec((0.3, 0.7), lines=(Line(0.5, 1.0), Line(blocks=(1.0, 2.0, 0.0, 0.7))), modules=(("mlp", 0.5),))
 
 
 class Worker(MergingWorker):
@@ -54,8 +56,9 @@ def generator(tiny):
 
 
 def check(generator, plan):
-    found = generator.generate(PROMPTS, GREEDY, [TIES, MergeSpec((1.0, 0.0)), None])
-    for spec, weights in zip((TIES, MergeSpec((1.0, 0.0)), base_spec(plan)), found, strict=True):
+    merges = [TIES, MergeSpec((1.0, 0.0)), APART]
+    found = generator.generate(PROMPTS, GREEDY, [*merges, None])
+    for spec, weights in zip((*merges, base_spec(plan)), found, strict=True):
         expected = {name: tensor.clone() for name, tensor in plan.tensors(spec)}
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())

@@ -60,7 +60,7 @@ REFUSED = {
     "{merge: ties, alpha: {first: 2}}": "sweep.methods.mine: method ties: ties is not linear",
     "{modules: {atention: 1}}": "sweep.methods.mine: modules: no kind of module `atention`(?s:.)*`attention`",
     "{match: lines, schedule: [1, 1, 1, 1]}": "leave both out, and `schedule:`",
-    "{schedule: []}": "sweep.methods.mine.schedule: one number for each block",
+    "{schedule: []}": "sweep.methods.mine.schedule: \\[\\] is not a finite number",
     "{beta: {first: .inf}}": "sweep.methods.mine.beta: inf is not a finite number",
 }
 

@@ -79,10 +79,11 @@ def depth_figure(inspection: Inspection) -> Figure:
     with a factor. Tensors outside the blocks are not drawn.
     """
     panels = 1 if inspection.base is None else 2
-    figure = blank_figure(3.5 * panels, 3.0)
+    styles, scales = _styles(inspection), _scales(inspection)
+    # Room for a long legend.
+    figure = blank_figure(3.5 * panels, 3.0 + 0.2 * max(0, len(scales) - 3))
     figure.set_layout_engine("constrained", w_pad=0.08)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    styles, scales = _styles(inspection), _scales(inspection)
     drawn = {label: look.keywords(**_LINE) for label, look in zip(scales, looks(len(scales)), strict=True)}
     drawn = dict(zip(scales, styles.values(), strict=True)) if len(scales) == len(styles) else drawn
     for label, look in drawn.items():
