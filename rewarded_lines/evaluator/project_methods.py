@@ -91,8 +91,10 @@ class Methods:
             merge = MergeSpec(weights, method=spec.merge, options=spec.options, **self._schedules[name])
             return PointSpec(name, merge.complete(len(self._policies)))
         other = self._schedules.get(spec.match) or self._schedule("", PRESETS[spec.match])
-        alpha = self._plan.matched_alpha(weights, MergeSpec(weights, **other))
-        return PointSpec(name, MergeSpec(weights, alpha, 0.0))
+        own: Any = {} if _linear(spec.merge) else {"method": spec.merge, "options": spec.options}
+        like = MergeSpec(weights, **own, **other).complete(len(self._policies))
+        alpha = self._plan.matched_alpha(weights, like)
+        return PointSpec(name, replace(like, alpha=alpha, beta=0.0, lines=(), modules=()))
 
     def declares(self, spec: PointSpec) -> bool:
         """True if the project still defines this point this way.
@@ -167,7 +169,10 @@ class Methods:
             raise fail("`match:` names no method with a schedule", where=where, got=str(spec.match))
         # The method that names an unknown merge method is refused elsewhere.
         if not all(_linear(one.merge) for one in (spec, other) if one.merge in (*METHODS, MOD)):
-            raise fail("only linear methods can match norms", where=where, expected="merge: soup in both")
+            same = (spec.merge, spec.options) == (other.merge, other.options) and spec.merge != MOD
+            if not same or METHODS[spec.merge].weights == "none":
+                expected = "soup in both, or one method with the same options in both"
+                raise fail("the norms of these two cannot be matched", where=where, expected=f"merge: {expected}")
 
     def _weights(self, spec: MethodSpec, count: int) -> list[Weights]:
         kind, policies = _kind(spec.merge), len(self._policies)
@@ -184,7 +189,7 @@ def _check_name(where: str, name: str, spec: MethodSpec) -> None:
     if name in PRESETS:
         wrong, remedy = not given and spec != PRESETS[name], f"write `{name}:` with nothing behind it, or `alpha: 1`"
     else:
-        wrong = name in (*METHODS, MOD) and not given & {"merge", "match", "edit", "checkpoints"}
+        wrong = name in (*METHODS, MOD) and not given & {"merge", "edit", "checkpoints"}
         remedy = f"add `merge: {name}`, or `merge: soup`" if given else f"write `{name}:` with nothing behind it"
     if wrong:
         what = f"the keys define LiNeS, not `{name}`"

@@ -201,6 +201,18 @@ class Facts:
         share_out(self._names, lambda: work)
         return [_summed(pairs) for pairs in zip(*(parts[name] for name in self._names), strict=True)]
 
+    def squares(self, merge: Callable[[str], TensorMerge]) -> dict[str, float]:
+        """Return ‖m‖² of every tensor, m its merged residual without the schedule's scale."""
+        found: dict[str, float] = {}
+
+        def work(name: str) -> None:
+            step = merge(name)
+            merged = (workspace.merged_residual(step) for workspace in self._passing(name)) if step.rows else ()
+            found[name] = exact_sum(float(np.square(piece).sum()) for values in merged for piece in pieces(values))
+
+        share_out(self._names, lambda: work)
+        return found
+
     def _norms(self, name: str, steps: Sequence[TensorMerge], order: list[int]) -> list[tuple[float, float]]:
         parts: list[list[tuple[float, float]]] = [[] for _ in steps]
         for workspace in self._passing(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,10 @@ class ModelPlan(Plan):
 
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
         """See `Plan.matched_alpha`."""
+        row = METHODS[like.method]
+        if not row.sums:
+            return self._matched_by_measure(like)
+        weights = row.factors(weights)
         self.facts.prepare(self.facts.gram)
         scaled: list[float] = []
         plain: list[float] = []
@@ -152,8 +157,18 @@ class ModelPlan(Plan):
             for squares, taken, factor in ((plain, weights, 1.0), (scaled, own, scale)):
                 square = sum(a * b * gram[i][j] for i, a in enumerate(taken) for j, b in enumerate(taken))
                 squares.append(factor * factor * square)
-        total = math.fsum(plain)
-        return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0
+        return _ratio(scaled, plain)
+
+    def _matched_by_measure(self, like: MergeSpec) -> float:
+        """Return the matched α of a method whose residual must be merged to be measured."""
+        self.prepare([like])
+        flat = replace(like, alpha=1.0, beta=0.0, lines=(), modules=())
+        squares, plain = (
+            self.facts.squares(lambda name, spec=spec: self.step(name, spec, copies=False))  # type: ignore[misc]
+            for spec in (like, flat)
+        )
+        scaled = [self.step(name, like, copies=False).scale ** 2 * square for name, square in squares.items()]
+        return _ratio(scaled, list(plain.values()))
 
     def tensors(
         self, spec: MergeSpec, order: Sequence[str] = (), workspace: Callable[[], Workspace] | None = None
@@ -270,3 +285,9 @@ class ModelPlan(Plan):
             return dtype
         stored = [source.tensors[name].dtype for source in self._sources if name in source.tensors]
         return self._dtype or widest([dtype, *stored])
+
+
+def _ratio(scaled: Sequence[float], plain: Sequence[float]) -> float:
+    """Return √(Σ scaled / Σ plain) of squares; 1 if there is nothing to scale."""
+    total = math.fsum(plain)
+    return math.sqrt(max(0.0, math.fsum(scaled)) / total) if total > 0 else 1.0

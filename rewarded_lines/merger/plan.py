@@ -118,10 +118,10 @@ class Plan(ABC):
 
     @abstractmethod
     def matched_alpha(self, weights: Sequence[float], like: MergeSpec) -> float:
-        """Return the constant scale γ that gives Σ λ_i·τ_i the same norm as the schedule of `like`.
+        """Return the constant scale γ that gives the method of `like` the same norm as its schedule does.
 
-        γ² = Σ_t ‖Σ s_i,t·λ_i·τ_i,t‖² / Σ_t ‖Σ λ_i·τ_i,t‖² over the tensors t, s_i,t the scale of policy i's tensor;
-        the norms are Euclidean. A residual of zero gets 1.
+        γ² = Σ_t ‖s_t·m_t‖² / Σ_t ‖m_t‖² over the tensors t, m_t the merged residual and s_t its scale; for linear
+        methods of `weights`, and each policy may have its own scale. Norms are Euclidean; a residual of zero gets 1.
         """
 
     @abstractmethod

@@ -206,7 +206,9 @@ def _make(plan: RoundPlan, number: int, finished: FinishedParts, jobs: RecipeJob
 def _told(plan: RoundPlan, number: int, finished: FinishedParts) -> Round:
     """Return what is known of a round; its time is that of the first one while it is not finished."""
     pairs = zip(plan.parts(number), plan.parts(1), strict=True)
-    took = [finished.took(own) or finished.took(first) for own, first in pairs]
+    took, policies = [finished.took(own) or finished.took(first) for own, first in pairs], len(plan.commands)
+    # The time of policies that are trained side by side counts once.
+    share = [1 / min(plan.each.at_once, policies)] * policies + [1.0] * (len(took) - policies)
     return Round(
         number,
         plan.merged(number - 1),
@@ -214,7 +216,7 @@ def _told(plan: RoundPlan, number: int, finished: FinishedParts) -> Round:
         plan.merged(number),
         plan.shown(number),
         not finished.missing([plan.merging(number), *plan.scoring(number)]),
-        None if None in took else sum(one or 0.0 for one in took),
+        None if None in took else sum(part * (one or 0.0) for part, one in zip(share, took, strict=True)),
         _scores(plan, finished).get(number, {}),
     )
 

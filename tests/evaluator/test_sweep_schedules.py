@@ -6,8 +6,9 @@ import json
 
 import pytest
 from invented_runs import synthetic_run
+from safetensors.torch import load_file
 
-from rewarded_lines import sweep
+from rewarded_lines import merge, sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec, point_key
@@ -50,6 +51,30 @@ def test_rows_take_every_form_and_points_survive_json(tiny):
         again = PointSpec.from_dict(json.loads(json.dumps(point.as_dict())))
         assert again == point and made.declares(again)
     assert len({point_key({}, point, {}) for point in points.values()}) == 5
+
+
+@pytest.mark.parametrize("row", ["{merge: ties", "{merge: dare, options: {density: 0.5}", "{merge: sum"])
+def test_a_matched_method_has_the_others_norm(tiny, row):
+    made = methods(tiny, f"{{shaped: {row}, alpha: 0.5}}, even: {row}, match: shaped}}}}")
+    points = [made.at(name, (0.25, 0.75)).merge for name in ("shaped", "even")]
+    assert points[1].method == points[0].method and (points[1].alpha, points[1].beta) != (points[0].alpha, 0)
+    base = {name: values.double() for name, values in load_file("sft/model.safetensors").items()}
+    norms = []
+    for spec in points:
+        (result,) = merge(
+            "sft",
+            ["first", "second"],
+            0.25,
+            alpha=spec.alpha,
+            beta=spec.beta,
+            method=spec.method,
+            options=spec.options,
+            out="out",
+            overwrite=True,
+        )
+        moved = load_file(result.out / "model.safetensors")
+        norms.append(sum(float(((moved[name].double() - values) ** 2).sum()) for name, values in base.items()))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_points_of_older_runs_keep_their_names_and_their_form():
