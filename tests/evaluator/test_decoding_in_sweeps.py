@@ -64,7 +64,7 @@ def test_what_cannot_be_is_refused_before_anything_is_generated(cli, tiny):
     path = tiny / "rewarded-lines.yaml"
     for methods, message in [
         ("{mine: {merge: mod, alpha: 2}}", "takes no other key"),
-        ("{mod: null, u: {match: mod}}", "only linear methods"),
+        ("{mod: null, u: {match: mod}}", "norms of these two cannot be matched"),
         # Definitions that would be LiNeS under another name.
         ("{mod: {}}", "the keys define LiNeS, not `mod`"),
         ("{ties: {alpha: 0.5}}", "add `merge: ties`"),
