@@ -131,8 +131,7 @@ def test_a_spline_is_the_one_of_the_book():
 
 @pytest.mark.parametrize("kind", ["linear", "spline"])
 def test_lines_is_a_shape_and_scales_stay_in_their_range(kind):
-    space = ShapeSpace(kind, 4, 2, 3.0)
-    numbers = space.straight(1.0, 1.0)
+    numbers = (space := ShapeSpace(kind, 4, 2, 3.0)).straight(1.0, 1.0)
     expected = [round(lines_scale(block, 12, 1.0, 1.0), 2) for block in range(12)]
     assert [[round(scale, 2) for scale in row] for row in space.scales(numbers, 12)] == [expected, expected]
     both = space.scales([0, 3, 0, 3, 1, 1, 1, 1], 9)
@@ -193,13 +192,11 @@ def test_only_promising_shapes_see_all_prompts(ready, invented):
     assert again[0]["hypervolume"] == pytest.approx(trials[0]["hypervolume"])
 
 
-def test_the_weights_of_policies_for_mixtures_are_those_of_a_sweep(ready, invented):
-    mixtures = {"first": {"words": 0.8, "letters": 0.2}, "second": {"words": 0.3, "letters": 0.7}}
+def test_the_weights_of_policies_for_mixtures_are_those_of_a_sweep(ready):
     path = ready / "rewarded-lines.yaml"
-    path.write_text(path.read_text() + f"mixtures: {mixtures}\n")
-    invented()
-    run, _ = find(trials=1, knots=2, screen=0)
-    assert [point.spec.weights for point in run.methods()["shape"]] == [(-0.6, 1.6), (0.4, 0.6), (1.4, -0.4)]
+    path.write_text(path.read_text() + "mixtures: {first: {words: 1}, second: {words: 0.5, letters: 0.5}}\n")
+    shape = find(trials=1, knots=2, screen=0)[0].methods()["shape"]
+    assert [point.spec.weights for point in shape] == [(-1, 2), (0, 1), (1, 0)]
 
 
 @pytest.mark.parametrize("low_kl", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -228,7 +225,6 @@ def test_killed_it_goes_on_with_the_same_trials_and_repeats_none(ready, invented
     find(trials=8, low_kl=low_kl)
     assert len(json.loads(Path(found.file).read_text())["trials"]) == 8
     assert len([count for _, count in more.made if count == 5]) <= 6
-    # Fewer trials are told as such.
     assert find(trials=1, low_kl=low_kl)[1].trials == (1, 1)
 
 
