@@ -74,7 +74,7 @@ def test_the_command_line_merges_by_preference_and_tells_it_beside_the_weights(c
     declared(tiny)
     answer = cli("merge", "--preference", "words=0.9,letters=0.1", "--preference", "0.5", "--out", "out", "--beta", "0")
     assert answer.code == 0, answer.err
-    assert "μ words" in answer.out and "leaves the simplex for 1 of 1 preferences" in " ".join(answer.out.split())
+    assert "μ words" in answer.out and "leaves the simplex for 1 of 2 preferences" in " ".join(answer.out.split())
     expected = np.linalg.solve([[0.7, 0.4], [0.3, 0.6]], [0.9, 0.1])
     (outside,) = (path for path in (tiny / "out").iterdir() if "0.33" not in path.name)
     record = json.loads((outside / "merge.json").read_text())
