@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
-from rewarded_lines.checkpoints.adapters import ADAPTER_FILE
+from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter
 from rewarded_lines.checkpoints.dtypes import F32, DType, as_float64
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.low_rank import LowRank
@@ -99,7 +99,8 @@ class LowRankPlan(Plan):
         tensors = self.base.tensors
         progress.expect(total_bytes(tensors[name] for name in [*self._stacks, *self._rest]))
         progress.start("measuring what no layer holds", counted=True)
-        left_out = self._left_out(specs, progress)
+        nonfinite = self._whole.nonfinite()
+        left_out = self._left_out(specs, nonfinite, progress)
         # By spec, of every matrix: ‖s·m‖², and ‖s·m − B·A‖².
         found: list[dict[str, tuple[float, float]]] = [{} for _ in specs]
         with ExitStack() as stack:
@@ -117,7 +118,7 @@ class LowRankPlan(Plan):
             self._kept[spec] = _kept(sizes, rest)
             self.carried.copy(folder)
             write_json(folder / ADAPTER_CONFIG, self._settings())
-        return self._whole.nonfinite()
+        return nonfinite
 
     def _factor(self, name: str, matrix: Array, writer: CheckpointWriter) -> tuple[float, float]:
         """Write B and A of one matrix; return its ‖·‖² and that of what they lack."""
@@ -136,14 +137,17 @@ class LowRankPlan(Plan):
         lost = oriented - stored[0] @ stored[1]
         return float(np.square(matrix).sum()), float(np.square(lost).sum())
 
-    def _left_out(self, specs: Sequence[MergeSpec], progress: Progress) -> list[float]:
-        """Return for each spec ‖s·m‖² over all tensors that the adapter does not change."""
+    def _left_out(self, specs: Sequence[MergeSpec], nonfinite: NonFinite, progress: Progress) -> list[float]:
+        """Return for each spec ‖s·m‖² over the finite values of all tensors that the adapter does not change."""
         steps = {name: [self._whole.step(name, spec, copies=False) for spec in specs] for name in self._rest}
         squares: list[list[float]] = [[] for _ in specs]
 
         def measure(workspace: Workspace, name: str, _: int, count: int) -> None:
-            for row, residual in zip(squares, _residuals(steps[name], workspace), strict=True):
+            residuals = _residuals(steps[name], workspace)
+            finite = np.isfinite(residuals)
+            for row, residual in zip(squares, np.where(finite, residuals, 0.0), strict=True):
                 row.append(float(np.square(residual).sum()))
+            nonfinite.look(workspace, name, steps[name], (~finite).sum(axis=1).tolist())
             progress.advance(count * self.base.tensors[name].dtype.itemsize)
 
         visit_blocks(self._whole.workspace, [self.base.tensors[name] for name in self._rest], measure)
@@ -165,8 +169,11 @@ class LowRankPlan(Plan):
         return Stack(layer(info.shape[::-1]) if is_transposed(like, self.base) else like, rank, (), module)
 
     def _problems(self) -> list[Problem]:
-        """Return why PEFT would not find the layers by the names in the base's file."""
+        """Return why an adapter of layers would not do: tokens that the base lacks, or names PEFT would not find."""
         where, remedy = f"--as adapter --rank, base {self.reference}", "pass --as full"
+        if any(policy.enlarged for policy in self.policies.values() if isinstance(policy, Adapter)):
+            what = "the policies' vocabulary is larger than the base's, and only linear layers are approximated"
+            return [Problem(what, where, remedy=f"{remedy}, or leave --rank out")]
         if any(key.endswith("_config") and isinstance(value, Mapping) for key, value in self.base.config.items()):
             what = "a model of several parts, whose layers may have other names in memory than in the file"
             return [Problem(what, where, remedy=remedy)]

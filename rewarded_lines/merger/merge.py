@@ -124,10 +124,11 @@ def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
 
 
 def _check_specs(plan: Plan, specs: Sequence[MergeSpec], how: MergeOptions) -> None:
-    """Refuse what does not fit the opened inputs, and note weights outside the simplex."""
+    """Refuse what does not fit the opened inputs, and note preferences whose weights leave the simplex."""
     plan.check_schedule(specs[0])
     if how.mixtures:
         check_trained(how.mixtures, {name: policy.folder for name, policy in plan.policies.items()})
+    if how.mixtures and how.preference is not None:
         plan.notes += read_mixtures(how.mixtures, plan.policies).notes(spec.weights for spec in specs)
 
 

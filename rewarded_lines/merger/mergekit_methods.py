@@ -116,13 +116,14 @@ def _breadcrumbs(file: MergekitFile, elect: bool = False) -> Translation:
 def _ram(file: MergekitFile, plus: bool = False) -> Translation:
     """RAM has no weights in mergekit: λ is equal, so that every ρ is 1."""
     policies = _policies(file)
+    if len(policies) == 1:
+        raise file.fault("mergekit drops small values of a single model; here it is kept whole", expected="two models")
     options: Options = {"changed": _same(file, policies, "epsilon", 1e-5)}
     if plus:
         boost, cap = (_same(file, policies, name, value) for name, value in (("r", 0.1), ("alpha", 0.2)))
         options |= {"boost": boost, "cap": cap, "scope": "tensor"}
-    product = Product((1 / len(policies),) * len(policies), _ONE)
-    notes = ["mergekit rounds 1 + r·min(q, α) to float32"] if plus else []
-    return _translation(file, policies, product, "ram-plus" if plus else "ram", options, notes)
+    method, notes = ("ram-plus", ["mergekit rounds 1 + r·min(q, α) to float32"]) if plus else ("ram", [])
+    return _translation(file, policies, Product((1 / len(policies),) * len(policies), _ONE), method, options, notes)
 
 
 def _nuslerp(file: MergekitFile) -> Translation:

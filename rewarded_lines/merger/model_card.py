@@ -230,7 +230,7 @@ def _usage(plan: Plan, spec: MergeSpec, inputs: Mapping[str, InputCard], place: 
     lines = ["from peft import PeftModel", f"from transformers import {loader}", ""]
     lines += [f"base = {loader}.from_pretrained({base})", f"model = PeftModel.from_pretrained(base, {model})"]
     exact = "the policies' adapters stacked, exactly their weighted sum"
-    text = f"A LoRA adapter of rank {rank}: {escaped(kept.sentence()) if (kept := plan.kept(spec)) else exact}."
+    text = f"A LoRA adapter of rank {rank}, {escaped(kept.sentence()) if (kept := plan.kept(spec)) else exact}."
     most = served_rank(rank)
     served = f"""\
 from vllm import LLM

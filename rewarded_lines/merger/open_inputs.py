@@ -45,7 +45,7 @@ def plan_as(
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
-    "auto" means adapters if all policies are adapters. Only linear methods give adapters. `base` and `policies` are
+    "auto" means adapters if all policies are adapters. Only weighted sums give exact ones. `base` and `policies` are
     folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
     other lists, e.g. `vision=flat`. `tokenizer` and `config_from` say whose files the output gets, see `choose_files`.
     With a `rank`, "adapter" takes whole policies and any method, and keeps what that rank can hold.
@@ -66,7 +66,8 @@ def plan_as(
             f"the method {method} gives no adapter: its residual is no weighted sum",
             where="--as",
             expected=f"with adapters as policies one of {', '.join(sums)}",
-            remedy="pass --as full to fold the adapters into the base and merge whole models",
+            remedy="pass --as full to fold the adapters into the base and merge whole models; "
+            "or --as adapter --rank 64 for the nearest adapter",
         )
     check_device(device)
     return plan_adapters(base, policies, dtype=dtype, **how)

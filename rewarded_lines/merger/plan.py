@@ -38,7 +38,7 @@ class Kept:
     Attributes:
         kept: of the whole residual.
         of_matrices: of the part in the matrices that the adapter changes.
-        left_out: the share in all other tensors, which stay the base's: embeddings, norms, biases, head.
+        left_out: the share in all other tensors, which stay the base's: embeddings, norms, biases, head, experts.
         worst: of the matrix that keeps least.
         worst_matrix: its name.
     """
@@ -54,7 +54,7 @@ class Kept:
         return (
             f"not the whole merge: the adapter holds {self.kept:.2%} of the merged residual's ‖·‖², and "
             f"{self.of_matrices:.2%} of that in the linear layers (least: {self.worst:.2%} in {self.worst_matrix}). "
-            f"{self.left_out:.2%} lies in embeddings, norms, biases and head, which stay the base's"
+            f"{self.left_out:.2%} lies in other tensors, such as embeddings and norms, which stay the base's"
         )
 
 

@@ -69,14 +69,16 @@ class Mixtures:
 
     def notes(self, every: Iterable[Sequence[float]]) -> list[str]:
         """Return a note on those of some weights λ that are outside the simplex."""
-        outside = [weights for weights in every if not on_simplex(weights)]
+        listed = list(every)
+        outside = [weights for weights in listed if not on_simplex(weights)]
         if not outside:
             return []
         furthest = min(outside, key=min)
         shown = ", ".join(f"{weight:.4g} {name}" for name, weight in zip(self.policies, furthest, strict=True))
         asked = preference_text(self.preference(furthest))
         return [
-            f"λ = B⁻¹μ leaves the simplex for {len(outside)} preferences, so merges extrapolate: {asked} is {shown}"
+            f"λ = B⁻¹μ leaves the simplex for {len(outside)} of {len(listed)} preferences, so merges extrapolate: "
+            f"{asked} is {shown}"
         ]
 
     def _check_inverse(self) -> None:

@@ -145,6 +145,8 @@ def read_record(path: Path) -> Record:
         ) from error
     if set(record.weights) != set(record.policies):
         raise fail("weights and policies have different names", where=str(path))
+    if record.schedule is None and None in (record.alpha, record.beta):
+        raise fail("neither α and β nor a schedule", where=str(path))
     return record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -78,10 +79,10 @@ def named_schedules(own: str, given: Sequence[Any], outside: Outside) -> tuple[S
     named: dict[str, None] = {}
     for form in given[:3]:
         texts = [form] if isinstance(form, str) else form if isinstance(form, list | tuple) else ()
-        inline = [text for text in texts if isinstance(text, str) and not Path(text).is_file()]
+        inline = [text for text in texts if isinstance(text, str) and not os.path.isfile(text)]
         parts = [part for text in inline for part in text.split(",") if "=" in part]
         named |= dict.fromkeys(
-            form if isinstance(form, Mapping) else (part.partition("=")[0].strip() for part in parts)
+            form if isinstance(form, Mapping) else (part.rpartition("=")[0].strip() for part in parts)
         )
     names = list(dict.fromkeys([own, *map(str, named)]))
     read = read_schedule(names, **dict(zip(FORMS, given, strict=True)), root=Path())
@@ -156,13 +157,15 @@ def _from_text(option: str, text: str, policies: Sequence[str], root: Path | Non
     if option != "--schedule":
         pairs = [part.rpartition("=") for part in text.split(",")]
         return [(name.strip(), value) for name, _, value in pairs]
-    name, sign, rest = text.partition("=")
-    if sign and name in policies:
-        return [(name, value) for _, value in _from_text(option, rest, (), root)]
+    if named := [name for name in policies if text.startswith(f"{name}=")]:
+        # Names may have `=` in them, as folders of merged models have.
+        name = max(named, key=len)
+        return [(name, value) for _, value in _from_text(option, text[len(name) + 1 :], (), root)]
     if re.fullmatch(r"[-+\d.eE,\s]*", text):
         return [(_REST, text)]
     path = None if root is None else root / Path(text).expanduser()
-    if path is None or not path.is_file() or path.stat().st_size > _LARGEST:
+    # Path.is_file would raise on coefficients that are too long for the name of a file.
+    if path is None or not os.path.isfile(path) or path.stat().st_size > _LARGEST:
         expected = "coefficients such as 1,1,1.2 or a file with them, for one of several policies POLICY=1,1,1.2"
         raise fail("neither coefficients nor a file", where=option, expected=expected, got=text)
     return _from_file(path, policies)
@@ -183,7 +186,7 @@ def _from_file(path: Path, policies: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _coefficients(value: Any) -> tuple[float, ...]:
     """Return the coefficients of one list, or of a text with commas or spaces between them."""
-    parts = re.split(r"[\s,]+", value.strip(" ,\n")) if isinstance(value, str) else value
+    parts = re.split(r"\s*,\s*|\s+", value.strip(" ,\n")) if isinstance(value, str) else value
     if not isinstance(parts, Iterable) or isinstance(parts, Mapping) or not (parts := list(parts)):
         expected = "one number for each block"
         raise fail("no list of coefficients", where="--schedule", expected=expected, got=str(value)[:100])

@@ -83,7 +83,10 @@ def _directions(found: Comparison) -> Iterator[str]:
     if not cosines:
         return
     shrunk = math.sqrt(max(0.0, float(total.products.sum()))) / sum(norms.values())
-    yield f"The cosine of the residuals is {number(cosines)}. The uniform soup has {shrunk:.2f} times their mean norm."
+    yield f"The cosine of the residuals is {number(cosines)}."
+    if total.nonfinite:
+        return
+    yield f"The uniform soup has {shrunk:.2f} times their mean norm."
     if cosines[0] > _ALIKE:
         yield "They point the same way: soup and sum are one line and differ in length only, so compare at equal norm."
     elif cosines[-1] < -_APART:

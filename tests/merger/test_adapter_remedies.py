@@ -114,6 +114,8 @@ ADDED = {
 def test_added_tokens_that_start_alike_in_all_policies(tiny, kind):
     for seed, name in enumerate(("one", "two"), start=1):
         enlarged(tiny, name, seed, **ADDED[kind])
+    with pytest.raises(UserError, match="vocabulary is larger than the base's(?s:.)*leave --rank out"):
+        merge("sft", ["one", "two"], 0.3, as_="adapter", rank=2, out="out")
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained("sft")
     base.resize_token_embeddings(TOKENS)
@@ -213,7 +215,7 @@ def test_a_whole_model_and_an_adapter_make_a_whole_model(tiny):
     with pytest.raises(UserError, match="pass --as full"):
         merge("sft", ["one", "first"], 0.3, as_="adapter", out="out")
     merge("sft", ["one", "first"], 0.3, as_="full", out="out")
-    with pytest.raises(UserError, match="pass --as full to fold the adapters"):
+    with pytest.raises(UserError, match="pass --as full to fold the adapters.* --rank 64"):
         merge("sft", ["one"], method="ties", lam=1, as_="adapter", out="ties")
     merge("sft", ["one"], method="ties", lam=1, as_="full", out="ties")
 

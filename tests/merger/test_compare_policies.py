@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -194,6 +195,8 @@ def test_through_the_command_line(cli, tiny):
     save_file(tensors, tiny / "first/model.safetensors", {"format": "pt"})
     content = json.loads(cli("inspect", "--base", "sft", "first", "second", "--json", "--plot", "both.svg").out)
     found = inspect(["first", "second"], "sft")
+    shutil.copytree("second", "third")
+    assert "nan " not in implications(inspect(["first", "second", "third"], "sft", spectra="none"))
     block = content["levels"][1]
     assert block["pairs"][0]["cosine"] == found.levels["model.layers", 0, "in"].cosine(0, 1)
     assert block["policies"]["first"]["changed"] == found.levels["model.layers", 0, "in"].both[0, 0]

@@ -97,7 +97,7 @@ def test_what_is_lost_is_told_in_numbers(cli, tiny):
     assert (record["as"], record["rank"], record["kept"]) == ("adapter", 5, told)
     card = (tiny / "out/README.md").read_text()
     assert f"holds {told['kept']:.2%}".replace("%", "%") in card and "--rank 5" in card and "max_lora_rank=8" in card
-    assert any(f"{told['left_out']:.2%} lies in embeddings" in note for note in result["notes"])
+    assert any(f"{told['left_out']:.2%} lies in other tensors" in note for note in result["notes"])
 
 
 def test_any_method_any_input_any_type(tiny):
@@ -136,10 +136,14 @@ def test_adapters_of_each_policy_serve_every_weight(tiny):
         assert np.abs(change.numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-def nan(tiny):
+def nan(tiny, name="model.layers.1.mlp.up_proj.weight"):
     weights = load_file(tiny / "first/model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    weights[name].view(-1)[3] = float("nan")
     save_file(weights, tiny / "first/model.safetensors", {"format": "pt"})
+
+
+def nan_in_a_norm(tiny):
+    nan(tiny, "model.norm.weight")
 
 
 def bare(tiny):
@@ -160,6 +164,7 @@ def towers(tiny):
     [
         (None, ["--rank", "8"], "pass --as adapter, or leave --rank out"),
         (nan, ["--as", "adapter", "--rank", "8"], "the merged residual is not finite"),
+        (nan_in_a_norm, ["--as", "adapter", "--rank", "8"], "1 values are not finite in policy `first`"),
         (bare, ["--as", "adapter", "--rank", "8"], "the file's names lack"),
         (towers, ["--as", "adapter", "--rank", "8"], "a model of several parts"),
     ],

@@ -263,6 +263,10 @@ REFUSED = {
         said("merge_method: ram", "base_model: sft", f"models: {TWO}"),
         "ram has no parameter `weight`",
     ),
+    "ram of one, of which mergekit drops small values": (
+        said("merge_method: ram", "base_model: sft", models("")),
+        "here it is kept whole",
+    ),
     "sce, which weighs small residuals alike": (
         said("merge_method: sce", "base_model: sft", models("", "")),
         "no exact counterpart",

@@ -74,7 +74,7 @@ def test_the_command_line_merges_by_preference_and_tells_it_beside_the_weights(c
     declared(tiny)
     answer = cli("merge", "--preference", "words=0.9,letters=0.1", "--preference", "0.5", "--out", "out", "--beta", "0")
     assert answer.code == 0, answer.err
-    assert "μ words" in answer.out and "leaves the simplex for 1 preferences" in " ".join(answer.out.split())
+    assert "μ words" in answer.out and "leaves the simplex for 1 of 2 preferences" in " ".join(answer.out.split())
     expected = np.linalg.solve([[0.7, 0.4], [0.3, 0.6]], [0.9, 0.1])
     (outside,) = (path for path in (tiny / "out").iterdir() if "0.33" not in path.name)
     record = json.loads((outside / "merge.json").read_text())
@@ -84,6 +84,7 @@ def test_the_command_line_merges_by_preference_and_tells_it_beside_the_weights(c
     assert "| preference μ, λ = B⁻¹μ | words 0.9, letters 0.1 |" in card and "--extrapolate" in card
     # λ alone has a preference, too, and a repeated merge keeps it.
     assert cli("merge", "--lam", "first=1", "--out", "alone").code == 0
+    assert "B⁻¹" not in cli("merge", "--lam", "1,1", "--method", "task-arithmetic", "--dry-run").out
     assert json.loads((tiny / "alone/merge.json").read_text())["preference"] == TWO["first"]
     assert cli("merge", "--from", outside / "merge.json", "--out", "again").code == 0
     again = json.loads((tiny / "again/merge.json").read_text())

@@ -92,6 +92,7 @@ def test_python_refuses_what_would_say_otherwise(merged, argument):
     [
         (lambda r: r.pop("alpha"), "merge.json: alpha: no valid merge.json"),
         (lambda r: r.update(alpha="1"), "merge.json: alpha: no valid"),
+        (lambda r: r.update(alpha=None), "neither α and β nor a schedule"),
         (lambda r: r.update(outside="inside"), "merge.json: outside"),
         (lambda r: r.update(weights={"first": 1.0}), "weights and policies have different names"),
         (lambda r: r.update(method="tie"), "did you mean `ties`"),

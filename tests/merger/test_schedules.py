@@ -138,6 +138,8 @@ REFUSED = {
     "--alpha first=1 --alpha first=2": "--alpha: given twice",
     "--modules mlps=0.5": "did you mean `mlp`",
     "--modules other=0.5": "no tensor of the model is of the kind `other`(?s:.)*attention, ",
+    "--schedule 1,,1,1,1": "--schedule: not a finite number",
+    f"--schedule {'no,' * 99}": "neither coefficients nor a file",
     "--schedule nowhere.txt": "neither coefficients nor a file",
     "--beta first=much": "--beta: not a finite number",
     "--method ties --beta first=0": "ties is not linear(?s:.)*one of soup",
@@ -150,6 +152,13 @@ def test_what_cannot_be_meant_is_refused_before_it_costs_anything(cli, tiny):
         answer = cli("merge", "--lam", "0.5", "--out", "out", *shlex.split(arguments))
         assert answer.code == 1 and re.search(said, answer.err), answer.err
     assert not (tiny / "out").exists()
+
+
+def test_lists_longer_than_a_files_name_and_names_with_an_equals_sign(cli, tiny):
+    answer = cli("inspect", "sft", "--schedule", "lam=0.5=" + ",".join(["1.5" + "0" * 70] * 4), "--json")
+    assert answer.code == 0, answer.err
+    lines = read_schedule(["lam", "lam=0.5"], schedule=["lam=1,1", "lam=0.5=1,2"])["lines"]
+    assert [line.blocks for line in lines] == [(1, 1), (1, 2)]
 
 
 def test_kinds_are_told_from_names_of_many_families():
