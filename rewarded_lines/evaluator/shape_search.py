@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from rewarded_lines.evaluator.weight_designs import Weights
 from rewarded_lines.folders import json_object_in, write_json
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.pareto.bootstrap import Estimate
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.reward import deciding
@@ -74,7 +74,7 @@ class FoundShape:
         volumes: of each schedule above SFT, on the test prompts.
         differences: that of the shape minus that of each other schedule, resampled together.
         kl: the largest mean KL of each schedule's points, in nats.
-        verdict: in words, whether the shape is better than a constant scale with its norm.
+        verdict: in words, whether the shape is better than a constant scale with its norm, and than the tuned α and β.
         rows: YAML for `sweep.methods:` of the project.
         file: all trials.
     """
@@ -245,9 +245,7 @@ def _sampler(options: ShapeOptions, number: int) -> Any:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if options.sampler == "tpe":
             return optuna.samplers.TPESampler(n_startup_trials=_RANDOM, multivariate=True, seed=seed)
-        from optuna_integration import BoTorchSampler
-
-        return BoTorchSampler(n_startup_trials=_RANDOM, seed=seed)
+        return import_module("optuna_integration").BoTorchSampler(n_startup_trials=_RANDOM, seed=seed)
 
 
 def _merge(weights: Weights, scales: Sequence[Sequence[float]]) -> MergeSpec:
@@ -272,6 +270,7 @@ def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> 
     fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
     volumes = sample_volumes(fronts, {SFT: scores[:, :, 0]}, table.samples.drawn)
     differences = [one for one in compare(volumes) if one.method == SHAPE]
+    kl = {name: max(float(one.kl.mean()) for one in points) for name, points in run.methods().items()}
     named = dict(zip(run.header["policies"] if len(scales) > 1 else ["all"], scales, strict=True))
     schedule = {SHAPE: {"schedule": named if len(scales) > 1 else scales[0]}, UNIFORM: {"match": SHAPE}}
     tried = search.trials[: search.options.trials]
@@ -282,17 +281,22 @@ def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> 
         trials=(len(tried), sum(one.hypervolume is not None for one in tried)),
         volumes=method_volumes(volumes),
         differences=differences,
-        kl={name: max(float(one.kl.mean()) for one in points) for name, points in run.methods().items()},
-        verdict=_verdict(next(one.difference for one in differences if one.other == UNIFORM)),
+        kl=kl,
+        verdict=_verdict(differences, kl),
         rows=yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=10_000),
         file=str(search.file),
     )
 
 
-def _verdict(change: Estimate) -> str:
-    against = f"a constant scale with its norm: {change.value:+.3g} [{change.low:.3g}, {change.high:.3g}] hypervolume."
-    if change.low > 0:
-        return f"The shape is better than {against} Depth matters here."
-    if change.high < 0:
-        return f"The shape is worse than {against} Take the constant scale, {UNIFORM}."
-    return f"The shape is not shown to be better than {against} The interval includes 0. Take the constant scale."
+def _verdict(differences: Sequence[VolumeDifference], kl: Mapping[str, float]) -> str:
+    """Return a sentence for each of the two controls that tell whether depth matters, and its shape."""
+    others = {UNIFORM: "a constant scale with its norm", TUNED: "the best α and β of as many trials"}
+    changes, sentences = {one.other: one.difference for one in differences}, []
+    for other, words in others.items():
+        change = changes[other]
+        how = "better" if change.low > 0 else "worse" if change.high < 0 else "not shown to be better"
+        why = "" if change.low > 0 or change.high < 0 else "; the interval includes 0"
+        shown = f"{change.value:+.3g} [{change.low:.3g}, {change.high:.3g}] hypervolume{why}"
+        nats = f"largest KL {kl[SHAPE]:.3g} against {kl[other]:.3g} nats"
+        sentences.append(f"The shape is {how} than {words}: {shown} ({nats}).")
+    return "\n".join(sentences)
