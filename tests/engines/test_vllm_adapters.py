@@ -193,9 +193,11 @@ def test_workers_in_processes_of_their_own_merge_adapters_for_themselves(policie
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     plan, settings = plan_adapters("sft", policies), EngineSettings.model_validate({"tensor_parallel_size": 2})
     spread = load_generator("vllm", "sft", GREEDY, PROMPTS, plan=plan, settings=settings)
-    found = tokens_of(spread.generate(PROMPTS, GREEDY, MODELS))
-    assert spread._folders is None
-    spread.close()
+    try:
+        found = tokens_of(spread.generate(PROMPTS, GREEDY, MODELS))
+        assert spread._folders is None
+    finally:
+        spread.close()
     hf = load_generator("hf", "sft", GREEDY, PROMPTS, plan=plan_merge("sft", policies))
     assert found == tokens_of(hf.generate(PROMPTS, GREEDY, MODELS))
     hf.close()
