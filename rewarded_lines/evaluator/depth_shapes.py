@@ -1,4 +1,4 @@
-"""Shapes over relative depth: a few numbers at knots give the scale of every block. Pure numbers."""
+"""Shapes over relative depth: a few numbers at knots give the scale of every block.."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rewarded_lines.evaluator.weight_designs import Weights
+from rewarded_lines.merger.lines_schedule import Line
+from rewarded_lines.merger.spec import MergeSpec
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,8 @@ def natural_spline(heights: NDArray[np.float64], depths: NDArray[np.float64]) ->
 
 def _polyline(heights: NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.interp(depths, np.arange(len(heights)), heights)
+
+
+def shaped_merge(weights: Weights, scales: Sequence[Sequence[float]]) -> MergeSpec:
+    """Return the soup with a scale for every block: one list for all policies, or one for each."""
+    return MergeSpec(weights, lines=tuple(Line(blocks=tuple(one)) for one in scales))

@@ -17,7 +17,7 @@ import yaml
 from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluator.depth_shapes import ShapeSpace
+from rewarded_lines.evaluator.depth_shapes import ShapeSpace, shaped_merge
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
@@ -27,7 +27,6 @@ from rewarded_lines.evaluator.shape_options import ShapeOptions
 from rewarded_lines.evaluator.sweep import open_evaluator
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.evaluator.tune import validation_rows, worth
-from rewarded_lines.evaluator.weight_designs import Weights
 from rewarded_lines.folders import json_object_in, write_json
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.spec import MergeSpec
@@ -210,7 +209,7 @@ class Search:
     def _tried(self, numbers: list[float]) -> Trial:
         """Return a trial on the first prompts, and on all unless most allowed trials before were better."""
         scales, methods = self._space.scales(numbers, self.blocks), self._run.setup.methods
-        merges = [_merge(weights, scales) for weights in methods.weights(self.options.trial_points)]
+        merges = [shaped_merge(weights, scales) for weights in methods.weights(self.options.trial_points)]
         screened, kl = self._worth(self._parts[:1], merges)
         whole = screened if len(self._parts) == 1 else None
         earlier = [one.screened for one in self.trials if self._allowed(one.kl)] or [screened]
@@ -248,17 +247,13 @@ def _sampler(options: ShapeOptions, number: int) -> Any:
         return import_module("optuna_integration").BoTorchSampler(n_startup_trials=_RANDOM, seed=seed)
 
 
-def _merge(weights: Weights, scales: Sequence[Sequence[float]]) -> MergeSpec:
-    return MergeSpec(weights, lines=tuple(Line(blocks=tuple(one)) for one in scales))
-
-
 def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], tuned: Line, count: int) -> Run:
     """Return all schedules on the test prompts, each at the λ of a sweep with `count`."""
     setup, specs = run.setup, [PointSpec(SFT)]
     for weights in setup.methods.weights(count):
         lines = {**_OTHERS, TUNED: tuned}.items()
         specs += [PointSpec(name, MergeSpec(weights, line.alpha, line.beta)) for name, line in lines]
-        shape = _merge(weights, scales)
+        shape = shaped_merge(weights, scales)
         flat = MergeSpec(weights, setup.plan.matched_alpha(weights, shape), 0.0)
         specs += [PointSpec(UNIFORM, flat), PointSpec(SHAPE, shape)]
     return Run(run.folder, read_header(run.folder), run.fill(setup, specs, evaluator))

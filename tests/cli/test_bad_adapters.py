@@ -70,7 +70,7 @@ def test_methods_that_give_no_adapter(refused, method):
         (("--as", "lora"), "--as: unknown value `lora`"),
         (
             ("--as", "adapter", "--policy", "first", "--lam", "0.2,0.3,0.5"),
-            "a whole model: no adapter can store its difference from the base",
+            "a whole model: no adapter can store all of its difference from the base",
         ),
     ],
 )

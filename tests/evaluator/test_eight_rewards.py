@@ -17,7 +17,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.records import load_run
-from rewarded_lines.evaluator.tune import _worth
+from rewarded_lines.evaluator.tune import worth
 from rewarded_lines.evaluator.weight_designs import spread
 from rewarded_lines.pareto.hypervolume import contributions, hypervolume
 from rewarded_lines.reports.summary import summarise
@@ -185,6 +185,6 @@ def test_tuning_prefers_the_front_that_is_least_below_sft(eight):
     deviations = np.array([run.sft.scores[name].std() for name in run.objectives])
     # Half a deviation short in one reward, nothing short in others; and one deviation in all.
     above = [np.array(sft) + deviations]
-    assert _worth(above, run.sft, run.objectives) == pytest.approx(deviations.prod())
+    assert worth(above, run.sft, run.objectives) == pytest.approx(deviations.prod())
     fronts = [[np.array(sft) - 0.5 * deviations * (np.arange(8) == 3)], [np.array(sft) - deviations]]
-    assert [_worth(one, run.sft, run.objectives) for one in fronts] == pytest.approx([-0.5, -1])
+    assert [worth(one, run.sft, run.objectives) for one in fronts] == pytest.approx([-0.5, -1])
