@@ -27,7 +27,17 @@ GROUND = [
         "out_of_memory",
         "processes",
     ),
-    *("options", "processes", "progress", "projects", "recipe_files", "references", "reward_settings", "versions"),
+    *(
+        "options",
+        "processes",
+        "progress",
+        "projects",
+        "recipe_files",
+        "references",
+        "reward_settings",
+        "trace",
+        "versions",
+    ),
 ]
 # The files of merger/, highest first, too.
 MERGER = [

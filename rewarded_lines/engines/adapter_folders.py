@@ -18,6 +18,7 @@ from rewarded_lines.engines.base import Generator, Model
 from rewarded_lines.folders import scratch_folder
 from rewarded_lines.merger.adapter_plan import AdapterPlan
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.trace import span
 
 _MEMORY = Path("/dev/shm")
 
@@ -70,11 +71,13 @@ class AdapterGenerator(Generator):
         """Load the models' adapters, or only the modules whose names end with `layer`, for the block."""
         started = time.perf_counter()
         wanted = [model for model in models if model is not None and self._needs_adapter(model)]
-        sources = self._folders.write(wanted, layer) if self._folders and wanted else wanted
         names: list[Any] = []
+        sources: Sequence[Any] = ()
         try:
-            for source in sources:
-                names.append(self._load(source))
+            with span("load adapters", adapters=len(wanted)):
+                sources = self._folders.write(wanted, layer) if self._folders and wanted else wanted
+                for source in sources:
+                    names.append(self._load(source))
             self.swap_seconds += time.perf_counter() - started
             left = iter(names)
             yield [next(left) if self._needs_adapter(model) else None for model in models]

@@ -15,6 +15,7 @@ from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.trace import span
 
 Tokens = Sequence[int]
 Pairs = Sequence[tuple[Tokens, Tokens]]
@@ -158,7 +159,8 @@ class SwappingGenerator(Generator):
             assert self._plan is not None, "without a plan there is only the SFT model"
             started = time.perf_counter()
             self._in_use = "half-written"
-            self._swap(base_spec(self._plan) if model is None else model)
+            with span("swap weights"):
+                self._swap(base_spec(self._plan) if model is None else model)
             self._in_use = model
             self.swap_seconds += time.perf_counter() - started
         yield [None]

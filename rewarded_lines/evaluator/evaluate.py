@@ -26,6 +26,7 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.reward import SFT_RESPONSE, columns_of
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
+from rewarded_lines.trace import span
 
 # Where weights are swapped, the SFT model returns after this many points or seconds.
 # A killed run loses the points since then.
@@ -245,6 +246,7 @@ class LocalEvaluator:
     def _timed(self, what: str, work: Callable[[], Result]) -> Result:
         started = time.perf_counter()
         try:
-            return work()
+            with span(what):
+                return work()
         finally:
             self._clock[what] += time.perf_counter() - started

@@ -32,6 +32,7 @@ from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import relative
+from rewarded_lines.trace import span
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
@@ -67,7 +68,8 @@ class RunFolder:
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
             for key, point in evaluator.evaluate(setup, keys, missing):
-                write_point(point_path(self.folder, key), point)
+                with span("write point"):
+                    write_point(point_path(self.folder, key), point)
                 self._read[key] = point
                 self._evaluated += 1
                 self.progress.advance(1, names[key])

@@ -14,9 +14,11 @@ from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_opt
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.references import looks_local
+from rewarded_lines.trace import traced
 
 
 @takes_sweep_options(without=("ray", "workers"))
+@traced
 def score(
     model: Path | str,
     config: Path | str | Project = "rewarded-lines.yaml",

@@ -24,6 +24,7 @@ from rewarded_lines.pareto.next_point import Proposal, next_weights
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import located
+from rewarded_lines.trace import traced
 
 POINTS, GAIN = 15, 0.001
 WORST = "worst"
@@ -62,6 +63,7 @@ class Found:
 
 @takes_sweep_options()
 @takes_shape_options()
+@traced
 def search(
     run: Path | str,
     *,

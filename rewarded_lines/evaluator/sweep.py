@@ -20,9 +20,11 @@ from rewarded_lines.evaluator.weight_designs import SPREAD, Design
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
 from rewarded_lines.rewards.load_rewards import free_all
+from rewarded_lines.trace import traced
 
 
 @takes_sweep_options()
+@traced
 def sweep(
     config: Path | str | Project = "rewarded-lines.yaml",
     *,

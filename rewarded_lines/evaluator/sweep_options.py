@@ -46,6 +46,9 @@ class SweepOptions:
     ray: str | None = option(
         None, "Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"
     )
+    trace: str | None = option(
+        None, "Write what this process does when, for ui.perfetto.dev or chrome://tracing.", metavar="FILE"
+    )
     workers: int | None = option(
         None, "With --ray: how many. By default one for each GPU (or --tensor-parallel of them) or machine.", min=1
     )

@@ -23,6 +23,7 @@ from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.reward_memory import RewardMemory, held_models, staying, turns_told
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.score_checks import Pair, PairError
+from rewarded_lines.trace import span
 
 # Pairs between two writes to the cache. A model needs many texts of like length for full batches.
 _MODEL_CHUNK = 1024
@@ -132,9 +133,12 @@ class Scorer:
             for name, places in missing.items():
                 chunk = [pair for pair in wanted[start : start + size] if pair in places]
                 self._tell(name, start, len(wanted))
-                for found in self._streamed(name, chunk, places, items) if chunk else ():
-                    failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Failed)}
-                    yield name, {pair: one for pair, one in found.items() if not isinstance(one, Failed)}
+                if not chunk:
+                    continue
+                with span(f"score {name}", pairs=len(chunk)):
+                    for found in self._streamed(name, chunk, places, items):
+                        failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Failed)}
+                        yield name, {pair: one for pair, one in found.items() if not isinstance(one, Failed)}
         for name, lost in failed.items():
             if lost:
                 yield name, self._without(name, lost, items)
