@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import numpy as np
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
+from rewarded_lines.checkpoints.known_hashes import FileState, KnownHashes
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import fail
 
 _PIECE = 1 << 20
-_KNOWN: dict[tuple[Path, int, int, int], str] = {}
+KNOWN = KnownHashes()
+"""Of all files that this process asks for."""
 _WEIGHTS = ("*.safetensors",)
 # Beside the weights: architecture and labels, stop tokens, and how text becomes tokens.
 _MODEL = (
@@ -29,10 +30,11 @@ _MODEL = (
 
 def file_hash(path: Path) -> str:
     """Return the BLAKE3 hash of a file as 64 hex digits; an unchanged file is read only once."""
-    key = _identity(path)
-    if key not in _KNOWN:
-        _KNOWN[key] = _read_and_hash(path)
-    return _KNOWN[key]
+    state = FileState.of(path)
+    if (found := KNOWN.get(state)) is None:
+        found = _read_and_hash(path)
+        KNOWN.keep(state, found)
+    return found
 
 
 class RunningHashes:
@@ -42,11 +44,11 @@ class RunningHashes:
         """Start with the headers of the files whose hash is not known yet."""
         self._digests: dict[Path, Any] = {}
         self._places: dict[Path, int] = {}
-        self._identities: dict[Path, object] = {}
+        self._states: dict[Path, FileState] = {}
         for source in sources:
             for file in source.files:
-                self._identities[file] = _identity(file)
-                if self._identities[file] not in _KNOWN:
+                self._states[file] = FileState.of(file)
+                if KNOWN.get(self._states[file]) is None:
                     head = source.header_bytes(file)
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
 
@@ -60,18 +62,12 @@ class RunningHashes:
 
     def remember(self) -> None:
         """Keep the hash of each file that was read completely, for `file_hash`; refuse changed files."""
-        for file, identity in self._identities.items():
-            if _identity(file) != identity:
+        for file, state in self._states.items():
+            if FileState.of(file) != state:
                 raise damaged(file, "it changed while it was read")
         for file, place in self._places.items():
             if place == file.stat().st_size:
-                _KNOWN[_identity(file)] = self._digests[file].hexdigest()
-
-
-def _identity(path: Path) -> tuple[Path, int, int, int]:
-    """Return inode, size and time of change: a changed file differs in one of them."""
-    status = os.stat(path)
-    return path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns
+                KNOWN.keep(self._states[file], self._digests[file].hexdigest())
 
 
 def _read_and_hash(path: Path) -> str:

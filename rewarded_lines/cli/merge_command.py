@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 EPILOG = "\n\n".join(f"{name}: {row.summary}" for name, row in METHODS.items())
 # Options that may stand beside --from: where the inputs are now, and how to write.
-_WITH_RECORD = {"record", "base", "policy", "tokenizer", "out", "device", "overwrite", "allow_nonfinite"}
+_WITH_RECORD = {"record", "base", "policy", "tokenizer", "out", "device", "overwrite", "rehash", "allow_nonfinite"}
 _WITH_RECORD |= {"as_json", "quiet", "run", "push_to_hub", "private", "revision"}
 # Options that may stand beside --from-mergekit.
 _WITH_MERGEKIT = _WITH_RECORD - {"record", "policy"}
 _WITH_MERGEKIT |= {"from_mergekit", "seed", "max_shard_size", "dry_run", "layers", "tower", "config_from"}
 _FOR_MERGEKIT = {"out", "device", "max_shard_size", "overwrite", "dry_run", "layers", "tower", "allow_nonfinite"}
-_FOR_MERGEKIT |= {"tokenizer", "config_from", "additions", "progress"}
+_FOR_MERGEKIT |= {"tokenizer", "config_from", "rehash", "additions", "progress"}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class SweepOptions:
     ray: str | None = option(
         None, "Share the points out over Ray workers: HOST:PORT, auto, or local.", metavar="ADDRESS"
     )
+    rehash: bool = option(False, "Hash all checkpoints again; large files that have not changed are hashed once.")
     trace: str | None = option(
         None, "Write what this process does when, for ui.perfetto.dev or chrome://tracing.", metavar="FILE"
     )

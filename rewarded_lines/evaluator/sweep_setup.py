@@ -14,7 +14,7 @@ import blake3
 from pydantic import ValidationError
 
 from rewarded_lines.checkpoints.adapters import names_adapter
-from rewarded_lines.checkpoints.hashing import file_hash, model_hash, policy_hash
+from rewarded_lines.checkpoints.hashing import KNOWN, file_hash, model_hash, policy_hash
 from rewarded_lines.config import DataSpec, GenerationSpec, decides
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.lengths import Limit, fit_prompts, positions_of
@@ -220,6 +220,8 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
     check_decoding(project, options.engine)
+    if options.rehash:
+        KNOWN.forget()
     if options.engine == "vllm":
         settings = engine_settings(project, options)
         check_settings(settings)

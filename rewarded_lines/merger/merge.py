@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from rewarded_lines.checkpoints.hashing import KNOWN
 from rewarded_lines.checkpoints.writer import parse_size
 from rewarded_lines.errors import fail
 from rewarded_lines.merger.greedy_soup import greedy_weights
@@ -22,7 +23,7 @@ from rewarded_lines.options import takes_fields
 
 Policies = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str]]
 # The options that a record leaves open.
-_REPLAYED = ("out", "device", "overwrite", "allow_nonfinite", "tokenizer", "additions", "progress")
+_REPLAYED = ("out", "device", "overwrite", "rehash", "allow_nonfinite", "tokenizer", "additions", "progress")
 
 
 @takes_fields(MergeOptions, "how")
@@ -83,9 +84,9 @@ def replay(
         record: the file, or the merged folder that contains it.
         base: where the base is now, if it has moved.
         policies: where policies are now, by name, if they have moved.
-        how: `device`, `overwrite`, `allow_nonfinite`, `additions` and `progress` as in `merge`; every device makes the
-            same bits. `tokenizer` is where a folder with the tokenizer is now, if it has moved. `out` is by default
-            FOLDER-again, beside the record's FOLDER. The record decides the rest.
+        how: `device`, `overwrite`, `rehash`, `allow_nonfinite`, `additions` and `progress` as in `merge`; every device
+            makes the same bits. `tokenizer` is where a folder with the tokenizer is now, if it has moved. `out` is by
+            default FOLDER-again, beside the record's FOLDER. The record decides the rest.
 
     Raises:
         UserError: the record is damaged, an input has changed, or any fault that `merge` refuses.
@@ -119,6 +120,8 @@ def replay(
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
+    if how.rehash:
+        KNOWN.forget()
     taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from", "rank")
     return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
 

@@ -102,6 +102,7 @@ class MergeOptions:
     )
     device: str = option("cpu", "cpu, cuda or cuda:1; auto: a GPU where it is faster.", offers=("cpu", "cuda", "auto"))
     max_shard_size: str = option("5GB", "Largest weight file.")
+    rehash: bool = option(False, "Hash all inputs again; large files that have not changed are hashed once.")
     overwrite: bool = option(False, "Replace an existing output.")
     dry_run: bool = option(False, "Check everything, write nothing.")
     extrapolate: bool = option(False, "Allow λ outside the simplex.")

@@ -1,13 +1,15 @@
 """Hashes of files: from reading them, or from the values that a merge reads."""
 
 import json
+import os
 
 import blake3
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 from tiny_adapters import save_adapter
 
-from rewarded_lines.checkpoints import hashing
+from rewarded_lines.checkpoints import hashing, known_hashes
 from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash, policy_hash, weights_hash
 from rewarded_lines.checkpoints.reader import TensorFiles
 
@@ -49,6 +51,74 @@ def test_a_file_that_changed_is_hashed_anew(tmp_path):
     before = file_hash(path)
     write(path, seed=1)
     assert file_hash(path) == blake3.blake3(path.read_bytes()).hexdigest() != before
+
+
+@pytest.fixture
+def processes(tmp_path, monkeypatch):
+    """Return a function that forgets what this process knows, as a new process would, and lets files settle."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_hashes, "LARGE", 1)
+    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+
+    def begin(reads=True):
+        monkeypatch.setattr(hashing, "KNOWN", known_hashes.KnownHashes())
+        monkeypatch.setattr(hashing, "_read_and_hash", read if reads else never)
+
+    read = hashing._read_and_hash
+    begin()
+    return begin
+
+
+def test_large_files_are_hashed_once_for_all_processes(tmp_path, processes, monkeypatch):
+    path = write(tmp_path / "one.safetensors")
+    right = blake3.blake3(path.read_bytes()).hexdigest()
+    pass_by(TensorFiles([path]))
+    processes(reads=False)
+    assert file_hash(path) == right and RunningHashes([TensorFiles([path])])._digests == {}
+    monkeypatch.setattr(known_hashes, "LARGE", 1 << 20)
+    processes(reads=False)
+    with pytest.raises(AssertionError, match="read again"):
+        file_hash(path)
+
+
+@pytest.mark.parametrize("how", ["one byte, times kept", "another file, times kept", "rehash", "just written"])
+def test_a_change_is_found_by_another_process(tmp_path, processes, how, monkeypatch):
+    path = write(tmp_path / "one.safetensors")
+    if how == "just written":
+        monkeypatch.setattr(known_hashes, "_SETTLED_NS", 10**12)
+    file_hash(path)
+    status, changed = path.stat(), bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    processes()
+    if "times kept" in how:
+        place = path if how.startswith("one byte") else tmp_path / "other"
+        place.write_bytes(changed)
+        place.replace(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert file_hash(path) == blake3.blake3(changed).hexdigest()
+        return
+    # The file looks as before, so only a second reading can tell.
+    processes(reads=False)
+    if how == "rehash":
+        assert file_hash(path)
+        hashing.KNOWN.forget()
+    with pytest.raises(AssertionError, match="read again"):
+        file_hash(path)
+
+
+def test_without_a_cache_files_are_hashed(tmp_path, processes, monkeypatch):
+    path = write(tmp_path / "one.safetensors")
+    right = blake3.blake3(path.read_bytes()).hexdigest()
+    for content in (b"not a database", None):
+        folder = tmp_path / "cache" / "rewarded-lines"
+        folder.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+        else:
+            (folder / "hashes.sqlite").write_bytes(content * 100)
+        for _ in range(2):
+            processes()
+            assert file_hash(path) == right
 
 
 def test_an_adapter_is_its_scaling_too_and_not_the_path_of_its_base(tmp_path, tiny):

@@ -1,0 +1,95 @@
+"""The hashes of files that have not changed: of this process, and of large files in the user's cache."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found")
+# A file of 64 MiB takes about 20 ms to hash; below that, the cache would be full of small files.
+LARGE = 64 << 20
+# A file system may give two writes the same time. A file that was written just now is not trusted yet.
+_SETTLED_NS = 2_000_000_000
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS hashes (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
+    "changed INTEGER, hash TEXT, PRIMARY KEY (device, inode, size, modified, changed)) WITHOUT ROWID"
+)
+_FIND = "SELECT hash FROM hashes WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
+_KEEP = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it is at one time. A file that was written to since has another state."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int = field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return a file's state now; times are in nanoseconds."""
+        now = os.stat(path)
+        return cls(path.resolve(), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the cache knows the file by."""
+        return self.device, self.inode, self.size, self.modified, self.changed
+
+    @property
+    def settled(self) -> bool:
+        """True if the last change is so long ago that a later one has another time."""
+        return time.time_ns() - max(self.modified, self.changed) > _SETTLED_NS
+
+
+class KnownHashes:
+    """Hashes by file.
+
+    A large file counts as unchanged if its device, inode, size, and times of change (mtime and ctime, in nanoseconds)
+    are those of the time when it was hashed. A program can set mtime, but not ctime. Only damage below the file system
+    goes unseen: see `forget`. Without a cache that can be written, files are hashed in each process.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet; the cache is opened when a large file is asked for."""
+        self._here: dict[FileState, str] = {}
+        self._trusts_cache = True
+
+    def get(self, state: FileState) -> str | None:
+        """Return the hash of a file in this state, if it is known."""
+        if state not in self._here and self._trusts_cache and state.size >= LARGE:
+            if found := _in_cache(lambda table: table.execute(_FIND, state.numbers).fetchone()):
+                self._here[state] = found[0]
+        return self._here.get(state)
+
+    def keep(self, state: FileState, digest: str) -> None:
+        """Keep the hash of a file, with its state before it was read."""
+        self._here[state] = digest
+        if state.size >= LARGE and state.settled:
+            _in_cache(lambda table: table.execute(_KEEP, (*state.numbers, digest)))
+
+    def forget(self) -> None:
+        """Hash every file again in this process, whatever is known of it."""
+        self._here.clear()
+        self._trusts_cache = False
+
+
+def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:
+    """Do some work with the user's cache; None if it cannot be opened, or is damaged or busy."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rewarded-lines"
+    with suppress(OSError, RuntimeError, sqlite3.Error):
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=1)) as table, table:
+            table.execute(_TABLE)
+            return work(table)
+    return None
