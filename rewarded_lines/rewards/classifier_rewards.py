@@ -21,41 +21,21 @@ _MOST_NAMES = 40
 class ModelReward(Reward):
     """A sequence classifier with a declared template and format."""
 
+    _model: SharedClassifier
+
     def __init__(self, name: str, spec: RewardSpec, shared: SharedClassifier) -> None:
         """Read scores from `shared`; check that it has the classes of the format."""
         self.name = name
         self.unit = spec.unit or "logit"
         self._where = f"reward `{name}`"
-        self._spec, self._shared = spec, shared
+        self._spec, self._model = spec, shared
         self.device, self.size, self.tokenizer = shared.device, shared.size, shared.tokenizer
         self._reading = ClassifierReading(shared.tokenizer, spec.template, self._where)
         old = _READ_LAST if shared.reads_last else _READ_ANEW if self._reading.is_new(shared.pad) else ""
         self.fingerprint = shared.fingerprint + old
+        limits = [spec.max_tokens or shared.positions, shared.longest]
+        self.limit = min((limit for limit in limits if limit), default=None)
         self._terms = [(self._class(one, shared), weight) for one, weight in parse_format(spec.format, shared.classes)]
-
-    @property
-    def shared(self) -> SharedClassifier:
-        """See `Reward.shared`."""
-        return self._shared
-
-    @property
-    def loaded(self) -> bool:
-        """See `Reward.loaded`."""
-        return self._shared.loaded
-
-    def free(self) -> None:
-        """See `Reward.free`: the other rewards on the model load it again, too."""
-        self._shared.free()
-
-    def rest(self) -> None:
-        """See `Reward.rest`."""
-        self._shared.rest()
-
-    @property
-    def limit(self) -> int | None:
-        """See `Reward.limit`."""
-        limits = [self._spec.max_tokens or self._shared.positions, self._shared.longest]
-        return min((limit for limit in limits if limit), default=None)
 
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """See `Reward.lengths`."""
@@ -74,7 +54,7 @@ class ModelReward(Reward):
             return []
         ids, types = self._reading.tokens(prompts, responses)
         self._check_lengths(ids, prompts, responses)
-        logits = self._shared.rows([self._without_padding(row) for row in ids], types)
+        logits = self._model.rows([self._without_padding(row) for row in ids], types)
         scores = [sum(weight * row[index] for index, weight in self._terms) for row in logits]
         return check_scores(self._where, scores, prompts, responses)
 
@@ -84,7 +64,7 @@ class ModelReward(Reward):
         A decoder's head reads the last token that is not the padding token of the config.
         """
         kept = list(row)
-        while len(kept) > 1 and kept[-1] == self._shared.pad:
+        while len(kept) > 1 and kept[-1] == self._model.pad:
             kept.pop()
         # The classifier needs at least one token.
         return kept or [self.tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""What a judge is asked, and who answers: a model in this process, or a server.
+"""What a judge is asked, and the forms of its answer.
 
 A question holds one response, or two to compare. Texts are filled in without reading braces inside them.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import blake3
 
@@ -17,7 +17,7 @@ from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.messages import Messages, as_turns, is_chat
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.data.rows import Row
-from rewarded_lines.errors import Problem, fail
+from rewarded_lines.errors import fail
 from rewarded_lines.judge_settings import PLACE, SFT_MODEL, judge_columns
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import text_of
@@ -56,63 +56,6 @@ class NextToken:
 
     shares: tuple[float, ...]
     other: str = ""
-
-
-class Answerer(Protocol):
-    """Answers the questions of one reward, which gave it its settings: temperature, seed, length of answers.
-
-    An answer depends on its question alone, not on the others. Answers come by place, as they are there. A question
-    that fails for good gets a `Problem`, so that the other answers are kept. The attributes are those of a `Reward`,
-    for questions.
-
-    Attributes:
-        fingerprint: a hash of all that decides the answers beside the declaration; "" if unknown.
-        size: bytes of its weights in memory; 0 without weights.
-        device: where the weights are while in memory.
-        tokenizer: the judge's; None if it is not known here, and then `limit` is None.
-        streams: as of a `Reward`.
-    """
-
-    fingerprint: str
-    size: int
-    device: str
-    tokenizer: Any
-    streams: bool
-
-    @property
-    def shared(self) -> object:
-        """What is in memory for it, see `Reward.shared`; itself if it shares nothing."""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights, if any, are in memory."""
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of a question, with room for the answer; None without a limit."""
-
-    def free(self) -> None:
-        """Free memory and connections; the next question loads the judge again."""
-
-    def rest(self) -> None:
-        """Let the weights, if any, leave the device until the next question."""
-
-    def check(self, questions: Sequence[Question]) -> None:
-        """Refuse questions that the judge would misread, for instance chats that its template cuts."""
-
-    def lengths(self, questions: Sequence[Question]) -> list[int]:
-        """Return the tokens of each question; zeros without a limit."""
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
-        """Yield the judge's answer to each question."""
-
-    def next_tokens(
-        self, questions: Sequence[Question], texts: Sequence[str]
-    ) -> Iterator[Mapping[int, NextToken | Problem]]:
-        """Yield how likely each of `texts` is as the judge's next token after each question.
-
-        A text of several tokens counts by its first; a text whose first token says too little is refused.
-        """
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
-from rewarded_lines.rewards.judge_rewards import JudgeReward
 from rewarded_lines.rewards.local_judge import LocalJudge
 from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.rewards.shared_classifier import share_classifier
@@ -78,7 +77,7 @@ def load_reward(
     if spec.url is not None:
         return _remote_reward(name, spec)
     if spec.judge is not None:
-        return JudgeReward(name, spec, LocalJudge(name, spec, _located(spec.judge, root), device, models))
+        return LocalJudge(name, spec, _located(spec.judge, root), device, models)
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
     shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)
@@ -90,7 +89,7 @@ def _remote_reward(name: str, spec: RewardSpec) -> Reward:
     from rewarded_lines.rewards.api_judge import ApiJudge
     from rewarded_lines.rewards.http_rewards import HttpReward
 
-    return HttpReward(name, spec) if spec.judge is None else JudgeReward(name, spec, ApiJudge(name, spec))
+    return HttpReward(name, spec) if spec.judge is None else ApiJudge(name, spec)
 
 
 def _located(reference: str, root: Path) -> str:

@@ -15,14 +15,14 @@ import blake3
 from rewarded_lines.config import decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.data.rows import Row, row_text
+from rewarded_lines.errors import Problem
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.reward_memory import RewardMemory, held_models, staying, turns_told
 from rewarded_lines.rewards.score_cache import ScoreCache
-from rewarded_lines.rewards.score_checks import Pair, PairError
+from rewarded_lines.rewards.score_checks import Pair, PairError, rows_failed
 
 # Pairs between two writes to the cache. A model needs many texts of like length for full batches.
 _MODEL_CHUNK = 1024
@@ -127,27 +127,27 @@ class Scorer:
         if first.size:
             wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         size = max(1, len(wanted)) if first.streams else _MODEL_CHUNK if first.size else _FUNCTION_CHUNK
-        failed: dict[str, dict[Pair, Failed]] = defaultdict(dict)
+        failed: dict[str, dict[Pair, Problem]] = defaultdict(dict)
         for start in range(0, len(wanted), size):
             for name, places in missing.items():
                 chunk = [pair for pair in wanted[start : start + size] if pair in places]
                 self._tell(name, start, len(wanted))
                 for found in self._streamed(name, chunk, places, items) if chunk else ():
-                    failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Failed)}
-                    yield name, {pair: one for pair, one in found.items() if not isinstance(one, Failed)}
+                    failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Problem)}
+                    yield name, {pair: one for pair, one in found.items() if not isinstance(one, Problem)}
         for name, lost in failed.items():
             if lost:
                 yield name, self._without(name, lost, items)
 
     def _streamed(
         self, name: str, chunk: Sequence[Pair], places: Mapping[Pair, int], items: Sequence[Item]
-    ) -> Iterator[dict[Pair, float | Failed]]:
+    ) -> Iterator[dict[Pair, float | Problem]]:
         """Yield what a reward gives for a chunk of pairs, as it comes; the cache keeps scores first."""
         key, done = self._keys[name], 0
         prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
         try:
             for found in self._rewards[name].stream(prompts, responses, columns):
-                self._keep(key, {chunk[at]: one for at, one in found.items() if not isinstance(one, Failed)})
+                self._keep(key, {chunk[at]: one for at, one in found.items() if not isinstance(one, Problem)})
                 done += len(found)
                 if self._rewards[name].streams:
                     self._tell(name, done, len(chunk))
@@ -167,7 +167,7 @@ class Scorer:
             self._cache.put(key, scores)
             raise
 
-    def _without(self, name: str, failed: Mapping[Pair, Failed], items: Sequence[Item]) -> dict[Pair, float]:
+    def _without(self, name: str, failed: Mapping[Pair, Problem], items: Sequence[Item]) -> dict[Pair, float]:
         """Return NaN for pairs that a reward failed on, which the cache does not keep; or refuse them."""
         pairs = _pairs(self._rewards[name], items)
         lost = {at: failed[pair] for at, pair in enumerate(pairs) if pair in failed}
