@@ -18,11 +18,10 @@ from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_rewards import ModelReward
+from rewarded_lines.rewards.classifier_rewards import ModelReward, share_classifier
 from rewarded_lines.rewards.function_rewards import FunctionReward
 from rewarded_lines.rewards.local_judge import LocalJudge
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.rewards.shared_classifier import share_classifier
 
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
