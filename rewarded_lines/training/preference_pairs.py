@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rewarded_lines.data.lengths import shorten_prompt
+from rewarded_lines.data.messages import as_answer
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
@@ -75,7 +75,8 @@ def best_and_worst(
         if scores[best] - scores[worst] > least:
             sides = {"chosen": best, "rejected": worst}
             row: Row = {"prompt": prompt}
-            row |= {side: _as_answer(prompt, responses[place]) for side, place in sides.items()}
+            answers = {side: responses[place] for side, place in sides.items()}
+            row |= answers if isinstance(prompt, str) else {side: as_answer(one) for side, one in answers.items()}
             row |= {f"{side}_score": scores[place] for side, place in sides.items()}
             row |= {f"{side}_end": ends[place] for side, place in sides.items()} if ends else {}
             rows.append(row)
@@ -85,16 +86,6 @@ def best_and_worst(
     if not rows:
         raise fail("no two responses to a prompt differ enough in reward", remedy="lower `margin`")
     return rows
-
-
-def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
-    """Return a pair with the longest end of its prompt that fits; see `shorten_prompt`."""
-    prompt = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
-    return None if prompt is None else {**row, "prompt": prompt}
-
-
-def _as_answer(prompt: Prompt, response: str) -> Prompt:
-    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
 
 
 def _packed(row: Row) -> Row:
