@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rewarded_lines.data.arrow_rows import read_arrow, read_parquet
-from rewarded_lines.data.text_rows import PACKED, Rows, file_type, read_csv, read_json
+from rewarded_lines.data.file_rows import PACKED, Rows, file_type, read_arrow, read_csv, read_json, read_parquet
 from rewarded_lines.errors import fail, listed
 from rewarded_lines.references import fitting
 

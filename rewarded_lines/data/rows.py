@@ -19,7 +19,7 @@ from uuid import UUID
 import blake3
 
 from rewarded_lines.config import DataSpec
-from rewarded_lines.data.arrow_rows import without_gaps
+from rewarded_lines.data.file_rows import without_gaps
 from rewarded_lines.data.messages import check_text, is_chat, read_messages
 from rewarded_lines.data.published_rows import conversion
 from rewarded_lines.data.row_files import read_local

@@ -17,8 +17,16 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
-from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, QuestionForm
-from rewarded_lines.rewards.judge_verdicts import of_answer, of_next_token, verdict_texts, win_share
+from rewarded_lines.rewards.judge_questions import (
+    Answer,
+    NextToken,
+    Question,
+    QuestionForm,
+    of_answer,
+    of_next_token,
+    verdict_texts,
+    win_share,
+)
 from rewarded_lines.rewards.reward import SFT_RESPONSE, Columns, Reward
 from rewarded_lines.rewards.score_checks import PairError
 

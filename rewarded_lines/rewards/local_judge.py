@@ -16,9 +16,8 @@ from rewarded_lines.references import looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
 from rewarded_lines.rewards.judge_models import JudgeModel, share_judge
-from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of
+from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of, verdict_texts
 from rewarded_lines.rewards.judge_rewards import JudgeReward
-from rewarded_lines.rewards.judge_verdicts import verdict_texts
 from rewarded_lines.rewards.reward import Columns
 from rewarded_lines.rewards.score_checks import PairError
 
