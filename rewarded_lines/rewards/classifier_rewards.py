@@ -186,10 +186,7 @@ class ModelReward(Reward):
         return check_scores(self._where, scores, prompts, responses)
 
     def _without_padding(self, row: list[int]) -> list[int]:
-        """Return a text's tokens without padding tokens at the end.
-
-        A decoder's head reads the last token that is not the padding token of the config.
-        """
+        """Return a text's tokens without padding at the end: a decoder's head reads the last token before it."""
         kept = list(row)
         while len(kept) > 1 and kept[-1] == self._model.pad:
             kept.pop()

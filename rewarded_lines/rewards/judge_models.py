@@ -22,7 +22,7 @@ from rewarded_lines.engines.vllm_core import sampling_settings
 from rewarded_lines.engines.vllm_models import VllmGenerator
 from rewarded_lines.errors import fail
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_backends import cannot_load, with_dtype
+from rewarded_lines.rewards.classifier_backends import bytes_held, cannot_load, with_dtype
 from rewarded_lines.rewards.judge_questions import Answer
 from rewarded_lines.rewards.model_sizes import LONGEST, engine_size, refuse_too_large, weights_size
 from rewarded_lines.rewards.reward_checkpoints import content_hash
@@ -172,7 +172,11 @@ class JudgeModel(SharedModel[JudgeEngine]):
         self.longest = min((limit for limit in limits if limit), default=None)
 
     def _build(self) -> JudgeEngine:
-        return self._vllm() if self._spec.backend == "vllm" else self._transformers()
+        if self._spec.backend == "vllm":
+            return self._vllm()
+        model = load_causal(self._where, self._spec, self._reference).to(self.device)
+        self.size = bytes_held(model)
+        return HfJudge(self._work(), (model, load_tokenizer(self._reference, GenerationSpec())), self._shapes)
 
     def _content(self) -> str:
         parts = dict.fromkeys([self._reference, base_model(self._reference)])
@@ -181,13 +185,6 @@ class JudgeModel(SharedModel[JudgeEngine]):
     def _work(self) -> Workload:
         spec = GenerationSpec(dtype=self._spec.dtype, max_tokens=1)
         return Workload(self._reference, spec, (), longest=(self.longest or 1) - 1)
-
-    def _transformers(self) -> HfJudge:
-        model = load_causal(self._where, self._spec, self._reference).to(self.device)
-        held = [*model.parameters(), *model.buffers()]
-        self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        loaded = model, load_tokenizer(self._reference, GenerationSpec())
-        return HfJudge(self._work(), loaded, self._shapes)
 
     def _vllm(self) -> VllmJudge:
         check_vllm(self._where, self.device)

@@ -36,7 +36,12 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     load themselves again for their next score.
     """
     declared = project.config.rewards
-    problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
+    known = "one of " + ", ".join(declared) if declared else "a `rewards:` section"
+    problems = [
+        Problem(f"no reward `{name}`", str(project.path), known, remedy=did_you_mean(name, declared))
+        for name in names
+        if name not in declared
+    ]
     rewards: dict[str, Reward] = {}
     models: dict[str, Any] = {}
     for name, spec in declared.items():
@@ -61,34 +66,26 @@ def load_reward(
     device: str = "auto",
     models: dict[str, Any] | None = None,
 ) -> Reward:
-    """Return the reward that `spec` declares.
+    """Return the reward that `spec` declares, with paths relative to `root`.
 
-    Args:
-        name: for messages, records and figures.
-        spec: its declaration.
-        root: the folder for relative paths.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
-        models: the models of other rewards, which this one may share; a new one is added.
+    The `device` is "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's own wins. `models` are
+    those of other rewards, which this one may share; a new one is added.
     """
     models = {} if models is None else models
     if spec.function is not None:
         return FunctionReward(name, spec, root)
     if spec.url is not None:
-        return _remote_reward(name, spec)
+        # Only now: other projects need no client.
+        from rewarded_lines.rewards.api_judge import ApiJudge
+        from rewarded_lines.rewards.http_rewards import HttpReward
+
+        return HttpReward(name, spec) if spec.judge is None else ApiJudge(name, spec)
     if spec.judge is not None:
         return LocalJudge(name, spec, _located(spec.judge, root), device, models)
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
     shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)
     return ModelReward(name, spec, shared)
-
-
-def _remote_reward(name: str, spec: RewardSpec) -> Reward:
-    """Return a reward behind a URL; other projects need no client."""
-    from rewarded_lines.rewards.api_judge import ApiJudge
-    from rewarded_lines.rewards.http_rewards import HttpReward
-
-    return HttpReward(name, spec) if spec.judge is None else ApiJudge(name, spec)
 
 
 def _located(reference: str, root: Path) -> str:
@@ -149,12 +146,3 @@ def _make_room(rewards: dict[str, Reward]) -> None:
     if last.size and available_memory(last.device) < max(reward.size for reward in beside):
         for reward in beside:
             reward.rest()
-
-
-def _unknown_reward(name: str, known: list[str], project: Project) -> Problem:
-    return Problem(
-        f"no reward `{name}`",
-        where=str(project.path),
-        expected="one of " + ", ".join(known) if known else "a `rewards:` section",
-        remedy=did_you_mean(name, known),
-    )

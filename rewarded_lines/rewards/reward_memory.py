@@ -121,14 +121,8 @@ def spare_memory(
     """Return the bytes of a GPU that an engine must leave free for reward models, beside what they hold now.
 
     They get the budget, or else half of the GPU, or what the largest needs if that is more. Those that do not stay
-    leave the GPU before the engine starts.
-
-    Args:
-        rewards: of the run.
-        memory: of all reward models on a GPU together; what is decided here is kept in it.
-        offload: see `Scorer`.
-        devices: of the engine, from the first GPU on.
-        tell: gets a sentence on who stays.
+    leave the GPU before the engine starts. What is decided is kept in `memory`, and `tell` gets a sentence on who
+    stays. The engine has so many `devices`, from the first GPU on; for `offload` see `Scorer`.
 
     Raises:
         UserError: the budget is too small for the models that must be in memory at once.
@@ -158,15 +152,7 @@ def shared_out(
 ) -> tuple[set[int], int]:
     """Return the places of the models that stay beside an engine, and the bytes of the weights there at once.
 
-    Args:
-        sizes: bytes of each model's weights, all of one GPU.
-        free: bytes of the GPU that are free without them.
-        card: all bytes of the GPU.
-        budget: see `spare_memory`.
-        offload: see `Scorer`.
-
-    Raises:
-        UserError: the budget is too small for the models that must be in memory at once.
+    Of the `card`, a GPU, so many bytes are `free` without them. See `spare_memory` for the rest.
     """
     half = int(_SHARE_OF_GPU * free)
     whole = bytes_of(budget, card) if budget is not None else max(half, max(sizes) + WORKING_MEMORY)

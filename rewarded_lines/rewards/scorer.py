@@ -54,14 +54,8 @@ class Scorer:
     ) -> None:
         """Take charge of the rewards and the cache; `close` frees both.
 
-        Args:
-            rewards: by name.
-            declarations: of each reward.
-            cache: keeps scores.
-            offload: whether models leave memory after scoring the pairs of a call: "always", "never", or "auto", where
-                the largest take turns if those needed do not fit together.
-            progress: is told who takes turns.
-            memory: what reward models may take of a GPU together; by default all that is free.
+        `offload` says whether models leave memory after scoring the pairs of a call: "always", "never", or "auto",
+        where the largest take turns if those needed do not fit together. `progress` is told who takes turns.
         """
         self._rewards = dict(rewards)
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}

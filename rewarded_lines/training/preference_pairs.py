@@ -56,13 +56,9 @@ def best_and_worst(
 ) -> list[Row]:
     """Return a pair of the best and the worst response to each prompt, with their scores.
 
-    A response without a score enters no pair, and no deviation.
-
-    Args:
-        prompts: one for each response, so each prompt stands `count` times in a row.
-        scores: one for each response, NaN if the reward abstained.
-        margin: least difference of a pair's scores, in standard deviations of all scores.
-        ends: the token that ended each response, −1 for none; kept with the pairs.
+    Each prompt stands `count` times in a row, once for each response. A response without a score (NaN) enters no pair,
+    and no deviation. The scores of a pair differ by more than `margin` standard deviations of all scores. `ends` are
+    the tokens that ended responses, −1 for none; they are kept with the pairs.
     """
     least = margin * statistics.pstdev(scored(scores) or [0.0])
     rows, compared = [], 0
