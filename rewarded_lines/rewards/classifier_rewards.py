@@ -12,7 +12,7 @@ from typing import Any
 from rewarded_lines.config_values import parse_format
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
-from rewarded_lines.errors import Problem, did_you_mean, fail, listed
+from rewarded_lines.errors import did_you_mean, fail, listed
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device, with_dtype
 from rewarded_lines.rewards.classifier_inputs import ClassifierReading
@@ -25,7 +25,7 @@ from rewarded_lines.rewards.reward_checkpoints import (
     tokenizer_of,
 )
 from rewarded_lines.rewards.reward_heads import TRUST, load_config, runs_own_code
-from rewarded_lines.rewards.score_checks import PairError, check_scores
+from rewarded_lines.rewards.score_checks import check_lengths, check_scores
 from rewarded_lines.rewards.shared_model import SharedModel
 from rewarded_lines.rewards.text_batches import TextBatches
 from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
@@ -180,7 +180,9 @@ class ModelReward(Reward):
         if not prompts:
             return []
         ids, types = self._reading.tokens(prompts, responses)
-        self._check_lengths(ids, prompts, responses)
+        origin = "`max_tokens` of the reward" if self.limit == self._spec.max_tokens else "all that the model can read"
+        pairs = list(zip(prompts, responses, strict=True))
+        check_lengths(self._where, "the classifier", list(map(len, ids)), self.limit, origin, pairs)
         logits = self._model.rows([self._without_padding(row) for row in ids], types)
         scores = [sum(weight * row[index] for index, weight in self._terms) for row in logits]
         return check_scores(self._where, scores, prompts, responses)
@@ -212,20 +214,3 @@ class ModelReward(Reward):
             got=f"{wanted!r} in {self._spec.model}",
             remedy="use the number" if wanted in names else alike,
         )
-
-    def _check_lengths(self, ids: list[list[int]], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
-        """Refuse texts over the limit: a cut would remove the response."""
-        limit = self.limit
-        index = max(range(len(ids)), key=lambda index: len(ids[index]))
-        if limit is None or len(ids[index]) <= limit:
-            return
-        declared = limit == self._spec.max_tokens
-        origin = "`max_tokens` of the reward" if declared else "all that the model can read"
-        problem = Problem(
-            "a text is too long for the classifier",
-            where=self._where,
-            expected=f"at most {limit} tokens ({origin})",
-            got=f"{len(ids[index])} tokens for",
-            remedy="raise `max_tokens` if the model can read more, or shorten prompts or responses",
-        )
-        raise PairError(problem, index, (prompts[index], responses[index]))

@@ -28,7 +28,7 @@ from rewarded_lines.rewards.judge_questions import (
     win_share,
 )
 from rewarded_lines.rewards.reward import SFT_RESPONSE, Columns, Reward
-from rewarded_lines.rewards.score_checks import PairError
+from rewarded_lines.rewards.score_checks import check_lengths
 
 # Prompts that are tried as questions before anything is generated.
 _TRIED = 64
@@ -115,9 +115,12 @@ class JudgeReward(Reward, ABC):
         pairs = list(zip(prompts, responses, strict=True))
         rows = columns or [{}] * len(pairs)
         asked = [self._questions(*pair, row) for pair, row in zip(pairs, rows, strict=True)]
-        self._refuse_long(asked, pairs)
         owners = [at for at, several in enumerate(asked) for _ in several]
         questions, texts = list(chain.from_iterable(asked)), verdict_texts(self._spec)
+        if self.limit is not None:
+            found = iter(self._lengths([several[0] for several in asked if several]))
+            lengths = [next(found) if several else 0 for several in asked]
+            check_lengths(self._where, "the judge", lengths, self.limit, "with room for its answer", pairs)
         yield {at: 0.5 for at, several in enumerate(asked) if not several}
         values: dict[int, dict[int, float | Problem]] = defaultdict(dict)
         answers = self._next_tokens(questions, texts) if texts else self._answers(questions)
@@ -153,20 +156,3 @@ class JudgeReward(Reward, ABC):
 
     def _blank(self, prompts: Sequence[Prompt], text: str = "") -> list[Row]:
         return [dict.fromkeys((*self.columns, SFT_RESPONSE), text)] * len(prompts)
-
-    def _refuse_long(self, asked: Sequence[Sequence[Question]], pairs: Sequence[tuple[Prompt, str]]) -> None:
-        """Refuse questions over the limit: a cut would remove the answer that is judged."""
-        limit = self.limit
-        if limit is None or not (first := [(at, several[0]) for at, several in enumerate(asked) if several]):
-            return
-        lengths = self._lengths([question for _, question in first])
-        for (at, _), length in zip(first, lengths, strict=True):
-            if length > limit:
-                problem = Problem(
-                    "a question is too long for the judge",
-                    where=self._where,
-                    expected=f"at most {limit} tokens, with room for its answer",
-                    got=f"{length} tokens for",
-                    remedy="raise `max_tokens` if the judge can read more, or shorten prompts or responses",
-                )
-                raise PairError(problem, at, pairs[at])

@@ -70,6 +70,23 @@ def _short(text: Any) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
 
 
+def check_lengths(
+    where: str, reader: str, lengths: Sequence[int], limit: int | None, origin: str, pairs: Sequence[Pair]
+) -> None:
+    """Refuse a text over the limit of its reader: a cut would remove the response."""
+    longest = max(lengths, default=0)
+    if limit is not None and longest > limit:
+        problem = Problem(
+            f"a text is too long for {reader}",
+            where=where,
+            expected=f"at most {limit} tokens, {origin}",
+            got=f"{longest} tokens for",
+            remedy="raise `max_tokens` if the model can read more, or shorten prompts or responses",
+        )
+        index = lengths.index(longest)
+        raise PairError(problem, index, pairs[index])
+
+
 def check_scores(
     where: str, scores: Sequence[Any], prompts: Sequence[Any], responses: Sequence[Any], *columns: Sequence[Row]
 ) -> list[float]:

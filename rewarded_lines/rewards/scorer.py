@@ -181,15 +181,15 @@ class Scorer:
         if self._offload == "always":
             return set()
         every = held_models(self._rewards.values())
-        stay = {one.shared for models in every.values() for one in models}
+        stay = {id(one.shared) for models in every.values() for one in models}
         needed = {id(self._rewards[name].shared) for name in names}
         for there in every.values() if self._offload == "auto" else ():
-            models = [one for one in there if one.loaded or one.shared in needed]
-            if all(one.loaded for one in models if one.shared in needed):
+            models = {one: names for one, names in there.items() if one.loaded or id(one.shared) in needed}
+            if all(one.loaded for one in models if id(one.shared) in needed):
                 # Loaded models need no more memory.
                 continue
-            kept = staying(models, self._memory)
-            stay -= {one.shared for one in models if one not in kept}
+            kept = staying(list(models), self._memory)
+            stay -= {id(one.shared) for one in models if one not in kept}
             if len(kept) < len(models) and not self._told:
                 self._told = True
                 self._progress.tell(turns_told(models, kept))

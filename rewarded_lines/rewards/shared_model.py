@@ -85,7 +85,7 @@ class SharedModel(ABC, Generic[Held]):
         empty_cache()
 
     def _moved(self, device: str) -> None:
-        self._held.move(device)
+        self._held.move(device)  # type: ignore[union-attr]
 
     def _with_room(self, work: Callable[[], Result]) -> Result:
         """Do what takes memory of the device; if it runs out, let the other models leave, and try again."""
