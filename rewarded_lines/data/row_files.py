@@ -143,7 +143,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     sets: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*"), key=_natural):
         inside = file.relative_to(folder)
-        if _is_readable(file) and file.is_file() and not _is_no_data(inside):
+        no_data = inside.name in _NO_DATA or any(part.startswith((".", "__")) for part in inside.parts)
+        if _is_readable(file) and file.is_file() and not no_data:
             sets.setdefault(_split_of(inside), []).append(file)
     if not sets:
         got = listed(sorted(file.name for file in folder.iterdir()), _MOST_NAMES) or "nothing"
@@ -159,10 +160,6 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
 def _suffixes(file: Path) -> str:
     kind = file_type(file)
     return kind if kind == file.suffix.lower() else kind + file.suffix.lower()
-
-
-def _is_no_data(inside: Path) -> bool:
-    return inside.name in _NO_DATA or any(part.startswith((".", "__")) for part in inside.parts)
 
 
 def _split_of(inside: Path) -> str:

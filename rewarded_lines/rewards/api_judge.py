@@ -39,12 +39,8 @@ class ApiJudge(JudgeReward):
         url = str(spec.url).rstrip("/").removesuffix(_PATH)
         served = spec.model_copy(update={"url": url})
         self._server = RewardServer(name, served, "an OpenAI-compatible chat completion")
-        try:
-            # A key may be good for chat completions only: then this is 403.
-            self._server.check("GET", "/models", wrong=(401, 407))
-        except BaseException:
-            self.free()
-            raise
+        # A key may be good for chat completions only: then this is 403.
+        self._server.check("GET", "/models", wrong=(401, 407))
 
     def free(self) -> None:
         """End all connections."""

@@ -35,12 +35,8 @@ class HttpReward(Reward):
         self._messages = spec.messages
         self._batch = spec.batch_size if "batch_size" in spec.model_fields_set else _BATCH
         self._server = RewardServer(name, spec, '{"scores": [a number or null for each pair]}')
-        try:
-            nothing = {"prompts": [], "responses": [], "columns": {one: [] for one in spec.columns}}
-            self._server.check("POST", "", nothing)
-        except BaseException:
-            self.free()
-            raise
+        nothing = {"prompts": [], "responses": [], "columns": {one: [] for one in spec.columns}}
+        self._server.check("POST", "", nothing)
 
     def free(self) -> None:
         """End all connections."""

@@ -52,12 +52,15 @@ class RewardServer:
         """Ask for something that costs nothing: refuse an address where nobody answers, and the `wrong` statuses."""
         try:
             response = self._connected().ask(method, path, content, retries=2, within=_CHECK)
+            if response.status in wrong or 300 <= response.status < 400:
+                raise self._unusable(HttpFailure(self._connected().described(response), response.status))
         except HttpFailure as failure:
             if not failure.reached:
+                self.free()
                 raise self._unusable(failure) from failure
-            return
-        if response.status in wrong or 300 <= response.status < 400:
-            raise self._unusable(HttpFailure(self._connected().described(response), response.status))
+        except BaseException:
+            self.free()
+            raise
 
     def answers(self, path: str, groups: Iterator[Places], request: Request, read: Read) -> Iterator[Found]:
         """Yield the answers by place as they come, each a value or `Problem`.
@@ -93,7 +96,9 @@ class RewardServer:
         else:
             yield found
             return
-        if self._stops(failure):
+        status = failure.status
+        if status is not None and not self._known and (status < 400 or status in WRONG):
+            # No request will do better.
             yield failure
         elif len(places) == 1 or not failure.reached:
             yield dict.fromkeys(places, Problem(failure.words, self.where))
@@ -128,11 +133,6 @@ class RewardServer:
                 remedy=f"export {spec.key_env}=…, or correct `key_env:`",
             )
         return {spec.key_header: f"Bearer {key}" if spec.key_header.lower() == "authorization" else key}
-
-    def _stops(self, failure: HttpFailure) -> bool:
-        """Return whether a failure says that no request will do better."""
-        status = failure.status
-        return status is not None and not self._known and (status < 400 or status in WRONG)
 
     def _watch(self, found: Found | HttpFailure) -> None:
         """Raise if the server is not usable."""
