@@ -196,16 +196,6 @@ PACKED: Mapping[str, Callable[[Path], Any]] = {
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(path: Path) -> Rows:
-    """Yield the rows of a Parquet file with their places."""
-    return _read(path, "Parquet", _parquet)
-
-
-def read_arrow(path: Path) -> Rows:
-    """Yield the rows of an Arrow file or stream with their places."""
-    return _read(path, "Arrow", _arrow)
-
-
 def without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without nested nulls, which Arrow adds to give all rows the same keys."""
     return {name: _dense(value) for name, value in row.items()}
@@ -273,3 +263,8 @@ def _dense(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _dense(one) for key, one in value.items() if one is not None}
     return [_dense(one) for one in value] if isinstance(value, list) else value
+
+
+# Each yields the rows of a file, or of an Arrow stream, with their places.
+read_parquet = partial(_read, kind="Parquet", opened=_parquet)
+read_arrow = partial(_read, kind="Arrow", opened=_arrow)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import GenerationSpec
@@ -41,19 +41,6 @@ class Next:
     likeliest: int
 
 
-class JudgeEngine(Protocol):
-    """A causal model that answers rows of tokens."""
-
-    def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
-        """Return the text that the model writes after each row of tokens."""
-
-    def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
-        """Return the probabilities of the ids in `asked`, those of each row, at temperature 1."""
-
-    def close(self) -> None:
-        """Free the memory."""
-
-
 class HfJudge(HfGenerator):
     """A judge in transformers. A row's length alone decides the shape of its batch, and so its last bits."""
 
@@ -67,7 +54,7 @@ class HfJudge(HfGenerator):
         self._model.to(device)
 
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
-        """See `JudgeEngine.answers`."""
+        """Return the text that the model writes after each row of tokens."""
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
 
         def write(members: Sequence[int], places: Sequence[int]) -> list[Answer]:
@@ -82,7 +69,7 @@ class HfJudge(HfGenerator):
         return self._in_batches(heads, write)
 
     def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
-        """See `JudgeEngine.next_tokens`."""
+        """Return the probabilities of the ids in `asked`, those of each row, at temperature 1."""
         import torch
 
         def read(members: Sequence[int], places: Sequence[int]) -> list[Next]:
@@ -132,7 +119,7 @@ class VllmJudge(VllmGenerator):
         self._start(work, size=size, enforce_eager=True)
 
     def answers(self, heads: Sequence[Tokens], seeds: Sequence[int], spec: GenerationSpec) -> list[Answer]:
-        """See `JudgeEngine.answers`."""
+        """See `HfJudge.answers`."""
         from vllm import SamplingParams
 
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
@@ -145,7 +132,7 @@ class VllmJudge(VllmGenerator):
         return found
 
     def next_tokens(self, heads: Sequence[Tokens], asked: Sequence[Sequence[int]]) -> list[Next]:
-        """See `JudgeEngine.next_tokens`."""
+        """See `HfJudge.next_tokens`."""
         from vllm import SamplingParams
 
         how = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
@@ -158,7 +145,7 @@ class VllmJudge(VllmGenerator):
         return found
 
 
-class JudgeModel(SharedModel[JudgeEngine]):
+class JudgeModel(SharedModel[HfJudge | VllmJudge]):
     """A causal model with an engine."""
 
     def __init__(self, where: str, spec: RewardSpec, reference: str, device: str, beside: Mapping[str, Any]) -> None:
@@ -171,7 +158,7 @@ class JudgeModel(SharedModel[JudgeEngine]):
         limits = [spec.max_tokens, positions_of(self._config), LONGEST if spec.backend == "vllm" else None]
         self.longest = min((limit for limit in limits if limit), default=None)
 
-    def _build(self) -> JudgeEngine:
+    def _build(self) -> HfJudge | VllmJudge:
         if self._spec.backend == "vllm":
             return self._vllm()
         model = load_causal(self._where, self._spec, self._reference).to(self.device)
