@@ -24,12 +24,8 @@ _CACHES = ("past_key_values", "cache_params", "state")
 def mixed(leader: Any, weight: float, others: Sequence[tuple[float, Any]]) -> Iterator[None]:
     """Let `leader` return λ·logits + Σ λᵢ·logitsᵢ in float32 in the block, also inside its `generate`.
 
-    Every forward pass of the leader is repeated by the others with the same arguments, apart from the cache.
-
-    Args:
-        leader: a model of transformers.
-        weight: its λ.
-        others: λᵢ and model; of the leader's architecture, on its device.
+    Every forward pass of the leader, with the weight λ, is repeated by the others with the same arguments, apart from
+    the cache. They have the leader's architecture, and are on its device.
     """
     # The leader's cache after its last pass, and those of the others.
     last: Any = None
