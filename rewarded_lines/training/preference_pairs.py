@@ -1,23 +1,29 @@
-"""Preference pairs of the SFT model's own responses, the best against the worst, cached as Parquet."""
+"""Preference pairs of the SFT model's own responses, the best against the worst, cached as Parquet.
+
+TRL's DPOTrainer gets them tokenized here, with the tokens that measuring and generating use.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
+from trl import DPOTrainer
 
 from rewarded_lines.data.messages import as_answer
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.prompts import Prompt, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.training.gains import scored
+from rewarded_lines.training.moving_reference import MovingReference
 
 _METADATA = b"rewarded_lines"
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -93,3 +99,27 @@ def _packed(row: Row) -> Row:
 def _unpacked(row: Row) -> Row:
     chat = row.pop("chat")
     return {key: json.loads(value) if chat and key in _COLUMNS else value for key, value in row.items()}
+
+
+class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer that takes the columns prompt_ids, chosen_ids and rejected_ids as they are."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
+def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
+    """Return pairs as token ids; `chosen_end` and `rejected_end` are sampled end tokens, −1 for none."""
+    prompts, columns = [row["prompt"] for row in pairs], {}
+    for side in ("chosen", "rejected"):
+        answers = [row[side] for row in pairs]
+        columns["prompt_ids"], tails = encode_answers(tokenizer, prompts, answers, ends)
+        sampled = zip(tails, (row.get(f"{side}_end") for row in pairs), strict=True)
+        columns[f"{side}_ids"] = [tail if end is None else _ended_by(tail, end, ends) for tail, end in sampled]
+    return Dataset.from_dict(columns)
+
+
+def _ended_by(tail: list[int], end: int, ends: Collection[int]) -> list[int]:
+    """Return an answer's tokens with the end token that it was sampled with, or with none (−1)."""
+    answer = tail[:-1] if tail and tail[-1] in ends else tail
+    return [*answer, end] if end >= 0 else answer
