@@ -29,12 +29,11 @@ from trl import DPOConfig, ModelConfig
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.rewards.reward import columns_of
-from rewarded_lines.training.dpo_trainer import TokenDPOTrainer, pair_tokens
 from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.policy_task import PolicyTask
-from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
+from rewarded_lines.training.preference_pairs import TokenDPOTrainer, best_and_worst, kept_rows, pair_tokens
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions, SamplingOptions
 from rewarded_lines.training.sampling import choose_engine, sample
 from rewarded_lines.training.training_record import MetricsCallback

@@ -42,8 +42,8 @@ from rewarded_lines.training.online_trainer import check_prompts, packed
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_reward import RewardFunctions
 from rewarded_lines.training.training_run import say, training_run
 
 

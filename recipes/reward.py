@@ -50,7 +50,6 @@ from rewarded_lines.training.load_models import (
     reward_lora,
     save_tokenizer,
 )
-from rewarded_lines.training.preference_pairs import shorten_pair
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.training_record import MetricsCallback
@@ -97,8 +96,8 @@ def main(argv: Sequence[str]) -> None:
             from_main(lambda: say(*register(options.project_file, entries)))
             return
 
-        pairs = fit(pairs, [limit], data.too_long, "training pairs", shorten_pair, say)
-        held_out = fit(held_out, [limit], data.too_long, "validation pairs", shorten_pair, say)
+        pairs = fit(pairs, [limit], data.too_long, "training pairs", say)
+        held_out = fit(held_out, [limit], data.too_long, "validation pairs", say)
         model = load_classifier(base, model_options)
         lora = reward_lora(model_options, model)
         say(f"Reward model from {base}, {model.num_parameters():,} parameters, {len(pairs)} pairs")

@@ -27,8 +27,8 @@ from rewarded_lines.training.load_models import generation_dtype, lora_config, r
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.online_trainer import ReadRLOOTrainer, check_prompts, packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_reward import RewardFunctions
 from rewarded_lines.training.training_run import say, training_run
 
 

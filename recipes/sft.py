@@ -45,10 +45,9 @@ from rewarded_lines.training.load_models import (
     reference_hash,
     save_tokenizer,
 )
-from rewarded_lines.training.optimizer import MuonAdamW
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions
 from rewarded_lines.training.register_model import register
-from rewarded_lines.training.scratch_model import ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
+from rewarded_lines.training.scratch_model import MuonAdamW, ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import TrainingRun, from_main, say, training_run
 

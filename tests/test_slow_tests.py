@@ -18,7 +18,7 @@ TESTS = ["tests/demo/test_pipeline.py", "tests/engines/test_server_engine.py", "
     [
         ([], []),
         (["README.md", "rewarded_lines/errors.py"], []),
-        (["rewarded_lines/engines/server_connection.py"], TESTS[1:2]),
+        (["rewarded_lines/engines/server_engine.py"], TESTS[1:2]),
         (["tests/engines/test_tokenizers.py"], TESTS[1:2]),
         (["recipes/configs/summary/sft.yaml"], [TESTS[0], TESTS[2]]),
         (["rewarded_lines/demo/parts.py", "rewarded_lines/engines/base.py"], TESTS[:2]),

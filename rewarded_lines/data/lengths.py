@@ -52,18 +52,9 @@ def fit(
     limits: Sequence[Limit],
     too_long: TooLong,
     where: str,
-    shorten: Callable[[T, Callable[[T], bool]], T | None],
     tell: Tell = silent,
 ) -> list[T]:
-    """Return the rows that keep every limit.
-
-    Args:
-        rows: prompts, pairs or demonstrations.
-        limits: of all models that read the rows.
-        too_long: the treatment of longer rows.
-        where: names the rows in messages.
-        shorten: with "truncate", cuts a row's prompt until the row fits; returns None if it cannot.
-        tell: receives sentences for the log.
+    """Return the rows, prompts, pairs or demonstrations, that keep the limits of all models that read them.
 
     Raises:
         UserError: rows are too long and must be refused, or none are left.
@@ -85,7 +76,7 @@ def fit(
     def fits(row: T) -> bool:
         return not any(limit.exceeded(limit.lengths([row])) for limit in limits)
 
-    found = {at: shorten(rows[at], fits) for at in places if too_long == "truncate"}
+    found = {at: _shorten(rows[at], fits) for at in places if too_long == "truncate"}
     made = {at: row for at, row in found.items() if row is not None}
     left_out = [at for at in places if at not in made]
     if left_out and (too_long == "refuse" or len(left_out) == len(rows)):
@@ -108,11 +99,19 @@ def fit_prompts(
     def of_rows(limit: Limit) -> Limit:
         return replace(limit, lengths=lambda some: limit.lengths([row["prompt"] for row in some]))
 
-    def shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:
-        prompt = shorten_prompt(row["prompt"], lambda shorter: fits({"prompt": shorter}))
-        return None if prompt is None else {**row, "prompt": prompt}
+    return fit(rows, [of_rows(limit) for limit in limits], too_long, where, tell)
 
-    return fit(rows, [of_rows(limit) for limit in limits], too_long, where, shorten, tell)
+
+def _shorten(row: Any, fits: Callable[[Any], bool]) -> Any:
+    """Return a prompt, or a row with its prompt or the turns before its answer, shortened until it fits, or None."""
+    if not isinstance(row, dict):
+        return shorten_prompt(row, fits)
+    if "messages" in row:
+        *before, last = row["messages"]
+        turns = shorten_prompt(before, lambda turns: fits({**row, "messages": [*turns, last]}))
+        return None if turns is None else {**row, "messages": [*turns, last]}
+    prompt = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
+    return None if prompt is None else {**row, "prompt": prompt}
 
 
 def shorten_prompt(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rewarded_lines.data.arrow_rows import read_arrow, read_parquet
-from rewarded_lines.data.text_rows import PACKED, Rows, file_type, read_csv, read_json
+from rewarded_lines.data.file_rows import PACKED, Rows, file_type, read_arrow, read_csv, read_json, read_parquet
 from rewarded_lines.errors import fail, listed
 from rewarded_lines.references import fitting
 
@@ -144,7 +143,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     sets: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*"), key=_natural):
         inside = file.relative_to(folder)
-        if _is_readable(file) and file.is_file() and not _is_no_data(inside):
+        no_data = inside.name in _NO_DATA or any(part.startswith((".", "__")) for part in inside.parts)
+        if _is_readable(file) and file.is_file() and not no_data:
             sets.setdefault(_split_of(inside), []).append(file)
     if not sets:
         got = listed(sorted(file.name for file in folder.iterdir()), _MOST_NAMES) or "nothing"
@@ -160,10 +160,6 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
 def _suffixes(file: Path) -> str:
     kind = file_type(file)
     return kind if kind == file.suffix.lower() else kind + file.suffix.lower()
-
-
-def _is_no_data(inside: Path) -> bool:
-    return inside.name in _NO_DATA or any(part.startswith((".", "__")) for part in inside.parts)
 
 
 def _split_of(inside: Path) -> str:

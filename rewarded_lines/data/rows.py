@@ -19,7 +19,7 @@ from uuid import UUID
 import blake3
 
 from rewarded_lines.config import DataSpec
-from rewarded_lines.data.arrow_rows import without_gaps
+from rewarded_lines.data.file_rows import without_gaps
 from rewarded_lines.data.messages import check_text, is_chat, read_messages
 from rewarded_lines.data.published_rows import conversion
 from rewarded_lines.data.row_files import read_local
@@ -55,14 +55,9 @@ def read_rows(
 ) -> list[Row]:
     """Return the rows of a source with the roles of the first layout that the columns of row 0 allow.
 
-    A role holds a text, or a list of messages `{"role": ..., "content": ...}`.
-
-    Args:
-        spec: the source.
-        layouts: e.g. `[("messages",), ("prompt", "completion")]`.
-        root: the folder for relative paths.
-        beside: further columns to keep, unchanged, in rows that fill them.
-        columns: keep all columns but prompts and completions under `COLUMNS`, too, for rewards that read them.
+    A role holds a text, or a list of messages `{"role": ..., "content": ...}`. Columns `beside` them are kept,
+    unchanged, in rows that fill them. With `columns`, all columns but prompts and completions are kept under `COLUMNS`,
+    too, for rewards that read them.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = read_local(Path(source), spec.split) if spec.file is not None else _from_hub(spec)

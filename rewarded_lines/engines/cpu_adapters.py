@@ -2,6 +2,9 @@
 
 vLLM itself copies A and B for every token. This costs more than the model as soon as many requests share a batch. The
 products are the same; only the order of the rows differs.
+
+Shapes: x [tokens, in] or [tokens, r], A [slots, 1, r, in], B [slots, 1, out, r], the output [tokens, columns]. The slot
+s of a token is the number of its adapter; -1 is the last slot, as in vLLM.
 """
 
 from __future__ import annotations
@@ -25,15 +28,7 @@ def group_adapters() -> None:
 def shrink(
     inputs: torch.Tensor, factors: torch.Tensor, output: torch.Tensor, slots: torch.Tensor, scaling: float = 1.0
 ) -> None:
-    """Write scaling · A_s x for every token's slot s.
-
-    Args:
-        inputs: x [tokens, in].
-        factors: A [slots, 1, r, in].
-        output: [tokens, r or more].
-        slots: s of each token; -1 is the last slot, as in vLLM.
-        scaling: a factor.
-    """
+    """Write scaling · A_s x for every token's slot s into the first r columns of the output."""
     factors = factors.flatten(0, 1).to(output.dtype)
     inputs = inputs.to(output.dtype)
     part = output[:, : factors.shape[1]]
@@ -50,17 +45,7 @@ def expand_slice(
     size: int,
     add_inputs: bool = True,
 ) -> None:
-    """Write or add B_s x for every token's slot s into some columns of the output.
-
-    Args:
-        inputs: x [tokens, r].
-        factors: B [slots, 1, out, r].
-        output: [tokens, columns].
-        slots: s of each token; -1 is the last slot, as in vLLM.
-        offset: of the first column.
-        size: how many columns.
-        add_inputs: whether to add to what is there.
-    """
+    """Write B_s x for every token's slot s into columns of the output, or add it to what is there."""
     factors = factors.flatten(0, 1).to(output.dtype)
     # An adapter and its layer may be padded to different widths.
     size = min(size, factors.shape[1], output.shape[1] - offset)

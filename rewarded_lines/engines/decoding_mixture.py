@@ -24,49 +24,36 @@ _CACHES = ("past_key_values", "cache_params", "state")
 def mixed(leader: Any, weight: float, others: Sequence[tuple[float, Any]]) -> Iterator[None]:
     """Let `leader` return λ·logits + Σ λᵢ·logitsᵢ in float32 in the block, also inside its `generate`.
 
-    Every forward pass of the leader is repeated by the others with the same arguments, apart from the cache.
-
-    Args:
-        leader: a model of transformers.
-        weight: its λ.
-        others: λᵢ and model; of the leader's architecture, on its device.
+    Every forward pass of the leader, with the weight λ, is repeated by the others with the same arguments, apart from
+    the cache. They have the leader's architecture, and are on its device.
     """
-    followers = _Followers(weight, others)
-    handles = [
-        leader.register_forward_pre_hook(followers.before, with_kwargs=True),
-        leader.register_forward_hook(followers.after, with_kwargs=True),
-    ]
+    # The leader's cache after its last pass, and those of the others.
+    last: Any = None
+    own: list[Any] = []
+
+    def before(_: Any, __: Any, given: dict[str, Any]) -> None:
+        # Begin with empty caches where the leader does: an unknown cache is a new one.
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        if cache is None or cache is not last:
+            own[:] = [copy.deepcopy(cache) for _ in others]
+
+    def after(_: Any, args: Any, given: dict[str, Any], output: Any) -> Any:
+        nonlocal last
+        total = weight * output.logits.float()
+        passed = next((name for name in _CACHES if given.get(name) is not None), None)
+        made = next((name for name in _CACHES if output.get(name) is not None), None)
+        for place, (share, model) in enumerate(others):
+            answer = model(*args, **{**given, **({passed: own[place]} if passed else {})})
+            total += share * answer.logits.float()
+            own[place] = answer[made] if made else None
+        last = output[made] if made else None
+        output.logits = total
+        return output
+
+    first = leader.register_forward_pre_hook(before, with_kwargs=True)
+    second = leader.register_forward_hook(after, with_kwargs=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Followers:
-    """The hooks of one leader."""
-
-    def __init__(self, weight: float, others: Sequence[tuple[float, Any]]) -> None:
-        self._weight, self._others = weight, others
-        # The leader's cache after its last pass, and those of the others.
-        self._leaders: Any = None
-        self._own: list[Any] = []
-
-    def before(self, _: Any, __: Any, given: dict[str, Any]) -> None:
-        """Begin with empty caches where the leader does: an unknown cache is a new one."""
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        if cache is None or cache is not self._leaders:
-            self._own = [copy.deepcopy(cache) for _ in self._others]
-
-    def after(self, _: Any, args: Any, given: dict[str, Any], output: Any) -> Any:
-        """Replace the leader's logits by the mixture."""
-        total = self._weight * output.logits.float()
-        passed = next((name for name in _CACHES if given.get(name) is not None), None)
-        made = next((name for name in _CACHES if output.get(name) is not None), None)
-        for place, (weight, model) in enumerate(self._others):
-            answer = model(*args, **{**given, **({passed: self._own[place]} if passed else {})})
-            total += weight * answer.logits.float()
-            self._own[place] = answer[made] if made else None
-        self._leaders = output[made] if made else None
-        output.logits = total
-        return output
+        first.remove()
+        second.remove()

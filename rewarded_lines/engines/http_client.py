@@ -46,15 +46,10 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
     ) -> None:
-        """Connect to nothing yet.
+        """Connect to nothing yet; the paths of requests, `at_once` under way at the same time, go after `url`.
 
-        Args:
-            url: where the paths of requests begin.
-            at_once: requests under way at the same time.
-            timeout: seconds for one attempt, from the connection to the last byte.
-            retries: further attempts after the first.
-            headers: of each request.
-            secrets: texts that no message may show, by the name that it shows instead.
+        One attempt may take `timeout` seconds, from the connection to the last byte, and is followed by up to `retries`
+        more. No message shows `secrets`, but the names that they stand under.
 
         Raises:
             UserError: `url` is not the URL of a server.

@@ -106,12 +106,8 @@ def place_for(
 ) -> Place:
     """Return where a plan's inputs wait, beside an engine on this machine's first GPU, or on its CPU.
 
-    Args:
-        plan: the merges.
-        settings: the user's wish and the number of devices, which share the inputs on GPUs, but not on CPUs.
-        spare: bytes of each GPU that must stay free for others.
-        engine: bytes that the engine still needs on each GPU; by default those of vLLM: one output and a cache.
-        engines: see `choose_level`.
+    Devices share the inputs on GPUs, but not on CPUs. On each GPU `spare` bytes must stay free for others, and the
+    `engine` still needs so many: by default those of vLLM, one output and a cache. For `engines` see `choose_level`.
     """
     import torch
 

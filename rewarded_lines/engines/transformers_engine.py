@@ -44,9 +44,8 @@ class HfGenerator(SwappingGenerator):
     def __init__(self, work: Workload, loaded: tuple[Any, Any] | None = None) -> None:
         """Load the model, a whole one or an adapter over its base; see `load_generator`.
 
-        Args:
-            work: for adapters `plan_merge` makes a plan that folds them into their base.
-            loaded: a model and its tokenizer that exist already; `close` restores their settings.
+        Or take over a model and its tokenizer that are `loaded` already; `close` restores their settings. For adapters
+        `plan_merge` makes a plan that folds them into their base.
 
         Raises:
             UserError: prompts do not fit the model, or the chat template cannot be read.

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.failed_scores import Failed
 from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of
+from rewarded_lines.rewards.judge_rewards import JudgeReward
+from rewarded_lines.rewards.reward import Columns
 from rewarded_lines.rewards.reward_server import Places, RewardServer
 
 _PATH = "/chat/completions"
@@ -24,59 +26,44 @@ _CUT = ("length", "max_tokens", "content_filter")
 _MOST_SEEDS = 2**31
 
 
-class ApiJudge:
-    """Answers the questions of one reward through a server; see `Answerer`."""
+class ApiJudge(JudgeReward):
+    """A judge behind a server, which has the tokenizer and the chat template."""
 
-    size, device, tokenizer, limit = 0, "cpu", None, None
-    loaded = streams = True
+    streams = True
     # Which weights the server has is unknown: model, URL and `version` stand for them.
     fingerprint = "declared"
 
     def __init__(self, name: str, spec: RewardSpec) -> None:
         """Ask for the server's models, to learn that it is there and takes the key."""
-        self._spec, self._where = spec, f"reward `{name}`"
+        super().__init__(name, spec)
         url = str(spec.url).rstrip("/").removesuffix(_PATH)
         served = spec.model_copy(update={"url": url})
         self._server = RewardServer(name, served, "an OpenAI-compatible chat completion")
-        try:
-            # A key may be good for chat completions only: then this is 403.
-            self._server.check("GET", "/models", wrong=(401, 407))
-        except BaseException:
-            self.free()
-            raise
-
-    @property
-    def shared(self) -> object:
-        """It shares nothing."""
-        return self
+        # A key may be good for chat completions only: then this is 403.
+        self._server.check("GET", "/models", wrong=(401, 407))
 
     def free(self) -> None:
         """End all connections."""
         self._server.free()
 
-    def rest(self) -> None:
-        """See `Answerer.rest`: the weights are the server's."""
+    def stream(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
+    ) -> Iterator[dict[int, float | Problem]]:
+        """See `Reward.stream`."""
+        return self._verdicts(prompts, responses, columns)
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """Leave the check to the server, which has the chat template."""
-
-    def lengths(self, questions: Sequence[Question]) -> list[int]:
-        """Return zeros: the server has the tokenizer."""
-        return [0] * len(questions)
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
-        """See `Answerer.answers`."""
+    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
         settings = {"temperature": self._spec.temperature, "max_tokens": self._spec.max_new_tokens}
-        return self._asked(questions, settings, _answer)
+        return self._requested(questions, settings, _answer)
 
-    def next_tokens(
+    def _next_tokens(
         self, questions: Sequence[Question], texts: Sequence[str]
     ) -> Iterator[Mapping[int, NextToken | Problem]]:
-        """See `Answerer.next_tokens`; shares are of the server's 20 likeliest tokens."""
+        # Shares are of the server's 20 likeliest tokens.
         settings = {"temperature": 0.0, "max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
-        return self._asked(questions, settings, lambda choice: _next_token(choice, texts))
+        return self._requested(questions, settings, lambda choice: _next_token(choice, texts))
 
-    def _asked(
+    def _requested(
         self, questions: Sequence[Question], settings: Mapping[str, Any], read: Callable[[Any], Any]
     ) -> Iterator[dict[int, Any]]:
         def request(places: Places) -> dict[str, Any]:
@@ -94,11 +81,7 @@ class ApiJudge:
                 raise ValueError(f"an answer of another form: {str(content)[:_SHOWN]}") from error
 
         groups = ([at] for at in range(len(questions)))
-        for some in self._server.answers(_PATH, groups, request, found):
-            yield {at: self._problem(one) if isinstance(one, Failed) else one for at, one in some.items()}
-
-    def _problem(self, failed: Failed) -> Problem:
-        return Problem(failed.words, where=f"{self._where}, {failed.where}")
+        return self._server.answers(_PATH, groups, request, found)
 
 
 def _answer(choice: Any) -> Answer:
@@ -106,7 +89,7 @@ def _answer(choice: Any) -> Answer:
     return Answer(str(message.get("content") or message.get("refusal") or ""), choice.get("finish_reason") not in _CUT)
 
 
-def _next_token(choice: Any, texts: Sequence[str]) -> NextToken | Failed:
+def _next_token(choice: Any, texts: Sequence[str]) -> NextToken | Problem:
     """Return the shares of the texts as the next token, or why the likeliest tokens do not tell them."""
     if not (choice.get("logprobs") or {}).get("content"):
         raise ValueError("an answer without `logprobs`: the server gives none; read what it writes with `pattern:`")
@@ -116,9 +99,9 @@ def _next_token(choice: Any, texts: Sequence[str]) -> NextToken | Failed:
     for token, share in top.items():
         begun = [text for text in texts if token and text != token and text.startswith(token)]
         if begun and token not in texts and share >= _NEGLIGIBLE:
-            return Failed(f"{begun[0]!r} is several tokens of the judge; name its first, {token!r}")
+            return Problem(f"{begun[0]!r} is several tokens of the judge; name its first, {token!r}")
     if len(top) < 2 and set(texts) - set(top):
         raise ValueError("an answer with one token's probability only: the server gives no `top_logprobs`")
     if not set(texts) <= set(top) and min(top.values()) >= _NEGLIGIBLE:
-        return Failed(f"the judge's {len(top)} likeliest tokens are not all of {', '.join(map(repr, texts))}")
+        return Problem(f"the judge's {len(top)} likeliest tokens are not all of {', '.join(map(repr, texts))}")
     return NextToken(tuple(top.get(text, 0.0) for text in texts), "" if likeliest in texts else likeliest)

@@ -43,6 +43,11 @@ def without_load_report() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def bytes_held(model: Any) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def with_dtype(where: str, spec: RewardSpec, config: Any) -> RewardSpec:
     """Return the settings with the dtype that the config names, where they say "auto"."""
     if spec.dtype != "auto":

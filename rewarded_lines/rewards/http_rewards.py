@@ -14,7 +14,6 @@ from rewarded_lines.data.rows import COLUMNS, Row
 from rewarded_lines.errors import Problem
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts, text_of
-from rewarded_lines.rewards.failed_scores import Failed
 from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.reward_server import Places, RewardServer
 
@@ -36,13 +35,8 @@ class HttpReward(Reward):
         self._messages = spec.messages
         self._batch = spec.batch_size if "batch_size" in spec.model_fields_set else _BATCH
         self._server = RewardServer(name, spec, '{"scores": [a number or null for each pair]}')
-        try:
-            self._server.check(
-                "POST", "", {"prompts": [], "responses": [], "columns": {one: [] for one in spec.columns}}
-            )
-        except BaseException:
-            self.free()
-            raise
+        nothing = {"prompts": [], "responses": [], "columns": {one: [] for one in spec.columns}}
+        self._server.check("POST", "", nothing)
 
     def free(self) -> None:
         """End all connections."""
@@ -66,13 +60,9 @@ class HttpReward(Reward):
                     return [*faults, Problem(what, f"{where}, row {at}", expected, got, remedy)]
         return faults
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
-        """See `Reward.score`."""
-        return self.collected(prompts, responses, columns)
-
     def stream(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
-    ) -> Iterator[dict[int, float | Failed]]:
+    ) -> Iterator[dict[int, float | Problem]]:
         """See `Reward.stream`."""
         rows = columns or [{}] * len(prompts)
         groups = (range(at, min(at + self._batch, len(prompts))) for at in range(0, len(prompts), self._batch))
@@ -89,7 +79,7 @@ class HttpReward(Reward):
     def _prompt(self, prompt: Prompt) -> Any:
         return as_turns(prompt) if self._messages else text_of(prompt, self._where)
 
-    def _read(self, content: Any, places: Places) -> list[float | Failed]:
+    def _read(self, content: Any, places: Places) -> list[float | Problem]:
         scores = content.get("scores") if isinstance(content, dict) else content
         if not isinstance(scores, list):
             raise ValueError(f"an answer of another form: {json.dumps(content)[:_SHOWN]}")
@@ -97,10 +87,10 @@ class HttpReward(Reward):
             raise ValueError(f"{len(scores)} scores for {len(places)} pairs")
         return [self._number(score) for score in scores]
 
-    def _number(self, score: Any) -> float | Failed:
+    def _number(self, score: Any) -> float | Problem:
         if score is None:
             return math.nan
         with suppress(OverflowError):
             if isinstance(score, (int, float)) and math.isfinite(score):
                 return float(score)
-        return Failed(f"the server's score is no finite number: {json.dumps(score)[:_SHOWN]}", self._server.url)
+        return Problem(f"the server's score is no finite number: {json.dumps(score)[:_SHOWN]}", self._server.where)

@@ -1,4 +1,4 @@
-"""What a judge is asked, and who answers: a model in this process, or a server.
+"""What a judge is asked, and what its verdict is worth: shares of its next token, or what a pattern finds.
 
 A question holds one response, or two to compare. Texts are filled in without reading braces inside them.
 """
@@ -6,10 +6,11 @@ A question holds one response, or two to compare. Texts are filled in without re
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import blake3
 
@@ -17,7 +18,7 @@ from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.messages import Messages, as_turns, is_chat
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.data.rows import Row
-from rewarded_lines.errors import Problem, fail
+from rewarded_lines.errors import Problem, fail, listed
 from rewarded_lines.judge_settings import PLACE, SFT_MODEL, judge_columns
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import text_of
@@ -56,63 +57,6 @@ class NextToken:
 
     shares: tuple[float, ...]
     other: str = ""
-
-
-class Answerer(Protocol):
-    """Answers the questions of one reward, which gave it its settings: temperature, seed, length of answers.
-
-    An answer depends on its question alone, not on the others. Answers come by place, as they are there. A question
-    that fails for good gets a `Problem`, so that the other answers are kept. The attributes are those of a `Reward`,
-    for questions.
-
-    Attributes:
-        fingerprint: a hash of all that decides the answers beside the declaration; "" if unknown.
-        size: bytes of its weights in memory; 0 without weights.
-        device: where the weights are while in memory.
-        tokenizer: the judge's; None if it is not known here, and then `limit` is None.
-        streams: as of a `Reward`.
-    """
-
-    fingerprint: str
-    size: int
-    device: str
-    tokenizer: Any
-    streams: bool
-
-    @property
-    def shared(self) -> object:
-        """What is in memory for it, see `Reward.shared`; itself if it shares nothing."""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights, if any, are in memory."""
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of a question, with room for the answer; None without a limit."""
-
-    def free(self) -> None:
-        """Free memory and connections; the next question loads the judge again."""
-
-    def rest(self) -> None:
-        """Let the weights, if any, leave the device until the next question."""
-
-    def check(self, questions: Sequence[Question]) -> None:
-        """Refuse questions that the judge would misread, for instance chats that its template cuts."""
-
-    def lengths(self, questions: Sequence[Question]) -> list[int]:
-        """Return the tokens of each question; zeros without a limit."""
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
-        """Yield the judge's answer to each question."""
-
-    def next_tokens(
-        self, questions: Sequence[Question], texts: Sequence[str]
-    ) -> Iterator[Mapping[int, NextToken | Problem]]:
-        """Yield how likely each of `texts` is as the judge's next token after each question.
-
-        A text of several tokens counts by its first; a text whose first token says too little is refused.
-        """
 
 
 @dataclass(frozen=True)
@@ -204,3 +148,101 @@ def seed_of(question: Question, seed: int) -> int:
     """Return the seed of a question's answer; it does not depend on other questions."""
     content = json.dumps([seed, question.prompt, question.prefill], sort_keys=True)
     return int.from_bytes(blake3.blake3(content.encode("utf-8", "surrogatepass")).digest(4), "big")
+
+
+# With less of the next token than this, the shares of `tokens:` are shares of noise.
+_LEAST = 0.01
+_SHOWN = 160
+
+
+def verdict_texts(spec: RewardSpec) -> tuple[str, ...]:
+    """Return the texts that a declaration asks for as the next token; none if the judge writes its verdict."""
+    return spec.token or tuple(spec.tokens)
+
+
+def of_next_token(found: NextToken, spec: RewardSpec, where: str) -> float | Problem:
+    """Return the score of a verdict in one token, or why there is none.
+
+    Σ P(text) for `token:`; Σ value·P(text) / Σ P(text) for `tokens:`.
+    """
+    texts, total = verdict_texts(spec), math.fsum(found.shares)
+    alike = {text.strip().casefold() for text in texts}
+    if found.other and found.other.strip().casefold() in alike:
+        return Problem(
+            "the judge's likeliest token is another spelling",
+            where=where,
+            expected=listed([repr(text) for text in texts], len(texts)),
+            got=f"{found.other!r} for",
+            remedy=_with_spelling(spec, found.other),
+        )
+    if spec.token:
+        return total
+    if total < _LEAST:
+        return Problem(
+            "the judge answers with another token",
+            where=where,
+            expected=f"{listed([repr(text) for text in texts], len(texts))}, together at least {_LEAST:.0%} likely",
+            got=f"{total:.2g}; the likeliest is {found.other!r}, for",
+            remedy="name what it answers with, begin its answer with `prefill:`, or set `unmatched: abstain`",
+        )
+    return math.fsum(spec.tokens[text] * share for text, share in zip(texts, found.shares, strict=True)) / total
+
+
+def _with_spelling(spec: RewardSpec, other: str) -> str:
+    """Return the line that also counts another spelling of a text, with the text's value."""
+    if spec.token:
+        return f"write `token: {json.dumps([*spec.token, other], ensure_ascii=False)}`"
+    alike = next(text for text in spec.tokens if text.strip().casefold() == other.strip().casefold())
+    values = {**spec.tokens, other: spec.tokens[alike]}
+    return f"write `tokens: {json.dumps(values, ensure_ascii=False)}`"
+
+
+def of_answer(found: Answer, spec: RewardSpec, where: str) -> float | Problem:
+    """Return the score that the pattern finds in an answer, or why there is none."""
+    text = spec.prefill + found.text
+    matches = list(re.finditer(str(spec.pattern), text))
+    if not found.ended and (spec.match == "last" or (matches and matches[0].end() == len(text))):
+        return _no_verdict(
+            "the judge's answer was cut before its end",
+            where,
+            text,
+            "an answer that ends",
+            "raise `max_new_tokens:`" + (", or set `match: first`" if spec.match == "last" else ""),
+        )
+    if not matches:
+        remedy = "correct `pattern:` or the template, raise `max_new_tokens:`, or set `unmatched: abstain`"
+        return _no_verdict("the judge's answer has no verdict", where, text, f"a match of {spec.pattern!r}", remedy)
+    verdict = _captured(matches[-1 if spec.match == "last" else 0])
+    if spec.verdicts:
+        if verdict in spec.verdicts:
+            return spec.verdicts[verdict]
+        known = f"one of {', '.join(map(repr, spec.verdicts))}"
+        return _no_verdict(f"no value for the verdict {verdict!r}", where, text, known, "add it to `verdicts:`")
+    try:
+        number = float(verdict)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    remedy = "let the group of `pattern:` hold a number, or give texts their values with `verdicts:`"
+    return _no_verdict(f"the verdict {verdict!r} is not a number", where, text, "a number", remedy)
+
+
+def win_share(shares: Sequence[float]) -> float:
+    """Return a response's share of wins: the mean of both orders.
+
+    Args:
+        shares: of the answer shown first, with the response first and with the reference first.
+    """
+    first, second = shares
+    return (first + (1 - second)) / 2
+
+
+def _captured(match: re.Match[str]) -> str:
+    """Return the text of the group, or of the whole match without one; blanks around it do not count."""
+    return (match[match.re.groups] or "").strip()
+
+
+def _no_verdict(what: str, where: str, text: str, expected: str, remedy: str) -> Problem:
+    shown = text if len(text) <= _SHOWN else "…" + text[-_SHOWN:]
+    return Problem(what, where=where, expected=expected, got=f"{shown!r} for", remedy=remedy)

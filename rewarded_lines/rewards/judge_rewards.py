@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.prompts import Prompt
@@ -15,55 +17,64 @@ from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_inputs import check_texts
-from rewarded_lines.rewards.failed_scores import Failed
-from rewarded_lines.rewards.judge_questions import Answer, Answerer, NextToken, Question, QuestionForm
-from rewarded_lines.rewards.judge_verdicts import of_answer, of_next_token, verdict_texts, win_share
+from rewarded_lines.rewards.judge_questions import (
+    Answer,
+    NextToken,
+    Question,
+    QuestionForm,
+    of_answer,
+    of_next_token,
+    verdict_texts,
+    win_share,
+)
 from rewarded_lines.rewards.reward import SFT_RESPONSE, Columns, Reward
-from rewarded_lines.rewards.score_checks import PairError
+from rewarded_lines.rewards.score_checks import check_lengths
 
 # Prompts that are tried as questions before anything is generated.
 _TRIED = 64
 
 
-class JudgeReward(Reward):
-    """A judge with a template and a form of verdict."""
+class JudgeReward(Reward, ABC):
+    """A judge with a template and a form of verdict; a model in this process answers, or a server.
 
-    def __init__(self, name: str, spec: RewardSpec, answerer: Answerer) -> None:
-        """Ask `answerer`, which was made for `spec`."""
+    An answer depends on its question alone, not on the others. Answers come by place, as they are there. A question
+    that fails for good gets a `Problem`, so that the other answers are kept.
+    """
+
+    # The judge's; None if it is not known here, and then there is no `limit`.
+    tokenizer: Any = None
+
+    def __init__(self, name: str, spec: RewardSpec) -> None:
+        """Make the form of the questions."""
         self.name = name
         self.unit = spec.unit or ("win rate" if spec.against else "probability" if spec.token else "")
-        self._where, self._spec, self._answerer = f"reward `{name}`", spec, answerer
+        self._where, self._spec = f"reward `{name}`", spec
         self._form = QuestionForm(spec, self._where)
         self.columns = self._form.columns
         self.reads_sft = spec.against == SFT_MODEL
         self.optional = (SFT_RESPONSE,) if self.reads_sft else ()
-        self.fingerprint, self.size, self.device = answerer.fingerprint, answerer.size, answerer.device
-        self.tokenizer, self.streams = answerer.tokenizer, answerer.streams
         # Tokens of the longest columns in the rows that were checked.
         self._column_tokens = 0
 
-    @property
-    def loaded(self) -> bool:
-        """See `Reward.loaded`."""
-        return self._answerer.loaded
+    @abstractmethod
+    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
+        """Yield the judge's answer to each question."""
 
-    @property
-    def shared(self) -> object:
-        """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
-        return self._answerer.shared
+    @abstractmethod
+    def _next_tokens(
+        self, questions: Sequence[Question], texts: Sequence[str]
+    ) -> Iterator[Mapping[int, NextToken | Problem]]:
+        """Yield how likely each of `texts` is as the judge's next token after each question.
 
-    @property
-    def limit(self) -> int | None:
-        """See `Reward.limit`; the judge's answer needs room beside it."""
-        return self._answerer.limit
+        A text of several tokens counts by its first; a text whose first token says too little is refused.
+        """
 
-    def free(self) -> None:
-        """See `Reward.free`."""
-        self._answerer.free()
+    def _lengths(self, questions: Sequence[Question]) -> list[int]:
+        """Return the tokens of each question; zeros without a limit."""
+        return [0] * len(questions)
 
-    def rest(self) -> None:
-        """See `Reward.rest`."""
-        self._answerer.rest()
+    def _check(self, questions: Sequence[Question]) -> None:
+        """Refuse questions that the judge would misread, for instance chats that its template cuts."""
 
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """Return the tokens of each question; without `columns`, those of the longest that were checked count."""
@@ -73,7 +84,7 @@ class JudgeReward(Reward):
             self._form.ask(*one)[0] for one in zip(prompts, responses, columns or self._blank(prompts), strict=True)
         ]
         more = 0 if columns else self._column_tokens
-        return [length + more for length in self._answerer.lengths(asked)]
+        return [length + more for length in self._lengths(asked)]
 
     def column_faults(self, rows: Sequence[Row], where: str) -> list[Problem]:
         """See `Reward.column_faults`; columns must not be empty, either, and a reference must be an answer."""
@@ -85,7 +96,7 @@ class JudgeReward(Reward):
             except UserError as error:
                 return [replace(problem, where=f"{where}, row {at}: {problem.where}") for problem in error.problems]
         if self.limit is not None:
-            self._column_tokens = max([self._column_tokens, *self._answerer.lengths(texts)])
+            self._column_tokens = max([self._column_tokens, *self._lengths(texts)])
         return faults
 
     def check(self, prompts: Sequence[Prompt]) -> str:
@@ -94,63 +105,38 @@ class JudgeReward(Reward):
         some = prompts[:_TRIED]
         # Not empty, since the question's end decides how the judge writes its next token.
         asked = (self._form.ask(prompt, ".", row) for prompt, row in zip(some, self._blank(some, "."), strict=True))
-        self._answerer.check(list(chain.from_iterable(asked)))
+        self._check(list(chain.from_iterable(asked)))
         return note
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
-        """Return each response's score; see `RewardSpec` and `Reward.score`.
-
-        With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
-        """
-        if self.streams:
-            return self.collected(prompts, responses, columns)
-        pairs = list(zip(prompts, responses, strict=True))
-        found = {at: one for some in self.verdicts(prompts, responses, columns) for at, one in some.items()}
-        known = {at: one for at, one in found.items() if not isinstance(one, Problem)}
-        for at, one in sorted(found.items()):
-            if isinstance(one, Problem):
-                raise PairError(one, at, pairs[at], known)
-        return [known[at] for at in range(len(pairs))]
-
-    def stream(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
-    ) -> Iterator[dict[int, float | Failed]]:
-        """See `Reward.stream`."""
-        if not self.streams:
-            yield from super().stream(prompts, responses, columns)
-            return
-        for some in self.verdicts(prompts, responses, columns):
-            yield {at: _failed(one) if isinstance(one, Problem) else one for at, one in some.items()}
-
-    def verdicts(
+    def _verdicts(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
     ) -> Iterator[dict[int, float | Problem]]:
-        """Yield scores by place as they come, or why there is none; see `score`."""
+        """Yield scores by place as they come, or why there is none; see `RewardSpec` and `Reward.score`."""
         pairs = list(zip(prompts, responses, strict=True))
-        asked = [self._asked(*pair, row) for pair, row in zip(pairs, columns or [{}] * len(pairs), strict=True)]
-        self._refuse_long(asked, pairs)
-        questions = [(at, question) for at, several in enumerate(asked) for question in several]
+        rows = columns or [{}] * len(pairs)
+        asked = [self._questions(*pair, row) for pair, row in zip(pairs, rows, strict=True)]
+        owners = [at for at, several in enumerate(asked) for _ in several]
+        questions, texts = list(chain.from_iterable(asked)), verdict_texts(self._spec)
+        if self.limit is not None:
+            found = iter(self._lengths([several[0] for several in asked if several]))
+            lengths = [next(found) if several else 0 for several in asked]
+            check_lengths(self._where, "the judge", lengths, self.limit, "with room for its answer", pairs)
         yield {at: 0.5 for at, several in enumerate(asked) if not several}
         values: dict[int, dict[int, float | Problem]] = defaultdict(dict)
-        for some in self._answers([question for _, question in questions]):
+        answers = self._next_tokens(questions, texts) if texts else self._answers(questions)
+        for some in answers if questions else ():
             done = {}
             for place, answer in some.items():
-                at = questions[place][0]
+                at = owners[place]
                 values[at][place] = self._value(answer)
                 if len(values[at]) == len(asked[at]):
                     done[at] = self._score([value for _, value in sorted(values.pop(at).items())])
             yield done
 
-    def _asked(self, prompt: Prompt, response: str, row: Row) -> list[Question]:
+    def _questions(self, prompt: Prompt, response: str, row: Row) -> list[Question]:
         """Return the questions on a response; none where it equals its reference, which is a tie."""
         same = self._spec.against and self._form.reference(row) == response
         return [] if same else self._form.ask(prompt, response, row)
-
-    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, NextToken | Answer | Problem]]:
-        texts = verdict_texts(self._spec)
-        if not questions:
-            return iter(())
-        return self._answerer.next_tokens(questions, texts) if texts else self._answerer.answers(questions)
 
     def _value(self, found: NextToken | Answer | Problem) -> float | Problem:
         """Return the value of one verdict, NaN where the judge may abstain."""
@@ -170,25 +156,3 @@ class JudgeReward(Reward):
 
     def _blank(self, prompts: Sequence[Prompt], text: str = "") -> list[Row]:
         return [dict.fromkeys((*self.columns, SFT_RESPONSE), text)] * len(prompts)
-
-    def _refuse_long(self, asked: Sequence[Sequence[Question]], pairs: Sequence[tuple[Prompt, str]]) -> None:
-        """Refuse questions over the limit: a cut would remove the answer that is judged."""
-        limit = self.limit
-        if limit is None or not (first := [(at, several[0]) for at, several in enumerate(asked) if several]):
-            return
-        lengths = self._answerer.lengths([question for _, question in first])
-        for (at, _), length in zip(first, lengths, strict=True):
-            if length > limit:
-                problem = Problem(
-                    "a question is too long for the judge",
-                    where=self._where,
-                    expected=f"at most {limit} tokens, with room for its answer",
-                    got=f"{length} tokens for",
-                    remedy="raise `max_tokens` if the judge can read more, or shorten prompts or responses",
-                )
-                raise PairError(problem, at, pairs[at])
-
-
-def _failed(problem: Problem) -> Failed:
-    words = f"{problem.what}: {problem.got.removesuffix(' for')}" if problem.got else problem.what
-    return Failed(words, problem.where.partition(", ")[2], problem.remedy)

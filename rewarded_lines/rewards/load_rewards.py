@@ -18,12 +18,10 @@ from rewarded_lines.processes import available_memory
 from rewarded_lines.projects import Project
 from rewarded_lines.references import local_path, looks_local
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_rewards import ModelReward
+from rewarded_lines.rewards.classifier_rewards import ModelReward, share_classifier
 from rewarded_lines.rewards.function_rewards import FunctionReward
-from rewarded_lines.rewards.judge_rewards import JudgeReward
 from rewarded_lines.rewards.local_judge import LocalJudge
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.rewards.shared_classifier import share_classifier
 
 # Prompts for the estimate of how many tokens two tokenizers need for one text.
 _ESTIMATED_FROM = 200
@@ -38,7 +36,12 @@ def load_rewards(project: Project, names: Sequence[str] = (), device: str = "aut
     load themselves again for their next score.
     """
     declared = project.config.rewards
-    problems = [_unknown_reward(name, list(declared), project) for name in names if name not in declared]
+    known = "one of " + ", ".join(declared) if declared else "a `rewards:` section"
+    problems = [
+        Problem(f"no reward `{name}`", str(project.path), known, remedy=did_you_mean(name, declared))
+        for name in names
+        if name not in declared
+    ]
     rewards: dict[str, Reward] = {}
     models: dict[str, Any] = {}
     for name, spec in declared.items():
@@ -63,34 +66,26 @@ def load_reward(
     device: str = "auto",
     models: dict[str, Any] | None = None,
 ) -> Reward:
-    """Return the reward that `spec` declares.
+    """Return the reward that `spec` declares, with paths relative to `root`.
 
-    Args:
-        name: for messages, records and figures.
-        spec: its declaration.
-        root: the folder for relative paths.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's `device:` wins.
-        models: the models of other rewards, which this one may share; a new one is added.
+    The `device` is "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; the declaration's own wins. `models` are
+    those of other rewards, which this one may share; a new one is added.
     """
     models = {} if models is None else models
     if spec.function is not None:
         return FunctionReward(name, spec, root)
     if spec.url is not None:
-        return _remote_reward(name, spec)
+        # Only now: other projects need no client.
+        from rewarded_lines.rewards.api_judge import ApiJudge
+        from rewarded_lines.rewards.http_rewards import HttpReward
+
+        return HttpReward(name, spec) if spec.judge is None else ApiJudge(name, spec)
     if spec.judge is not None:
-        return JudgeReward(name, spec, LocalJudge(name, spec, _located(spec.judge, root), device, models))
+        return LocalJudge(name, spec, _located(spec.judge, root), device, models)
     assert spec.model is not None
     tokenizer = _located(spec.tokenizer, root) if spec.tokenizer else None
     shared = share_classifier(models, f"reward `{name}`", spec, _located(spec.model, root), tokenizer, device)
     return ModelReward(name, spec, shared)
-
-
-def _remote_reward(name: str, spec: RewardSpec) -> Reward:
-    """Return a reward behind a URL; other projects need no client."""
-    from rewarded_lines.rewards.api_judge import ApiJudge
-    from rewarded_lines.rewards.http_rewards import HttpReward
-
-    return HttpReward(name, spec) if spec.judge is None else JudgeReward(name, spec, ApiJudge(name, spec))
 
 
 def _located(reference: str, root: Path) -> str:
@@ -151,12 +146,3 @@ def _make_room(rewards: dict[str, Reward]) -> None:
     if last.size and available_memory(last.device) < max(reward.size for reward in beside):
         for reward in beside:
             reward.rest()
-
-
-def _unknown_reward(name: str, known: list[str], project: Project) -> Problem:
-    return Problem(
-        f"no reward `{name}`",
-        where=str(project.path),
-        expected="one of " + ", ".join(known) if known else "a `rewards:` section",
-        remedy=did_you_mean(name, known),
-    )

@@ -9,92 +9,89 @@ from typing import Any
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import CHAT
 from rewarded_lines.data.messages import check_template, render
-from rewarded_lines.data.prompts import encode
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.tokenizers import load_tokenizer
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
-from rewarded_lines.rewards.judge_models import share_judge
-from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of
-from rewarded_lines.rewards.judge_verdicts import verdict_texts
+from rewarded_lines.rewards.judge_models import JudgeModel, share_judge
+from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of, verdict_texts
+from rewarded_lines.rewards.judge_rewards import JudgeReward
+from rewarded_lines.rewards.reward import Columns
+from rewarded_lines.rewards.score_checks import PairError
 
 # Tokens before a token that decide how it is written: with a blank, or as a part of a character.
 _CONTEXT = 8
 _SHOWN = 120
 
 
-class LocalJudge:
-    """Answers the questions of one reward with a model in this process; see `Answerer`."""
+class LocalJudge(JudgeReward):
+    """A judge in this process; its answer needs room beside the question, so the `limit` is lower than the model's."""
 
-    streams = False
+    _model: JudgeModel
 
     def __init__(self, name: str, spec: RewardSpec, reference: str, device: str, models: dict[str, Any]) -> None:
         """Load the judge; refuse one that cannot be asked as `spec` says. `models` are those of other rewards."""
-        self._where, self._spec = f"reward `{name}`", spec
+        super().__init__(name, spec)
         _refuse_missing(self._where, reference)
         self.device = find_device(spec.device or device, self._where)
         own = GenerationSpec(chat_template_kwargs=spec.chat_template_kwargs)
         try:
             self.tokenizer = load_tokenizer(reference, own)
-            self.shared = share_judge(models, self._where, spec, reference, self.device)
+            self._model = share_judge(models, self._where, spec, reference, self.device)
         except (OSError, ValueError) as error:
             raise cannot_load(self._where, reference, error) from error
         self._refuse_without_template(reference)
         room = spec.max_new_tokens if spec.pattern else 1
-        self.limit = None if self.shared.longest is None else self.shared.longest - room
+        self.limit = None if self._model.longest is None else self._model.longest - room
         if self.limit is not None and self.limit < 1:
             raise fail(
                 "the judge's answer leaves no room for a question",
                 where=self._where,
-                expected=f"`max_new_tokens` below the {self.shared.longest} tokens that it can read",
+                expected=f"`max_new_tokens` below the {self._model.longest} tokens that it can read",
                 got=str(room),
             )
-        _ = self.shared.held
-        self.size, self.fingerprint = self.shared.size, self.shared.fingerprint
+        _ = self._model.held
+        self.size, self.fingerprint = self._model.size, self._model.fingerprint
 
-    @property
-    def loaded(self) -> bool:
-        """See `Answerer.loaded`."""
-        return self.shared.loaded
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
+        """See `Reward.score`.
 
-    def free(self) -> None:
-        """See `Answerer.free`; other rewards with this model load it again, too."""
-        self.shared.free()
+        With the backend "hf", a pair's score has the same bits whatever the other pairs and their order.
+        """
+        found = {at: one for some in self._verdicts(prompts, responses, columns) for at, one in some.items()}
+        known = {at: one for at, one in found.items() if not isinstance(one, Problem)}
+        for at, one in sorted(found.items()):
+            if isinstance(one, Problem):
+                raise PairError(one, at, (prompts[at], responses[at]), known)
+        return [known[at] for at in range(len(prompts))]
 
-    def rest(self) -> None:
-        """See `Answerer.rest`."""
-        self.shared.rest()
-
-    def check(self, questions: Sequence[Question]) -> None:
-        """See `Answerer.check`."""
+    def _check(self, questions: Sequence[Question]) -> None:
         chats = [one.prompt for one in questions if isinstance(one.prompt, list)]
         if self.tokenizer.chat_template and chats:
             check_template(self.tokenizer, chats, self._where)
         if texts := verdict_texts(self._spec):
-            faults = (one for one in self._asked(questions, texts)[1] if isinstance(one, Problem))
+            faults = (one for one in self._token_ids(questions, texts)[1] if isinstance(one, Problem))
             if fault := next(faults, None):
                 raise UserError(fault)
 
-    def lengths(self, questions: Sequence[Question]) -> list[int]:
-        """See `Answerer.lengths`."""
+    def _lengths(self, questions: Sequence[Question]) -> list[int]:
         return [len(ids) for ids in self._ids(questions)]
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
-        """See `Answerer.answers`."""
+    def _answers(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer | Problem]]:
         spec = GenerationSpec(temperature=self._spec.temperature, max_tokens=self._spec.max_new_tokens)
         seeds = [seed_of(question, self._spec.seed) for question in questions]
-        yield dict(enumerate(self.shared.held.answers(self._ids(questions), seeds, spec)))
+        yield dict(enumerate(self._model.held.answers(self._ids(questions), seeds, spec)))
 
-    def next_tokens(
+    def _next_tokens(
         self, questions: Sequence[Question], texts: Sequence[str]
     ) -> Iterator[Mapping[int, NextToken | Problem]]:
-        """See `Answerer.next_tokens`."""
-        heads, asked = self._asked(questions, texts)
+        heads, asked = self._token_ids(questions, texts)
         yield {at: ids for at, ids in enumerate(asked) if isinstance(ids, Problem)}
         read = {at: ids for at, ids in enumerate(asked) if not isinstance(ids, Problem)}
         unique = [list(dict.fromkeys(ids)) for ids in read.values()]
-        made = self.shared.held.next_tokens([heads[at] for at in read], unique)
+        made = self._model.held.next_tokens([heads[at] for at in read], unique)
         found = {}
         for (at, ids), one in zip(read.items(), made, strict=True):
             # A token that several texts begin with counts once, for the first.
@@ -108,7 +105,7 @@ class LocalJudge:
         """Return the tokens of each question with its prefill."""
         return self._tokens(self._rendered(questions), questions)
 
-    def _asked(self, questions: Sequence[Question], texts: Sequence[str]) -> tuple[list[list[int]], list[Any]]:
+    def _token_ids(self, questions: Sequence[Question], texts: Sequence[str]) -> tuple[list[list[int]], list[Any]]:
         """Return the tokens of each question, and the ids of the texts as its next token, or a problem."""
         rendered = self._rendered(questions)
         heads, *wholes = (self._tokens(rendered, questions, text) for text in ("", *texts))
@@ -173,16 +170,12 @@ class LocalJudge:
         return Problem(what, where=where, expected=expected, got=got[:_SHOWN], remedy=remedy)
 
     def _refuse_without_template(self, reference: str) -> None:
-        needs = [
-            key
-            for key, used in (("template: chat", self._spec.template == CHAT), ("system:", self._spec.system))
-            if used
-        ]
+        needs = "template: chat" if self._spec.template == CHAT else "system:" if self._spec.system else ""
         if needs and not self.tokenizer.chat_template:
             raise fail(
                 "the judge's tokenizer has no chat template",
                 where=self._where,
-                expected=f"one, since the reward has `{needs[0]}`",
+                expected=f"one, since the reward has `{needs}`",
                 got=reference,
                 remedy="write the whole text as `template:`",
             )

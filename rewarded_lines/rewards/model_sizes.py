@@ -12,6 +12,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.processes import GIB, available_memory
 from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.reward_checkpoints import shapes_in
 
 LONGEST = 8192
 """The most tokens of a text in vLLM: it reserves keys and values for it, and texts are far below 131,072 tokens."""
@@ -20,7 +21,6 @@ LONGEST = 8192
 def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     """Return the bytes of the weights in memory; 0 if their files are not downloaded yet."""
     import torch
-    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
     folder = Path(str(cached_file(reference, "config.json"))).parent
@@ -29,14 +29,9 @@ def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     files = [folder / name for name in sorted(names) if (folder / name).is_file()]
     if getattr(config, "quantization_config", None):
         return sum(file.stat().st_size for file in files)
-    count = 0
-    for file in files:
-        try:
-            with safe_open(file, "pt") as stored:
-                count += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
-        except SafetensorError:
-            # Loading tells that the file is damaged.
-            return 0
+    shapes = [shapes_in(file) for file in files]
+    # Loading tells that a file is damaged.
+    count = sum(math.prod(shape) for some in shapes for shape in some.values()) if all(shapes) else 0
     return count * int(getattr(torch, spec.dtype).itemsize)
 
 

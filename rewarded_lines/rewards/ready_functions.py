@@ -167,12 +167,6 @@ def ready_function(name: str, options: Mapping[str, Any], root: Path, where: str
     """Return a ready function `(responses, …columns)`, and a hash of all that decides its scores but the options.
 
     It is tried once on an empty response, so that a fault of the options is told before anything is generated.
-
-    Args:
-        name: a key of `READY`.
-        options: values of its parameters.
-        root: the folder for relative paths.
-        where: names the reward in messages.
     """
     if name not in READY:
         raise fail(
@@ -183,8 +177,8 @@ def ready_function(name: str, options: Mapping[str, Any], root: Path, where: str
         )
     one, packages = READY[name]
     parameters = list(inspect.signature(one).parameters.values())[1:]
-    if unknown := [option for option in options if option not in [each.name for each in parameters]]:
-        known = [each.name for each in parameters]
+    known = [each.name for each in parameters]
+    if unknown := [option for option in options if option not in known]:
         got, remedy = f"`{unknown[0]}`", did_you_mean(unknown[0], known)
         raise fail(f"no such option of `{name}`", where=where, expected=", ".join(known), got=got, remedy=remedy)
     given = {key: _read_file(value, root, where) if key == "schema" else value for key, value in options.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import COLUMNS, Row
 from rewarded_lines.errors import Problem, UserError, listed
-from rewarded_lines.rewards.failed_scores import Failed, rows_failed
+from rewarded_lines.rewards.score_checks import rows_failed
+from rewarded_lines.rewards.shared_model import SharedModel
 
 _MOST_NAMES = 12
 SFT_RESPONSE = "@sft"
@@ -17,8 +18,8 @@ Columns = Sequence[Row] | None
 """The columns of each prompt's row, by name; None if there are none."""
 
 
-class Reward(ABC):
-    """Scores responses to prompts; a higher score is better.
+class Reward:
+    """Scores responses to prompts; a higher score is better. A reward defines `score`, or `stream` if it `streams`.
 
     Attributes:
         name: in the project.
@@ -30,6 +31,7 @@ class Reward(ABC):
         size: bytes of its weights in memory; 0 without weights.
         device: where the weights are while in memory.
         streams: whether scores come one after another, so that one call may hold any number of pairs.
+        limit: the most tokens of a prompt with its response; None without a limit.
     """
 
     name: str
@@ -41,23 +43,19 @@ class Reward(ABC):
     size: int = 0
     device: str = "cpu"
     streams: bool = False
+    limit: int | None = None
+    _model: SharedModel[Any] | None = None
 
     @property
     def loaded(self) -> bool:
         """Whether the weights, if any, are in memory."""
-        return True
+        return self._model is None or self._model.loaded
 
     @property
     def shared(self) -> object:
         """What is in memory for it: rewards with the same object are loaded, scored and freed together."""
-        return self
+        return self._model or self
 
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of a prompt with its response, or None without a limit."""
-        return None
-
-    @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """Return a score for each prompt (a text or the turns of a chat) with its response.
 
@@ -67,36 +65,28 @@ class Reward(ABC):
             PairError: the reward failed on a pair, or its score is not finite.
             UserError: the reward failed otherwise.
         """
+        found = {at: one for some in self.stream(prompts, responses, columns) for at, one in some.items()}
+        if failed := {at: one for at, one in found.items() if isinstance(one, Problem)}:
+            raise rows_failed(self.name, failed, prompts, responses)
+        return [found[at] for at in range(len(prompts))]  # type: ignore[misc]
 
     def stream(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None
-    ) -> Iterator[dict[int, float | Failed]]:
-        """Yield the scores by place as they come, `Failed` where the reward gives none after all attempts.
+    ) -> Iterator[dict[int, float | Problem]]:
+        """Yield the scores by place as they come, a `Problem` where the reward gives none after all attempts.
 
         See `score` for the rest.
         """
         yield dict(enumerate(self.score(prompts, responses, columns)))
 
-    def collected(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
-        """Return all scores of `stream`, or raise an error that names the pairs that failed."""
-        found: dict[int, float] = {}
-        failed: dict[int, Failed] = {}
-        for some in self.stream(prompts, responses, columns):
-            for at, score in some.items():
-                if isinstance(score, Failed):
-                    failed[at] = score
-                else:
-                    found[at] = score
-        if failed:
-            raise rows_failed(self.name, failed, prompts, responses)
-        return [found[at] for at in range(len(prompts))]
-
-    def free(self) -> None:  # noqa: B027
-        """Free memory and processes; the next score loads the reward again."""
+    def free(self) -> None:
+        """Free memory and processes, of all rewards on the same model; the next score loads it again."""
+        if self._model is not None:
+            self._model.free()
 
     def rest(self) -> None:
         """Let weights leave the device between two uses; the next score brings them back."""
-        self.free()
+        self.free() if self._model is None else self._model.rest()
 
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """Return the tokens of each prompt with its response and the columns that are read; zeros without a limit."""

@@ -106,7 +106,7 @@ def open_reward_checkpoint(where: str, reference: str) -> RewardCheckpoint:
     if beside is None:
         for name in ("value_head.bin", *(["pytorch_model.bin"] if adapter else [])):
             _refuse_pickle(where, reference, name, HEAD_FILE)
-    stored = dict.fromkeys(_names_in(beside), beside.name) if beside else tensors
+    stored = dict.fromkeys(shapes_in(beside), beside.name) if beside else tensors
     head = _head_in(stored, config)
     if config.get("do_normalize"):
         raise fail(
@@ -139,15 +139,15 @@ def tokenizer_of(checkpoint: RewardCheckpoint) -> str:
 
 def fingerprint_of(checkpoint: RewardCheckpoint, own_code: bool, tokenizer: str | None) -> str:
     """Return a hash of all that decides the model's output; `tokenizer` is another folder's or Hub id's."""
-    parts = [_content(reference) for reference in dict.fromkeys([checkpoint.reference, checkpoint.base])]
+    parts = [content_hash(reference) for reference in dict.fromkeys([checkpoint.reference, checkpoint.base])]
     if own_code and Path(checkpoint.base).is_dir():
         parts.append(files_hash(Path(checkpoint.base), _CODE))
     if tokenizer:
-        parts.append(files_hash(Path(tokenizer), _TOKENIZER) if Path(tokenizer).is_dir() else _content(tokenizer))
+        parts.append(files_hash(Path(tokenizer), _TOKENIZER) if Path(tokenizer).is_dir() else content_hash(tokenizer))
     return ":".join(parts)
 
 
-def _content(reference: str) -> str:
+def content_hash(reference: str) -> str:
     """Return the hash of a folder, or the commit of a Hub model, which names its cache folder."""
     if Path(reference).is_dir():
         return model_hash(Path(reference))
@@ -204,7 +204,7 @@ def _head_files(head: str, stored: Mapping[str, str], reference: str) -> dict[st
 def _tensor_files(where: str, base: str) -> dict[str, str]:
     """Return the file of each tensor of a model; none if a Hub model has no safetensors."""
     if single := _file(base, SINGLE_FILE):
-        return dict.fromkeys(_names_in(single), SINGLE_FILE)
+        return dict.fromkeys(shapes_in(single), SINGLE_FILE)
     if index := _file(base, INDEX_FILE):
         return dict(read_json_object(index).get("weight_map") or {})
     if Path(base).is_dir():
@@ -212,15 +212,15 @@ def _tensor_files(where: str, base: str) -> dict[str, str]:
     return {}
 
 
-def _names_in(file: Path) -> set[str]:
-    """Return the names in a safetensors file; none if it is damaged, which loading tells."""
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """Return the shapes in a safetensors file by name; none if it is damaged, which loading tells."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "np") as stored:
-            return set(stored.keys())
+            return {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118 - no dict
     except SafetensorError:
-        return set()
+        return {}
 
 
 def _file(reference: str, name: str) -> Path | None:

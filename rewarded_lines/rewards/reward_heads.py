@@ -17,7 +17,7 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
-from rewarded_lines.rewards.reward_checkpoints import WRAPPER, RewardCheckpoint, tokenizer_of
+from rewarded_lines.rewards.reward_checkpoints import WRAPPER, RewardCheckpoint, shapes_in, tokenizer_of
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
 TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
@@ -206,14 +206,11 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
 
 def _head_rows(checkpoint: RewardCheckpoint) -> int | None:
     """Return the number of classes of a head that the config does not describe; None for one that it does."""
-    from safetensors import safe_open
-
     if checkpoint.head:
         return int(_stored_head(checkpoint)["weight"].shape[0])
     if checkpoint.adapter:
-        with safe_open(checkpoint.adapter / ADAPTER_FILE, "pt") as stored:
-            heads = [name for name in stored.keys() if _LAST_LAYER.search(name)]  # noqa: SIM118 - no dict
-            return int(stored.get_slice(heads[0]).get_shape()[0]) if heads else None
+        shapes = shapes_in(checkpoint.adapter / ADAPTER_FILE)
+        return next((shape[0] for name, shape in shapes.items() if _LAST_LAYER.search(name)), None)
     return None
 
 
@@ -224,7 +221,7 @@ def _stored_head(checkpoint: RewardCheckpoint) -> dict[str, Any]:
     found = {}
     for kind, file in checkpoint.head_files.items():
         with safe_open(file, "pt") as stored:
-            names = {name.removeprefix(WRAPPER): name for name in stored.keys()}  # noqa: SIM118 - likewise
+            names = {name.removeprefix(WRAPPER): name for name in stored.keys()}  # noqa: SIM118 - no dict
             found[kind] = stored.get_tensor(names[f"{checkpoint.head}.{kind}"])
     return found
 
@@ -268,16 +265,7 @@ def _attach_adapter(where: str, checkpoint: RewardCheckpoint, model: Any) -> set
             expected=f"an adapter of {checkpoint.base}",
             got=f"{checkpoint.reference}: {', '.join([*strange, *loading.missing_keys][:_SHOWN])}",
         )
-    return _brought(checkpoint)
-
-
-def _brought(checkpoint: RewardCheckpoint) -> set[str]:
-    """Return the names of whole tensors in an adapter, as the model calls them."""
-    from safetensors import safe_open
-
-    with safe_open(checkpoint.adapter / ADAPTER_FILE, "pt") as stored:  # type: ignore[operator]
-        names = list(stored.keys())
-    return {_SAVED.sub(".", name.removeprefix(PREFIX)) for name in names}
+    return {_SAVED.sub(".", name.removeprefix(PREFIX)) for name in shapes_in(Path(folder, ADAPTER_FILE))}
 
 
 def _no_head(where: str, checkpoint: RewardCheckpoint, missing: set[str], unread: list[str], trust: bool) -> UserError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rewarded_lines.config_values import parse_memory
@@ -37,46 +38,19 @@ class RewardMemory:
         return self.decided.get(_named(device)) or bytes_of(str(self.budget), whole_memory(device))
 
 
-@dataclass(frozen=True)
-class HeldModel:
-    """A model in memory, or one that comes back, with the rewards that share it."""
-
-    rewards: tuple[Reward, ...]
-
-    @property
-    def shared(self) -> int:
-        """The identity of what is in memory."""
-        return id(self.rewards[0].shared)
-
-    @property
-    def device(self) -> str:
-        """Where it computes."""
-        return self.rewards[0].device
-
-    @property
-    def size(self) -> int:
-        """Bytes of its weights."""
-        return self.rewards[0].size
-
-    @property
-    def loaded(self) -> bool:
-        """Whether its weights are on the device."""
-        return self.rewards[0].loaded
-
-    def __str__(self) -> str:
-        """Return the names of its rewards, and its size."""
-        return f"{', '.join(one.name for one in self.rewards)} ({in_gib(self.size)})"
+# Of each model in memory, or that comes back, one reward that has it, and the names of all that share it.
+HeldModels = Mapping[Reward, str]
 
 
-def held_models(rewards: Iterable[Reward]) -> dict[str, list[HeldModel]]:
+def held_models(rewards: Iterable[Reward]) -> dict[str, dict[Reward, str]]:
     """Return the models of rewards, by their devices."""
-    groups: dict[int, list[Reward]] = {}
+    groups: dict[int, list[Reward]] = defaultdict(list)
     for reward in rewards:
         if reward.size:
-            groups.setdefault(id(reward.shared), []).append(reward)
-    models: dict[str, list[HeldModel]] = {}
+            groups[id(reward.shared)].append(reward)
+    models: dict[str, dict[Reward, str]] = defaultdict(dict)
     for some in groups.values():
-        models.setdefault(_named(some[0].device), []).append(HeldModel(tuple(some)))
+        models[_named(some[0].device)][some[0]] = ", ".join(one.name for one in some)
     return models
 
 
@@ -98,7 +72,7 @@ def those_that_stay(sizes: Sequence[int], room: int) -> set[int]:
     return stay
 
 
-def staying(models: Sequence[HeldModel], memory: RewardMemory) -> list[HeldModel]:
+def staying(models: Sequence[Reward], memory: RewardMemory) -> list[Reward]:
     """Return those of one device's models that stay between uses, as its free memory and the limit allow."""
     device = models[0].device
     room = available_memory(device) - WORKING_MEMORY
@@ -121,14 +95,8 @@ def spare_memory(
     """Return the bytes of a GPU that an engine must leave free for reward models, beside what they hold now.
 
     They get the budget, or else half of the GPU, or what the largest needs if that is more. Those that do not stay
-    leave the GPU before the engine starts.
-
-    Args:
-        rewards: of the run.
-        memory: of all reward models on a GPU together; what is decided here is kept in it.
-        offload: see `Scorer`.
-        devices: of the engine, from the first GPU on.
-        tell: gets a sentence on who stays.
+    leave the GPU before the engine starts. What is decided is kept in `memory`, and `tell` gets a sentence on who
+    stays. The engine has so many `devices`, from the first GPU on; for `offload` see `Scorer`.
 
     Raises:
         UserError: the budget is too small for the models that must be in memory at once.
@@ -140,17 +108,17 @@ def spare_memory(
     )
 
 
-def _spare(
-    device: str, models: Sequence[HeldModel], memory: RewardMemory, offload: str, tell: Callable[[str], None]
-) -> int:
+def _spare(device: str, models: HeldModels, memory: RewardMemory, offload: str, tell: Callable[[str], None]) -> int:
     sizes = [one.size for one in models]
     loaded = sum(one.size for one in models if one.loaded)
-    stay, peak = shared_out(sizes, available_memory(device) + loaded, whole_memory(device), memory.budget, offload)
+    places, peak = shared_out(sizes, available_memory(device) + loaded, whole_memory(device), memory.budget, offload)
+    stay = [one for at, one in enumerate(models) if at in places]
     memory.decided[device] = peak + WORKING_MEMORY
-    for at in {*range(len(models))} - stay:
-        models[at].rewards[0].rest()
+    for one in models:
+        if one not in stay:
+            one.rest()
     tell(f"{device}: {in_gib(peak + WORKING_MEMORY)} for reward models; {_words(models, stay)}")
-    return max(peak + WORKING_MEMORY - sum(sizes[at] for at in stay if models[at].loaded), 0)
+    return max(peak + WORKING_MEMORY - sum(one.size for one in stay if one.loaded), 0)
 
 
 def shared_out(
@@ -158,15 +126,7 @@ def shared_out(
 ) -> tuple[set[int], int]:
     """Return the places of the models that stay beside an engine, and the bytes of the weights there at once.
 
-    Args:
-        sizes: bytes of each model's weights, all of one GPU.
-        free: bytes of the GPU that are free without them.
-        card: all bytes of the GPU.
-        budget: see `spare_memory`.
-        offload: see `Scorer`.
-
-    Raises:
-        UserError: the budget is too small for the models that must be in memory at once.
+    Of the `card`, a GPU, so many bytes are `free` without them. See `spare_memory` for the rest.
     """
     half = int(_SHARE_OF_GPU * free)
     whole = bytes_of(budget, card) if budget is not None else max(half, max(sizes) + WORKING_MEMORY)
@@ -186,16 +146,17 @@ def shared_out(
     return stay, peak
 
 
-def _words(models: Sequence[HeldModel], stay: set[int]) -> str:
-    held = ", ".join(str(one) for at, one in enumerate(models) if at in stay)
-    turns = ", ".join(str(one) for at, one in enumerate(models) if at not in stay)
+def _words(models: HeldModels, stay: Sequence[Reward]) -> str:
+    named = {one: f"{names} ({in_gib(one.size)})" for one, names in models.items()}
+    held = ", ".join(name for one, name in named.items() if one in stay)
+    turns = ", ".join(name for one, name in named.items() if one not in stay)
     return "; ".join([*([f"in memory: {held}"] if held else []), *([f"taking turns: {turns}"] if turns else [])])
 
 
-def turns_told(models: Sequence[HeldModel], stay: Sequence[HeldModel]) -> str:
+def turns_told(models: HeldModels, stay: Sequence[Reward]) -> str:
     """Return a sentence on who stays in memory and who takes turns."""
-    places = {at for at, one in enumerate(models) if one in stay}
-    return f"reward models do not fit into the memory of {models[0].device} together; {_words(models, places)}"
+    device = next(iter(models)).device
+    return f"reward models do not fit into the memory of {device} together; {_words(models, stay)}"
 
 
 def bytes_of(budget: str, card: int) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 
 from rewarded_lines.engines.http_answers import HttpFailure
 from rewarded_lines.engines.http_client import HttpClient
-from rewarded_lines.errors import UserError, fail
+from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.failed_scores import Failed
 
 # Until the server has answered once, these say that address or key is wrong. Later they may concern one pair.
 WRONG = (401, 403, 404, 405, 407, 410, 501)
@@ -42,7 +41,7 @@ class RewardServer:
         """
         assert spec.url is not None
         self.url, self._spec, self._expected = spec.url.rstrip("/"), spec, expected
-        self._where = f"reward `{name}`, {self.url}"
+        self.where = f"reward `{name}`, {self.url}"
         self._headers = self._key_header(spec)
         self._client: HttpClient | None = None
         # Whether it has given a score; how many requests failed since; and how the last one did.
@@ -53,15 +52,18 @@ class RewardServer:
         """Ask for something that costs nothing: refuse an address where nobody answers, and the `wrong` statuses."""
         try:
             response = self._connected().ask(method, path, content, retries=2, within=_CHECK)
+            if response.status in wrong or 300 <= response.status < 400:
+                raise self._unusable(HttpFailure(self._connected().described(response), response.status))
         except HttpFailure as failure:
             if not failure.reached:
+                self.free()
                 raise self._unusable(failure) from failure
-            return
-        if response.status in wrong or 300 <= response.status < 400:
-            raise self._unusable(HttpFailure(self._connected().described(response), response.status))
+        except BaseException:
+            self.free()
+            raise
 
     def answers(self, path: str, groups: Iterator[Places], request: Request, read: Read) -> Iterator[Found]:
-        """Yield the answers by place as they come, each a value or `Failed`.
+        """Yield the answers by place as they come, each a value or `Problem`.
 
         Args:
             path: of the requests, after the URL.
@@ -94,10 +96,12 @@ class RewardServer:
         else:
             yield found
             return
-        if self._stops(failure):
+        status = failure.status
+        if status is not None and not self._known and (status < 400 or status in WRONG):
+            # No request will do better.
             yield failure
         elif len(places) == 1 or not failure.reached:
-            yield dict.fromkeys(places, Failed(failure.words, self.url))
+            yield dict.fromkeys(places, Problem(failure.words, self.where))
         else:
             for place in places:
                 async for one in self._ask(client, path, request, read, [place]):
@@ -124,27 +128,22 @@ class RewardServer:
             got = "characters that no header can hold" if key else "nothing"
             raise fail(
                 f"the environment variable {spec.key_env} holds no key",
-                where=self._where,
+                where=self.where,
                 got=got,
                 remedy=f"export {spec.key_env}=…, or correct `key_env:`",
             )
         return {spec.key_header: f"Bearer {key}" if spec.key_header.lower() == "authorization" else key}
 
-    def _stops(self, failure: HttpFailure) -> bool:
-        """Return whether a failure says that no request will do better."""
-        status = failure.status
-        return status is not None and not self._known and (status < 400 or status in WRONG)
-
     def _watch(self, found: Found | HttpFailure) -> None:
         """Raise if the server is not usable."""
         if isinstance(found, HttpFailure):
             raise self._unusable(found)
-        failed = [one for one in found.values() if isinstance(one, Failed)]
+        failed = [one for one in found.values() if isinstance(one, Problem)]
         if len(failed) < len(found):
             self._known, self._in_a_row = True, 0
             return
-        same = self._last is not None and self._last.words == failed[0].words
-        last = self._last if self._last and same else HttpFailure(failed[0].words, 200)
+        same = self._last is not None and self._last.words == failed[0].what
+        last = self._last if self._last and same else HttpFailure(failed[0].what, 200)
         if self._spec.missing == "leave_out" and last.status in _PAIRS_FAULT:
             # After a stop, a run may ask for nothing but what fails.
             return
@@ -164,7 +163,7 @@ class RewardServer:
             remedy = "correct `url:`; requests are sent by POST"
         else:
             remedy = "look into the server's log; scores that came are kept where there is a cache, so run again then"
-        return fail(_UNUSABLE, where=self._where, expected=self._expected, got=failure.words, remedy=remedy)
+        return fail(_UNUSABLE, where=self.where, expected=self._expected, got=failure.words, remedy=remedy)
 
 
 def _values(client: HttpClient, read: Read, content: Any, places: Places) -> Sequence[Any]:
@@ -172,4 +171,4 @@ def _values(client: HttpClient, read: Read, content: Any, places: Places) -> Seq
         values = read(content, places)
     except ValueError as error:
         raise HttpFailure(client.masked(str(error)), 200) from error
-    return [replace(one, words=client.masked(one.words)) if isinstance(one, Failed) else one for one in values]
+    return [replace(one, what=client.masked(one.what)) if isinstance(one, Problem) else one for one in values]

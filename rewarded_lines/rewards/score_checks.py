@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import Problem, UserError, fail, listed
 
 _BRIEF = 300
+_MOST_REASONS, _MOST_ROWS, _SHOWN = 3, 4, 40
 # A prompt (a text or turns) and a response to it; of a reward that reads columns, also these or their JSON.
 Pair = tuple[Any, ...]
 # Takes prompts and responses (texts, or turns with `messages: true`) and columns by name, returns scores.
@@ -39,6 +42,49 @@ class PairError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Make the error picklable for worker processes."""
         return PairError, (self.problem, self.index, self.pair, self.known)
+
+
+def rows_failed(
+    name: str,
+    failed: Mapping[int, Problem],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    remedy: str = "mend what the server says; a training needs every score, `missing: leave_out` is for sweeps",
+) -> UserError:
+    """Return the error for a reward without scores for some of the pairs; `failed` tells why, by their places."""
+    rows: dict[str, list[str]] = defaultdict(list)
+    for at, one in sorted(failed.items()):
+        why = f"{one.what}: {one.got.removesuffix(' for')}" if one.got else one.what
+        rows[why].append(f"prompt {at}: {_short(prompts[at])} → {_short(responses[at])}")
+    return fail(
+        f"no score for {len(failed):,} of {len(prompts):,} responses, after all attempts",
+        where=next(iter(failed.values())).where or f"reward `{name}`",
+        expected="a score for each, or null where the reward has no say",
+        got=listed([f"{why} ({listed(some, _MOST_ROWS)})" for why, some in rows.items()], _MOST_REASONS),
+        remedy=next((one.remedy for one in failed.values() if one.remedy), remedy),
+    )
+
+
+def _short(text: Any) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+
+
+def check_lengths(
+    where: str, reader: str, lengths: Sequence[int], limit: int | None, origin: str, pairs: Sequence[Pair]
+) -> None:
+    """Refuse a text over the limit of its reader: a cut would remove the response."""
+    longest = max(lengths, default=0)
+    if limit is not None and longest > limit:
+        problem = Problem(
+            f"a text is too long for {reader}",
+            where=where,
+            expected=f"at most {limit} tokens, {origin}",
+            got=f"{longest} tokens for",
+            remedy="raise `max_tokens` if the model can read more, or shorten prompts or responses",
+        )
+        index = lengths.index(longest)
+        raise PairError(problem, index, pairs[index])
 
 
 def check_scores(

@@ -15,14 +15,14 @@ import blake3
 from rewarded_lines.config import decides
 from rewarded_lines.data.prompts import Prompt, prompt_key
 from rewarded_lines.data.rows import Row, row_text
+from rewarded_lines.errors import Problem
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.failed_scores import Failed, rows_failed
 from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.rewards.reward import Columns, Reward
 from rewarded_lines.rewards.reward_memory import RewardMemory, held_models, staying, turns_told
 from rewarded_lines.rewards.score_cache import ScoreCache
-from rewarded_lines.rewards.score_checks import Pair, PairError
+from rewarded_lines.rewards.score_checks import Pair, PairError, rows_failed
 from rewarded_lines.trace import span
 
 # Pairs between two writes to the cache. A model needs many texts of like length for full batches.
@@ -55,14 +55,8 @@ class Scorer:
     ) -> None:
         """Take charge of the rewards and the cache; `close` frees both.
 
-        Args:
-            rewards: by name.
-            declarations: of each reward.
-            cache: keeps scores.
-            offload: whether models leave memory after scoring the pairs of a call: "always", "never", or "auto", where
-                the largest take turns if those needed do not fit together.
-            progress: is told who takes turns.
-            memory: what reward models may take of a GPU together; by default all that is free.
+        `offload` says whether models leave memory after scoring the pairs of a call: "always", "never", or "auto",
+        where the largest take turns if those needed do not fit together. `progress` is told who takes turns.
         """
         self._rewards = dict(rewards)
         self._keys = {name: reward_key(reward, declarations[name]) for name, reward in rewards.items()}
@@ -128,7 +122,7 @@ class Scorer:
         if first.size:
             wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         size = max(1, len(wanted)) if first.streams else _MODEL_CHUNK if first.size else _FUNCTION_CHUNK
-        failed: dict[str, dict[Pair, Failed]] = defaultdict(dict)
+        failed: dict[str, dict[Pair, Problem]] = defaultdict(dict)
         for start in range(0, len(wanted), size):
             for name, places in missing.items():
                 chunk = [pair for pair in wanted[start : start + size] if pair in places]
@@ -137,21 +131,21 @@ class Scorer:
                     continue
                 with span(f"score {name}", pairs=len(chunk)):
                     for found in self._streamed(name, chunk, places, items):
-                        failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Failed)}
-                        yield name, {pair: one for pair, one in found.items() if not isinstance(one, Failed)}
+                        failed[name] |= {pair: one for pair, one in found.items() if isinstance(one, Problem)}
+                        yield name, {pair: one for pair, one in found.items() if not isinstance(one, Problem)}
         for name, lost in failed.items():
             if lost:
                 yield name, self._without(name, lost, items)
 
     def _streamed(
         self, name: str, chunk: Sequence[Pair], places: Mapping[Pair, int], items: Sequence[Item]
-    ) -> Iterator[dict[Pair, float | Failed]]:
+    ) -> Iterator[dict[Pair, float | Problem]]:
         """Yield what a reward gives for a chunk of pairs, as it comes; the cache keeps scores first."""
         key, done = self._keys[name], 0
         prompts, responses, columns = zip(*(items[places[pair]] for pair in chunk), strict=True)
         try:
             for found in self._rewards[name].stream(prompts, responses, columns):
-                self._keep(key, {chunk[at]: one for at, one in found.items() if not isinstance(one, Failed)})
+                self._keep(key, {chunk[at]: one for at, one in found.items() if not isinstance(one, Problem)})
                 done += len(found)
                 if self._rewards[name].streams:
                     self._tell(name, done, len(chunk))
@@ -171,7 +165,7 @@ class Scorer:
             self._cache.put(key, scores)
             raise
 
-    def _without(self, name: str, failed: Mapping[Pair, Failed], items: Sequence[Item]) -> dict[Pair, float]:
+    def _without(self, name: str, failed: Mapping[Pair, Problem], items: Sequence[Item]) -> dict[Pair, float]:
         """Return NaN for pairs that a reward failed on, which the cache does not keep; or refuse them."""
         pairs = _pairs(self._rewards[name], items)
         lost = {at: failed[pair] for at, pair in enumerate(pairs) if pair in failed}
@@ -191,15 +185,15 @@ class Scorer:
         if self._offload == "always":
             return set()
         every = held_models(self._rewards.values())
-        stay = {one.shared for models in every.values() for one in models}
+        stay = {id(one.shared) for models in every.values() for one in models}
         needed = {id(self._rewards[name].shared) for name in names}
         for there in every.values() if self._offload == "auto" else ():
-            models = [one for one in there if one.loaded or one.shared in needed]
-            if all(one.loaded for one in models if one.shared in needed):
+            models = {one: names for one, names in there.items() if one.loaded or id(one.shared) in needed}
+            if all(one.loaded for one in models if id(one.shared) in needed):
                 # Loaded models need no more memory.
                 continue
-            kept = staying(models, self._memory)
-            stay -= {one.shared for one in models if one not in kept}
+            kept = staying(list(models), self._memory)
+            stay -= {id(one.shared) for one in models if one not in kept}
             if len(kept) < len(models) and not self._told:
                 self._told = True
                 self._progress.tell(turns_told(models, kept))

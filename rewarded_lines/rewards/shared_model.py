@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import NO_MEMORY, empty_cache, no_room, ran_out, tell
@@ -14,14 +14,8 @@ from rewarded_lines.processes import available_memory
 _SHARE_OF_HOST = 0.8
 
 
-class Closable(Protocol):
-    """What holds weights in memory."""
-
-    def close(self) -> None:
-        """Free the memory."""
-
-
-Held = TypeVar("Held", bound=Closable)
+# It has a `close` that frees the memory.
+Held = TypeVar("Held", bound=Any)
 Result = TypeVar("Result")
 
 
@@ -38,14 +32,7 @@ class SharedModel(ABC, Generic[Held]):
     fingerprint: str = ""
 
     def __init__(self, where: str, reference: str, device: str, beside: Mapping[str, Any] | None = None) -> None:
-        """Load nothing yet.
-
-        Args:
-            where: names the first reward in messages.
-            reference: the folder or Hub id.
-            device: where it computes.
-            beside: the models of other rewards, which leave the device if this one does not fit beside them.
-        """
+        """Load nothing yet; models of other rewards, `beside`, leave the device if this one does not fit there, too."""
         self._where, self._reference, self.device = where, reference, device
         self._beside = {} if beside is None else beside
         self._held: Held | None = None

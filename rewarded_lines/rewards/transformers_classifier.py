@@ -9,7 +9,7 @@ from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import FittingBatches, empty_cache, ran_out
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.classifier_backends import Ids
+from rewarded_lines.rewards.classifier_backends import Ids, bytes_held
 from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
 from rewarded_lines.rewards.reward_heads import load_model, names_of_output
 from rewarded_lines.rewards.text_batches import Batch, TextBatches
@@ -41,13 +41,7 @@ class HuggingFaceClassifier:
     ) -> None:
         """Load the model; raise a `UserError` if it is missing or not a classifier.
 
-        Args:
-            where: names the reward in messages.
-            spec: its declaration.
-            stored: the files.
-            device: where it computes.
-            batches: keep their shapes while the model is not in memory.
-            example: returns the tokens of a text, which a model with own code can read.
+        `batches` keep their shapes while it is not in memory; a model with own code can read the tokens of `example`.
         """
         import torch
 
@@ -58,8 +52,7 @@ class HuggingFaceClassifier:
         self._config = self._model.config.get_text_config()
         self.pad: int | None = loaded.pad
         self._counts_ends = bool(self._model.config.is_encoder_decoder)
-        held = [*self._model.parameters(), *self._model.buffers()]
-        self.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        self.size = bytes_held(self._model)
         self._positions = positions_of(self._config)
         # Relative positions have no limit, and `max_tokens` may extend rotary ones.
         tables = (

@@ -71,7 +71,7 @@ class UserFunction:
         """Return what the function returns, awaited if it is `async`."""
         texts = {name: prompts if name == "prompts" else responses for name in self.texts}
         given = {name: values for name, values in columns.items() if name not in self.hidden}
-        loggers = dict.fromkeys(self.loggers, _log_nothing)
+        loggers = dict.fromkeys(self.loggers, lambda *_: None)
         result = self.function(*(() if texts else (prompts, responses)), **texts, **given, **loggers)
         if isinstance(result, AsyncIterable):
             result = _collect(result)
@@ -81,14 +81,8 @@ class UserFunction:
 def load_function(reference: str, root: Path, where: str, options: Mapping[str, Any], tokens: bool) -> UserFunction:
     """Return the function `module:name` or `file.py:name`, or the ready function `name`, with `options`.
 
-    A class is made with the options. A function that returns a function is called with them.
-
-    Args:
-        reference: of the function; files are relative to `root`.
-        root: a folder.
-        where: names the reward in messages.
-        options: values of parameters, for every call.
-        tokens: whether the function gets the tokens of each response.
+    A class is made with the options. A function that returns a function is called with them. Files are relative to
+    `root`; with `tokens` the function gets the tokens of each response.
 
     Raises:
         UserError: there is no such function, it has no such option, or it needs what nobody can give it.
@@ -229,10 +223,6 @@ def _named_file(reference: str, root: Path) -> Path | None:
         return local_path(source, root)
     found = getattr(sys.modules.get(source), "__file__", None)
     return Path(found) if found else None
-
-
-def _log_nothing(*_: Any) -> None:
-    """Stand for a logger of TRL's trainers."""
 
 
 async def _collect(values: AsyncIterable[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec, TooLong
-from rewarded_lines.data.lengths import Limit, fit, positions_of, shorten_prompt
+from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import Messages, check_template, more_than_text, render
 from rewarded_lines.data.prompts import encode_answers, one_bos
 from rewarded_lines.data.rows import Row, Tell
@@ -85,7 +85,7 @@ class Demonstrations:
             self._training.max_length = most
             return list(rows)
         limit = Limit("the model", most, "max_length, or its positions", self._lengths)
-        return fit(rows, [limit], too_long, where, _shorten, tell)
+        return fit(rows, [limit], too_long, where, tell)
 
     def dataset(self, rows: Sequence[Row]) -> Dataset:
         """Return rows as token ids, with a mask of the completion's tokens.
@@ -125,7 +125,7 @@ class Demonstrations:
             texts = [row["text"] if end and row["text"].endswith(end) else row["text"] + end for row in rows]
             return [one_bos(self.tokenizer, ids) for ids in self.tokenizer(texts)["input_ids"]]
         options = {"tokenize": True, "return_dict": True}
-        made = [render(self.tokenizer, [row["messages"]], tools=_tools(row), **options) for row in rows]
+        made = [render(self.tokenizer, [row["messages"]], tools=row.get("tools") or None, **options) for row in rows]
         return [list(one["input_ids"][0]) for one in made]
 
     def _parts(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]]]:
@@ -144,9 +144,7 @@ class Demonstrations:
                     where=place,
                     remedy="name the column `messages`, and set `assistant_only_loss: false`",
                 )
-            shown, hidden = (
-                render(self.tokenizer, [chat], tools=tools, tokenize=False) for tools in (_tools(row), None)
-            )
+            shown, hidden = (render(self.tokenizer, [chat], tools=one, tokenize=False) for one in (row["tools"], None))
             if shown == hidden:
                 raise fail("the chat template leaves out `tools`", where=place, got=str(row["tools"])[:120])
 
@@ -176,19 +174,3 @@ def _whole_chat(row: Row) -> Messages | None:
     if isinstance(row.get("prompt"), list):
         return [*row["prompt"], *row["completion"]]
     return None
-
-
-def _tools(row: Row) -> Any:
-    return row.get("tools") or None
-
-
-def _shorten(row: Row, fits: Callable[[Row], bool]) -> Row | None:
-    """Return a demonstration with the longest end of the turns before its answer that fits."""
-    if "messages" not in row:
-        shorter = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
-        return None if shorter is None else {**row, "prompt": shorter}
-    *before, last = row["messages"]
-    if not before:
-        return None
-    shorter = shorten_prompt(before, lambda prompt: fits({**row, "messages": [*prompt, last]}))  # type: ignore[misc]
-    return None if shorter is None else {**row, "messages": [*shorter, last]}

@@ -24,7 +24,6 @@ from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import load_policy, load_tokenizer, save_tokenizer
-from rewarded_lines.training.preference_pairs import shorten_pair
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.sampling import Scores, sample
@@ -98,7 +97,7 @@ class PolicyTask:
         if pairs:
             longest = min(limit for limit in (max_length, room, 1 << 30) if limit is not None)
             limits = [Limit("the policy", longest, "max_length, or its positions", self._pair_lengths)]
-            self.rows = fit(self.rows, limits, too_long, "training pairs", shorten_pair, say)
+            self.rows = fit(self.rows, limits, too_long, "training pairs", say)
         else:
             self.rows = fit_prompts(self.rows, limits, too_long, "training prompts", say)
 

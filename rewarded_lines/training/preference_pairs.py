@@ -1,23 +1,29 @@
-"""Preference pairs of the SFT model's own responses, the best against the worst, cached as Parquet."""
+"""Preference pairs of the SFT model's own responses, the best against the worst, cached as Parquet.
+
+TRL's DPOTrainer gets them tokenized here, with the tokens that measuring and generating use.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
+from trl import DPOTrainer
 
-from rewarded_lines.data.lengths import shorten_prompt
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.messages import as_answer
+from rewarded_lines.data.prompts import Prompt, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.training.gains import scored
+from rewarded_lines.training.moving_reference import MovingReference
 
 _METADATA = b"rewarded_lines"
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -56,13 +62,9 @@ def best_and_worst(
 ) -> list[Row]:
     """Return a pair of the best and the worst response to each prompt, with their scores.
 
-    A response without a score enters no pair, and no deviation.
-
-    Args:
-        prompts: one for each response, so each prompt stands `count` times in a row.
-        scores: one for each response, NaN if the reward abstained.
-        margin: least difference of a pair's scores, in standard deviations of all scores.
-        ends: the token that ended each response, −1 for none; kept with the pairs.
+    Each prompt stands `count` times in a row, once for each response. A response without a score (NaN) enters no pair,
+    and no deviation. The scores of a pair differ by more than `margin` standard deviations of all scores. `ends` are
+    the tokens that ended responses, −1 for none; they are kept with the pairs.
     """
     least = margin * statistics.pstdev(scored(scores) or [0.0])
     rows, compared = [], 0
@@ -75,7 +77,8 @@ def best_and_worst(
         if scores[best] - scores[worst] > least:
             sides = {"chosen": best, "rejected": worst}
             row: Row = {"prompt": prompt}
-            row |= {side: _as_answer(prompt, responses[place]) for side, place in sides.items()}
+            answers = {side: responses[place] for side, place in sides.items()}
+            row |= answers if isinstance(prompt, str) else {side: as_answer(one) for side, one in answers.items()}
             row |= {f"{side}_score": scores[place] for side, place in sides.items()}
             row |= {f"{side}_end": ends[place] for side, place in sides.items()} if ends else {}
             rows.append(row)
@@ -87,16 +90,6 @@ def best_and_worst(
     return rows
 
 
-def shorten_pair(row: Row, fits: Callable[[Row], bool]) -> Row | None:
-    """Return a pair with the longest end of its prompt that fits; see `shorten_prompt`."""
-    prompt = shorten_prompt(row["prompt"], lambda prompt: fits({**row, "prompt": prompt}))
-    return None if prompt is None else {**row, "prompt": prompt}
-
-
-def _as_answer(prompt: Prompt, response: str) -> Prompt:
-    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-
-
 def _packed(row: Row) -> Row:
     """Return a row with chats as JSON: a Parquet column has one type, for texts and chats."""
     content = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
@@ -106,3 +99,27 @@ def _packed(row: Row) -> Row:
 def _unpacked(row: Row) -> Row:
     chat = row.pop("chat")
     return {key: json.loads(value) if chat and key in _COLUMNS else value for key, value in row.items()}
+
+
+class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer that takes the columns prompt_ids, chosen_ids and rejected_ids as they are."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
+def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
+    """Return pairs as token ids; `chosen_end` and `rejected_end` are sampled end tokens, −1 for none."""
+    prompts, columns = [row["prompt"] for row in pairs], {}
+    for side in ("chosen", "rejected"):
+        answers = [row[side] for row in pairs]
+        columns["prompt_ids"], tails = encode_answers(tokenizer, prompts, answers, ends)
+        sampled = zip(tails, (row.get(f"{side}_end") for row in pairs), strict=True)
+        columns[f"{side}_ids"] = [tail if end is None else _ended_by(tail, end, ends) for tail, end in sampled]
+    return Dataset.from_dict(columns)
+
+
+def _ended_by(tail: list[int], end: int, ends: Collection[int]) -> list[int]:
+    """Return an answer's tokens with the end token that it was sampled with, or with none (−1)."""
+    answer = tail[:-1] if tail and tail[-1] in ends else tail
+    return [*answer, end] if end >= 0 else answer

@@ -7,7 +7,8 @@ are mean and standard deviation on the SFT model's responses, so hyperparameters
 unit. Without normalization they are 0 and 1. Records keep each reward's own unit.
 
 A reward that abstains on a response (NaN) adds nothing to its sum, as in TRL. A response that no reward scores has no
-sum (NaN): training leaves it out.
+sum (NaN): training leaves it out. TRL's online trainers call the rewards as functions: one for each, and one for a
+missing end.
 
 Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.1.1.
 """
@@ -16,16 +17,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rewarded_lines.data.lengths import shorten_prompt
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.rows import Row
+from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.judge_settings import SFT_MODEL
 from rewarded_lines.projects import Project
 from rewarded_lines.rewards.load_rewards import load_rewards
-from rewarded_lines.rewards.reward import Columns, Reward
+from rewarded_lines.rewards.reward import Columns, Reward, columns_of
 from rewarded_lines.training.gains import scored
 
 _ALL_EQUAL = "every response of the SFT model gets the same score"
@@ -166,3 +169,57 @@ def load_training_reward(project: Project, weights: Mapping[str, float], device:
             remedy="put reference answers into a column of the training rows, and name it: `against: COLUMN`",
         )
     return WeightedReward(load_rewards(project, list(weights), device), weights)
+
+
+PENALTY = "missing_eos_penalty"
+
+
+class RewardFunctions:
+    """Every reward of a weighted sum as a function of its own; TRL sums them with the `weights`, leaving NaN out.
+
+        R(x, y) = Σ wᵢ·(rᵢ(x, y) − mᵢ)/sᵢ − penalty, the last if y does not end
+
+    The penalty is one more function, −1 where a response does not end, with the penalty as its weight. So a trainer
+    that standardizes rewards apart treats it as a reward, too. A response that no reward scores pays none: it has no
+    score at all, and is left out.
+
+    Attributes:
+        weights: of the functions, TRL's `reward_weights`.
+        functions: take the column `row` of the trainer's data set, numbers of `rows`, and token ids of completions.
+    """
+
+    def __init__(
+        self, reward: WeightedReward, reader: ResponseReader, rows: Sequence[Row], penalty: float | None = None
+    ) -> None:
+        """Split `reward`; `penalty` is what a response pays that does not end."""
+        self._reward, self._reader, self._rows = reward, reader, rows
+        names, self.weights = list(reward.weights), list(reward.weights.values())
+        if penalty:
+            names, self.weights = [*names, PENALTY], [*self.weights, penalty]
+        self.functions = [self._function(place, name) for place, name in enumerate(names)]
+        self._scored: tuple[Any, list[list[float]]] = (None, [])
+
+    def _function(self, place: int, name: str) -> Callable[..., list[float]]:
+        def function(row: Sequence[int], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+            # TRL calls one function after another with the same list: the first call scores for all.
+            if self._scored[0] is not completion_ids:
+                self._scored = (completion_ids, self._score(row, completion_ids))
+            return self._scored[1][place]
+
+        # TRL logs it by this name.
+        function.__name__ = name
+        return function
+
+    def _score(self, row: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return every function's scores; prompts and responses are read as the evaluator reads them."""
+        rows = [self._rows[number] for number in row]
+        prompts = [one["prompt"] for one in rows]
+        heads = encode(self._reader.tokenizer, prompts)
+        responses = [self._reader.read(head, ids) for head, ids in zip(heads, completion_ids, strict=True)]
+        parts = self._reward.parts(prompts, [response.judged for response in responses], columns_of(rows))
+        columns = list(self._reward.standardized(parts).values())
+        unscored = [all(map(math.isnan, scores)) for scores in zip(*columns, strict=True)]
+        fines = [
+            math.nan if none else -float(not response.ended) for none, response in zip(unscored, responses, strict=True)
+        ]
+        return [*columns, fines]

@@ -209,8 +209,7 @@ def sft(content: dict[str, Any], folder: str, stamps: Any) -> None:
     """SFTTrainer on a new Llama."""
     from trl import SFTConfig, SFTTrainer
 
-    from rewarded_lines.training.optimizer import MuonAdamW
-    from rewarded_lines.training.scratch_model import ScratchModel, make_llama, train_tokenizer
+    from rewarded_lines.training.scratch_model import MuonAdamW, ScratchModel, make_llama, train_tokenizer
 
     corpus = rows_of(content, "prompt", "completion")
     tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), ScratchModel())

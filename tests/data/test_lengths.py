@@ -21,13 +21,13 @@ ROWS = ["one two three four", "one", "one two three", "one two"]
 
 def test_rows_that_fit_are_left_as_they_are_and_the_longest_is_told():
     told = []
-    assert fit(ROWS, [limit(4)], "refuse", "prompts", shorten_prompt, told.append) == ROWS
+    assert fit(ROWS, [limit(4)], "refuse", "prompts", told.append) == ROWS
     assert told == ["prompts: up to 4 of 4 tokens (max_prompt_tokens) for the policy"]
 
 
 def test_all_rows_that_are_too_long_are_refused_at_once_for_every_limit():
     with pytest.raises(UserError) as caught:
-        fit(ROWS, [limit(2), limit(3, "reward `r`")], "refuse", "prompts", shorten_prompt)
+        fit(ROWS, [limit(2), limit(3, "reward `r`")], "refuse", "prompts")
     first, second = caught.value.problems
     assert first.what == "2 of 4 rows are too long for the policy" and "rows 0, 2" in first.got
     assert first.expected == "at most 2 tokens (max_prompt_tokens)" and "up to 4 tokens" in first.got
@@ -48,16 +48,16 @@ def test_all_rows_that_are_too_long_are_refused_at_once_for_every_limit():
 )
 def test_rows_are_left_out_or_shortened_as_declared_and_counted(too_long, rows, said):
     told = []
-    assert fit(ROWS, [limit(2)], too_long, "prompts", shorten_prompt, told.append) == rows
+    assert fit(ROWS, [limit(2)], too_long, "prompts", told.append) == rows
     assert told[-1].startswith(f"prompts: {said}")
 
 
 @pytest.mark.parametrize("too_long", ["leave_out", "truncate"])
 def test_nothing_left_is_a_fault(too_long):
     with pytest.raises(UserError, match="1 of 1 rows are too long"):
-        fit(["one two"], [Limit("it", 1, "its end", lambda rows: [2] * len(rows))], too_long, "prompts", shorten_prompt)
+        fit(["one two"], [Limit("it", 1, "its end", lambda rows: [2] * len(rows))], too_long, "prompts")
     with pytest.raises(UserError, match="no prompt fits beside the longest response"):
-        fit(["one two"], [limit(-1)], too_long, "prompts", shorten_prompt)
+        fit(["one two"], [limit(-1)], too_long, "prompts")
 
 
 def turn(role, content):

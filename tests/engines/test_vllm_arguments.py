@@ -25,7 +25,7 @@ from rewarded_lines.evaluator.sweep_options import SweepOptions
 from rewarded_lines.evaluator.sweep_setup import open_setup
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.projects import load_project, save_project
-from rewarded_lines.rewards.judge_engines import VllmJudge
+from rewarded_lines.rewards.judge_models import VllmJudge
 from rewarded_lines.rewards.vllm_classifier import check_vllm
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")

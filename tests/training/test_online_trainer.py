@@ -20,9 +20,8 @@ from rewarded_lines.training.online_trainer import (
     ReadRLOOTrainer,
     check_standardization,
 )
-from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.training_record import MetricsCallback
-from rewarded_lines.training.training_reward import WeightedReward
+from rewarded_lines.training.training_reward import RewardFunctions, WeightedReward
 
 NAN = math.nan
 GROUP, SMALL = 4, 1e-4

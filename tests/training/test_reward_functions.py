@@ -7,8 +7,7 @@ from tiny_models import make_tokenizer
 
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.training.reward_functions import PENALTY, RewardFunctions
-from rewarded_lines.training.training_reward import WeightedReward
+from rewarded_lines.training.training_reward import PENALTY, RewardFunctions, WeightedReward
 
 RESPONSES = [" a warm film", " dull", " it goes on", " quiet"]
 ROWS = [{"prompt": "A Film"}, {"prompt": "The Town"}]

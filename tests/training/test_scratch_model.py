@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rewarded_lines.training.optimizer import MuonAdamW
-from rewarded_lines.training.scratch_model import ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
+from rewarded_lines.training.scratch_model import MuonAdamW, ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
 from rewarded_lines.training.training_record import MetricsCallback
 
 TEXTS = ["A film of Great beauty", "and of little else – naïve, too"]

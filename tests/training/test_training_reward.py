@@ -10,9 +10,9 @@ from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.training.reward_functions import RewardFunctions
 from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 from rewarded_lines.training.training_reward import (
+    RewardFunctions,
     WeightedReward,
     load_training_reward,
     tell_all_equal,
