@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,9 +68,11 @@ def search(
         how: Any = {"config": config, "points": points, "gain": gain, "engine": engine, "options": options}
         done, found = run_search(run, methods=method or (), shapes=shapes, progress=bar, **how)
         if not isinstance(found, list) and is_installed("matplotlib"):
-            from rewarded_lines.reports.figures.shape_figure import write_shape_figure
+            from rewarded_lines.reports.figures.depth_figure import shape_figure
+            from rewarded_lines.reports.figures.figure_style import write_figure
 
-            write_shape_figure(found)
+            # Beside the file of the trials.
+            write_figure(Path(found.file).with_suffix(".png"), partial(shape_figure, found))
     tell_rows(done.header, quiet or as_json)
     tell_missing(done, quiet or as_json)
     if as_json:
