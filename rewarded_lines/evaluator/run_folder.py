@@ -146,14 +146,9 @@ def _same_scores(point: Point, names: Sequence[str]) -> list[str]:
 def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
     """Hold a run folder, which is created if it does not exist.
 
-    Args:
-        folder: of the run.
-        setup: the project; the run of another configuration is refused.
-        overwrite: empty such a folder instead.
-        progress: receives the steps and the finished points.
-
     Raises:
-        UserError: the folder holds other files, another process holds it, or see `setup`.
+        UserError: the folder holds other files, another process holds it, or without `overwrite`, which empties it, it
+            holds the run of another configuration.
     """
     refuse_foreign(folder, RUN_FILE)
     progress.start("hashing checkpoints")

@@ -187,10 +187,8 @@ def summarise(
     Args:
         runs: one, or several of one project.
         seed: of the resamples.
-        level: of the intervals.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
-        progress: is told what takes long, and receives the finished hypervolumes.
 
     Raises:
         UserError: the points answer different prompts, or a score is not finite.
