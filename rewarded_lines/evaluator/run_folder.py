@@ -35,6 +35,7 @@ from rewarded_lines.references import relative
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
+Specs, Tuned = Sequence[PointSpec], Mapping[str, Any] | None
 
 
 class RunFolder:
@@ -89,13 +90,7 @@ class RunFolder:
             self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
             self.before = read_header(self.folder)
 
-    def write(
-        self,
-        specs: Sequence[PointSpec],
-        added: Sequence[PointSpec],
-        tuned: Mapping[str, Any] | None = None,
-        **account: Any,
-    ) -> None:
+    def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
@@ -103,13 +98,7 @@ class RunFolder:
         points = [{**spec.as_dict(), "key": self.setup.key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
-    def finish(
-        self,
-        evaluator: Evaluator,
-        specs: Sequence[PointSpec],
-        added: Sequence[PointSpec],
-        tuned: Mapping[str, Any] | None = None,
-    ) -> None:
+    def finish(self, evaluator: Evaluator, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
         points = self.fill(self.setup, specs, evaluator)
