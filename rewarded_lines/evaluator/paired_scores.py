@@ -50,6 +50,16 @@ class Table:
         """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is measured."""
         return run_average(self.samples.means, self.samples.drawn)
 
+    @property
+    def scores(self) -> np.ndarray:
+        """Mean scores of the objectives, [1 + resamples, runs, points, objectives]."""
+        return self.samples.means[..., self.objectives]
+
+    def fronts(self) -> dict[str, np.ndarray]:
+        """Return the `scores` of each method's points."""
+        scores = self.scores
+        return {name: scores[:, :, rows] for name, rows in self.methods().items()}
+
     def change(self, row: int, other: int) -> np.ndarray:
         """Return the means of one point minus those of another, [1 + resamples, rewards + 2], paired by prompt.
 
