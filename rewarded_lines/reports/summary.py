@@ -25,7 +25,6 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.reports.front_volumes import point_contributions, reference_points
 
 
 @dataclass(frozen=True)
@@ -196,9 +195,9 @@ def summarise(
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
-    references = reference_points(table, first.header.get("sweep", {}).get("references", {}))
+    references = table.references(first.header.get("sweep", {}).get("references", {}))
     volumes = sample_volumes(table.fronts(), references, table.samples.drawn, exact=exact, progress=progress)
-    shares, exact_shares = point_contributions(table, exact)
+    shares, exact_shares = table.contributions(exact)
     objectives = [table.rewards[index] for index in table.objectives]
     return Summary(
         title=str(first.header.get("title", "")),
