@@ -23,23 +23,7 @@ _NO_COUNT = re.compile(
 # Keys with a list that has one entry for each block.
 _KINDS = re.compile(r"layer_types|layers_block_type")
 # Words of keys that say nothing on which list is meant.
-_PLAIN = {
-    "num",
-    "number",
-    "of",
-    "n",
-    "nb",
-    "hidden",
-    "layer",
-    "layers",
-    "block",
-    "blocks",
-    "depth",
-    "config",
-    "model",
-    "per",
-    "stack",
-}
+_PLAIN = set("num number of n nb hidden layer layers block blocks depth config model per stack".split())
 # Words for one thing. The first names it, also for --tower.
 _SYNONYMS = (
     ("vision", "visual", "vit", "image", "img", "video", "siglip", "clip", "eye"),

@@ -144,10 +144,7 @@ FUSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (f"self_attn.qkv.{kind}", tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv"))
         for kind in ("weight", "bias")
     ),
-    (
-        "self_attn.gqkv_proj.weight",
-        tuple(f"self_attn.{part}_proj.weight" for part in ("gate", "q", "k", "v")),
-    ),
+    ("self_attn.gqkv_proj.weight", tuple(f"self_attn.{part}_proj.weight" for part in ("gate", "q", "k", "v"))),
 )
 
 # Transformers 5 exchanges the last two axes of the fused experts when it loads a release of these families.
@@ -172,18 +169,7 @@ LEFT_OVER = (
 PREDICTS_FURTHER = ("eh_proj", "shared_head", "enorm", "hnorm")
 # How the names of towers that see or hear begin, and of what joins them to the text model; without `WRAPPERS`.
 TOWERS = (
-    *("visual", "vit", "vision", "image", "video", "audio", "speech", "sound", "acoustic", "vqmodel"),
-    *(
-        "multi_modal",
-        "mm_",
-        "mlp_AR",
-        "mlp1",
-        "connector",
-        "aligner",
-        "qformer",
-        "query_tokens",
-        "perceive",
-        "resampler",
-    ),
+    *("visual", "vit", "vision", "image", "video", "audio", "speech", "sound", "acoustic", "vqmodel", "multi_modal"),
+    *("mm_", "mlp_AR", "mlp1", "connector", "aligner", "qformer", "query_tokens", "perceive", "resampler"),
     *("embed_vision", "embed_audio", "projector", "language_projection", "modality_projection", "patch_merge"),
 )

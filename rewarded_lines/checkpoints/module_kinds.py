@@ -34,11 +34,7 @@ def kind_of(name: str, side: str) -> str:
     A norm is a norm wherever it stands, also inside attention (`q_norm`) or a head. In a block, or another numbered
     list, the outermost module that says so decides: `attention.output.dense` is attention, `output.dense` mlp. A
     mixture of experts is mlp with its router; a linear attention is attention. Convolutions, state spaces (Mamba) and
-    projectors are other.
-
-    Args:
-        name: the tensor's.
-        side: its side, see `Place`.
+    projectors are other. The tensor's `side` is that of its `Place`.
     """
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))

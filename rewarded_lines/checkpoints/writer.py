@@ -33,13 +33,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def __init__(
         self, folder: Path, tensors: Sequence[TensorInfo], max_shard_size: int, single_file: str = SINGLE_FILE
     ) -> None:
-        """Create the files, with their headers and at their full length.
+        """Create the files in an existing folder, with their headers and at their full length.
 
-        Args:
-            folder: takes the files; must exist.
-            tensors: name, type and shape of every tensor.
-            max_shard_size: bytes; a larger tensor gets a file of its own.
-            single_file: the name of the file if there is only one.
+        A tensor larger than `max_shard_size` bytes gets a file of its own. `single_file` names the only file.
         """
         self._folder = folder
         shards = plan_shards(tensors, max_shard_size)

@@ -51,10 +51,7 @@ def show_line(text: str) -> None:
 def progress_bar(title: str, *, quiet: bool = False, unit: str = "step") -> Iterator[Progress]:
     """Show a `Progress` with its rate and the time left; within the block, stdout goes to stderr.
 
-    Args:
-        title: the name of the work.
-        quiet: show nothing.
-        unit: what is counted, in the singular; "byte" shows sizes.
+    `unit` is what is counted, in the singular; "byte" shows sizes.
     """
     console, over = Console(stderr=True), threading.Event()
     work = Work(title, unit, None if quiet else console)

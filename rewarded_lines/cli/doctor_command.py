@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,17 +13,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewarded_lines.cli.display import progress_bar, show_json
+from rewarded_lines.cli.display import progress_bar, show_json, stdout_for_results
 from rewarded_lines.cli.parameters import AsJson, Quiet, as_option
 from rewarded_lines.engines.plan_options import PlanOptions
 from rewarded_lines.errors import fail
 from rewarded_lines.options import takes_fields
+from rewarded_lines.processes import GIB
 
 if TYPE_CHECKING:
     from rewarded_lines.doctor import Finding
+    from rewarded_lines.engines.memory_plan import Job, Machine, MemoryPlan
+    from rewarded_lines.engines.model_shapes import ModelShape
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "broken": ("✗", "red")}
 _NAME_WIDTH = 14
+_LEVELS = {
+    "gpu": "base and policies wait on the GPU",
+    "host": "base and policies wait in the host's memory",
+    "disk": "base and policies are read from disk for every merge",
+    "slots": "merged adapters go into slots of the engine; the base stays",
+}
+_ESTIMATES = {"batch", "CUDA graphs", "CUDA"}
 
 
 @takes_fields(PlanOptions, "options", annotate=as_option)
@@ -84,8 +95,6 @@ def doctor(
 
 def _plan(model: str, config: Path | None, options: PlanOptions, as_json: bool) -> None:
     """Show a memory plan."""
-    from rewarded_lines.cli.display import stdout_for_results
-    from rewarded_lines.cli.memory_table import show_plan
     from rewarded_lines.engines.memory_plan import plan_memory
     from rewarded_lines.evaluator.planned_work import plan_for
 
@@ -95,9 +104,51 @@ def _plan(model: str, config: Path | None, options: PlanOptions, as_json: bool) 
     if as_json:
         show_json({**plan.as_dict(), "model": asdict(shape), "job": asdict(job), "machine": asdict(machine)})
     else:
-        show_plan(shape, job, machine, plan, Console(highlight=False))
+        _show_plan(shape, job, machine, plan, Console(highlight=False))
     if plan.problems:
         raise typer.Exit(1)
+
+
+def _show_plan(shape: ModelShape, job: Job, machine: Machine, plan: MemoryPlan, console: Console) -> None:
+    """Print the model, what goes where, and what does not fit."""
+    kind = f"LoRA adapters of rank {job.lora}" if job.lora else "whole models"
+    total = sum([*plan.engine.values(), *plan.beside.values()])
+    remarks = {
+        **dict.fromkeys(_ESTIMATES, "estimate"),
+        "KV cache": f"{min(plan.sequences, job.at_once):,} sequences of {_gib(plan.sequence)}",
+        "one merged model": f"{_gib(machine.disk)} are free" if machine.disk else "",
+    }
+    lines = [
+        f"{shape.name}: {shape.parameters / 1e9:.2f}B parameters, {shape.layers} layers, {job.dtype}",
+        f"{job.policies} policies, {kind}; sequences of up to {job.longest:,} tokens",
+        f"{machine.gpus} × {machine.name or 'GPU'}, {_gib(machine.card)}; host {_gib(machine.host)}",
+        *_rows("each GPU, the engine", plan.engine, remarks),
+        *_rows(
+            "each GPU, beside it", {**plan.beside, "in all": total}, {**remarks, "in all": f"of {_gib(machine.card)}"}
+        ),
+        *_rows("host", plan.host, remarks),
+        *_rows("disk", plan.disk, remarks),
+        "",
+        f"resident: {plan.resident}   # {_LEVELS[plan.resident]}",
+        f"gpu_memory_utilization: {plan.share:.2f}   # room for {plan.sequences:,} sequences at once",
+        *(f"note: {note}" for note in shape.notes),
+    ]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    for problem in plan.problems:
+        console.print(Text(f"✗ {problem}", style="red"), soft_wrap=True)
+
+
+def _gib(size: float) -> str:
+    """Return a size in GiB or MiB, as nvidia-smi and vLLM count."""
+    if size < GIB / 10:
+        return f"{size / (1 << 20):,.1f} MiB"
+    return f"{size / GIB:,.1f} GiB"
+
+
+def _rows(place: str, parts: Mapping[str, int], remarks: Mapping[str, str]) -> list[str]:
+    rows = [f"  {what:<30}{_gib(size):>12}  {remarks.get(what, '')}".rstrip() for what, size in parts.items()]
+    return ["", place, *rows]
 
 
 def _show(findings: list[Finding], console: Console) -> None:

@@ -85,16 +85,17 @@ def _check(plot: Path) -> None:
     from rewarded_lines.extras import require
 
     require("report", "inspect --plot", "matplotlib")
-    from rewarded_lines.reports.figures.depth_figure import check_figure_file
+    from rewarded_lines.reports.figures.figure_style import check_figure_file
 
     check_figure_file(plot)
 
 
 def _draw(found: Any, plot: Path, several: bool) -> None:
-    from rewarded_lines.reports.figures.comparison_figure import write_comparison_figure
-    from rewarded_lines.reports.figures.depth_figure import write_depth_figure
+    from rewarded_lines.reports.figures.comparison_figure import comparison_figure
+    from rewarded_lines.reports.figures.depth_figure import depth_figure
+    from rewarded_lines.reports.figures.figure_style import write_figure
 
-    (write_comparison_figure if several else write_depth_figure)(found, plot)
+    write_figure(plot, lambda: comparison_figure(found) if several else depth_figure(found))
 
 
 def _show(found: Any, tensors: bool, several: bool, as_json: bool) -> None:

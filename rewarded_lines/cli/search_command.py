@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, quiet_libraries, show_json, tell_missing, tell_rows
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, as_option, engines, run_methods
-from rewarded_lines.cli.shape_table import show_shape
 from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 
 if TYPE_CHECKING:
     from rewarded_lines.evaluator.search import Found
+    from rewarded_lines.evaluator.shape_search import FoundShape
+    from rewarded_lines.pareto.bootstrap import Estimate
 
 
 @takes_sweep_options(annotate=as_option)
@@ -67,9 +70,11 @@ def search(
         how: Any = {"config": config, "points": points, "gain": gain, "engine": engine, "options": options}
         done, found = run_search(run, methods=method or (), shapes=shapes, progress=bar, **how)
         if not isinstance(found, list) and is_installed("matplotlib"):
-            from rewarded_lines.reports.figures.shape_figure import write_shape_figure
+            from rewarded_lines.reports.figures.depth_figure import shape_figure
+            from rewarded_lines.reports.figures.figure_style import write_figure
 
-            write_shape_figure(found)
+            # Beside the file of the trials.
+            write_figure(Path(found.file).with_suffix(".png"), partial(shape_figure, found))
     tell_rows(done.header, quiet or as_json)
     tell_missing(done, quiet or as_json)
     if as_json:
@@ -79,7 +84,7 @@ def search(
         _show_points(found)
         typer.echo(f"show them: rewarded-lines report {done.folder}")
     else:
-        show_shape(found, Console())
+        _show_shape(found)
 
 
 def _show_points(found: list[Found]) -> None:
@@ -90,3 +95,26 @@ def _show_points(found: list[Found]) -> None:
         line += f" ± {one.error:.1%} (approximated)" if one.error else ""
         line += f", of the line through them {one.mixed:.4g}" if one.mixed is not None else ""
         Console().print(Text(f"{line}; {why}: the next could add {one.potential:.2g} at most"))
+
+
+def _show_shape(found: FoundShape) -> None:
+    """Print the scales, the schedules on the test prompts, the verdict, and the rows for the project."""
+    console, (tried, whole) = Console(), found.trials
+    console.print(Text(f"best of {tried} shapes on validation prompts ({whole} of them on all); scale by block:"))
+    for policy, row in found.scales.items():
+        console.print(Text(f"  {policy}: {' '.join(f'{scale:.3g}' for scale in row)}"))
+    console.print(Text("\non the test prompts, hypervolume above SFT with 95% interval:"))
+    table = Table("schedule", "hypervolume", "shape − it", "largest KL", box=None, pad_edge=False)
+    change = {one.other: _shown(one.difference, "+") for one in found.differences}
+    names = {"tuned": "tuned: α = {:g}, β = {:g}".format(*found.tuned)}
+    for one in found.volumes:
+        cells = names.get(one.method, one.method), _shown(one.hypervolume), change.get(one.method, "")
+        table.add_row(*cells, f"{found.kl[one.method]:.3g}")
+    console.print(table)
+    console.print(Text(f"\n{found.verdict}\n", style="bold"))
+    rows = f"to keep them in the run, add these under `sweep.methods:` and sweep:\n{found.rows}"
+    console.print(Text(f"{rows}\ntrials, and beside them the figure: {found.file}"), soft_wrap=True)
+
+
+def _shown(one: Estimate, sign: str = "") -> str:
+    return f"{one.value:{sign}.4g} [{one.low:.4g}, {one.high:.4g}]"

@@ -17,7 +17,7 @@ from rewarded_lines.evaluator.wishes import Wish, checked_wish
 from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.preferences import Weights, preference_text
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
-from rewarded_lines.pareto.choice import Choice, best_candidate, knee
+from rewarded_lines.pareto.choice import Choice, knee, weighted_rule
 from rewarded_lines.pareto.interpolation import InterpolatedChoice, best_interpolated, interpolate
 from rewarded_lines.references import located
 
@@ -129,12 +129,12 @@ class _Chooser:
         names = [self._table.rewards[index] for index in self._table.objectives]
         sft = np.stack([run.sft.scores[name] for name in names], axis=1)
         spread = np.nanstd(sft, axis=0)
-        self._units = {"centre": np.nanmean(sft, axis=0), "scale": np.where(spread > 0, spread, 1.0)}
+        units = {"centre": np.nanmean(sft, axis=0), "scale": np.where(spread > 0, spread, 1.0)}
         self._minima = {names.index(name): bound for name, bound in wish.at_least.items()}
         # A single reward to maximize has the weight 1. For a knee, these find the nearest point.
         self._mixtures = mixtures_of(run)
         given = wish.weights or wish.preference or {wish.maximize or names[0]: 1.0}
-        self._weights = [float(given.get(name, 0.0)) for name in names]
+        self._aim = weighted_rule([float(given.get(name, 0.0)) for name in names], self._minima, **units)
         self._names = names
 
     def choose(self) -> Chosen:
@@ -142,7 +142,7 @@ class _Chooser:
         groups = [rows for name, rows in methods.items() if name in self._wish.methods]
         rows = self._preferred(np.concatenate(groups))
         means = self._means[rows]
-        found = best_candidate(means, self._weights, self._minima, **self._units)
+        found = self._aim.choose(means)
         best = rows[found.index]
         if found.qualifies and self._wish.knee:
             meets = [(means[:, at] >= bound) for at, bound in self._minima.items()]
@@ -183,7 +183,7 @@ class _Chooser:
         for rows in groups:
             if len(rows) > 1 and _is_curve([self._spec(row) for row in rows]):
                 lams = [self._spec(row).weights[0] for row in rows]
-                optimum = best_interpolated(lams, self._means[rows], self._weights, self._minima, **self._units)
+                optimum = best_interpolated(lams, self._means[rows], self._aim)
                 found += [(optimum, rows)] if optimum.qualifies else []
         if not found:
             return None

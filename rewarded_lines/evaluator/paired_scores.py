@@ -17,6 +17,7 @@ from rewarded_lines.evaluator.missing_scores import prompt_means, too_few
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.merger.preferences import preference_text
+from rewarded_lines.pareto.approximate_hypervolume import affordable_contributions
 from rewarded_lines.pareto.bootstrap import RunSamples, resample_runs, run_average
 
 SEED = 0
@@ -49,6 +50,38 @@ class Table:
     def means(self) -> np.ndarray:
         """Averages over runs, [1 + resamples, points, rewards + 2]; row 0 is measured."""
         return run_average(self.samples.means, self.samples.drawn)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Mean scores of the objectives, [1 + resamples, runs, points, objectives]."""
+        return self.samples.means[..., self.objectives]
+
+    def fronts(self) -> dict[str, np.ndarray]:
+        """Return the `scores` of each method's points."""
+        scores = self.scores
+        return {name: scores[:, :, rows] for name, rows in self.methods().items()}
+
+    def references(self, declared: Mapping[str, Mapping[str, float]]) -> dict[str, np.ndarray]:
+        """Return each reference point in every run and resample, [1 + resamples, runs, objectives].
+
+        Each resample has its own "sft" (SFT's mean scores) and "worst" (the lowest mean of any point).
+        Declared references are constant.
+        """
+        scores = self.scores
+        found = {SFT: scores[:, :, 0], "worst": scores.min(axis=2)}
+        for label, at in declared.items():
+            place = [at[self.rewards[index]] for index in self.objectives]
+            found[label] = np.broadcast_to(place, found[SFT].shape)
+        return found
+
+    def contributions(self, exactly: bool) -> tuple[np.ndarray, bool]:
+        """Return what each point adds to its method's hypervolume above SFT, [points], and whether all are exact."""
+        shares, exact, scores = np.zeros(len(self.rows)), True, self.scores[0]
+        for rows in self.methods().values():
+            found = [affordable_contributions(run[rows], run[0], exactly) for run in scores]
+            shares[rows] = np.mean([values for values, _ in found], axis=0)
+            exact = exact and all(precise for _, precise in found)
+        return shares, exact
 
     def change(self, row: int, other: int) -> np.ndarray:
         """Return the means of one point minus those of another, [1 + resamples, rewards + 2], paired by prompt.

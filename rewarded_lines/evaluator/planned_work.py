@@ -45,12 +45,9 @@ _COUNTED_TYPES = ("auto", "fp8", "int8", *ITEMSIZE)
 
 
 def plan_for(model: str, config: Path | None, options: PlanOptions) -> tuple[ModelShape, Job, Machine]:
-    """Return what a memory plan is made of.
+    """Return what a memory plan for a folder, a Hub id or a size is made of.
 
-    Args:
-        model: a folder, a Hub id or a size.
-        config: the project file; None: that of the current folder, if there is one.
-        options: what the project does not say; they win over it.
+    The project file is `config`, or the one in the current folder. The options win over it.
 
     Raises:
         UserError: the model or the project cannot be read, or its reward models are too large for `reward_memory:`.
@@ -89,12 +86,7 @@ def job_of_project(
 ) -> Job:
     """Return the job with a project's policies, engine, type, longest sequence, number of requests, and reward models.
 
-    Args:
-        project: the project file.
-        job: what the options say.
-        options: they win over the project.
-        machine: of the plan.
-        tell: gets a note on what could not be found out, or is not counted.
+    The options win over the project. `tell` gets a note on what could not be found out, or is not counted.
     """
     config, engine = project.config, project.config.engine
     longest, requests = _longest(project, tell)

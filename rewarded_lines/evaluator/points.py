@@ -86,12 +86,8 @@ class PointSpec:
 def point_key(shared: Mapping[str, Any], spec: PointSpec, hashes: Mapping[str, str]) -> str:
     """Return the name of a point's records: the BLAKE3 hash, 16 hex digits, of all that determines them.
 
-    Two methods with the same merge share its records, since the method's name is not hashed.
-
-    Args:
-        shared: the identity that all points of a run share.
-        spec: the point.
-        hashes: of the weights of policies and baselines, by name.
+    That is the identity that all points of a run share, and of the point its merge or its checkpoint's hash. Two
+    methods with the same merge share its records, since the method's name is not hashed.
     """
     if spec.method == SFT:
         identity: list[Any] = [SFT]

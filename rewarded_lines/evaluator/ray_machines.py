@@ -56,12 +56,9 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def check_devices(project: Project, device: str, own: int) -> None:
-    """Refuse rewards on a GPU that a Ray worker does not see: it sees its own ones, numbered from 0.
+    """Refuse rewards on a GPU that a Ray worker does not see: it sees its `own` ones, numbered from 0.
 
-    Args:
-        project: with the rewards.
-        device: of rewards that declare none.
-        own: the GPUs of one worker.
+    `device` is that of rewards that declare none.
     """
     for name, spec in project.config.rewards.items():
         kind, _, number = (spec.device or device).partition(":")

@@ -36,6 +36,7 @@ from rewarded_lines.trace import span
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
+Specs, Tuned = Sequence[PointSpec], Mapping[str, Any] | None
 
 
 class RunFolder:
@@ -91,13 +92,7 @@ class RunFolder:
             self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
             self.before = read_header(self.folder)
 
-    def write(
-        self,
-        specs: Sequence[PointSpec],
-        added: Sequence[PointSpec],
-        tuned: Mapping[str, Any] | None = None,
-        **account: Any,
-    ) -> None:
+    def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
@@ -105,13 +100,7 @@ class RunFolder:
         points = [{**spec.as_dict(), "key": self.setup.key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
-    def finish(
-        self,
-        evaluator: Evaluator,
-        specs: Sequence[PointSpec],
-        added: Sequence[PointSpec],
-        tuned: Mapping[str, Any] | None = None,
-    ) -> None:
+    def finish(self, evaluator: Evaluator, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
         points = self.fill(self.setup, specs, evaluator)
@@ -148,14 +137,9 @@ def _same_scores(point: Point, names: Sequence[str]) -> list[str]:
 def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
     """Hold a run folder, which is created if it does not exist.
 
-    Args:
-        folder: of the run.
-        setup: the project; the run of another configuration is refused.
-        overwrite: empty such a folder instead.
-        progress: receives the steps and the finished points.
-
     Raises:
-        UserError: the folder holds other files, another process holds it, or see `setup`.
+        UserError: the folder holds other files, another process holds it, or without `overwrite`, which empties it, it
+            holds the run of another configuration.
     """
     refuse_foreign(folder, RUN_FILE)
     progress.start("hashing checkpoints")

@@ -34,9 +34,7 @@ def score(
         model: its folder, from the working directory, or a Hub id.
         config: the project file, or a loaded project: base, rewards, prompts, generation.
         out: a run folder that keeps the records for `report`; by default nothing is kept.
-        options: see `sweep`; all but `ray` and `workers`.
-        overwrite: see `sweep`.
-        progress: see `sweep`.
+        options: all of `sweep` but `ray` and `workers`; for `overwrite` and `progress` see `sweep`, too.
 
     Returns:
         A run of two points: the SFT model, and the model as the one policy.

@@ -37,8 +37,7 @@ class Found:
     """The result of the search of one method.
 
     Attributes:
-        method: its name.
-        points: its λ now.
+        points: λ of the method now.
         added: λ that this search added.
         hypervolume: above the SFT model's scores, in the product of the rewards' units.
         error: its relative standard error, where many points and rewards make it an approximation; 0 if it is exact.

@@ -261,9 +261,7 @@ def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], t
 
 def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> FoundShape:
     table = tabulate([run])
-    scores = table.samples.means[..., table.objectives]
-    fronts = {name: scores[:, :, rows] for name, rows in table.methods().items()}
-    volumes = sample_volumes(fronts, {SFT: scores[:, :, 0]}, table.samples.drawn)
+    volumes = sample_volumes(table.fronts(), {SFT: table.scores[:, :, 0]}, table.samples.drawn)
     differences = [one for one in compare(volumes) if one.method == SHAPE]
     kl = {name: max(float(one.kl.mean()) for one in points) for name, points in run.methods().items()}
     named = dict(zip(run.header["policies"] if len(scales) > 1 else ["all"], scales, strict=True))

@@ -82,16 +82,12 @@ class Design:
 
 
 def spread(policies: int, count: int) -> list[Weights]:
-    """Return `count` λ spread over the simplex; more of them begin with the same ones.
+    """Return `count` ≥ N λ of N ≥ 3 policies, spread over the simplex; more of them begin with the same ones.
 
     The order: each policy alone; the centre, 1/N each; the middles of the edges, those of neighbours in the order of
     the policies first, so that every policy is in as many; then the inside, by a Sobol sequence u in [0, 1)^(N − 1):
     λ_i = (1 − v_i) Π_(j<i) v_j with v_j = u_j^(1/(N − j)), j = 1 … N − 1, and λ_N = Π_j v_j. If u is uniform, so is λ.
     The inside is in steps of 1/10,000, the same on every machine.
-
-    Args:
-        policies: N ≥ 3.
-        count: ≥ N.
 
     Source: Fang and Wang, "Number-theoretic Methods in Statistics", 1994, section 1.5 (the map); Joe and Kuo,
     "Constructing Sobol Sequences with Better Two-Dimensional Projections", SIAM J. Sci. Comput. 30, 2008.

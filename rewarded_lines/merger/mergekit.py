@@ -50,12 +50,7 @@ def merge_like_mergekit(
 ) -> tuple[Translation, list[MergeResult]]:
     """Make the merge of a mergekit YAML; see `read_mergekit` for path, base and seed.
 
-    Args:
-        path: the file.
-        base: the SFT model.
-        seed: of DARE's masks.
-        dry_run: check everything and write nothing.
-        how: arguments of `merge` for writing: out, device, max_shard_size, overwrite, layers, tokenizer, progress ...
+    `how` are arguments of `merge` for writing: out, device, max_shard_size, overwrite, layers, tokenizer, progress ...
 
     Raises:
         UserError: a fault that `read_mergekit` or `merge` refuses, or a number of blocks for which the tools differ.

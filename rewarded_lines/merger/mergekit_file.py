@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +138,14 @@ class MergekitFile:
     dtype: str
     blocks: int | None
     tokenizer: str = "auto"
+
+    @cached_property
+    def policies(self) -> list[Model]:
+        """The models with a residual: mergekit leaves out the base among them."""
+        found = [one for one in self.inputs if one.model != self.base]
+        if not found:
+            raise self.fault("no model beside the base", expected="one policy or more")
+        return found
 
     def fault(self, what: str, key: str = "", **parts: str) -> UserError:
         """Return an error about a key of this file."""

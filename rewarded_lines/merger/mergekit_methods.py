@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.merger.mergekit_file import MergekitFile, Model
+from rewarded_lines.merger.mergekit_file import MergekitFile, Reference
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.spec import TOLERANCE, MergeSpec, on_simplex
@@ -75,71 +75,65 @@ def _linear(file: MergekitFile) -> Translation:
     if product is None:
         raise _no_schedule(file, weights)
     note = f"mergekit sums the models themselves; over {origin} as the base it is the same number"
-    return _soup(file, [file.inputs[index] for index in kept], product, [note], origin)
+    return _soup(replace(file, base=Reference(origin), inputs=[file.inputs[at] for at in kept]), product, [note])
 
 
 def _task_arithmetic(file: MergekitFile) -> Translation:
-    policies = _policies(file)
-    return _soup(file, policies, _scaled(file, _sum_of_residuals(file, policies)), [])
+    return _soup(file, _scaled(file, _sum_of_residuals(file)), [])
 
 
 def _ties(file: MergekitFile, random: bool = False) -> Translation:
-    policies = _policies(file)
-    (product, join), density = _joined(file, policies, True, mean=not random), _density(file, policies)
+    (product, join), density = _joined(file, True, mean=not random), _density(file)
     if random and density < 1:
         options: Options = {"density": density, "join": join, "seed": 0}
         product, note = _random(file, product, density)
-        return _translation(file, policies, product, "dare-ties", options, [note, _CANCEL])
+        return _translation(file, product, "dare-ties", options, [note, _CANCEL])
     _check_rescale(file, random, density)
     options = {"density": density, "scope": "tensor", "join": join}
-    return _translation(file, policies, product, "ties", options, [_BORDER, _CANCEL] if density < 1 else [_CANCEL])
+    return _translation(file, product, "ties", options, [_BORDER, _CANCEL] if density < 1 else [_CANCEL])
 
 
 def _dare_linear(file: MergekitFile) -> Translation:
-    policies = _policies(file)
-    density = _density(file, policies)
+    density = _density(file)
     if density == 1:
         return _task_arithmetic(file)
-    product, note = _random(file, _scaled(file, _summing(_sum_of_residuals(file, policies))), density)
-    return _translation(file, policies, product, "dare", {"density": density, "seed": 0}, [note])
+    product, note = _random(file, _scaled(file, _summing(_sum_of_residuals(file))), density)
+    return _translation(file, product, "dare", {"density": density, "seed": 0}, [note])
 
 
 def _breadcrumbs(file: MergekitFile, elect: bool = False) -> Translation:
-    policies = _policies(file)
-    (product, join), density = _joined(file, policies, elect), _density(file, policies)
+    (product, join), density = _joined(file, elect), _density(file)
     _check_rescale(file, False, density)
-    options: Options = {"density": density, "outliers": _same(file, policies, "gamma", 0.01), "join": join}
+    options: Options = {"density": density, "outliers": _same(file, "gamma", 0.01), "join": join}
     notes = [*([_BORDER + ", and at least one"] if density < 1 else []), *([_CANCEL] if elect else [])]
-    return _translation(file, policies, product, "breadcrumbs", options, notes)
+    return _translation(file, product, "breadcrumbs", options, notes)
 
 
 def _ram(file: MergekitFile, plus: bool = False) -> Translation:
     """RAM has no weights in mergekit: λ is equal, so that every ρ is 1."""
-    policies = _policies(file)
-    if len(policies) == 1:
+    count = len(file.policies)
+    if count == 1:
         raise file.fault("mergekit drops small values of a single model; here it is kept whole", expected="two models")
-    options: Options = {"changed": _same(file, policies, "epsilon", 1e-5)}
+    options: Options = {"changed": _same(file, "epsilon", 1e-5)}
     if plus:
-        boost, cap = (_same(file, policies, name, value) for name, value in (("r", 0.1), ("alpha", 0.2)))
+        boost, cap = (_same(file, name, value) for name, value in (("r", 0.1), ("alpha", 0.2)))
         options |= {"boost": boost, "cap": cap, "scope": "tensor"}
     method, notes = ("ram-plus", ["mergekit rounds 1 + r·min(q, α) to float32"]) if plus else ("ram", [])
-    return _translation(file, policies, Product((1 / len(policies),) * len(policies), _ONE), method, options, notes)
+    return _translation(file, Product((1 / count,) * count, _ONE), method, options, notes)
 
 
 def _nuslerp(file: MergekitFile) -> Translation:
     """With a base it rotates one residual into the other, as `slerp` does here; without one, whole weights."""
-    policies = _policies(file)
     problems = [
         Problem(f"`{name}` has no counterpart here", file.path, expected=f"{name}: {str(value).lower()}, the default")
         for name, value in (("nuslerp_flatten", True), ("nuslerp_row_wise", False))
         if file.flag(name, value) != value
     ]
-    if len(policies) != 2:
-        problems.append(Problem("nuslerp takes two models beside its base", file.path, got=str(len(policies))))
+    if (count := len(file.policies)) != 2:
+        problems.append(Problem("nuslerp takes two models beside its base", file.path, got=str(count)))
     if problems:
         raise UserError(problems)
-    product = Product(_proportional(file, policies).weights, _ONE)
-    return _translation(file, policies, product, "slerp", {}, [_ANGLE])
+    return _translation(file, Product(_proportional(file).weights, _ONE), "slerp", {}, [_ANGLE])
 
 
 @dataclass(frozen=True)
@@ -169,25 +163,17 @@ MERGEKIT_METHODS: Mapping[str, MergekitMethod] = {
 }
 
 
-def _policies(file: MergekitFile) -> list[Model]:
-    """Return the models with a residual: mergekit leaves out the base among them."""
-    found = [one for one in file.inputs if one.model != file.base]
-    if not found:
-        raise file.fault("no model beside the base", expected="one policy or more")
-    return found
-
-
-def _joined(file: MergekitFile, policies: Sequence[Model], elect: bool, mean: bool = False) -> tuple[Product, str]:
+def _joined(file: MergekitFile, elect: bool, mean: bool = False) -> tuple[Product, str]:
     """Return λ with the schedule, and how values are joined; `mean` is the default of `normalize`."""
     if not elect:
-        return _scaled(file, _summing(_sum_of_residuals(file, policies))), "all"
-    product, mean = _proportional(file, policies), file.flag("normalize", mean)
+        return _scaled(file, _summing(_sum_of_residuals(file))), "all"
+    product, mean = _proportional(file), file.flag("normalize", mean)
     return _scaled(file, Product(product.weights, _ONE if mean else product.schedule)), "mean" if mean else "sum"
 
 
-def _sum_of_residuals(file: MergekitFile, policies: Sequence[Model]) -> Product:
+def _sum_of_residuals(file: MergekitFile) -> Product:
     """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
-    weights = [file.line("weight", of=one) for one in policies]
+    weights = [file.line("weight", of=one) for one in file.policies]
     lines = normalized(weights) if file.flag("normalize", False) else weights
     product = factor(lines) if lines else None
     if product is None:
@@ -195,9 +181,9 @@ def _sum_of_residuals(file: MergekitFile, policies: Sequence[Model]) -> Product:
     return product
 
 
-def _proportional(file: MergekitFile, policies: Sequence[Model]) -> Product:
+def _proportional(file: MergekitFile) -> Product:
     """Return weights ≥ 0 as λ on the simplex and their sum over depth, which is above 0."""
-    weights = [file.line("weight", of=one) for one in policies]
+    weights = [file.line("weight", of=one) for one in file.policies]
     whole = total(weights)
     product = factor(weights)
     if product is None or min(min(w.first, w.last) for w in weights) < 0 or min(whole.first, whole.last) <= 0:
@@ -222,14 +208,14 @@ def _scaled(file: MergekitFile, product: Product) -> Product:
     return Product(product.weights, schedule)
 
 
-def _density(file: MergekitFile, policies: Sequence[Model]) -> float:
+def _density(file: MergekitFile) -> float:
     """Return the one density of all policies."""
-    return _same(file, policies, "density", 1.0, 1.0)
+    return _same(file, "density", 1.0, 1.0)
 
 
-def _same(file: MergekitFile, policies: Sequence[Model], name: str, default: float, most: float = math.inf) -> float:
+def _same(file: MergekitFile, name: str, default: float, most: float = math.inf) -> float:
     """Return a parameter that must be one number ≥ 0 for all policies; one with a largest value is above 0."""
-    lines = [file.line(name, default, of=one) for one in policies]
+    lines = [file.line(name, default, of=one) for one in file.policies]
     inside = lines[0].first >= 0 if most == math.inf else 0 < lines[0].first <= most
     if any(line != lines[0] for line in lines) or not lines[0].constant or not inside:
         what = f"every policy has the same `{name}` here, at every depth"
@@ -250,39 +236,31 @@ def _random(file: MergekitFile, product: Product, density: float) -> tuple[Produ
     return Product(product.weights, product.schedule.times(density)), _MASKS
 
 
-def _soup(
-    file: MergekitFile, policies: Sequence[Model], product: Product, notes: list[str], base: str = ""
-) -> Translation:
+def _soup(file: MergekitFile, product: Product, notes: list[str]) -> Translation:
     """Return Σ λᵢτᵢ by the method that takes such weights here."""
     method = "soup"
     if not on_simplex(product.weights):
-        alone = len(policies) == 1 and 0 <= product.weights[0] <= 1
+        alone = len(file.policies) == 1 and 0 <= product.weights[0] <= 1
         method = "wise-ft" if alone else "task-arithmetic"
-    return _translation(file, policies, product, method, {}, notes, base)
+    return _translation(file, product, method, {}, notes)
 
 
 def _translation(
-    file: MergekitFile,
-    policies: Sequence[Model],
-    product: Product,
-    method: str,
-    options: Options,
-    notes: Sequence[str],
-    base: str = "",
+    file: MergekitFile, product: Product, method: str, options: Options, notes: Sequence[str]
 ) -> Translation:
-    base = base or (file.base.path if file.base else "")
-    if wrong := [one for one in policies if one.model.lora and one.model.path != base]:
+    base, models = file.base.path if file.base else "", [one.model for one in file.policies]
+    if wrong := [one for one in models if one.lora and one.path != base]:
         raise fail(
             "an adapter on another model than the base",
             where=file.path,
-            expected=f"{base}+{wrong[0].model.lora}",
-            got=str(wrong[0].model),
+            expected=f"{base}+{wrong[0].lora}",
+            got=str(wrong[0]),
             remedy="fold it into its own model first: merge --as full",
         )
-    places = [one.model.lora or one.model.path for one in policies]
+    policies = _named([one.lora or one.path for one in models])
     spec = MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options)
-    full = all(one.model.lora for one in policies)
-    return Translation(base, _named(places), spec, file.dtype, full, file.blocks, tuple(notes), file.tokenizer)
+    full = all(one.lora for one in models)
+    return Translation(base, policies, spec, file.dtype, full, file.blocks, tuple(notes), file.tokenizer)
 
 
 def _named(places: Sequence[str]) -> dict[str, str]:

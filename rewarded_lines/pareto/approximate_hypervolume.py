@@ -93,10 +93,7 @@ def approximation(
 def careful(points: ArrayLike, reference: ArrayLike, limit: float = LIMIT) -> tuple[float, float]:
     """Return a hypervolume and its relative standard error: exact, or the mean of independent approximations.
 
-    Args:
-        points: [points, rewards].
-        reference: [rewards].
-        limit: seconds that the exact one may take.
+    The exact one may take `limit` seconds.
     """
     values, origin = finite(points, "points, rewards"), finite(reference, "reference")
     count = counted(values, origin)

@@ -61,8 +61,11 @@ class Rule:
         """Return b − s, above 0 below a minimum: [candidates, rewards] → [candidates, minima]."""
         return np.asarray(np.array(list(self.minima.values()), dtype=np.float64) - means[:, list(self.minima)])
 
-    def choose(self, means: Array) -> Choice:
-        """Return the best of [candidates, rewards] in the order in this module's docstring."""
+    def choose(self, candidates: ArrayLike) -> Choice:
+        """Return the best of mean scores, [candidates, rewards], in the order in this module's docstring."""
+        means = _candidates(candidates)
+        if means.shape[1] != len(self.slopes):
+            raise ValueError(f"expected a weight for each of {means.shape[1]} rewards")
         # Not `@`: its sums depend on the array's shape, and equal candidates need equal values.
         values = (means * self.slopes).sum(axis=-1) - self.offset
         short = np.maximum(0.0, self.lacks(means))
@@ -73,28 +76,40 @@ class Rule:
         return Choice(index, float(values[index]), not short[index].any(), met)
 
 
-def best_candidate(
-    means: ArrayLike,
+def weighted_rule(
     weights: ArrayLike,
     minima: Mapping[int, float] | None = None,
     *,
     centre: ArrayLike | None = None,
     scale: ArrayLike | None = None,
-) -> Choice:
-    """Return the candidate with the highest weighted sum of standardised means that meets every minimum.
+) -> Rule:
+    """Return the rule that takes the highest weighted sum of standardised means under minima.
 
     argmax_p Σ_i w_i (s_p,i − c_i)/d_i subject to s_p,i ≥ b_i; when none qualifies, the nearest:
     argmin_p max_i (b_i − s_p,i)₊/d_i.
 
     Args:
-        means: [candidates, rewards], s, each reward in its own unit.
         weights: [rewards], w, none negative and one above 0; one-hot to maximise one reward.
         minima: b by the reward's index, in that reward's unit.
         centre: [rewards], c, such as the SFT model's means; 0 by default.
         scale: [rewards], d, above 0, such as the standard deviations of the SFT model's scores; 1 by default.
     """
-    values = _candidates(means)
-    return weighted_rule(values.shape[1], weights, minima or {}, centre, scale).choose(values)
+    shares, bounds = finite(weights, "weights"), dict(minima or {})
+    rewards = len(shares)
+    middle = np.zeros(rewards) if centre is None else finite(centre, "centres")
+    spread = np.ones(rewards) if scale is None else finite(scale, "scales")
+    if any(array.shape != (rewards,) for array in (middle, spread)):
+        raise ValueError(f"expected a centre and a scale for each of {rewards} rewards")
+    if (shares < 0).any() or not shares.any():
+        raise ValueError(f"expected weights of which none is negative and one above 0, got {shares.tolist()}")
+    if (spread <= 0).any():
+        raise ValueError(f"expected scales above 0, got {spread.tolist()}")
+    if wrong := [index for index in bounds if not 0 <= index < rewards]:
+        raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")
+    if not np.isfinite(list(bounds.values())).all():
+        raise ValueError(f"expected finite minima, got {bounds}")
+    slopes = shares / spread
+    return Rule(slopes, float(slopes @ middle), bounds, spread)
 
 
 def knee(means: ArrayLike) -> int:
@@ -113,27 +128,6 @@ def knee(means: ArrayLike) -> int:
     normalised = (values[front] - worst) / np.where(best > worst, best - worst, 1.0)
     sums, least = normalised.sum(axis=1).round(DECIMALS), normalised.min(axis=1).round(DECIMALS)
     return int(front[np.lexsort([*(-values[front].T[::-1]), -least, -sums])[0]])
-
-
-def weighted_rule(
-    rewards: int, weights: ArrayLike, minima: Mapping[int, float], centre: ArrayLike | None, scale: ArrayLike | None
-) -> Rule:
-    """Return the rule Σ_i w_i (s_i − c_i)/d_i under minima; see `best_candidate`."""
-    shares = finite(weights, "weights")
-    middle = np.zeros(rewards) if centre is None else finite(centre, "centres")
-    spread = np.ones(rewards) if scale is None else finite(scale, "scales")
-    if any(array.shape != (rewards,) for array in (shares, middle, spread)):
-        raise ValueError(f"expected a weight, centre and scale for each of {rewards} rewards")
-    if (shares < 0).any() or not shares.any():
-        raise ValueError(f"expected weights of which none is negative and one above 0, got {shares.tolist()}")
-    if (spread <= 0).any():
-        raise ValueError(f"expected scales above 0, got {spread.tolist()}")
-    if wrong := [index for index in minima if not 0 <= index < rewards]:
-        raise ValueError(f"no reward with index {wrong[0]}; there are {rewards}")
-    if not np.isfinite(list(minima.values())).all():
-        raise ValueError(f"expected finite minima, got {dict(minima)}")
-    slopes = shares / spread
-    return Rule(slopes, float(slopes @ middle), dict(minima), spread)
 
 
 def _candidates(means: ArrayLike) -> Array:

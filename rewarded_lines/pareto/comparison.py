@@ -33,9 +33,6 @@ class MethodVolume:
     """The hypervolume of one method's points above one reference, in the product of the rewards' units.
 
     Attributes:
-        method: its name.
-        reference: its name.
-        hypervolume: with its interval.
         error: relative standard error of the value; 0 if it is exact.
         resample_error: the largest relative error among resamples that were checked; 0 if they are exact.
     """

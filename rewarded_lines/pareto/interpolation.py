@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rewarded_lines.pareto.choice import Choice, weighted_rule
+from rewarded_lines.pareto.choice import Choice, Rule
 from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
 # Crossings are rounded: a mean this close to its minimum, relative to the largest, counts as on it.
@@ -68,28 +68,17 @@ def mixed_hypervolume(lams: ArrayLike, means: ArrayLike, reference: ArrayLike) -
     return hypervolume(interpolate(places, values, tried), reference)
 
 
-def best_interpolated(
-    lams: ArrayLike,
-    means: ArrayLike,
-    weights: ArrayLike,
-    minima: Mapping[int, float] | None = None,
-    *,
-    centre: ArrayLike | None = None,
-    scale: ArrayLike | None = None,
-) -> InterpolatedChoice:
-    """Return the exact optimum of a linear objective under minima along the curve.
+def best_interpolated(lams: ArrayLike, means: ArrayLike, rule: Rule) -> InterpolatedChoice:
+    """Return the exact optimum of a rule, see `weighted_rule`, along the curve.
 
     argmax_λ Σ_i w_i (s_i(λ) − c_i)/d_i subject to s_i(λ) ≥ b_i; when no λ qualifies,
     argmin_λ max_i (b_i − s_i(λ))₊/d_i. On a segment each of these is linear or a maximum of
     linear functions. The optimum therefore lies at an evaluated λ, where a mean crosses its
     minimum, or where two shortfalls cross; only these λ are tried. Ties are broken as in
     `rewarded_lines.pareto.choice`, then by λ.
-
-    `weights`, `minima`, `centre` and `scale` are those of `best_candidate`.
     """
     places, values = _curve(lams, means)
     finite(values, "points, rewards")
-    rule = weighted_rule(values.shape[1], weights, minima or {}, centre, scale)
     tried = np.unique([*places, *_crossings(places, rule.lacks(values) / rule.scale[list(rule.minima)])])
     found = _on_their_minima(interpolate(places, values, tried), rule.minima)
     best = rule.choose(found)

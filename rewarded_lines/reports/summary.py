@@ -23,9 +23,8 @@ from rewarded_lines.merger.preferences import Mixtures
 from rewarded_lines.merger.schedule_forms import FORMS, recorded_schedule
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
-from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes
+from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.reports.front_volumes import front_volumes
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,8 @@ def summarise(
     Args:
         runs: one, or several of one project.
         seed: of the resamples.
-        level: of the intervals.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
-        progress: is told what takes long, and receives the finished hypervolumes.
 
     Raises:
         UserError: the points answer different prompts, or a score is not finite.
@@ -198,7 +195,9 @@ def summarise(
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
-    found = front_volumes(table, first.header.get("sweep", {}).get("references", {}), exact, progress)
+    references = table.references(first.header.get("sweep", {}).get("references", {}))
+    volumes = sample_volumes(table.fronts(), references, table.samples.drawn, exact=exact, progress=progress)
+    shares, exact_shares = table.contributions(exact)
     objectives = [table.rewards[index] for index in table.objectives]
     return Summary(
         title=str(first.header.get("title", "")),
@@ -214,15 +213,14 @@ def summarise(
         generation=dict(first.header.get("generation", {})),
         tuned=first.header.get("tuned"),
         references={
-            name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True))
-            for name, at in found.references.items()
+            name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True)) for name, at in references.items()
         },
-        points=_points(table, found.shares, first, mixtures_of(first), seed, level),
-        hypervolumes=method_volumes(found.volumes, level),
-        differences=compare(found.volumes, level),
+        points=_points(table, shares, first, mixtures_of(first), seed, level),
+        hypervolumes=method_volumes(volumes, level),
+        differences=compare(volumes, level),
         policy_gains=_policy_gains(table, policies, level),
         missing=total_missing([point for row in table.rows for point in row]),
-        exact_contributions=found.exact_shares,
+        exact_contributions=exact_shares,
     )
 
 

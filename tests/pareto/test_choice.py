@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import ArrayLike
 
-from rewarded_lines.pareto.choice import Choice, best_candidate, knee
+from rewarded_lines.pareto.choice import Choice, knee, weighted_rule
 from rewarded_lines.pareto.hypervolume import nondominated
 
 MEANS = [[0.0, 9.0], [1.0, 7.0], [2.0, 4.0], [3.0, 1.0]]
+
+
+def best_candidate(means: ArrayLike, weights: ArrayLike, minima: dict[int, float] | None = None, **units) -> Choice:
+    return weighted_rule(weights, minima, **units).choose(means)
 
 
 def best_under(

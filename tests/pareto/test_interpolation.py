@@ -7,12 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarded_lines.pareto.choice import best_candidate
+from rewarded_lines.pareto.choice import weighted_rule
 from rewarded_lines.pareto.hypervolume import hypervolume
-from rewarded_lines.pareto.interpolation import best_interpolated, interpolate, mixed_hypervolume
+from rewarded_lines.pareto.interpolation import best_interpolated as best_along
+from rewarded_lines.pareto.interpolation import interpolate, mixed_hypervolume
 
 LAMS = [0.0, 0.5, 1.0]
 MEANS = [[0.0, 10.0], [2.0, 8.0], [3.0, 0.0]]
+
+
+def best_candidate(means, weights, minima=None, **units):
+    return weighted_rule(weights, minima, **units).choose(means)
+
+
+def best_interpolated(lams, means, weights, minima=None, **units):
+    return best_along(lams, means, weighted_rule(weights, minima, **units))
 
 
 def curve(seed: int, points: int = 6, rewards: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rewarded_lines.folders import write_bytes
 from rewarded_lines.merger.compare_policies import RANKS, Comparison
 from rewarded_lines.reports.comparison_texts import AGREEMENT, COSINE, OVERLAP, spread
-from rewarded_lines.reports.figures.depth_figure import check_figure_file
-from rewarded_lines.reports.figures.figure_style import WIDE, blank_figure, figure_bytes, house_style, looks, settled
+from rewarded_lines.reports.figures.figure_style import WIDE, blank_figure, looks, number_blocks, settled
 from rewarded_lines.reports.figures.label_placement import shorten
 
 if TYPE_CHECKING:
@@ -18,13 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHARED = {"cosine": COSINE, "overlap": OVERLAP, "same sign": AGREEMENT}
-
-
-def write_comparison_figure(found: Comparison, file: str | Path) -> None:
-    """Write `comparison_figure` to a file, atomically; its name must pass `check_figure_file`."""
-    kind = check_figure_file(file)
-    with house_style():
-        write_bytes(Path(file), figure_bytes(comparison_figure(found), kind))
 
 
 def comparison_figure(found: Comparison) -> Figure:
@@ -43,15 +33,12 @@ def comparison_figure(found: Comparison) -> Figure:
 
 
 def _draw_shared(axes: Axes, found: Comparison) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     blocks = [one for (_, block, _), one in found.levels.items() if block is not None]
     for (label, measure), look in zip(_SHARED.items(), looks(len(_SHARED)), strict=True):
         pairs = [spread(one, measure) for one in blocks]
         means = [math.fsum(one) / len(one) if one else math.nan for one in pairs]
         axes.plot(range(len(means)), means, label=label, **look.keywords(markevery=max(1, len(means) // 16)))
-    axes.set(xlabel="block [index from 0]", ylabel="mean over pairs of policies [1]")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    number_blocks(axes, "mean over pairs of policies [1]")
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
 
 

@@ -7,27 +7,17 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewarded_lines.errors import did_you_mean, fail
-from rewarded_lines.folders import write_bytes
 from rewarded_lines.merger.inspection import Inspection, Level
-from rewarded_lines.merger.lines_schedule import Line, Schedule
+from rewarded_lines.merger.lines_schedule import Line, Schedule, lines_scale
 from rewarded_lines.merger.methods import MOD
-from rewarded_lines.reports.figures.figure_style import (
-    FORMATS,
-    WIDE,
-    blank_figure,
-    figure_bytes,
-    house_style,
-    legend_above,
-    looks,
-    settled,
-)
+from rewarded_lines.reports.figures.figure_style import WIDE, blank_figure, legend_above, looks, number_blocks, settled
 from rewarded_lines.reports.figures.label_placement import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from rewarded_lines.evaluator.shape_search import FoundShape
     from rewarded_lines.reports.summary import Summary
 
 # Blue first: most models have one list of blocks, and blue is darker in grey.
@@ -39,38 +29,9 @@ _BEFORE: dict[str, Any] = dict(linestyle=(0, (4, 2)), markerfacecolor="white", l
 _MARKED, _LONGEST = 16, 18
 # Policies skip the first looks, which the methods have.
 _SKIPPED = 4
+_SCALE = "scale s of the residual [×]"
 Band = tuple[Schedule, Schedule]
 """The schedules of a method with the least and the greatest α; equal ones where α does not change with λ."""
-
-
-def check_figure_file(file: str | Path) -> str:
-    """Return the format that a figure's file name names.
-
-    Raises:
-        UserError: the ending is unknown, the folder does not exist, or matplotlib is not installed.
-    """
-    path = Path(file)
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
-        raise fail(
-            "no format of a figure",
-            where=str(file),
-            expected="a file name ending in .png, .svg or .pdf",
-            got=path.suffix or "no ending",
-            remedy=did_you_mean(kind, FORMATS),
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "its folder is not there"
-        raise fail(what, where=str(file), expected="a file in a folder that exists")
-    with house_style():
-        return kind
-
-
-def write_depth_figure(inspection: Inspection, file: str | Path) -> None:
-    """Write `depth_figure` to a file, atomically; its name must pass `check_figure_file`."""
-    path, kind = Path(file), check_figure_file(file)
-    with house_style():
-        write_bytes(path, figure_bytes(depth_figure(inspection), kind))
 
 
 def depth_figure(inspection: Inspection) -> Figure:
@@ -142,6 +103,32 @@ def run_depth_figure(summary: Summary, inspections: Mapping[str, Inspection]) ->
     return settled(figure)
 
 
+def shape_figure(found: FoundShape) -> Figure:
+    """Draw the found scales by block beside LiNeS and the tuned α and β, and the differences on the test prompts."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = blank_figure(WIDE, 3.2)
+    depth, change = figure.subplots(1, 2)
+    blocks = len(next(iter(found.scales.values())))
+    lines = {"LiNeS": (1.0, 1.0), "tuned α, β": found.tuned}
+    curves = {f"shape, {name}" if name != "all" else "shape": row for name, row in found.scales.items()}
+    curves |= {name: [lines_scale(block, blocks, *one) for block in range(blocks)] for name, one in lines.items()}
+    for (name, row), look in zip(curves.items(), looks(len(curves)), strict=True):
+        depth.plot(range(blocks), row, label=name, **look.keywords())
+    number_blocks(depth, _SCALE)
+    depth.set_ylim(0, None)
+    depth.legend(frameon=False)
+    for height, one in enumerate(found.differences):
+        value, low, high = one.difference.value, one.difference.low, one.difference.high
+        change.errorbar([value], [height], xerr=[[value - low], [high - value]], fmt="o", capsize=3, color="0.2")
+    change.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    change.axvline(0, color="0.5", linewidth=0.8)
+    change.set_yticks(range(len(found.differences)), [f"shape − {one.other}" for one in found.differences])
+    change.set(xlabel="hypervolume, 95% interval", ylim=(-0.6, len(found.differences) - 0.4))
+    change.invert_yaxis()
+    return figure
+
+
 def schedules(summary: Summary) -> dict[Band, list[str]]:
     """Return the methods of every schedule, without models that are not merged."""
     found: dict[Band, list[str]] = {}
@@ -208,12 +195,9 @@ def _norms(levels: Sequence[Level], scaled: bool = False) -> list[float]:
 
 
 def _finish(panels: Sequence[Axes]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axes, label in zip(panels, ("scale s of the residual [×]", "L2 norm [units of the weights]"), strict=False):
+    for axes, label in zip(panels, (_SCALE, "L2 norm [units of the weights]"), strict=False):
         axes.grid(True)
-        axes.set(xlabel="block [index from 0]", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        number_blocks(axes, label)
         low, high = axes.get_ylim()
         # Heights start at zero; the room above keeps a constant line off the frame.
         axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, 1.04 * high if high > 0 else 1.0)

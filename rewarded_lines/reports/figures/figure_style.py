@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.extras import require
+from rewarded_lines.folders import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 FORMATS = ("png", "svg", "pdf")
@@ -150,6 +152,44 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=format, dpi=figure.dpi, metadata=metadata[format])
     return file.getvalue()
+
+
+def check_figure_file(file: str | Path) -> str:
+    """Return the format that a figure's file name names.
+
+    Raises:
+        UserError: the ending is unknown, the folder does not exist, or matplotlib is not installed.
+    """
+    path = Path(file)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise fail(
+            "no format of a figure",
+            where=str(file),
+            expected="a file name ending in .png, .svg or .pdf",
+            got=path.suffix or "no ending",
+            remedy=did_you_mean(kind, FORMATS),
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "its folder is not there"
+        raise fail(what, where=str(file), expected="a file in a folder that exists")
+    with house_style():
+        return kind
+
+
+def write_figure(file: str | Path, draw: Callable[[], Figure]) -> None:
+    """Draw a figure in the house style and write it, atomically; the file's name must pass `check_figure_file`."""
+    kind = check_figure_file(file)
+    with house_style():
+        write_bytes(Path(file), figure_bytes(draw(), kind))
+
+
+def number_blocks(axes: Axes, label: str) -> None:
+    """Number the blocks below a panel; `label` is that of its other axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="block [index from 0]", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def mix(colour: str, other: str, share: float) -> tuple[float, float, float]:

@@ -13,8 +13,8 @@ import pytest
 from rewarded_lines.errors import UserError
 from rewarded_lines.merger.inspection import Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Line, Schedule
-from rewarded_lines.reports.figures.depth_figure import check_figure_file, depth_figure, write_depth_figure
-from rewarded_lines.reports.figures.figure_style import figure_bytes
+from rewarded_lines.reports.figures.depth_figure import depth_figure
+from rewarded_lines.reports.figures.figure_style import check_figure_file, figure_bytes, write_figure
 
 pytest.importorskip("matplotlib")
 
@@ -93,7 +93,7 @@ def test_the_same_bytes_every_time(kind: str) -> None:
 def test_the_file_is_replaced_whole(tmp_path: Path) -> None:
     file = tmp_path / "depth.svg"
     file.write_text("old")
-    write_depth_figure(make_inspection({"h": 3}), file)
+    write_figure(file, lambda: depth_figure(make_inspection({"h": 3})))
     assert b"residual" in file.read_bytes() and list(tmp_path.iterdir()) == [file]
 
 
