@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1 and OUT=folder. For the set-up:'
+	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1, LORA=1 and OUT=folder. For the set-up:'
 	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
 	@echo '  VLLM=auto|cpu|gpu|none    which vLLM (auto: gpu if nvidia-smi lists a GPU; an existing .venv is kept)'
 	@echo '  TORCH_INDEX=URL           an extra package index for PyTorch, for instance the CPU builds at'
@@ -46,7 +46,7 @@ setup-oldest:
 # demo to end when make does.
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
 demo: setup-demo ## train, merge, measure and report on a small example: the whole job
-	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(OUT), --out '$(OUT)')
+	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(LORA), --lora)$(if $(OUT), --out '$(OUT)')
 
 test: setup ## run the tests
 	$(VENV)/$(PYTEST)
