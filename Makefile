@@ -21,7 +21,7 @@ OLDEST := .venv-oldest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes \
+.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes bench-serve \
 	gpu-check lint format clean
 
 help: ## list the targets
@@ -67,6 +67,9 @@ bench-sweep: setup ## measure sweep against the loop of the first code for it, o
 
 bench-recipes: setup ## measure a step of each recipe against bare TRL, on what `make demo` made (quarter of an hour)
 	$(VENV)/python tests/benchmarks/recipe_overhead.py $(BENCH)
+
+bench-serve: setup ## measure requests of many λ to one server, on what `make demo LORA=1` made (ten minutes)
+	$(VENV)/python tests/benchmarks/serve_speed.py $(BENCH)
 
 gpu-check: setup ## run on a GPU what no test can show without one: tests, merges, swaps, a sweep, training (8 minutes)
 	$(VENV)/python tests/benchmarks/gpu_check.py $(BENCH)

@@ -205,6 +205,8 @@ async function start() {
     byId("scope").textContent = "";
     return told(error);
   }
+  // Policies that were trained for mixtures are weighed by reward.
+  offered.policies = offered.weights ?? offered.policies;
   told(null);
   byId("unlock").hidden = true;
   const chat = offered.chat !== false;
