@@ -1,1 +1,1 @@
-"""λ in the request: a plugin of vLLM, a server, and a small page."""
+"""A front served: requests say which preference they want."""
