@@ -183,7 +183,7 @@ def test_a_chat_streams_text_as_text_and_keeps_what_was_said(opening: Any) -> No
     page.get_by_label("Seed").fill("7")
     first = say(page, "one", 0)
     assert first.locator(".text").text_content() == TEXT.format(said="one")
-    assert first.locator("h4").text_content() == "lines@positive=0.53,detailed=0.47"
+    assert first.locator("h3").text_content() == "lines@positive=0.53,detailed=0.47"
     assert page.locator("img, .text b").count() == 0 and page.title() == "demo-sft"
     say(page, "two", 1)
     sent = server.asked[1]
@@ -203,7 +203,7 @@ def test_two_preferences_answer_side_by_side_with_one_seed(opening: Any) -> None
     second.get_by_label("Merge").select_option("soup")
     second.get_by_role("slider").press("Home")
     turn = say(page, "one", 0)
-    assert sorted(turn.locator("h4").all_text_contents()) == [
+    assert sorted(turn.locator("h3").all_text_contents()) == [
         "lines@positive=0.5,detailed=0.5",
         "soup@positive=0,detailed=1",
     ]
@@ -285,7 +285,8 @@ def test_whole_models_have_one_preference_which_an_admin_changes(opening: Any) -
     page.locator(".text", has_text="Größe").wait_for()
     page.wait_for_selector("#log[aria-busy=false]")
     assert server.asked[0] == {"preference": {"positive": 1, "detailed": 0}, "row": "lines"}
-    assert server.asked[1]["prompt"] == "a film" and "preference" not in server.asked[1]
+    assert server.asked[1]["prompt"] == "a film" and server.asked[1]["model"] == "default"
+    assert "preference" not in server.asked[1]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,6 +1,6 @@
 // The page: asks the server what it serves, then chats with one preference or with two side by side.
 
-import { FrontChart, pointLabel } from "./front_chart.js";
+import { FrontChart, isServed, pointLabel } from "./front_chart.js";
 import { byId, element } from "./page_parts.js";
 import { preferenceControl } from "./preference.js";
 import { request, streamed } from "./stream.js";
@@ -60,7 +60,7 @@ function showFront() {
   byId("plot").replaceChildren(chart.drawing);
   byId("axes").replaceChildren(...chart.selects());
   byId("legend").replaceChildren(...chart.legend());
-  const points = offered.points.filter(({ row }) => row !== null);
+  const points = offered.points.filter((point) => isServed(point, offered));
   // Named points first, then those of the front.
   points.sort((one, other) => Boolean(other.name) - Boolean(one.name) || Boolean(other.on_front) - Boolean(one.on_front));
   const options = points.map((point, index) => element("option", { value: index }, pointLabel(point, offered)));
@@ -102,10 +102,10 @@ function messagesOf(side, text) {
 function bodyFor(side, text) {
   const { row, weights } = controls[side].state;
   const asked = offered.chat === false ? { prompt: text } : { messages: messagesOf(side, text) };
-  // A server of whole models has one preference for all requests.
-  const preference = offered.mode === "whole" ? {} : { preference: weights, row };
+  // A server of whole models has one preference for all requests, under the name `default`.
+  const asks = offered.mode === "whole" ? { model: "default" } : { model: offered.base, preference: weights, row };
   const number = (id) => byId(id).valueAsNumber;
-  return { model: offered.base, ...preference, ...asked, seed: number("seed"), temperature: number("temperature"), max_tokens: number("tokens") };
+  return { ...asks, ...asked, seed: number("seed"), temperature: number("temperature"), max_tokens: number("tokens") };
 }
 
 function showCommand(body) {
@@ -123,7 +123,7 @@ function followed() {
 
 // Asks for the answer of one side and shows it as it comes. Returns its text, or null after an error.
 async function answer(side, text, box, signal) {
-  const heading = element("h4", {}, label(controls[side].state));
+  const heading = element("h3", {}, label(controls[side].state));
   const words = element("span");
   const before = offered.chat === false ? [element("b", {}, text)] : [];
   const note = element("p", { class: "note" });
@@ -207,6 +207,8 @@ async function start() {
   }
   // Policies that were trained for mixtures are weighed by reward.
   offered.policies = offered.weights ?? offered.policies;
+  const rewards = offered.rewards.map(({ name }) => name);
+  offered.points = offered.points.filter(({ means }) => rewards.every((name) => Number.isFinite(means[name])));
   told(null);
   byId("unlock").hidden = true;
   const chat = offered.chat !== false;

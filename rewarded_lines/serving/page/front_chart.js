@@ -27,6 +27,9 @@ function scale(values, from, to) {
 
 const withUnit = ({ name, unit }) => (unit ? `${name} [${unit}]` : name);
 
+// A run may have points, such as the base's, of methods that no request can ask for.
+export const isServed = (point, offered) => offered.rows.some(({ name }) => name === point.row);
+
 export function pointLabel(point, offered) {
   const row = offered.rows.find(({ name }) => name === point.row);
   const where = point.row === null ? "base" : `${row?.label ?? point.row}, ${spoken(point.weights, offered.step)}`;
@@ -123,7 +126,7 @@ export class FrontChart {
     const title = shape("title", {}, pointLabel(point, this.offered));
     const kind = `point ${this.ink(point.row)}${point.on_front ? " best" : ""}`;
     const dot = shape("circle", { cx, cy, r: point.on_front ? 5 : 3.5, class: kind }, title);
-    if (point.row !== null) dot.addEventListener("click", () => this.choose(point));
+    if (isServed(point, this.offered)) dot.addEventListener("click", () => this.choose(point));
     return dot;
   }
 
