@@ -127,7 +127,7 @@ export class FrontChart {
     const kind = `point ${this.ink(point.row)}${point.on_front ? " best" : ""}`;
     const dot = shape("circle", { cx, cy, r: point.on_front ? 5 : 3.5, class: kind }, title);
     if (isServed(point, this.offered)) dot.addEventListener("click", () => this.choose(point));
-    return dot;
+    return point.row === null ? shape("g", {}, dot, shape("text", { x: cx + 8, y: cy + 4 }, "base")) : dot;
   }
 
   // Shows where the preferences stand: [{means, name}], the name beside its ring.
