@@ -39,7 +39,7 @@ LONGER: Mapping[str, Mapping[str, str]] = {
 # Policies as adapters of the SFT model, whose weights then stay. The dropout of 0 keeps PPO's ratios at 1.
 ADAPTERS: Mapping[str, str] = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_dropout": "0.0"}
 # Adapters learn with a rate of their own: so many times that of whole policies.
-ADAPTER_RATE = 4.0
+ADAPTER_RATE = 3.0
 
 
 @dataclass(frozen=True)
