@@ -46,6 +46,7 @@ def choose(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Also consider λ between evaluated points (two policies).")
     ] = False,
+    name: Annotated[str, typer.Option(help="The run remembers the point by it, for `serve`.")] = "chosen",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,7 +73,7 @@ def choose(
         bar.start("reading the run, bootstrap")
         rule: dict[str, Any] = {"at_least": minima, "at_least_sft": at_least_sft, "maximize": maximize}
         rule |= {"weights": weighed, "knee": knee, "preference": preference}
-        chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
+        chosen = run_choose(run, methods=method or (), interpolate=interpolate, name=name, **rule)
     if as_json:
         show_json(chosen.as_dict())
     else:
@@ -97,6 +98,8 @@ def _show(chosen: Chosen) -> None:
         console.print(Text(f"  {line}"))
     console.print(Text(f"\n{NOTE}\n", style="dim"))
     show_line(chosen.command)
+    if not chosen.name:
+        console.print(Text("\nThe run folder is read-only, so it does not remember the point.", style="dim"))
 
 
 def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
