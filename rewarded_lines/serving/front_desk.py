@@ -100,7 +100,7 @@ class FrontDesk:
     def _offered(self) -> Iterator[str]:
         """Yield names that show what can be asked for."""
         yield from self.menu.points
-        yield from (point["model"] for point in self.facts.get("points", ()))
+        yield from (point["model"] for point in self.facts.get("points", ()) if point["row"] is not None)
         count = len(self.menu.names)
         alone = [tuple(float(one == other) for other in range(count)) for one in range(count)]
         for weights in simplex_grid(count, 5) if count <= _FEW else alone:
