@@ -27,7 +27,8 @@ async def open_desk(settings: ServedSettings | None, state: Any) -> FrontDesk:
     """
     given = settings or ServedSettings()
     points = {name: PointSpec.from_dict(dict(point)).merge for name, point in given.points.items()}
-    facts = {"rewards": given.rewards, "points": given.measured, "chat": given.chat, **given.sampling, "admin": bool(given.admin)}
+    facts = {"rewards": given.rewards, "points": given.measured, "chat": given.chat, **given.sampling}
+    facts["admin"] = bool(given.admin)
     if given.whole:
         menu = menu_of_project(load_project(Path(given.project)), points, given.step, **given.how)
         gate = WeightsGate(state.engine_client)
