@@ -86,8 +86,11 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def server_command(model: str, options: Mapping[str, Any]) -> list[str]:
-    """Return the command; -P: a `torch.py` in the current folder is not torch."""
-    return [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments(options)]
+    """Return the command; -P: a `torch.py` in the current folder is not torch.
+
+    The command `vllm` does the same, but builds for CPUs do not have it: they are a package of another name.
+    """
+    return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments(options)]
 
 
 def environment(settings: EngineSettings, own: Mapping[str, str | None]) -> dict[str, str]:
