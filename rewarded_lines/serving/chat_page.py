@@ -25,17 +25,11 @@ _POLICY = "; ".join(
         *("img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
     )
 )
-_HEADERS: Mapping[str, str] = {
-    "content-security-policy": _POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    # A newer version must not run with an older one's scripts.
-    "cache-control": "no-cache",
-}
+_HEADERS: Mapping[str, str] = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"}
 
 
-def page_file(path: str) -> tuple[bytes, dict[str, str]] | None:
-    """Return the body and the headers of a file of the page; None if the path is not the page's.
+def page_file(path: str) -> tuple[bytes, str, Mapping[str, str]] | None:
+    """Return the content, its type and headers of a file of the page; None if the path is not the page's.
 
     Args:
         path: the path of the request, such as `/` or `/page/chat.js`.
@@ -44,4 +38,4 @@ def page_file(path: str) -> tuple[bytes, dict[str, str]] | None:
     if found is None:
         return None
     name, kind = found
-    return files(__package__).joinpath("page", name).read_bytes(), {"content-type": kind, **_HEADERS}
+    return files(__package__).joinpath("page", name).read_bytes(), kind, _HEADERS

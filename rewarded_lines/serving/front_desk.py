@@ -100,16 +100,11 @@ class FrontDesk:
     def _offered(self) -> Iterator[str]:
         """Yield names that show what can be asked for."""
         yield from self.menu.points
-        yield from (point["model"] for point in self.facts.get("points", ()))
+        yield from (point["model"] for point in self.facts.get("points", ()) if point["row"] is not None)
         count = len(self.menu.names)
         alone = [tuple(float(one == other) for other in range(count)) for one in range(count)]
         for weights in simplex_grid(count, 5) if count <= _FEW else alone:
             yield self.menu.canonical(f"{self.menu.row}@{','.join(map(repr, weights))}")
-
-
-def middle(menu: Menu) -> str:
-    """Return the name of the merge that has equal weights, in the menu's own row."""
-    return menu.name_for(dict.fromkeys(menu.names, 1 / len(menu.names)))
 
 
 def place_of(menu: Menu, spec: MergeSpec) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import quote
 
@@ -110,11 +110,14 @@ def rewriting(send: Send, change: Callable[[Any], Any]) -> Send:
     return changed
 
 
-async def respond(send: Send, status: int, content: Any, kind: str = "application/json") -> None:
-    """Send an answer: bytes as they are, other content as JSON."""
+async def respond(
+    send: Send, status: int, content: Any, kind: str = "application/json", more: Mapping[str, str] | None = None
+) -> None:
+    """Send an answer: bytes as they are, other content as JSON; `more` are headers in lower case."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
     headers += [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+    headers += [(name.encode(), value.encode()) for name, value in (more or {}).items()]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -10,14 +10,11 @@ import atexit
 import json
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from functools import cache
-from mimetypes import guess_type
-from pathlib import Path
 from typing import Any
 
 from rewarded_lines.errors import Problem
+from rewarded_lines.serving.chat_page import page_file
 from rewarded_lines.serving.front_desk import FrontDesk
 from rewarded_lines.serving.http_messages import (
     App,
@@ -41,7 +38,6 @@ from rewarded_lines.serving.open_desk import open_desk
 from rewarded_lines.serving.preference_names import PreferenceError
 from rewarded_lines.serving.served_settings import MOST_BYTES, ServedSettings, settings_given
 
-_PAGE = Path(__file__).parent / "page"
 # Adapters come from the menu alone: these would open a path that a request names.
 _CLOSED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
 # Requests without a model get the default here.
@@ -71,7 +67,7 @@ class PreferenceMiddleware:
         path, method = path_of(scope), scope["method"]
         if path.startswith(_CLOSED):
             return await refuse(send, 403, "adapters are not loaded from paths; ask for a preference by its name")
-        if method in ("GET", "HEAD") and (file := page_files().get(path)):
+        if method in ("GET", "HEAD") and (file := page_file(path)):
             return await respond(send, 200, *file)
         if method == "POST" and path == "/preference":
             return await self._change(self._desk, scope, receive, send)
@@ -191,14 +187,3 @@ def _bases(scope: Scope) -> list[str]:
     """Return the names under which the engine serves the model that it was started with."""
     models = getattr(scope["app"].state, "openai_serving_models", None) if "app" in scope else None
     return [path.name for path in getattr(models, "base_model_paths", ())] or ["default"]
-
-
-@cache
-def page_files() -> Mapping[str, tuple[bytes, str]]:
-    """Return content and type of the page's files, by path; a request's path is only looked up here."""
-    found = {}
-    for file in sorted(_PAGE.glob("*.*")) if _PAGE.is_dir() else ():
-        kind = guess_type(file.name)[0] or "application/octet-stream"
-        kind += "; charset=utf-8" if kind.startswith("text/") else ""
-        found["/" if file.name == "index.html" else f"/{file.name}"] = (file.read_bytes(), kind)
-    return found

@@ -9,7 +9,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.recorded_choices import DEFAULT
 from rewarded_lines.projects import load_project
-from rewarded_lines.serving.front_desk import FrontDesk, middle
+from rewarded_lines.serving.front_desk import FrontDesk
 from rewarded_lines.serving.menus import menu_of_project
 from rewarded_lines.serving.served_settings import ServedSettings
 from rewarded_lines.serving.weights_gate import WeightsGate
@@ -27,7 +27,8 @@ async def open_desk(settings: ServedSettings | None, state: Any) -> FrontDesk:
     """
     given = settings or ServedSettings()
     points = {name: PointSpec.from_dict(dict(point)).merge for name, point in given.points.items()}
-    facts = {"rewards": given.rewards, "points": given.measured, "chat": given.chat, "admin": bool(given.admin)}
+    facts = {"rewards": given.rewards, "points": given.measured, "chat": given.chat, **given.sampling}
+    facts["admin"] = bool(given.admin)
     if given.whole:
         menu = menu_of_project(load_project(Path(given.project)), points, given.step, **given.how)
         gate = WeightsGate(state.engine_client)
@@ -40,5 +41,5 @@ async def open_desk(settings: ServedSettings | None, state: Any) -> FrontDesk:
         remedy = "install this package into vLLM's environment, and name the plugin if VLLM_PLUGINS is set"
         raise fail(what, where="vllm serve --middleware", remedy=remedy)
     menu = served.menu
-    menu.points |= {DEFAULT: menu.spec(middle(menu)), **points}
+    menu.points |= {DEFAULT: menu.spec(menu.example()), **points}
     return FrontDesk(menu, None, facts)

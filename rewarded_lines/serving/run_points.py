@@ -14,7 +14,7 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.recorded_choices import CHOSEN, DEFAULT, recorded_choices
 from rewarded_lines.evaluator.records import Run
 from rewarded_lines.pareto.hypervolume import nondominated
-from rewarded_lines.serving.front_desk import middle, place_of
+from rewarded_lines.serving.front_desk import place_of
 from rewarded_lines.serving.preference_names import Menu, PreferenceError
 from rewarded_lines.serving.serve_options import ServeOptions
 
@@ -48,11 +48,14 @@ def default_point(run: Run | None, options: ServeOptions, menu: Menu, chosen: Ma
         return PointSpec(options.row or menu.row, menu.spec(name))
     if CHOSEN in chosen:
         return chosen[CHOSEN]
-    return PointSpec(menu.row, menu.spec(middle(menu)))
+    return PointSpec(menu.row, menu.spec(menu.example()))
 
 
 def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> list[dict[str, Any]]:
-    """Return the points that were measured and can be asked for, with their means, for GET /preferences."""
+    """Return the points that were measured and can be asked for, with their means, for GET /preferences.
+
+    The base has no row and no weights.
+    """
     shown = [point for point in run.points if _is_served(point.spec, menu) and not point.spec.checkpoint]
     if not shown:
         return []
@@ -66,7 +69,9 @@ def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> li
             told = {"name": names.get(point.spec), "model": model, "row": point.spec.method}
             told["weights"] = place_of(menu, point.spec.merge)
             found.append({**told, "means": dict(zip(run.objectives, values, strict=True)), "on_front": best})
-    return found
+    base = {"name": None, "model": Path(menu.base).name, "row": None, "weights": {}, "on_front": False}
+    means = dict(zip(run.objectives, map(float, run.sft.means(run.objectives)), strict=True))
+    return [{**base, "means": means}, *found]
 
 
 def _is_served(point: PointSpec, menu: Menu) -> bool:

@@ -28,6 +28,7 @@ class ServedSettings:
         rewards: name and unit of each reward of the run.
         measured: the points of the run, as GET /preferences tells them.
         chat: whether the model has a chat template.
+        sampling: temperature and max_tokens of the project, with which the page begins.
         admin: the hash of the key for POST /preference, "" if nobody may.
         most_bytes: the longest body of a request.
         ready: what to print once the server answers.
@@ -41,6 +42,7 @@ class ServedSettings:
     rewards: Sequence[Mapping[str, str]] = ()
     measured: Sequence[Mapping[str, Any]] = ()
     chat: bool = True
+    sampling: Mapping[str, float] = field(default_factory=dict)
     admin: str = ""
     most_bytes: int = MOST_BYTES
     ready: str = ""

@@ -106,6 +106,7 @@ def plan_server(
         how=how,
         whole={"plan": plan_message(plan), "level": place.level} if place else {},
         chat=_has_template(project, plan),
+        sampling={key: getattr(project.generation, key) for key in ("temperature", "max_tokens")},
         admin=hashed(admin) if admin else "",
         most_bytes=options.most_bytes,
         ready=found.ready(announce),

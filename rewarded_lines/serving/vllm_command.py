@@ -65,8 +65,7 @@ def server_options(project: Project, plan: Plan, settings: EngineSettings, besid
 def _adapter_options(plan: AdapterPlan) -> dict[str, Any]:
     refuse_unserved(plan, "rewarded-lines serve")
     rank = slot_rank(plan, "rewarded-lines serve")
-    # One slot stays spare: with none free, vLLM on a CPU applies the last adapter to requests without one.
-    slots = 1 + adapters_at_once(available_memory(vllm_device()), adapter_bytes(plan, rank))
+    slots = adapters_at_once(available_memory(vllm_device()), adapter_bytes(plan, rank))
     layers = {"lora_target_modules": adapted_layers(plan)}
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots, **layers}
 

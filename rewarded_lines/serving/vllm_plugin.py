@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
+from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+
 PROJECT = "REWARDED_LINES_PROJECT"
 """The project file whose policies and curves are served."""
 SETTINGS = {name: f"REWARDED_LINES_{name.upper()}" for name in ("step", "layers", "tower")}
@@ -24,6 +26,9 @@ _OPTIONS = ("--lora-modules", "--config")
 
 def register() -> None:
     """Let vLLM answer for preferences, if the server has adapters or a project."""
+    # A worker of `rewarded-lines serve` ends with its server.
+    if os.environ.get(DIE_WITH_PARENT) != str(os.getpid()):
+        die_with_parent()
     if any(word.replace("_", "-").split("=")[0] in _OPTIONS for word in sys.argv):
         os.environ[_ADAPTERS] = "1"
     if os.environ.get(PROJECT) or os.environ.get(_ADAPTERS):

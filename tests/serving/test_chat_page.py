@@ -92,7 +92,8 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         found = page_file(self.path)
         if found is not None:
-            self.reply(*found)
+            content, kind, more = found
+            self.reply(content, {"content-type": kind, **more})
         elif self.path == "/preferences" and not self.refused(self.server.key):
             self.json(self.server.offered)
 

@@ -5,7 +5,6 @@ import asyncio
 import pytest
 from stand_in_vllm import StandIn
 
-from rewarded_lines.serving import middleware
 from rewarded_lines.serving.http_messages import hashed
 
 CHAT = "/v1/chat/completions"
@@ -95,18 +94,14 @@ def test_adapters_are_never_loaded_from_a_path():
     assert (answer.status_code, seen) == (403, [])
 
 
-def test_lists_the_page_and_the_key(tmp_path, monkeypatch):
-    (tmp_path / "index.html").write_text("<p>ä")
-    (tmp_path / "chat.js").write_text("1")
-    monkeypatch.setattr(middleware, "_PAGE", tmp_path)
-    middleware.page_files.cache_clear()
-
+def test_lists_the_page_and_the_key():
     async def check():
         server = StandIn(key="sesame")
         get, own = server.client.get, {"Authorization": "Bearer sesame"}
-        page, script = await get("/"), await get("/chat.js")
-        assert page.text == "<p>ä" and page.headers["content-type"] == "text/html; charset=utf-8"
-        assert script.text == "1" and "javascript" in script.headers["content-type"]
+        page, script = await get("/"), await get("/page/chat.js")
+        assert page.text.startswith("<!doctype html>") and page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert script.status_code == 200 and "javascript" in script.headers["content-type"]
         assert (await get("/health")).status_code == 200
         assert (await get("/../middleware.py")).status_code == 404
         for path in ("/v1/models", "/preferences"):
@@ -123,7 +118,6 @@ def test_lists_the_page_and_the_key(tmp_path, monkeypatch):
         assert told["points"] == told["rewards"] == []
 
     asyncio.run(check())
-    middleware.page_files.cache_clear()
 
 
 def test_whole_models_are_one_merge_that_the_admin_changes():

@@ -124,12 +124,12 @@ function followed() {
 // Asks for the answer of one side and shows it as it comes. Returns its text, or null after an error.
 async function answer(side, text, box, signal) {
   const heading = element("h3", {}, label(controls[side].state));
-  const words = element("span");
+  const words = document.createTextNode("");
   const before = offered.chat === false ? [element("b", {}, text)] : [];
   const note = element("p", { class: "note" });
   box.append(heading, element("div", { class: "text" }, ...before, words), note);
   const said = (piece) => {
-    words.textContent += piece;
+    words.appendData(piece);
     followed();
   };
   const body = bodyFor(side, text);
@@ -138,7 +138,7 @@ async function answer(side, text, box, signal) {
     const { model, reason } = await streamed(body, { chat: offered.chat !== false, key: key(), signal, said });
     if (model) heading.textContent = model;
     note.textContent = ENDS[reason] ?? "";
-    return words.textContent;
+    return words.data;
   } catch (error) {
     const stopped = error.name === "AbortError";
     note.textContent = stopped ? "stopped" : error.message;

@@ -6,7 +6,8 @@ import { decimals, moved, placeAmong, rounded, spoken, weightsAt } from "./weigh
 const CORNERS = [[100, 14], [186, 162], [14, 162]];
 
 function slider(name, step, label, change) {
-  const input = element("input", { type: "range", min: 0, max: 1, step, "aria-label": label });
+  // The scores at this place are read with the slider, but not again at each step of it.
+  const input = element("input", { type: "range", min: 0, max: 1, step, "aria-label": label, "aria-describedby": "standing" });
   input.addEventListener("input", () => change(name, input.valueAsNumber));
   return input;
 }
@@ -43,7 +44,7 @@ function rowChoice(rows, change) {
 export function preferenceControl(title, offered, changed) {
   const { policies, rows, step } = offered;
   const legend = element("legend", {}, title);
-  const told = element("output", { class: "told" });
+  const told = element("output", { class: "told", "aria-live": "off" });
   const state = { row: offered.row, weights: { ...offered.current } };
   const set = (next) => {
     Object.assign(state, next, next.weights && { weights: rounded(next.weights, step) });

@@ -1,5 +1,8 @@
 // Talks to the server: its preferences, its streamed answers, and its errors as text.
 
+// Milliseconds without a look at what the user does.
+const LONGEST_WORK = 30;
+
 export class ServerError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -35,29 +38,38 @@ export async function request(path, { key = "", body, signal } = {}) {
   return response;
 }
 
-// Yields the data of every server-sent event, however the network cuts them.
+const breath = () => new Promise((go) => setTimeout(go));
+
+// Yields the data of server-sent events, those that came together in one list, however the network cuts them.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = "";
+  let [waiting, rested] = ["", performance.now()];
   for (;;) {
     const { value, done } = await reader.read();
     waiting += value ?? "";
     const blocks = waiting.split(/\r?\n\r?\n/);
     waiting = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-      if (lines.length) yield lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n");
-    }
+    yield blocks
+      .map((block) => block.split(/\r?\n/).filter((line) => line.startsWith("data:")))
+      .filter((lines) => lines.length)
+      .map((lines) => lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n"));
     if (done) return;
+    if (performance.now() - rested < LONGEST_WORK) continue;
+    // Without this a fast stream leaves no time to draw and to press Stop.
+    await breath();
+    rested = performance.now();
   }
 }
 
-function parsed(data) {
+function choiceIn(data) {
+  let content;
   try {
-    return JSON.parse(data);
+    content = JSON.parse(data);
   } catch {
     throw new ServerError("The server sent something that is no part of an answer.");
   }
+  if (content.error) throw new ServerError(content.error.message ?? String(content.error));
+  return content.choices?.[0];
 }
 
 // Calls `said` with each piece of the answer. Returns the model that the server names, and why the answer ended.
@@ -67,13 +79,12 @@ export async function streamed(body, { chat, key, signal, said }) {
   const model = response.headers.get("x-rewarded-lines-model");
   let reason = "";
   try {
-    for await (const data of events(response)) {
-      if (data === "[DONE]") return { model, reason };
-      const content = parsed(data);
-      if (content.error) throw new ServerError(content.error.message ?? String(content.error));
-      const choice = content.choices?.[0];
-      reason = choice?.finish_reason ?? reason;
-      said((chat ? choice?.delta?.content : choice?.text) ?? "");
+    for await (const together of events(response)) {
+      const choices = together.filter((data) => data !== "[DONE]").map(choiceIn);
+      reason = choices.findLast((choice) => choice?.finish_reason)?.finish_reason ?? reason;
+      const pieces = choices.map((choice) => (chat ? choice?.delta?.content : choice?.text) ?? "");
+      if (pieces.length) said(pieces.join(""));
+      if (together.includes("[DONE]")) return { model, reason };
     }
   } catch (error) {
     if (error instanceof ServerError || error.name === "AbortError") throw error;
