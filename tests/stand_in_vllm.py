@@ -33,7 +33,8 @@ class Engine:
         reason = self.reasons.pop(0) if self.reasons and method == "use_merge" else ""
         if reason == "dead":
             raise RuntimeError("the worker is gone")
-        self.weights = {} if reason else args[0]["weights"] if method == "use_merge" else self.weights
+        if method == "use_merge" and not reason:
+            self.weights = args[0]["weights"]
         return [{"problems": [{"what": reason}]} if reason else {}]
 
     async def pause_generation(self, *, mode: str) -> None:

@@ -107,11 +107,6 @@ class FrontDesk:
             yield self.menu.canonical(f"{self.menu.row}@{','.join(map(repr, weights))}")
 
 
-def middle(menu: Menu) -> str:
-    """Return the name of the merge that has equal weights, in the menu's own row."""
-    return menu.name_for(dict.fromkeys(menu.names, 1 / len(menu.names)))
-
-
 def place_of(menu: Menu, spec: MergeSpec) -> dict[str, float]:
     """Return the weights of a merge by the names that the menu takes."""
     if menu.mixtures:

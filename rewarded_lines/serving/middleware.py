@@ -13,7 +13,7 @@ import sys
 from contextlib import AsyncExitStack
 from typing import Any
 
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import Problem
 from rewarded_lines.serving.chat_page import page_file
 from rewarded_lines.serving.front_desk import FrontDesk
 from rewarded_lines.serving.http_messages import (
@@ -89,7 +89,7 @@ class PreferenceMiddleware:
             if message["type"] == "lifespan.startup.complete" and self._desk is None:
                 try:
                     self._desk = await open_desk(self._settings, scope["app"].state)
-                except UserError as error:
+                except Exception as error:  # noqa: BLE001 - vLLM tells a worker's failure by no class of its own
                     message = {"type": "lifespan.startup.failed", "message": str(error)}
                     # vLLM exits with 0 when its application does not start.
                     atexit.register(os._exit, 1)
@@ -168,8 +168,6 @@ class PreferenceMiddleware:
         try:
             return await read_body(scope, receive, self._most)
         except TooLong:
-            from rewarded_lines.errors import Problem
-
             what = f"the request is longer than {self._most} bytes"
             raise PreferenceError(Problem(what, remedy="the server's --max-body"), 413) from None
 

@@ -9,7 +9,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.recorded_choices import DEFAULT
 from rewarded_lines.projects import load_project
-from rewarded_lines.serving.front_desk import FrontDesk, middle
+from rewarded_lines.serving.front_desk import FrontDesk
 from rewarded_lines.serving.menus import menu_of_project
 from rewarded_lines.serving.served_settings import ServedSettings
 from rewarded_lines.serving.weights_gate import WeightsGate
@@ -41,5 +41,5 @@ async def open_desk(settings: ServedSettings | None, state: Any) -> FrontDesk:
         remedy = "install this package into vLLM's environment, and name the plugin if VLLM_PLUGINS is set"
         raise fail(what, where="vllm serve --middleware", remedy=remedy)
     menu = served.menu
-    menu.points |= {DEFAULT: menu.spec(middle(menu)), **points}
+    menu.points |= {DEFAULT: menu.spec(menu.example()), **points}
     return FrontDesk(menu, None, facts)

@@ -88,6 +88,10 @@ class Menu:
             raise UserError(Problem("not a step", "step", "0.1, 0.05, 0.01 or another part of 1", str(step)))
         self.base, self.policies, self.rows, self.points = base, dict(policies), dict(rows), dict(points or {})
         self.step, self.mixtures, self.how = step, mixtures, dict(how or {})
+        # A policy's name is that policy alone.
+        corners = [tuple(float(one == other) for one in self.policies) for other in self.policies]
+        alone = {name: MergeSpec(corner, 1.0, 0.0) for name, corner in zip(self.policies, corners, strict=True)}
+        self._named = {**alone, **self.points}
         # For requests that name none.
         self.row = "lines" if "lines" in self.rows else next(iter(self.rows), "")
         self.names = mixtures.rewards if mixtures else tuple(self.policies)
@@ -122,6 +126,13 @@ class Menu:
             raise self._refusal("row", "not a row", ", ".join(self.rows), str(row))
         return self.canonical(f"{self.row if row is None else row}@{weights}")
 
+    def example(self, row: str = "") -> str:
+        """Return a name that one can ask for."""
+        share = self.steps // len(self.names) / self.steps
+        rest = round(1 - share * (len(self.names) - 1), 12)
+        weights = ",".join(f"{name}={share if index else rest:g}" for index, name in enumerate(self.names))
+        return f"{row or self.row}@{weights}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return the menu for JSON."""
         return {
@@ -139,8 +150,8 @@ class Menu:
         where = f"model `{name[:80]}`"
         if len(name) > LONGEST_NAME:
             raise self._refusal(where, "the name is too long", f"at most {LONGEST_NAME} characters", str(len(name)))
-        if name in self.points:
-            spec = self.points[name]
+        if name in self._named:
+            spec = self._named[name]
             return next(self._spellings(spec, self._place_of(spec)), name), spec
         row, at, rest = name.partition("@")
         if not at or row not in self.rows:
@@ -161,7 +172,7 @@ class Menu:
         try:
             weights = parse_weights(text, self.names, kind == "free", kind == "simplex")
         except UserError as error:
-            found = [replace(problem, where=where, remedy=self._example(row)) for problem in error.problems]
+            found = [replace(problem, where=where, remedy=f"ask for {self.example(row)}") for problem in error.problems]
             raise PreferenceError(found) from error
         return self._rounded(where, weights, kind == "simplex")
 
@@ -239,21 +250,12 @@ class Menu:
 
     def _unknown(self, where: str, word: str) -> PreferenceError:
         rows = listed([f"{name}@WEIGHTS" for name in self.rows], 12)
-        there = "; ".join(part for part in (rows, listed(list(self.points), 12)) if part)
-        expected = f"{there}; WEIGHTS such as {self._weights_example()}"
-        remedy = did_you_mean(word[:80], [*self.rows, *self.points])
+        expected = f"{rows}, such as {self.example()}; {listed(list(self._named), 12)}"
+        remedy = did_you_mean(word[:80], [*self.rows, *self._named])
         return PreferenceError(Problem("no such model", where, expected, remedy=remedy), 404)
 
     def _refusal(self, where: str, what: str, expected: str, got: str = "") -> PreferenceError:
         return PreferenceError(Problem(what, where, expected, got[:80]))
-
-    def _example(self, row: str) -> str:
-        return f"ask for {row}@{self._weights_example()}"
-
-    def _weights_example(self) -> str:
-        share = self.steps // len(self.names) / self.steps
-        rest = round(1 - share * (len(self.names) - 1), 12)
-        return ",".join(f"{name}={share if index else rest:g}" for index, name in enumerate(self.names))
 
 
 def _takes(row: Row, weights: Sequence[float]) -> bool:

@@ -14,7 +14,7 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.recorded_choices import CHOSEN, DEFAULT, recorded_choices
 from rewarded_lines.evaluator.records import Run
 from rewarded_lines.pareto.hypervolume import nondominated
-from rewarded_lines.serving.front_desk import middle, place_of
+from rewarded_lines.serving.front_desk import place_of
 from rewarded_lines.serving.preference_names import Menu, PreferenceError
 from rewarded_lines.serving.serve_options import ServeOptions
 
@@ -48,7 +48,7 @@ def default_point(run: Run | None, options: ServeOptions, menu: Menu, chosen: Ma
         return PointSpec(options.row or menu.row, menu.spec(name))
     if CHOSEN in chosen:
         return chosen[CHOSEN]
-    return PointSpec(menu.row, menu.spec(middle(menu)))
+    return PointSpec(menu.row, menu.spec(menu.example()))
 
 
 def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> list[dict[str, Any]]:

@@ -65,8 +65,7 @@ def server_options(project: Project, plan: Plan, settings: EngineSettings, besid
 def _adapter_options(plan: AdapterPlan) -> dict[str, Any]:
     refuse_unserved(plan, "rewarded-lines serve")
     rank = slot_rank(plan, "rewarded-lines serve")
-    # One slot stays spare: with none free, vLLM on a CPU applies the last adapter to requests without one.
-    slots = 1 + adapters_at_once(available_memory(vllm_device()), adapter_bytes(plan, rank))
+    slots = adapters_at_once(available_memory(vllm_device()), adapter_bytes(plan, rank))
     layers = {"lora_target_modules": adapted_layers(plan)}
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots, **layers}
 
@@ -86,8 +85,11 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def server_command(model: str, options: Mapping[str, Any]) -> list[str]:
-    """Return the command; -P: a `torch.py` in the current folder is not torch."""
-    return [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments(options)]
+    """Return the command; -P: a `torch.py` in the current folder is not torch.
+
+    The command `vllm` does the same, but builds for CPUs do not have it: they are a package of another name.
+    """
+    return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments(options)]
 
 
 def environment(settings: EngineSettings, own: Mapping[str, str | None]) -> dict[str, str]:

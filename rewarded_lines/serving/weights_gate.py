@@ -40,14 +40,12 @@ class WeightsGate:
 
     Attributes:
         name: the canonical name of the merge that answers.
-        spec: that merge.
         broken: why no merge is whole any more; "" if one is.
     """
 
     def __init__(self, engine: Engine, patience: float = PATIENCE) -> None:
         """Bind the engine; `start` gives it the first merge."""
         self.name, self.broken = "", ""
-        self.spec: MergeSpec | None = None
         self._engine, self._patience = engine, patience
         self._changed = asyncio.Condition()
         self._change = asyncio.Lock()
@@ -62,7 +60,7 @@ class WeightsGate:
         await self._engine.collective_rpc("open_plan", args=(dict(plan), level))
         if problems := await self._use(spec):
             raise UserError(problems)
-        self.name, self.spec = name, spec
+        self.name = name
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[str]:
@@ -73,8 +71,7 @@ class WeightsGate:
         """
         async with self._changed:
             await self._changed.wait_for(lambda: not self._closed)
-            if self.broken:
-                raise PreferenceError(Problem(self.broken, _WHERE, remedy="restart the server"), 503)
+            self._check()
             self._active += 1
         try:
             yield self.name
@@ -87,10 +84,11 @@ class WeightsGate:
         """Replace the weights once no request uses them; return the seconds of the change itself.
 
         Raises:
-            PreferenceError: requests do not end, or the merge fails. Then the old weights answer, unless `broken` is set.
+            PreferenceError: requests do not end, or the merge fails. The old weights answer, unless `broken` is set.
         """
         async with self._change:
-            if name == self.name and not self.broken:
+            self._check()
+            if name == self.name:
                 return 0.0
             try:
                 await self._close()
@@ -101,6 +99,10 @@ class WeightsGate:
                 async with self._changed:
                     self._closed = False
                     self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self.broken:
+            raise PreferenceError(Problem(self.broken, _WHERE, remedy="restart the server"), 503)
 
     async def _close(self) -> None:
         """Let no new request begin, and wait for those that run."""
@@ -116,23 +118,19 @@ class WeightsGate:
         # Requests that the server answers in the background end, too; cached prefixes are the old weights'.
         await self._engine.pause_generation(mode="wait")
         try:
-            problems = await self._use(spec)
-            if not problems:
-                self.name, self.spec, self.broken = name, spec, ""
-                return
-            assert self.spec is not None
-            if again := await self._use(self.spec):
-                self.broken = f"neither {name} nor {self.name} could be loaded: {again[0].what}"
-                raise PreferenceError(Problem(self.broken, _WHERE, remedy="restart the server"), 503)
-            told = Problem(f"the change failed; {self.name} goes on answering", _WHERE, got=str(problems[0]))
-            raise PreferenceError(told, 409)
+            if problems := await self._use(spec):
+                told = Problem(f"the change failed; {self.name} goes on answering", _WHERE, got=str(problems[0]))
+                raise PreferenceError(told, 409)
+            self.name = name
+        except PreferenceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - however a worker fails: nobody knows which weights it has now
+            self.broken = f"{name} could not be loaded, and {self.name} not be kept: {error}"
+            self._check()
         finally:
             await self._engine.resume_generation()
 
     async def _use(self, spec: MergeSpec) -> list[Problem]:
-        """Stream a merge into the workers; return why that failed, [] if it did not."""
-        try:
-            answers = await self._engine.collective_rpc("use_merge", args=(spec_message(spec),))
-        except Exception as error:  # noqa: BLE001 - vLLM tells every failure of a worker by another class
-            return [Problem("vLLM fails to load the merged weights", _WHERE, got=str(error))]
+        """Stream a merge into the workers; return why they refuse it: then they have kept the weights from before."""
+        answers = await self._engine.collective_rpc("use_merge", args=(spec_message(spec),))
         return [Problem(**problem) for answer in answers for problem in answer.get("problems", ())]

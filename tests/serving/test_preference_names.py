@@ -32,7 +32,8 @@ MENU = Menu("sft", TWO, linear_rows(2), POINTS)
         # Rounded to the step; the rest goes to the largest.
         ("lines@0.3333", "lines@0.33", MergeSpec((0.33, 0.67))),
         ("lines@0.0049", "lines@0", MergeSpec((0.0, 1.0))),
-        # A point that is not on the step keeps its name.
+        # A policy alone, and points; one that is not on the step keeps its name.
+        ("brief", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
         ("chosen", "lines@0.35", MergeSpec((0.35, 0.65))),
         ("between", "between", MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)),
     ],
@@ -51,7 +52,7 @@ def test_a_name_is_a_merge_and_a_model_has_one_name(name, canonical, spec):
         ("gpt-4", 404, "expected: soup@WEIGHTS, lines@WEIGHTS"),
         ("line@0.5", 404, "did you mean `lines`?"),
         ("chosen@0.5", 404, "no such model"),
-        ("/etc/passwd", 404, "chosen, between"),
+        ("/etc/passwd", 404, "helpful, brief, chosen, between"),
         ("lines@helpfull=1", 404, "did you mean `helpful`?"),
         ("lines@1.2", 400, "outside 0 to 1"),
         ("lines@0.5,0.6", 400, "do not sum to 1"),
