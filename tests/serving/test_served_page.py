@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from real_browser import PATIENCE
+from serving.plugin_server import environment
 from tiny_adapters import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,17 +31,18 @@ def offline(folder: Path, lam: float, beta: float, tokens: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any) -> None:
+def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any, monkeypatch: Any) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     from rewarded_lines import serve, sweep
 
+    monkeypatch.setenv("PYTHONPATH", environment(tiny)["PYTHONPATH"])
     for seed, name in enumerate(("kind", "brief"), start=1):
         save_adapter(tiny / "sft", tiny / name, seed)
     project = yaml.safe_load((tiny / "rewarded-lines.yaml").read_text())
     project |= {"policies": {"kind": "kind", "brief": "brief"}, "sweep": {"points": 3, "methods": ["soup", "lines"]}}
     (tiny / "rewarded-lines.yaml").write_text(yaml.safe_dump(project))
     sweep("rewarded-lines.yaml", engine="hf", out="sweep")
-    with serve("sweep", port=0) as server:
+    with serve("sweep", port=0, engine_args={"max_model_len": 64}) as server:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(server.url)
