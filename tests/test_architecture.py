@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "rewarded_lines"
 # Highest first: a package imports from those that stand later in the list, never from an earlier one.
 PACKAGES = [
-    *("cli", "demo", "pipelines", "training", "hub", "reports", "evaluator", "rewards", "engines"),
-    *("merger", "kernels", "checkpoints", "pareto", "data"),
+    *("cli", "demo", "pipelines", "training", "serving", "hub", "reports", "evaluator"),
+    *("rewards", "engines", "merger", "kernels", "checkpoints", "pareto", "data"),
 ]
 GROUND = [
     *(

@@ -1,10 +1,11 @@
 """LoRA layers of vLLM on a CPU: tokens are grouped by adapter.
 
 vLLM itself copies A and B for every token. This costs more than the model as soon as many requests share a batch. The
-products are the same; only the order of the rows differs.
+products are the same; only the order of the rows differs. Tokens without an adapter stay as they are; vLLM before 0.33
+gives them the adapter of the last slot.
 
 Shapes: x [tokens, in] or [tokens, r], A [slots, 1, r, in], B [slots, 1, out, r], the output [tokens, columns]. The slot
-s of a token is the number of its adapter; -1 is the last slot, as in vLLM.
+s of a token is the number of its adapter, and -1 without one.
 """
 
 from __future__ import annotations
@@ -107,13 +108,15 @@ def _groups(slots: torch.Tensor) -> list[_Group]:
 
 
 def _group(slots: torch.Tensor) -> list[_Group]:
-    """Return one group where slots have about as many tokens each, else a group for each slot."""
+    """Return one group where slots have about as many tokens each, else a group for each slot; none for slot -1."""
     import torch
 
-    order = slots.argsort(stable=True)
+    order = slots.argsort(stable=True)[int((slots < 0).sum()) :]
+    if not len(order):
+        return []
     found, counts = slots[order].unique_consecutive(return_counts=True)
     most = int(counts.max())
-    if len(found) * most <= 2 * len(slots):
+    if len(found) * most <= 2 * len(order):
         # A slot with fewer tokens than the others repeats its last one.
         places = torch.arange(most).expand(len(found), most).minimum(counts[:, None] - 1)
         rows = order[places + (counts.cumsum(0) - counts)[:, None]]

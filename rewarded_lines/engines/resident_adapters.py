@@ -67,31 +67,39 @@ class ResidentAdapters:
         return torch.cat(made, axis)
 
 
-def give_to_vllm(runner: Any, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Put a merged adapter into a slot of vLLM, under a new number.
+def as_vllm_adapter(loader: Any, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Any:
+    """Return a merged adapter in vLLM's form, under a number.
 
-    vLLM itself registers the adapters of its trial runs in this way: requests with that number then find it loaded and
-    never look for files. Where layers are spread over devices, vLLM takes each worker's part. `tensors` are those in
-    the file of an adapter whose α is its rank.
+    Where layers are spread over devices, vLLM takes each worker's part. `tensors` are those in the file of an adapter
+    whose α is its rank; `loader` is vLLM's `WorkerLoRAManager`.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    loader = runner.lora_manager
-    manager, config = loader._adapter_manager, loader.lora_config
+    model, config = loader._adapter_manager.model, loader.lora_config
     values = {name: tensor.to(config.lora_dtype) for name, tensor in tensors}
     rank = max(len(tensor) for name, tensor in values.items() if ".lora_A." in name)
     helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])
     helper.validate_legal(config)
-    adapter = LoRAModel.from_lora_tensors(
+    return LoRAModel.from_lora_tensors(
         number,
         values,
         helper,
         device=str(next(iter(values.values())).device),
         dtype=config.lora_dtype,
-        weights_mapper=without_stacking(getattr(manager.model, "hf_to_vllm_mapper", None)),
-        skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
+        weights_mapper=without_stacking(getattr(model, "hf_to_vllm_mapper", None)),
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
     )
+
+
+def give_to_vllm(runner: Any, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Put a merged adapter into a slot of vLLM, under a new number; see `as_vllm_adapter`.
+
+    vLLM itself registers the adapters of its trial runs in this way: requests with that number then find it loaded and
+    never look for files.
+    """
+    loader = runner.lora_manager
+    manager, adapter = loader._adapter_manager, as_vllm_adapter(loader, number, tensors)
     manager.add_adapter(adapter)
     manager.activate_adapter(number)
     if loader.device.type == "cuda":

@@ -133,7 +133,7 @@ def _taken() -> Iterator[None]:
         raise fail(what, where=_ENGINE, got=str(error), remedy=_REMEDY) from error
 
 
-def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:
+def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE, remedy: str = _REMEDY) -> None:
     """Refuse adapters that vLLM does not serve: those of other than linear layers. `where`: the engine."""
     embeddings = [name for name, modules in plan.modules.items() if next(iter(modules.values())).embedding]
     experts = [name for name, modules in plan.modules.items() if next(iter(modules.values())).experts > 1]
@@ -145,7 +145,7 @@ def refuse_unserved(plan: AdapterPlan, where: str = _ENGINE) -> None:
         ("merged adapters of fused experts (target_parameters)", experts),
     ):
         if names:
-            raise fail(f"vLLM serves no {what}", where=where, got=", ".join(names[:3]), remedy=_REMEDY)
+            raise fail(f"vLLM serves no {what}", where=where, got=", ".join(names[:3]), remedy=remedy)
 
 
 def slot_rank(plan: AdapterPlan, where: str = _ENGINE) -> int:

@@ -36,6 +36,7 @@ from rewarded_lines.progress import SILENT, Progress
 
 # bfloat16 has the range of float32, so a power of two up to this one only shifts a usual weight's exponent.
 _PLAIN_EXPONENT = 32
+_OUTPUTS_KEPT = 64
 # PEFT loads one file.
 _ONE_FILE = 1 << 62
 
@@ -105,6 +106,9 @@ class AdapterPlan(Plan):
         """Return the stacked modules and the tensors saved whole of one output."""
         key = (spec.factors, spec.schedule)
         if key not in self._outputs:
+            if len(self._outputs) >= _OUTPUTS_KEPT:
+                # A server may see thousands of merges.
+                del self._outputs[next(iter(self._outputs))]
             self._outputs[key] = self._output(spec)
         return self._outputs[key]
 

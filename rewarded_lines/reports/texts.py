@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from rewarded_lines.config import TUNED
 from rewarded_lines.evaluator.missing_scores import missing_lines
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.merger.methods import METHODS, MOD
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import Estimate
@@ -18,7 +19,7 @@ _MANY = 4
 _MOST_DECIMALS = 6
 
 
-def method_label(points: Sequence[PointSummary]) -> str:
+def method_label(points: Sequence[PointSummary | PointSpec]) -> str:
     """Return the legend label of a method from its points, e.g. "LiNeS (α = β = 1)"."""
     name, merge = points[0].method, points[0].merge
     alpha, beta = merge.alpha, merge.beta

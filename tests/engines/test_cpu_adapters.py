@@ -31,6 +31,7 @@ def test_each_token_meets_its_own_adapter(runs, add):
     found, expected = torch.zeros(len(slots), RANK), torch.zeros(len(slots), RANK)
     cpu_adapters.shrink(x, a, found, slots, 0.5)
     ops.bgmv_shrink(x, a, expected, slots, 0.5)
+    expected[slots < 0] = 0
     torch.testing.assert_close(found, expected)
     for mine, theirs, rest in (
         (cpu_adapters.expand_slice, ops.bgmv_expand_slice, (4, WIDTH, add)),
@@ -39,6 +40,8 @@ def test_each_token_meets_its_own_adapter(runs, add):
         found, expected = before.clone(), before.clone()
         mine(inner, b, found, slots, *rest)
         theirs(inner, b, expected, slots, *rest)
+        # vLLM gives tokens without an adapter that of the last slot.
+        expected[slots < 0] = before[slots < 0]
         torch.testing.assert_close(found, expected)
 
 
@@ -57,6 +60,8 @@ def test_sequences_are_their_tokens(runs):
         found, expected = start.clone(), start.clone()
         cpu_adapters.FUNCTIONS[name](inputs, factors, found, *about, *rest)
         getattr(ops, name)(inputs, factors, expected, *about, *rest)
+        without = slots.repeat_interleave(lengths) < 0
+        expected[without] = start[without]
         torch.testing.assert_close(found, expected)
 
 

@@ -1,0 +1,1 @@
+"""A front served: requests say which preference they want."""
