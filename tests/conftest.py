@@ -40,6 +40,28 @@ LONGEST = [
 ]
 
 
+# Files that begin with importing vLLM, which takes long: one process runs them all.
+VLLM = (
+    *("engines/test_generation.py", "engines/test_vllm_adapters.py", "engines/test_responses.py"),
+    *("evaluator/test_vllm_sweep.py", "rewards/test_vllm_classifier.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, let one process have all files of vLLM."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "vLLM" if file.endswith(VLLM) else file
+
+    return Files(config, log)
+
+
 def pytest_addoption(parser):
     """Let tests for a GPU be tried without one."""
     parser.addoption("--rehearse", action="store_true", help="run tests of the marker `gpu` with the CPU as device")
