@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_US
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# As the command line does: among the millions of objects that imports leave, collections take seconds.
+gc.set_threshold(100_000, 20, 20)
+# Here waiting for the disk has no use: no power cut is tested. Processes of their own still wait.
+os.fsync = lambda descriptor: None
 # That a machine is slow or busy is no fault of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -35,6 +40,28 @@ LONGEST = [
     *("reports/figures/test_figures.py", "cli/test_killed_merge.py", "evaluator/test_sweep.py"),
     *("engines/test_responses.py", "cli/test_hostile_files.py"),
 ]
+
+
+# Files that begin with importing vLLM, which takes long: one process runs them all.
+VLLM = (
+    *("engines/test_generation.py", "engines/test_vllm_adapters.py", "engines/test_responses.py"),
+    *("evaluator/test_vllm_sweep.py", "rewards/test_vllm_classifier.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, let one process have all files of vLLM."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "vLLM" if file.endswith(VLLM) else file
+
+    return Files(config, log)
 
 
 def pytest_addoption(parser):
@@ -64,6 +91,25 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_collection_finish(session):
+    """See `_spare_what_stays`."""
+    _spare_what_stays()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """See `_spare_what_stays`; after a test that imported vLLM, for example."""
+    if len(sys.modules) > _imported + 100:
+        _spare_what_stays()
+
+
+def _spare_what_stays() -> None:
+    """Keep later garbage collections from what is there now: mostly what has been imported, a million objects."""
+    global _imported
+    _imported = len(sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
 PROJECT = """\
 title: tiny
 base: sft
@@ -91,13 +137,6 @@ def words(prompts, responses):
 def letters(prompts, responses):
     return [sum(map(str.isalpha, response)) / (1 + len(response)) for response in responses]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """Spare the garbage collector what has been imported: a million objects, which each full collection goes over."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_killed_while_it_replaces_an_output_the_old_or_the_new_one_is_there(begi
 
 def test_several_at_once_make_one_complete_output(begin):
     whole, _ = finished(begin, *ARGS)
-    for count in (2, 2, 3):
+    for count in (2, 3):
         shutil.rmtree("out")
         together = [begin(*ARGS) for _ in range(count)]
         for process in together:

@@ -133,6 +133,13 @@ if __name__ == "__main__":
     run_recipe(main)
 """)
     words = [sys.executable, "-m", "rewarded_lines.demo.waiting_recipe", str(script), "--kind", "b"]
-    done = [subprocess.run(words, input=told, capture_output=True, text=True) for told in ("\n", "")]
-    assert [one.stdout for one in done] == [f"loaded\n('a', 'b') ['--kind', 'b'] {script}\n", "loaded\n"]
-    assert [one.returncode for one in done] == [0, 0]
+    done = subprocess.run(words, input="\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"loaded\n('a', 'b') ['--kind', 'b'] {script}\n")
+
+
+def test_a_recipe_that_is_never_told_to_run_ends(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text("print('loaded')\nmain = print\ndef run_recipe(main): main('run')\n")
+    words = [sys.executable, "-m", "rewarded_lines.demo.waiting_recipe", str(script)]
+    done = subprocess.run(words, input="", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "loaded\n")
