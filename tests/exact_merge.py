@@ -142,7 +142,8 @@ class Reference:
 
     def _della(self, name, weights, options):
         """Compute the probabilities row by row, and draw with the library's random numbers."""
-        from rewarded_lines.kernels.thresholds_and_masks import BLOCK, uniform_numbers
+        from rewarded_lines.kernels.blocks import BLOCK
+        from rewarded_lines.kernels.thresholds_and_masks import uniform_numbers
 
         density, window, kept = LONG(options["density"]), LONG(options["window"]), []
         for codes, residual in zip(self.family.codes[1:], self.float64_residuals(name), strict=True):
@@ -157,7 +158,7 @@ class Reference:
                 uniform_numbers(options["seed"], name, digest, start, min(BLOCK, residual.size - start))
                 for start in starts
             ]
-            kept.append((np.concatenate(drawn) < chance.astype(np.float32)) / chance)
+            kept.append((np.concatenate(drawn) * np.float32(2.0**-24) < chance.astype(np.float32)) / chance)
         residuals = [residual * mask for residual, mask in zip(self.float64_residuals(name), kept, strict=True)]
         factors, fragile = self._elect(residuals, weights, options["join"])
         return [factor * mask for factor, mask in zip(factors, kept, strict=True)], fragile

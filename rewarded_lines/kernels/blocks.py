@@ -16,7 +16,7 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.rule_programs import Code, compiled_rules
-from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
+from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge, all_masks
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
 BLOCK = 1 << 18
@@ -80,10 +80,12 @@ class Workspace:
         self._name, self._start = "", 0
         self._residuals: Array | None = None
         self._codes: dict[tuple[int, ...], tuple[Sequence[TensorMerge], Code | None]] = {}
+        self._zeros = np.empty(0)
+        self._drawn: dict[tuple[Mask, ...], Array] = {}
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
-        self._name, self._start, self._residuals = name, start, None
+        self._place(name, start)
         self._raw, self._dtypes = [], []
         for row, source in enumerate([self._base, *self._policies]):
             raw, dtype = None, None
@@ -93,6 +95,10 @@ class Workspace:
                 source.read_into(name, start, raw)
             self._raw.append(raw)
             self._dtypes.append(dtype)
+
+    def _place(self, name: str, start: int) -> None:
+        self._name, self._start, self._residuals = name, start, None
+        self._drawn.clear()
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
         """Return each output's values of the loaded block, and how many of them are not finite.
@@ -117,14 +123,20 @@ class Workspace:
         out = self._buffer(f"out {indices}", chosen[0].dtype.storage, len(indices))
         counts = np.zeros(len(indices), np.int64)
         if code := self._compiled(chosen):
-            given = not self._alike()
-            stack, start = (self.residuals(), 0) if given else self._stack()
-            scales = np.array([step.scale for step in chosen])
-            kernels.merge_by_rules(base, stack, *code, self._masks(chosen), scales, out, counts, start, given)
+            self._run(code, chosen, out, counts)
         else:
             for k, step in enumerate(chosen):
                 counts[k] = kernels.finish(base, self.merged_residual(step), step.scale, out[k, : base.size])
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+
+    def _run(self, code: Code, steps: Sequence[TensorMerge], out: Array, counts: Array, bare: bool = False) -> None:
+        """Run the steps' machine code on the loaded block; if `bare`, `out` takes their residuals."""
+        given = not self._alike()
+        stack, start = (self.residuals(), 0) if given else self._stack()
+        scales = np.array([step.scale for step in steps])
+        kernels.merge_by_rules(
+            self._stored(0), stack, *code, self._masks(steps), scales, out, counts, start, given, bare
+        )
 
     def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
         """Return the machine code of the steps' rules after some work; it is kept for a tensor's other blocks."""
@@ -139,13 +151,15 @@ class Workspace:
         return self._codes[key][1]
 
     def _masks(self, steps: Sequence[TensorMerge]) -> Array:
-        """Draw the masks of all steps for the loaded block, each once, [masks, n]."""
-        draws, count = all_masks(steps), self._stored(0).size
-        dtype = draws[0].dtype if draws else np.dtype(np.bool_)
-        masks = self._buffer(f"masks of {len(draws)}", dtype, len(draws))[:, :count]
-        for draw, mask in zip(draws, masks, strict=True):
-            mask[:] = draw(self._start, count)
-        return masks
+        """Return the masks of all steps for the loaded block, each once, [masks, n]; they are kept until the next."""
+        draws, count = tuple(all_masks(steps)), self._stored(0).size
+        if draws not in self._drawn:
+            dtype = draws[0].dtype if draws else np.dtype(np.bool_)
+            masks = self._buffer(f"masks {len(self._drawn)} of {len(draws)}", dtype, len(draws))[:, :count]
+            for draw, mask in zip(draws, masks, strict=True):
+                draw(self, self._start, mask)
+            self._drawn[draws] = masks
+        return self._drawn[draws]
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
@@ -173,19 +187,24 @@ class Workspace:
 
     def merged_residual(self, step: TensorMerge) -> Array:
         """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
-        residuals = self.residuals()
-        count = residuals.shape[1]
-        out = self._buffer("merged", np.dtype(np.float64), 1)
-        merged: Array = out[0, :count]
-        if code := self._compiled([step]):
-            drawn, bad = self._masks([step]), np.zeros(1, np.int64)
-            kernels.merge_by_rules(self._nothing(count), residuals, *code, drawn, np.ones(1), out, bad, 0, True)
-            return merged
-        masks = [draw(self._start, count) for draw in step.masks]
-        for start in range(0, count, PIECE):
-            piece = slice(start, start + PIECE)
-            merged[piece] = step.residual([residuals[row, piece] for row in step.rows], [mask[piece] for mask in masks])
+        merged: Array = self.merged_residuals([step])[0]
         return merged
+
+    def merged_residuals(self, steps: Sequence[TensorMerge]) -> Array:
+        """Return the residuals of several rules, [rules, n]; the array belongs to this workspace."""
+        count = self._stored(0).size
+        out = self._buffer(f"merged {len(steps)}", np.dtype(np.float64), len(steps))[:, :count]
+        if code := self._compiled(steps):
+            self._run(code, steps, out, np.zeros(len(steps), np.int64), bare=True)
+            return out
+        residuals = self.residuals()
+        for step, merged in zip(steps, out, strict=True):
+            masks = self._masks([step])
+            for start in range(0, count, PIECE):
+                piece = slice(start, start + PIECE)
+                rows = [residuals[row, piece] for row in step.rows]
+                merged[piece] = step.residual(rows, [mask[piece] for mask in masks])
+        return out
 
     def residuals(self) -> Array:
         """Return τ of every policy for the loaded block, float64, [N, n]."""
@@ -203,15 +222,27 @@ class Workspace:
     def pair(self, row: int) -> tuple[Array, Array]:
         """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or nothing and τ."""
         policy = self._raw[row + 1]
-        if policy is not None:
-            return self._stored(0), policy
-        return self._nothing(self._stored(0).size), self.residuals()[row]
+        return (self.nothing(), self.residuals()[row]) if policy is None else (self._stored(0), policy)
 
-    def _nothing(self, count: int) -> Array:
-        nothing = self._buffer("nothing", np.dtype(np.float64), 1)[0, :count]
-        # Adding −0 changes no number; adding 0 would change −0.
-        nothing[:] = -0.0
-        return nothing
+    def nothing(self) -> Array:
+        """Return as many zeros as the loaded block has values."""
+        if not self._zeros.size:
+            self._zeros = np.zeros(BLOCK)
+        return self._zeros[: self._stored(0).size]
+
+    def run(self, row: int, first: int, last: int) -> tuple[Array, Array]:
+        """Return the `pair` of a run of the loaded tensor, which may go beyond the loaded block."""
+        if first == self._start and last - first == self._stored(0).size:
+            return self.pair(row)
+        policy, count = self._policies[row], last - first
+        if self._raw[row + 1] is None:
+            residual = np.empty(count)
+            policy.residual_into(self._name, first, residual)  # type: ignore[union-attr]
+            return np.zeros(count), residual
+        pair = [np.empty(count, source.tensors[self._name].dtype.storage) for source in (self._base, policy)]
+        for source, values in zip((self._base, policy), pair, strict=True):
+            source.read_into(self._name, first, values)
+        return pair[0], pair[1]
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
         """Yield tensor, start and values of the loaded block for each file that has it."""
@@ -267,7 +298,7 @@ class MemoryWorkspace(Workspace):
         if rows is None:
             super().load(name, start, count)
             return
-        self._name, self._start, self._residuals = name, start, None
+        self._place(name, start)
         self._raw = [row[start : start + count] for row in rows]
         self._dtypes = [source.tensors[name].dtype for source in [self._base, *self._policies]]
 

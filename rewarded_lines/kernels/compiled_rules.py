@@ -51,6 +51,7 @@ def merge_by_rules(
     counts: Array,
     first: int,
     given: bool,
+    bare: bool,
 ) -> None:
     """Write base + s_k·m_k for every output k, with m_k its rule's residual; count results that are not finite.
 
@@ -66,6 +67,7 @@ def merge_by_rules(
         counts: [outputs] the numbers of results that are not finite are added here.
         first: where the policies' values that belong to `base` begin.
         given: whether `policies` are residuals.
+        bare: whether `out` takes m_k alone.
     """
     origin, residuals = np.empty(_CHUNK), np.empty((rows.size, _WIDTH))
     kept, merged = np.empty((masks.shape[0], _WIDTH), masks.dtype), np.empty((scales.size, _WIDTH))
@@ -89,8 +91,12 @@ def merge_by_rules(
         _call(address, residuals.ctypes.data, kept.ctypes.data, constants.ctypes.data, merged.ctypes.data, source.size)
         for k in range(scales.size):
             target, joined, scale, count = out[k, start : start + _CHUNK], merged[k], scales[k], 0
-            for i in range(source.size):
-                count += _store(target, i, origin[i] + scale * joined[i])
+            if bare:
+                for i in range(source.size):
+                    count += _store(target, i, joined[i])
+            else:
+                for i in range(source.size):
+                    count += _store(target, i, origin[i] + scale * joined[i])
             counts[k] += count
 
 

@@ -43,8 +43,7 @@ class DeviceWorkspace(Workspace):
         with torch.cuda.stream(self._stream):
             base, *policies = self._inputs()
             assert base is not None, "a base stores its tensors"
-            drawn = [draw(self._start, base.numel()) for draw in step.masks]
-            kept = [self._mask(row, mask) for row, mask in enumerate(drawn)]
+            kept = [self._moved(torch.from_numpy(mask)) for mask in self._masks([step])]
             values, bad = merge_values(step, base, policies, self._alike(), self._residual, kept)
             out = self._out(index, step.dtype)
             as_torch(out, step.dtype).copy_(values, non_blocking=True)
@@ -63,12 +62,6 @@ class DeviceWorkspace(Workspace):
 
     def _residual(self, row: int) -> torch.Tensor:
         return self._moved(torch.from_numpy(self.residuals()[row]))
-
-    def _mask(self, row: int, mask: Array) -> torch.Tensor:
-        # A copy from memory that is not pinned would wait for the device.
-        pinned = self._buffer(f"mask {row}", mask.dtype, 1)[0, : mask.size]
-        pinned[:] = mask
-        return self._moved(torch.from_numpy(pinned))
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True)

@@ -71,6 +71,8 @@ def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Call
 linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
 cast, count_nonfinite, place_columns = map(_loop, ("cast", "count_nonfinite", "place_columns"))
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
-count_between, keep_random = (_loop(name, module="compiled_choices") for name in ("count_between", "keep_random"))
+count_between, keep_random, draw_numbers, keep_ranked = (
+    _loop(name, module="compiled_choices") for name in ("count_between", "keep_random", "draw_numbers", "keep_ranked")
+)
 merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
 product = _loop("product", counted=4)

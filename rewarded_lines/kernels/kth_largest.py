@@ -61,10 +61,9 @@ def kth_largest(
     visit = partial(visit_blocks, base, policies, blocks, threads, ranked=ranked)
     total = sum(count for _, _, count in blocks)
     if total * rows > min(_HELD, _FEW):
-        part = min(1.0, max(1, min(total // _THINNED, _HELD // rows)) / total)
-        some = partial(visit_blocks, base, policies, list(_thinned(blocks, part)), threads, ranked=ranked)
-        samples = _collect(some, [0] * rows, 63)
-        if found := _ranked_between(visit, [_bounds(each, rank / total) for each in samples], rank, total):
+        samples = _sample(base, policies, blocks, threads, ranked)
+        found = _ranked_between(visit, [_bounds(each, rank / total) for each in samples], lambda _: rank, total)
+        if isinstance(found, tuple):
             return found
     ranks, prefixes = [rank] * rows, [0] * rows
     left, shift = [total] * rows, 63
@@ -83,6 +82,40 @@ def kth_largest(
         return tuple(float(value) for value in np.array(prefixes, np.uint64).view(np.float64))
     held = _collect(visit, prefixes, shift)
     return tuple(_largest(np.concatenate(parts), rank) for parts, rank in zip(held, ranks, strict=True))
+
+
+def share_of_nonzero(
+    base: TensorFiles, policies: Sequence[Source], names: Sequence[str], share: float, ranked: TensorMerge
+) -> float:
+    """Return the ⌊share·n⌋-th largest of the n values of some tensors that are not 0; infinity if that is the 0th.
+
+    In one thread and, by a sample, in one pass over the files: n is counted meanwhile. See `kth_largest`.
+    """
+    blocks = list(all_blocks(names, base.tensors))
+    total = sum(count for _, _, count in blocks)
+    visit = partial(visit_blocks, base, policies, blocks, 1, ranked=ranked)
+    if total <= min(_HELD, _FEW):
+        (held,) = _collect(visit, [0], 63)
+        values = np.concatenate([np.empty(0), *held])
+        rank = int(share * np.count_nonzero(values))
+        return _largest(values, rank) if rank else math.inf
+    (samples,) = _sample(base, policies, blocks, 1, ranked)
+    some = np.count_nonzero(np.concatenate(samples)) / sum(part.size for part in samples)
+    found = _ranked_between(visit, [_bounds(samples, share * some)], lambda zeros: int(share * (total - zeros)), total)
+    if isinstance(found, tuple):
+        return found[0]
+    return kth_largest(base, policies, names, found, 1, ranked) if found else math.inf
+
+
+def _sample(
+    base: TensorFiles, policies: Sequence[Source], blocks: Sequence[Block], threads: int, ranked: TensorMerge | None
+) -> list[list[Array]]:
+    """Return for each row the magnitudes of a part of each block."""
+    rows, total = 1 if ranked else len(policies), sum(count for _, _, count in blocks)
+    part = min(1.0, max(1, min(total // _THINNED, _HELD // rows)) / total)
+    return _collect(
+        partial(visit_blocks, base, policies, list(_thinned(blocks, part)), threads, ranked=ranked), [0] * rows, 63
+    )
 
 
 def _largest(values: Array, rank: int) -> float:
@@ -111,11 +144,16 @@ def _bounds(parts: Sequence[Array], share: float) -> Bounds:
     return Bounds(low, high, np.count_nonzero((ordered > low) & (ordered < high)) / ordered.size)
 
 
-def _ranked_between(visit: Visit, bounds: Sequence[Bounds], rank: int, total: int) -> tuple[float, ...] | None:
-    """Return the values of this rank; None if one is not within its bounds, or too many values are."""
+def _ranked_between(
+    visit: Visit, bounds: Sequence[Bounds], wanted: Callable[[int], int], total: int
+) -> tuple[float, ...] | int:
+    """Return the values of a rank; or that rank, if one is not within its bounds, or too many values are.
+
+    `wanted` is the rank by the number of zeros, where there is one row.
+    """
+    counts, parts, lock = np.zeros((len(bounds), 4), np.int64), [[np.empty(0)] for _ in bounds], Lock()
     if sum(bound.share for bound in bounds) * total > _HELD:
-        return None
-    counts, parts, lock = np.zeros((len(bounds), 3), np.int64), [[np.empty(0)] for _ in bounds], Lock()
+        bounds = [Bounds(math.inf, math.inf, 0.0)] * len(bounds)
 
     def begin() -> Visitor:
         between = np.empty(BLOCK)
@@ -130,11 +168,13 @@ def _ranked_between(visit: Visit, bounds: Sequence[Bounds], rank: int, total: in
         return look
 
     visit(begin, stored=True)
-    found = []
-    for (low, high, _), (above, top, bottom), part in zip(bounds, counts, parts, strict=True):
+    rank, found = wanted(int(counts[0, 3])), []
+    if rank == 0:
+        return 0
+    for (low, high, _), (above, top, bottom, _), part in zip(bounds, counts, parts, strict=True):
         values, place = np.concatenate(part), rank - above
         if place <= 0 or place > top + values.size + bottom:
-            return None
+            return rank
         inside = top < place <= top + values.size
         found.append(_largest(values, place - top) if inside else high if place <= top else low)
     return tuple(found)
@@ -163,8 +203,8 @@ def visit_blocks(
             if stored and not ranked:
                 visit([workspace.pair(row) for row in range(len(policies))])
                 return
-            values = workspace.merged_residual(ranked)[None] if ranked else workspace.residuals()
-            visit([(np.zeros(row.size), row) for row in values] if stored else values)
+            values = workspace.merged_residuals([ranked]) if ranked else workspace.residuals()
+            visit([(workspace.nothing(), row) for row in values] if stored else values)
 
         return work
 

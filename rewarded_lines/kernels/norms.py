@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import blake3
@@ -16,17 +16,15 @@ import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import Source, Workspace, blocks_of, pieces
-from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, pieces
+from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
-from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios, ranked_masks
+from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios
 
 Gram = tuple[tuple[float, ...], ...]
 Spread = Callable[[Sequence[Any]], Any]
 _T = TypeVar("_T")
-# DELLA's masks that are kept for the other outputs of a merge: one for each block that a thread works on.
-_KEPT = 32
 
 
 def exact_sum(terms: Iterable[float]) -> float:
@@ -48,18 +46,12 @@ class Facts:
         self._policies = policies
         self._names = names
         self._found: dict[tuple[object, ...], object] = {}
-        self._ranked = lru_cache(maxsize=_KEPT)(partial(ranked_masks, base, policies))
 
     def digests(self, name: str) -> tuple[bytes, ...]:
         """Return the BLAKE3 digest of a tensor's values in each policy."""
 
         def measure() -> tuple[bytes, ...]:
-            hashes = [blake3.blake3() for _ in self._policies]
-            for workspace in self._passing(name):
-                for row, digest in enumerate(hashes):
-                    raw = workspace.raw(row + 1)
-                    digest.update((workspace.residuals()[row] if raw is None else raw).view(np.uint8).data)
-            return tuple(digest.digest() for digest in hashes)
+            return tuple(self._digest(name, policy) for policy in self._policies)
 
         return self._once(("digests", name), measure)
 
@@ -138,21 +130,21 @@ class Facts:
             spread: the rule's measure of how far residuals differ.
         """
 
+        step = TensorMerge(F64, None, tuple(rows), rule=lambda residuals, _: spread(residuals))
+
         def squared(index: int, least: float, residuals: Sequence[Any], _: Sequence[float]) -> Any:
             selected = residuals[index] * (spread(residuals) >= least)
             return selected * selected
 
         def measure() -> tuple[float, dict[int, float]]:
-            least, step = 0.0, TensorMerge(F64, None, tuple(rows), rule=lambda residuals, _: spread(residuals))
+            least = 0.0
             if select < 1 and len(rows) > 1:
-                differ = sum(np.count_nonzero(workspace.merged_residual(step)) for workspace in self._passing(name))
-                rank = int(select * differ)
-                (least,) = kth_largest(self._base, self._policies, [name], rank, 1, step) if rank else (math.inf,)
+                least = share_of_nonzero(self._base, self._policies, [name], select, step)
             steps = [replace(step, rule=partial(squared, index, least)) for index in range(len(rows))]
             parts: list[list[float]] = [[] for _ in rows]
             for workspace in self._passing(name):
-                for each, squares in zip(steps, parts, strict=True):
-                    squares += [float(piece.sum()) for piece in pieces(workspace.merged_residual(each))]
+                for values, squares in zip(workspace.merged_residuals(steps), parts, strict=True):
+                    squares += [float(piece.sum()) for piece in pieces(values)]
             sums = [exact_sum(squares) for squares in parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
@@ -166,10 +158,22 @@ class Facts:
         return [RandomMask(seed, name, digests[row], density) for row in rows]
 
     def ranked_masks(self, name: str, rows: Sequence[int], density: float, window: float, seed: int) -> list[Mask]:
-        """Return what draws each policy's mask of a block, see `ranked_masks` in thresholds_and_masks.py."""
+        """Return what draws each policy's mask of a block, see `RankedMask`."""
+        digests, shape = self.digests(name), self._base.tensors[name].shape
         # With all values kept there is nothing to rank.
-        given = name, self.digests(name), density, window if density < 1 else 0.0, seed
-        return [RankedMask(self._ranked, given, row) for row in rows]
+        window, width = window if density < 1 else 0.0, shape[-1] if shape else 1
+        return [RankedMask(seed, name, digests[row], density, window, width, row) for row in rows]
+
+    def _digest(self, name: str, policy: Source) -> bytes:
+        """Return the BLAKE3 digest of a policy's values, or of its residual where it stores none."""
+        elements, digest, stored = self._base.tensors[name].elements, blake3.blake3(), name in policy.tensors
+        dtype = policy.tensors[name].dtype.storage if stored else np.dtype(np.float64)
+        values = np.empty(min(elements, BLOCK), dtype)
+        for start, count in blocks_of(elements):
+            fill = policy.read_into if stored else policy.residual_into  # type: ignore[union-attr]
+            fill(name, start, values[:count])
+            digest.update(values[:count].view(np.uint8).data)
+        return digest.digest()
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], _T]) -> _T:
         if key not in self._found:

@@ -113,22 +113,41 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 
 def count_between(
     base: Array, policy: Array, low: float, high: float, found: Array
-) -> tuple[int, tuple[int, int, int]]:
-    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`."""
+) -> tuple[int, tuple[int, int, int, int]]:
+    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`, zero."""
     magnitudes = np.empty(base.size)
     residual(base, policy, magnitudes)
     patterns, (least, most) = np.abs(magnitudes).view(np.int64), np.array([low, high]).view(np.int64)
     taken = patterns[(patterns > least) & (patterns < most)].view(np.float64)
     found[: taken.size] = taken
-    sets = patterns > most, patterns == most, (patterns == least) & (least < most)
-    above, top, bottom = (int(np.count_nonzero(each)) for each in sets)
-    return int(taken.size), (above, top, bottom)
+    sets = patterns > most, patterns == most, (patterns == least) & (least < most), patterns == 0
+    above, top, bottom, zeros = (int(np.count_nonzero(each)) for each in sets)
+    return int(taken.size), (above, top, bottom, zeros)
 
 
 def keep_random(out: Array, first: int, second: int, block: int, limit: int) -> None:
     """Fill `out` with booleans, each true with probability limit/2²⁴."""
     generator = np.random.Generator(np.random.Philox(key=[first, second], counter=[0, 0, block, 0]))
     np.less(generator.random(out.size, np.float32), np.float32(limit / 2**24), out=out)
+
+
+def draw_numbers(out: Array, first: int, second: int, block: int) -> None:
+    """Fill the uint32 array `out` with the upper 24 bits of random numbers."""
+    generator = np.random.Generator(np.random.Philox(key=[first, second], counter=[0, 0, block, 0]))
+    out[:] = generator.random(out.size, np.float32) * np.float32(2**24)
+
+
+def keep_ranked(
+    base: Array, policy: Array, width: int, numbers: Array, limits: Array, factors: Array, skipped: int, out: Array
+) -> None:
+    """Write a factor where a value is kept, else 0; both depend on the rank of its magnitude in its row."""
+    sizes = np.empty(base.size)
+    residual(base, policy, sizes)
+    order = np.argsort(np.abs(sizes).reshape(-1, width), axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(width)[None], axis=1)
+    ranks = ranks.ravel()[skipped : skipped + out.size]
+    out[:] = np.where(numbers < limits[ranks], factors[ranks], 0.0)
 
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:

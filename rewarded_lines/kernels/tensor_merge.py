@@ -18,8 +18,8 @@ class Mask(Protocol):
 
     dtype: ClassVar[np.dtype[Any]]
 
-    def __call__(self, start: int, count: int) -> np.ndarray[Any, Any]:
-        """Return the mask of a block, from its start and length."""
+    def __call__(self, workspace: Any, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` with the mask of the block that a workspace holds, from the tensor's `start`-th value on."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, blocks_of, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
 from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
 
 
@@ -55,97 +55,53 @@ def overlap_ratios(
     return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
 
 
-def ranked_masks(
-    base: TensorFiles,
-    policies: Sequence[Source],
-    name: str,
-    digests: Sequence[bytes],
-    density: float,
-    window: float,
-    seed: int,
-    start: int,
-    count: int,
-) -> Array:
-    """Return 1/k where a value is kept, with probability k, else 0, for every policy, [N, count].
-
-    k is that of `keep_chances`; see `uniform_numbers` for the rest. The masks are shared: leave them as they are.
-    """
-    shape = base.tensors[name].shape
-    width = shape[-1] if shape else 1
-    # Ranks need whole rows, of which a block may have parts.
-    first, last = start // width * width, -(-(start + count) // width) * width
-    workspace, masks = Workspace(base, policies), np.zeros((len(policies), count))
-    residuals = np.empty((len(policies), last - first if window else 0))
-    for place, length in blocks_of(residuals.shape[1]):
-        workspace.load(name, first + place, length)
-        residuals[:, place : place + length] = workspace.residuals()
-    for residual, digest, mask in zip(residuals, digests, masks, strict=True):
-        chances = np.full(count, density)
-        if window:
-            chances = keep_chances(residual.reshape(-1, width), density, window)[start - first :][:count]
-        kept = uniform_numbers(seed, name, digest, start, count) < chances.astype(np.float32)
-        np.divide(1.0, chances, out=mask, where=kept)
-    return masks
-
-
-def keep_chances(residual: Array, density: float, window: float) -> Array:
-    """Return DELLA's probability to keep each value, by the rank of its magnitude in its row, flat.
+def keep_chances(width: int, density: float, window: float) -> Array:
+    """Return DELLA's probability to keep a value, by the rank of its magnitude in its row.
 
     k = d − w/2 + w·(r − 1)/(n − 1) for the r-th smallest of n; d in a row of one value. Equal magnitudes are ranked in
     the order of their places.
 
     Args:
-        residual: [rows, n].
+        width: n.
         density: d.
         window: w.
 
     Source: DELLA-Merging, arXiv 2406.11617, section 3.1.
     """
-    width = residual.shape[1]
     if width == 1:
-        return np.full(residual.size, density)
-    order = np.argsort(np.abs(residual), axis=1, kind="stable")
-    chances = np.empty(residual.shape)
-    steps = (density - window / 2) + window * (np.arange(width) / (width - 1))
-    np.put_along_axis(chances, order, np.broadcast_to(steps, order.shape), axis=1)
-    return chances.ravel()
+        return np.full(1, density)
+    return (density - window / 2) + window * (np.arange(width) / (width - 1))
 
 
-# For several outputs of one merge: each draws the masks of the block that its thread works on.
-@lru_cache(maxsize=64)
-def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Any:
+def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Array:
     """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
-
-    See `uniform_numbers`. The mask is shared: leave it as it is.
-    """
-    first, second = _key(seed, name, digest, start, count)
-    mask = np.empty(-(-count // 8) * 8, np.bool_)
-    kernels.keep_random(mask, first, second, start // BLOCK, math.ceil(np.float32(density) * 2.0**24))
-    return mask[:count]
-
-
-def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
-    """Return `count` float32 numbers from 0 up to 1, not including 1, for a tensor's values from `start` on.
 
     The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
     policy's values. So the numbers do not depend on the order of policies, the sharding or the threads. `start` is a
     multiple of the block length, and `count` at most that.
     """
-    words = _key(seed, name, digest, start, count)
-    generator = np.random.Generator(np.random.Philox(key=words, counter=[0, 0, start // BLOCK, 0]))
-    numbers: Array = generator.random(count, np.float32)
-    return numbers
+    mask = np.empty(-(-count // 8) * 8, np.bool_)
+    kernels.keep_random(mask, *_key(seed, name, digest, start, count), math.ceil(np.float32(density) * 2.0**24))
+    return mask[:count]
 
 
-def _key(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
-    """Return the two halves of the generator's key, for a block."""
+def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
+    """Return `count` uint32 numbers below 2²⁴, all equally probable, by the generator of `random_mask`."""
+    numbers = np.empty(-(-count // 8) * 8, np.uint32)
+    kernels.draw_numbers(numbers, *_key(seed, name, digest, start, count))
+    return numbers[:count]
+
+
+def _key(seed: int, name: str, digest: bytes, start: int, count: int) -> tuple[int, int, int]:
+    """Return the two halves of the generator's key for a block, and the block's number."""
     assert start % BLOCK == 0 and count <= BLOCK
-    return np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
+    first, second = np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
+    return first, second, start // BLOCK
 
 
 @dataclass(frozen=True)
 class RandomMask:
-    """The mask of one policy's tensor, to be drawn block by block: see `random_mask`."""
+    """The mask of one policy's tensor: see `random_mask`."""
 
     seed: int
     name: str
@@ -153,22 +109,42 @@ class RandomMask:
     density: float
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.bool_)
 
-    def __call__(self, start: int, count: int) -> Array:
-        """Return the mask of `count` values from `start` on."""
-        drawn: Array = random_mask(self.seed, self.name, self.digest, self.density, start, count)
-        return drawn
+    def __call__(self, workspace: Workspace, start: int, out: Array) -> None:
+        """Fill `out` with the mask from `start` on."""
+        out[:] = random_mask(self.seed, self.name, self.digest, self.density, start, out.size)
 
 
 @dataclass(frozen=True)
 class RankedMask:
-    """Likewise DELLA's mask, a row of those that `draw` makes of these arguments: see `ranked_masks`."""
+    """DELLA's mask of one policy's tensor: 1/k where a value is kept, with probability k, else 0.
 
-    draw: Callable[..., Array]
-    given: tuple[Any, ...]
+    k is that of `keep_chances`; see `random_mask` for the rest.
+    """
+
+    seed: int
+    name: str
+    digest: bytes
+    density: float
+    window: float
+    width: int
     row: int
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
-    def __call__(self, start: int, count: int) -> Array:
-        """Return the mask of `count` values from `start` on."""
-        drawn: Array = self.draw(*self.given, start, count)[self.row]
-        return drawn
+    def __call__(self, workspace: Workspace, start: int, out: Array) -> None:
+        """Fill `out` with the mask from `start` on."""
+        numbers = uniform_numbers(self.seed, self.name, self.digest, start, out.size)
+        limits, factors = _by_rank(self.width, self.density, self.window)
+        if limits.size == 1:
+            out[:] = (numbers < limits) * factors
+            return
+        # Ranks need whole rows, of which a block may have parts.
+        first, last = start // self.width * self.width, -(-(start + out.size) // self.width) * self.width
+        pair = workspace.run(self.row, first, last)
+        kernels.keep_ranked(*pair, self.width, numbers, limits, factors, start - first, out)
+
+
+@lru_cache(maxsize=8)
+def _by_rank(width: int, density: float, window: float) -> tuple[Array, Array]:
+    """Return for each rank below which of 2²⁴ numbers a value is kept, and 1/k; one of each if all have one k."""
+    chances = keep_chances(width if window else 1, density, window)
+    return np.ceil(chances.astype(np.float32) * 2.0**24).astype(np.uint32), 1.0 / chances

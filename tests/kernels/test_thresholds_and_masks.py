@@ -78,7 +78,8 @@ def test_values_between_two_are_the_same_by_either(kind):
         ]
         sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
-        ends = np.isnan(sizes).sum() + (sizes > high).sum(), (sizes == high).sum(), (sizes == low).sum() * (low < high)
+        above, zeros = np.isnan(sizes).sum() + (sizes > high).sum(), (sizes == 0).sum()
+        ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high), zeros
         assert counts[0] == counts[1] == (inside.size, ends)
         for out in found:
             assert np.array_equal(np.sort(out[: inside.size]), inside)
