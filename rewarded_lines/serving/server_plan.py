@@ -154,7 +154,7 @@ def _facts(run: Run | None, options: ServeOptions, menu: Menu) -> tuple[dict[str
     """Return what a run adds to the settings, the name of the default, and notes."""
     chosen, notes = chosen_points(run.folder, menu) if run else ({}, [])
     point = default_point(run, options, menu, chosen)
-    menu.points |= {name: one.merge for name, one in {**chosen, DEFAULT: point}.items()}
+    menu.add({name: one.merge for name, one in {**chosen, DEFAULT: point}.items()})
     facts = {
         "points": {name: one.as_dict() for name, one in {**chosen, DEFAULT: point}.items()},
         "rewards": [{"name": name, "unit": run.rewards[name]} for name in run.objectives] if run else [],
