@@ -89,7 +89,8 @@ def server_command(model: str, options: Mapping[str, Any]) -> list[str]:
 
     The command `vllm` does the same, but builds for CPUs do not have it: they are a package of another name.
     """
-    python = [sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    quiet = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
+    python = [sys.executable, "-P", *quiet, "-m", "vllm.entrypoints.openai.api_server"]
     return [*python, "--model", model, *arguments(options)]
 
 
