@@ -1,4 +1,4 @@
-"""A small process that holds vLLM's server: it passes signals on, and leaves no worker behind. It imports nothing heavy.
+"""A small process that holds vLLM's server: it passes signals on and leaves no worker behind. It imports nothing heavy.
 
 vLLM alone does not do that: a signal while it starts can hang it, and a killed server leaves its workers.
 """
