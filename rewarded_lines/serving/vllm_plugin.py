@@ -26,9 +26,10 @@ _OPTIONS = ("--lora-modules", "--config")
 
 def register() -> None:
     """Let vLLM answer for preferences, if the server has adapters or a project."""
-    # A worker of `rewarded-lines serve` ends with its server.
-    if os.environ.get(DIE_WITH_PARENT) != str(os.getpid()):
+    if os.environ.get(DIE_WITH_PARENT):
+        # `rewarded-lines serve` asks for that: each process ends with its parent, and its children with it.
         die_with_parent()
+        os.environ[DIE_WITH_PARENT] = str(os.getpid())
     if any(word.replace("_", "-").split("=")[0] in _OPTIONS for word in sys.argv):
         os.environ[_ADAPTERS] = "1"
     if os.environ.get(PROJECT) or os.environ.get(_ADAPTERS):

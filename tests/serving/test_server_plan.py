@@ -10,7 +10,7 @@ from tiny_adapters import save_adapter
 
 from rewarded_lines import choose
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
-from rewarded_lines.serving import become_vllm, server_checks
+from rewarded_lines.serving import server_checks
 from rewarded_lines.serving.served_settings import settings_given
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment", exc_type=ImportError)
@@ -39,7 +39,7 @@ def start(cli, monkeypatch):
 
     def run(*words):
         found = {}
-        monkeypatch.setattr(become_vllm, "become", lambda command, given: found.update(command=command, given=given))
+        monkeypatch.setattr("os.execve", lambda path, command, given: found.update(command=command[4:], given=given))
         answer = cli("serve", "--port", 0, *words)
         if not found:
             return answer, [], None
