@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewarded_lines.demo.stages import ALGORITHMS, PLAN
-from rewarded_lines.projects import read_yaml
+from rewarded_lines.demo.stages import PLAN
 from rewarded_lines.recipe_files import files_root
 
 # The run folder in the recipes' demo configs; the command line replaces it.
@@ -38,8 +37,8 @@ LONGER: Mapping[str, Mapping[str, str]] = {
 }
 # Policies as adapters of the SFT model, whose weights then stay. The dropout of 0 keeps PPO's ratios at 1.
 ADAPTERS: Mapping[str, str] = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_dropout": "0.0"}
-# Adapters learn with a rate of their own: so many times that of whole policies.
-ADAPTER_RATE = 3.0
+# Adapters learn with a rate of their own, in both forms of the demo.
+ADAPTER_RATES: Mapping[str, str] = {"ppo": "4.0e-3", "rloo": "4.0e-3", "grpo": "4.0e-3", "dpo": "1.2e-3"}
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,9 @@ class DemoSettings:
     def overrides(self, recipe: str) -> dict[str, str]:
         """Return what the long form and adapters change in a recipe's config."""
         longer = dict(LONGER.get(recipe, {})) if self.full else {}
-        if not self.lora or recipe not in ALGORITHMS:
+        if not self.lora or recipe not in ADAPTER_RATES:
             return longer
-        rate = float({**read_yaml(self.configs / f"{recipe}.yaml"), **longer}["learning_rate"])
-        return {**longer, **ADAPTERS, "learning_rate": f"{ADAPTER_RATE * rate:g}"}
+        return {**longer, **ADAPTERS, "learning_rate": ADAPTER_RATES[recipe]}
 
     def expected(self, stage: str) -> float:
         """Return about how many seconds a stage takes on two quiet cores."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    _Slots = torch.Tensor | "_Runs"
+
 
 def group_adapters() -> None:
     """Replace the functions of vLLM's CPU layers in this process by those below."""
@@ -24,7 +26,7 @@ def group_adapters() -> None:
 
 
 def shrink(
-    inputs: torch.Tensor, factors: torch.Tensor, output: torch.Tensor, slots: torch.Tensor, scaling: float = 1.0
+    inputs: torch.Tensor, factors: torch.Tensor, output: torch.Tensor, slots: _Slots, scaling: float = 1.0
 ) -> None:
     """Write scaling · A_s x for every token's slot s.
 
@@ -38,15 +40,16 @@ def shrink(
     factors = factors.flatten(0, 1).to(output.dtype)
     inputs = inputs.to(output.dtype)
     part = output[:, : factors.shape[1]]
-    for group in _groups(slots[: len(inputs)]):
-        group.put(part, group.product(inputs, factors).mul_(scaling))
+    for group in _groups(slots, len(inputs)):
+        product = group.product(inputs, factors)
+        group.put(part, product if scaling == 1 else product.mul_(scaling))
 
 
 def expand_slice(
     inputs: torch.Tensor,
     factors: torch.Tensor,
     output: torch.Tensor,
-    slots: torch.Tensor,
+    slots: _Slots,
     offset: int,
     size: int,
     add_inputs: bool = True,
@@ -67,7 +70,7 @@ def expand_slice(
     size = min(size, factors.shape[1], output.shape[1] - offset)
     factors, part = factors[:, :size], output[:, offset : offset + size]
     inputs = inputs.to(output.dtype)
-    for group in _groups(slots[: len(output)]):
+    for group in _groups(slots, len(output)):
         group.put(part, group.product(inputs, factors), add_inputs)
 
 
@@ -75,7 +78,7 @@ def expand(
     inputs: torch.Tensor,
     factors: torch.Tensor,
     output: torch.Tensor,
-    slots: torch.Tensor,
+    slots: _Slots,
     add_inputs: bool = True,
 ) -> None:
     """Do what `expand_slice` does, for all columns."""
@@ -87,12 +90,12 @@ class _Group:
     """Tokens that are multiplied together: as many of each of some adapters.
 
     Attributes:
-        slots: of the adapters, [adapters].
+        slots: of the adapters, [adapters]; a slice where they are all next to each other, which needs no copy.
         rows: of their tokens, [adapters, tokens of each]; a slice where they are all next to each other.
         shape: of the rows.
     """
 
-    slots: torch.Tensor
+    slots: Any
     rows: Any
     shape: tuple[int, int]
 
@@ -109,17 +112,32 @@ class _Group:
         output[rows] = output[rows] + values if add else values
 
 
-_last: tuple[torch.Tensor, list[_Group]] | None = None
+@dataclass
+class _Runs:
+    """Slots of tokens that stand in runs, as vLLM describes sequences: the slot of each run, and its length."""
+
+    slots: torch.Tensor
+    lengths: torch.Tensor
+
+    def each(self) -> torch.Tensor:
+        """Return the slot of each token."""
+        return self.slots.repeat_interleave(self.lengths)
 
 
-def _groups(slots: torch.Tensor) -> list[_Group]:
+_last: tuple[list[torch.Tensor], int, list[_Group]] | None = None
+
+
+def _groups(slots: _Slots, tokens: int) -> list[_Group]:
     """Return the tokens of each slot; all layers of a step ask for the same, so the last answer is kept."""
     global _last
     import torch
 
-    if _last is None or not torch.equal(_last[0], slots):
-        _last = slots.clone(), _group(slots)
-    return _last[1]
+    key = [slots.slots, slots.lengths] if isinstance(slots, _Runs) else [slots]
+    same = _last is not None and _last[1] == tokens and len(_last[0]) == len(key)
+    if _last is None or not same or not all(map(torch.equal, _last[0], key)):
+        each = slots.each() if isinstance(slots, _Runs) else slots
+        _last = [one.clone() for one in key], tokens, _group(each[:tokens])
+    return _last[2]
 
 
 def _group(slots: torch.Tensor) -> list[_Group]:
@@ -135,18 +153,19 @@ def _group(slots: torch.Tensor) -> list[_Group]:
         # A slot with fewer tokens than the others repeats its last one.
         places = torch.arange(most).expand(len(found), most).minimum(counts[:, None] - 1)
         rows = order[places + (counts.cumsum(0) - counts)[:, None]]
-        return [_Group(found, _as_slice(rows), (len(found), most))]
+        return [_Group(_as_slice(found), _as_slice(rows), (len(found), most))]
     tokens = order.split(counts.tolist())
     return [
-        _Group(slot, _as_slice(rows[None]), (1, len(rows))) for slot, rows in zip(found.split(1), tokens, strict=True)
+        _Group(_as_slice(slot), _as_slice(rows), (1, len(rows)))
+        for slot, rows in zip(found.split(1), tokens, strict=True)
     ]
 
 
 def _as_slice(rows: torch.Tensor) -> torch.Tensor | slice:
-    """Return rows that stand next to each other as a slice, which needs no copy."""
+    """Return numbers that stand next to each other as a slice, which needs no copy."""
     import torch
 
-    first, count = int(rows[0, 0]), rows.numel()
+    first, count = int(rows.flatten()[0]), rows.numel()
     return slice(first, first + count) if torch.equal(rows.flatten(), torch.arange(first, first + count)) else rows
 
 
@@ -157,7 +176,7 @@ def _by_sequence(function: Any) -> Any:
         inputs: Any, factors: Any, output: Any, starts: Any, lengths: Any, slots: Any, *rest: Any, **named: Any
     ) -> None:
         # `rest` begins with the number of sequences, their longest and the number of tokens.
-        function(inputs, factors, output, slots.repeat_interleave(lengths), *rest[3:], **named)
+        function(inputs, factors, output, _Runs(slots, lengths), *rest[3:], **named)
 
     return of_sequences
 

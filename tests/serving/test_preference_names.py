@@ -17,59 +17,57 @@ POINTS = {"chosen": MergeSpec((0.35, 0.65)), "between": MergeSpec((1 / 3, 2 / 3)
 MENU = Menu("sft", TWO, linear_rows(2), POINTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "canonical", "spec"),
-    [
-        ("lines@0.35", "lines@0.35", MergeSpec((0.35, 0.65))),
-        ("soup@0.35,0.65", "soup@0.35", MergeSpec((0.35, 0.65), 1.0, 0.0)),
-        ("lines@helpful=.7,brief=.3;alpha=1;beta=.5", "soup@0.7;beta=0.5", MergeSpec((0.7, 0.3), 1.0, 0.5)),
-        ("soup@brief=1", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
-        # One model, one name.
-        ("lines@0.7; beta = 0", "soup@0.7", MergeSpec((0.7, 0.3), 1.0, 0.0)),
-        ("soup@0.7;beta=1", "lines@0.7", MergeSpec((0.7, 0.3))),
-        ("task-arithmetic@0.7,0.3", "soup@0.7", MergeSpec((0.7, 0.3), 1.0, 0.0, "task-arithmetic")),
-        ("task-arithmetic@1,1;alpha=-0", "task-arithmetic@1,1;alpha=0", MergeSpec((1.0, 1.0), 0, 0, "task-arithmetic")),
-        # Rounded to the step; the rest goes to the largest.
-        ("lines@0.3333", "lines@0.33", MergeSpec((0.33, 0.67))),
-        ("lines@0.0049", "lines@0", MergeSpec((0.0, 1.0))),
-        # A policy alone, and points; one that is not on the step keeps its name.
-        ("brief", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
-        ("chosen", "lines@0.35", MergeSpec((0.35, 0.65))),
-        ("between", "between", MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)),
-    ],
-)
-def test_a_name_is_a_merge_and_a_model_has_one_name(name, canonical, spec):
-    assert MENU.spec(name) == spec and MENU.canonical(name) == canonical
-    # The canonical name asks for the same model.
-    again = MENU.spec(canonical)
-    assert (again.factors, again.schedule) == (spec.factors, spec.schedule)
-    assert MENU.canonical(canonical) == canonical
+NAMES = [
+    ("lines@0.35", "lines@0.35", MergeSpec((0.35, 0.65))),
+    ("soup@0.35,0.65", "soup@0.35", MergeSpec((0.35, 0.65), 1.0, 0.0)),
+    ("lines@helpful=.7,brief=.3;alpha=1;beta=.5", "soup@0.7;beta=0.5", MergeSpec((0.7, 0.3), 1.0, 0.5)),
+    ("soup@brief=1", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
+    # One model, one name.
+    ("lines@0.7; beta = 0", "soup@0.7", MergeSpec((0.7, 0.3), 1.0, 0.0)),
+    ("soup@0.7;beta=1", "lines@0.7", MergeSpec((0.7, 0.3))),
+    ("task-arithmetic@0.7,0.3", "soup@0.7", MergeSpec((0.7, 0.3), 1.0, 0.0, "task-arithmetic")),
+    ("task-arithmetic@1,1;alpha=-0", "task-arithmetic@1,1;alpha=0", MergeSpec((1.0, 1.0), 0, 0, "task-arithmetic")),
+    # Rounded to the step; the rest goes to the largest.
+    ("lines@0.3333", "lines@0.33", MergeSpec((0.33, 0.67))),
+    ("lines@0.0049", "lines@0", MergeSpec((0.0, 1.0))),
+    # A policy alone, and points; one that is not on the step keeps its name.
+    ("brief", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
+    ("chosen", "lines@0.35", MergeSpec((0.35, 0.65))),
+    ("between", "between", MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)),
+]
+WRONG = [
+    ("gpt-4", 404, "expected: soup@WEIGHTS, lines@WEIGHTS"),
+    ("line@0.5", 404, "did you mean `lines`?"),
+    ("chosen@0.5", 404, "no such model"),
+    ("/etc/passwd", 404, "helpful, brief, chosen, between"),
+    ("lines@helpfull=1", 404, "did you mean `helpful`?"),
+    ("lines@1.2", 400, "outside 0 to 1"),
+    ("lines@0.5,0.6", 400, "do not sum to 1"),
+    ("lines@0.2,0.3,0.5", 400, "3 weights for 2 policies"),
+    ("lines@nan", 400, "not a weight"),
+    ("lines@", 400, "ask for lines@helpful=0.5,brief=0.5"),
+    ("lines@0.5;gamma=1", 400, "each of alpha, beta at most once"),
+    ("lines@0.5;alpha=1;alpha=1", 400, "at most once"),
+    ("lines@0.5;beta=1e9", 400, "a number from -10 to 10"),
+    ("task-arithmetic@1,99", 400, "too large"),
+    ("lines@" + "0" * 1000, 400, "at most 512 characters"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "said"),
-    [
-        ("gpt-4", 404, "expected: soup@WEIGHTS, lines@WEIGHTS"),
-        ("line@0.5", 404, "did you mean `lines`?"),
-        ("chosen@0.5", 404, "no such model"),
-        ("/etc/passwd", 404, "helpful, brief, chosen, between"),
-        ("lines@helpfull=1", 404, "did you mean `helpful`?"),
-        ("lines@1.2", 400, "outside 0 to 1"),
-        ("lines@0.5,0.6", 400, "do not sum to 1"),
-        ("lines@0.2,0.3,0.5", 400, "3 weights for 2 policies"),
-        ("lines@nan", 400, "not a weight"),
-        ("lines@", 400, "ask for lines@helpful=0.5,brief=0.5"),
-        ("lines@0.5;gamma=1", 400, "each of alpha, beta at most once"),
-        ("lines@0.5;alpha=1;alpha=1", 400, "at most once"),
-        ("lines@0.5;beta=1e9", 400, "a number from -10 to 10"),
-        ("task-arithmetic@1,99", 400, "too large"),
-        ("lines@" + "0" * 1000, 400, "at most 512 characters"),
-    ],
-)
-def test_what_is_not_on_the_menu_is_refused_with_what_is(name, status, said):
-    with pytest.raises(PreferenceError) as caught:
-        MENU.spec(name)
-    assert caught.value.status == status and said in str(caught.value) and "--" not in str(caught.value)
+def test_a_name_is_a_merge_and_a_model_has_one_name():
+    for name, canonical, spec in NAMES:
+        assert MENU.spec(name) == spec and MENU.canonical(name) == canonical
+        # The canonical name asks for the same model.
+        again = MENU.spec(canonical)
+        assert (again.factors, again.schedule) == (spec.factors, spec.schedule)
+        assert MENU.canonical(canonical) == canonical
+
+
+def test_what_is_not_on_the_menu_is_refused_with_what_is():
+    for name, status, said in WRONG:
+        with pytest.raises(PreferenceError) as caught:
+            MENU.spec(name)
+        assert caught.value.status == status and said in str(caught.value) and "--" not in str(caught.value), name
 
 
 def test_a_preference_is_named_and_a_wrong_one_refused():
@@ -85,10 +83,10 @@ def test_a_preference_is_named_and_a_wrong_one_refused():
     assert json.loads(json.dumps(MENU.as_dict()))["rows"][1] == {"name": "lines", "label": "LiNeS (α = β = 1)"}
 
 
-@pytest.mark.parametrize("step", [0, -1, 0.03, 2, float("nan"), 1e-9])
-def test_a_step_is_a_part_of_one(step):
-    with pytest.raises(UserError, match="not a step"):
-        menu_of_adapters("sft", TWO, step)
+def test_a_step_is_a_part_of_one():
+    for step in (0, -1, 0.03, 2, float("nan"), 1e-9):
+        with pytest.raises(UserError, match="not a step"):
+            menu_of_adapters("sft", TWO, step)
 
 
 def test_mixtures_turn_preferences_into_weights():

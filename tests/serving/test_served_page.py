@@ -40,7 +40,7 @@ def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any) 
     project |= {"policies": {"kind": "kind", "brief": "brief"}, "sweep": {"points": 3, "methods": ["soup", "lines"]}}
     (tiny / "rewarded-lines.yaml").write_text(yaml.safe_dump(project))
     sweep("rewarded-lines.yaml", engine="hf", out="sweep")
-    with serve("sweep", port=0) as server:
+    with serve("sweep", port=0, engine_args={"max_model_len": 64}) as server:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(server.url)
