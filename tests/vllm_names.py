@@ -50,6 +50,8 @@ USED_NAMES = [
     ("entrypoints/openai/models/serving.py", "OpenAIServingModels", "engine_client static_lora_modules lora_requests"),
     ("entrypoints/openai/models/serving.py", "OpenAIServingModels", "model_config registry"),
     ("entrypoints/serve/engine/serving.py", "BaseServing", "models _is_model_supported create_error_response"),
+    ("entrypoints/openai/models/serving.py", "", "init_static_loras"),
+    ("entrypoints/serve/engine/serving.py", "", "_check_model"),
     ("v1/metrics/stats.py", "LoRARequestStates.update_scheduler_stats", "scheduler_stats"),
     ("v1/metrics/stats.py", "SchedulerStats", "waiting_lora_adapters running_lora_adapters"),
     ("config/lora.py", "LoRAConfig", "max_lora_rank lora_dtype default_mm_loras"),

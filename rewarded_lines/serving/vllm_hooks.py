@@ -10,14 +10,12 @@ import functools
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
+from multiprocessing import parent_process
 from typing import Any
 
 from rewarded_lines.engines.cpu_adapters import group_adapters
 from rewarded_lines.engines.vllm_process import vllm_device
 from rewarded_lines.engines.vllm_versions import last_slot_is_shared
-
-# Only a server's process has imported it.
-_SERVER = "vllm.entrypoints.openai.models.serving"
 
 
 def install() -> None:
@@ -32,7 +30,9 @@ def install() -> None:
         _wrap(lora_utils.LoraState, "__init__", _wide_numbers)
     elif last_slot_is_shared():
         group_adapters()
-    if models := sys.modules.get(_SERVER):
+    if parent_process() is None or "vllm.entrypoints.openai.models.serving" in sys.modules:
+        # A server's process, not one of a worker.
+        from vllm.entrypoints.openai.models import serving as models
         from vllm.entrypoints.serve.engine import serving
         from vllm.v1.metrics import stats
 

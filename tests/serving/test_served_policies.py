@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plugin_server import save_policies
 from safetensors.torch import load_file
 from tiny_adapters import save_adapter
 
@@ -36,9 +37,7 @@ class Request:
 def policies(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=Request))
     monkeypatch.setattr(served_policies, "_opened", [])
-    save_adapter(tiny / "sft", tiny / "one", 1, r=4, lora_alpha=16)
-    patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 30}}
-    save_adapter(tiny / "sft", tiny / "two", 2, r=6, lora_alpha=9, use_rslora=True, **patterns)
+    save_policies(tiny)
     return tiny
 
 
@@ -136,7 +135,6 @@ def test_a_server_with_adapters_tries_all_of_them_and_then_serves(policies):
     [(Engine(rank=1), "--max-lora-rank 16"), (Engine(fault="no such layer"), "no such layer"), (None, "another base")],
 )
 def test_only_a_project_must_be_served(policies, monkeypatch, caplog, engine, said):
-    (policies / "adapters.yaml").write_text("base: sft\npolicies: {one: one, two: two}\n")
     monkeypatch.setenv("REWARDED_LINES_PROJECT", "adapters.yaml")
     models = models_of(engine or Engine(), "one", "two", base="sft" if engine else "elsewhere")
     with pytest.raises(UserError, match=said):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from tiny_adapters import save_adapter
 
 ENTRY = "[vllm.general_plugins]\nrewarded_lines = rewarded_lines.serving.vllm_plugin:register\n"
 SETTINGS = {
@@ -26,13 +27,25 @@ SETTINGS = {
 }
 
 
+def save_policies(folder: Path) -> dict[str, str]:
+    """Save two adapters of `sft` with settings that differ, and a project of them; return them by name."""
+    save_adapter(folder / "sft", folder / "one", 1, r=4, lora_alpha=16)
+    patterns = {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 30}}
+    targets = ["q_proj", "up_proj"]
+    save_adapter(
+        folder / "sft", folder / "two", 2, r=6, lora_alpha=9, use_rslora=True, target_modules=targets, **patterns
+    )
+    (folder / "adapters.yaml").write_text("base: sft\npolicies: {one: one, two: two}\n")
+    return {"one": "one", "two": "two"}
+
+
 def environment(folder: Path, **settings: str) -> dict[str, str]:
     """Return the environment of a server; `folder` gets what an installed package tells of its entry points."""
     facts = folder / "entry" / "rewarded_lines_entry-0.dist-info"
     facts.mkdir(parents=True, exist_ok=True)
     (facts / "entry_points.txt").write_text(ENTRY)
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: rewarded-lines-entry\nVersion: 0\n")
-    found = [str(Path(__file__).parents[2]), str(facts.parent), os.environ.get("PYTHONPATH", "")]
+    found = [str(Path(__file__).parents[1]), str(facts.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, **SETTINGS, **settings, "PYTHONPATH": os.pathsep.join(filter(None, found))}
 
 
