@@ -52,11 +52,13 @@ class StandIn:
         self.hold: asyncio.Event | None = None
         self.engine = Engine()
         menu = menu_of_adapters("models/sft", {"kind": "a", "brief": "b"})
-        menu.points |= {
-            "chosen": menu.spec("lines@0.4"),
-            DEFAULT: menu.spec("soup@0.3"),
-            "off": MergeSpec((1 / 3, 2 / 3)),
-        }
+        menu.add(
+            {
+                "chosen": menu.spec("lines@0.4"),
+                DEFAULT: menu.spec("soup@0.3"),
+                "off": MergeSpec((1 / 3, 2 / 3)),
+            }
+        )
         self.gate = WeightsGate(self.engine, patience=0.2) if whole else None
         self.desk = FrontDesk(menu, self.gate, {"chat": True})
         paths = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/audio", "/v1/load_lora_adapter")

@@ -20,9 +20,7 @@ def choose(
     run: Run,
     at_least: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Minimum of a reward's mean, in its unit (repeat).", autocompletion=run_minima
-        ),
+        typer.Option(metavar="NAME=VALUE", help="Minimum of a reward's mean (repeat).", autocompletion=run_minima),
     ] = None,
     maximize: Annotated[
         str | None, typer.Option(metavar="NAME", help="Reward to maximize.", autocompletion=run_rewards)

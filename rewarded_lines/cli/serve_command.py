@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -51,11 +52,13 @@ def serve(
     rewarded-lines serve --host 0.0.0.0 --api-key "$KEY"
     """
     with progress_bar("Serve", quiet=quiet) as bar:
-        from rewarded_lines.serving.become_vllm import become
+        from rewarded_lines.serving.keep_server import keeping
         from rewarded_lines.serving.server_plan import plan_server
 
         quiet_libraries()
         plan = plan_server(run, config, options, bar, "json" if as_json else "text")
     for note in () if quiet else (*plan.told, f"starting vLLM for {plan.url}"):
         typer.echo(note, err=True)
-    become(plan.command, plan.environment)
+    # In place of this process, which holds the memory of what it checked.
+    command = keeping(plan.command)
+    os.execve(command[0], command, dict(plan.environment))

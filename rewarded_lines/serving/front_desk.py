@@ -62,8 +62,15 @@ class FrontDesk:
             raise _refused("a row without weights", "row", "`preference` beside it", str(row)[:80])
         if model in (None, "", DEFAULT):
             return self.default
-        named = isinstance(model, str) and ("@" in model or model in self.menu.points)
-        return self.menu.canonical(str(model)) if named else None
+        if not isinstance(model, str) or model in bases:
+            return None
+        try:
+            return self.menu.canonical(model)
+        except PreferenceError as error:
+            # Perhaps the engine knows it.
+            if error.status == 404 and "@" not in model:
+                return None
+            raise
 
     def check_loaded(self, name: str | None, model: Any) -> None:
         """Refuse a request for another merge than the one that a server of whole models holds; call it in `gate`."""

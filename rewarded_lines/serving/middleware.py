@@ -9,7 +9,6 @@ import asyncio
 import atexit
 import json
 import os
-import sys
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -95,8 +94,8 @@ class PreferenceMiddleware:
                     atexit.register(os._exit, 1)
             await send(message)
             if message["type"] == "lifespan.startup.complete" and self._settings and self._settings.ready:
-                sys.stdout.write(self._settings.ready + "\n")
-                sys.stdout.flush()
+                # vLLM puts its own words before all that Python prints.
+                os.write(1, f"{self._settings.ready}\n".encode())
 
         return told
 

@@ -41,5 +41,5 @@ async def open_desk(settings: ServedSettings | None, state: Any) -> FrontDesk:
         remedy = "install this package into vLLM's environment, and name the plugin if VLLM_PLUGINS is set"
         raise fail(what, where="vllm serve --middleware", remedy=remedy)
     menu = served.menu
-    menu.points |= {DEFAULT: menu.spec(menu.example()), **points}
+    menu.add({DEFAULT: menu.spec(menu.example()), **points})
     return FrontDesk(menu, None, facts)

@@ -82,8 +82,13 @@ def _is_served(point: PointSpec, menu: Menu) -> bool:
 def _model(point: PointSpec, menu: Menu, name: str | None) -> str | None:
     """Return the name by which a request gets this very point, None if λ would be rounded to another."""
     weights = ",".join(map(repr, place_of(menu, point.merge).values()))
+    own = menu.rows[point.method].own
     try:
-        model = menu.canonical(f"{point.method}@{weights}")
+        model = menu.canonical(f"{'soup' if own else point.method}@{weights}")
     except PreferenceError:
         return name
+    if own:
+        # Its schedule may need the norms of all residuals, which made it once: the run has these very policies.
+        same = menu.spec(model).weights == point.merge.weights
+        return f"{point.method}@{model.partition('@')[2]}" if same else name
     return model if menu.spec(model) == point.merge else name

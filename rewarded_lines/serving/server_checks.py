@@ -6,6 +6,7 @@ import ast
 import os
 import socket
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _OWN = {
     "served_model_name": "the base's name, and `default`",
     "config": "write `engine:` in the project file",
 }
+_PLUGIN = "rewarded_lines"
 # The file with the arguments of vLLM's server, in this and in earlier versions.
 _FRONTENDS = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")
 
@@ -57,6 +59,19 @@ def _frontend_names() -> set[str]:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("FrontendArgs")]
     fields = [one.target for node in classes for one in node.body if isinstance(one, ast.AnnAssign)]
     return {field.id for field in fields if isinstance(field, ast.Name)} | _OWN.keys()
+
+
+def check_plugin() -> None:
+    """Refuse a vLLM that would not load this package's plugin, which merges adapters and ends workers."""
+    found = {one.name for one in entry_points(group="vllm.general_plugins")}
+    asked = os.environ.get("VLLM_PLUGINS")
+    if _PLUGIN not in found:
+        remedy = "install this package again: its entry points are older than its code"
+        raise fail(f"vLLM does not find the plugin `{_PLUGIN}`", where="vLLM", remedy=remedy)
+    if asked is not None and _PLUGIN not in asked.split(","):
+        raise fail(
+            f"vLLM would not load the plugin `{_PLUGIN}`", where="VLLM_PLUGINS", got=asked, remedy="add it there"
+        )
 
 
 def free_port(host: str, port: int) -> int:

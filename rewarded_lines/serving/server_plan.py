@@ -32,8 +32,8 @@ from rewarded_lines.serving.menus import menu_of_project
 from rewarded_lines.serving.preference_names import Menu
 from rewarded_lines.serving.run_points import chosen_points, default_point, measured_points
 from rewarded_lines.serving.serve_options import LOCAL, ServeOptions
-from rewarded_lines.serving.served_settings import ServedSettings
-from rewarded_lines.serving.server_checks import check_arguments, check_memory, check_run, free_port
+from rewarded_lines.serving.served_settings import PROJECT, SETTINGS, ServedSettings
+from rewarded_lines.serving.server_checks import check_arguments, check_memory, check_plugin, check_run, free_port
 from rewarded_lines.serving.vllm_command import environment, server_command, server_options
 
 WHERE = "rewarded-lines serve"
@@ -113,9 +113,9 @@ def plan_server(
         **facts,
     )
     own = {**given.variable(), "VLLM_API_KEY": options.api_key}
-    # The plugin's variables; see `vllm_plugin.py`.
-    plugin = {"PROJECT": given.project, "STEP": str(options.step), "LAYERS": options.layers, "TOWER": options.tower}
-    own |= {f"REWARDED_LINES_{name}": value for name, value in plugin.items()} if place is None else {}
+    if place is None:
+        menu = {"step": str(options.step), **how}
+        own |= {PROJECT: given.project, **{name: menu[key] for key, name in SETTINGS.items()}}
     return replace(found, environment=environment(settings, own))
 
 
@@ -134,6 +134,7 @@ def _settings(project: Project, options: ServeOptions) -> EngineSettings:
     settings = engine_settings(project, given)
     check_arguments(settings)
     check_device(settings)
+    check_plugin()
     return settings
 
 
@@ -154,7 +155,7 @@ def _facts(run: Run | None, options: ServeOptions, menu: Menu) -> tuple[dict[str
     """Return what a run adds to the settings, the name of the default, and notes."""
     chosen, notes = chosen_points(run.folder, menu) if run else ({}, [])
     point = default_point(run, options, menu, chosen)
-    menu.points |= {name: one.merge for name, one in {**chosen, DEFAULT: point}.items()}
+    menu.add({name: one.merge for name, one in {**chosen, DEFAULT: point}.items()})
     facts = {
         "points": {name: one.as_dict() for name, one in {**chosen, DEFAULT: point}.items()},
         "rewards": [{"name": name, "unit": run.rewards[name]} for name in run.objectives] if run else [],

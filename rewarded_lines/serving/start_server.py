@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import suppress
@@ -15,11 +13,12 @@ from types import TracebackType
 from rewarded_lines.errors import fail
 from rewarded_lines.processes import DIE_WITH_PARENT
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.serving.keep_server import keeping
 from rewarded_lines.serving.serve_options import ServeOptions, takes_serve_options
 from rewarded_lines.serving.server_plan import WHERE, ServerPlan, plan_server
 
-# Seconds: until vLLM answers, and until it has ended.
-_START, _END = 900.0, 30.0
+# Seconds until vLLM answers.
+_START = 900.0
 
 
 class Server:
@@ -34,10 +33,8 @@ class Server:
     def __init__(self, plan: ServerPlan) -> None:
         """Start the process; `wait_until_ready` waits for it."""
         self.url, self.default, self.admin_key = plan.url, plan.default, plan.admin_key
-        # By a process that becomes vLLM: only it can ask the kernel to end with this one.
-        command = [sys.executable, "-P", "-m", "rewarded_lines.serving.become_vllm", *plan.command]
         environment = {**plan.environment, DIE_WITH_PARENT: str(os.getpid())}
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(keeping(plan.command), env=environment, start_new_session=True)
 
     def wait_until_ready(self, seconds: float = _START) -> None:
         """Return once the server answers.
@@ -59,10 +56,6 @@ class Server:
     def close(self) -> None:
         """End the server and its workers."""
         self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_END)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def __enter__(self) -> Server:

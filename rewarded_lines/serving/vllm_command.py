@@ -89,13 +89,16 @@ def server_command(model: str, options: Mapping[str, Any]) -> list[str]:
 
     The command `vllm` does the same, but builds for CPUs do not have it: they are a package of another name.
     """
-    return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments(options)]
+    quiet = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
+    python = [sys.executable, "-P", *quiet, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*python, "--model", model, *arguments(options)]
 
 
 def environment(settings: EngineSettings, own: Mapping[str, str | None]) -> dict[str, str]:
     """Return the environment of the server: the user's, `own`, and what vLLM needs."""
     usual = {name: value for name, value in VLLM_SETTINGS.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    usual |= {"VLLM_LOGGING_LEVEL": "WARNING"}
+    # Standard output is for the address.
+    usual |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     if vllm_device() == "cpu":
         # torch would compile a small function: that takes seconds, and needs a C++ compiler.
         usual["TORCH_COMPILE_DISABLE"] = "1"

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from real_browser import PATIENCE
-from serving.plugin_server import environment
 from tiny_adapters import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,11 +30,10 @@ def offline(folder: Path, lam: float, beta: float, tokens: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any, monkeypatch: Any) -> None:
+def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
     from rewarded_lines import serve, sweep
 
-    monkeypatch.setenv("PYTHONPATH", environment(tiny)["PYTHONPATH"])
     for seed, name in enumerate(("kind", "brief"), start=1):
         save_adapter(tiny / "sft", tiny / name, seed)
     project = yaml.safe_load((tiny / "rewarded-lines.yaml").read_text())

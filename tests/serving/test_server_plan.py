@@ -10,7 +10,7 @@ from tiny_adapters import save_adapter
 
 from rewarded_lines import choose
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
-from rewarded_lines.serving import become_vllm, server_checks
+from rewarded_lines.serving import server_checks
 from rewarded_lines.serving.served_settings import settings_given
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment", exc_type=ImportError)
@@ -39,7 +39,7 @@ def start(cli, monkeypatch):
 
     def run(*words):
         found = {}
-        monkeypatch.setattr(become_vllm, "become", lambda command, given: found.update(command=command, given=given))
+        monkeypatch.setattr("os.execve", lambda path, command, given: found.update(command=command[4:], given=given))
         answer = cli("serve", "--port", 0, *words)
         if not found:
             return answer, [], None
@@ -65,7 +65,8 @@ def test_whole_policies_are_one_merge(project, start):
     assert settings.points["chosen"] == settings.points["default"] and settings.chat is False
     assert [one["name"] for one in settings.rewards] == ["positive", "detailed"]
     rows = {point["row"] for point in settings.measured}
-    assert rows == {"soup", "lines"} and len(settings.measured) == 6
+    # The base is shown, too.
+    assert rows == {"soup", "lines", None} and len(settings.measured) == 7
     assert [point["name"] for point in settings.measured].count("chosen") == 1
     middle = next(point for point in settings.measured if point["model"] == "lines@0.5")
     assert middle["weights"] == {"cheerful": 0.5, "detailed": 0.5} and middle["means"].keys() == {
@@ -150,7 +151,7 @@ def test_whole_policies_become_adapters_once(project, start):
     answer, command, settings = start("sweep", "--rank", 4)
     assert answer.code == 0 and "cheerful, rank 4:" in answer.err and "% of the merged residual" in answer.err
     assert option(command, "--max-lora-rank") == "8" and settings.whole == {}
-    assert "scores are those of the whole policies" in answer.err and len(settings.measured) == 6
+    assert "scores are those of the whole policies" in answer.err and len(settings.measured) == 7
     made = project / "served/cheerful-rank4/adapter_model.safetensors"
     before, other = made.stat().st_mtime_ns, project / "served/detailed-rank4/adapter_model.safetensors"
     assert Path(settings.project).parent == project / "served"
