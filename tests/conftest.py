@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 from invented_runs import synthetic_run
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
+from rewarded_lines.kernels import kernels
+
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
@@ -26,6 +28,9 @@ torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)
 # Here waiting for the disk has no use: no power cut is tested. Processes of their own still wait.
 os.fsync = lambda descriptor: None
+# Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
+# Those have tests in tests/kernels and in test_exactness.py.
+kernels.ENOUGH = 1 << 62
 # That a machine is slow or busy is no fault of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
