@@ -39,19 +39,9 @@ settings.load_profile("any machine")
 LONGEST = [
     *("engines/test_generation.py", "kernels/test_kernel_choice.py", "recipes/test_chat_rules.py"),
     *("evaluator/test_sweep.py", "cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
-    *(
-        "recipes/test_recipes.py",
-        "recipes/test_resume.py",
-        "evaluator/test_choose.py",
-        "evaluator/test_killed_sweep.py",
-    ),
-    *(
-        "reports/page/test_responses.py",
-        "reports/page/test_front.py",
-        "merger/test_adapters.py",
-        "demo/test_pipeline.py",
-    ),
-    *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_input_names.py", "evaluator/test_search.py"),
+    *("recipes/test_recipes.py", "recipes/test_resume.py", "evaluator/test_choose.py", "demo/test_pipeline.py"),
+    *("evaluator/test_killed_sweep.py", "reports/page/test_responses.py", "reports/page/test_front.py"),
+    *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_adapters.py", "evaluator/test_search.py"),
     *("rewards/test_function_rewards.py", "cli/test_hostile_files.py", "reports/test_report.py", "test_light_core.py"),
 ]
 
