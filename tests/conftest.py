@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 from invented_runs import synthetic_run
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
+from rewarded_lines.kernels import kernels
+
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
@@ -26,6 +28,9 @@ torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)
 # Here waiting for the disk has no use: no power cut is tested. Processes of their own still wait.
 os.fsync = lambda descriptor: None
+# Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
+# Those have tests in tests/kernels and in test_exactness.py.
+kernels.ENOUGH = 1 << 62
 # That a machine is slow or busy is no fault of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -34,11 +39,12 @@ pytest_plugins = ("real_browser",)
 
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [
-    *("evaluator/test_vllm_sweep.py", "engines/test_generation.py", "recipes/test_chats.py", "cli/test_hub.py"),
-    *("evaluator/test_killed_sweep.py", "rewards/test_vllm_classifier.py", "recipes/test_resume.py"),
-    *("engines/test_vllm_adapters.py", "training/test_sampling.py", "demo/test_pipeline.py"),
-    *("reports/figures/test_figures.py", "cli/test_killed_merge.py", "evaluator/test_sweep.py"),
-    *("engines/test_responses.py", "cli/test_hostile_files.py"),
+    *("engines/test_generation.py", "kernels/test_kernel_choice.py", "recipes/test_chat_rules.py"),
+    *("evaluator/test_sweep.py", "cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
+    *("recipes/test_recipes.py", "recipes/test_resume.py", "evaluator/test_choose.py", "demo/test_pipeline.py"),
+    *("evaluator/test_killed_sweep.py", "reports/page/test_responses.py", "reports/page/test_front.py"),
+    *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_adapters.py", "evaluator/test_search.py"),
+    *("rewards/test_function_rewards.py", "cli/test_hostile_files.py", "reports/test_report.py", "test_light_core.py"),
 ]
 
 

@@ -16,7 +16,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 from plain_checkpoints import SINGLE, save_family, tiny_shapes
 
-MANY = pytest.mark.parametrize("kills", [6, pytest.param(80, marks=pytest.mark.slow)])
+MANY = pytest.mark.parametrize("kills", [4, pytest.param(80, marks=pytest.mark.slow)])
 SIZES = {"hidden": 1024, "vocabulary": 2048}
 # Bytes of the tensors, 25 MB: whole pages, so that a disk of just this size has no room for a header.
 NEEDED = sum(

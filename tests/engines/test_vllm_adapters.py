@@ -79,9 +79,10 @@ def test_a_batch_of_models_is_each_model_by_itself_and_folded(vllm, policies, mo
     assert calls == [4 * len(PROMPTS), 3 * len(PROMPTS), 3 * len(PROMPTS)]
     assert together == tokens_of(hf.generate(PROMPTS, GREEDY, MODELS))
     assert len({str(one) for one in together}) == len(MODELS) - 1 and together[0] == together[-1]
-    alone = [tokens_of(vllm.generate(PROMPTS, SAMPLED, [model]))[0] for model in MODELS]
-    assert tokens_of(vllm.generate(PROMPTS, SAMPLED, MODELS)) == alone and alone[0] == alone[-1]
-    assert tokens_of(vllm.generate(PROMPTS[:2], SAMPLED, MODELS[:2])) == [one[:4] for one in alone[:2]]
+    several = [*MODELS[:3], ENDS[0], MODELS[-1]]
+    alone = [tokens_of(vllm.generate(PROMPTS, SAMPLED, [model]))[0] for model in several]
+    assert tokens_of(vllm.generate(PROMPTS, SAMPLED, several)) == alone and alone[0] == alone[-1]
+    assert tokens_of(vllm.generate(PROMPTS[:2], SAMPLED, several[:2])) == [one[:4] for one in alone[:2]]
     check_mixed_batches(vllm, together)
     check_scores(vllm, hf)
     check_nothing_stays(vllm, monkeypatch)

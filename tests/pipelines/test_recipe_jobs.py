@@ -100,7 +100,7 @@ def test_what_comes_next_waits_until_it_is_run_and_ends_with_the_jobs(tmp_path):
 def test_the_users_folder_is_not_on_the_path_of_the_demos_recipes(tmp_path):
     (tmp_path / "random.py").write_text("raise SystemError('not the library')")
     script = tmp_path / "small.py"
-    script.write_text("import random\nfrom rewarded_lines.training.arguments import run_recipe\nmain = print\n")
+    script.write_text("import random, sys\nmain = print\ndef run_recipe(main): main(sys.argv[1:])\n")
     (part,) = parts_of("sft", DemoSettings(tmp_path / "run"), "")
     python = part.command[: part.command.index("--config") - 1]
     done = subprocess.run([*python, str(script), "said"], cwd=tmp_path, input="\n", capture_output=True, text=True)

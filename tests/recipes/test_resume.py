@@ -76,7 +76,14 @@ def test_ended_and_started_again(work, name, lora, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "more", "end", "kept"),
     [
-        pytest.param("grpo", {"num_iterations": 2, "max_steps": 6}, 4, 2, id="checkpoints wait for a round's end"),
+        pytest.param(
+            "grpo",
+            {"num_iterations": 2, "max_steps": 6},
+            4,
+            2,
+            id="checkpoints wait for a round's end",
+            marks=pytest.mark.slow,
+        ),
         # A round has two batches, and an update three: every second update ends a round.
         pytest.param(
             "grpo",
