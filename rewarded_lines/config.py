@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rewarded_lines.config_values import (
     Strict,
@@ -120,6 +127,11 @@ class MethodSpec(Strict):
     match: str | None = None
     edit: bool = False
     checkpoints: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        # A key that has its default's value still says that the row is no preset.
+        return self.model_dump(mode=info.mode, exclude_unset=True) if info.exclude_defaults else write(self)
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodSpec:

@@ -34,7 +34,7 @@ class ShapeOptions:
     most: float = _option(3.0, "Largest scale; the smallest is 0.", min=0.1)
     max_kl: float | None = _option(None, "Ceiling for the mean KL to SFT of each point, in nats.", min=0)
     low_kl: bool = _option(False, "Seek little KL, too, as a second objective.")
-    sampler: str = _option("tpe", "Who proposes shapes: tpe, or botorch (qEHVI).", offers=SAMPLERS)
+    sampler: str = _option("tpe", "Who proposes shapes: tpe, or botorch (its EHVI with --low-kl).", offers=SAMPLERS)
     seed: int = _option(0, "Of the proposals.", min=0)
 
     def __post_init__(self) -> None:

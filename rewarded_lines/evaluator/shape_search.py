@@ -104,7 +104,10 @@ def plan_shape(setup: Setup, options: ShapeOptions) -> tuple[ShapeSpace, list[Ro
     if options.knots * curves > _MOST_NUMBERS or options.knots > blocks:
         expected = f"at most {_MOST_NUMBERS} numbers, and no more knots than blocks"
         got = f"{options.knots} knots for each of {curves} shapes over {blocks} blocks"
-        remedy = f"--knots {max(2, min(blocks, _MOST_NUMBERS // curves))}, or leave --each-policy out"
+        fits, shared = (min(blocks, _MOST_NUMBERS // count) for count in (curves, 1))
+        other = "leave --each-policy out" + (f" and pass --knots {shared}" if options.knots > shared else "")
+        remedies = [f"pass --knots {fits}"] * (fits >= 2) + [other] * (curves > 1)
+        remedy = ", or ".join(remedies)
         raise fail("too many numbers to search", where="--knots", expected=expected, got=got, remedy=remedy)
     spec, prompts = setup.project.config.sweep.tune, setup.project.config.prompts
     if options.validation is not None and prompts is not None:

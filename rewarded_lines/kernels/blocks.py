@@ -133,7 +133,7 @@ class Workspace:
         """Run the steps' machine code on the loaded block; if `bare`, `out` takes their residuals."""
         given = not self._alike()
         stack, start = (self.residuals(), 0) if given else self._stack()
-        scales = np.array([step.scale for step in steps])
+        scales = np.array([1.0 if bare else step.scale for step in steps])
         kernels.merge_by_rules(
             self._stored(0), stack, *code, self._masks(steps), scales, out, counts, start, given, bare
         )

@@ -59,6 +59,34 @@ def count_between(
     return place, (above, top, bottom, zeros)
 
 
+@compiled
+def count_overlaps(residuals: Array, rows: Array, changed: float, counts: Array) -> None:
+    """Count the magnitudes above `changed` that several rows have, and those that only one has.
+
+    Args:
+        residuals: float64 [N, n].
+        rows: those that count.
+        changed: ≥ 0.
+        counts: [2, rows] the numbers are added here, shared ones first.
+    """
+    several = np.empty(_GROUP, np.int64)
+    for start in range(0, residuals.shape[1], _GROUP):
+        size = min(_GROUP, residuals.shape[1] - start)
+        several[:] = 0
+        for row in rows:
+            values = residuals[row, start : start + size]
+            for i in range(size):
+                several[i] += abs(values[i]) > changed
+        for place, row in enumerate(rows):
+            values, shared, mine = residuals[row, start : start + size], 0, 0
+            for i in range(size):
+                large = abs(values[i]) > changed
+                mine += large
+                shared += large & (several[i] > 1)
+            counts[0, place] += shared
+            counts[1, place] += mine - shared
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _product(_: Any, left: Any, right: Any) -> Any:
     """Return the upper and the lower 64 bits of the product of two uint64."""

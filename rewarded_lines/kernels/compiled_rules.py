@@ -67,7 +67,7 @@ def merge_by_rules(
         counts: [outputs] the numbers of results that are not finite are added here.
         first: where the policies' values that belong to `base` begin.
         given: whether `policies` are residuals.
-        bare: whether `out` takes m_k alone.
+        bare: whether `out` takes s_k·m_k alone.
     """
     origin, residuals = np.empty(_CHUNK), np.empty((rows.size, _WIDTH))
     kept, merged = np.empty((masks.shape[0], _WIDTH), masks.dtype), np.empty((scales.size, _WIDTH))
@@ -77,27 +77,31 @@ def merge_by_rules(
         for i in range(source.size):
             origin[i] = _widen(source[i])
         for j in range(rows.size):
-            policy, residual = policies[rows[j], first + start : first + start + _CHUNK], residuals[j]
-            if given:
-                for i in range(source.size):
-                    residual[i] = _widen(policy[i])
-            else:
-                for i in range(source.size):
-                    value = _widen(policy[i])
-                    # Inf − inf would be NaN.
-                    residual[i] = value - origin[i] if value != origin[i] else 0.0
+            _take(policies[rows[j], first + start : first + start + source.size], origin, given, residuals[j])
+        if bare:
+            # Adding −0 changes no number; adding 0 would change −0.
+            origin[:] = -0.0
         for j in range(masks.shape[0]):
             kept[j, : source.size] = masks[j, start : start + _CHUNK]
         _call(address, residuals.ctypes.data, kept.ctypes.data, constants.ctypes.data, merged.ctypes.data, source.size)
         for k in range(scales.size):
             target, joined, scale, count = out[k, start : start + _CHUNK], merged[k], scales[k], 0
-            if bare:
-                for i in range(source.size):
-                    count += _store(target, i, joined[i])
-            else:
-                for i in range(source.size):
-                    count += _store(target, i, origin[i] + scale * joined[i])
+            for i in range(source.size):
+                count += _store(target, i, origin[i] + scale * joined[i])
             counts[k] += count
+
+
+@compiled
+def _take(policy: Array, origin: Array, given: bool, residual: Array) -> None:
+    """Write the residual of a chunk: `policy` itself if it is `given`."""
+    if given:
+        for i in range(policy.size):
+            residual[i] = _widen(policy[i])
+    else:
+        for i in range(policy.size):
+            value = _widen(policy[i])
+            # Inf − inf would be NaN.
+            residual[i] = value - origin[i] if value != origin[i] else 0.0
 
 
 @cache

@@ -57,13 +57,13 @@ def machine_code(operations: Any) -> int:
 def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Callable[..., Any]:
     """Return the loop of this name; its argument at the place `counted` tells how many values it goes over."""
 
-    def call(*given: Any) -> Any:
+    def call(*given: Any, **named: Any) -> Any:
         global _seen
         _seen += given[counted].size
         if _seen > ENOUGH:
-            return getattr(_compiled(module), name)(*given)
+            return getattr(_compiled(module), name)(*given, **named)
         with np.errstate(all="ignore"):
-            return getattr(numpy_kernels, name)(*given)
+            return getattr(numpy_kernels, name)(*given, **named)
 
     return call
 
@@ -71,8 +71,9 @@ def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Call
 linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
 cast, count_nonfinite, place_columns = map(_loop, ("cast", "count_nonfinite", "place_columns"))
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
-count_between, keep_random, draw_numbers, keep_ranked = (
-    _loop(name, module="compiled_choices") for name in ("count_between", "keep_random", "draw_numbers", "keep_ranked")
+_CHOICES = ("count_between", "count_overlaps", "keep_random", "draw_numbers", "keep_ranked")
+count_between, count_overlaps, keep_random, draw_numbers, keep_ranked = (
+    _loop(name, module="compiled_choices") for name in _CHOICES
 )
 merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
 product = _loop("product", counted=4)

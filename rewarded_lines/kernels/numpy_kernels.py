@@ -150,6 +150,13 @@ def keep_ranked(
     out[:] = np.where(numbers < limits[ranks], factors[ranks], 0.0)
 
 
+def count_overlaps(residuals: Array, rows: Array, changed: float, counts: Array) -> None:
+    """Count the magnitudes above `changed` that several rows have, and those that only one has."""
+    masks = np.abs(residuals[rows]) > changed
+    several = masks.sum(axis=0) > 1
+    counts += (masks & several).sum(axis=1), (masks & ~several).sum(axis=1)
+
+
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
     """Write factor·values into columns of a matrix; return how many results are not finite."""
     wide = as_float64(values) * factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import blake3
@@ -13,7 +13,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
 from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
 
 
@@ -38,17 +38,8 @@ def overlap_ratios(
     tables: list[Array] = []
 
     def begin() -> Visitor:
-        counts = np.zeros((2, len(rows)), np.int64)
-        tables.append(counts)
-
-        def count(residuals: Array) -> None:
-            for piece in pieces(residuals):
-                masks = np.abs(piece[list(rows)]) > changed
-                several = masks.sum(axis=0) > 1
-                counts[0] += (masks & several).sum(axis=1)
-                counts[1] += (masks & ~several).sum(axis=1)
-
-        return count
+        tables.append(np.zeros((2, len(rows)), np.int64))
+        return partial(kernels.count_overlaps, rows=np.array(rows), changed=changed, counts=tables[-1])
 
     visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin)
     shared, alone = sum(tables, np.zeros((2, len(rows)), np.int64)).tolist()

@@ -57,8 +57,10 @@ def plan_as(
     how: dict[str, Any] = {"layers": layers, "tower": tower, "tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
         return plan_merge(base, policies, dtype=dtype, device=device, **how)
+    if device not in ("cpu", "auto"):
+        what, remedy = "adapters are computed on the CPU", "leave --device out, or pass --as full"
+        raise fail(what, where=f"--device {device}", got=f"--as {kind}", remedy=remedy)
     if rank is not None:
-        check_device(device)
         return LowRankPlan(plan_merge(base, policies, dtype=dtype, **how), rank)
     sums = [name for name, row in METHODS.items() if row.sums]
     if method not in sums:
@@ -69,7 +71,6 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models; "
             "or --as adapter --rank 64 for the nearest adapter",
         )
-    check_device(device)
     return plan_adapters(base, policies, dtype=dtype, **how)
 
 

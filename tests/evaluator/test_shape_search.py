@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ import yaml
 
 from rewarded_lines import search, sweep
 from rewarded_lines.cli.search_command import search as typed_search
+from rewarded_lines.config import PromptSpec, SweepSpec
 from rewarded_lines.errors import UserError
+from rewarded_lines.evaluator import shape_search
 from rewarded_lines.evaluator.depth_shapes import ShapeSpace, natural_spline
 from rewarded_lines.evaluator.evaluate import LocalEvaluator
 from rewarded_lines.evaluator.records import Point, load_run, read_point
 from rewarded_lines.evaluator.shape_options import ShapeOptions
+from rewarded_lines.evaluator.shape_search import plan_shape
 from rewarded_lines.merger.lines_schedule import lines_scale
 
 optuna = pytest.importorskip("optuna")
@@ -281,6 +285,70 @@ def test_what_cannot_be_is_refused_before_anything_is_made(ready, cli, monkeypat
     answer = cli("search", "new", "--config", "rewarded-lines.yaml", "--engine", "hf", *words)
     assert answer.code == 1 and said in answer.err and answer.out == ""
     assert not (ready / "new").exists()
+
+
+@pytest.mark.parametrize(("policies", "knots", "remedies"), [(7, 4, 1), (7, 20, 1), (6, 4, 2), (2, 13, 2)])
+def test_remedies_for_too_many_numbers_work(monkeypatch, tmp_path, policies, knots, remedies):
+    """Of as many policies as there are: each remedy is parsed from the message, and taken."""
+    names = [f"policy{number}" for number in range(policies)]
+    config = SimpleNamespace(policies=dict.fromkeys(names), prompts=PromptSpec(file="x.jsonl"), sweep=SweepSpec())
+    depths = SimpleNamespace(stacks={"": 16})
+    setup = SimpleNamespace(project=SimpleNamespace(config=config), plan=SimpleNamespace(depths=depths), prompts=[])
+    monkeypatch.setattr(shape_search, "validation_rows", lambda *_: [{"prompt": "x"}])
+    options = ShapeOptions("linear", knots=knots, each_policy=True, validation="x.jsonl")
+    with pytest.raises(UserError) as caught:
+        plan_shape(setup, options)
+    said = caught.value.problems[0].remedy.split(", or ")
+    assert len(said) == remedies
+    for remedy in said:
+        change = {"each_policy": False} if "leave --each-policy out" in remedy else {}
+        change |= {"knots": int(number)} if (number := remedy.partition("--knots ")[2]) else {}
+        space, _ = plan_shape(setup, replace(options, **change))
+        assert space.knots * space.curves <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_botorch_proposes_the_most_expected_hypervolume_improvement(seed):
+    """Two objectives: the proposal's improvement, by draws from the posterior, is about the best of a grid's."""
+    pytest.importorskip("optuna_integration.botorch")
+    import torch
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.transforms import Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    drawn, study = np.random.default_rng(seed), optuna.create_study(directions=["maximize", "minimize"])
+    ranges = {f"scale {number}": optuna.distributions.FloatDistribution(0.0, 3.0) for number in range(2)}
+    places = np.round(drawn.uniform(0, 3, (14, 2)), 2)
+    values = np.stack([np.sin(places[:, 0]) + places[:, 1] / 2, (places**2).mean(axis=1)], axis=1)
+    for place, told in zip(places, values, strict=True):
+        params = dict(zip(ranges, place.tolist(), strict=True))
+        study.add_trial(optuna.create_trial(params=params, distributions=ranges, values=told.tolist()))
+    study.sampler = shape_search._sampler(ShapeOptions("linear", sampler="botorch", low_kl=True, seed=seed), 14)
+    found = list(study.ask(ranges).params.values())
+
+    sought = torch.tensor(values * [1, -1])
+    model = SingleTaskGP(torch.tensor(places / 3), sought, outcome_transform=Standardize(2))
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    line = np.linspace(0, 3, 31)
+    grid = np.array([found, *((x, y) for x in line for y in line)])
+    with torch.no_grad():
+        posterior = model.posterior(torch.tensor(grid / 3))
+        mean, spread = posterior.mean.numpy(), posterior.variance.sqrt().numpy()
+    normal, least = drawn.standard_normal((4000, 1, 2)), sought.numpy().min(axis=0)
+    draws = mean + spread * normal
+    # What lies above the worst values and below no known point: the area that a draw adds, by strips between points.
+    known = sorted({tuple(one) for one in sought.numpy().tolist()}, reverse=True)
+    gained, height, edges = np.zeros(draws.shape[:2]), least[1], [*(x for x, _ in known), least[0]]
+    top = np.maximum(draws[..., 0] - edges[0], 0) * np.maximum(draws[..., 1] - least[1], 0)
+    gained += top
+    for (right, level), left in zip(known, edges[1:], strict=True):
+        height = max(height, level)
+        width = np.clip(draws[..., 0], left, right) - left
+        gained += width * np.maximum(draws[..., 1] - height, 0)
+    improvement = gained.mean(axis=0)
+    assert improvement[0] >= 0.9 * improvement.max() > 0
 
 
 def test_every_option_is_one_of_the_verb_and_of_its_command():

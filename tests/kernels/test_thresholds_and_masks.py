@@ -85,6 +85,41 @@ def test_values_between_two_are_the_same_by_either(kind):
             assert np.array_equal(np.sort(out[: inside.size]), inside)
 
 
+UNKIND = {
+    "normal": lambda base, step: (base, base + step),
+    "sparse": lambda base, step: (base, np.where(step > 2, base + step, base)),
+    "ties": lambda base, step: (0 * base, np.round(step * 2)),
+    "equal": lambda base, step: (base, base),
+    "wide": lambda base, step: (0 * base, step * 10.0 ** (40 * base)),
+    "special": lambda base, step: (
+        np.where(base > 1, np.inf, base),
+        np.select([step > 1.5, step > 1, step > 0], [np.nan, np.inf, -0.0], base),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", FLOATS)
+def test_ranks_and_overlaps_are_the_same_by_either(kind):
+    generator = np.random.default_rng(5)
+    for (name, values), width in itertools.product(UNKIND.items(), (1, 2, 31, 3001)):
+        count = -(-3002 // width) * width
+        pair = np.empty((2, count), FLOATS[kind].storage)
+        for out, wide in zip(pair, values(*generator.standard_normal((2, count))), strict=True):
+            numpy_kernels.cast(wide, out)
+        numbers, limits = generator.integers(0, 2**24, 3000, np.uint32), np.linspace(4e6, 1e7, width).astype(np.uint32)
+        kept = [np.zeros(3000), np.zeros(3000)]
+        for loops, out in zip((numpy_kernels, compiled_choices), kept, strict=True):
+            loops.keep_ranked(*pair, width, numbers, limits, np.arange(1.0, width + 1), min(1, width - 1), out)
+        assert np.array_equal(*kept), (name, width)
+        residuals, counts = np.zeros((3, count)), [np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64)]
+        numpy_kernels.cast(pair[0], residuals[0])
+        numpy_kernels.residual(*pair, residuals[2])
+        for loops, found in zip((numpy_kernels, compiled_choices), counts, strict=True):
+            loops.count_overlaps(residuals, np.array([2, 0]), 0.5, found)
+        assert np.array_equal(*counts), (name, width)
+
+
 @pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 1.0])
 def test_masks_are_numpys_generator(density):
     limit = math.ceil(np.float32(density) * 2.0**24)

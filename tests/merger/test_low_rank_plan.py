@@ -177,6 +177,17 @@ def test_what_cannot_be_right_is_refused(cli, tiny, change, options, expected):
     assert not (tiny / "out").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_no_device_is_passed_over_in_silence(cli, tiny, device):
+    save_adapter(Path("sft"), Path("third"), 3)
+    for policy, words in (("first", ["--as", "adapter", "--rank", 2]), ("third", [])):
+        given = ["--base", "sft", "--policy", policy, "--lam", "1", "--out", "out", *words]
+        answer = cli("merge", *given, "--device", device)
+        assert answer.code == 1 and "adapters are computed on the CPU" in answer.err and not Path("out").exists()
+        assert cli("merge", *given, "--device", "auto").code == 0
+        shutil.rmtree("out")
+
+
 def test_a_whole_policy_needs_a_rank_and_a_rank_is_positive(tiny):
     for rank, expected in ((None, "or --rank 64 for the nearest adapter"), (0, "--rank: not a rank")):
         with pytest.raises(UserError, match=expected):

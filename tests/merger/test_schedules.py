@@ -16,7 +16,7 @@ from rewarded_lines.checkpoints.module_kinds import kind_of
 from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.open_inputs import plan_as
-from rewarded_lines.merger.schedule_forms import read_schedule
+from rewarded_lines.merger.schedule_forms import named_schedules, read_schedule
 from rewarded_lines.merger.spec import MergeSpec
 
 WEIGHTS = (0.25, 0.75)
@@ -159,6 +159,14 @@ def test_lists_longer_than_a_files_name_and_names_with_an_equals_sign(cli, tiny)
     assert answer.code == 0, answer.err
     lines = read_schedule(["lam", "lam=0.5"], schedule=["lam=1,1", "lam=0.5=1,2"])["lines"]
     assert [line.blocks for line in lines] == [(1, 1), (1, 2)]
+
+
+def test_names_with_commas():
+    names = ["a", "b", "a,b", "c=1,d"]
+    for text, expected in (("a,b=2,b=3", [9, 3, 2, 9]), ("c=1,d=4, a=5,b=6", [5, 6, 9, 4]), ("9,a,b=2", [9, 9, 2, 9])):
+        read = read_schedule(names, alpha=[text, *(["9"] if not text.startswith("9") else [])])
+        assert [line.alpha for line in read["lines"]] == expected, text
+    assert list(named_schedules("a,b", ("a,b=2,c=3", None, None, None), "alpha")[1]) == ["a,b", "c"]
 
 
 def test_kinds_are_told_from_names_of_many_families():

@@ -182,6 +182,14 @@ def test_the_projects_of_rounds_keep_mixtures_that_name_their_policies(project):
         assert load_project(f"{names[1]}/round-1/rewarded-lines.yaml").config.mixtures == kept
 
 
+def test_the_projects_of_rounds_keep_keys_that_have_their_usual_value(project):
+    with open("rewarded-lines.yaml", "a") as file:
+        file.write("  methods: {soup: {alpha: 1}, lines: null}\n")
+    rounds([f"{name}={TRAIN}" for name in ("one", "two")], rounds=1, out="out")
+    methods = load_project("out/round-1/rewarded-lines.yaml").config.sweep.methods
+    assert methods["lines"] is None and methods["soup"].model_fields_set == {"alpha"}
+
+
 def test_a_changed_file_behind_an_option_is_refused(project):
     (project / "ppo.yaml").write_text("seed: 1")
     rounds(f"{TRAIN} --config=ppo.yaml", rounds=1)
