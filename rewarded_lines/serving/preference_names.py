@@ -182,9 +182,9 @@ class Menu:
         return self._rounded(where, weights, kind == "simplex")
 
     def _rounded(self, where: str, weights: Sequence[float], total: bool) -> tuple[float, ...]:
-        counts = [round(weight * self.steps) for weight in weights]
         if any(abs(weight) > _LARGEST for weight in weights):
             raise self._refusal(where, "a weight is too large", f"at most {_LARGEST:g}")
+        counts = [round(weight * self.steps) for weight in weights]
         if total:
             # What rounding leaves over goes to the largest.
             counts[counts.index(max(counts))] += self.steps - sum(counts)
@@ -215,6 +215,9 @@ class Menu:
             value = math.nan
         if not abs(value) <= _LARGEST:
             raise self._refusal(where, f"not a value of {key}", f"a number from -{_LARGEST:g} to {_LARGEST:g}", text)
+        return self._on_step(value)
+
+    def _on_step(self, value: float) -> float:
         return round(value * self.steps) / self.steps + 0.0
 
     def _spellings(self, spec: MergeSpec, place: tuple[float, ...] | None, asked: str = "") -> Iterator[str]:
@@ -227,16 +230,18 @@ class Menu:
         yield from (self._text(name, place) for name, plain in rows.items() if _identity(plain) == _identity(spec))
         for name, plain in rows.items():
             keys = {key: getattr(spec, key) for key in _SCALES if getattr(spec, key) != getattr(plain, key)}
+            if keys and (self.rows[name].own or any(value != self._on_step(value) for value in keys.values())):
+                # A point of a run: as a name with these values it would be rounded.
+                continue
             changed = replace(plain, **keys, options=spec.options if plain.method == spec.method else plain.options)
-            if not (keys and self.rows[name].own) and _identity(changed) == _identity(spec):
+            if _identity(changed) == _identity(spec):
                 keys |= {key: value for key, value in changed.options.items() if value != plain.options.get(key)}
                 yield self._text(name, place, keys)
 
     def _place_of(self, spec: MergeSpec) -> tuple[float, ...] | None:
         """Return the place of a point, if it is a multiple of the step."""
         place = tuple(self.mixtures.preference(spec.weights).values()) if self.mixtures else spec.weights
-        counts = [round(weight * self.steps) for weight in place]
-        near = tuple(count / self.steps for count in counts)
+        near = tuple(map(self._on_step, place))
         return near if len(place) == len(self.names) and near == place else None
 
     def _text(self, row: str, place: Sequence[float], keys: Mapping[str, OptionValue] | None = None) -> str:

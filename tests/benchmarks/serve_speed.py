@@ -120,7 +120,7 @@ class Client:
                 async with self.session.get("/preferences") as answer:
                     self.offered = await answer.json()
                     break
-            if time.monotonic() > deadline or (self.process and not self.process.is_running()):
+            if time.monotonic() > deadline or (self.process and self.process.status() == psutil.STATUS_ZOMBIE):
                 sys.exit("the server did not start")
             await asyncio.sleep(0.5)
         self.base = self.offered["base"]

@@ -14,6 +14,7 @@ from rewarded_lines.serving.preference_names import Menu, PreferenceError
 
 TWO = {"helpful": "h", "brief": "b"}
 POINTS = {"chosen": MergeSpec((0.35, 0.65)), "between": MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)}
+POINTS["tuned"] = MergeSpec((0.5, 0.5), 0.7312, 0.5)
 MENU = Menu("sft", TWO, linear_rows(2), POINTS)
 
 
@@ -34,12 +35,13 @@ NAMES = [
     ("brief", "soup@0", MergeSpec((0.0, 1.0), 1.0, 0.0)),
     ("chosen", "lines@0.35", MergeSpec((0.35, 0.65))),
     ("between", "between", MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)),
+    ("tuned", "tuned", MergeSpec((0.5, 0.5), 0.7312, 0.5)),
 ]
 WRONG = [
     ("gpt-4", 404, "expected: soup@WEIGHTS, lines@WEIGHTS"),
     ("line@0.5", 404, "did you mean `lines`?"),
     ("chosen@0.5", 404, "no such model"),
-    ("/etc/passwd", 404, "helpful, brief, chosen, between"),
+    ("/etc/passwd", 404, "helpful, brief, chosen, between, tuned"),
     ("lines@helpfull=1", 404, "did you mean `helpful`?"),
     ("lines@1.2", 400, "outside 0 to 1"),
     ("lines@0.5,0.6", 400, "do not sum to 1"),
@@ -49,7 +51,7 @@ WRONG = [
     ("lines@0.5;gamma=1", 400, "each of alpha, beta at most once"),
     ("lines@0.5;alpha=1;alpha=1", 400, "at most once"),
     ("lines@0.5;beta=1e9", 400, "a number from -10 to 10"),
-    ("task-arithmetic@1,99", 400, "too large"),
+    ("task-arithmetic@1,1e308", 400, "too large"),
     ("lines@" + "0" * 1000, 400, "at most 512 characters"),
 ]
 
