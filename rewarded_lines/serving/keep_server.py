@@ -41,7 +41,9 @@ def keep(command: Sequence[str]) -> int:
         process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+        # `nohup` has it ignored.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
     while process.poll() is None and time.monotonic() < last:
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ from rewarded_lines.projects import load_project
 from rewarded_lines.serving.menus import menu_of_adapters, menu_of_project
 from rewarded_lines.serving.merged_adapters import adapter_path
 from rewarded_lines.serving.preference_names import STEP, Menu, PreferenceError
-from rewarded_lines.serving.vllm_plugin import PROJECT, SETTINGS
+from rewarded_lines.serving.served_settings import PROJECT, SETTINGS
 
 _log = logging.getLogger("vllm.rewarded_lines")
 _REMEMBERED = 4096
@@ -60,6 +61,7 @@ class ServedPolicies:
         folders = {name: str(policy.folder.resolve()) for name, policy in plan.policies.items()}
         self._source = {**menu.how, "base": str(plan.base.folder.resolve()), "policies": folders}
         self._largest = _largest_values(plan)
+        self._one_at_a_time = threading.RLock()
         self._canonical = lru_cache(_REMEMBERED)(self._checked)
         self._request = lru_cache(_REMEMBERED)(self._made)
 
@@ -74,7 +76,8 @@ class ServedPolicies:
 
     def request(self, name: str) -> Any:
         """Return vLLM's request for the adapter of a model; None for the base. Errors as `ready`."""
-        return self._request(self._canonical(name))
+        with self._one_at_a_time:
+            return self._request(self._canonical(name))
 
     def serves(self, name: object) -> bool:
         """True if there is a model with this name."""
@@ -84,8 +87,10 @@ class ServedPolicies:
             return False
 
     def _checked(self, name: str) -> str:
-        canonical = self.menu.canonical(name)
-        self._request(canonical)
+        # Requests wait in threads, and plans keep what they have found.
+        with self._one_at_a_time:
+            canonical = self.menu.canonical(name)
+            self._request(canonical)
         return canonical
 
     def _made(self, canonical: str) -> Any:

@@ -1,4 +1,4 @@
-"""What `rewarded-lines serve` tells the server's process, which it becomes: one variable of the environment."""
+"""What tells a server what to serve: variables of the environment. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+PROJECT = "REWARDED_LINES_PROJECT"
+"""The project file whose policies and curves are served."""
+SETTINGS = {name: f"REWARDED_LINES_{name.upper()}" for name in ("step", "layers", "tower")}
+"""Other settings of the menu: the step of λ, and what `sweep` calls --layers and --tower."""
 VARIABLE = "REWARDED_LINES_SERVED"
+"""All that the command tells the server; see `ServedSettings`."""
 # Bytes of a request: a chat with pictures has some megabytes.
 MOST_BYTES = 32 << 20
 

@@ -32,7 +32,7 @@ from rewarded_lines.serving.menus import menu_of_project
 from rewarded_lines.serving.preference_names import Menu
 from rewarded_lines.serving.run_points import chosen_points, default_point, measured_points
 from rewarded_lines.serving.serve_options import LOCAL, ServeOptions
-from rewarded_lines.serving.served_settings import ServedSettings
+from rewarded_lines.serving.served_settings import PROJECT, SETTINGS, ServedSettings
 from rewarded_lines.serving.server_checks import check_arguments, check_memory, check_plugin, check_run, free_port
 from rewarded_lines.serving.vllm_command import environment, server_command, server_options
 
@@ -113,9 +113,9 @@ def plan_server(
         **facts,
     )
     own = {**given.variable(), "VLLM_API_KEY": options.api_key}
-    # The plugin's variables; see `vllm_plugin.py`.
-    plugin = {"PROJECT": given.project, "STEP": str(options.step), "LAYERS": options.layers, "TOWER": options.tower}
-    own |= {f"REWARDED_LINES_{name}": value for name, value in plugin.items()} if place is None else {}
+    if place is None:
+        menu = {"step": str(options.step), **how}
+        own |= {PROJECT: given.project, **{name: menu[key] for key, name in SETTINGS.items()}}
     return replace(found, environment=environment(settings, own))
 
 

@@ -13,11 +13,8 @@ import os
 import sys
 
 from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+from rewarded_lines.serving.served_settings import PROJECT
 
-PROJECT = "REWARDED_LINES_PROJECT"
-"""The project file whose policies and curves are served."""
-SETTINGS = {name: f"REWARDED_LINES_{name.upper()}" for name in ("step", "layers", "tower")}
-"""Other settings of the menu: the step of λ, and what `sweep` calls --layers and --tower."""
 # Set for the worker processes, which do not see the command line.
 _ADAPTERS = "REWARDED_LINES_ADAPTERS"
 # A file may name adapters, too.

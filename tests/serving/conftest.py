@@ -1,7 +1,7 @@
 """vLLM finds the plugin of a checkout, installed or not."""
 
 import pytest
-from serving.plugin_server import environment
+from plugin_server import environment
 
 
 @pytest.fixture(autouse=True)

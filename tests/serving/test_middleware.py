@@ -1,11 +1,18 @@
 """Preferences in requests, through the middleware, with a stand-in for vLLM."""
 
 import asyncio
+import os
 
 import pytest
-from stand_in_vllm import StandIn
+from stand_in_vllm import Engine, StandIn
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.serving.http_messages import hashed
+from rewarded_lines.serving.middleware import PreferenceMiddleware
+from rewarded_lines.serving.served_settings import ServedSettings
 
 CHAT = "/v1/chat/completions"
 HEADER = "x-rewarded-lines-model"
@@ -205,3 +212,22 @@ def test_a_failed_change_leaves_the_old_weights_and_says_so(reason):
         assert server.engine.log[-1] == "resume"
 
     asyncio.run(check())
+
+
+def test_a_server_opens_its_desk_before_it_answers(tiny, capfd, monkeypatch):
+    point = PointSpec("lines", MergeSpec((0.25, 0.75), 1.0, 1.0)).as_dict()
+    given = {"project": str(tiny / "rewarded-lines.yaml"), "points": {"default": point}, "ready": "it answers"}
+    app = Starlette()
+    app.add_middleware(PreferenceMiddleware, settings=ServedSettings(**given, whole={"plan": {}, "level": "disk"}))
+    app.state.engine_client = Engine()
+    with TestClient(app) as client:
+        told = client.get("/preferences").json()
+    assert (told["model"], told["mode"], told["current"]) == ("lines@0.25", "whole", {"first": 0.25, "second": 0.75})
+    assert capfd.readouterr().out == "it answers\n"
+    # One that cannot start says why, and its process fails.
+    exits = []
+    monkeypatch.setattr("atexit.register", lambda *call: exits.append(call))
+    app.middleware_stack, app.state.engine_client.reasons = None, ["not finite"]
+    with pytest.raises(Exception, match="not finite"), TestClient(app):
+        pass
+    assert exits == [(os._exit, 1)] and capfd.readouterr().out == ""

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -54,6 +55,9 @@ def test_a_model_has_one_number_in_every_process_and_nothing_grows(policies):
     # vLLM's own adapters have small numbers; its arrays have 64 bits.
     assert len(numbers) == 101 and min(numbers) >= 1 << 62 and max(numbers) < 1 << 63
     assert len(first._plan._outputs) <= 64
+    with ThreadPoolExecutor(16) as pool:
+        again = list(pool.map(second.request, names[::-1] * 3))
+    assert again == [first.request(name) for name in names[::-1]] * 3
     assert first.request("task-arithmetic@0,0") is None and asyncio.run(first.ready("lines@0.50")) == "lines@0.5"
     requests = PreferenceRequests({"own": 1}, first)
     assert "own" in requests and "lines@0.3" in requests and "lines@3" not in requests and 3 not in requests
