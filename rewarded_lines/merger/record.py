@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,8 +203,9 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
     }
 
 
+@cache
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of the installed packages among these."""
+    """Return the versions of the installed packages among these. They are read once: a merge would feel it."""
     return {package: found for package in packages if (found := installed(package))}
 
 
