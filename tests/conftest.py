@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,55 @@ from hypothesis import HealthCheck, settings
 from invented_runs import synthetic_run
 from tiny_models import PROMPTS, make_model, perturb, save_model
 
+from rewarded_lines.kernels import kernels
+
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# As the command line does: among the millions of objects that imports leave, collections take seconds.
+gc.set_threshold(100_000, 20, 20)
+# Here waiting for the disk has no use: no power cut is tested. Processes of their own still wait.
+os.fsync = lambda descriptor: None
+# Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
+# Those have tests in tests/kernels and in test_exactness.py.
+kernels.ENOUGH = 1 << 62
 # That a machine is slow or busy is no fault of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [
-    *("evaluator/test_vllm_sweep.py", "engines/test_generation.py", "recipes/test_chats.py", "cli/test_hub.py"),
-    *("evaluator/test_killed_sweep.py", "rewards/test_vllm_classifier.py", "recipes/test_resume.py"),
-    *("engines/test_vllm_adapters.py", "training/test_sampling.py", "demo/test_pipeline.py"),
-    *("reports/figures/test_figures.py", "cli/test_killed_merge.py", "evaluator/test_sweep.py"),
-    *("engines/test_responses.py", "cli/test_hostile_files.py"),
+    *("engines/test_generation.py", "kernels/test_kernel_choice.py", "recipes/test_chat_rules.py"),
+    *("evaluator/test_sweep.py", "cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
+    *("recipes/test_recipes.py", "recipes/test_resume.py", "evaluator/test_choose.py", "demo/test_pipeline.py"),
+    *("evaluator/test_killed_sweep.py", "reports/page/test_responses.py", "reports/page/test_front.py"),
+    *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_adapters.py", "evaluator/test_search.py"),
+    *("rewards/test_function_rewards.py", "cli/test_hostile_files.py", "reports/test_report.py", "test_light_core.py"),
 ]
+
+
+# Files that begin with importing vLLM, which takes long: one process runs them all.
+VLLM = (
+    *("engines/test_generation.py", "engines/test_vllm_adapters.py", "engines/test_responses.py"),
+    *("evaluator/test_vllm_sweep.py", "rewards/test_vllm_classifier.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, let one process have all files of vLLM."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "vLLM" if file.endswith(VLLM) else file
+
+    return Files(config, log)
 
 
 def pytest_addoption(parser):
@@ -62,6 +95,25 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_collection_finish(session):
+    """See `_spare_what_stays`."""
+    _spare_what_stays()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """See `_spare_what_stays`; after a test that imported vLLM, for example."""
+    if len(sys.modules) > _imported + 100:
+        _spare_what_stays()
+
+
+def _spare_what_stays() -> None:
+    """Keep later garbage collections from what is there now: mostly what has been imported, a million objects."""
+    global _imported
+    _imported = len(sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
 PROJECT = """\
 title: tiny
 base: sft
@@ -89,13 +141,6 @@ def words(prompts, responses):
 def letters(prompts, responses):
     return [sum(map(str.isalpha, response)) / (1 + len(response)) for response in responses]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """Spare the garbage collector what has been imported: a million objects, which each full collection goes over."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

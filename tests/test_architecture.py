@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -42,6 +43,7 @@ MERGER = [
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
+@cache
 def files():
     """Return every file of the package with its parsed text; the `__init__` of a package stands for the package."""
     return {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -52,6 +54,7 @@ def module_of(path):
     return ".".join(("rewarded_lines", *parts)).removesuffix(".__init__")
 
 
+@cache
 def imports():
     """Return for every module the modules of the package that it imports, wherever in the file that stands."""
     modules = {module_of(path): tree for path, tree in files().items()}

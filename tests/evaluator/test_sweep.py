@@ -57,11 +57,10 @@ def test_points_answer_as_a_merged_checkpoint_would(tiny):
         assert point.responses == texts
 
 
-def test_rows_load_without_us(tiny):
+def test_rows_load_without_us(swept):
     import pyarrow.parquet as pq
 
-    sweep(engine="hf", points=2)
-    tables = [pq.read_table(path) for path in (tiny / "sweep/points").iterdir()]
+    tables = [pq.read_table(path) for path in (swept / "sweep/points").iterdir()]
     assert sorted(tuple(table.column("weights")[0].as_py()) for table in tables) == [
         (),
         (0.0, 1.0),
@@ -72,12 +71,11 @@ def test_rows_load_without_us(tiny):
     assert all(table.num_rows == 15 for table in tables)
 
 
-def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(tiny):
-    sweep(engine="hf", points=2)
-    before = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
+def test_a_second_sweep_makes_nothing_again_and_more_points_only_the_new_ones(swept):
+    before = {path.name: path.stat().st_mtime_ns for path in (swept / "sweep/points").iterdir()}
     told = Told()
     sweep(engine="hf", points=3, progress=told)
-    after = {path.name: path.stat().st_mtime_ns for path in (tiny / "sweep/points").iterdir()}
+    after = {path.name: path.stat().st_mtime_ns for path in (swept / "sweep/points").iterdir()}
     assert all(after[name] == time for name, time in before.items()) and len(after) == 7
     assert told.finished[0] == (5, "points already there") and len(told.finished) == 3 and set(told.totals) == {7}
     # What only prepares is not part of the count.
@@ -94,39 +92,36 @@ def refused(**options):
     return str(caught.value)
 
 
-def test_a_changed_configuration_is_refused_and_shown_or_begun_anew(tiny):
-    sweep(engine="hf", points=2)
-    before = {path.name: path.read_bytes() for path in (tiny / "sweep/points").iterdir()}
-    project = tiny / "rewarded-lines.yaml"
+def test_a_changed_configuration_is_refused_and_shown_or_begun_anew(swept):
+    before = {path.name: path.read_bytes() for path in (swept / "sweep/points").iterdir()}
+    project = swept / "rewarded-lines.yaml"
     project.write_text(project.read_text().replace("max_tokens: 12", "max_tokens: 9"))
     assert "generation.max_tokens: 12 → 9" in refused() and "--overwrite" in refused()
-    assert {path.name: path.read_bytes() for path in (tiny / "sweep/points").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (swept / "sweep/points").iterdir()} == before
     run = sweep(engine="hf", points=2, overwrite=True)
     assert run.header["evaluated_last"] == 5 and (run.sft.tokens <= 9).all()
-    assert not before.keys() & {path.name for path in (tiny / "sweep/points").iterdir()}
+    assert not before.keys() & {path.name for path in (swept / "sweep/points").iterdir()}
     # Of the same configuration, it is gone on with.
     assert sweep(engine="hf", points=2, overwrite=True).header["evaluated_last"] == 0
 
 
-def test_whatever_records_depend_on_is_part_of_the_configuration(tiny):
-    sweep(engine="hf", points=2)
-    source = (tiny / "rewards.py").read_text()
-    (tiny / "rewards.py").write_text(source.replace("len(response.split())", "2 * len(response.split())"))
+def test_whatever_records_depend_on_is_part_of_the_configuration(swept):
+    source = (swept / "rewards.py").read_text()
+    (swept / "rewards.py").write_text(source.replace("len(response.split())", "2 * len(response.split())"))
     assert "rewards.words.fingerprint" in refused()
-    (tiny / "rewards.py").write_text(source)
-    config = tiny / "sft/generation_config.json"
+    (swept / "rewards.py").write_text(source)
+    config = swept / "sft/generation_config.json"
     text = config.read_text()
     config.write_text(text.replace('"eos_token_id": 2', '"eos_token_id": 3'))
     assert "base: " in refused()
     config.write_text(text)
     assert "blocks: " in refused(layers=r"model\.layers\.([0-9]+)\.mlp\.")
-    (tiny / "test.jsonl").write_text('{"prompt": "a film"}\n')
+    (swept / "test.jsonl").write_text('{"prompt": "a film"}\n')
     assert "prompts: " in refused()
 
 
-def test_what_records_do_not_depend_on_may_change(tiny):
-    sweep(engine="hf", points=2)
-    project = tiny / "rewarded-lines.yaml"
+def test_what_records_do_not_depend_on_may_change(swept):
+    project = swept / "rewarded-lines.yaml"
     text = project.read_text().replace("    unit: words", "    unit: words\n    batch_size: 3\n    workers: 1")
     project.write_text(
         text.replace("title: tiny", "title: other").replace("  points: 3", "  points: 3\n  resamples: 200")
@@ -166,22 +161,20 @@ def no_generation(*_):
     raise AssertionError("a response was generated")
 
 
-def test_a_damaged_record_is_told_and_made_again(tiny):
-    run = sweep(engine="hf", points=2)
-    path = next((tiny / "sweep/points").iterdir())
+def test_a_damaged_record_is_told_and_made_again(swept):
+    path = next((swept / "sweep/points").iterdir())
     whole = path.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", whole.replace(run.sft.prompts[0].encode(), b"the slick", 1)):
+    for damage in (whole[: len(whole) // 2], b"", whole.replace(b"the quick", b"the slick", 1)):
         path.write_bytes(damage)
         with pytest.raises(UserError, match="not a whole point record"):
-            load_run(tiny / "sweep")
+            load_run(swept / "sweep")
         assert sweep(engine="hf", points=2).header["evaluated_last"] == 1
         assert path.read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_every_damaged_byte_is_found_or_does_not_matter(tiny):
-    sweep(engine="hf", points=2)
-    path = next((tiny / "sweep/points").iterdir())
+def test_every_damaged_byte_is_found_or_does_not_matter(swept):
+    path = next((swept / "sweep/points").iterdir())
     whole, point = path.read_bytes(), read_point(path)
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
@@ -446,9 +439,8 @@ def test_a_reward_that_fails_while_tuning_is_told_once(tiny, cli):
     assert "the function raised ValueError: no" in answer.err
 
 
-def test_policies_in_another_order_are_another_run(tiny):
-    sweep(engine="hf", points=2)
-    path = tiny / "rewarded-lines.yaml"
+def test_policies_in_another_order_are_another_run(swept):
+    path = swept / "rewarded-lines.yaml"
     path.write_text(
         path.read_text().replace("  first: first\n  second: second\n", "  second: second\n  first: first\n")
     )

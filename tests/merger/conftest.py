@@ -14,10 +14,9 @@ SHORT = {"BLOCK": 256, "PIECE": 96}
 
 @pytest.fixture
 def short_blocks(monkeypatch) -> None:
-    """Shorten blocks and pieces in every module that has their length, and skip fsync, which costs time."""
+    """Shorten blocks and pieces in every module that has their length."""
     import rewarded_lines.kernels.gpu_blocks  # noqa: F401
 
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     for name, module in list(sys.modules.items()):
         for length in SHORT:
             if name.startswith("rewarded_lines.") and hasattr(module, length):

@@ -39,6 +39,23 @@ def make_summary(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Summ
 
 
 @pytest.fixture(scope="session")
+def make_front(make_summary: Callable[..., Summary]) -> Callable[..., Any]:
+    """Return the drawn front of a `synthetic_run` with some options, for tests that only look at it."""
+    from rewarded_lines.reports.figures.front_figures import front_figure
+
+    drawn: dict[str, Any] = {}
+
+    def make(**options: object) -> Any:
+        key = json.dumps(options, sort_keys=True)
+        if key not in drawn:
+            drawn[key] = front_figure(make_summary(**options))
+            drawn[key].canvas.draw()
+        return drawn[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def check_layout() -> Callable[[Any], None]:
     """Fail where a part leaves the figure, a legend lies over a panel, or a text over another."""
 

@@ -38,9 +38,9 @@ def test_each_panel_has_every_point_the_knees_and_the_best_policy(make_summary: 
         assert [text.get_text() for text in axes.texts] == [best[1]]
 
 
-def test_five_rewards_have_no_planes_and_four_have(make_summary: MakeSummary) -> None:
-    assert len(front_figure(make_summary(rewards=5, policies=5, points=6)).axes) == 5
-    assert len(front_figure(make_summary(rewards=4, policies=4, points=3)).axes) == 6
+def test_five_rewards_have_no_planes_and_four_have(make_front: Callable) -> None:
+    assert len(make_front(rewards=5, policies=5, points=6).axes) == 5
+    assert len(make_front(rewards=4, policies=4, points=3).axes) == 6
 
 
 @pytest.mark.slow
