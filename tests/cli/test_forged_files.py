@@ -279,7 +279,11 @@ def limited(memory):
 )
 @pytest.mark.parametrize(
     "start, item, end",
-    [("[", "[],", "[]]"), ('{"__metadata__":{', '"NUMBER!":"",', '"":""}}'), ("{", '"NUMBER!":[{}],', '"":0}')],
+    [
+        pytest.param("[", "[],", "[]]", marks=pytest.mark.slow),
+        pytest.param('{"__metadata__":{', '"NUMBER!":"",', '"":""}}', marks=pytest.mark.slow),
+        ("{", '"NUMBER!":[{}],', '"":0}'),
+    ],
 )
 def test_a_header_of_very_many_small_values(place, size, memory, start, item, end):
     items = (item.replace("NUMBER!", f"{i:07}") for i in range(size // len(item) - 3))

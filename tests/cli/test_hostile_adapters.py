@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Mutated inputs by kind and output: how many times by default.
-TRIED = {(CONFIG, "adapter"): 60, (CONFIG, "full"): 50, (WEIGHTS, "adapter"): 60, (WEIGHTS, "full"): 50}
+TRIED = {(CONFIG, "adapter"): 30, (CONFIG, "full"): 25, (WEIGHTS, "adapter"): 30, (WEIGHTS, "full"): 25}
 # So many times more are tried every night.
-MORE = 120
+MORE = 240
 NAMES = ("one", "two")
 BLOCKS, PREFIX = 2, "base_model.model."
 SETTINGS = {

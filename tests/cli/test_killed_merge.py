@@ -16,7 +16,7 @@ import pytest
 from command import COMMAND, ENVIRONMENT
 from plain_checkpoints import SINGLE, save_family, tiny_shapes
 
-MANY = pytest.mark.parametrize("kills", [6, pytest.param(80, marks=pytest.mark.slow)])
+MANY = pytest.mark.parametrize("kills", [4, pytest.param(80, marks=pytest.mark.slow)])
 SIZES = {"hidden": 1024, "vocabulary": 2048}
 # Bytes of the tensors, 25 MB: whole pages, so that a disk of just this size has no room for a header.
 NEEDED = sum(
@@ -129,7 +129,7 @@ def test_killed_while_it_replaces_an_output_the_old_or_the_new_one_is_there(begi
 
 def test_several_at_once_make_one_complete_output(begin):
     whole, _ = finished(begin, *ARGS)
-    for count in (2, 2, 3):
+    for count in (2, 3):
         shutil.rmtree("out")
         together = [begin(*ARGS) for _ in range(count)]
         for process in together:

@@ -115,8 +115,15 @@ def card(monkeypatch):
 FAMILIES = pytest.mark.parametrize("plan", ["alike", "mixed"], indirect=True)
 
 
-@FAMILIES
-@pytest.mark.parametrize("level", ["gpu", "host", "disk"])
+@pytest.mark.parametrize(
+    ("plan", "level"),
+    [
+        *(("alike", level) for level in LEVELS),
+        ("mixed", "gpu"),
+        *(pytest.param("mixed", level, marks=pytest.mark.slow) for level in LEVELS if level != "gpu"),
+    ],
+    indirect=["plan"],
+)
 def test_every_level_makes_the_same_bits(level, plan):
     held = Resident(plan, level)
     for spec in [*SPECS, base_spec(plan), SPECS[0]]:
@@ -278,6 +285,7 @@ def test_each_worker_merges_its_part(plan, monkeypatch):
     assert sum(parts) == elements and max(parts) < 0.8 * elements
 
 
+@pytest.mark.slow
 def test_no_worker_waits_for_one_that_fails(tmp_path):
     """Two processes of torch.distributed: where one runs out of memory or fails, the other moves or fails, too."""
     make_family(tmp_path, (BFLOAT16,) * 3, 7, gentle=True)

@@ -186,7 +186,7 @@ def test_between_the_points(cli, run, bound, expected):
 
 def test_between_is_never_worse_than_the_best_evaluated_point(run):
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(25):
         bounds, weights = {"b": float(rng.uniform(-5, 28))}, {"a": rng.uniform(), "b": rng.uniform()}
         plain, between = (choose(run, at_least=bounds, weights=weights, interpolate=look) for look in (False, True))
         worth = [

@@ -47,7 +47,8 @@ def write_slowly(table, path):
     time.sleep(PAUSE)
 
 
-@pytest.mark.parametrize("wanted", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [40])
 def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been(tiny, wanted):
     # Six prompts: what is killed is the writing, not the generation.
     rows = (tiny / "test.jsonl").read_text().splitlines(keepends=True)
@@ -88,14 +89,13 @@ def test_sigkill_at_random_moments_leaves_a_run_that_ends_as_if_nothing_had_been
         assert not list((tiny / out / "drafts").glob("*.parquet"))
 
 
-def test_what_a_kill_left_half_written_goes(tiny):
-    sweep(engine="hf", points=2, out="run")
-    whole = contents(tiny / "run")
+def test_what_a_kill_left_half_written_goes(swept):
+    whole = contents(swept / "sweep")
     for place in ("points", "drafts"):
-        (tiny / "run" / place).mkdir(exist_ok=True)
-        (tiny / "run" / place / ".0123456789abcdef.parquet.4711").write_bytes(b"PAR1 and no more")
-    sweep(engine="hf", points=2, out="run")
-    assert contents(tiny / "run") == whole and not list((tiny / "run/drafts").iterdir())
+        (swept / "sweep" / place).mkdir(exist_ok=True)
+        (swept / "sweep" / place / ".0123456789abcdef.parquet.4711").write_bytes(b"PAR1 and no more")
+    sweep(engine="hf", points=2)
+    assert contents(swept / "sweep") == whole and not list((swept / "sweep/drafts").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -95,7 +95,10 @@ def results(loops, kind):
     return out
 
 
-@pytest.mark.parametrize("kind", FLOATS)
+# Fourteen loops are compiled for each type, which takes seconds.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("bfloat16", "float32") else pytest.mark.slow) for kind in FLOATS]
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_nan_is_stored_as_one_pattern_by_either(kind):
     by_numpy, compiled = (results(loops, kind) for loops in (numpy_kernels, compiled_kernels))

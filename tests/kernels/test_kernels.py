@@ -10,6 +10,7 @@ from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.kernels import compiled_kernels, numpy_kernels
 
 FORMATS = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
+QUICK = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
 SIXTEEN = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16], ids=lambda format_: format_.name)
 
 
@@ -181,8 +182,15 @@ def stored(generator, shape, format_):
     return codes.view(storage(format_)).reshape(shape), wide.reshape(shape)
 
 
-@FORMATS
-@pytest.mark.parametrize("target", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
+# Each format is read once and written once; each pair takes seconds to compile, and all are slow.
+@pytest.mark.parametrize(
+    ("format_", "target"),
+    [
+        pytest.param(one, other, id=f"{one.name}-{other.name}", marks=() if (one, other) in QUICK else pytest.mark.slow)
+        for one in (BFLOAT16, FLOAT16, FLOAT32)
+        for other in (BFLOAT16, FLOAT16, FLOAT32)
+    ],
+)
 def test_linear(format_, target):
     generator = np.random.default_rng(4)
     weights = np.array([0.3, -0.7, 1.9, 0.25])

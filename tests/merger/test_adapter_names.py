@@ -81,7 +81,7 @@ def check_both(folder, kind):
     return result
 
 
-SLOW = ("qwen3-vl", "mixtral", "bloom")
+SLOW = ("qwen3-vl", "mixtral", "bloom", "llava", "phimoe")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32
 from hostile import SHAPES, load_codes, widest
-from method_params import RL
 from plain_checkpoints import SINGLE, read_plain, save_family
 from progress_told import Told
 from safetensors.numpy import save_file
@@ -40,9 +39,9 @@ TYPES = {
     "float32": (FLOAT32,) * 4,
     "mixed": (FLOAT32, BFLOAT16, FLOAT16, FLOAT32),
 }
-# Every method in every type; the methods for RL are quick in one.
+# Every method in every type. Blocks are decoded before a method gets them: quick are one type, and one method in all.
 PAIRS = [
-    pytest.param(method, types, marks=pytest.mark.slow if method in RL and types != "mixed" else ())
+    pytest.param(method, types, marks=() if types == "mixed" or method == "ties" else pytest.mark.slow)
     for method in METHODS
     for types in TYPES
 ]

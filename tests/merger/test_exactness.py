@@ -15,9 +15,9 @@ import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32, FORMATS, WIDE_ENOUGH, decode, encode, encode_fraction
 from exact_merge import Reference, Tally, compare, scale_of
 from hostile import SHAPES, load_codes, widest
-from method_params import RL
 
 from rewarded_lines import merge
+from rewarded_lines.kernels import kernels
 
 pytestmark = [
     pytest.mark.skipif(not WIDE_ENOUGH, reason="long double is no wider than float64 here"),
@@ -71,6 +71,8 @@ TYPES = {
 # Blocks are decoded before a method gets them. So each run tries every method in one format, and every format with a
 # method on single values and one on whole tensors; all pairs are slow.
 IN_ALL_FORMATS = ("soup-3", "ties-sum-tensor")
+# On ordinary values these are enough: the unkind ones hold each method to its formula.
+ORDINARY = ("soup-3", "ties-sum-tensor", "slerp", "dare", "consensus", "sce")
 SOUP, LINES = (1.0, 0.0), (0.3, 0.7)
 # Weights with many bits, so that no sum of values with few bits is near a tie.
 ODD = {
@@ -113,13 +115,10 @@ def run(family, case, dtype, out, lines=SOUP, outside="alpha", odd=False):
     return tally
 
 
-def pairs(types, slow=()):
-    """Return all pairs of cases and formats; slow unless one of them runs each time."""
-    quick = [*IN_ALL_FORMATS, *((case, "bfloat16") for case in CASES if CASES[case][0] not in slow)]
+def pairs(types, quick):
+    """Return all pairs of cases and formats, slow unless `quick(case, format)`."""
     return [
-        pytest.param(case, one, marks=() if case in quick or (case, one) in quick else pytest.mark.slow)
-        for case in CASES
-        for one in types
+        pytest.param(case, one, marks=() if quick(case, one) else pytest.mark.slow) for case in CASES for one in types
     ]
 
 
@@ -127,18 +126,28 @@ def policies_of(case):
     return len(CASES[case][1][0]) if CASES[case][1] else 3
 
 
-@pytest.mark.parametrize(("case", "types"), pairs(TYPES))
-def test_unkind_values(case, types, families, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "types"), pairs(TYPES, lambda case, types: case in IN_ALL_FORMATS or types == "bfloat16")
+)
+def test_unkind_values(case, types, families, tmp_path, monkeypatch):
+    """By compiled loops in one format, and by numpy's in the others."""
+    monkeypatch.setattr(kernels, "ENOUGH", -1 if types == "bfloat16" else 1 << 62)
     formats, dtype = TYPES[types]
     family, tally = families(formats[: policies_of(case) + 1]), Tally()
-    for index, lines in enumerate([SOUP, LINES] if dtype == "auto" else [LINES]):
+    for index, lines in enumerate([SOUP, LINES] if types == "bfloat16" else [LINES]):
         tally.add(run(family, case, dtype, tmp_path / str(index), lines))
     assert tally.near_tie <= 0.02 * tally.compared
     assert tally.cancelled <= 0.04 * tally.compared
     assert tally.undecided <= 0.02 * tally.compared
 
 
-@pytest.mark.parametrize(("case", "types"), pairs(["bfloat16", "float16", "float32", "mixed-to-bfloat16"], RL))
+@pytest.mark.parametrize(
+    ("case", "types"),
+    pairs(
+        ["bfloat16", "float16", "float32", "mixed-to-bfloat16"],
+        lambda case, types: case in ORDINARY and types == "bfloat16",
+    ),
+)
 def test_ordinary_values_have_no_exceptions(case, types, families, tmp_path):
     formats, dtype = TYPES[types]
     family = families(formats[: policies_of(case) + 1], gentle=True)
@@ -174,6 +183,10 @@ def test_the_reference_by_fractions(families, tmp_path):
 # ---- automatic α -----------------------------------------------------------------------------------------------
 
 
+# One of each kind of method: a sum, one policy, whole tensors, masks, the whole model.
+AUTOMATIC = ("soup-3", "wise-ft", "uniform", "slerp", "ties-sum-model", "ties-mean-tensor", "dare", "consensus")
+
+
 def by_numpy(family, case, spec):
     """Return (‖Σ τ_i‖₁ / ‖τ_merged‖₁)/N from the exact merge with scale 1."""
     method, _, options = CASES[case]
@@ -187,11 +200,7 @@ def by_numpy(family, case, spec):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if row[0] in RL else ())
-        for case, row in CASES.items()
-        if case != "greedy"
-    ],
+    [pytest.param(case, marks=() if case in AUTOMATIC else pytest.mark.slow) for case in CASES if case != "greedy"],
 )
 def test_automatic_alpha(case, families, tmp_path):
     method, weights, options = CASES[case]

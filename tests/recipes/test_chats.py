@@ -93,8 +93,10 @@ class Stages:
         return {tuple(tokenizer.apply_chat_template(one, **options)["input_ids"]) for one in chats}
 
 
-# Each form takes seconds; three of the five are left to the slow tests.
-@pytest.mark.parametrize("form", [*FORMS[:2], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[2:])])
+# Each form takes seconds. Quick is the one with settings of its template; `test_chat_rules` runs the others in part.
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form == "qwen3" else pytest.mark.slow) for form in FORMS]
+)
 def test_every_stage_reads_a_chat_as_the_model_does_and_ends_where_it_does(form, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     stages = Stages(tmp_path, form)

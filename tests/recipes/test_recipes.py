@@ -108,8 +108,15 @@ def test_the_reward_model_learns_and_joins_the_project(work, lora):
     assert (spec.model, spec.template) == ("rewards/positive", "Review: {prompt}{response}")
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        *(pytest.param(name, False, id=f"{name}-full") for name in POLICIES),
+        # All keep adapters by the same code, and GRPO and RLOO are alike.
+        *(pytest.param(name, True, id=f"{name}-lora") for name in ("ppo", "dpo")),
+        *(pytest.param(name, True, id=f"{name}-lora", marks=pytest.mark.slow) for name in ("rloo", "grpo")),
+    ],
+)
 def test_a_policy_joins_the_project_and_merges(work, name, lora, monkeypatch):
     policy = work / "policies" / "vowels"
     more = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2} if lora else {}
@@ -220,7 +227,7 @@ def abstains(work):
         file.write(ABSTAINS)
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo", "dpo"])
+@pytest.mark.parametrize("name", ["rloo", pytest.param("grpo", marks=pytest.mark.slow), "ppo", "dpo"])
 def test_rows_on_which_a_reward_abstains_are_left_out_and_counted(work, abstains, capsys, name):
     run(name, work, output_dir=work / "policy")
     metrics, told = record(work / "policy")["metrics"], capsys.readouterr().out

@@ -142,7 +142,7 @@ def test_the_command_prints_tables_and_paths(make_run: MakeRun, app: typer.Typer
 
 def test_json_is_all_that_stands_on_stdout(make_run: MakeRun, app: typer.Typer) -> None:
     run = make_run(points=3, resamples=100)
-    result = CliRunner().invoke(app, [str(run), "--json"])
+    result = CliRunner().invoke(app, [str(run), "--json", "--format", "png"])
     assert json.loads(result.stdout) == json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
 
 

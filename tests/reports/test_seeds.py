@@ -173,7 +173,7 @@ def test_the_command(seeds: Callable[..., list[Path]], cli: Callable) -> None:
     # On whatever lines they come to stand.
     assert "2 training runs and 64 prompts" in " ".join(answer.out.split())
     assert (folders[0] / "report/front.svg").is_file() and not (folders[1] / "report").exists()
-    told = json.loads(cli("report", *folders, "--json").out)
+    told = json.loads(cli("report", *folders, "--json", "--format", "png").out)
     assert told == json.loads(json.dumps(summary_of(folders).as_dict())) and told["runs"] == 2
     edit(folders[1], lambda header: header["rewards"].pop("positive"))
     answer = cli("report", *folders)

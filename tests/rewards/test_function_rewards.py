@@ -131,13 +131,12 @@ def start(functions, name):
     )
 
 
-# Each signal to the whole group and to its leader alone; the default suite has one of each.
+# Each signal to the whole group and to its leader alone.
 @pytest.mark.parametrize(
     ("how", "group"),
     [
-        (signal.SIGKILL, False),
         (signal.SIGINT, True),
-        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        *(pytest.param(how, False, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGKILL)),
         *(pytest.param(signal.SIGTERM, group, marks=pytest.mark.slow) for group in (True, False)),
         pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow),
     ],
@@ -155,6 +154,7 @@ def test_no_worker_outlives_the_process(functions, how, group):
     assert gone(processes)
 
 
+@pytest.mark.slow
 def test_a_script_ends_without_freeing(functions):
     assert start(functions, "words").wait(60) == 0
 

@@ -59,7 +59,7 @@ FULL = ["q" * 60, "q" * 59]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_score_is_the_same_to_the_bit_in_any_company(classifiers, architecture, dtype, batch_size, device):
     spec = RewardSpec(

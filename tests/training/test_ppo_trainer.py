@@ -158,7 +158,9 @@ def test_the_reference_is_an_average_of_the_policy_after_each_update(tmp_path, b
 
 
 # 15 prompts in batches of 8 make one update an epoch, so the checkpoint is two epochs after the start.
-@pytest.mark.parametrize(("critic", "lora"), [("separate", False), ("shared", False), ("separate", True)])
+@pytest.mark.parametrize(
+    ("critic", "lora"), [pytest.param("separate", False, marks=pytest.mark.slow), ("shared", False), ("separate", True)]
+)
 def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path, base, critic, lora):
     more = {"critic": critic, "total_episodes": 40, "target_kl": 0.01, "kl_horizon": 100, "learning_rate": 1e-3}
     more |= {} if lora else MOVING

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rewarded_lines import extras
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.isolated_engine import generate_isolated
+from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.training import sampling
 from rewarded_lines.training.sampling import choose_engine, sample
@@ -33,14 +34,21 @@ def answers(model, prompts=PROMPTS, spec=SPEC, tokenizer=None):
     return [response.text for response in made]
 
 
-def test_the_loaded_model_answers_as_a_process_of_its_own_would(tiny):
-    """Texts and chats, from a model in training mode."""
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_loaded_model_answers_as_the_evaluators_engine_would(tiny, apart):
+    """Texts and chats, from a model in training mode; the engine in this process, or in one of its own."""
     (tiny / "sft" / "chat_template.jinja").write_text(TEMPLATE)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("sft").train(), AutoTokenizer.from_pretrained("sft")
     prompts = [*CHATS, *PROMPTS]
     spec = SPEC.model_copy(update={"max_tokens": 4})
     responses = answers(model, prompts, spec, tokenizer)
-    assert responses == [one.text for one in generate_isolated("hf", "sft", spec, prompts)]
+    if apart:
+        expected = generate_isolated("hf", "sft", spec, prompts)
+    else:
+        engine = load_generator("hf", "sft", spec, prompts)
+        (expected,) = engine.generate(prompts, spec)
+        engine.close()
+    assert responses == [one.text for one in expected]
     assert len(set(responses)) > 3 and responses[:2] != responses[2:4]
 
 
