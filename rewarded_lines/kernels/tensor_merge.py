@@ -11,6 +11,8 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import DType
 
 Rule = Callable[..., Any]
+Run = Callable[[int, int, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+"""From a policy and the ends of a run of its tensor: two arrays whose difference is τ."""
 
 
 class Mask(Protocol):
@@ -18,8 +20,8 @@ class Mask(Protocol):
 
     dtype: ClassVar[np.dtype[Any]]
 
-    def __call__(self, workspace: Any, start: int, out: np.ndarray[Any, Any]) -> None:
-        """Fill `out` with the mask of the block that a workspace holds, from the tensor's `start`-th value on."""
+    def __call__(self, run: Run, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` with the mask of a block, from the tensor's `start`-th value on."""
 
 
 @dataclass(frozen=True)
