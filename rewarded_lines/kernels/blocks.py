@@ -203,7 +203,7 @@ class Workspace:
             return out
         residuals = self.residuals()
         for step, merged in zip(steps, out, strict=True):
-            masks = self._masks([step])
+            masks = step.kept(self._masks([step]))
             for start in range(0, count, PIECE):
                 piece = slice(start, start + PIECE)
                 rows = [residuals[row, piece] for row in step.rows]

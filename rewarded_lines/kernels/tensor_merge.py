@@ -55,6 +55,11 @@ class TensorMerge:
         assert self.rule is not None, "a copied tensor has no residual"
         return self.rule(residuals, self.weights, **self.parameters, **({"kept": kept} if self.masks else {}))
 
+    def kept(self, masks: Sequence[Any]) -> list[Any]:
+        """Return the mask of each of `rows`, from those of `all_masks([self])`: equal policies share one."""
+        drawn = dict(zip(all_masks([self]), masks, strict=True))
+        return [drawn[mask] for mask in self.masks]
+
 
 def all_masks(steps: Sequence[TensorMerge]) -> list[Mask]:
     """Return the masks of some outputs, each once."""
