@@ -18,7 +18,7 @@ from rewarded_lines.engines.memory_levels import CHUNK, LEVELS, Level
 from rewarded_lines.engines.pinned_memory import PinnedMemory
 from rewarded_lines.engines.worker_shares import FULL, WELL, Share
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, Workspace, blocks_of
+from rewarded_lines.kernels.blocks import Array, MemoryWorkspace, Workspace, blocks_of, read_pair
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.torch_kernels import cast, count_nonfinite, merge_values
@@ -224,23 +224,25 @@ class Resident:
         first, bad = self._share.part(self._infos[name].elements)[0], 0
         for start in range(0, base.numel(), CHUNK):
             piece = slice(start, min(start + CHUNK, base.numel()))
-            kept = self._masks(step, first + start, piece.stop - start)
+            kept = self._masks(name, step, first + start, piece.stop - start)
             out[piece], more = merge_values(step, base[piece], [row[piece] for row in policies], alike, kept=kept)
             bad += more
         return out, bad
 
-    def _masks(self, step: TensorMerge, start: int, count: int) -> list[torch.Tensor]:
+    def _masks(self, name: str, step: TensorMerge, start: int, count: int) -> list[torch.Tensor]:
         """Draw masks block by block, as their random numbers are counted."""
-        if not step.masks:
-            return []
-        blocks, drawn = list(blocks_of(count)), {}
+        base, *policies = self._plan.sources
+        masks = [np.empty(count, draw.dtype) for draw in step.masks]
+
+        def run(row: int, first: int, last: int) -> tuple[Array, Array]:
+            return read_pair(base, policies[row], name, first, last)  # type: ignore[arg-type]
 
         def work(block: tuple[int, int]) -> None:
-            drawn[block] = [draw(start + block[0], block[1]) for draw in step.masks]
+            for draw, mask in zip(step.masks, masks, strict=True):
+                draw(run, start + block[0], mask[block[0] : sum(block)])
 
-        share_out(blocks, lambda: work)
-        parts = zip(*(drawn[block] for block in blocks), strict=True)
-        return [torch.from_numpy(np.concatenate(part)).to(self._device) for part in parts]
+        share_out(blocks_of(count) if masks else (), lambda: work)
+        return [torch.from_numpy(mask).to(self._device) for mask in masks]
 
     def _there(self, name: str) -> Rows:
         """Return a tensor's inputs on the device; from pinned memory, the next tensor's are copied meanwhile."""

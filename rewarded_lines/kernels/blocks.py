@@ -67,6 +67,18 @@ def pieces(values: Array) -> Iterator[Array]:
         yield values[..., start : start + PIECE]
 
 
+def read_pair(base: TensorFiles, policy: Source, name: str, first: int, last: int) -> tuple[Array, Array]:
+    """Return two arrays whose difference is τ of a policy, as `Workspace.pair` does, for a run of a tensor."""
+    if name in policy.tensors:
+        pair = [np.empty(last - first, source.tensors[name].dtype.storage) for source in (base, policy)]
+        base.read_into(name, first, pair[0])
+        policy.read_into(name, first, pair[1])
+        return pair[0], pair[1]
+    residual = np.empty(last - first)
+    policy.residual_into(name, first, residual)  # type: ignore[union-attr]
+    return np.zeros(last - first), residual
+
+
 class Workspace:
     """One thread's buffers, and the block that is in them."""
 
@@ -85,7 +97,8 @@ class Workspace:
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
-        self._place(name, start)
+        self._name, self._start, self._residuals = name, start, None
+        self._drawn.clear()
         self._raw, self._dtypes = [], []
         for row, source in enumerate([self._base, *self._policies]):
             raw, dtype = None, None
@@ -95,10 +108,6 @@ class Workspace:
                 source.read_into(name, start, raw)
             self._raw.append(raw)
             self._dtypes.append(dtype)
-
-    def _place(self, name: str, start: int) -> None:
-        self._name, self._start, self._residuals = name, start, None
-        self._drawn.clear()
 
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
         """Return each output's values of the loaded block, and how many of them are not finite.
@@ -119,14 +128,14 @@ class Workspace:
 
     def _merge_ruled(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by any rules, several outputs in one pass if the rules can be compiled."""
-        chosen, base = [steps[index] for index in indices], self._stored(0)
+        chosen, base = [steps[index] for index in indices], self.values(0)
         out = self._buffer(f"out {indices}", chosen[0].dtype.storage, len(indices))
         counts = np.zeros(len(indices), np.int64)
         if code := self._compiled(chosen):
             self._run(code, chosen, out, counts)
         else:
             for k, step in enumerate(chosen):
-                counts[k] = kernels.finish(base, self.merged_residual(step), step.scale, out[k, : base.size])
+                counts[k] = kernels.finish(base, self.merged_residuals([step])[0], step.scale, out[k, : base.size])
         return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
 
     def _run(self, code: Code, steps: Sequence[TensorMerge], out: Array, counts: Array, bare: bool = False) -> None:
@@ -135,7 +144,7 @@ class Workspace:
         stack, start = (self.residuals(), 0) if given else self._stack()
         scales = np.array([1.0 if bare else step.scale for step in steps])
         kernels.merge_by_rules(
-            self._stored(0), stack, *code, self._masks(steps), scales, out, counts, start, given, bare
+            self.values(0), stack, *code, self._masks(steps), scales, out, counts, start, given, bare
         )
 
     def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
@@ -152,18 +161,18 @@ class Workspace:
 
     def _masks(self, steps: Sequence[TensorMerge]) -> Array:
         """Return the masks of all steps for the loaded block, each once, [masks, n]; they are kept until the next."""
-        draws, count = tuple(all_masks(steps)), self._stored(0).size
+        draws, count = tuple(all_masks(steps)), self.values(0).size
         if draws not in self._drawn:
             dtype = draws[0].dtype if draws else np.dtype(np.bool_)
             masks = self._buffer(f"masks {len(self._drawn)} of {len(draws)}", dtype, len(draws))[:, :count]
             for draw, mask in zip(draws, masks, strict=True):
-                draw(self, self._start, mask)
+                draw(self.run, self._start, mask)
             self._drawn[draws] = masks
         return self._drawn[draws]
 
     def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
         """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
-        first, base = steps[indices[0]], self._stored(0)
+        first, base = steps[indices[0]], self.values(0)
         stack, start = self._stack()
         # Each group has its own buffers: all results stay valid until the next block.
         out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
@@ -177,7 +186,7 @@ class Workspace:
 
     def _stack(self) -> tuple[Array, int]:
         """Return the policies' values, [N, ≥ n], and where the loaded block begins in them."""
-        return self._buffer("raw", self._stored(0).dtype, len(self._policies) + 1)[1:], 0
+        return self._buffer("raw", self.values(0).dtype, len(self._policies) + 1)[1:], 0
 
     def _alike(self) -> bool:
         """Return whether all inputs store the loaded block, and in one type."""
@@ -185,21 +194,16 @@ class Workspace:
             raw is not None and dtype == self._dtypes[0] for raw, dtype in zip(self._raw, self._dtypes, strict=True)
         )
 
-    def merged_residual(self, step: TensorMerge) -> Array:
-        """Return the rule's residual of the loaded block, float64, without the schedule's scale."""
-        merged: Array = self.merged_residuals([step])[0]
-        return merged
-
     def merged_residuals(self, steps: Sequence[TensorMerge]) -> Array:
-        """Return the residuals of several rules, [rules, n]; the array belongs to this workspace."""
-        count = self._stored(0).size
+        """Return the rules' residuals of the loaded block, [rules, n] float64, without the schedule's scale."""
+        count = self.values(0).size
         out = self._buffer(f"merged {len(steps)}", np.dtype(np.float64), len(steps))[:, :count]
         if code := self._compiled(steps):
             self._run(code, steps, out, np.zeros(len(steps), np.int64), bare=True)
             return out
         residuals = self.residuals()
         for step, merged in zip(steps, out, strict=True):
-            masks = self._masks([step])
+            masks = step.kept(self._masks([step]))
             for start in range(0, count, PIECE):
                 piece = slice(start, start + PIECE)
                 rows = [residuals[row, piece] for row in step.rows]
@@ -209,11 +213,11 @@ class Workspace:
     def residuals(self) -> Array:
         """Return τ of every policy for the loaded block, float64, [N, n]."""
         if self._residuals is None:
-            base = self._stored(0)
+            base = self.values(0)
             out = self._buffer("residual", np.dtype(np.float64), len(self._policies))[:, : base.size]
             for row, policy in enumerate(self._policies):
                 if isinstance(policy, TensorFiles) or self._raw[row + 1] is not None:
-                    kernels.residual(base, self._stored(row + 1), out[row])
+                    kernels.residual(base, self.values(row + 1), out[row])
                 else:
                     policy.residual_into(self._name, self._start, out[row])
             self._residuals = out
@@ -221,28 +225,19 @@ class Workspace:
 
     def pair(self, row: int) -> tuple[Array, Array]:
         """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or nothing and τ."""
-        policy = self._raw[row + 1]
-        return (self.nothing(), self.residuals()[row]) if policy is None else (self._stored(0), policy)
+        adapter = self._raw[row + 1] is None
+        return (self.nothing(), self.residuals()[row]) if adapter else (self.values(0), self.values(row + 1))
 
     def nothing(self) -> Array:
         """Return as many zeros as the loaded block has values."""
-        if not self._zeros.size:
-            self._zeros = np.zeros(BLOCK)
-        return self._zeros[: self._stored(0).size]
+        self._zeros = self._zeros if self._zeros.size else np.zeros(BLOCK)
+        return self._zeros[: self.values(0).size]
 
     def run(self, row: int, first: int, last: int) -> tuple[Array, Array]:
         """Return the `pair` of a run of the loaded tensor, which may go beyond the loaded block."""
-        if first == self._start and last - first == self._stored(0).size:
+        if first == self._start and last - first == self.values(0).size:
             return self.pair(row)
-        policy, count = self._policies[row], last - first
-        if self._raw[row + 1] is None:
-            residual = np.empty(count)
-            policy.residual_into(self._name, first, residual)  # type: ignore[union-attr]
-            return np.zeros(count), residual
-        pair = [np.empty(count, source.tensors[self._name].dtype.storage) for source in (self._base, policy)]
-        for source, values in zip((self._base, policy), pair, strict=True):
-            source.read_into(self._name, first, values)
-        return pair[0], pair[1]
+        return read_pair(self._base, self._policies[row], self._name, first, last)
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
         """Yield tensor, start and values of the loaded block for each file that has it."""
@@ -250,28 +245,25 @@ class Workspace:
             if raw is not None and isinstance(source, TensorFiles):
                 yield source.tensors[self._name], self._start, raw
 
-    def raw(self, row: int) -> Array | None:
-        """Return the loaded block as stored in the base (0) or in policy `row` − 1; None for an adapter."""
-        return self._raw[row]
-
     def count_nonfinite(self, row: int) -> int:
         """Return how many values of the block are not finite in the base (0) or in policy `row` − 1."""
         raw = self._raw[row]
         return int(kernels.count_nonfinite(self.residuals()[row - 1] if raw is None else raw))
 
-    def _stored(self, row: int) -> Array:
+    def values(self, row: int) -> Array:
+        """Return the loaded block as stored in the base (0) or in policy `row` − 1, which is no adapter."""
         raw = self._raw[row]
         assert raw is not None, "an adapter stores no tensors"
         return raw
 
     def _copied(self, step: TensorMerge, row: int, index: int) -> tuple[Array, int]:
-        source, out = self._stored(row), self._out(index, step.dtype)
+        source, out = self.values(row), self._out(index, step.dtype)
         if source.dtype == out.dtype:
             return source, 0
         return out, int(kernels.cast(source, out))
 
     def _out(self, index: int, dtype: DType) -> Array:
-        return self._buffer(f"out {index}", dtype.storage, 1)[0, : self._stored(0).size]
+        return self._buffer(f"out {index}", dtype.storage, 1)[0, : self.values(0).size]
 
     def _buffer(self, name: str, dtype: np.dtype[Any], rows: int) -> Array:
         """Return a [rows, BLOCK] array that all blocks share."""
@@ -298,7 +290,8 @@ class MemoryWorkspace(Workspace):
         if rows is None:
             super().load(name, start, count)
             return
-        self._place(name, start)
+        self._name, self._start, self._residuals = name, start, None
+        self._drawn.clear()
         self._raw = [row[start : start + count] for row in rows]
         self._dtypes = [source.tensors[name].dtype for source in [self._base, *self._policies]]
 

@@ -147,7 +147,7 @@ def _measure_block(workspace: Workspace, wide: Array) -> Distance:
             agreeing[i, j] = agreeing[j, i] = np.count_nonzero(shared)
         by = changed.sum(axis=0, dtype=np.uint16)
         alone = np.array([np.count_nonzero(mine & (by == 1)) for mine in changed])
-        kernels.cast(workspace.raw(0), wide)
+        kernels.cast(workspace.values(0), wide)
         base = float(np.multiply(wide, wide, out=wide).sum())
     finite = math.isfinite(base) and np.isfinite(products).all()
     nonfinite = 0 if finite else sum(workspace.count_nonfinite(row) for row in range(count + 1))

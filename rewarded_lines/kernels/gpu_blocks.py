@@ -43,7 +43,7 @@ class DeviceWorkspace(Workspace):
         with torch.cuda.stream(self._stream):
             base, *policies = self._inputs()
             assert base is not None, "a base stores its tensors"
-            kept = [self._moved(torch.from_numpy(mask)) for mask in self._masks([step])]
+            kept = [self._moved(torch.from_numpy(mask)) for mask in step.kept(self._masks([step]))]
             values, bad = merge_values(step, base, policies, self._alike(), self._residual, kept)
             out = self._out(index, step.dtype)
             as_torch(out, step.dtype).copy_(values, non_blocking=True)

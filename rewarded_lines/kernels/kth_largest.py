@@ -104,7 +104,7 @@ def share_of_nonzero(
     found = _ranked_between(visit, [_bounds(samples, share * some)], lambda zeros: int(share * (total - zeros)), total)
     if isinstance(found, tuple):
         return found[0]
-    return kth_largest(base, policies, names, found, 1, ranked) if found else math.inf
+    return kth_largest(base, policies, names, found, 1, ranked)[0] if found else math.inf
 
 
 def _sample(

@@ -211,7 +211,7 @@ class Facts:
 
         def work(name: str) -> None:
             step = merge(name)
-            merged = (workspace.merged_residual(step) for workspace in self._passing(name)) if step.rows else ()
+            merged = (workspace.merged_residuals([step])[0] for workspace in self._passing(name)) if step.rows else ()
             found[name] = exact_sum(float(np.square(piece).sum()) for values in merged for piece in pieces(values))
 
         share_out(self._names, lambda: work)
@@ -235,7 +235,7 @@ class Facts:
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    merged = pieces(workspace.merged_residual(step)) if step.rows else ()
+    merged = pieces(workspace.merged_residuals([step])[0]) if step.rows else ()
     return exact_sum(float(np.abs(piece).sum()) for piece in merged)
 
 

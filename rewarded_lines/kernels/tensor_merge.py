@@ -11,6 +11,8 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import DType
 
 Rule = Callable[..., Any]
+Run = Callable[[int, int, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+"""From a policy and the ends of a run of its tensor: two arrays whose difference is τ."""
 
 
 class Mask(Protocol):
@@ -18,8 +20,8 @@ class Mask(Protocol):
 
     dtype: ClassVar[np.dtype[Any]]
 
-    def __call__(self, workspace: Any, start: int, out: np.ndarray[Any, Any]) -> None:
-        """Fill `out` with the mask of the block that a workspace holds, from the tensor's `start`-th value on."""
+    def __call__(self, run: Run, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` with the mask of a block, from the tensor's `start`-th value on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class TensorMerge:
         """Return what the rule makes of residuals and masks: arrays of numpy or torch, or symbols for them."""
         assert self.rule is not None, "a copied tensor has no residual"
         return self.rule(residuals, self.weights, **self.parameters, **({"kept": kept} if self.masks else {}))
+
+    def kept(self, masks: Sequence[Any]) -> list[Any]:
+        """Return the mask of each of `rows`, from those of `all_masks([self])`: equal policies share one."""
+        drawn = dict(zip(all_masks([self]), masks, strict=True))
+        return [drawn[mask] for mask in self.masks]
 
 
 def all_masks(steps: Sequence[TensorMerge]) -> list[Mask]:

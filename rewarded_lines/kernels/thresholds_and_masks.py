@@ -13,8 +13,9 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, all_blocks
 from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
+from rewarded_lines.kernels.tensor_merge import Run
 
 
 def overlap_ratios(
@@ -100,7 +101,7 @@ class RandomMask:
     density: float
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.bool_)
 
-    def __call__(self, workspace: Workspace, start: int, out: Array) -> None:
+    def __call__(self, run: Run, start: int, out: Array) -> None:
         """Fill `out` with the mask from `start` on."""
         out[:] = random_mask(self.seed, self.name, self.digest, self.density, start, out.size)
 
@@ -121,7 +122,7 @@ class RankedMask:
     row: int
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
-    def __call__(self, workspace: Workspace, start: int, out: Array) -> None:
+    def __call__(self, run: Run, start: int, out: Array) -> None:
         """Fill `out` with the mask from `start` on."""
         numbers = uniform_numbers(self.seed, self.name, self.digest, start, out.size)
         limits, factors = _by_rank(self.width, self.density, self.window)
@@ -130,8 +131,7 @@ class RankedMask:
             return
         # Ranks need whole rows, of which a block may have parts.
         first, last = start // self.width * self.width, -(-(start + out.size) // self.width) * self.width
-        pair = workspace.run(self.row, first, last)
-        kernels.keep_ranked(*pair, self.width, numbers, limits, factors, start - first, out)
+        kernels.keep_ranked(*run(self.row, first, last), self.width, numbers, limits, factors, start - first, out)
 
 
 @lru_cache(maxsize=8)

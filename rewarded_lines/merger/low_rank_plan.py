@@ -195,7 +195,9 @@ class LowRankPlan(Plan):
 def _residuals(steps: Sequence[TensorMerge], workspace: Workspace) -> Array:
     """Return s·m of the loaded block for every spec, [specs, n]."""
     count = workspace.residuals().shape[1]
-    return np.array([workspace.merged_residual(one) * one.scale if one.rows else np.zeros(count) for one in steps])
+    return np.array(
+        [workspace.merged_residuals([one])[0] * one.scale if one.rows else np.zeros(count) for one in steps]
+    )
 
 
 def _kept(sizes: Mapping[str, tuple[float, float]], left_out: float) -> Kept:

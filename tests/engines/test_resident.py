@@ -33,6 +33,7 @@ SPECS = [
     MergeSpec((0.37, 0.63), 0.4, 1.1),
     MergeSpec((0.3, 0.7), 0.4, 1.1, "ties", {"density": 0.5}).complete(2),
     MergeSpec((0.3, 0.7), 0.4, 1.1, "dare", {"density": 0.4, "seed": 1}).complete(2),
+    MergeSpec((0.3, 0.7), 0.4, 1.1, "della", {"density": 0.6, "window": 0.4}).complete(2),
     MergeSpec((0.3, 0.7), 1.0, 0.0, "slerp").complete(2),
     MergeSpec((0.0, 1.0), 1.0, 0.0),
 ]

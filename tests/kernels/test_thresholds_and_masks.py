@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rewarded_lines.checkpoints.dtypes import FLOATS
+from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import compiled_choices, numpy_kernels
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.kth_largest import kth_largest
+from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
+from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thresholds_and_masks import random_mask
+from rewarded_lines.merger.merge_rules import spread
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
 
@@ -60,6 +62,22 @@ def test_one_pass_after_a_sample(sources, monkeypatch):
     for rank in (300, 1500, 2700):
         expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
         assert kth_largest(base, policies, ["w0", "w1", "w2"], rank, 1) == expected and not counted
+
+
+def test_a_share_of_what_is_not_zero(sources, monkeypatch):
+    """By ranking all, by a sample and one pass, and by the radix selection where the sample's bounds fail."""
+    base, policies, drawn = sources
+    step = TensorMerge(F64, None, (0, 1), rule=lambda residuals, _: spread(residuals))
+    with np.errstate(over="ignore"):
+        values = np.sort(spread([one.ravel() for one in drawn.values()]))[::-1]
+    values, bounds = values[values != 0], ranking._bounds
+    for few, known in ((10**6, bounds), (0, bounds), (0, lambda *_: ranking.Bounds(1.0, 1.5, 0.0))):
+        monkeypatch.setattr(ranking, "_FEW", few)
+        monkeypatch.setattr(ranking, "_bounds", known)
+        for share in (1e-9, 0.1, 0.5, 1.0):
+            rank = int(share * values.size)
+            found = share_of_nonzero(base, policies, ["w0", "w1", "w2"], share, step)
+            assert found == (values[rank - 1] if rank else math.inf), (few, share)
 
 
 @pytest.mark.parametrize("kind", FLOATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -142,3 +143,14 @@ def test_the_device_that_is_faster():
     ]:
         chosen, why = faster_device(seconds, free)
         assert chosen == device and said in why
+
+
+@pytest.mark.parametrize("place", [nullcontext, device_without_gpu])
+def test_equal_policies_have_one_mask(tiny, place):
+    shutil.copytree("first", "again")
+    with place():
+        for method in ("dare", "della"):
+            for policies, lam in ((["first", "again"], 0.25), (["first"], 1)):
+                merge("sft", policies, lam, method=method, out=f"{method}-{len(policies)}")
+            one, two = (read_plain(tiny / f"{method}-{count}") for count in (1, 2))
+            assert all(np.allclose(one[name][1], values, atol=1e-7) for name, (_, values) in two.items())
