@@ -18,7 +18,7 @@ from typing import Any
 
 REQUIREMENTS = Path(__file__).parent / "benchmarks" / "mergekit-requirements.txt"
 _STAMP = "rewarded-lines.stamp"
-_TIME_LIMIT = 1800
+_TIME_LIMIT = 3600
 
 
 class MergekitUnavailable(Exception):

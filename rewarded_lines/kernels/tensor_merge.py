@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -55,7 +55,7 @@ class TensorMerge:
         assert self.rule is not None, "a copied tensor has no residual"
         return self.rule(residuals, self.weights, **self.parameters, **({"kept": kept} if self.masks else {}))
 
-    def kept(self, masks: Sequence[Any]) -> list[Any]:
+    def kept(self, masks: Iterable[Any]) -> list[Any]:
         """Return the mask of each of `rows`, from those of `all_masks([self])`: equal policies share one."""
         drawn = dict(zip(all_masks([self]), masks, strict=True))
         return [drawn[mask] for mask in self.masks]
