@@ -35,7 +35,8 @@ from rewarded_lines.references import relative
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
-Specs, Tuned = Sequence[PointSpec], Mapping[str, Any] | None
+Specs = Sequence[PointSpec]
+Tuned = Mapping[str, Any] | None
 
 
 class RunFolder:
