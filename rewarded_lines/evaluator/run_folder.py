@@ -37,7 +37,8 @@ from rewarded_lines.trace import span
 
 # The folder with the searches for shapes.
 SHAPES = "shapes"
-Specs, Tuned = Sequence[PointSpec], Mapping[str, Any] | None
+Specs = Sequence[PointSpec]
+Tuned = Mapping[str, Any] | None
 
 
 class RunFolder:
