@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -66,8 +67,13 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], object]], t
 
 def _join(threads: Iterable[Thread]) -> None:
     for thread in threads:
-        if thread.ident is not None:
-            thread.join()
+        while thread.ident is not None:
+            try:
+                thread.join()
+                break
+            except RuntimeError:
+                # An interrupt came inside `start`: the thread runs, and has not said so yet.
+                time.sleep(0.001)
 
 
 def cores() -> int:

@@ -112,3 +112,18 @@ def test_few_items_need_few_threads(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
     share_out([1], lambda: lambda item: None, threads=8)
     assert begun == []
+
+
+def test_a_thread_that_has_not_yet_said_that_it_runs_is_waited_for(monkeypatch):
+    """An interrupt may come inside `Thread.start`; `join` then refuses for a moment."""
+    join, asked, done = threading.Thread.join, [], []
+
+    def not_yet(thread):
+        asked.append(thread)
+        if len(asked) < 3:
+            raise RuntimeError("cannot join thread before it is started")
+        join(thread)
+
+    monkeypatch.setattr(threading.Thread, "join", not_yet)
+    share_out([1, 2], lambda: lambda item: (time.sleep(0.02), done.append(item)), threads=2)
+    assert len(asked) == 3 and sorted(done) == [1, 2]
