@@ -21,13 +21,13 @@ OLDEST := .venv-oldest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes \
+.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes bench-serve \
 	gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1 and OUT=folder. For the set-up:'
+	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1, LORA=1 and OUT=folder. For the set-up:'
 	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
 	@echo '  VLLM=auto|cpu|gpu|none    which vLLM (auto: gpu if nvidia-smi lists a GPU; an existing .venv is kept)'
 	@echo '  TORCH_INDEX=URL           an extra package index for PyTorch, for instance the CPU builds at'
@@ -46,7 +46,7 @@ setup-oldest:
 # demo to end when make does.
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
 demo: setup-demo ## train, merge, measure and report on a small example: the whole job
-	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(OUT), --out '$(OUT)')
+	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(LORA), --lora)$(if $(OUT), --out '$(OUT)')
 
 test: setup ## run the tests
 	$(VENV)/$(PYTEST)
@@ -67,6 +67,9 @@ bench-sweep: setup ## measure sweep against the loop of the first code for it, o
 
 bench-recipes: setup ## measure a step of each recipe against bare TRL, on what `make demo` made (quarter of an hour)
 	$(VENV)/python tests/benchmarks/recipe_overhead.py $(BENCH)
+
+bench-serve: setup ## measure requests of many λ to one server, on what `make demo LORA=1` made (ten minutes)
+	$(VENV)/python tests/benchmarks/serve_speed.py $(BENCH)
 
 gpu-check: setup ## run on a GPU what no test can show without one: tests, merges, swaps, a sweep, training (8 minutes)
 	$(VENV)/python tests/benchmarks/gpu_check.py $(BENCH)

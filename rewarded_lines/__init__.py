@@ -21,10 +21,11 @@ _VERBS = {
     "search": "rewarded_lines.evaluator.search",
     "choose": "rewarded_lines.evaluator.choose",
     "report": "rewarded_lines.reports.report",
+    "serve": "rewarded_lines.serving.start_server",
     "rounds": "rewarded_lines.pipelines.rounds",
 }
 
-__all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "rounds", "score", "search", "sweep"]
+__all__ = ["__version__", "choose", "inspect", "merge", "push", "report", "rounds", "score", "search", "serve", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

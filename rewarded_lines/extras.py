@@ -26,7 +26,7 @@ EXTRAS: Mapping[str, Extra] = {
         "sweep, score, search and merges on a GPU", ("torch", "transformers", "pyarrow", "moocore", "aiohttp")
     ),
     "train": Extra("the recipes", ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "ruamel.yaml")),
-    "vllm": Extra("sweep, score and search with vLLM; without it: --engine hf, slower", ("vllm",)),
+    "vllm": Extra("serve; sweep, score and search with vLLM (without it: --engine hf, slower)", ("vllm",)),
     "report": Extra("choose, report and figures", ("pyarrow", "moocore", "matplotlib", "plotly")),
     "tune": Extra("sweep.tune, the search for α and β", ("optuna",)),
     "ray": Extra("sweep --ray, many machines", ("ray",)),
@@ -38,6 +38,7 @@ RUNS = ("pyarrow", "moocore")
 _VERBS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("sweep", "score", "search"), ("eval", ())),
     "rounds": ("train", ("torch", "transformers", "trl", "accelerate")),
+    "serve": ("vllm", ()),
     "choose": ("report", RUNS),
     "report": ("report", (*RUNS, "matplotlib")),
 }

@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, field, fields, replace
 from functools import wraps
 from typing import Any, TypeVar, get_type_hints
 
+from rewarded_lines.errors import fail
+
 Result = TypeVar("Result")
 Annotate = Callable[[Field[Any], Any], Any]
 
@@ -79,6 +81,27 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"{text!r} is not readable as YAML") from error
+    return found
+
+
+def parse_numbers(flag: str, given: Mapping[str, float] | Iterable[str] | None) -> dict[str, float]:
+    """Return the texts of a repeated option, each NAME=NUMBER, as a mapping; a mapping stays.
+
+    Raises:
+        UserError: a text is something else, or a name is given twice; `flag` is the option.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    found: dict[str, float] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name or name in found or not abs(number) < float("inf"):
+            raise fail("not NAME=NUMBER", where=flag, expected="each reward once, as in brevity=-12", got=text)
+        found[name] = number
     return found
 
 

@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+pytest_plugins = ("real_browser",)
+
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [
     *("evaluator/test_vllm_sweep.py", "engines/test_generation.py", "recipes/test_chats.py", "cli/test_hub.py"),

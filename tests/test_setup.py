@@ -379,7 +379,10 @@ def test_every_pin_is_exact_and_without_a_local_version() -> None:
     ("arguments", "expected"),
     [
         (["demo"], ".venv/bin/rewarded-lines demo --seed 0 --algo ppo"),
-        (["demo", "SEED=7", "ALGO=rloo", "FULL=1"], ".venv/bin/rewarded-lines demo --seed 7 --algo rloo --full"),
+        (
+            ["demo", "SEED=7", "ALGO=rloo", "FULL=1", "LORA=1"],
+            ".venv/bin/rewarded-lines demo --seed 7 --algo rloo --full --lora",
+        ),
         (["demo", "OUT=my run"], ".venv/bin/rewarded-lines demo --seed 0 --algo ppo --out 'my run'"),
         (["test"], ".venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder"),
         (["test-oldest"], ".venv-oldest/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder"),

@@ -85,12 +85,16 @@ USED_NAMES = [
         "process_weights_after_loading",
     ),
     ("model_executor/layers/utils.py", "", "cpu_linear"),
+    ("v1/engine/async_llm.py", "", "pause_generation resume_generation collective_rpc mode"),
+    ("entrypoints/openai/api_server.py", "", "__main__ run_server"),
+    ("entrypoints/openai/models/serving.py", "", "OpenAIServingModels self.base_model_paths"),
     ("entrypoints/serve/lora/protocol.py", "LoadLoRAAdapterRequest", "lora_name lora_path"),
     ("entrypoints/serve/lora/api_router.py", "", "/v1/load_lora_adapter /v1/unload_lora_adapter"),
     ("entrypoints/openai/completion/protocol.py", "CompletionRequest", f"{_SAMPLING} prompt_logprobs return_token_ids"),
     ("entrypoints/openai/completion/protocol.py", "CompletionRequest", "presence_penalty frequency_penalty"),
     ("envs.py", "", "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE VLLM_CPU_OMP_THREADS_BIND"),
-    ("envs.py", "", "VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_BATCH_INVARIANT VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    ("envs.py", "", "VLLM_LOGGING_LEVEL VLLM_LOGGING_STREAM VLLM_NO_USAGE_STATS VLLM_BATCH_INVARIANT"),
+    ("envs.py", "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING VLLM_API_KEY"),
 ]
 
 

@@ -146,10 +146,10 @@ def header(tensors: Sequence[TensorInfo]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "5GB", "500MB" or "1000"; refuse other texts and 0."""
+def parse_size(text: str, where: str = "--max-shard-size") -> int:
+    """Return the bytes of a size such as "5GB", "500MB" or "1000"; refuse other texts and 0. `where`: the option."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if size <= 0:
-        raise fail("not a size", where="--max-shard-size", expected="for example 5GB or 500MB", got=repr(text))
+        raise fail("not a size", where=where, expected="for example 5GB or 500MB", got=repr(text))
     return size

@@ -25,7 +25,7 @@ _USAGE = 2
 
 COMMANDS = (
     *("merge", "push", "sweep", "score", "search", "choose", "report", "inspect"),
-    *("rounds", "recipes", "demo", "doctor"),
+    *("serve", "rounds", "recipes", "demo", "doctor"),
 )
 
 
@@ -93,6 +93,7 @@ def _root(
     rewarded-lines choose sweep --at-least detailed=15
                                       the policy to ship, and its command
     rewarded-lines score merged       score one model beside SFT
+    rewarded-lines serve sweep        each request says what it prefers
     rewarded-lines inspect merged --base sft
                                       how far its blocks moved
     rewarded-lines recipes copy ppo   training scripts, to run where you are

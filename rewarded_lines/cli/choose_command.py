@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
-from rewarded_lines.errors import fail
+from rewarded_lines.options import parse_numbers
 
 if TYPE_CHECKING:
     from rewarded_lines.evaluator.choose import Chosen
@@ -21,9 +20,7 @@ def choose(
     run: Run,
     at_least: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Minimum of a reward's mean, in its unit (repeat).", autocompletion=run_minima
-        ),
+        typer.Option(metavar="NAME=VALUE", help="Minimum of a reward's mean (repeat).", autocompletion=run_minima),
     ] = None,
     maximize: Annotated[
         str | None, typer.Option(metavar="NAME", help="Reward to maximize.", autocompletion=run_rewards)
@@ -46,6 +43,7 @@ def choose(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Also consider λ between evaluated points (two policies).")
     ] = False,
+    name: Annotated[str, typer.Option(help="The run remembers the point by it, for `serve`.")] = "chosen",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,15 +62,15 @@ def choose(
     rewarded-lines choose RUN --preference faithful=0.7,brevity=0.3
     rewarded-lines choose RUN --knee --method lines
     """
-    minima = _numbers("--at-least", at_least or ())
-    weighed = _numbers("--weights", ",".join(weights).split(",")) if weights else None
+    minima = parse_numbers("--at-least", at_least or ())
+    weighed = parse_numbers("--weights", ",".join(weights).split(",")) if weights else None
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 
         bar.start("reading the run, bootstrap")
         rule: dict[str, Any] = {"at_least": minima, "at_least_sft": at_least_sft, "maximize": maximize}
         rule |= {"weights": weighed, "knee": knee, "preference": preference}
-        chosen = run_choose(run, methods=method or (), interpolate=interpolate, **rule)
+        chosen = run_choose(run, methods=method or (), interpolate=interpolate, name=name, **rule)
     if as_json:
         show_json(chosen.as_dict())
     else:
@@ -97,18 +95,5 @@ def _show(chosen: Chosen) -> None:
         console.print(Text(f"  {line}"))
     console.print(Text(f"\n{NOTE}\n", style="dim"))
     show_line(chosen.command)
-
-
-def _numbers(option: str, texts: Iterable[str]) -> dict[str, float]:
-    """Return NAME=VALUE texts as a mapping."""
-    found: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            equals = ""
-        if not equals or not name or name in found or not abs(number) < float("inf"):
-            raise fail("not NAME=NUMBER", where=option, expected="each reward once, as in brevity=-12", got=text)
-        found[name] = number
-    return found
+    if not chosen.name:
+        console.print(Text("\nThe run folder is read-only, so it does not remember the point.", style="dim"))

@@ -41,6 +41,9 @@ def demo(
         bool,
         typer.Option("--full", help="The long form, which made the records in eval/results: longer training, 11 λ."),
     ] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Policies as LoRA adapters of the SFT model, which one server can serve.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="Engine of the sweep: vllm or hf.", autocompletion=engines)] = "vllm",
     until: Annotated[
         str,
@@ -64,6 +67,8 @@ def demo(
     rewarded-lines demo --algo dpo --seed 1
     rewarded-lines demo --full
         in about ten minutes: longer training, more prompts and points
+    rewarded-lines demo --lora
+        policies as adapters
     rewarded-lines demo --until data
         only the corpus, for running the recipes by hand
     """
@@ -73,10 +78,10 @@ def demo(
     # torch reads these at its import, which comes later; see `recipe_jobs.py` for the reason of the first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    folder = out or default_out(algo, seed, full)
+    folder = out or default_out(algo, seed, full, lora)
     console = Console()
     own = {"configs": configs, "suite": suite, "corpus": corpus}
-    settings = DemoSettings(folder, algo, seed, engine, full, **{key: path for key, path in own.items() if path})
+    settings = DemoSettings(folder, algo, seed, engine, full, lora, **{key: path for key, path in own.items() if path})
     display = _Display(Console(quiet=True) if quiet else console, settings, until)
     with display.live:
         seconds = run_demo(settings, display, until)

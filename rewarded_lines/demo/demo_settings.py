@@ -35,13 +35,17 @@ LONGER: Mapping[str, Mapping[str, str]] = {
         "learning_rate": "6.0e-4",
     },
 }
+# Policies as adapters of the SFT model, whose weights then stay. The dropout of 0 keeps PPO's ratios at 1.
+ADAPTERS: Mapping[str, str] = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_dropout": "0.0"}
+# Adapters learn with a rate of their own, in both forms of the demo.
+ADAPTER_RATES: Mapping[str, str] = {"ppo": "4.0e-3", "rloo": "4.0e-3", "grpo": "4.0e-3", "dpo": "1.2e-3"}
 
 
 @dataclass(frozen=True)
 class DemoSettings:
     """The run folder, the algorithm, the training seed, the sweep's engine, and the user's own files.
 
-    `full` is the long form, which made the records in eval/results/movie_reviews.
+    `full` is the long form, which made the records in eval/results/movie_reviews. `lora` trains adapters.
     """
 
     out: Path
@@ -49,6 +53,7 @@ class DemoSettings:
     seed: int = 0
     engine: str = "vllm"
     full: bool = False
+    lora: bool = False
     configs: Path = _CONFIGS
     suite: Path = SHORT_SUITE
     corpus: Path | None = None
@@ -64,15 +69,18 @@ class DemoSettings:
         return self.configs != _CONFIGS
 
     def overrides(self, recipe: str) -> dict[str, str]:
-        """Return what the long form changes in a recipe's config."""
-        return dict(LONGER.get(recipe, {})) if self.full else {}
+        """Return what the long form and adapters change in a recipe's config."""
+        longer = dict(LONGER.get(recipe, {})) if self.full else {}
+        if not self.lora or recipe not in ADAPTER_RATES:
+            return longer
+        return {**longer, **ADAPTERS, "learning_rate": ADAPTER_RATES[recipe]}
 
     def expected(self, stage: str) -> float:
         """Return about how many seconds a stage takes on two quiet cores."""
         return PLAN[stage].long if self.full else PLAN[stage].short
 
 
-def default_out(algo: str, seed: int, full: bool = False) -> Path:
-    """Return the run folder for an algorithm and a seed: runs/demo, runs/demo-dpo, runs/demo-full-seed1 ..."""
-    parts = [CONFIGURED, "full" if full else "", "" if algo == "ppo" else algo, f"seed{seed}" if seed else ""]
-    return Path("-".join(part for part in parts if part))
+def default_out(algo: str, seed: int, full: bool = False, lora: bool = False) -> Path:
+    """Return the run folder: runs/demo, runs/demo-dpo, runs/demo-lora, runs/demo-full-seed1 ..."""
+    forms = {"full": full, "lora": lora, algo: algo != "ppo", f"seed{seed}": seed}
+    return Path("-".join([CONFIGURED, *(name for name, is_so in forms.items() if is_so)]))

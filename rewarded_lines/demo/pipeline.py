@@ -92,8 +92,12 @@ def _check_settings(settings: DemoSettings, until: str) -> None:
     if until in _SWEPT:
         check_engine(settings.engine)
     _check_inputs(settings)
-    if settings.full and settings.own_configs:
-        raise fail("own configs say themselves how long training is", where="--full", remedy="leave out --full")
+    for option, chosen, what in (
+        ("--full", settings.full, "how long training is"),
+        ("--lora", settings.lora, "what is trained"),
+    ):
+        if chosen and settings.own_configs:
+            raise fail(f"own configs say themselves {what}", where=option, remedy=f"leave out {option}")
     if not settings.configs.is_dir():
         remedy = "pass a folder that holds sft.yaml and the others as --configs"
         raise fail("no recipe configs", where=str(settings.configs), remedy=remedy)

@@ -126,13 +126,18 @@ def _check_cpu(args: dict[str, Any]) -> None:
 @cache
 def argument_names() -> tuple[str, ...]:
     """Return the arguments of the installed vLLM: the public fields of its class `EngineArgs`."""
-    found = find_spec("vllm")
-    assert found is not None, "the engine was checked before"
-    source = Path(str(found.origin)).parent / "engine" / "arg_utils.py"
+    source = vllm_folder() / "engine" / "arg_utils.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
     fields = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs")
     names = (one.target.id for one in fields if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name))
     return tuple(name for name in names if not name.startswith("_"))
+
+
+def vllm_folder() -> Path:
+    """Return the folder of the installed vLLM's code."""
+    found = find_spec("vllm")
+    assert found is not None, "the engine was checked before"
+    return Path(str(found.origin)).parent
 
 
 def vllm_version() -> str:

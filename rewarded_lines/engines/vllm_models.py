@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, cast
 
 from rewarded_lines.engines.base import SwappingGenerator, Workload, base_spec
@@ -105,7 +106,7 @@ class MergingWorker:
         """Get ready to merge; see `plan_message`, and `Resident` for the level."""
         plan = _opened(message)
         worker: Any = self
-        self.merge_plan, self.share = plan, share_of(worker)
+        self.merge_plan, self.share, self.in_use = plan, share_of(worker), base_spec(plan)
         self.resident = Resident(plan, level, worker.device, self.share)
         # Reward models come back later, to the memory that is left.
         with self.share.together():
@@ -118,18 +119,47 @@ class MergingWorker:
     def use_merge(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Stream a merge's tensors into the running model; the message is `spec_message`'s.
 
-        vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid.
+        vLLM copies them into the memory that its weights have already, layer by layer, so CUDA graphs stay valid. If
+        the merge fails, the model has the weights from before.
 
         The answer is for `VllmCore.ask`.
         """
-        worker: Any = self
 
         def swap() -> None:
             with self.share.together():
-                worker.reload_weights(weights_iterator=self.resident.tensors(MergeSpec.from_dict(message)))
-                _repack_tied_head(worker.get_model())
+                self._load(MergeSpec.from_dict(message))
 
         return _answer(swap)
+
+    def _load(self, spec: MergeSpec) -> None:
+        worker: Any = self
+        failed: list[Exception] = []
+        tensors = self._complete(spec, failed)
+        # What fails at once leaves the model alone.
+        first = next(tensors)
+        worker.reload_weights(weights_iterator=chain([first], tensors))
+        if failed:
+            worker.reload_weights(weights_iterator=self._complete(self.in_use, []))
+        _repack_tied_head(worker.get_model())
+        if failed:
+            raise failed[0]
+        self.in_use = spec
+
+    def _complete(self, spec: MergeSpec, failed: list[Exception]) -> Iterator[tuple[str, Any]]:
+        """Yield a merge's tensors; if it fails in between, note why and yield those in use for the rest.
+
+        vLLM must get every tensor of a layer: what it has of half a layer would end up in the next merge.
+        """
+        given = set()
+        try:
+            for name, tensor in self.resident.tensors(spec):
+                given.add(name)
+                yield name, tensor
+        except Exception as error:
+            if not given or spec == self.in_use:
+                raise
+            failed.append(error)
+            yield from (pair for pair in self.resident.tensors(self.in_use) if pair[0] not in given)
 
     def hold_factors(self, message: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
         """Load the factors of a plan's adapters, on the GPU or in the host's memory."""

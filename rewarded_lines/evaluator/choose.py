@@ -12,6 +12,7 @@ from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.recorded_choices import CHOSEN, check_name, record_choice
 from rewarded_lines.evaluator.records import Run, load_run, mixtures_of
 from rewarded_lines.evaluator.wishes import Wish, checked_wish
 from rewarded_lines.merger.methods import MOD
@@ -43,6 +44,7 @@ class Chosen:
         missing: the rewards that lack scores in the run, with the counts.
         preference: μ by reward, where the policies were trained for mixtures.
         policies: their names, in the order of the weights.
+        name: the name under which the run folder remembers it; "" if it does not.
     """
 
     point: PointSpec
@@ -54,6 +56,7 @@ class Chosen:
     missing: dict[str, Missing] = field(default_factory=dict)
     preference: dict[str, float] = field(default_factory=dict)
     policies: Sequence[str] = ()
+    name: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Return the choice for JSON."""
@@ -79,6 +82,7 @@ def choose(
     preference: Weights | None = None,
     methods: Sequence[str] = (),
     interpolate: bool = False,
+    name: str | None = CHOSEN,
     level: float = LEVEL,
 ) -> Chosen:
     """Return the policy of a run that meets constraints best.
@@ -97,17 +101,23 @@ def choose(
         preference: μ over the rewards of the project's `mixtures:`; takes λ = B⁻¹μ, with the method best for w = μ.
         methods: to choose among; all by default.
         interpolate: with two policies, also try λ between evaluated ones, where scores are taken to be linear.
+        name: the run folder remembers the point by it, and `serve` answers requests by it; None: it does not.
         level: of the intervals.
 
     Raises:
         UserError: the folder is not a run, a reward or method is unknown, there is not one aim, or no point meets every
             minimum or has the preference; the message names the nearest.
     """
+    if name is not None:
+        check_name(name)
     read = load_run(run)
     wish = checked_wish(read, Wish(dict(at_least or {}), maximize, weights, knee, methods, interpolate, preference))
     if at_least_sft:
         wish = replace(wish, at_least=_sft_means(read) | dict(wish.at_least))
-    return _Chooser(read, wish, level).choose()
+    chosen = _Chooser(read, wish, level).choose()
+    facts = {"rule": chosen.rule, "means": {reward: score.value for reward, score in chosen.scores.items()}}
+    recorded = name is not None and record_choice(read.folder, name, chosen.point, facts)
+    return replace(chosen, name=name) if name and recorded else chosen
 
 
 def _sft_means(run: Run) -> dict[str, float]:

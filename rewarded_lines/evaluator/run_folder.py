@@ -16,6 +16,7 @@ from rewarded_lines.config import SFT, decides
 from rewarded_lines.errors import UserError, changed, differences, fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.recorded_choices import CHOICES_FILE
 from rewarded_lines.evaluator.records import (
     FORMAT,
     RUN_FILE,
@@ -194,7 +195,7 @@ def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove the run's files. Cached scores stay, since their keys identify them."""
-    for path in (folder / name for name in ("points", "drafts", "report", SHAPES, RUN_FILE)):
+    for path in (folder / name for name in ("points", "drafts", "report", SHAPES, CHOICES_FILE, RUN_FILE)):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -83,8 +83,11 @@ def _served(spec: MethodSpec, adapters: bool) -> bool:
 
 def _row(methods: Methods, name: str, spec: MethodSpec) -> Row:
     at = partial(_merge_at, methods, name)
+    if spec.match is not None:
+        # To match norms, all weights are read: not before a request asks for that.
+        return Row(at, spec.merge, f"{name} (norm of {spec.match})", own=True)
     middle = at(methods.weights(2)[0])
-    return Row(at, middle.method, _label(name, middle), own=spec.match is not None or bool(middle.lines))
+    return Row(at, middle.method, _label(name, middle), own=bool(middle.lines))
 
 
 def _merge_at(methods: Methods, name: str, weights: tuple[float, ...]) -> MergeSpec:

@@ -97,6 +97,11 @@ class Menu:
         self.names = mixtures.rewards if mixtures else tuple(self.policies)
         self._find = lru_cache(_REMEMBERED)(self._found)
 
+    def add(self, points: Mapping[str, MergeSpec]) -> None:
+        """Give more merges a name of their own."""
+        self.points |= points
+        self._named |= points
+
     def spec(self, name: str) -> MergeSpec:
         """Return the merge that a name asks for.
 

@@ -25,7 +25,7 @@ from rewarded_lines.projects import load_project
 from rewarded_lines.serving.menus import menu_of_adapters, menu_of_project
 from rewarded_lines.serving.merged_adapters import adapter_path
 from rewarded_lines.serving.preference_names import STEP, Menu, PreferenceError
-from rewarded_lines.serving.vllm_plugin import PROJECT, SETTINGS
+from rewarded_lines.serving.served_settings import PROJECT, SETTINGS
 
 _log = logging.getLogger("vllm.rewarded_lines")
 _REMEMBERED = 4096

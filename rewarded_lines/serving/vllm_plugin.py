@@ -12,10 +12,9 @@ from __future__ import annotations
 import os
 import sys
 
-PROJECT = "REWARDED_LINES_PROJECT"
-"""The project file whose policies and curves are served."""
-SETTINGS = {name: f"REWARDED_LINES_{name.upper()}" for name in ("step", "layers", "tower")}
-"""Other settings of the menu: the step of λ, and what `sweep` calls --layers and --tower."""
+from rewarded_lines.processes import DIE_WITH_PARENT, die_with_parent
+from rewarded_lines.serving.served_settings import PROJECT
+
 # Set for the worker processes, which do not see the command line.
 _ADAPTERS = "REWARDED_LINES_ADAPTERS"
 # A file may name adapters, too.
@@ -24,6 +23,10 @@ _OPTIONS = ("--lora-modules", "--config")
 
 def register() -> None:
     """Let vLLM answer for preferences, if the server has adapters or a project."""
+    if os.environ.get(DIE_WITH_PARENT):
+        # `rewarded-lines serve` asks for that: each process ends with its parent, and its children with it.
+        die_with_parent()
+        os.environ[DIE_WITH_PARENT] = str(os.getpid())
     if any(word.replace("_", "-").split("=")[0] in _OPTIONS for word in sys.argv):
         os.environ[_ADAPTERS] = "1"
     if os.environ.get(PROJECT) or os.environ.get(_ADAPTERS):

@@ -36,6 +36,8 @@ LIGHT = {
     "rewarded_lines.pipelines",
     "rewarded_lines.processes",
     "rewarded_lines.progress",
+    # `serve_options` only.
+    "rewarded_lines.serving",
 }
 ASK = """\
 import contextlib, io, json, sys

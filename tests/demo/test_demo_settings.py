@@ -3,16 +3,19 @@
 import pytest
 import yaml
 
-from rewarded_lines.demo.demo_settings import LONG_SUITE, LONGER, DemoSettings, default_out
+from rewarded_lines.demo.demo_settings import ADAPTER_RATES, LONG_SUITE, LONGER, DemoSettings, default_out
 from rewarded_lines.demo.parts import parts_of
 from rewarded_lines.demo.pipeline import run_demo
-from rewarded_lines.demo.stages import PLAN, STAGES
+from rewarded_lines.demo.stages import ALGORITHMS, PLAN, STAGES
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 
 
 def test_run_folders_by_algorithm_seed_and_form():
-    keys = (("ppo", 0), ("ppo", 2), ("dpo", 0), ("dpo", 1), ("ppo", 0, True), ("dpo", 1, True))
+    keys = (
+        *(("ppo", 0), ("ppo", 2), ("dpo", 0), ("dpo", 1), ("ppo", 0, True), ("dpo", 1, True)),
+        *(("ppo", 0, False, True), ("grpo", 1, True, True)),
+    )
     assert [str(default_out(*key)) for key in keys] == [
         "runs/demo",
         "runs/demo-seed2",
@@ -20,6 +23,8 @@ def test_run_folders_by_algorithm_seed_and_form():
         "runs/demo-dpo-seed1",
         "runs/demo-full",
         "runs/demo-full-dpo-seed1",
+        "runs/demo-lora",
+        "runs/demo-full-lora-grpo-seed1",
     ]
 
 
@@ -49,8 +54,20 @@ def test_the_long_form_overrides_keys_of_the_demos_configs(tmp_path):
     assert sum(map(short.expected, STAGES)) <= 300
 
 
-def test_own_configs_have_no_long_form(tmp_path):
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_adapters_are_trained_of_the_same_sft_and_reward_models(tmp_path, algo):
+    whole, lora = (DemoSettings(tmp_path, algo, lora=lora) for lora in (False, True))
+    for stage in ("sft", "reward"):
+        assert parts_of(stage, whole, "") == parts_of(stage, lora, "")
+    for one, other in zip(*(parts_of("policies", form, "") for form in (whole, lora)), strict=True):
+        assert one.made_from != other.made_from and one.output == other.output
+        rate = float(yaml.safe_load((whole.configs / f"{algo}.yaml").read_text())["learning_rate"])
+        assert "--use_peft true" in " ".join(other.command) and float(ADAPTER_RATES[algo]) > rate
+
+
+@pytest.mark.parametrize(("option", "says"), [("full", "how long training is"), ("lora", "what is trained")])
+def test_own_configs_have_no_other_form(tmp_path, option, says):
     (tmp_path / "configs").mkdir()
-    with pytest.raises(UserError, match="--full: own configs say themselves how long training is"):
-        run_demo(DemoSettings(tmp_path / "run", full=True, engine="hf", configs=tmp_path / "configs"), None)
+    with pytest.raises(UserError, match=f"--{option}: own configs say themselves {says}"):
+        run_demo(DemoSettings(tmp_path / "run", **{option: True}, engine="hf", configs=tmp_path / "configs"), None)
     assert not (tmp_path / "run").exists()

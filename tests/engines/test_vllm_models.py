@@ -86,6 +86,31 @@ def test_a_worker_in_another_process_opens_the_plan_again(tiny, monkeypatch):
     check(generator, plan)
 
 
+def test_a_merge_that_fails_in_the_middle_leaves_the_weights_from_before(generator, monkeypatch):
+    worker, own = generator.worker, Worker.reload_weights
+    loads = []
+
+    def reload_weights(self, weights_iterator):
+        own(self, weights_iterator)
+        loads.append(list(self.weights))
+
+    def refuse_half(self, spec, *more):
+        for index, pair in enumerate(plain(self, spec, *more)):
+            if spec == TIES and index == 5:
+                raise UserError(Problem("a weight is not finite"))
+            yield pair
+
+    generator.generate(PROMPTS, GREEDY, [APART])
+    before, plain = worker.weights, ModelPlan.tensors
+    monkeypatch.setattr(Worker, "reload_weights", reload_weights)
+    monkeypatch.setattr(ModelPlan, "tensors", refuse_half)
+    with pytest.raises(UserError, match="not finite"):
+        generator.generate(PROMPTS, GREEDY, [TIES])
+    # vLLM got every tensor, twice.
+    assert [sorted(names) for names in loads] == [sorted(before)] * 2
+    assert all(torch.equal(worker.weights[name], tensor) for name, tensor in before.items())
+
+
 def test_a_users_error_comes_back_from_the_worker(generator, monkeypatch):
     def refuse(plan, spec, *more):
         raise UserError([Problem("a weight is not finite", "layer", remedy="none"), Problem("another")])
