@@ -19,6 +19,7 @@ from rewarded_lines.cli import app
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.recorded_choices import CHOICES_FILE, recorded_choices
 from rewarded_lines.evaluator.records import (
     FORMAT,
     Point,
@@ -138,6 +139,25 @@ def place(found):
 def test_choices_by_hand(cli, run, words, expected):
     found = asked(cli, run, *words)
     assert place(found) == expected and found["interpolated"] is False
+
+
+def test_the_run_remembers_choices_by_name(cli, run, monkeypatch):
+    asked(cli, run, "--maximize", "a")
+    asked(cli, run, "--knee", "--name", "knee")
+    choose(run, maximize="b", name=None)
+    found = {name: (point.method, point.weights[0]) for name, point in recorded_choices(Path(run)).items()}
+    assert found == {"chosen": ("soup", 1.0), "knee": ("lines", 0.5)}
+    for name in ("default", "a/b", ""):
+        assert "not a name for a choice" in refused(cli, run, "--knee", "--name", name)
+    Path(run, CHOICES_FILE).write_text('{"chosen": {"point": {"method": "lines"}}}')
+    with pytest.raises(UserError, match="its choices cannot be read"):
+        recorded_choices(Path(run))
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("rewarded_lines.evaluator.recorded_choices.write_json", refuse)
+    assert choose(run, knee=True).name == "" and "does not remember" in cli("choose", run, "--knee").out
 
 
 def test_the_python_verb_gives_the_same(cli, run):

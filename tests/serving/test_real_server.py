@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -10,13 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from command import COMMAND
-from safetensors.torch import load_file, save_file
 from tiny_models import PROMPTS
 
 from rewarded_lines import merge
@@ -80,17 +77,11 @@ def left_after(processes):
 
 def test_weights_change_in_place_and_each_answer_says_which(tiny):
     """One server for all of it: its start takes most of the time."""
-    broken = load_file("second/model.safetensors")
-    broken["model.layers.2.mlp.down_proj.weight"][3, 4] = float("nan")
-    shutil.copytree("second", "broken")
-    save_file(broken, "broken/model.safetensors", {"format": "pt"})
-    project = Path("rewarded-lines.yaml")
-    project.write_text(project.read_text().replace("second: second", "second: second\n  broken: broken"))
     merge("sft", ["first", "second"], 0.3, beta=1.0, out="lines")
     merge("sft", ["first", "second"], 0.8, beta=0.0, out="soup")
-    with started("--lam", "first=0.3,second=0.7", "--row", "lines", "--admin-key", "root") as process:
+    with started("--lam", "0.3", "--row", "lines", "--admin-key", "root") as process:
         told = json.loads(process.stdout.readline())
-        url, first, second = told["url"], "lines@0.3,0.7,0", "soup@0.8,0.2,0"
+        url, first, second = told["url"], "lines@0.3", "soup@0.8"
         assert told["default"] == first and tokens(url) == (expected("lines"), {first})
         assert ask(url, "/v1/completions", {"model": "sft", "prompt": "a"})[0] == 404
         assert ask(url, "/preference", {"model": second}, "other")[0] == 401
@@ -106,10 +97,6 @@ def test_weights_change_in_place_and_each_answer_says_which(tiny):
         after = ask(url, "/v1/completions", long)
         wanted = {first: alone, second: after}[found[0][1]]
         assert found[0][2]["choices"][0]["text"] == wanted[2]["choices"][0]["text"]
-        assert tokens(url) == (expected("soup"), {second})
-        # A merge that is not finite is found while vLLM loads it.
-        status, _, answer = ask(url, "/preference", {"model": "soup@0.5,0,0.5"}, "root")
-        assert status == 409 and f"{second} goes on answering" in answer["error"]["message"]
         assert tokens(url) == (expected("soup"), {second})
         # And back: no cached prefix of other weights is used.
         assert ask(url, "/preference", {"model": first}, "root")[0] == 200
