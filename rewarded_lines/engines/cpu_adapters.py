@@ -85,6 +85,10 @@ def expand(
     expand_slice(inputs, factors, output, slots, 0, output.shape[1], add_inputs)
 
 
+# Up to so many rows in all, one product of many copies is faster than a product for each adapter.
+_FEW_ROWS = 256
+
+
 @dataclass
 class _Group:
     """Tokens that are multiplied together: as many of each of some adapters.
@@ -141,7 +145,7 @@ def _groups(slots: _Slots, tokens: int) -> list[_Group]:
 
 
 def _group(slots: torch.Tensor) -> list[_Group]:
-    """Return one group where slots have about as many tokens each, else a group for each slot; none for slot -1."""
+    """Return one group if tokens are few or slots have about as many each, else one for each slot; none for slot -1."""
     import torch
 
     order = slots.argsort(stable=True)[int((slots < 0).sum()) :]
@@ -149,7 +153,7 @@ def _group(slots: torch.Tensor) -> list[_Group]:
         return []
     found, counts = slots[order].unique_consecutive(return_counts=True)
     most = int(counts.max())
-    if len(found) * most <= 2 * len(order):
+    if len(found) * most <= max(2 * len(order), _FEW_ROWS):
         # A slot with fewer tokens than the others repeats its last one.
         places = torch.arange(most).expand(len(found), most).minimum(counts[:, None] - 1)
         rows = order[places + (counts.cumsum(0) - counts)[:, None]]

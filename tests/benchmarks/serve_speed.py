@@ -32,8 +32,10 @@ import yaml
 from sweep_speed import ROOT, environment, row, say
 
 DEMO = ROOT / "runs" / "demo-lora" / "rewarded-lines.yaml"
-PARTS = ("mixed", "new", "burst", "memory")
+# The first one needs a server that has seen no λ.
+PARTS = ("new", "burst", "mixed", "memory")
 ROW = "lines"
+NO_REWARD = "def none(prompts, responses):\n    return [0.0] * len(prompts)"
 TOKENS = 40
 AT_ONCE = 64
 # Starting takes half a minute on two slow cores.
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (repeat)")
     parser.add_argument("--project", type=Path, default=DEMO)
-    parser.add_argument("--url", help="a server that runs; without it one is started for each part")
+    parser.add_argument("--url", help="a server that runs; without it one is started")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if not options.project.is_file():
@@ -57,19 +59,18 @@ def main() -> None:
         "burst": burst,
         "memory": memory,
     }
-    for part in options.only or PARTS:
-        # A fresh server has seen no λ.
-        with served(options.project, options.url) as (url, process):
-            asyncio.run(with_client(parts[part], url, options.project, process))
+    with served(options.project, options.url) as (url, process):
+        asyncio.run(measured([parts[part] for part in options.only or PARTS], url, options.project, process))
 
 
-async def with_client(part: Callable[[Client], Any], url: str, project: Path, process: Any) -> None:
-    """Run a part with connections to the server."""
+async def measured(parts: Sequence[Callable[[Client], Any]], url: str, project: Path, process: Any) -> None:
+    """Run parts with connections to the server."""
     limit = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, connector=limit, timeout=aiohttp.ClientTimeout(PATIENCE)) as session:
         client = Client(session, project, process)
         await client.start()
-        await part(client)
+        for part in parts:
+            await part(client)
 
 
 @contextlib.contextmanager
@@ -193,7 +194,7 @@ async def new_places(client: Client) -> None:
 
 async def burst(client: Client) -> None:
     """Ask for 505 answers at 101 λ and 5 of the base at once; compare every text with the sweep's."""
-    texts = swept(client.project)
+    texts = await asyncio.to_thread(swept, client.project)
     began = time.perf_counter()
     answers = await asyncio.gather(*(client.ask(*key) for key in texts))
     seconds = time.perf_counter() - began
@@ -208,18 +209,19 @@ async def burst(client: Client) -> None:
 def swept(project: Path) -> dict[tuple[str, str], tuple[str, int]]:
     """Return the greedy text of `sweep` and its tokens for (model, prompt), at 101 λ and the base, five prompts."""
     content = yaml.safe_load(project.read_text())
-    words = {"function": str(Path(__file__).with_name("serve_speed.py")) + ":no_reward"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "project.yaml")
         small = {
             "base": str(project.parent / content["base"]),
             "policies": {name: str(project.parent / policy) for name, policy in content["policies"].items()},
-            "rewards": {"none": words},
+            "rewards": {"none": {"function": "rewards.py:none"}},
             "prompts": {"file": str(project.parent / content["prompts"]["file"]), "limit": 5},
             "generation": {"temperature": 0, "max_tokens": TOKENS},
             "sweep": {"methods": [ROW]},
         }
         path.write_text(yaml.safe_dump(small))
+        # The sweep is made for its texts.
+        Path(folder, "rewards.py").write_text(f"{NO_REWARD}\n")
         program = str(Path(sys.executable).with_name("rewarded-lines"))
         command = [program, "sweep", "--config", str(path), "--out", f"{folder}/sweep", "--points", "101", "--quiet"]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
@@ -232,11 +234,6 @@ def swept(project: Path) -> dict[tuple[str, str], tuple[str, int]]:
         for point in points
         for prompt, text, tokens in zip(point.prompts, point.responses, point.tokens, strict=True)
     }
-
-
-def no_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Score nothing: the sweep is made for its texts."""
-    return [0.0] * len(prompts)
 
 
 async def memory(client: Client) -> None:

@@ -41,6 +41,7 @@ export class FrontChart {
   constructor(offered, choose) {
     this.offered = offered;
     this.choose = choose;
+    this.measured = offered.rows.filter(({ name }) => offered.points.some((point) => point.row === name));
     this.axes = [0, Math.min(1, offered.rewards.length - 1)].map((index) => offered.rewards[index]);
     this.rings = [];
     this.drawing = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
@@ -62,13 +63,12 @@ export class FrontChart {
   }
 
   ink(row) {
-    const index = this.offered.rows.findIndex(({ name }) => name === row);
+    const index = this.measured.findIndex(({ name }) => name === row);
     return index < 0 ? "base" : `row-${index % INKS}`;
   }
 
   legend() {
-    const measured = this.offered.rows.filter(({ name }) => this.offered.points.some((point) => point.row === name));
-    return measured.map(({ name, label }) => {
+    return this.measured.map(({ name, label }) => {
       const line = shape("path", { d: "M0 6H28", class: `drawn ${this.ink(name)}` });
       return element("span", {}, shape("svg", { viewBox: "0 0 28 12", class: "swatch", "aria-hidden": true }, line), ` ${label ?? name}`);
     });
@@ -112,10 +112,10 @@ export class FrontChart {
 
   // Only with two policies do the points of a method have an order.
   lines() {
-    const { rows, points, policies } = this.offered;
+    const { points, policies } = this.offered;
     if (policies.length !== 2) return [];
     const at = (point) => point.weights[policies[0]] ?? 0;
-    return rows.map(({ name }) => {
+    return this.measured.map(({ name }) => {
       const own = points.filter((point) => point.row === name).sort((one, other) => at(one) - at(other));
       return shape("polyline", { class: `drawn ${this.ink(name)}`, points: own.map((point) => this.place(point.means).join()).join(" ") });
     });
