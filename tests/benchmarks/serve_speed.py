@@ -35,6 +35,7 @@ DEMO = ROOT / "runs" / "demo-lora" / "rewarded-lines.yaml"
 # The first one needs a server that has seen no λ.
 PARTS = ("new", "burst", "mixed", "memory")
 ROW = "lines"
+NO_REWARD = "def none(prompts, responses):\n    return [0.0] * len(prompts)"
 TOKENS = 40
 AT_ONCE = 64
 # Starting takes half a minute on two slow cores.
@@ -208,18 +209,19 @@ async def burst(client: Client) -> None:
 def swept(project: Path) -> dict[tuple[str, str], tuple[str, int]]:
     """Return the greedy text of `sweep` and its tokens for (model, prompt), at 101 λ and the base, five prompts."""
     content = yaml.safe_load(project.read_text())
-    words = {"function": str(Path(__file__).with_name("serve_speed.py")) + ":no_reward"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "project.yaml")
         small = {
             "base": str(project.parent / content["base"]),
             "policies": {name: str(project.parent / policy) for name, policy in content["policies"].items()},
-            "rewards": {"none": words},
+            "rewards": {"none": {"function": "rewards.py:none"}},
             "prompts": {"file": str(project.parent / content["prompts"]["file"]), "limit": 5},
             "generation": {"temperature": 0, "max_tokens": TOKENS},
             "sweep": {"methods": [ROW]},
         }
         path.write_text(yaml.safe_dump(small))
+        # The sweep is made for its texts.
+        Path(folder, "rewards.py").write_text(f"{NO_REWARD}\n")
         program = str(Path(sys.executable).with_name("rewarded-lines"))
         command = [program, "sweep", "--config", str(path), "--out", f"{folder}/sweep", "--points", "101", "--quiet"]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
@@ -232,11 +234,6 @@ def swept(project: Path) -> dict[tuple[str, str], tuple[str, int]]:
         for point in points
         for prompt, text, tokens in zip(point.prompts, point.responses, point.tokens, strict=True)
     }
-
-
-def no_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Score nothing: the sweep is made for its texts."""
-    return [0.0] * len(prompts)
 
 
 async def memory(client: Client) -> None:
