@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
 
-    _Slots = torch.Tensor | "_Runs"
+    _Slots: TypeAlias = "torch.Tensor | _Runs"
 
 
 def group_adapters() -> None:

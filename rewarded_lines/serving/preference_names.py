@@ -200,7 +200,7 @@ class Menu:
                 expected = f"each of {', '.join(known)} at most once, as key=value" if known else "no keys"
                 raise self._refusal(where, f"the row `{row}` takes no such key", expected, text)
             given[key] = value
-        scales = {key: self._scale(where, key, given[key]) for key in _SCALES if key in given}
+        scales: dict[str, Any] = {key: self._scale(where, key, given[key]) for key in _SCALES if key in given}
         options = {key: _value(spec, key, value) for key, value in given.items() if key not in _SCALES}
         try:
             return replace(spec, **scales, options={**spec.options, **options}).complete(len(self.policies))

@@ -215,7 +215,8 @@ def _menu(models: Any, project: str | None) -> Menu | None:
 
 async def _try_out(engine: Any, served: ServedPolicies) -> None:
     """Load every policy alone, and all together, once: a fault must not stop the engine in the midst of requests."""
-    policies, problems = list(served.menu.policies), []
+    policies = list(served.menu.policies)
+    problems: list[Problem] = []
     for name in (served.menu.example("soup"), *policies):
         try:
             request = served.request(name)
