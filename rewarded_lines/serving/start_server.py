@@ -24,6 +24,8 @@ _START = 900.0
 class Server:
     """A server that runs in a process of its own. It ends with `close`, with a `with` block, or with this process.
 
+    On Linux it ends with the thread that started it, too.
+
     Attributes:
         url: without /v1.
         default: the canonical name of the merge for requests that name none, at the start.
@@ -34,7 +36,8 @@ class Server:
         """Start the process; `wait_until_ready` waits for it."""
         self.url, self.default, self.admin_key = plan.url, plan.default, plan.admin_key
         environment = {**plan.environment, DIE_WITH_PARENT: str(os.getpid())}
-        self.process = subprocess.Popen(keeping(plan.command), env=environment, start_new_session=True)
+        # Standard output is the caller's.
+        self.process = subprocess.Popen(keeping(plan.command), env=environment, start_new_session=True, stdout=2)
 
     def wait_until_ready(self, seconds: float = _START) -> None:
         """Return once the server answers.

@@ -123,7 +123,7 @@ def test_a_server_ends_with_the_python_that_started_it(tiny):
     process = subprocess.Popen(
         [COMMAND[0], "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    url, default = process.stdout.readline().split()
+    url, default = next(line for line in process.stdout if line.startswith("http")).split()
     assert default == "lines@0.5" and ask(url, "/v1/completions", {"prompt": "a", "max_tokens": 2})[1] == default
     processes = psutil.Process(process.pid).children(recursive=True)
     process.kill()
