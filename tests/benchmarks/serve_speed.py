@@ -177,7 +177,7 @@ async def mixed(client: Client, repeats: int) -> None:
     many, one, base = (median(found[kind]) for kind in kinds)
     what = f"{AT_ONCE} requests at once: 11 λ in the batch, beside"
     row(f"{what} one λ [tokens/s]", f"{many:.0f}", f"{one:.0f}", many / one, 0.7, at_most=False)
-    row(f"{what} the base alone [tokens/s]", f"{many:.0f}", f"{base:.0f}", many / base, 0.0, at_most=False)
+    say(f"| {what} the base alone [tokens/s] | {many:.0f} | {base:.0f} | {many / base:.3g} | | |")
 
 
 async def new_places(client: Client) -> None:
