@@ -61,7 +61,7 @@ def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> li
         return []
     means = np.array([point.means(run.objectives) for point in shown])
     front = nondominated(means) if np.isfinite(means).all() else np.zeros(len(shown), bool)
-    names = {point: name for name, point in reversed(chosen.items()) if name != DEFAULT}
+    names = {point: name for name, point in reversed(list(chosen.items())) if name != DEFAULT}
     found = []
     for point, values, best in zip(shown, means.tolist(), front.tolist(), strict=True):
         model = _model(point.spec, menu, names.get(point.spec))
@@ -69,9 +69,9 @@ def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> li
             told = {"name": names.get(point.spec), "model": model, "row": point.spec.method}
             told["weights"] = place_of(menu, point.spec.merge)
             found.append({**told, "means": dict(zip(run.objectives, values, strict=True)), "on_front": best})
-    base = {"name": None, "model": Path(menu.base).name, "row": None, "weights": {}, "on_front": False}
-    means = dict(zip(run.objectives, map(float, run.sft.means(run.objectives)), strict=True))
-    return [{**base, "means": means}, *found]
+    own = dict(zip(run.objectives, map(float, run.sft.means(run.objectives)), strict=True))
+    base = {"name": None, "model": Path(menu.base).name, "row": None, "weights": {}, "means": own, "on_front": False}
+    return [base, *found]
 
 
 def _is_served(point: PointSpec, menu: Menu) -> bool:

@@ -78,7 +78,8 @@ def plan_server(
     port = free_port(options.host, options.port)
     progress.start("opening checkpoints")
     how: dict[str, Any] = {"layers": options.layers, "tower": options.tower}
-    plan, told = _open(project, how), []
+    plan = _open(project, how)
+    told: list[str] = []
     if read is not None:
         progress.start("comparing the run with its policies")
         check_run(read.header, read.folder, plan)
