@@ -66,7 +66,7 @@ def measured_points(run: Run, menu: Menu, chosen: Mapping[str, PointSpec]) -> li
     for point, values, best in zip(shown, means.tolist(), front.tolist(), strict=True):
         model = _model(point.spec, menu, names.get(point.spec))
         if model is not None:
-            told = {"name": names.get(point.spec), "model": model, "row": point.spec.method}
+            told: dict[str, Any] = {"name": names.get(point.spec), "model": model, "row": point.spec.method}
             told["weights"] = place_of(menu, point.spec.merge)
             found.append({**told, "means": dict(zip(run.objectives, values, strict=True)), "on_front": best})
     own = dict(zip(run.objectives, map(float, run.sft.means(run.objectives)), strict=True))
