@@ -27,11 +27,13 @@ class Engine:
         self.log: list[str] = []
         self.weights: dict[str, Any] = {}
         self.reasons: list[str] = []
+        self.dead = False
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[Any]:
         self.log.append(method)
         reason = self.reasons.pop(0) if self.reasons and method == "use_merge" else ""
         if reason == "dead":
+            self.dead = True
             raise RuntimeError("the worker is gone")
         if method == "use_merge" and not reason:
             self.weights = args[0]["weights"]
@@ -42,6 +44,8 @@ class Engine:
 
     async def resume_generation(self) -> None:
         self.log.append("resume")
+        if self.dead:
+            raise RuntimeError("the engine is gone")
 
 
 class StandIn:
@@ -62,6 +66,7 @@ class StandIn:
         self.gate = WeightsGate(self.engine, patience=0.2) if whole else None
         self.desk = FrontDesk(menu, self.gate, {"chat": True})
         paths = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/audio", "/v1/load_lora_adapter")
+        paths += ("/inference/v1/generate",)
         routes = [Route(path, self._answer, methods=["POST"]) for path in paths]
         routes += [Route("/v1/models", self._models), Route("/health", lambda request: JSONResponse({}))]
         app = Starlette(routes=routes)

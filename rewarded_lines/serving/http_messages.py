@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -105,7 +106,10 @@ def rewriting(send: Send, change: Callable[[Any], Any]) -> Send:
             parts.append(message.get("body", b""))
             if not message.get("more_body", False):
                 status, body = started[0]["status"], b"".join(parts)
-                await respond(send, status, change(json.loads(body)) if status == 200 else body)
+                # Rows with matched norms take time.
+                await respond(
+                    send, status, await asyncio.to_thread(change, json.loads(body)) if status == 200 else body
+                )
 
     return changed
 

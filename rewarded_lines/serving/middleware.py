@@ -40,7 +40,10 @@ from rewarded_lines.serving.served_settings import MOST_BYTES, ServedSettings, s
 # Adapters come from the menu alone: these would open a path that a request names.
 _CLOSED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
 # Requests without a model get the default here.
-_GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations")
+_GENERATE = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"),
+    *("/inference/v1/generate", "/generative_scoring"),
+)
 _OWN_FIELDS = ("preference", "row")
 
 

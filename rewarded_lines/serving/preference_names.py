@@ -10,9 +10,11 @@ opened, imported or run.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, did_you_mean, listed
@@ -86,21 +88,37 @@ class Menu:
         self.steps = round(1 / step) if math.isfinite(step) and 1e-6 <= step <= 1 else 0
         if not self.steps or abs(self.steps * step - 1) > 1e-6:
             raise UserError(Problem("not a step", "step", "0.1, 0.05, 0.01 or another part of 1", str(step)))
-        self.base, self.policies, self.rows, self.points = base, dict(policies), dict(rows), dict(points or {})
+        self.base, self.policies, self.rows = base, dict(policies), dict(rows)
         self.step, self.mixtures, self.how = step, mixtures, dict(how or {})
         # A policy's name is that policy alone.
         corners = [tuple(float(one == other) for one in self.policies) for other in self.policies]
-        alone = {name: MergeSpec(corner, 1.0, 0.0) for name, corner in zip(self.policies, corners, strict=True)}
-        self._named = {**alone, **self.points}
+        self._named = {name: MergeSpec(corner, 1.0, 0.0) for name, corner in zip(self.policies, corners, strict=True)}
+        self.points: dict[str, MergeSpec] = {}
         # For requests that name none.
         self.row = "lines" if "lines" in self.rows else next(iter(self.rows), "")
         self.names = mixtures.rewards if mixtures else tuple(self.policies)
+        # Requests wait in threads, and rows with matched norms keep what they have read.
+        self._one_at_a_time = threading.RLock()
         self._find = lru_cache(_REMEMBERED)(self._found)
+        self.add(points or {})
 
     def add(self, points: Mapping[str, MergeSpec]) -> None:
-        """Give more merges a name of their own."""
+        """Give more merges a name of their own.
+
+        Raises:
+            UserError: a policy or the base has such a name already.
+        """
+        if taken := [name for name in points if self.takes(name)]:
+            what, got = "two models of one name", f"a policy or the base, and a point: {', '.join(taken)}"
+            raise UserError(
+                Problem(what, "the names of a server", got=got, remedy="give the policy or the base another name")
+            )
         self.points |= points
         self._named |= points
+
+    def takes(self, name: str) -> bool:
+        """True if a policy or the base has this name."""
+        return name in (*self.policies, Path(self.base).name)
 
     def spec(self, name: str) -> MergeSpec:
         """Return the merge that a name asks for.
@@ -167,7 +185,11 @@ class Menu:
         return next(self._spellings(spec, place, row)), spec
 
     def _at(self, row: str, place: tuple[float, ...]) -> MergeSpec:
-        return self.rows[row].at(self.mixtures.weights(place) if self.mixtures else place)
+        try:
+            with self._one_at_a_time:
+                return self.rows[row].at(self.mixtures.weights(place) if self.mixtures else place)
+        except UserError as error:
+            raise PreferenceError(error.problems) from error
 
     def _place(self, where: str, text: str, row: str) -> tuple[float, ...]:
         """Return the weights in a name, rounded to the step."""
@@ -254,9 +276,9 @@ class Menu:
 
     def _check_names(self, where: str, given: Sequence[str] | Mapping[str, Any]) -> None:
         if unknown := [name for name in given if name not in self.names]:
-            what = f"no {'reward' if self.mixtures else 'policy'} `{unknown[0][:80]}`"
-            expected = ", ".join(self.names)
-            raise PreferenceError(Problem(what, where, expected, remedy=did_you_mean(unknown[0], self.names)), 404)
+            name, kind = unknown[0][:80], "reward" if self.mixtures else "policy"
+            remedy = did_you_mean(name, self.names)
+            raise PreferenceError(Problem(f"no {kind} `{name}`", where, ", ".join(self.names), remedy=remedy), 404)
 
     def _unknown(self, where: str, word: str) -> PreferenceError:
         rows = listed([f"{name}@WEIGHTS" for name in self.rows], 12)

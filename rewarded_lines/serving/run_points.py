@@ -24,9 +24,15 @@ Named = dict[str, PointSpec]
 def chosen_points(folder: Path, menu: Menu) -> tuple[Named, list[str]]:
     """Return the choices that the run remembers and the server can answer by, and notes on the others."""
     recorded = recorded_choices(folder)
-    served = {name: point for name, point in recorded.items() if _is_served(point, menu)}
-    left = [name for name in recorded if name not in served]
-    notes = [f"`{name}` is not served: {recorded[name]} is no merge that this server makes" for name in left]
+    served = {name: point for name, point in recorded.items() if _is_served(point, menu) and not menu.takes(name)}
+    left = {name: point for name, point in recorded.items() if name not in served}
+    why = {
+        name: "a policy or the base has this name"
+        if menu.takes(name)
+        else f"{point} is no merge that this server makes"
+        for name, point in left.items()
+    }
+    notes = [f"`{name}` is not served: {reason}" for name, reason in why.items()]
     return served, notes
 
 
@@ -41,6 +47,8 @@ def default_point(run: Run | None, options: ServeOptions, menu: Menu, chosen: Ma
             remedy = "name the folder that `sweep` wrote: rewarded-lines serve RUN --at-least …"
             raise fail("a minimum needs a run that measured it", where="--at-least", remedy=remedy)
         rows = [name for name, points in run.methods().items() if _is_served(points[0].spec, menu)]
+        if not rows:
+            raise fail("no point of the run can be served", where="--at-least", got=", ".join(run.methods()))
         wish: Any = {"at_least": options.at_least, "maximize": options.maximize, "methods": rows, "name": None}
         return choose(run.folder, **wish).point
     if options.lam is not None:

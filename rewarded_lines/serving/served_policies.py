@@ -195,7 +195,7 @@ async def _open(models: Any, project: str | None) -> None:
 
 def _menu(models: Any, project: str | None) -> Menu | None:
     """Return the menu of a project, or else of the adapters on vLLM's command line; None without any."""
-    base, given = models.model_config.model, {name: os.environ.get(place) for name, place in SETTINGS.items()}
+    base, given = models.model_config.model, {name: os.environ.get(place) or None for name, place in SETTINGS.items()}
     how: dict[str, Any] = {name: given[name] for name in ("layers", "tower")}
     try:
         step = float(given["step"] or STEP)

@@ -59,11 +59,11 @@ class ServerPlan:
     told: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def ready(self, kind: str) -> str:
-        """Return what to print once the server answers: as "text", as "json", or nothing."""
+    def ready(self, kind: str, made: str | None) -> str:
+        """Return what to print once the server answers: as "text", as "json", or nothing; `made`: a new admin key."""
         if kind == "json":
-            return json.dumps({"url": self.url, "default": self.default, "admin_key": self.admin_key})
-        admin = f"\n  admin key for POST /preference: {self.admin_key}" if self.admin_key else ""
+            return json.dumps({"url": self.url, "default": self.default, "admin_key": made})
+        admin = f"\n  admin key for POST /preference: {made}" if made else ""
         return f"Serving on {self.url} (page), {self.url}/v1; default: {self.default}{admin}" if kind else ""
 
 
@@ -110,13 +110,14 @@ def plan_server(
         sampling={key: getattr(project.generation, key) for key in ("temperature", "max_tokens")},
         admin=hashed(admin) if admin else "",
         most_bytes=options.most_bytes,
-        ready=found.ready(announce),
+        # A key that the user gave stays out of logs.
+        ready=found.ready(announce, None if options.admin_key else admin),
         **facts,
     )
-    own = {**given.variable(), "VLLM_API_KEY": options.api_key}
-    if place is None:
-        menu = {"step": str(options.step), **how}
-        own |= {PROJECT: given.project, **{name: menu[key] for key, name in SETTINGS.items()}}
+    # Empty ones, too: those of the user's shell are for plain vLLM.
+    menu = {"step": str(options.step), **how} if place is None else {}
+    own = {name: menu.get(key) or "" for key, name in SETTINGS.items()}
+    own |= {**given.variable(), PROJECT: given.project if menu else "", "VLLM_API_KEY": options.api_key}
     return replace(found, environment=environment(settings, own))
 
 

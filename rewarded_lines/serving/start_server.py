@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -43,16 +44,17 @@ class Server:
         """Return once the server answers.
 
         Raises:
-            UserError: it ended, or does not answer in time; it is closed then.
+            UserError: it ended, or does not answer in time.
         """
-        end = time.monotonic() + seconds
+        # No proxy, and no authority for a certificate: the process is this one's own.
+        ours = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+        opener, end = urllib.request.build_opener(urllib.request.ProxyHandler({}), ours), time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with suppress(OSError), opener.open(f"{self.url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
             time.sleep(0.2)
         code = self.process.poll()
-        self.close()
         got = f"no answer in {seconds:g} s" if code is None else f"exit code {code}"
         raise fail("the server did not start", where=WHERE, got=got, remedy="see what vLLM wrote above")
 
@@ -95,5 +97,9 @@ def serve(
     """
     server = Server(plan_server(run, config, options, progress))
     progress.start("starting vLLM")
-    server.wait_until_ready()
+    try:
+        server.wait_until_ready()
+    except BaseException:
+        server.close()
+        raise
     return server

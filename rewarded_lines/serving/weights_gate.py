@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from rewarded_lines.engines.vllm_models import spec_message
@@ -76,8 +76,9 @@ class WeightsGate:
         try:
             yield self.name
         finally:
+            # At once: a second cancellation could interrupt the wait for the lock.
+            self._active -= 1
             async with self._changed:
-                self._active -= 1
                 self._changed.notify_all()
 
     async def change(self, name: str, spec: MergeSpec) -> float:
@@ -115,9 +116,9 @@ class WeightsGate:
                 raise PreferenceError(Problem(what, _WHERE, remedy="ask again later"), 503) from None
 
     async def _swap(self, name: str, spec: MergeSpec) -> None:
-        # Requests that the server answers in the background end, too; cached prefixes are the old weights'.
-        await self._engine.pause_generation(mode="wait")
         try:
+            # Requests that the server answers in the background end, too; cached prefixes are the old weights'.
+            await self._engine.pause_generation(mode="wait")
             if problems := await self._use(spec):
                 told = Problem(f"the change failed; {self.name} goes on answering", _WHERE, got=str(problems[0]))
                 raise PreferenceError(told, 409)
@@ -128,7 +129,9 @@ class WeightsGate:
             self.broken = f"{name} could not be loaded, and {self.name} not be kept: {error}"
             self._check()
         finally:
-            await self._engine.resume_generation()
+            # A dead engine cannot.
+            with suppress(*(Exception,) if self.broken else ()):
+                await self._engine.resume_generation()
 
     async def _use(self, spec: MergeSpec) -> list[Problem]:
         """Stream a merge into the workers; return why they refuse it: then they have kept the weights from before."""

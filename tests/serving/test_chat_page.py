@@ -273,7 +273,10 @@ def test_a_point_of_the_front_is_chosen_by_click_and_from_the_list(opening: Any)
 
 
 def test_whole_models_have_one_preference_which_an_admin_changes(opening: Any) -> None:
-    page, server = opening(offer(mode="whole", chat=False, rewards=[], points=[]), admin="master")
+    page, server = opening(offer(mode="whole", chat=False, rewards=[], points=[]), key="secret", admin="master")
+    # Two keys: each is sent only where it is asked for.
+    page.get_by_label("API key").fill("secret")
+    page.keyboard.press("Enter")
     assert page.get_by_label("Beside a second preference").is_hidden() and page.locator("#front").is_hidden()
     page.get_by_role("slider").press("End")
     page.get_by_role("button", name="Change the server's preference").click()

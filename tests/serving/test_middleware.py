@@ -95,6 +95,11 @@ def test_other_bodies_pass_as_they_are():
     asyncio.run(check())
 
 
+def test_tokens_without_a_model_get_the_default_too():
+    answer, seen = ask({"token_ids": [1]}, "/inference/v1/generate")
+    assert seen == [{"token_ids": [1], "model": "soup@0.3"}] and answer.headers[HEADER] == "soup@0.3"
+
+
 def test_adapters_are_never_loaded_from_a_path():
     answer, seen = ask({"lora_name": "mine", "lora_path": "/etc"}, "/v1/load_lora_adapter")
     assert (answer.status_code, seen) == (403, [])

@@ -1,16 +1,20 @@
 """Names of preferences: what they ask for, one spelling for each model, what is refused."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_adapters import save_adapter
 
-from rewarded_lines.errors import UserError
+from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.merger.preferences import read_mixtures
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import load_project
+from rewarded_lines.serving import preference_names
 from rewarded_lines.serving.menus import linear_rows, menu_of_adapters, menu_of_project
-from rewarded_lines.serving.preference_names import Menu, PreferenceError
+from rewarded_lines.serving.preference_names import Menu, PreferenceError, Row
 
 TWO = {"helpful": "h", "brief": "b"}
 POINTS = {"chosen": MergeSpec((0.35, 0.65)), "between": MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)}
@@ -83,6 +87,39 @@ def test_a_preference_is_named_and_a_wrong_one_refused():
         with pytest.raises(PreferenceError):
             MENU.name_for({"helpful": 1}, row)
     assert json.loads(json.dumps(MENU.as_dict()))["rows"][1] == {"name": "lines", "label": "LiNeS (α = β = 1)"}
+
+
+@pytest.mark.parametrize("name", ["brief", "sft"])
+def test_a_point_has_no_name_of_a_policy_or_the_base(name):
+    with pytest.raises(UserError, match="two models of one name"):
+        Menu("models/sft", TWO, linear_rows(2)).add({name: MergeSpec((0.3, 0.7))})
+
+
+def test_a_long_name_is_cut_before_it_is_compared(monkeypatch):
+    seen = []
+    monkeypatch.setattr(preference_names, "did_you_mean", lambda word, names: seen.append(len(word)) or "")
+    with pytest.raises(PreferenceError):
+        MENU.name_for({"x" * 100_000: 1})
+    assert seen == [80]
+
+
+def test_a_row_is_asked_by_one_request_at_a_time_and_its_refusal_is_an_answer():
+    busy = threading.Semaphore(1)
+
+    def at(weights):
+        assert busy.acquire(blocking=False)
+        time.sleep(0.002)
+        busy.release()
+        if weights[0] == 1:
+            raise UserError(Problem("the norm of a policy is 0"))
+        return MergeSpec(weights, 0.5)
+
+    menu = Menu("sft", TWO, {"even": Row(at, own=True)})
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(menu.canonical, [f"even@{k / 100}" for k in range(30)]))
+    assert names[3] == "even@0.03"
+    with pytest.raises(PreferenceError, match="norm of a policy"):
+        menu.spec("even@1")
 
 
 def test_a_step_is_a_part_of_one():

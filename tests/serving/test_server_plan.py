@@ -1,8 +1,12 @@
 """What `serve` decides before vLLM starts, through the command line; vLLM itself is not started."""
 
 import json
+import os
 import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from invented_runs import synthetic_run
@@ -10,7 +14,13 @@ from tiny_adapters import save_adapter
 
 from rewarded_lines import choose
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
-from rewarded_lines.serving import server_checks
+from rewarded_lines.errors import UserError
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.serving import server_checks, start_server
+from rewarded_lines.serving.menus import menu_of_adapters
+from rewarded_lines.serving.run_points import default_point
+from rewarded_lines.serving.serve_options import ServeOptions
 from rewarded_lines.serving.served_settings import settings_given
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment", exc_type=ImportError)
@@ -160,3 +170,53 @@ def test_whole_policies_become_adapters_once(project, start):
     answer, _, _ = start("--rank", 4)
     assert "holds" in answer.err and made.stat().st_mtime_ns == before
     assert other.read_bytes() == made.read_bytes()
+
+
+def test_settings_of_the_shell_and_the_users_keys_stay_out(project, start, monkeypatch):
+    for name in ("PROJECT", "STEP", "TOWER"):
+        monkeypatch.setenv(f"REWARDED_LINES_{name}", "elsewhere")
+    _, _, settings = start("--admin-key", "mine")
+    assert settings.admin and "mine" not in settings.ready
+    assert [os.environ[f"REWARDED_LINES_{name}"] for name in ("PROJECT", "STEP", "TOWER")] == ["", "", ""]
+
+
+def test_choices_that_a_server_cannot_name_are_told(project, start):
+    choose("sweep", at_least={"positive": 0.5}, name="detailed")
+    answer, _, settings = start("sweep")
+    assert "`detailed` is not served: a policy" in answer.err and settings.points.keys() == {"default"}
+    points = {"ties": [SimpleNamespace(spec=PointSpec("ties", MergeSpec((0.5, 0.5), 1.0, 0.0, "ties")))]}
+    run = SimpleNamespace(folder=project, methods=lambda: points)
+    menu = menu_of_adapters("sft", POLICIES)
+    with pytest.raises(UserError, match="no point of the run can be served"):
+        default_point(run, ServeOptions(at_least={"detailed": 1}), menu, {})
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_verb_asks_without_a_proxy_and_an_interrupt_ends_the_server(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server, events = start_server.Server.__new__(start_server.Server), []
+    server.process = SimpleNamespace(poll=lambda: None, terminate=lambda: events.append("end"), wait=lambda: 0)
+    with HTTPServer(("127.0.0.1", 0), Healthy) as answers:
+        Thread(target=answers.serve_forever, daemon=True).start()
+        server.url = f"http://127.0.0.1:{answers.server_port}"
+        server.wait_until_ready(5)
+        answers.shutdown()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start_server.Server, "wait_until_ready", interrupted)
+    monkeypatch.setattr(start_server, "plan_server", lambda *_: None)
+    monkeypatch.setattr(start_server, "Server", lambda plan: server)
+    with pytest.raises(KeyboardInterrupt):
+        start_server.serve()
+    assert events == ["end"]

@@ -14,15 +14,18 @@ let controls = [];
 // The chat so far: what was said, and the answer of each side. A side that was not asked has the first one's answer.
 let turns = [];
 let running = null;
+// By name: one for all requests, one to change the weights of a server of whole models.
+const keys = {};
 
 const comparing = () => byId("compare").checked;
 const shown = () => controls.slice(0, comparing() ? 2 : 1);
-const key = () => byId("key").value;
+const key = (name = "API key") => keys[name] ?? "";
 const label = ({ row, weights }) => `${row}, ${spoken(weights, offered.step)}`;
 
-function told(error) {
+function told(error, name = "API key") {
   byId("problem").textContent = error?.message ?? "";
   if (error && [401, 403].includes(error.status)) {
+    byId("key-name").textContent = name;
     byId("unlock").hidden = false;
     byId("key").focus();
   }
@@ -184,15 +187,14 @@ async function apply() {
   byId("applied").textContent = "Changing …";
   byId("apply").disabled = true;
   try {
-    const response = await request("preference", { key: key(), body: { preference: weights, row } });
+    const response = await request("preference", { key: key("Admin key"), body: { preference: weights, row } });
     const { current, row: now } = await response.json();
     controls[0].set({ weights: current ?? weights, row: now ?? row });
     byId("applied").textContent = `The server now answers with ${label(controls[0].state)}.`;
     told(null);
   } catch (error) {
     byId("applied").textContent = "";
-    if ([401, 403].includes(error.status)) byId("key-name").textContent = "Admin key";
-    told(error);
+    told(error, "Admin key");
   }
   byId("apply").disabled = false;
   stand();
@@ -238,6 +240,8 @@ byId("message").addEventListener("keydown", (event) => {
 });
 byId("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
+  keys[byId("key-name").textContent] = byId("key").value;
+  byId("key").value = "";
   byId("unlock").hidden = true;
   if (offered) told(null);
   else void start();
