@@ -85,7 +85,7 @@ def _row(methods: Methods, name: str, spec: MethodSpec) -> Row:
     at = partial(_merge_at, methods, name)
     if spec.match is not None:
         # To match norms, all weights are read: not before a request asks for that.
-        return Row(at, spec.merge, f"{name} (norm of {spec.match})", own=True)
+        return Row(at, spec.merge, f"{name} (norm of {spec.match})", own=True, matched=True)
     middle = at(methods.weights(2)[0])
     return Row(at, middle.method, _label(name, middle), own=bool(middle.lines))
 

@@ -50,12 +50,14 @@ class Row:
         method: that of the merges, a key of `METHODS`.
         label: for people.
         own: whether the row sets its schedule itself, so that a request cannot change α and β.
+        matched: whether the schedule follows from norms, which takes time.
     """
 
     at: Callable[[tuple[float, ...]], MergeSpec]
     method: str = "soup"
     label: str = ""
     own: bool = False
+    matched: bool = False
 
 
 class Menu:

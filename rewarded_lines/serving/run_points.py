@@ -88,15 +88,17 @@ def _is_served(point: PointSpec, menu: Menu) -> bool:
 
 
 def _model(point: PointSpec, menu: Menu, name: str | None) -> str | None:
-    """Return the name by which a request gets this very point, None if λ would be rounded to another."""
+    """Return the name by which a request gets this very point; None if its λ or its row's schedule is another now."""
     weights = ",".join(map(repr, place_of(menu, point.merge).values()))
-    own = menu.rows[point.method].own
+    matched = menu.rows[point.method].matched
     try:
-        model = menu.canonical(f"{'soup' if own else point.method}@{weights}")
+        model = menu.canonical(f"{'soup' if matched else point.method}@{weights}")
     except PreferenceError:
         return name
-    if own:
-        # Its schedule may need the norms of all residuals, which made it once: the run has these very policies.
-        same = menu.spec(model).weights == point.merge.weights
-        return f"{point.method}@{model.partition('@')[2]}" if same else name
-    return model if menu.spec(model) == point.merge else name
+    spec = menu.spec(model)
+    if spec.weights != point.merge.weights:
+        return name
+    if matched:
+        # The norms of all residuals made its schedule once: the run has these very policies.
+        return f"{point.method}@{model.partition('@')[2]}"
+    return model if spec == point.merge else None

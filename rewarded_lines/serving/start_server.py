@@ -31,11 +31,12 @@ class Server:
         url: without /v1.
         default: the canonical name of the merge for requests that name none, at the start.
         admin_key: for POST /preference; None on a server of adapters.
+        told: what the user should know, such as choices that are not served.
     """
 
     def __init__(self, plan: ServerPlan) -> None:
         """Start the process; `wait_until_ready` waits for it."""
-        self.url, self.default, self.admin_key = plan.url, plan.default, plan.admin_key
+        self.url, self.default, self.admin_key, self.told = plan.url, plan.default, plan.admin_key, plan.told
         environment = {**plan.environment, DIE_WITH_PARENT: str(os.getpid())}
         # Standard output is the caller's.
         self.process = subprocess.Popen(keeping(plan.command), env=environment, start_new_session=True, stdout=2)

@@ -16,10 +16,12 @@ from rewarded_lines import choose
 from rewarded_lines.checkpoints.hashing import model_hash, policy_hash
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.records import load_run
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.serving import server_checks, start_server
 from rewarded_lines.serving.menus import menu_of_adapters
-from rewarded_lines.serving.run_points import default_point
+from rewarded_lines.serving.preference_names import Menu, Row
+from rewarded_lines.serving.run_points import default_point, measured_points
 from rewarded_lines.serving.serve_options import ServeOptions
 from rewarded_lines.serving.served_settings import settings_given
 
@@ -189,6 +191,12 @@ def test_choices_that_a_server_cannot_name_are_told(project, start):
     menu = menu_of_adapters("sft", POLICIES)
     with pytest.raises(UserError, match="no point of the run can be served"):
         default_point(run, ServeOptions(at_least={"detailed": 1}), menu, {})
+    # A row that has another schedule now does not show the scores of the old one.
+    run = load_run("sweep")
+    assert "lines@0.5" in {point["model"] for point in measured_points(run, menu, {})}
+    row = Row(lambda weights: MergeSpec(weights, 0.7, 0.2), own=True)
+    menu = Menu("sft", POLICIES, {**menu.rows, "lines": row})
+    assert {point["row"] for point in measured_points(run, menu, {})} == {"soup", None}
 
 
 class Healthy(BaseHTTPRequestHandler):
