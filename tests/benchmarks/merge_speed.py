@@ -148,7 +148,7 @@ def one_merge(bench: Bench) -> list[Row]:
         seconds_row(f"merge {size:.2f}B, peer mergekit", found["ours"], theirs, 0.2),
         seconds_row(f"merge {size:.2f}B, peer cp -r of one checkpoint", found["ours"], found["cp"], 3),
         seconds_row(f"merge {size:.2f}B of known hashes, peer mergekit", found["known"], theirs, 0.12),
-        seconds_row(f"merge {size:.2f}B of known hashes, peer cp -r of one checkpoint", found["known"], found["cp"], 2.5),
+        seconds_row(f"merge {size:.2f}B of known hashes, peer cp -r of one", found["known"], found["cp"], 2.5),
         memory_row(f"merge {size:.2f}B, peer mergekit", found["ours"], theirs),
         *rows,
     ]
