@@ -261,6 +261,11 @@ class ProjectConfig(Strict):
     reward_memory: Annotated[str, checked(parse_memory)] | None = None
     sweep: SweepSpec = SweepSpec()
 
+    @property
+    def objectives(self) -> list[str]:
+        """The rewards that make the front: all but audits."""
+        return [name for name, spec in self.rewards.items() if spec.role != "audit"]
+
 
 def decides(spec: RewardSpec | GenerationSpec) -> dict[str, Any]:
     """Return the settings that decide responses or scores; later settings only where they are used."""

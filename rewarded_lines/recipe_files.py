@@ -243,7 +243,7 @@ def _run(recipe: Recipe, task: str, folder: Path, project: ProjectConfig | None)
     config = _moved(_config(recipe, task), task)
     command, settings = _command(config), yaml.safe_load(config)
     project = project or ProjectConfig()
-    known = [name for name, spec in project.rewards.items() if spec.role != "audit"]
+    known = project.objectives
     wanted = [settings["reward"]] if settings.get("reward") else list(settings.get("rewards") or ())
     if len(wanted) == 1 and known and wanted[0] not in known:
         output = Path(settings["output_dir"]).with_name(known[0])

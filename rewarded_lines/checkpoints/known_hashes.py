@@ -57,7 +57,7 @@ class KnownHashes:
 
     A large file counts as unchanged if its device, inode, size, and times of change (mtime and ctime, in nanoseconds)
     are those of the time when it was hashed. A program can set mtime, but not ctime. Only damage below the file system
-    goes unseen: see `forget`. Without a cache that can be written, files are hashed in each process.
+    goes unseen: see `trust`. Without a cache that can be written, files are hashed in each process.
     """
 
     def __init__(self) -> None:
@@ -78,10 +78,11 @@ class KnownHashes:
         if state.size >= LARGE and state.settled:
             _in_cache(lambda table: table.execute(_KEEP, (*state.numbers, digest)))
 
-    def forget(self) -> None:
-        """Hash every file again in this process, whatever is known of it."""
-        self._here.clear()
-        self._trusts_cache = False
+    def trust(self, trusted: bool) -> None:
+        """Unless what is known is `trusted`, hash every file again in this process."""
+        if not trusted:
+            self._here.clear()
+            self._trusts_cache = False
 
 
 def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:

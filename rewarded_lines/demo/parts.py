@@ -27,7 +27,7 @@ def parts_of(stage: str, settings: DemoSettings, before: str) -> list[Part]:
     """Return the parts of a stage; each hashes its own inputs and `before`, the hash of the stages before it."""
     out, algo = settings.out, settings.algo
     if stage == "policies":
-        names = _objectives(load_project(settings.suite).config)
+        names = load_project(settings.suite).config.objectives
         return [_recipe(algo, f"{algo} {one}", out / "policies" / one, settings, before, reward=one) for one in names]
     if stage in ("sft", "reward"):
         return [_recipe(stage, stage, out / ("sft" if stage == "sft" else "rewards/positive"), settings, before)]
@@ -52,10 +52,6 @@ def is_shared(name: str, source: Path, out: Path) -> bool:
     return local_path(name, out).resolve() == source.resolve()
 
 
-def _objectives(suite: ProjectConfig) -> list[str]:
-    return [name for name, spec in suite.rewards.items() if spec.role != "audit"]
-
-
 def _data_inputs(settings: DemoSettings) -> list[Any]:
     source = settings.corpus or Path(reviews.__file__)
     # Resolved, so that the files that it extends count.
@@ -78,7 +74,7 @@ def _make_data(settings: DemoSettings, watch: Watch) -> None:
         if not is_shared(name, source, settings.out):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    policies = {name: f"policies/{name}" for name in _objectives(suite)}
+    policies = {name: f"policies/{name}" for name in suite.objectives}
     save_project(settings.out / PROJECT_FILE, suite.model_copy(update={"base": "sft", "policies": policies}))
 
 

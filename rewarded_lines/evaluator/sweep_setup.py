@@ -77,7 +77,7 @@ class Setup:
     @property
     def objectives(self) -> list[str]:
         """The rewards that make the front: all but audits."""
-        return [name for name, spec in self.project.config.rewards.items() if spec.role != "audit"]
+        return self.project.config.objectives
 
     @property
     def generation(self) -> GenerationSpec:
@@ -220,8 +220,7 @@ def open_setup(project: Project, options: SweepOptions, progress: Progress = SIL
     project.require("base", "policies", "rewards", "prompts")
     check_engine(options.engine)
     check_decoding(project, options.engine)
-    if options.rehash:
-        KNOWN.forget()
+    KNOWN.trust(not options.rehash)
     if options.engine == "vllm":
         settings = engine_settings(project, options)
         check_settings(settings)
@@ -276,8 +275,7 @@ def engine_settings(project: Project, options: SweepOptions) -> EngineSettings:
 
 
 def _check_rewards(project: Project) -> None:
-    objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
-    if not objectives:
+    if not (objectives := project.config.objectives):
         raise fail("every reward is an audit", where=project.where("rewards"), expected="one with `role: objective`")
     for label, at in project.config.sweep.references.items():
         if label in ("sft", "worst") or sorted(at) != sorted(objectives):

@@ -120,8 +120,7 @@ def replay(
 
 def _open(base: str, policies: Mapping[str, str], how: MergeOptions) -> Plan:
     how.progress.start("opening inputs")
-    if how.rehash:
-        KNOWN.forget()
+    KNOWN.trust(not how.rehash)
     taken = ("dtype", "device", "layers", "tower", "tokenizer", "config_from", "rank")
     return plan_as(how.as_, base, policies, how.method, **{name: getattr(how, name) for name in taken})
 

@@ -119,8 +119,7 @@ def _plan(
     project = load_project(config)
     project.require("base", "rewards")
     base = project.resolve(str(project.config.base))
-    objectives = [name for name, spec in project.config.rewards.items() if spec.role != "audit"]
-    commands = _commands([train] if isinstance(train, str) else train, objectives)
+    commands = _commands([train] if isinstance(train, str) else train, project.config.objectives)
     _check_commands(commands)
     refuse_foreign(out, STATE_FILE)
     if each.score is not None:

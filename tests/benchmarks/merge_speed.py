@@ -132,8 +132,11 @@ def one_merge(bench: Bench) -> list[Row]:
     """One λ: against mergekit's equal merge, and against copying one checkpoint."""
     inputs = bench.checkpoints(bench.parameters)
     outs = {name: bench.folder / f"out-{name}" for name in ("ours", "cp", "mergekit")}
-    ours = Competitor("ours", [(merge_command(inputs, [LAM], outs["ours"]), outs["ours"])], inputs)
-    competitors = [ours, Competitor("cp", [(["cp", "-r", inputs[0], outs["cp"]], outs["cp"])], inputs)]
+    command = merge_command(inputs, [LAM], outs["ours"])
+    ours = Competitor("ours", [([*command, "--rehash"], outs["ours"])], inputs)
+    # Usually the inputs were hashed by an earlier command.
+    known = Competitor("known", [(command, outs["ours"])], inputs)
+    competitors = [ours, known, Competitor("cp", [(["cp", "-r", inputs[0], outs["cp"]], outs["cp"])], inputs)]
     if bench.mergekit:
         command = mergekit_command(bench.mergekit, inputs, LAM, outs["mergekit"])
         competitors.append(Competitor("mergekit", [(command, outs["mergekit"])], inputs))
@@ -144,6 +147,8 @@ def one_merge(bench: Bench) -> list[Row]:
     return [
         seconds_row(f"merge {size:.2f}B, peer mergekit", found["ours"], theirs, 0.2),
         seconds_row(f"merge {size:.2f}B, peer cp -r of one checkpoint", found["ours"], found["cp"], 3),
+        seconds_row(f"merge {size:.2f}B of known hashes, peer mergekit", found["known"], theirs, 0.12),
+        seconds_row(f"merge {size:.2f}B of known hashes, peer cp -r of one", found["known"], found["cp"], 2.5),
         memory_row(f"merge {size:.2f}B, peer mergekit", found["ours"], theirs),
         *rows,
     ]

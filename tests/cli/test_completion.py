@@ -42,7 +42,7 @@ def runs(make_run, tmp_path, monkeypatch):
 
 
 def test_commands_and_options(complete):
-    assert complete("s") == ["sweep", "score", "search"]
+    assert complete("s") == ["sweep", "score", "search", "serve"]
     assert "--tensor-parallel" in complete("sweep --t") and complete("sweep --eng") == ["--engine", "--engine-arg"]
 
 

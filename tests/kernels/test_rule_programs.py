@@ -35,7 +35,7 @@ def compute(step, masks=()):
     out, residuals = np.empty((1, ONE.size)), np.stack([ONE, OTHER])
     drawn = np.array(masks) if len(masks) else np.empty((0, ONE.size), bool)
     nothing, counts = np.full(ONE.size, -0.0), np.zeros(1, np.int64)
-    merge_by_rules(nothing, residuals, *compiled_rules([step]), drawn, np.ones(1), out, counts, 0, True)
+    merge_by_rules(nothing, residuals, *compiled_rules([step]), drawn, np.ones(1), out, counts, 0, True, False)
     assert counts[0] == np.count_nonzero(~np.isfinite(out))
     return out[0]
 

@@ -1,6 +1,7 @@
 """What the plugin does in a server and its workers, without vLLM: names, adapters, refusals."""
 
 import asyncio
+import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -139,6 +140,8 @@ def test_a_server_with_adapters_tries_all_of_them_and_then_serves(policies):
     [(Engine(rank=1), "--max-lora-rank 16"), (Engine(fault="no such layer"), "no such layer"), (None, "another base")],
 )
 def test_only_a_project_must_be_served(policies, monkeypatch, caplog, engine, said):
+    # vLLM, once imported, keeps its own loggers from pytest.
+    monkeypatch.setattr(served_policies, "_log", logging.getLogger("served"))
     monkeypatch.setenv("REWARDED_LINES_PROJECT", "adapters.yaml")
     models = models_of(engine or Engine(), "one", "two", base="sft" if engine else "elsewhere")
     with pytest.raises(UserError, match=said):
