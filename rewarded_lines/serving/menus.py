@@ -15,7 +15,8 @@ from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import Project
 from rewarded_lines.reports.texts import method_label
-from rewarded_lines.serving.preference_names import STEP, Menu, Row
+from rewarded_lines.serving.menu_rows import Row
+from rewarded_lines.serving.preference_names import STEP, Menu
 
 
 def menu_of_adapters(base: str, policies: Mapping[str, str], step: float = STEP, **how: Any) -> Menu:

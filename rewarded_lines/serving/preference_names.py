@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from rewarded_lines.merger.lines_schedule import brief_number
 from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.preferences import Mixtures
-from rewarded_lines.merger.spec import MergeSpec, on_simplex, parse_weights
+from rewarded_lines.merger.spec import MergeSpec, parse_weights
+from rewarded_lines.serving.menu_rows import Row, identity, option_value
 
 LONGEST_NAME = 512
 STEP = 0.01
@@ -39,25 +40,6 @@ class PreferenceError(UserError):
         """Keep the problem and the status."""
         super().__init__(problem)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Row:
-    """A curve that requests may name.
-
-    Attributes:
-        at: the merge at weights λ.
-        method: that of the merges, a key of `METHODS`.
-        label: for people.
-        own: whether the row sets its schedule itself, so that a request cannot change α and β.
-        matched: whether the schedule follows from norms, which takes time.
-    """
-
-    at: Callable[[tuple[float, ...]], MergeSpec]
-    method: str = "soup"
-    label: str = ""
-    own: bool = False
-    matched: bool = False
 
 
 class Menu:
@@ -225,7 +207,7 @@ class Menu:
                 raise self._refusal(where, f"the row `{row}` takes no such key", expected, text)
             given[key] = value
         scales: dict[str, Any] = {key: self._scale(where, key, given[key]) for key in _SCALES if key in given}
-        options = {key: _value(spec, key, value) for key, value in given.items() if key not in _SCALES}
+        options = {key: option_value(spec, key, value) for key, value in given.items() if key not in _SCALES}
         try:
             return replace(spec, **scales, options={**spec.options, **options}).complete(len(self.policies))
         except UserError as error:
@@ -249,16 +231,16 @@ class Menu:
         if place is None:
             return
         # A schedule of a row's own may need the norms of all residuals.
-        fitting = [name for name, row in self.rows.items() if _takes(row, place) and (name == asked or not row.own)]
+        fitting = [name for name, row in self.rows.items() if row.takes(place) and (name == asked or not row.own)]
         rows = {name: self._at(name, place) for name in fitting}
-        yield from (self._text(name, place) for name, plain in rows.items() if _identity(plain) == _identity(spec))
+        yield from (self._text(name, place) for name, plain in rows.items() if identity(plain) == identity(spec))
         for name, plain in rows.items():
             keys = {key: getattr(spec, key) for key in _SCALES if getattr(spec, key) != getattr(plain, key)}
             if keys and (self.rows[name].own or any(value != self._on_step(value) for value in keys.values())):
                 # A point of a run: as a name with these values it would be rounded.
                 continue
             changed = replace(plain, **keys, options=spec.options if plain.method == spec.method else plain.options)
-            if _identity(changed) == _identity(spec):
+            if identity(changed) == identity(spec):
                 keys |= {key: value for key, value in changed.options.items() if value != plain.options.get(key)}
                 yield self._text(name, place, keys)
 
@@ -290,24 +272,3 @@ class Menu:
 
     def _refusal(self, where: str, what: str, expected: str, got: str = "") -> PreferenceError:
         return PreferenceError(Problem(what, where, expected, got[:80]))
-
-
-def _takes(row: Row, weights: Sequence[float]) -> bool:
-    """True if a name with this row may have such weights."""
-    kind = METHODS[row.method].weights
-    return kind == "free" or (on_simplex(weights) if kind == "simplex" else min(weights) >= 0 and max(weights) <= 1)
-
-
-def _identity(spec: MergeSpec) -> tuple[Any, ...]:
-    """Return what makes a merge: all weighted sums with equal factors are one model."""
-    if METHODS[spec.method].sums:
-        return spec.factors, spec.schedule
-    return spec.method, tuple(sorted(spec.options.items())), spec.weights, spec.schedule
-
-
-def _value(spec: MergeSpec, key: str, text: str) -> OptionValue:
-    """Return an option's value as its default's type, or the text as it is, which `complete` then refuses."""
-    try:
-        return type(METHODS[spec.method].options[key].default)(text)
-    except ValueError:
-        return text

@@ -13,8 +13,9 @@ from rewarded_lines.merger.preferences import read_mixtures
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.projects import load_project
 from rewarded_lines.serving import preference_names
+from rewarded_lines.serving.menu_rows import Row
 from rewarded_lines.serving.menus import linear_rows, menu_of_adapters, menu_of_project
-from rewarded_lines.serving.preference_names import Menu, PreferenceError, Row
+from rewarded_lines.serving.preference_names import Menu, PreferenceError
 
 TWO = {"helpful": "h", "brief": "b"}
 POINTS = {"chosen": MergeSpec((0.35, 0.65)), "between": MergeSpec((1 / 3, 2 / 3), 1.0, 0.0)}

@@ -19,8 +19,9 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import load_run
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.serving import server_checks, start_server
+from rewarded_lines.serving.menu_rows import Row
 from rewarded_lines.serving.menus import menu_of_adapters
-from rewarded_lines.serving.preference_names import Menu, Row
+from rewarded_lines.serving.preference_names import Menu
 from rewarded_lines.serving.run_points import default_point, measured_points
 from rewarded_lines.serving.serve_options import ServeOptions
 from rewarded_lines.serving.served_settings import settings_given
