@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import blake3
 import yaml
 
 from rewarded_lines.checkpoints.adapters import names_adapter
@@ -44,8 +46,11 @@ def as_adapters(
         what, remedy = f"`{adapters[0]}` is an adapter already", "leave --rank out: adapters are served as they are"
         raise fail(what, where="--rank", expected="whole models", got=", ".join(adapters), remedy=remedy)
     notes, made = [], {}
+    # Projects in one folder may give one name to different policies.
+    places = [os.path.realpath(one) if Path(one).exists() else one for one in (base, *policies.values())]
+    own = blake3.blake3(json.dumps([places, how], sort_keys=True).encode()).hexdigest(length=4)
     for name, reference in policies.items():
-        folder = cache / f"{name}-rank{rank}"
+        folder = cache / f"{name}-rank{rank}-{own}"
         if (held := _held(folder, base, {name: reference}, rank, how)) is None:
             progress.start(f"making the adapter of {name}")
             (result,) = merge(
@@ -64,7 +69,7 @@ def as_adapters(
             held = result.kept.sentence()
         notes.append(f"{name}, rank {rank}: {held}")
         made[name] = str(folder.resolve())
-    return _with_policies(project, made, cache / f"rank{rank}-{PROJECT_FILE}"), notes
+    return _with_policies(project, made, cache / f"rank{rank}-{own}-{PROJECT_FILE}"), notes
 
 
 def _held(folder: Path, base: str, policy: Mapping[str, str], rank: int, how: Mapping[str, Any]) -> str | None:

@@ -165,14 +165,20 @@ def test_whole_policies_become_adapters_once(project, start):
     assert answer.code == 0 and "cheerful, rank 4:" in answer.err and "% of the merged residual" in answer.err
     assert option(command, "--max-lora-rank") == "8" and settings.whole == {}
     assert "scores are those of the whole policies" in answer.err and len(settings.measured) == 7
-    made = project / "served/cheerful-rank4/adapter_model.safetensors"
-    before, other = made.stat().st_mtime_ns, project / "served/detailed-rank4/adapter_model.safetensors"
+    (made,) = project.glob("served/cheerful-rank4-*/adapter_model.safetensors")
+    (other,) = project.glob("served/detailed-rank4-*/adapter_model.safetensors")
+    before = made.stat().st_mtime_ns
     assert Path(settings.project).parent == project / "served"
     # Made again where a policy has changed, and only there.
     (project / "second/model.safetensors").write_bytes((project / "first/model.safetensors").read_bytes())
     answer, _, _ = start("--rank", 4)
     assert "holds" in answer.err and made.stat().st_mtime_ns == before
     assert other.read_bytes() == made.read_bytes()
+    # Another project beside it, with the same names for other policies, has adapters of its own.
+    text = (project / "rewarded-lines.yaml").read_text()
+    (project / "other.yaml").write_text(text.replace("cheerful: first", "cheerful: sft"))
+    start("--rank", 4, "--config", "other.yaml")
+    assert made.stat().st_mtime_ns == before and len(list(project.glob("served/cheerful-rank4-*"))) == 2
 
 
 def test_settings_of_the_shell_and_the_users_keys_stay_out(project, start, monkeypatch):
