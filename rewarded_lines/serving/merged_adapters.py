@@ -23,7 +23,8 @@ def adapter_path(source: Mapping[str, Any], merge: Mapping[str, Any]) -> str:
         source: the arguments of `plan_adapters`.
         merge: of `MergeSpec.as_dict`.
     """
-    return _PREFIX + json.dumps({"source": source, "merge": merge}, sort_keys=True)
+    # Unsorted: the weights are in the order of the policies.
+    return _PREFIX + json.dumps({"source": source, "merge": merge})
 
 
 def is_merged(request: Any) -> bool:

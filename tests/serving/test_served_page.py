@@ -38,7 +38,7 @@ def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any) 
         save_adapter(tiny / "sft", tiny / name, seed)
     project = yaml.safe_load((tiny / "rewarded-lines.yaml").read_text())
     project |= {"policies": {"kind": "kind", "brief": "brief"}, "sweep": {"points": 3, "methods": ["soup", "lines"]}}
-    (tiny / "rewarded-lines.yaml").write_text(yaml.safe_dump(project))
+    (tiny / "rewarded-lines.yaml").write_text(yaml.safe_dump(project, sort_keys=False))
     sweep("rewarded-lines.yaml", engine="hf", out="sweep")
     with serve("sweep", port=0, engine_args={"max_model_len": 64}) as server:
         page = browser.new_page()
@@ -56,6 +56,8 @@ def test_two_preferences_on_the_page_of_a_real_server(tiny: Path, browser: Any) 
         assert page.locator(".error").all_text_contents() == []
         assert page.locator("h3").all_text_contents() == ["lines@0.5", "soup@0"]
         wanted = [PROMPT + offline(tiny, lam, beta, 12) for lam, beta in ((0.5, 1.0), (0.0, 0.0))]
-        assert page.locator(".text").all_text_contents() == wanted and wanted[0] != wanted[1]
+        # vLLM's stream leaves out a character whose bytes have not all come.
+        shown = [text.rstrip("\ufffd") for text in page.locator(".text").all_text_contents()]
+        assert shown == [text.rstrip("\ufffd") for text in wanted] and wanted[0] != wanted[1]
         assert page.locator("#plot .point").count() >= 6 and page.locator(".ring").count() == 2
         page.close()

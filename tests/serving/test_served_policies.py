@@ -43,8 +43,8 @@ def policies(tiny, monkeypatch):
     return tiny
 
 
-def served(rank=16, dtype=torch.float32):
-    return ServedPolicies(menu_of_adapters("sft", POLICIES), rank, dtype)
+def served(rank=16, dtype=torch.float32, policies=POLICIES):
+    return ServedPolicies(menu_of_adapters("sft", policies), rank, dtype)
 
 
 def test_a_model_has_one_number_in_every_process_and_nothing_grows(policies):
@@ -79,13 +79,14 @@ def test_what_no_slot_holds_is_refused(policies):
         served()
 
 
-def test_a_worker_makes_the_adapter_that_merge_writes(policies, monkeypatch):
+@pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
+def test_a_worker_makes_the_adapter_that_merge_writes(policies, monkeypatch, names):
     found, opened = [], []
     monkeypatch.setattr(
         resident_adapters, "as_vllm_adapter", lambda loader, number, tensors: found.append(dict(tensors))
     )
     monkeypatch.setattr(open_inputs, "plan_adapters", lambda **source: opened.append(1) or plan_adapters(**source))
-    loader, server = SimpleNamespace(), served()
+    loader, server = SimpleNamespace(), served(policies={name: name for name in names})
     for name in ("lines@0.3", "soup@0.75;beta=0.5"):
         request = server.request(name)
         assert is_merged(request) and not is_merged(Request("own", 1, "/a/path"))
@@ -93,7 +94,7 @@ def test_a_worker_makes_the_adapter_that_merge_writes(policies, monkeypatch):
     assert len(opened) == 1
     monkeypatch.undo()
     for tensors, lam, beta in zip(found, (0.3, 0.75), (1.0, 0.5), strict=True):
-        merge(policies / "sft", {name: policies / name for name in POLICIES}, lam, beta=beta, out=policies / f"m{lam}")
+        merge(policies / "sft", {name: policies / name for name in names}, lam, beta=beta, out=policies / f"m{lam}")
         written = load_file(policies / f"m{lam}" / "adapter_model.safetensors")
         assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in written)
 
