@@ -219,7 +219,7 @@ def swept(project: Path) -> dict[tuple[str, str], tuple[str, int]]:
             "generation": {"temperature": 0, "max_tokens": TOKENS},
             "sweep": {"methods": [ROW]},
         }
-        path.write_text(yaml.safe_dump(small))
+        path.write_text(yaml.safe_dump(small, sort_keys=False))
         # The sweep is made for its texts.
         Path(folder, "rewards.py").write_text(f"{NO_REWARD}\n")
         program = str(Path(sys.executable).with_name("rewarded-lines"))
