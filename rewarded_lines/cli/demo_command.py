@@ -110,7 +110,7 @@ def show_report(run: Path) -> Summary:
 
 
 def show_end(folder: Path, summary: Summary, engine: str) -> None:
-    """Print the front as a chart, three commands to try in the run folder, and the path of the page."""
+    """Print the front as a chart, commands to try in the run folder, and the path of the page."""
     from rewarded_lines.reports.report import PAGE, report_files
     from rewarded_lines.reports.terminal_chart import FrontChart
 
@@ -126,6 +126,8 @@ def show_end(folder: Path, summary: Summary, engine: str) -> None:
         "score that merge beside SFT, on the same prompts": ["score", "merged/lam=0.30", *with_engine],
         "find the policy for a wish, and its merge command": ["choose", "sweep", f"--maximize={first}", *minima],
     }
+    if engine == "vllm":
+        next_steps["answer requests that each say what they prefer, with a page to try it"] = ["serve", "sweep"]
     console.print("\nTry next:", style="bold")
     show_line(shlex.join(["cd", str(folder)]))
     for aim, words in next_steps.items():

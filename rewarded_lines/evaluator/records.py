@@ -249,7 +249,10 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         expected = f"a {RUN_FILE} written by `rewarded-lines sweep`"
-        raise fail("not a run folder", where=str(folder), expected=expected, got=str(error)) from error
+        # A demo's folder, or a project's: its run is in there.
+        inside = folder / "sweep"
+        remedy = f"name {inside}" if (inside / RUN_FILE).is_file() else ""
+        raise fail("not a run folder", where=str(folder), expected=expected, got=str(error), remedy=remedy) from error
     found = header.get("format", 1) if isinstance(header, dict) else "?"
     if found != FORMAT:
         raise fail(

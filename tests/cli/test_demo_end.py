@@ -1,4 +1,4 @@
-"""What the demo prints at its end: the chart, three commands that run in its folder, the page."""
+"""What the demo prints at its end: the chart, commands that run in its folder, the page."""
 
 import shlex
 
@@ -27,3 +27,8 @@ def test_the_commands_at_the_end_run(tiny, cli, monkeypatch, capsys):
     assert "rewarded-lines merge" in answer.out and (folder / "merged/lam=0.30/merge.json").is_file()
     assert lines[-1].endswith("a run/sweep/report/report.html")
     assert len(lines) < 40
+    show_end(folder, summary, "vllm")
+    assert "rewarded-lines serve sweep" in capsys.readouterr().out.splitlines()
+    # The folder beside the run is not the run.
+    assert f"remedy: name {folder / 'sweep'}" in cli("report", folder).err.replace("\n    ", " ")
+    assert cli("report", folder / "sweep").code == 0
