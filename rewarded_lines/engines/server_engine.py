@@ -34,7 +34,7 @@ _TIMEOUT, _RETRIES = 600.0, 3
 _SHOWN = 300
 
 
-class Server:
+class ServerConnection:
     """A connection that several threads may use; every failure is a `UserError`."""
 
     def __init__(self, url: str, connections: int) -> None:
@@ -144,7 +144,7 @@ class RemoteGenerator(AdapterGenerator):
             refuse_unserved(self._plan, url)
             slot_rank(self._plan, url)
         self._tokenizer, self._ends, longest = load_tokens(work)
-        self._server = Server(url, _UNDER_WAY)
+        self._server = ServerConnection(url, _UNDER_WAY)
         self._pool = ThreadPoolExecutor(_UNDER_WAY)
         try:
             self._check_room(longest)

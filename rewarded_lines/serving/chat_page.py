@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 
+from rewarded_lines.reports import page as report_page
+
+# The colours are those of the report.
+_PALETTE = "palette.css"
 # Every path that is answered. A request's path is only looked up here, so it can open no other file.
 _PAGE: Mapping[str, tuple[str, str]] = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -16,7 +20,7 @@ _PAGE: Mapping[str, tuple[str, str]] = {
         f"/page/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
         for name in ("chat", "stream", "weights", "preference", "front_chart", "page_parts")
     },
-    "/page/chat.css": ("chat.css", "text/css; charset=utf-8"),
+    **{f"/page/{name}": (name, "text/css; charset=utf-8") for name in ("chat.css", _PALETTE)},
 }
 _POLICY = "; ".join(
     (
@@ -38,4 +42,5 @@ def page_file(path: str) -> tuple[bytes, str, Mapping[str, str]] | None:
     if found is None:
         return None
     name, kind = found
-    return files(__package__).joinpath("page", name).read_bytes(), kind, _HEADERS
+    folder = files(report_page) if name == _PALETTE else files(__package__).joinpath("page")
+    return folder.joinpath(name).read_bytes(), kind, _HEADERS

@@ -56,7 +56,7 @@ def page(runs: Sequence[Run], summary: Summary) -> bytes:
     blocks = [_block(name, _json(content)) for name, content in packed.items()]
     filled = Template(_template("page.html")).substitute(
         title=html.escape(summary.title or "Front"),
-        style=_template("page.css"),
+        style=_template("palette.css") + _template("page.css"),
         overview=_unmarked(_json(_overview(runs, summary))),
         script="\n".join(map(_template, SCRIPTS)),
         blocks="\n".join([*blocks, _block("plotly", get_plotlyjs())]),
