@@ -11,9 +11,23 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_folders
+from rewarded_lines.errors import fail
 
 if TYPE_CHECKING:
     from rewarded_lines.reports.summary import Summary
+
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
+]
+Style = Annotated[
+    str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+]
+Power = Annotated[bool, typer.Option("--power", help="Say how small a difference could be found, and what one needs.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="With --power: plan for 5, or 10%, in hypervolume; by default what is seen.", show_default=False),
+]
 
 
 def report(
@@ -22,13 +36,8 @@ def report(
         list[Path] | None,
         typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
     ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
-    ] = None,
-    style: Annotated[
-        str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
-    ] = "paper",
+    formats: Formats = None,
+    style: Style = "paper",
     depth: Annotated[
         bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")
     ] = False,
@@ -36,6 +45,8 @@ def report(
         int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")] = False,
+    power: Power = False,
+    size: Size = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,12 +72,17 @@ def report(
     rewarded-lines report runs/demo/sweep \\
         runs/demo-seed1/sweep runs/demo-seed2/sweep
         averages over three training seeds, a second level of the bootstrap
+    rewarded-lines report runs/demo/sweep --power --size 10%
+        how many prompts find a difference of a tenth in hypervolume
     """
+    if size is not None and not power:
+        raise fail("only with --power", where="--size", expected="--power --size 10%")
     with progress_bar("Report", quiet=quiet or as_json, unit="hypervolume") as bar:
         from rewarded_lines.reports.page.page import lacking
         from rewarded_lines.reports.report import report as make_report
 
         how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact}
+        how["power"] = size if size is not None else power
         summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), progress=bar, **how)
     if note := lacking():
         typer.echo(note, err=True)

@@ -84,16 +84,21 @@ class Table:
         return shares, exact
 
     def change(self, row: int, other: int) -> np.ndarray:
-        """Return the means of one point minus those of another, [1 + resamples, rewards + 2], paired by prompt.
+        """Return the means of one point minus those of another, averaged: [1 + resamples, rewards + 2]."""
+        samples = self.changes(row, other)
+        return run_average(samples.means, samples.drawn)[:, 0]
+
+    def changes(self, row: int, other: int) -> RunSamples:
+        """Return the means of one point minus those of another in each run, as one point; paired by prompt.
 
         A measure uses the prompts where both points have a score.
         """
         if not any(np.isnan(one[[row, other]]).any() for one in self.measured):
-            return np.asarray(self.means[:, row] - self.means[:, other])
+            means = self.samples.means
+            return RunSamples(means[:, :, [row]] - means[:, :, [other]], self.samples.drawn)
         pairs = [one[[row]] - one[[other]] for one in self.measured]
         both = f"both {self.rows[row][0].spec} and {self.rows[other][0].spec}"
-        samples = _resampled(pairs, self.resamples, self.seed, [both], self.rewards)
-        return run_average(samples.means, samples.drawn)[:, 0]
+        return _resampled(pairs, self.resamples, self.seed, [both], self.rewards)
 
     def methods(self) -> dict[str, list[int]]:
         """Return the rows of each method."""

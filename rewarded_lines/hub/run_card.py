@@ -126,7 +126,9 @@ def _reported(folder: Path, header: Mapping[str, Any]) -> Summary | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = [PointSummary.from_dict(entry) for entry in content["points"]]
-        summary = Summary(**{**content, "points": points, "hypervolumes": [], "differences": [], "policy_gains": []})
+        summary = Summary(
+            **{**content, "points": points, "hypervolumes": [], "differences": [], "policy_gains": [], "power": []}
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Missing, damaged or of another version.
         return None

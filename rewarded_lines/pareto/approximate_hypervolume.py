@@ -28,6 +28,7 @@ class SampledVolumes:
 
     Attributes:
         values: row 0 is measured, the further rows are resamples.
+        by_run: before the average over training runs, [1 + resamples, runs]; None if there is no such average.
         error: relative standard error of the measured value.
         resample_error: the largest relative error among resamples that were checked.
     """
@@ -35,6 +36,7 @@ class SampledVolumes:
     values: Array
     error: float = 0.0
     resample_error: float = 0.0
+    by_run: Array | None = None
 
 
 def exact_seconds(points: int, rewards: int) -> float:

@@ -102,7 +102,7 @@ def sample_volumes(
             values = one.values if drawn is None else run_average(one.values, drawn)
             if values.ndim != 1 or len(values) < 2:
                 raise ValueError(f"{method} above {name}: expected one value for the data and each resample")
-            found[method][name] = replace(one, values=values)
+            found[method][name] = replace(one, values=values, by_run=None if drawn is None else one.values)
     return found
 
 

@@ -41,6 +41,7 @@ def report(
     depth: bool = False,
     resamples: int | None = None,
     exact: bool = False,
+    power: bool | float | str = False,
     progress: Progress = SILENT,
 ) -> Summary:
     """Summarise a run, write its numbers, tables, figures and page into its folder `report/`, return the summary.
@@ -57,11 +58,14 @@ def report(
         depth: also draw scales and residuals by block; this reads the weights.
         resamples: of the bootstrap, at least 100; by default as many as the project asks for.
         exact: compute every hypervolume exactly, which takes long with many rewards and points.
+        power: also say how small a difference the runs could find with 80% power, and how many prompts and runs a
+            difference needs: True for the one seen, else one in hypervolume, such as 5 or "10%".
         progress: is told what takes long before it begins, and receives the finished hypervolumes.
 
     Raises:
         UserError: there are too few resamples, the folder is not a run, its points cannot be compared, a format or
-            the style is unknown, matplotlib is missing, or `depth` does not find SFT or a policy.
+            the style is unknown, matplotlib is missing, `depth` does not find SFT or a policy, or `power` asks for
+            what the runs cannot say.
     """
     for kind in formats:
         if kind not in FORMATS:
@@ -72,7 +76,7 @@ def report(
         raise fail("too few resamples", where="--resamples", expected=f"{_FEWEST} or more", got=str(resamples))
     progress.start("reading the run, bootstrap")
     runs = [load_run(folder) for folder in (run, *more)]
-    summary = summarise(runs, resamples=resamples, exact=exact, progress=progress)
+    summary = summarise(runs, resamples=resamples, exact=exact, power=power, progress=progress)
     progress.start("tables and figures")
     folder = runs[0].folder / "report"
     write_json(folder / "summary.json", summary.as_dict())

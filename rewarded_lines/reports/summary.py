@@ -25,6 +25,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.reports.detectable import Detectable, detectable, read_wanted
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Summary:
     policy_gains: list[PolicyGain] = field(default_factory=list)
     missing: dict[str, Missing] = field(default_factory=dict)
     exact_contributions: bool = True
+    power: list[Detectable] = field(default_factory=list)
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -160,9 +162,11 @@ class Summary:
         """Return the summary for JSON."""
         content = {key: value for key, value in asdict(self).items() if key != "missing"}
         content["points"] = [point.as_dict() for point in self.points]
-        # Only where something is approximated.
+        # Only where something is approximated, and where it was asked for.
         if self.exact_contributions:
             del content["exact_contributions"]
+        if not self.power:
+            del content["power"]
         for row in content["hypervolumes"]:
             for error in ("error", "resample_error"):
                 if not row[error]:
@@ -177,6 +181,7 @@ def summarise(
     *,
     resamples: int | None = None,
     exact: bool = False,
+    power: bool | float | str = False,
     progress: Progress = SILENT,
 ) -> Summary:
     """Return the numbers of a run, or averages over several runs, with intervals at `level`.
@@ -188,10 +193,13 @@ def summarise(
         seed: of the resamples.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
+        power: also say how small a difference could be found, and how many prompts and runs one needs: True for the
+            difference seen, else a difference in hypervolume, such as 5 or "10%".
 
     Raises:
-        UserError: the points answer different prompts, or a score is not finite.
+        UserError: the points answer different prompts, a score is not finite, or `power` asks for what cannot be.
     """
+    wanted = None if power is False else read_wanted(power)
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
@@ -221,6 +229,7 @@ def summarise(
         policy_gains=_policy_gains(table, policies, level),
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
+        power=[] if wanted is None else detectable(table, volumes, runs, wanted, level),
     )
 
 

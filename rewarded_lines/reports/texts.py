@@ -151,6 +151,12 @@ def plus_minus(estimates: Iterable[Estimate]) -> list[str]:
     return [f"{_fixed(e.value, places)} ±{(e.high - e.low) / 2:.{places}f}" for e in column]
 
 
+def two_digits(value: float) -> str:
+    """Return a number above 0 with two digits or as many as it has before the point; 0 for 0."""
+    places = 1 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(_MOST_DECIMALS, max(0, places))}f}"
+
+
 def scope_note(summary: Summary) -> str:
     """Return the note on intervals, tuning and missing points."""
     single = summary.runs == 1
