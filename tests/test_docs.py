@@ -24,7 +24,7 @@ from rewarded_lines.merger.mergekit import read_mergekit
 from rewarded_lines.projects import check_project
 
 LONGEST_SENTENCE = 30
-READ = ["how-it-works", "from-other-tools", "gpu", "merge-what-you-have", "serving", "your-rewards"]
+READ = ["how-it-works", "from-other-tools", "gpu", "merge-what-you-have", "serving", "which-merge", "your-rewards"]
 PAGES = pages()
 RUNNABLE = [page for page in PAGES if any(line.startswith("rewarded-lines ") for line in page.lines)]
 # What these set up is downloaded and trained for hours, or needs GPUs: their commands are parsed here.
@@ -47,6 +47,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "docs/merge-what-you-have.md": 10,
         "docs/serving.md": 2,
         "docs/the-merge-in-numpy.md": 3,
+        "docs/which-merge.md": 1,
         "docs/your-rewards.md": 0,
         "eval/README.md": 7,
         "eval/results/README.md": 20,

@@ -30,7 +30,7 @@ def power_sheet(summary: Summary, brief: bool = False) -> Sheet:
         "prompts: how many find the difference to plan for"
     )
     note += ", with as many runs; runs: how many, with as many prompts. " if several else ". "
-    note += "–: no number is enough, or the two are the same. The error of a hypervolume falls with √prompts about."
+    note += "–: no number is enough, or the two are the same. The error of a hypervolume falls about with √prompts."
     if several:
         note += f" The variance between {summary.runs} runs is all but unknown: see the ends of its interval."
     else:
