@@ -12,6 +12,7 @@ import pytest
 from documents import ROOT
 
 RESULTS = ROOT / "eval" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(RESULTS))
 
 import decision_figures  # noqa: E402
@@ -61,6 +62,19 @@ def test_every_expression_looks_something_up() -> None:
     assert len(found) > 150
     # SFT's own KL, and its perplexity over itself.
     assert {one.strip() for one in found if re.fullmatch(r"\W*[\d.−]+\W*(\|.*)?", one)} == {"0", "1"}
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    rows = re.findall(r"^\|[^|]*\]\(eval/results/(\S+)/table\.md\)[^|]*\|(.*)\|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for name, cells in rows:
+        one, places = kept_records.record(name), 1 if name.startswith("movie") else 0
+        methods = [name for name in ("soup", "lines", "uniform", "reversed") if name in one.methods]
+        wanted = [*(pages.ci(one.hv(method), places) for method in methods), *["–"] * (4 - len(methods))]
+        assert [cell.strip() for cell in cells.split("|")] == [
+            *wanted,
+            pages.delta(one.diff("lines", "uniform"), places),
+        ]
 
 
 def test_another_number_in_a_record_is_another_page(copy: Path) -> None:
