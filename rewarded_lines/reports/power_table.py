@@ -48,22 +48,20 @@ def found_sentence(row: Detectable) -> str:
     seen = texts.interval_text(row.difference)
     return (
         f"{row.method} − {row.other}, {_measured(row)}: {seen}. "
-        f"A difference of {texts.two_digits(row.least.value)} or more would have been found with 80% power."
+        f"A difference of {_least(row)} or more would have been found with 80% power."
     )
 
 
 def _cells(row: Detectable, several: bool) -> tuple[str, ...]:
-    least = texts.two_digits(row.least.value)
-    if several:
-        least += f" [{texts.two_digits(row.least.low)}, {texts.two_digits(row.least.high)}]"
-    return (
-        f"{row.method} − {row.other}",
-        _measured(row),
-        texts.interval_text(row.difference),
-        least,
-        texts.two_digits(row.size),
-        *_counts(row, several),
-    )
+    methods, difference = f"{row.method} − {row.other}", texts.interval_text(row.difference)
+    return (methods, _measured(row), difference, _least(row), texts.two_digits(row.size), *_counts(row, several))
+
+
+def _least(row: Detectable) -> str:
+    """Return the least difference; of several runs with its interval, since so few hardly show how they vary."""
+    ends = (row.least.value, row.least.low, row.least.high)
+    value, low, high = map(texts.two_digits, ends)
+    return value if row.variances.seed is None else f"{value} [{low}, {high}]"
 
 
 def _counts(row: Detectable, several: bool) -> Sequence[str]:
