@@ -125,6 +125,8 @@ def test_numbers_are_written_as_pages_write_them() -> None:
         pages.delta(Estimate(5.6, -0.46, 13)) == "+6 [−0.5, 13]" and pages.delta(Estimate(-3, -5, -1)) == "−3 [−5, −1]"
     )
     assert pages.ci(Estimate(96100, 91400, 100600), 1, 0.001) == "96.1 [91.4, 100.6]"
+    assert pages.delta(Estimate(0.03, -0.001, 0.1), 2) == "+0.03 [0.00, 0.10]"
+    assert pages.delta(Estimate(0.03, -0.2, 0.1), 1) == "0.0 [−0.2, 0.1]"
     assert pages.pm(Estimate(0.37, 0.1, 0.6)) == "0.37 ±0.25"
 
 
@@ -142,6 +144,11 @@ def test_the_least_difference_is_that_of_a_normal_interval() -> None:
     found = one.diff("lines", "uniform")
     assert one.least("lines", "uniform") == pytest.approx((found.high - found.low) * 2.8016 / 3.91993, rel=1e-4)
     needed = one.prompts_needed("lines", "uniform")
+    # What `report --power` wrote goes first: of several runs it knows more than the interval does.
+    asked = kept_records.Record(one.name, one.folder)
+    row = {"method": "lines", "other": "uniform", "at": "sft", "least": {"value": 7.0}}
+    asked.__dict__["summary"] = one.summary | {"power": [row]}
+    assert asked.least("uniform", "lines") == 7.0
     assert needed == pytest.approx(300 * (one.least("lines", "uniform") / found.value) ** 2, abs=1)
 
 

@@ -48,8 +48,9 @@ def ci(one: Estimate, places: int = 0, scale: float = 1.0) -> str:
 
 
 def delta(one: Estimate, places: int = 0, scale: float = 1.0) -> str:
-    """Return `+value [low, high]`."""
-    return ("" if fixed(scale * one.value, places).startswith(("−", "0.0")) else "+") + ci(one, places, scale)
+    """Return `+value [low, high]`; what is rounded to 0 has no sign."""
+    text = ci(one, places, scale)
+    return text if text.startswith("−") or not float(text.split()[0]) else f"+{text}"
 
 
 def pm(one: Estimate, places: int = 2) -> str:
@@ -125,10 +126,14 @@ def render(template: str, root: Path = HERE) -> tuple[str, list[str]]:
             lacking.append(str(error))
             told.append(str(error))
         if told and not unit.strip():
-            named = ", ".join(f"`{one}`" for one in dict.fromkeys(told))
-            done.append(f"*Left out, for it is not among the records: {named}.*\n\n")
+            done.append(_left_out(told) + "\n\n")
             told = []
-    return "".join(done), lacking
+    return "".join(done) + (f"\n\n{_left_out(told)}\n" if told else ""), lacking
+
+
+def _left_out(what: list[str]) -> str:
+    named = ", ".join(f"`{one}`" for one in dict.fromkeys(what))
+    return f"*Left out, for it is not among the records: {named}.*"
 
 
 def _filled(unit: str, made: jinja2.Environment) -> str:

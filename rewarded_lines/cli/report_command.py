@@ -23,6 +23,22 @@ Formats = Annotated[
 Style = Annotated[
     str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
 ]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
+]
+Style = Annotated[
+    str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+]
+More = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
+]
+Depth = Annotated[bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")]
+Resamples = Annotated[
+    int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")]
 Power = Annotated[bool, typer.Option("--power", help="Say how small a difference could be found, and what one needs.")]
 Size = Annotated[
     str | None,
@@ -32,19 +48,12 @@ Size = Annotated[
 
 def report(
     run: Run,
-    more: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
-    ] = None,
+    more: More = None,
     formats: Formats = None,
     style: Style = "paper",
-    depth: Annotated[
-        bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")
-    ] = False,
-    resamples: Annotated[
-        int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")] = False,
+    depth: Depth = False,
+    resamples: Resamples = None,
+    exact: Exact = False,
     power: Power = False,
     size: Size = None,
     as_json: AsJson = False,

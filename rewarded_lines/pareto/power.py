@@ -140,4 +140,4 @@ def _chi_square_below(value: float, degrees: int) -> float:
     half, odd = value / 2, degrees % 2
     start = math.erf(math.sqrt(half)) if odd else 1 - math.exp(-half)
     steps = (k + odd / 2 for k in range(1 - odd, (degrees - odd) // 2))
-    return start - math.exp(-half) * sum(half**step / math.gamma(step + 1) for step in steps)
+    return start - math.exp(-half) * math.fsum(math.pow(half, step) / math.gamma(step + 1) for step in steps)

@@ -66,14 +66,14 @@ class Detectable:
         return not self.difference.low <= 0 <= self.difference.high
 
 
-def read_wanted(power: bool | float | str) -> Wanted:
-    """Return what `report(power=…)` asks for: True for the difference seen, a number, or a text such as "10%".
+def read_wanted(power: bool | float | str) -> Wanted | None:
+    """Return what `report(power=…)` asks for: True for the difference seen, 5, or "10%"; None for False.
 
     Raises:
         UserError: no number above 0.
     """
-    if power is True:
-        return Wanted()
+    if power is True or power is False:
+        return Wanted() if power else None
     text = str(power).strip()
     try:
         number = float(text.removesuffix("%"))
@@ -85,7 +85,9 @@ def read_wanted(power: bool | float | str) -> Wanted:
     return Wanted(number / 100, share=True) if text.endswith("%") else Wanted(number)
 
 
-def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted, level: float) -> list[Detectable]:
+def detectable(
+    table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted | None, level: float
+) -> list[Detectable]:
     """Return every pair of methods that the report compares: above each reference, then by reward at one λ.
 
     The λ is the shared one with the most equal weights. Rewards are planned for with the difference seen.
@@ -93,6 +95,8 @@ def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Want
     Raises:
         UserError: fewer than two prompts or methods, or a method that only some of the runs have.
     """
+    if wanted is None:
+        return []
     prompts = table.measured[0].shape[1]
     _check(table, runs, prompts)
     found = []

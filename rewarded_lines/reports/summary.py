@@ -162,7 +162,7 @@ class Summary:
         """Return the summary for JSON."""
         content = {key: value for key, value in asdict(self).items() if key != "missing"}
         content["points"] = [point.as_dict() for point in self.points]
-        # Only where something is approximated, and where it was asked for.
+        # Only where something is approximated, or was asked for.
         if self.exact_contributions:
             del content["exact_contributions"]
         if not self.power:
@@ -193,13 +193,12 @@ def summarise(
         seed: of the resamples.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
-        power: also say how small a difference could be found, and how many prompts and runs one needs: True for the
-            difference seen, else a difference in hypervolume, such as 5 or "10%".
+        power: also say how small a difference could be found, and what one needs; see `read_wanted`.
 
     Raises:
         UserError: the points answer different prompts, a score is not finite, or `power` asks for what cannot be.
     """
-    wanted = None if power is False else read_wanted(power)
+    wanted = read_wanted(power)
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
@@ -229,7 +228,7 @@ def summarise(
         policy_gains=_policy_gains(table, policies, level),
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
-        power=[] if wanted is None else detectable(table, volumes, runs, wanted, level),
+        power=detectable(table, volumes, runs, wanted, level),
     )
 
 
