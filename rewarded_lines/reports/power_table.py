@@ -22,12 +22,12 @@ def power_sheet(summary: Summary, brief: bool = False) -> Sheet:
     """Return the least difference and the needed numbers of each pair; `brief` keeps hypervolumes above SFT."""
     rows = [row for row in summary.power if not brief or (row.measure, row.at) == ("hypervolume", SFT)]
     several = summary.runs > 1
-    headings = ("methods", "measured", "difference", "80% power from", "plan for", "prompts", *["runs"] * several)
+    headings = ("methods", "measured", "difference", "least", "size", "prompts", *["runs"] * several)
     cells = [_cells(row, several) for row in rows]
     note = (
-        "80% power from: the smallest difference that such a run finds four times in five, "
+        "least: the smallest difference that such a run finds with 80% power, "
         f"{factor(level=summary.level):.2f} standard errors (two-sided, {1 - summary.level:.0%} level). "
-        "prompts: how many find the difference to plan for"
+        "prompts: how many find a difference of `size`"
     )
     note += ", with as many runs; runs: how many, with as many prompts. " if several else ". "
     note += "–: no number is enough, or the two are the same. The error of a hypervolume falls about with √prompts."
@@ -46,10 +46,10 @@ def power_sheet(summary: Summary, brief: bool = False) -> Sheet:
 def found_sentence(row: Detectable) -> str:
     """Return how small a difference was bound to be that was not found."""
     seen = texts.interval_text(row.difference)
-    return (
-        f"{row.method} − {row.other}, {_measured(row)}: {seen}. "
-        f"A difference of {_least(row)} or more would have been found with 80% power."
-    )
+    what = f"{row.method} − {row.other}, {_measured(row)}: {seen}."
+    if not row.standard_error:
+        return f"{what} The same in every resample: these prompts cannot say what others would show."
+    return f"{what} A difference of {_least(row)} or more would have been found with 80% power."
 
 
 def _cells(row: Detectable, several: bool) -> tuple[str, ...]:
@@ -60,6 +60,8 @@ def _cells(row: Detectable, several: bool) -> tuple[str, ...]:
 def _least(row: Detectable) -> str:
     """Return the least difference; of several runs with its interval, since so few hardly show how they vary."""
     ends = (row.least.value, row.least.low, row.least.high)
+    if not row.standard_error:
+        return "–"
     value, low, high = map(texts.two_digits, ends)
     return value if row.variances.seed is None else f"{value} [{low}, {high}]"
 

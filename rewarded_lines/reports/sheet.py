@@ -52,11 +52,12 @@ class Sheet:
     def _tables(self, width: int) -> Iterator[RenderableType]:
         every = list(range(len(self._widths)))
         if self._room(every) <= width:
-            yield self._table(every, self.rows)
+            yield self._table(every, self.rows, tight=self._whole(every) > width)
             return
         headed = self._grouped and self.labels > 1
         for part in self._parts(every[1 if headed else 0 : self.labels], every[self.labels :], width):
-            yield from self._headed(part) if headed else [self._table(part, self.rows)]
+            tight = self._whole(part) > width
+            yield from self._headed(part) if headed else [self._table(part, self.rows, tight=tight)]
 
     def _headed(self, columns: list[int]) -> Iterator[RenderableType]:
         """Yield a table with the first label of its rows as headings."""
@@ -80,14 +81,21 @@ class Sheet:
         """Return the least width of a table: each cell adds a space and a line."""
         return sum(self._widths[column] + 2 for column in columns) + 1
 
-    def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True) -> Table:
-        """Return a table of some columns; with `alone=False`, one of several of equal widths."""
+    def _whole(self, columns: list[int]) -> int:
+        """Return the width of a table whose headings are not folded."""
+        return self._room(columns) + sum(max(0, len(self.headings[one]) - self._widths[one]) for one in columns)
+
+    def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True, tight: bool = False) -> Table:
+        """Return a table of some columns; with `alone=False`, one of several of equal widths.
+
+        With `tight` headings are folded: rich narrows the widest columns first, and would drop the last one.
+        """
         # Text, not str: rich reads the unit "[logit]" as markup.
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=alone or not rows, show_edge=alone)
         for column in columns:
             least = self._widths[column]
             side: JustifyMethod = "left" if column == 0 else "right"
-            heading, most = Text(self.headings[column]), None if alone else least
+            heading, most = Text(self.headings[column]), None if alone and not tight else least
             table.add_column(heading, justify=side, overflow="fold", min_width=least, max_width=most)
         for _, group in groupby(rows, key=lambda row: row[0]):
             together = list(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.paired_scores import tabulate
@@ -18,7 +20,7 @@ from rewarded_lines.evaluator.records import load_run, read_point, write_point
 from rewarded_lines.pareto.hypervolume import hypervolumes
 from rewarded_lines.pareto.power import factor
 from rewarded_lines.reports.detectable import Detectable
-from rewarded_lines.reports.power_table import found_sentence
+from rewarded_lines.reports.power_table import found_sentence, power_sheet
 from rewarded_lines.reports.summary import Summary, summarise
 from rewarded_lines.reports.tables import markdown
 
@@ -98,6 +100,21 @@ def test_a_difference_that_was_not_found_says_how_small_it_is(one_run: Path) -> 
     assert found_sentence(found).startswith("lines − soup, above sft: 0.20 [-0.40, 0.80]. A difference of ")
     assert found_sentence(found).endswith(" or more would have been found with 80% power.")
     assert found_sentence(found) in markdown(replace(summary, power=[found]))
+
+
+def test_what_never_varies_is_no_proof(make_run: MakeRun) -> None:
+    """Nothing is above SFT: 0 in every resample, which says nothing of how small a difference is."""
+    found = row(summarise(load_run(make_run(points=2, prompts=16, resamples=100, gain=-1.0)), power="10%"))
+    assert (found.difference.value, found.standard_error, found.size, found.prompts_needed) == (0, 0, 0, None)
+    assert "would have been found" not in found_sentence(found) and "these prompts cannot say" in found_sentence(found)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_terminal_cuts_a_column(one_run: Path, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(power_sheet(summarise(load_run(one_run), power="10%")))
+    text = console.export_text()
+    assert all(word in text.split() for word in ("measured", "difference", "least", "size", "prompts"))
 
 
 def test_the_command(one_run: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

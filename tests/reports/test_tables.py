@@ -264,3 +264,14 @@ def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
         figure = front_figure(summarise(replace(run, points=[run.sft, single])))
         assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
         assert figure_bytes(figure, "svg")
+
+
+@pytest.mark.parametrize("width", [66, 69, 70, 80])
+def test_a_long_heading_costs_no_column(width: int) -> None:
+    """Where only folded headings fit, rich would narrow the widest column in vain and drop the last one."""
+    rows = [(f"reversed − uniform{one}", "worst", "-1.23 [-2.34, -0.12]", "+143%", "100.0%") for one in "ab"]
+    headings = ("methods", "reference", "difference", "relative", "above 0 in")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(Sheet("Difference", headings, rows, labels=2))
+    text = console.export_text()
+    assert text.count("100.0%") == 2 and all(word in text for word in ("reference", "relative", "above"))
