@@ -23,13 +23,6 @@ Formats = Annotated[
 Style = Annotated[
     str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
 ]
-Formats = Annotated[
-    list[str] | None,
-    typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
-]
-Style = Annotated[
-    str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
-]
 More = Annotated[
     list[Path] | None,
     typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
