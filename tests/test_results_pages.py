@@ -38,6 +38,19 @@ def test_the_page_is_what_the_records_say(template: str) -> None:
     assert text == page.read_text(encoding="utf-8"), "run `python eval/results/pages.py`"
 
 
+def test_the_check_says_which_page_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pages.main(["--check"]) == 0 and capsys.readouterr().err == ""
+    for page in pages.PAGES.values():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    (tmp_path / "docs/which-merge.md").write_text("old")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main(["--check"]) == 1
+    assert capsys.readouterr().err == "docs/which-merge.md is not what the records say; run this script\n"
+
+
 @pytest.mark.parametrize("template", pages.PAGES)
 def test_no_number_of_a_table_is_typed(template: str) -> None:
     text = (RESULTS / "templates" / template).read_text(encoding="utf-8")
