@@ -16,16 +16,24 @@ if TYPE_CHECKING:
     from rewarded_lines.reports.summary import Summary
 
 
+_More = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
+]
+_Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
+]
+_MaxKl = Annotated[
+    str | None,
+    typer.Option(help="Also compare at equal KL, within each of these nats.", metavar="3,5,10", show_default=False),
+]
+
+
 def report(
     run: Run,
-    more: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
-    ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
-    ] = None,
+    more: _More = None,
+    formats: _Formats = None,
     style: Annotated[
         str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
     ] = "paper",
@@ -36,6 +44,7 @@ def report(
         int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")] = False,
+    max_kl: _MaxKl = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -54,19 +63,26 @@ def report(
     report.html is an interactive front with every response and the merge
     commands; it needs no network.
 
+    With --max-kl, a point beyond the limit lets SFT answer part of the
+    prompts, drawn by lot, so that its mean KL is the limit. Methods that
+    differ only in the length of their step are compared as one.
+
     \b
     rewarded-lines report runs/demo/sweep
     rewarded-lines report runs/demo/sweep --format pdf --style slides
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
+    rewarded-lines report runs/demo/sweep --max-kl 3,5,10
     rewarded-lines report runs/demo/sweep \\
         runs/demo-seed1/sweep runs/demo-seed2/sweep
         averages over three training seeds, a second level of the bootstrap
     """
     with progress_bar("Report", quiet=quiet or as_json, unit="hypervolume") as bar:
+        from rewarded_lines.reports.kl_budgets import parse_budgets
         from rewarded_lines.reports.page.page import lacking
         from rewarded_lines.reports.report import report as make_report
 
-        how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact}
+        budgets = () if max_kl is None else parse_budgets(max_kl)
+        how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact, "max_kl": budgets}
         summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), progress=bar, **how)
     if note := lacking():
         typer.echo(note, err=True)

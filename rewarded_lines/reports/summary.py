@@ -25,6 +25,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
+from rewarded_lines.reports.kl_budgets import KlBudget, kl_budgets
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Summary:
     policy_gains: list[PolicyGain] = field(default_factory=list)
     missing: dict[str, Missing] = field(default_factory=dict)
     exact_contributions: bool = True
+    kl_budgets: list[KlBudget] = field(default_factory=list)
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -160,10 +162,13 @@ class Summary:
         """Return the summary for JSON."""
         content = {key: value for key, value in asdict(self).items() if key != "missing"}
         content["points"] = [point.as_dict() for point in self.points]
-        # Only where something is approximated.
+        # Only where something is approximated, or was asked for.
         if self.exact_contributions:
             del content["exact_contributions"]
-        for row in content["hypervolumes"]:
+        if not self.kl_budgets:
+            del content["kl_budgets"]
+        budgets = content.get("kl_budgets", [])
+        for row in [*content["hypervolumes"], *(row for one in budgets for row in one["hypervolumes"])]:
             for error in ("error", "resample_error"):
                 if not row[error]:
                     del row[error]
@@ -177,6 +182,7 @@ def summarise(
     *,
     resamples: int | None = None,
     exact: bool = False,
+    max_kl: Sequence[float] = (),
     progress: Progress = SILENT,
 ) -> Summary:
     """Return the numbers of a run, or averages over several runs, with intervals at `level`.
@@ -188,6 +194,7 @@ def summarise(
         seed: of the resamples.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
+        max_kl: also compare at equal KL, within each of so many nats; see `kl_budgets`.
 
     Raises:
         UserError: the points answer different prompts, or a score is not finite.
@@ -221,6 +228,7 @@ def summarise(
         policy_gains=_policy_gains(table, policies, level),
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
+        kl_budgets=kl_budgets(table, max_kl, level, exact=exact, progress=progress),
     )
 
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
-
-from rich import box
-from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Sequence
 
 from rewarded_lines.config import SFT
 from rewarded_lines.reports import texts
+from rewarded_lines.reports.sheet import Sheet
 from rewarded_lines.reports.summary import Summary
 
 # With more methods, the differences above all references fill a screen.
@@ -25,94 +17,12 @@ _FEW = 3
 _WIDEST = 150
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table that adapts to the terminal's width: `console.print(sheet)`.
-
-    On a narrow terminal methods become headings, and columns without room go to another table.
-    A number is never split. `labels` is the number of first columns that name a row.
-    """
-
-    title: str
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
-    labels: int = 1
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the title, the tables and the note."""
-        yield Text(self.title, style="bold")
-        yield from self._tables(options.max_width)
-        yield Text(self.note + "\n", style="dim")
-
-    def columns(self, width: int) -> list[list[int]]:
-        """Return the columns of each table of at most this width: the labels, then as many as fit."""
-        every = list(range(len(self._widths)))
-        return self._parts(every[: self.labels], every[self.labels :], width)
-
-    @cached_property
-    def _widths(self) -> list[int]:
-        """The least width of each column: headings fold between words, cells do not."""
-        columns = zip(self.headings, *self.rows, strict=True)
-        return [max(*map(len, cells), *map(len, head.split() or [""])) for head, *cells in columns]
-
-    @property
-    def _grouped(self) -> bool:
-        return len({row[0] for row in self.rows}) < len(self.rows)
-
-    def _tables(self, width: int) -> Iterator[RenderableType]:
-        every = list(range(len(self._widths)))
-        if self._room(every) <= width:
-            yield self._table(every, self.rows)
-            return
-        headed = self._grouped and self.labels > 1
-        for part in self._parts(every[1 if headed else 0 : self.labels], every[self.labels :], width):
-            yield from self._headed(part) if headed else [self._table(part, self.rows)]
-
-    def _headed(self, columns: list[int]) -> Iterator[RenderableType]:
-        """Yield a table with the first label of its rows as headings."""
-        yield ""
-        yield Padding(self._table(columns, [], alone=False), (0, 1), expand=False)
-        for name, rows in groupby(self.rows, key=lambda row: row[0]):
-            yield Text(f" {name}", style="bold")
-            yield Padding(self._table(columns, list(rows), alone=False), (0, 1), expand=False)
-        yield ""
-
-    def _parts(self, labels: list[int], columns: list[int], width: int) -> list[list[int]]:
-        """Return the columns of each table: the labels, then as many as fit."""
-        parts = [list(labels)]
-        for column in columns:
-            if len(parts[-1]) > len(labels) and self._room([*parts[-1], column]) > width:
-                parts.append(list(labels))
-            parts[-1].append(column)
-        return parts
-
-    def _room(self, columns: list[int]) -> int:
-        """Return the least width of a table: each cell adds a space and a line."""
-        return sum(self._widths[column] + 2 for column in columns) + 1
-
-    def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True) -> Table:
-        """Return a table of some columns; with `alone=False`, one of several of equal widths."""
-        # Text, not str: rich reads the unit "[logit]" as markup.
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=alone or not rows, show_edge=alone)
-        for column in columns:
-            least = self._widths[column]
-            side: JustifyMethod = "left" if column == 0 else "right"
-            heading, most = Text(self.headings[column]), None if alone else least
-            table.add_column(heading, justify=side, overflow="fold", min_width=least, max_width=most)
-        for _, group in groupby(rows, key=lambda row: row[0]):
-            together = list(group)
-            for row in together:
-                ends = alone and self._grouped and row is together[-1]
-                table.add_row(*(Text(row[column]) for column in columns), end_section=ends)
-        return table
-
-
 def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
     """Return all tables with rows; `brief` shortens the differences of more than three methods."""
     first = [points_sheet(summary), hypervolume_sheet(summary)]
-    differences = difference_sheet(summary, brief and len(summary.methods()) > _FEW)
-    every = [*first, differences, policy_sheet(summary), side_sheet(summary)]
+    many = brief and len(summary.methods()) > _FEW
+    compared = [difference_sheet(summary, many), kl_sheet(summary), kl_difference_sheet(summary, many)]
+    every = [*first, *compared, policy_sheet(summary), side_sheet(summary)]
     return [sheet for sheet in every if sheet.rows]
 
 
@@ -214,6 +124,39 @@ def difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
         "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one."
         + (" Above the other references: report/table.md." if brief else ""),
     )
+
+
+def kl_sheet(summary: Summary) -> Sheet:
+    """Return the hypervolume above SFT of each family of methods at equal KL."""
+    budgets = summary.kl_budgets
+    names = [row.method for row in budgets[0].hypervolumes] if budgets else []
+    columns = [texts.bracketed([row.hypervolume for row in one.hypervolumes]) for one in budgets]
+    return Sheet(
+        f"Hypervolume above SFT at equal KL [{texts.volume_unit(summary)}]",
+        ("methods", *_within(summary)),
+        list(zip(names, *columns, strict=True)),
+        "Methods that differ only in the length of their step share a row. A point beyond the limit lets SFT answer "
+        "part of the prompts, drawn by lot, so that its mean KL is the limit; no score is interpolated between merges.",
+    )
+
+
+def kl_difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
+    """Return the differences of `kl_sheet`; `brief` keeps those to the first family."""
+    budgets = summary.kl_budgets
+    first = budgets[0].hypervolumes[0].method if budgets else ""
+    kept = [[row for row in one.differences if not brief or row.other == first] for one in budgets]
+    names = [f"({row.method}) − ({row.other})" for row in kept[0]] if kept else []
+    columns = [texts.bracketed([row.difference for row in rows]) for rows in kept]
+    return Sheet(
+        f"Difference at equal KL [{texts.volume_unit(summary)}]",
+        ("methods", *_within(summary)),
+        list(zip(names, *columns, strict=True)),
+        "Paired by prompt." + (" All pairs: report/table.md." if brief else ""),
+    )
+
+
+def _within(summary: Summary) -> list[str]:
+    return [f"KL ≤ {one.max_kl:g}" for one in summary.kl_budgets]
 
 
 def policy_sheet(summary: Summary) -> Sheet:

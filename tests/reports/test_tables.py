@@ -15,8 +15,9 @@ from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import load_run
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import Estimate
+from rewarded_lines.reports.sheet import Sheet
 from rewarded_lines.reports.summary import PointSummary, Summary, summarise
-from rewarded_lines.reports.tables import Sheet, markdown, points_csv, sheets
+from rewarded_lines.reports.tables import markdown, points_csv, sheets
 from rewarded_lines.reports.texts import interval_text, scope_note
 
 MakeRun = Callable[..., Path]
