@@ -1,4 +1,4 @@
-"""A table for a terminal of any width."""
+"""A table that adapts to the terminal's width."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rewarded_lines.config import SFT
 from rewarded_lines.reports import texts
+from rewarded_lines.reports.kl_table import kl_difference_sheet, kl_sheet
 from rewarded_lines.reports.sheet import Sheet
 from rewarded_lines.reports.summary import Summary
 
@@ -20,9 +21,9 @@ _WIDEST = 150
 def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
     """Return all tables with rows; `brief` shortens the differences of more than three methods."""
     first = [points_sheet(summary), hypervolume_sheet(summary)]
-    many = brief and len(summary.methods()) > _FEW
-    compared = [difference_sheet(summary, many), kl_sheet(summary), kl_difference_sheet(summary, many)]
-    every = [*first, *compared, policy_sheet(summary), side_sheet(summary)]
+    differences = difference_sheet(summary, brief and len(summary.methods()) > _FEW)
+    within = [kl_sheet(summary), kl_difference_sheet(summary, brief)] if summary.kl_budgets else []
+    every = [*first, differences, *within, policy_sheet(summary), side_sheet(summary)]
     return [sheet for sheet in every if sheet.rows]
 
 
@@ -124,39 +125,6 @@ def difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
         "Paired by prompt. above 0 in: the share of resamples where the first method has the larger one."
         + (" Above the other references: report/table.md." if brief else ""),
     )
-
-
-def kl_sheet(summary: Summary) -> Sheet:
-    """Return the hypervolume above SFT of each family of methods at equal KL."""
-    budgets = summary.kl_budgets
-    names = [row.method for row in budgets[0].hypervolumes] if budgets else []
-    columns = [texts.bracketed([row.hypervolume for row in one.hypervolumes]) for one in budgets]
-    return Sheet(
-        f"Hypervolume above SFT at equal KL [{texts.volume_unit(summary)}]",
-        ("methods", *_within(summary)),
-        list(zip(names, *columns, strict=True)),
-        "Methods that differ only in the length of their step share a row. A point beyond the limit lets SFT answer "
-        "part of the prompts, drawn by lot, so that its mean KL is the limit; no score is interpolated between merges.",
-    )
-
-
-def kl_difference_sheet(summary: Summary, brief: bool = False) -> Sheet:
-    """Return the differences of `kl_sheet`; `brief` keeps those to the first family."""
-    budgets = summary.kl_budgets
-    first = budgets[0].hypervolumes[0].method if budgets else ""
-    kept = [[row for row in one.differences if not brief or row.other == first] for one in budgets]
-    names = [f"({row.method}) − ({row.other})" for row in kept[0]] if kept else []
-    columns = [texts.bracketed([row.difference for row in rows]) for rows in kept]
-    return Sheet(
-        f"Difference at equal KL [{texts.volume_unit(summary)}]",
-        ("methods", *_within(summary)),
-        list(zip(names, *columns, strict=True)),
-        "Paired by prompt." + (" All pairs: report/table.md." if brief else ""),
-    )
-
-
-def _within(summary: Summary) -> list[str]:
-    return [f"KL ≤ {one.max_kl:g}" for one in summary.kl_budgets]
 
 
 def policy_sheet(summary: Summary) -> Sheet:
