@@ -36,6 +36,7 @@ from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import atomic_file, folder_lock, json_object_in, refuse_foreign, write_json
 from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
+from rewarded_lines.pipelines.rounds import PolicyProgress
 from rewarded_lines.pipelines.stage_parts import FinishedParts, Part
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
@@ -107,7 +108,7 @@ def _work(stage: Stage, jobs: RecipeJobs, watch: Watch) -> None:
     """Run a stage's commands."""
     named = {f"{stage.name} {number}": words for number, words in enumerate(stage.words, 1)}
     for group in [named] if stage.together else [{name: words} for name, words in named.items()]:
-        jobs.run(group, watch)
+        jobs.run(group, partial(PolicyProgress, watch(stage.name), len(group)))
 
 
 def _remove(path: Path) -> None:
