@@ -254,10 +254,13 @@ class PolicyProgress(Progress):
         whole.start(name)
 
     def expect(self, total: int) -> None:
+        """Set the total of all, from that of one."""
         self._whole.expect(total * self._policies)
 
     def start(self, step: str, counted: bool = False) -> None:
+        """Show this step."""
         self._whole.start(f"{self._name}: {step}", counted)
 
     def advance(self, count: int, name: str = "") -> None:
+        """Add to what is done."""
         self._whole.advance(count)
