@@ -15,16 +15,23 @@ from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_folders
 if TYPE_CHECKING:
     from rewarded_lines.reports.summary import Summary
 
-
-_More = Annotated[
-    list[Path] | None,
-    typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
-]
-_Formats = Annotated[
+Formats = Annotated[
     list[str] | None,
     typer.Option("--format", help="Figure format: png, svg or pdf (repeat); png and svg by default."),
 ]
-_MaxKl = Annotated[
+Style = Annotated[
+    str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
+]
+More = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Runs of other seeds, averaged with RUN.", show_default=False, autocompletion=run_folders),
+]
+Depth = Annotated[bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")]
+Resamples = Annotated[
+    int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")]
+MaxKl = Annotated[
     str | None,
     typer.Option(help="Also compare at equal KL, within each of these nats.", metavar="3,5,10", show_default=False),
 ]
@@ -32,19 +39,13 @@ _MaxKl = Annotated[
 
 def report(
     run: Run,
-    more: _More = None,
-    formats: _Formats = None,
-    style: Annotated[
-        str, typer.Option(help="Figure style: paper, slides, grey, or a .mplstyle file.", metavar="NAME|FILE")
-    ] = "paper",
-    depth: Annotated[
-        bool, typer.Option("--depth", help="Draw scales and residuals by block (reads all weights).")
-    ] = False,
-    resamples: Annotated[
-        int | None, typer.Option(min=100, help="Bootstrap resamples; the project's by default.", show_default=False)
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Approximate no hypervolume, however long it takes.")] = False,
-    max_kl: _MaxKl = None,
+    more: More = None,
+    formats: Formats = None,
+    style: Style = "paper",
+    depth: Depth = False,
+    resamples: Resamples = None,
+    exact: Exact = False,
+    max_kl: MaxKl = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,8 +82,8 @@ def report(
         from rewarded_lines.reports.page.page import lacking
         from rewarded_lines.reports.report import report as make_report
 
-        budgets = () if max_kl is None else parse_budgets(max_kl)
-        how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact, "max_kl": budgets}
+        how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact}
+        how["max_kl"] = parse_budgets(max_kl)
         summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), progress=bar, **how)
     if note := lacking():
         typer.echo(note, err=True)

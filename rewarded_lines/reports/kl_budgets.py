@@ -75,8 +75,10 @@ def _shape(spec: PointSpec) -> Hashable:
     return merge.method, tuple(sorted(merge.options.items())), merge.modules, kinds, scaled
 
 
-def parse_budgets(text: str) -> tuple[float, ...]:
-    """Return the numbers of `3,5,10`; a UserError for what is no KL above 0."""
+def parse_budgets(text: str | None) -> tuple[float, ...]:
+    """Return the numbers of `3,5,10`, none of None; a UserError for what is no KL above 0."""
+    if text is None:
+        return ()
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
