@@ -64,9 +64,8 @@ def report(
     report.html is an interactive front with every response and the merge
     commands; it needs no network.
 
-    With --max-kl, a point beyond the limit lets SFT answer part of the
-    prompts, drawn by lot, so that its mean KL is the limit. Methods that
-    differ only in the length of their step are compared as one.
+    With --max-kl, a point beyond a limit lets SFT answer some prompts, by
+    lot. Methods that differ only in the length of their step are one.
 
     \b
     rewarded-lines report runs/demo/sweep
