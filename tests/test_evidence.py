@@ -141,6 +141,31 @@ def test_records_are_numbers_with_how_they_were_made(evidence: ModuleType, work:
     assert json.loads((results / "made.json").read_text())["stages"].keys() == {"first-seed0", "other"}
 
 
+def test_of_a_report_and_a_search_the_numbers_are_kept(evidence: ModuleType, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in (
+        "run.json",
+        "report/table.md",
+        "report/report.html",
+        "shapes/old.json",
+        "shapes/x.json",
+        "shapes/x.png",
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    os.utime(run / "shapes" / "old.json", (0, 0))
+    evidence.copy_records(run, tmp_path / "whole")
+    evidence.copy_records(run / "report", tmp_path / "several")
+    evidence.copy_records(run / "run.json", tmp_path / "file.json")
+    found = {path.name: path.read_text() for path in (tmp_path / "whole").iterdir()}
+    shapes = {"trials.json": "shapes/x.json", "shape.png": "shapes/x.png"}
+    assert found == {"run.json": "run.json", "table.md": "report/table.md", **shapes}
+    assert [path.name for path in (tmp_path / "several").iterdir()] == ["table.md"]
+    assert (tmp_path / "file.json").read_text() == "run.json"
+    places = ("whole", "several", "file.json", "none")
+    assert [evidence.copied(tmp_path / one) for one in places] == [True, True, True, False]
+
+
 def test_a_stage_that_fails_ends_with_its_log_and_later_goes_on(evidence: ModuleType, work: Path) -> None:
     change(work, "bash -c 'echo", "bash -c 'test -f {out}/go || { echo the reason; exit 3; }; echo")
     with pytest.raises(UserError, match="last 2: the stage failed with exit code 3") as caught:
