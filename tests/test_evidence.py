@@ -157,6 +157,9 @@ def test_of_a_report_and_a_search_the_numbers_are_kept(evidence: ModuleType, tmp
     evidence.copy_records(run, tmp_path / "whole")
     evidence.copy_records(run / "report", tmp_path / "several")
     evidence.copy_records(run / "run.json", tmp_path / "file.json")
+    (run / "shapes").rename(run / "records")
+    evidence.copy_records(run / "records", tmp_path / "all")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"old.json", "x.json", "x.png"}
     found = {path.name: path.read_text() for path in (tmp_path / "whole").iterdir()}
     shapes = {"trials.json": "shapes/x.json", "shape.png": "shapes/x.png"}
     assert found == {"run.json": "run.json", "table.md": "report/table.md", **shapes}

@@ -28,11 +28,14 @@ _PACKAGES = ("rewarded-lines", "torch", "transformers", "trl", "peft", "accelera
 def copy_records(source: Path, target: Path) -> None:
     """Copy a file, or of a run folder the files in `KEPT`, and of its search for a shape the trials and the figure.
 
-    Of the folder `report` of a run, which may be of several runs, its own files.
+    Of the folder `report` of a run, which may be of several runs, its own files. A folder `records` is copied whole.
     """
     if source.is_file():
         _copy(source, target)
         return
+    if source.name == "records":
+        for path in source.iterdir():
+            _copy(path, target / path.name)
     for name in KEPT:
         if source.name == "report" and (source / Path(name).name).is_file():
             _copy(source / Path(name).name, target / Path(name).name)
@@ -46,8 +49,8 @@ def copy_records(source: Path, target: Path) -> None:
 
 
 def copied(target: Path) -> bool:
-    """True if the records of a run, or the file, are there."""
-    return target.is_file() or any((target / Path(name).name).is_file() for name in KEPT)
+    """True if records, or the file, are there."""
+    return target.is_file() or (target.is_dir() and any(target.iterdir()))
 
 
 def write_made(results: Path, stages: Mapping[str, Mapping[str, Any]], records: Sequence[str]) -> None:
