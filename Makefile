@@ -21,13 +21,14 @@ OLDEST := .venv-oldest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-oldest demo test test-slow test-oldest bench bench-merge bench-sweep bench-recipes bench-serve \
+.PHONY: help setup setup-demo setup-oldest demo evidence test test-slow test-oldest bench bench-merge bench-sweep bench-recipes bench-serve \
 	gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1, LORA=1 and OUT=folder. For the set-up:'
+	@echo '  demo takes SEED=0, ALGO=ppo|dpo|rloo|grpo, FULL=1, LORA=1 and OUT=folder; evidence takes QUICK=1 and'
+	@echo "  STAGES=\"--list\" (or --only 'methods*', --seeds 0). For the set-up:"
 	@echo '  PYTHON=python3.12         the interpreter to use (3.11 to 3.13; default python3)'
 	@echo '  VLLM=auto|cpu|gpu|none    which vLLM (auto: gpu if nvidia-smi lists a GPU; an existing .venv is kept)'
 	@echo '  TORCH_INDEX=URL           an extra package index for PyTorch, for instance the CPU builds at'
@@ -47,6 +48,10 @@ setup-oldest:
 demo: export REWARDED_LINES_DIE_WITH_PARENT = 1
 demo: setup-demo ## train, merge, measure and report on a small example: the whole job
 	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(LORA), --lora)$(if $(OUT), --out '$(OUT)')
+
+evidence: export REWARDED_LINES_DIE_WITH_PARENT = 1
+evidence: setup ## make all that eval/results claims, in stages that resume (a day on two cores; QUICK=1: 15 minutes)
+	$(VENV)/python eval/evidence.py$(if $(QUICK), --quick)$(if $(STAGES), $(STAGES))
 
 test: setup ## run the tests
 	$(VENV)/$(PYTEST)

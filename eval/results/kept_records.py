@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -259,10 +258,20 @@ class Record:
         path = self.folder / name
         if not path.is_file():
             raise MissingRecord(f"{self.name}/{name}")
-        one = Record(f"{self.name}/{name}", self.folder)
         content = json.loads(path.read_text(encoding="utf-8"))["found"]
         rows = [{key: row[key] for key in ("method", "reference", "hypervolume")} for row in content["volumes"]]
-        one.__dict__["summary"] = content | {"hypervolumes": rows}
+        return self._part(name, content | {"hypervolumes": rows})
+
+    def within(self, nats: float) -> Record:
+        """Return the hypervolumes at equal KL as a record without points; its methods are families."""
+        for one in self.summary.get("kl_budgets", []):
+            if one["max_kl"] == nats:
+                return self._part(f"KL ≤ {nats:g}", one)
+        raise MissingRecord(f"KL of at most {nats:g} in {self.name}/summary.json")
+
+    def _part(self, name: str, summary: dict[str, Any]) -> Record:
+        one = Record(f"{self.name}/{name}", self.folder)
+        one.__dict__["summary"] = summary
         return one
 
 
@@ -288,13 +297,3 @@ def every_method(root: Path = HERE) -> Record:
     if not found:
         raise MissingRecord("record movie_reviews/methods-…")
     return next((one for one in found if "methods-seed" not in one.name), found[0])
-
-
-def gains(name: str, root: Path = HERE) -> Iterator[tuple[dict[str, str], Estimate]]:
-    """Yield the rows of a task's `policies.csv` with their gains."""
-    path = root / name / "policies.csv"
-    if not path.is_file():
-        raise MissingRecord(f"{name}/policies.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            yield row, Estimate(*(float(row[f"gain{end}"]) for end in ("", ".low", ".high")))

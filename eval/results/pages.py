@@ -10,6 +10,7 @@ or a paragraph whose record is missing is left out, and the page says so.
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
-from kept_records import HERE, MissingRecord, Record, every_method, gains, record, records
+from kept_records import HERE, MissingRecord, Record, every_method, record, records
 
 from rewarded_lines.config import SFT
 from rewarded_lines.pareto.bootstrap import Estimate
@@ -84,6 +85,16 @@ def others(root: Path = HERE) -> list[Record]:
         return any(name.startswith(known) if how == "records" else name == known for how, known in known)
 
     return [one for one in records("", root) if not looked_up(one.name)]
+
+
+def gains(name: str, root: Path = HERE) -> Iterator[tuple[dict[str, str], Estimate]]:
+    """Yield the rows of a task's `policies.csv` with their gains."""
+    path = root / name / "policies.csv"
+    if not path.is_file():
+        raise MissingRecord(f"{name}/policies.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield row, Estimate(*(float(row[f"gain{end}"]) for end in ("", ".low", ".high")))
 
 
 def environment(root: Path = HERE) -> jinja2.Environment:

@@ -37,6 +37,10 @@ Size = Annotated[
     str | None,
     typer.Option(help="With --power: plan for 5, or 10%, in hypervolume; by default what is seen.", show_default=False),
 ]
+MaxKl = Annotated[
+    str | None,
+    typer.Option(help="Also compare at equal KL, within each of these nats.", metavar="3,5,10", show_default=False),
+]
 
 
 def report(
@@ -49,6 +53,7 @@ def report(
     exact: Exact = False,
     power: Power = False,
     size: Size = None,
+    max_kl: MaxKl = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,10 +72,14 @@ def report(
     report.html is an interactive front with every response and the merge
     commands; it needs no network.
 
+    With --max-kl, a point beyond a limit lets SFT answer some prompts, by
+    lot. Methods that differ only in the length of their step are one.
+
     \b
     rewarded-lines report runs/demo/sweep
     rewarded-lines report runs/demo/sweep --format pdf --style slides
     rewarded-lines report runs/demo/sweep --json | jq '.hypervolumes'
+    rewarded-lines report runs/demo/sweep --max-kl 3,5,10
     rewarded-lines report runs/demo/sweep \\
         runs/demo-seed1/sweep runs/demo-seed2/sweep
         averages over three training seeds, a second level of the bootstrap
@@ -80,11 +89,13 @@ def report(
     if size is not None and not power:
         raise fail("only with --power", where="--size", expected="--power --size 10%")
     with progress_bar("Report", quiet=quiet or as_json, unit="hypervolume") as bar:
+        from rewarded_lines.reports.kl_budgets import parse_budgets
         from rewarded_lines.reports.page.page import lacking
         from rewarded_lines.reports.report import report as make_report
 
         how: Any = {"style": style, "depth": depth, "resamples": resamples, "exact": exact}
         how["power"] = size if size is not None else power
+        how["max_kl"] = parse_budgets(max_kl)
         summary = make_report(run, *(more or ()), formats=formats or ("png", "svg"), progress=bar, **how)
     if note := lacking():
         typer.echo(note, err=True)

@@ -127,7 +127,15 @@ def _reported(folder: Path, header: Mapping[str, Any]) -> Summary | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = [PointSummary.from_dict(entry) for entry in content["points"]]
         summary = Summary(
-            **{**content, "points": points, "hypervolumes": [], "differences": [], "policy_gains": [], "power": []}
+            **{
+                **content,
+                "points": points,
+                "hypervolumes": [],
+                "differences": [],
+                "policy_gains": [],
+                "power": [],
+                "kl_budgets": [],
+            }
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Missing, damaged or of another version.

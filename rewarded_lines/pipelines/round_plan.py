@@ -28,7 +28,7 @@ from rewarded_lines.projects import PROJECT_FILE, Project, named_places, save_pr
 from rewarded_lines.references import local_path, relative
 
 # `rewarded-lines`, also where it is not on the path.
-_SCORE = (sys.executable, "-P", "-c", "from rewarded_lines.cli import main; main()", "score")
+COMMAND = (sys.executable, "-P", "-c", "from rewarded_lines.cli import main; main()")
 _CARRIED = ("tokenizer", "config_from")
 _SHOWN = ("dtype", "layers", "tower", "max_shard_size", *_CARRIED)
 
@@ -131,7 +131,7 @@ class RoundPlan:
             self.each.engine,
             prompts and prompts.model_dump(),
         ]
-        command = (*_SCORE, *self.scoring_words(number)[2:])
+        command = (*COMMAND, "score", *self.scoring_words(number)[2:])
         return [Part(f"round {number} score", self.folder(number) / "score", digest(made_from), command)]
 
     def scoring_words(self, number: int) -> list[str]:

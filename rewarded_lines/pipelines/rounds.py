@@ -107,7 +107,7 @@ def rounds(
             plan.write_validation()
             policies = sum(len(_untrained(plan, number, finished)) for number in plan.numbers)
             for number in plan.numbers:
-                _make(plan, number, finished, jobs, partial(_PolicyProgress, progress, policies))
+                _make(plan, number, finished, jobs, partial(PolicyProgress, progress, policies))
                 _write_state(plan, finished)
     return [_told(plan, number, finished) for number in plan.numbers]
 
@@ -245,7 +245,7 @@ def _write_state(plan: RoundPlan, finished: FinishedParts) -> None:
         write_bytes(plan.out / TABLE_FILE, "".join(",".join(line) + "\n" for line in lines).encode())
 
 
-class _PolicyProgress(Progress):
+class PolicyProgress(Progress):
     """One policy's progress as a part of all: each is taken to need as many steps as the first."""
 
     def __init__(self, whole: Progress, policies: int, name: str) -> None:
@@ -254,10 +254,13 @@ class _PolicyProgress(Progress):
         whole.start(name)
 
     def expect(self, total: int) -> None:
+        """Set the total of all, from that of one."""
         self._whole.expect(total * self._policies)
 
     def start(self, step: str, counted: bool = False) -> None:
+        """Show this step."""
         self._whole.start(f"{self._name}: {step}", counted)
 
     def advance(self, count: int, name: str = "") -> None:
+        """Add to what is done."""
         self._whole.advance(count)

@@ -41,6 +41,7 @@ def report(
     depth: bool = False,
     resamples: int | None = None,
     exact: bool = False,
+    max_kl: Sequence[float] = (),
     power: bool | float | str = False,
     progress: Progress = SILENT,
 ) -> Summary:
@@ -58,6 +59,7 @@ def report(
         depth: also draw scales and residuals by block; this reads the weights.
         resamples: of the bootstrap, at least 100; by default as many as the project asks for.
         exact: compute every hypervolume exactly, which takes long with many rewards and points.
+        max_kl: also compare the methods at equal KL, within each of so many nats.
         power: also say how small a difference the runs could find with 80% power, and how many prompts and runs a
             difference needs: True for the one seen, else one in hypervolume, such as 5 or "10%".
         progress: is told what takes long before it begins, and receives the finished hypervolumes.
@@ -76,7 +78,7 @@ def report(
         raise fail("too few resamples", where="--resamples", expected=f"{_FEWEST} or more", got=str(resamples))
     progress.start("reading the run, bootstrap")
     runs = [load_run(folder) for folder in (run, *more)]
-    summary = summarise(runs, resamples=resamples, exact=exact, power=power, progress=progress)
+    summary = summarise(runs, resamples=resamples, exact=exact, max_kl=max_kl, power=power, progress=progress)
     progress.start("tables and figures")
     folder = runs[0].folder / "report"
     write_json(folder / "summary.json", summary.as_dict())

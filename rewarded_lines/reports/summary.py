@@ -26,6 +26,7 @@ from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reports.detectable import Detectable, detectable, read_wanted
+from rewarded_lines.reports.kl_budgets import KlBudget, kl_budgets
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Summary:
     missing: dict[str, Missing] = field(default_factory=dict)
     exact_contributions: bool = True
     power: list[Detectable] = field(default_factory=list)
+    kl_budgets: list[KlBudget] = field(default_factory=list)
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -167,7 +169,10 @@ class Summary:
             del content["exact_contributions"]
         if not self.power:
             del content["power"]
-        for row in content["hypervolumes"]:
+        if not self.kl_budgets:
+            del content["kl_budgets"]
+        budgets = content.get("kl_budgets", [])
+        for row in [*content["hypervolumes"], *(row for one in budgets for row in one["hypervolumes"])]:
             for error in ("error", "resample_error"):
                 if not row[error]:
                     del row[error]
@@ -182,6 +187,7 @@ def summarise(
     resamples: int | None = None,
     exact: bool = False,
     power: bool | float | str = False,
+    max_kl: Sequence[float] = (),
     progress: Progress = SILENT,
 ) -> Summary:
     """Return the numbers of a run, or averages over several runs, with intervals at `level`.
@@ -194,6 +200,7 @@ def summarise(
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
         power: also say how small a difference could be found, and what one needs; see `read_wanted`.
+        max_kl: also compare at equal KL, within each of so many nats; see `kl_budgets`.
 
     Raises:
         UserError: the points answer different prompts, a score is not finite, or `power` asks for what cannot be.
@@ -229,6 +236,7 @@ def summarise(
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
         power=detectable(table, volumes, runs, wanted, level),
+        kl_budgets=kl_budgets(table, max_kl, level, exact=exact, progress=progress),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rewarded_lines.config import SFT
 from rewarded_lines.reports import texts
+from rewarded_lines.reports.kl_table import kl_difference_sheet, kl_sheet
 from rewarded_lines.reports.power_table import power_sheet
 from rewarded_lines.reports.sheet import Sheet
 from rewarded_lines.reports.summary import Summary
@@ -22,8 +23,9 @@ def sheets(summary: Summary, brief: bool = False) -> list[Sheet]:
     """Return all tables with rows; `brief` shortens the differences of more than three methods."""
     first = [points_sheet(summary), hypervolume_sheet(summary)]
     differences = difference_sheet(summary, brief and len(summary.methods()) > _FEW)
+    within = [kl_sheet(summary), kl_difference_sheet(summary, brief)] if summary.kl_budgets else []
     power = [power_sheet(summary, brief)] if summary.power else []
-    every = [*first, differences, *power, policy_sheet(summary), side_sheet(summary)]
+    every = [*first, differences, *within, *power, policy_sheet(summary), side_sheet(summary)]
     return [sheet for sheet in every if sheet.rows]
 
 

@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_and_more_rounds_are_added(project, monkeypatch):
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(verb, "_PolicyProgress", lambda whole, policies, name: stop(name, whole) or Told())
+        patch.setattr(verb, "PolicyProgress", lambda whole, policies, name: stop(name, whole) or Told())
         rounds(TRAIN, rounds=1)
     assert [given["reward"] for given in StandIn.trained] == ["words"]
     (kept,) = [path.stat().st_mtime_ns for path in project.glob("rounds/round-1/policies/*/model.safetensors")]

@@ -1,0 +1,88 @@
+"""Hypervolumes at equal KL: what each family of methods reaches within so many nats of the SFT model.
+
+At equal KL the length of the step is free. So methods that differ only in the length of their residual are one family:
+Rewarded Soups and `uniform`, or LiNeS with α = β = 0.5 and with α = β = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from rewarded_lines.config import SFT
+from rewarded_lines.errors import fail
+from rewarded_lines.evaluator.paired_scores import Table
+from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.merger.methods import MOD
+from rewarded_lines.pareto.bootstrap import LEVEL
+from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
+from rewarded_lines.pareto.equal_kl import drawn_back
+from rewarded_lines.progress import SILENT, Progress
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class KlBudget:
+    """The hypervolumes above SFT of points within `max_kl` nats, and their differences.
+
+    `method` of each row is a family: the names of its methods, with commas between them.
+    """
+
+    max_kl: float
+    hypervolumes: list[MethodVolume]
+    differences: list[VolumeDifference]
+
+
+def kl_budgets(
+    table: Table, budgets: Sequence[float], level: float = LEVEL, *, exact: bool = False, progress: Progress = SILENT
+) -> list[KlBudget]:
+    """Return the hypervolumes at each of `budgets`, in nats, in the order of the numbers.
+
+    Points beyond are drawn back by lot, see `drawn_back`; so is each run and each resample for itself.
+    """
+    found, groups = [], families(table)
+    kl, sft = table.samples.means[..., len(table.rewards)], table.scores[:, :, 0]
+    for most in sorted(budgets):
+        scores = drawn_back(table.scores, kl, sft, most)
+        fronts = {name: scores[:, :, rows] for name, rows in groups.items()}
+        volumes = sample_volumes(fronts, {SFT: sft}, table.samples.drawn, exact=exact, progress=progress)
+        found.append(KlBudget(most, method_volumes(volumes, level), compare(volumes, level)))
+    return found
+
+
+def families(table: Table) -> dict[str, list[int]]:
+    """Return the rows of each family by the names of its methods."""
+    names: dict[Hashable, list[str]] = {}
+    methods = table.methods()
+    for name, rows in methods.items():
+        shapes = {_shape(point.spec) for row in rows for point in table.rows[row]}
+        names.setdefault(shapes.pop() if len(shapes) == 1 else name, []).append(name)
+    return {", ".join(group): [row for name in group for row in methods[name]] for group in names.values()}
+
+
+def _shape(spec: PointSpec) -> Hashable:
+    """Return what a point shares with those that differ from it in weights and length only; its method if none may."""
+    merge = spec.merge
+    if spec.checkpoint or spec.edit or merge.method == MOD:
+        return spec.method
+    lines = [line.blocks or (line.alpha, line.beta) for line in merge.schedule.lines]
+    flat = all(len(set(line.blocks)) == 1 or (not line.blocks and line.beta == 0) for line in merge.schedule.lines)
+    numbers = [line[:1] if flat else line for line in lines]
+    largest = max(abs(number) for line in numbers for number in line)
+    scaled = tuple(tuple(round(number / largest, _DIGITS) for number in line) for line in numbers) if largest else ()
+    kinds = () if flat else tuple(bool(line.blocks) for line in merge.schedule.lines)
+    return merge.method, tuple(sorted(merge.options.items())), merge.modules, kinds, scaled
+
+
+def parse_budgets(text: str | None) -> tuple[float, ...]:
+    """Return the numbers of `3,5,10`, none of None; a UserError for what is no KL above 0."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < one < float("inf") for one in found):
+        raise fail("not a limit of KL", where="--max-kl", expected="nats above 0, such as 3,5,10", got=text)
+    return found
