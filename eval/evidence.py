@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass, field
@@ -72,7 +71,7 @@ class Evidence:
         # What changed inputs must not go on from is removed by `make`.
         return Part(stage.name, stage.output, stage.made_from, run=work, resumes=True)
 
-    def make(self, stage: Stage, began: str) -> None:
+    def make(self, stage: Stage) -> None:
         """Make a stage and copy its records."""
         state = json_object_in(self.finished.file)
         entry = state.get(stage.name, {})
@@ -128,14 +127,13 @@ def run(evidence: Evidence) -> None:
     refuse_foreign(out, STATE_FILE)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        started = time.strftime("%Y-%m-%d %H:%M")
         for number, stage in enumerate(evidence.stages, 1):
             head = f"[{number}/{len(evidence.stages)}] {stage.name}"
             if evidence.done(stage):
                 print(f"{head}: finished earlier", flush=True)
                 continue
             print(f"{head}: {stage.about}; about {stage.minutes:g} min of {evidence.left():.0f} left", flush=True)
-            evidence.make(stage, started)
+            evidence.make(stage)
             print(f"{head}: done in {(evidence.finished.took(evidence.part(stage)) or 0) / 60:.1f} min", flush=True)
     print(f"records: {evidence.places.results}")
 
