@@ -51,6 +51,25 @@ def test_the_check_says_which_page_differs(
     assert capsys.readouterr().err == "docs/which-merge.md is not what the records say; run this script\n"
 
 
+def test_pages_of_other_records_stand_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(RESULTS / SOUP, tmp_path / SOUP)
+    before = {page: (ROOT / page).read_bytes() for page in pages.PAGES.values()}
+    assert pages.main(["--records", str(tmp_path)]) == 0
+    assert "README.md: left out, for it is not there: record packages/dpo-seed0\n" in capsys.readouterr().err
+    text = (tmp_path / "which-merge.md").read_text()
+    assert text.startswith("> The tables below") and (tmp_path / "which-merge-gain.png").stat().st_size > 10_000
+    links = re.findall(r"\]\((movie_reviews/[^)#]*)", text)
+    assert links and all((tmp_path / link).is_file() for link in links)
+    assert "| `soup` |" in (tmp_path / "movie_reviews/README.md").read_text() and (tmp_path / "README.md").is_file()
+    assert before == {page: (ROOT / page).read_bytes() for page in pages.PAGES.values()}
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no record in"):
+        pages.main(["--records", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("template", pages.PAGES)
 def test_no_number_of_a_table_is_typed(template: str) -> None:
     text = (RESULTS / "templates" / template).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python eval/results/pages.py              # write them, and the figures
     python eval/results/pages.py --check      # say which differ; exit code 1 if one does
+    python eval/results/pages.py --records runs/evidence-quick/results     # the same pages of other records, beside them
 
 The templates in `templates/` hold the text. Each number is an expression over the records, see `kept_records.py`. A row
 or a paragraph whose record is missing is left out, and the page says so.
@@ -31,6 +32,10 @@ PAGES = {
     "movie_reviews.md": "eval/results/movie_reviews/README.md",
     "which-merge.md": "docs/which-merge.md",
 }
+_OTHER = (
+    "> The tables below are those of the records in this folder. The text between them was written about the records of\n"
+    "> the full run; here it may be wrong.\n\n"
+)
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -167,30 +172,39 @@ _fold = partial(textwrap.fill, width=125, break_long_words=False, break_on_hyphe
 
 
 def written(root: Path = HERE) -> Iterator[tuple[Path, str, list[str]]]:
-    """Yield the path, the text and the gaps of every page."""
+    """Yield the path, the text and the gaps of every page; pages of other records stand beside these."""
     for template, page in PAGES.items():
-        yield ROOT / page, *render(template, root)
+        text, lacking = render(template, root)
+        if root == HERE:
+            yield ROOT / page, text, lacking
+            continue
+        inside = (ROOT / page).relative_to(HERE) if (ROOT / page).is_relative_to(HERE) else Path(page).name
+        yield root / inside, _OTHER + text.replace("../eval/results/", ""), lacking
 
 
 def main(argv: Sequence[str]) -> int:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--records", type=Path, default=HERE, metavar="FOLDER", help="by default those kept here")
     options = parser.parse_args(argv)
-    differing = 0
-    for path, text, lacking in written():
-        for one in lacking:
+    root, differing = options.records.resolve(), 0
+    if not any(root.rglob("points.csv")):
+        sys.exit(f"no record in {options.records}: expected folders with a points.csv, such as `make evidence` writes")
+    for path, text, lacking in written(root):
+        for one in dict.fromkeys(lacking):
             print(f"{path.name}: left out, for it is not there: {one}", file=sys.stderr)
         if options.check:
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 print(f"{path.relative_to(ROOT)} is not what the records say; run this script", file=sys.stderr)
                 differing += 1
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    if not options.check:
-        from decision_figures import write_figures
+    if not options.check and records("movie_reviews/methods-", root):
+        from decision_figures import DOCS, write_figures
 
-        write_figures()
+        write_figures(DOCS if root == HERE else root, root)
     return int(differing > 0)
 
 
