@@ -2,7 +2,7 @@
 
     python eval/results/pages.py              # write them, and the figures
     python eval/results/pages.py --check      # say which differ; exit code 1 if one does
-    python eval/results/pages.py --records runs/evidence-quick/results     # the same pages of other records, beside them
+    python eval/results/pages.py --records runs/evidence-quick/results   # the pages of other records, beside them
 
 The templates in `templates/` hold the text. Each number is an expression over the records, see `kept_records.py`. A row
 or a paragraph whose record is missing is left out, and the page says so.
@@ -33,8 +33,8 @@ PAGES = {
     "which-merge.md": "docs/which-merge.md",
 }
 _OTHER = (
-    "> The tables below are those of the records in this folder. The text between them was written about the records of\n"
-    "> the full run; here it may be wrong.\n\n"
+    "> The tables below are those of the records in this folder. The text between them was written about the records\n"
+    "> of the full run; here it may be wrong.\n\n"
 )
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
