@@ -32,6 +32,7 @@ class Reward:
         device: where the weights are while in memory.
         streams: whether scores come one after another, so that one call may hold any number of pairs.
         limit: the most tokens of a prompt with its response; None without a limit.
+        beside_engine: whether another thread may score while an engine in this process generates.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Reward:
     device: str = "cpu"
     streams: bool = False
     limit: int | None = None
+    beside_engine: bool = False
     _model: SharedModel[Any] | None = None
 
     @property
