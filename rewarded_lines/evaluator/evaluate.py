@@ -126,8 +126,7 @@ class LocalEvaluator:
 
     @cached_property
     def _ahead(self) -> ScoringAhead | None:
-        setup, declared = self.setup, self.setup.project.config.rewards
-        return score_ahead(setup.rewards, declared, self._folder / _CACHE, setup.options.offload, setup.reward_memory)
+        return score_ahead(self.setup.rewards, self.setup.project.config.rewards, self._folder / _CACHE)
 
     @cached_property
     def _generator(self) -> Generator:

@@ -157,8 +157,6 @@ class ModelReward(Reward):
         self._where = f"reward `{name}`"
         self._spec, self._model = spec, shared
         self.device, self.size, self.tokenizer = shared.device, shared.size, shared.tokenizer
-        # Two engines of vLLM take turns, and on one GPU there is no second processor to use.
-        self.beside_engine = spec.backend == "hf" and shared.device == "cpu"
         self._reading = ClassifierReading(shared.tokenizer, spec.template, self._where)
         old = _READ_LAST if shared.reads_last else _READ_ANEW if self._reading.is_new(shared.pad) else ""
         self.fingerprint = shared.fingerprint + old

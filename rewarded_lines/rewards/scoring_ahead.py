@@ -15,7 +15,6 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.reward import Reward
-from rewarded_lines.rewards.reward_memory import RewardMemory
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
 
@@ -25,24 +24,15 @@ Work = tuple[Sequence[Prompt], Sequence[str], Sequence[Row]]
 _PATIENCE = 2.0
 
 
-def score_ahead(
-    rewards: Mapping[str, Reward],
-    declared: Mapping[str, RewardSpec],
-    cache: Path,
-    offload: str,
-    memory: RewardMemory,
-) -> ScoringAhead | None:
+def score_ahead(rewards: Mapping[str, Reward], declared: Mapping[str, RewardSpec], cache: Path) -> ScoringAhead | None:
     """Return a thread for the rewards that can score while an engine generates; None without any.
 
     A reward that may fail is not among them, since its failures are counted point by point. Nor is one whose content
-    is unknown, since the cache cannot find its scores again. Models that may take turns with another one wait for it.
+    is unknown, since the cache cannot find its scores again.
     """
     known = {name: one for name, one in rewards.items() if one.beside_engine and one.fingerprint}
     able = {name: one for name, one in known.items() if declared[name].missing != "leave_out"}
-    others = any(one.size for name, one in rewards.items() if name not in able)
-    if others or offload == "always":
-        able = {name: one for name, one in able.items() if not one.size}
-    return ScoringAhead(Scorer(able, declared, ScoreCache(cache), offload, memory=memory)) if able else None
+    return ScoringAhead(Scorer(able, declared, ScoreCache(cache))) if able else None
 
 
 class ScoringAhead:
@@ -97,9 +87,11 @@ class ScoringAhead:
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Wait a moment for the thread to end, after `stop`."""
+        """Wait a moment for the thread to end, after `stop`, and close its cache."""
         if self._thread:
             self._thread.join(_PATIENCE)
+        if not (self._thread and self._thread.is_alive()):
+            self._scorer.close()
 
     def _run(self) -> None:
         while some := self._next():

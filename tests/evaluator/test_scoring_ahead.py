@@ -14,8 +14,13 @@ from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import evaluate
 from rewarded_lines.evaluator.evaluate import LocalEvaluator
+from rewarded_lines.reward_settings import RewardSpec
+from rewarded_lines.rewards.api_judge import ApiJudge
+from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
-from rewarded_lines.rewards.scoring_ahead import ScoringAhead
+from rewarded_lines.rewards.http_rewards import HttpReward
+from rewarded_lines.rewards.local_judge import LocalJudge
+from rewarded_lines.rewards.scoring_ahead import ScoringAhead, score_ahead
 
 THREAD = "scoring ahead"
 FORK = multiprocessing.get_context("fork")
@@ -153,6 +158,9 @@ class Recorder:
         if "bad" in responses:
             raise UserError([])
 
+    def close(self):
+        self.calls.append("closed")
+
 
 def test_what_waits_is_scored_in_one_call_and_an_error_is_that_of_its_work():
     scorer = Recorder()
@@ -172,4 +180,26 @@ def test_what_waits_is_scored_in_one_call_and_an_error_is_that_of_its_work():
     ahead.wait(1)
     ahead.stop()
     ahead.join()
+    assert scorer.calls[2:] == ["closed"]
     assert THREAD not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(
+    ("more", "fingerprint", "beside"),
+    [
+        ({"workers": 1}, "known", True),
+        ({}, "known", False),
+        ({"workers": 1, "missing": "leave_out"}, "known", False),
+        ({"workers": 1}, "", False),
+    ],
+    ids=["in a process of its own", "in this process", "may fail", "unknown content"],
+)
+def test_which_functions_score_beside_the_engine(tiny, more, fingerprint, beside):
+    spec = RewardSpec(function="rewards.py:words", **more)
+    reward = FunctionReward("words", spec, tiny)
+    reward.fingerprint = fingerprint
+    ahead = score_ahead({"words": reward}, {"words": spec}, tiny / "scores.sqlite")
+    assert (ahead is not None) == beside
+    # Servers do, models in this process do not.
+    assert HttpReward.beside_engine and ApiJudge.beside_engine
+    assert not ModelReward.beside_engine and not LocalJudge.beside_engine
