@@ -185,20 +185,21 @@ def test_what_waits_is_scored_in_one_call_and_an_error_is_that_of_its_work():
 
 
 @pytest.mark.parametrize(
-    ("more", "fingerprint", "beside"),
+    ("workers", "missing", "fingerprint", "beside"),
     [
-        ({"workers": 1}, "known", True),
-        ({}, "known", False),
-        ({"workers": 1, "missing": "leave_out"}, "known", False),
-        ({"workers": 1}, "", False),
+        (1, "refuse", "known", True),
+        (0, "refuse", "known", False),
+        (1, "leave_out", "known", False),
+        (1, "refuse", "", False),
     ],
     ids=["in a process of its own", "in this process", "may fail", "unknown content"],
 )
-def test_which_functions_score_beside_the_engine(tiny, more, fingerprint, beside):
-    spec = RewardSpec(function="rewards.py:words", **more)
+def test_which_functions_score_beside_the_engine(tiny, workers, missing, fingerprint, beside):
+    spec = RewardSpec(function="rewards.py:words", **({"workers": workers} if workers else {}))
     reward = FunctionReward("words", spec, tiny)
     reward.fingerprint = fingerprint
-    ahead = score_ahead({"words": reward}, {"words": spec}, tiny / "scores.sqlite")
+    declared = {"words": spec.model_copy(update={"missing": missing})}
+    ahead = score_ahead({"words": reward}, declared, tiny / "scores.sqlite")
     assert (ahead is not None) == beside
     # Servers do, models in this process do not.
     assert HttpReward.beside_engine and ApiJudge.beside_engine
