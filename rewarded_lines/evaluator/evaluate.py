@@ -126,7 +126,8 @@ class LocalEvaluator:
 
     @cached_property
     def _ahead(self) -> ScoringAhead | None:
-        return score_ahead(self.setup.rewards, self.setup.project.config.rewards, self._folder / _CACHE)
+        declared = self.setup.project.config.rewards
+        return score_ahead(self.setup.rewards, declared, self._folder / _CACHE, self._progress)
 
     @cached_property
     def _generator(self) -> Generator:

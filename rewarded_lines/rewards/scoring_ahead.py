@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row
+from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.rewards.score_cache import ScoreCache
@@ -24,15 +25,33 @@ Work = tuple[Sequence[Prompt], Sequence[str], Sequence[Row]]
 _PATIENCE = 2.0
 
 
-def score_ahead(rewards: Mapping[str, Reward], declared: Mapping[str, RewardSpec], cache: Path) -> ScoringAhead | None:
+def score_ahead(
+    rewards: Mapping[str, Reward], declared: Mapping[str, RewardSpec], cache: Path, progress: Progress = SILENT
+) -> ScoringAhead | None:
     """Return a thread for the rewards that can score while an engine generates; None without any.
+
+    `progress` is told its steps while somebody waits for it.
 
     A reward that may fail is not among them, since its failures are counted point by point. Nor is one whose content
     is unknown, since the cache cannot find its scores again.
     """
     known = {name: one for name, one in rewards.items() if one.beside_engine and one.fingerprint}
     able = {name: one for name, one in known.items() if declared[name].missing != "leave_out"}
-    return ScoringAhead(Scorer(able, declared, ScoreCache(cache))) if able else None
+    if not able:
+        return None
+    waited = _WhileWaited(progress)
+    return ScoringAhead(Scorer(able, declared, ScoreCache(cache), progress=waited), waited)
+
+
+class _WhileWaited(Progress):
+    """Passes steps on while `shown`: the engine has steps of its own."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self.shown = progress, False
+
+    def start(self, step: str, counted: bool = False) -> None:
+        if self.shown:
+            self._progress.start(step, counted)
 
 
 class ScoringAhead:
@@ -41,9 +60,9 @@ class ScoringAhead:
     After an error it does no more work: `wait` raises the error.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, progress: _WhileWaited) -> None:
         """Start no thread yet. The thread alone may let the scorer's rewards compute, until `join`."""
-        self._scorer = scorer
+        self._scorer, self._progress = scorer, progress
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
         self._added = self._done = 0
@@ -74,8 +93,10 @@ class ScoringAhead:
 
     def wait(self, number: int) -> None:
         """Return once the first `number` of what was added is scored; raise what a reward failed with there."""
+        self._progress.shown = True
         with self._changed:
             self._changed.wait_for(lambda: self._error or self._done >= number)
+        self._progress.shown = False
         if self._error and self._done < number:
             raise self._error
 

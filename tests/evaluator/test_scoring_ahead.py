@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from progress_told import Told
 from run_records import contents
 
 from rewarded_lines import sweep
@@ -14,13 +15,14 @@ from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import evaluate
 from rewarded_lines.evaluator.evaluate import LocalEvaluator
+from rewarded_lines.progress import SILENT
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.api_judge import ApiJudge
 from rewarded_lines.rewards.classifier_rewards import ModelReward
 from rewarded_lines.rewards.function_rewards import FunctionReward
 from rewarded_lines.rewards.http_rewards import HttpReward
 from rewarded_lines.rewards.local_judge import LocalJudge
-from rewarded_lines.rewards.scoring_ahead import ScoringAhead, score_ahead
+from rewarded_lines.rewards.scoring_ahead import ScoringAhead, _WhileWaited, score_ahead
 
 THREAD = "scoring ahead"
 FORK = multiprocessing.get_context("fork")
@@ -164,7 +166,7 @@ class Recorder:
 
 def test_what_waits_is_scored_in_one_call_and_an_error_is_that_of_its_work():
     scorer = Recorder()
-    ahead = ScoringAhead(scorer)
+    ahead = ScoringAhead(scorer, _WhileWaited(SILENT))
     ahead.add((["p"], ["first"], [{}]))
     while not scorer.calls:
         time.sleep(0.001)
@@ -182,6 +184,15 @@ def test_what_waits_is_scored_in_one_call_and_an_error_is_that_of_its_work():
     ahead.join()
     assert scorer.calls[2:] == ["closed"]
     assert THREAD not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_engines_steps_are_shown_and_those_of_scores_while_they_are_waited_for():
+    told = Told()
+    steps = _WhileWaited(told)
+    steps.start("scoring a")
+    steps.shown = True
+    steps.start("scoring b", counted=True)
+    assert told.steps == {"scoring b": True}
 
 
 @pytest.mark.parametrize(
