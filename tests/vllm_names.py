@@ -37,6 +37,8 @@ USED_NAMES = [
     ("config/scheduler.py", "SchedulerConfig", "max_num_seqs max_num_batched_tokens"),
     ("sampling_params.py", "SamplingParams", f"{_SAMPLING} prompt_logprobs detokenize"),
     ("sampling_params.py", "SamplingParams", "skip_reading_prefix_cache logprob_token_ids ignore_eos"),
+    ("sampling_params.py", "SamplingParams", "flat_logprobs skip_clone"),
+    ("logprobs.py", "FlatLogprobs", "logprobs start_indices"),
     ("pooling_params.py", "PoolingParams", "use_activation"),
     ("outputs.py", "CompletionOutput", "token_ids logprobs finish_reason"),
     ("outputs.py", "RequestOutput.__init__", "outputs num_cached_tokens prompt_logprobs"),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rewarded_lines.checkpoints.reader import total_bytes
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.engines.base import Model, Pairs, Response, SwappingGenerator, Workload, seeded_rows
 from rewarded_lines.engines.decoding_mixture import mixed
+from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
 from rewarded_lines.engines.memory_levels import place_for
 from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.responses import ResponseReader
@@ -28,11 +29,14 @@ from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.out_of_memory import NO_MEMORY, FittingBatches, empty_cache, no_room, ran_out
 
-_BATCH = 64
+# A batch has 64 rows; of a small model more, until their keys and values fill 256 MB.
+_BATCH, _MOST_ROWS, _CACHE = 64, 512, 1 << 28
 # At most this many probabilities are in memory at once: 512 MB of float32.
 _CELLS = 1 << 27
 # Bytes of a GPU that generation takes beside the model.
 _GENERATION = 4 << 30
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class HfGenerator(SwappingGenerator):
@@ -52,10 +56,13 @@ class HfGenerator(SwappingGenerator):
         """
         super().__init__(work)
         self._inputs: Resident | None = None
-        self._batches = FittingBatches(work.model, _BATCH)
         # The policies after the first, by place, once a mixture needs them.
         self._copies: dict[int, Any] = {}
-        self._model, self._tokenizer = loaded or _load_model(work)
+        if loaded:
+            (self._model, self._tokenizer), rows = loaded, _BATCH
+        else:
+            self._model, self._tokenizer, rows = _load_model(work)
+        self._batches = FittingBatches(work.model, rows)
         tokenizer, model = self._tokenizer, self._model
         # PEFT's wrapper passes its generation config on to the model inside.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -154,8 +161,11 @@ class HfGenerator(SwappingGenerator):
 
     def _generate(self, prompts: Sequence[Prompt], spec: GenerationSpec, loaded: Sequence[Any]) -> list[list[Response]]:
         rows = seeded_rows(self.encode(prompts), spec)
-        # A row has its own seed, so a smaller batch draws the same.
-        return [self._batches.run(rows, lambda batch: self._answer(batch, spec))]
+        # A row has its own seed, so in another batch it draws the same.
+        return [in_order_of_length(rows, lambda row: len(row[0]), lambda some: self._answered(some, spec))]
+
+    def _answered(self, rows: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
+        return self._batches.run(rows, lambda batch: self._answer(batch, spec))
 
     def _answer(self, asked: Sequence[tuple[list[int], int]], spec: GenerationSpec) -> list[Response]:
         """Return a response for each pair of prompt and seed, all in one batch."""
@@ -191,6 +201,9 @@ class HfGenerator(SwappingGenerator):
         return output[:, rows["input_ids"].shape[1] :].tolist(), stops.lengths
 
     def _logprobs(self, pairs: Pairs, loaded: Any = None) -> list[float]:
+        return in_order_of_length(pairs, lambda pair: len(pair[0]) + len(pair[1]), self._sorted_logprobs)
+
+    def _sorted_logprobs(self, pairs: Pairs) -> list[float]:
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         totals: list[float] = []
         while len(totals) < len(pairs):
@@ -223,20 +236,41 @@ def _alone(place: int, model: MergeSpec) -> MergeSpec:
     return MergeSpec(tuple(float(at == place) for at in range(len(model.weights))), 1.0, 0.0)
 
 
-def _load_model(work: Workload) -> tuple[Any, Any]:
+def in_order_of_length(
+    items: Sequence[Item], length: Callable[[Item], int], work: Callable[[list[Item]], Sequence[Result]]
+) -> list[Result]:
+    """Return what `work` makes of each item; it gets them sorted by length, so that batches need little padding."""
+    order = sorted(range(len(items)), key=lambda at: length(items[at]))
+    made = dict(zip(order, work([items[at] for at in order]), strict=True))
+    return [made[at] for at in range(len(items))]
+
+
+def rows_of(config: Any, longest: int, itemsize: int) -> int:
+    """Return the rows of a batch for sequences of `longest` tokens."""
+    try:
+        each = kv_bytes(kv_layers(config.to_dict())[0], longest, itemsize)
+    except (KeyError, TypeError, ValueError):
+        # A model without attention, or with other names.
+        return _BATCH
+    return max(_BATCH, min(_MOST_ROWS, _CACHE // max(each, 1)))
+
+
+def _load_model(work: Workload) -> tuple[Any, Any, int]:
+    """Return the model, its tokenizer and the rows of a batch."""
     import torch
     from transformers import AutoModelForCausalLM
 
     # Before the weights, which take a while.
-    tokenizer, *_ = load_tokens(work)
+    tokenizer, _, longest = load_tokens(work)
     model: Any = AutoModelForCausalLM.from_pretrained(
         work.model, dtype=getattr(torch, work.spec.dtype), trust_remote_code=False
     )
     if work.texts != work.model:
         model.generation_config = load_generation_config(work.texts)
     try:
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        placed = model.to("cuda" if torch.cuda.is_available() else "cpu")
     except NO_MEMORY as error:
         if not ran_out(error):
             raise
         raise no_room(f"--engine hf, {work.model}", "the model does not fit", error) from error
+    return placed, tokenizer, rows_of(model.config, longest, model.dtype.itemsize)

@@ -25,6 +25,8 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens of a head and of its tail."""
 
 
+# One list of numbers in the place of an object for each token, and no deep copy of a request's settings.
+_LEAN: dict[str, Any] = {"flat_logprobs": True, "skip_clone": True}
 # Settings with the same name and meaning in vLLM.
 _SAME = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
 
@@ -88,14 +90,13 @@ class VllmCore(Generator):
         reader = ResponseReader.of(self._tokenizer, self._ends, spec)
         settings = [sampling_settings(spec, seed, reader) for _, seed in rows]
         # vLLM needs the text only to find stop texts; responses are decoded from the tokens.
-        params = [SamplingParams(**one, detokenize=bool(spec.stop)) for one in settings] * len(loaded)
+        params = [SamplingParams(**one, **_LEAN, detokenize=bool(spec.stop)) for one in settings] * len(loaded)
         heads = [row for row, _ in rows] * len(loaded)
         outputs = self._run(heads, params, [adapter for adapter in loaded for _ in rows])
         made = []
         for head, output in zip(heads, outputs, strict=True):
             (one,) = output.outputs
-            logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
-            made.append(make_response(reader, head, one.token_ids, logprobs, one.finish_reason))
+            made.append(make_response(reader, head, one.token_ids, _given(one.logprobs), one.finish_reason))
         return [made[k * len(rows) : (k + 1) * len(rows)] for k in range(len(loaded))]
 
     def _logprobs(self, pairs: Pairs, loaded: Any) -> list[float]:
@@ -126,16 +127,14 @@ class VllmCore(Generator):
             return []
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
-        )
+        how = {**_LEAN, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        params = SamplingParams(**how, skip_reading_prefix_cache=not shared)
         outputs = self._run([head + tail for head, tail in rows], [params] * len(rows), [adapter] * len(rows))
         found = []
         for (head, tail), output in zip(rows, outputs, strict=True):
             row, known = head + tail, output.num_cached_tokens + 1
             # Counted from the end: some of vLLM's runners return no entries for cached tokens.
-            entries = output.prompt_logprobs[known - len(row) :] if known < len(row) else []
-            own = [entry[token].logprob for entry, token in zip(entries, row[known:], strict=True)]
+            own = _given(output.prompt_logprobs[known - len(row) :]) if known < len(row) else []
             found.append([math.nan] * (len(row) - len(own)) + own)
         return found
 
@@ -155,6 +154,11 @@ class VllmCore(Generator):
         # On a CPU torch would compile a small function: that takes seconds, and needs a C++ compiler.
         with torch._dynamo.config.patch(disable=vllm_device() == "cpu"):
             return list(self._llm.generate(asked, list(params), lora_request=list(adapters), use_tqdm=False))
+
+
+def _given(entries: Any) -> list[float]:
+    """Return the log-probabilities of the tokens that are there: each position's first entry."""
+    return [entries.logprobs[start] for start in entries.start_indices]
 
 
 def make_response(

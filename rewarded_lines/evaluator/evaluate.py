@@ -26,17 +26,20 @@ from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.reward import SFT_RESPONSE, columns_of
 from rewarded_lines.rewards.score_cache import ScoreCache
 from rewarded_lines.rewards.scorer import Scorer
+from rewarded_lines.rewards.scoring_ahead import ScoringAhead, Work, score_ahead
 from rewarded_lines.trace import span
 
 # Where weights are swapped, the SFT model returns after this many points or seconds.
 # A killed run loses the points since then.
 _POINTS_A_SPELL = 16
 _SPELL_SECONDS = 20.0
+_CACHE = "scores.sqlite"
 # The value of a reward's `missing` that lets a sweep go on where the reward fails.
 _LEAVE_OUT = "leave_out"
 Keys = Mapping[PointSpec, str]
 # A point's key and spec, its responses, and its sums over the control texts.
 Made = tuple[str, PointSpec, list[Response], np.ndarray | None]
+Finished = tuple[str, Point]
 Result = TypeVar("Result")
 
 
@@ -47,7 +50,7 @@ class Evaluator(Protocol):
     def width(self) -> int:
         """How many points it works on at the same time."""
 
-    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
+    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[Finished]:
         """Yield (key, point) for every key in `missing`, in any order.
 
         `keys` holds all points that belong together, in order; they decide the batches.
@@ -70,36 +73,61 @@ class LocalEvaluator:
         """
         self.setup, self._folder = setup, folder
         self._also, self._progress = also, progress
-        self._clock = {"engine": 0.0, "generate": 0.0}
+        self._clock = {"engine": 0.0, "generate": 0.0, "score": 0.0}
         # Prompts, and the SFT model's responses to them.
         self._sft: tuple[list[Prompt], list[str]] | None = None
 
     def close(self) -> None:
         """Free engine and rewards."""
+        ahead = self.__dict__.get("_ahead")
+        if ahead:
+            ahead.stop()
         for name in ("_generator", "_scorer"):
-            if name in self.__dict__:
+            if name in self.__dict__ or (ahead and name == "_scorer"):
                 getattr(self, name).close()
+        if ahead:
+            ahead.join()
 
-    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[tuple[str, Point]]:
-        """Yield the missing points in batches that do not depend on what is missing."""
+    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[Finished]:
+        """Yield the missing points in batches that do not depend on what is missing.
+
+        Where scores are made beside the engine, those of a turn have the next turn's time.
+        """
+        late: deque[tuple[dict[str, Point], int]] = deque()
         for drafts in self._turns(setup, keys, set(missing)):
-            for key, point in self._scored(setup, keys, drafts):
-                yield key, point
-                draft_path(self._folder, key).unlink(missing_ok=True)
-            give_back_memory()
+            late.append((drafts, self._ahead.added if self._ahead else 0))
+            if self._ahead is None or len(late) > 1:
+                yield from self._finished(setup, keys, *late.popleft())
+        for drafts, number in late:
+            yield from self._finished(setup, keys, drafts, number)
+
+    def _finished(self, setup: Setup, keys: Keys, drafts: dict[str, Point], number: int) -> Iterator[Finished]:
+        """Yield the points of drafts once the first `number` scored beside the engine are there; remove the drafts."""
+        if self._ahead:
+            self._progress.start("waiting for scores", counted=True)
+            self._timed("score", partial(self._ahead.wait, number))
+        for key, point in self._scored(setup, keys, drafts):
+            yield key, point
+            draft_path(self._folder, key).unlink(missing_ok=True)
+        give_back_memory()
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of building the engine, generating, swapping and scoring."""
+        """Return the seconds of building the engine, generating, swapping, and waiting for scores."""
         built = "_generator" in self.__dict__
-        scored = self._scorer.seconds if "_scorer" in self.__dict__ else 0.0
+        scored = self._clock["score"] + (self._scorer.seconds if "_scorer" in self.__dict__ else 0.0)
         swap = self._generator.swap_seconds if built else 0.0
         return {**self._clock, "generate": self._clock["generate"] - swap, "swap": swap, "score": scored}
 
     @cached_property
     def _scorer(self) -> Scorer:
-        setup, cache = self.setup, ScoreCache(self._folder / "scores.sqlite")
+        setup, cache = self.setup, ScoreCache(self._folder / _CACHE)
         how = setup.options.offload, self._progress, setup.reward_memory
         return Scorer(setup.rewards, setup.project.config.rewards, cache, *how)
+
+    @cached_property
+    def _ahead(self) -> ScoringAhead | None:
+        declared = self.setup.project.config.rewards
+        return score_ahead(self.setup.rewards, declared, self._folder / _CACHE, self._progress)
 
     @cached_property
     def _generator(self) -> Generator:
@@ -124,6 +152,8 @@ class LocalEvaluator:
             waiting: list[list[Made]] = []
             drafts: dict[str, Point] = {}
             while left and len(waiting) + len(drafts) < most and time.perf_counter() - began < _SPELL_SECONDS:
+                if self._ahead and self._ahead.failed:
+                    break
                 batch = left.popleft()
                 todo = [key for key, _ in batch if key in wanted]
                 found = {key: draft for key in todo if (draft := whole_point(draft_path(self._folder, key)))}
@@ -131,6 +161,7 @@ class LocalEvaluator:
                     drafts |= found
                 else:
                     waiting.append(self._made(setup, batch, todo))
+                    self._score_ahead(setup, keys, [one for one in waiting[-1] if one[0] in wanted], drafts)
             # The KL needs the whole batch, too: its other sequences change the last bits.
             for made in waiting:
                 drafts |= self._drafts(setup, made, wanted)
@@ -203,7 +234,7 @@ class LocalEvaluator:
             write_point(draft_path(self._folder, key), draft)
         return drafts
 
-    def _scored(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> Iterator[tuple[str, Point]]:
+    def _scored(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> Iterator[Finished]:
         """Yield the points with scores; a UserError for a point with too few, whose draft stays.
 
         One call scores all, which fills batches better. Where a reward may fail, each point has its own call, so that
@@ -211,13 +242,8 @@ class LocalEvaluator:
         """
         alone = any(one.missing == _LEAVE_OUT for one in setup.project.config.rewards.values())
         for some in [{key: draft} for key, draft in drafts.items()] if alone else [drafts]:
-            rows = [setup.rows[index] for draft in some.values() for index in draft.prompt_index]
             responses = [response for draft in some.values() for response in draft.judged]
-            columns = columns_of(rows)
-            if any(reward.reads_sft for reward in setup.rewards.values()):
-                sft = self._sft_responses(setup, keys, drafts) * len(some)
-                columns = [{**row, SFT_RESPONSE: text} for row, text in zip(columns, sft, strict=True)]
-            found = self._scorer.score([row["prompt"] for row in rows], responses, columns)
+            found = self._scorer.score(*self._asked(setup, keys, responses, drafts))
             scores = {name: np.array(found[name], dtype=np.float64) for name in setup.rewards}
             failed = {name: count for name, count in self._scorer.failed.items() if count}
             start = 0
@@ -229,12 +255,33 @@ class LocalEvaluator:
                 yield key, point
                 start = own.stop
 
+    def _score_ahead(self, setup: Setup, keys: Keys, made: Sequence[Made], drafts: Mapping[str, Point]) -> None:
+        """Let points be scored while the engine goes on."""
+        if self._ahead is None:
+            return
+        for _, spec, responses, _ in made:
+            judged = [response.judged for response in responses]
+            if spec.method == SFT:
+                self._sft = setup.prompts, judged
+            self._ahead.add(self._asked(setup, keys, judged, drafts))
+
+    def _asked(self, setup: Setup, keys: Keys, responses: Sequence[str], drafts: Mapping[str, Point]) -> Work:
+        """Return what rewards get of some points' responses: the prompts, the responses, and the columns."""
+        points = len(responses) // (len(setup.rows) * setup.generation.n)
+        rows = [row for row in setup.rows for _ in range(setup.generation.n)] * points
+        columns = columns_of(rows)
+        if any(reward.reads_sft for reward in setup.rewards.values()):
+            sft = self._sft_responses(setup, keys, drafts) * points
+            columns = [{**row, SFT_RESPONSE: text} for row, text in zip(columns, sft, strict=True)]
+        return [row["prompt"] for row in rows], responses, columns
+
     def _sft_responses(self, setup: Setup, keys: Keys, drafts: Mapping[str, Point]) -> list[str]:
         """Return the SFT model's responses as rewards see them: those of its point, or else generated alone."""
         if self._sft is None or self._sft[0] != setup.prompts:
             # Of a search, the SFT model's point is not among the keys.
             key = keys.get(PointSpec(SFT)) or setup.key(PointSpec(SFT))
-            point = drafts.get(key) or whole_point(point_path(self._folder, key))
+            places = point_path(self._folder, key), draft_path(self._folder, key)
+            point = drafts.get(key) or next(filter(None, map(whole_point, places)), None)
             if point is None:
                 self._progress.start("generating the SFT model's responses, to compare with", counted=True)
                 answers = self._timed("generate", lambda: self._generator.generate(setup.prompts, setup.generation))

@@ -30,6 +30,7 @@ class ApiJudge(JudgeReward):
     """A judge behind a server, which has the tokenizer and the chat template."""
 
     streams = True
+    beside_engine = True
     # Which weights the server has is unknown: model, URL and `version` stand for them.
     fingerprint = "declared"
 

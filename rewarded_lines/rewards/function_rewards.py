@@ -143,6 +143,8 @@ class FunctionReward(Reward):
         self._tokenizer = self._load_tokenizer(str(spec.tokenizer), root) if spec.tokenizer is not None else None
         self.fingerprint = self._fingerprint()
         self._workers = WorkerPool(task, spec.workers) if spec.workers else None
+        # Called in this process, it may need the main thread: signals and connections to databases do.
+        self.beside_engine = self._workers is not None
 
     def free(self) -> None:
         """End the worker processes; the next score starts new ones."""

@@ -25,6 +25,7 @@ class HttpReward(Reward):
     """A server that answers `{"prompts", "responses", "columns"}` with `{"scores": […]}`, or with the bare list."""
 
     streams = True
+    beside_engine = True
 
     def __init__(self, name: str, spec: RewardSpec) -> None:
         """Ask the server about no pairs, to learn that it is there."""

@@ -32,6 +32,8 @@ class Reward:
         device: where the weights are while in memory.
         streams: whether scores come one after another, so that one call may hold any number of pairs.
         limit: the most tokens of a prompt with its response; None without a limit.
+        beside_engine: whether a thread scores while an engine in this process generates. That pays where other
+            processes do the work; two models in one process slow each other down.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Reward:
     device: str = "cpu"
     streams: bool = False
     limit: int | None = None
+    beside_engine: bool = False
     _model: SharedModel[Any] | None = None
 
     @property

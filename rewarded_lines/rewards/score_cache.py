@@ -80,7 +80,8 @@ class ScoreCache:
         if self._connection is None:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path or ":memory:", timeout=_TIMEOUT)
+            # Several threads may use it, one at a time.
+            self._connection = sqlite3.connect(self.path or ":memory:", timeout=_TIMEOUT, check_same_thread=False)
             with self._connection:
                 self._connection.execute(_TABLE)
                 self._connection.execute(_ABSTAINED)

@@ -7,6 +7,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 
+from vllm.logprobs import FlatLogprobs, Logprob
+
 from rewarded_lines.engines.vllm_models import VllmGenerator
 
 BLOCK = 4
@@ -33,11 +35,11 @@ class Fake(VllmGenerator):
             cached = hits * BLOCK
             entries = [None] * (cached + 1)
             entries += [
-                {row[place]: SimpleNamespace(logprob=logprob(row[:place], row[place]))}
-                for place in range(cached + 1, len(row))
+                {row[place]: Logprob(logprob(row[:place], row[place]))} for place in range(cached + 1, len(row))
             ]
             self.cached.append(cached)
-            answers = entries[cached:] if self.computed_only else entries
+            answers = FlatLogprobs()
+            answers.extend(entries[cached:] if self.computed_only else entries)
             found.append(SimpleNamespace(num_cached_tokens=cached, prompt_logprobs=answers))
         return found
 

@@ -12,6 +12,7 @@ import time
 import command
 import pyarrow.parquet as pq
 import pytest
+from run_records import contents
 
 from rewarded_lines import sweep
 from rewarded_lines.errors import UserError
@@ -23,11 +24,6 @@ WRITE_TABLE = pq.write_table
 SWEEP = ("sweep", "--engine", "hf", "--points", "11", "--out", "run")
 # What the parent has loaded is there already, so that kills fall on the sweep and not on imports.
 FORK = multiprocessing.get_context("fork")
-
-
-def contents(folder):
-    """Return every record by name, column by column."""
-    return {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "points").iterdir())}
 
 
 def run_in_child(folder, out):
