@@ -35,6 +35,7 @@ from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, 
 from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
 from rewarded_lines.pipelines.stage_parts import FinishedParts, Part, digest
 from rewarded_lines.progress import Progress
+from rewarded_lines.projects import PROJECT_FILE
 from rewarded_lines.recipe_files import files_root
 
 STATE_FILE = "skills.json"
@@ -70,7 +71,7 @@ class Sizes:
     at_once: int
 
 
-QUICK = Sizes(900, 150, 240, 120, 8000, 100, 32, 1e-3, 10, "float32", 2)
+QUICK = Sizes(3000, 150, 240, 120, 8000, 150, 32, 1e-3, 10, "float32", 2)
 FULL = Sizes(900, 60, 120, 60, 0, 40, 16, 5e-5, 5, "bfloat16", 1)
 
 
@@ -108,13 +109,14 @@ class Job:
         made_from = [parts[0].made_from if parts else str(self.given), asdict(self.sizes)]
         for name, folder in self.models.items():
             own = {"train_file": self.out / f"data/{name}-train.jsonl", "model_name_or_path": self.base}
-            own |= {"max_steps": self.sizes.steps, "per_device_train_batch_size": self.sizes.batch}
+            own |= {"policy_name": name, "max_steps": self.sizes.steps, "per_device_train_batch_size": self.sizes.batch}
             own |= {"learning_rate": self.sizes.rate, "warmup_steps": self.sizes.steps // 10}
             parts.append(self._part(name, folder, {**shared, **own}, made_from))
         return parts
 
     def _part(self, name: str, output: Path, options: dict[str, Any], made_from: list[Any]) -> Part:
-        options = {**options, "output_dir": output, "project_file": self.folder / "projects" / f"{name}.yaml"}
+        # The project of the seed: its base, and a policy for each skill.
+        options = {**options, "output_dir": output, "project_file": self.folder / PROJECT_FILE}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         script = files_root() / "recipes/sft.py"
         command = (sys.executable, "-P", "-m", waiting_recipe.__name__, str(script), *words)

@@ -19,19 +19,47 @@ Tokens = list[int]
 def label_scores(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float64]:
     """Return log π(label | prompt) in nats, without an end token: [prompts, labels].
 
-    Labels that are one token each share a forward pass for each prompt; others need one for each label.
+    A prompt passes once; what labels have after their first token goes on from its keys and values.
     """
-    heads: list[Tokens] = []
-    tails: list[list[Tokens]] = []
+    ends: list[list[Tokens]] = []
     for label in labels:
         heads, ended = encode_answers(tokenizer, prompts, [label] * len(prompts), ())
-        tails.append([_open(tokenizer, tail) for tail in ended])
-    if all(len(tail) == 1 for column in tails for tail in column):
-        wanted = torch.tensor([[tail[0] for tail in row] for row in zip(*tails, strict=True)])
-        table = _over_batches(heads, lambda places: _next_token(model, tokenizer, heads, places, wanted))
-        return np.array(table).reshape(len(prompts), len(labels))
-    columns = [tail_scores(model, tokenizer, heads, column) for column in tails]
-    return np.stack(columns, axis=1)
+        ends.append([_open(tokenizer, tail) for tail in ended])
+    tails = list(zip(*ends, strict=True))
+
+    def work(places: Sequence[int]) -> list[list[float]]:
+        return _label_batch(model, tokenizer, [heads[place] for place in places], [tails[place] for place in places])
+
+    return np.array(_over_batches(heads, work)).reshape(len(prompts), len(labels))
+
+
+def _label_batch(
+    model: Any, tokenizer: Any, heads: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]
+) -> list[list[float]]:
+    """Return log π of the tails of each head."""
+    count, longest = len(tails[0]), max(len(tail) for row in tails for tail in row)
+    # [rows, labels, tokens]
+    wanted = torch.tensor([[tail + [0] * (longest - len(tail)) for tail in row] for row in tails])
+    counted = torch.tensor([[[1.0] * len(tail) + [0.0] * (longest - len(tail)) for tail in row] for row in tails])
+    padded, positions = _padded(model, tokenizer, heads)
+    with torch.inference_mode():
+        said = model(**padded, position_ids=positions, logits_to_keep=1, use_cache=longest > 1)
+        table = said.logits.float()[:, -1].log_softmax(-1)
+        total = table.gather(-1, wanted[:, :, 0].to(table.device)).double()
+        if longest > 1:
+            said.past_key_values.batch_repeat_interleave(count)
+            rest = wanted.reshape(-1, longest).to(table.device)
+            mask = padded["attention_mask"].repeat_interleave(count, 0)
+            logits = model(
+                input_ids=rest[:, :-1],
+                attention_mask=torch.cat([mask, torch.ones_like(rest[:, :-1])], dim=1),
+                position_ids=mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=mask.device),
+                past_key_values=said.past_key_values,
+            ).logits.float()
+            picked = logits.log_softmax(-1).gather(-1, rest[:, 1:, None])[..., 0].reshape(-1, count, longest - 1)
+            total += (picked * counted[:, :, 1:].to(picked.device)).double().sum(-1)
+    found: list[list[float]] = total.tolist()
+    return found
 
 
 def tail_scores(model: Any, tokenizer: Any, heads: Sequence[Tokens], tails: Sequence[Tokens]) -> NDArray[np.float64]:
@@ -63,21 +91,18 @@ def _open(tokenizer: Any, tail: Tokens) -> Tokens:
     return tail[:-1] if tail[-1:] == [tokenizer.eos_token_id] else tail
 
 
-def _next_token(
-    model: Any, tokenizer: Any, heads: Sequence[Tokens], places: Sequence[int], wanted: torch.Tensor
-) -> list[list[float]]:
-    logits = _logits(model, tokenizer, [heads[place] for place in places], 1)[:, -1].log_softmax(-1)
-    picked: list[list[float]] = logits.gather(-1, wanted[list(places)].to(logits.device)).double().tolist()
-    return picked
-
-
 def _logits(model: Any, tokenizer: Any, rows: Sequence[Tokens], kept: int) -> torch.Tensor:
-    """Return the logits of the last `kept` positions of each row in float32; the padding is on the left."""
-    padded = tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt").to(model.device)
-    positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    """Return the logits of the last `kept` positions of each row in float32."""
+    padded, positions = _padded(model, tokenizer, rows)
     with torch.inference_mode():
         logits: torch.Tensor = model(**padded, position_ids=positions, logits_to_keep=kept).logits
     return logits.float()
+
+
+def _padded(model: Any, tokenizer: Any, rows: Sequence[Tokens]) -> tuple[Any, torch.Tensor]:
+    """Return rows padded on the left, and their positions."""
+    padded = tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt").to(model.device)
+    return padded, (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 def _over_batches(rows: Sequence[Tokens], work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:

@@ -152,6 +152,21 @@ def test_a_model_that_is_named_becomes_the_base_of_a_project_without_one(work):
     assert project(work).base == "sft" and project(work).policies == {"vowels": "policy"}
 
 
+def test_sft_makes_policies_of_one_base(work):
+    """Several skills can be merged; a policy of another base, or of none, could not."""
+    (work / "rewarded-lines.yaml").unlink()
+    for name in ("one", "two"):
+        run("sft", work, model_name_or_path=work / "sft", policy_name=name, output_dir=work / name)
+    assert (project(work).base, project(work).policies) == ("sft", {"one": "one", "two": "two"})
+    merge(work / "sft", {name: work / name for name in ("one", "two")}, 0.5, out=work / "merged")
+    save_model(make_model(1), work / "other")
+    with pytest.raises(UserError, match="the project has another base"):
+        run("sft", work, model_name_or_path=work / "other", policy_name="three", output_dir=work / "none")
+    with pytest.raises(UserError, match="a policy starts from a base"):
+        run("sft", work, model_name_or_path="null", policy_name="three", output_dir=work / "none")
+    assert not (work / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "more"), [("rloo", {}), ("grpo", {}), ("grpo", {"multi_objective_aggregation": "normalize_then_sum"})]
 )
