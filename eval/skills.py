@@ -71,7 +71,7 @@ class Sizes:
     at_once: int
 
 
-QUICK = Sizes(3000, 150, 240, 120, 8000, 150, 32, 1e-3, 10, "float32", 2)
+QUICK = Sizes(3000, 120, 240, 120, 6000, 100, 32, 1e-3, 10, "float32", 2)
 FULL = Sizes(900, 60, 120, 60, 0, 40, 16, 5e-5, 5, "bfloat16", 1)
 
 

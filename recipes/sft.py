@@ -31,7 +31,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rewarded_lines import merge
 from rewarded_lines.data.dataset_formats import read_demonstrations
-from rewarded_lines.data.rows import rows_hash
+from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import load_project
 from rewarded_lines.training.demonstrations import Demonstrations
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         if base:
             tokenizer = load_tokenizer(base, revision)
         else:
-            tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
+            tokenizer = train_tokenizer(map(whole_text, corpus), scratch)
         rows = Demonstrations(tokenizer, base, generation, training)
         if not run.begin(**inputs):
             add_to_project(options, base, run)
@@ -117,6 +117,14 @@ def main(argv: Sequence[str]) -> None:
             lambda: {**metrics, **(perplexity(trainer) if validation else {})},
             lambda: add_to_project(options, base, run),
         )
+
+
+def whole_text(row: Row) -> str:
+    """Return the text of a row, from which a tokenizer can be made."""
+    if isinstance(row.get("messages", row.get("prompt")), list):
+        remedy = "name a model to fine-tune with `model_name_or_path`"
+        raise fail("a model from scratch knows no chat template", where="train_file", got="a chat", remedy=remedy)
+    return str(row["text"] if "text" in row else row["prompt"] + row["completion"])
 
 
 def perplexity(trainer: SFTTrainer) -> dict[str, float]:
