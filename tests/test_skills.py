@@ -208,7 +208,7 @@ def test_training_is_done_again_only_if_its_inputs_changed(tmp_path):
     finished.file.write_text(json.dumps(known))
     assert finished.missing(job.parts()) == []
     changed = replace(job, sizes=replace(job.sizes, steps=7)).parts()
-    assert finished.missing(changed) == changed
+    assert finished.missing(changed) == changed[1:]
     # The folder's name is no input.
     moved = skills.Job(Path("elsewhere"), 0, skills.QUICK, None).parts()
     assert [part.made_from for part in moved] == [part.made_from for part in (base, *parts)]
