@@ -204,6 +204,9 @@ def _measured(job: Job, trained: str) -> dict[str, Any]:
         name: accuracies(merges.measure(name, alone(at, len(skills)), "validation", [name]))[name]
         for at, name in enumerate(skills)
     }
+    if never := [name for name, share in own.items() if not share]:
+        remedy = "train it for longer: nothing can be told in shares of its accuracy"
+        raise fail("the skill's own model is never right", where=", ".join(never), remedy=remedy)
     chosen = {**_tuned(merges, own, job.sizes.trials), **_edited(job, merges, own)}
     chosen |= {name: {"spec": alone(at, len(skills))} for at, name in enumerate(skills)}
     chosen |= {"base": {"spec": alone(0, len(skills), 0.0)}}

@@ -157,6 +157,9 @@ def test_a_merge_is_measured_with_its_own_weights_and_only_once(measured, tiny_l
     )
     again = measured.measure("first", merges.alone(0, 2), "test", [merges.PLAIN, "first"])
     assert (again[merges.PLAIN], asked) == (found[merges.PLAIN], ["first"])
+    # Another merge is not the known one, whatever its label.
+    measured.measure("first", merges.alone(0, 2, 0.5), "test", [merges.PLAIN])
+    assert asked == ["first", merges.PLAIN]
 
 
 def test_the_whole_of_a_seed_and_its_record(measured, tiny_source, tmp_path, monkeypatch):

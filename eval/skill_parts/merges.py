@@ -17,6 +17,7 @@ from rewarded_lines.engines.resident import Resident
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.merger.spec import MergeSpec
+from rewarded_lines.pipelines.stage_parts import digest
 from skill_parts.likelihoods import label_scores, text_losses
 from skill_parts.texts import SKILLS
 
@@ -88,8 +89,9 @@ class Merges:
         self._in_use: MergeSpec | None = None
 
     def measure(self, label: str, spec: MergeSpec, split: str, tasks: Sequence[str]) -> dict[str, list[float]]:
-        """Return the results of some skills, or of `PLAIN`, under a merge; `label` names its file."""
-        path = self._scores / split / f"{label}.parquet"
+        """Return the results of some skills, or of `PLAIN`, under a merge; its file has `label` in its name."""
+        key = digest([spec.as_dict(self.names), self._dtype])[:8]
+        path = self._scores / split / f"{label}-{key}.parquet"
         known = read_results(path) if path.is_file() else {}
         if missing := [task for task in tasks if task not in known]:
             model, tokenizer = self._hold(spec)
