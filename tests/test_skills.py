@@ -164,7 +164,7 @@ def test_a_merge_is_measured_with_its_own_weights_and_only_once(measured, tiny_l
 
 def test_the_whole_of_a_seed_and_its_record(measured, tiny_source, tmp_path, monkeypatch):
     """From validation to the page, on models that are there; the numbers are those of the rows in correct.csv."""
-    job = skills.Job(tmp_path, 0, replace(skills.QUICK, trials=2), tiny_source / "sft")
+    job = skills.Job(tmp_path, 0, replace(skills.QUICK, trials=1), tiny_source / "sft")
     monkeypatch.setattr(skills.Job, "models", {name: tiny_source / name for name in ("first", "second")})
     monkeypatch.setattr(skills, "Merges", lambda *_: measured)
 
@@ -196,7 +196,7 @@ def test_the_whole_of_a_seed_and_its_record(measured, tiny_source, tmp_path, mon
             assert float(table[family, form]["normalised"]) == pytest.approx(share, rel=1e-5)
             assert f"{100 * share:.1f} [" in page
     assert "--method ties" in run["chosen"]["TIES lines"]["command"]
-    assert len(run["chosen"]["TIES lines"]["trials"]) == len(run["chosen"]["TIES uniform"]["trials"]) == 2
+    assert len(run["chosen"]["TIES lines"]["trials"]) == len(run["chosen"]["TIES uniform"]["trials"]) == 1
     assert (tmp_path / "records/skills.png").stat().st_size > 5000
 
 
