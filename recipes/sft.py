@@ -10,7 +10,8 @@
 The data hold prompt and completion (the loss is on the completion), messages (`assistant_only_loss` as in TRL), or
 text. The token that ends a chat's turns becomes an end token in the model's generation config. Without
 `model_name_or_path`, a tokenizer and a small Llama are trained from scratch. At the end an adapter (LoRA, QLoRA) is
-folded into the base. The model becomes the project's `base`.
+folded into the base. The model becomes the project's `base`; with `--policy_name NAME` one of its policies instead, and
+the model that it started from is the base. So several skills, each learned by SFT, can be merged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # First, since it refuses versions that do not fit before these are imported.
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
@@ -29,7 +31,9 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rewarded_lines import merge
 from rewarded_lines.data.dataset_formats import read_demonstrations
-from rewarded_lines.data.rows import rows_hash
+from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.errors import fail
+from rewarded_lines.projects import load_project
 from rewarded_lines.training.demonstrations import Demonstrations
 from rewarded_lines.training.generation_config import (
     generation_inputs,
@@ -45,7 +49,7 @@ from rewarded_lines.training.load_models import (
     reference_hash,
     save_tokenizer,
 )
-from rewarded_lines.training.recipe_options import DataOptions, RunOptions
+from rewarded_lines.training.recipe_options import DataOptions, SftOptions
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.scratch_model import MuonAdamW, ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
 from rewarded_lines.training.training_record import MetricsCallback
@@ -54,12 +58,13 @@ from rewarded_lines.training.training_run import TrainingRun, from_main, say, tr
 
 def main(argv: Sequence[str]) -> None:
     """Train the SFT model; `argv` is `--config FILE` and overrides."""
-    arguments = parse_recipe((RunOptions, DataOptions, ScratchModel, ModelConfig, SFTConfig), argv, __doc__ or "")
+    arguments = parse_recipe((SftOptions, DataOptions, ScratchModel, ModelConfig, SFTConfig), argv, __doc__ or "")
     options, data, scratch, model_options, training = arguments
     with training_run("sft", arguments) as run:
         set_seed(training.seed)
         start, revision = model_options.model_name_or_path, model_options.model_revision
         base = absolute(start, revision) if start else None
+        check_policy(options, base)
         corpus = read_demonstrations(data.train(), tell=say)
         held_out = data.validation()
         validation = read_demonstrations(held_out, tell=say) if held_out else []
@@ -69,10 +74,10 @@ def main(argv: Sequence[str]) -> None:
         if base:
             tokenizer = load_tokenizer(base, revision)
         else:
-            tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in corpus), scratch)
+            tokenizer = train_tokenizer(map(whole_text, corpus), scratch)
         rows = Demonstrations(tokenizer, base, generation, training)
         if not run.begin(**inputs):
-            add_to_project(options, run)
+            add_to_project(options, base, run)
             return
 
         corpus = rows.fit(corpus, data.too_long, "training rows", say)
@@ -110,8 +115,16 @@ def main(argv: Sequence[str]) -> None:
         run.saved(base=base, base_hash=inputs["base"], seed=training.seed)
         run.finish(
             lambda: {**metrics, **(perplexity(trainer) if validation else {})},
-            lambda: add_to_project(options, run),
+            lambda: add_to_project(options, base, run),
         )
+
+
+def whole_text(row: Row) -> str:
+    """Return the text of a row, from which a tokenizer can be made."""
+    if isinstance(row.get("messages", row.get("prompt")), list):
+        remedy = "name a model to fine-tune with `model_name_or_path`"
+        raise fail("a model from scratch knows no chat template", where="train_file", got="a chat", remedy=remedy)
+    return str(row["text"] if "text" in row else row["prompt"] + row["completion"])
 
 
 def perplexity(trainer: SFTTrainer) -> dict[str, float]:
@@ -122,9 +135,27 @@ def perplexity(trainer: SFTTrainer) -> dict[str, float]:
     return metrics
 
 
-def add_to_project(options: RunOptions, run: TrainingRun) -> None:
-    """Make the model the project's base."""
-    from_main(lambda: say(*register(options.project_file, {("base",): run.output})))
+def check_policy(options: SftOptions, base: str | None) -> None:
+    """Refuse a policy that the project could not merge: one without a base, or of another base."""
+    if options.policy_name is None:
+        return
+    where = "policy_name"
+    if base is None:
+        raise fail("a policy starts from a base", where=where, remedy="name the base with `model_name_or_path`")
+    path = Path(options.project_file)
+    known = load_project(path) if path.exists() else None
+    if known and known.config.base and (own := absolute(known.resolve(known.config.base))) != base:
+        remedy = "start from the project's base, or name another `project_file`"
+        raise fail("the project has another base", where=where, expected=own, got=base, remedy=remedy)
+
+
+def add_to_project(options: SftOptions, base: str | None, run: TrainingRun) -> None:
+    """Make the model the project's base, or a policy of the model that it started from."""
+    entries: dict[tuple[str, ...], Any] = {("base",): run.output}
+    if options.policy_name:
+        start = Path(str(base)) if Path(str(base)).is_dir() else base
+        entries = {("base",): start, ("policies", options.policy_name): run.output}
+    from_main(lambda: say(*register(options.project_file, entries)))
 
 
 def fold(base: str, folder: Path) -> None:

@@ -43,7 +43,7 @@ class MergeSource:
     base: str | None = option(None, "SFT model: folder or Hub id.")
     policy: list[str] | None = option(None, "A policy, \\[NAME=]FOLDER or Hub id; repeat for each.", show_default=False)
     lam: list[str] | None = option(
-        None, "λ of the first of two policies, or weights 0.2,0.3,0.5; repeat for several outputs."
+        None, "λ of the first of two policies, or weights 0.2,0.3,0.5; by default equal. Repeat for several outputs."
     )
     config: Path = option(Path("rewarded-lines.yaml"), "Project file with base and policies.")
     record: Path | None = option(

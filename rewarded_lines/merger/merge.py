@@ -38,8 +38,8 @@ def merge(
     Args:
         base: folder or Hub id of the SFT model.
         policies: folders or Hub ids, by name or as a list (named after their folders).
-        lam: λ of the first of two policies, or a weight for each; a list of such for several outputs. The default is
-            0.5, for a single policy 1.
+        lam: λ of the first of two policies, or a weight for each; a list of such for several outputs. By default
+            all weights are equal, with the sum 1.
         how: the fields of `MergeOptions`, each by its name, as in `alpha=0.5, method="ties"`.
 
     Returns:
@@ -175,7 +175,7 @@ def _specs(lam: Weights | Sequence[Weights] | None, names: Sequence[str], how: M
         return [replace(first, weights=(1 / len(names),) * len(names))]
     if how.preference is not None:
         return [replace(first, weights=weights) for weights in preferred_weights(lam, mixtures, how)]
-    default: Weights = 1.0 if len(names) == 1 else 0.5
+    default: Weights = (1 / len(names),) * len(names)
     free = how.extrapolate or kind == "free"
     found = each_weights(default if lam is None else lam, names, free, total=kind == "simplex")
     return [replace(first, weights=weights) for weights in found]

@@ -66,7 +66,8 @@ def parse_weights(
     if len(weights) != len(policies):
         expected = f"{len(policies)} weights, for {', '.join(policies)}"
         kind = "policies" if option == "--lam" else "rewards"
-        problems.append(problem(f"{len(weights)} weights for {len(policies)} {kind}", expected))
+        remedy = "leave it out for equal weights" if option == "--lam" else ""
+        problems.append(problem(f"{len(weights)} weights for {len(policies)} {kind}", expected, remedy))
     elif not extrapolate:
         remedy = "pass --extrapolate if you mean to leave the simplex"
         if any(not 0 <= weight <= 1 for weight in weights):

@@ -72,6 +72,15 @@ class RunOptions:
 
 
 @dataclass
+class SftOptions(RunOptions):
+    """What SFT's model is in the project."""
+
+    policy_name: str | None = _key(
+        "make the model a policy of this name, to be merged over `model_name_or_path`; by default it is the base"
+    )
+
+
+@dataclass
 class DataOptions:
     """Training and validation data: local files, or a data set of the Hub."""
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -136,3 +137,9 @@ def test_the_hubs_library_reports_nothing_of_what_a_user_does():
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "True"
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rewarded-lines", "--version"])
+    runpy.run_module("rewarded_lines", run_name="__main__")
+    assert capsys.readouterr().out.startswith("rewarded-lines 0.")

@@ -25,6 +25,14 @@ def test_named_policies_and_extrapolation(cli, tiny):
     assert json.loads((tiny / "out/merge.json").read_text())["weights"] == {"a": 1.5, "b": -0.5}
 
 
+def test_weights_are_equal_by_default_for_any_number_of_policies(cli, tiny):
+    three = [word for name in ("a=first", "b=second", "c=first") for word in ("--policy", name)]
+    assert cli("merge", "--base", "sft", *three, "--out", "out").code == 0
+    assert json.loads((tiny / "out/merge.json").read_text())["weights"] == dict.fromkeys("abc", 1 / 3)
+    said = cli("merge", "--base", "sft", *three, "--lam", "0.4", "--method", "task-arithmetic").err
+    assert "1 weights for 3 policies" in said and "leave it out for equal weights" in said
+
+
 def test_version_and_help(cli):
     assert cli("--version").out.startswith("rewarded-lines 0.")
     for command in ("merge", "sweep", "report", "inspect", "demo"):

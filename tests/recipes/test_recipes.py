@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from small_recipes import POLICIES, PROJECT, ROOT, load_recipe, record, run, start, words_for
 from tiny_models import make_model, save_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.hashing import weights_hash
@@ -150,6 +150,34 @@ def test_a_model_that_is_named_becomes_the_base_of_a_project_without_one(work):
     (work / "rewarded-lines.yaml").write_text(PROJECT.replace("base: sft\n", ""))
     run("rloo", work, model_name_or_path=work / "sft", output_dir=work / "policy")
     assert project(work).base == "sft" and project(work).policies == {"vowels": "policy"}
+
+
+def test_sft_from_scratch_takes_texts_and_refuses_chats(work):
+    texts = work / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"a film of great beauty and of {at} dogs"}) + "\n" for at in range(8))
+    )
+    scratch = {"model_name_or_path": "null", "validation_file": "null", "train_file": texts}
+    run("sft", work, **scratch, vocab_size=300, completion_only_loss="false", output_dir=work / "new")
+    assert "film" in AutoTokenizer.from_pretrained(work / "new").decode([*range(260, 300)]).replace(" ", "")
+    texts.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(UserError, match="knows no chat template"):
+        run("sft", work, **scratch, output_dir=work / "none")
+
+
+def test_sft_makes_policies_of_one_base(work):
+    """Several skills can be merged; a policy of another base, or of none, could not."""
+    (work / "rewarded-lines.yaml").unlink()
+    for name in ("one", "two"):
+        run("sft", work, model_name_or_path=work / "sft", policy_name=name, output_dir=work / name)
+    assert (project(work).base, project(work).policies) == ("sft", {"one": "one", "two": "two"})
+    merge(work / "sft", {name: work / name for name in ("one", "two")}, 0.5, out=work / "merged")
+    save_model(make_model(1), work / "other")
+    with pytest.raises(UserError, match="the project has another base"):
+        run("sft", work, model_name_or_path=work / "other", policy_name="three", output_dir=work / "none")
+    with pytest.raises(UserError, match="a policy starts from a base"):
+        run("sft", work, model_name_or_path="null", policy_name="three", output_dir=work / "none")
+    assert not (work / "none").exists()
 
 
 @pytest.mark.parametrize(
