@@ -94,6 +94,14 @@ def warm(folders: Sequence[Path]) -> None:
                         pass
 
 
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with even columns."""
+    cells = [heading, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
+    return "\n".join([lines[0], "|-" + "-|-".join("-" * width for width in widths) + "-|", *lines[1:]])
+
+
 def folder_bytes(folder: Path) -> int:
     """Return how many bytes the files below a folder hold."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
