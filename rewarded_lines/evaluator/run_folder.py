@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -81,6 +82,7 @@ class RunFolder:
         self.before = read_header(folder) if (folder / RUN_FILE).exists() else {}
         # Keys of whole records: the points themselves would fill the memory.
         self._there: set[str] = set()
+        self._keys: dict[PointSpec, str] = {}
         self._counted: set[str] = set()
         self._expected = self._evaluated = 0
         self._started = time.perf_counter()
@@ -110,28 +112,37 @@ class RunFolder:
                 self.progress.advance(1, names[key])
         return StoredPoints(self.folder, list(keys.items()))
 
-    def listed(self) -> list[PointSpec]:
-        """Return the points in `run.json` that the project still defines this way."""
+    @cached_property
+    def _listed(self) -> list[PointSpec]:
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
-    def added(self) -> list[PointSpec]:
-        """Return the points that searches added and the project still defines this way."""
+    @cached_property
+    def _added(self) -> list[PointSpec]:
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
+    def listed(self) -> list[PointSpec]:
+        """Return the points in `run.json` that the project still defines this way."""
+        return list(self._listed)
+
+    def added(self) -> list[PointSpec]:
+        """Return the points that searches added and the project still defines this way."""
+        return list(self._added)
+
     def add(self, specs: Sequence[PointSpec]) -> None:
         """Add points of a search to `run.json`."""
-        listed = self.listed()
-        if new := [spec for spec in specs if spec not in listed]:
-            self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
-            self.before = read_header(self.folder)
+        if new := [spec for spec in specs if spec not in self._listed]:
+            # Kept here: reading all of them for each new one would take as long as the square of their number.
+            self._listed += new
+            self._added += new
+            self.write(self._listed, self._added, self.before.get("tuned"))
 
     def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
         content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
-        points = [{**spec.as_dict(), "key": self.setup.key(spec)} for spec in dict.fromkeys(specs)]
+        points = [{**spec.as_dict(), "key": self._key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
     def finish(self, evaluator: Evaluator, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
@@ -146,6 +157,11 @@ class RunFolder:
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
         self.write(specs, added, tuned, evaluated_last=self._evaluated, seconds_last=seconds)
+
+    def _key(self, spec: PointSpec) -> str:
+        if spec not in self._keys:
+            self._keys[spec] = self.setup.key(spec)
+        return self._keys[spec]
 
     def _is_there(self, key: str) -> bool:
         """True if a point's record exists and is whole; a damaged one is removed."""

@@ -180,6 +180,7 @@ def _command(run: Run, spec: PointSpec) -> str:
 
 def _records(run: Run, summary: Summary) -> list[Point]:
     """Return a run's records of the summary's points, in their order."""
+    # Not one pass over all points for each.
     found = {(one.spec.method, one.spec.weights, one.spec.checkpoint): one for one in reversed(run.points)}
     return [found[point.method, point.weights, point.checkpoint] for point in summary.points]
 
