@@ -25,7 +25,7 @@ def quick(monkeypatch, tmp_path):
 
 
 def runs(module, *seconds, peak=10):
-    return [module.Run(one, peak, 0) for one in seconds]
+    return [module.Run(one, peak, 0, one / 2) for one in seconds]
 
 
 def test_values_beside_the_line_through_the_two_smallest_sizes(growth):
@@ -38,8 +38,8 @@ def test_values_beside_the_line_through_the_two_smallest_sizes(growth):
 def test_a_bend_is_bold(growth):
     sizes = dict(zip((1, 2, 10), runs(growth, 1, 2, 14, peak=50_000_000), strict=True))
     rows = growth.rows_of(growth.Series("merge", "λ", sizes))
-    assert rows[0] == ["1", "1.0 s", "", "50 MB", ""]
-    assert rows[2] == ["10", "14.0 s", "**1.40**", "50 MB", "1.00"]
+    assert rows[0] == ["1", "1.0 s", "", "0.5 s", "", "50 MB", ""]
+    assert rows[2] == ["10", "14.0 s", "**1.40**", "7.0 s", "**1.40**", "50 MB", "1.00"]
 
 
 def test_sizes_are_run_and_kept(growth, tmp_path, monkeypatch, capsys):

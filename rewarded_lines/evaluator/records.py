@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Run:
         """The SFT model's own point."""
         return next(point for point in self.points if point.spec.method == SFT)
 
-    @property
+    @cached_property
     def missing(self) -> dict[str, Missing]:
         """The rewards that have no score for some responses of the points, with the counts over all points."""
         return total_missing(self.points)

@@ -62,20 +62,25 @@ def beside_line(values: dict[float, float]) -> dict[float, float]:
 
 def rows_of(series: Series) -> list[list[str]]:
     """Return the rows of a table; bends are bold."""
-    times = beside_line({size: run.seconds for size, run in series.runs.items()})
-    peaks = beside_line({size: float(run.peak) for size, run in series.runs.items()})
-    rows = []
-    for at, (size, run) in enumerate(sorted(series.runs.items())):
-        beside = [f"**{one:.2f}**" if one > BEND else f"{one:.2f}" for one in (times[size], peaks[size])]
-        # The line goes through the first two.
-        time_ratio, peak_ratio = beside if at > 1 else ("", "")
-        rows.append([f"{size:,.10g}", f"{run.seconds:.1f} s", time_ratio, f"{run.peak / 1e6:,.0f} MB", peak_ratio])
+    sizes = sorted(series.runs)
+    columns = {
+        "seconds": lambda run: f"{run.seconds:.1f} s",
+        "processor": lambda run: f"{run.processor:.1f} s",
+        "peak": lambda run: f"{run.peak / 1e6:,.0f} MB",
+    }
+    rows = [[f"{size:,.10g}"] for size in sizes]
+    for name, shown in columns.items():
+        beside = beside_line({size: float(getattr(series.runs[size], name)) for size in sizes})
+        for at, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+            ratio = f"**{beside[size]:.2f}**" if beside[size] > BEND else f"{beside[size]:.2f}"
+            # The line goes through the first two.
+            row += [shown(series.runs[size]), ratio if at > 1 else ""]
     return rows
 
 
 def table(series: Series) -> str:
     """Return a series as Markdown, its title above it."""
-    heading = [series.unit, "time", "÷ line", "peak memory", "÷ line"]
+    heading = [series.unit, "time", "÷ line", "processor time", "÷ line", "peak memory", "÷ line"]
     return f"{series.what}\n\n{markdown(heading, rows_of(series))}\n"
 
 
