@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compare both and print the table; exit with 1 if a row is slower."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", help="a revision or a wheel (default: the newest tag, or without tags HEAD~20)")
+    parser.add_argument("--only", default="", help="the rows whose name has this text (default: all)")
     parser.add_argument("--folder", type=Path, help="where inputs and outputs go (default: a temporary folder)")
     wanted = parser.parse_args(argv)
     if wanted.folder:
@@ -181,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="quick-", dir=wanted.folder) as scratch:
         folder = Path(scratch).resolve()
         places, name = sides(folder, wanted.against or earlier())
-        rows = [compare(work, places, offline()) for work in works(folder)]
+        rows = [compare(work, places, offline()) for work in works(folder) if wanted.only in work.what]
+    if not rows:
+        sys.exit(f"no row has {wanted.only!r} in its name")
     heading = ["what", "time, new ÷ old", f"interval, {LEVEL:.0%}", "pairs", "memory, new ÷ old", "limit", "verdict"]
     sys.stdout.write(f"this tree against {name}\n\n{markdown(heading, rows)}\n")
     sys.exit(1 if any(cells[-1] == SLOWER for cells in rows) else 0)
