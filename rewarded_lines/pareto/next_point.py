@@ -81,10 +81,7 @@ def next_weights(
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
-    neighbours = list(_neighbours(places, min_gap))
-    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
-    middles = {pair: rounded((places[pair[0]] + places[pair[1]]) / 2) for pair in neighbours}
-    middles = {pair: middle for pair, middle in middles.items() if middle not in known}
+    middles = _middles(places, taken, min_gap)
     if not middles:
         return None
     ends = np.array(list(middles))
@@ -105,6 +102,14 @@ def next_weights(
         return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
 
     return min(found, key=order)
+
+
+def _middles(places: Array, taken: Sequence[Sequence[float]], min_gap: float) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return the middle between each two neighbours, in steps, unless it is evaluated or taken."""
+    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
+    pairs = _neighbours(places, min_gap)
+    middles = {(one, other): rounded((places[one] + places[other]) / 2) for one, other in pairs}
+    return {pair: middle for pair, middle in middles.items() if middle not in known}
 
 
 def _gains(scores: Array, hoped: Array, reference: ArrayLike) -> tuple[float, list[float]]:
