@@ -176,7 +176,7 @@ def lambdas(bench: Bench) -> Iterator[str]:
 
 def policies(bench: Bench) -> Iterator[str]:
     """Merge more and more policies."""
-    llama, out, most = shape_of(POLICY_PARAMETERS), bench.folder / "out", int(min(16, bench.most))
+    llama, out, most = shape_of(POLICY_PARAMETERS), bench.folder / "out", int(max(4, min(16, bench.most)))
     paths = [bench.folder / "many" / f"m{number}" for number in range(most + 1)]
     for number, path in enumerate(paths):
         write_checkpoint(path, llama, number)
