@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-demo setup-oldest demo evidence test test-slow test-oldest bench bench-merge bench-sweep bench-recipes bench-serve \
-	gpu-check lint format clean
+	bench-growth bench-quick gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,12 @@ bench-recipes: setup ## measure a step of each recipe against bare TRL, on what 
 
 bench-serve: setup ## measure requests of many λ to one server, on what `make demo LORA=1` made (ten minutes)
 	$(VENV)/python tests/benchmarks/serve_speed.py $(BENCH)
+
+bench-growth: setup ## measure how time and memory grow with the work (half an hour, 12 GB of disk)
+	$(VENV)/python tests/benchmarks/growth.py $(BENCH)
+
+bench-quick: setup ## tell whether this tree is slower than the last release (3 minutes; BENCH='--against REV|WHEEL')
+	$(VENV)/python tests/benchmarks/quick.py $(BENCH)
 
 gpu-check: setup ## run on a GPU what no test can show without one: tests, merges, swaps, a sweep, training (8 minutes)
 	$(VENV)/python tests/benchmarks/gpu_check.py $(BENCH)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from benchmark_scripts import BENCHMARKS, load
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 STEPS = """\
 import json, subprocess, sys, time
 _, step, work, rows, *_ = sys.argv
@@ -22,14 +20,6 @@ if step == "merge":
 if step == "swaps":
     subprocess.run([sys.executable, "-c", "import time; time.sleep(60)", rows])
 """
-
-
-def load(name, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

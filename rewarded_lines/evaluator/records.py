@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Run:
 
     folder: Path
     header: Mapping[str, Any]
-    points: list[Point]
+    points: Sequence[Point]
 
     @property
     def rewards(self) -> dict[str, str]:
@@ -112,7 +113,7 @@ class Run:
         """The SFT model's own point."""
         return next(point for point in self.points if point.spec.method == SFT)
 
-    @property
+    @cached_property
     def missing(self) -> dict[str, Missing]:
         """The rewards that have no score for some responses of the points, with the counts over all points."""
         return total_missing(self.points)
@@ -134,11 +135,13 @@ def mixtures_of(run: Run) -> Mixtures | None:
 
 def total_missing(points: Sequence[Point]) -> dict[str, Missing]:
     """Return the rewards that have no score for some responses, with the counts over these points."""
-    found: dict[str, Missing] = {}
-    for name, one in ((name, one) for point in points for name, one in point.missing.items()):
-        before = found.get(name, Missing(sum(len(point.responses) for point in points), 0))
-        found[name] = Missing(before.responses, before.abstained + one.abstained, before.failed + one.failed)
-    return found
+    responses, found = 0, dict[str, tuple[int, int]]()
+    for point in points:
+        responses += len(point.responses)
+        for name, one in point.missing.items():
+            abstained, failed = found.get(name, (0, 0))
+            found[name] = abstained + one.abstained, failed + one.failed
+    return {name: Missing(responses, *counts) for name, counts in found.items()}
 
 
 def write_point(path: Path, point: Point) -> None:
@@ -279,7 +282,10 @@ def load_run(folder: Path | str) -> Run:
         path = point_path(folder, key)
         # Methods may share a file.
         if key not in read and path.is_file():
-            read[key] = read_point(path)
+            point = read_point(path)
+            # All points answer the same prompts: one list for all.
+            same = next(iter(read.values()), point).prompts
+            read[key] = replace(point, prompts=same) if point.prompts == same else point
         if key in read:
             points.append(replace(read[key], spec=spec))
     if not any(point.spec.method == SFT for point in points) or len(points) < 2:

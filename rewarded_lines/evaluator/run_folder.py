@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -21,10 +22,12 @@ from rewarded_lines.evaluator.records import (
     FORMAT,
     RUN_FILE,
     Point,
+    Run,
     draft_path,
     listed_points,
     point_path,
     read_header,
+    read_point,
     whole_point,
     write_point,
 )
@@ -41,6 +44,35 @@ Specs = Sequence[PointSpec]
 Tuned = Mapping[str, Any] | None
 
 
+class StoredPoints(Sequence[Point]):
+    """Points that stay on disk: each is read when it is asked for, so memory does not grow with their number."""
+
+    def __init__(self, folder: Path, listed: Sequence[tuple[PointSpec, str]]) -> None:
+        """Bind the points by their specs and keys; nothing is read yet."""
+        self._folder, self._listed = folder, listed
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._listed)
+
+    @overload
+    def __getitem__(self, at: int) -> Point: ...
+    @overload
+    def __getitem__(self, at: slice) -> StoredPoints: ...
+    def __getitem__(self, at: int | slice) -> Point | StoredPoints:
+        """Return a point, or some of them; a UserError if its record is damaged or gone."""
+        if isinstance(at, slice):
+            return StoredPoints(self._folder, self._listed[at])
+        spec, key = self._listed[at]
+        return replace(read_point(point_path(self._folder, key)), spec=spec)
+
+
+def stored_run(folder: Path) -> Run:
+    """Return a run that has all its points, see `StoredPoints`; `load_run` reads them all at once."""
+    header = read_header(folder)
+    return Run(folder, header, StoredPoints(folder, listed_points(header)))
+
+
 class RunFolder:
     """A run folder that this process holds."""
 
@@ -48,7 +80,9 @@ class RunFolder:
         """Bind the folder, see `open_run`; `before` is its `run.json` when it was opened."""
         self.folder, self.setup, self.progress = folder, setup, progress
         self.before = read_header(folder) if (folder / RUN_FILE).exists() else {}
-        self._read: dict[str, Point] = {}
+        # Keys of whole records: the points themselves would fill the memory.
+        self._there: set[str] = set()
+        self._keys: dict[PointSpec, str] = {}
         self._counted: set[str] = set()
         self._expected = self._evaluated = 0
         self._started = time.perf_counter()
@@ -58,7 +92,7 @@ class RunFolder:
         self._expected = count
         self.progress.expect(max(len(self._counted), count))
 
-    def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> list[Point]:
+    def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> StoredPoints:
         """Return the points for the prompts of `setup`; missing or damaged ones are made first."""
         self.progress.start("reading earlier points")
         keys = {spec: setup.key(spec) for spec in specs}
@@ -73,55 +107,69 @@ class RunFolder:
             for key, point in evaluator.evaluate(setup, keys, missing):
                 with span("write point"):
                     write_point(point_path(self.folder, key), point)
-                self._read[key] = point
+                self._there.add(key)
                 self._evaluated += 1
                 self.progress.advance(1, names[key])
-        return [replace(self._read[key], spec=spec) for spec, key in keys.items()]
+        return StoredPoints(self.folder, list(keys.items()))
 
-    def listed(self) -> list[PointSpec]:
-        """Return the points in `run.json` that the project still defines this way."""
+    @cached_property
+    def _listed(self) -> list[PointSpec]:
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
-    def added(self) -> list[PointSpec]:
-        """Return the points that searches added and the project still defines this way."""
+    @cached_property
+    def _added(self) -> list[PointSpec]:
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
+    def listed(self) -> list[PointSpec]:
+        """Return the points in `run.json` that the project still defines this way."""
+        return list(self._listed)
+
+    def added(self) -> list[PointSpec]:
+        """Return the points that searches added and the project still defines this way."""
+        return list(self._added)
+
     def add(self, specs: Sequence[PointSpec]) -> None:
         """Add points of a search to `run.json`."""
-        listed = self.listed()
-        if new := [spec for spec in specs if spec not in listed]:
-            self.write([*listed, *new], [*self.added(), *new], self.before.get("tuned"))
-            self.before = read_header(self.folder)
+        if new := [spec for spec in specs if spec not in self._listed]:
+            # Kept here: reading all of them for each new one would take as long as the square of their number.
+            self._listed += new
+            self._added += new
+            self.write(self._listed, self._added, self.before.get("tuned"))
 
     def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""
         # Without `tuned`, the search for α and β is not done yet.
         complete = bool(account) and (tuned is not None or self.setup.project.config.sweep.tune is None)
         content = {"tuned": tuned, "added": [spec.as_dict() for spec in added], **account, "complete": complete}
-        points = [{**spec.as_dict(), "key": self.setup.key(spec)} for spec in dict.fromkeys(specs)]
+        points = [{**spec.as_dict(), "key": self._key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
     def finish(self, evaluator: Evaluator, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
-        points = self.fill(self.setup, specs, evaluator)
+        self.fill(self.setup, specs, evaluator)
         # One that compares with the SFT model gives it a tie everywhere.
         telling = [name for name, reward in self.setup.rewards.items() if not reward.reads_sft]
-        sft = [point for point in points if point.spec.method == SFT]
+        sft = self.fill(self.setup, [spec for spec in specs if spec.method == SFT], evaluator)
         self.setup.told.extend(note for point in sft for note in _same_scores(point, telling))
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
         self.write(specs, added, tuned, evaluated_last=self._evaluated, seconds_last=seconds)
 
+    def _key(self, spec: PointSpec) -> str:
+        if spec not in self._keys:
+            self._keys[spec] = self.setup.key(spec)
+        return self._keys[spec]
+
     def _is_there(self, key: str) -> bool:
         """True if a point's record exists and is whole; a damaged one is removed."""
-        if key not in self._read and (point := whole_point(point_path(self.folder, key))):
-            self._read[key] = point
+        if key not in self._there and whole_point(point_path(self.folder, key)):
+            self._there.add(key)
             # A run may be killed after it wrote the record and before it removed the draft.
             draft_path(self.folder, key).unlink(missing_ok=True)
-        return key in self._read
+        return key in self._there
 
 
 def _same_scores(point: Point, names: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ from rewarded_lines.config import SFT
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import RUN_FILE, Run, load_run, read_header
-from rewarded_lines.evaluator.run_folder import RunFolder, open_run
+from rewarded_lines.evaluator.records import RUN_FILE, Run, read_header
+from rewarded_lines.evaluator.run_folder import RunFolder, open_run, stored_run
 from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
 from rewarded_lines.evaluator.shape_search import FoundShape, find_shape, plan_shape
 from rewarded_lines.evaluator.sweep import check_design, open_evaluator, sweep
@@ -121,7 +121,7 @@ def search(
         with open_evaluator(setup, folder, progress=progress) as make:
             found = [_search_one(held, make, name, points, gain) for name in chosen]
             held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
-    return load_run(folder), found
+    return stored_run(folder), found
 
 
 def _opened(
@@ -189,13 +189,11 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
     start = [spec for spec in run.listed() if spec.method == name]
     first = [] if start else setup.methods.grid(name, setup.methods.design.first)
-    front = run.fill(setup, start or first, evaluator)
+    places, means = _measured(run, start or first, evaluator)
     run.add(first)
     added = len(first)
     while True:
-        places = [setup.methods.place(point.spec.weights) for point in front]
-        means = [point.means(rewards) for point in front]
-        room, above = points - len(front), SFT
+        room, above = points - len(places), SFT
         reference = sft.means(rewards)
         # One proposal even when the budget is spent, to report its potential.
         width = max(1, min(evaluator.width, room))
@@ -208,14 +206,26 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
         if room <= 0 or not worth:
             break
         specs = [setup.methods.at(name, setup.methods.weights_at(place)) for place in worth]
-        front += run.fill(setup, specs, evaluator)
+        more = _measured(run, specs, evaluator)
+        places, means = places + more[0], means + more[1]
         added += len(specs)
         run.add(specs)
     mixed = None
-    if len(setup.project.config.policies) == 2 and len(front) > 1:
+    if len(setup.project.config.policies) == 2 and len(places) > 1:
         mixed = mixed_hypervolume([place[0] for place in places], means, reference)
     reason = "points" if room <= 0 else "gain"
-    return Found(name, len(front), added, volume, error, mixed, potential, reason, above)
+    return Found(name, len(places), added, volume, error, mixed, potential, reason, above)
+
+
+def _measured(
+    run: RunFolder, specs: Sequence[PointSpec], evaluator: Evaluator
+) -> tuple[list[Weights], list[list[float]]]:
+    """Return where points lie on the simplex, and their mean scores; missing ones are made first."""
+    setup, places, means = run.setup, [], []
+    for point in run.fill(setup, specs, evaluator):
+        places.append(setup.methods.place(point.spec.weights))
+        means.append(point.means(setup.objectives))
+    return places, means
 
 
 def _proposals(

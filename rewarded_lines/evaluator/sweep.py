@@ -11,8 +11,8 @@ from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.evaluate import Evaluator, LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.records import Run, load_run
-from rewarded_lines.evaluator.run_folder import RunFolder, open_run
+from rewarded_lines.evaluator.records import Run
+from rewarded_lines.evaluator.run_folder import RunFolder, open_run, stored_run
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
 from rewarded_lines.evaluator.tune import most_points, tune, validation_rows
@@ -73,7 +73,7 @@ def sweep(
         with open_evaluator(setup, folder, also, progress) as make:
             found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
             run.finish(make, [*specs, *tuned, *added], added, found)
-    return load_run(folder)
+    return stored_run(folder)
 
 
 def _count(project: Project, points: int | None) -> int:

@@ -10,6 +10,9 @@ import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import DType
 
+# Outputs that are merged at a time: with a block of each in memory, it would grow with the number of λ.
+AT_ONCE = 64
+
 Rule = Callable[..., Any]
 Run = Callable[[int, int, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 """From a policy and the ends of a run of its tensor: two arrays whose difference is τ."""

@@ -24,7 +24,7 @@ from rewarded_lines.folders import write_json
 from rewarded_lines.kernels.blocks import Source, Workspace, all_blocks, blocks_of
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import Facts
-from rewarded_lines.kernels.tensor_merge import TensorMerge
+from rewarded_lines.kernels.tensor_merge import AT_ONCE, TensorMerge
 from rewarded_lines.kernels.thread_pool import Relay, share_out
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_device import settled_device
@@ -248,10 +248,12 @@ class ModelPlan(Plan):
                 name, start, count = relay.take(
                     lambda block: workspace.load(*block), lambda: hashes.take(workspace.stored())
                 )
-                merged = workspace.merge(steps[name])
-                for writer, (values, _) in zip(writers, merged, strict=True):
-                    writer.write(name, start, values)
-                nonfinite.look(workspace, name, steps[name], [bad for _, bad in merged])
+                for first in range(0, len(writers), AT_ONCE):
+                    some = steps[name][first : first + AT_ONCE]
+                    merged = workspace.merge(some)
+                    for writer, (values, _) in zip(writers[first:], merged, strict=False):
+                        writer.write(name, start, values)
+                    nonfinite.look(workspace, name, some, [bad for _, bad in merged])
                 progress.advance(count * tensors[name].dtype.itemsize)
 
             return work

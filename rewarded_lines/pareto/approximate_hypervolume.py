@@ -5,6 +5,7 @@ Which of the two is taken depends on numbers of points and rewards only, never o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from rewarded_lines.pareto.hypervolume import Array, contributions, finite, hype
 LIMIT = 120.0
 # Directions of an approximation, repetitions of a careful one, and resamples whose error is measured.
 _DIRECTIONS, _REPEATS, _CHECKS = 2**15, 16, 8
+# At most this many distances are in memory at once: 32 MB.
+_CELLS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,17 +139,70 @@ def approximate_samples(
 def affordable_contributions(points: ArrayLike, reference: ArrayLike, exact: bool = False) -> tuple[Array, bool]:
     """Return how much hypervolume each point alone brings, see `contributions`, and whether that is exact.
 
-    With `exact` it is, however long that takes. Otherwise A(P) − A(P ∖ {p}) with the same directions and sides of
-    `approximation`, so that noise cancels. In 8 rewards, errors were up to a seventh of the largest contribution.
+    With `exact` it is, however long that takes. Otherwise A(P) − A(P ∖ {p}), with `approximation`'s formula and one set
+    of random directions, so that noise cancels: only the best point of a direction adds there, what it is ahead of the
+    second. In 8 rewards, errors were up to a seventh of the largest contribution.
     """
     values, origin = finite(points, "points, rewards"), finite(reference, "reference")
     count = counted(values, origin)
     if exact or count * exact_seconds(count, len(origin)) <= LIMIT:
         return contributions(values, origin), True
-    sides = values[(values > origin).all(axis=1)].max(axis=0) - origin
-    whole = approximation(values, origin, sides=sides)
-    without = (np.delete(values, index, axis=0) for index in range(len(values)))
-    return np.array([whole - approximation(one, origin, sides=sides) for one in without]), False
+    sides = values.max(axis=0) - origin
+    found, lengths = np.zeros(len(values)), (values - origin) / np.where(sides > 0, sides, 1.0)
+    for directions in _directions(lengths):
+        # The origin is one more point, so that there is always a second.
+        reached = np.hstack([_reached(lengths, directions), np.zeros((len(directions), 1))])
+        best = reached.argmax(axis=1)
+        reached.partition(len(values) - 1, axis=1)
+        ahead = reached[:, -1] ** len(origin) - reached[:, -2] ** len(origin)
+        np.add.at(found, best[ahead > 0], ahead[ahead > 0])
+    return found * _unit(sides), False
+
+
+def approximate_gains(
+    points: ArrayLike, candidates: ArrayLike, reference: ArrayLike, sides: Array
+) -> tuple[float, Array]:
+    """Return an approximate hypervolume, and what each candidate would add to it, [candidates], none below 0.
+
+    By the formula of `approximation`, all with the same random directions, so that noise cancels.
+
+    Args:
+        points: [points, rewards].
+        candidates: [candidates, rewards].
+        reference: [rewards].
+        sides: see `approximation`.
+    """
+    values, origin = finite(points, "points, rewards"), finite(reference, "reference")
+    lengths = (np.vstack([values, finite(candidates, "candidates, rewards")]) - origin) / sides
+    whole, gains = 0.0, np.zeros(len(lengths) - len(values))
+    for directions in _directions(lengths):
+        reached = np.maximum(_reached(lengths, directions), 0.0)
+        before = reached[:, : len(values)].max(axis=1, keepdims=True)
+        whole += float((before ** len(origin)).sum())
+        gains += (np.maximum(reached[:, len(values) :], before) ** len(origin) - before ** len(origin)).sum(axis=0)
+    return whole * _unit(sides), gains * _unit(sides)
+
+
+def _directions(points: Array) -> Iterator[Array]:
+    """Yield unit directions above 0 in parts that fit the memory, [directions, rewards]; always the same."""
+    found = np.abs(np.random.default_rng(0).standard_normal((_DIRECTIONS, points.shape[1])))
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    yield from np.array_split(found, -(-_DIRECTIONS * len(points) // _CELLS))
+
+
+def _reached(points: Array, directions: Array) -> Array:
+    """Return how far each point's box reaches from 0 in each direction, min_i p_i/w_i: [directions, points]."""
+    reached = np.full((len(directions), len(points)), np.inf)
+    for values, steps in zip(points.T, directions.T, strict=True):
+        np.minimum(reached, values / steps[:, None], out=reached)
+    return reached
+
+
+def _unit(sides: Array) -> float:
+    """Return what the sum over all directions of lengths to the m is multiplied by; see `approximation`."""
+    rewards = len(sides)
+    sphere = 2 * math.pi ** (rewards / 2) / math.gamma(rewards / 2)
+    return float(sphere / 2**rewards / rewards / _DIRECTIONS * sides.prod())
 
 
 def parallel(

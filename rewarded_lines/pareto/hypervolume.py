@@ -82,6 +82,10 @@ def contributions(points: ArrayLike, reference: ArrayLike) -> Array:
     Transactions on Evolutionary Computation 16(1), 2012 (the exclusive hypervolume).
     """
     values, origin = _pair(points, reference)
+    if len(origin) == 2 and len(values):
+        # All of them in one sweep, as precise.
+        found = moocore.hv_contributions(values, ref=origin, maximise=True, ignore_dominated=False)
+        return np.asarray(found, dtype=np.float64)
     found = np.zeros(len(values))
     for index in np.flatnonzero(nondominated(values)):
         point, others = values[index], np.delete(values, index, axis=0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rewarded_lines.pareto.approximate_hypervolume import approximation, exact_seconds
+from rewarded_lines.pareto.approximate_hypervolume import approximate_gains, exact_seconds
 from rewarded_lines.pareto.hypervolume import Array, finite, hypervolume
 
 # Weights are proposed in steps of 1/STEPS, four decimals.
@@ -23,6 +21,8 @@ PATIENCE = 20.0
 # Allowed for rounding: a sum of weights off 1, and a gain relative to the hypervolume.
 TOLERANCE = 1e-6
 ROUNDING = 1e-12
+# Points near one end that are looked at first.
+_NEAREST = 16
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ def next_weights(
     places, scores = _checked(weights, means)
     if min_gap < 0 or slack < 0:
         raise ValueError(f"min_gap {min_gap} and slack {slack}; neither may be negative")
-    neighbours = list(_neighbours(places, min_gap))
-    volume, spread = _volume_for(len(neighbours), scores, reference), np.ptp(scores, axis=0)
-    start = volume(scores, reference)
-    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
-    found: list[Proposal] = []
-    for one, other in neighbours:
-        middle = rounded((places[one] + places[other]) / 2)
-        if middle not in known:
-            hoped = np.maximum(scores[one], scores[other]) + slack * _gap(places, one, other) * spread
-            potential = volume(np.vstack([scores, hoped]), reference) - start
-            found.append(Proposal(tuple(part / STEPS for part in middle), potential, (one, other)))
+    middles = _middles(places, taken, min_gap)
+    if not middles:
+        return None
+    ends = np.array(list(middles))
+    gaps = np.abs(places[ends[:, 0]] - places[ends[:, 1]]).max(axis=1, keepdims=True)
+    hoped = scores[ends].max(axis=1) + slack * gaps * np.ptp(scores, axis=0)
+    start, potentials = _gains(scores, hoped, reference)
+    found = [
+        Proposal(tuple(part / STEPS for part in middle), potential, pair)
+        for (pair, middle), potential in zip(middles.items(), potentials, strict=True)
+    ]
     most = max((proposal.potential for proposal in found), default=0.0)
     if most <= ROUNDING * start:
         return None
@@ -104,15 +104,25 @@ def next_weights(
     return min(found, key=order)
 
 
-def _volume_for(count: int, scores: Array, reference: ArrayLike) -> Callable[[Array, ArrayLike], float]:
-    """Return the exact hypervolume, or where `count` exact ones take longer than `PATIENCE` its approximation.
+def _middles(places: Array, taken: Sequence[Sequence[float]], min_gap: float) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return the middle between each two neighbours, in steps, unless it is evaluated or taken."""
+    known = {rounded(place) for place in [*places, *np.asarray(taken, dtype=np.float64).reshape(-1, places.shape[1])]}
+    pairs = _neighbours(places, min_gap)
+    middles = {(one, other): rounded((places[one] + places[other]) / 2) for one, other in pairs}
+    return {pair: middle for pair, middle in middles.items() if middle not in known}
 
-    Its directions and sides are the same for all, so that a point more is never less.
+
+def _gains(scores: Array, hoped: Array, reference: ArrayLike) -> tuple[float, list[float]]:
+    """Return the hypervolume of `scores`, and what each row of `hoped` would add.
+
+    All are exact, or approximated where exact ones take longer than `PATIENCE`.
     """
-    if count * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE:
-        return hypervolume
+    if len(hoped) * exact_seconds(len(scores) + 1, scores.shape[1]) <= PATIENCE:
+        start = hypervolume(scores, reference)
+        return start, [hypervolume(np.vstack([scores, one]), reference) - start for one in hoped]
     sides = scores.max(axis=0) - np.asarray(reference)
-    return partial(approximation, sides=np.where(sides > 0, sides, 1.0))
+    start, gains = approximate_gains(scores, hoped, reference, np.where(sides > 0, sides, 1.0))
+    return start, gains.tolist()
 
 
 def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
@@ -126,13 +136,17 @@ def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
     Systematic Zoology 18, 1969.
     """
     used = places > 0
-    for one, other in combinations(range(len(places)), 2):
-        if _gap(places, one, other) <= min_gap + ROUNDING:
-            continue
-        inside = ((places - places[one]) * (places - places[other])).sum(axis=1) < -ROUNDING
-        same_face = ~(used & ~(used[one] | used[other])).any(axis=1)
-        if not (inside & same_face).any():
-            yield one, other
+    for one in range(len(places)):
+        apart = places - places[one]
+        others = np.flatnonzero(np.abs(apart).max(axis=1) > min_gap + ROUNDING)
+        others, near = others[others > one], np.argsort((apart**2).sum(axis=1), kind="stable")[:_NEAREST]
+        # The nearest points are between this one and most others; only the rest is compared with all.
+        for between in (near, np.arange(len(places))):
+            inside = (apart[between] * places[between]).sum(axis=1) - places[others] @ apart[between].T < -ROUNDING
+            # [others, between], whether the point in between has a policy that neither end has.
+            strange = ~used[others] @ (used[between] & ~used[one]).T
+            others = others[~(inside & ~strange).any(axis=1)]
+        yield from ((one, other) for other in others.tolist())
 
 
 def _gap(places: Array, one: int, other: int) -> float:

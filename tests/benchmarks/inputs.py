@@ -92,15 +92,18 @@ def shape_of(parameters: float) -> Llama:
     return replace(model, layers=max(2, layers))
 
 
-def write_checkpoint(folder: Path, llama: Llama, policy: int = 0) -> Path:
-    """Write a sharded checkpoint: the base for 0, a small random step away from it for any other number."""
+def write_checkpoint(folder: Path, llama: Llama, policy: int = 0, empty: bool = False) -> Path:
+    """Write a sharded checkpoint: the base for 0, a small random step away from it for any other number.
+
+    An `empty` one is all zeros, as holes in the files: they take no room on the disk.
+    """
     folder.mkdir(parents=True)
     shards = _shards(llama.tensors())
     weight_map = {}
     for index, shapes in enumerate(shards):
         name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, name)
-        _write_file(folder / name, shapes, index, policy)
+        _write_file(folder / name, shapes, index, policy, empty)
     index_file = {"metadata": {"total_size": 2 * llama.parameters()}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
     (folder / "config.json").write_text(json.dumps(llama.config(), indent=2))
@@ -163,7 +166,7 @@ def _shards(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
     return shards
 
 
-def _write_file(path: Path, shapes: Shapes, seed: int, policy: int) -> None:
+def _write_file(path: Path, shapes: Shapes, seed: int, policy: int, empty: bool = False) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -174,6 +177,9 @@ def _write_file(path: Path, shapes: Shapes, seed: int, policy: int) -> None:
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if empty:
+            file.truncate(file.tell() + offset)
+            return
         for block in _values(offset // 2, seed, policy):
             file.write(block)
 

@@ -19,11 +19,15 @@ _READ = 1 << 24
 
 @dataclass(frozen=True)
 class Run:
-    """One process, or several one after another: seconds and bytes read add up, the peak is the highest."""
+    """One process, or several one after another: times and bytes read add up, the peak is the highest.
+
+    `processor` is the time that all cores together worked for it. A busy machine or a slow disk does not add to it.
+    """
 
     seconds: float
     peak: int
     read: int
+    processor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def alternate(competitors: Sequence[Competitor], repeats: int, environment: dict
                 warm(competitor.inputs)
                 parts.append(run_once(command, environment))
                 clear(out)
-            total = Run(sum(p.seconds for p in parts), max(p.peak for p in parts), sum(p.read for p in parts))
+            read, processor = sum(p.read for p in parts), sum(p.processor for p in parts)
+            total = Run(sum(p.seconds for p in parts), max(p.peak for p in parts), read, processor)
             runs[competitor.name].append(total)
     return runs
 
@@ -74,6 +79,7 @@ def middle(runs: Sequence[Run]) -> Run:
         median(run.seconds for run in runs),
         int(median(run.peak for run in runs)),
         int(median(run.read for run in runs)),
+        median(run.processor for run in runs),
     )
 
 
@@ -92,6 +98,14 @@ def warm(folders: Sequence[Path]) -> None:
                 with open(path, "rb", buffering=0) as file:
                     while file.readinto(buffer):
                         pass
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with even columns."""
+    cells = [heading, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
+    return "\n".join([lines[0], "|-" + "-|-".join("-" * width for width in widths) + "-|", *lines[1:]])
 
 
 def folder_bytes(folder: Path) -> int:
@@ -116,7 +130,7 @@ def _launch(command: Sequence[str]) -> Run:
             said.seek(0)
             text = said.read().decode(errors="replace")[-3000:]
             raise SystemExit(f"failed with code {process.returncode}:\n{text}")
-    return Run(seconds, usage.ru_maxrss * 1024, int(counters["rchar"]))
+    return Run(seconds, usage.ru_maxrss * 1024, int(counters["rchar"]), usage.ru_utime + usage.ru_stime)
 
 
 if __name__ == "__main__":

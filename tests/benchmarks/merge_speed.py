@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from inputs import LLAMA_2_7B, Llama, read_headers, shape_of, write_adapter, write_adapter_base, write_checkpoint
-from measure import CommandFailed, Competitor, Run, alternate, clear, folder_bytes, middle, run_once, warm
+from measure import CommandFailed, Competitor, Run, alternate, clear, folder_bytes, markdown, middle, run_once, warm
 
 from rewarded_lines.merger.methods import METHODS
 
@@ -301,14 +301,12 @@ def megabytes(run: Run) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table with even columns."""
-    cells = [["what", "ours", "peer", "ratio", "limit", "ok"]]
+    cells = []
     for row in rows:
         ratio = "not measured" if row.ratio is None else f"{row.ratio:.3g}"
         verdict = {None: "–", True: "yes", False: "NO"}[row.ok]
         cells.append([row.what, row.ours, row.peer, ratio, f"≤ {row.limit:g}", verdict])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
-    return "\n".join([lines[0], "|-" + "-|-".join("-" * width for width in widths) + "-|", *lines[1:]])
+    return markdown(["what", "ours", "peer", "ratio", "limit", "ok"], cells)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ def test_with_out_it_is_a_run_that_report_and_choose_read(tiny, merged, cli):
     assert chosen.out.splitlines()[-1] == f"# nothing to merge: {tiny / merged}"
     again = score(merged, engine="hf", out="scored")
     assert again.header["evaluated_last"] == 0
+    # Without a folder the points stay in memory.
+    alone = score(merged, engine="hf")
+    assert [one.responses for one in alone.points] == [one.responses for one in load_run("scored").points]
     # Another model does not go into the same folder, unless that is begun anew.
     refused = cli("score", "first", "--engine", "hf", "--out", "scored")
     assert refused.code == 1 and "another configuration" in refused.err and "--overwrite" in refused.err

@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import UserError
+from rewarded_lines.kernels.blocks import Workspace
+from rewarded_lines.kernels.tensor_merge import AT_ONCE
+from rewarded_lines.merger.spec import folder_name
 from rewarded_lines.progress import Progress
 
 
@@ -70,6 +73,19 @@ def test_several_lambdas_read_once_and_equal_single_merges(tiny):
     assert [result.out.name for result in results] == ["lam=0.25", "lam=0.75"]
     merge("sft", ["first", "second"], 0.75, out="single")
     assert (tiny / "many/lam=0.75/model.safetensors").read_bytes() == (tiny / "single/model.safetensors").read_bytes()
+
+
+def test_the_memory_of_a_merge_does_not_grow_with_the_lambdas(tiny, monkeypatch):
+    """A thread holds a block of each output that it merges, so it merges some of them at a time."""
+    together, whole = set(), Workspace.merge
+    monkeypatch.setattr(Workspace, "merge", lambda self, steps: together.add(len(steps)) or whole(self, steps))
+    lams = [f"{step / 100}" for step in range(AT_ONCE + 2)]
+    merge("sft", ["first", "second"], lams, out="many")
+    assert together == {AT_ONCE, 2}
+    for lam in (lams[1], lams[AT_ONCE]):
+        merge("sft", ["first", "second"], lam, out="one", overwrite=True)
+        made = tiny / "many" / folder_name((float(lam), 1 - float(lam)))
+        assert (made / "model.safetensors").read_bytes() == (tiny / "one" / "model.safetensors").read_bytes()
 
 
 def test_shards_in_and_out_do_not_change_a_bit(tiny):

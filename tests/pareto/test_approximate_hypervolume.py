@@ -10,6 +10,7 @@ from rewarded_lines.pareto import approximate_hypervolume as module
 from rewarded_lines.pareto import comparison
 from rewarded_lines.pareto.approximate_hypervolume import (
     affordable_contributions,
+    approximate_gains,
     approximate_samples,
     approximation,
     careful,
@@ -88,6 +89,29 @@ def test_contributions_of_many_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LIMIT", 0.0)
     found, precise = affordable_contributions(points, low)
     assert not precise and found == pytest.approx(exact, abs=0.15 * exact.max())
+    # What is dominated, there twice or below the reference adds nothing, and changes nothing else.
+    more = np.vstack([points, points[0] - 0.01, low - 1, points[1]])
+    again, _ = affordable_contributions(more, low)
+    assert again[[1, 20, 21, 22]].tolist() == [0, 0, 0, 0]
+    assert again[2:20] == pytest.approx(found[2:])
+    assert affordable_contributions(points[:1], low)[0] == pytest.approx([hypervolume(points[:1], low)], rel=0.05)
+
+
+def test_contributions_of_many_points_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LIMIT", 0.0)
+    monkeypatch.setattr(module, "approximation", lambda *_, **__: pytest.fail("one for each point"))
+    assert (affordable_contributions(front(6)[0], np.full(6, -0.5))[0] > 0).any()
+
+
+def test_gains_of_many_candidates_take_one_pass() -> None:
+    points, candidates = front(6)[0], front(6, seed=3)[1] + 0.02
+    low, sides = points.min(axis=0) - 0.05, np.ptp(points, axis=0) + 0.05
+    exact = np.array([hypervolume(np.vstack([points, one]), low) for one in candidates]) - hypervolume(points, low)
+    whole, found = approximate_gains(points, candidates, low, sides)
+    assert whole == pytest.approx(hypervolume(points, low), rel=0.04)
+    assert found == pytest.approx(exact, abs=0.15 * exact.max()) and exact.max() > 0
+    # A candidate that is dominated, or below the reference, adds nothing.
+    assert approximate_gains(points, [points[0] - 0.01, low - 1], low, sides)[1].tolist() == [0, 0]
 
 
 def test_the_cost_grows_with_points_and_rewards() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rewarded_lines.pareto import hypervolume as module
 from rewarded_lines.pareto.hypervolume import contributions, hypervolume, hypervolumes, nondominated
 
 
@@ -150,6 +151,12 @@ def test_contributions_by_hand() -> None:
     assert contributions([[2, 2, 2]], [0, 1, 1]) == pytest.approx([2.0])
     assert contributions([[2, -1], [1, 1]], [0, 0]) == pytest.approx([0.0, 1.0])
     assert contributions(np.zeros((0, 2)), [0, 0]).shape == (0,)
+
+
+def test_contributions_to_two_rewards_need_no_hypervolume_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_volume", lambda *_: pytest.fail("one for each point: time grows with the square"))
+    steps = np.arange(1.0, 2001)
+    assert contributions(np.stack([steps, steps[::-1]], axis=1), [0, 0]) == pytest.approx(np.ones(2000))
 
 
 def test_contributions_keep_their_precision_in_a_large_hypervolume() -> None:

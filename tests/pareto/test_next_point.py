@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -143,6 +144,37 @@ def test_a_point_in_between_parts_the_ends() -> None:
     means = np.array([[1.0, 0.0], [0.0, 1.0], [0.1, 0.1]])
     # Dominated, but evaluated: its own middle would be proposed twice otherwise.
     assert next_weights(places, means, [0, 0]).between in [(0, 2), (1, 2)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("policies", "points"), [(2, 30), (3, 60), (5, 40)])
+def test_neighbours_are_those_of_the_definition(policies: int, points: int) -> None:
+    rng = np.random.default_rng(policies)
+    places = rng.dirichlet(np.ones(policies), size=points)
+    # Some on faces, some twice, and the corners.
+    places[::3, 0] = 0
+    places = np.vstack([places / places.sum(axis=1, keepdims=True), np.eye(policies), places[1]])
+
+    def between(one: int, other: int, point: int) -> bool:
+        inside = (places[point] - places[one]) @ (places[point] - places[other]) < -next_point.ROUNDING
+        return bool(inside) and not ((places[point] > 0) & (places[one] == 0) & (places[other] == 0)).any()
+
+    every = range(len(places))
+    expected = [
+        (one, other)
+        for one, other in combinations(every, 2)
+        if np.abs(places[one] - places[other]).max() > 0.05 and not any(between(one, other, point) for point in every)
+    ]
+    assert len(expected) > points / 4 and list(next_point._neighbours(places, 0.05)) == expected
+
+
+def test_many_rewards_are_approximated_with_one_proposal_as_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = np.random.default_rng(0).dirichlet(np.ones(6), size=12)
+    exact = next_weights(places, np.sqrt(places), [-0.1] * 6)
+    monkeypatch.setattr(next_point, "PATIENCE", 0.0)
+    monkeypatch.setattr(next_point, "hypervolume", lambda *_: pytest.fail("one for each neighbour"))
+    found = next_weights(places, np.sqrt(places), [-0.1] * 6)
+    assert exact is not None and found is not None
+    assert found.potential == pytest.approx(exact.potential, rel=0.15)
 
 
 @settings(max_examples=50)

@@ -21,6 +21,7 @@ import numpy as np
 
 from rewarded_lines.config import SFT
 from rewarded_lines.evaluator.choose import command_for
+from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.extras import install, is_installed
 from rewarded_lines.pareto.choice import knee
@@ -50,14 +51,15 @@ def page(runs: Sequence[Run], summary: Summary) -> bytes:
     from plotly.offline import get_plotlyjs
 
     packed = {f"prompts-{index}": _prompts(run) for index, run in enumerate(runs)}
+    records = [_records(run, summary) for run in runs]
     for index, run in enumerate(runs):
-        for place, point in enumerate(summary.points):
-            packed[f"records-{index}-{place}"] = _responses(run, point)
+        for place, record in enumerate(records[index]):
+            packed[f"records-{index}-{place}"] = _responses(run, record)
     blocks = [_block(name, _json(content)) for name, content in packed.items()]
     filled = Template(_template("page.html")).substitute(
         title=html.escape(summary.title or "Front"),
         style=_template("palette.css") + _template("page.css"),
-        overview=_unmarked(_json(_overview(runs, summary))),
+        overview=_unmarked(_json(_overview(runs, summary, records))),
         script="\n".join(map(_template, SCRIPTS)),
         blocks="\n".join([*blocks, _block("plotly", get_plotlyjs())]),
     )
@@ -88,7 +90,7 @@ def _block(name: str, text: str) -> str:
     return f'<script type="text/plain" id="{name}">{encoded}</script>'
 
 
-def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
+def _overview(runs: Sequence[Run], summary: Summary, records: Sequence[Sequence[Point]]) -> dict[str, Any]:
     """Return the page's data without responses; it opens at the point of `choose --knee`."""
     points, names = summary.points, summary.objectives
     merged = [index for index, point in enumerate(points) if point.method != SFT]
@@ -101,7 +103,7 @@ def _overview(runs: Sequence[Run], summary: Summary) -> dict[str, Any]:
         "runs": [str(run.folder) for run in runs],
         "measures": _measures(runs[0], summary),
         "methods": _methods(summary),
-        "points": [_point(runs, point) for point in points],
+        "points": [_point(runs, point, own) for point, own in zip(points, zip(*records, strict=True), strict=True)],
         "start": merged[knee(means)],
     }
 
@@ -153,7 +155,7 @@ def _light_and_dark(colour: str) -> list[str]:
     return [colour, "#" + "".join(f"{round(255 * (c + share * (1 - c))):02x}" for c in channels)]
 
 
-def _point(runs: Sequence[Run], point: PointSummary) -> dict[str, Any]:
+def _point(runs: Sequence[Run], point: PointSummary, records: Sequence[Point]) -> dict[str, Any]:
     estimates = [*point.rewards.values(), point.kl, point.words, *point.perplexities.values()]
     values = [[one.value, one.low, one.high] for one in estimates]
     place = texts.place_text(point, list(runs[0].header["policies"]))
@@ -166,21 +168,21 @@ def _point(runs: Sequence[Run], point: PointSummary) -> dict[str, Any]:
         "ended": point.ended,
         "distinct2": point.distinct2,
         "adds": point.contribution,
-        "commands": [_command(run, point) for run in runs],
+        "commands": [_command(run, record.spec) for run, record in zip(runs, records, strict=True)],
     }
 
 
-def _command(run: Run, point: PointSummary) -> str:
-    if point.method == SFT:
+def _command(run: Run, spec: PointSpec) -> str:
+    if spec.method == SFT:
         return f"# nothing to merge: {located(run.header['base']['path'], run.folder)}"
-    return command_for(run, _record(run, point).spec)
+    return command_for(run, spec)
 
 
-def _record(run: Run, point: PointSummary) -> Point:
-    """Return a run's record of a point of the summary."""
-    place = (point.method, point.weights, point.checkpoint)
-    specs = ((one, one.spec) for one in run.points)
-    return next(one for one, spec in specs if (spec.method, spec.weights, spec.checkpoint) == place)
+def _records(run: Run, summary: Summary) -> list[Point]:
+    """Return a run's records of the summary's points, in their order."""
+    # Not one pass over all points for each.
+    found = {(one.spec.method, one.spec.weights, one.spec.checkpoint): one for one in reversed(run.points)}
+    return [found[point.method, point.weights, point.checkpoint] for point in summary.points]
 
 
 def _prompts(run: Run) -> dict[str, Any]:
@@ -190,9 +192,8 @@ def _prompts(run: Run) -> dict[str, Any]:
     return {"texts": [sft.prompts[row] for row in first], "which": which.tolist()}
 
 
-def _responses(run: Run, point: PointSummary) -> dict[str, Any]:
+def _responses(run: Run, record: Point) -> dict[str, Any]:
     """Return the responses of a point in one run."""
-    record = _record(run, point)
     return {
         "responses": record.responses,
         "scores": [_numbers(record.scores[name]) for name in run.rewards],

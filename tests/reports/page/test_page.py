@@ -73,6 +73,26 @@ def test_the_file_holds_every_response_and_score(make_run: Callable[..., Path]) 
         assert means == [summary.points[index].rewards[name].value for name in run.rewards]
 
 
+def test_points_are_found_in_a_few_passes(make_run: Callable[..., Path]) -> None:
+    """One pass for each point would take as long as the square of their number."""
+
+    class Passes(list[Any]):
+        count = 0
+
+        def __iter__(self) -> Any:
+            self.count += 1
+            return super().__iter__()
+
+        def __reversed__(self) -> Any:
+            self.count += 1
+            return super().__reversed__()
+
+    run = load_run(make_run(points=9, prompts=4, resamples=100))
+    points = Passes(run.points)
+    page([replace(run, points=points)], summarise(run))
+    assert 1 <= points.count <= 5 < len(points)
+
+
 def test_nothing_may_be_loaded_and_nothing_ends_a_script_early(make_run: Callable[..., Path]) -> None:
     run = load_run(make_run(points=3, prompts=30, resamples=100))
     run.header["title"] = "</script><!--"
