@@ -55,6 +55,17 @@ VLLM = (
 )
 
 
+def pytest_collection(session):
+    """Keep TRL from importing vLLM at once, which takes each process 5 s; on a CPU, no test trains with vLLM.
+
+    The process that only hands out tests imports neither.
+    """
+    if not session.config.getoption("numprocesses", None) and not torch.cuda.is_available():
+        from trl import import_utils
+
+        import_utils.is_vllm_available = lambda *_, **__: False
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With `--dist loadfile`, let one process have all files of vLLM."""
