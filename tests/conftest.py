@@ -40,7 +40,8 @@ pytest_plugins = ("real_browser",)
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [
     *("engines/test_generation.py", "kernels/test_kernel_choice.py", "recipes/test_chat_rules.py"),
-    *("evaluator/test_sweep.py", "cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
+    *("evaluator/test_sweep.py", "training/test_ppo_trainer.py", "reports/figures/test_front_figures.py"),
+    *("cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
     *("recipes/test_recipes.py", "recipes/test_resume.py", "evaluator/test_choose.py", "demo/test_pipeline.py"),
     *("evaluator/test_killed_sweep.py", "reports/page/test_responses.py", "reports/page/test_front.py"),
     *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_adapters.py", "evaluator/test_search.py"),
@@ -51,6 +52,7 @@ LONGEST = [
 # Files that begin with importing vLLM, which takes long: one process runs them all.
 VLLM = (
     *("engines/test_generation.py", "engines/test_vllm_adapters.py", "engines/test_responses.py"),
+    "engines/test_vllm_core.py",
     *("evaluator/test_vllm_sweep.py", "rewards/test_vllm_classifier.py"),
 )
 

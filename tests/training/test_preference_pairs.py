@@ -6,7 +6,6 @@ import statistics
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from tiny_models import make_tokenizer
 
 from rewarded_lines.errors import UserError
