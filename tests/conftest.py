@@ -12,35 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
-from invented_runs import synthetic_run
-from tiny_models import PROMPTS, make_model, perturb, save_model
-
-from rewarded_lines.kernels import kernels
 
 # Nothing here may reach for the network, and vLLM's own chatter is not what a failing test should show.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", VLLM_NO_USAGE_STATS="1")
 # Of models as small as these, two threads would spend their time waiting for each other; here and in child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
 # As the command line does: among the millions of objects that imports leave, collections take seconds.
 gc.set_threshold(100_000, 20, 20)
 # Here waiting for the disk has no use: no power cut is tested. Processes of their own still wait.
 os.fsync = lambda descriptor: None
-# Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
-# Those have tests in tests/kernels and in test_exactness.py.
-kernels.ENOUGH = 1 << 62
-# That a machine is slow or busy is no fault of what is tested.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
 
 pytest_plugins = ("real_browser",)
 
 # Files that take longest. They go first: the last file of a run has a worker for itself while the others are idle.
 LONGEST = [
     *("engines/test_generation.py", "kernels/test_kernel_choice.py", "recipes/test_chat_rules.py"),
-    *("evaluator/test_sweep.py", "cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
+    *("evaluator/test_sweep.py", "training/test_ppo_trainer.py", "reports/figures/test_front_figures.py"),
+    *("cli/test_killed_merge.py", "merger/test_invariance.py", "merger/test_exactness.py"),
     *("recipes/test_recipes.py", "recipes/test_resume.py", "evaluator/test_choose.py", "demo/test_pipeline.py"),
     *("evaluator/test_killed_sweep.py", "reports/page/test_responses.py", "reports/page/test_front.py"),
     *("rewards/test_http_rewards.py", "test_docs.py", "merger/test_adapters.py", "evaluator/test_search.py"),
@@ -51,8 +39,32 @@ LONGEST = [
 # Files that begin with importing vLLM, which takes long: one process runs them all.
 VLLM = (
     *("engines/test_generation.py", "engines/test_vllm_adapters.py", "engines/test_responses.py"),
+    "engines/test_vllm_core.py",
     *("evaluator/test_vllm_sweep.py", "rewards/test_vllm_classifier.py"),
 )
+
+
+def pytest_collection(session):
+    """Prepare a process that runs tests; the one that only hands them out needs none of these libraries."""
+    if session.config.getoption("numprocesses", None):
+        return
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    from rewarded_lines.kernels import kernels
+
+    torch.set_num_threads(1)
+    # Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
+    # Those have tests in tests/kernels and in test_exactness.py.
+    kernels.ENOUGH = 1 << 62
+    # That a machine is slow or busy is no fault of what is tested.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
+    if not torch.cuda.is_available():
+        from trl import import_utils
+
+        # TRL imports vLLM at once, which takes each process 5 s; on a CPU, no test trains with vLLM.
+        import_utils.is_vllm_available = lambda *_, **__: False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -83,6 +95,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Skip what has no device, and begin with the longest files."""
+    import torch
+
     rehearsed = config.getoption("--rehearse")
     for item in items:
         if item.get_closest_marker("gpu") is None:
@@ -148,6 +162,8 @@ def letters(prompts, responses):
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory) -> Path:
     """The project's files, made once; tests get copies."""
+    from tiny_models import PROMPTS, make_model, perturb, save_model
+
     folder = tmp_path_factory.mktemp("tiny")
     save_model(make_model(0), folder / "sft")
     for seed, name in enumerate(("first", "second"), start=1):
@@ -206,6 +222,7 @@ def cli(monkeypatch, capsys) -> Callable[..., Answer]:
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Return `synthetic_run` bound to a new folder."""
+    from invented_runs import synthetic_run
 
     def make(**options: object) -> Path:
         return synthetic_run(tmp_path / "run", **options)

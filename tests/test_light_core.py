@@ -19,6 +19,14 @@ from rewarded_lines.merger.methods import METHODS
 TOKEN = "hf_" + "Canary" * 6
 WHOLE = ("--base", "sft", "--policy", "first", "--policy", "second", "--quiet")
 ADAPTERS = ("--base", "sft", "--policy", "lora-a", "--policy", "lora-b", "--quiet")
+# Long merges are compiled: here one loop is, and the others are only imported, since compiling them all takes 20 s.
+COMPILED = """
+import numpy
+from rewarded_lines.kernels import compiled_choices, compiled_kernels, compiled_rules, kernels
+kernels.ENOUGH = 1 << 62
+values = numpy.array([1.0, numpy.nan, 0.0], numpy.float32)
+assert compiled_kernels.count_nonfinite(values) == kernels.count_nonfinite(values) == 1
+"""
 VERBS = """
 from rewarded_lines import inspect, merge
 merge("sft", {"a": "first", "b": "second"}, 0.25, method="ties", out="by-python")
@@ -64,6 +72,7 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
     methods = [name for name in METHODS if name not in ("soup", "greedy", "wise-ft", "slerp")]
     lines = [
         ("merge", "--lam", "0.3", "--out", "project"),
+        ("python", COMPILED),
         ("merge", *WHOLE, "--method", "slerp", "--lam", "0.3", "--out", "slerp"),
         *[("merge", *WHOLE, "--method", name, "--alpha", "auto", "--out", f"by-{name}") for name in methods],
         ("merge", "--base", "sft", "--policy", "bfloat16", "--policy", "float16", "--dtype", "bfloat16", "--out", "b"),
@@ -83,7 +92,7 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
         answers, imported = bare(inputs, *lines, **online)
     assert [one for one in zip(lines, answers, strict=True) if one[1]["code"]] == []
     assert imported <= CORE
-    assert {"tokenizers", "huggingface_hub"} <= imported
+    assert {"tokenizers", "huggingface_hub", "numba"} <= imported
     assert (
         "lacks the scores of sweep" in answers[0]["out"] and 'pip install "rewarded-lines[report]"' in answers[0]["out"]
     )

@@ -40,8 +40,8 @@ class MethodVolume:
     method: str
     reference: str
     hypervolume: Estimate
-    error: float = 0.0
-    resample_error: float = 0.0
+    error: float
+    resample_error: float
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ class JudgeReward(Reward, ABC):
         """
 
     def _lengths(self, questions: Sequence[Question]) -> list[int]:
-        """Return the tokens of each question; zeros without a limit."""
-        return [0] * len(questions)
+        """Return the tokens of each question; only called where there is a `limit`."""
+        raise NotImplementedError
 
     def _check(self, questions: Sequence[Question]) -> None:
         """Refuse questions that the judge would misread, for instance chats that its template cuts."""

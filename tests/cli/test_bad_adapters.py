@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from tiny_adapters import edit_settings, factors, save_adapter
 from tiny_models import make_model, make_tokenizer, perturb, save_model, snapshot
 
+from rewarded_lines.checkpoints.hashing import weights_hash
+
 
 @pytest.fixture(scope="module")
 def adapted_source(tiny_source, tmp_path_factory):
@@ -91,6 +93,10 @@ def test_bases_by_name(refused, adapted, cli):
         edit_settings(adapted / name, base_model_name_or_path=base)
     said = refused()
     assert "the adapters name different bases" in said and "someone/qwen for two" in said
+    # What the training of one recorded says nothing of the other's base.
+    (adapted / "one/training.json").write_text(json.dumps({"base_hash": weights_hash(adapted / "sft")}))
+    assert "the adapters name different bases" in refused()
+    (adapted / "one/training.json").unlink()
     for name, base in (("one", "/cluster/a/llama"), ("two", "/cluster/b/llama/")):
         edit_settings(adapted / name, base_model_name_or_path=base)
     assert cli("merge", "--base", "sft", "--policy", "one", "--policy", "two", "--out", "out").code == 0

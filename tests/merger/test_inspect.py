@@ -184,11 +184,13 @@ def test_norms_too_large_for_a_float_are_infinite(tmp_path):
 
 
 def test_a_base_of_zeros_has_no_relative_norm(tmp_path):
-    base = values(0)
-    base["model.norm.weight"].zero_()
-    found = inspect(write(tmp_path / "policy", values(0)), write(tmp_path / "base", base))
-    residual = next(one.residual for one in found.tensors if one.name == "model.norm.weight")
-    assert residual.norm > 0 and residual.relative == math.inf
+    base, policy = values(0), values(0)
+    for tensor in (base["model.norm.weight"], base["lm_head.weight"], policy["lm_head.weight"]):
+        tensor.zero_()
+    found = inspect(write(tmp_path / "policy", policy), write(tmp_path / "base", base))
+    residuals = {one.name: one.residual for one in found.tensors}
+    assert residuals["model.norm.weight"].norm > 0 and residuals["model.norm.weight"].relative == math.inf
+    assert residuals["lm_head.weight"].relative == 0
 
 
 def test_a_merged_folder_says_what_made_it(tiny):

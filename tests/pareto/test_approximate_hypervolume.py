@@ -58,7 +58,7 @@ def test_an_approximation_is_near_the_exact_value(rewards: int) -> None:
     # Within four standard errors, which the repetitions give.
     mean, error = careful(points, low, limit=0.0)
     assert 0 < error < 0.02 and abs(mean / exact - 1) < 4 * error
-    assert careful(points, low) == (exact, 0.0)
+    assert careful(points, low) == careful(points, low, limit=exact_seconds(20, rewards)) == (exact, 0.0)
     assert careful(points, points.max(axis=0), limit=0.0)[0] == 0.0
 
 

@@ -29,12 +29,17 @@ def app() -> typer.Typer:
     return made
 
 
-def test_every_file_is_written_and_nothing_else(make_run: MakeRun) -> None:
+def test_every_file_is_written_and_nothing_else_and_the_command_prints_tables_and_paths(
+    make_run: MakeRun, app: typer.Typer
+) -> None:
     run = make_run(points=3, resamples=100)
-    summary = report(run)
+    result = CliRunner().invoke(app, [str(run)])
+    assert result.exit_code == 0, result.output
+    for expected in ("Points", "Hypervolume [logit × words]", "Policies against SFT", "100 resamples"):
+        assert expected in result.output
+    assert all(str(run / "report" / name) in result.output for name in FILES)
     written = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
     assert sorted(written) == sorted(FILES)
-    assert json.loads(written["summary.json"]) == json.loads(json.dumps(summary.as_dict()))
     assert written["front.png"].startswith(b"\x89PNG")
     assert written["front.svg"].startswith(b"<?xml")
     assert written["table.md"].startswith(b"# synthetic")
@@ -48,7 +53,8 @@ def test_a_run_has_the_figures_that_it_has_data_for(make_run: MakeRun) -> None:
     (run / "run.json").write_text(json.dumps(header))
     (run.parent / "kind").mkdir()
     (run.parent / "kind/metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.7}\n')
-    report(run, formats=["svg"], style="grey")
+    summary = report(run, formats=["svg"], style="grey")
+    assert json.loads((run / "report/summary.json").read_text()) == json.loads(json.dumps(summary.as_dict()))
     figures = ("front", "kl", "forgetting", "simplex", "parallel", "training")
     assert [path.name for path in report_files(run)] == [*TABLES, PAGE, *(f"{name}.svg" for name in figures)]
 
@@ -129,15 +135,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         report(tmp_path)
     assert not (tmp_path / "report").exists()
-
-
-def test_the_command_prints_tables_and_paths(make_run: MakeRun, app: typer.Typer) -> None:
-    run = make_run(points=3, resamples=100)
-    result = CliRunner().invoke(app, [str(run)])
-    assert result.exit_code == 0, result.output
-    for expected in ("Points", "Hypervolume [logit × words]", "Policies against SFT", "100 resamples"):
-        assert expected in result.output
-    assert all(str(run / "report" / name) in result.output for name in FILES)
 
 
 def test_json_is_all_that_stands_on_stdout(make_run: MakeRun, app: typer.Typer) -> None:

@@ -113,12 +113,13 @@ def test_a_worker_that_dies_is_one_error_and_no_process_stays(load, name):
         assert reward.score(["p"], ["good"]) == [1.0]
 
 
+# A worker imports the script, too; what is below the condition it leaves out.
 SCRIPT = """\
-from pathlib import Path
-from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.load_rewards import load_reward
-
 if __name__ == "__main__":
+    from pathlib import Path
+    from rewarded_lines.reward_settings import RewardSpec
+    from rewarded_lines.rewards.load_rewards import load_reward
+
     reward = load_reward("mine", RewardSpec(function="functions.py:{name}", workers=2), Path())
     print(reward.score(["p"] * 8, ["r"] * 8))
 """

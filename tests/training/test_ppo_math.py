@@ -9,6 +9,7 @@ from rewarded_lines.training.ppo_math import (
     adapted_coefficient,
     estimate_advantages,
     kl_estimate,
+    mini_batches,
     token_rewards,
     value_losses,
     whiten,
@@ -85,3 +86,23 @@ def test_the_critics_loss_is_clipped():
 @pytest.mark.parametrize(("kl", "factor"), [(12.0, 1 + 0.2 * 0.5), (6.6, 1 + 0.1 * 0.5), (0.0, 1 - 0.2 * 0.5)])
 def test_the_coefficient_follows_the_kl(kl, factor):
     assert adapted_coefficient(0.1, kl, target=6.0, horizon=100, episodes=50) == pytest.approx(0.1 * factor)
+
+
+def test_mini_batches_have_no_column_of_padding_and_lose_no_token():
+    """Prompts are padded on the left, completions on the right."""
+    sizes = [(1, 4), (3, 2), (2, 1), (1, 3)]
+    rows = []
+    for at, (prompt, completion) in enumerate(sizes):
+        prompt_mask, mask = torch.arange(5) >= 5 - prompt, torch.arange(6) < completion
+        ids = {"prompt_ids": (10 * at + torch.arange(5)) * prompt_mask, "completion_ids": 100 * (at + 1) * mask}
+        rows.append({**ids, "prompt_mask": prompt_mask, "completion_mask": mask, "score": torch.tensor(at)})
+    parts = [{name: torch.stack([row[name] for row in rows[at : at + 2]]) for name in rows[0]} for at in (0, 2)]
+    made = mini_batches([part | {"count": torch.tensor(2)} for part in parts], 2)
+    ((short, long),) = made
+    for batch, places, longest, widest in ((short, (2, 1), 2, 3), (long, (3, 0), 4, 1)):
+        assert batch["score"].tolist() == list(places)
+        for name, length in (("prompt_ids", widest), ("completion_ids", longest)):
+            mask = name.replace("ids", "mask")
+            assert batch[name].shape == batch[mask].shape == (2, length)
+            for place, ids, there in zip(places, batch[name], batch[mask], strict=True):
+                assert ids[there].tolist() == rows[place][name][rows[place][mask]].tolist()

@@ -6,9 +6,10 @@ import statistics
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_models import make_tokenizer
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows
+from rewarded_lines.training.preference_pairs import best_and_worst, kept_rows, pair_tokens
 
 NAN = math.nan
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -137,3 +138,17 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         kept_rows(tmp_path / "pairs.parquet", MADE_FROM, fails)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_end_as_they_were_sampled():
+    """With the token that was drawn, with none if the length was used up, and otherwise with the tokenizer's own."""
+    tokenizer, end, other = make_tokenizer(), 2, 7
+    ends = [{"chosen_end": other, "rejected_end": -1}, {}]
+    rows = [
+        row("the", " quick fox", " dog", 1.0, 0.0) | {"chosen_end": None, "rejected_end": None} | one for one in ends
+    ]
+    found = pair_tokens(tokenizer, rows, frozenset([end, other])).to_list()
+    chosen, rejected = (tokenizer(text)["input_ids"] for text in (" quick fox", " dog"))
+    assert [one["prompt_ids"] for one in found] == [tokenizer("the")["input_ids"]] * 2
+    assert [one["chosen_ids"] for one in found] == [[*chosen, other], [*chosen, end]]
+    assert [one["rejected_ids"] for one in found] == [rejected, [*rejected, end]]
