@@ -60,6 +60,10 @@ class RunningHashes:
                 self._digests[info.file].update(values.view(np.uint8).data)
                 self._places[info.file] += values.nbytes
 
+    def knows(self, file: Path) -> bool:
+        """Return whether the hash of a file is known already, so that its values need not come."""
+        return file not in self._digests
+
     def remember(self) -> None:
         """Keep the hash of each file that was read completely, for `file_hash`; refuse changed files."""
         for file, state in self._states.items():

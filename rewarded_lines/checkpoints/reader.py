@@ -71,6 +71,13 @@ class TensorFiles:
             fill(piece, start, values[:count])
             start, values = max(0, start - piece.elements), values[count:]
 
+    def run(self, name: str) -> tuple[int, int] | None:
+        """Return a descriptor of a tensor's file and the place of its first byte; None if it is stored in parts."""
+        info = self.tensors.get(name)
+        if info is None or info.pieces or info.transposed:
+            return None
+        return self._descriptors[info.file], info.start
+
     def _fill(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
         view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
         while len(view):
