@@ -90,9 +90,7 @@ merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
 product = _loop("product", counted=4)
 
 
-def linear(
-    base: Any, policies: Any, rows: Any, weights: Any, out: Any, counts: Any, first: int = 0
-) -> None:
+def linear(base: Any, policies: Any, rows: Any, weights: Any, out: Any, counts: Any, first: int = 0) -> None:
     """See `compiled_kernels.linear`; finite sums of bfloat16 and float32 need no numba."""
     if _seen + base.size > ENOUGH:
         sums = compiled_sums()
