@@ -1,4 +1,4 @@
-"""A large file of known length, written from several threads in any order, past the page cache where that works."""
+"""Files of known length, written from several threads in any order; large ones past the page cache, if it can be."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Buffers:
 
 
 class OutputFile:
-    """A file that is written once, every byte.
+    """A file of zeros, of which each byte is written at most once.
 
     Through the page cache, the kernel copies a large file once more and writes it late. So chunks are collected here,
     and the thread that completes one writes it to the disk (O_DIRECT). The page cache is left to the inputs.
@@ -60,7 +60,8 @@ class OutputFile:
         self._size, self._buffers = size, buffers
         self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct = -1
-        self._begun: dict[int, tuple[Bytes, int]] = {}
+        # Memory, the number of bytes that are missing, and from where to where the others are.
+        self._begun: dict[int, tuple[Bytes, int, list[tuple[int, int]]]] = {}
         self._lock = Lock()
         try:
             _reserve(self._cached, size)
@@ -94,10 +95,17 @@ class OutputFile:
     def take_back(self, place: int, size: int) -> None:
         """Take memory back that was lent and is filled."""
         for number, first, last in _chunks(place, size):
-            self._finish(number, last - first)
+            self._finish(number, first, last)
+
+    def complete(self) -> None:
+        """Write what there is of chunks in which bytes stay zero."""
+        for number, (buffer, _, parts) in self._begun.items():
+            for first, last in parts:
+                _write(self._cached, number * CHUNK + first, buffer[first:last])
+        self._begun.clear()
 
     def close(self) -> None:
-        """Close the file; what is left of chunks that no thread completed is lost."""
+        """Close the file; without `complete`, unfinished chunks are lost."""
         for descriptor in (self._cached, self._direct):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -107,15 +115,16 @@ class OutputFile:
         """Return the memory of a chunk."""
         with self._lock:
             if number not in self._begun:
-                self._begun[number] = self._buffers.take(), min(CHUNK, self._size - number * CHUNK)
+                self._begun[number] = self._buffers.take(), min(CHUNK, self._size - number * CHUNK), []
             return self._begun[number][0]
 
-    def _finish(self, number: int, count: int) -> None:
-        """Count bytes of a chunk; write it if these were the last."""
+    def _finish(self, number: int, first: int, last: int) -> None:
+        """Note a filled part of a chunk; write the chunk if it was the last."""
         with self._lock:
-            buffer, left = self._begun[number]
-            self._begun[number] = buffer, left - count
-            if left > count:
+            buffer, left, parts = self._begun[number]
+            parts.append((first, last))
+            self._begun[number] = buffer, left - (last - first), parts
+            if left > last - first:
                 return
             del self._begun[number]
         place = number * CHUNK

@@ -41,8 +41,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._infos: dict[str, TensorInfo] = {}
         self._files: dict[Path, OutputFile] = {}
         buffers = Buffers()
-        for name, shard in zip(names, shards, strict=True):
-            self._create(folder / name, shard, buffers)
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                self._create(folder / name, shard, buffers)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         if len(shards) > 1:
             weight_map = {info.name: info.file.name for info in self._infos.values()}
             content = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
@@ -77,9 +81,13 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        """Close the files, complete unless there was an error."""
+        try:
+            for file in self._files.values() if error is None else ():
+                file.complete()
+        finally:
+            while self._files:
+                self._files.popitem()[1].close()
 
     def _create(self, path: Path, shard: Sequence[TensorInfo], buffers: Buffers) -> None:
         head = header(shard)

@@ -79,6 +79,18 @@ def test_file_systems_that_can_less(tmp_path, monkeypatch, fault):
     assert fill(file) == (tmp_path / "out").read_bytes()
 
 
+def test_bytes_that_nobody_writes_are_zero(tmp_path):
+    file, values = OutputFile(tmp_path / "out", SIZE, Buffers()), np.zeros(SIZE, np.uint8)
+    for first, last in ((10, 20), (CHUNK - 3, CHUNK + 5), (3 * CHUNK, 5 * CHUNK)):
+        # Memory that was used before has other bytes.
+        file._buffers.give_back(np.full(CHUNK, 7, np.uint8))
+        values[first:last] = 1
+        file.write(first, values[first:last])
+    file.complete()
+    file.close()
+    assert (tmp_path / "out").read_bytes() == values.tobytes()
+
+
 def test_a_failed_write_is_told(tmp_path, monkeypatch):
     file = OutputFile(tmp_path / "out", SIZE, Buffers())
 
