@@ -17,7 +17,7 @@ import numpy as np
 # A smaller file goes through the page cache.
 LARGE = 64 << 20
 # Bytes that are written to the disk at a time.
-CHUNK = 2 << 20
+CHUNK = 4 << 20
 # Addresses, places and lengths of such writes are multiples of a page.
 _PAGE = mmap.PAGESIZE
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

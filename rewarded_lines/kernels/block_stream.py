@@ -16,8 +16,8 @@ from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import Relay, cores, share_out
 from rewarded_lines.progress import Progress
 
-# Values of a run that a thread takes at a time where a tensor is a sum of files.
-_RUN = 4 * BLOCK
+# Values that a thread takes at a time where a tensor is a sum of files, of all outputs together.
+_RUN = 8 * BLOCK
 # Threads beside those that compute: as many wait for the disk.
 _WAITING = 2
 
@@ -94,7 +94,7 @@ class BlockStream:
             info = base.tensors[name]
             self._itemsize[name] = info.dtype.itemsize
             sums = file_sum(self.sources, name, self.steps[name]) if self._known(name) else None
-            length = _RUN if sums else BLOCK
+            length = max(BLOCK, _RUN // len(self.writers)) if sums else BLOCK
             for start in range(0, info.elements, length):
                 yield _Run(name, start, min(length, info.elements - start), sums)
 
