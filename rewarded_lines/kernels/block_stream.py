@@ -27,12 +27,12 @@ class _Run(NamedTuple):
 
     name: str
     start: int
-    count: int
+    length: int
     sums: FileSum | None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield start and length of the run's blocks."""
-        for start, count in blocks_of(self.count):
+        for start, count in blocks_of(self.length):
             yield self.start + start, count
 
 
@@ -80,7 +80,7 @@ class BlockStream:
                     for start, count in run.blocks():
                         workspace.load(run.name, start, count)
                         self._merge(_Run(run.name, start, count, None), workspace)
-                self.progress.advance(run.count * self._itemsize[run.name])
+                self.progress.advance(run.length * self._itemsize[run.name])
 
             return work
 
