@@ -22,13 +22,12 @@ from rewarded_lines.checkpoints.adapter_config import (
 )
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, no_weights
 from rewarded_lines.checkpoints.low_rank import LowRank, TokenRows, refuse_pair, refuse_rows
 from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorFiles,
-    no_weights,
     read_config,
     read_json_object,
     resolve_folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import blake3
@@ -60,6 +61,10 @@ class RunningHashes:
                 self._digests[info.file].update(values.view(np.uint8).data)
                 self._places[info.file] += values.nbytes
 
+    def knows(self, file: Path) -> bool:
+        """Return whether the hash of a file is known already, so that its values need not come."""
+        return file not in self._digests
+
     def remember(self) -> None:
         """Keep the hash of each file that was read completely, for `file_hash`; refuse changed files."""
         for file, state in self._states.items():
@@ -68,6 +73,43 @@ class RunningHashes:
         for file, place in self._places.items():
             if place == file.stat().st_size:
                 KNOWN.keep(self._states[file], self._digests[file].hexdigest())
+
+
+class TensorDigests:
+    """The BLAKE3 digests of tensors in files; those of large files that have not changed are not read again."""
+
+    def __init__(self) -> None:
+        """Know nothing yet; a file's digests are looked up when its first tensor is asked for."""
+        self._states: dict[Path, FileState] = {}
+        self._known: dict[Path, dict[str, bytes]] = {}
+        self._new: dict[Path, dict[str, bytes]] = {}
+        self._lock = Lock()
+
+    def get(self, info: TensorInfo) -> bytes | None:
+        """Return the digest of a tensor, if it is known."""
+        with self._lock:
+            if info.file not in self._states:
+                self._states[info.file] = FileState.of(info.file)
+                self._known[info.file], self._new[info.file] = KNOWN.tensors(self._states[info.file]), {}
+            return self._known[info.file].get(_key(info))
+
+    def add(self, info: TensorInfo, digest: bytes) -> None:
+        """Add the digest of a tensor that was read after `get` was asked for it."""
+        self._new[info.file][_key(info)] = digest
+
+    def remember(self) -> None:
+        """Keep what was added, for other processes; refuse changed files."""
+        for file, state in self._states.items():
+            if FileState.of(file) != state:
+                raise damaged(file, "it changed while it was read")
+            KNOWN.keep_tensors(state, self._new[file])
+            self._new[file] = {}
+
+
+def _key(info: TensorInfo) -> str:
+    """Return what tells a tensor from the others in its file, and from others made of the same bytes."""
+    parts = [(piece.start, piece.bytes, piece.transposed and piece.shape) for piece in info.pieces or (info,)]
+    return json.dumps(parts)
 
 
 def _read_and_hash(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,12 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS hashes (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
     "changed INTEGER, hash TEXT, PRIMARY KEY (device, inode, size, modified, changed)) WITHOUT ROWID"
 )
+_TENSORS_TABLE = (
+    "CREATE TABLE IF NOT EXISTS tensors (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
+    "changed INTEGER, name TEXT, hash BLOB, PRIMARY KEY (device, inode, size, modified, changed, name)) WITHOUT ROWID"
+)
+_FIND_TENSORS = "SELECT name, hash FROM tensors WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
+_KEEP_TENSORS = "INSERT OR REPLACE INTO tensors VALUES (?, ?, ?, ?, ?, ?, ?)"
 _FIND = "SELECT hash FROM hashes WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
 _KEEP = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)"
 
@@ -78,6 +84,18 @@ class KnownHashes:
         if state.size >= LARGE and state.settled:
             _in_cache(lambda table: table.execute(_KEEP, (*state.numbers, digest)))
 
+    def tensors(self, state: FileState) -> dict[str, bytes]:
+        """Return the digests of a large file's tensors that are known, by name."""
+        if not self._trusts_cache or state.size < LARGE:
+            return {}
+        return dict(_in_cache(lambda table: table.execute(_FIND_TENSORS, state.numbers).fetchall()) or ())
+
+    def keep_tensors(self, state: FileState, digests: Mapping[str, bytes]) -> None:
+        """Keep digests of a file's tensors, with its state before they were read."""
+        rows = [(*state.numbers, name, digest) for name, digest in digests.items()]
+        if rows and state.size >= LARGE and state.settled:
+            _in_cache(lambda table: table.executemany(_KEEP_TENSORS, rows))
+
     def trust(self, trusted: bool) -> None:
         """Unless what is known is `trusted`, hash every file again in this process."""
         if not trusted:
@@ -92,5 +110,6 @@ def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=1)) as table, table:
             table.execute(_TABLE)
+            table.execute(_TENSORS_TABLE)
             return work(table)
     return None

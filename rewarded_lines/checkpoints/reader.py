@@ -15,15 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, no_weights, parse_json, quantized, read_header
 from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _LARGEST_JSON = 64_000_000
 _KEPT_MATRICES = 4
 _NUMBER = re.compile(r"\.[0-9]+\.")
@@ -70,6 +68,12 @@ class TensorFiles:
             count = max(0, min(values.size, piece.elements - start))
             fill(piece, start, values[:count])
             start, values = max(0, start - piece.elements), values[count:]
+
+    def run(self, name: str) -> tuple[int, int] | None:
+        """Return a descriptor of a tensor's file and the place of its first byte; None if it is stored in parts."""
+        info = self.tensors.get(name)
+        whole = info and not info.pieces and not info.transposed
+        return (self._descriptors[info.file], info.start) if info and whole else None
 
     def _fill(self, info: TensorInfo, start: int, values: np.ndarray[Any, Any]) -> None:
         view, place = values.view(np.uint8).data, info.start + start * info.dtype.itemsize
@@ -238,23 +242,6 @@ def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Pa
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     raise no_weights(folder, SINGLE_FILE)
-
-
-def no_weights(
-    folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
-) -> UserError:
-    """Return the error for a folder without weights; `load`: the import that converts pickled ones."""
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        return fail(
-            "pickled weights are never opened: loading a pickle runs code from it",
-            where=str(folder),
-            expected=expected,
-            got=", ".join(pickled[:3]),
-            remedy="if you trust the file, convert it: " + _CONVERT.format(load=load, folder=folder),
-        )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
-    return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found)
 
 
 def _indexed(index: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ once. Blocks may come from several threads.
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Sequence
@@ -19,37 +18,47 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.output_file import Buffers, OutputFile
 from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, total_bytes
 from rewarded_lines.errors import fail
 
+# Of so many outputs at a time chunks fit the memory; files of more go through the page cache.
+_FEW = 16
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# After so many bytes the kernel starts writing to the disk, so that the sync at the end is short.
-_FLUSH = 32 << 20
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Writes a fixed list of tensors into one or several safetensors files of a folder."""
 
     def __init__(
-        self, folder: Path, tensors: Sequence[TensorInfo], max_shard_size: int, single_file: str = SINGLE_FILE
+        self,
+        folder: Path,
+        tensors: Sequence[TensorInfo],
+        max_shard_size: int,
+        single_file: str = SINGLE_FILE,
+        together: int = 1,
     ) -> None:
         """Create the files in an existing folder, with their headers and at their full length.
 
         A tensor larger than `max_shard_size` bytes gets a file of its own. `single_file` names the only file.
+        `together` says how many writers work at the same time.
         """
         self._folder = folder
         shards = plan_shards(tensors, max_shard_size)
         names = [shard_name(index, len(shards), single_file) for index in range(len(shards))]
         self._infos: dict[str, TensorInfo] = {}
-        self._descriptors: dict[Path, int] = {}
-        for name, shard in zip(names, shards, strict=True):
-            self._create(folder / name, shard)
+        self._files: dict[Path, OutputFile] = {}
+        buffers = Buffers() if together <= _FEW else None
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                self._create(folder / name, shard, buffers)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         if len(shards) > 1:
             weight_map = {info.name: info.file.name for info in self._infos.values()}
             content = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        self._unflushed = 0
-        self._begun: dict[int, tuple[int, int]] = {}
 
     @property
     def order(self) -> list[str]:
@@ -60,47 +69,42 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Write a run of a tensor's values, in its storage type, from its `start`-th on."""
         info = self._infos[name]
         assert values.dtype == info.dtype.storage and start + values.size <= info.elements, name
-        if not values.size:
-            return
-        descriptor = self._descriptors[info.file]
-        view = values.view(np.uint8).data
-        place = info.start + start * info.dtype.itemsize
-        while len(view):
-            written = os.pwrite(descriptor, view, place)
-            view, place = view[written:], place + written
-        self._begin_flush(descriptor, place, values.nbytes)
+        self._files[info.file].write(self._place(info, start), values.view(np.uint8))
+
+    def lend(self, name: str, start: int, count: int) -> list[np.ndarray[Any, Any]] | None:
+        """Return memory for a run of a tensor's values, see `OutputFile.lend`."""
+        info = self._infos[name]
+        lent = self._files[info.file].lend(self._place(info, start), count * info.dtype.itemsize)
+        return None if lent is None else [part.view(info.dtype.storage) for part in lent]
+
+    def take_back(self, name: str, start: int, count: int) -> None:
+        """Take memory back that was lent and is filled."""
+        info = self._infos[name]
+        self._files[info.file].take_back(self._place(info, start), count * info.dtype.itemsize)
+
+    @staticmethod
+    def _place(info: TensorInfo, start: int) -> int:
+        return info.start + start * info.dtype.itemsize
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the files, complete unless there was an error."""
+        try:
+            for file in self._files.values() if error is None else ():
+                file.complete()
+        finally:
+            while self._files:
+                self._files.popitem()[1].close()
 
-    def _create(self, path: Path, shard: Sequence[TensorInfo]) -> None:
+    def _create(self, path: Path, shard: Sequence[TensorInfo], buffers: Buffers | None) -> None:
         head = header(shard)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._descriptors[path] = descriptor
-        os.pwrite(descriptor, head, 0)
-        os.ftruncate(descriptor, len(head) + total_bytes(shard))
+        self._files[path] = OutputFile(path, len(head) + total_bytes(shard), buffers)
+        self._files[path].write(0, np.frombuffer(head, np.uint8))
         place = len(head)
         for info in shard:
             self._infos[info.name] = TensorInfo(info.name, info.dtype, info.shape, path, place)
             place += info.bytes
-
-    def _begin_flush(self, descriptor: int, place: int, more: int) -> None:
-        """Ask the kernel now and then to start writing to the disk; the call does not wait.
-
-        POSIX_FADV_DONTNEED starts to write dirty pages and drops clean ones. So each stretch is advised twice, the
-        second time together with the next one, and the page cache is left to the inputs.
-        """
-        self._unflushed += more
-        if self._unflushed >= _FLUSH:
-            self._unflushed = 0
-            before, last = self._begun.get(descriptor, (0, 0))
-            if place > before:
-                os.posix_fadvise(descriptor, before, place - before, os.POSIX_FADV_DONTNEED)
-            self._begun[descriptor] = (last, place)
 
 
 def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:

@@ -240,8 +240,8 @@ class Workspace:
         return read_pair(self._base, self._policies[row], self._name, first, last)
 
     def stored(self) -> Iterator[tuple[TensorInfo, int, Array]]:
-        """Yield tensor, start and values of the loaded block for each file that has it."""
-        for source, raw in zip([self._base, *self._policies], self._raw, strict=True):
+        """Yield tensor, start and values of the loaded block, if there is one, for each file that has it."""
+        for source, raw in zip([self._base, *self._policies], self._raw, strict=False):
             if raw is not None and isinstance(source, TensorFiles):
                 yield source.tensors[self._name], self._start, raw
 

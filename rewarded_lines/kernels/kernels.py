@@ -33,7 +33,7 @@ def use_wide_vectors() -> None:
 
 @cache
 def _compiled(module: str) -> Any:
-    if _wide:
+    if _wide and module != "compiled_sums":
         import llvmlite.binding
         import numba
 
@@ -46,6 +46,17 @@ def _compiled(module: str) -> Any:
 def is_long() -> bool:
     """Return whether this process has so much work that the compiler pays."""
     return _seen > ENOUGH
+
+
+def compiled_sums() -> Any:
+    """Return the module of sums in machine code."""
+    return _compiled("compiled_sums")
+
+
+def expect(values: int) -> None:
+    """Count values that will come: work that is known to be long starts with compiled loops."""
+    global _seen
+    _seen += values
 
 
 def machine_code(operations: Any) -> int:
@@ -68,7 +79,7 @@ def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Call
     return call
 
 
-linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
+_linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
 cast, count_nonfinite, place_columns = map(_loop, ("cast", "count_nonfinite", "place_columns"))
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
 _CHOICES = ("count_between", "count_overlaps", "keep_random", "draw_numbers", "keep_ranked")
@@ -77,3 +88,15 @@ count_between, count_overlaps, keep_random, draw_numbers, keep_ranked = (
 )
 merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
 product = _loop("product", counted=4)
+
+
+def linear(base: Any, policies: Any, rows: Any, weights: Any, out: Any, counts: Any, first: int = 0) -> None:
+    """See `compiled_kernels.linear`; finite sums of bfloat16 and float32 need no numba."""
+    if _seen + base.size > ENOUGH:
+        sums = compiled_sums()
+        if sums.supports(base.dtype, out.dtype):
+            chosen = [policies[row, first : first + base.size] for row in rows]
+            if sums.linear(base, chosen, weights, out):
+                expect(base.size)
+                return
+    _linear(base, policies, rows, weights, out, counts, first)

@@ -15,6 +15,7 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.dtypes import F64
+from rewarded_lines.checkpoints.hashing import TensorDigests
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
@@ -46,6 +47,7 @@ class Facts:
         self._policies = policies
         self._names = names
         self._found: dict[tuple[object, ...], object] = {}
+        self._digests = TensorDigests()
 
     def digests(self, name: str) -> tuple[bytes, ...]:
         """Return the BLAKE3 digest of a tensor's values in each policy."""
@@ -166,6 +168,9 @@ class Facts:
 
     def _digest(self, name: str, policy: Source) -> bytes:
         """Return the BLAKE3 digest of a policy's values, or of its residual where it stores none."""
+        info = policy.tensors[name] if isinstance(policy, TensorFiles) and name in policy.tensors else None
+        if info and (known := self._digests.get(info)):
+            return known
         elements, digest, stored = self._base.tensors[name].elements, blake3.blake3(), name in policy.tensors
         dtype = policy.tensors[name].dtype.storage if stored else np.dtype(np.float64)
         values = np.empty(min(elements, BLOCK), dtype)
@@ -173,6 +178,8 @@ class Facts:
             fill = policy.read_into if stored else policy.residual_into  # type: ignore[union-attr]
             fill(name, start, values[:count])
             digest.update(values[:count].view(np.uint8).data)
+        if info:
+            self._digests.add(info, digest.digest())
         return digest.digest()
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], _T]) -> _T:
@@ -187,6 +194,7 @@ class Facts:
             measure(name)
 
         share_out(self._names, lambda: work)
+        self._digests.remember()
 
     def norms(
         self, merges: Callable[[str], Sequence[TensorMerge]], order: Callable[[str], Sequence[int]]

@@ -21,11 +21,13 @@ from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import write_json
-from rewarded_lines.kernels.blocks import Source, Workspace, all_blocks, blocks_of
+from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels.block_stream import BlockStream
+from rewarded_lines.kernels.blocks import Source, Workspace, blocks_of
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.norms import Facts
-from rewarded_lines.kernels.tensor_merge import AT_ONCE, TensorMerge
-from rewarded_lines.kernels.thread_pool import Relay, share_out
+from rewarded_lines.kernels.tensor_merge import TensorMerge
+from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.merge_device import settled_device
 from rewarded_lines.merger.merge_rules import soup
@@ -213,7 +215,8 @@ class ModelPlan(Plan):
         hashes = RunningHashes(source for source in [self.base, *self._sources] if isinstance(source, TensorFiles))
         with ExitStack() as stack:
             infos = self.outputs()
-            writers = [stack.enter_context(CheckpointWriter(folder, infos, max_shard_size)) for folder in folders]
+            made = (CheckpointWriter(folder, infos, max_shard_size, together=len(folders)) for folder in folders)
+            writers = [stack.enter_context(writer) for writer in made]
             self._stream(specs, writers, hashes, nonfinite, progress)
         hashes.remember()
         floats = [info.dtype for info in infos if info.dtype.floating]
@@ -233,33 +236,15 @@ class ModelPlan(Plan):
         nonfinite: NonFinite,
         progress: Progress,
     ) -> None:
-        """Pass every block through all specs: threads read and hash in turn, and merge in parallel."""
+        """Pass every block through all specs."""
         order, tensors = writers[0].order, self.base.tensors
         steps = {name: [self.step(name, spec) for spec in specs] for name in order}
         progress.expect(total_bytes(tensors[name] for name in order))
         progress.start("merging blocks", counted=True)
-        queue = list(all_blocks(order, tensors))
-        relay = Relay(queue)
-
-        def worker() -> Callable[[object], None]:
-            workspace = self.workspace()
-
-            def work(_: object) -> None:
-                name, start, count = relay.take(
-                    lambda block: workspace.load(*block), lambda: hashes.take(workspace.stored())
-                )
-                for first in range(0, len(writers), AT_ONCE):
-                    some = steps[name][first : first + AT_ONCE]
-                    merged = workspace.merge(some)
-                    for writer, (values, _) in zip(writers[first:], merged, strict=False):
-                        writer.write(name, start, values)
-                    nonfinite.look(workspace, name, some, [bad for _, bad in merged])
-                progress.advance(count * tensors[name].dtype.itemsize)
-
-            return work
-
-        # The queue only counts the blocks: each thread takes its next block from the relay.
-        share_out(queue, worker)
+        kernels.expect(sum(tensors[name].elements for name in order))
+        plain = self._device in ("cpu", "auto")
+        stream = BlockStream(self.sources, steps, writers, hashes, nonfinite, progress, self.workspace, plain)
+        stream.write(order)
 
     def _touched(self, name: str, weights: Sequence[float]) -> bool:
         """True if a policy with a weight may differ from the base: adapters change few tensors.

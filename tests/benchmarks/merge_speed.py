@@ -168,7 +168,7 @@ def methods(bench: Bench) -> list[Row]:
             if name in THEIRS
         ]
     found = bench.measure("methods", competitors)
-    rows = [seconds_row(f"{name}, peer our soup", found[name], found["soup"], 2) for name in chosen]
+    rows = [seconds_row(f"{name}, peer our soup", found[name], found["soup"], 2.5) for name in chosen]
     peers = [name for name in chosen if f"mergekit {name}" in found]
     return rows + [seconds_row(f"{name}, peer mergekit", found[name], found[f"mergekit {name}"], 1) for name in peers]
 
@@ -232,7 +232,7 @@ def lambdas(bench: Bench) -> list[Row]:
     shown = f"{together.read / 1e9:.2f} GB"
     read = Row("11 λ in one command, bytes read, peer the inputs' size", shown, f"{size / 1e9:.2f} GB", ratio, 1.1)
     what = "11 λ in one command"
-    return [seconds_row(f"{what}, peer 11 commands", together, apart, 0.5), read, memory_row(what, together, apart)]
+    return [seconds_row(f"{what}, peer 11 commands", together, apart, 0.3), read, memory_row(what, together, apart)]
 
 
 def adapters(bench: Bench) -> list[Row]:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.dtypes import FLOATS
-from rewarded_lines.kernels import compiled_kernels, compiled_rules, kernels, numpy_kernels
+from rewarded_lines.kernels import compiled_kernels, compiled_rules, compiled_sums, kernels, numpy_kernels
 from rewarded_lines.merger.merge_rules import soup
 from rewarded_lines.merger.methods import METHODS
 
@@ -18,6 +18,7 @@ def used(monkeypatch):
     names: dict[str, set[str]] = {"numpy_kernels": set(), "compiled_kernels": set()}
     loops = ("linear", "restore", "residual", "finish", "cast", "count_nonfinite", "count_magnitudes")
     modules = {numpy_kernels: loops, compiled_kernels: loops, compiled_rules: ("merge_by_rules",)}
+    modules[compiled_sums] = ("linear",)
     for module, name in ((module, name) for module, loops in modules.items() for name in loops):
         loop, noted = getattr(module, name), names["numpy_kernels" if module is numpy_kernels else "compiled_kernels"]
         monkeypatch.setattr(

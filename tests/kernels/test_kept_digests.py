@@ -1,0 +1,55 @@
+"""Digests of tensors, which order the policies of a sum and seed random masks: kept for files that have not changed."""
+
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rewarded_lines.checkpoints import hashing, known_hashes
+from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.errors import UserError
+from rewarded_lines.kernels.norms import Facts
+
+
+def write(path, last=0.0):
+    save_file({name: np.array([1, 2, last], np.float32) for name in "ab"}, path)
+
+
+def digests(path, monkeypatch, reads=True):
+    """Return the digests of both tensors, as another process gets them."""
+    monkeypatch.setattr(hashing, "KNOWN", known_hashes.KnownHashes())
+    source = TensorFiles([path])
+    monkeypatch.setattr(source, "read_into", source.read_into if reads else None)
+    facts = Facts(source, [source], ["a", "b"])
+    facts.prepare(facts.digests)
+    return [facts.digests(name) for name in "ab"]
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_hashes, "LARGE", 1)
+    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+    write(tmp_path / "one.safetensors")
+    return tmp_path / "one.safetensors"
+
+
+def test_an_unchanged_file_is_not_read_again(path, monkeypatch):
+    assert digests(path, monkeypatch) == digests(path, monkeypatch, reads=False)
+
+
+def test_a_change_is_found_though_size_and_mtime_are_kept(path, monkeypatch):
+    before, status = digests(path, monkeypatch), path.stat()
+    write(path, last=-0.0)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    after = digests(path, monkeypatch)
+    assert not set(before) & set(after)
+
+
+def test_a_file_that_changes_meanwhile_is_refused(path, monkeypatch):
+    source = TensorFiles([path])
+    facts = Facts(source, [source], ["a", "b"])
+    with pytest.raises(UserError, match="it changed while it was read"):
+        facts.prepare(lambda name: (facts.digests(name), path.write_bytes(path.read_bytes() + b" ")))
