@@ -16,8 +16,9 @@ import numpy as np
 
 # A smaller file goes through the page cache.
 LARGE = 64 << 20
-# Bytes that are written to the disk at a time.
+# Bytes that are written to the disk at a time; and of each of many files, whose chunks are in memory together.
 CHUNK = 4 << 20
+_FEW = 4
 # Addresses, places and lengths of such writes are multiples of a page.
 _PAGE = mmap.PAGESIZE
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -29,15 +30,16 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 class Buffers:
     """Memory for chunks, which is used again."""
 
-    def __init__(self) -> None:
-        """Start without memory."""
+    def __init__(self, together: int = 1) -> None:
+        """Start without memory; `together` files are written at the same time."""
+        self.chunk = CHUNK if together <= _FEW else CHUNK // 4
         self._free: list[Bytes] = []
 
     def take(self) -> Bytes:
         """Return a buffer that begins at a page."""
         with suppress(IndexError):
             return self._free.pop()
-        memory = mmap.mmap(-1, CHUNK)
+        memory = mmap.mmap(-1, self.chunk)
         # The kernel pins the pages of each write: few large ones, if it has them.
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -61,6 +63,7 @@ class OutputFile:
         Without `buffers` all goes through the page cache.
         """
         self._size, self._buffers = size, buffers or Buffers()
+        self._chunk = self._buffers.chunk
         self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct = -1
         # Memory, the number of bytes that are missing, and from where to where the others are.
@@ -93,18 +96,18 @@ class OutputFile:
         """
         if self._direct < 0:
             return None
-        return [self._begin(number)[first:last] for number, first, last in _chunks(place, size)]
+        return [self._begin(number)[first:last] for number, first, last in self._chunks(place, size)]
 
     def take_back(self, place: int, size: int) -> None:
         """Take memory back that was lent and is filled."""
-        for number, first, last in _chunks(place, size):
+        for number, first, last in self._chunks(place, size):
             self._finish(number, first, last)
 
     def complete(self) -> None:
         """Write what there is of chunks in which bytes stay zero."""
         for number, (buffer, _, parts) in self._begun.items():
             for first, last in parts:
-                _write(self._cached, number * CHUNK + first, buffer[first:last])
+                _write(self._cached, number * self._chunk + first, buffer[first:last])
         self._begun.clear()
 
     def close(self) -> None:
@@ -118,7 +121,7 @@ class OutputFile:
         """Return the memory of a chunk."""
         with self._lock:
             if number not in self._begun:
-                self._begun[number] = self._buffers.take(), min(CHUNK, self._size - number * CHUNK), []
+                self._begun[number] = self._buffers.take(), min(self._chunk, self._size - number * self._chunk), []
             return self._begun[number][0]
 
     def _finish(self, number: int, first: int, last: int) -> None:
@@ -130,8 +133,8 @@ class OutputFile:
             if left > last - first:
                 return
             del self._begun[number]
-        place = number * CHUNK
-        chunk = buffer[: min(CHUNK, self._size - place)]
+        place = number * self._chunk
+        chunk = buffer[: min(self._chunk, self._size - place)]
         # The end of the file is seldom the end of a page.
         whole = chunk.size - chunk.size % _PAGE
         try:
@@ -144,15 +147,14 @@ class OutputFile:
         _write(self._cached, place + done, chunk[done:])
         self._buffers.give_back(buffer)
 
-
-def _chunks(place: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the numbers of the chunks that hold some bytes, and from where to where they lie in each."""
-    end = place + size
-    while place < end:
-        number, first = divmod(place, CHUNK)
-        last = min(CHUNK, end - number * CHUNK)
-        yield number, first, last
-        place = number * CHUNK + last
+    def _chunks(self, place: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the numbers of the chunks that hold some bytes, and from where to where they lie in each."""
+        end = place + size
+        while place < end:
+            number, first = divmod(place, self._chunk)
+            last = min(self._chunk, end - number * self._chunk)
+            yield number, first, last
+            place = number * self._chunk + last
 
 
 def _write(descriptor: int, place: int, data: Bytes) -> None:

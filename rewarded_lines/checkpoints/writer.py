@@ -23,7 +23,7 @@ from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, total_byt
 from rewarded_lines.errors import fail
 
 # Of so many outputs at a time chunks fit the memory; files of more go through the page cache.
-_FEW = 16
+_MOST = 16
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -48,7 +48,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         names = [shard_name(index, len(shards), single_file) for index in range(len(shards))]
         self._infos: dict[str, TensorInfo] = {}
         self._files: dict[Path, OutputFile] = {}
-        buffers = Buffers() if together <= _FEW else None
+        buffers = Buffers(together) if together <= _MOST else None
         try:
             for name, shard in zip(names, shards, strict=True):
                 self._create(folder / name, shard, buffers)
