@@ -49,7 +49,8 @@ class StoredPoints(Sequence[Point]):
 
     def __init__(self, folder: Path, listed: Sequence[tuple[PointSpec, str]]) -> None:
         """Bind the points by their specs and keys; nothing is read yet."""
-        self._folder, self._listed = folder, listed
+        # Absolute: the process may change its folder before it reads.
+        self._folder, self._listed = folder.absolute(), listed
 
     def __len__(self) -> int:
         """Return how many there are."""
