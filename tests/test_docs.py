@@ -53,6 +53,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "eval/README.md": 7,
         "eval/results/README.md": 20,
         "eval/results/movie_reviews/README.md": 5,
+        "eval/results/skills-quick-seed0/README.md": 1,
         "recipes/README.md": 8,
         "recipes/configs/README.md": 20,
         "tests/benchmarks/README.md": 5,
