@@ -153,7 +153,8 @@ class AdapterPlan(Plan):
         with ExitStack() as stack:
             files = []
             for folder, output in zip(folders, outputs, strict=True):
-                file = CheckpointWriter(folder, output.tensors(self.whole.base.tensors), _ONE_FILE, ADAPTER_FILE)
+                tensors = output.tensors(self.whole.base.tensors)
+                file = CheckpointWriter(folder, tensors, _ONE_FILE, ADAPTER_FILE, together=len(folders))
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()

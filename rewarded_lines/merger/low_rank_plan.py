@@ -104,7 +104,8 @@ class LowRankPlan(Plan):
         # By spec, of every matrix: ‖s·m‖², and ‖s·m − B·A‖².
         found: list[dict[str, tuple[float, float]]] = [{} for _ in specs]
         with ExitStack() as stack:
-            made = (CheckpointWriter(folder, self.outputs(specs[0]), _ONE_FILE, ADAPTER_FILE) for folder in folders)
+            open_writer = partial(CheckpointWriter, single_file=ADAPTER_FILE, together=len(folders))
+            made = (open_writer(folder, self.outputs(specs[0]), _ONE_FILE) for folder in folders)
             writers = [stack.enter_context(writer) for writer in made]
             for name in self._stacks:
                 progress.start(f"factoring {name}", counted=True)
