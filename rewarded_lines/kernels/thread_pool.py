@@ -27,6 +27,8 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], object]], t
     """
     waiting = deque(items)
     errors: list[BaseException] = []
+    # An entry for each other thread that may hold an item.
+    busy: list[None] = []
 
     def attend() -> None:
         try:
@@ -44,19 +46,25 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], object]], t
             errors.append(error)
 
     # No ThreadPoolExecutor: an interrupt during its `submit` may leave a lock held, so that it waits for ever.
-    others = [Thread(target=attend, daemon=True) for _ in range(min(threads or cores(), len(waiting)) - 1)]
+    others = [
+        Thread(target=_help, args=(waiting, busy, attend), daemon=True)
+        for _ in range(min(threads or cores(), len(waiting)) - 1)
+    ]
     try:
         for thread in others:
             thread.start()
         attend()
-        _join(others)
+        for thread in others:
+            thread.join()
     except BaseException as error:  # noqa: BLE001 - likewise
         waiting.clear()
         # An interrupt inside Python's own locks comes with the RuntimeError of a lock that is not held.
         inside = error.__context__
         errors.append(inside if isinstance(inside, KeyboardInterrupt) else error)
-        # No thread still writes when the caller cleans up.
-        _join(others)
+        # No thread still writes when the caller cleans up. Not by `join`: an interrupt inside `start` may leave a lock
+        # held, and the thread waits for it for ever before it takes an item. One that begins later finds no item.
+        while busy:
+            time.sleep(0.001)
     if errors:
         try:
             raise errors[0]
@@ -65,15 +73,13 @@ def share_out(items: Iterable[T], worker: Callable[[], Callable[[T], object]], t
             errors.clear()
 
 
-def _join(threads: Iterable[Thread]) -> None:
-    for thread in threads:
-        while thread.ident is not None:
-            try:
-                thread.join()
-                break
-            except RuntimeError:
-                # An interrupt came inside `start`: the thread runs, and has not said so yet.
-                time.sleep(0.001)
+def _help(waiting: deque[T], busy: list[None], attend: Callable[[], None]) -> None:
+    busy.append(None)
+    try:
+        if waiting:
+            attend()
+    finally:
+        busy.pop()
 
 
 def cores() -> int:

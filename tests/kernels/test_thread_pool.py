@@ -78,6 +78,34 @@ def test_an_interrupt_at_any_moment_ends_it():
     subprocess.run([sys.executable, "-c", INTERRUPTED], timeout=60, check=True)
 
 
+INTERRUPTED_INSIDE_START = """
+import threading, time
+from rewarded_lines.kernels.thread_pool import share_out
+
+real, begun = threading._start_new_thread, []
+
+def start(run, given):
+    # What an interrupt between the lock that `Thread.start` takes and its wait leaves: the new thread never runs.
+    run.__self__._started._cond.acquire()
+    real(run, given)
+    time.sleep(0.05)
+    raise KeyboardInterrupt
+
+threading._start_new_thread = start
+try:
+    share_out(range(10), lambda: begun.append, 4)
+except KeyboardInterrupt:
+    print("interrupted", begun)
+"""
+
+
+def test_a_lock_that_an_interrupt_leaves_held_is_not_waited_for():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_INSIDE_START], timeout=20, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "interrupted []\n"
+
+
 def test_a_relay_keeps_the_order_of_both_steps():
     relay, first, second = Relay(range(60)), [], []
 
@@ -114,16 +142,20 @@ def test_few_items_need_few_threads(monkeypatch):
     assert begun == []
 
 
-def test_a_thread_that_has_not_yet_said_that_it_runs_is_waited_for(monkeypatch):
-    """An interrupt may come inside `Thread.start`; `join` then refuses for a moment."""
-    join, asked, done = threading.Thread.join, [], []
+def test_an_item_that_is_begun_at_an_interrupt_inside_start_is_waited_for(monkeypatch):
+    start, begun, done = threading.Thread.start, threading.Event(), []
 
-    def not_yet(thread):
-        asked.append(thread)
-        if len(asked) < 3:
-            raise RuntimeError("cannot join thread before it is started")
-        join(thread)
+    def work(item):
+        begun.set()
+        time.sleep(0.1)
+        done.append(item)
 
-    monkeypatch.setattr(threading.Thread, "join", not_yet)
-    share_out([1, 2], lambda: lambda item: (time.sleep(0.02), done.append(item)), threads=2)
-    assert len(asked) == 3 and sorted(done) == [1, 2]
+    def interrupted(thread):
+        start(thread)
+        begun.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        share_out([1, 2, 3], lambda: work, threads=2)
+    assert done == [1]
