@@ -37,8 +37,9 @@ _CACHE = "scores.sqlite"
 # The value of a reward's `missing` that lets a sweep go on where the reward fails.
 _LEAVE_OUT = "leave_out"
 Keys = Mapping[PointSpec, str]
-# A point's key and spec, its responses, and its sums over the control texts.
+# A point's key and spec, its responses, and its sums over the control texts; its spec and what rewards see of it.
 Made = tuple[str, PointSpec, list[Response], np.ndarray | None]
+Judged = tuple[PointSpec, list[str]]
 Finished = tuple[str, Point]
 Result = TypeVar("Result")
 
@@ -159,9 +160,11 @@ class LocalEvaluator:
                 found = {key: draft for key in todo if (draft := whole_point(draft_path(self._folder, key)))}
                 if len(found) == len(todo):
                     drafts |= found
+                    judged = [(draft.spec, draft.judged) for draft in found.values()]
                 else:
                     waiting.append(self._made(setup, batch, todo))
-                    self._score_ahead(setup, keys, [one for one in waiting[-1] if one[0] in wanted], drafts)
+                    judged = [(one[1], [each.judged for each in one[2]]) for one in waiting[-1] if one[0] in wanted]
+                self._score_ahead(setup, keys, judged, drafts)
             # The KL needs the whole batch, too: its other sequences change the last bits.
             for made in waiting:
                 drafts |= self._drafts(setup, made, wanted)
@@ -255,15 +258,13 @@ class LocalEvaluator:
                 yield key, point
                 start = own.stop
 
-    def _score_ahead(self, setup: Setup, keys: Keys, made: Sequence[Made], drafts: Mapping[str, Point]) -> None:
-        """Let points be scored while the engine goes on."""
+    def _score_ahead(self, setup: Setup, keys: Keys, judged: Sequence[Judged], drafts: Mapping[str, Point]) -> None:
+        """Let points be scored while the engine goes on; earlier drafts, too, since one thread alone uses a reward."""
         if self._ahead is None:
             return
-        for _, spec, responses, _ in made:
-            judged = [response.judged for response in responses]
-            if spec.method == SFT:
-                self._sft = setup.prompts, judged
-            self._ahead.add(self._asked(setup, keys, judged, drafts))
+        for spec, responses in judged:
+            self._sft = (setup.prompts, responses) if spec.method == SFT else self._sft
+            self._ahead.add(self._asked(setup, keys, responses, drafts))
 
     def _asked(self, setup: Setup, keys: Keys, responses: Sequence[str], drafts: Mapping[str, Point]) -> Work:
         """Return what rewards get of some points' responses: the prompts, the responses, and the columns."""

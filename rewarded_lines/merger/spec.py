@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
@@ -20,6 +21,8 @@ from rewarded_lines.merger.methods import METHODS, check_method
 from rewarded_lines.merger.schedule_forms import recorded_schedule
 
 TOLERANCE = 1e-6
+# File systems take names of 255 bytes; an unfinished output has more than its own.
+_LONGEST = 200
 # The defaults of `merge`, which a command need not repeat.
 _DEFAULTS = {"method": "soup", "outside": "alpha", "dtype": "auto", "as": "auto"}
 _DEFAULTS |= {"max_shard_size": "5GB", "tokenizer": "auto", "config_from": "auto"}
@@ -110,10 +113,17 @@ def simplex_grid(policies: int, points: int) -> list[tuple[float, ...]]:
 
 
 def folder_name(weights: Sequence[float]) -> str:
-    """Return the folder of one output among several: `lam=0.25` for two policies, else `lam=0.20,0.30,0.50`."""
+    """Return the folder of one output among several: `lam=0.25` for two policies, else `lam=0.20,0.30,0.50`.
+
+    Of many policies this may be longer than file systems take: then `lam=equal`, or a hash of the weights.
+    """
     one_number = len(weights) == 2 and abs(sum(weights) - 1) <= TOLERANCE
     shown = weights[:1] if one_number else weights
-    return "lam=" + ",".join(f"{weight:.2f}" if round(weight, 2) == weight else repr(weight) for weight in shown)
+    name = ",".join(f"{weight:.2f}" if round(weight, 2) == weight else repr(weight) for weight in shown)
+    if len(name) > _LONGEST:
+        equal = len(set(weights)) == 1 and on_simplex(weights)
+        name = "equal" if equal else f"{zlib.crc32(name.encode()):08x}"
+    return f"lam={name}"
 
 
 @dataclass(frozen=True)

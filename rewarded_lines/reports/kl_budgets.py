@@ -6,6 +6,7 @@ Rewarded Soups and `uniform`, or LiNeS with α = β = 0.5 and with α = β = 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,11 @@ def kl_budgets(
     """Return the hypervolumes at each of `budgets`, in nats, in the order of the numbers.
 
     Points beyond are drawn back by lot, see `drawn_back`; so is each run and each resample for itself.
+
+    Raises:
+        UserError: a budget is no KL above 0.
     """
+    _check(budgets, ",".join(map(str, budgets)))
     found, groups = [], families(table)
     kl, sft = table.samples.means[..., len(table.rewards)], table.scores[:, :, 0]
     for most in sorted(budgets):
@@ -82,7 +87,11 @@ def parse_budgets(text: str | None) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or not all(0 < one < float("inf") for one in found):
-        raise fail("not a limit of KL", where="--max-kl", expected="nats above 0, such as 3,5,10", got=text)
+        found = (math.nan,)
+    _check(found, text)
     return found
+
+
+def _check(budgets: Sequence[float], got: str) -> None:
+    if not all(0 < one < math.inf for one in budgets):
+        raise fail("not a limit of KL", where="--max-kl", expected="nats above 0, such as 3,5,10", got=got)

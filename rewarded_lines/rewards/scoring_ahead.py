@@ -94,9 +94,11 @@ class ScoringAhead:
     def wait(self, number: int) -> None:
         """Return once the first `number` of what was added is scored; raise what a reward failed with there."""
         self._progress.shown = True
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or self._done >= number)
-        self._progress.shown = False
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error or self._done >= number)
+        finally:
+            self._progress.shown = False
         if self._error and self._done < number:
             raise self._error
 

@@ -102,3 +102,9 @@ def test_folder_names():
     assert folder_name((0.5, 0.5)) == "lam=0.50"
     assert folder_name((0.2, 0.3, 0.5)) == "lam=0.20,0.30,0.50"
     assert folder_name((1 / 3, 2 / 3)) != folder_name((0.33, 0.67))
+
+
+def test_folders_of_many_policies_have_names_that_file_systems_take():
+    assert folder_name((1 / 14,) * 14) == "lam=equal" and folder_name((1 / 3,) * 3).startswith("lam=0.333")
+    first, *others = (folder_name((weight,) * 14) for weight in (1 / 7, 1 / 13, 1 / 21))
+    assert len({first, "lam=equal", *others}) == 4 and len(first) < 30

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run
@@ -141,3 +142,9 @@ def test_what_is_no_limit_is_refused(given: str, make_run: Callable[..., Path], 
     answer = cli("report", folder, f"--max-kl={given}")
     assert answer.code == 1 and "--max-kl" in answer.err and "3,5,10" in answer.err
     assert not (folder / "report").exists()
+
+
+@pytest.mark.parametrize("given", [(3.0, 0.0), (float("nan"),), (float("inf"),)])
+def test_what_is_no_limit_is_refused_in_python_too(given: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match="not a limit of KL"):
+        summarise(make(SHORT), max_kl=given)
