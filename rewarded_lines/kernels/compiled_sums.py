@@ -71,7 +71,8 @@ def cpu_features() -> str:
     Other processors do not have that setting: LLVM would warn of it each time.
     """
     features = binding.get_host_cpu_features()
-    return features.flatten() + (WIDEST if features.get("avx512f") else "")
+    own: str = features.flatten()
+    return own + WIDEST if features.get("avx512f") else own
 
 
 @cache
