@@ -48,7 +48,7 @@ class RunningHashes:
         self._states: dict[Path, FileState] = {}
         for source in sources:
             for file in source.files:
-                self._states[file] = FileState.of(file)
+                self._states[file] = FileState.of(file, source.descriptor(file))
                 if KNOWN.get(self._states[file]) is None:
                     head = source.header_bytes(file)
                     self._digests[file], self._places[file] = blake3.blake3(head), len(head)
@@ -85,17 +85,21 @@ class TensorDigests:
         self._new: dict[Path, dict[str, bytes]] = {}
         self._lock = Lock()
 
-    def get(self, info: TensorInfo) -> bytes | None:
-        """Return the digest of a tensor, if it is known."""
+    def get(self, source: TensorFiles, info: TensorInfo) -> bytes | None:
+        """Return the digest of a source's tensor, if it is known."""
+        # Pieces may be in several files, and their whole has none.
+        if info.pieces:
+            return None
         with self._lock:
             if info.file not in self._states:
-                self._states[info.file] = FileState.of(info.file)
+                self._states[info.file] = FileState.of(info.file, source.descriptor(info.file))
                 self._known[info.file], self._new[info.file] = KNOWN.tensors(self._states[info.file]), {}
             return self._known[info.file].get(_key(info))
 
     def add(self, info: TensorInfo, digest: bytes) -> None:
         """Add the digest of a tensor that was read after `get` was asked for it."""
-        self._new[info.file][_key(info)] = digest
+        if not info.pieces:
+            self._new[info.file][_key(info)] = digest
 
     def remember(self) -> None:
         """Keep what was added, for other processes; refuse changed files."""
@@ -108,8 +112,7 @@ class TensorDigests:
 
 def _key(info: TensorInfo) -> str:
     """Return what tells a tensor from the others in its file, and from others made of the same bytes."""
-    parts = [(piece.start, piece.bytes, piece.transposed and piece.shape) for piece in info.pieces or (info,)]
-    return json.dumps(parts)
+    return json.dumps([info.start, info.bytes, info.transposed and info.shape])
 
 
 def _read_and_hash(path: Path) -> str:

@@ -32,7 +32,11 @@ _KEEP = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)"
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it is at one time. A file that was written to since has another state."""
+    """A file as it is at one time. A file that was written to since has another state.
+
+    Attributes:
+        settled: the last change was so long ago that every later one has another time.
+    """
 
     path: Path
     device: int
@@ -40,22 +44,19 @@ class FileState:
     size: int
     modified: int
     changed: int = field(compare=False)
+    settled: bool = field(compare=False)
 
     @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Return a file's state now; times are in nanoseconds."""
-        now = os.stat(path)
-        return cls(path.resolve(), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    def of(cls, path: Path, descriptor: int | None = None) -> FileState:
+        """Return a file's state now, or that of the file which was opened there; times are in nanoseconds."""
+        now = os.stat(path if descriptor is None else descriptor)
+        settled = time.time_ns() - max(now.st_mtime_ns, now.st_ctime_ns) > _SETTLED_NS
+        return cls(path.resolve(), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, settled)
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What the cache knows the file by."""
         return self.device, self.inode, self.size, self.modified, self.changed
-
-    @property
-    def settled(self) -> bool:
-        """True if the last change is so long ago that a later one has another time."""
-        return time.time_ns() - max(self.modified, self.changed) > _SETTLED_NS
 
 
 class KnownHashes:
@@ -106,7 +107,8 @@ class KnownHashes:
 def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:
     """Do some work with the user's cache; None if it cannot be opened, or is damaged or busy."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rewarded-lines"
-    with suppress(OSError, RuntimeError, sqlite3.Error):
+    # OverflowError: SQLite's numbers have 63 bits, and some file systems number their files beyond.
+    with suppress(OSError, RuntimeError, OverflowError, sqlite3.Error):
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=1)) as table, table:
             table.execute(_TABLE)

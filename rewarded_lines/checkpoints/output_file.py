@@ -170,8 +170,12 @@ def _reserve(descriptor: int, size: int) -> None:
     Not by `os.posix_fallocate`, which writes to every block where the file system cannot.
     """
     if _fallocate is not None and size:
-        if _fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) == 0:
-            return
-        if (number := ctypes.get_errno()) not in _UNSUPPORTED:
+        number = errno.EINTR
+        # A signal ends it early. Its Python handler has run before the next try, and may raise.
+        while number == errno.EINTR:
+            if _fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) == 0:
+                return
+            number = ctypes.get_errno()
+        if number not in _UNSUPPORTED:
             raise OSError(number, os.strerror(number))
     os.ftruncate(descriptor, size)

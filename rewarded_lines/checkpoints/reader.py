@@ -111,6 +111,10 @@ class TensorFiles:
         # The other object closes its files when it is collected.
         self._lenders.append(source)
 
+    def descriptor(self, file: Path) -> int:
+        """Return the descriptor by which one of the files is read: another file may have its name meanwhile."""
+        return self._descriptors[file]
+
     def header_bytes(self, file: Path) -> bytes:
         """Return the bytes before the tensors in one of the files."""
         length = int.from_bytes(os.pread(self._descriptors[file], 8, 0), "little")

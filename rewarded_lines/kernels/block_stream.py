@@ -121,9 +121,11 @@ class BlockStream:
 
     def _merge(self, run: _Run, workspace: Workspace) -> None:
         """Write the block that is loaded."""
+        steps, found = self.steps[run.name], []
         for first in range(0, len(self.writers), AT_ONCE):
-            steps = self.steps[run.name][first : first + AT_ONCE]
-            merged = workspace.merge(steps)
-            for writer, (values, _) in zip(self.writers[first:], merged, strict=False):
+            merged = workspace.merge(steps[first : first + AT_ONCE])
+            for writer, (values, bad) in zip(self.writers[first:], merged, strict=False):
                 writer.write(run.name, run.start, values)
-            self.nonfinite.look(workspace, run.name, steps, [bad for _, bad in merged])
+                found.append(bad)
+        # Once for all outputs: it counts the inputs.
+        self.nonfinite.look(workspace, run.name, steps, found)

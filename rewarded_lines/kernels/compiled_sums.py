@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 __all__ = ["LARGEST", "PIECE", "addresses", "linear", "machine_code", "supports"]
 # Values that an operation takes at a time.
 LANES = 8
+WIDEST = ",-prefer-256-bit"
 # Larger exponents of a float64 may be infinite in the output's type.
 LARGEST = (1023 + 126) << 52
 _EXPONENT, _SIGN = 0x7FF << 52, 1 << 63
@@ -64,6 +65,16 @@ def addresses(rows: Iterable[Array]) -> Array:
     return np.array([row.ctypes.data for row in rows], np.int64)
 
 
+def cpu_features() -> str:
+    """Return the processor's features, for LLVM. Where vectors have 512 bits, it may use all of them.
+
+    Other processors do not have that setting: LLVM would warn of it each time.
+    """
+    features = binding.get_host_cpu_features()
+    own: str = features.flatten()
+    return own + WIDEST if features.get("avx512f") else own
+
+
 @cache
 def machine_code(policies: int, stored: str, wanted: str) -> dict[str, Any]:
     """Return the functions for a number of policies and two storage types, by name: "whole" and "files"."""
@@ -76,8 +87,8 @@ def machine_code(policies: int, stored: str, wanted: str) -> dict[str, Any]:
     signature = write_files(module, whole, policies, *(_ITEMS[name] for name in (stored, wanted)))
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    features = f"{binding.get_host_cpu_features().flatten()},-prefer-256-bit"
-    target = binding.Target.from_default_triple().create_target_machine(binding.get_host_cpu_name(), features, opt=3)
+    host = binding.get_host_cpu_name(), cpu_features()
+    target = binding.Target.from_default_triple().create_target_machine(*host, opt=3)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), target)
     engine.finalize_object()
     # The engine owns the code.

@@ -34,12 +34,11 @@ def use_wide_vectors() -> None:
 @cache
 def _compiled(module: str) -> Any:
     if _wide and module != "compiled_sums":
-        import llvmlite.binding
         import numba
 
-        features = llvmlite.binding.get_host_cpu_features()
-        if numba.config.CPU_FEATURES is None and features.get("avx512f"):
-            numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+        sums = compiled_sums()
+        if numba.config.CPU_FEATURES is None and (features := sums.cpu_features()).endswith(sums.WIDEST):
+            numba.config.CPU_FEATURES = features
     return import_module(f"rewarded_lines.kernels.{module}")
 
 

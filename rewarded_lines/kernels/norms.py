@@ -168,8 +168,8 @@ class Facts:
 
     def _digest(self, name: str, policy: Source) -> bytes:
         """Return the BLAKE3 digest of a policy's values, or of its residual where it stores none."""
-        info = policy.tensors[name] if isinstance(policy, TensorFiles) and name in policy.tensors else None
-        if info and (known := self._digests.get(info)):
+        info = policy.tensors.get(name) if isinstance(policy, TensorFiles) else None
+        if isinstance(policy, TensorFiles) and info and (known := self._digests.get(policy, info)):
             return known
         elements, digest, stored = self._base.tensors[name].elements, blake3.blake3(), name in policy.tensors
         dtype = policy.tensors[name].dtype.storage if stored else np.dtype(np.float64)

@@ -1,5 +1,6 @@
 """Hashes of files: from reading them, or from the values that a merge reads."""
 
+import dataclasses
 import json
 import os
 
@@ -12,6 +13,7 @@ from tiny_adapters import save_adapter
 from rewarded_lines.checkpoints import hashing, known_hashes
 from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash, policy_hash, weights_hash
 from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.errors import UserError
 
 
 def write(path, seed=0):
@@ -119,6 +121,34 @@ def test_without_a_cache_files_are_hashed(tmp_path, processes, monkeypatch):
         for _ in range(2):
             processes()
             assert file_hash(path) == right
+
+
+def test_a_file_that_was_just_written_when_its_reading_began_is_not_kept(tmp_path, processes, monkeypatch):
+    """Another write may have had the same time, however long the reading took."""
+    path = write(tmp_path / "one.safetensors")
+    monkeypatch.setattr(known_hashes, "_SETTLED_NS", 10**12)
+    state = known_hashes.FileState.of(path)
+    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+    hashing.KNOWN.keep(state, "0" * 64)
+    hashing.KNOWN.keep_tensors(state, {"a": b"0"})
+    processes()
+    assert hashing.KNOWN.get(state) is None and hashing.KNOWN.tensors(state) == {}
+
+
+def test_a_file_that_was_replaced_after_it_was_opened_is_refused(tmp_path, processes):
+    """Else the values of the one would be kept with the name of the other."""
+    source = TensorFiles([write(tmp_path / "one.safetensors")])
+    write(tmp_path / "two.safetensors", seed=1).replace(tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match="it changed while it was read"):
+        pass_by(source)
+
+
+def test_file_systems_may_number_files_beyond_63_bits(tmp_path, processes):
+    state = dataclasses.replace(known_hashes.FileState.of(write(tmp_path / "one.safetensors")), inode=1 << 63)
+    hashing.KNOWN.keep(state, "0" * 64)
+    hashing.KNOWN.keep_tensors(state, {"a": b"0"})
+    processes()
+    assert hashing.KNOWN.get(state) is None and hashing.KNOWN.tensors(state) == {}
 
 
 def test_an_adapter_is_its_scaling_too_and_not_the_path_of_its_base(tmp_path, tiny):

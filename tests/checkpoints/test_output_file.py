@@ -1,5 +1,6 @@
 """Large output files: chunks past the page cache, from several threads, in any order."""
 
+import ctypes
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,21 @@ def test_what_the_disk_cannot_hold_is_refused_before_a_byte_is_written(tmp_path)
     with pytest.raises(OSError) as raised:
         OutputFile(tmp_path / "out", 1 << 60, Buffers())
     assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
+
+
+def test_a_signal_during_the_reservation_does_no_harm(tmp_path, monkeypatch):
+    calls, reserve = [], output_file._fallocate
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) < 3:
+            ctypes.set_errno(errno.EINTR)
+            return -1
+        return reserve(*given)
+
+    monkeypatch.setattr(output_file, "_fallocate", interrupted)
+    OutputFile(tmp_path / "out", SIZE, Buffers()).close()
+    assert len(calls) == 3 and (tmp_path / "out").stat().st_size == SIZE
 
 
 def test_memory_is_used_again(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from exact import BFLOAT16, FLOAT32
+from llvmlite import binding
 from safetensors.torch import load_file, save_file
 
 from rewarded_lines import merge
@@ -45,6 +46,21 @@ def test_what_is_not_finite_is_told(kind, target):
             weights, out = np.full((1, 2), 1.5), np.empty((1, 17), TYPES[target])
             values = values if kind == "bfloat16" else values.view(np.float32)
             assert not compiled_sums.linear(values[0], values[1:], weights, out)
+
+
+def test_a_processor_is_asked_only_for_what_it_has(monkeypatch):
+    """On ARM, LLVM would warn of a setting of x86 with each function."""
+    asked, make = [], binding.Target.create_target_machine
+
+    def noted(target, cpu, features, **how):
+        asked.append(features)
+        return make(target, cpu, features, **how)
+
+    monkeypatch.setattr(binding.Target, "create_target_machine", noted)
+    for wide in (False, True):
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda has=wide: binding.FeatureMap(avx512f=has))
+        compiled_sums.machine_code.__wrapped__(1, "float32", "float32")
+    assert asked == ["-avx512f", "+avx512f,-prefer-256-bit"]
 
 
 # ---- from files, straight into the outputs' memory

@@ -7,6 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints import hashing, known_hashes
+from rewarded_lines.checkpoints.dtypes import F32
+from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import UserError
 from rewarded_lines.kernels.norms import Facts
@@ -53,3 +55,28 @@ def test_a_file_that_changes_meanwhile_is_refused(path, monkeypatch):
     facts = Facts(source, [source], ["a", "b"])
     with pytest.raises(UserError, match="it changed while it was read"):
         facts.prepare(lambda name: (facts.digests(name), path.write_bytes(path.read_bytes() + b" ")))
+
+
+def test_a_file_that_was_replaced_after_it_was_opened_is_refused(path, tmp_path):
+    source = TensorFiles([path])
+    write(tmp_path / "two.safetensors", last=3.0)
+    (tmp_path / "two.safetensors").replace(path)
+    facts = Facts(source, [source], ["a", "b"])
+    with pytest.raises(UserError, match="it changed while it was read"):
+        facts.prepare(facts.digests)
+
+
+def test_a_tensor_in_pieces_of_two_files_is_always_read(path, tmp_path, monkeypatch):
+    """It has no file of its own; the state of one file would not tell of the other."""
+    monkeypatch.chdir(tmp_path)
+    other, found = tmp_path / "two.safetensors", []
+    for last in (3.0, 4.0):
+        write(other, last)
+        source, more = TensorFiles([path]), TensorFiles([other])
+        source.borrow(more, {"c": more.tensors["a"]})
+        source.tensors["joined"] = TensorInfo("joined", F32, (6,), pieces=(source.tensors["a"], source.tensors["c"]))
+        facts = Facts(source, [source], ["joined"])
+        # As an output begins to be written here.
+        facts.prepare(lambda name, facts=facts: (facts.digests(name), (tmp_path / "partial").touch()))
+        found += facts.digests("joined")
+    assert len(set(found)) == 2

@@ -9,13 +9,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model, perturb, save_model, snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewarded_lines import merge
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.errors import UserError
+from rewarded_lines.kernels import block_stream
 from rewarded_lines.kernels.blocks import Workspace
 from rewarded_lines.kernels.tensor_merge import AT_ONCE
 from rewarded_lines.merger.spec import folder_name
@@ -86,6 +87,15 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_lambdas(tiny, monkeypatch)
         merge("sft", ["first", "second"], lam, out="one", overwrite=True)
         made = tiny / "many" / folder_name((float(lam), 1 - float(lam)))
         assert (made / "model.safetensors").read_bytes() == (tiny / "one" / "model.safetensors").read_bytes()
+
+
+def test_values_that_are_not_finite_are_counted_once_for_all_lambdas(tiny, monkeypatch):
+    tensors = load_file(tiny / "first/model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, tiny / "first/model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(block_stream, "AT_ONCE", 1)
+    with pytest.raises(UserError, match="1 values are not finite in policy `first`"):
+        merge("sft", ["first", "second"], ["0.25", "0.75"], out="many")
 
 
 def test_shards_in_and_out_do_not_change_a_bit(tiny):
