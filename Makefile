@@ -50,7 +50,7 @@ demo: setup-demo ## train, merge, measure and report on a small example: the who
 	$(VENV)/rewarded-lines demo --seed $(SEED) --algo $(ALGO)$(if $(FULL), --full)$(if $(LORA), --lora)$(if $(OUT), --out '$(OUT)')
 
 evidence: export REWARDED_LINES_DIE_WITH_PARENT = 1
-evidence: setup ## make all that eval/results claims, in stages that resume (a day on two cores; QUICK=1: in small)
+evidence: setup ## make all that eval/results claims, in stages that resume (a day on two cores; QUICK=1: 15 minutes)
 	$(VENV)/python eval/evidence.py$(if $(QUICK), --quick)$(if $(STAGES), $(STAGES))
 
 test: setup ## run the tests
