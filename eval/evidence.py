@@ -29,7 +29,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from evidence_stages.records import copied, copy_records, write_made
-from evidence_stages.stage_files import REPO, Places, Stage, read_stages
+from evidence_stages.stage_files import REPO, Places, Stage, read_stages, seeds_of
 
 from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import Problem, UserError, fail
@@ -44,6 +44,10 @@ FULL, QUICK = ("movie_reviews", "packages", "skills", "pages"), ("quick",)
 FULL_SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
 STATE_FILE = "evidence.json"
 _BEGAN = "began"
+
+
+class StageFailed(UserError):
+    """A stage failed; what is finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def run(evidence: Evidence) -> None:
     """Make the stages that are not finished, and print a line for each.
 
     Raises:
-        UserError: another process makes them, a stage failed, or one needs what is not there.
+        UserError: another process makes them, or one needs what is not there.
+        StageFailed: a stage failed; the same command goes on.
     """
     out = evidence.places.out
     refuse_foreign(out, STATE_FILE)
@@ -133,7 +138,10 @@ def run(evidence: Evidence) -> None:
                 print(f"{head}: finished earlier", flush=True)
                 continue
             print(f"{head}: {stage.about}; about {stage.minutes:g} min of {evidence.left():.0f} left", flush=True)
-            evidence.make(stage)
+            try:
+                evidence.make(stage)
+            except UserError as error:
+                raise StageFailed(error.problems) from error
             print(f"{head}: done in {(evidence.finished.took(evidence.part(stage)) or 0) / 60:.1f} min", flush=True)
     print(f"records: {evidence.places.results}")
 
@@ -188,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
     out = (options.out or REPO / "runs" / ("evidence-quick" if options.quick else "evidence")).resolve()
     results = options.results or (out / "results" if options.quick or options.stages else REPO / "eval" / "results")
     default = QUICK_SEEDS if options.quick else FULL_SEEDS
-    seeds = _seeds(options.seeds) if options.seeds is not None else default
+    seeds = seeds_of(options.seeds) if options.seeds is not None else default
     with chdir(REPO):
         places = Places(_short(out), _short(results.resolve()), seeds)
         every = read_stages(files, places)
@@ -200,16 +208,14 @@ def main(argv: Sequence[str]) -> None:
         run(evidence)
 
 
+def _again() -> str:
+    """Return the command that was given."""
+    return shlex.join(["python", *sys.argv])
+
+
 def _short(path: Path) -> Path:
     """Return a path from the checkout, if it lies in there: records name no folder of this machine."""
     return path.relative_to(REPO) if path.is_relative_to(REPO) else path
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    found = tuple(int(one) for one in text.split(",") if one.strip().isdecimal())
-    if not found or len(set(found)) < len(text.split(",")):
-        raise fail("not a list of seeds", where="--seeds", expected="whole numbers, such as 0,1,2", got=text)
-    return found
 
 
 if __name__ == "__main__":
@@ -218,8 +224,9 @@ if __name__ == "__main__":
     try:
         with termination_as_exit():
             main(sys.argv[1:])
+    except StageFailed as error:
+        sys.exit(f"{error}\n\nto go on: {_again()}")
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(f"\nto go on: {shlex.join(['python', *sys.argv])}")
+        sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; to go on: {shlex.join(['python', *sys.argv])}")
+        sys.exit(f"\nstopped; to go on: {_again()}")

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evidence_stages.stage_files import seeds_of
 from skill_parts import choices, texts
 from skill_parts.merges import FAMILIES, PLAIN, Merges, accuracies, alone, scheduled
 from skill_parts.record import EDITS, write_record
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     sizes = QUICK if options.quick else FULL
     if options.quick and given:
         raise fail("--quick makes its own base", where="--base", remedy="leave one of them out")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = seeds_of(options.seeds)
     refuse_foreign(out, STATE_FILE)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out), RecipeJobs(out / "logs", small=True) as jobs:
@@ -149,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
             _train(job, finished, jobs)
             runs.append(_measured(job, digest([part.made_from for part in job.parts()])))
         about = {"base": given.name if given else "a tiny Llama from scratch", "quick": options.quick}
-        about |= {"seeds": seeds, "sizes": asdict(sizes), "rows": json_object_in(out / "rows.json")}
+        about |= {"seeds": list(seeds), "sizes": asdict(sizes), "rows": json_object_in(out / "rows.json")}
         write_record(out / "records", about, runs)
     print((out / "records/README.md").read_text(encoding="utf-8"))
 

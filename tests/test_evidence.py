@@ -170,7 +170,7 @@ def test_of_a_report_and_a_search_the_numbers_are_kept(evidence: ModuleType, tmp
 
 def test_a_stage_that_fails_ends_with_its_log_and_later_goes_on(evidence: ModuleType, work: Path) -> None:
     change(work, "bash -c 'echo", "bash -c 'test -f {out}/go || { echo the reason; exit 3; }; echo")
-    with pytest.raises(UserError, match="last 2: the stage failed with exit code 3") as caught:
+    with pytest.raises(evidence.StageFailed, match="last 2: the stage failed with exit code 3") as caught:
         evidence.main(words(work))
     assert "the reason" in str(caught.value) and "last-2.log" in str(caught.value)
     made(work)
@@ -231,8 +231,10 @@ def test_faults_of_a_stage_file_are_told_before_anything_runs(
     [("--only=lats", "lats"), ("--only=last", "first-seed0"), ("--seeds=0,x", "--seeds"), ("--seeds=", "--seeds")],
 )
 def test_wrong_options_are_told(evidence: ModuleType, work: Path, given: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as caught:
         evidence.main(words(work, given))
+    # The same command would only fail again.
+    assert not isinstance(caught.value, evidence.StageFailed)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")

@@ -220,3 +220,10 @@ def test_training_is_done_again_only_if_its_inputs_changed(tmp_path):
 def test_quick_takes_no_base(tmp_path):
     with pytest.raises(skills.UserError, match="makes its own base"):
         skills.main(["--quick", "--base", "x", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("given", ["x", "", "0,0", "0,x", "1.5"])
+def test_wrong_seeds_are_told_before_anything_is_made(tmp_path, given):
+    with pytest.raises(skills.UserError, match="not a list of seeds"):
+        skills.main(["--quick", f"--seeds={given}", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -222,3 +222,11 @@ def _inputs(names: Sequence[str]) -> list[Path]:
     for place in (REPO / name for name in names):
         found += sorted(one for one in place.rglob("*") if one.suffix in _CODE) if place.is_dir() else [place]
     return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Return the seeds that an option names, such as `0,1,2`; a UserError for what is no list of them."""
+    found = tuple(int(one) for one in text.split(",") if one.strip().isdecimal())
+    if not found or len(set(found)) < len(text.split(",")):
+        raise fail("not a list of seeds", where="--seeds", expected="whole numbers, such as 0,1,2", got=text)
+    return found
