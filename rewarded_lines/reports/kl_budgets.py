@@ -27,12 +27,14 @@ _DIGITS = 6
 class KlBudget:
     """The hypervolumes above SFT of points within `max_kl` nats, and their differences.
 
-    `method` of each row is a family: the names of its methods, with commas between them.
+    `method` of each row is a family: the names of its methods, with commas between them. `beyond` names the families
+    without a point within the limit: a shorter step of theirs would probably do better.
     """
 
     max_kl: float
     hypervolumes: list[MethodVolume]
     differences: list[VolumeDifference]
+    beyond: list[str]
 
 
 def kl_budgets(
@@ -48,11 +50,13 @@ def kl_budgets(
     _check(budgets, ",".join(map(str, budgets)))
     found, groups = [], families(table)
     kl, sft = table.samples.means[..., len(table.rewards)], table.scores[:, :, 0]
+    measured = kl[0].mean(axis=0)
     for most in sorted(budgets):
         scores = drawn_back(table.scores, kl, sft, most)
         fronts = {name: scores[:, :, rows] for name, rows in groups.items()}
         volumes = sample_volumes(fronts, {SFT: sft}, table.samples.drawn, exact=exact, progress=progress)
-        found.append(KlBudget(most, method_volumes(volumes, level), compare(volumes, level)))
+        beyond = [name for name, rows in groups.items() if measured[rows].min() > most]
+        found.append(KlBudget(most, method_volumes(volumes, level), compare(volumes, level), beyond))
     return found
 
 

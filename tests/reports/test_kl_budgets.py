@@ -87,6 +87,21 @@ def test_runs_are_drawn_back_each_by_its_own_kl() -> None:
     assert found(summary) == {("soup", 4): pytest.approx((2**2 + 0.5**2) / 2)}
 
 
+def test_a_family_without_a_point_within_the_limit_is_marked() -> None:
+    rows = [("soup", MergeSpec(HALF, 1.0, 0.0), (2.0, 2.0), 4.0), ("lines", MergeSpec(HALF, 1.0, 1.0), (4.0, 4.0), 8.0)]
+    summary = summarise(make(rows), max_kl=(3, 5, 8))
+    assert [one.beyond for one in summary.kl_budgets] == [["soup", "lines"], ["lines"], []]
+    volumes, differences = (sheet for sheet in sheets(summary) if "equal KL" in sheet.title)
+    stars = [[cell.endswith(" *") for cell in row[1:]] for row in (*volumes.rows, *differences.rows)]
+    assert stars == [[True, False, False], [True, True, False], [True, True, False]]
+    assert "Not a fair comparison" in volumes.note and "Not a fair comparison" in differences.note
+    # Half the step is a point within the limit.
+    rows.append(("half", MergeSpec(HALF, 0.5, 0.5), (3.0, 3.0), 3.0))
+    summary = summarise(make(rows), max_kl=(5,))
+    assert summary.kl_budgets[0].beyond == []
+    assert all("Not a fair" not in sheet.note for sheet in sheets(summary))
+
+
 def test_families_share_the_shape_of_the_step() -> None:
     merges = {
         "soup": MergeSpec(HALF, 1.0, 0.0),
