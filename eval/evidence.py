@@ -33,7 +33,7 @@ from evidence_stages.stage_files import REPO, Places, Stage, read_stages, seeds_
 
 from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import atomic_file, folder_lock, json_object_in, refuse_foreign, write_json
+from rewarded_lines.folders import atomic_file, folder_lock, json_object_in, refuse_foreign, unfinished, write_json
 from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
 from rewarded_lines.pipelines.rounds import PolicyProgress
 from rewarded_lines.pipelines.stage_parts import FinishedParts, Part
@@ -83,11 +83,14 @@ class Evidence:
         if not resumed:
             for path in stage.starts_anew:
                 _remove(path)
+                # Where a recipe that was killed left its checkpoints.
+                _remove(unfinished(path))
         write_json(self.finished.file, {**state, stage.name: {**entry, "made_from": "", _BEGAN: stage.made_from}})
         for path, content in stage.write.items():
             with atomic_file(path) as written:
                 written.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        with RecipeJobs(self.places.out / "logs", small=stage.small) as jobs, progress_bar(stage.name) as bar:
+        recipes = RecipeJobs(self.places.out / "logs", small=stage.small, share_cores=True)
+        with recipes as jobs, progress_bar(stage.name) as bar:
             self.finished.make([self.part(stage, jobs)], jobs, lambda _: bar)
         if not stage.output.exists():
             raise fail("the commands ended without their output", where=stage.name, got=f"no {stage.output}")

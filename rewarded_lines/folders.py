@@ -27,6 +27,11 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
 
 
+def unfinished(output: Path) -> Path:
+    """Return the folder in which a recipe works until `output` is complete."""
+    return output.with_name(f"{output.name}.unfinished")
+
+
 def existing_output(out: Path, overwrite: bool, mark: str = "") -> list[Problem]:
     """Return the problem of an output that exists already or cannot be made, if there is one.
 

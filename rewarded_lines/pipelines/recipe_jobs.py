@@ -32,12 +32,13 @@ class RecipeJobs:
     Leaving its block kills all that are left.
     """
 
-    def __init__(self, logs: Path, small: bool = False) -> None:
+    def __init__(self, logs: Path, small: bool = False, share_cores: bool = False) -> None:
         """Start nothing yet. `logs` receives each command's output, NAME.log, and its progress, NAME.jsonl.
 
-        Models that are `small` share the cores of this machine and need no network.
+        Commands that `share_cores` get as many threads as each has cores. `accelerate launch` would take one thread,
+        or give all cores to each command. Models that are `small` share them too, and need no network.
         """
-        self._logs, self._small = logs, small
+        self._logs, self._small, self._share_cores = logs, small, share_cores
         self._jobs: dict[str, _Job] = {}
 
     def __enter__(self) -> RecipeJobs:
@@ -69,7 +70,8 @@ class RecipeJobs:
         """Start commands that read a line from stdin before they work; `run` writes it."""
         self._logs.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(commands)))
-        environment = _for_small_models(threads) if self._small else {}
+        environment = {"OMP_NUM_THREADS": str(threads)} if self._small or self._share_cores else {}
+        environment |= _for_small_models() if self._small else {}
         for name, command in commands.items():
             if name not in self._jobs:
                 self._jobs[name] = _Job(name, command, self._logs / name.replace(" ", "-"), environment)
@@ -139,9 +141,8 @@ class _Job:
         self._done = done
 
 
-def _for_small_models(threads: int) -> dict[str, str]:
+def _for_small_models() -> dict[str, str]:
     return {
-        "OMP_NUM_THREADS": str(threads),
         # Threads that spin while waiting slow a step thirtyfold as soon as another process needs a core.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",

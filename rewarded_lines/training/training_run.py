@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.folders import TRAINING_FILE, hold_folder, publish_folder, write_json
+from rewarded_lines.folders import TRAINING_FILE, hold_folder, publish_folder, unfinished, write_json
 from rewarded_lines.training.arguments import Arguments
 from rewarded_lines.training.recipe_options import RunOptions
 from rewarded_lines.training.training_record import PROGRESS, differences, last_checkpoint, new_record, read_record
@@ -41,7 +41,7 @@ class TrainingRun:
     def __init__(self, recipe: str, arguments: Arguments, output: Path, overwrite: bool) -> None:
         """Describe the run; refuse folders in the way that hold something else."""
         self.output = output
-        self.folder = output.with_name(f"{output.name}.unfinished")
+        self.folder = unfinished(output)
         self.checkpoint: str | None = None
         self.begun = self.trained = False
         self._overwrite = overwrite
