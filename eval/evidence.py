@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -159,11 +160,15 @@ def show(evidence: Evidence) -> None:
 
 
 def chosen(stages: Sequence[Stage], patterns: Sequence[str]) -> list[Stage]:
-    """Return the stages that some pattern names; all without patterns."""
-    if unknown := [one for one in patterns if not any(fnmatch(stage.name, one) for stage in stages)]:
+    """Return the stages that some pattern names, with or without their seed; all without patterns."""
+
+    def named(stage: Stage, pattern: str) -> bool:
+        return any(fnmatch(name, pattern) for name in (stage.name, re.sub(r"-seed\d+$", "", stage.name)))
+
+    if unknown := [one for one in patterns if not any(named(stage, one) for stage in stages)]:
         known = ", ".join(stage.name for stage in stages)
         raise fail("no such stage", where="--only", expected=known, got=unknown[0])
-    return [stage for stage in stages if not patterns or any(fnmatch(stage.name, one) for one in patterns)]
+    return [stage for stage in stages if not patterns or any(named(stage, one) for one in patterns)]
 
 
 def check(evidence: Evidence, every: Sequence[Stage]) -> None:
@@ -188,7 +193,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models and small numbers")
     parser.add_argument("--list", action="store_true", help="show the stages, and make nothing")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this stage, or a pattern (repeat)")
+    only = "this stage, of all seeds, or a pattern (repeat)"
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
     parser.add_argument("--seeds", help="training seeds, such as 0,1; 0,1,2 by default, with --quick 0,1")
     parser.add_argument("--out", type=Path, help="folder of the work: runs/evidence, with --quick runs/evidence-quick")
     parser.add_argument("--results", type=Path, help="folder of the records: eval/results, with --quick OUT/results")

@@ -23,7 +23,7 @@ from documents import ROOT
 from rewarded_lines.cli import app
 from rewarded_lines.config import POLICIES, PRESETS
 from rewarded_lines.errors import UserError
-from rewarded_lines.folders import folder_lock
+from rewarded_lines.folders import folder_lock, unfinished
 from rewarded_lines.merger.methods import METHODS, MOD
 from rewarded_lines.projects import load_project, save_project
 from rewarded_lines.recipe_files import files_root
@@ -117,13 +117,14 @@ def test_what_is_finished_and_unchanged_is_kept(
     # Another command, so also all that comes after it; what lay there is removed.
     change(work, "first-seed{seed} one", "first-seed{seed} two")
     (out / "first-seed0" / "old").write_text("")
+    unfinished(out / "first-seed0").mkdir()
     evidence.main(words(work))
     assert made(work) == ["first-seed0 two", "first-seed1 two", "last all"]
-    assert not (out / "first-seed0" / "old").exists()
+    assert not (out / "first-seed0" / "old").exists() and not unfinished(out / "first-seed0").exists()
     # Lost records and outputs are made again.
     (out / "results" / "task" / "first-seed1" / "run.json").unlink()
     (out / "results" / "task" / "first-seed1" / "summary.json").unlink()
-    evidence.main(words(work, "--only", "first*"))
+    evidence.main(words(work, "--only", "first"))
     assert made(work) == ["first-seed1 two"]
 
 
@@ -175,10 +176,12 @@ def test_a_stage_that_fails_ends_with_its_log_and_later_goes_on(evidence: Module
     assert "the reason" in str(caught.value) and "last-2.log" in str(caught.value)
     made(work)
     (work / "out" / "last" / "half").write_text("")
+    unfinished(work / "out" / "last" / "words").mkdir()
     (work / "out" / "go").touch()
     evidence.main(words(work))
     # It went on in what was there.
     assert made(work) == ["last all"] and (work / "out" / "last" / "half").exists()
+    assert unfinished(work / "out" / "last" / "words").exists()
 
 
 def test_commands_that_make_nothing_are_told(evidence: ModuleType, work: Path) -> None:
@@ -288,6 +291,10 @@ def test_every_stage_is_read_and_commands_parse(every: list) -> None:
                     command.make_context(name, rest[1:], parent=context)
                 parsed += 1
     assert parsed > 60
+
+
+def test_no_recipe_of_a_stage_starts_again_after_a_kill(every: list) -> None:
+    assert not [stage.name for stage in every for command in stage.commands if "--overwrite" in " ".join(command)]
 
 
 def test_every_script_and_config_is_there(every: list) -> None:

@@ -138,7 +138,7 @@ def test_new_records_need_no_code(copy: Path) -> None:
 
 def test_tables_and_summaries_say_the_same() -> None:
     """Where `summary.json` is missing, its numbers are read from `table.md`."""
-    one = kept_records.record("movie_reviews/ppo-three-seeds")
+    one = kept_records.record("movie_reviews/ppo-all-seeds")
     table = kept_records.Record(one.name, one.folder)
     table.__dict__["summary"] = {}
     assert table.methods == one.methods and table.prompts == one.summary["prompts"] == 300

@@ -34,7 +34,7 @@ PAGES = {
 }
 _OTHER = (
     "> The tables below are those of the records in this folder. The text between them was written about the records\n"
-    "> of the full run; here it may be wrong.\n\n"
+    "> of the full run; here it may be wrong. So may labels, such as the number of seeds or the form of the demo.\n\n"
 )
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 

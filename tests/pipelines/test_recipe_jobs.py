@@ -144,3 +144,13 @@ def test_a_recipe_that_is_never_told_to_run_ends(tmp_path):
     words = [sys.executable, "-m", "rewarded_lines.demo.waiting_recipe", str(script)]
     done = subprocess.run(words, input="", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "loaded\n")
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_commands_that_share_the_cores_have_their_part_of_them(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    # As `accelerate launch` passes it on.
+    shell = ["bash", "-c", 'echo "threads: $OMP_NUM_THREADS"']
+    with RecipeJobs(tmp_path, share_cores=True) as jobs:
+        jobs.run({f"job {number}": shell for number in range(together)}, lambda _: Told())
+    assert (tmp_path / "job-0.log").read_text() == f"threads: {6 // together}\n"
