@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MANY_LAMBDAS, PROMPTS, TOKENS = 1001, 100, 8
 # A base and 16 policies of this shape fit the disk, and so do 1,001 merges of the small one.
 SMALL = Llama(128, 256, 8, 4, 4, 2000)
 POLICY_PARAMETERS = 5e7
+# The models of sweeps. With fewer parameters 11 λ would not load the compiled loops, which take 120 MB, and 1,001 would.
+SWEPT = replace(TINY, vocabulary=4000)
 Command = Sequence[str | Path]
 
 
@@ -109,7 +111,7 @@ class Bench:
         """Return the names of a tiny base and its policies, made at the first call."""
         names = ["base", *(f"policy-{number}" for number in range(1, policies + 1))]
         if not all((self.folder / name).is_dir() for name in names):
-            write_policies(self.folder, TINY, "float32", "cpu", names)
+            write_policies(self.folder, SWEPT, "float32", "cpu", names)
         return names
 
     def project(self, policies: int = 2, rewards: int = 1, prompts: int = PROMPTS) -> Path:
