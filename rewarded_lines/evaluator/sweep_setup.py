@@ -119,11 +119,12 @@ class Setup:
         # Runs that are older than towers have no word on them.
         said = {name: (at.side,) if at.side in ("flat", "base") else () for name, at in places}
         blocks = sorted((name, at.stack, at.block, at.blocks, *said[name]) for name, at in places)
-        texts = {path.name: file_hash(path) for path in sorted(self.plan.text_folder.iterdir())}
+        # Only of a tokenizer that is made for the merge; the base's own is part of the base.
+        texts = sorted(self.plan.text_folder.iterdir()) if self.plan.carried.changed else []
         return {
             "format": FORMAT,
             # Only then, so that earlier runs stay.
-            **({"texts": texts} if self.plan.carried.changed else {}),
+            **({"texts": {path.name: file_hash(path) for path in texts}} if texts else {}),
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
                 "as": "adapters" if self.plan.kind == "adapter" else "whole models",
