@@ -217,10 +217,13 @@ def _from_hub(reference: str, weights: bool, revision: str | None) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # README.md has the licence.
-    patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    # README.md has the licence. Code is copied beside the merge, never run.
+    texts = ["*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.tiktoken", "*.codes", "*.py", "README.md"]
+    patterns = [*(["*.safetensors"] if weights else []), *texts]
+    # The same weights once more, in the form of their makers.
+    repeated = ["*/*.safetensors", "consolidated*.safetensors"]
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns, ignore_patterns=repeated))
     except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
         raise fail(
             "neither a folder here nor a model that the Hub gives us",
