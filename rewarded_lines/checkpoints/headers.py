@@ -24,8 +24,6 @@ _MOST_DIMENSIONS = 64
 # Other parsers of the output accept no deeper nesting.
 _DEEPEST = 100
 _LARGEST = 2**62
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _HALF = re.compile(r"[\ud800-\udfff]")
 
 
@@ -71,23 +69,6 @@ def read_header(file: Path) -> list[TensorInfo]:
     except (ValueError, OSError, RecursionError) as error:
         raise damaged(file, str(error)) from error
     return ordered
-
-
-def no_weights(
-    folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
-) -> UserError:
-    """Return the error for a folder without weights; `load`: the import that converts pickled ones."""
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        return fail(
-            "pickled weights are never opened: loading a pickle runs code from it",
-            where=str(folder),
-            expected=expected,
-            got=", ".join(pickled[:3]),
-            remedy="if you trust the file, convert it: " + _CONVERT.format(load=load, folder=folder),
-        )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
-    return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found)
 
 
 def damaged(file: Path, reason: str) -> UserError:

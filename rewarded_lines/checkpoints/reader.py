@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, no_weights, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.missing_weights import no_weights
 from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
