@@ -24,6 +24,12 @@ _MOST_DIMENSIONS = 64
 # Other parsers of the output accept no deeper nesting.
 _DEEPEST = 100
 _LARGEST = 2**62
+# Releases in these types have no other; by default transformers would save them in the same type again.
+_DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+_DEQUANTIZE = (
+    "python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{folder}', quantization_config="
+    "t.{kind}(dequantize=True)).save_pretrained('{folder}-dequantized', save_original_format=False)\""
+)
 _HALF = re.compile(r"[\ud800-\udfff]")
 
 
@@ -82,13 +88,17 @@ def damaged(file: Path, reason: str) -> UserError:
     )
 
 
-def quantized(what: str, where: Path) -> UserError:
-    """Return the error for weights that are quantized; `what` describes them."""
+def quantized(what: str, where: Path, method: str = "") -> UserError:
+    """Return the error for weights that are quantized; `what` describes them, `method` is transformers' name."""
+    remedy = "merge the unquantized checkpoints, quantize the result; adapters merge over it with --as adapter"
+    if method in _DEQUANTIZED:
+        command = _DEQUANTIZE.format(kind=_DEQUANTIZED[method], folder=where.parent)
+        remedy = f"dequantize it as the policies' trainer did, and give the result: {command}"
     return fail(
         what,
         where=str(where),
         expected="float64, float32, bfloat16 or float16 weights",
-        remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
+        remedy=f"quantized values cannot be interpolated: {remedy}",
     )
 
 

@@ -291,3 +291,28 @@ def test_a_module_that_one_policy_replaces_and_another_adapts(tiny):
     with pytest.raises(UserError, match="changed by modules_to_save of one policy and target_modules of another"):
         merge("sft", ["one", "two"], 0.3, out="out")
     merge("sft", ["one", "two"], 0.3, as_="full", out="out")
+
+
+def test_a_base_that_was_released_in_eight_bits(tiny):
+    """The command in the refusal gives the values from which the policies were trained."""
+    config, values = json.loads(Path("sft/config.json").read_text()), load_file("sft/model.safetensors")
+    small = {}
+    for name, value in values.items():
+        step = value.abs().max() / 448
+        if "proj" in name:
+            small[f"{name}_scale_inv"] = step.reshape(1, 1)
+            value = (value / step).to(torch.float8_e4m3fn)
+        small[name] = value
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    Path("fp8").mkdir()
+    Path("fp8/config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    save_file(small, "fp8/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="dequantize it as the policies' trainer did") as caught:
+        merge("fp8", ["first"], 1, out="out")
+    exec(caught.value.problems[0].remedy.partition('python -c "')[2].removesuffix('"'))
+    start = load_file("fp8-dequantized/model.safetensors")
+    for name, value in values.items():
+        step = small.get(f"{name}_scale_inv")
+        wanted = value if step is None else small[name].to(torch.float32) * step
+        assert torch.allclose(start[name].float(), wanted.float(), rtol=1e-2)
+    merge("fp8-dequantized", ["first"], 0.5, method="wise-ft", out="out")
