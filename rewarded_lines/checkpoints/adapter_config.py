@@ -31,8 +31,10 @@ _KNOWN = frozenset(
     "lora_dropout rank_pattern alpha_pattern use_rslora fan_in_fan_out bias modules_to_save init_lora_weights "
     "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
     "eva_config corda_config loftq_config lora_ga_config target_parameters trainable_token_indices "
-    "ensure_weight_tying".split()
+    "ensure_weight_tying velora_config monteclora_config".split()
 )
+# Of these only training is another: a merged adapter is a plain one, so its settings do not have them.
+TRAINING_ONLY = ("velora_config", "monteclora_config")
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns by learned magnitudes: a sum of adapters is not an adapter",
     "use_qalora": "QA-LoRA pools its inputs, B·A is not its residual",
@@ -48,6 +50,10 @@ _REFUSED: Mapping[str, str] = {
 
 # PEFT cannot merge these into the base, or makes another architecture of it.
 _NEVER_MERGED = ("use_qalora", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config")
+# Nor these types, which add something beside the base's matrices.
+_UNMERGEABLE = frozenset(
+    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE XLORA POLY".split()
+)
 
 
 def _matchable(pattern: str) -> str:
@@ -105,7 +111,7 @@ class AdapterConfig(BaseModel):
     target_parameters: list[_Name] = []
     tokens: list[_Row] | dict[_Name, list[_Row]] = Field([], alias="trainable_token_indices")
     tied: bool = Field(False, alias="ensure_weight_tying")
-    start: bool | Literal["gaussian", "eva"] = Field(True, alias="init_lora_weights")
+    start: bool | Literal["gaussian", "eva", "orthogonal", "mica"] = Field(True, alias="init_lora_weights")
 
     def computes(self) -> dict[str, Any]:
         """Return the settings that determine what the adapter computes, for its hash."""
@@ -127,12 +133,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG
     content = read_json_object(path)
     if content.get("peft_type") != "LORA":
-        raise fail(
-            f"an adapter of type {_shown(content.get('peft_type'))}",
-            where=str(path),
-            expected="LORA",
-            remedy=MERGE_IN_PEFT,
-        )
+        raise _other_type(content, path)
     problems = _unknown(content, path)
     try:
         given = {name: value for name, value in content.items() if value is not None}
@@ -142,6 +143,17 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if problems:
         raise UserError(problems)
     return config
+
+
+def _other_type(content: Mapping[str, Any], path: Path) -> UserError:
+    """Return the error for an adapter that is not PEFT's LoRA."""
+    kind = content.get("peft_type")
+    if kind is None:
+        what = "no adapter of PEFT: the settings have no peft_type"
+        remedy = "fold it into its base with the tool that made it (MLX: mlx_lm.fuse), and merge the full checkpoints"
+        return fail(what, where=str(path), expected="peft_type LORA", remedy=remedy)
+    remedy = "" if str(kind) in _UNMERGEABLE else MERGE_IN_PEFT
+    return fail(f"an adapter of type {_shown(kind)}", where=str(path), expected="LORA", remedy=remedy)
 
 
 def match_patterns(
@@ -178,6 +190,8 @@ def _unknown(content: Mapping[str, Any], path: Path) -> list[Problem]:
         if not value or name in _KNOWN:
             continue
         what, remedy = f"`{name}`: {_REFUSED.get(name)}", "" if name in _NEVER_MERGED else MERGE_IN_PEFT
+        if name == "lora_bias":
+            remedy = f"if the base's layers have biases, {MERGE_IN_PEFT}; otherwise PEFT cannot merge it either"
         if name not in _REFUSED:
             what = f"`{name[:80]}` is not known here, and may change what the adapter computes"
             remedy = "remove the key if it does not; otherwise " + MERGE_IN_PEFT
@@ -195,7 +209,7 @@ def _wrong_values(error: ValidationError, content: Mapping[str, Any], path: Path
         expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if name == "init_lora_weights":
             what = "training began by changing the base (PiSSA, OLoRA, CorDA, LoftQ …), or in an unknown way"
-            expected = "init_lora_weights true, false, gaussian or eva"
+            expected = "init_lora_weights true, false, gaussian, eva, orthogonal or mica"
             conversion = "save_pretrained(path_initial_model_for_weight_conversion=…)"
             remedy = f"save the adapter as plain LoRA: PEFT's {conversion}"
         problems.setdefault(place, Problem(what, str(path), expected, _shown(detail["input"]), remedy))

@@ -22,8 +22,9 @@ from rewarded_lines.checkpoints.adapter_config import (
 )
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, no_weights
-from rewarded_lines.checkpoints.low_rank import LowRank, TokenRows, refuse_pair, refuse_rows
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged
+from rewarded_lines.checkpoints.low_rank import NO_MATRICES, LowRank, TokenRows, refuse_pair, refuse_rows
+from rewarded_lines.checkpoints.missing_weights import no_weights
 from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -44,6 +45,8 @@ _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|embedding_([AB])
 _REPLACING = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.)|(?=\.weight$))")
 # What PEFT puts after the name of an embedding of which it trains some rows.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# What only training computes with: VeLoRA compresses activations, MonteCLoRA samples around A and B.
+_TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler\.\w+)$")
 # Before the base's own tensor in a layer that PEFT wraps.
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
@@ -122,7 +125,7 @@ class Adapter(TensorFiles):
         for name, info in self.tensors.items():
             # A state that a trainer saved itself may lack the prefix, but then in all names.
             inner = inside.get(name, "" if inside else without_compilers(name))
-            if self._repeats(name):
+            if self._repeats(name) or _TRAINING.search(name):
                 continue
             if match := _FACTOR.fullmatch(inner):
                 known = pairs.setdefault(match[1], {}).setdefault(match[2] or f"{match[3]}E", info) is info
@@ -191,7 +194,8 @@ class Adapter(TensorFiles):
             name, bare = targets[module]
             rank = int(ranks[name])
             if what := refuse_pair(factors, rank, bare):
-                problems.append(Problem(what, f"{path}: {module}", remedy="copy or download the adapter again"))
+                remedy = MERGE_IN_PEFT if NO_MATRICES in what else "copy or download the adapter again"
+                problems.append(Problem(what, f"{path}: {module}", remedy=remedy))
                 continue
             a, b = (factors[name] for name in sorted(factors))
             experts = a.shape[0] // rank if bare else 0
@@ -219,8 +223,13 @@ class BareBase(TensorFiles):
 
 
 def _inner(name: str) -> str | None:
-    """Return a tensor's name behind PEFT's prefix, without what trainers and compilers add; None without the prefix."""
+    """Return a tensor's name behind PEFT's prefix, without what trainers and compilers add; None without the prefix.
+
+    A model that was wrapped twice has the prefix twice.
+    """
     around, found, inner = without_compilers(name).partition(PREFIX)
+    while inner.startswith(PREFIX):
+        inner = inner.removeprefix(PREFIX)
     return inner if found and set(around.split(".")) <= {"", *WRAPPERS, *ROOTS} else None
 
 

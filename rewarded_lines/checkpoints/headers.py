@@ -24,8 +24,12 @@ _MOST_DIMENSIONS = 64
 # Other parsers of the output accept no deeper nesting.
 _DEEPEST = 100
 _LARGEST = 2**62
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+# Releases in these types have no other; by default transformers would save them in the same type again.
+_DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+_DEQUANTIZE = (
+    "python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{folder}', quantization_config="
+    "t.{kind}(dequantize=True)).save_pretrained('{folder}-dequantized', save_original_format=False)\""
+)
 _HALF = re.compile(r"[\ud800-\udfff]")
 
 
@@ -73,23 +77,6 @@ def read_header(file: Path) -> list[TensorInfo]:
     return ordered
 
 
-def no_weights(
-    folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
-) -> UserError:
-    """Return the error for a folder without weights; `load`: the import that converts pickled ones."""
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        return fail(
-            "pickled weights are never opened: loading a pickle runs code from it",
-            where=str(folder),
-            expected=expected,
-            got=", ".join(pickled[:3]),
-            remedy="if you trust the file, convert it: " + _CONVERT.format(load=load, folder=folder),
-        )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
-    return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found)
-
-
 def damaged(file: Path, reason: str) -> UserError:
     """Return the error for a file that is cut short or contradicts itself."""
     size = file.stat().st_size if file.is_file() else 0
@@ -101,13 +88,17 @@ def damaged(file: Path, reason: str) -> UserError:
     )
 
 
-def quantized(what: str, where: Path) -> UserError:
-    """Return the error for weights that are quantized; `what` describes them."""
+def quantized(what: str, where: Path, method: str = "") -> UserError:
+    """Return the error for weights that are quantized; `what` describes them, `method` is transformers' name."""
+    remedy = "merge the unquantized checkpoints, quantize the result; adapters merge over it with --as adapter"
+    if method in _DEQUANTIZED:
+        command = _DEQUANTIZE.format(kind=_DEQUANTIZED[method], folder=where.parent)
+        remedy = f"dequantize it as the policies' trainer did, and give the result: {command}"
     return fail(
         what,
         where=str(where),
         expected="float64, float32, bfloat16 or float16 weights",
-        remedy="quantized values cannot be interpolated: merge the unquantized checkpoints, quantize the result",
+        remedy=f"quantized values cannot be interpolated: {remedy}",
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.headers import TensorInfo
 
+NO_MATRICES = "only matrices are merged, no convolutions"
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -70,7 +72,7 @@ def refuse_pair(factors: Mapping[str, TensorInfo], rank: int, bare: bool) -> str
         return "A or B is missing, or there are two of them"
     a, b = (factors[name] for name in sorted(factors))
     if len(a.shape) != 2 or len(b.shape) != 2:
-        return f"A has shape {a.shape}, B {b.shape}: only matrices are merged, no convolutions"
+        return f"A has shape {a.shape}, B {b.shape}: {NO_MATRICES}"
     if not a.dtype.floating or not b.dtype.floating:
         return f"A is of type {a.dtype.torch}, B of {b.dtype.torch}: weights are floating-point numbers"
     if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):

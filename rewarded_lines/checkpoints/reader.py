@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, no_weights, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.missing_weights import no_weights
 from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
@@ -136,7 +137,7 @@ class Checkpoint(TensorFiles):
         # If the folder has both, transformers loads the single file.
         weight_map = _indexed(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else None
         files = _weight_files(folder, weight_map)
-        self.config = read_config(folder)
+        self.config = read_config(folder, files)
         super().__init__(files)
         self.absent = _absent(index, weight_map, self.tensors, self.config) if weight_map is not None else []
 
@@ -177,17 +178,31 @@ def open_checkpoint(reference: str, name: str = "") -> Checkpoint:
     return Checkpoint(resolve_folder(reference), name or reference)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's config.json; refuse a quantized model."""
+def read_config(folder: Path, files: Iterable[Path] = ()) -> dict[str, Any]:
+    """Return the content of a model folder's config.json; refuse a quantized model. `files` have its weights."""
     path = folder / "config.json"
     if not path.is_file():
         raise fail("no config.json there", where=str(folder), expected="a Hugging Face model folder")
     config = read_json_object(path)
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
-        raise quantized(f"the model is quantized{f' ({str(method)[:40]})' if method else ''}", path)
+        method = str(quantization.get("quant_method", "") if isinstance(quantization, dict) else "")[:40]
+        said = f" ({method})" if method else ""
+        if _all_floating(files):
+            what = f"the config says that the model is quantized{said}, its weights are not"
+            remedy = "remove quantization_config from it: with it, loaders would quantize the weights"
+            raise fail(what, where=str(path), remedy=remedy)
+        raise quantized(f"the model is quantized{said}", path, method)
     return config
+
+
+def _all_floating(files: Iterable[Path]) -> bool:
+    """True if all tensors of some files are numbers of 16 bits or more: the folder was saved after dequantizing."""
+    try:
+        kinds = {info.dtype for file in files for info in read_header(file)}
+    except UserError:
+        return False
+    return bool(kinds) and all(kind.floating for kind in kinds)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -217,10 +232,13 @@ def _from_hub(reference: str, weights: bool, revision: str | None) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # README.md has the licence.
-    patterns = [*(["*.safetensors"] if weights else []), "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    # README.md has the licence. Code is copied beside the merge, never run.
+    texts = ["*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.tiktoken", "*.codes", "*.py", "README.md"]
+    patterns = [*(["*.safetensors"] if weights else []), *texts]
+    # The same weights once more, in the form of their makers.
+    repeated = ["*/*.safetensors", "consolidated*.safetensors"]
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns, ignore_patterns=repeated))
     except Exception as error:  # noqa: BLE001 - networks fail in the ways of four libraries, none of them ours
         raise fail(
             "neither a folder here nor a model that the Hub gives us",

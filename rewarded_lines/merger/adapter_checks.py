@@ -17,18 +17,14 @@ from rewarded_lines.checkpoints.target_parameters import outermost_first
 from rewarded_lines.errors import Problem
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
-from rewarded_lines.merger.config_checks import REMEDY, RESIZE
+from rewarded_lines.merger.config_checks import REMEDY, resize
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
-from rewarded_lines.merger.model_checks import few, some
+from rewarded_lines.merger.model_checks import few, is_head, some, with_head
 from rewarded_lines.merger.tied_layers import stored_name, unsettled
 
 KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
 # Earlier ones took [experts, out, in] for [experts, in, out].
 _FIRST_FOR_EXPERTS = (0, 19)
-_ENLARGE = (
-    "give as base one with as many rows: base.resize_token_embeddings(N), saved; "
-    "its new rows count as those from which the policies started"
-)
 _SHOWN = 6
 _LONGEST = 200
 _OTHER_NAMES = (
@@ -54,7 +50,11 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
 
 def notes_on(base: Base, reference: str, adapters: Mapping[str, Adapter]) -> list[str]:
     """Return notes on the tensors that are left out, and on adapters that name another copy of the base."""
-    compared = "equal to the base's" if isinstance(base, Checkpoint) else "not compared, the base has no weights"
+    compared = (
+        "equal to the base's, but for rows that the adapter replaces"
+        if isinstance(base, Checkpoint)
+        else "not compared, the base has no weights"
+    )
     return notes_on_origins(reference, adapters) + [
         f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
         for name, adapter in adapters.items()
@@ -95,7 +95,7 @@ def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str)
     # A mixture of one expert may be stored as a matrix, or as a stack of one.
     shape, expected = base.tensors[names[0]].shape, stored_shape(module, base)
     if stored is not None and shape not in (expected, (1, *expected) if module.experts else expected):
-        remedy = RESIZE if module.embedding or stored != module.tensor else REMEDY
+        remedy = resize(expected[0]) if module.embedding or stored != module.tensor else REMEDY
         return Problem(f"shape {shape} in base, {expected} by A and B", where, remedy=remedy)
     if not all(base.tensors[name].dtype.floating for name in names):
         return Problem("the base's tensor holds no floating-point numbers", where)
@@ -128,10 +128,11 @@ def _fit_whole(base: Checkpoint, name: str, info: TensorInfo, where: str) -> Pro
     """Compare a tensor that the adapter stores whole with the base's."""
     stored = stored_name(base, name)
     if stored is None:
-        return Problem(f"{name} is not in the base", where, remedy=REMEDY)
+        remedy = with_head("AutoModelForSequenceClassification", info) if is_head(name) else REMEDY
+        return Problem(f"{name} is not in the base", where, remedy=remedy)
     theirs, where = base.tensors[stored], f"{where}: {name}"
     if theirs.shape != info.shape:
-        remedy = _ENLARGE if theirs.shape[1:] == info.shape[1:] and theirs.shape < info.shape else RESIZE
+        remedy = resize(info.shape[0]) if theirs.shape[1:] == info.shape[1:] else REMEDY
         return Problem(f"shape {theirs.shape} in base, {info.shape} in the adapter", where, remedy=remedy)
     if not (theirs.dtype.floating and info.dtype.floating):
         return Problem("only floating-point tensors are merged", where, got=info.dtype.torch)
@@ -149,22 +150,34 @@ def _fit_rows(base: Checkpoint, adapter: Adapter, name: str, where: str) -> Prob
     shape = base.tensors[stored].shape
     if max(rows.tokens) >= shape[0] or rows.info.shape[1] != shape[1]:
         what = f"shape {shape} in base, rows of {rows.info.shape[1]} for tokens up to {max(rows.tokens)} in the adapter"
-        return Problem(what, where, remedy=RESIZE)
+        return Problem(what, where, remedy=resize(max(rows.tokens) + 1))
     return None
 
 
 def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, where: str) -> Problem | None:
-    """Compare the adapter's copy of a base tensor with the base's: shape, type and every value."""
+    """Compare the adapter's copy of a base tensor with the base's: shape, type and every value.
+
+    Rows that the adapter replaces may differ: added tokens start at random in each training, or anew in the base.
+    """
     stored = stored_name(base, name)
     if (problem := _fit_whole(base, name, info, where)) or stored is None:
         return problem
     theirs = base.tensors[stored]
+    differing: set[int] = set()
     for start, count in blocks_of(theirs.elements):
         first = as_float64(base.read(theirs.name, start, count))
-        if not np.array_equal(first, as_float64(adapter.read(info.name, start, count)), equal_nan=True):
-            what = "the adapter's copy of a base tensor differs from the base's"
-            return Problem(what, f"{where}: {name}", remedy=REMEDY)
-    return None
+        second = as_float64(adapter.read(info.name, start, count))
+        places = np.flatnonzero((first != second) & ~(np.isnan(first) & np.isnan(second)))
+        differing |= set(((start + places) // theirs.shape[-1]).tolist())
+    # A tied head that changes as the embeddings do is settled by now.
+    names = (name, stored)
+    replaced = {token for each in names if each in adapter.rows for token in adapter.rows[each].tokens}
+    # Two models share no row. So if the first rows are equal, the others are of tokens that were added.
+    added = min(differing, default=0) > 0 and any(each in adapter.saved for each in names)
+    if differing <= replaced or added:
+        return None
+    what = "the adapter's copy of a base tensor differs from the base's"
+    return Problem(what, f"{where}: {name}", remedy=REMEDY)
 
 
 def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:

@@ -12,14 +12,17 @@ import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
+from rewarded_lines.checkpoints.tensor_names import under_names_of
 from rewarded_lines.errors import Problem
 from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY, of_text
 from rewarded_lines.merger.lora_folding import Base
-from rewarded_lines.merger.model_checks import compare_hashes, recorded_base
+from rewarded_lines.merger.model_checks import compare_hashes, is_head, recorded_base
+from rewarded_lines.merger.tied_layers import is_embedding
 
 _LONGEST = 200
 # What names of copies of one model add: other types of number, and the vendor once more.
@@ -52,9 +55,8 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
         if all(of_text(copied, key) == of_text(base.config, key) for key in _SIZES):
             return []
         return [Problem("trained from another base", where, reference, f"{named[:_LONGEST]}, of other sizes", REMEDY)]
-    if isinstance(base, Checkpoint) and _is_enlarged(Checkpoint(base.folder), Checkpoint(folder)):
-        return []
-    return compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
+    problems = compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
+    return [] if problems and _has_same_values(Checkpoint(base.folder), Checkpoint(folder)) else problems
 
 
 def same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:
@@ -84,22 +86,24 @@ def notes_on_origins(reference: str, adapters: Mapping[str, Adapter]) -> list[st
     ]
 
 
-def _is_enlarged(base: Checkpoint, smaller: Checkpoint) -> bool:
-    """True if a base is another with rows for added tokens, and the same values in all others."""
-    if base.tensors.keys() != smaller.tensors.keys():
+def _has_same_values(base: Checkpoint, other: Checkpoint) -> bool:
+    """True if a base is another one saved anew: in other files, a wider type, with more or fewer tokens, another head.
+
+    All values that both have must be equal.
+    """
+    theirs = under_names_of(base.tensors, other.tensors)
+    if not all(is_head(name) for name in base.tensors.keys() ^ theirs.keys()):
         return False
-    grown = [name for name, info in smaller.tensors.items() if base.tensors[name].shape != info.shape]
-    for name, info in smaller.tensors.items():
-        mine = base.tensors[name]
-        rows = mine.shape[:1] > info.shape[:1] and mine.shape[1:] == info.shape[1:]
-        if mine.dtype != info.dtype or (name in grown and not rows):
+    other.tensors = theirs
+    for name in base.tensors.keys() & theirs.keys():
+        one, two = base.tensors[name], theirs[name]
+        if one.shape[1:] != two.shape[1:] or (one.shape != two.shape and not (is_head(name) or is_embedding(name))):
             return False
-    pairs = (
-        (base.read(info.name, *block), smaller.read(info.name, *block))
-        for info in smaller.tensors.values()
-        for block in blocks_of(info.elements)
-    )
-    return bool(grown) and all(np.array_equal(*pair) for pair in pairs)
+        for block in blocks_of(min(one.elements, two.elements)):
+            pair = (as_float64(source.read(name, *block)) for source in (base, other))
+            if not np.array_equal(*pair, equal_nan=True):
+                return False
+    return True
 
 
 def _model(reference: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rewarded_lines.checkpoints.adapter_config import TRAINING_ONLY
 from rewarded_lines.checkpoints.adapters import Adapter
 from rewarded_lines.checkpoints.families import TIED_HEADS
 from rewarded_lines.merger.lora_stacking import AdapterOutput, Stack
@@ -28,7 +29,8 @@ def adapter_config(adapters: Sequence[Adapter], output: AdapterOutput, modules: 
     Without `adapters`, every module is named.
     """
     if output.copied is not None:
-        return dict(adapters[output.copied].config.content)
+        content = adapters[output.copied].config.content
+        return {key: value for key, value in content.items() if not (value and key in TRAINING_ONLY)}
     rank = max((stack.rank for stack in output.stacks.values()), default=1)
     # PEFT adds `(.*\.)?(` before a pattern and `)$` after it.
     others = {f"^{re.escape(name)}": stack.rank for name, stack in output.stacks.items() if stack.rank != rank}

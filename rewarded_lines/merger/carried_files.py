@@ -8,18 +8,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.hashing import file_hash
-from rewarded_lines.checkpoints.reader import Checkpoint, resolve_folder
+from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object, resolve_folder
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.carried_settings import (
     AUTO,
     BASE,
     IDS,
+    OTHER_TEMPLATES,
     Question,
     Settings,
     choices,
@@ -35,7 +37,16 @@ _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
     "*.model",
 )
+# Of tokenizers with a class of their own, and chat templates beside the usual one.
+_SPECIAL = (
+    *("tekken.json", "*.tiktoken", "*.spm", "*vocab*.json", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json"),
+    *("word_shape.json", "word_pronunciation.json", "byte_maps.json", "*.tokenizer", f"{OTHER_TEMPLATES}/*.jinja"),
+)
 _GENERATION, _PROCESSOR = ("generation_config.json",), ("*processor_config.json",)
+# Only classes that their `auto_map` names need the code beside them. It is copied and never run.
+_CODE, _MAPPED = ("*.py",), ("config.json", "tokenizer_config.json", *_PROCESSOR)
+_AUDIO = ("audio_tokenizer_config.json",)
+_LATER = (*_SPECIAL, *_AUDIO, *_CODE)
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,22 @@ class Carried:
 
     def files_of(self, name: str) -> list[Path]:
         """Return the files that come from one of the folders."""
-        sources = ((self.tokenizer, _TOKENIZER), (self.config_from, _GENERATION), (self.processor, _PROCESSOR))
+        sources = [
+            *((self.tokenizer, (*_TOKENIZER, *_SPECIAL)), (self.config_from, _GENERATION)),
+            (self.processor, (*_PROCESSOR, *_AUDIO)),
+        ]
+        if name in (self.tokenizer, self.processor) and _has_code(self.folders[name]):
+            sources.append((name, _CODE))
         found = [_found(self.folders[name], patterns) for source, patterns in sources if source == name]
         return sorted({path for paths in found for path in paths})
 
     def copy(self, folder: Path) -> None:
-        """Copy the files to an output's folder."""
-        for name in self.folders:
+        """Copy the files to an output's folder; of files with one name the base's stays."""
+        for name in reversed(self.folders):
             for path in self.files_of(name):
-                shutil.copyfile(path, folder / path.name)
+                place = folder / path.relative_to(self.folders[name])
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Return the base's config with the token ids."""
@@ -144,6 +162,11 @@ def choose_files(
     )
 
 
+def carried_later(name: str) -> bool:
+    """Return whether earlier versions left a file of this name out, so that their records do not have it."""
+    return any(fnmatch(name, pattern.rpartition("/")[2]) for pattern in _LATER)
+
+
 def key_of(name: str) -> str:
     """Return the key of a policy among `Carried.folders`: its name, which may be that of the base."""
     return f"policy {BASE}" if name == BASE else name
@@ -151,6 +174,15 @@ def key_of(name: str) -> str:
 
 def _found(folder: Path, patterns: Sequence[str]) -> set[Path]:
     return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+
+
+def _has_code(folder: Path) -> bool:
+    """True if a config in the folder names a class in a Python file beside it."""
+    maps = [read_json_object(path).get("auto_map") for path in _found(folder, _MAPPED)]
+    named = [values for each in maps if isinstance(each, Mapping) for values in each.values()]
+    flat = [value for values in named for value in (values if isinstance(values, list) else [values])]
+    # REPOSITORY--MODULE.CLASS lies on the Hub.
+    return any(isinstance(value, str) and "--" not in value for value in flat)
 
 
 def _other_folder(reference: str, known: Sequence[str]) -> Path:

@@ -17,6 +17,8 @@ BASE, AUTO = "base", "auto"
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _SPECIAL = ("eos_token", "bos_token", "pad_token")
 _GENERATION = "generation_config.json"
+# Where transformers puts chat templates with a name, such as tool_use.jinja.
+OTHER_TEMPLATES = "additional_chat_templates"
 # Written by transformers, without meaning for the output.
 _IGNORED = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation")
 # The defaults that some versions of transformers write.
@@ -47,13 +49,19 @@ def _template(folder: Path, config: Mapping[str, Any]) -> Any:
     """Return the chat template, or several by name. Files take the place of what tokenizer_config.json has."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        # Jinja ignores a newline at the end.
-        return file.read_text(encoding="utf-8", errors="replace").removesuffix("\n")
+        others = sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))
+        read = {path.stem: _text(path) for path in (file, *others)}
+        return {"default": read.pop(file.stem), **read} if others else read[file.stem]
     found = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list) and all(isinstance(one, dict) for one in found):
         named = {str(one.get("name")): str(one.get("template")).removesuffix("\n") for one in found}
         return named["default"] if set(named) == {"default"} else named
     return found.removesuffix("\n") if isinstance(found, str) else found
+
+
+def _text(path: Path) -> str:
+    """Return a template; Jinja ignores a newline at the end."""
+    return path.read_text(encoding="utf-8", errors="replace").removesuffix("\n")
 
 
 def generation_settings(folder: Path, config: Mapping[str, Any] | None) -> Settings | None:

@@ -8,10 +8,6 @@ from typing import Any
 from rewarded_lines.errors import Problem
 
 REMEDY = "merge policies that were all trained from this base"
-RESIZE = (
-    "bring all to one vocabulary: base.resize_token_embeddings(N), save it, and train from that; "
-    "or cut the added rows off the policy"
-)
 _STRUCTURE = ("num_hidden_layers", "vocab_size")
 # Settings that change the meaning of weights without changing their shapes.
 _MEANING = (
@@ -47,7 +43,7 @@ def compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: s
             where,
             cut(mine),
             cut(other),
-            RESIZE if key == "vocab_size" else REMEDY,
+            resize(other) if key == "vocab_size" else REMEDY,
         )
         for key, mine, other in rows
         if mine != other and (key == kind or (mine is not None and other is not None))
@@ -66,6 +62,14 @@ def is_text_of(policy: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     named = text.get("model_type") if isinstance(text, Mapping) else None
     # Releases before version 4.52 of transformers do not name the text model.
     return bool(kind) and kind != whole and kind in (named, f"{whole}_text")
+
+
+def resize(rows: object) -> str:
+    """Return the remedy for a vocabulary of another size: the base gets the policy's number of rows."""
+    return (
+        f"give as base one with as many rows: base.resize_token_embeddings({rows}), saved. "
+        "Rows that this adds count as those from which the policies started"
+    )
 
 
 def cut(value: object) -> str:

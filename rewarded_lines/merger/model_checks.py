@@ -21,7 +21,7 @@ from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
-from rewarded_lines.merger.config_checks import REMEDY, RESIZE, compare_configs, cut, of_text
+from rewarded_lines.merger.config_checks import REMEDY, compare_configs, cut, of_text, resize
 
 SHOWN = 3
 # Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
@@ -69,12 +69,13 @@ def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str,
     # An untied model needs its own head, so a head that some inputs lack counts as no copy.
     # If the config has no `tie_word_embeddings`, transformers ties the head to the embeddings.
     tied = of_text(base.config, "tie_word_embeddings") is not False
-    considered = names if tied else [name for name in partial if not _is_head(name)]
+    considered = names if tied else [name for name in partial if not is_head(name)]
     copies = _copies(inputs, [name for name in considered if name not in reasons])
     return reasons | {name: f"tied to {copies[name]}" for name in considered if name in copies}
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """True if a tensor is of a module that a task adds after the blocks."""
     return any(name.startswith(f"{head}.") for head in HEADS)
 
 
@@ -115,7 +116,7 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
     found: dict[str, str] = {}
     for (holders, shape), members in groups.items():
         alike = [info.name for info in inputs[holders[0]].tensors.values() if info.shape == shape]
-        alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=_is_head)
+        alike = sorted((name for name in alike if all(name in source.tensors for source in inputs)), key=is_head)
         # A tensor without a candidate need not be read.
         if not alike or len({*members, *alike}) == 1:
             continue
@@ -128,12 +129,31 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
 
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     where = f"policy `{name}` ({policy.folder})"
+    if heads := _new_heads(base, policy, extra):
+        what, kinds = "the policy has a head that the base lacks", policy.config.get("architectures")
+        remedy = with_head(str(kinds[0]) if isinstance(kinds, list) and kinds else "the policy's class", heads[0])
+        return [Problem(what, where, got=some(info.name for info in heads), remedy=remedy)]
     structure = [
         *compare_configs(base.config, policy.config, where),
         *_compare_names(base, policy, where, extra),
         *_compare_tensors(base, policy, name, extra),
     ]
     return structure or _compare_origin(base, policy, where)
+
+
+def _new_heads(base: Checkpoint, policy: Checkpoint, extra: set[str]) -> list[TensorInfo]:
+    """Return the heads that only the policy has, if they are all that it has more than the base."""
+    added = [info for name, info in policy.tensors.items() if name not in base.tensors and name not in extra]
+    return added if all(is_head(info.name) for info in added) else []
+
+
+def with_head(kind: str, head: TensorInfo) -> str:
+    """Return the remedy for a base without the policies' head; `kind` is the class that has it."""
+    labels = f", num_labels={head.shape[0]}" if "Classification" in kind and len(head.shape) == 2 else ""
+    return (
+        f"give as base {kind}.from_pretrained(base{labels}), saved; its head counts as the one from which the policies "
+        "started"
+    )
 
 
 def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[str]) -> list[Problem]:
@@ -151,7 +171,7 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
             what = f"shape {info.shape} in base, {other.shape} in {name}"
             rows = _vocabulary(base)
             resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
-            problems.append(Problem(what, where=tensor, remedy=RESIZE if resized else REMEDY))
+            problems.append(Problem(what, where=tensor, remedy=resize(other.shape[0]) if resized else REMEDY))
         elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
     return few(problems, f"policy `{name}`", SHOWN, "more tensors differ likewise")

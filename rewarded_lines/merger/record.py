@@ -16,7 +16,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.kernels.thread_pool import share_out
-from rewarded_lines.merger.carried_files import key_of
+from rewarded_lines.merger.carried_files import carried_later, key_of
 from rewarded_lines.merger.carried_settings import AUTO, BASE
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.plan import Plan
@@ -122,7 +122,8 @@ class Record(BaseModel):
             files = plan.carried.files_of(plan.carried.beside)
             rows.append(("the tokenizer", "--tokenizer …", files, self.tokenizer_files))
         for title, option, files, recorded in rows:
-            then, now = recorded.files, _hashed(files)
+            then = recorded.files
+            now = {name: digest for name, digest in _hashed(files).items() if name in then or not carried_later(name)}
             # Older records of adapters do not have the files beside the weights.
             named = now.keys() & then.keys() if self.tokenizer is None else now.keys() | then.keys()
             if wrong := sorted(file for file in named if now.get(file) != then.get(file)):

@@ -88,11 +88,11 @@ def name_apart(base: Checkpoint, adapters: Iterable[Adapter]) -> None:
 
 
 def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> list[str]:
-    """Prepare the merge of adapters into a base with tied head and embeddings; return notes.
+    """Prepare the merge into a base with tied head and embeddings; return notes.
 
     If all adapters change both alike (`ensure_weight_tying`, `trainable_token_indices`), the tensor stays one.
-    Otherwise the base and whole models get a head of their own, and the output is untied: PEFT, too, keeps the two
-    apart after training one of them.
+    Otherwise, and for whole models with a head of their own, all inputs get a head, and the output is untied: PEFT,
+    too, keeps the two apart after training one of them.
     """
     adapters = {name: policy for name, policy in policies.items() if isinstance(policy, Adapter)}
     changing = {name: adapter for name, adapter in adapters.items() if any(map(_is_of_pair, changed_tensors(adapter)))}
@@ -102,6 +102,8 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
     head, embeddings = pair
     known = embeddings in base.tensors
     apart = [name for name, adapter in changing.items() if not known or not _alike(adapter, head, embeddings)]
+    whole = {name: policy for name, policy in policies.items() if isinstance(policy, Checkpoint)}
+    apart += [name for name, policy in whole.items() if _has_own_head(policy, head, embeddings)]
     for adapter in changing.values():
         if not apart:
             _forget(adapter, head)
@@ -109,7 +111,7 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
             adapter.rows[head] = adapter.rows[embeddings]
     if not apart:
         return []
-    for source in [base, *(policy for policy in policies.values() if isinstance(policy, Checkpoint))]:
+    for source in [base, *whole.values()]:
         _name_both(source, head, embeddings)
     _untie(base)
     return [
@@ -119,18 +121,24 @@ def settle(base: Checkpoint, policies: Mapping[str, Checkpoint | Adapter]) -> li
 
 
 def _pair(base: Checkpoint, changing: Iterable[Adapter]) -> tuple[str, str] | None:
-    """Return the names of head and embeddings if the base has one tensor for both, and adapters change it."""
+    """Return the names of head and embeddings if the base has one tensor for both."""
     changed = [name for adapter in changing for name in changed_tensors(adapter)]
     head = _head(base)
     # Some files have the tensor under the head's name only.
     embeddings = next(filter(is_embedding, [*base.tensors, *changed]), None)
-    if not changed or head is None or embeddings is None or _ties(base) is False:
+    if head is None or embeddings is None or _ties(base) is False:
         return None
     own, stored = base.tensors.get(head), base.tensors.get(embeddings)
     if own and stored and not same_values(base, own, base, stored):
         # transformers ties no head that has values of its own, whatever the config says.
         return None
     return head, embeddings
+
+
+def _has_own_head(policy: Checkpoint, head: str, embeddings: str) -> bool:
+    """True if a whole model has a head that is not its embeddings, as PEFT saves a model whose head it trained."""
+    own, other = policy.tensors.get(head), policy.tensors.get(embeddings)
+    return own is not None and other is not None and not same_values(policy, own, policy, other)
 
 
 def _name_both(source: Checkpoint, head: str, embeddings: str) -> None:

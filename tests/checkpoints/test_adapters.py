@@ -69,7 +69,7 @@ def test_every_tensor_is_accounted_for(plain):
     [
         (lambda values: values.pop(f"{Q}.lora_A.weight"), "A or B is missing"),
         (lambda values: values.update({f"{Q}.lora_A.weight": torch.ones(3, 64)}), "B·A does not exist"),
-        (lambda values: values.update({f"{Q}.lora_A.weight": torch.ones(4)}), "only matrices"),
+        (lambda values: values.update({f"{Q}.lora_A.weight": torch.ones(4)}), "only matrices(?s:.)*merge_and_unload"),
         (lambda values: values.update({f"{Q}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}), "floating-point"),
         (lambda values: values.update({f"{Q}.lora_embedding_A": torch.ones(4, 64)}), "two of them"),
         (lambda values: values.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}), "not known here"),
@@ -90,6 +90,7 @@ def test_tensors_that_are_refused(plain, change, said):
     [
         ({"peft_type": "LOHA"}, "type 'LOHA'"),
         ({"peft_type": ["LORA"]}, "an adapter of type"),
+        ({"peft_type": None}, "no adapter of PEFT(?s:.)*mlx_lm.fuse"),
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "repeats the base's blocks"),
@@ -140,8 +141,21 @@ def test_a_pattern_can_not_stop_the_clock(plain):
 
 
 def test_a_start_that_leaves_the_base_alone_is_fine(plain):
-    for start in (True, False, "gaussian", "eva", None):
+    for start in (True, False, "gaussian", "eva", "orthogonal", "mica", None):
         Adapter(edit_settings(plain, init_lora_weights=start))
+
+
+def test_prompts_are_never_merged(plain):
+    with pytest.raises(UserError, match="type 'PREFIX_TUNING'") as caught:
+        Adapter(edit_settings(plain, peft_type="PREFIX_TUNING"))
+    assert "merge_and_unload" not in str(caught.value)
+
+
+def test_a_model_that_was_wrapped_twice(plain):
+    names, values = set(Adapter(plain).modules), factors(plain)
+    doubled = {f"base_model.model.{name}": value for name, value in values.items()}
+    save_file(doubled, plain / "adapter_model.safetensors", {"format": "pt"})
+    assert set(Adapter(plain).modules) == names
 
 
 def test_a_folder_with_both_is_ambiguous(tiny, plain):

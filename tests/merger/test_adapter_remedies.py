@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_adapters import edit_settings, factors, save_adapter, settings_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
@@ -91,12 +92,12 @@ def enlarged(tiny, name, seed, rows=1, **settings):
         model.save_pretrained(tiny / name)
 
 
-def embeddings(out, as_):
+def embeddings(out, as_, start="sft"):
     """Return embeddings and head of a merged model, or of the enlarged base with a merged adapter."""
     if as_ == "full":
         model = AutoModelForCausalLM.from_pretrained(out)
     else:
-        base = AutoModelForCausalLM.from_pretrained("sft")
+        base = AutoModelForCausalLM.from_pretrained(start)
         base.resize_token_embeddings(TOKENS)
         model = PeftModel.from_pretrained(base, out).merge_and_unload()
     assert model.config.vocab_size == TOKENS
@@ -136,18 +137,78 @@ def test_added_tokens_that_start_alike_in_all_policies(tiny, kind):
             assert torch.allclose(found, exact, atol=1e-6)
 
 
-def test_added_tokens_that_start_apart(tiny):
+def grow(base="sft", rows=TOKENS):
+    """Save a base with as many rows as the policies have; the new ones start elsewhere."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(9)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained("grown")
+    return load_file("grown/model.safetensors")[EMBEDDINGS]
+
+
+@pytest.mark.parametrize("kind", ["tied", "rows"])
+def test_added_tokens_that_start_apart(tiny, kind):
     for seed, name in enumerate(("one", "two"), start=1):
-        enlarged(tiny, name, seed, rows=seed, **ADDED["tied"])
+        enlarged(tiny, name, seed, rows=seed, **ADDED[kind])
+    start, parts = grow(), []
     for as_ in ("adapter", "full"):
-        with pytest.raises(UserError, match="resize_token_embeddings"):
+        with pytest.raises(UserError, match=r"give as base one with as many rows: base.resize_token_embeddings\(307\)"):
             merge("sft", ["one", "two"], 0.3, as_=as_, out="out")
-    base = AutoModelForCausalLM.from_pretrained("sft")
-    base.resize_token_embeddings(TOKENS)
-    base.save_pretrained("grown")
+    for name in ("one", "two"):
+        file, rows = factors(tiny / name), "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        whole = file.get(f"base_model.model.{EMBEDDINGS}")
+        parts.append((torch.cat([start[:300], file[rows]]) if kind == "rows" else whole) - start)
+    exact = start + 0.5 * (0.3 * parts[0] + 0.7 * parts[1])
+    for as_ in ("adapter", "full"):
+        merge("grown", ["one", "two"], 0.3, alpha=0.5, beta=0.5, as_=as_, out=as_)
+        assert all(torch.allclose(found, exact, atol=1e-6) for found in embeddings(as_, as_, "grown"))
+
+
+def test_added_tokens_that_start_apart_and_stay(tiny):
+    """Each policy has learned with its own frozen rows, so none of another base will do."""
     for seed, name in enumerate(("one", "two"), start=1):
-        save_adapter(tiny / "grown", tiny / f"{name}-again", seed, **ADDED["tied"])
-    merge("grown", ["one-again", "two-again"], 0.3, as_="full", out="out")
+        enlarged(tiny, name, seed, rows=seed)
+    grow()
+    with pytest.raises(UserError, match="the adapter's copy of a base tensor differs from the base's"):
+        merge("grown", ["one", "two"], 0.3, as_="full", out="out")
+
+
+def test_fewer_tokens_than_the_base(tiny):
+    """Axolotl and others cut spare rows off."""
+    grow()
+    Path("grown").rename("sft-again")
+    config = json.loads(Path("sft-again/config.json").read_text())
+    for seed, name in enumerate(("one", "two"), start=1):
+        model = AutoModelForCausalLM.from_pretrained("sft")
+        settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+        save_adapter(tiny / "sft", tiny / name, seed, **settings)
+        edit_settings(tiny / name, base_model_name_or_path="sft-again")
+    with pytest.raises(UserError, match=r"base.resize_token_embeddings\(300\)"):
+        merge("sft-again", ["one", "two"], 0.3, as_="full", out="out")
+    assert config["vocab_size"] == TOKENS and grow("sft-again", model.config.vocab_size).shape[0] == 300
+    merge("grown", ["one", "two"], 0.3, as_="full", out="out")
+
+
+def test_a_head_that_the_base_lacks(tiny):
+    """Reward models: the classifier's head is new, as a whole model and beside an adapter."""
+    kind = AutoModelForSequenceClassification
+    for seed, name in enumerate(("one", "two"), start=1):
+        model = kind.from_pretrained("sft", num_labels=1)
+        model.get_parameter("score.weight").data += seed
+        model.save_pretrained(f"{name}-whole")
+        save_adapter(tiny / "sft", tiny / name, seed, kind, task_type="SEQ_CLS")
+    asked = r"give as base \w+ForSequenceClassification.from_pretrained\(base, num_labels=(1|2)\), saved"
+    heads = {}
+    for folder, labels, names in (("whole", 1, ["one-whole", "two-whole"]), ("lora", 2, ["one", "two"])):
+        with pytest.raises(UserError, match=asked):
+            merge("sft", names, 0.3, out="out", as_="full")
+        kind.from_pretrained("sft", num_labels=labels).save_pretrained(f"{folder}-base")
+        merge(f"{folder}-base", names, 0.3, alpha=0.5, out=folder, as_="full")
+        parts = [load_file(next(Path(name).glob("*model.safetensors"))) for name in names]
+        heads = [part.get("score.weight", part.get("base_model.model.score.weight")) for part in parts]
+        start, found = (load_file(f"{place}/model.safetensors")["score.weight"] for place in (f"{folder}-base", folder))
+        exact = start + 0.5 * (0.3 * (heads[0] - start) + 0.7 * (heads[1] - start))
+        assert torch.allclose(found, exact, atol=1e-6)
 
 
 def test_added_tokens_without_their_start_need_a_base_that_has_them(tiny):
@@ -230,3 +291,28 @@ def test_a_module_that_one_policy_replaces_and_another_adapts(tiny):
     with pytest.raises(UserError, match="changed by modules_to_save of one policy and target_modules of another"):
         merge("sft", ["one", "two"], 0.3, out="out")
     merge("sft", ["one", "two"], 0.3, as_="full", out="out")
+
+
+def test_a_base_that_was_released_in_eight_bits(tiny):
+    """The command in the refusal gives the values from which the policies were trained."""
+    config, values = json.loads(Path("sft/config.json").read_text()), load_file("sft/model.safetensors")
+    small = {}
+    for name, value in values.items():
+        step = value.abs().max() / 448
+        if "proj" in name:
+            small[f"{name}_scale_inv"] = step.reshape(1, 1)
+            value = (value / step).to(torch.float8_e4m3fn)
+        small[name] = value
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    Path("fp8").mkdir()
+    Path("fp8/config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    save_file(small, "fp8/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="dequantize it as the policies' trainer did") as caught:
+        merge("fp8", ["first"], 1, out="out")
+    exec(caught.value.problems[0].remedy.partition('python -c "')[2].removesuffix('"'))
+    start = load_file("fp8-dequantized/model.safetensors")
+    for name, value in values.items():
+        step = small.get(f"{name}_scale_inv")
+        wanted = value if step is None else small[name].to(torch.float32) * step
+        assert torch.allclose(start[name].float(), wanted.float(), rtol=1e-2)
+    merge("fp8-dequantized", ["first"], 0.5, method="wise-ft", out="out")

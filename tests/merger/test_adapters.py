@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, CAUSAL
 from peft import PeftModel
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from tiny_adapters import changes, edit_settings, factors, load_adapter, save_adapter, settings_of
 from tiny_models import make_model, make_tokenizer, perturb, save_model, snapshot
@@ -444,3 +445,29 @@ def test_settings_that_earlier_versions_of_peft_do_not_know_are_left_out(tiny):
     merge("sft", ["one", "two"], 0.3, out="out")
     settings = json.loads((tiny / "out/adapter_config.json").read_text())
     assert not {"target_parameters", "trainable_token_indices"} & settings.keys()
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "mica", "velora", "monteclora"])
+def test_variants_of_training_are_plain_lora(tiny, kind):
+    """They start or train otherwise, and compute B·A: values as PEFT folds them, and an adapter that PEFT loads."""
+    configs = {"velora": {"velora_config": VeloraConfig()}, "monteclora": {"monteclora_config": MontecloraConfig()}}
+    for seed, name in enumerate(("one", "two"), start=1):
+        save_adapter(tiny / "sft", tiny / name, seed, **configs.get(kind, {"init_lora_weights": kind}))
+    merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0, as_="full", out="full")
+    merge("sft", ["one", "two"], 0.3, alpha=0.5, beta=0, out="out")
+    # The whole weight of one policy repeats its file, but no setting that asks for tensors of training.
+    merge("sft", ["one", "two"], 1, beta=0, out="same")
+    base = AutoModelForCausalLM.from_pretrained("sft").state_dict()
+    one, two, full, out, same = (
+        AutoModelForCausalLM.from_pretrained(name).state_dict()
+        if name == "full"
+        else load_adapter("sft", name).merge_and_unload().state_dict()
+        for name in ("one", "two", "full", "out", "same")
+    )
+    for name, start in base.items():
+        exact = start + 0.5 * (0.3 * (one[name] - start) + 0.7 * (two[name] - start))
+        assert torch.allclose(full[name], exact, atol=1e-6) and torch.allclose(out[name], exact, atol=1e-6)
+        assert torch.allclose(same[name], one[name], atol=1e-6)
+    assert not torch.equal(
+        full["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
+    )

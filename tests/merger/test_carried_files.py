@@ -403,3 +403,63 @@ def test_the_project_says_whose_tokenizer(chats, cli, choice):
     command = shlex.split(command_for(run, run.points[-1].spec))
     asked = command[command.index("--tokenizer") + 1] if "--tokenizer" in command else "auto"
     assert Path(asked).name == choice
+
+
+CLASSES = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n"
+    '    model_type = "own_llama"\n',
+    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
+MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+
+
+def test_the_code_of_a_class_of_its_own_goes_along(tiny, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tiny / "modules"))
+    for name in ("sft", "first", "second"):
+        for file, code in CLASSES.items():
+            Path(name, file).write_text(code)
+        edit(f"{name}/config.json", auto_map=MAP, model_type="own_llama", architectures=["OwnModel"])
+    merge("sft", ["first", "second"], 0.5, out="out")
+    model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    replay("out", out="again")
+    assert Path("again/modeling_own.py").read_text() == CLASSES["modeling_own.py"]
+    # Code on the Hub is found there, and scripts beside a model are no part of it.
+    edit("sft/config.json", auto_map={kind: f"org/model--{place}" for kind, place in MAP.items()})
+    merge("sft", ["first", "second"], 0.5, out="hub")
+    assert not list(Path("hub").glob("*.py"))
+
+
+def test_files_of_other_tokenizers_go_along(tiny):
+    names = ("tekken.json", "source.spm", "qwen.tiktoken", "bpe.codes", "normalizer.json", "vocab-src.json")
+    for name in names:
+        Path("sft", name).write_text("{}")
+    merge("sft", ["first", "second"], 0.5, out="out")
+    assert all(Path("out", name).read_text() == "{}" for name in names)
+    # A record of an earlier version does not have them.
+    record = json.loads(Path("out/merge.json").read_text())
+    record["base"]["files"] = {name: each for name, each in record["base"]["files"].items() if name not in names}
+    Path("out/merge.json").write_text(json.dumps(record))
+    replay("out", out="again")
+    Path("sft/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="base has changed since: tokenizer_config.json"):
+        replay("out", out="third")
+
+
+def test_chat_templates_with_names(chats):
+    named = {"default": TEMPLATE, "tool_use": OTHER}
+    for name in ("first", "second"):
+        save_template(name, named)
+    merge("sft", ["first", "second"], 0.5, out="out")
+    assert AutoTokenizer.from_pretrained("out").chat_template == named
+    # Earlier versions of transformers write all of them into one file.
+    for path in (Path("second/chat_template.jinja"), Path("second/additional_chat_templates/tool_use.jinja")):
+        path.unlink()
+    one_file = [{"name": name, "template": text} for name, text in named.items()]
+    edit("second/tokenizer_config.json", chat_template=one_file)
+    merge("sft", ["first", "second"], 0.5, out="again")
+    save_template("second", {**named, "tool_use": TEMPLATE})
+    edit("second/tokenizer_config.json", chat_template=None)
+    with pytest.raises(UserError, match="the policies differ in tokenizer and chat template: chat template"):
+        merge("sft", ["first", "second"], 0.5, out="third")

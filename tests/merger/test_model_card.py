@@ -91,10 +91,16 @@ def test_ids_of_the_hub(tmp_path):
     save_family(tmp_path / "hub/org")
     for name in ("sft", "first", "second"):
         write_card(tmp_path / "hub/org" / name, "license: mit")
+    # Makers add the same weights in a form of their own.
+    for name in ("consolidated.safetensors", "original/model.safetensors"):
+        path = tmp_path / "hub/org/sft" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the same weights once more")
     with stand_in_hub(tmp_path / "hub") as hub:
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
         words = "merge --base org/sft --policy a=org/first --policy b=org/second --lam 0.25 --out out"
         prepared_run(words.split(), tmp_path, ENVIRONMENT | places).check_returncode()
+        assert not any("consolidated" in path or "original" in path for method, path in hub.asked if method == "GET")
         card = ModelCard.load(tmp_path / "out/README.md")
         assert card.data.base_model == ["org/sft", "org/first", "org/second"] and card.data.license == "mit"
         assert "[org/first](https://huggingface.co/org/first)" in card.content and "stand" not in card.content

@@ -1,0 +1,58 @@
+"""Folders without weights that can be read: what lies there instead, and what makes weights of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rewarded_lines.errors import UserError, fail
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What trainers pickle beside weights.
+_STATES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)\w*\.\w+")
+# Pickles that `from_pretrained` reads.
+_LOADED = re.compile(r"(pytorch_model|adapter_model)[\w.-]*\.bin")
+_CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_SHOWN = 3
+
+
+def no_weights(
+    folder: Path, expected: str, kind: str = "", load: str = "transformers import AutoModelForCausalLM"
+) -> UserError:
+    """Return the error for a folder without weights; `load`: the import that converts pickled ones."""
+    remedy = next(_remedies(folder), "")
+    names = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+    pickled = sorted(name for name in names if not _STATES.fullmatch(name))
+    if pickled and not remedy:
+        convert = "by " + _CONVERT.format(load=load, folder=folder)
+        if not all(map(_LOADED.fullmatch, pickled)):
+            convert = "with the tool that wrote it, into what save_pretrained writes"
+        return fail(
+            "pickled weights are never opened: loading a pickle runs code from it",
+            where=str(folder),
+            expected=expected,
+            got=", ".join(pickled[:_SHOWN]),
+            remedy=f"if you trust the file, convert it {convert}",
+        )
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
+    return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found, remedy=remedy)
+
+
+def _remedies(folder: Path) -> Iterator[str]:
+    """Yield what makes readable weights of what lies in a folder, the surest first."""
+    if inside := {path.parent.name for name in _WEIGHTS for path in folder.glob(f"*/{name}")}:
+        # checkpoint-1000 comes after checkpoint-500.
+        last = sorted(inside, key=lambda name: [int(part) for part in re.findall(r"\d{1,9}", name)])[-_SHOWN:]
+        yield f"give the folder with the weights: {' or '.join(str(folder / name) for name in last)}"
+    if any(folder.glob("model-*-of-*.safetensors")):
+        yield "copy model.safetensors.index.json there, too: it says which shards belong together"
+    joined, also = f"{folder}-joined", "and copy config.json and the tokenizer's files there"
+    if (folder / "zero_to_fp32.py").is_file():
+        where = f"{folder / 'zero_to_fp32.py'} {folder} {joined}"
+        yield f"join DeepSpeed's shards: python {where} --safe_serialization; {also}"
+    if shards := sorted(path.parent for path in folder.glob("pytorch_model_fsdp*/*.distcp")):
+        yield f"join FSDP's shards: accelerate merge-weights {shards[0]} {joined}; {also}"
+    if any(folder.glob("*.gguf")):
+        yield "GGUF is for inference: give the checkpoint that it was made from"
