@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import defaultdict
@@ -33,6 +34,8 @@ _CONTENT_KEYS = ("name", *_CALLS, "reasoning_content", "reasoning", "thinking", 
 _TRIED = 16
 # The turns of a single text, as in Anthropic's hh-rlhf.
 ASSISTANT = "\n\nAssistant:"
+# The beginning of turns that are written as a text, and of those that Python or numpy wrote.
+_WRITTEN, _PRINTED = re.compile(r"\s*\[\s*\{"), re.compile(r"\s*\[\s*\{'(role|content|from|value)':")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -42,6 +45,25 @@ def is_chat(value: Any) -> bool:
     if not isinstance(several, (list, tuple)) or not several:
         return False
     return all(isinstance(one, Mapping) and isinstance(one.get("role", one.get("from")), str) for one in several)
+
+
+def written_chat(text: str, where: str) -> Messages | None:
+    """Return the turns that a text holds as JSON or as Python prints them, as CSV files do; None for other texts."""
+    for read in (json.loads, ast.literal_eval) if _WRITTEN.match(text) else ():
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(value) if is_chat(value) else None
+    if not _PRINTED.match(text):
+        return None
+    raise fail(
+        "a text that looks like the turns of a chat, but is not readable as such",
+        where=where,
+        expected='JSON such as [{"role": "user", "content": "…"}], or a text of another kind',
+        got=repr(text[:120]),
+        remedy="write the data as Parquet or JSON lines, which keep lists; numpy's lists in a CSV file have no commas",
+    )
 
 
 def as_turns(prompt: Prompt) -> Messages:

@@ -20,7 +20,7 @@ import blake3
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.file_rows import without_gaps
-from rewarded_lines.data.messages import check_text, is_chat, read_messages
+from rewarded_lines.data.messages import check_text, is_chat, read_messages, written_chat
 from rewarded_lines.data.published_rows import conversion
 from rewarded_lines.data.row_files import read_local
 from rewarded_lines.errors import UserError, fail, listed
@@ -160,6 +160,8 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
 
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
+    if isinstance(value, str):
+        value = written_chat(value, f"{where}, column `{role}`") or value
     # Some data sets store an answer as a single message.
     turns = is_chat(value) and (role in _ANSWERS or not isinstance(value, Mapping))
     if turns or isinstance(value, str):
