@@ -106,7 +106,9 @@ class GenerationSpec(Strict):
         if not all(self.stop):
             raise ValueError("a stop text is empty")
         if any(re.search(r"\\[nt]", text) for text in self.stop):
-            raise ValueError('a stop text has a backslash and a letter; in double quotes YAML makes a line end of "\\n"')
+            raise ValueError(
+                'a stop text has a backslash and a letter; in double quotes YAML makes a line end of "\\n"'
+            )
         return self
 
 

@@ -122,7 +122,9 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
     places: dict[str, list[tuple[Messages, int]]] = defaultdict(list)
     for chat in chats:
         for place, turn in enumerate(chat):
-            thoughts = [_THOUGHTS] if chat[place + 1 :] == [] and _END_OF_THOUGHTS in (turn.get("content") or "") else []
+            thoughts = (
+                [_THOUGHTS] if chat[place + 1 :] == [] and _END_OF_THOUGHTS in (turn.get("content") or "") else []
+            )
             for what in [f"role: {turn['role']}", *filter(turn.get, ("content", *_CONTENT_KEYS)), *thoughts]:
                 if len(places[what]) < _TRIED:
                     places[what].append((chat, place))

@@ -26,8 +26,11 @@ from rewarded_lines.rewards.ready_functions import ready_function
 TOKENS = "completion_ids"
 _ANSWERS = ("completions", "responses")
 _TEXTS = ("prompts", *_ANSWERS)
-# Names that say that the first two parameters are not the prompts and the responses, as in OpenRLHF's (queries, prompts).
-_NO_PROMPTS, _NO_ANSWERS = ("response", "completion"), ("prompt", "prompts", "query", "queries", "question", "questions")
+# First and second parameters that are not the prompts and the responses, as in OpenRLHF's (queries, prompts).
+_NO_PROMPTS, _NO_ANSWERS = (
+    ("response", "completion"),
+    ("prompt", "prompts", "query", "queries", "question", "questions"),
+)
 # What TRL's trainers give beside texts and columns. The loggers are optional there too; nothing is kept.
 _LOGGERS = ("log_extra", "log_metric")
 _TRAINERS_OWN = (TOKENS, "trainer_state", *_LOGGERS)

@@ -109,7 +109,7 @@ class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
 
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
-    """Return pairs as token ids, with the length of the longer side; `chosen_end` is a sampled end token, −1 for none."""
+    """Return pairs as token ids, and the length of the longer side; `chosen_end` is a sampled end token, or −1."""
     prompts, columns = [row["prompt"] for row in pairs], {}
     for side in ("chosen", "rejected"):
         answers = [row[side] for row in pairs]

@@ -247,7 +247,9 @@ def test_a_gpu_has_one_name(monkeypatch):
 
 def test_all_rewards_are_loaded_and_give_room_to_the_next(tiny, classifier, monkeypatch):
     text = (tiny / "rewarded-lines.yaml").read_text()
-    models = "".join(f"  {name}:\n    model: {classifier}\n    format: 0\n    role: audit\n" for name in ("one", "two", "three"))
+    models = "".join(
+        f"  {name}:\n    model: {classifier}\n    format: 0\n    role: audit\n" for name in ("one", "two", "three")
+    )
     (tiny / "rewarded-lines.yaml").write_text(text.replace("prompts:\n", models + "prompts:\n", 1))
     rewards = load_rewards(load_project(), device="cpu")
     assert list(rewards) == ["words", "letters", "one", "two", "three"]

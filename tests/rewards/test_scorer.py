@@ -114,7 +114,9 @@ def test_a_failure_names_the_pair_and_loses_nothing(functions, monkeypatch, work
 
 def test_a_text_that_is_too_long_stops_after_those_that_are_not(functions, classifiers, monkeypatch):
     monkeypatch.setattr(module, "_MODEL_CHUNK", 4)
-    scorer = make(functions, length="words", judge=RewardSpec(model=str(classifiers["llama"]), format="0", max_tokens=30))
+    scorer = make(
+        functions, length="words", judge=RewardSpec(model=str(classifiers["llama"]), format="0", max_tokens=30)
+    )
     responses = ["q" * 50, *["q" * length for length in range(1, 12)]]
     with pytest.raises(UserError, match="(?s)reward `judge`.*too long.*50 tokens for prompt 0: '' → 'qqq"):
         scorer.score([""] * 12, responses)
