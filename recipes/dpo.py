@@ -92,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
         say(task.heading("DPO", f"{len(pairs)} pairs"))
 
         lora = lora_config(model_options)
+        # The lengths of the pairs are for `train_sampling_strategy: group_by_length`.
+        training.remove_unused_columns = False
         with trainer_settings():
             trainer = TokenDPOTrainer(
                 model=policy,

@@ -104,6 +104,8 @@ def main(argv: Sequence[str]) -> None:
 
         own = copy.deepcopy(tokenizer)
         columns = {f"{side}_ids": tokens(reading, pairs, side) for side in SIDES} | {"length": lengths(reading, pairs)}
+        # The lengths of the pairs are for `train_sampling_strategy: group_by_length`.
+        training.remove_unused_columns = False
         with trainer_settings():
             trainer = RewardTrainer(
                 model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,10 @@ class GenerationSpec(Strict):
             raise ValueError("n > 1 with temperature 0 gives the same response n times; set a temperature, or n: 1")
         if not all(self.stop):
             raise ValueError("a stop text is empty")
+        if any(re.search(r"\\[nt]", text) for text in self.stop):
+            raise ValueError(
+                'a stop text has a backslash and a letter; in double quotes YAML makes a line end of "\\n"'
+            )
         return self
 
 

@@ -86,7 +86,7 @@ def check_judge(spec: Any) -> None:
         raise ValueError("`tokens:` are compared with each other, so name two or more; `token:` is for one")
     if spec.temperature and given != ["pattern"]:
         raise ValueError("`temperature:` is for a verdict that the judge writes, with `pattern:`")
-    if spec.format != "0":
+    if spec.format is not None:
         raise ValueError("`format:` is for the classes of a classifier; a judge's verdict is `token:` or `pattern:`")
     _check_template(spec)
     if spec.against:

@@ -238,6 +238,11 @@ def with_places(value: Any, moved: Callable[[str, str], str], keys: tuple[str, .
     return value
 
 
+# What pydantic calls a dictionary and a tuple.
+_SHAPES = {kind: "a mapping: lines `KEY: VALUE`, or {KEY: VALUE}" for kind in ("dict_type", "model_type")}
+_SHAPES["tuple_type"] = "a list: [VALUE, …]"
+
+
 def problems_of(error: ValidationError, where: str) -> list[Problem]:
     """Return pydantic's errors as problems of the place `where`."""
     return [_problem(where, detail) for detail in error.errors()]
@@ -263,16 +268,19 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
 def _problem(place: str, detail: ErrorDetails) -> Problem:
     location = [str(part) for part in detail["loc"]]
     if location[:2] == [CONTROL, CONTROL]:
-        # The user gave this set no name.
-        del location[1]
+        del location[1]  # The user gave this set no name.
     if detail["type"] == "extra_forbidden":
         known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
         return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
-    got = without_secrets(repr(detail["input"]))
+    got, remedy = without_secrets(repr(detail["input"])), ""
+    if location[-1:] == ["[key]"]:
+        location, remedy = location[:-2], "write the name in quotes"  # YAML reads yes, no and 1 as values.
     return Problem(
-        detail["msg"].removeprefix("Value error, "),
+        detail["msg"].removeprefix("Value error, ") if not remedy else "a name that is no text",
         where=f"{place}: {'.'.join(location)}" if location else place,
+        expected=_SHAPES.get(detail["type"], ""),
         got=got if len(got) <= 80 else got[:77] + "...",
+        remedy=remedy,
     )
 
 

@@ -53,6 +53,8 @@ _FIRST = (
     "dtype", "device", "backend", "workers",
 )  # fmt: skip
 _FIRST_MAX_TOKENS = 512
+# The format of a model with one class.
+_ONE_CLASS = "0"
 
 
 def _as_text(value: Any) -> Any:
@@ -65,8 +67,8 @@ class RewardSpec(Strict):
 
     A `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
     LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
-    `format` is the score as a signed sum of classes: "0" is the logit of class 0, "1-0" a difference of logits,
-    "0x0.4" a weighted one. Classes of the config's `id2label` also go by name: "helpfulness - 0.2 x verbosity", with
+    `format` is the score as a signed sum of classes, and must be given if there are several: "0" is the logit of class
+    0, "1-0" a difference of logits, "0x0.4" a weighted one. Classes of the config's `id2label` also go by name: "helpfulness - 0.2 x verbosity", with
     spaces around the signs. The code in a model's folder runs only with `trust_remote_code`; the classes are then the
     output's `rewards`, and "score" for what the code makes of them. `tokenizer` is another folder's or Hub id's.
     `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
@@ -102,7 +104,7 @@ class RewardSpec(Strict):
     """
 
     model: str | None = None
-    format: Annotated[str, BeforeValidator(_as_text), checked(parse_format)] = "0"
+    format: Annotated[Annotated[str, checked(parse_format)] | None, BeforeValidator(_as_text)] = None
     template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
     function: str | None = None
     messages: bool | None = None
@@ -176,7 +178,7 @@ class RewardSpec(Strict):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for records."""
-        first = self.model_dump(mode="json", include=set(_FIRST))
+        first = self.model_dump(mode="json", include=set(_FIRST)) | {"format": self.format or _ONE_CLASS}
         return first | self.model_dump(mode="json", exclude_defaults=True) | {"messages": bool(self.messages)}
 
     def decides(self) -> dict[str, Any]:

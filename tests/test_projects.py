@@ -145,6 +145,23 @@ def test_what_a_merge_key_brings_is_not_given_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("policies: [a, b]\n", "policies: (.|\n)*expected: a mapping: lines `KEY: VALUE`"),
+        ("prompts: a.jsonl\n", "prompts: (.|\n)*expected: a mapping: lines `KEY: VALUE`"),
+        ('generation: {stop: "x"}\n', r"generation.stop: (.|\n)*expected: a list: \[VALUE, …\]"),
+        ("generation: {stop: ['\\n']}\n", "a stop text has a backslash and a letter"),
+        ('rewards: {yes: {function: "a.py:b"}}\n', "rewards: a name that is no text(.|\n)*write the name in quotes"),
+        ("policies: {1: a}\n", "policies: a name that is no text"),
+    ],
+)
+def test_a_value_of_another_form_is_told_in_the_words_of_yaml(tmp_path, text, said):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_project(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
     ("text", "place"),
     [
         ("sweep: {references: {floor: {brief: .nan}}}", "sweep.references.floor.brief"),

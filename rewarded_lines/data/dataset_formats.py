@@ -27,6 +27,8 @@ PROMPTS: Layouts = [*PAIRS, ("prompt", "messages"), ("prompt",), ("messages",), 
 DEMONSTRATIONS: Layouts = [("messages",), ("prompt", "completion"), ("conversations",), ("text",)]
 # Columns beside the turns of a chat.
 _SYSTEM, _TOOLS, _SETTINGS, _IMAGES = "system", "tools", "chat_template_kwargs", "images"
+# Keys of turns, 0 or false where a turn is not to be trained on: of OpenAI, Axolotl, ms-swift.
+_TRAINED = ("weight", "train", "loss")
 _LEAVE_OUT = "leave such rows out with a row function"
 
 
@@ -51,8 +53,11 @@ def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list
 
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows for SFT: messages (with `tools` if given), prompt and completion, or text."""
-    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True)
-    return _reported([(_demonstration(row, spec, where), "") for where, row in rows], spec, tell)
+    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True, columns=True)
+    made = [(_demonstration(row, spec, where), "") for where, row in rows]
+    for (where, row), (one, _) in zip(rows, made, strict=True):
+        _check_wanted(one, row[COLUMNS], where)
+    return _reported(made, spec, tell)
 
 
 def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[str]]:
@@ -192,6 +197,23 @@ def _demonstration(row: Row, spec: DataSpec, where: str) -> Row:
     else:
         made = {"text": row["text"]}
     return made | ({_TOOLS: row[_TOOLS]} if row.get(_TOOLS) else {})
+
+
+def _check_wanted(made: Row, columns: Row, where: str) -> None:
+    """Refuse a demonstration of a bad answer (KTO), of turns not to be trained on, or of no answer."""
+    answers = [turn for turn in made.get("completion", made.get("messages", ())) if isinstance(turn, dict)]
+    own = [turn for turn in answers if turn["role"] == "assistant"]
+    what, got, remedy = "", answers[-1:], _LEAVE_OUT
+    if "completion" in made and str(columns.get("label")).lower() == "false":
+        what, got = "an answer that is marked as a bad one", [{"label": False}]
+    elif unwanted := [turn for turn in own if any(turn.get(key) in (0, False) for key in _TRAINED)]:
+        what, got = "an assistant's turn that is marked as not to be trained on", unwanted
+        remedy = "make `prompt` and `completion` of the turns with a row function: only the completion is trained on"
+    elif answers and not own:
+        what = "a demonstration without an answer"
+    if what:
+        expected = "what the model shall learn to say"
+        raise fail(what, where=where, expected=expected, got=repr(got)[:160], remedy=remedy)
 
 
 def _as_chat(prompt: Prompt, row: Row, spec: DataSpec, chat: bool = False) -> Prompt:

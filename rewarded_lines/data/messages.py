@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from rewarded_lines.errors import Problem, UserError, fail
@@ -29,10 +31,15 @@ _ROLES = {name: _SPEAKERS[name] for name in ("human", "gpt", "chatgpt")}
 # Keys that belong to a turn's content. Templates show no other keys (a date, a language).
 _CALLS = ("tool_calls", "function_call")
 _CONTENT_KEYS = ("name", *_CALLS, "reasoning_content", "reasoning", "thinking", "tools", "documents")
+# What a text holds before the end of the thoughts, as reasoning models write them.
+_THOUGHTS, _END_OF_THOUGHTS = "thoughts before </think>", "</think>"
+_numbers = count()
 # The turns to try with each key before the template counts as hiding it.
 _TRIED = 16
 # The turns of a single text, as in Anthropic's hh-rlhf.
 ASSISTANT = "\n\nAssistant:"
+# The beginning of turns that are written as a text, and of those that Python or numpy wrote.
+_WRITTEN, _PRINTED = re.compile(r"\s*\[\s*\{"), re.compile(r"\s*\[\s*\{'(role|content|from|value)':")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -42,6 +49,25 @@ def is_chat(value: Any) -> bool:
     if not isinstance(several, (list, tuple)) or not several:
         return False
     return all(isinstance(one, Mapping) and isinstance(one.get("role", one.get("from")), str) for one in several)
+
+
+def written_chat(text: str, where: str) -> Messages | None:
+    """Return the turns that a text holds as JSON or as Python prints them, as CSV files do; None for other texts."""
+    for read in (json.loads, ast.literal_eval) if _WRITTEN.match(text) else ():
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(value) if is_chat(value) else None
+    if not _PRINTED.match(text):
+        return None
+    raise fail(
+        "a text that looks like the turns of a chat, but is not readable as such",
+        where=where,
+        expected='JSON such as [{"role": "user", "content": "…"}], or a text of another kind',
+        got=repr(text[:120]),
+        remedy="write the data as Parquet or JSON lines, which keep lists; numpy's lists in a CSV file have no commas",
+    )
 
 
 def as_turns(prompt: Prompt) -> Messages:
@@ -87,15 +113,19 @@ def more_than_text(messages: Prompt) -> str:
 
 
 def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> None:
-    """Refuse chats if the chat template hides a part: a role, tool calls, reasoning, a name.
+    """Refuse chats if the chat template hides a part: a role, the text of turns, tool calls, reasoning, a name.
 
     Up to 16 turns are rendered with and without each such part. If the text never changes, the template hides it.
-    A chat is cut after the turn with a key: templates drop the reasoning of earlier turns on purpose.
+    A chat is cut after the turn with a key: templates drop the reasoning of earlier turns on purpose. So thoughts
+    within a text count in the last turn only.
     """
     places: dict[str, list[tuple[Messages, int]]] = defaultdict(list)
     for chat in chats:
         for place, turn in enumerate(chat):
-            for what in [f"role: {turn['role']}", *filter(turn.get, _CONTENT_KEYS)]:
+            thoughts = (
+                [_THOUGHTS] if chat[place + 1 :] == [] and _END_OF_THOUGHTS in (turn.get("content") or "") else []
+            )
+            for what in [f"role: {turn['role']}", *filter(turn.get, ("content", *_CONTENT_KEYS)), *thoughts]:
                 if len(places[what]) < _TRIED:
                     places[what].append((chat, place))
     hidden = [what for what, tried in places.items() if not any(_is_shown(tokenizer, *one, what) for one in tried)]
@@ -209,19 +239,24 @@ def _is_shown(tokenizer: Any, chat: Messages, place: int, what: str) -> bool:
         # Needs the whole chat: some templates write the system turn beside the user's last turn only.
         return _rendered(tokenizer, chat) != _rendered(tokenizer, [*before, *chat[place + 1 :]])
     without = {key: value for key, value in turn.items() if key != what}
-    if without.get("content") is None:
+    if what == _THOUGHTS:
+        without["content"] = turn["content"].rpartition(_END_OF_THOUGHTS)[2]
+    elif what == "content":
+        # Not an empty text, on which some templates fail.
+        without["content"] = f"{turn['content']}x"
+    elif without.get("content") is None:
         without["content"] = ""
     return _rendered(tokenizer, [*before, turn]) != _rendered(tokenizer, [*before, without])
 
 
 def _rendered(tokenizer: Any, chat: Messages) -> str:
-    """Return the text of a chat, or a unique text if the template refuses the chat's order of turns."""
+    """Return the text of a chat, or a text like no other if the template refuses the chat's order of turns."""
     try:
         return str(render(tokenizer, [chat], tokenize=False)[0]) if chat else ""
     except UserError as error:
         if not getattr(tokenizer, "chat_template", None):
             raise
-        return f"{error} {len(chat)}"
+        return f"{error} {next(_numbers)}"
 
 
 def _hidden(what: str, tokenizer: Any, where: str) -> Problem:

@@ -14,6 +14,8 @@ Row = dict[str, Any]
 _FORMS = (
     (("context", "response1", "response2", "overall_preference"), ("helpsteer3",), "context"),
     (("response_0", "response_1", "better_response_id", "safer_response_id"), ("pku_better", "pku_safer"), "prompt"),
+    (("response_0", "response_1", "better_response_id"), ("pku_better",), "prompt"),
+    (("prompt", "response_1", "response_2", "preference_strength"), ("helpsteer2",), "prompt"),
     (("prompt", "answers", "turns"), ("nectar",), "prompt"),
     (("instruction", "completions"), ("ultrafeedback",), "instruction"),
     (("instruction", "output"), ("alpaca",), ""),
@@ -26,9 +28,15 @@ def conversion(row: Mapping[str, Any]) -> str:
     for columns, functions, prompt in _FORMS:
         if all(name in row for name in columns):
             lines = [f"`rows: {__name__}:{name}`" for name in functions]
-            prompts = f"; for prompts alone `columns: {{prompt: {prompt}}}`" if prompt else ""
+            prompts = f"; for prompts alone `columns: {{prompt: {prompt}}}`" if prompt not in ("", "prompt") else ""
             return " or ".join(lines) + f" (in a recipe `row_function`){prompts}"
     return ""
+
+
+def helpsteer2(row: Row) -> Row | None:
+    """Return a pair of nvidia/HelpSteer2's preferences: `preference_strength` is from -3 (response 1) to 3."""
+    strength = row["preference_strength"]
+    return _pair(row, row["prompt"], [row["response_1"], row["response_2"]], int(strength > 0)) if strength else None
 
 
 def helpsteer3(row: Row) -> Row | None:

@@ -20,7 +20,7 @@ import blake3
 
 from rewarded_lines.config import DataSpec
 from rewarded_lines.data.file_rows import without_gaps
-from rewarded_lines.data.messages import check_text, is_chat, read_messages
+from rewarded_lines.data.messages import check_text, is_chat, read_messages, written_chat
 from rewarded_lines.data.published_rows import conversion
 from rewarded_lines.data.row_files import read_local
 from rewarded_lines.errors import UserError, fail, listed
@@ -40,7 +40,7 @@ Layouts = Sequence[tuple[str, ...]]
 Tell = Callable[[str], None]
 _ANSWERS = ("completion", "chosen", "rejected")
 # Names that published pairs have for the column of their prompt.
-_PROMPT_NAMES = ("instruction", "question", "query", "input", "context", "post")
+_PROMPT_NAMES = ("instruction", "question", "problem", "query", "input", "context", "post")
 _CONVERTED = "refs/convert/parquet"
 _MOST_NAMES = 12
 _BRIEF = 600
@@ -147,19 +147,30 @@ def _choose(row: Row, layouts: Layouts, where: str) -> tuple[str, ...]:
     asked = next((name for name in _PROMPT_NAMES if name in row), "") if layout == _ANSWERS[1:] else ""
     if layout and not (asked and isinstance(row["chosen"], str)):
         return layout
-    other = "name them with `columns: {ROLE: COLUMN}`, or make them with a function: "
-    other += "`rows: file.py:function` in a project file, `row_function` in a recipe"
     raise fail(
         f"`{asked}` may be the prompt of the pair" if asked else "the columns do not make a training row",
         where=where,
         expected=_expected(layouts),
         got=_names(row),
-        remedy=conversion(row) or (f"`columns: {{prompt: {asked}}}`" if asked else other),
+        remedy=conversion(row) or (f"`columns: {{prompt: {asked}}}`" if asked else _other_names(row, layouts)),
+    )
+
+
+def _other_names(row: Row, layouts: Layouts) -> str:
+    """Return a remedy for columns without a role: the names that they may have, or a function."""
+    chats = [("messages", name) for name, value in row.items() if isinstance(value, list) and is_chat(value)]
+    texts = [("prompt", name) for name in _PROMPT_NAMES if isinstance(row.get(name), str)]
+    known = [f"{role}: {name}" for role, name in (*chats, *texts) if (role,) in layouts]
+    return (
+        f"name them with `columns: {{{known[0] if known else 'ROLE: COLUMN'}}}`, or make them with a function: "
+        "`rows: file.py:function` in a project file, `row_function` in a recipe"
     )
 
 
 def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
     value = row.get(role)
+    if isinstance(value, str):
+        value = written_chat(value, f"{where}, column `{role}`") or value
     # Some data sets store an answer as a single message.
     turns = is_chat(value) and (role in _ANSWERS or not isinstance(value, Mapping))
     if turns or isinstance(value, str):

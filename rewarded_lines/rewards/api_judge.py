@@ -87,7 +87,11 @@ class ApiJudge(JudgeReward):
 
 def _answer(choice: Any) -> Answer:
     message = choice["message"]
-    return Answer(str(message.get("content") or message.get("refusal") or ""), choice.get("finish_reason") not in _CUT)
+    content = message.get("content")
+    if isinstance(content, list):
+        # Reasoning models of some servers answer in parts, their thoughts among them.
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return Answer(str(content or message.get("refusal") or ""), choice.get("finish_reason") not in _CUT)
 
 
 def _next_token(choice: Any, texts: Sequence[str]) -> NextToken | Problem:

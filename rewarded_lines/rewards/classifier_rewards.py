@@ -6,7 +6,7 @@ Rewards that declare one model alike share it: it is loaded once, and reads a te
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rewarded_lines.config_values import parse_format
@@ -162,7 +162,7 @@ class ModelReward(Reward):
         self.fingerprint = shared.fingerprint + old
         limits = [spec.max_tokens or shared.positions, shared.longest]
         self.limit = min((limit for limit in limits if limit), default=None)
-        self._terms = [(self._class(one, shared), weight) for one, weight in parse_format(spec.format, shared.classes)]
+        self._terms = [(self._class(one, shared), weight) for one, weight in self._format(shared)]
 
     def lengths(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[int]:
         """See `Reward.lengths`."""
@@ -194,6 +194,22 @@ class ModelReward(Reward):
             kept.pop()
         # The classifier needs at least one token.
         return kept or [self.tokenizer.eos_token_id]
+
+    def _format(self, shared: SharedClassifier) -> Iterable[tuple[int | str, float]]:
+        """Return the terms of the format; refuse several classes without one: class 0 may be NEGATIVE."""
+        names = shared.classes
+        if self._spec.format is not None:
+            return parse_format(self._spec.format, names)
+        if len(names) == 1:
+            return [(0, 1.0)]
+        shared.free()
+        raise fail(
+            "the model has several classes, and `format:` does not say what is the score",
+            where=self._where,
+            expected=f"classes 0 to {len(names) - 1}: {listed([repr(one) for one in names], _MOST_NAMES)}",
+            got=str(self._spec.model),
+            remedy=f'write `format: "{len(names) - 1}"` for the logit of the last, or "1-0" for a difference',
+        )
 
     def _class(self, wanted: int | str, shared: SharedClassifier) -> int:
         """Return the place of a class that the format names or numbers."""

@@ -152,6 +152,8 @@ def seed_of(question: Question, seed: int) -> int:
 
 # With less of the next token than this, the shares of `tokens:` are shares of noise.
 _LEAST = 0.01
+# What follows a number that a pattern cuts, as (\d) does in "Score: 10".
+_MORE_DIGITS = re.compile(r"\.?\d+")
 _SHOWN = 160
 
 
@@ -212,7 +214,8 @@ def of_answer(found: Answer, spec: RewardSpec, where: str) -> float | Problem:
     if not matches:
         remedy = "correct `pattern:` or the template, raise `max_new_tokens:`, or set `unmatched: abstain`"
         return _no_verdict("the judge's answer has no verdict", where, text, f"a match of {spec.pattern!r}", remedy)
-    verdict = _captured(matches[-1 if spec.match == "last" else 0])
+    found_at = matches[-1 if spec.match == "last" else 0]
+    verdict = _captured(found_at)
     if spec.verdicts:
         if verdict in spec.verdicts:
             return spec.verdicts[verdict]
@@ -222,6 +225,9 @@ def of_answer(found: Answer, spec: RewardSpec, where: str) -> float | Problem:
         number = float(verdict)
     except ValueError:
         number = math.nan
+    if math.isfinite(number) and (more := _MORE_DIGITS.match(text, found_at.end(found_at.re.groups))):
+        remedy = r"let its group take the whole number: `(\d+(?:\.\d+)?)`"
+        return _no_verdict(f"`pattern:` takes {verdict} of {verdict}{more[0]}", where, text, "a whole number", remedy)
     if math.isfinite(number):
         return number
     remedy = "let the group of `pattern:` hold a number, or give texts their values with `verdicts:`"

@@ -28,7 +28,7 @@ HEAD_FILE = "value_head.safetensors"
 _HEADS = ("v_head.summary", "value_head", "v_head", "reward_head", "rm_head", "score_head")
 # DeepSpeed saves TRL's wrapper with this before the names.
 WRAPPER = "pretrained_model."
-_OWN_HEADS = ("score.", "classifier.", "classification_head.", "sequence_summary.", "logits_proj.")
+OWN_HEADS = ("score.", "classifier.", "classification_head.", "sequence_summary.", "logits_proj.")
 _TOKENIZER = ("tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt", "special_tokens_map.json")
 _CODE = ("*.py",)
 _CONVERT = (
@@ -46,7 +46,7 @@ class RewardCheckpoint:
         reference: the folder or Hub id that the reward names.
         base: where config and whole weights are: the adapter's base, otherwise `reference`.
         adapter: the folder of the adapter, if it is one.
-        tensors: names of the stored tensors, without those of an adapter.
+        tensors: the file of each stored tensor by name, without those of an adapter.
         head: the head's name without `.weight`; "" for one that transformers knows.
         head_files: the files of such a head's weight and bias.
         reads_last: True if the head reads the last token, also where it is the padding token.
@@ -58,7 +58,7 @@ class RewardCheckpoint:
     reference: str
     base: str
     adapter: Path | None
-    tensors: frozenset[str]
+    tensors: Mapping[str, str]
     head: str
     head_files: Mapping[str, Path]
     reads_last: bool
@@ -69,7 +69,14 @@ class RewardCheckpoint:
     @property
     def has_head(self) -> bool:
         """Whether a head is stored under a name that is known here."""
-        return bool(self.head) or any(name.startswith(_OWN_HEADS) for name in self.tensors)
+        return bool(self.head) or any(name.startswith(OWN_HEADS) for name in self.tensors)
+
+    @property
+    def own_head(self) -> dict[str, list[int]]:
+        """Shapes of the stored tensors of a head that transformers knows."""
+        files = {name: file for name, file in self.tensors.items() if name.removeprefix(WRAPPER).startswith(OWN_HEADS)}
+        found = {file: shapes_in(path) for file in set(files.values()) if (path := _file(self.base, file))}
+        return {name: found[file][name] for name, file in files.items() if name in found.get(file, ())}
 
     @property
     def normalized(self) -> bool:
@@ -120,7 +127,7 @@ def open_reward_checkpoint(where: str, reference: str) -> RewardCheckpoint:
         reference=reference,
         base=base,
         adapter=adapter,
-        tensors=frozenset(tensors),
+        tensors=tensors,
         head=head,
         head_files=_head_files(head, stored, reference if beside else base) if head else {},
         reads_last=bool(head) or "normalize_reward" in config or "value_head_prefix" in config,
@@ -188,7 +195,7 @@ def _head_in(names: Iterable[str], config: Mapping[str, Any]) -> str:
     """Return the name of a head that transformers does not know, or ""."""
     own = {name.removeprefix(WRAPPER) for name in names}
     declared = config.get("value_head_prefix")
-    heads = [declared] if declared else [] if any(name.startswith(_OWN_HEADS) for name in own) else _HEADS
+    heads = [declared] if declared else [] if any(name.startswith(OWN_HEADS) for name in own) else _HEADS
     return next((str(head) for head in heads if f"{head}.weight" in own), "")
 
 

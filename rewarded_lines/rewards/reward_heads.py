@@ -17,7 +17,7 @@ from typing import Any
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
-from rewarded_lines.rewards.reward_checkpoints import WRAPPER, RewardCheckpoint, shapes_in, tokenizer_of
+from rewarded_lines.rewards.reward_checkpoints import OWN_HEADS, WRAPPER, RewardCheckpoint, shapes_in, tokenizer_of
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
 TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
@@ -61,10 +61,14 @@ def load_config(where: str, checkpoint: RewardCheckpoint, trust: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(checkpoint.base, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(checkpoint.base, trust_remote_code=trust)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         remedy = TRUST if checkpoint.own_code and not trust else ""
         raise cannot_load(where, checkpoint.base, error, remedy) from error
+    # Some have the same tensors as a classifier of texts.
+    if any(name.endswith("ForTokenClassification") for name in config.architectures or ()):
+        raise _reads_tokens(where, f"{checkpoint.base}: {config.architectures[0]}")
+    return config
 
 
 def runs_own_code(checkpoint: RewardCheckpoint, trust: bool) -> bool:
@@ -99,6 +103,8 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
     if missing:
         # transformers would initialize the head at random, and its scores would be noise.
         raise _no_head(where, checkpoint, missing, unread, trust)
+    if left := [name for name in unread if name.removeprefix(WRAPPER).startswith(OWN_HEADS)]:
+        raise _reads_tokens(where, f"{checkpoint.reference} with {listed(left, _SHOWN)}, which no class for texts has")
 
     def read(output: Any) -> Any:
         # First to the CPU: some devices have no float64.
@@ -205,13 +211,11 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
 
 
 def _head_rows(checkpoint: RewardCheckpoint) -> int | None:
-    """Return the number of classes of a head that the config does not describe; None for one that it does."""
+    """Return the number of classes of the stored head; None if it is not known here."""
     if checkpoint.head:
         return int(_stored_head(checkpoint)["weight"].shape[0])
-    if checkpoint.adapter:
-        shapes = shapes_in(checkpoint.adapter / ADAPTER_FILE)
-        return next((shape[0] for name, shape in shapes.items() if _LAST_LAYER.search(name)), None)
-    return None
+    shapes = shapes_in(checkpoint.adapter / ADAPTER_FILE) if checkpoint.adapter else checkpoint.own_head
+    return next((shape[0] for name, shape in shapes.items() if _LAST_LAYER.search(name)), None)
 
 
 def _stored_head(checkpoint: RewardCheckpoint) -> dict[str, Any]:
@@ -275,6 +279,14 @@ def _no_head(where: str, checkpoint: RewardCheckpoint, missing: set[str], unread
     got = f"{checkpoint.reference} without {', '.join(sorted(missing))}{beside}"
     own = bool(checkpoint.own_code) and not trust
     return no_classifier(where, got, f"the model has code of its own; {TRUST}" if own else "")
+
+
+def _reads_tokens(where: str, got: str) -> UserError:
+    """Return the error for a head that scores tokens, as process reward models do."""
+    expected = "a model with one score for a text, …ForSequenceClassification"
+    remedy = "make one number of the steps' scores in a Python function: `function: rewards.py:NAME`"
+    what = "the head scores tokens or steps, not whole texts"
+    return fail(what, where=where, expected=expected, got=got, remedy=remedy)
 
 
 def _give_doc_string(error: Exception) -> bool:

@@ -18,6 +18,10 @@ WRONG = (401, 403, 404, 405, 407, 410, 501)
 NO_KEY = (401, 403, 407)
 # Answers that may concern one pair only, even if it is the first.
 _PAIRS_FAULT = (200, 400, 413, 422)
+# Answers to a request of a form that the server does not take.
+_OTHER_FORM = (400, 422)
+# Keys of a judge's request that some models do not take.
+_SENT = ("max_tokens", "temperature", "seed", "logprobs", "chat_template_kwargs")
 # So many requests that fail one after another, and none between them that does not, are the server's fault.
 _HOPELESS = 20
 # Seconds for the first question.
@@ -101,7 +105,9 @@ class RewardServer:
             # No request will do better.
             yield failure
         elif len(places) == 1 or not failure.reached:
-            yield dict.fromkeys(places, Problem(failure.words, self.where))
+            ours = self._spec.judge and any(key in failure.words for key in _SENT)
+            remedy = self._other_form if ours and status in _OTHER_FORM else ""
+            yield dict.fromkeys(places, Problem(failure.words, self.where, remedy=remedy))
         else:
             for place in places:
                 async for one in self._ask(client, path, request, read, [place]):
@@ -153,6 +159,19 @@ class RewardServer:
             words = f"{last.words} ({_HOPELESS} requests in a row failed)"
             raise self._unusable(HttpFailure(words, last.status, last.reached))
 
+    @property
+    def _other_form(self) -> str:
+        """What helps if the server takes other requests, or gives other answers."""
+        if self._spec.judge:
+            return (
+                "change what is sent with `request:`, where null removes a key, as in "
+                "`request: {max_tokens: null, max_completion_tokens: 64}` or `request: {top_logprobs: 5}`"
+            )
+        return (
+            'it is sent {"prompts": […], "responses": […], "columns": {…}}; ask a server of another form, such as '
+            "vLLM's /classify, in a Python function: `function: rewards.py:NAME`"
+        )
+
     def _unusable(self, failure: HttpFailure) -> UserError:
         key, status = self._spec.key_env, failure.status or 500
         if not failure.reached:
@@ -160,7 +179,9 @@ class RewardServer:
         elif status in NO_KEY:
             remedy = f"set {key} to a valid key" if key else "name the variable that holds the key: `key_env: NAME`"
         elif status in WRONG or 300 <= status < 400:
-            remedy = "correct `url:`; requests are sent by POST"
+            remedy = f"correct `url:`{' or `judge:`' if self._spec.judge else ''}; requests are sent by POST"
+        elif status in (200, *_OTHER_FORM):
+            remedy = self._other_form
         else:
             remedy = "look into the server's log; scores that came are kept where there is a cache, so run again then"
         return fail(_UNUSABLE, where=self.where, expected=self._expected, got=failure.words, remedy=remedy)

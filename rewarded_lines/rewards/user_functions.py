@@ -26,6 +26,11 @@ from rewarded_lines.rewards.ready_functions import ready_function
 TOKENS = "completion_ids"
 _ANSWERS = ("completions", "responses")
 _TEXTS = ("prompts", *_ANSWERS)
+# First and second parameters that are not the prompts and the responses, as in OpenRLHF's (queries, prompts).
+_NO_PROMPTS, _NO_ANSWERS = (
+    ("response", "completion"),
+    ("prompt", "prompts", "query", "queries", "question", "questions"),
+)
 # What TRL's trainers give beside texts and columns. The loggers are optional there too; nothing is kept.
 _LOGGERS = ("log_extra", "log_metric")
 _TRAINERS_OWN = (TOKENS, "trainer_state", *_LOGGERS)
@@ -127,6 +132,14 @@ def read_signature(
             where=where,
             expected="(prompts, responses), or TRL's (completions, **kwargs)",
             got=f"({', '.join(map(str, parameters))})",
+        )
+    if first and (first[0] in _NO_PROMPTS or first[1:2] and first[1] in _NO_ANSWERS):
+        raise fail(
+            "the function's first two parameters have other names than prompts and responses",
+            where=where,
+            expected="(prompts, responses, …), in this order, each a list",
+            got=f"({', '.join(map(str, parameters))})",
+            remedy="rename them, or write a function (prompts, responses, …) that calls this one",
         )
     bound = {*first, *_TEXTS, *options}
     open_ = {name: one.default is one.empty for name, one in named.items() if name not in bound}

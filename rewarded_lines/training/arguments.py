@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+from trl import SFTConfig
 
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
@@ -27,6 +29,21 @@ from rewarded_lines.projects import read_yaml, unknown_key
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
+# Keys of earlier versions of TRL and transformers, and what to write now.
+_EARLIER = {
+    "torch_dtype": "write `dtype`",
+    "warmup_ratio": "write `warmup_steps`: a number below 1 is the share of all steps",
+    "max_prompt_length": "leave it out; `too_long: truncate` shortens prompts that do not fit",
+    "rpo_alpha": "write `loss_type: [sigmoid, sft]` and `loss_weights: [1.0, ALPHA]`",
+    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "no_cuda": "write `use_cpu: true`",
+    "overwrite_output_dir": "write `overwrite: true`",
+    "logging_dir": "leave it out, or set the variable TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "leave it out: weights are always saved as safetensors",
+    "reward_funcs": "declare rewards in the project, and name them with `reward` or `rewards`",
+    "rloo_k": "write `num_generations`",
+    "kl_coef": "write `beta`",
+}
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -88,6 +105,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     arguments = Arguments(made)
     arguments.given = given
     _check_trackers(arguments)
+    _check_trainer(arguments)
     return arguments
 
 
@@ -110,14 +128,21 @@ def run_recipe(main: Callable[[Sequence[str]], None]) -> None:
     try:
         with termination_as_exit():
             main(sys.argv[1:])
+    except ImportError as error:
+        _end(fail("these settings need a library that is missing or does not fit", where=WHERE, got=str(error)))
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(_GRACE_SECONDS)
-        sys.stderr.write(f"{error}\n" if rank == "0" else f"process {rank}: {error}\n")
-        sys.stderr.flush()
-        # Several processes: an ordinary exit could wait forever for the others in a collective call.
-        os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)
+        _end(error)
+
+
+def _end(error: UserError) -> NoReturn:
+    """Print an error and end this process; see `run_recipe`."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_GRACE_SECONDS)
+    sys.stderr.write(f"{error}\n" if rank == "0" else f"process {rank}: {error}\n")
+    sys.stderr.flush()
+    # Several processes: an ordinary exit could wait forever for the others in a collective call.
+    os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)
 
 
 def _sources(argv: Sequence[str], known: list[str]) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
@@ -138,12 +163,17 @@ def _sources(argv: Sequence[str], known: list[str]) -> tuple[dict[str, Any], lis
     content, problems = {}, []
     for (file,) in files:
         content = read_yaml(Path(file))
-        problems = [unknown_key(str(key), known, file) for key in content if key not in known]
+        problems = [_unknown(str(key), known, file) for key in content if key not in known]
     keys = [_key_of(name, known) for name, _ in options]
-    problems += [unknown_key(key, known, "command line") for key in keys if key not in [*known, "help"]]
+    problems += [_unknown(key, known, "command line") for key in keys if key not in [*known, "help"]]
     if problems:
         raise UserError(problems)
     return content, options
+
+
+def _unknown(key: str, known: list[str], where: str) -> Problem:
+    problem = unknown_key(key, known, where)
+    return replace(problem, remedy=_EARLIER.get(key, problem.remedy))
 
 
 def _key_of(name: str, known: list[str]) -> str:
@@ -205,6 +235,28 @@ def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> Non
         expected = f"{each} × {stated} × {processes} = {each * stated * processes}"
         raise fail(what, where=where, expected=expected, got=got, remedy=remedy)
     values.gradient_accumulation_steps = steps
+
+
+def _check_trainer(arguments: Arguments) -> None:
+    """Refuse keys of the trainer that would fail after the first work, or have no effect."""
+    faults = []
+    for training in (part for part in arguments if isinstance(part, TrainingArguments)):
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if (getattr(training, key) or 0) < 1:
+                faults.append((f"not a number of examples or steps: {getattr(training, key)}", key, "write 1 or more"))
+        if training.push_to_hub:
+            remedy = "leave it out; upload the result: rewarded-lines push FOLDER OWNER/NAME"
+            faults.append(("recipes upload nothing", "push_to_hub", remedy))
+        # Only SFT has a loss on validation rows.
+        sft = isinstance(training, SFTConfig)
+        if training.eval_strategy != "no" and not (sft and {"validation_file", "dataset_name"} & arguments.given):
+            remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
+            faults.append(("no rows to evaluate on while training", "eval_strategy", remedy))
+    if "model_init_kwargs" in arguments.given:
+        remedy = "write `dtype`, `attn_implementation` and the like"
+        faults.append(("without effect: the recipe loads the model", "model_init_kwargs", remedy))
+    if faults:
+        raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
 
 
 def _check_trackers(arguments: Arguments) -> None:

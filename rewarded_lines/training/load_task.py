@@ -21,7 +21,7 @@ from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewards.reward import check_columns, deciding
 from rewarded_lines.training.generation_config import generation_inputs
-from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, reference_hash
+from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, lora_config, reference_hash
 from rewarded_lines.training.moving_reference import check_reference
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
@@ -51,6 +51,8 @@ def load_task(
     base = _base(project, model_options)
     _check_options(training, project)
     check_reference(training, bool(model_options.use_peft))
+    # Its faults are told before anything is measured.
+    lora_config(model_options)
     _check_vllm(training, model_options)
     validation = data.validation()
     if validation is None:

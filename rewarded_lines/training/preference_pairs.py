@@ -109,13 +109,15 @@ class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
 
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
-    """Return pairs as token ids; `chosen_end` and `rejected_end` are sampled end tokens, −1 for none."""
+    """Return pairs as token ids, and the length of the longer side; `chosen_end` is a sampled end token, or −1."""
     prompts, columns = [row["prompt"] for row in pairs], {}
     for side in ("chosen", "rejected"):
         answers = [row[side] for row in pairs]
         columns["prompt_ids"], tails = encode_answers(tokenizer, prompts, answers, ends)
         sampled = zip(tails, (row.get(f"{side}_end") for row in pairs), strict=True)
         columns[f"{side}_ids"] = [tail if end is None else _ended_by(tail, end, ends) for tail, end in sampled]
+    sides = zip(columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
+    columns["length"] = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in sides]
     return Dataset.from_dict(columns)
 
 

@@ -1,5 +1,6 @@
 """Every published form of preference data becomes a prompt and two answers."""
 
+import csv
 import json
 
 import pyarrow as pa
@@ -184,7 +185,7 @@ def test_prompts_are_what_is_answered_in_whole_chats_and_demonstrations(tmp_path
     ("row", "made"),
     [
         ({"messages": [ASKED, SAID]}, None),
-        ({"conversations": [{"from": "human", "value": "Why?"}]}, {"messages": [turn("user", "Why?")]}),
+        ({"conversations": [{"from": "gpt", "value": "Light."}]}, {"messages": [SAID]}),
         ({"prompt": "Why?", "completion": [SAID]}, {"prompt": [turn("user", "Why?")], "completion": [SAID]}),
         ({"prompt": [ASKED], "completion": "Light."}, {"prompt": [ASKED], "completion": [SAID]}),
         ({"prompt": "Why?", "completion": " So."}, None),
@@ -255,11 +256,39 @@ def test_other_columns_may_have_the_names_of_answers(tmp_path):
     [
         ({"messages": "Why?"}, {}, "a text in a column of messages"),
         ({"text": "Why? So."}, {"chat": True}, "a whole text has no turns"),
+        ({"messages": [ASKED]}, {}, "without an answer"),
+        ({"prompt": "Why?", "completion": "No.", "label": False}, {}, "marked as a bad one"),
+        ({"messages": [ASKED, {**SAID, "weight": 0}, ASKED, SAID]}, {}, "(?s)not to be trained on.*`completion`"),
+        ({"conversations": [{"from": "gpt", "value": "So.", "train": False}]}, {}, "not to be trained on"),
     ],
 )
 def test_what_is_no_demonstration_is_refused(tmp_path, row, settings, said):
     with pytest.raises(UserError, match=said):
         read_demonstrations(save(tmp_path / "a.jsonl", row).model_copy(update=settings))
+
+
+def test_what_is_marked_as_good_or_not_trained_on_is_a_demonstration(tmp_path):
+    rows = [{"prompt": [ASKED, {**SAID, "weight": 0}, ASKED], "completion": [{**SAID, "weight": 1}], "label": True}]
+    assert len(read_demonstrations(save(tmp_path / "a.jsonl", *rows))) == 1
+    assert len(read_demonstrations(save(tmp_path / "a.jsonl", {"text": "A film.", "label": False}))) == 1
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_chats_that_a_table_holds_as_texts_are_chats(tmp_path, write):
+    row = {name: write(value) for name, value in PAIR.items()}
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, row)
+        table.writeheader()
+        table.writerow(row)
+    assert read_pairs(DataSpec(file=str(tmp_path / "a.csv"))) == [PAIR]
+
+
+def test_lists_that_lost_their_commas_are_refused_and_other_texts_stay(tmp_path):
+    printed = "[{'content': 'Why?', 'role': 'user'}\n {'content': 'Light.', 'role': 'assistant'}]"
+    with pytest.raises(UserError, match="(?s)looks like the turns.*Parquet or JSON lines"):
+        read_prompts(save(tmp_path / "a.jsonl", {"prompt": printed}))
+    for text in ('[{"value": 5}]', "[{'content': 5}]", '{"role": "user"}', '[{"role": "user"} is JSON', "[1, 2]"):
+        assert prompts_of(save(tmp_path / "a.jsonl", {"prompt": text})) == [text]
 
 
 def test_settings_of_a_row_of_texts_are_no_chats(tmp_path):

@@ -1,6 +1,7 @@
 """Messages are kept whole or refused, and a chat template must show all of them."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 from chat_forms import FORMS, make_tokenizer
@@ -167,3 +168,27 @@ def test_todays_date_is_the_same_every_day(name, date):
     tokenizer.chat_template = with_settings(DATED[name], {"date_string": "5 May 2025"})
     pinned = "5 May 2025" if name == "llama" else date
     assert render(tokenizer, [[ASKED]], tokenize=False)[0].endswith(f"ate: {pinned}")
+
+
+PARTS = """{% for m in messages %}{{ m.role }}:
+{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<end>{% endfor %}"""
+STRIPS = "{% for m in messages %}{{ m.role }}{{ m.content.split('</think>')[-1] }}<end>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "hidden"),
+    [
+        # Of SmolVLM and Idefics 3: a text is no list of parts.
+        (PARTS, [ASKED, said("yes")], "`content`"),
+        # Of DeepSeek-R1's distilled models.
+        (STRIPS, [ASKED, said("<think>why</think>yes")], "`thoughts before </think>`"),
+        (STRIPS, [ASKED, said("<think>why</think>yes"), ASKED], ""),
+        (STRIPS, [ASKED, said("yes")], ""),
+        ("{{ raise_exception('never') }}", [ASKED, said("yes")], ""),
+    ],
+)
+def test_a_template_must_show_the_text_of_turns_and_the_last_thoughts(template, chat, hidden):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"leaves out {hidden}") if hidden else nullcontext():
+        check_template(tokenizer, [chat], "rows")

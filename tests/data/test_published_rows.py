@@ -18,6 +18,7 @@ PKU = {
     "is_response_0_safe": False,
 }  # fmt: skip
 STEER = {"context": [ASKED, SAID, ASKED], "response1": "So.", "response2": "No.", "overall_preference": -2}
+STEER_2 = {"prompt": "Why?", "response_1": "So.", "response_2": "No."}
 NECTAR = {
     "prompt": "\n\nHuman: Why?\n\nAssistant: ", "turns": 1,
     "answers": [{"answer": text, "model": "m", "rank": rank} for text, rank in [("Mm.", 2), ("No.", 3), ("So.", 1)]],
@@ -67,6 +68,9 @@ def remedies(read, spec):
         (PKU, [pair(), pair(chosen="No.", rejected="So.")]),
         (STEER, [pair(turns("Why?", "So.", "Why?"), said("So."), said("No."))]),
         (STEER | {"overall_preference": 1}, [pair(turns("Why?", "So.", "Why?"), said("No."), said("So."))]),
+        ({key: PKU[key] for key in PKU if not key.startswith("safer")}, [pair()]),
+        (STEER_2 | {"preference_strength": -1}, [pair()]),
+        (STEER_2 | {"preference_strength": 2}, [pair(chosen="No.", rejected="So.")]),
         (NECTAR, [pair(NECTAR["prompt"])]),
         (ULTRA, [pair()]),
         ({"instruction": "Why?", "input": "Now?", "chosen": "The one.", "rejected": "The other."},
@@ -76,7 +80,8 @@ def remedies(read, spec):
         ({"question": "Why?", "chosen": "The one.", "rejected": "The other."},
          [pair("Why?", "The one.", "The other.")]),
     ],
-    ids=["pku", "helpsteer3", "helpsteer3, the second", "nectar", "ultrafeedback", "alpaca", "old alpaca", "question"],
+    ids=["pku", "helpsteer3", "helpsteer3, the second", "pku, one preference", "helpsteer2", "helpsteer2, the second",
+         "nectar", "ultrafeedback", "alpaca", "old alpaca", "question"],
 )  # fmt: skip
 def test_the_line_of_a_refusal_reads_the_pairs(tmp_path, row, pairs):
     lines = remedies(read_pairs, spec_of(tmp_path, row))
@@ -92,7 +97,14 @@ def test_the_line_of_a_refusal_reads_the_pairs(tmp_path, row, pairs):
 
 @pytest.mark.parametrize(
     ("row", "prompt"),
-    [(STEER, STEER["context"]), (ULTRA, "Why?"), (PKU, "Why?"), (NECTAR, NECTAR["prompt"])],
+    [
+        (STEER, STEER["context"]),
+        (ULTRA, "Why?"),
+        ({"problem": "Why?"}, "Why?"),
+        ({"talk": turns("Why?", "So.")}, turns("Why?")),
+        (PKU, "Why?"),
+        (NECTAR, NECTAR["prompt"]),
+    ],
 )
 def test_prompts_are_read_or_refused_with_the_column_that_holds_them(tmp_path, row, prompt):
     if "prompt" in row:
@@ -118,6 +130,7 @@ def test_alpacas_rows_are_demonstrations(tmp_path):
     ("function", "tie"),
     [
         ("helpsteer3", STEER | {"overall_preference": 0}),
+        ("helpsteer2", STEER_2 | {"preference_strength": 0}),
         ("nectar", NECTAR | {"answers": [{"answer": "So.", "rank": 1}, {"answer": "No.", "rank": 1}]}),
         ("ultrafeedback", ULTRA | {"completions": ULTRA["completions"][3:]}),
     ],

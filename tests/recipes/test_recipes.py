@@ -99,7 +99,8 @@ def test_lora_sft_is_folded_into_a_whole_model(work):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_reward_model_learns_and_joins_the_project(work, lora):
     more = {"use_peft": True, "learning_rate": 5e-3} if lora else {}
-    run("reward", work, max_steps=24, template="Review: {prompt}{response}", **more)
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    run("reward", work, max_steps=24, template="Review: {prompt}{response}", **grouped, **more)
     metrics = record(work / "rewards" / "positive")["metrics"]
     low, high = metrics["accuracy_interval"]
     assert low <= metrics["accuracy"] <= high and metrics["accuracy"] > 0.9
@@ -203,6 +204,7 @@ def test_a_weighted_sum_is_a_baseline(work, name, more):
 def test_dpo_keeps_its_pairs_and_uses_them_again(work, capsys):
     kept = work / "pairs.parquet"
     plain = {"reward": "detailed", "pairs_file": kept, "normalize_rewards": "false"}
+    plain |= {"train_sampling_strategy": "group_by_length"}
     run("dpo", work, output_dir=work / "first", **plain)
     pairs = pq.read_table(kept).to_pylist()
     assert pairs and all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)

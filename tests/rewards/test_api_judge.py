@@ -66,6 +66,8 @@ def test_the_probability_of_tokens(server, options, said, score):
         ({"token": "yes"}, {"Yes": 0.995, "no": 0.005}, "another spelling"),
         ({"token": "yes"}, "yes", "an answer without `logprobs`"),
         ({"pattern": r"Score: (\d)"}, "none", "has no verdict.*correct `pattern:`"),
+        ({"pattern": r"Score: (\d)"}, "Score: 10", r"takes 1 of 10.*take the whole number: `\(\\d\+"),
+        ({"pattern": r"Score: (\d+)"}, "Score: 7.5", r"takes 7 of 7\.5"),
         ({"pattern": r"Score: (\d)"}, ("Score: 1", "length"), "was cut before its end.*raise `max_new_tokens:`"),
     ],
 )
@@ -73,6 +75,21 @@ def test_what_is_no_verdict_is_not_a_score(server, options, said, words):
     server.say = lambda text: said
     with pytest.raises(UserError, match=f"(?s)reward `judge`.*{words}"):
         judge(server, **options)[0].score(["p"], ["r"])
+
+
+def test_an_answer_in_parts_is_its_text_without_the_thoughts(server):
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Score: 9"}]}
+    server.say = lambda text: ([{"type": "text", "text": "Score: 7/10."}, thought], "stop")
+    assert judge(server, pattern=r"^Score: (\d+)")[0].score(["p"], ["r"]) == [7.0]
+
+
+def test_a_key_that_the_model_does_not_take_can_be_taken_out(server):
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    server.fault = lambda number, content: (400, {"error": {"message": said}}) if "max_tokens" in content else None
+    with pytest.raises(UserError, match=f"(?s){said}.*`request: {{max_tokens: null, max_completion_tokens: 64}}`"):
+        judge(server, pattern=r"(\d)")[0].score(["p"], ["r"])
+    changed = {"max_tokens": None, "max_completion_tokens": 64}
+    assert judge(server, pattern=r"(\d)", request=changed)[0].score(["p"], ["r"]) == [3.0]
 
 
 def test_both_orders_are_asked_and_equal_answers_are_a_tie(server):

@@ -122,7 +122,7 @@ def test_classifier_equals_the_model_itself(classifier):
 
 
 def test_classifier_scores_the_empty_text(classifier):
-    spec = RewardSpec(model=str(classifier), template="{response}")
+    spec = RewardSpec(model=str(classifier), format="0", template="{response}")
     assert len(load_reward("r", spec, device="cpu").score([""], [""])) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_is_no_classifier_is_refused(tiny):
 
 
 def test_a_text_that_the_classifier_cannot_read_whole_is_refused(classifier):
-    spec = RewardSpec(model=str(classifier), max_tokens=8)
+    spec = RewardSpec(model=str(classifier), format="0", max_tokens=8)
     with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
         load_reward("r", spec, device="cpu").score(["a", "b"], [" film", " jumps over the lazy dog" * 4])
 
@@ -187,15 +187,15 @@ def test_only_the_templates_own_placeholders_are_filled(template, prompt, respon
 
 
 def test_a_classifier_reads_what_looks_like_a_placeholder_as_text(classifier):
-    spec = RewardSpec(model=str(classifier), template="{prompt}:{response}")
-    joined = RewardSpec(model=str(classifier), template="{response}")
+    spec = RewardSpec(model=str(classifier), format="0", template="{prompt}:{response}")
+    joined = RewardSpec(model=str(classifier), format="0", template="{response}")
     (score,) = load_reward("r", spec, device="cpu").score(["{response}"], ["{prompt}"])
     (same,) = load_reward("r", joined, device="cpu").score([""], ["{response}:{prompt}"])
     assert score == pytest.approx(same, abs=1e-6)
 
 
 def test_a_freed_classifier_comes_back_by_itself(classifier):
-    reward = load_reward("r", RewardSpec(model=str(classifier)), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(classifier), format="0"), device="cpu")
     assert reward.loaded and reward.device == "cpu"
     # Token embeddings, two blocks, the last norm, two classes, and the rotary frequencies.
     assert reward.size == pytest.approx(4 * (300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 64), rel=0.01)
@@ -204,7 +204,7 @@ def test_a_freed_classifier_comes_back_by_itself(classifier):
     reward.free()
     assert not reward.loaded
     assert reward.score(["a film", "x"], [" of beauty", ""]) == scores and reward.loaded
-    half = load_reward("r", RewardSpec(model=str(classifier), dtype="bfloat16"), device="cpu")
+    half = load_reward("r", RewardSpec(model=str(classifier), format="0", dtype="bfloat16"), device="cpu")
     assert half.size == pytest.approx(reward.size / 2, rel=0.01)
 
 
@@ -212,7 +212,7 @@ def test_a_classifier_that_changes_while_it_is_freed_is_refused(classifier, tmp_
     import shutil
 
     shutil.copytree(classifier, tmp_path / "model")
-    reward = load_reward("r", RewardSpec(model="model"), tmp_path, "cpu")
+    reward = load_reward("r", RewardSpec(model="model", format="0"), tmp_path, "cpu")
     reward.free()
     (tmp_path / "model/config.json").write_text((tmp_path / "model/config.json").read_text() + " ")
     with pytest.raises(UserError, match="changed since it was first loaded"):
@@ -225,13 +225,13 @@ def test_a_classifier_that_changes_while_it_is_freed_is_refused(classifier, tmp_
 )
 def test_devices_that_are_not_there(classifier, device, said):
     with pytest.raises(UserError, match=f"reward `r`: {said}"):
-        load_reward("r", RewardSpec(model=str(classifier), device=device), device="cpu")
+        load_reward("r", RewardSpec(model=str(classifier), format="0", device=device), device="cpu")
     with pytest.raises(UserError, match=f"reward `r`: {said}"):
-        load_reward("r", RewardSpec(model=str(classifier)), device=device)
+        load_reward("r", RewardSpec(model=str(classifier), format="0"), device=device)
 
 
 def test_the_declared_device_comes_before_the_command_lines(classifier):
-    reward = load_reward("r", RewardSpec(model=str(classifier), device="cpu"), device="cuda:99")
+    reward = load_reward("r", RewardSpec(model=str(classifier), format="0", device="cpu"), device="cuda:99")
     assert reward.device == "cpu"
     assert find_device("auto", "here") == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert available_memory("cpu") > 1 << 20
@@ -247,7 +247,9 @@ def test_a_gpu_has_one_name(monkeypatch):
 
 def test_all_rewards_are_loaded_and_give_room_to_the_next(tiny, classifier, monkeypatch):
     text = (tiny / "rewarded-lines.yaml").read_text()
-    models = "".join(f"  {name}:\n    model: {classifier}\n    role: audit\n" for name in ("one", "two", "three"))
+    models = "".join(
+        f"  {name}:\n    model: {classifier}\n    format: 0\n    role: audit\n" for name in ("one", "two", "three")
+    )
     (tiny / "rewarded-lines.yaml").write_text(text.replace("prompts:\n", models + "prompts:\n", 1))
     rewards = load_rewards(load_project(), device="cpu")
     assert list(rewards) == ["words", "letters", "one", "two", "three"]

@@ -56,7 +56,7 @@ def test_a_classifier_reads_all_texts_in_smaller_batches(classifiers, card, capl
     more = {"template": "{prompt}{response}</s>"} if architecture == "bart" else {}
     more["batch_size"] = 64
     prompts, pool = [""] * 60, texts(60, 9)
-    reward = load_reward("r", RewardSpec(model=str(classifiers[architecture]), **more), device=device)
+    reward = load_reward("r", RewardSpec(model=str(classifiers[architecture]), format="0", **more), device=device)
     before = reward.score(prompts, pool)
     reward.free()
     card.most = 200
@@ -78,7 +78,7 @@ def test_a_classifier_reads_all_texts_in_smaller_batches(classifiers, card, capl
 
 def test_smaller_batches_are_those_of_batch_tokens(classifiers, card):
     pool = [text for text in texts(40) if len(text) > 12]
-    spec = RewardSpec(model=str(classifiers["llama"]), template="{response}")
+    spec = RewardSpec(model=str(classifiers["llama"]), format="0", template="{response}")
     reward = load_reward("r", spec, device="cpu")
     card.most = 128
     found = reward.score([""] * len(pool), pool)
@@ -90,7 +90,7 @@ def test_smaller_batches_are_those_of_batch_tokens(classifiers, card):
 
 
 def test_what_does_not_fit_in_the_smallest_batch_is_one_clear_error(classifiers, card):
-    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"])), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"]), format="0"), device="cpu")
     card.most = 20
     with pytest.raises(UserError, match="(?s)reward `r`: out of memory: not even 2 texts of 16 tokens fit.*memory"):
         reward.score([""], ["the quick brown fox of great beauty"])
@@ -98,7 +98,7 @@ def test_what_does_not_fit_in_the_smallest_batch_is_one_clear_error(classifiers,
 
 
 def test_errors_of_other_kinds_pass(classifiers, monkeypatch):
-    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"])), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"]), format="0"), device="cpu")
 
     def broken(self, ids):
         raise RuntimeError("CUDA error: device-side assert triggered")
@@ -167,7 +167,7 @@ def test_batches_are_counted_in_tokens():
 
 def test_a_user_loses_nothing_of_a_run(tiny, classifiers, card, cli, caplog):
     project = tiny / "rewarded-lines.yaml"
-    model = f"  liked:\n    model: {classifiers['llama']}\n    unit: logit\n"
+    model = f"  liked:\n    model: {classifiers['llama']}\n    format: 0\n    unit: logit\n"
     project.write_text(project.read_text().replace("prompts:\n", model + "prompts:\n", 1))
     found = []
     for most in (1 << 40, 100):

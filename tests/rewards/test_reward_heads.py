@@ -183,7 +183,7 @@ def test_a_language_models_adapter_with_a_value_head(forms):
 
 def test_what_decides_an_adapters_scores_is_in_its_fingerprint(forms):
     def fingerprint():
-        return load_reward("r", RewardSpec(model=str(forms / "lora")), device="cpu").fingerprint
+        return load_reward("r", RewardSpec(model=str(forms / "lora"), format="0"), device="cpu").fingerprint
 
     first = fingerprint()
     state = load_file(forms / "base/model.safetensors")
@@ -330,13 +330,13 @@ def test_the_base_and_the_policies_never_run_own_code(armo):
 
 
 def test_own_code_that_misses_its_words_in_the_template_is_refused(armo):
-    spec = RewardSpec(model=str(armo), template="{prompt} {response}", trust_remote_code=True)
+    spec = RewardSpec(model=str(armo), format="0", template="{prompt} {response}", trust_remote_code=True)
     with pytest.raises(UserError, match="(?s)fails on a short text.*pattern not found.*template that the model"):
         load_reward("r", spec, device="cpu")
 
 
 def test_own_code_without_rewards_is_refused_and_its_text_is_in_the_fingerprint(armo):
-    spec = RewardSpec(model=str(armo), template=TEMPLATE, trust_remote_code=True)
+    spec = RewardSpec(model=str(armo), format="0", template=TEMPLATE, trust_remote_code=True)
     first = load_reward("r", spec, device="cpu").fingerprint
     code = armo / "modeling_custom.py"
     text = code.read_text()
@@ -350,10 +350,39 @@ def test_own_code_without_rewards_is_refused_and_its_text_is_in_the_fingerprint(
 
 
 def test_a_tokenizer_in_another_folder(forms):
-    whole = scores(forms / "lora")
+    whole = scores(forms / "lora", format="0")
     (forms / "words").mkdir()
     for file in (forms / "base").glob("*token*"):
         file.rename(forms / "words" / file.name)
     with pytest.raises(UserError, match="name another folder or Hub id as `tokenizer`"):
         scores(forms / "lora")
-    assert scores(forms / "lora", tokenizer=str(forms / "words")) == whole
+    assert scores(forms / "lora", format="0", tokenizer=str(forms / "words")) == whole
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForTokenClassification"], None])
+def test_a_process_reward_model_is_no_classifier_of_texts(forms, architectures):
+    from transformers import AutoModelForTokenClassification
+
+    model = AutoModelForTokenClassification.from_pretrained(forms / "base", num_labels=2)
+    model.save_pretrained(forms / "base")
+    # Trainers that wrap a model save no architecture.
+    edit(forms / "base/config.json", architectures=architectures)
+    with pytest.raises(UserError, match="the head scores tokens or steps"):
+        scores(forms / "base", format="1")
+
+
+def test_the_stored_head_says_how_many_classes_there_are(forms):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(forms / "base", num_labels=5).eval()
+    model.save_pretrained(forms / "base")
+    config = json.loads((forms / "base/config.json").read_text())
+    (forms / "base/config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    with torch.no_grad():
+        expected = [float(model(ids).logits[0, 4]) for ids in tokens()]
+    assert scores(forms / "base", format="4") == pytest.approx(expected, abs=1e-4)
+
+
+def test_several_classes_need_a_format(forms):
+    with pytest.raises(UserError, match="(?s)several classes.*LABEL_0.*write `format: .2.`"):
+        scores(forms / "lora")

@@ -234,7 +234,7 @@ def test_a_model_that_does_not_fit_lets_the_others_wait_in_host_memory(card, mon
 
 
 def test_a_model_that_moved_has_the_same_scores(classifiers, monkeypatch):
-    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"])), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"]), format="0"), device="cpu")
     scores = reward.score(["a", "b"], ["film", ""])
     held = reward.shared.held
     # "cpu:0" stands for a card.
@@ -246,7 +246,7 @@ def test_a_model_that_moved_has_the_same_scores(classifiers, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_resting_model_leaves_the_card(classifiers):
-    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"])), device="cuda")
+    reward = load_reward("r", RewardSpec(model=str(classifiers["llama"]), format="0"), device="cuda")
     scores, taken = reward.score(["a", "b"], ["film", ""]), torch.cuda.memory_allocated()
     reward.rest()
     assert torch.cuda.memory_allocated() <= taken - 0.9 * reward.size
@@ -263,7 +263,7 @@ def test_a_model_larger_than_the_card_is_refused_before_it_is_read(card, classif
     with pytest.raises(UserError, match="(?s)larger than the GPU.*dtype: auto.*url:"):
         refuse_too_large("reward `r`", str(classifiers["llama"]), spec, config, "cuda")
     refuse_too_large("reward `r`", str(classifiers["llama"]), spec, config, "cpu")
-    held = load_reward("r", RewardSpec(model=str(classifiers["llama"]), dtype="bfloat16"), device="cpu")
+    held = load_reward("r", RewardSpec(model=str(classifiers["llama"]), format="0", dtype="bfloat16"), device="cpu")
     stored = weights_size(str(classifiers["llama"]), RewardSpec(model="m", dtype="bfloat16"), config)
     # Beside the weights, the model holds the rotary frequencies.
     assert stored == pytest.approx(held.size, rel=0.01)
@@ -275,7 +275,7 @@ def test_dtype_auto_is_the_stored_one(classifiers, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(classifiers["llama"], half)
     AutoModelForSequenceClassification.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
-    specs = [RewardSpec(model=str(half), dtype=dtype) for dtype in ("auto", "bfloat16", "float32")]
+    specs = [RewardSpec(model=str(half), format="0", dtype=dtype) for dtype in ("auto", "bfloat16", "float32")]
     auto, declared, wide = (load_reward("r", spec, device="cpu") for spec in specs)
     pairs = ["a film", "the fox"], ["of beauty", ""]
     assert auto.score(*pairs) == declared.score(*pairs) != wide.score(*pairs) and auto.size == declared.size

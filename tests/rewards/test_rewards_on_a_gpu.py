@@ -40,7 +40,7 @@ def little_memory(device, monkeypatch):
 
 
 def test_where_memory_runs_out_every_text_still_gets_its_score(device, large_classifier, monkeypatch, caplog):
-    spec = RewardSpec(model=str(large_classifier), template="{response}")
+    spec = RewardSpec(model=str(large_classifier), format="0", template="{response}")
     reward = load_reward("r", spec, device=device)
     pool = [f"{' '.join(TEXTS[:12])} {text}" for text in TEXTS] * 8
     prompts = [""] * len(pool)

@@ -61,7 +61,7 @@ def test_scores_outlive_the_scorer_until_the_reward_changes(functions):
 
 def test_a_key_holds_what_decides_a_score_and_nothing_else(classifiers):
     def key(**options):
-        spec = RewardSpec(model=str(classifiers["llama"]), **options)
+        spec = RewardSpec(model=str(classifiers["llama"]), **{"format": "0", **options})
         return reward_key(load_reward("r", spec, device="cpu"), spec)
 
     same = [key(), key(batch_size=3, unit="x", description="y", role="audit", device="cpu")]
@@ -71,7 +71,7 @@ def test_a_key_holds_what_decides_a_score_and_nothing_else(classifiers):
 
 
 def test_a_cards_scores_are_its_own_and_old_ones_of_a_cpu_stay(classifiers, monkeypatch):
-    spec = RewardSpec(model=str(classifiers["llama"]))
+    spec = RewardSpec(model=str(classifiers["llama"]), format="0")
     reward = load_reward("r", spec, device="cpu")
     old = {"declaration": decides(spec), "device": "cpu", "fingerprint": reward.fingerprint}
     keys = [blake3.blake3(json.dumps(old, sort_keys=True).encode()).hexdigest()]
@@ -114,7 +114,9 @@ def test_a_failure_names_the_pair_and_loses_nothing(functions, monkeypatch, work
 
 def test_a_text_that_is_too_long_stops_after_those_that_are_not(functions, classifiers, monkeypatch):
     monkeypatch.setattr(module, "_MODEL_CHUNK", 4)
-    scorer = make(functions, length="words", judge=RewardSpec(model=str(classifiers["llama"]), max_tokens=30))
+    scorer = make(
+        functions, length="words", judge=RewardSpec(model=str(classifiers["llama"]), format="0", max_tokens=30)
+    )
     responses = ["q" * 50, *["q" * length for length in range(1, 12)]]
     with pytest.raises(UserError, match="(?s)reward `judge`.*too long.*50 tokens for prompt 0: '' → 'qqq"):
         scorer.score([""] * 12, responses)
@@ -193,7 +195,7 @@ def test_offload_can_be_asked_for_and_forbidden(monkeypatch):
 
 
 def test_offloaded_scores_are_the_same(functions, classifiers):
-    specs = {name: RewardSpec(model=str(classifiers[name])) for name in ("llama", "bert")}
+    specs = {name: RewardSpec(model=str(classifiers[name]), format="0") for name in ("llama", "bert")}
     prompts, responses = ["a film", "the dog"] * 5, ["of", "beauty of little", "else", "x", ""] * 2
     together, apart = make(functions, **specs, offload="never"), make(functions, **specs, offload="always")
     assert together.score(prompts, responses) == apart.score(prompts, responses)

@@ -125,9 +125,9 @@ def test_one_of_several_may_be_freed(named, counted):
 
 
 def test_what_decides_logits_keeps_models_apart(named, counted, tmp_path):
-    specs = declared(named, template=RewardSpec(model=str(named), template="{response}"))
-    specs["dtype"] = RewardSpec(model=str(named), dtype="bfloat16")
-    specs["batch"] = RewardSpec(model=str(named), batch_size=2)
+    specs = declared(named, template=RewardSpec(model=str(named), format="0", template="{response}"))
+    specs["dtype"] = RewardSpec(model=str(named), format="0", dtype="bfloat16")
+    specs["batch"] = RewardSpec(model=str(named), format="0", batch_size=2)
     rewards = shared(specs)
     assert counted["loads"] == 4 and len({id(reward.shared) for reward in rewards.values()}) == 4
     old = RewardSpec(model=str(named), format="1")

@@ -99,6 +99,6 @@ def test_scores_are_the_models_own_logits(classifiers, architecture, device):
 
 
 def test_an_encoder_decoder_needs_an_end_token(classifiers):
-    reward = load_reward("r", RewardSpec(model=str(classifiers["bart"])), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(classifiers["bart"]), format="0"), device="cpu")
     with pytest.raises(UserError, match="(?s)a text has no end token.*write the end token into the template"):
         reward.score(["a"], ["film"])

@@ -43,7 +43,7 @@ def test_logits_equal_those_of_transformers(wide_classifier):
 
 @pytest.mark.slow
 def test_a_freed_one_is_loaded_again_beside_a_policys_engine(wide_classifier, tiny):
-    reward = load_reward("r", RewardSpec(model=str(wide_classifier), backend="vllm"), device="cpu")
+    reward = load_reward("r", RewardSpec(model=str(wide_classifier), format="0", backend="vllm"), device="cpu")
     scores = reward.score(WORDS, WORDS)
     spec = GenerationSpec(max_tokens=8, temperature=0)
     policy = load_generator("vllm", "sft", spec, WORDS)

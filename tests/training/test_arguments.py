@@ -1,13 +1,17 @@
 """Recipes' arguments: YAML first, then the command line; unknown keys are refused."""
 
+import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 
 import pytest
+from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.training import arguments
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 
 
 @dataclass
@@ -323,6 +327,49 @@ def test_the_first_process_prints_the_error_and_the_others_wait(monkeypatch, cap
     # With several processes the exit is immediate: an ordinary one would wait for the others.
     assert (caught.value.code, exits) == (1, [1] if processes == "2" else [])
     assert (sleeps, capsys.readouterr().err) == (waited, said)
+
+
+def test_a_missing_library_is_one_message(monkeypatch, capsys):
+    def main(argv):
+        raise ImportError("please pip install liger-kernel")
+
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit):
+        run_recipe(main)
+    assert "please pip install liger-kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "where", "remedy"),
+    [
+        (DPOConfig, ["--push_to_hub", "true"], "push_to_hub", "rewarded-lines push FOLDER OWNER/NAME"),
+        (DPOConfig, ["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy", "leave it out"),
+        (DPOConfig, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size", "write 1 or more"),
+        (SFTConfig, ["--eval_strategy", "epoch"], "eval_strategy", "name a `validation_file`"),
+        (DPOConfig, ["--model_init_kwargs", '{"dtype": "bfloat16"}'], "model_init_kwargs", "write `dtype`"),
+    ],
+)
+def test_keys_that_a_recipe_cannot_follow_are_refused_at_once(tmp_path, kind, words, where, remedy):
+    with pytest.raises(UserError) as caught:
+        parse_recipe((DataOptions, kind), ["--output_dir", str(tmp_path), *words])
+    (problem,) = caught.value.problems
+    assert problem.where == where and remedy in problem.remedy
+
+
+def test_sft_evaluates_while_it_trains_where_there_are_rows(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--eval_strategy", "epoch", "--validation_file", "a.jsonl"]
+    assert parse_recipe((DataOptions, SFTConfig), words)[1].eval_strategy == "epoch"
+
+
+@pytest.mark.parametrize("key", sorted(arguments._EARLIER))
+def test_earlier_keys_have_a_remedy_that_parses(tmp_path, key):
+    kinds, words = (DataOptions, RunOptions, RewardOptions, ModelConfig, GRPOConfig), ["--output_dir", str(tmp_path)]
+    with pytest.raises(UserError) as caught:
+        parse_recipe(kinds, [*words, f"--{key}", "1"])
+    (problem,) = caught.value.problems
+    fields = {field.name for kind in (*kinds, DPOConfig) for field in dataclasses.fields(kind)}
+    assert problem.remedy == arguments._EARLIER[key] and key not in fields
+    assert {name.partition(":")[0] for name in re.findall(r"`([^`]+)`", problem.remedy)} <= fields
 
 
 def test_other_errors_are_not_caught(monkeypatch):

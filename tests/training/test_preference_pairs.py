@@ -149,6 +149,8 @@ def test_answers_end_as_they_were_sampled():
     ]
     found = pair_tokens(tokenizer, rows, frozenset([end, other])).to_list()
     chosen, rejected = (tokenizer(text)["input_ids"] for text in (" quick fox", " dog"))
+    # For `train_sampling_strategy: group_by_length`.
+    assert [one["length"] for one in found] == [len(one["prompt_ids"]) + len(one["chosen_ids"]) for one in found]
     assert [one["prompt_ids"] for one in found] == [tokenizer("the")["input_ids"]] * 2
     assert [one["chosen_ids"] for one in found] == [[*chosen, other], [*chosen, end]]
     assert [one["rejected_ids"] for one in found] == [rejected, [*rejected, end]]
